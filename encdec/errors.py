@@ -1,0 +1,41 @@
+"""Errors a user can mend, each kind with an exit code of its own.
+
+The command line prints the message alone, without a traceback, and exits with ``exit_code``,
+so that a launcher can tell a wrong config from a preemption without reading logs.
+"""
+
+
+class EncdecError(Exception):
+    """Base of all errors that name what was seen, what is wanted and how to mend it."""
+
+    exit_code = 1
+
+
+class ConfigError(EncdecError):
+    """A setting, flag or combination of settings that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(EncdecError):
+    """Text, records or a vocabulary that is missing, broken or does not fit."""
+
+    exit_code = 3
+
+
+class CheckpointError(EncdecError):
+    """A work directory or checkpoint that is missing, partial or belongs to another run."""
+
+    exit_code = 4
+
+
+class NonFiniteError(EncdecError):
+    """Training met a NaN or an infinity."""
+
+    exit_code = 5
+
+
+class Preempted(EncdecError):
+    """The machine is being taken away; state was saved and the run can be resumed."""
+
+    exit_code = 75
