@@ -1,0 +1,54 @@
+# make quickstart   environment, installation, then the whole story on this machine
+# make test         environment with the test tools, lint, then every test
+# make lint         ruff alone
+#
+# PYTHON=...        the interpreter to build .venv with (Python 3.11 or 3.12)
+# ENV=...           where the environment lies (default .venv)
+# TESTS="..."       arguments for pytest instead of the whole suite
+# ARGS="..."        arguments for `encdec quickstart`
+
+ENV     ?= .venv
+TESTS   ?=
+ARGS    ?=
+WORKERS ?= 2
+
+BIN := $(ENV)/bin
+
+# Names may exist and yet not run (version managers install such shims), so each is tried.
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
+	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
+
+.PHONY: quickstart install test lint clean
+.DEFAULT_GOAL := quickstart
+
+quickstart: $(ENV)/.installed
+	$(BIN)/encdec quickstart $(ARGS)
+
+install: $(ENV)/.installed
+
+test: $(ENV)/.installed-test lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+lint: $(ENV)/.installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(FITS)'; then \
+		echo "encdec needs Python 3.11 or 3.12 with the venv module; found: '$(PYTHON)'." >&2; \
+		echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv)," >&2; \
+		echo "or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+		exit 1; fi
+	"$(PYTHON)" -m venv $(ENV)
+
+# The test installation holds everything that the plain one does.
+$(ENV)/.installed: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	@touch $@
+
+$(ENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c constraints.txt
+	@touch $@ $(ENV)/.installed

@@ -1,0 +1,92 @@
+"""The ``encdec`` command: one table of commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+
+import encdec
+from encdec.errors import ConfigError, EncdecError
+
+# name: (module:function, what it does). The function takes the arguments after the name and
+# returns an exit code or None. To add a command, add its line.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": (
+        "encdec.quickstart:main",
+        "the whole story on this machine: data, two models trained, compared and timed",
+    ),
+    "prepare": ("encdec.data.prepare:main", "turn text into records for training"),
+    "vocab": ("encdec.data.vocab_command:main", "train a vocabulary"),
+    "describe": ("encdec.describe:main", "parameters, FLOPs and bytes of a model and its peers"),
+    "train": ("encdec.train.command:main", "train a model on records, or resume a run"),
+    "generate": ("encdec.inference.command:main", "generate text from a trained model"),
+    "benchmark": ("encdec.cli:benchmark", "measure one part: `encdec benchmark` lists them"),
+}
+
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "prepare": ("encdec.data.benchmark:prepare_main", "prepare against raw vocabulary encoding"),
+    "data": ("encdec.data.benchmark:read_main", "reading batches of records"),
+    "loop": ("encdec.train.benchmark:loop_main", "the training loop against its bare step"),
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs ``encdec ARGV`` (default: the process's arguments) and returns its exit code.
+
+    An ``EncdecError`` is printed without a traceback and gives its own exit code; an interrupt
+    gives 130; every other exception is a bug and keeps its traceback.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if arguments and arguments[0] in ("-V", "--version"):
+            print(f"encdec {encdec.__version__}")
+            return 0
+        return _dispatch("encdec", COMMANDS, arguments)
+    except EncdecError as error:
+        print(f"encdec: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("encdec: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def benchmark(argv: list[str]) -> int:
+    """``encdec benchmark NAME ...``: runs one benchmark, or lists them."""
+    return _dispatch("encdec benchmark", BENCHMARKS, argv)
+
+
+def load(target: str) -> Callable[[list[str]], int | None]:
+    """The function named by ``package.module:function``."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _dispatch(program: str, table: dict[str, tuple[str, str]], arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage(program, table))
+        return 0 if arguments else ConfigError.exit_code
+    name, rest = arguments[0], arguments[1:]
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean `{program} {near[0]}`?" if near else ""
+        raise ConfigError(
+            f"unknown command {name!r}{hint} (one of {', '.join(table)}; see `{program} --help`)"
+        )
+    return load(table[name][0])(rest) or 0
+
+
+def _usage(program: str, table: dict[str, tuple[str, str]]) -> str:
+    width = max(map(len, table)) + 2
+    placeholder = "COMMAND" if table is COMMANDS else "NAME"
+    lines = [f"usage: {program} {placeholder} [arguments]", ""]
+    if table is COMMANDS:
+        lines += [(encdec.__doc__ or "").strip(), ""]
+    lines += [f"  {name:{width}}{text}" for name, (_, text) in table.items()]
+    lines += ["", f"`{program} {placeholder} --help` explains one of them."]
+    if table is COMMANDS:
+        lines += ["`encdec --version` prints the version."]
+    return "\n".join(lines)

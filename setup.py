@@ -1,0 +1,89 @@
+"""Packaging of encdec.
+
+Every dependency is a released version with a lower and an upper bound; ``constraints.txt`` pins
+the exact versions that were tested (``pip install -e . -c constraints.txt``).
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "encdec" / "__init__.py").read_text())[1]
+
+REQUIRES = [
+    # Models, training, inference.
+    "absl-py>=2.1,<3",
+    "array-record>=0.8.1,<0.9; sys_platform != 'win32'",
+    "clu>=0.0.12,<0.1",
+    "etils[epath]>=1.11,<2",
+    "flax>=0.12,<0.13",
+    "grain>=0.2.14,<0.3",
+    "jax>=0.10.2,<0.12",
+    "matplotlib>=3.9,<4",
+    "ml-collections>=1.0,<2",
+    "numpy>=2.1,<3",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.11.33,<0.13",
+    "rich>=13.7,<16",
+    "sentencepiece>=0.2,<0.3",
+    # Preparing data, metrics, TensorBoard: never imported by training or inference.
+    "gin-config>=0.5,<0.6",
+    "rouge-score>=0.1.2,<0.2",
+    "seqio>=0.0.19,<0.1",
+    "tensorboard>=2.18,<3",
+    "tensorflow>=2.18,<2.22",
+    "tensorflow-datasets>=4.9.7,<5",
+    "tensorflow-text>=2.18,<2.22",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+    "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # driver 580 or newer
+    "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],  # driver 525 or newer
+    "hf": [
+        "safetensors>=0.5,<1",
+        "tokenizers>=0.21,<1",
+        "torch>=2.6,<3",
+        "transformers>=4.57,<6",
+    ],
+    "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
+    "test": [
+        "hypothesis>=6.100,<7",
+        "pytest>=8.3,<10",
+        "pytest-xdist>=3.6,<4",
+        "ruff>=0.12,<1",
+    ],
+}
+
+
+def files(folder: str, pattern: str) -> list[str]:
+    """Files of a folder beside setup.py, as the relative paths that data_files wants."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
+
+
+README = ROOT / "README.md"
+
+setup(
+    name="encdec",
+    version=VERSION,
+    description="Pretrain, distil, evaluate and ship encoder-decoder small language models in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["encdec", "encdec.*"]),
+    package_data={"encdec": ["**/*.json", "**/*.txt", "**/*.model"]},
+    # A checkout uses configs/ and gin/ in place; a wheel brings them along.
+    data_files=[
+        ("share/encdec/configs", files("configs", "*.py")),
+        ("share/encdec/gin", files("gin", "*.gin")),
+    ],
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["encdec=encdec.cli:main"]},
+)

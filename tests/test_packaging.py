@@ -1,0 +1,196 @@
+"""Packaging: bounded requirements, pins that satisfy them, nothing used that is not declared."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# import name -> distribution, where the two differ
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "gin": "gin-config",
+    "orbax": "orbax-checkpoint",
+    "rouge_score": "rouge-score",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "tensorflow_text": "tensorflow-text",
+}
+
+
+@pytest.fixture(scope="module")
+def setup_arguments() -> dict:
+    captured = {}
+    original = setuptools.setup
+    setuptools.setup = lambda **arguments: captured.update(arguments)
+    folder = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        runpy.run_path(str(ROOT / "setup.py"))
+    finally:
+        setuptools.setup = original
+        os.chdir(folder)
+    return captured
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def requirements_of(arguments: dict) -> list[Requirement]:
+    texts = [*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])]
+    return [Requirement(text) for text in texts]
+
+
+def test_every_requirement_is_a_release_with_both_bounds(setup_arguments):
+    for requirement in requirements_of(setup_arguments):
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert operators == {">=", "<"}, requirement
+        assert requirement.url is None, requirement
+
+
+def test_the_promised_extras_exist(setup_arguments):
+    assert {"tpu", "cuda", "hf", "onnx", "test"} <= set(setup_arguments["extras_require"])
+
+
+def test_both_jax_lines_are_admitted(setup_arguments):
+    jax = [r for r in requirements_of(setup_arguments) if r.name == "jax"]
+    assert len(jax) >= 3  # plain, TPU, CUDA
+    for requirement in jax:
+        for version in ("0.10.2", "0.11.0", "0.11.2"):
+            assert version in requirement.specifier, requirement
+
+
+def test_pins_are_exact_and_within_the_bounds(setup_arguments, pins):
+    for pin in pins.values():
+        assert [specifier.operator for specifier in pin.specifier] == ["=="], pin
+    required = [Requirement(text) for text in setup_arguments["install_requires"]]
+    required += [Requirement(text) for text in setup_arguments["extras_require"]["test"]]
+    for requirement in required:
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"constraints.txt does not pin {requirement.name}"
+        (version,) = (specifier.version for specifier in pin.specifier)
+        assert version in requirement.specifier, f"{pin} is outside {requirement}"
+
+
+def test_one_tensorflow_only(pins):
+    """``tensorflow`` and ``tensorflow-cpu`` hold the same files and overwrite each other."""
+    assert "tensorflow" in pins and "tensorflow-cpu" not in pins
+
+
+def test_everything_imported_is_declared(setup_arguments):
+    declared = {canonicalize_name(Requirement(t).name) for t in setup_arguments["install_requires"]}
+    optional = {
+        canonicalize_name(Requirement(text).name)
+        for text in setup_arguments["extras_require"]["hf"] + setup_arguments["extras_require"]["onnx"]
+    }
+    local = {"encdec", "configs", *sys.stdlib_module_names}
+    for path in [*(ROOT / "encdec").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
+        interop = path.is_relative_to(ROOT / "encdec" / "interop")
+        allowed = declared | optional if interop else declared
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names} - local:
+                distribution = canonicalize_name(DISTRIBUTIONS.get(name, name))
+                assert distribution in allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_folder_of_modules_is_a_package(setup_arguments):
+    folders = {path.parent for path in (ROOT / "encdec").rglob("*.py")}
+    names = {str(folder.relative_to(ROOT)).replace(os.sep, ".") for folder in folders}
+    assert set(setup_arguments["packages"]) == names
+
+
+def test_configs_and_gin_travel_with_the_package(setup_arguments):
+    packed = {file for _, files in setup_arguments["data_files"] for file in files}
+    for folder, pattern in (("configs", "*.py"), ("gin", "*.gin")):
+        for path in (ROOT / folder).glob(pattern):
+            assert str(path.relative_to(ROOT)) in packed
+
+
+def test_the_licence_is_apache_2(setup_arguments):
+    assert setup_arguments["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    # Without make's own variables, which are set when these tests run under `make test`.
+    inherited = {
+        name: value for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "ENV", "TESTS", "ARGS")
+    }
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True,
+        timeout=60, env=inherited | environment, stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+class TestMakefile:
+    def test_quickstart_installs_with_the_pins_and_runs(self, tmp_path):
+        result = make("-n", "quickstart", f"ENV={tmp_path}/env", f"PYTHON={sys.executable}")
+        assert result.returncode == 0, result.stderr
+        assert f'"{sys.executable}" -m venv {tmp_path}/env' in result.stdout
+        assert "-e . -c constraints.txt" in result.stdout
+        assert f"{tmp_path}/env/bin/encdec quickstart" in result.stdout
+
+    def test_test_installs_the_test_tools_and_runs_pytest(self, tmp_path):
+        result = make("-n", "test", f"ENV={tmp_path}/env", f"PYTHON={sys.executable}")
+        assert result.returncode == 0, result.stderr
+        assert '-e ".[test]" -c constraints.txt' in result.stdout
+        assert f"{tmp_path}/env/bin/python -m pytest" in result.stdout
+
+    def test_an_installation_is_renewed_only_when_requirements_change(self, tmp_path):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "python").touch()
+        stamp = tmp_path / ".installed"
+        stamp.touch()
+        assert "pip install" not in make("-n", "install", f"ENV={tmp_path}").stdout
+        os.utime(stamp, (0, 0))
+        assert "pip install" in make("-n", "install", f"ENV={tmp_path}").stdout
+
+    @pytest.mark.parametrize("broken", ["exit 127", "echo Python 3.10.1"])
+    def test_an_interpreter_that_does_not_fit_is_refused_with_the_mend(self, tmp_path, broken):
+        """A shim that exists but does not run, and one that runs but is no Python 3.11 or 3.12."""
+        fake = tmp_path / "python"
+        fake.write_text(f"#!/bin/sh\n{broken}\nexit 1\n")
+        fake.chmod(0o755)
+        result = make("install", f"ENV={tmp_path}/env", f"PYTHON={fake}")
+        assert result.returncode != 0
+        assert "Python 3.11 or 3.12" in result.stderr and "PYTHON=/path" in result.stderr
+        assert not (tmp_path / "env").exists()
+
+    def test_a_shim_that_does_not_run_is_passed_over(self, tmp_path):
+        for name, text in {
+            "python3.11": "exit 127",
+            "python3.12": f'exec "{sys.executable}" "$@"',
+        }.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        result = make("-n", "install", f"ENV={tmp_path}/env", PATH=path)
+        assert '"python3.12" -m venv' in result.stdout
+
+    def test_ci_runs_the_readmes_test_command(self):
+        script = (ROOT / ".ci" / "run").read_text()
+        assert "make test" in script and "set -euo pipefail" in script
+        assert os.access(ROOT / ".ci" / "run", os.X_OK)
