@@ -1,0 +1,34 @@
+"""The models: configuration, presets, encoder-decoder, decoder-only, parameters."""
+
+from encdec.model.build import (
+    Model,
+    abstract_params,
+    build_model,
+    check_params,
+    for_decoding,
+    init_params,
+    logical_axes,
+    parameter_count,
+    scan_params,
+    unroll_params,
+)
+from encdec.model.cache import init_cache
+from encdec.model.config import ModelConfig
+from encdec.model.presets import preset, preset_names
+
+__all__ = [
+    "Model",
+    "ModelConfig",
+    "abstract_params",
+    "build_model",
+    "check_params",
+    "for_decoding",
+    "init_cache",
+    "init_params",
+    "logical_axes",
+    "parameter_count",
+    "preset",
+    "preset_names",
+    "scan_params",
+    "unroll_params",
+]

@@ -1,0 +1,154 @@
+"""Segment-aware attention with grouped key-value heads, for packed rows and for cached decoding."""
+
+from __future__ import annotations
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from encdec.model.config import ModelConfig
+from encdec.model.layers import Projection, RMSNorm
+from encdec.model.positions import apply_rope
+
+KeyValues = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, D]
+
+
+def segment_mask(
+    q_segments_BxT: jax.Array, kv_segments_BxS: jax.Array, *, causal: bool = False
+) -> jax.Array:
+    """True where a query may read a key: the same packed segment and, if causal, not later.
+
+    Padding (segment 0) reads padding only, so no real token ever sees it and no row is empty
+    in self-attention. Causality is by place in the row: segments lie in order.
+
+    Returns:
+        [B, T, S] bool.
+    """
+    mask_BxTxS = q_segments_BxT[:, :, None] == kv_segments_BxS[:, None, :]
+    if causal:
+        mask_BxTxS &= jnp.tri(q_segments_BxT.shape[1], kv_segments_BxS.shape[1], dtype=bool)
+    return mask_BxTxS
+
+
+def dot_product_attention(
+    config: ModelConfig,
+    q_BxTxHxD: jax.Array,
+    k_BxSxKxD: jax.Array,
+    v_BxSxKxD: jax.Array,
+    mask_BxTxS: jax.Array,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention in plain XLA; scores and softmax in float32. Returns [B, T, H, D].
+
+    Query head h reads kv head ``h // (H/K)`` when ``kv_pairing`` is "grouped" and ``h % K`` when
+    it is "tiled": only the order in which the head axis splits differs, nothing is copied.
+    """
+    batch, length, heads, dim = q_BxTxHxD.shape
+    kv_heads, group = k_BxSxKxD.shape[2], heads // k_BxSxKxD.shape[2]
+    # The head axis splits into (kv head, member of its group), or the other way round.
+    split, pair = ((kv_heads, group), "kg") if config.kv_pairing == "grouped" else (
+        (group, kv_heads), "gk")
+    q = (q_BxTxHxD * config.scores_scale).reshape(batch, length, *split, dim)
+    scores = jnp.einsum(
+        f"bt{pair}d,bskd->b{pair}ts", q, k_BxSxKxD, preferred_element_type=jnp.float32
+    )
+    if config.attention_logit_cap:
+        scores = config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap)
+    # Finite, so that a query without any key (padding in cross-attention) yields no NaN.
+    scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    if dropout_key is not None:
+        keep = 1.0 - config.attention_dropout
+        kept = jax.random.bernoulli(dropout_key, keep, probabilities.shape)
+        probabilities = jnp.where(kept, probabilities / keep, 0.0)
+    out = jnp.einsum(f"b{pair}ts,bskd->bt{pair}d", probabilities.astype(v_BxSxKxD.dtype), v_BxSxKxD)
+    return out.reshape(batch, length, heads, dim)
+
+
+@flax.struct.dataclass
+class AttentionInputs:
+    """What one attention sublayer needs beside its input and its keys; the same in every layer.
+
+    Attributes:
+        mask_BxTxS: True where a query may read a key.
+        q_rope: rotation of the queries, from ``rope_table``; None for no rotation.
+        kv_rope: rotation of the keys; None for no rotation.
+        slots_BxT: the cache slots that new keys and values are written to; None without a cache.
+    """
+
+    mask_BxTxS: jax.Array
+    q_rope: jax.Array | None = None
+    kv_rope: jax.Array | None = None
+    slots_BxT: jax.Array | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys come from its own input, an encoder, or a cache."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        into = "btm,mhd->bthd"
+        q_shape = (config.d_model, config.num_heads, config.head_dim)
+        kv_shape = (config.d_model, config.num_kv_heads, config.head_dim)
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        bias = 2 * int(config.qkv_bias)
+        self.q = Projection(config, into, q_shape, q_axes, bias)
+        self.k = Projection(config, into, kv_shape, kv_axes, bias)
+        self.v = Projection(config, into, kv_shape, kv_axes, bias)
+        self.o = Projection(
+            config, "bthd,hdm->btm", (q_shape[1], q_shape[2], q_shape[0]),
+            ("heads", "head_dim", "embed"), int(config.attention_out_bias),
+        )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, axis="head_dim")
+            self.k_norm = RMSNorm(config, axis="head_dim")
+
+    def key_values(self, x_BxSxM: jax.Array, rope: jax.Array | None) -> KeyValues:
+        """Keys (normed and rotated) and values of a sequence, each [B, S, K, D]."""
+        k, v = self.k(x_BxSxM), self.v(x_BxSxM)
+        if self.config.qk_norm:
+            k = self.k_norm(k)
+        return apply_rope(k, rope), v
+
+    def __call__(
+        self,
+        x_BxTxM: jax.Array,
+        inputs: AttentionInputs,
+        *,
+        key_values: KeyValues | None = None,
+        cache: KeyValues | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Attends from ``x`` and returns the output [B, T, M] and the updated cache.
+
+        Args:
+            x_BxTxM: the queries' input.
+            inputs: masks, rotations and cache slots.
+            key_values: keys and values made before (cross-attention); otherwise made from ``x``.
+            cache: keys and values so far, each [B, capacity, K, D]; the new ones are written to
+                ``inputs.slots_BxT`` and the mask spans the whole capacity.
+            deterministic: False applies dropout (needs a "dropout" rng).
+        """
+        q = self.q(x_BxTxM)
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+        q = apply_rope(q, inputs.q_rope)
+        if key_values is None:
+            key_values = self.key_values(x_BxTxM, inputs.kv_rope)
+        if cache is not None:
+            rows_Bx1 = jnp.arange(x_BxTxM.shape[0])[:, None]
+            cache = jax.tree.map(
+                lambda old, new: old.at[rows_Bx1, inputs.slots_BxT].set(new.astype(old.dtype)),
+                cache, key_values,
+            )
+            key_values = cache
+        k, v = key_values
+        key = None
+        if self.config.attention_dropout and not deterministic:
+            key = self.make_rng("dropout")
+        out = dot_product_attention(self.config, q, k, v, inputs.mask_BxTxS, key)
+        out = nn.with_logical_constraint(out, ("batch", "length", "heads", "head_dim"))
+        return self.o(out), cache

@@ -1,0 +1,104 @@
+"""From a configuration to a module, its parameters, their axes, and their layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from encdec.errors import ConfigError
+from encdec.model.config import ModelConfig
+from encdec.model.decoder_only import DecoderOnly
+from encdec.model.encoder_decoder import EncoderDecoder
+
+Model = EncoderDecoder | DecoderOnly
+Params = dict[str, Any]
+
+# Shapes of an example batch: parameters do not depend on them.
+_FIELDS = {
+    True: ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions",
+           "decoder_input_tokens", "decoder_segment_ids", "decoder_positions"),
+    False: ("decoder_input_tokens", "decoder_segment_ids", "decoder_positions"),
+}
+
+
+def build_model(config: ModelConfig) -> Model:
+    """The flax.linen module of ``config``; it holds no parameters."""
+    return EncoderDecoder(config) if config.is_encoder_decoder else DecoderOnly(config)
+
+
+def _boxed_params(model: Model, key: jax.Array) -> Params:
+    fields = _FIELDS[model.config.is_encoder_decoder]
+    batch = {name: jnp.zeros((1, 2), jnp.int32) for name in fields}
+    return model.init(key, batch)["params"]
+
+
+def init_params(model: Model, key: jax.Array) -> Params:
+    """Freshly drawn parameters as a plain nested dict, in ``config.param_dtype``."""
+    return nn.unbox(_boxed_params(model, key))
+
+
+def abstract_params(model: Model) -> Params:
+    """Shapes and dtypes of the parameters, without drawing them."""
+    return nn.unbox(jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0))))
+
+
+def logical_axes(model: Model) -> Params:
+    """The parameters' tree with, at each leaf, a tuple of one logical axis name per dimension."""
+    boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
+    return jax.tree.map(
+        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def parameter_count(params: Params) -> int:
+    """Number of scalars in a tree of arrays or of their shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def unroll_params(params: Params, config: ModelConfig) -> Params:
+    """Scanned parameters (``layers`` with a leading axis) as unrolled ones (``layers_0``, ...)."""
+    result = dict(params)
+    for stack, count in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        if count:
+            layers = params[stack]["layers"]
+            result[stack] = {k: v for k, v in params[stack].items() if k != "layers"} | {
+                f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
+    return result
+
+
+def scan_params(params: Params, config: ModelConfig) -> Params:
+    """Inverse of ``unroll_params``: stacks the layers of each stack along a new first axis."""
+    result = dict(params)
+    for stack, count in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        if count:
+            names = [f"layers_{i}" for i in range(count)]
+            layers = [params[stack][name] for name in names]
+            rest = {k: v for k, v in params[stack].items() if k not in names}
+            result[stack] = rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+    return result
+
+
+def for_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model unrolled, without remat: the layout in which one-token steps are fastest."""
+    if config.scan_layers:
+        params = unroll_params(params, config)
+    return config.replace(scan_layers=False, remat="none"), params
+
+
+def check_params(params: Params, config: ModelConfig) -> None:
+    """Raises ConfigError naming the missing, extra and misshapen parameters, if there are any."""
+    flat = lambda tree: {  # noqa: E731
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    wanted, seen = flat(abstract_params(build_model(config))), flat(params)
+    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - seen.keys())]
+    problems += [f"extra {name} {seen[name]}" for name in sorted(seen.keys() - wanted.keys())]
+    problems += [
+        f"{name} has shape {seen[name]}, wanted {wanted[name]}"
+        for name in sorted(wanted.keys() & seen.keys()) if wanted[name] != seen[name]]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
+        raise ConfigError(f"parameters do not fit the model: {shown}")

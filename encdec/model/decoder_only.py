@@ -1,0 +1,49 @@
+"""The decoder-only peer, made of the same blocks: one causal stack over [inputs; targets]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from encdec.model.attention import AttentionInputs, segment_mask
+from encdec.model.cache import cached_self_attention
+from encdec.model.config import ModelConfig
+from encdec.model.encoder_decoder import Batch
+from encdec.model.layers import Embedder
+from encdec.model.positions import rope_table
+from encdec.model.stacks import LayerInputs, Stack
+
+
+class DecoderOnly(nn.Module):
+    """Maps a packed batch of the five ``decoder_*`` record fields to next-token logits."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.embedder = Embedder(self.config)
+        self.decoder = Stack(self.config, self.config.decoder_layers)
+
+    def __call__(self, batch: Batch, deterministic: bool = True) -> jax.Array:
+        """Logits [B, T, V] float32 of the next token at every position."""
+        return self.logits(self.hidden(batch, deterministic))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Vocabulary head: activations [..., M] to float32 logits [..., V]."""
+        return self.embedder.logits(hidden)
+
+    def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
+        """The stack's normed output [B, T, M] under teacher forcing, on packed rows."""
+        positions, segments = batch["decoder_positions"], batch["decoder_segment_ids"]
+        rope = rope_table(self.config, positions, positions.shape[1])
+        attention = AttentionInputs(segment_mask(segments, segments, causal=True), rope, rope)
+        inputs = LayerInputs(attention, deterministic=deterministic)
+        return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
+
+    def decode_cached(
+        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Any, source: None = None
+    ) -> tuple[jax.Array, Any]:
+        """The next N tokens of every row, prompt or answer: see EncoderDecoder.decode_cached."""
+        attention = cached_self_attention(self.config, cache, positions_BxN)
+        return self.decoder(self.embedder(tokens_BxN), LayerInputs(attention), None, cache)

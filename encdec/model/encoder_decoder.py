@@ -1,0 +1,139 @@
+"""The encoder-decoder: a bidirectional encoder read by a causal decoder through cross-attention."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from encdec.model.attention import AttentionInputs, segment_mask
+from encdec.model.cache import cached_self_attention
+from encdec.model.config import ModelConfig
+from encdec.model.layers import Embedder
+from encdec.model.positions import encoder_rope_positions, rope_table
+from encdec.model.stacks import LayerInputs, Stack
+
+Batch = Mapping[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Source:
+    """An encoded source, ready to be decoded from again and again.
+
+    Attributes:
+        cross_kv: every layer's cross-attention keys and values (see ``Stack``).
+        mask_BxS: True where the source has a token.
+    """
+
+    cross_kv: Any
+    mask_BxS: jax.Array
+
+
+class EncoderDecoder(nn.Module):
+    """Maps a packed batch of record fields to target logits; see ``encdec.data.records``."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.embedder = Embedder(config)
+        self.encoder = Stack(config, config.encoder_layers)
+        self.decoder = Stack(config, config.decoder_layers, cross_attention=True)
+
+    def __call__(self, batch: Batch, deterministic: bool = True) -> jax.Array:
+        """Logits [B, T, V] float32 of the next target token at every decoder position."""
+        return self.logits(self.hidden(batch, deterministic))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Vocabulary head: activations [..., M] to float32 logits [..., V]."""
+        return self.embedder.logits(hidden)
+
+    def encode(
+        self,
+        tokens_BxS: jax.Array,
+        segments_BxS: jax.Array,
+        positions_BxS: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """The encoder's normed output [B, S, M]."""
+        places = encoder_rope_positions(self.config, positions_BxS, segments_BxS)
+        rope = rope_table(self.config, places, tokens_BxS.shape[1])
+        inputs = LayerInputs(
+            AttentionInputs(segment_mask(segments_BxS, segments_BxS), rope, rope),
+            deterministic=deterministic,
+        )
+        return self.encoder(self.embedder(tokens_BxS), inputs)[0]
+
+    def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
+        """The decoder's normed output [B, T, M] under teacher forcing, on packed rows."""
+        source_segments, target_segments = (
+            batch["encoder_segment_ids"], batch["decoder_segment_ids"])
+        encoded_BxSxM = self.encode(
+            batch["encoder_input_tokens"], source_segments, batch["encoder_positions"],
+            deterministic,
+        )
+        cross_mask = segment_mask(target_segments, source_segments)
+        # The length of the source that each target token belongs to.
+        source_lengths_BxT = jnp.sum(cross_mask, axis=-1, dtype=jnp.int32)
+        positions = batch["decoder_positions"]
+        rope = rope_table(self.config, positions, positions.shape[1])
+        inputs = LayerInputs(
+            AttentionInputs(
+                segment_mask(target_segments, target_segments, causal=True), rope, rope),
+            self._cross_attention(
+                cross_mask, positions, source_lengths_BxT, batch["encoder_positions"]),
+            encoded_BxSxM,
+            deterministic,
+        )
+        return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
+
+    def source(
+        self, tokens_BxS: jax.Array, segments_BxS: jax.Array, positions_BxS: jax.Array
+    ) -> Source:
+        """Encodes one unpacked source a row (segment 1, padding 0) and keys it for decoding."""
+        encoded_BxSxM = self.encode(tokens_BxS, segments_BxS, positions_BxS)
+        mask_BxS = segments_BxS > 0
+        cross = self._cross_attention(None, None, None, positions_BxS)
+        inputs = LayerInputs(None, cross, encoded_BxSxM)
+        return Source(self.decoder.cross_key_values(inputs), mask_BxS)
+
+    def decode_cached(
+        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Any, source: Source
+    ) -> tuple[jax.Array, Any]:
+        """The next N tokens of every row: normed output [B, N, M] and the updated cache.
+
+        A token's position is also its cache slot. A row may be padded on the right by tokens
+        whose positions are overwritten later: nothing reads a slot beyond its own position.
+        """
+        batch, length = tokens_BxN.shape
+        attention = cached_self_attention(self.config, cache, positions_BxN)
+        cross_mask = jnp.broadcast_to(
+            source.mask_BxS[:, None], (batch, length, source.mask_BxS.shape[1]))
+        source_lengths = jnp.sum(source.mask_BxS, axis=-1, dtype=jnp.int32)[:, None]
+        cross = self._cross_attention(cross_mask, positions_BxN, source_lengths, None)
+        return self.decoder(
+            self.embedder(tokens_BxN), LayerInputs(attention, cross), source.cross_kv, cache)
+
+    def _cross_attention(
+        self,
+        mask_BxTxS: jax.Array | None,
+        positions_BxT: jax.Array | None,
+        source_lengths_BxT: jax.Array | None,
+        source_positions_BxS: jax.Array | None,
+    ) -> AttentionInputs:
+        """Cross-attention's mask and rotations; either side may be absent when not needed.
+
+        Sources count from zero whatever the encoder's own choice; targets count from zero or
+        continue where their source ends.
+        """
+        style, q_rope, kv_rope = self.config.cross_attention_rope, None, None
+        if style != "none" and positions_BxT is not None:
+            offset = source_lengths_BxT if style == "continued" else 0
+            q_rope = rope_table(self.config, positions_BxT + offset, positions_BxT.shape[1])
+        if style != "none" and source_positions_BxS is not None:
+            kv_rope = rope_table(
+                self.config, source_positions_BxS, source_positions_BxS.shape[1])
+        return AttentionInputs(mask_BxTxS, q_rope, kv_rope)

@@ -1,0 +1,158 @@
+"""Transformer blocks and the stacks made of them: scanned or unrolled, with or without remat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+from flax import linen as nn
+
+from encdec.model.attention import Attention, AttentionInputs, KeyValues
+from encdec.model.config import ModelConfig
+from encdec.model.layers import Mlp, RMSNorm
+
+REMAT_POLICIES = {
+    # Keeps the outputs of matrix products with weights, recomputes attention and what is cheap.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@flax.struct.dataclass
+class LayerInputs:
+    """What every layer of a stack reads beside the running activations.
+
+    Attributes:
+        self_attention: mask and rotations of self-attention.
+        cross_attention: the same of cross-attention; None in stacks without it.
+        encoded_BxSxM: the encoder's output, read by cross-attention when its keys and values
+            have not been made beforehand.
+        deterministic: False applies dropout.
+    """
+
+    self_attention: AttentionInputs
+    cross_attention: AttentionInputs | None = None
+    encoded_BxSxM: jax.Array | None = None
+    deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, cross-attention if asked for, MLP.
+
+    With ``post_norms``, each sublayer's output is normed too before it joins the residual.
+    """
+
+    config: ModelConfig
+    cross_attention: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.self_attention_norm = RMSNorm(config)
+        self.self_attention = Attention(config)
+        if self.cross_attention:
+            self.cross_attention_norm = RMSNorm(config)
+            self.encoder_attention = Attention(config)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = Mlp(config)
+        if config.post_norms:
+            self.self_attention_post_norm = RMSNorm(config)
+            if self.cross_attention:
+                self.cross_attention_post_norm = RMSNorm(config)
+            self.mlp_post_norm = RMSNorm(config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+        self.mlp_dropout = nn.Dropout(config.mlp_dropout)
+
+    def __call__(
+        self,
+        x_BxTxM: jax.Array,
+        inputs: LayerInputs,
+        cross_kv: KeyValues | None,
+        cache: KeyValues | None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """One layer: activations in, activations and the updated self-attention cache out."""
+        post_norms, deterministic = self.config.post_norms, inputs.deterministic
+        y, cache = self.self_attention(
+            self.self_attention_norm(x_BxTxM), inputs.self_attention,
+            cache=cache, deterministic=deterministic,
+        )
+        y = self.self_attention_post_norm(y) if post_norms else y
+        x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
+        if self.cross_attention:
+            if cross_kv is None:
+                cross_kv = self.cross_key_values(None, inputs)[1]
+            y, _ = self.encoder_attention(
+                self.cross_attention_norm(x_BxTxM), inputs.cross_attention,
+                key_values=cross_kv, deterministic=deterministic,
+            )
+            y = self.cross_attention_post_norm(y) if post_norms else y
+            x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
+        y = self.mlp(self.mlp_norm(x_BxTxM))
+        y = self.mlp_post_norm(y) if post_norms else y
+        x_BxTxM = x_BxTxM + self.mlp_dropout(y, deterministic=deterministic)
+        x_BxTxM = nn.with_logical_constraint(x_BxTxM, ("batch", "length", "embed_act"))
+        return x_BxTxM, cache
+
+    def cross_key_values(self, carry: None, inputs: LayerInputs) -> tuple[None, KeyValues]:
+        """Cross-attention's keys and values; the encoder's output is read as it is, un-normed."""
+        rope = inputs.cross_attention.kv_rope
+        return carry, self.encoder_attention.key_values(inputs.encoded_BxSxM, rope)
+
+
+class Stack(nn.Module):
+    """``num_layers`` blocks and a final norm.
+
+    Scanned, parameters lie under ``layers`` with a leading layer axis, and so do caches; unrolled,
+    under ``layers_0``, ``layers_1``, ..., and caches are tuples with one entry per layer.
+    """
+
+    config: ModelConfig
+    num_layers: int
+    cross_attention: bool = False
+
+    def setup(self) -> None:
+        config, block = self.config, Block
+        if config.remat != "none":
+            # CSE cannot undo remat across the iterations of a scan, so its barrier is left out.
+            block = nn.remat(
+                block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers
+            )
+        if config.scan_layers:
+            lifted = {
+                "variable_axes": {"params": 0},
+                "split_rngs": {"params": True, "dropout": True},
+                "length": self.num_layers,
+                "metadata_params": {nn.PARTITION_NAME: "layers"},
+            }
+            methods = {"__call__": lifted | {"in_axes": (nn.broadcast, 0, 0)}}
+            if self.cross_attention:
+                methods["cross_key_values"] = lifted | {"in_axes": (nn.broadcast,)}
+            self.layers = nn.scan(block, methods=methods)(config, self.cross_attention)
+        else:
+            self.layers = [block(config, self.cross_attention) for _ in range(self.num_layers)]
+        self.final_norm = RMSNorm(config)
+        self.embedding_dropout = nn.Dropout(config.residual_dropout)
+
+    def __call__(
+        self, x_BxTxM: jax.Array, inputs: LayerInputs, cross_kv: Any = None, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Runs all layers; returns the normed activations [B, T, M] and the updated cache."""
+        x_BxTxM = self.embedding_dropout(x_BxTxM, deterministic=inputs.deterministic)
+        if self.config.scan_layers:
+            x_BxTxM, cache = self.layers(x_BxTxM, inputs, cross_kv, cache)
+        else:
+            nothing = (None,) * self.num_layers
+            caches = []
+            for layer, layer_kv, layer_cache in zip(
+                self.layers, cross_kv or nothing, cache or nothing, strict=True
+            ):
+                x_BxTxM, layer_cache = layer(x_BxTxM, inputs, layer_kv, layer_cache)
+                caches.append(layer_cache)
+            cache = tuple(caches) if cache is not None else None
+        return self.final_norm(x_BxTxM), cache
+
+    def cross_key_values(self, inputs: LayerInputs) -> Any:
+        """Every layer's cross-attention keys and values, made once per source."""
+        if self.config.scan_layers:
+            return self.layers.cross_key_values(None, inputs)[1]
+        return tuple(layer.cross_key_values(None, inputs)[1] for layer in self.layers)
