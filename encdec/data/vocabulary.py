@@ -1,0 +1,335 @@
+"""Vocabularies: SentencePiece models and plain bytes, without TensorFlow.
+
+Ids agree with seqio's ``SentencePieceVocabulary`` and ``ByteVocabulary``; extra ids (sentinels,
+modes) lie at the vocabulary's end, counted from the last id down as in T5, so that a model sized
+for the vocabulary needs no remapping when an objective asks for them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from encdec.errors import DataError
+
+SPEC_FILE = "vocabulary.json"
+MODEL_FILE = "vocabulary.model"
+CARD_FILE = "dataset.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularySpec:
+    """What a card or work directory says of its vocabulary; `file` is relative to it."""
+
+    kind: str
+    size: int
+    eos_id: int
+    pad_id: int
+    extra_ids: int
+    fingerprint: str
+    file: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Vocabulary(abc.ABC):
+    """Text to ids and back. `size` counts the extra ids; `pad_id` is 0 as in seqio."""
+
+    kind: str
+    pad_id = 0
+
+    def __init__(self, extra_ids: int = 0):
+        if not isinstance(extra_ids, int) or extra_ids < 0:
+            raise DataError(f"extra_ids must be an integer >= 0, got {extra_ids!r}")
+        self.extra_ids = extra_ids
+
+    @property
+    @abc.abstractmethod
+    def base_size(self) -> int:
+        """Ids without the extra ids."""
+
+    @property
+    @abc.abstractmethod
+    def eos_id(self) -> int:
+        """Id that ends a text."""
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One int32 array of ids a text, without EOS; on the calling thread only."""
+
+    @abc.abstractmethod
+    def _decode_plain(self, ids: list[int]) -> str:
+        """Text of ids below `base_size`."""
+
+    @abc.abstractmethod
+    def _model_bytes(self) -> bytes:
+        """What, beside the kind and the extra ids, makes two vocabularies the same."""
+
+    @property
+    @abc.abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes of text each id stands for, int32 [size]; 0 for control and extra ids."""
+
+    @property
+    def size(self) -> int:
+        return self.base_size + self.extra_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the kind, the model's bytes and the number of extra ids."""
+        digest = hashlib.sha256()
+        digest.update(f"{self.kind}\n{self.extra_ids}\n".encode())
+        digest.update(self._model_bytes())
+        return digest.hexdigest()
+
+    def extra_id(self, number: int) -> int:
+        """Id of extra id `number`; number 0 is the vocabulary's last id, as in T5."""
+        if not 0 <= number < self.extra_ids:
+            raise DataError(
+                f"extra id {number} asked for, but the vocabulary has {self.extra_ids} extra ids; "
+                f"load it with --extra_ids={number + 1} or more"
+            )
+        return self.size - 1 - number
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without EOS."""
+        return self.encode_batch([text])[0].tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids up to the first EOS; extra ids show as ``<extra_id_0>``, ..."""
+        parts: list[str] = []
+        plain: list[int] = []
+        for token in map(int, ids):
+            if token == self.eos_id:
+                break
+            if not 0 <= token < self.size:
+                raise DataError(f"id {token} lies outside the vocabulary of {self.size} ids")
+            if token < self.base_size:
+                plain.append(token)
+                continue
+            if plain:
+                parts.append(self._decode_plain(plain))
+                plain = []
+            parts.append(f"<extra_id_{self.size - 1 - token}>")
+        if plain:
+            parts.append(self._decode_plain(plain))
+        return "".join(parts)
+
+    def spec(self) -> VocabularySpec:
+        return VocabularySpec(
+            kind=self.kind,
+            size=self.size,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            extra_ids=self.extra_ids,
+            fingerprint=self.fingerprint,
+            file=None if self.kind == "bytes" else MODEL_FILE,
+        )
+
+    def save(self, directory: str | pathlib.Path) -> VocabularySpec:
+        """Write the model's copy and ``vocabulary.json`` into `directory`; return the spec."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        spec = self.spec()
+        if spec.file:
+            (directory / spec.file).write_bytes(self._model_bytes())
+        (directory / SPEC_FILE).write_text(json.dumps(spec.to_dict(), indent=2) + "\n")
+        return spec
+
+
+class ByteVocabulary(Vocabulary):
+    """UTF-8 bytes offset by 3: pad 0, EOS 1, unk 2, as ``seqio.ByteVocabulary``."""
+
+    kind = "bytes"
+    offset = 3
+    eos_id = 1
+    base_size = offset + 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [
+            np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + self.offset
+            for text in texts
+        ]
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        data = bytes(token - self.offset for token in ids if token >= self.offset)
+        return data.decode("utf-8", errors="ignore")
+
+    def _model_bytes(self) -> bytes:
+        return b""
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        lengths = np.zeros(self.size, np.int32)
+        lengths[self.offset : self.base_size] = 1
+        return lengths
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """A SentencePiece ``.model``; text never encodes to extra ids, whatever it spells."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, extra_ids: int = 0, name: str = "the SentencePiece model"):
+        super().__init__(extra_ids)
+        import sentencepiece
+
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+            pieces = self._processor.GetPieceSize()
+        except Exception as error:
+            raise DataError(f"{name} is no SentencePiece model: {error}") from error
+        if not model or pieces == 0:
+            raise DataError(f"{name} is empty; give a trained .model file (encdec vocab makes one)")
+        if self._processor.eos_id() < 0:
+            raise DataError(f"{name} defines no EOS piece; train it with an eos_id >= 0")
+
+    @property
+    def base_size(self) -> int:
+        return self._processor.GetPieceSize()
+
+    @property
+    def eos_id(self) -> int:
+        return self._processor.eos_id()
+
+    @property
+    def bos_id(self) -> int | None:
+        """The model's BOS id, or None where it has none."""
+        token = self._processor.bos_id()
+        return None if token < 0 else token
+
+    @property
+    def adds_dummy_prefix(self) -> bool:
+        """Whether encoding puts a space in front of every text (Llama's and T5's models do)."""
+        first = self._processor.encode("a")[0]
+        return self._processor.id_to_piece(first).startswith("\u2581")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def _model_bytes(self) -> bytes:
+        return self._model
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        processor = self._processor
+        lengths = np.zeros(self.size, np.int32)
+        for token in range(self.base_size):
+            if processor.is_byte(token) or processor.is_unknown(token):
+                lengths[token] = 1
+            elif not (processor.is_control(token) or processor.is_unused(token)):
+                piece = processor.id_to_piece(token).replace("\u2581", " ")
+                lengths[token] = len(piece.encode("utf-8"))
+        return lengths
+
+
+def load_vocabulary(
+    source: VocabularySpec | dict[str, Any] | str | pathlib.Path | Vocabulary,
+    *,
+    extra_ids: int | None = None,
+    directory: str | pathlib.Path | None = None,
+) -> Vocabulary:
+    """Load a vocabulary from "bytes", a ``.model`` file, a directory holding one, or a spec.
+
+    `directory` is where a spec's file lies. `extra_ids` is for "bytes" and ``.model`` files
+    (default 0, or 'PATH+100' in the string); specs carry their own.
+
+    Raises DataError where the file is missing or is not what the spec's fingerprint says.
+    """
+    if isinstance(source, Vocabulary):
+        return source
+    if isinstance(source, dict):
+        source = _spec_from_dict(source, "the vocabulary's spec")
+    if isinstance(source, VocabularySpec):
+        return _from_spec(source, pathlib.Path(directory or "."))
+    text = str(source)
+    path = pathlib.Path(text)
+    if not path.exists() and (match := re.fullmatch(r"(.+)\+(\d+)", text)):
+        text, path = match[1], pathlib.Path(match[1])
+        extra_ids = int(match[2]) if extra_ids is None else extra_ids
+    if text == "bytes":
+        return ByteVocabulary(extra_ids or 0)
+    if path.is_dir():
+        if extra_ids:
+            raise DataError(f"{path} states its own extra ids; leave --extra_ids={extra_ids} out")
+        return _from_spec(_spec_in_directory(path), path)
+    if not path.is_file():
+        raise DataError(
+            f"vocabulary {text} not found; give the path of a SentencePiece .model, 'bytes', or "
+            f"train one: encdec vocab --task=stdlib_text --size=8192 --out={text}"
+        )
+    return SentencePieceVocabulary(path.read_bytes(), extra_ids or 0, name=str(path))
+
+
+def copy_vocabulary(source: str | pathlib.Path, target: str | pathlib.Path) -> VocabularySpec:
+    """Copy the vocabulary of one records or work directory into another."""
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    spec = _spec_in_directory(source)
+    target.mkdir(parents=True, exist_ok=True)
+    if spec.file:
+        shutil.copyfile(source / spec.file, target / spec.file)
+    (target / SPEC_FILE).write_text(json.dumps(spec.to_dict(), indent=2) + "\n")
+    return spec
+
+
+def _from_spec(spec: VocabularySpec, directory: pathlib.Path) -> Vocabulary:
+    if spec.kind == ByteVocabulary.kind:
+        vocabulary: Vocabulary = ByteVocabulary(spec.extra_ids)
+    elif spec.kind == SentencePieceVocabulary.kind:
+        path = directory / (spec.file or MODEL_FILE)
+        if not path.is_file():
+            raise DataError(
+                f"vocabulary file {path} is missing; copy it back from where {directory} came from"
+            )
+        vocabulary = SentencePieceVocabulary(path.read_bytes(), spec.extra_ids, name=str(path))
+    else:
+        raise DataError(
+            f"vocabulary kind {spec.kind!r} is not known; wanted 'sentencepiece' or 'bytes'"
+        )
+    if vocabulary.fingerprint != spec.fingerprint:
+        raise DataError(
+            f"the vocabulary in {directory} has fingerprint {vocabulary.fingerprint[:16]}, but "
+            f"{spec.fingerprint[:16]} was recorded with the data; put the original file back"
+        )
+    return vocabulary
+
+
+def _spec_in_directory(directory: pathlib.Path) -> VocabularySpec:
+    for name in (SPEC_FILE, CARD_FILE):
+        path = directory / name
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text())
+            except ValueError as error:
+                raise DataError(f"{path} is not readable JSON: {error}") from error
+            if name == CARD_FILE:
+                content = content.get("vocabulary") if isinstance(content, dict) else None
+            return _spec_from_dict(content, str(path))
+    raise DataError(
+        f"no vocabulary in {directory}: neither {SPEC_FILE} nor {CARD_FILE} lies there; give a "
+        "records directory, a work directory or a .model file"
+    )
+
+
+def _spec_from_dict(content: Any, where: str) -> VocabularySpec:
+    fields = {field.name for field in dataclasses.fields(VocabularySpec)}
+    wanted = fields - {"file"}
+    if not isinstance(content, dict) or not wanted <= set(content):
+        seen = sorted(content) if isinstance(content, dict) else content
+        raise DataError(f"{where} describes no vocabulary: wanted {sorted(wanted)}, got {seen}")
+    return VocabularySpec(**{name: content[name] for name in fields if name in content})
