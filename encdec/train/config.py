@@ -1,0 +1,296 @@
+"""What a run is: its typed configuration, and every check that needs neither data nor devices.
+
+A config file (``configs/*.py``) returns an ml_collections ``ConfigDict``; ``parse_config`` turns
+it into the frozen ``RunConfig`` that the training code reads. Fields that a config file leaves
+out take the defaults below, and ``complete`` adds them, so that each can be overridden from the
+command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_type_hints
+
+import ml_collections
+from ml_collections import config_dict
+
+from encdec.errors import ConfigError
+from encdec.model import ModelConfig, preset
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    records: str = ""  # directory made by `encdec prepare`
+    eval_records: str = ""  # the held-out directory; empty: no evaluation
+    shuffle: bool = True  # another order of the rows in every epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, which stands for the rest."""
+
+    data: int = -1  # copies of the model
+    fsdp: int = 1  # shards of parameters and optimizer state, each with its own rows
+    tensor: int = 1  # shards of heads, MLP and vocabulary, which share their rows
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-3  # at the schedule's peak
+    weight_decay: float = 0.1  # times the learning rate; matrices only, never norms and biases
+    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+    b1: float = 0.9  # AdamW: decay of the first moment
+    b2: float = 0.95  # AdamW: decay of the second moment
+    eps: float = 1e-8  # AdamW: added to the root of the second moment
+    momentum: float = 0.95  # Muon: decay of the momentum
+    decay_rate: float = 0.8  # Adafactor: second moment decays by 1 - step^-decay_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warmup, then a decay; fractions are of the peak or of the run, in [0, 1]."""
+
+    name: Literal["cosine", "linear", "rsqrt", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0  # steps up to the peak
+    final_fraction: float = 0.0  # of the peak, at the last step (cosine, linear, wsd)
+    decay_fraction: float = 0.2  # wsd: the part of the run spent decaying linearly
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    z_loss: float = 0.0  # weight of log(sum(exp(logits)))^2, which keeps logits small
+    label_smoothing: float = 0.0  # probability spread evenly over the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0  # steps between evaluations; 0: only after the last step
+    batches: int = 0  # batches evaluated each time; 0: every row once
+    batch_size: int = 0  # rows; 0: as many as one training micro-batch
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept; 0 keeps all
+    keep_every: int = 0  # also keep each checkpoint whose step is a multiple; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    first_step: int = 0  # start a profiler trace at this step; 0: no profile
+    steps: int = 5  # steps in the trace
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Raises:
+        ConfigError: from ``parse_config``, before anything is computed or written.
+    """
+
+    model: str = "330m"  # preset, see `encdec describe`
+    model_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batch_size: int = 128  # rows in one optimizer step, over all devices
+    accumulation: int = 1  # micro-batches that make up one optimizer step
+    steps: int = 10_000  # optimizer steps of the whole run
+    seed: int = 0  # of the initial parameters, dropout and the rows' order
+    log_every: int = 50  # steps between two lines of metrics
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    def model_config(self) -> ModelConfig:
+        """The preset with its overrides."""
+        return preset(self.model, **self.model_overrides)
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size // self.accumulation
+
+
+# Fields that may change when a run is continued: they say where and how it runs and what it
+# reports, not which function of the data it computes. Records are compared by content instead.
+OPERATIONAL = ("data.records", "data.eval_records", "log_every", "mesh.", "eval.", "checkpoint.",
+               "profile.")
+
+
+def parse_config(config: RunConfig | Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
+    """Checks a run's configuration and freezes it.
+
+    Raises:
+        ConfigError: unknown field (naming the nearest), wrong type, or a value out of range.
+    """
+    if isinstance(config, RunConfig):
+        config = to_dict(config)
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    run = _build(RunConfig, config, "")
+    _check_values(run)
+    run.model_config()
+    return run
+
+
+def to_dict(run: RunConfig) -> dict[str, Any]:
+    """Nested plain values, the inverse of ``parse_config``."""
+    return dataclasses.asdict(run)
+
+
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Adds the fields that a config file left out, so that each can be overridden.
+
+    Every field of ModelConfig appears under ``model_overrides``; None means the preset's value.
+    """
+    full = ml_collections.ConfigDict(to_dict(RunConfig()))
+    hints = get_type_hints(ModelConfig)
+    for field in dataclasses.fields(ModelConfig):
+        kind = type(get_args(hints[field.name])[0]) if get_args(hints[field.name]) else (
+            hints[field.name])
+        full.model_overrides[field.name] = config_dict.placeholder(kind)
+    _check_names(config.to_dict(), full)
+    try:
+        full.update(config)
+    except TypeError as error:
+        raise ConfigError(f"config file: {error}") from None
+    return full
+
+
+def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, groups included."""
+    names = []
+    for name in config:
+        names.append(prefix + name)
+        value = config.get_ref(name).get() if config.get_type(name) is None else config[name]
+        if isinstance(value, ml_collections.ConfigDict):
+            names += field_names(value, f"{prefix}{name}.")
+    return names
+
+
+def unknown_field(name: str, names: list[str]) -> ConfigError:
+    """The error for a field that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    # `lerning_rate` is nearer to `optimizer.learning_rate` than the whole paths show.
+    leaf = difflib.get_close_matches(
+        name.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.75)
+    if leaf:
+        near = [n for n in names if n.rsplit(".", 1)[-1] == leaf[0]]
+        near = difflib.get_close_matches(name, near, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {', '.join(names)}"
+    return ConfigError(f"the run's configuration has no field {name!r}{hint}")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values that differ between two nested mappings."""
+    names = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(prefix + key)
+    return names
+
+
+def _check_names(values: Mapping[str, Any], full: ml_collections.ConfigDict) -> None:
+    names = field_names(full)
+
+    def visit(group: Mapping[str, Any], prefix: str) -> None:
+        for key, value in group.items():
+            if prefix + key not in names:
+                raise unknown_field(prefix + key, names)
+            if isinstance(value, Mapping):
+                visit(value, f"{prefix}{key}.")
+
+    visit(values, "")
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """Builds a config dataclass out of plain values, checking names and types on the way."""
+    hints = get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            raise unknown_field(prefix + name, field_names(ml_collections.ConfigDict(
+                to_dict(RunConfig()))))
+    arguments = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise _ill_typed(prefix + name, value, "a group of fields")
+            arguments[name] = _build(hint, value, f"{prefix}{name}.")
+        elif name == "model_overrides":
+            arguments[name] = {k: v for k, v in value.items() if v is not None}
+        else:
+            arguments[name] = _typed(prefix + name, value, hint)
+    return kind(**arguments)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    choices = get_args(hint)
+    if choices:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"config.{name} is {value!r}; wanted one of "
+                              f"{', '.join(map(repr, choices))}{hint_text}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise _ill_typed(name, value, hint.__name__)
+    return value
+
+
+def _ill_typed(name: str, value: Any, wanted: str) -> ConfigError:
+    return ConfigError(f"config.{name} is {value!r} ({type(value).__name__}); wanted {wanted}")
+
+
+def _check_values(run: RunConfig) -> None:
+    def require(condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            value: Any = run
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"config.{name} is {value!r}; wanted {wanted}")
+
+    for name in ("batch_size", "accumulation", "steps", "log_every"):
+        require(getattr(run, name) > 0, name, "a positive number")
+    require(run.batch_size % run.accumulation == 0, "batch_size",
+            f"a multiple of config.accumulation = {run.accumulation}")
+    require(0 <= run.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
+    optimizer, schedule = run.optimizer, run.schedule
+    require(optimizer.learning_rate > 0, "optimizer.learning_rate", "a positive number")
+    require(optimizer.eps > 0, "optimizer.eps", "a positive number")
+    for name in ("weight_decay", "clip_norm"):
+        require(getattr(optimizer, name) >= 0, f"optimizer.{name}", "0 (off) or a positive number")
+    for name in ("b1", "b2", "momentum"):
+        require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", "a number in [0, 1)")
+    require(0 < optimizer.decay_rate < 1, "optimizer.decay_rate", "a number in (0, 1)")
+    require(0 <= schedule.warmup_steps < run.steps, "schedule.warmup_steps",
+            f"0 or more, and less than config.steps = {run.steps}")
+    require(schedule.name != "rsqrt" or schedule.warmup_steps > 0, "schedule.warmup_steps",
+            "1 or more with the rsqrt schedule, whose decay starts from it")
+    for name in ("final_fraction", "decay_fraction"):
+        require(0 <= getattr(schedule, name) <= 1, f"schedule.{name}", "a fraction in [0, 1]")
+    require(run.loss.z_loss >= 0, "loss.z_loss", "0 (off) or a positive number")
+    require(0 <= run.loss.label_smoothing < 1, "loss.label_smoothing", "a number in [0, 1)")
+    for name in ("eval.every", "eval.batches", "eval.batch_size", "checkpoint.every",
+                 "checkpoint.keep", "checkpoint.keep_every", "profile.first_step"):
+        group, field = name.split(".")
+        require(getattr(getattr(run, group), field) >= 0, name, "0 or a positive number")
+    require(run.profile.steps > 0, "profile.steps", "a positive number")
+    sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    for name, size in zip(("data", "fsdp", "tensor"), sizes):
+        require(size == -1 or size > 0, f"mesh.{name}", "a positive number, or -1 for the rest")
+    if sizes.count(-1) > 1:
+        raise ConfigError(f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}; "
+                          "wanted -1 on at most one axis")

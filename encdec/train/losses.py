@@ -1,0 +1,100 @@
+"""Losses of target tokens, as sums that add up over rows, hosts and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from encdec.train.config import LossConfig
+
+
+@flax.struct.dataclass
+class LossSums:
+    """Sums over loss-bearing target positions; float32 scalars.
+
+    Attributes:
+        objective: what is minimised: smoothed cross entropy plus z-loss.
+        cross_entropy: nats, against the targets as they are: the loss that is reported.
+        z_loss: its part of the objective.
+        correct: positions whose most likely token is the target.
+        weight: the positions' loss weights; the number of target tokens where these are 0 or 1.
+    """
+
+    objective: jax.Array
+    cross_entropy: jax.Array
+    z_loss: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return jax.tree.map(jnp.add, self, other)
+
+
+def target_losses(
+    head: Callable[[jax.Array], jax.Array],
+    hidden_BxTxM: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    config: LossConfig,
+) -> LossSums:
+    """Sums the losses of every position, from hidden activations and the vocabulary head.
+
+    The head is passed rather than its logits so that the vocabulary can be worked through in
+    tiles without a change to the callers.
+
+    Args:
+        head: activations [..., M] to float32 logits [..., V].
+        hidden_BxTxM: the model's last activations.
+        targets_BxT: int32 target ids.
+        weights_BxT: float32; 0 for padding and whatever else carries no loss.
+        config: z-loss (arXiv 2204.02311, section 5) and label smoothing (arXiv 1512.00567).
+    """
+    logits_BxTxV = head(hidden_BxTxM)
+    log_normaliser = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+    target_logits = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    cross_entropy = log_normaliser - target_logits
+    objective = cross_entropy
+    if config.label_smoothing:
+        uniform = log_normaliser - jnp.mean(logits_BxTxV, axis=-1)
+        objective += config.label_smoothing * (uniform - cross_entropy)
+    z_loss = config.z_loss * jnp.square(log_normaliser)
+    if config.z_loss:
+        objective += z_loss
+    correct = target_logits >= jnp.max(logits_BxTxV, axis=-1)
+    total = lambda values: jnp.sum(values * weights_BxT, dtype=jnp.float32)  # noqa: E731
+    return LossSums(total(objective), total(cross_entropy), total(z_loss), total(correct),
+                    jnp.sum(weights_BxT, dtype=jnp.float32))
+
+
+def loss_positions(
+    hidden_BxNxM: jax.Array, batch: Mapping[str, jax.Array], count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gathers each row's loss-bearing positions, at most ``count`` of them, in order.
+
+    A decoder-only row holds sources and targets, of which only the targets are scored; gathering
+    them first means that the vocabulary head is paid per target token, as in an encoder-decoder.
+
+    Args:
+        hidden_BxNxM: activations of whole rows.
+        batch: the decoder_* fields [B, N].
+        count: T, the most target tokens a row can have.
+
+    Returns:
+        hidden [B, T, M], targets [B, T] and weights [B, T]; unused places have weight 0.
+    """
+    weights_BxN = batch["decoder_loss_weights"]
+    bearing_BxN = weights_BxN > 0
+    length = weights_BxN.shape[1]
+    # Rank among the loss-bearing positions; the others go to a place that is dropped.
+    rank_BxN = jnp.where(bearing_BxN, jnp.cumsum(bearing_BxN, axis=1) - 1, count)
+    places_BxN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), rank_BxN.shape)
+    put = lambda rank, place: (  # noqa: E731
+        jnp.full((count,), length, jnp.int32).at[rank].set(place, mode="drop"))
+    index_BxT = jax.vmap(put)(rank_BxN, places_BxN)
+    take = lambda x: jnp.take_along_axis(  # noqa: E731
+        x, index_BxT.reshape(index_BxT.shape + (1,) * (x.ndim - 2)), axis=1, mode="clip")
+    weights_BxT = jnp.where(index_BxT < length, take(weights_BxN), 0.0)
+    return take(hidden_BxNxM), take(batch["decoder_target_tokens"]), weights_BxT

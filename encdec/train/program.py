@@ -1,0 +1,158 @@
+"""Everything that is compiled for a run, made from configurations and a mesh alone.
+
+A ``Program`` needs no data and draws no parameters, so the same one can be trained, benchmarked,
+or only compiled for a machine that is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from encdec.errors import ConfigError
+from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
+from encdec.train.config import RunConfig
+from encdec.train.optimizer import make_optimizer, make_schedule
+from encdec.train.sharding import (
+    ShardingRules,
+    Unsharded,
+    data_shards,
+    like_params,
+    param_shardings,
+)
+from encdec.train.state import TrainState, create_state
+from encdec.train.step import make_eval_step, make_train_step
+
+ENCODER_FIELDS = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions")
+DECODER_FIELDS = ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights",
+                  "decoder_segment_ids", "decoder_positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted functions of a run, with the shapes and places of what they take.
+
+    Attributes:
+        model: the flax module.
+        mesh: the devices.
+        schedule: learning rate by step.
+        init: () -> TrainState, drawn in place on the mesh.
+        train_step: (state, batch) -> (state, StepMetrics); the state is donated.
+        eval_step: (params, batch) -> Metrics.
+        abstract_state: shapes, dtypes and shardings of the state.
+        batch_sharding: of every field of a batch.
+        unsharded: the parameters that a rule wanted split but that stay whole.
+    """
+
+    model: Model
+    mesh: Mesh
+    schedule: optax.Schedule
+    init: Callable[[], TrainState]
+    train_step: Any
+    eval_step: Any
+    abstract_state: TrainState
+    batch_sharding: NamedSharding
+    unsharded: tuple[Unsharded, ...]
+
+
+def check_batch(run: RunConfig, mesh_shards: int, eval_rows: bool = False) -> None:
+    """Raises ConfigError unless every micro-batch splits evenly over the mesh."""
+    if run.micro_batch_size % mesh_shards:
+        wanted = mesh_shards * run.accumulation
+        raise ConfigError(
+            f"config.batch_size is {run.batch_size}, in {run.accumulation} micro-batches of "
+            f"{run.micro_batch_size}; wanted a multiple of {wanted} = {mesh_shards} data shards "
+            f"(mesh.data x mesh.fsdp) x {run.accumulation} (accumulation): for example "
+            f"{max(wanted, run.batch_size // wanted * wanted)}")
+    if eval_rows and run.eval.batch_size % mesh_shards:
+        raise ConfigError(f"config.eval.batch_size is {run.eval.batch_size}; wanted a multiple of "
+                          f"the {mesh_shards} data shards (mesh.data x mesh.fsdp)")
+
+
+def build_program(
+    run: RunConfig,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    targets_length: int,
+    rules: ShardingRules = ShardingRules(),
+) -> Program:
+    """Sets up a run's functions without computing anything on a device.
+
+    Args:
+        run: the run.
+        model_config: its model.
+        mesh: (data, fsdp, tensor).
+        targets_length: T, the most target tokens in a row.
+        rules: where logical axes go.
+
+    Raises:
+        ConfigError: rules that collide, or a batch that does not split over the mesh.
+    """
+    check_batch(run, data_shards(mesh), eval_rows=True)
+    model = build_model(model_config)
+    axes, params = logical_axes(model), abstract_params(model)
+    optimizer = make_optimizer(run, axes)
+    shardings, fitted, unsharded = param_shardings(rules, mesh, params, axes)
+
+    create = lambda: create_state(model, optimizer, run.seed)  # noqa: E731
+    state = jax.eval_shape(create)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state_shardings = TrainState(
+        everywhere, shardings, like_params(state.opt_state, params, shardings, mesh))
+    abstract_state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state, state_shardings)
+    batch_sharding = NamedSharding(mesh, fitted.spec(("batch",)))
+
+    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, traced where logical axis names have a meaning."""
+        def traced(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), (
+                nn.logical_axis_rules(fitted.pairs())
+            ):
+                return function(*arguments)
+        traced.__name__ = getattr(function, "__name__", "traced")
+        return traced
+
+    return Program(
+        model=model,
+        mesh=mesh,
+        schedule=make_schedule(run),
+        init=jax.jit(create, out_shardings=state_shardings),
+        train_step=jax.jit(
+            on_mesh(make_train_step(model, optimizer, run, targets_length)),
+            in_shardings=(state_shardings, batch_sharding),
+            out_shardings=(state_shardings, everywhere),
+            donate_argnums=0),
+        eval_step=jax.jit(
+            on_mesh(make_eval_step(model, targets_length)),
+            in_shardings=(shardings, batch_sharding),
+            out_shardings=everywhere),
+        abstract_state=abstract_state,
+        batch_sharding=batch_sharding,
+        unsharded=tuple(unsharded),
+    )
+
+
+def abstract_batch(
+    program: Program, rows: int, inputs_length: int, targets_length: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places of a global batch with rows of these lengths."""
+    encoder_decoder = program.model.config.is_encoder_decoder
+    decoder_length = targets_length if encoder_decoder else inputs_length + targets_length
+    lengths = {name: inputs_length for name in ENCODER_FIELDS} if encoder_decoder else {}
+    lengths |= {name: decoder_length for name in DECODER_FIELDS}
+    return {
+        name: jax.ShapeDtypeStruct(
+            (rows, length),
+            jnp.float32 if name == "decoder_loss_weights" else jnp.int32,
+            sharding=program.batch_sharding)
+        for name, length in lengths.items()
+    }

@@ -1,0 +1,132 @@
+"""One training step and one evaluation step, as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from encdec.model import Model
+from encdec.train.config import LossConfig, RunConfig
+from encdec.train.losses import LossSums, loss_positions, target_losses
+from encdec.train.state import TrainState, step_key
+
+Batch = Mapping[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Metrics:
+    """What a batch gave: sums and counts, which add up exactly over batches and hosts.
+
+    Attributes:
+        losses: sums over target positions.
+        source_tokens: int32, input tokens without padding.
+        target_tokens: int32, target tokens without padding.
+    """
+
+    losses: LossSums
+    source_tokens: jax.Array
+    target_tokens: jax.Array
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return jax.tree.map(jnp.add, self, other)
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """A training step's sums, and what describes the step as a whole (float32 scalars)."""
+
+    sums: Metrics
+    gradient_norm: jax.Array
+    param_norm: jax.Array
+
+
+def batch_metrics(
+    model: Model,
+    params: Any,
+    batch: Batch,
+    loss: LossConfig,
+    targets_length: int,
+    dropout_key: jax.Array | None = None,
+) -> Metrics:
+    """Runs the model on a batch and sums its losses; dropout is on when a key is given."""
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden = model.apply({"params": params}, batch, deterministic=dropout_key is None, rngs=rngs,
+                         method="hidden")
+    target_tokens = jnp.sum(batch["decoder_loss_weights"] > 0, dtype=jnp.int32)
+    if model.config.is_encoder_decoder:
+        targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+        source_tokens = jnp.sum(batch["encoder_segment_ids"] > 0, dtype=jnp.int32)
+    else:
+        tokens = jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.int32)
+        source_tokens = tokens - target_tokens
+        hidden, targets, weights = loss_positions(hidden, batch, targets_length)
+    head = lambda x: model.apply({"params": params}, x, method="logits")  # noqa: E731
+    return Metrics(target_losses(head, hidden, targets, weights, loss), source_tokens,
+                   target_tokens)
+
+
+def make_train_step(
+    model: Model, optimizer: optax.GradientTransformation, run: RunConfig, targets_length: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """``train_step(state, batch) -> (state, metrics)``: pure, to be jitted and donated.
+
+    The objective is the mean over all target positions of the whole batch, however many
+    micro-batches it is worked through in: gradients of sums are added in float32 and divided
+    once.
+    """
+
+    def objective(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        metrics = batch_metrics(model, params, batch, run.loss, targets_length, key)
+        return metrics.losses.objective, metrics
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def accumulated(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+        if run.accumulation == 1:
+            return gradient(params, batch, key)
+        pieces = jax.tree.map(lambda x: _split(x, run.accumulation), batch)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], pieces), key))
+
+        def add(sums: Any, piece: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            index, micro_batch = piece
+            new = gradient(params, micro_batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, sums, new), None
+
+        return jax.lax.scan(add, zeros, (jnp.arange(run.accumulation), pieces))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        sums, metrics = accumulated(state.params, batch, step_key(run.seed, state.step))
+        # A batch without any target is no reason to divide by zero: its gradient is zero.
+        count = jnp.maximum(metrics.losses.weight, 1.0)
+        gradients = jax.tree.map(lambda g: g / count, sums)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), StepMetrics(
+            metrics, optax.global_norm(gradients), optax.global_norm(params))
+
+    return train_step
+
+
+def make_eval_step(model: Model, targets_length: int) -> Callable[[Any, Batch], Metrics]:
+    """``eval_step(params, batch) -> metrics``: plain cross entropy, without dropout."""
+
+    def eval_step(params: Any, batch: Batch) -> Metrics:
+        return batch_metrics(model, params, batch, LossConfig(), targets_length)
+
+    return eval_step
+
+
+def _split(x_BxN: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] to [pieces, B / pieces, ...], each piece spread over the same devices as before.
+
+    Piece p takes rows p, p + pieces, ...: rows of one device stay on that device.
+    """
+    batch = x_BxN.shape[0]
+    return x_BxN.reshape(batch // pieces, pieces, *x_BxN.shape[1:]).swapaxes(0, 1)
