@@ -51,8 +51,8 @@ def pins() -> dict[str, Requirement]:
 
 
 def requirements_of(arguments: dict) -> list[Requirement]:
-    texts = [*arguments["install_requires"], *sum(arguments["extras_require"].values(), [])]
-    return [Requirement(text) for text in texts]
+    groups = [arguments["install_requires"], *arguments["extras_require"].values()]
+    return [Requirement(text) for group in groups for text in group]
 
 
 def test_every_requirement_is_a_release_with_both_bounds(setup_arguments):
@@ -93,10 +93,8 @@ def test_one_tensorflow_only(pins):
 
 def test_everything_imported_is_declared(setup_arguments):
     declared = {canonicalize_name(Requirement(t).name) for t in setup_arguments["install_requires"]}
-    optional = {
-        canonicalize_name(Requirement(text).name)
-        for text in setup_arguments["extras_require"]["hf"] + setup_arguments["extras_require"]["onnx"]
-    }
+    extras = setup_arguments["extras_require"]
+    optional = {canonicalize_name(Requirement(t).name) for t in extras["hf"] + extras["onnx"]}
     local = {"encdec", "configs", *sys.stdlib_module_names}
     for path in [*(ROOT / "encdec").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         interop = path.is_relative_to(ROOT / "encdec" / "interop")

@@ -1,0 +1,107 @@
+"""Peak rates of accelerators by the name that JAX gives them, for MFU and predicted step times.
+
+All figures are the makers' own and dense: NVIDIA's data sheets print bfloat16 rates with 2:4
+sparsity, which is twice what a dense matrix product can reach.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from encdec.errors import ConfigError
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one JAX device of this kind can do at most.
+
+    Attributes:
+        name: how people call it.
+        device_kinds: what ``jax.Device.device_kind`` may say.
+        bf16_flops: dense bfloat16 FLOP/s with float32 accumulation.
+        hbm_bytes: memory, nominal; the runtime keeps a part of it.
+        hbm_bytes_per_second: memory bandwidth.
+        link_bytes_per_second: all ICI or NVLink links together, both directions; PCIe without.
+        source: where the maker says so.
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]
+    bf16_flops: float
+    hbm_bytes: int
+    hbm_bytes_per_second: float
+    link_bytes_per_second: float
+    source: str
+
+
+def _chip(
+    name: str, kinds: Sequence[str], tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float,
+    source: str,
+) -> Chip:
+    return Chip(
+        name, tuple(kinds), tflops * 1e12, int(gib * _GIB), gb_per_s * 1e9, link_gb_per_s * 1e9,
+        source)
+
+
+_TPU = "cloud.google.com/tpu/docs/"
+_SHEET = "NVIDIA data sheet, "
+
+CHIPS: tuple[Chip, ...] = (
+    # One device is a whole chip (its two cores fused, where it has two) ...
+    _chip("TPU v4", ["TPU v4"], 275, 32, 1228, 600, _TPU + "v4; links: six of 50 GB/s each way"),
+    _chip("TPU v5e", ["TPU v5 lite", "TPU v5e"], 197, 16, 819, 400, _TPU + "v5e"),
+    _chip("TPU v5p", ["TPU v5", "TPU v5p"], 459, 95, 2765, 1200, _TPU + "v5p"),
+    _chip("TPU v6e", ["TPU v6 lite", "TPU v6e"], 918, 32, 1638, 800, _TPU + "tpu7x (comparison)"),
+    # ... except here: each of the two chiplets is a device, so these are half of the chip's
+    # 2,307 TFLOP/s, 192 GiB, 7,380 GB/s and 1,200 GB/s.
+    _chip("TPU7x", ["TPU7x"], 2307 / 2, 96, 7380 / 2, 600, _TPU + "tpu7x; halved per device"),
+    _chip("A100 40GB", ["NVIDIA A100-SXM4-40GB"], 312, 40, 1555, 600, _SHEET + "A100"),
+    _chip("A100 80GB", ["NVIDIA A100-SXM4-80GB"], 312, 80, 2039, 600, _SHEET + "A100"),
+    _chip("A100 PCIe 40GB", ["NVIDIA A100-PCIE-40GB"], 312, 40, 1555, 64, _SHEET + "A100"),
+    _chip("A100 PCIe 80GB", ["NVIDIA A100 80GB PCIe"], 312, 80, 1935, 64, _SHEET + "A100"),
+    _chip("H100 SXM", ["NVIDIA H100 80GB HBM3"], 989.4, 80, 3350, 900, _SHEET + "H100"),
+    _chip("H100 PCIe", ["NVIDIA H100 PCIe"], 756, 80, 2000, 128, _SHEET + "H100"),
+    _chip("H100 NVL", ["NVIDIA H100 NVL"], 835, 94, 3900, 600, _SHEET + "H100"),
+    _chip("H200", ["NVIDIA H200"], 989.4, 141, 4800, 900, _SHEET + "H200"),
+    _chip("H200 NVL", ["NVIDIA H200 NVL"], 835, 141, 4800, 900, _SHEET + "H200"),
+    _chip("B200", ["NVIDIA B200"], 2250, 180, 7700, 1800, _SHEET + "HGX B200"),
+    _chip("L4", ["NVIDIA L4"], 121, 24, 300, 64, _SHEET + "L4"),
+    _chip("L40S", ["NVIDIA L40S"], 362, 48, 864, 64, _SHEET + "L40S"),
+)
+
+_BY_KIND = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip behind a ``jax.Device.device_kind``; None where its peak is not known (a CPU)."""
+    return _BY_KIND.get(device_kind)
+
+
+def chip_named(name: str) -> Chip:
+    """The chip called ``name`` ("TPU v5e", "v5e", "h200") or of that device kind.
+
+    Raises:
+        ConfigError: no such chip; the message lists those that are known.
+    """
+    wanted = name.lower().removeprefix("tpu").removeprefix("nvidia").strip()
+    names = {chip.name.lower().removeprefix("tpu").strip(): chip for chip in CHIPS}
+    chip = find_chip(name) or names.get(wanted)
+    if chip is None:
+        near = difflib.get_close_matches(wanted, names, n=1)
+        hint = f"did you mean {names[near[0]].name!r}? " if near else ""
+        known = ", ".join(chip.name for chip in CHIPS)
+        raise ConfigError(f"no chip is called {name!r}; {hint}Known are: {known}")
+    return chip
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """Dense bfloat16 FLOP/s of all ``devices`` (``jax.devices()``); None if one is unknown."""
+    chips = [find_chip(device.device_kind) for device in devices]
+    if not chips or None in chips:
+        return None
+    return sum(chip.bf16_flops for chip in chips)

@@ -1,0 +1,78 @@
+"""Decoder-only peers: the same widths, and as many parameters or training FLOPs."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from encdec.errors import ConfigError
+from encdec.model.config import ModelConfig
+from encdec.model.flops import count_parameters, training_flops
+
+MATCH = 0.005  # a match this close is looked for first
+TOLERANCE = 0.01  # a match worse than this is refused
+
+# How much MLP width one part of mismatch is worth: a percent closer for ten percent of width.
+_WIDTH_PER_MISMATCH = 10.0
+
+
+def match_decoder_only(
+    config: ModelConfig,
+    *,
+    by: Literal["parameters", "training_flops"] = "parameters",
+    inputs: int = 1024,
+    targets: int = 256,
+    mlp_multiple: int = 64,
+) -> ModelConfig:
+    """The decoder-only model that costs as much as an encoder-decoder.
+
+    Model width, heads, vocabulary and every other choice stay; layers and MLP width are chosen,
+    among the matches within 0.5 % if there are any, so that the MLP's width is closest to the
+    original and the match tight.
+
+    Args:
+        config: the encoder-decoder.
+        by: what is made equal: all parameters, or the training FLOPs of one example.
+        inputs: source tokens of that example.
+        targets: its target tokens.
+        mlp_multiple: the MLP's width is a multiple of this.
+
+    Raises:
+        ConfigError: not an encoder-decoder, or no match within 1 %.
+    """
+    if not config.is_encoder_decoder:
+        raise ConfigError("a peer is made from an encoder-decoder; this model is decoder_only")
+    if by not in ("parameters", "training_flops"):
+        raise ConfigError(f"by is {by!r}; wanted 'parameters' or 'training_flops'")
+
+    def cost(candidate: ModelConfig) -> float:
+        if by == "parameters":
+            return count_parameters(candidate).total
+        return training_flops(candidate, inputs, targets)
+
+    def candidate(layers: int, mlp_dim: int) -> ModelConfig:
+        return config.replace(
+            architecture="decoder_only", encoder_layers=0, decoder_layers=layers, mlp_dim=mlp_dim,
+            cross_attention_rope="none")
+
+    wanted = cost(config)
+    found: list[tuple[bool, float, ModelConfig]] = []
+    for layers in range(1, 2 * config.num_layers + 1):
+        # Cost is linear in the MLP's width, so two points give the width that matches exactly.
+        base = cost(candidate(layers, mlp_multiple))
+        step = cost(candidate(layers, 2 * mlp_multiple)) - base
+        exact = 1 + (wanted - base) / step
+        for units in {math.floor(exact), math.ceil(exact)}:
+            if units < 1:
+                continue
+            peer = candidate(layers, units * mlp_multiple)
+            mismatch = abs(cost(peer) / wanted - 1)
+            if mismatch <= TOLERANCE:
+                stretch = abs(math.log(peer.mlp_dim / config.mlp_dim))
+                score = stretch + _WIDTH_PER_MISMATCH * mismatch
+                found.append((mismatch > MATCH, score, peer))
+    if not found:
+        raise ConfigError(
+            f"no decoder-only model matches the {by} within {TOLERANCE:.0%} with an MLP width in "
+            f"multiples of {mlp_multiple}; ask for a smaller mlp_multiple")
+    return min(found, key=lambda entry: entry[:2])[2]
