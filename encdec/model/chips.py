@@ -40,8 +40,8 @@ class Chip:
 
 
 def _chip(
-    name: str, kinds: Sequence[str], tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float,
-    source: str,
+    name: str, kinds: Sequence[str], tflops: float, gib: float, gb_per_s: float,
+    link_gb_per_s: float, source: str,
 ) -> Chip:
     return Chip(
         name, tuple(kinds), tflops * 1e12, int(gib * _GIB), gb_per_s * 1e9, link_gb_per_s * 1e9,

@@ -22,7 +22,7 @@ def match_decoder_only(
     by: Literal["parameters", "training_flops"] = "parameters",
     inputs: int = 1024,
     targets: int = 256,
-    mlp_multiple: int = 64,
+    mlp_multiple: int | None = None,
 ) -> ModelConfig:
     """The decoder-only model that costs as much as an encoder-decoder.
 
@@ -35,7 +35,8 @@ def match_decoder_only(
         by: what is made equal: all parameters, or the training FLOPs of one example.
         inputs: source tokens of that example.
         targets: its target tokens.
-        mlp_multiple: the MLP's width is a multiple of this.
+        mlp_multiple: the MLP's width is a multiple of this; by default 128 for models shaped for
+            accelerators (heads and width in multiples of 128), else 64, and 8 for small ones.
 
     Raises:
         ConfigError: not an encoder-decoder, or no match within 1 %.
@@ -44,6 +45,9 @@ def match_decoder_only(
         raise ConfigError("a peer is made from an encoder-decoder; this model is decoder_only")
     if by not in ("parameters", "training_flops"):
         raise ConfigError(f"by is {by!r}; wanted 'parameters' or 'training_flops'")
+    if mlp_multiple is None:
+        shaped = config.head_dim % 128 == 0 and config.d_model % 128 == 0
+        mlp_multiple = 128 if shaped else 64 if config.d_model >= 512 else 8
 
     def cost(candidate: ModelConfig) -> float:
         if by == "parameters":

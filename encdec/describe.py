@@ -1,0 +1,291 @@
+"""``encdec describe``: what a model is and costs, beside its decoder-only peers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from encdec.errors import CheckpointError, ConfigError
+from encdec.model import ModelConfig, preset, preset_names
+from encdec.model.flops import (
+    FlopCount,
+    cache_bytes,
+    count_parameters,
+    forward_flops,
+    generation_flops,
+    training_flops,
+    weight_bytes,
+)
+from encdec.model.peers import match_decoder_only
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
+
+# How a table names what is made equal in a peer, parts of the parameters, stages of generation.
+_PEERS = {"parameters": "equal parameters", "training_flops": "equal training FLOPs"}
+_PARTS = {
+    "embedding": "embedding", "encoder": "encoder", "decoder": "decoder", "head": "head",
+    "total": "total", "of these cross-attention": "cross_attention", "of these norms": "norms",
+    "of these biases": "biases",
+}
+_STAGES = {"first token": "first_token", "each later token": "per_later_token", "all": "total"}
+
+Pick = Callable[[dict[str, Any]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One column of the table: a model, what is equal in it, and its costs as plain values."""
+
+    name: str
+    matched_by: str  # "" for the model asked for, else a key of _PEERS
+    config: ModelConfig
+    costs: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The model asked for, then its peers, at ``inputs`` source and ``targets`` target tokens."""
+
+    inputs: int
+    targets: int
+    models: list[Model]
+    notes: list[str]  # peers that could not be made, and why
+
+
+def main(argv: list[str]) -> None:
+    """Describes a preset or the model of a work directory.
+
+    Raises:
+        ConfigError: unknown preset, or a length that cannot be.
+        CheckpointError: a directory that holds no run.
+    """
+    parser = argparse.ArgumentParser(
+        prog="encdec describe",
+        description="Shows a model's architecture, parameters, FLOPs and bytes, beside the "
+        "decoder-only models with as many parameters and with the same training FLOPs.",
+        epilog="presets: " + ", ".join(preset_names()),
+    )
+    parser.add_argument("model", metavar="PRESET", help="a preset, or a run's work directory")
+    for name, tokens, kind in (("inputs", 1024, "source"), ("targets", 256, "target")):
+        parser.add_argument(
+            f"--{name}", type=int, default=tokens, metavar="N", help=f"{kind} tokens (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    arguments = parser.parse_args(argv)
+    name, config = find_model(arguments.model)
+    description = describe(name, config, arguments.inputs, arguments.targets)
+    if arguments.json:
+        print(json.dumps(as_json(description), indent=2))
+    else:
+        # Where the width is not known, as in a pipe, a wide table is better than a folded one.
+        show(description, Console(width=None if sys.stdout.isatty() else 150))
+
+
+def find_model(name: str) -> tuple[str, ModelConfig]:
+    """A model's name and configuration, from a preset or from a work directory's config.json."""
+    folder = pathlib.Path(name)
+    if name in preset_names() or not folder.is_dir():
+        return name, preset(name)
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds no config.json; wanted a preset or the work directory of a run "
+            "(`encdec train --workdir=DIR`)"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    # Here, so that describing a preset needs nothing of the training side.
+    from encdec.train.config import parse_config
+
+    return folder.resolve().name, parse_config(values).model_config()
+
+
+def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Description:
+    """The model and, for an encoder-decoder, its peers, with their costs at the given lengths.
+
+    Raises:
+        ConfigError: a length that cannot be.
+    """
+    models, notes = [Model(name, "", config, costs(config, inputs, targets))], []
+    if config.is_encoder_decoder:
+        for by in _PEERS:
+            try:
+                peer = match_decoder_only(config, by=by, inputs=inputs, targets=targets)
+            except ConfigError as error:  # the model alone is still worth showing
+                notes.append(str(error))
+                continue
+            peer_name = _preset_like(peer) or "decoder-only"
+            models.append(Model(peer_name, by, peer, costs(peer, inputs, targets)))
+    return Description(inputs, targets, models, notes)
+
+
+def _preset_like(config: ModelConfig) -> str | None:
+    for name in preset_names():
+        if "-dec" in name and preset(name) == config:
+            return name
+    return None
+
+
+def costs(config: ModelConfig, inputs: int, targets: int) -> dict[str, Any]:
+    """Parameters, FLOPs and bytes of one model as plain nested values.
+
+    FLOPs are of one row; causal self-attention counts half, and the head is paid per target token.
+    Bytes of the cache are of one row in the compute dtype.
+    """
+    count = count_parameters(config)
+    generation: dict[str, Any] = {}
+    for kind, cached in (("cached", True), ("uncached", False)):
+        flops = generation_flops(config, inputs, targets, cached=cached)
+        generation[kind] = {
+            "first_token": flops.first_token.total,
+            "per_later_token": flops.per_later_token,
+            "total": flops.total,
+        }
+    return {
+        "parameters": dataclasses.asdict(count) | {"total": count.total},
+        "forward_flops": _with_total(forward_flops(config, inputs, targets)),
+        "training_flops": training_flops(config, inputs, targets),
+        "generation_flops": generation,
+        "weight_bytes": {dtype: weight_bytes(config, dtype) for dtype in WEIGHT_DTYPES},
+        "cache_bytes": cache_bytes(config, inputs, targets),
+    }
+
+
+def _with_total(flops: FlopCount) -> dict[str, float]:
+    return dataclasses.asdict(flops) | {"total": flops.total}
+
+
+def as_json(description: Description) -> dict[str, Any]:
+    """What ``--json`` prints: FLOPs of one row, bytes, and every field of the configurations."""
+    return {
+        "inputs": description.inputs,
+        "targets": description.targets,
+        "notes": description.notes,
+        "models": [
+            {"name": model.name, "matched_by": model.matched_by or None,
+             "config": model.config.to_dict()} | model.costs
+            for model in description.models
+        ],
+    }
+
+
+def architecture(config: ModelConfig) -> dict[str, str]:
+    """The choices of a configuration in words, without what only changes speed."""
+    encoder = f"{config.encoder_layers} encoder + " if config.is_encoder_decoder else ""
+    pairing = f", {config.kv_pairing}" if config.num_kv_heads < config.num_heads else ""
+    rope = f"RoPE {config.rope_theta:g}"
+    if config.rope_scaling != "none":
+        rope += f", {config.rope_scaling} x{config.rope_factor:g}"
+    if config.is_encoder_decoder:
+        rope += f", encoder {config.encoder_positions.replace('_', ' ')}"
+        rope += f", cross {config.cross_attention_rope.replace('_', ' ')}"
+    biases = [
+        name for name, on in (("q k v", config.qkv_bias), ("attention out",
+         config.attention_out_bias), ("MLP", config.mlp_bias)) if on]
+    norm = f"RMSNorm {config.norm_eps:g}, cast {config.norm_cast.replace('_', ' ')}"
+    norm += ", plus one" * config.norm_plus_one + ", post-norms" * config.post_norms
+    caps = {"scores": config.attention_logit_cap, "logits": config.final_logit_cap}
+    dropout = {"attention": config.attention_dropout, "MLP": config.mlp_dropout,
+               "residual": config.residual_dropout}
+    return {
+        "layers": f"{encoder}{config.decoder_layers} decoder",
+        "model width": str(config.d_model),
+        "attention": f"{config.num_heads} heads x {config.head_dim} = {config.attention_width}"
+        + ", query-key norm" * config.qk_norm,
+        "kv heads": f"{config.num_kv_heads}{pairing}",
+        "MLP": f"{config.mlp_dim} {'gated' if config.mlp_gated else 'plain'}, "
+        f"{config.mlp_activation}",
+        "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_embeddings else 'apart'}"
+        + ", scaled" * config.embedding_scale,
+        "positions": rope,
+        "norm": norm,
+        "biases": ", ".join(biases) or "none",
+        "logit caps": _settings(caps),
+        "dropout": _settings(dropout),
+        "dtypes": f"{config.dtype}, parameters {config.param_dtype}",
+    }
+
+
+def _settings(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items() if value) or "none"
+
+
+def show(description: Description, console: Console) -> None:
+    """Prints the tables: one column per model, peers with their difference from the first."""
+    models = description.models
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table.add_column("")
+    for model in models:
+        note = f"\n[dim]{_PEERS[model.matched_by]}[/dim]" if model.matched_by else ""
+        table.add_column(escape(model.name) + note, overflow="fold")
+
+    def section(title: str) -> None:
+        table.add_row(*[""] * (1 + len(models)))
+        table.add_row(f"[bold]{title}[/bold]", *[""] * len(models))
+
+    def row(label: str, pick: Pick, form: Callable[[float], str], compare: bool = True) -> None:
+        values = [pick(model.costs) for model in models]
+        if any(values):
+            cells = [form(value) if value else "-" for value in values]
+            if compare:
+                cells[1:] = [
+                    cell + _difference(value, values[0])
+                    for cell, value in zip(cells[1:], values[1:])]
+            table.add_row(label, *cells)
+
+    choices = [architecture(model.config) for model in models]
+    for label in choices[0]:
+        table.add_row(label, *(choice[label] for choice in choices))
+    section("Parameters")
+    for label, part in _PARTS.items():
+        row(label, lambda c, p=part: c["parameters"][p], "{:,}".format, compare=part == "total")
+    section("Training, FLOPs")
+    row("forward", lambda c: c["forward_flops"]["total"], _flops)
+    row("forward and backward", lambda c: c["training_flops"], _flops)
+    section("Generation, FLOPs")
+    for label, part in _STAGES.items():
+        row(label, lambda c, p=part: c["generation_flops"]["cached"][p], _flops)
+    row("all, without a cache", lambda c: c["generation_flops"]["uncached"]["total"], _flops)
+    section("Bytes")
+    for dtype in WEIGHT_DTYPES:
+        row(f"weights, {dtype}", lambda c, d=dtype: c["weight_bytes"][d], _bytes)
+    row("key-value cache", lambda c: c["cache_bytes"], _bytes)
+    console.print(table)
+    console.print(
+        f"\nOne row of {description.inputs:,} source and {description.targets:,} target tokens. "
+        "Causal attention counts half, the head is paid per target token.")
+    for note in description.notes:
+        console.print(f"Left out: {escape(note)}")
+
+
+def _difference(value: float, base: float) -> str:
+    if not base:
+        return ""
+    percent = round(100 * (value / base - 1))
+    return f"  [dim]{percent:+d} %[/dim]" if percent else "  [dim]=[/dim]"
+
+
+def _scaled(value: float, units: tuple[str, ...], step: float) -> str:
+    for unit in units[:-1]:
+        if abs(value) < step:
+            return f"{value:.4g} {unit}"
+        value /= step
+    return f"{value:.4g} {units[-1]}"
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"), 1000.0)
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, ("B", "KiB", "MiB", "GiB", "TiB"), 1024.0)
