@@ -1,6 +1,6 @@
 # make quickstart   environment, installation, then the whole story on this machine
-# make test         environment with the test tools, lint, then every test
-# make lint         ruff alone
+# make test         environment with the test tools, then every test
+# make lint         the style checks of ruff.toml
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 or 3.12)
 # ENV=...           where the environment lies (default .venv)
@@ -27,7 +27,7 @@ quickstart: $(ENV)/.installed
 
 install: $(ENV)/.installed
 
-test: $(ENV)/.installed-test lint
+test: $(ENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 lint: $(ENV)/.installed-test
