@@ -1,0 +1,82 @@
+"""The house's plan: imports between rooms point downward, and TensorFlow stops at its border."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "encdec"
+
+# Each room and the rooms it may import; docs/design.md explains them.
+MAY_IMPORT = {
+    "errors": set(),
+    "model": {"errors"},
+    "data": {"errors"},
+    "train": {"errors", "model", "data"},
+    "inference": {"errors", "model", "data", "train"},
+    "describe": {"errors", "model"},
+    "quickstart": {"errors", "model", "data", "train", "inference"},
+    "cli": {"errors"},  # and, by name and only when called, every command
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+# The preparing side of the data room; everything else must run without TensorFlow.
+TENSORFLOW_SIDE = {"encdec/data/tasks.py", "encdec/data/prepare.py", "encdec/data/benchmark.py"}
+TENSORFLOW_PACKAGES = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Dotted names of everything that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            if node.module == "encdec":
+                names.update(f"encdec.{alias.name}" for alias in node.names)
+    return names
+
+
+def room_of(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_point_downward():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        assert room in MAY_IMPORT, f"{path} is in no known room; add it to the plan"
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "encdec" and len(parts) > 1 and parts[1] != room:
+                if parts[1] not in MAY_IMPORT[room]:
+                    wrong.append(f"{path.relative_to(PACKAGE.parent)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tensorflow_stops_at_the_preparing_side():
+    for path in PACKAGE.rglob("*.py"):
+        if str(path.relative_to(PACKAGE.parent)) not in TENSORFLOW_SIDE:
+            used = {name.split(".")[0] for name in imports(path)} & TENSORFLOW_PACKAGES
+            assert not used, f"{path} imports {used}"
+
+
+def test_every_room_but_preparing_runs_without_tensorflow():
+    """In a fresh interpreter, so that what libraries import in their turn counts too."""
+    modules = [
+        str(path.relative_to(PACKAGE.parent).with_suffix("")).replace("/", ".")
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if str(path.relative_to(PACKAGE.parent)) not in TENSORFLOW_SIDE
+        and path.name not in ("__main__.py",)
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'tensorflow' not in sys.modules, name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
