@@ -1,0 +1,1 @@
+"""Training: configuration, state, optimizer, sharding, the step, the loop, checkpoints."""

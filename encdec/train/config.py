@@ -169,9 +169,8 @@ def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str
     names = []
     for name in config:
         names.append(prefix + name)
-        value = config.get_ref(name).get() if config.get_type(name) is None else config[name]
-        if isinstance(value, ml_collections.ConfigDict):
-            names += field_names(value, f"{prefix}{name}.")
+        if isinstance(config[name], ml_collections.ConfigDict):
+            names += field_names(config[name], f"{prefix}{name}.")
     return names
 
 

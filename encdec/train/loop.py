@@ -1,0 +1,259 @@
+"""The life of a run: check everything, start or resume, step, report, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from encdec.data.records import DatasetCard, Records, open_records
+from encdec.errors import ConfigError, DataError, NonFiniteError
+from encdec.model import ModelConfig, parameter_count
+from encdec.train.checkpoints import Checkpoints
+from encdec.train.config import RunConfig, parse_config
+from encdec.train.evaluate import Evaluator
+from encdec.train.feed import on_devices, open_batches
+from encdec.train.metrics import Console, Cost, Window, make_writer
+from encdec.train.program import Program, build_program
+from encdec.train.sharding import make_mesh
+from encdec.train.step import StepMetrics
+from encdec.train.tensorboard import metric_writers, periodic_actions
+from encdec.train.workdir import check_workdir, describe_run, write_workdir
+
+OnReport = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        workdir: where its checkpoint and metrics lie.
+        step: steps done in all.
+        train: the last training report, names as in ``metrics.jsonl``; empty if no step was left.
+        eval: the evaluation after the last step; empty without held-out records.
+        seconds: wall time of this call.
+    """
+
+    workdir: str
+    step: int
+    train: dict[str, float]
+    eval: dict[str, float]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that passed every check; nothing has been computed or written yet."""
+
+    run: RunConfig
+    model: ModelConfig
+    records: Records
+    eval_records: Records | None
+    program: Program
+    description: dict[str, Any]
+    resumes: bool
+
+
+def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
+    """Checks configuration, records, vocabulary, mesh, batch and work directory, in this order.
+
+    Raises:
+        ConfigError: a field that is unknown, ill-typed, out of range or at odds with the devices.
+        DataError: records that are missing, unfinished or do not fit the model.
+        CheckpointError: a work directory that holds another run.
+    """
+    run = parse_config(config)
+    model = run.model_config()
+    if not run.data.records:
+        raise ConfigError("config.data.records is empty; wanted a directory written by "
+                          "`encdec prepare`: --config.data.records=DIR")
+    records = open_records(run.data.records)
+    eval_records = open_records(run.data.eval_records) if run.data.eval_records else None
+    check_records(model, records.card, eval_records.card if eval_records else None)
+    mesh = make_mesh(run.mesh)
+    program = build_program(run, model, mesh, records.card.targets_length)
+    description = describe_run(
+        run, model, records.card, eval_records.card if eval_records else None)
+    resumes = check_workdir(workdir, description)
+    return Job(run, model, records, eval_records, program, description, resumes)
+
+
+def check_records(model: ModelConfig, card: DatasetCard, eval_card: DatasetCard | None) -> None:
+    """Raises DataError unless the records fit the model and the held-out records fit both."""
+    size = card.vocabulary.size
+    if size > model.vocab_size:
+        raise DataError(
+            f"the records' vocabulary has {size:,} ids, but the model's table only "
+            f"{model.vocab_size:,} rows; set --config.model_overrides.vocab_size={size} or more, "
+            "or prepare with a smaller vocabulary")
+    if eval_card is None:
+        return
+    for name, pick in (
+        ("vocabulary fingerprint", lambda c: c.vocabulary.fingerprint[:16]),
+        ("inputs_length", lambda c: c.inputs_length),
+        ("targets_length", lambda c: c.targets_length),
+        ("decoder_start_id", lambda c: c.decoder_start_id),
+    ):
+        if pick(card) != pick(eval_card):
+            raise DataError(
+                f"held-out records have {name} {pick(eval_card)}, the training records "
+                f"{pick(card)}; prepare both alike")
+
+
+def train(
+    config: Any, workdir: epath.PathLike, *, stop_at: int | None = None,
+    on_report: OnReport | None = None,
+) -> Summary:
+    """Trains a model, or continues where the work directory's last checkpoint ends.
+
+    Args:
+        config: a RunConfig, or a ConfigDict or mapping of its fields.
+        workdir: receives configuration, vocabulary, parameter table, metrics and checkpoints.
+        stop_at: stop and save after this many steps in all, before ``config.steps``.
+        on_report: called with (step, numbers) at every report, on every process.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see ``prepare_job``; nothing was written.
+        NonFiniteError: a loss, gradient or parameter is NaN or infinite.
+    """
+    started = time.monotonic()
+    job = prepare_job(config, workdir)
+    run, program = job.run, job.program
+    write_workdir(workdir, job.description, job.records, program)
+    checkpoints = Checkpoints(workdir, run.checkpoint)
+    start = checkpoints.latest() or 0
+    stop = min(run.steps, run.steps if stop_at is None else stop_at)
+    console = Console(run.steps, start)
+    writer = make_writer(workdir, start, console)
+    _introduce(job, console, start, workdir)
+    evaluator = (
+        Evaluator(program, run, job.model, job.eval_records) if job.eval_records else None)
+    state = checkpoints.restore(program.abstract_state, start) if start else program.init()
+    batches = open_batches(job.records, job.model, program.batch_sharding, run.batch_size,
+                           seed=run.seed, shuffle=run.data.shuffle)
+    reports = _Reports(job, checkpoints, writer, on_report)
+
+    def save(step: int, t: float) -> None:
+        reports.settle()  # a state is saved only when its metrics are known to be finite
+        with reports.window.pause():
+            checkpoints.save(step, state)
+
+    def evaluate(step: int, t: float) -> None:
+        reports.settle()
+        with reports.window.pause():
+            reports.write(step, evaluator(state.params))
+
+    actions = [
+        periodic_actions.PeriodicCallback(
+            every_steps=run.checkpoint.every or None, on_steps=[stop], callback_fn=save)]
+    if evaluator:
+        actions.append(periodic_actions.PeriodicCallback(
+            every_steps=run.eval.every or None, on_steps=[run.steps], callback_fn=evaluate))
+    if run.profile.first_step and not jax.process_index():
+        actions.append(periodic_actions.Profile(
+            logdir=epath.Path(workdir) / "profile", first_profile=run.profile.first_step,
+            num_profile_steps=run.profile.steps, profile_duration_ms=None, every_secs=None))
+
+    try:
+        for step, batch in enumerate(
+            on_devices(batches, program.batch_sharding, start, stop), start + 1
+        ):
+            with jax.transfer_guard("disallow"):
+                state, metrics = program.train_step(state, batch)
+            # Reads the metrics of the step before, while the device works on this one.
+            reports.take(step, metrics)
+            for action in actions:
+                action(step)
+            console.advance(step)
+        reports.settle()
+        if evaluator and start == run.steps:  # nothing was left to do but to say how good it is
+            evaluate(start, 0.0)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+        writer.flush()
+        writer.close()
+    return Summary(str(workdir), max(start, stop), reports.last("train/"), reports.last("eval/"),
+                   time.monotonic() - started)
+
+
+class _Reports:
+    """Metrics of steps on their way from the devices to the writers, one step behind."""
+
+    def __init__(
+        self, job: Job, checkpoints: Checkpoints, writer: metric_writers.MetricWriter,
+        on_report: OnReport | None,
+    ):
+        card = job.records.card
+        self.window = Window(Cost.of(
+            job.model, job.run.batch_size, card.inputs_length, card.targets_length,
+            list(job.program.mesh.devices.flat)))
+        self._job, self._checkpoints, self._writer = job, checkpoints, writer
+        self._on_report = on_report
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._last: dict[str, float] = {}
+
+    def take(self, step: int, metrics: StepMetrics) -> None:
+        """Accepts a step's metrics while they are still being computed."""
+        self.settle()
+        self._pending = step, metrics
+
+    def settle(self) -> None:
+        """Waits for the metrics that are still out, checks them, and writes what is due."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        self._require_finite(step, metrics)
+        self.window.add(metrics)
+        if step % self._job.run.log_every == 0 or step == self._job.run.steps:
+            # The rate that this step was taken with: schedules count from zero.
+            self.write(step, self.window.report(float(self._job.program.schedule(step - 1)), step))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        self._last |= numbers
+        self._writer.write_scalars(step, numbers)
+        if self._on_report:
+            self._on_report(step, numbers)
+
+    def last(self, prefix: str) -> dict[str, float]:
+        return {name: value for name, value in self._last.items() if name.startswith(prefix)}
+
+    def _require_finite(self, step: int, metrics: StepMetrics) -> None:
+        values = {
+            "loss": metrics.sums.losses.objective,
+            "gradient norm": metrics.gradient_norm,
+            "parameter norm": metrics.param_norm,
+        }
+        bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
+        if not bad:
+            return
+        self._checkpoints.wait()
+        good = self._checkpoints.latest()
+        where = (f"the last good checkpoint is step {good} in {self._checkpoints.directory}"
+                 if good is not None else "no checkpoint had been saved yet")
+        raise NonFiniteError(
+            f"step {step}: {', '.join(bad)}; {where}. A lower config.optimizer.learning_rate, a "
+            "longer warmup or config.loss.z_loss=1e-4 may help")
+
+
+def _introduce(job: Job, console: Console, start: int, workdir: epath.PathLike) -> None:
+    """Says what is about to happen, on the first process."""
+    if jax.process_index():
+        return
+    mesh = " x ".join(f"{axis} {size}" for axis, size in job.program.mesh.shape.items())
+    device = jax.devices()[0].device_kind
+    console.say(
+        f"{job.run.model}: {parameter_count(job.program.abstract_state.params):,} parameters, "
+        f"{job.run.steps:,} steps of {job.run.batch_size} rows, {jax.device_count()} x {device} "
+        f"({mesh})")
+    if start:
+        console.say(f"resuming {workdir} after step {start:,}")
+    for item in job.program.unsharded:
+        console.say(f"not split: {item}")

@@ -1,0 +1,272 @@
+"""What a run reports: numbers from steps' sums, and the places they are written to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from etils import epath
+
+from encdec.model import ModelConfig
+from encdec.model.chips import peak_flops
+from encdec.model.flops import model_flops_utilisation, training_flops
+from encdec.train.step import Metrics, StepMetrics
+from encdec.train.tensorboard import SummaryWriter, metric_writers
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Model FLOPs of one training step and, where the chip is known, what the devices can do.
+
+    Attributes:
+        step_flops: forward and backward over whole rows, padding included.
+        peak: FLOP/s of all devices; None on chips without a published figure.
+    """
+
+    step_flops: float
+    peak: float | None
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, rows: int, inputs: int, targets: int, devices: list[jax.Device]
+    ) -> Cost:
+        return cls(training_flops(model, inputs, targets, batch_size=rows), peak_flops(devices))
+
+
+class Window:
+    """The steps since the last report: their sums, and the time they took.
+
+    Time is taken where a step's metrics arrive, so that the device's work is in it; what is
+    done under ``pause`` (evaluation, waiting for a checkpoint) is not, nor is compilation, which
+    ends when the first step's metrics arrive.
+    """
+
+    def __init__(self, cost: Cost):
+        self._cost = cost
+        self._clock: float | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: Metrics | None = None
+        self._last: StepMetrics | None = None
+        self._timed_tokens = np.zeros(2)
+        self._timed_steps = 0
+        self._seconds = 0.0
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Takes one step's metrics, already on the host."""
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), metrics.sums)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._last = metrics
+        now = time.monotonic()
+        if self._clock is not None:
+            self._seconds += now - self._clock
+            self._timed_steps += 1
+            self._timed_tokens += (sums.source_tokens, sums.target_tokens)
+        self._clock = now
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keeps what is done inside out of the throughput."""
+        running = self._clock is not None
+        if running:
+            self._seconds += time.monotonic() - self._clock
+        yield
+        self._clock = time.monotonic() if running else None
+
+    def report(self, learning_rate: float, steps_done: int) -> dict[str, float]:
+        """The window's numbers by name; starts the next window. Losses are nats per token."""
+        losses, last = self._sums.losses, self._last
+        weight = max(float(losses.weight), 1.0)
+        report = {
+            "train/loss": float(losses.cross_entropy) / weight,
+            "train/objective": float(losses.objective) / weight,
+            "train/z_loss": float(losses.z_loss) / weight,
+            "train/accuracy": float(losses.correct) / weight,
+            "train/gradient_norm": float(last.gradient_norm),
+            "train/param_norm": float(last.param_norm),
+            "train/learning_rate": learning_rate,
+            "train/flops": self._cost.step_flops * steps_done,
+        }
+        if self._timed_steps and self._seconds:
+            source, target = self._timed_tokens / self._seconds
+            step_seconds = self._seconds / self._timed_steps
+            report |= {
+                "train/step_seconds": step_seconds,
+                "train/source_tokens_per_second": source,
+                "train/target_tokens_per_second": target,
+            }
+            if self._cost.peak:
+                report["train/mfu"] = model_flops_utilisation(
+                    self._cost.step_flops, step_seconds, self._cost.peak)
+        self._reset()
+        return report
+
+
+def eval_report(sums: Metrics, target_bytes: int, target_tokens: int) -> dict[str, float]:
+    """Loss per target token and per byte of target text.
+
+    Args:
+        sums: over the evaluated rows, on the host.
+        target_bytes: UTF-8 bytes of all target text in the records.
+        target_tokens: target tokens in the records; where fewer were evaluated, bytes are
+            scaled by the share.
+    """
+    losses, tokens = sums.losses, float(sums.target_tokens)
+    weight = max(float(losses.weight), 1.0)
+    text_bytes = target_bytes * tokens / max(target_tokens, 1)
+    per_byte = float(losses.cross_entropy) / max(text_bytes, 1.0)
+    return {
+        "eval/loss": float(losses.cross_entropy) / weight,
+        "eval/loss_per_byte": per_byte,
+        "eval/bits_per_byte": per_byte / math.log(2),
+        "eval/accuracy": float(losses.correct) / weight,
+        "eval/target_tokens": tokens,
+    }
+
+
+class _ScalarWriter(metric_writers.MetricWriter):
+    """A clu writer that takes scalars and leaves everything else to the other writers."""
+
+    def _ignore(self, *arguments: Any, **more: Any) -> None:
+        """Nothing but scalars is written here."""
+
+    write_summaries = write_images = write_videos = write_audios = write_texts = _ignore
+    write_histograms = write_hparams = _ignore
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class JsonLinesWriter(_ScalarWriter):
+    """One JSON object a line: step, wall-clock time, and the numbers by name."""
+
+    def __init__(self, path: epath.PathLike, start_step: int = 0):
+        """Continues the file; lines after ``start_step`` were written by a process that ended
+        before it saved, and are dropped, because this one will write them again."""
+        path = epath.Path(path)
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= start_step]
+        if len(kept) < len(lines):
+            partial = epath.Path(os.fspath(path) + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(path)
+        self._file = path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        record = {"step": step, "time": round(time.time(), 3)}
+        record |= {name: float(value) for name, value in scalars.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # a line cut short when its process was killed
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """All lines of a work directory's ``metrics.jsonl``."""
+    text = (epath.Path(workdir) / METRICS_FILE).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Console(_ScalarWriter):
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int, start_step: int = 0, stream: TextIO | None = None):
+        self._steps, self._stream, self._bar = steps, stream or sys.stderr, None
+        self._started, self._start_step = time.monotonic(), start_step
+        if self._stream.isatty():
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TimeRemainingColumn(),
+                console=RichConsole(file=self._stream), transient=True)
+            self._task = self._bar.add_task("train", total=steps, completed=start_step)
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar; without a terminal only the reports say where the run is."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """One line about the run."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        parts = [f"step {step:,}/{self._steps:,}"]
+        parts += [f"{label} {form(float(scalars[name]))}"
+                  for name, label, form in _SHOWN if name in scalars]
+        if "train/loss" in scalars and not self._bar and step < self._steps:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / max(step - self._start_step, 1) * (self._steps - step)
+            parts.append(f"left {_duration(left)}")
+        self.say("  ".join(parts))
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+_SHOWN = (
+    ("train/loss", "loss", "{:.4f}".format),
+    ("train/learning_rate", "lr", "{:.2e}".format),
+    ("train/gradient_norm", "grad", "{:.2f}".format),
+    ("train/source_tokens_per_second", "source tok/s", "{:,.0f}".format),
+    ("train/target_tokens_per_second", "target tok/s", "{:,.0f}".format),
+    ("train/mfu", "MFU", "{:.1%}".format),
+    ("eval/loss", "eval loss", "{:.4f}".format),
+    ("eval/bits_per_byte", "bits/byte", "{:.4f}".format),
+    ("eval/accuracy", "accuracy", "{:.1%}".format),
+)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def make_writer(
+    workdir: epath.PathLike, start_step: int, console: Console
+) -> metric_writers.MetricWriter:
+    """Writes to ``metrics.jsonl``, to TensorBoard events and to the console.
+
+    Files are written by process 0 alone, in a thread of their own.
+    """
+    if jax.process_index():
+        return metric_writers.MultiWriter([])
+    workdir = epath.Path(workdir)
+    files = metric_writers.AsyncMultiWriter([
+        JsonLinesWriter(workdir / METRICS_FILE, start_step),
+        SummaryWriter(os.fspath(workdir / TENSORBOARD_FOLDER), start_step + 1),
+    ])
+    return metric_writers.MultiWriter([files, console])

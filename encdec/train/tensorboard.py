@@ -1,0 +1,100 @@
+"""TensorBoard event files without TensorFlow, in the place where clu expects its writer.
+
+``clu.metric_writers`` imports its ``summary_writer`` module eagerly, and that module imports
+TensorFlow, for which a training host has no use (and which takes seconds and hundreds of
+megabytes). The event format itself is plain: records framed by the tensorboard package, which
+needs no TensorFlow for it. So this module defines the writer on top of that, registers itself
+under clu's module name before clu is imported, and hands out clu's modules:
+
+    from encdec.train.tensorboard import metric_writers, periodic_actions
+
+Where clu's own writer has already been imported (a host that prepares data in the same process),
+nothing is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+_CLU_MODULE = "clu.metric_writers.summary_writer"
+
+
+class SummaryWriter:
+    """Writes scalars and texts as TensorBoard events; other kinds are not used in training.
+
+    Implements what clu's ``MetricWriter`` asks for; it cannot inherit from it, because clu's
+    package is what is being imported when this class is needed.
+    """
+
+    def __init__(self, logdir: str, start_step: int | None = None):
+        """Opens a new event file; ``start_step`` makes TensorBoard drop later steps written by
+        an earlier process, which a resumed run repeats."""
+        directory = epath.Path(logdir)
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (directory / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if start_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(event_pb2.Event(wall_time=time.time(), step=start_step, session_log=start))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        metadata = scalar_metadata.create_summary_metadata("", "")
+        for key, value in scalars.items():
+            tensor = tensor_pb2.TensorProto(
+                dtype=types_pb2.DT_FLOAT, float_val=[float(np.asarray(value))],
+                tensor_shape=tensor_shape_pb2.TensorShapeProto())
+            self._summary(step, key, tensor, metadata)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        metadata = text_metadata.create_summary_metadata("", "")
+        for key, value in texts.items():
+            tensor = tensor_pb2.TensorProto(
+                dtype=types_pb2.DT_STRING, string_val=[value.encode()],
+                tensor_shape=tensor_shape_pb2.TensorShapeProto())
+            self._summary(step, key, tensor, metadata)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        rows = [f"| {name} | {value} |" for name, value in hparams.items()]
+        self.write_texts(0, {"hparams": "\n".join(["| field | value |", "|---|---|", *rows])})
+
+    def write_summaries(self, step: int, values: Any, metadata: Any = None) -> None:
+        raise NotImplementedError("this writer knows scalars and texts; write those instead")
+
+    write_images = write_videos = write_audios = write_histograms = write_summaries
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _summary(self, step: int, tag: str, tensor: Any, metadata: Any) -> None:
+        value = summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
+        self._write(event_pb2.Event(
+            wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=[value])))
+
+    def _write(self, event: event_pb2.Event) -> None:
+        self._records.write(event.SerializeToString())
+
+
+sys.modules.setdefault(_CLU_MODULE, sys.modules[__name__])
+
+from clu import metric_writers, periodic_actions  # noqa: E402
+
+metric_writers.MetricWriter.register(SummaryWriter)
+
+__all__ = ["SummaryWriter", "metric_writers", "periodic_actions"]

@@ -1,0 +1,171 @@
+"""The work directory: whose run it is, and all that is needed to use its model later."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from encdec.data.records import DatasetCard, Records
+from encdec.data.vocabulary import copy_vocabulary
+from encdec.errors import CheckpointError
+from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
+from encdec.train.config import OPERATIONAL, RunConfig, differences, to_dict
+from encdec.train.program import Program
+from encdec.train.sharding import path_name
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+MODEL_INFO_FILE = "model-info.txt"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+# Fields of ModelConfig that change speed and memory, but neither parameters nor results.
+_EXECUTION = ("remat", "attention_kernel")
+# These schedules give every step its learning rate whatever the run's length, so that a finished
+# run may be made longer.
+_OPEN_ENDED = ("rsqrt", "constant")
+
+
+def describe_run(
+    run: RunConfig, model: ModelConfig, card: DatasetCard, eval_card: DatasetCard | None
+) -> dict[str, Any]:
+    """The content of ``config.json``: the run, its model in full, and its data by content."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    return {
+        "format_version": FORMAT_VERSION,
+        "run": to_dict(run),
+        "model": model.to_dict(),
+        "data": {
+            "fingerprint": card.fingerprint,
+            "eval_fingerprint": eval_card.fingerprint if eval_card else None,
+            "task": card.task,
+            "inputs_length": card.inputs_length,
+            "targets_length": card.targets_length,
+            "inputs_eos": card.inputs_eos,
+            "decoder_start_id": card.decoder_start_id,
+            "vocabulary": card.vocabulary.to_dict(),
+        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """A work directory's ``config.json``.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"{workdir} has no {CONFIG_FILE}, so it is no work directory of a training run; give "
+            "the directory that `encdec train --workdir=` wrote")
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format_version {version}; this encdec reads "
+                              f"{FORMAT_VERSION}: use the version that wrote it")
+    return content
+
+
+def model_config_of(content: Mapping[str, Any]) -> ModelConfig:
+    """The model's configuration from the content of ``config.json``."""
+    return ModelConfig.from_dict(content["model"])
+
+
+def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bool:
+    """Whether ``workdir`` holds this very run; False where it holds none yet.
+
+    Raises:
+        CheckpointError: it holds another run; every field that differs is named.
+    """
+    workdir = epath.Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise CheckpointError(f"{workdir} is a file; give a directory as --workdir")
+    if not (workdir / CONFIG_FILE).exists():
+        if (workdir / CHECKPOINTS_FOLDER).exists():
+            raise CheckpointError(f"{workdir} holds checkpoints but no {CONFIG_FILE}; restore the "
+                                  "file, or give another --workdir")
+        return False
+    old, new = _identity(read_config(workdir)), _identity(description)
+    names = differences(old, new)
+    if names:
+        shown = "; ".join(
+            f"{name} is {_value(old, name)!r} there and {_value(new, name)!r} here"
+            for name in names)
+        raise CheckpointError(
+            f"{workdir} holds another run: {shown}. Set these fields as they were to continue it, "
+            "or give another --workdir")
+    return True
+
+
+def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What must not change when a run is continued."""
+    run = dict(description["run"])
+    # Their outcome is compared in full under "model".
+    run.pop("model"), run.pop("model_overrides")
+    if run["schedule"]["name"] in _OPEN_ENDED:
+        run.pop("steps")
+    model = {k: v for k, v in description["model"].items() if k not in _EXECUTION}
+    data = {"fingerprint": description["data"]["fingerprint"]}
+    return {"config": _without(run, OPERATIONAL), "model": model, "records": data}
+
+
+def _without(values: Mapping[str, Any], left_out: Sequence[str], prefix: str = "") -> dict:
+    kept = {}
+    for key, value in values.items():
+        name = prefix + key
+        if name in left_out or f"{name}." in left_out:
+            continue
+        kept[key] = _without(value, left_out, f"{name}.") if isinstance(value, dict) else value
+    return kept
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    value: Any = values
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def write_workdir(
+    workdir: epath.PathLike, description: Mapping[str, Any], records: Records, program: Program
+) -> None:
+    """Writes configuration, vocabulary and parameter table; process 0 alone."""
+    if jax.process_index():
+        return
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    copy_vocabulary(records.directory, workdir)
+    (workdir / MODEL_INFO_FILE).write_text(parameter_table(program))
+    # Last, and whole or absent: it is what makes the directory this run's.
+    partial = workdir / (CONFIG_FILE + ".partial")
+    partial.write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(partial, workdir / CONFIG_FILE)
+
+
+def parameter_table(program: Program) -> str:
+    """Every parameter with its shape, number, logical axes and place on the mesh, as text."""
+    params = abstract_params(program.model)
+    axes = jax.tree.leaves(logical_axes(program.model), is_leaf=lambda x: isinstance(x, tuple))
+    placed = jax.tree.leaves(program.abstract_state.params)
+    rows = [("parameter", "shape", "number", "logical axes", "split over")]
+    for (path, leaf), names, place in zip(
+        jax.tree_util.tree_leaves_with_path(params), axes, placed, strict=True
+    ):
+        split = ", ".join("-" if part is None else str(part) for part in place.sharding.spec)
+        rows.append((path_name(path), str(leaf.shape), f"{leaf.size:,}", ", ".join(names), split))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+             for row in rows]
+    lines += ["", f"total {parameter_count(params):,} parameters", f"mesh {dict(program.mesh.shape)}"]
+    lines += [f"not split: {item}" for item in program.unsharded]
+    return "\n".join(lines) + "\n"
