@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from encdec.errors import CheckpointError, ConfigError
+from encdec.errors import ConfigError
 from encdec.model import ModelConfig, preset, preset_names
 from encdec.model.flops import (
     FlopCount,
@@ -91,23 +91,12 @@ def main(argv: list[str]) -> None:
 
 def find_model(name: str) -> tuple[str, ModelConfig]:
     """A model's name and configuration, from a preset or from a work directory's config.json."""
-    folder = pathlib.Path(name)
-    if name in preset_names() or not folder.is_dir():
+    if name in preset_names() or not epath.Path(name).is_dir():
         return name, preset(name)
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} holds no config.json; wanted a preset or the work directory of a run "
-            "(`encdec train --workdir=DIR`)"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
     # Here, so that describing a preset needs nothing of the training side.
-    from encdec.train.config import parse_config
+    from encdec.train.workdir import model_config_of, read_config
 
-    return folder.resolve().name, parse_config(values).model_config()
+    return epath.Path(name).name, model_config_of(read_config(name))
 
 
 def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Description:

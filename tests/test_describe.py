@@ -20,7 +20,7 @@ from encdec.model.flops import (
     generation_flops,
     training_flops,
 )
-from encdec.train.config import RunConfig, to_dict
+from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION
 
 
 def described(capsys, *arguments: str) -> dict:
@@ -110,18 +110,18 @@ def test_words_follow_the_fields():
 
 
 def test_a_work_directory_is_described_by_its_run(tmp_path, capsys):
-    run = RunConfig(model="test", model_overrides={"mlp_gated": True, "decoder_layers": 3})
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
-    name, config = find_model(str(tmp_path))
-    assert (name, config) == (tmp_path.name, run.model_config())
-    assert described(capsys, str(tmp_path))["models"][0]["config"]["mlp_gated"] is True
+    model = preset("test", mlp_gated=True, decoder_layers=3)
+    content = {"format_version": FORMAT_VERSION, "model": model.to_dict()}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
+    assert find_model(str(tmp_path)) == (tmp_path.name, model)
+    assert described(capsys, str(tmp_path))["models"][0]["config"] == model.to_dict()
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json.*encdec train"):
         main([str(tmp_path)])
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    (tmp_path / CONFIG_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
         main([str(tmp_path)])
 
 
