@@ -44,11 +44,13 @@ class DatasetCard:
 
     Lengths are tokens per packed row. Token counts include EOS and exclude padding;
     `target_bytes` are the UTF-8 bytes of text the target tokens stand for. `truncated` counts
-    examples and tokens cut off, `dropped` the examples left out, by reason.
+    examples and tokens cut off, `dropped` what was left out, by reason. `origin` says where the
+    text came from (file names, Python's version).
     """
 
     task: str
     split: str
+    origin: dict[str, Any]
     vocabulary: VocabularySpec
     inputs_length: int
     targets_length: int

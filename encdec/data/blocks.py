@@ -1,0 +1,220 @@
+"""One block of documents to one shard of packed rows: the unit of parallel work and of restart.
+
+A block is a run of consecutive documents, cut by the bytes of their text. Its shard depends on
+the block, its number and the recipe only, so any number of processes write the same bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from encdec.data.objectives import Document, Encoded, Objective, describe_objective
+from encdec.data.packing import pack
+from encdec.data.records import (
+    DatasetCard,
+    Shard,
+    content_fingerprint,
+    encode_row,
+    token_dtype,
+    write_shard,
+)
+from encdec.data.vocabulary import Vocabulary
+from encdec.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that decides a shard's bytes, beside its documents."""
+
+    objective: Objective
+    inputs_length: int
+    targets_length: int
+    packing: str = "best_fit"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("inputs_length", "targets_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 2:
+                raise ConfigError(f"{name} is {value!r}; wanted an integer of 2 or more tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Consecutive documents; `first_document` is the number of the first in the whole stream."""
+
+    number: int
+    first_document: int
+    documents: list[Document]
+
+    def digest(self) -> str:
+        """sha256 of the documents: whether a finished shard still belongs to this block."""
+        digest = hashlib.sha256(f"{self.number} {self.first_document}".encode())
+        for document in self.documents:
+            for text in document:
+                data = text.encode("utf-8")
+                digest.update(len(data).to_bytes(8, "little"))
+                digest.update(data)
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass
+class Counts:
+    """What became of some documents; counts of blocks add up."""
+
+    documents: int = 0
+    rows: int = 0
+    examples: int = 0
+    source_tokens: int = 0
+    target_tokens: int = 0
+    target_bytes: int = 0
+    truncated: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: Counts) -> None:
+        for field in dataclasses.fields(self):
+            mine, more = getattr(self, field.name), getattr(other, field.name)
+            setattr(self, field.name, mine + more)
+
+    @property
+    def tokens(self) -> int:
+        return self.source_tokens + self.target_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Counts:
+        counters = {name: collections.Counter(content[name]) for name in ("truncated", "dropped")}
+        return cls(**{**content, **counters})
+
+
+def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[Block]:
+    """Blocks of about `block_bytes` of UTF-8 text each, at least one document."""
+    number = first = size = 0
+    held: list[Document] = []
+    for document in documents:
+        held.append(document)
+        # Characters stand in for bytes: any measure does that depends on the documents alone.
+        size += sum(map(len, document))
+        if size >= block_bytes:
+            yield Block(number, first, held)
+            number, first, held, size = number + 1, first + len(held), [], 0
+    if held:
+        yield Block(number, first, held)
+
+
+def encode_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> Encoded:
+    """The block's examples as token pairs, before packing."""
+    return recipe.objective.encode(
+        block.documents,
+        block.first_document,
+        vocabulary,
+        recipe.inputs_length,
+        recipe.targets_length,
+        recipe.seed,
+    )
+
+
+def pack_rows(
+    recipe: Recipe,
+    sources: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    vocabulary: Vocabulary,
+) -> list[bytes]:
+    """Packed rows as stored, from token pairs that fit the recipe's lengths."""
+    lengths = recipe.inputs_length, recipe.targets_length
+    dtype = token_dtype(vocabulary.size, *lengths)
+    source_lengths = np.fromiter(map(len, sources), np.int64, len(sources))
+    target_lengths = np.fromiter(map(len, targets), np.int64, len(targets))
+    rows = pack(source_lengths, target_lengths, *lengths, recipe.packing)
+    return [
+        encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows
+    ]
+
+
+def build_block(
+    recipe: Recipe, vocabulary: Vocabulary, block: Block
+) -> tuple[list[bytes], Counts]:
+    """Rows of a block and the count of what became of its documents."""
+    encoded = encode_block(recipe, vocabulary, block)
+    rows = pack_rows(recipe, encoded.sources, encoded.targets, vocabulary)
+    counts = Counts(
+        documents=len(block.documents),
+        rows=len(rows),
+        examples=len(encoded.sources),
+        source_tokens=sum(map(len, encoded.sources)),
+        target_tokens=sum(map(len, encoded.targets)),
+        target_bytes=encoded.target_bytes,
+        truncated=encoded.truncated,
+        dropped=encoded.dropped,
+    )
+    return rows, counts
+
+
+def shard_name(number: int) -> str:
+    return f"rows-{number:06d}.arrayrecord"
+
+
+def write_block(
+    recipe: Recipe, vocabulary: Vocabulary, block: Block, directory: pathlib.Path
+) -> tuple[Shard | None, Counts]:
+    """Write a block's shard; None where none of its documents gave an example."""
+    rows, counts = build_block(recipe, vocabulary, block)
+    if not rows:
+        return None, counts
+    return write_shard(directory / shard_name(block.number), rows), counts
+
+
+def make_card(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    shards: Sequence[Shard],
+    counts: Counts,
+    *,
+    task: str,
+    split: str,
+    origin: dict[str, Any],
+    decoder_start_id: int,
+) -> DatasetCard:
+    """The card of finished shards; DataError where they hold no row at all."""
+    if not counts.rows:
+        raise DataError(
+            f"{task}, split {split}, gave no example: {counts.documents} documents read, dropped "
+            f"{dict(counts.dropped)}; give text with non-empty sources and targets"
+        )
+    spec = vocabulary.spec()
+    lengths = recipe.inputs_length, recipe.targets_length
+    return DatasetCard(
+        task=task,
+        split=split,
+        origin=origin,
+        vocabulary=spec,
+        inputs_length=recipe.inputs_length,
+        targets_length=recipe.targets_length,
+        packing=recipe.packing,
+        inputs_eos=recipe.objective.inputs_eos,
+        objective=json.loads(json.dumps(describe_objective(recipe.objective))),
+        seed=recipe.seed,
+        decoder_start_id=decoder_start_id,
+        token_dtype=token_dtype(vocabulary.size, *lengths),
+        rows=counts.rows,
+        examples=counts.examples,
+        documents=counts.documents,
+        source_tokens=counts.source_tokens,
+        target_tokens=counts.target_tokens,
+        target_bytes=counts.target_bytes,
+        non_padding_share=counts.tokens / (counts.rows * sum(lengths)),
+        truncated=dict(sorted(counts.truncated.items())),
+        dropped=dict(sorted(counts.dropped.items())),
+        shards=tuple(shards),
+        fingerprint=content_fingerprint(shards, spec, *lengths, decoder_start_id),
+    )

@@ -1,0 +1,1 @@
+"""Corpora found on the user's own machine."""

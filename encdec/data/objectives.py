@@ -1,0 +1,179 @@
+"""Objectives: documents to (source, target) token pairs, pure functions of the seed.
+
+A document is a tuple of texts: (source, target) for supervised pairs, (text,) for raw text. An
+objective is a frozen dataclass, so that the card can state it and worker processes can be sent
+it. What it cuts off or leaves out it counts.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from encdec.data.vocabulary import Vocabulary
+
+Document = tuple[str, ...]
+# Long enough for SentencePiece's batch call to pay, short enough to stay in the cache.
+ENCODE_BATCH = 512
+
+
+@dataclasses.dataclass
+class Encoded:
+    """Token pairs of some documents, with the text bytes of each target and what was lost."""
+
+    sources: list[np.ndarray] = dataclasses.field(default_factory=list)
+    targets: list[np.ndarray] = dataclasses.field(default_factory=list)
+    target_bytes: int = 0
+    truncated: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, source: np.ndarray, target: np.ndarray, target_bytes: int) -> None:
+        self.sources.append(source)
+        self.targets.append(target)
+        self.target_bytes += target_bytes
+
+
+class Objective(Protocol):
+    """What turns documents into token pairs no longer than the two lengths."""
+
+    document_fields: tuple[str, ...]
+    inputs_eos: bool
+
+    def encode(
+        self,
+        documents: Sequence[Document],
+        first_document: int,
+        vocabulary: Vocabulary,
+        inputs_length: int,
+        targets_length: int,
+        seed: int,
+    ) -> Encoded:
+        """Token pairs of `documents`, the first of which is number `first_document`."""
+
+
+def describe_objective(objective: Objective) -> dict[str, Any]:
+    """The objective as the card states it: its name and settings."""
+    return {"name": type(objective).__name__, **dataclasses.asdict(objective)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceToSequence:
+    """Supervised pairs: EOS after the target and, by default as in T5, after the source.
+
+    Too long texts lose their end, never their EOS.
+    """
+
+    inputs_eos: bool = True
+    document_fields = ("source", "target")
+
+    def encode(
+        self,
+        documents: Sequence[Document],
+        first_document: int,
+        vocabulary: Vocabulary,
+        inputs_length: int,
+        targets_length: int,
+        seed: int,
+    ) -> Encoded:
+        encoded = Encoded()
+        byte_lengths = vocabulary.byte_lengths
+        eos = np.array([vocabulary.eos_id], np.int32)
+        room = inputs_length - self.inputs_eos
+        for start in range(0, len(documents), ENCODE_BATCH):
+            part = documents[start : start + ENCODE_BATCH]
+            texts = [document[0] for document in part] + [document[1] for document in part]
+            ids = vocabulary.encode_batch(texts)
+            for document, source, target in zip(part, ids, ids[len(part) :]):
+                if not len(target):
+                    encoded.dropped["empty_target"] += 1
+                    continue
+                if not len(source) and not self.inputs_eos:
+                    encoded.dropped["empty_source"] += 1
+                    continue
+                if len(source) > room:
+                    encoded.truncated["sources"] += 1
+                    encoded.truncated["source_tokens"] += len(source) - room
+                    source = source[:room]
+                if len(target) > targets_length - 1:
+                    encoded.truncated["targets"] += 1
+                    encoded.truncated["target_tokens"] += len(target) - targets_length + 1
+                    target = target[: targets_length - 1]
+                    target_bytes = int(byte_lengths[target].sum())
+                else:
+                    target_bytes = len(document[1].encode("utf-8"))
+                if self.inputs_eos:
+                    source = np.concatenate([source, eos])
+                encoded.add(source, np.concatenate([target, eos]), target_bytes)
+        return encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLM:
+    """Raw text cut into windows of S + T tokens, each a source of S and a target of T tokens.
+
+    A share `split` of the windows is cut once more, at a random place and in the same proportion,
+    so that the model meets short sources too while rows still fill exactly. The text of source
+    and target is contiguous: no EOS between them, one where the document ends. The halves of a
+    prefix LM as in Raffel et al. (2020), 3.2.1; a fixed cut as in T5Gemma (2504.06225).
+    """
+
+    split: float = 0.5
+    inputs_eos = False
+    document_fields = ("text",)
+
+    def encode(
+        self,
+        documents: Sequence[Document],
+        first_document: int,
+        vocabulary: Vocabulary,
+        inputs_length: int,
+        targets_length: int,
+        seed: int,
+    ) -> Encoded:
+        encoded = Encoded()
+        byte_lengths = vocabulary.byte_lengths
+        eos = np.array([vocabulary.eos_id], np.int32)
+        for start in range(0, len(documents), ENCODE_BATCH):
+            part = documents[start : start + ENCODE_BATCH]
+            batch = vocabulary.encode_batch([document[0] for document in part])
+            for offset, ids in enumerate(batch, first_document + start):
+                if not len(ids):
+                    encoded.dropped["empty_text"] += 1
+                    continue
+                ids = np.concatenate([ids, eos])
+                pieces = self._pieces(len(ids), inputs_length, targets_length, seed, offset)
+                for begin, middle, end in pieces:
+                    if middle == begin:
+                        encoded.dropped["tail_of_one_token"] += 1
+                        continue
+                    target = ids[middle:end]
+                    encoded.add(ids[begin:middle], target, int(byte_lengths[target].sum()))
+        return encoded
+
+    def _pieces(
+        self, tokens: int, S: int, T: int, seed: int, document: int
+    ) -> list[tuple[int, int, int]]:
+        """(begin, middle, end) of each source and target, covering all tokens in order."""
+        rng = np.random.default_rng([seed, document])
+        pieces = []
+        window = S + T
+        for begin in range(0, tokens, window):
+            length = min(window, tokens - begin)
+            if length < window:
+                target = max(1, round(length * T / window))
+                pieces.append((begin, begin + length - target, begin + length))
+                continue
+            cuts = [(S, T)]
+            if min(S, T) > 1 and rng.random() < self.split:
+                share = rng.uniform(0.1, 0.9)
+                source = min(max(round(share * S), 1), S - 1)
+                target = min(max(round(share * T), 1), T - 1)
+                cuts = [(source, target), (S - source, T - target)]
+            for source, target in cuts:
+                pieces.append((begin, begin + source, begin + source + target))
+                begin += source + target
+        return pieces

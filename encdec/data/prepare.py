@@ -1,0 +1,333 @@
+"""``encdec prepare``: text to a records directory, all or nothing.
+
+Documents are cut into blocks, each written as one shard by any worker. Finished shards are noted
+under ``preparing/``, so that an interrupted preparation goes on where it was; the card comes last.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+
+from encdec.data.blocks import (
+    Block,
+    Counts,
+    Recipe,
+    cut_blocks,
+    make_card,
+    shard_name,
+    write_block,
+)
+from encdec.data.objectives import Document, Objective, describe_objective
+from encdec.data.readers import BadRows
+from encdec.data.records import DatasetCard, Shard, file_sha256, read_card
+from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task, text_task
+from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
+from encdec.errors import ConfigError, DataError, EncdecError
+
+# Small enough that two cores share a corpus of some megabytes, large enough that the last,
+# half-full rows of a block do not matter (about a thousand rows).
+BLOCK_BYTES = 4 << 20
+NOTES = "preparing"
+
+Progress = Callable[[Counts], None]
+
+
+@gin.configurable
+def prepare(
+    *,
+    out: str | os.PathLike[str],
+    vocabulary: str | os.PathLike[str] | Vocabulary,
+    task: str | TextTask | None = None,
+    jsonl: Sequence[str] = (),
+    text: Sequence[str] = (),
+    split: str = "train",
+    inputs_length: int = 1024,
+    targets_length: int = 256,
+    objective: Objective | None = None,
+    packing: str = "best_fit",
+    extra_ids: int | None = None,
+    decoder_start_id: int = 0,
+    seed: int = 0,
+    max_examples: int | None = None,
+    max_bad_rows: int = 0,
+    block_bytes: int = BLOCK_BYTES,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DatasetCard:
+    """Write a records directory from one of `task`, `jsonl` files or `text` files.
+
+    Lengths are tokens a row; `max_examples` bounds the documents read, `block_bytes` the text of
+    a shard, `workers` the processes (default: the cores at hand). The result does not depend on
+    `workers`. `objective` replaces the task's own.
+
+    Raises DataError for bad input, after removing what this call wrote; a call that is killed
+    can be repeated and goes on.
+    """
+    out = pathlib.Path(out)
+    source = _source(task, jsonl, text)
+    loaded = load_vocabulary(vocabulary, extra_ids=extra_ids)
+    recipe = Recipe(objective or source.objective, inputs_length, targets_length, packing, seed)
+    _check(loaded, decoder_start_id, max_examples, max_bad_rows, block_bytes, workers)
+    bad_rows = BadRows(max_bad_rows)
+    job = {
+        "task": source.name,
+        "split": split,
+        "origin": source.origin(),
+        "vocabulary": loaded.fingerprint,
+        "recipe": {**dataclasses.asdict(recipe), "objective": describe_objective(recipe.objective)},
+        "decoder_start_id": decoder_start_id,
+        "max_examples": max_examples,
+        "block_bytes": block_bytes,
+    }
+    # Reading starts before anything is written: a wrong split or a bad first row leaves nothing.
+    documents = _peek(itertools.islice(source.documents(split, bad_rows), max_examples))
+    with _building(out, job, overwrite) as directory:
+        loaded.save(directory)
+        counts = Counts()
+        shards: list[Shard] = []
+        write = _Writer(recipe, directory, loaded, workers or available_cores())
+        for shard, block_counts in write.shards(cut_blocks(documents, block_bytes)):
+            counts.add(block_counts)
+            if shard:
+                shards.append(shard)
+            if progress:
+                progress(counts)
+        if bad_rows.count:
+            counts.dropped["bad_rows"] = bad_rows.count
+        card = make_card(
+            recipe,
+            loaded,
+            shards,
+            counts,
+            task=source.name,
+            split=split,
+            origin=job["origin"],
+            decoder_start_id=decoder_start_id,
+        )
+        _write_gin(directory)
+        card.write(directory)
+    return card
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _source(
+    task: str | TextTask | None, jsonl: Sequence[str], text: Sequence[str]
+) -> TextTask:
+    given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
+    if len(given) != 1:
+        raise ConfigError(
+            f"give exactly one of --task, --jsonl and --text, got {', '.join(given) or 'none'}"
+        )
+    if jsonl:
+        return jsonl_task(jsonl)
+    if text:
+        return text_files_task(text)
+    return task if isinstance(task, TextTask) else text_task(str(task))
+
+
+def _check(
+    vocabulary: Vocabulary,
+    decoder_start_id: int,
+    max_examples: int | None,
+    max_bad_rows: int,
+    block_bytes: int,
+    workers: int | None,
+) -> None:
+    if not 0 <= decoder_start_id < vocabulary.size:
+        raise ConfigError(
+            f"decoder_start_id is {decoder_start_id}; wanted an id of the vocabulary, "
+            f"0..{vocabulary.size - 1}"
+        )
+    bounds = (
+        ("max_examples", max_examples, 1),
+        ("max_bad_rows", max_bad_rows, 0),
+        ("block_bytes", block_bytes, 1),
+        ("workers", workers, 1),
+    )
+    for name, value, least in bounds:
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}; wanted {least} or more")
+
+
+def _peek(documents: Iterator[Document]) -> Iterator[Document]:
+    return itertools.chain(list(itertools.islice(documents, 1)), documents)
+
+
+class _building:
+    """The directory to write into: `out`, or beside it where `out` is to be replaced."""
+
+    def __init__(self, out: pathlib.Path, job: dict[str, Any], overwrite: bool):
+        self.out, self.job = out, job
+        self.finished = (out / CARD_FILE).is_file()
+        self.resumed = False
+        self.directory = out
+        notes = out / NOTES
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out} is a file; give another --out")
+        if self.finished and not overwrite:
+            card = read_card(out)
+            raise DataError(
+                f"{out} already holds {card.rows:,} rows of {card.task}; give another --out, or "
+                "--overwrite to replace them"
+            )
+        if self.finished:
+            self.directory = out.with_name(out.name + ".new")
+            notes = self.directory / NOTES
+        elif out.is_dir() and any(out.iterdir()) and not notes.is_dir():
+            raise DataError(
+                f"{out} is not empty and holds no records; give another --out (--overwrite "
+                "replaces records only)"
+            )
+        if notes.is_dir():
+            self._resume(notes, overwrite)
+
+    def _resume(self, notes: pathlib.Path, overwrite: bool) -> None:
+        path = notes / "job.json"
+        same = path.is_file() and json.loads(path.read_text()) == _plain(self.job)
+        if same:
+            self.resumed = True
+        elif overwrite or not path.is_file():
+            shutil.rmtree(self.directory)
+        else:
+            raise DataError(
+                f"{self.directory} holds the unfinished preparation of something else; repeat "
+                "that command, give another --out, or --overwrite to discard it"
+            )
+
+    def __enter__(self) -> pathlib.Path:
+        notes = self.directory / NOTES
+        notes.mkdir(parents=True, exist_ok=True)
+        _write_json(notes / "job.json", self.job)
+        return self.directory
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None:
+            shutil.rmtree(self.directory / NOTES)
+            if self.directory != self.out:
+                old = self.out.with_name(self.out.name + ".old")
+                os.rename(self.out, old)
+                os.rename(self.directory, self.out)
+                shutil.rmtree(old)
+        elif issubclass(kind, EncdecError) and not self.resumed:
+            shutil.rmtree(self.directory)
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content))
+    os.replace(partial, path)
+
+
+def _plain(content: Any) -> Any:
+    return json.loads(json.dumps(content))
+
+
+def _write_gin(directory: pathlib.Path) -> None:
+    if config := gin.operative_config_str():
+        (directory / "operative_config.gin").write_text(config)
+
+
+class _Writer:
+    """Writes blocks in order with any number of processes, a few blocks ahead."""
+
+    def __init__(
+        self, recipe: Recipe, directory: pathlib.Path, vocabulary: Vocabulary, workers: int
+    ):
+        self.workers = workers
+        self.task = functools.partial(_write_noted, recipe, directory)
+        self.vocabulary = vocabulary
+        self.start = (vocabulary.spec(), directory)
+
+    def shards(self, blocks: Iterator[Block]) -> Iterator[tuple[Shard | None, Counts]]:
+        first = list(itertools.islice(blocks, 2))
+        blocks = itertools.chain(first, blocks)
+        if self.workers == 1 or len(first) < 2:
+            for block in blocks:
+                yield self.task(block, self.vocabulary)
+            return
+        # Spawned, not forked: the caller may run JAX's or TensorFlow's threads.
+        pool = concurrent.futures.ProcessPoolExecutor(
+            self.workers, multiprocessing.get_context("spawn"), _start_worker, self.start
+        )
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for block in blocks:
+                waiting.append(pool.submit(self.task, block))
+                while len(waiting) > self.workers + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_vocabulary: Vocabulary | None = None
+
+
+def _start_worker(spec: VocabularySpec, directory: pathlib.Path) -> None:
+    global _worker_vocabulary
+    # The parent decides on interrupts; a worker whose parent was killed has nobody to serve.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    watch = threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True)
+    watch.start()
+    _worker_vocabulary = load_vocabulary(spec, directory=directory)
+
+
+def _write_noted(
+    recipe: Recipe, directory: pathlib.Path, block: Block, vocabulary: Vocabulary | None = None
+) -> tuple[Shard | None, Counts]:
+    """Write a block's shard and a note of it, or take the shard that is already there."""
+    note = directory / NOTES / f"{block.number:06d}.json"
+    digest = block.digest()
+    if note.is_file():
+        content = json.loads(note.read_text())
+        shard = Shard(**content["shard"]) if content["shard"] else None
+        if content["digest"] == digest and _is_whole(directory, shard):
+            return shard, Counts.from_dict(content["counts"])
+    shard, counts = write_block(recipe, vocabulary or _worker_vocabulary, block, directory)
+    if shard is None:
+        (directory / shard_name(block.number)).unlink(missing_ok=True)
+    _write_json(
+        note,
+        {
+            "digest": digest,
+            "shard": dataclasses.asdict(shard) if shard else None,
+            "counts": counts.to_dict(),
+        },
+    )
+    return shard, counts
+
+
+def _is_whole(directory: pathlib.Path, shard: Shard | None) -> bool:
+    if shard is None:
+        return True
+    path = directory / shard.name
+    return path.is_file() and file_sha256(path) == shard.sha256
+
+
+def main(argv: list[str]) -> int:
+    """``encdec prepare``."""
+    from encdec.data.prepare_command import run
+
+    return run(argv)

@@ -1,0 +1,145 @@
+"""The command line of ``encdec prepare``: flags, gin files, progress and the final report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import gin
+
+from encdec.data.blocks import Counts
+from encdec.data.prepare import prepare
+from encdec.data.records import DatasetCard
+from encdec.data.text_tasks import TEXT_TASKS
+from encdec.errors import ConfigError
+
+LOG_SECONDS = 10.0
+TERMINAL_SECONDS = 0.2
+
+
+class ProgressLine:
+    """Counts and rate: one line rewritten on a terminal, plain lines every ten seconds else."""
+
+    def __init__(self, stream=sys.stderr):
+        self.stream = stream
+        self.terminal = stream.isatty()
+        self.started = time.perf_counter()
+        self.shown = self.started if not self.terminal else 0.0
+        self.width = 0
+
+    def __call__(self, counts: Counts) -> None:
+        now = time.perf_counter()
+        if now - self.shown < (TERMINAL_SECONDS if self.terminal else LOG_SECONDS):
+            return
+        self.shown = now
+        seconds = max(now - self.started, 1e-9)
+        line = (
+            f"prepare: {counts.examples:,} examples, {counts.rows:,} rows, "
+            f"{counts.tokens / 1e6:.1f}M tokens, {counts.tokens / seconds / 1e3:,.0f}k tokens/s"
+        )
+        self._write(line)
+
+    def _write(self, line: str) -> None:
+        if self.terminal:
+            self.stream.write("\r" + line.ljust(self.width))
+            self.width = len(line)
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        if self.terminal and self.width:
+            self.stream.write("\r" + " " * self.width + "\r")
+            self.stream.flush()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags not given keep what gin binds, else the defaults of `prepare`."""
+    flags = argparse.ArgumentParser(
+        prog="encdec prepare",
+        description="Turn text into packed records for training.",
+        epilog="Gin binds what an example is, e.g. --gin_bindings='prefix_lm.split = 0.3' or "
+        "'sequence_to_sequence.inputs_eos = False'.",
+        argument_default=argparse.SUPPRESS,
+    )
+    tasks = ", ".join(TEXT_TASKS)
+    flags.add_argument("--task", help=f"a task by name: {tasks}")
+    flags.add_argument(
+        "--jsonl", nargs="+", metavar="FILE", help="JSONL with source and target, also .gz"
+    )
+    flags.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text files, or JSONL with text, for pretraining"
+    )
+    flags.add_argument("--vocabulary", help="a SentencePiece .model, or 'bytes'")
+    flags.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end (0)")
+    flags.add_argument("--out", metavar="DIR", help="the records directory to write")
+    flags.add_argument("--split", help="train, validation or test (train)")
+    flags.add_argument("--inputs_length", type=int, help="source tokens a row (1024)")
+    flags.add_argument("--targets_length", type=int, help="target tokens a row (256)")
+    flags.add_argument("--packing", help="best_fit, greedy (seqio's order) or none (best_fit)")
+    flags.add_argument("--decoder_start_id", type=int, help="first decoder input (0)")
+    flags.add_argument("--seed", type=int, help="seed of the objective (0)")
+    flags.add_argument("--max_examples", type=int, help="read no more than this many rows")
+    flags.add_argument("--max_bad_rows", type=int, help="bad rows to leave out and count (0)")
+    flags.add_argument("--block_bytes", type=int, help="text of a shard (4 MiB)")
+    flags.add_argument("--workers", type=int, help="processes (all cores)")
+    flags.add_argument("--overwrite", action="store_true", help="replace existing records")
+    flags.add_argument("--gin_file", action="append", default=[], metavar="FILE")
+    flags.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING")
+    return flags
+
+
+def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Read gin files and bindings; ConfigError with gin's reason where they are wrong."""
+    try:
+        gin.parse_config_files_and_bindings(list(files), list(bindings))
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ConfigError(f"gin: {error}") from error
+
+
+def run(argv: list[str]) -> int:
+    """Parse the flags, prepare, print the report."""
+    given = vars(parser().parse_args(argv))
+    parse_gin(given.pop("gin_file"), given.pop("gin_bindings"))
+    for name in ("out", "vocabulary"):
+        if name not in given and not _bound(name):
+            raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
+    progress = ProgressLine()
+    started = time.perf_counter()
+    try:
+        card = prepare(progress=progress, **given)
+    finally:
+        progress.close()
+    print(report(card, time.perf_counter() - started))
+    out = given.get("out") or gin.query_parameter("prepare.out")
+    print(f"records: {out}")
+    return 0
+
+
+def _bound(name: str) -> bool:
+    try:
+        gin.query_parameter(f"prepare.{name}")
+    except ValueError:
+        return False
+    return True
+
+
+def report(card: DatasetCard, seconds: float) -> str:
+    """What was written and what was left out, for people."""
+    tokens = card.source_tokens + card.target_tokens
+    size = sum(shard.bytes for shard in card.shards)
+    lines = [
+        f"{card.task}, split {card.split}: {card.documents:,} documents, {card.examples:,} "
+        f"examples, {card.rows:,} rows of {card.inputs_length} + {card.targets_length} tokens",
+        f"tokens: {card.source_tokens:,} source, {card.target_tokens:,} target "
+        f"({card.target_bytes:,} target bytes); {100 * (1 - card.non_padding_share):.1f} % padding",
+        f"disk: {size / 1e6:.1f} MB in {len(card.shards)} shards, {size / tokens:.2f} bytes a token",
+        f"time: {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, "
+        f"{card.documents / seconds:,.0f} documents/s",
+    ]
+    for what, counts in (("truncated", card.truncated), ("dropped", card.dropped)):
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        lines.append(f"{what}: {shown or 'nothing'}")
+    return "\n".join(lines)

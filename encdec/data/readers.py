@@ -1,0 +1,193 @@
+"""Local files to documents, every fault named by file and line.
+
+A fault is a bad row: it is counted and, beyond the number allowed, stops the preparation before
+anything is published. gzip is told by the name's ``.gz``.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gzip
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from encdec.data.objectives import Document
+from encdec.errors import DataError
+
+SHOWN_BAD_ROWS = 5
+# A plain text file is cut at a line's end about here, so that files of any size stream.
+DOCUMENT_BYTES = 1 << 20
+
+
+@dataclasses.dataclass
+class BadRows:
+    """Counts faults and refuses the one too many."""
+
+    allowed: int = 0
+    count: int = 0
+    reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    shown: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, where: str, reason: str, mend: str) -> None:
+        """Note one fault; DataError naming it where more than `allowed` were met."""
+        self.count += 1
+        self.reasons[reason] += 1
+        if len(self.shown) < SHOWN_BAD_ROWS:
+            self.shown.append(f"{where}: {reason}")
+        if self.count > self.allowed:
+            before = f" ({self.count} bad rows, {self.allowed} allowed)" if self.allowed else ""
+            raise DataError(
+                f"{where}: {reason}{before}; {mend}, or let bad rows be left out and counted with "
+                f"--max_bad_rows={max(10, 2 * self.count)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Why a row is bad, and what mends it."""
+
+    reason: str
+    mend: str
+
+
+def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
+    """The paths, each one an existing file; DataError for the first that is not."""
+    files = [pathlib.Path(path) for path in paths]
+    if not files:
+        raise DataError("no input file given")
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"input file {file} not found; give existing files")
+    return files
+
+
+def read_lines(path: pathlib.Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line without its end); a truncated gzip is one bad row at its end."""
+    number = 0
+    with _open(path) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                yield number, line.rstrip(b"\r\n")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            bad_rows.add(
+                f"{path}:{number + 1}", f"the gzip stream breaks off ({error})", "copy it again"
+            )
+    if number == 0:
+        bad_rows.add(f"{path}:1", "the file is empty", "give a file with rows")
+
+
+def read_jsonl(
+    path: pathlib.Path, fields: Sequence[str], bad_rows: BadRows
+) -> Iterator[dict[str, Any]]:
+    """Rows that have all `fields` as strings and, if there, `targets` as a list of strings."""
+    for number, line in read_lines(path, bad_rows):
+        row = parse_row(line, fields)
+        if isinstance(row, Fault):
+            bad_rows.add(f"{path}:{number}", row.reason, row.mend)
+        else:
+            yield row
+
+
+def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
+    """One JSONL line as a checked row, or what is wrong with it."""
+    if not line.strip():
+        return Fault("the line is empty", "delete the line")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        seen = f"0x{line[error.start]:02x}"
+        return Fault(f"invalid UTF-8: byte {seen} at byte {error.start}", "save it as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Fault(f"no valid JSON: {error}", "write one JSON object a line")
+    if not isinstance(row, dict):
+        return Fault(f"a JSON {type(row).__name__}, wanted an object", "write {...} on the line")
+    for field in fields:
+        if field not in row:
+            keys = ", ".join(sorted(map(repr, row))[:8]) or "none"
+            return Fault(f"no {field!r} (keys: {keys})", f"add the field {field!r}")
+        if fault := _check_text(field, row[field]):
+            return fault
+    if "targets" in row:
+        targets = row["targets"]
+        if not isinstance(targets, list) or not targets:
+            return Fault(
+                f"'targets' is {_shown(targets)}, wanted a list of strings", "give a list"
+            )
+        for target in targets:
+            if fault := _check_text("targets", target):
+                return fault
+    return row
+
+
+def _check_text(field: str, value: Any) -> Fault | None:
+    if not isinstance(value, str):
+        return Fault(f"{field!r} is {_shown(value)}, wanted a string", f"give {field!r} as text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Fault(
+            f"{field!r} has a lone surrogate at character {error.start}", "remove the half character"
+        )
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def pair_documents(
+    paths: Sequence[pathlib.Path], bad_rows: BadRows
+) -> Iterator[Document]:
+    """(source, target) of every row of JSONL files."""
+    for path in paths:
+        for row in read_jsonl(path, ("source", "target"), bad_rows):
+            yield row["source"], row["target"]
+
+
+def text_documents(paths: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
+    """(text,) of every document: a plain text file is one, a ``.jsonl`` has one in `text` a row."""
+    for path in paths:
+        if path.name.removesuffix(".gz").endswith(".jsonl"):
+            for row in read_jsonl(path, ("text",), bad_rows):
+                yield (row["text"],)
+        else:
+            yield from _plain_documents(path, bad_rows)
+
+
+def _plain_documents(path: pathlib.Path, bad_rows: BadRows) -> Iterator[Document]:
+    held: list[str] = []
+    size = 0
+    with _open(path) as file:
+        number = 0
+        try:
+            for number, line in enumerate(file, 1):
+                try:
+                    held.append(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    seen = f"0x{line[error.start]:02x}"
+                    bad_rows.add(
+                        f"{path}:{number}",
+                        f"invalid UTF-8: byte {seen} at byte {error.start}",
+                        "save it as UTF-8",
+                    )
+                size += len(line)
+                if size >= DOCUMENT_BYTES:
+                    yield ("".join(held),)
+                    held, size = [], 0
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            bad_rows.add(
+                f"{path}:{number + 1}", f"the gzip stream breaks off ({error})", "copy it again"
+            )
+    if number == 0:
+        bad_rows.add(f"{path}:1", "the file is empty", "give a file with text")
+    if held:
+        yield ("".join(held),)
+
+
+def _open(path: pathlib.Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")

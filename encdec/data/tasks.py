@@ -1,0 +1,139 @@
+"""The text tasks as seqio tasks; importing this registers them.
+
+``seqio.get_mixture_or_task(name).get_dataset(...)`` gives the very examples that `prepare`
+writes, through seqio's own pipeline: for mixtures, feature converters and evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np  # noqa: E402
+import seqio  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from encdec.data.objectives import Objective  # noqa: E402
+from encdec.data.readers import BadRows  # noqa: E402
+from encdec.data.text_tasks import TEXT_TASKS, TextTask, text_task  # noqa: E402
+from encdec.data.vocabulary import (  # noqa: E402
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+)
+from encdec.errors import DataError  # noqa: E402
+
+# TensorFlow reads text here; the accelerator belongs to JAX.
+tf.config.set_visible_devices([], "GPU")
+
+
+class TextDataSource(seqio.DataSource):
+    """A text task's documents as tf.data, one string a field."""
+
+    def __init__(self, task: TextTask, splits: tuple[str, ...]):
+        self.task = task
+        super().__init__(splits=splits)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+    ) -> tf.data.Dataset:
+        if shard_info and shard_info.num_shards > 1:
+            raise ValueError("a text source has one shard; prepare splits the work itself")
+        fields = self.task.objective.document_fields
+
+        def generate() -> Iterator[dict[str, str]]:
+            for document in self.task.documents(split, BadRows()):
+                yield dict(zip(fields, document))
+
+        signature = {field: tf.TensorSpec((), tf.string) for field in fields}
+        dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
+        return dataset.shuffle(2**14, seed=seed) if shuffle else dataset
+
+
+def seqio_vocabulary(vocabulary: Vocabulary, model_file: str | None = None) -> seqio.Vocabulary:
+    """seqio's counterpart of a vocabulary; a SentencePiece one needs its `model_file`."""
+    if isinstance(vocabulary, ByteVocabulary):
+        return seqio.ByteVocabulary(extra_ids=vocabulary.extra_ids)
+    if isinstance(vocabulary, SentencePieceVocabulary) and model_file:
+        return seqio.SentencePieceVocabulary(model_file, extra_ids=vocabulary.extra_ids)
+    raise DataError(f"seqio needs the .model file of a {vocabulary.kind} vocabulary")
+
+
+def objective_preprocessor(
+    objective: Objective, vocabulary: Vocabulary, seed: int = 0
+) -> Callable[..., tf.data.Dataset]:
+    """An objective as a seqio preprocessor: documents in, `inputs` and `targets` out."""
+
+    def encode(number: np.int64, *parts: Any) -> list[np.ndarray]:
+        document = tuple(text.decode("utf-8") for text in parts[:-1])
+        lengths = (int(length) for length in parts[-1])
+        encoded = objective.encode([document], int(number), vocabulary, *lengths, seed)
+        result = []
+        for tokens in (encoded.sources, encoded.targets):
+            result.append(np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32))
+            result.append(np.array([len(part) for part in tokens], np.int64))
+        return result
+
+    def preprocess(
+        dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None = None
+    ) -> tf.data.Dataset:
+        if not sequence_length:
+            raise ValueError("this objective needs sequence_length for inputs and targets")
+        lengths = tf.constant([sequence_length["inputs"], sequence_length["targets"]])
+
+        def examples(number: tf.Tensor, document: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
+            texts = [document[field] for field in objective.document_fields]
+            types = [tf.int32, tf.int64] * 2
+            parts = tf.numpy_function(encode, [number, *texts, lengths], types)
+            for part in parts:
+                part.set_shape([None])
+            return tf.data.Dataset.from_tensor_slices({
+                "inputs": tf.RaggedTensor.from_row_lengths(parts[0], parts[1]),
+                "targets": tf.RaggedTensor.from_row_lengths(parts[2], parts[3]),
+            })
+
+        return dataset.enumerate().flat_map(examples)
+
+    return preprocess
+
+
+def register(
+    task: TextTask,
+    vocabulary: Vocabulary | None = None,
+    *,
+    model_file: str | None = None,
+    splits: tuple[str, ...] = ("train", "validation", "test"),
+    seed: int = 0,
+) -> seqio.Task:
+    """Register a text task with seqio under its name, in place of any earlier one.
+
+    `vocabulary` defaults to bytes; a SentencePiece one needs its `model_file` for seqio.
+    """
+    vocabulary = vocabulary or ByteVocabulary()
+    feature = seqio.Feature(seqio_vocabulary(vocabulary, model_file), add_eos=False)
+    if task.name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(task.name)
+    return seqio.TaskRegistry.add(
+        task.name,
+        source=TextDataSource(task, task.splits or splits),
+        preprocessors=[objective_preprocessor(task.objective, vocabulary, seed)],
+        output_features={"inputs": feature, "targets": feature},
+    )
+
+
+for _name in TEXT_TASKS:
+    register(text_task(_name))

@@ -1,0 +1,118 @@
+"""Tasks over text read in Python, without TensorFlow: what an example is, and where it lies.
+
+`tasks` registers each of them with seqio. `prepare` reads them here, since checking every row by
+file and line and encoding in batches is not what tf.data does well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+
+from encdec.data import readers
+from encdec.data.corpora import stdlib
+from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
+from encdec.errors import ConfigError, DataError
+
+# (split, bad rows) to documents.
+ReadDocuments = Callable[[str, readers.BadRows], Iterator[Document]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """Documents of some splits and the objective that makes examples of them.
+
+    `origin` tells the card where the text came from. A task without `splits` takes any name.
+    """
+
+    name: str
+    read: ReadDocuments
+    objective: Objective
+    origin: Callable[[], dict[str, Any]]
+    splits: tuple[str, ...] = ()
+
+    def documents(self, split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
+        """Documents of a split in order; DataError where the split or a row is bad."""
+        if self.splits and split not in self.splits:
+            raise DataError(f"split is {split!r}; task {self.name} has {', '.join(self.splits)}")
+        return iter(self.read(split, bad_rows))
+
+
+@gin.configurable(module="objectives")
+def sequence_to_sequence(inputs_eos: bool = True) -> SequenceToSequence:
+    """Supervised pairs, for gin to bind."""
+    return SequenceToSequence(inputs_eos=inputs_eos)
+
+
+@gin.configurable(module="objectives")
+def prefix_lm(split: float = 0.5) -> PrefixLM:
+    """Prefix LM over raw text, for gin to bind."""
+    if not 0 <= split <= 1:
+        raise ConfigError(f"prefix_lm.split is {split}; wanted a share from 0 to 1")
+    return PrefixLM(split=split)
+
+
+def jsonl_task(files: Sequence[str], objective: Objective | None = None) -> TextTask:
+    """The user's own JSONL (`source`, `target`, optional `targets`, also .gz)."""
+    paths = readers.check_files(files)
+    return TextTask(
+        "jsonl",
+        lambda split, bad_rows: readers.pair_documents(paths, bad_rows),
+        objective or sequence_to_sequence(),
+        lambda: {"files": [path.name for path in paths]},
+    )
+
+
+def text_files_task(files: Sequence[str], objective: Objective | None = None) -> TextTask:
+    """Plain text files, or JSONL with a `text` field, for pretraining."""
+    paths = readers.check_files(files)
+    return TextTask(
+        "text",
+        lambda split, bad_rows: readers.text_documents(paths, bad_rows),
+        objective or prefix_lm(),
+        lambda: {"files": [path.name for path in paths]},
+    )
+
+
+def _stdlib_pairs(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
+    for example in stdlib.stdlib_examples(split):
+        yield example["source"], example["target"]
+
+
+def _stdlib_text(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
+    for text in stdlib.stdlib_text(split):
+        yield (text,)
+
+
+def _stdlib_code_summarization() -> TextTask:
+    return TextTask(
+        "stdlib_code_summarization",
+        _stdlib_pairs,
+        sequence_to_sequence(),
+        stdlib.origin,
+        stdlib.SPLITS,
+    )
+
+
+def _stdlib_text_task() -> TextTask:
+    return TextTask("stdlib_text", _stdlib_text, prefix_lm(), stdlib.origin, stdlib.SPLITS)
+
+
+# Made when asked for, so that gin's bindings hold.
+TEXT_TASKS: dict[str, Callable[[], TextTask]] = {
+    "stdlib_code_summarization": _stdlib_code_summarization,
+    "stdlib_text": _stdlib_text_task,
+}
+
+
+def text_task(name: str) -> TextTask:
+    """A task by name; DataError naming the nearest where there is none."""
+    if name not in TEXT_TASKS:
+        near = difflib.get_close_matches(name, TEXT_TASKS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise DataError(f"no task {name!r}; there are {', '.join(TEXT_TASKS)}{hint}")
+    return TEXT_TASKS[name]()
