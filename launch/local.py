@@ -1,0 +1,163 @@
+"""Trains with several processes on this machine, as a pod would with one process a host.
+
+    python launch/local.py --processes=2 -- --config=configs/pretrain.py:330m --workdir=runs/330m
+
+What follows ``--`` are the arguments of ``encdec train``. Process 0 coordinates, on a free port of
+the loopback address. Each line of output is marked with its process. Should one process fail, the
+others are stopped; an interrupt or a termination request is passed on to all, so that they can
+save. The exit code is that of the first process that failed.
+
+--dry-run prints the commands, to be run by hand or by another launcher, and starts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+GRACE_SECONDS = 60.0  # what processes get to save and leave before they are killed
+POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One process: its arguments, and what is added to the environment."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def __str__(self) -> str:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.arguments)])
+
+
+def commands(
+    train: Sequence[str], processes: int, port: int, *, cpu_devices: int = 0, gpus: int = 0
+) -> list[Command]:
+    """The commands of a run.
+
+    Args:
+        train: arguments of ``encdec train``.
+        processes: how many.
+        port: of the coordinator, on the loopback address.
+        cpu_devices: if not 0, run on the CPU with so many JAX devices a process.
+        gpus: if not 0, give so many GPUs to each process.
+    """
+    result = []
+    for index in range(processes):
+        environment = {}
+        if cpu_devices:
+            environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpu_devices)}
+        if gpus:
+            visible = range(index * gpus, (index + 1) * gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
+        result.append(Command((
+            sys.executable, "-m", "encdec", "train", *train, "--distributed",
+            f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
+            f"--process_id={index}",
+        ), environment))
+    return result
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def supervise(started: Sequence[Command], grace_seconds: float = GRACE_SECONDS) -> int:
+    """Runs all commands to their end; returns 0, or the exit code of the first that failed."""
+    processes: list[subprocess.Popen] = []
+    stopping = threading.Event()
+
+    def stop(number: int = signal.SIGTERM, _frame: object = None) -> None:
+        stopping.set()
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        readers = []
+        for index, command in enumerate(started):
+            # A session of its own: the terminal's interrupt reaches it through stop() alone, once.
+            process = subprocess.Popen(
+                command.arguments, env=os.environ | dict(command.environment), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            processes.append(process)
+            readers.append(threading.Thread(target=_relay, args=(index, process), daemon=True))
+            readers[-1].start()
+        code = _wait(processes, stop, stopping, grace_seconds)
+        for reader in readers:
+            reader.join(timeout=5)
+        return code
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(
+    processes: Sequence[subprocess.Popen], stop: Callable[[], None], stopping: threading.Event,
+    grace_seconds: float,
+) -> int:
+    """Waits for all; stops the rest when one fails, and kills what outstays the grace period."""
+    failure, deadline = 0, None
+    while True:
+        codes = [process.poll() for process in processes]
+        failure = failure or next((code for code in codes if code), 0)
+        if None not in codes:
+            return failure if failure >= 0 else 128 - failure  # as shells report a signal
+        if failure and not stopping.is_set():
+            stop()
+        if stopping.is_set():
+            deadline = deadline or time.monotonic() + grace_seconds
+            if time.monotonic() > deadline:
+                for process in processes:
+                    if process.poll() is None:
+                        process.kill()
+        time.sleep(POLL_SECONDS)
+
+
+def _relay(index: int, process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        print(f"[{index}] {line}", end="", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument("--cpu-devices", type=int, default=0, metavar="N",
+                         help="run on the CPU, with so many JAX devices a process")
+    devices.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs for each process")
+    parser.add_argument("--port", type=int, default=0, help="of the coordinator; 0: a free one")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    parser.add_argument("train", nargs="+", metavar="ARGUMENT",
+                        help="after `--`: the arguments of `encdec train`")
+    options = parser.parse_args(argv)
+    if options.processes < 1:
+        parser.error(f"--processes is {options.processes}; wanted 1 or more")
+    run = commands(options.train, options.processes, options.port or free_port(),
+                   cpu_devices=options.cpu_devices, gpus=options.gpus)
+    if options.dry_run:
+        print("\n".join(map(str, run)))
+        return 0
+    return supervise(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
