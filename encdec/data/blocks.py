@@ -89,7 +89,9 @@ class Counts:
         return self.source_tokens + self.target_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        # dataclasses.asdict cannot rebuild a Counter.
+        counters = {name: dict(getattr(self, name)) for name in ("truncated", "dropped")}
+        return {**vars(self), **counters}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Counts:

@@ -18,10 +18,8 @@ import pathlib
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-import gin
 
 from encdec.data.blocks import (
     Block,
@@ -47,7 +45,6 @@ NOTES = "preparing"
 Progress = Callable[[Counts], None]
 
 
-@gin.configurable
 def prepare(
     *,
     out: str | os.PathLike[str],
@@ -68,19 +65,21 @@ def prepare(
     block_bytes: int = BLOCK_BYTES,
     workers: int | None = None,
     overwrite: bool = False,
+    notes: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> DatasetCard:
     """Write a records directory from one of `task`, `jsonl` files or `text` files.
 
     Lengths are tokens a row; `max_examples` bounds the documents read, `block_bytes` the text of
     a shard, `workers` the processes (default: the cores at hand). The result does not depend on
-    `workers`. `objective` replaces the task's own.
+    `workers`. `objective` replaces the task's own; `notes` are files (name to text) to lie beside
+    the records.
 
     Raises DataError for bad input, after removing what this call wrote; a call that is killed
     can be repeated and goes on.
     """
     out = pathlib.Path(out)
-    source = _source(task, jsonl, text)
+    source = choose_task(task, jsonl, text)
     loaded = load_vocabulary(vocabulary, extra_ids=extra_ids)
     recipe = Recipe(objective or source.objective, inputs_length, targets_length, packing, seed)
     _check(loaded, decoder_start_id, max_examples, max_bad_rows, block_bytes, workers)
@@ -120,7 +119,8 @@ def prepare(
             origin=job["origin"],
             decoder_start_id=decoder_start_id,
         )
-        _write_gin(directory)
+        for name, content in (notes or {}).items():
+            (directory / name).write_text(content)
         card.write(directory)
     return card
 
@@ -130,7 +130,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _source(
+def choose_task(
     task: str | TextTask | None, jsonl: Sequence[str], text: Sequence[str]
 ) -> TextTask:
     given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
@@ -240,11 +240,6 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 
 def _plain(content: Any) -> Any:
     return json.loads(json.dumps(content))
-
-
-def _write_gin(directory: pathlib.Path) -> None:
-    if config := gin.operative_config_str():
-        (directory / "operative_config.gin").write_text(config)
 
 
 class _Writer:

@@ -6,11 +6,12 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import gin
 
 from encdec.data.blocks import Counts
-from encdec.data.prepare import prepare
+from encdec.data.prepare import choose_task, prepare
 from encdec.data.records import DatasetCard
 from encdec.data.text_tasks import TEXT_TASKS
 from encdec.errors import ConfigError
@@ -102,28 +103,51 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
 def run(argv: list[str]) -> int:
     """Parse the flags, prepare, print the report."""
     given = vars(parser().parse_args(argv))
-    parse_gin(given.pop("gin_file"), given.pop("gin_bindings"))
+    files, bindings = given.pop("gin_file"), given.pop("gin_bindings")
+    parse_gin(files, bindings)
+    settings = {name: value for name, value in bound_settings(**given).items() if value is not None}
     for name in ("out", "vocabulary"):
-        if name not in given and not _bound(name):
+        if name not in settings:
             raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
+    chosen = [settings.pop(name, None) for name in ("task", "jsonl", "text")]
+    task = choose_task(chosen[0], chosen[1] or (), chosen[2] or ())
+    notes = {"operative_config.gin": gin.operative_config_str()} if files or bindings else {}
     progress = ProgressLine()
     started = time.perf_counter()
     try:
-        card = prepare(progress=progress, **given)
+        card = prepare(task=task, progress=progress, notes=notes, **settings)
     finally:
         progress.close()
     print(report(card, time.perf_counter() - started))
-    out = given.get("out") or gin.query_parameter("prepare.out")
-    print(f"records: {out}")
+    print(f"records: {settings['out']}")
     return 0
 
 
-def _bound(name: str) -> bool:
-    try:
-        gin.query_parameter(f"prepare.{name}")
-    except ValueError:
-        return False
-    return True
+@gin.configurable("prepare")
+def bound_settings(
+    task: str | None = None,
+    jsonl: Sequence[str] | None = None,
+    text: Sequence[str] | None = None,
+    vocabulary: str | None = None,
+    extra_ids: int | None = None,
+    out: str | None = None,
+    split: str | None = None,
+    inputs_length: int | None = None,
+    targets_length: int | None = None,
+    packing: str | None = None,
+    decoder_start_id: int | None = None,
+    seed: int | None = None,
+    max_examples: int | None = None,
+    max_bad_rows: int | None = None,
+    block_bytes: int | None = None,
+    workers: int | None = None,
+    overwrite: bool | None = None,
+) -> dict[str, Any]:
+    """Settings of `prepare` as gin binds them and flags override; None where neither does.
+
+    Apart from `prepare` itself, since gin rewrites the errors that pass through its functions.
+    """
+    return dict(locals())
 
 
 def report(card: DatasetCard, seconds: float) -> str:
