@@ -1,0 +1,244 @@
+"""Cached generation: prefill, one-token steps, and the loop, as pure functions.
+
+Both architectures go through the same three: ``prefill`` reads the inputs (the encoder and
+cross-attention's keys and values, or the decoder over start token and inputs), ``decode_step``
+feeds one token a row, and ``start`` with ``advance`` make answers of them. Rows have lengths,
+positions, settings and random keys of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from encdec.inference.sampling import Choosing, RowSettings, choose
+from encdec.model import ModelConfig, build_model, for_decoding, init_cache
+
+Params = Any
+NO_EOS = -1  # an ``eos_id`` that no token has: answers run to their limit
+
+
+@flax.struct.dataclass
+class Memory:
+    """What the decoder remembers of every row.
+
+    Attributes:
+        cache: self-attention's keys and values (``encdec.model.init_cache``).
+        source: the encoded source; None in a decoder-only model.
+        slots_R: int32, the position and cache slot of each row's next token.
+    """
+
+    cache: Any
+    source: Any
+    slots_R: jax.Array
+
+
+@flax.struct.dataclass
+class Decoding:
+    """Answers under way; N is the room for new tokens.
+
+    Attributes:
+        memory: what the decoder remembers.
+        last_R: int32, the token chosen last, not yet fed to the decoder.
+        tokens_RxN: int32, the answers, EOS included, then zeros.
+        log_probs_RxN: float32, the model's log-probability of each of these tokens, then zeros.
+        counts_R: int32, tokens in each answer.
+        finished_R: bool.
+        settings: the rows' settings.
+    """
+
+    memory: Memory
+    last_R: jax.Array
+    tokens_RxN: jax.Array
+    log_probs_RxN: jax.Array
+    counts_R: jax.Array
+    finished_R: jax.Array
+    settings: RowSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingPlan:
+    """What is compiled into a decoding program beside the model.
+
+    Attributes:
+        choosing: how tokens are chosen.
+        room: new tokens at most; rows may have lower limits.
+        start_id: the decoder's first input.
+        eos_id: ends an answer; ``NO_EOS`` for none.
+    """
+
+    choosing: Choosing
+    room: int
+    start_id: int
+    eos_id: int
+
+
+def ready_for_decoding(
+    config: ModelConfig, params: Params, dtype: str | None = None
+) -> tuple[ModelConfig, Params]:
+    """The model in the layout and type in which one-token steps are fastest.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        dtype: of the computation; by default float32 on CPUs, whose one-row bfloat16 products
+            read memory at a small fraction of its speed, and the model's own elsewhere.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+    config, params = for_decoding(config.replace(dtype=dtype), params)
+    if dtype == config.param_dtype:
+        return config, params
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        # Norms multiply in float32; everything else is cast where it is used, so casting it
+        # beforehand changes nothing but the bytes read.
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    return config, jax.jit(functools.partial(jax.tree_util.tree_map_with_path, cast))(params)
+
+
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    tokens_BxS: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    start_id: int,
+    room: int,
+) -> tuple[jax.Array, Memory]:
+    """Reads the inputs and the start token.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        tokens_BxS: inputs, each in the first ``lengths_B`` places of its row.
+        lengths_B: tokens of each input.
+        start_id: the decoder's first input: it comes before the inputs in a decoder-only model.
+        room: how many new tokens the cache must hold.
+
+    Returns:
+        Logits [B, V] float32 of each row's first new token, and the memory.
+    """
+    model, (batch, width) = build_model(config), tokens_BxS.shape
+    start_Bx1 = jnp.full((batch, 1), start_id, jnp.int32)
+    places_BxS = jnp.tile(jnp.arange(width, dtype=jnp.int32), (batch, 1))
+    if config.is_encoder_decoder:
+        segments_BxS = (places_BxS < lengths_B[:, None]).astype(jnp.int32)
+        source = model.apply(
+            {"params": params}, tokens_BxS, segments_BxS, places_BxS, method="source")
+        prompt_BxP, ends_B = start_Bx1, jnp.zeros(batch, jnp.int32)
+    else:
+        source, prompt_BxP, ends_B = None, jnp.concatenate([start_Bx1, tokens_BxS], 1), lengths_B
+    length = prompt_BxP.shape[1]
+    positions_BxP = jnp.tile(jnp.arange(length, dtype=jnp.int32), (batch, 1))
+    hidden_BxPxM, cache = model.apply(
+        {"params": params}, prompt_BxP, positions_BxP, init_cache(config, batch, length + room),
+        source, method="decode_cached")
+    hidden_BxM = jnp.take_along_axis(hidden_BxPxM, ends_B[:, None, None], axis=1)[:, 0]
+    logits_BxV = model.apply({"params": params}, hidden_BxM, method="logits")
+    return logits_BxV, Memory(cache, source, ends_B.astype(jnp.int32) + 1)
+
+
+def decode_step(
+    config: ModelConfig, params: Params, memory: Memory, tokens_R: jax.Array
+) -> tuple[jax.Array, Memory]:
+    """Feeds one token a row; logits [R, V] float32 of the next, and the memory with it."""
+    model = build_model(config)
+    hidden_Rx1xM, cache = model.apply(
+        {"params": params}, tokens_R[:, None], memory.slots_R[:, None], memory.cache,
+        memory.source, method="decode_cached")
+    logits_RxV = model.apply({"params": params}, hidden_Rx1xM[:, 0], method="logits")
+    return logits_RxV, memory.replace(cache=cache, slots_R=memory.slots_R + 1)
+
+
+def take_rows(config: ModelConfig, memory: Memory, rows_R: jax.Array) -> Memory:
+    """The memory of the given rows, in that order; rows may come several times."""
+    stacked = functools.partial(jnp.take, indices=rows_R, axis=1 if config.scan_layers else 0)
+    source = memory.source
+    if source is not None:
+        source = source.replace(
+            cross_kv=jax.tree.map(stacked, source.cross_kv), mask_BxS=source.mask_BxS[rows_R])
+    return Memory(jax.tree.map(stacked, memory.cache), source, memory.slots_R[rows_R])
+
+
+def start(
+    config: ModelConfig,
+    plan: DecodingPlan,
+    params: Params,
+    tokens_BxS: jax.Array,
+    lengths_B: jax.Array,
+    settings: RowSettings,
+) -> Decoding:
+    """Reads the inputs, once each, and chooses every row's first token.
+
+    ``settings`` may hold a multiple of the inputs' rows: each input is then answered so many
+    times, the answers to one input in neighbouring rows.
+    """
+    logits_RxV, memory = prefill(
+        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, room=plan.room)
+    batch, rows = tokens_BxS.shape[0], settings.limit_R.shape[0]
+    if rows != batch:
+        rows_R = jnp.repeat(jnp.arange(batch), rows // batch)
+        logits_RxV, memory = logits_RxV[rows_R], take_rows(config, memory, rows_R)
+    decoding = Decoding(
+        memory=memory,
+        last_R=jnp.zeros(rows, jnp.int32),
+        tokens_RxN=jnp.zeros((rows, plan.room), jnp.int32),
+        log_probs_RxN=jnp.zeros((rows, plan.room), jnp.float32),
+        counts_R=jnp.zeros(rows, jnp.int32),
+        finished_R=settings.limit_R <= 0,
+        settings=settings,
+    )
+    return _append(plan, decoding, logits_RxV)
+
+
+def advance(
+    config: ModelConfig, plan: DecodingPlan, params: Params, decoding: Decoding, steps: jax.Array
+) -> Decoding:
+    """Up to ``steps`` more tokens a row; stops when all rows are finished.
+
+    A finished row runs along without writing anything, at the slot where it stopped.
+    """
+
+    def unfinished(carry: tuple[jax.Array, Decoding]) -> jax.Array:
+        return (carry[0] < steps) & ~jnp.all(carry[1].finished_R)
+
+    def step(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
+        done, decoding = carry
+        logits_RxV, memory = decode_step(config, params, decoding.memory, decoding.last_R)
+        slots_R = jnp.where(decoding.finished_R, decoding.memory.slots_R, memory.slots_R)
+        decoding = decoding.replace(memory=memory.replace(slots_R=slots_R))
+        return done + 1, _append(plan, decoding, logits_RxV)
+
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), decoding))[1]
+
+
+def _append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> Decoding:
+    """Chooses a token for every unfinished row and writes it down."""
+    counts_R, settings = decoding.counts_R, decoding.settings
+    chosen_R, log_probs_R = choose(
+        logits_RxV, plan.choosing, settings, decoding.tokens_RxN, counts_R)
+    running_R = ~decoding.finished_R
+    rows_R = jnp.arange(counts_R.shape[0])
+    places_R = jnp.where(running_R, counts_R, plan.room)  # out of range, so dropped
+    counts_R = counts_R + running_R
+    ended_R = (chosen_R == plan.eos_id) | (counts_R >= jnp.minimum(settings.limit_R, plan.room))
+    return decoding.replace(
+        last_R=jnp.where(running_R, chosen_R, decoding.last_R),
+        tokens_RxN=decoding.tokens_RxN.at[rows_R, places_R].set(chosen_R, mode="drop"),
+        log_probs_RxN=decoding.log_probs_RxN.at[rows_R, places_R].set(log_probs_R, mode="drop"),
+        counts_R=counts_R,
+        finished_R=decoding.finished_R | ended_R,
+    )
+
+
+# The compiled forms. ``advance`` gives its memory over to the result.
+start_compiled = jax.jit(start, static_argnames=("config", "plan"))
+advance_compiled = jax.jit(
+    advance, static_argnames=("config", "plan"), donate_argnames=("decoding",))

@@ -1,0 +1,348 @@
+"""Texts in, texts out: batches of like lengths through the compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from encdec.data.vocabulary import load_vocabulary
+from encdec.errors import ConfigError
+from encdec.inference.beam import beam_search
+from encdec.inference.decoding import (
+    Decoding,
+    DecodingPlan,
+    advance_compiled,
+    ready_for_decoding,
+    start_compiled,
+)
+from encdec.inference.sampling import Choosing, RowSettings
+from encdec.inference.settings import GenerationSettings
+from encdec.inference.text import PromptFormat, TextStream, find_stop, tokens_to_stop
+from encdec.model import ModelConfig
+from encdec.train.checkpoints import load_params_for_inference
+from encdec.train.workdir import read_config
+
+# Steps between two looks at the answers: for stop strings, interrupts and progress.
+STEPS_BETWEEN_LOOKS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: the answer, without EOS and stop string.
+        tokens: ids, with EOS or what completed the stop string.
+        log_probs: the model's log-probability of each of these tokens, in nats.
+        finish: why it ended.
+        score: beam search's, by which answers are ordered; None otherwise.
+        truncated: whether the input's end was cut off.
+    """
+
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+    finish: Literal["eos", "stop", "length"]
+    score: float | None = None
+    truncated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    number: int  # of the whole job: part of the random key
+    place: int  # among the texts of the call
+    ids: list[int]
+    truncated: bool
+
+
+def bucket(length: int) -> int:
+    """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, little padding."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+class Generator:
+    """A model ready to generate text.
+
+    Args:
+        config: the model.
+        params: its parameters, as trained (scanned or not).
+        prompts: how texts become inputs.
+        max_tokens: new tokens where the settings leave it open.
+        batch_rows: rows decoded together at most (inputs times samples or beams).
+        dtype: see ``ready_for_decoding``.
+
+    Raises:
+        ConfigError: the vocabulary is larger than the model's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        prompts: PromptFormat,
+        *,
+        max_tokens: int = 128,
+        batch_rows: int = 16,
+        dtype: str | None = None,
+    ):
+        if prompts.vocabulary.size > config.vocab_size:
+            raise ConfigError(
+                f"the vocabulary has {prompts.vocabulary.size:,} ids and the model's table "
+                f"{config.vocab_size:,}; give the vocabulary that the model was trained with")
+        self.config, self._params = ready_for_decoding(config, params, dtype)
+        self.prompts = prompts
+        self.max_tokens = max_tokens
+        self.batch_rows = batch_rows
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        settings: GenerationSettings = GenerationSettings(),
+        *,
+        truncate: bool = False,
+        first_number: int = 0,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
+        """Answers to each text, in the texts' order: ``settings.samples`` each, for beams the best.
+
+        Args:
+            texts: inputs; all are checked before anything is compiled.
+            settings: how to generate.
+            truncate: cut the end of long inputs instead of refusing them.
+            first_number: number of the first text in a longer job, so that drawing does not
+                depend on how the job is cut.
+            on_batch: called after each batch with the numbers of inputs and of tokens it made.
+
+        Raises:
+            DataError: an empty or too long text.
+        """
+        inputs = self._encode(texts, truncate, first_number)
+        results: list[list[Generation]] = [[] for _ in texts]
+        answer = self._beam_batch if settings.beams > 1 else self._batch
+        # Like lengths together, longest first: what needs most memory comes at once.
+        inputs.sort(key=lambda item: -len(item.ids))
+        at_once = max(1, self.batch_rows // max(settings.samples, settings.beams))
+        for begin in range(0, len(inputs), at_once):
+            part = inputs[begin : begin + at_once]
+            answers = answer(part, settings)
+            for item, made in zip(part, answers):
+                results[item.place] = [
+                    dataclasses.replace(one, truncated=item.truncated) for one in made]
+            if on_batch:
+                on_batch(len(part), sum(len(one.tokens) for made in answers for one in made))
+        return results
+
+    def stream(
+        self,
+        text: str,
+        settings: GenerationSettings = GenerationSettings(),
+        *,
+        truncate: bool = False,
+        steps: int = 1,
+    ) -> Iterator[str]:
+        """The answer to one text piece by piece, as it is made; joined, ``generate``'s text.
+
+        Args:
+            text: the input.
+            settings: one sample, no beams.
+            truncate: cut the end of a long input instead of refusing it.
+            steps: tokens between two pieces.
+
+        Raises:
+            ConfigError: several samples or beams.
+            DataError: an empty or too long text.
+        """
+        if settings.samples > 1 or settings.beams > 1:
+            raise ConfigError(
+                f"a stream shows one answer as it grows; samples is {settings.samples} and beams "
+                f"is {settings.beams}, wanted 1 and 1: use generate")
+        return self._stream(self._encode([text], truncate, 0), settings, steps)
+
+    def _stream(
+        self, inputs: list[_Input], settings: GenerationSettings, steps: int
+    ) -> Iterator[str]:
+        pieces = TextStream(self.prompts.vocabulary, settings.stop)
+        for decoding in self._run(inputs, settings, steps):
+            ids = np.array(decoding.tokens_RxN)[0, : int(decoding.counts_R[0])]
+            last = bool(decoding.finished_R[0])
+            piece = pieces.push(ids.tolist(), last=last)
+            if piece:
+                yield piece
+            if pieces.stopped or last:
+                return
+
+    def _encode(
+        self, texts: Sequence[str], truncate: bool, first_number: int
+    ) -> list[_Input]:
+        inputs = []
+        for place, text in enumerate(texts):
+            number = first_number + place
+            name = "the input" if len(texts) == 1 and not number else f"input {number}"
+            ids, cut = self.prompts.encode(text, truncate=truncate, name=name)
+            inputs.append(_Input(number, place, ids, cut))
+        return inputs
+
+    def _limit(self, settings: GenerationSettings) -> int:
+        return settings.max_tokens or self.max_tokens
+
+    def _arrays(self, inputs: Sequence[_Input]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, S] and lengths [B]; both sizes rounded up, surplus rows of one pad token."""
+        rows = 1 << (len(inputs) - 1).bit_length()
+        width = bucket(max(len(item.ids) for item in inputs))
+        tokens_BxS, lengths_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+        for row, item in enumerate(inputs):
+            tokens_BxS[row, : len(item.ids)] = item.ids
+            lengths_B[row] = len(item.ids)
+        return tokens_BxS, lengths_B
+
+    def _run(
+        self, inputs: Sequence[_Input], settings: GenerationSettings, steps: int
+    ) -> Iterator[Decoding]:
+        """The state after the first token, and then every ``steps`` tokens until all finish.
+
+        The caller may send back which rows to finish early, bool [R].
+        """
+        tokens_BxS, lengths_B = self._arrays(inputs)
+        vocabulary = self.prompts.vocabulary
+        sampled = settings.temperature > 0
+        plan = DecodingPlan(
+            Choosing(
+                vocabulary.size, sampled, sampled and (settings.top_k > 0 or settings.top_p < 1),
+                settings.repetition_penalty != 1, settings.no_repeat_ngram),
+            bucket(self._limit(settings)), self.prompts.decoder_start_id, vocabulary.eos_id)
+        rows = _row_settings(settings, inputs, len(tokens_BxS), self._limit(settings))
+        decoding = start_compiled(
+            self.config, plan, self._params, tokens_BxS, lengths_B, rows)
+        while True:
+            stop_R = yield decoding
+            if stop_R is not None:
+                decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
+            if bool(jnp.all(decoding.finished_R)):
+                return
+            decoding = advance_compiled(self.config, plan, self._params, decoding, steps)
+
+    def _batch(
+        self, inputs: Sequence[_Input], settings: GenerationSettings
+    ) -> list[list[Generation]]:
+        run = self._run(inputs, settings, STEPS_BETWEEN_LOOKS)
+        rows, stop = len(inputs) * settings.samples, settings.stop
+        decoding = next(run)
+        while True:
+            # Copies: the buffers themselves are given over to the next steps.
+            tokens, counts, log_probs = map(
+                np.array, (decoding.tokens_RxN, decoding.counts_R, decoding.log_probs_RxN))
+            stopped_R = None
+            if stop:
+                stopped_R = np.zeros(len(counts), bool)
+                for row in range(rows):
+                    text = self.prompts.vocabulary.decode(tokens[row, : counts[row]])
+                    stopped_R[row] = find_stop(text, stop) is not None
+            try:
+                decoding = run.send(stopped_R)
+            except StopIteration:
+                break
+        made = [self._generation(tokens[row, : counts[row]], log_probs[row], stop)
+                for row in range(rows)]
+        return [made[i : i + settings.samples] for i in range(0, rows, settings.samples)]
+
+    def _beam_batch(
+        self, inputs: Sequence[_Input], settings: GenerationSettings
+    ) -> list[list[Generation]]:
+        limit = self._limit(settings)
+        found = beam_search(
+            self.config, self._params, *self._arrays(inputs), settings.length_penalty, limit,
+            beams=settings.beams, room=bucket(limit), start_id=self.prompts.decoder_start_id,
+            eos_id=self.prompts.vocabulary.eos_id, vocabulary_size=self.prompts.vocabulary.size)
+        found = jax.tree.map(np.asarray, found)
+        return [
+            [self._generation(
+                found.tokens_BxKxN[row, beam, : found.counts_BxK[row, beam]],
+                found.log_probs_BxKxN[row, beam], (), float(found.scores_BxK[row, beam]))
+             for beam in range(settings.samples) if np.isfinite(found.scores_BxK[row, beam])]
+            for row in range(len(inputs))]
+
+    def _generation(
+        self, ids: np.ndarray, log_probs: np.ndarray, stop: Sequence[str],
+        score: float | None = None,
+    ) -> Generation:
+        tokens, vocabulary = ids.tolist(), self.prompts.vocabulary
+        finish = "eos" if tokens and tokens[-1] == vocabulary.eos_id else "length"
+        count = tokens_to_stop(vocabulary, tokens, stop)
+        if count is not None:
+            tokens, finish = tokens[:count], "stop"
+        text = vocabulary.decode(tokens)
+        if finish == "stop":
+            text = text[: find_stop(text, stop)]
+        return Generation(text, tokens, log_probs[: len(tokens)].tolist(), finish, score)
+
+
+def _row_settings(
+    settings: GenerationSettings, inputs: Sequence[_Input], batch: int, limit: int
+) -> RowSettings:
+    """The same settings for every row, keys by the input's number; surplus rows do nothing."""
+    rows, samples = batch * settings.samples, settings.samples
+    numbers_R = np.zeros(rows, np.uint32)
+    numbers_R[: len(inputs) * samples] = np.repeat([item.number for item in inputs], samples)
+    limits_R = np.zeros(rows, np.int32)
+    limits_R[: len(inputs) * samples] = limit
+    fill = lambda value, dtype: np.full(rows, value, dtype)
+    return RowSettings(
+        temperature_R=fill(settings.temperature, np.float32),
+        top_k_R=fill(settings.top_k, np.int32),
+        top_p_R=fill(settings.top_p, np.float32),
+        repetition_penalty_R=fill(settings.repetition_penalty, np.float32),
+        limit_R=limits_R,
+        keys_R=_keys(np.uint32(settings.seed), numbers_R, np.arange(rows, dtype=np.uint32) % samples),
+    )
+
+
+@jax.jit
+def _keys(seed: jax.Array, numbers_R: jax.Array, samples_R: jax.Array) -> jax.Array:
+    fold_each = jax.vmap(jax.random.fold_in)
+    keys_R = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_R)
+    return fold_each(keys_R, samples_R)
+
+
+def read_prompt_format(
+    workdir: str, *, max_input_tokens: int | None = None
+) -> tuple[PromptFormat, int]:
+    """The prompt format of a work directory, and the length its answers were trained at.
+
+    Args:
+        workdir: what ``encdec train --workdir=`` wrote.
+        max_input_tokens: longest input allowed; by default the longest in training.
+
+    Raises:
+        CheckpointError: it is no work directory.
+        DataError: its vocabulary is missing or another one.
+    """
+    data = read_config(workdir)["data"]
+    vocabulary = load_vocabulary(data["vocabulary"], directory=workdir)
+    prompts = PromptFormat(
+        vocabulary, data["decoder_start_id"], data["inputs_eos"],
+        max_input_tokens or data["inputs_length"])
+    return prompts, data["targets_length"]
+
+
+def load_generator(
+    workdir: str, step: int | None = None, *, max_input_tokens: int | None = None,
+    batch_rows: int = 16, dtype: str | None = None,
+) -> Generator:
+    """The generator of a trained model's work directory, with nothing else given.
+
+    Raises:
+        CheckpointError: no work directory, or no such step.
+        DataError: its vocabulary is missing or another one.
+    """
+    prompts, max_tokens = read_prompt_format(workdir, max_input_tokens=max_input_tokens)
+    config, params, _ = load_params_for_inference(workdir, step)
+    return Generator(
+        config, params, prompts, max_tokens=max_tokens, batch_rows=batch_rows, dtype=dtype)

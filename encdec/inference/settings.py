@@ -1,0 +1,92 @@
+"""What a user may ask of generation, checked before anything is loaded or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from encdec.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate; the default is greedy.
+
+    Attributes:
+        max_tokens: new tokens at most, EOS included; None for the length that the model was
+            trained to answer with.
+        temperature: 0 is greedy; otherwise scores are divided by it and tokens drawn.
+        top_k: draw from the k likeliest tokens only; 0 is off.
+        top_p: draw from the likeliest tokens that together reach this mass; 1 is off.
+        repetition_penalty: above 1, tokens already in the answer become less likely.
+        no_repeat_ngram: no n-gram of this length comes twice in an answer; 0 is off.
+        seed: of drawing; the same input, number and seed give the same answer in any batch.
+        samples: answers to each input.
+        beams: hypotheses that beam search keeps; 1 is no beam search.
+        length_penalty: alpha of beam search, 0 or more; above 0 favours longer answers.
+        stop: strings that end an answer, not part of it.
+
+    Raises:
+        ConfigError: a value out of range, or one that another setting leaves without effect.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    seed: int = 0
+    samples: int = 1
+    beams: int = 1
+    length_penalty: float = 0.6
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("max_tokens", "top_k", "no_repeat_ngram", "seed", "samples", "beams"):
+            value = getattr(self, name)
+            if type(value) is not int and not (name == "max_tokens" and value is None):
+                raise ConfigError(f"{name} is {value!r}; wanted a whole number")
+        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more")
+        # So little that the division would overflow is meant to be greedy.
+        self._require("temperature", self.temperature == 0 or 0.01 <= self.temperature <= 100,
+                      "0 (greedy), or from 0.01 to 100")
+        self._require("top_k", self.top_k >= 0, "0 (off) or a number of tokens")
+        self._require("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)")
+        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100,
+                      "from 0.01 to 100; 1 is off")
+        self._require("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (off) or a length")
+        self._require("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
+        self._require("samples", self.samples >= 1, "1 or more")
+        self._require("beams", self.beams >= 1, "1 or more")
+        self._require("length_penalty",
+                      self.length_penalty >= 0 and math.isfinite(self.length_penalty), "0 or more")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop is {self.stop!r}; wanted strings that are not empty")
+        if self.beams > 1:
+            self._check_beams()
+        elif self.temperature == 0:
+            self._check_greedy()
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}; wanted {wanted}")
+
+    def _check_beams(self) -> None:
+        off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
+               "no_repeat_ngram": 0, "stop": ()}
+        for name, value in off.items():
+            if getattr(self, name) != value:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but beam search (beams is "
+                                  f"{self.beams}) has no such setting; leave one of the two out")
+        if self.samples > self.beams:
+            raise ConfigError(f"samples is {self.samples}, but beam search returns at most beams, "
+                              f"which is {self.beams}; set beams to {self.samples}")
+
+    def _check_greedy(self) -> None:
+        for name, off in (("top_k", 0), ("top_p", 1.0), ("samples", 1)):
+            if getattr(self, name) != off:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, which greedy generation "
+                                  "has no use for; set temperature above 0")

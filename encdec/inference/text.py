@@ -1,0 +1,101 @@
+"""Texts as a model's inputs, and its tokens as text: prompts, stop strings, streams."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from encdec.data.vocabulary import Vocabulary
+from encdec.errors import DataError
+
+# What SentencePiece shows for the bytes of a character that is not complete yet.
+INCOMPLETE = "�"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How inputs reach the model: as in the records that it was trained on.
+
+    Attributes:
+        vocabulary: of the model.
+        decoder_start_id: the decoder's first input.
+        inputs_eos: whether inputs end with EOS.
+        max_input_tokens: longest input allowed, EOS included.
+    """
+
+    vocabulary: Vocabulary
+    decoder_start_id: int = 0
+    inputs_eos: bool = True
+    max_input_tokens: int = 512
+
+    def encode(
+        self, text: str, *, truncate: bool = False, name: str = "the input"
+    ) -> tuple[list[int], bool]:
+        """The input's tokens, and whether it was cut: its end, never its EOS.
+
+        Raises:
+            DataError: the text is empty, no valid text, or too long.
+        """
+        if not text.strip():
+            raise DataError(f"{name} is empty; give a text")
+        try:
+            ids = self.vocabulary.encode(text)
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name} has half a character (a lone surrogate) at place "
+                            f"{error.start}; save it as UTF-8") from None
+        room = self.max_input_tokens - self.inputs_eos
+        cut = len(ids) > room
+        if cut and not truncate:
+            raise DataError(
+                f"{name} has {len(ids) + self.inputs_eos:,} tokens, and the model takes "
+                f"{self.max_input_tokens:,}; shorten it, cut its end with --truncate, or allow "
+                "more than the model was trained on with --max_input_tokens")
+        ids = ids[:room]
+        return ([*ids, self.vocabulary.eos_id] if self.inputs_eos else ids), cut
+
+
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop string in ``text`` begins; None where there is none."""
+    places = [place for place in map(text.find, stop) if place >= 0]
+    return min(places) if places else None
+
+
+def tokens_to_stop(vocabulary: Vocabulary, ids: Sequence[int], stop: Sequence[str]) -> int | None:
+    """How many tokens it takes until the text holds a stop string; None where it never does."""
+    if not stop or find_stop(vocabulary.decode(ids), stop) is None:
+        return None
+    return next(n for n in range(1, len(ids) + 1)
+                if find_stop(vocabulary.decode(ids[:n]), stop) is not None)
+
+
+class TextStream:
+    """Tokens to text piece by piece: what it gave out is never taken back.
+
+    Text that may still change (the bytes of an incomplete character) or turn out to be a stop
+    string is held back until it is settled.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()):
+        self._vocabulary = vocabulary
+        self._stop = tuple(stop)
+        self._given = 0
+        self.stopped = False
+
+    def push(self, ids: Sequence[int], *, last: bool = False) -> str:
+        """The new settled text, given all tokens so far; with ``last``, all that is left."""
+        if self.stopped:
+            return ""
+        text = self._vocabulary.decode(ids)
+        place = find_stop(text, self._stop)
+        if place is not None:
+            text, self.stopped = text[:place], True
+        elif not last:
+            text = text.rstrip(INCOMPLETE)
+            text = text[: len(text) - self._possible_stop(text)]
+        new, self._given = text[self._given :], max(self._given, len(text))
+        return new
+
+    def _possible_stop(self, text: str) -> int:
+        """Length of the longest end of ``text`` with which a stop string begins."""
+        return max((n for stop in self._stop for n in range(1, len(stop))
+                    if text.endswith(stop[:n])), default=0)
