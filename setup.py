@@ -29,6 +29,7 @@ REQUIRES = [
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.11.33,<0.13",
     "rich>=13.7,<16",
+    "scipy>=1.15,<2",
     "sentencepiece>=0.2,<0.3",
     # Preparing data, metrics, TensorBoard: never imported by training or inference.
     "gin-config>=0.5,<0.6",
