@@ -61,9 +61,13 @@ EXTRAS = {
 }
 
 
-def files(folder: str, pattern: str) -> list[str]:
-    """Files of a folder beside setup.py, as the relative paths that data_files wants."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
+def data_files(folder: str, pattern: str) -> list[tuple[str, list[str]]]:
+    """A folder beside setup.py as data_files wants it: each directory with its files."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted((ROOT / folder).rglob(pattern)):
+        relative = path.relative_to(ROOT)
+        groups.setdefault(f"share/encdec/{relative.parent}", []).append(str(relative))
+    return list(groups.items())
 
 
 README = ROOT / "README.md"
@@ -80,10 +84,7 @@ setup(
     packages=find_packages(include=["encdec", "encdec.*"]),
     package_data={"encdec": ["**/*.json", "**/*.txt", "**/*.model"]},
     # A checkout uses configs/ and gin/ in place; a wheel brings them along.
-    data_files=[
-        ("share/encdec/configs", files("configs", "*.py")),
-        ("share/encdec/gin", files("gin", "*.gin")),
-    ],
+    data_files=[*data_files("configs", "*.py"), *data_files("gin", "*.gin")],
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["encdec=encdec.cli:main"]},

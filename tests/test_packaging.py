@@ -117,10 +117,12 @@ def test_every_folder_of_modules_is_a_package(setup_arguments):
 
 
 def test_configs_and_gin_travel_with_the_package(setup_arguments):
-    packed = {file for _, files in setup_arguments["data_files"] for file in files}
-    for folder, pattern in (("configs", "*.py"), ("gin", "*.gin")):
-        for path in (ROOT / folder).glob(pattern):
-            assert str(path.relative_to(ROOT)) in packed
+    packed = {
+        f"{folder}/{pathlib.Path(file).name}": file
+        for folder, files in setup_arguments["data_files"] for file in files}
+    present = [*(ROOT / "configs").rglob("*.py"), *(ROOT / "gin").rglob("*.gin")]
+    names = {str(path.relative_to(ROOT)) for path in present}
+    assert names and packed == {f"share/encdec/{name}": name for name in names}
 
 
 def test_the_licence_is_apache_2(setup_arguments):
