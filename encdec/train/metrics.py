@@ -105,8 +105,8 @@ class Window:
             step_seconds = self._seconds / self._timed_steps
             report |= {
                 "train/step_seconds": step_seconds,
-                "train/source_tokens_per_second": source,
-                "train/target_tokens_per_second": target,
+                "train/source_tokens_per_second": float(source),
+                "train/target_tokens_per_second": float(target),
             }
             if self._cost.peak:
                 report["train/mfu"] = model_flops_utilisation(
@@ -196,7 +196,6 @@ class Console(_ScalarWriter):
 
     def __init__(self, steps: int, start_step: int = 0, stream: TextIO | None = None):
         self._steps, self._stream, self._bar = steps, stream or sys.stderr, None
-        self._started, self._start_step = time.monotonic(), start_step
         if self._stream.isatty():
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -225,10 +224,8 @@ class Console(_ScalarWriter):
         parts = [f"step {step:,}/{self._steps:,}"]
         parts += [f"{label} {form(float(scalars[name]))}"
                   for name, label, form in _SHOWN if name in scalars]
-        if "train/loss" in scalars and not self._bar and step < self._steps:
-            elapsed = time.monotonic() - self._started
-            left = elapsed / max(step - self._start_step, 1) * (self._steps - step)
-            parts.append(f"left {_duration(left)}")
+        if "train/step_seconds" in scalars and not self._bar and step < self._steps:
+            parts.append(f"left {_duration(scalars['train/step_seconds'] * (self._steps - step))}")
         self.say("  ".join(parts))
 
     def close(self) -> None:

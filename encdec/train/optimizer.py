@@ -72,7 +72,9 @@ def _update_rule(
     decay_mask = decayed(logical_axes)
     if config.name == "adafactor":
         return optax.chain(
-            optax.scale_by_factored_rms(decay_rate=config.decay_rate),
+            # 64, a head's width, so that attention kernels [M, H, D] are factored, too.
+            optax.scale_by_factored_rms(
+                decay_rate=config.decay_rate, min_dim_size_to_factor=64),
             # With scanned layers a block is the stack of all layers' copies of a parameter.
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(config.weight_decay, decay_mask),

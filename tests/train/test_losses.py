@@ -1,0 +1,81 @@
+"""Losses against their definitions, computed plainly in numpy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from encdec.train.config import LossConfig
+from encdec.train.losses import loss_positions, target_losses
+
+B, T, V = 3, 5, 11
+
+
+@pytest.fixture
+def example():
+    random = np.random.default_rng(0)
+    return (random.normal(size=(B, T, V)).astype(np.float32), random.integers(0, V, (B, T)),
+            random.integers(0, 2, (B, T)).astype(np.float32))
+
+
+@pytest.mark.parametrize("z_loss, smoothing", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.1, 0.2)])
+def test_sums_follow_the_definitions(example, z_loss, smoothing):
+    logits, targets, weights = example
+    sums = target_losses(lambda x: x, jnp.array(logits), jnp.array(targets), jnp.array(weights),
+                         LossConfig(z_loss, smoothing))
+    cross_entropy = objective = z_total = correct = 0.0
+    for b in range(B):
+        for t in range(T):
+            log_z = np.log(np.exp(logits[b, t].astype(np.float64)).sum())
+            log_p = logits[b, t] - log_z
+            wanted = np.full(V, smoothing / V)
+            wanted[targets[b, t]] += 1 - smoothing
+            cross_entropy -= weights[b, t] * log_p[targets[b, t]]
+            z = weights[b, t] * z_loss * log_z**2
+            objective += z - weights[b, t] * (wanted * log_p).sum()
+            z_total += z
+            correct += weights[b, t] * (np.argmax(logits[b, t]) == targets[b, t])
+    np.testing.assert_allclose(sums.cross_entropy, cross_entropy, rtol=1e-5)
+    np.testing.assert_allclose(sums.objective, objective, rtol=1e-5)
+    np.testing.assert_allclose(sums.z_loss, z_total, rtol=1e-5, atol=1e-7)
+    assert sums.correct == correct and sums.weight == weights.sum()
+
+
+def test_gathered_positions_are_the_loss_bearing_ones_in_order():
+    random = np.random.default_rng(1)
+    length, count, width = 9, 4, 3
+    weights = np.zeros((4, length), np.float32)
+    weights[0, [2, 3, 7]] = 1  # fewer than count
+    weights[1, [0, 5, 6, 8]] = 1  # exactly count
+    weights[3, [8]] = 0.5  # a weight of its own
+    hidden = random.normal(size=(4, length, width)).astype(np.float32)
+    targets = random.integers(1, 50, (4, length))
+    batch = {"decoder_loss_weights": jnp.array(weights), "decoder_target_tokens": jnp.array(targets)}
+    got_hidden, got_targets, got_weights = loss_positions(jnp.array(hidden), batch, count)
+    assert got_hidden.shape == (4, count, width)
+    for row in range(4):
+        places = np.flatnonzero(weights[row])
+        n = len(places)
+        np.testing.assert_array_equal(got_hidden[row, :n], hidden[row, places])
+        np.testing.assert_array_equal(got_targets[row, :n], targets[row, places])
+        np.testing.assert_array_equal(got_weights[row, :n], weights[row, places])
+        np.testing.assert_array_equal(got_weights[row, n:], 0)
+
+
+def test_gathering_changes_neither_loss_nor_gradient():
+    random = np.random.default_rng(2)
+    hidden, head = random.normal(size=(2, 8, 4)), jnp.array(random.normal(size=(4, V)))
+    weights = jnp.array([[0, 0, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]], jnp.float32)
+    batch = {"decoder_loss_weights": weights,
+             "decoder_target_tokens": jnp.array(random.integers(0, V, (2, 8)))}
+
+    def loss(x, gather):
+        parts = loss_positions(x, batch, 3) if gather else (
+            x, batch["decoder_target_tokens"], weights)
+        return target_losses(lambda h: h @ head, *parts, LossConfig(z_loss=0.1)).objective
+
+    plain = jax.value_and_grad(loss)(jnp.array(hidden), False)
+    gathered = jax.value_and_grad(loss)(jnp.array(hidden), True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, gathered)

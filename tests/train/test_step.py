@@ -1,0 +1,134 @@
+"""The step: the same on every mesh, in any number of micro-batches, from the seed alone."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from encdec.data.batches import Batches
+from encdec.data.records import open_records
+from encdec.train.config import parse_config
+from encdec.train.program import Program, abstract_batch, build_program
+from encdec.train.sharding import make_mesh
+from tests.train.conftest import INPUTS, TARGETS, small_run
+
+ARCHITECTURES = {"encoder_decoder": "test", "decoder_only": "test-dec"}
+STEPS = 10
+
+
+@functools.lru_cache(maxsize=None)
+def program_on(architecture: str, data: int, fsdp: int, tensor: int, accumulation: int = 1,
+               dropout: float = 0.0) -> Program:
+    run = parse_config(small_run(
+        model=ARCHITECTURES[architecture], accumulation=accumulation,
+        model_overrides={"mlp_dropout": dropout, "attention_dropout": dropout},
+        mesh={"data": data, "fsdp": fsdp, "tensor": tensor}))
+    mesh = make_mesh(run.mesh, jax.devices()[: data * fsdp * tensor])
+    return build_program(run, run.model_config(), mesh, TARGETS)
+
+
+@functools.lru_cache(maxsize=None)
+def start(architecture: str):
+    """The first state as host arrays; drawn once, since every mesh draws the same."""
+    return jax.device_get(program_on(architecture, 1, 1, 1).init())
+
+
+def batches(architecture: str, records) -> list[dict[str, np.ndarray]]:
+    source = Batches(open_records(records), global_batch=8, layout=architecture)
+    return [source[step] for step in range(STEPS)]
+
+
+def run_steps(program: Program, state, data) -> tuple[np.ndarray, list]:
+    shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+    state = jax.device_put(state, shardings)
+    history = []
+    for batch in data:
+        state, metrics = program.train_step(state, jax.device_put(batch, program.batch_sharding))
+        history.append(jax.device_get(metrics))
+    losses = [m.sums.losses.cross_entropy / m.sums.losses.weight for m in history]
+    return np.array(losses, np.float64), [history, jax.device_get(state)]
+
+
+@functools.lru_cache(maxsize=None)
+def on_one_device(architecture: str, records):
+    return run_steps(program_on(architecture, 1, 1, 1), start(architecture),
+                     batches(architecture, records))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)],
+                         ids=lambda mesh: "x".join(map(str, mesh)))
+def test_every_mesh_gives_the_losses_of_one_device(architecture, mesh, records):
+    wanted, (history, _) = on_one_device(architecture, records)
+    program = program_on(architecture, *mesh)
+    assert not program.unsharded
+    losses, (sharded_history, _) = run_steps(
+        program, start(architecture), batches(architecture, records))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    assert losses[-1] < losses[0]
+    for a, b in zip(history, sharded_history):
+        assert a.sums.source_tokens == b.sums.source_tokens
+        assert a.sums.target_tokens == b.sums.target_tokens
+
+
+def test_parameters_are_drawn_alike_on_every_mesh():
+    drawn = jax.device_get(program_on("encoder_decoder", 2, 2, 2).init().params)
+    jax.tree.map(np.testing.assert_array_equal, drawn, start("encoder_decoder").params)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_four_micro_batches_equal_one_batch(architecture, records):
+    data = batches(architecture, records)
+    wanted, (_, state) = on_one_device(architecture, records)
+    losses, (_, accumulated) = run_steps(
+        program_on(architecture, 1, 1, 1, accumulation=4), start(architecture), data)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
+                 accumulated.params, state.params)
+
+
+def test_dropout_follows_from_seed_and_step_alone(records):
+    program = program_on("encoder_decoder", 1, 1, 1, dropout=0.3)
+    data = batches("encoder_decoder", records)
+    same = [data[0]] * 2
+    first = run_steps(program, start("encoder_decoder"), same)[0]
+    assert (first == run_steps(program, start("encoder_decoder"), same)[0]).all()
+    later = start("encoder_decoder").replace(step=np.int32(7))
+    assert run_steps(program, later, same)[0][0] != first[0]
+
+
+def test_a_batch_without_targets_gives_no_nan(records):
+    empty = jax.tree.map(np.zeros_like, batches("encoder_decoder", records)[0])
+    program = program_on("encoder_decoder", 1, 1, 1)
+    history, state = run_steps(program, start("encoder_decoder"), [empty])[1]
+    assert history[0].gradient_norm == 0 and np.isfinite(history[0].param_norm)
+    assert history[0].sums.target_tokens == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_is_not_counted_and_both_architectures_count_alike(architecture, records):
+    batch = batches("encoder_decoder", records)[0]
+    metrics = on_one_device(architecture, records)[1][0][0]
+    assert metrics.sums.source_tokens == (batch["encoder_segment_ids"] > 0).sum()
+    assert metrics.sums.target_tokens == (batch["decoder_segment_ids"] > 0).sum()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_head_is_paid_per_target_token(architecture):
+    program = program_on(architecture, 1, 1, 1)
+    batch = abstract_batch(program, 8, INPUTS, TARGETS)
+    text = str(jax.make_jaxpr(program.train_step)(program.abstract_state, batch))
+    assert f"f32[8,{TARGETS},264]" in text
+    assert f"f32[8,{INPUTS + TARGETS},264]" not in text
+
+
+def test_the_state_is_donated(records):
+    program = program_on("encoder_decoder", 1, 1, 1)
+    state = jax.device_put(start("encoder_decoder"),
+                           jax.tree.map(lambda x: x.sharding, program.abstract_state))
+    batch = batches("encoder_decoder", records)[0]
+    program.train_step(state, jax.device_put(batch, program.batch_sharding))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
