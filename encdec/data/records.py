@@ -86,14 +86,18 @@ class DatasetCard:
 
     def write(self, directory: str | pathlib.Path) -> None:
         """Write ``dataset.json`` atomically: it is there in full or not at all."""
-        path = pathlib.Path(directory) / CARD_FILE
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w") as file:
-            json.dump(self.to_dict(), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_json(pathlib.Path(directory) / CARD_FILE, self.to_dict())
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Write a JSON file and wait until it is on disk; it is there in full or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def read_card(directory: str | pathlib.Path) -> DatasetCard:
@@ -212,23 +216,23 @@ def content_fingerprint(
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-class Records:
-    """Rows of a records directory, read by number; safe to use from several threads."""
+class ShardedRows:
+    """Rows of several ArrayRecord files, read by number; safe to use from several threads.
 
-    def __init__(self, directory: str | pathlib.Path, card: DatasetCard):
+    `mend` completes the message about a broken file: what to do about it.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, shards: Sequence[Shard], mend: str):
         self.directory = pathlib.Path(directory)
-        self.card = card
-        self._starts = np.cumsum([0] + [shard.rows for shard in card.shards])
+        self.shards = tuple(shards)
+        self._mend = mend
+        self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
-        return self.card.rows
-
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary the records were made with, from its copy beside them."""
-        return load_vocabulary(self.card.vocabulary, directory=self.directory)
+        return int(self._starts[-1])
 
     def read(self, row_numbers: Sequence[int] | np.ndarray) -> list[bytes]:
         """The rows' bytes in the order asked for.
@@ -257,7 +261,7 @@ class Records:
     def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
         with self._lock:
             if self._pool is None:
-                workers = min(READ_THREADS, len(self.card.shards))
+                workers = min(READ_THREADS, len(self.shards))
                 self._pool = concurrent.futures.ThreadPoolExecutor(workers, "records")
             return self._pool
 
@@ -265,33 +269,49 @@ class Records:
         try:
             return self._reader(index).read(positions)
         except (RuntimeError, IndexError) as error:
-            raise self._broken(self.card.shards[index], str(error)) from error
+            raise self._broken(self.shards[index], str(error)) from error
 
     def _reader(self, index: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
         with self._lock:
             if index not in self._readers:
-                path = self.directory / self.card.shards[index].name
+                path = self.directory / self.shards[index].name
                 options = "readahead_buffer_size:0,max_parallelism:0"
                 self._readers[index] = ArrayRecordReader(str(path), options)
             return self._readers[index]
 
     def _broken(self, shard: Shard, seen: str) -> DataError:
         return DataError(
-            f"shard {self.directory / shard.name} cannot be read: {seen}; copy it again from where "
-            f"it was prepared, or run encdec prepare --out={self.directory} --overwrite"
+            f"shard {self.directory / shard.name} cannot be read: {seen}; {self._mend}"
         )
 
     def check_files(self) -> None:
         """Refuse missing or wrongly sized shards now rather than at some step of a run."""
-        for shard in self.card.shards:
+        for shard in self.shards:
             path = self.directory / shard.name
             if not path.is_file():
                 raise self._broken(shard, "the file is missing")
             size = path.stat().st_size
             if size != shard.bytes:
                 raise self._broken(shard, f"it has {size:,} bytes, its card says {shard.bytes:,}")
+
+
+class Records(ShardedRows):
+    """Rows of a records directory, with the card that describes them."""
+
+    def __init__(self, directory: str | pathlib.Path, card: DatasetCard):
+        super().__init__(
+            directory,
+            card.shards,
+            "copy it again from where it was prepared, or run "
+            f"encdec prepare --out={directory} --overwrite",
+        )
+        self.card = card
+
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary the records were made with, from its copy beside them."""
+        return load_vocabulary(self.card.vocabulary, directory=self.directory)
 
 
 def open_records(directory: str | pathlib.Path) -> Records:
