@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # The preparing side of the data room; everything else must run without TensorFlow.
-TENSORFLOW_SIDE = {"encdec/data/tasks.py", "encdec/data/prepare.py", "encdec/data/benchmark.py"}
+TENSORFLOW_SIDE = {"encdec/data/tasks.py", "encdec/data/prepare_command.py"}
 TENSORFLOW_PACKAGES = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from encdec.data.vocabulary import Vocabulary
+from encdec.errors import ConfigError
 
 Document = tuple[str, ...]
 # Long enough for SentencePiece's batch call to pay, short enough to stay in the cache.
@@ -124,6 +125,10 @@ class PrefixLM:
     split: float = 0.5
     inputs_eos = False
     document_fields = ("text",)
+
+    def __post_init__(self):
+        if not 0 <= self.split <= 1:
+            raise ConfigError(f"prefix LM's split is {self.split}; wanted a share from 0 to 1")
 
     def encode(
         self,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
-
 from encdec.data.blocks import Counts
+from encdec.data.objectives import Objective, PrefixLM, SequenceToSequence
 from encdec.data.prepare import choose_task, prepare
 from encdec.data.records import DatasetCard
 from encdec.data.text_tasks import TEXT_TASKS
@@ -23,9 +23,9 @@ TERMINAL_SECONDS = 0.2
 class ProgressLine:
     """Counts and rate: one line rewritten on a terminal, plain lines every ten seconds else."""
 
-    def __init__(self, stream=sys.stderr):
-        self.stream = stream
-        self.terminal = stream.isatty()
+    def __init__(self):
+        self.stream = sys.stderr
+        self.terminal = self.stream.isatty()
         self.started = time.perf_counter()
         self.shown = self.started if not self.terminal else 0.0
         self.width = 0
@@ -93,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
-    """Read gin files and bindings; ConfigError with gin's reason where they are wrong."""
+    """Bind what gin files and bindings say and nothing else; ConfigError where they are wrong."""
+    gin.clear_config()
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))
     except (ValueError, OSError, SyntaxError) as error:
@@ -111,6 +112,7 @@ def run(argv: list[str]) -> int:
             raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
     chosen = [settings.pop(name, None) for name in ("task", "jsonl", "text")]
     task = choose_task(chosen[0], chosen[1] or (), chosen[2] or ())
+    settings.setdefault("objective", OBJECTIVES[type(task.objective)]())
     notes = {"operative_config.gin": gin.operative_config_str()} if files or bindings else {}
     progress = ProgressLine()
     started = time.perf_counter()
@@ -123,6 +125,24 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+@gin.configurable(module="objectives")
+def sequence_to_sequence(inputs_eos: bool = True) -> SequenceToSequence:
+    """Supervised pairs, as gin binds them."""
+    return SequenceToSequence(inputs_eos=inputs_eos)
+
+
+@gin.configurable(module="objectives")
+def prefix_lm(split: float = 0.5) -> PrefixLM:
+    """Prefix LM over raw text, as gin binds it."""
+    return PrefixLM(split=split)
+
+
+OBJECTIVES: dict[type, Callable[[], Objective]] = {
+    SequenceToSequence: sequence_to_sequence,
+    PrefixLM: prefix_lm,
+}
+
+
 @gin.configurable("prepare")
 def bound_settings(
     task: str | None = None,
@@ -131,6 +151,7 @@ def bound_settings(
     vocabulary: str | None = None,
     extra_ids: int | None = None,
     out: str | None = None,
+    objective: Objective | None = None,
     split: str | None = None,
     inputs_length: int | None = None,
     targets_length: int | None = None,
@@ -159,7 +180,8 @@ def report(card: DatasetCard, seconds: float) -> str:
         f"examples, {card.rows:,} rows of {card.inputs_length} + {card.targets_length} tokens",
         f"tokens: {card.source_tokens:,} source, {card.target_tokens:,} target "
         f"({card.target_bytes:,} target bytes); {100 * (1 - card.non_padding_share):.1f} % padding",
-        f"disk: {size / 1e6:.1f} MB in {len(card.shards)} shards, {size / tokens:.2f} bytes a token",
+        f"disk: {size / 1e6:.1f} MB in {len(card.shards)} shards, {size / tokens:.2f} bytes a "
+        "token",
         f"time: {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, "
         f"{card.documents / seconds:,.0f} documents/s",
     ]

@@ -66,18 +66,18 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
 
 
 def read_lines(path: pathlib.Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line without its end); a truncated gzip is one bad row at its end."""
+    """(line number from 1, line with its end); a truncated gzip is one bad row at its end."""
     number = 0
     with _open(path) as file:
         try:
             for number, line in enumerate(file, 1):
-                yield number, line.rstrip(b"\r\n")
+                yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             bad_rows.add(
                 f"{path}:{number + 1}", f"the gzip stream breaks off ({error})", "copy it again"
             )
     if number == 0:
-        bad_rows.add(f"{path}:1", "the file is empty", "give a file with rows")
+        bad_rows.add(f"{path}:1", "the file is empty", "give a file with text in it")
 
 
 def read_jsonl(
@@ -99,8 +99,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        seen = f"0x{line[error.start]:02x}"
-        return Fault(f"invalid UTF-8: byte {seen} at byte {error.start}", "save it as UTF-8")
+        return _bad_utf8(line, error)
     except (ValueError, RecursionError) as error:
         return Fault(f"no valid JSON: {error}", "write one JSON object a line")
     if not isinstance(row, dict):
@@ -123,6 +122,11 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
     return row
 
 
+def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> Fault:
+    seen = f"0x{line[error.start]:02x}"
+    return Fault(f"invalid UTF-8: byte {seen} at byte {error.start}", "save the file as UTF-8")
+
+
 def _check_text(field: str, value: Any) -> Fault | None:
     if not isinstance(value, str):
         return Fault(f"{field!r} is {_shown(value)}, wanted a string", f"give {field!r} as text")
@@ -130,7 +134,8 @@ def _check_text(field: str, value: Any) -> Fault | None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         return Fault(
-            f"{field!r} has a lone surrogate at character {error.start}", "remove the half character"
+            f"{field!r} has a lone surrogate at character {error.start}",
+            "remove the half character",
         )
     return None
 
@@ -162,29 +167,16 @@ def text_documents(paths: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator
 def _plain_documents(path: pathlib.Path, bad_rows: BadRows) -> Iterator[Document]:
     held: list[str] = []
     size = 0
-    with _open(path) as file:
-        number = 0
+    for number, line in read_lines(path, bad_rows):
         try:
-            for number, line in enumerate(file, 1):
-                try:
-                    held.append(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    seen = f"0x{line[error.start]:02x}"
-                    bad_rows.add(
-                        f"{path}:{number}",
-                        f"invalid UTF-8: byte {seen} at byte {error.start}",
-                        "save it as UTF-8",
-                    )
-                size += len(line)
-                if size >= DOCUMENT_BYTES:
-                    yield ("".join(held),)
-                    held, size = [], 0
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            bad_rows.add(
-                f"{path}:{number + 1}", f"the gzip stream breaks off ({error})", "copy it again"
-            )
-    if number == 0:
-        bad_rows.add(f"{path}:1", "the file is empty", "give a file with text")
+            held.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            fault = _bad_utf8(line, error)
+            bad_rows.add(f"{path}:{number}", fault.reason, fault.mend)
+        size += len(line)
+        if size >= DOCUMENT_BYTES:
+            yield ("".join(held),)
+            held, size = [], 0
     if held:
         yield ("".join(held),)
 

@@ -12,19 +12,19 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np  # noqa: E402
-import seqio  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import numpy as np
+import seqio
+import tensorflow as tf
 
-from encdec.data.objectives import Objective  # noqa: E402
-from encdec.data.readers import BadRows  # noqa: E402
-from encdec.data.text_tasks import TEXT_TASKS, TextTask, text_task  # noqa: E402
-from encdec.data.vocabulary import (  # noqa: E402
+from encdec.data.objectives import Objective
+from encdec.data.readers import BadRows
+from encdec.data.text_tasks import TEXT_TASKS, TextTask
+from encdec.data.vocabulary import (
     ByteVocabulary,
     SentencePieceVocabulary,
     Vocabulary,
 )
-from encdec.errors import DataError  # noqa: E402
+from encdec.errors import DataError
 
 # TensorFlow reads text here; the accelerator belongs to JAX.
 tf.config.set_visible_devices([], "GPU")
@@ -135,5 +135,5 @@ def register(
     )
 
 
-for _name in TEXT_TASKS:
-    register(text_task(_name))
+for _task in TEXT_TASKS.values():
+    register(_task)

@@ -11,12 +11,10 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import gin
-
 from encdec.data import readers
 from encdec.data.corpora import stdlib
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
-from encdec.errors import ConfigError, DataError
+from encdec.errors import DataError
 
 # (split, bad rows) to documents.
 ReadDocuments = Callable[[str, readers.BadRows], Iterator[Document]]
@@ -42,27 +40,13 @@ class TextTask:
         return iter(self.read(split, bad_rows))
 
 
-@gin.configurable(module="objectives")
-def sequence_to_sequence(inputs_eos: bool = True) -> SequenceToSequence:
-    """Supervised pairs, for gin to bind."""
-    return SequenceToSequence(inputs_eos=inputs_eos)
-
-
-@gin.configurable(module="objectives")
-def prefix_lm(split: float = 0.5) -> PrefixLM:
-    """Prefix LM over raw text, for gin to bind."""
-    if not 0 <= split <= 1:
-        raise ConfigError(f"prefix_lm.split is {split}; wanted a share from 0 to 1")
-    return PrefixLM(split=split)
-
-
 def jsonl_task(files: Sequence[str], objective: Objective | None = None) -> TextTask:
     """The user's own JSONL (`source`, `target`, optional `targets`, also .gz)."""
     paths = readers.check_files(files)
     return TextTask(
         "jsonl",
         lambda split, bad_rows: readers.pair_documents(paths, bad_rows),
-        objective or sequence_to_sequence(),
+        objective or SequenceToSequence(),
         lambda: {"files": [path.name for path in paths]},
     )
 
@@ -73,7 +57,7 @@ def text_files_task(files: Sequence[str], objective: Objective | None = None) ->
     return TextTask(
         "text",
         lambda split, bad_rows: readers.text_documents(paths, bad_rows),
-        objective or prefix_lm(),
+        objective or PrefixLM(),
         lambda: {"files": [path.name for path in paths]},
     )
 
@@ -88,24 +72,18 @@ def _stdlib_text(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         yield (text,)
 
 
-def _stdlib_code_summarization() -> TextTask:
-    return TextTask(
-        "stdlib_code_summarization",
-        _stdlib_pairs,
-        sequence_to_sequence(),
-        stdlib.origin,
-        stdlib.SPLITS,
+TEXT_TASKS: dict[str, TextTask] = {
+    task.name: task
+    for task in (
+        TextTask(
+            "stdlib_code_summarization",
+            _stdlib_pairs,
+            SequenceToSequence(),
+            stdlib.origin,
+            stdlib.SPLITS,
+        ),
+        TextTask("stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS),
     )
-
-
-def _stdlib_text_task() -> TextTask:
-    return TextTask("stdlib_text", _stdlib_text, prefix_lm(), stdlib.origin, stdlib.SPLITS)
-
-
-# Made when asked for, so that gin's bindings hold.
-TEXT_TASKS: dict[str, Callable[[], TextTask]] = {
-    "stdlib_code_summarization": _stdlib_code_summarization,
-    "stdlib_text": _stdlib_text_task,
 }
 
 
@@ -115,4 +93,4 @@ def text_task(name: str) -> TextTask:
         near = difflib.get_close_matches(name, TEXT_TASKS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise DataError(f"no task {name!r}; there are {', '.join(TEXT_TASKS)}{hint}")
-    return TEXT_TASKS[name]()
+    return TEXT_TASKS[name]
