@@ -30,7 +30,8 @@ REQUIRES = [
     "orbax-checkpoint>=0.11.33,<0.13",
     "rich>=13.7,<16",
     "scipy>=1.15,<2",
-    "sentencepiece>=0.2,<0.3",
+    "sentencepiece>=0.2.3,<0.3",
+    "threadpoolctl>=3.5,<4",
     # Preparing data, metrics, TensorBoard: never imported by training or inference.
     "gin-config>=0.5,<0.6",
     "rouge-score>=0.1.2,<0.2",

@@ -1,0 +1,82 @@
+"""Frontiers against brute force, and crossings of planted laws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from encdec.errors import DataError
+from encdec.scaling.fit import Law, fit_law
+from encdec.scaling.frontier import Cost, Frontier, band, compare, fit_cost
+from encdec.scaling.intervals import bootstrap
+from tests.scaling.synthetic import ladder
+
+LAW = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)
+RANGE = (1e13, 1e17)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.85])
+def test_frontier_is_the_best_of_all_sizes(exponent):
+    frontier = Frontier(LAW, Cost(6.0, exponent))
+    for flops in (1e14, 1e18):
+        sizes = np.geomspace(1e4, 1e12, 200_001)
+        losses = LAW.loss(sizes, frontier.cost.tokens(sizes, flops))
+        assert frontier.loss(flops) == pytest.approx(losses.min(), rel=1e-9)
+        assert frontier.parameters(flops) == pytest.approx(sizes[losses.argmin()], rel=1e-3)
+        assert frontier.flops(frontier.loss(flops)) == pytest.approx(flops, rel=1e-9)
+    growth = np.log(frontier.parameters(1e18) / frontier.parameters(1e14)) / np.log(1e4)
+    assert growth == pytest.approx(frontier.size_exponent)
+
+
+def test_no_flops_reach_the_floor():
+    assert np.isinf(Frontier(LAW, Cost(6.0, 1.0)).flops(np.array([1.7, 1.0]))).all()
+
+
+def test_cost_is_fitted_with_its_error():
+    runs = ladder(LAW, flops_factor=4.0)
+    cost = fit_cost(runs)
+    assert (cost.factor, cost.exponent) == (pytest.approx(4.0), pytest.approx(1.0))
+    assert cost.largest_error < 1e-9
+
+
+def test_ratio_of_equal_laws_is_that_of_their_prices():
+    found = compare(Frontier(LAW, Cost(4.0, 1.0)), Frontier(LAW, Cost(6.0, 1.0)), RANGE)
+    assert found.ratio == pytest.approx(np.full(50, 1.5))
+    assert found.crossing.flops is None and np.isnan(found.crossing.share)
+
+
+def test_crossing_is_found_inside_and_outside_the_range():
+    # Steeper in data but behind at first.
+    steep = Frontier(Law("total", 1.7, 400.0, 900.0, (0.34,), 0.32), Cost(6.0, 1.0))
+    flat = Frontier(LAW, Cost(6.0, 1.0))
+    found = compare(steep, flat, RANGE).crossing
+    assert not found.extrapolated
+    assert steep.loss(found.flops) == pytest.approx(flat.loss(found.flops), rel=1e-6)
+    beyond = compare(steep, flat, (1e13, found.flops / 3)).crossing
+    assert beyond.extrapolated and beyond.flops == pytest.approx(found.flops, rel=1e-3)
+
+
+def test_draws_say_how_sure_the_comparison_is():
+    def fitted(law, seed):
+        runs = ladder(law, noise=0.003, seed=seed)
+        best = fit_law(runs)
+        cost = fit_cost(runs)
+        draws = [Frontier(draw, cost) for draw in bootstrap(runs, best, 40, seed)]
+        return Frontier(best, cost), draws
+
+    better = Law("total", 1.7, 340.0, 350.0, (0.34,), 0.28)
+    (first, firsts), (second, seconds) = fitted(better, 1), fitted(LAW, 2)
+    found = compare(first, second, RANGE, firsts, seconds)
+    assert found.share_first_ahead > 0.95
+    assert (found.ratio_band[0] <= found.ratio).all() and (found.ratio <= found.ratio_band[1]).all()
+    true = Frontier(LAW, Cost(6.0, 1.0)).flops(found.losses) / (
+        Frontier(better, Cost(6.0, 1.0)).flops(found.losses))
+    inside = (found.ratio_band[0] <= true) & (true <= found.ratio_band[1])
+    assert inside.mean() > 0.8
+    assert (band(firsts, found.flops)[0] <= found.first_loss).all()
+
+
+def test_refuses_disjoint_ranges():
+    frontier = Frontier(LAW, Cost(6.0, 1.0))
+    with pytest.raises(DataError, match="share no range"):
+        compare(frontier, frontier, (1e15, 1e14))
