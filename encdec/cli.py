@@ -21,7 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vocab": ("encdec.data.vocab_command:main", "train a vocabulary"),
     "describe": ("encdec.describe:main", "parameters, FLOPs and bytes of a model and its peers"),
     "train": ("encdec.train.command:main", "train a model on records, or resume a run"),
+    "compile": (
+        "encdec.hardware.command:main", "predict a run's memory, time and cost on a TPU pod"),
     "generate": ("encdec.inference.command:main", "generate text from a trained model"),
+    "scaling": ("encdec.scaling.command:main", "scaling curves: plan, run, fit and plot a ladder"),
     "benchmark": ("encdec.cli:benchmark", "measure one part: `encdec benchmark` lists them"),
 }
 

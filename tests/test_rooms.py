@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "train": {"errors", "model", "data"},
     "inference": {"errors", "model", "data", "train"},
     "describe": {"errors", "model"},
+    "hardware": {"errors", "model", "train"},
     "scaling": {"errors", "model", "data", "train", "hardware"},
     "quickstart": {"errors", "model", "data", "train", "inference"},
     "cli": {"errors"},  # and, by name and only when called, every command

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from encdec.model.config import ModelConfig
+from encdec.model.kernels import cudnn_attention, resolve_kernel, splash_attention
 from encdec.model.layers import Projection, RMSNorm
 from encdec.model.positions import apply_rope
 
@@ -75,12 +76,27 @@ class AttentionInputs:
         q_rope: rotation of the queries, from ``rope_table``; None for no rotation.
         kv_rope: rotation of the keys; None for no rotation.
         slots_BxT: the cache slots that new keys and values are written to; None without a cache.
+        segments: segment ids of queries [B, T] and of keys [B, S] where the mask is no more than
+            ``segment_mask`` of them, which lets fused kernels do without it; else None.
+        causal: whether that mask is causal, too.
     """
 
     mask_BxTxS: jax.Array
     q_rope: jax.Array | None = None
     kv_rope: jax.Array | None = None
     slots_BxT: jax.Array | None = None
+    segments: tuple[jax.Array, jax.Array] | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def packed_attention(
+    q_segments_BxT: jax.Array, kv_segments_BxS: jax.Array, q_rope: jax.Array | None,
+    kv_rope: jax.Array | None, *, causal: bool = False,
+) -> AttentionInputs:
+    """The inputs of attention among packed segments."""
+    return AttentionInputs(
+        segment_mask(q_segments_BxT, kv_segments_BxS, causal=causal), q_rope, kv_rope,
+        segments=(q_segments_BxT, kv_segments_BxS), causal=causal)
 
 
 class Attention(nn.Module):
@@ -149,6 +165,14 @@ class Attention(nn.Module):
         key = None
         if self.config.attention_dropout and not deterministic:
             key = self.make_rng("dropout")
-        out = dot_product_attention(self.config, q, k, v, inputs.mask_BxTxS, key)
+        kernel = resolve_kernel(
+            self.config, segments=inputs.segments is not None and cache is None,
+            dropout=key is not None)
+        if kernel == "splash":
+            out = splash_attention(self.config, q, k, v, inputs.segments, inputs.causal)
+        elif kernel == "cudnn":
+            out = cudnn_attention(self.config, q, k, v, inputs.mask_BxTxS)
+        else:
+            out = dot_product_attention(self.config, q, k, v, inputs.mask_BxTxS, key)
         out = nn.with_logical_constraint(out, ("batch", "length", "heads", "head_dim"))
         return self.o(out), cache

@@ -42,7 +42,8 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every query and key head before RoPE
     attention_scale: float = 0.0  # multiplies the scores; 0 means 1 / sqrt(head_dim)
     attention_logit_cap: float = 0.0  # cap * tanh(scores / cap); 0 switches it off
-    attention_kernel: Literal["xla"] = "xla"  # which implementation computes attention
+    # Which implementation computes attention; auto: splash on TPU, cuDNN on NVIDIA, else XLA
+    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
 
     # Positions (RoPE, rotate-half)
     rope_theta: float = 10_000.0

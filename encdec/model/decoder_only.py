@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from encdec.model.attention import AttentionInputs, segment_mask
+from encdec.model.attention import packed_attention
 from encdec.model.cache import cached_self_attention
 from encdec.model.config import ModelConfig
 from encdec.model.encoder_decoder import Batch
@@ -37,7 +37,7 @@ class DecoderOnly(nn.Module):
         """The stack's normed output [B, T, M] under teacher forcing, on packed rows."""
         positions, segments = batch["decoder_positions"], batch["decoder_segment_ids"]
         rope = rope_table(self.config, positions, positions.shape[1])
-        attention = AttentionInputs(segment_mask(segments, segments, causal=True), rope, rope)
+        attention = packed_attention(segments, segments, rope, rope, causal=True)
         inputs = LayerInputs(attention, deterministic=deterministic)
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from encdec.model.attention import AttentionInputs, segment_mask
+from encdec.model.attention import AttentionInputs, packed_attention
 from encdec.model.cache import cached_self_attention
 from encdec.model.config import ModelConfig
 from encdec.model.layers import Embedder
@@ -62,7 +62,7 @@ class EncoderDecoder(nn.Module):
         places = encoder_rope_positions(self.config, positions_BxS, segments_BxS)
         rope = rope_table(self.config, places, tokens_BxS.shape[1])
         inputs = LayerInputs(
-            AttentionInputs(segment_mask(segments_BxS, segments_BxS), rope, rope),
+            packed_attention(segments_BxS, segments_BxS, rope, rope),
             deterministic=deterministic,
         )
         return self.encoder(self.embedder(tokens_BxS), inputs)[0]
@@ -75,16 +75,16 @@ class EncoderDecoder(nn.Module):
             batch["encoder_input_tokens"], source_segments, batch["encoder_positions"],
             deterministic,
         )
-        cross_mask = segment_mask(target_segments, source_segments)
+        cross = packed_attention(target_segments, source_segments, None, None)
         # The length of the source that each target token belongs to.
-        source_lengths_BxT = jnp.sum(cross_mask, axis=-1, dtype=jnp.int32)
+        source_lengths_BxT = jnp.sum(cross.mask_BxTxS, axis=-1, dtype=jnp.int32)
         positions = batch["decoder_positions"]
         rope = rope_table(self.config, positions, positions.shape[1])
         inputs = LayerInputs(
-            AttentionInputs(
-                segment_mask(target_segments, target_segments, causal=True), rope, rope),
+            packed_attention(target_segments, target_segments, rope, rope, causal=True),
             self._cross_attention(
-                cross_mask, positions, source_lengths_BxT, batch["encoder_positions"]),
+                cross.mask_BxTxS, positions, source_lengths_BxT, batch["encoder_positions"],
+            ).replace(segments=cross.segments),
             encoded_BxSxM,
             deterministic,
         )

@@ -10,11 +10,15 @@ from flax import linen as nn
 
 from encdec.model.attention import Attention, AttentionInputs, KeyValues
 from encdec.model.config import ModelConfig
+from encdec.model.kernels import CONTEXT
 from encdec.model.layers import Mlp, RMSNorm
 
 REMAT_POLICIES = {
-    # Keeps the outputs of matrix products with weights, recomputes attention and what is cheap.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keeps the outputs of matrix products with weights and of attention kernels, recomputes
+    # attention in plain XLA and what is cheap.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(CONTEXT)),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

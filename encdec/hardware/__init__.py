@@ -1,0 +1,1 @@
+"""Accelerators that are not there: compile for them, and predict time and memory."""

@@ -1,0 +1,223 @@
+"""Compiles a run's real training step for a TPU topology, without a TPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from encdec.errors import ConfigError
+from encdec.hardware import hlo
+from encdec.hardware.predict import Prediction, predict
+from encdec.hardware.topology import Topology
+from encdec.model.flops import training_flops
+from encdec.train.config import RunConfig
+from encdec.train.program import Program, abstract_batch, build_program
+from encdec.train.sharding import make_mesh
+
+
+class DoesNotFit(ConfigError):
+    """The compiler found no way to hold the program in a chip's memory; the message is its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device's HBM, by part; the parts add up to ``peak``.
+
+    Attributes:
+        parameters: master parameters.
+        optimizer: the optimizer's state.
+        batch: what the step is given beside the state.
+        temporary: activations, gradients and whatever else lives within the step.
+        outputs: results that do not reuse the donated state's place.
+        code: the program.
+        limit: what the compiler lets a program use.
+    """
+
+    parameters: int
+    optimizer: int
+    batch: int
+    temporary: int
+    outputs: int
+    code: int
+    limit: int
+
+    @property
+    def peak(self) -> int:
+        return (self.parameters + self.optimizer + self.batch + self.temporary + self.outputs
+                + self.code)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step compiled for a topology, and what is predicted of it.
+
+    Attributes:
+        run: the run.
+        topology: where it would run.
+        mesh: devices along (data, fsdp, tensor).
+        inputs: source tokens a row.
+        targets: target tokens a row.
+        memory: of each device.
+        prediction: time.
+        model_flops: of one step, all devices together; rematerialisation does not count.
+        compile_seconds: how long the compiler took here.
+        unsharded: parameters that stay whole against the rules, as text.
+        text: the compiled HLO.
+    """
+
+    run: RunConfig
+    topology: Topology
+    mesh: tuple[int, ...]
+    inputs: int
+    targets: int
+    memory: Memory
+    prediction: Prediction
+    model_flops: float
+    compile_seconds: float
+    unsharded: tuple[str, ...]
+    text: str = dataclasses.field(repr=False)
+
+    @property
+    def step_seconds(self) -> float:
+        return self.prediction.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        peak = self.topology.generation.chip.bf16_flops * len(self.topology.devices)
+        return self.model_flops / (self.step_seconds * peak)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.run.batch_size * (self.inputs + self.targets) / self.step_seconds
+
+    @property
+    def chip_hours(self) -> float:
+        """Of the run's whole token budget, ``steps`` steps."""
+        chips = math.prod(self.topology.sides) * self.topology.slices
+        return self.run.steps * self.step_seconds * chips / 3600
+
+    @property
+    def tokens(self) -> int:
+        return self.run.steps * self.run.batch_size * (self.inputs + self.targets)
+
+
+def compile_step(
+    run: RunConfig, topology: Topology, inputs: int, targets: int,
+    compiler_options: dict[str, str] | None = None,
+) -> CompiledStep:
+    """Compiles ``run``'s training step for rows of these lengths and predicts its cost.
+
+    Raises:
+        ConfigError: a mesh or a batch that does not divide.
+        DoesNotFit: the compiler ran out of memory; its reason is the message.
+    """
+    mesh = make_mesh(run.mesh, topology.devices)
+    config = run.model_config()
+    program = build_program(run, config, mesh, targets)
+    start = time.perf_counter()
+    with _out_of_memory(), _no_cache():
+        lowered = program.train_step.lower(
+            program.abstract_state, abstract_batch(program, run.batch_size, inputs, targets))
+        compiled = lowered.compile(compiler_options or None)
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    places = {device.id: n for n, device in enumerate(topology.devices)}
+    order = [places[device.id] for device in mesh.devices.flat]
+    return CompiledStep(
+        run=run, topology=topology, mesh=tuple(mesh.devices.shape), inputs=inputs, targets=targets,
+        memory=_memory(compiled.memory_analysis(), program, topology),
+        prediction=predict(hlo.parse(text), topology, order),
+        model_flops=training_flops(config, inputs, targets, batch_size=run.batch_size),
+        compile_seconds=seconds, unsharded=tuple(map(str, program.unsharded)), text=text)
+
+
+def nearest_fit(
+    run: RunConfig, attempt: Callable[[RunConfig], Any], attempts: int = 6
+) -> tuple[RunConfig, Any] | None:
+    """The first of ever smaller variants of ``run`` that ``attempt`` can compile.
+
+    Full rematerialisation is tried at the same batch first, then batches halved.
+
+    Returns:
+        The variant and what ``attempt`` gave; None if none of ``attempts`` fits.
+    """
+    for variant in smaller(run)[:attempts]:
+        try:
+            return variant, attempt(variant)
+        except DoesNotFit:
+            continue
+        except ConfigError:  # a batch too small to be divided over the mesh
+            return None
+    return None
+
+
+def smaller(run: RunConfig) -> list[RunConfig]:
+    """Variants of ``run`` that need less memory, the nearest first."""
+    remats = ["full"] if run.model_config().remat != "full" else []
+    variants = [with_remat(run, remat) for remat in remats]
+    base = variants[-1] if variants else run
+    rows = run.batch_size
+    while rows % 2 == 0 and rows // 2 >= run.accumulation:
+        rows //= 2
+        variants.append(dataclasses.replace(base, batch_size=rows))
+    return variants
+
+
+def with_remat(run: RunConfig, remat: str) -> RunConfig:
+    return dataclasses.replace(run, model_overrides=dict(run.model_overrides, remat=remat))
+
+
+def _memory(analysis: Any, program: Program, topology: Topology) -> Memory:
+    state = program.abstract_state
+    parameters, optimizer = _device_bytes(state.params), _device_bytes(state.opt_state)
+    return Memory(
+        parameters=parameters,
+        optimizer=optimizer,
+        batch=max(0, analysis.argument_size_in_bytes - parameters - optimizer),
+        temporary=analysis.temp_size_in_bytes,
+        outputs=max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+        code=analysis.generated_code_size_in_bytes,
+        limit=int(topology.generation.hbm_limit_gib * 2**30),
+    )
+
+
+def _device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of sharded shapes."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def _out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(_reason(str(error))) from None
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Programs for absent devices cannot be loaded back from a compilation cache."""
+    old = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", old)
+
+
+def _reason(message: str) -> str:
+    """The first sentences of the compiler's complaint, without its listing of buffers."""
+    text = message.partition("RESOURCE_EXHAUSTED:")[2] or message
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(re.sub(r"\s+", " ", line) for line in lines[:3])

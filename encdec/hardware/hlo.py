@@ -1,0 +1,256 @@
+"""Reads a compiled program as text (XLA's HLO) and counts how often each instruction runs.
+
+Only what a prediction needs is read: the computations, their instructions in scheduled order,
+the compiler's own cycle estimates, the loops' trip counts, and the source lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+
+_PACKAGE = str(pathlib.Path(__file__).resolve().parents[1])
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}  # others end in their bits
+_ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
+_CYCLES = re.compile(r'"estimated_cycles":"(-?\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(condition|body|calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One scheduled instruction.
+
+    Attributes:
+        name: unique in the module.
+        opcode: as HLO spells it ("fusion", "all-reduce", "while", ...).
+        shape: its type as text.
+        operands: names of the instructions that it reads.
+        arguments: text between the parentheses (the value, for a constant).
+        attributes: text behind the operands.
+        computation: where it lies.
+    """
+
+    name: str
+    opcode: str
+    shape: str
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    computation: str
+
+    @property
+    def cycles(self) -> int | None:
+        """The compiler's estimate of one execution; None where it gives none."""
+        match = _CYCLES.search(self.attributes)
+        return max(0, int(match[1])) if match else None
+
+    @property
+    def op_name(self) -> str:
+        """JAX's name of the operation, a path through the program."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def called(self) -> dict[str, str]:
+        """Computations that it refers to, by role."""
+        roles = dict(_CALLED.findall(self.attributes))
+        if match := _BRANCHES.search(self.attributes):
+            roles |= {f"branch_{i}": name for i, name in enumerate(_NAME.findall(match[1]))}
+        return roles
+
+    @property
+    def custom_call_target(self) -> str:
+        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program.
+
+    Attributes:
+        computations: instructions in scheduled order, by computation.
+        entry: the computation that runs first.
+        frames: source lines by stack frame id, innermost first, as "file:line".
+    """
+
+    computations: dict[str, tuple[Instruction, ...]]
+    entry: str
+    frames: dict[int, tuple[str, ...]]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {i.name: i for body in self.computations.values() for i in body}
+
+    def source(self, instruction: Instruction, package: str = _PACKAGE) -> str:
+        """The innermost source line in the folder ``package``, else the innermost, else "".
+
+        Inside the package, the path starts with the package's own name.
+        """
+        match = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        lines = self.frames.get(int(match[1]), ()) if match else ()
+        for line in lines:
+            if line.startswith(package + "/"):
+                return line[package.rfind("/") + 1 :]
+        return lines[0] if lines else ""
+
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often a while loop's body runs: known to XLA, or the constant of its condition."""
+        if match := _TRIPS.search(loop.attributes):
+            return int(match[1])
+        condition = self.computations.get(loop.called.get("condition", ""), ())
+        constants = {
+            i.name: int(i.arguments) for i in condition
+            if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments)}
+        for i in condition:
+            if i.opcode == "compare" and "direction=LT" in i.attributes:
+                if i.operands[-1] in constants:
+                    return constants[i.operands[-1]]
+        # The comparison may be hidden in a fusion; loops of scans count up to their one constant.
+        return max(constants.values()) if len(constants) == 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """An instruction and how often one run of the program executes it."""
+
+    instruction: Instruction
+    times: int
+
+
+def parse(text: str) -> Module:
+    """Parses what ``jax.stages.Compiled.as_text()`` gives.
+
+    Raises:
+        ValueError: the text has no entry computation.
+    """
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    tables: dict[str, list[str]] = {}
+    entry, name, body, table = "", "", [], ""
+    for line in text.splitlines():
+        if line.startswith(("FileNames", "FunctionNames", "FileLocations", "StackFrames")):
+            table = line.strip()
+            tables[table] = []
+        elif line.startswith(("%", "ENTRY ")):
+            match = _NAME.search(line)
+            if match and line.rstrip().endswith("{"):
+                name, body, table = match[1], [], ""
+                entry = name if line.startswith("ENTRY") else entry
+        elif line.startswith("}"):
+            if name:
+                computations[name] = tuple(body)
+            name = ""
+        elif name and line.startswith(" "):
+            instruction = _instruction(line, name)
+            if instruction:
+                body.append(instruction)
+        elif table and line.strip():
+            tables[table].append(line)
+    if entry not in computations:
+        raise ValueError("the HLO text has no entry computation")
+    return Module(computations, entry, _frames(tables))
+
+
+def executions(module: Module) -> Iterator[tuple[Execution, ...]]:
+    """Instructions with how often they run, one tuple for each computation that is scheduled.
+
+    The inside of fusions and reductions is not scheduled on its own and is left out. A loop
+    whose trip count is not known counts once (``unknown_loops`` names those).
+    """
+    waiting = [(module.entry, 1)]
+    while waiting:
+        name, times = waiting.pop(0)
+        body = module.computations.get(name, ())
+        yield tuple(Execution(i, times) for i in body)
+        for i in body:
+            if i.opcode == "while":
+                trips = module.trip_count(i)
+                waiting.append((i.called["body"], times * (1 if trips is None else trips)))
+            elif i.opcode == "call":
+                waiting.append((i.called["to_apply"], times))
+            elif i.opcode == "conditional":
+                waiting += [(target, times) for role, target in i.called.items()
+                            if role.startswith(("branch", "true", "false"))]
+
+
+def unknown_loops(module: Module) -> list[str]:
+    """Names of the loops whose trip count could not be read."""
+    return [e.instruction.name for body in executions(module) for e in body
+            if e.instruction.opcode == "while" and module.trip_count(e.instruction) is None]
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(element type, dimensions) of every array in a type, layouts and comments ignored."""
+    return [
+        (kind, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
+        for kind, dims in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))]
+
+
+def shape_bytes(shape: str) -> float:
+    """Bytes of all arrays in a type, without padding."""
+    return sum(_element_bytes(kind) * math.prod(dims) for kind, dims in arrays(shape))
+
+
+def _element_bytes(kind: str) -> float:
+    if kind in _BYTES:
+        return _BYTES[kind]
+    bits = re.match(r"[a-z]+(\d+)", kind)
+    return int(bits[1]) / 8 if bits else 0
+
+
+def _instruction(line: str, computation: str) -> Instruction | None:
+    head, separator, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    if not separator or not head.startswith("%"):
+        return None
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:end], rest[end:].strip()
+    opcode, _, _ = rest.partition("(")
+    start = len(opcode)
+    stop = _closing(rest, start)
+    arguments = rest[start + 1 : stop]
+    operands = tuple(_NAME.findall(arguments)) if "%" in arguments else ()
+    return Instruction(head[1:], opcode, shape, operands, arguments, rest[stop + 1 :], computation)
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at ``start``."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    return len(text)
+
+
+def _frames(tables: dict[str, list[str]]) -> dict[int, tuple[str, ...]]:
+    """Joins XLA's tables of files, locations and frames into source lines, innermost first."""
+    files = {}
+    for line in tables.get("FileNames", []):
+        number, _, name = line.partition(" ")
+        files[int(number)] = name.strip('"')
+    places, parents = {}, {}
+    for line in tables.get("FileLocations", []):
+        number = int(line.split()[0])
+        values = dict(re.findall(r"(\w+)=(\d+)", line))
+        places[number] = f"{files.get(int(values['file_name_id']), '?')}:{values['line']}"
+    for line in tables.get("StackFrames", []):
+        number = int(line.split()[0])
+        values = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)}
+        # Ids count from 1, and a parent is written as its id plus 1, so that 1 means none.
+        parents[number] = (values["file_location_id"], values.get("parent_frame_id", 1) - 1)
+    frames = {}
+    for number in parents:
+        lines, at = [], number
+        while at in parents and len(lines) <= len(parents):
+            lines.append(places.get(parents[at][0], "?"))
+            at = parents[at][1]
+        frames[number] = tuple(lines)
+    return frames

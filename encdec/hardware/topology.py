@@ -1,0 +1,153 @@
+"""TPU topologies that need no TPU: their devices, clocks, links, and how to compile for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from encdec.errors import ConfigError
+from encdec.model.chips import Chip, find_chip
+
+MISSING = ("compiling for TPUs needs the TPU compiler, libtpu, which is not installed; "
+           "wanted: pip install 'encdec[tpu]' (it runs on machines without a TPU)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What predictions need about one kind of TPU beyond ``encdec.model.chips``.
+
+    Attributes:
+        chip: peak rates of one JAX device.
+        chip_dims: 2 or 3, the dimensions of a topology name.
+        mxu_flops_per_cycle: dense bfloat16 FLOPs of one device's matrix units in one cycle; with
+            the peak rate it gives the clock (v5e: four units of 128 x 128, 1.50 GHz).
+        link_bytes_per_second: one ICI link, one direction.
+        wraps_at: length from which a topology's side closes to a ring; on shorter sides the
+            first and last chips are not linked. 3D tori close sides that are multiples of 4.
+        hbm_limit_gib: what the compiler lets a program use, from its own out-of-memory message.
+    """
+
+    chip: Chip
+    chip_dims: int
+    mxu_flops_per_cycle: float
+    link_bytes_per_second: float
+    wraps_at: int
+    hbm_limit_gib: float
+
+    @property
+    def clock_hz(self) -> float:
+        return self.chip.bf16_flops / self.mxu_flops_per_cycle
+
+
+# (device kind, dims, matrix units' FLOPs a cycle, link GB/s, side that closes, usable GiB)
+_GENERATIONS = {
+    "v4": ("TPU v4", 3, 2 * 8 * 128 * 128, 45, 4, 30.75),
+    "v5e": ("TPU v5 lite", 2, 2 * 4 * 128 * 128, 45, 16, 15.75),
+    "v5p": ("TPU v5", 3, 2 * 8 * 128 * 128, 90, 4, 95.74),
+    "v6e": ("TPU v6 lite", 2, 2 * 4 * 256 * 256, 90, 16, 31.25),
+    "tpu7x": ("TPU7x", 3, 2 * 4 * 256 * 256, 90, 4, 94.75),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of a TPU pod, or several.
+
+    Attributes:
+        name: "v5e:4x4", or "v5e:4x4*2" for two slices.
+        generation: its kind.
+        sides: chips along each side of one slice.
+        slices: slices joined by the data-centre network.
+        devices: compile-only JAX devices.
+    """
+
+    name: str
+    generation: Generation
+    sides: tuple[int, ...]
+    slices: int
+    devices: tuple[Any, ...]
+
+    def links(self, group: Sequence[int]) -> int:
+        """ICI links out of a chip that a collective among these devices can drive at once.
+
+        A ring over a side that closes sends both ways; over one that does not, the traffic of
+        both directions shares what the end chips have, one link. Sides along which the group does
+        not stretch carry nothing.
+        """
+        places = [tuple(self.devices[i].coords) for i in group]
+        total = 0
+        for axis, side in enumerate(self.sides):
+            if len({place[axis] for place in places}) > 1:
+                closed = side >= self.generation.wraps_at and (
+                    self.generation.chip_dims == 2 or side % self.generation.wraps_at == 0)
+                total += 2 if closed else 1
+        return max(1, total)
+
+    def crosses_slices(self, group: Sequence[int]) -> bool:
+        return len({getattr(self.devices[i], "slice_index", 0) for i in group}) > 1
+
+
+def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
+    """Generation, sides and slices of "v5e:4x4" or "v5p:2x2x4*2".
+
+    Raises:
+        ConfigError: no such generation, or sides that it does not have.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
+    if not match or match[1] not in _GENERATIONS:
+        raise ConfigError(
+            f"topology {name!r} is not known; wanted GENERATION:SIDES with a generation of "
+            f"{', '.join(_GENERATIONS)}, for example v5e:4x4, v5p:2x2x4, or v5e:16x16*2 for two "
+            "slices")
+    sides = tuple(map(int, match[2].split("x")))
+    dims = _GENERATIONS[match[1]][1]
+    if len(sides) != dims:
+        raise ConfigError(f"topology {name!r} has {len(sides)} sides; wanted {dims} for {match[1]}, "
+                          f"for example {match[1]}:{'x'.join(['4'] * dims)}")
+    return match[1], sides, int(match[3] or 1)
+
+
+def generation_named(name: str) -> Generation:
+    kind, dims, flops_per_cycle, link, wraps_at, gib = _GENERATIONS[name]
+    return Generation(find_chip(kind), dims, flops_per_cycle, link * 1e9, wraps_at, gib)
+
+
+@functools.lru_cache(maxsize=None)
+def find_topology(name: str) -> Topology:
+    """The topology of this name, with devices that programs can be compiled for.
+
+    Raises:
+        ConfigError: an unknown name, a shape that the TPU compiler refuses, or no TPU compiler.
+    """
+    kind, sides, slices = parse_name(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(MISSING)
+    prepare_environment()
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(sides) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as on the pods
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, sides))}", **options).devices
+    except Exception as error:  # the plug-in raises several kinds
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the TPU compiler knows no topology {name!r}: {reason}") from error
+    return Topology(name, generation_named(kind), sides, slices, tuple(devices))
+
+
+def prepare_environment() -> None:
+    """Lets the TPU compiler start on a machine without a TPU, and beside another one."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to wait for
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its lock is for real devices
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # silences a warning
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

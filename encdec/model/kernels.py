@@ -1,0 +1,181 @@
+"""Fused attention: splash (Pallas) on TPUs, cuDNN on NVIDIA GPUs, and which one is meant.
+
+Both take packed segments instead of a mask, so that scores never lie in memory, and compute what
+``encdec.model.attention.dot_product_attention`` computes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from encdec.errors import ConfigError
+from encdec.model.config import ModelConfig
+
+# Query and key tiles of the splash kernel. At 1,024 keys one tile of keys holds them all, so that
+# the fused backward pass has no partial query gradients to add up.
+BLOCK_Q, BLOCK_KV, BLOCK_KV_COMPUTE = 512, 1024, 512
+LANES = 128  # lengths are padded to a multiple: the kernel's smallest tile
+CONTEXT = "attention_context"  # name under which remat policies find what the kernel saved
+
+
+def platform() -> str:
+    """Where what is being traced will run: the mesh's devices, else this machine's backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str:
+    """"xla", "splash" or "cudnn" for one attention sublayer.
+
+    Without segments (cached decoding, windows) and with dropout on the probabilities, plain XLA
+    is the only one that can; "auto" then means it.
+
+    Raises:
+        ConfigError: a kernel that cannot run there, or cannot drop out, was asked for by name.
+    """
+    kernel, where = config.attention_kernel, platform()
+    if kernel == "xla" or not segments:
+        return "xla"
+    if kernel == "auto":
+        fused = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(where, "xla")
+        half = config.dtype == "bfloat16"
+        capped = config.attention_logit_cap and fused == "cudnn"
+        return "xla" if dropout or capped or not half else fused
+    if dropout:
+        raise ConfigError(
+            f"ModelConfig.attention_kernel is {kernel!r}, which has no dropout on attention "
+            f"probabilities, and attention_dropout is {config.attention_dropout}; wanted "
+            "attention_dropout=0.0, or attention_kernel='xla' or 'auto'")
+    if kernel == "cudnn":
+        if where not in ("gpu", "cuda"):
+            raise ConfigError(
+                f"ModelConfig.attention_kernel is 'cudnn' on {where}; wanted an NVIDIA GPU, or "
+                "attention_kernel='auto'")
+        if config.attention_logit_cap or config.dtype != "bfloat16":
+            raise ConfigError(
+                "ModelConfig.attention_kernel is 'cudnn', which caps no scores and takes no "
+                f"{config.dtype}; wanted attention_logit_cap=0 and dtype='bfloat16', or "
+                "attention_kernel='xla'")
+    return kernel
+
+
+def cudnn_attention(
+    config: ModelConfig, q_BxTxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array,
+    mask_BxTxS: jax.Array,
+) -> jax.Array:
+    """cuDNN's flash attention under a mask; returns [B, T, H, D]. Needs an NVIDIA GPU."""
+    q_BxTxHxD = _grouped(config, q_BxTxHxD, axis=2)
+    out = jax.nn.dot_product_attention(
+        q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask=mask_BxTxS[:, None], scale=config.scores_scale,
+        implementation="cudnn")
+    return _ungrouped(config, out, axis=2)
+
+
+def splash_attention(
+    config: ModelConfig,
+    q_BxTxHxD: jax.Array,
+    k_BxSxKxD: jax.Array,
+    v_BxSxKxD: jax.Array,
+    segments: tuple[jax.Array, jax.Array],
+    causal: bool,
+) -> jax.Array:
+    """Splash attention among packed segments; returns [B, T, H, D].
+
+    On a mesh each device runs the kernel on its own rows and heads. Away from a TPU the kernel
+    is interpreted, slowly, for tests.
+
+    Args:
+        config: pairing of heads, scale and cap of the scores.
+        q_BxTxHxD: queries.
+        k_BxSxKxD: keys.
+        v_BxSxKxD: values.
+        segments: segment ids of queries [B, T] and of keys [B, S]; each reads its equals.
+        causal: no query reads a later key.
+    """
+    q_BxHxTxD = _grouped(config, q_BxTxHxD * config.scores_scale, axis=2).swapaxes(1, 2)
+    k_BxKxSxD, v_BxKxSxD = k_BxSxKxD.swapaxes(1, 2), v_BxSxKxD.swapaxes(1, 2)
+    length = q_BxHxTxD.shape[2]
+    # Padding belongs to a segment of its own and reads itself; it is cut off below.
+    q_segments, kv_segments = (_padded(ids, 1, -1) for ids in segments)
+    q_BxHxTxD, k_BxKxSxD, v_BxKxSxD = (
+        _padded(x, 2, 0) for x in (q_BxHxTxD, k_BxKxSxD, v_BxKxSxD))
+    function = functools.partial(
+        _splash, causal=causal, cap=config.attention_logit_cap or None,
+        interpret=platform() != "tpu")
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        spec = lambda *axes: nn.logical_to_mesh_axes(axes) or PartitionSpec()  # noqa: E731
+        heads, kv_heads = spec("batch", "heads", None, None), spec("batch", "kv_heads", None, None)
+        if heads != kv_heads:
+            # A device would hold query heads of which it lacks the keys, or the other way round.
+            group = q_BxHxTxD.shape[1] // k_BxKxSxD.shape[1]
+            k_BxKxSxD, v_BxKxSxD = (
+                jnp.repeat(x, group, axis=1) for x in (k_BxKxSxD, v_BxKxSxD))
+            kv_heads = heads
+        rows = spec("batch", None)
+        function = jax.shard_map(
+            function, in_specs=(heads, kv_heads, kv_heads, rows, rows), out_specs=heads,
+            check_vma=False)
+    out = function(q_BxHxTxD, k_BxKxSxD, v_BxKxSxD, q_segments, kv_segments)
+    return _ungrouped(config, out[:, :, :length].swapaxes(1, 2), axis=2)
+
+
+def _splash(
+    q_BxHxTxD: jax.Array, k_BxKxSxD: jax.Array, v_BxKxSxD: jax.Array, q_segments_BxT: jax.Array,
+    kv_segments_BxS: jax.Array, *, causal: bool, cap: float | None, interpret: bool,
+) -> jax.Array:
+    """The kernel on one device's rows and heads; query heads grouped by key head."""
+    # Here, because the import takes Pallas along, which most uses of the models never need.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    heads, (length, kv_length) = q_BxHxTxD.shape[1], (q_BxHxTxD.shape[2], k_BxKxSxD.shape[2])
+    one = (splash.CausalMask if causal else splash.FullMask)((length, kv_length))
+    block_q = _block(length, BLOCK_Q)
+    block_kv, compute = _block(kv_length, BLOCK_KV), _block(kv_length, BLOCK_KV_COMPUTE)
+    compute = compute if block_kv % compute == 0 else block_kv
+    kernel = splash.make_splash_mha(
+        splash.splash_attention_mask.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1,
+        block_sizes=splash.BlockSizes(
+            block_q=block_q, block_kv=block_kv, block_kv_compute=compute, block_q_dkv=block_q,
+            block_kv_dkv=block_kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True),
+        attn_logits_soft_cap=cap, residual_checkpoint_name=CONTEXT, interpret=interpret)
+    with jax.named_scope("causal" if causal else "full"):
+        return jax.vmap(kernel)(
+            q_BxHxTxD, k_BxKxSxD, v_BxKxSxD, splash.SegmentIds(q_segments_BxT, kv_segments_BxS))
+
+
+def _block(length: int, largest: int) -> int:
+    """The largest multiple of the smallest tile that divides ``length`` and is not too large."""
+    return next(n for n in range(min(largest, length), 0, -LANES) if length % n == 0)
+
+
+def _padded(x: jax.Array, axis: int, value: int) -> jax.Array:
+    missing = -x.shape[axis] % LANES
+    if not missing:
+        return x
+    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _grouped(config: ModelConfig, x: jax.Array, axis: int) -> jax.Array:
+    """Query heads in the order in which kernels pair them: h reads h // (H/K)."""
+    return _swap_heads(config, x, axis, (config.num_heads // config.num_kv_heads,
+                                         config.num_kv_heads))
+
+
+def _ungrouped(config: ModelConfig, x: jax.Array, axis: int) -> jax.Array:
+    return _swap_heads(config, x, axis, (config.num_kv_heads,
+                                         config.num_heads // config.num_kv_heads))
+
+
+def _swap_heads(config: ModelConfig, x: jax.Array, axis: int, split: tuple[int, int]) -> jax.Array:
+    if config.kv_pairing == "grouped" or 1 in split:
+        return x
+    shape = x.shape
+    x = x.reshape(*shape[:axis], *split, *shape[axis + 1:])
+    return x.swapaxes(axis, axis + 1).reshape(shape)
