@@ -83,32 +83,30 @@ class SequenceToSequence:
         encoded = Encoded()
         byte_lengths = vocabulary.byte_lengths
         eos = np.array([vocabulary.eos_id], np.int32)
-        room = inputs_length - self.inputs_eos
         for start in range(0, len(documents), ENCODE_BATCH):
             part = documents[start : start + ENCODE_BATCH]
-            texts = [document[0] for document in part] + [document[1] for document in part]
-            ids = vocabulary.encode_batch(texts)
-            for document, source, target in zip(part, ids, ids[len(part) :]):
-                if not len(target):
+            sources = vocabulary.encode_batch([pair[0] for pair in part], self.inputs_eos)
+            targets = vocabulary.encode_batch([pair[1] for pair in part], add_eos=True)
+            for pair, source, target in zip(part, sources, targets):
+                if len(target) == 1:
                     encoded.dropped["empty_target"] += 1
                     continue
-                if not len(source) and not self.inputs_eos:
+                if not len(source):
                     encoded.dropped["empty_source"] += 1
                     continue
-                if len(source) > room:
+                if len(source) > inputs_length:
                     encoded.truncated["sources"] += 1
-                    encoded.truncated["source_tokens"] += len(source) - room
-                    source = source[:room]
-                if len(target) > targets_length - 1:
+                    encoded.truncated["source_tokens"] += len(source) - inputs_length
+                    kept = source[: inputs_length - self.inputs_eos]
+                    source = np.concatenate([kept, eos]) if self.inputs_eos else kept
+                if len(target) > targets_length:
                     encoded.truncated["targets"] += 1
-                    encoded.truncated["target_tokens"] += len(target) - targets_length + 1
-                    target = target[: targets_length - 1]
+                    encoded.truncated["target_tokens"] += len(target) - targets_length
+                    target = np.concatenate([target[: targets_length - 1], eos])
                     target_bytes = int(byte_lengths[target].sum())
                 else:
-                    target_bytes = len(document[1].encode("utf-8"))
-                if self.inputs_eos:
-                    source = np.concatenate([source, eos])
-                encoded.add(source, np.concatenate([target, eos]), target_bytes)
+                    target_bytes = len(pair[1].encode("utf-8"))
+                encoded.add(source, target, target_bytes)
         return encoded
 
 
@@ -141,15 +139,13 @@ class PrefixLM:
     ) -> Encoded:
         encoded = Encoded()
         byte_lengths = vocabulary.byte_lengths
-        eos = np.array([vocabulary.eos_id], np.int32)
         for start in range(0, len(documents), ENCODE_BATCH):
             part = documents[start : start + ENCODE_BATCH]
-            batch = vocabulary.encode_batch([document[0] for document in part])
+            batch = vocabulary.encode_batch([document[0] for document in part], add_eos=True)
             for offset, ids in enumerate(batch, first_document + start):
-                if not len(ids):
+                if len(ids) == 1:
                     encoded.dropped["empty_text"] += 1
                     continue
-                ids = np.concatenate([ids, eos])
                 pieces = self._pieces(len(ids), inputs_length, targets_length, seed, offset)
                 for begin, middle, end in pieces:
                     if middle == begin:
@@ -169,7 +165,7 @@ class PrefixLM:
         for begin in range(0, tokens, window):
             length = min(window, tokens - begin)
             if length < window:
-                target = max(1, round(length * T / window))
+                target = min(max(round(length * T / window), 1), max(length - 1, 1))
                 pieces.append((begin, begin + length - target, begin + length))
                 continue
             cuts = [(S, T)]

@@ -16,8 +16,10 @@ import numpy as np
 from encdec.errors import ConfigError
 
 METHODS = ("best_fit", "greedy", "none")
-POOL = 2048
-TRIAL = 1024
+POOL = 1024
+TRIAL = 512
+UNSEARCHED = 0.6
+AHEAD = 64
 
 
 def pack(
@@ -60,48 +62,25 @@ def _greedy(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np
     return [np.asarray(row) for row in rows]
 
 
-class _Pool:
-    """Candidates for the open row, refilled in order as examples are placed."""
+# Columns of a candidate: lengths, shares of a row, their sum and difference, example number.
+SOURCE, TARGET, SOURCE_SHARE, TARGET_SHARE, SUM, DIFFERENCE, EXAMPLE = range(7)
 
-    def __init__(self, sources: np.ndarray, targets: np.ndarray, S: int, T: int):
-        shares = np.stack([sources / S, targets / T]).astype(np.float32)
-        self.waiting = (sources, targets, shares[0], shares[1], np.arange(len(sources)))
-        self.next = 0
-        self.columns = tuple(
-            np.empty(min(POOL, len(sources)), column.dtype) for column in self.waiting
-        )
-        self.count = 0
-        self.refill()
-
-    def refill(self) -> None:
-        more = min(len(self.columns[0]) - self.count, len(self.waiting[0]) - self.next)
-        for column, waiting in zip(self.columns, self.waiting):
-            column[self.count : self.count + more] = waiting[self.next : self.next + more]
-        self.count += more
-        self.next += more
-
-    def take(self, place: int) -> tuple[int, int, int]:
-        """Remove a candidate: (source length, target length, example)."""
-        source, target, _, _, example = (column[place] for column in self.columns)
-        self.count -= 1
-        for column in self.columns:
-            column[place] = column[self.count]
-        return int(source), int(target), int(example)
+Score = Callable[[np.ndarray, float, float], np.ndarray]
 
 
-Score = Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
+def _alignment(candidates: np.ndarray, free_source: float, free_target: float) -> np.ndarray:
+    return candidates[SOURCE_SHARE] * free_source + candidates[TARGET_SHARE] * free_target
 
 
-def _alignment(source: np.ndarray, target: np.ndarray, free_s: float, free_t: float) -> np.ndarray:
-    return source * free_s + target * free_t
+def _fullness(candidates: np.ndarray, free_source: float, free_target: float) -> np.ndarray:
+    return np.minimum(
+        candidates[SOURCE_SHARE] - free_source, candidates[TARGET_SHARE] - free_target
+    )
 
 
-def _fullness(source: np.ndarray, target: np.ndarray, free_s: float, free_t: float) -> np.ndarray:
-    return -np.maximum(free_s - source, free_t - target)
-
-
-def _balance(source: np.ndarray, target: np.ndarray, free_s: float, free_t: float) -> np.ndarray:
-    return source + target - 2 * np.abs((free_s - source) - (free_t - target))
+def _balance(candidates: np.ndarray, free_source: float, free_target: float) -> np.ndarray:
+    imbalance = np.abs(candidates[DIFFERENCE] - (free_source - free_target))
+    return candidates[SUM] - 2 * imbalance
 
 
 # Which fits best depends on how sources and targets are distributed: by alignment where one side
@@ -110,32 +89,59 @@ SCORES: tuple[Score, ...] = (_alignment, _fullness, _balance)
 
 
 def _best_fit(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np.ndarray]:
-    trial = slice(0, TRIAL)
-    score = min(SCORES, key=lambda score: len(_fill(sources[trial], targets[trial], S, T, score)))
-    return _fill(sources, targets, S, T, score)
+    source_shares, target_shares = sources / S, targets / T
+    examples = np.stack([
+        sources,
+        targets,
+        source_shares,
+        target_shares,
+        source_shares + target_shares,
+        source_shares - target_shares,
+        np.arange(len(sources)),
+    ])
+    trial = examples[:, :TRIAL]
+    score = min(SCORES, key=lambda score: len(_fill(trial, S, T, score)))
+    return _fill(examples, S, T, score)
 
 
-def _fill(
-    sources: np.ndarray, targets: np.ndarray, S: int, T: int, score: Score
-) -> list[np.ndarray]:
-    pool = _Pool(sources, targets, S, T)
+def _fill(examples: np.ndarray, S: int, T: int, score: Score) -> list[np.ndarray]:
+    total = examples.shape[1]
+    pool = examples[:, :POOL].copy()
+    count = taken = pool.shape[1]
+    longest_source, longest_target = examples[[SOURCE, TARGET]].max(1, initial=0)
     rows: list[np.ndarray] = []
-    while pool.count:
-        free_source, free_target = S, T
-        row: list[int] = []
-        while pool.count:
-            source, target, source_share, target_share, _ = (
-                column[: pool.count] for column in pool.columns
-            )
-            scores = score(source_share, target_share, free_source / S, free_target / T)
-            scores[(source > free_source) | (target > free_target)] = -np.inf
+    while count:
+        # The first part of a row costs no search: whatever comes next is as good as any.
+        unsearched = _that_fit(examples[:2, taken : taken + AHEAD], S * UNSEARCHED, T * UNSEARCHED)
+        row = list(range(taken, taken + unsearched))
+        used = examples[[SOURCE, TARGET], taken : taken + unsearched].sum(1)
+        free_source, free_target = S - int(used[0]), T - int(used[1])
+        taken += unsearched
+        while count:
+            candidates = pool[:, :count]
+            scores = score(candidates, free_source / S, free_target / T)
+            if free_source < longest_source or free_target < longest_target:
+                too_long = candidates[SOURCE] > free_source
+                too_long |= candidates[TARGET] > free_target
+                scores[too_long] = -np.inf
             place = int(scores.argmax())
             if scores[place] == -np.inf:
                 break
-            used_source, used_target, example = pool.take(place)
-            free_source -= used_source
-            free_target -= used_target
-            row.append(example)
+            free_source -= int(pool[SOURCE, place])
+            free_target -= int(pool[TARGET, place])
+            row.append(int(pool[EXAMPLE, place]))
+            count -= 1
+            pool[:, place] = pool[:, count]
         rows.append(np.sort(row))
-        pool.refill()
+        more = min(pool.shape[1] - count, total - taken)
+        pool[:, count : count + more] = examples[:, taken : taken + more]
+        count += more
+        taken += more
     return rows
+
+
+def _that_fit(lengths: np.ndarray, source_room: float, target_room: float) -> int:
+    """How many of the examples, in order, fit both rooms."""
+    used = np.cumsum(lengths, axis=1)
+    fits = (used[SOURCE] <= source_room) & (used[TARGET] <= target_room)
+    return int(fits.argmin()) if not fits.all() else len(fits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import gzip
+import io
 import json
 import pathlib
 import zlib
@@ -21,6 +22,7 @@ from encdec.errors import DataError
 SHOWN_BAD_ROWS = 5
 # A plain text file is cut at a line's end about here, so that files of any size stream.
 DOCUMENT_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 
 
 @dataclasses.dataclass
@@ -108,7 +110,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
         if field not in row:
             keys = ", ".join(sorted(map(repr, row))[:8]) or "none"
             return Fault(f"no {field!r} (keys: {keys})", f"add the field {field!r}")
-        if fault := _check_text(field, row[field]):
+        if fault := _check_text(field, row[field], line):
             return fault
     if "targets" in row:
         targets = row["targets"]
@@ -117,7 +119,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
                 f"'targets' is {_shown(targets)}, wanted a list of strings", "give a list"
             )
         for target in targets:
-            if fault := _check_text("targets", target):
+            if fault := _check_text("targets", target, line):
                 return fault
     return row
 
@@ -127,9 +129,12 @@ def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> Fault:
     return Fault(f"invalid UTF-8: byte {seen} at byte {error.start}", "save the file as UTF-8")
 
 
-def _check_text(field: str, value: Any) -> Fault | None:
+def _check_text(field: str, value: Any, line: bytes) -> Fault | None:
     if not isinstance(value, str):
         return Fault(f"{field!r} is {_shown(value)}, wanted a string", f"give {field!r} as text")
+    if b"\\u" not in line:
+        # Half characters come by escapes alone: UTF-8 has none.
+        return None
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -182,4 +187,7 @@ def _plain_documents(path: pathlib.Path, bad_rows: BadRows) -> Iterator[Document
 
 
 def _open(path: pathlib.Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+    if not path.name.endswith(".gz"):
+        return open(path, "rb")
+    # gzip's own line reading is Python code; a buffer in front of it is not.
+    return io.BufferedReader(gzip.open(path, "rb"), READ_BYTES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -64,8 +65,8 @@ class Vocabulary(abc.ABC):
         """Id that ends a text."""
 
     @abc.abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array of ids a text, without EOS; on the calling thread only."""
+    def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
+        """One int32 array of ids a text; on the calling thread only."""
 
     @abc.abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
@@ -75,7 +76,7 @@ class Vocabulary(abc.ABC):
     def _model_bytes(self) -> bytes:
         """What, beside the kind and the extra ids, makes two vocabularies the same."""
 
-    @property
+    @functools.cached_property
     @abc.abstractmethod
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of text each id stands for, int32 [size]; 0 for control and extra ids."""
@@ -155,11 +156,15 @@ class ByteVocabulary(Vocabulary):
     eos_id = 1
     base_size = offset + 256
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [
-            np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + self.offset
-            for text in texts
-        ]
+    def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
+        batch = []
+        for text in texts:
+            data = np.frombuffer(text.encode("utf-8"), np.uint8)
+            ids = np.empty(len(data) + add_eos, np.int32)
+            np.add(data, self.offset, out=ids[: len(data)], dtype=np.int32)
+            ids[len(data) :] = self.eos_id
+            batch.append(ids)
+        return batch
 
     def _decode_plain(self, ids: list[int]) -> str:
         data = bytes(token - self.offset for token in ids if token >= self.offset)
@@ -168,7 +173,7 @@ class ByteVocabulary(Vocabulary):
     def _model_bytes(self) -> bytes:
         return b""
 
-    @property
+    @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         lengths = np.zeros(self.size, np.int32)
         lengths[self.offset : self.base_size] = 1
@@ -216,8 +221,10 @@ class SentencePieceVocabulary(Vocabulary):
         first = self._processor.encode("a")[0]
         return self._processor.id_to_piece(first).startswith("\u2581")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+    def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
+        return self._processor.encode(
+            list(texts), num_threads=1, add_eos=add_eos, return_type="numpy"
+        )
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
@@ -225,7 +232,7 @@ class SentencePieceVocabulary(Vocabulary):
     def _model_bytes(self) -> bytes:
         return self._model
 
-    @property
+    @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         processor = self._processor
         lengths = np.zeros(self.size, np.int32)

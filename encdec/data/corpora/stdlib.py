@@ -12,6 +12,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import os
 import pathlib
 import platform
 import re
@@ -45,12 +46,16 @@ def split_of(module: str) -> str:
 def library_files() -> list[tuple[str, pathlib.Path]]:
     """(split, source file) of the library, in the order of the files' names."""
     root = _root()
+    found = []
+    for folder, folders, names in os.walk(root):
+        # Pruned in place: installed packages may be many times the library.
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        parts = pathlib.Path(folder).relative_to(root).parts
+        found += [(*parts, name) for name in names if name.endswith(".py")]
     files = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if LEFT_OUT & set(parts) or parts[0] in LEFT_OUT_MODULES or "-" in parts[0]:
-            continue
-        files.append((split_of(parts[0].removesuffix(".py")), path))
+    for parts in sorted(found):
+        if parts[0] not in LEFT_OUT_MODULES and "-" not in parts[0]:
+            files.append((split_of(parts[0].removesuffix(".py")), root.joinpath(*parts)))
     if not files:
         raise DataError(
             f"no standard library source under {root}; install Python with its .py files"
