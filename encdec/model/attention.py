@@ -32,6 +32,13 @@ def segment_mask(
     return mask_BxTxS
 
 
+def window_mask(
+    q_places_BxT: jax.Array, kv_places_BxS: jax.Array, window: int
+) -> jax.Array:
+    """True where a key lies fewer than ``window`` places before its query; [B, T, S] bool."""
+    return q_places_BxT[..., :, None] - kv_places_BxS[..., None, :] < window
+
+
 def dot_product_attention(
     config: ModelConfig,
     q_BxTxHxD: jax.Array,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from encdec.model.attention import AttentionInputs
+from encdec.model.attention import AttentionInputs, window_mask
 from encdec.model.config import ModelConfig
 from encdec.model.positions import rope_table
 
@@ -30,10 +30,15 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Any:
 
 
 def cached_self_attention(
-    config: ModelConfig, cache: Any, positions_BxN: jax.Array
+    config: ModelConfig, cache: Any, positions_BxN: jax.Array, local: bool = False
 ) -> AttentionInputs:
-    """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too."""
+    """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too.
+
+    ``local`` gives those of layers that read the attention window alone.
+    """
     capacity = jax.tree.leaves(cache)[0].shape[-3]
     mask_BxNxC = jnp.arange(capacity) <= positions_BxN[..., None]
-    rope = rope_table(config, positions_BxN, capacity)
+    if local:
+        mask_BxNxC &= window_mask(positions_BxN, jnp.arange(capacity), config.attention_window)
+    rope = rope_table(config, positions_BxN, capacity, local)
     return AttentionInputs(mask_BxNxC, rope, rope, positions_BxN)

@@ -44,12 +44,17 @@ class ModelConfig:
     attention_logit_cap: float = 0.0  # cap * tanh(scores / cap); 0 switches it off
     # Which implementation computes attention; auto: splash on TPU, cuDNN on NVIDIA, else XLA
     attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention_window: int = 0  # local layers read this many tokens back, self included; 0: all
+    global_layer_every: int = 0  # with a window: every n-th layer reads all; 0: none does
 
     # Positions (RoPE, rotate-half)
     rope_theta: float = 10_000.0
-    rope_scaling: Literal["none", "linear", "ntk"] = "none"
+    rope_scaling: Literal["none", "linear", "ntk", "per_pair"] = "none"
     rope_factor: float = 1.0  # context extension factor of rope_scaling
     rope_max_length: int = 2048  # L_max of the "ntk" rule
+    rope_divisors: tuple = ()  # "per_pair": divides the frequency of each of the D/2 pairs
+    rope_magnitude: float = 1.0  # "per_pair": multiplies rotated queries and keys
+    local_rope_theta: float = 0.0  # of local layers, which are never scaled; 0: as all others
     encoder_positions: Literal["centred", "from_zero"] = "from_zero"
     cross_attention_rope: Literal["none", "from_zero", "continued"] = "none"
 
@@ -97,6 +102,11 @@ class ModelConfig:
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def is_local(self, layer: int) -> bool:
+        """Whether decoder layer ``layer``, counted from 0, reads the attention window alone."""
+        every = self.global_layer_every
+        return bool(self.attention_window) and not (every and (layer + 1) % every == 0)
+
     @property
     def num_layers(self) -> int:
         return self.encoder_layers + self.decoder_layers
@@ -143,6 +153,8 @@ def _check_types(config: ModelConfig) -> None:
                 )
         elif hint is float and type(value) is int:
             object.__setattr__(config, field.name, float(value))
+        elif hint is tuple and type(value) is list:  # as JSON gives it
+            object.__setattr__(config, field.name, tuple(map(float, value)))
         elif type(value) is not hint:
             raise ConfigError(
                 f"ModelConfig.{field.name} is {value!r} ({type(value).__name__}); "
@@ -161,7 +173,8 @@ def _check_values(config: ModelConfig) -> None:
         require(getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "mlp_dropout", "residual_dropout"):
         require(0 <= getattr(config, field) < 1, field, "a rate in [0, 1)")
-    for field in ("attention_logit_cap", "final_logit_cap", "attention_scale"):
+    for field in ("attention_logit_cap", "final_logit_cap", "attention_scale", "attention_window",
+                  "global_layer_every", "local_rope_theta"):
         require(getattr(config, field) >= 0, field, "0 (off) or a positive number")
     if config.is_encoder_decoder:
         require(config.encoder_layers > 0, "encoder_layers", "at least 1 in an encoder-decoder")
@@ -175,3 +188,18 @@ def _check_values(config: ModelConfig) -> None:
     require(config.rope_factor >= 1, "rope_factor", "1 or more")
     require(config.rope_factor == 1 or config.rope_scaling != "none", "rope_factor",
             "1 while rope_scaling is 'none'; set rope_scaling to 'linear' or 'ntk'")
+    per_pair = config.rope_scaling == "per_pair"
+    require(len(config.rope_divisors) == per_pair * config.head_dim // 2, "rope_divisors",
+            f"{config.head_dim // 2} numbers, one a rotated pair" if per_pair else
+            "none unless rope_scaling is 'per_pair'")
+    require(all(divisor > 0 for divisor in config.rope_divisors), "rope_divisors",
+            "positive numbers")
+    require(config.rope_magnitude == 1 or per_pair, "rope_magnitude",
+            "1 unless rope_scaling is 'per_pair'")
+    if config.attention_window:
+        require(not config.is_encoder_decoder, "attention_window", "0 in an encoder-decoder")
+        require(not config.scan_layers, "attention_window",
+                "0 with scan_layers=True, which runs every layer alike; set scan_layers=False")
+    else:
+        for field in ("global_layer_every", "local_rope_theta"):
+            require(getattr(config, field) == 0, field, "0 without an attention_window")

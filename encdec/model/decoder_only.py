@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from encdec.model.attention import packed_attention
+from encdec.model.attention import AttentionInputs, packed_attention, window_mask
 from encdec.model.cache import cached_self_attention
 from encdec.model.config import ModelConfig
 from encdec.model.encoder_decoder import Batch
@@ -35,10 +35,16 @@ class DecoderOnly(nn.Module):
 
     def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """The stack's normed output [B, T, M] under teacher forcing, on packed rows."""
+        config = self.config
         positions, segments = batch["decoder_positions"], batch["decoder_segment_ids"]
-        rope = rope_table(self.config, positions, positions.shape[1])
+        rope = rope_table(config, positions, positions.shape[1])
         attention = packed_attention(segments, segments, rope, rope, causal=True)
-        inputs = LayerInputs(attention, deterministic=deterministic)
+        local = None
+        if config.attention_window:
+            rope = rope_table(config, positions, positions.shape[1], local=True)
+            near_BxTxT = window_mask(positions, positions, config.attention_window)
+            local = AttentionInputs(attention.mask_BxTxS & near_BxTxT, rope, rope)
+        inputs = LayerInputs(attention, local_attention=local, deterministic=deterministic)
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
 
     def decode_cached(
@@ -46,4 +52,8 @@ class DecoderOnly(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """The next N tokens of every row, prompt or answer: see EncoderDecoder.decode_cached."""
         attention = cached_self_attention(self.config, cache, positions_BxN)
-        return self.decoder(self.embedder(tokens_BxN), LayerInputs(attention), None, cache)
+        local = None
+        if self.config.attention_window:
+            local = cached_self_attention(self.config, cache, positions_BxN, local=True)
+        inputs = LayerInputs(attention, local_attention=local)
+        return self.decoder(self.embedder(tokens_BxN), inputs, None, cache)

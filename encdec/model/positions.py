@@ -33,13 +33,19 @@ def encoder_rope_positions(
     return positions_BxS - (segment_lengths(positions_BxS, segments_BxS) - 1) // 2
 
 
-def rope_frequencies(config: ModelConfig, length: int) -> jax.Array:
+def rope_frequencies(config: ModelConfig, length: int, local: bool = False) -> jax.Array:
     """Angular frequency of each rotated pair, [D/2] float32, radians per position.
 
+    Local layers have a base of their own and no scaling; see ``ModelConfig.local_rope_theta``.
+
     ``linear`` divides positions by the factor (arXiv 2306.15595); ``ntk`` enlarges the base by
-    ``((f * L / L_max) - (f - 1)) ** (D / (D - 2))`` with ``L = max(length, L_max)``.
+    ``((f * L / L_max) - (f - 1)) ** (D / (D - 2))`` with ``L = max(length, L_max)``; ``per_pair``
+    divides each frequency by a number of its own, which covers Llama 3's rule and LongRoPE
+    (arXiv 2402.13753).
     """
     theta, dim = config.rope_theta, config.head_dim
+    if local and config.local_rope_theta:
+        return config.local_rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     if config.rope_scaling == "ntk" and config.rope_factor > 1:
         longest = max(length, config.rope_max_length)
         stretch = config.rope_factor * longest / config.rope_max_length - (config.rope_factor - 1)
@@ -47,13 +53,19 @@ def rope_frequencies(config: ModelConfig, length: int) -> jax.Array:
     frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     if config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_factor
+    if config.rope_scaling == "per_pair":
+        frequencies = frequencies / jnp.array(config.rope_divisors, jnp.float32)
     return frequencies
 
 
-def rope_table(config: ModelConfig, positions_BxT: jax.Array, length: int) -> jax.Array:
+def rope_table(
+    config: ModelConfig, positions_BxT: jax.Array, length: int, local: bool = False
+) -> jax.Array:
     """Cosines and sines for ``apply_rope``, [2, B, T, 1, D/2] float32; made once for all layers."""
-    angles = positions_BxT.astype(jnp.float32)[..., None] * rope_frequencies(config, length)
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])[..., None, :]
+    angles = positions_BxT.astype(jnp.float32)[..., None] * rope_frequencies(config, length, local)
+    table = jnp.stack([jnp.cos(angles), jnp.sin(angles)])[..., None, :]
+    own_base = local and config.local_rope_theta
+    return table if own_base else table * config.rope_magnitude
 
 
 def apply_rope(x_BxTxHxD: jax.Array, table: jax.Array | None) -> jax.Array:

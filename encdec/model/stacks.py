@@ -32,12 +32,15 @@ class LayerInputs:
         cross_attention: the same of cross-attention; None in stacks without it.
         encoded_BxSxM: the encoder's output, read by cross-attention when its keys and values
             have not been made beforehand.
+        local_attention: ``self_attention`` of layers that read a window only; None if there are
+            none.
         deterministic: False applies dropout.
     """
 
     self_attention: AttentionInputs
     cross_attention: AttentionInputs | None = None
     encoded_BxSxM: jax.Array | None = None
+    local_attention: AttentionInputs | None = None
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
 
@@ -147,10 +150,12 @@ class Stack(nn.Module):
         else:
             nothing = (None,) * self.num_layers
             caches = []
-            for layer, layer_kv, layer_cache in zip(
+            local = inputs.replace(self_attention=inputs.local_attention)
+            for index, (layer, layer_kv, layer_cache) in enumerate(zip(
                 self.layers, cross_kv or nothing, cache or nothing, strict=True
-            ):
-                x_BxTxM, layer_cache = layer(x_BxTxM, inputs, layer_kv, layer_cache)
+            )):
+                layer_inputs = local if self.config.is_local(index) else inputs
+                x_BxTxM, layer_cache = layer(x_BxTxM, layer_inputs, layer_kv, layer_cache)
                 caches.append(layer_cache)
             cache = tuple(caches) if cache is not None else None
         return self.final_norm(x_BxTxM), cache
