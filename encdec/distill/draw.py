@@ -74,7 +74,8 @@ def _invert(mass_NxDxK: jax.Array, uniform_NxD: jax.Array) -> jax.Array:
     cumulative = jnp.cumsum(mass_NxDxK, axis=-1)
     total = cumulative[..., -1:]
     # Rounding may carry u * total up to the total itself, beyond the last id that has mass.
-    target = jnp.minimum(uniform_NxD[..., None] * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    below = jnp.nextafter(total, jnp.zeros_like(total))
+    target = jnp.minimum(uniform_NxD[..., None] * total, below)
     return jnp.sum(cumulative <= target, axis=-1, dtype=jnp.int32)
 
 

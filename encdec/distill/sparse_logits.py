@@ -107,7 +107,9 @@ class SparseFormat:
     @property
     def pairs_limit(self) -> int:
         """The most pairs that a token can have."""
-        return {"sampled": min(self.draws, self.vocab_size), "top_k": self.k, "full": 0}[self.method]
+        if self.method == "full":
+            return 0
+        return self.k if self.method == "top_k" else min(self.draws, self.vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -223,7 +225,7 @@ def decode_rows(
     """
     pieces = [_split(data, fmt, names[place] if names is not None else place)
               for place, data in enumerate(rows)]
-    join = lambda key, empty: np.concatenate(  # noqa: E731
+    join = lambda key, empty: np.concatenate(
         [piece[key] for piece in pieces] or [empty])
     tokens = np.array([len(piece["entropy"]) for piece in pieces], np.int64)
     scalars = {name: join(name, np.empty(0, _SCALAR)).astype(np.float32)

@@ -27,7 +27,7 @@ def log_softmax(x):
 def reference(divergence, log_t, log_s, beta=0.5):
     """Plain definitions over the last axis."""
     t, s = np.exp(log_t), np.exp(log_s)
-    kl = lambda p, log_p, log_q: (p * (log_p - log_q)).sum(-1)  # noqa: E731
+    kl = lambda p, log_p, log_q: (p * (log_p - log_q)).sum(-1)
     if divergence == "forward_kl":
         return kl(t, log_t, log_s)
     if divergence == "soft_cross_entropy":
@@ -154,7 +154,7 @@ def test_dropping_the_tail_pulls_the_optimum_away(logits):
     teacher, _ = logits
     fmt = SparseFormat("top_k", V, k=6)
     fields, _ = fields_of(kept_of(teacher, fmt), fmt, [T] * B)
-    loss = lambda x, tail: distillation_losses(x, fields, tail=tail).sum()  # noqa: E731
+    loss = lambda x, tail: distillation_losses(x, fields, tail=tail).sum()
     at = jnp.array(teacher.reshape(B, T, V))
     merged, dropped = (jnp.abs(jax.grad(loss)(at, tail)).max() for tail in ("merged", "dropped"))
     assert merged < 2e-3 and dropped > 0.02
@@ -221,7 +221,7 @@ def batch_fields(kept, fmt, pairs=None):
         return fields | {"teacher_log_probs": table.log_probs[None]}
     if fmt.method == "top_k":
         fields["teacher_tail"] = table.tail[None]
-    fill = lambda x: np.pad(x, (0, (pairs or len(x)) - len(x)))[None]  # noqa: E731
+    fill = lambda x: np.pad(x, (0, (pairs or len(x)) - len(x)))[None]
     return fields | {
         "teacher_ids": fill(table.ids), "teacher_weights": fill(table.weights(fmt)),
         "teacher_positions": fill(np.repeat(np.arange(len(table)), table.sizes))}
@@ -271,7 +271,7 @@ def test_padding_takes_no_part(logits):
         wide, _ = fields_of(kept_of(teacher[: T + 2], fmt), fmt, [T, 2],
                             pairs=int(table.sizes.sum()) + 17)
         mask = np.arange(T) < np.array([[T], [2]])
-        loss = lambda x, f: (distillation_losses(x, f) * mask).sum()  # noqa: E731
+        loss = lambda x, f, mask=mask: (distillation_losses(x, f) * mask).sum()
         a, b = (jax.value_and_grad(loss)(jnp.array(student), f) for f in (small, wide))
         np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
         np.testing.assert_allclose(a[1], b[1], rtol=1e-5, atol=1e-7)
@@ -280,8 +280,8 @@ def test_padding_takes_no_part(logits):
 
 
 def test_alpha_schedules():
-    rate = lambda step: 1e-3 * (1 - step / 100)  # noqa: E731
-    get = lambda name: [float(alpha_schedule(name, 0.9, 10, rate, 1e-3)(jnp.int32(step)))  # noqa: E731
+    rate = lambda step: 1e-3 * (1 - step / 100)
+    get = lambda name: [float(alpha_schedule(name, 0.9, 10, rate, 1e-3)(jnp.int32(step)))
                         for step in (0, 4, 9, 50)]
     np.testing.assert_allclose(get("constant"), [0.9] * 4, rtol=1e-6)
     np.testing.assert_allclose(get("warmup"), [0.09, 0.45, 0.9, 0.9], rtol=1e-6)

@@ -76,7 +76,7 @@ def test_every_row_survives_storage(fmt, lengths, seed):
     rows = [random_row(fmt, n, seed + i) for i, n in enumerate(lengths)]
     tokens, together = decode_rows([encode_row(row, fmt) for row in rows], fmt)
     assert tokens.tolist() == lengths
-    join = lambda name: None if getattr(rows[0], name) is None else (  # noqa: E731
+    join = lambda name: None if getattr(rows[0], name) is None else (
         np.concatenate([getattr(row, name) for row in rows]))
     assert_same(together, SparseLogits(**{n: join(n) for n in SparseLogits.__dataclass_fields__}))
 
