@@ -215,7 +215,7 @@ def _sizes(runs: Observations, form: Form) -> list[np.ndarray]:
     return [runs.encoder_parameters, runs.decoder_parameters]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _linear_algebra() -> ThreadpoolController:
     return ThreadpoolController()  # looks through the loaded libraries, which takes milliseconds
 

@@ -1,0 +1,184 @@
+"""All that is said about a ladder's results: laws, intervals, held-out errors, comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from encdec.errors import DataError
+from encdec.scaling.fit import Form, Law, Observations, fit_law, residuals
+from encdec.scaling.frontier import Comparison, Cost, Frontier, compare, fit_cost
+from encdec.scaling.intervals import (
+    HeldOut,
+    Interval,
+    bootstrap,
+    constant_intervals,
+    hold_out_largest,
+)
+from encdec.scaling.matching import DECODER_ONLY
+from encdec.scaling.results import LOSSES, Row, final_rows, observations, seed_noise
+
+ENCODER_DECODER = "ed"  # all splits together, in the form "parts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What counts; see ``results.observations``."""
+
+    tokens: str = "target"
+    parameters: str = "total"
+    loss: str = "nats_per_token"
+    draws: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What one group of runs says.
+
+    Attributes:
+        name: of the series, or "ed".
+        runs: their arrays.
+        rows: their rows, in the same order.
+        law: None where they cannot determine one.
+        reason: why not; "" if they can.
+        intervals: of the law's constants; empty without draws.
+        residuals: log of observed over predicted loss.
+        held_out: extrapolation to the largest size; None where that cannot be done.
+        held_out_reason: why not.
+        cost: FLOPs as a function of size and tokens; None without a law of the form "total".
+        draws: bootstrap laws.
+    """
+
+    name: str
+    runs: Observations
+    rows: tuple[Row, ...]
+    law: Law | None = None
+    reason: str = ""
+    intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
+    residuals: np.ndarray | None = None
+    held_out: HeldOut | None = None
+    held_out_reason: str = ""
+    cost: Cost | None = None
+    draws: tuple[Law, ...] = ()
+
+    @property
+    def frontier(self) -> Frontier | None:
+        return Frontier(self.law, self.cost) if self.law and self.cost else None
+
+    @property
+    def frontier_draws(self) -> list[Frontier]:
+        return [Frontier(law, self.cost) for law in self.draws] if self.cost else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """Everything about one results file.
+
+    Attributes:
+        choices: what was counted as N, D and L.
+        rows: all rows, of unfinished runs too.
+        series: one law per architecture and split.
+        parts: one law of the form "parts" for all encoder-decoders; None if there is one split.
+        comparisons: encoder-decoder series against decoder-only, by series.
+        not_compared: series and the reason.
+        seed_noise: standard deviation of log loss between seeds, and degrees of freedom.
+        unfinished: runs with evaluations but none after their last step.
+    """
+
+    choices: Choices
+    rows: tuple[Row, ...]
+    series: dict[str, Fitted]
+    parts: Fitted | None
+    comparisons: dict[str, Comparison]
+    not_compared: dict[str, str]
+    seed_noise: tuple[float, int]
+    unfinished: tuple[str, ...]
+
+
+def analyse(rows: Sequence[Row], choices: Choices = Choices()) -> Analysis:
+    """Fits and compares whatever the rows allow; what they do not allow is said, with the reason.
+
+    Raises:
+        DataError: no finished run, or rows that are not numbers.
+    """
+    final = final_rows(rows)
+    if not final:
+        raise DataError(f"{len(rows)} rows, and none of a finished run; run the ladder first: "
+                        "encdec scaling run")
+    _require_numbers(final, choices)
+    names = sorted({row["series"] for row in final}, key=_order)
+    series = {
+        name: fitted(name, [row for row in final if row["series"] == name], choices)
+        for name in names}
+    paired = [row for row in final if row["architecture"] == "encoder_decoder"]
+    splits = {row["series"] for row in paired}
+    parts = fitted(ENCODER_DECODER, paired, choices, "parts") if len(splits) > 1 else None
+    comparisons, not_compared = {}, {}
+    for name in names:
+        if name == DECODER_ONLY or DECODER_ONLY not in series:
+            continue
+        try:
+            comparisons[name] = _compare(series[name], series[DECODER_ONLY])
+        except DataError as error:
+            not_compared[name] = str(error)
+    finished = {row["run"] for row in final}
+    unfinished = sorted({row["run"] for row in rows} - finished)
+    return Analysis(
+        choices, tuple(rows), series, parts, comparisons, not_compared,
+        seed_noise(final, choices.loss), tuple(unfinished))
+
+
+def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -> Fitted:
+    """One group of finished runs, fitted as far as it can be."""
+    runs = observations(
+        rows, tokens=choices.tokens, parameters=choices.parameters, loss=choices.loss)
+    found = Fitted(name, runs, tuple(rows))
+    try:
+        law = fit_law(runs, form)
+    except DataError as error:
+        return dataclasses.replace(found, reason=str(error), held_out_reason=str(error))
+    held_out, why_not = None, ""
+    try:
+        held_out = hold_out_largest(runs, form)
+    except DataError as error:
+        why_not = str(error)
+    draws, reason = [], ""
+    if choices.draws:
+        try:
+            draws = bootstrap(runs, law, choices.draws)
+        except DataError as error:
+            reason = f"no intervals: {error}"
+    return dataclasses.replace(
+        found, law=law, reason=reason, intervals=constant_intervals(draws),
+        residuals=residuals(law, runs), held_out=held_out, held_out_reason=why_not,
+        cost=fit_cost(runs) if form == "total" else None, draws=tuple(draws))
+
+
+def _compare(first: Fitted, second: Fitted) -> Comparison:
+    for one in (first, second):
+        if one.frontier is None:
+            raise DataError(f"{one.name} has no law: {one.reason}")
+    low = max(one.runs.flops.min() for one in (first, second))
+    high = min(one.runs.flops.max() for one in (first, second))
+    return compare(
+        first.frontier, second.frontier, (float(low), float(high)), first.frontier_draws,
+        second.frontier_draws)
+
+
+def _require_numbers(rows: list[Row], choices: Choices) -> None:
+    name = LOSSES[choices.loss]
+    bad = [row["run"] for row in rows
+           if not isinstance(row.get(name), (int, float)) or not np.isfinite(row[name])]
+    if bad:
+        raise DataError(f"the loss is not a finite number in {len(bad)} runs: "
+                        f"{', '.join(bad[:5])}; leave them out by --skip=RUN, or run them again")
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    """Encoder-decoders by falling encoder share, then the others."""
+    if not name.startswith("ed-"):
+        return True, 0.0, name
+    above, _, below = name.removeprefix("ed-").partition("of")
+    return False, -int(above) / int(below), name

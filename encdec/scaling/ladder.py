@@ -1,0 +1,424 @@
+"""Ladders of runs: a grid of sizes, architectures and budgets, matched as asked, fully planned.
+
+A ladder's config file (``configs/scaling.py``) returns a ConfigDict; ``parse_ladder`` checks it,
+and ``plan`` turns it into runs. On every rung, which is one size at one budget, the reference is
+the encoder-decoder of the first split; its budget gives the rows that it reads, and all other
+series are matched to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+import ml_collections
+
+from encdec.data.records import DatasetCard
+from encdec.errors import ConfigError
+from encdec.model import ModelConfig, preset
+from encdec.model.flops import ParameterCount, count_parameters, training_flops
+from encdec.scaling.matching import (
+    DECODER_ONLY,
+    MATCHES,
+    encoder_share,
+    matched,
+    series_name,
+    with_split,
+)
+from encdec.train.config import RunConfig, parse_config, to_dict
+
+BUDGET_KINDS = ("flops", "rows", "tokens_per_parameter")
+FLOPS_TOLERANCE = 0.01
+_BYTES_PER_PARAMETER = 16  # float32: master, gradient, and AdamW's two moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """How much each size is trained, as the reference of its rung.
+
+    ``flops``: training FLOPs. ``rows``: rows read. ``tokens_per_parameter``: source and target
+    tokens over all parameters.
+    """
+
+    kind: str = "flops"
+    values: tuple[float, ...] = ()
+    min_steps: int = 50  # a rung with fewer steps is left out: warmup would be all of it
+    max_epochs: float = 4.0  # a rung that reads its records more often is left out
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRule:
+    """Rows a step: ``rows`` (reading / reference_rows)^exponent, as a power of two in bounds."""
+
+    rows: int = 32
+    reference_rows: int = 100_000
+    exponent: float = 0.5
+    smallest: int = 8
+    largest: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRateRule:
+    """Peak: ``peak`` (reference_width / d_model)^width_exponent (batch / reference_batch)^0.5.
+
+    The square root is Adam's rule for the batch (arXiv 2205.10287). All series of a rung share
+    width and batch, so they share the rate too.
+    """
+
+    peak: float = 1e-3
+    reference_width: int = 1024
+    width_exponent: float = 0.5
+    reference_batch: int = 128
+    batch_exponent: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """Repeated runs, which show the noise between seeds."""
+
+    count: int = 1  # seeds of the rungs below; all others have one
+    sizes: tuple[str, ...] = ()  # these sizes ...
+    budgets: tuple[float, ...] = ()  # ... at these budgets; none: at all of theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """A ladder as configured; see ``configs/scaling.py`` for the meaning of each field."""
+
+    name: str = "ladder"
+    sizes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    splits: tuple[str, ...] = ("2/3", "1/2", "1/3")
+    decoder_only: bool = True
+    match: str = "flops+data"
+    inputs: int = 1024
+    targets: int = 256
+    records: str = ""
+    eval_records: str = ""
+    warmup_fraction: float = 0.1
+    evaluations: int = 4
+    budgets: Budgets = Budgets()
+    batch: BatchRule = BatchRule()
+    learning_rate: LearningRateRule = LearningRateRule()
+    seeds: Seeds = Seeds()
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One run of a ladder.
+
+    Attributes:
+        name: of its work directory; unique in the ladder.
+        series: "ed-2of3", "dec", ...
+        size: the rung's size.
+        budget: the rung's budget, in the unit of its kind.
+        seed: of parameters and row order.
+        preset: the preset that ``model`` is a variation of.
+        model: the matched model.
+        batch_size: rows a step.
+        steps: optimizer steps.
+        learning_rate: peak.
+        warmup_steps: of them.
+        eval_every: steps between evaluations.
+        inputs, targets: row lengths.
+        source_tokens, target_tokens: read in all. With records given, tokens of text by the
+            card's average row; else slots, padding included.
+        epochs: over the records; NaN without them.
+    """
+
+    name: str
+    series: str
+    size: str
+    budget: float
+    seed: int
+    preset: str
+    model: ModelConfig
+    batch_size: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    eval_every: int
+    inputs: int
+    targets: int
+    source_tokens: float
+    target_tokens: float
+    epochs: float
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size * self.steps
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs, rows counted whole."""
+        return training_flops(self.model, self.inputs, self.targets, batch_size=self.rows)
+
+    @property
+    def parameters(self) -> ParameterCount:
+        return count_parameters(self.model)
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters, gradients and AdamW's moments in float32, over all devices."""
+        return _BYTES_PER_PARAMETER * self.parameters.total
+
+    @property
+    def digest(self) -> str:
+        """Changes with anything that changes the run's outcome."""
+        content = dataclasses.asdict(self)
+        del content["name"], content["epochs"]
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def overrides(self) -> dict[str, Any]:
+        """The model as changes to its preset, for a run's ``model_overrides``."""
+        base = preset(self.preset).to_dict()
+        return {name: value for name, value in self.model.to_dict().items()
+                if value != base[name]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All runs of a ladder in the order they are done, cheapest first, and what was left out."""
+
+    ladder: Ladder
+    runs: tuple[PlannedRun, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(run.flops for run in self.runs)
+
+    def named(self, name: str) -> PlannedRun:
+        """The run called ``name``; ConfigError naming the nearest if there is none."""
+        names = [run.name for run in self.runs]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"ladder {self.ladder.name!r} has no run {name!r}{hint} "
+                              "(`encdec scaling plan` lists them)")
+        return self.runs[names.index(name)]
+
+
+def parse_ladder(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Ladder:
+    """Checks a ladder's configuration and freezes it.
+
+    Raises:
+        ConfigError: unknown field (naming the nearest), wrong type, or a value out of range.
+    """
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    ladder = _build(Ladder, values, "")
+    _check(ladder)
+    return ladder
+
+
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Adds the fields that a config file left out, so that each can be overridden."""
+    full = dataclasses.asdict(Ladder())
+    for name, value in config.to_dict().items():
+        grouped = isinstance(value, Mapping) and isinstance(full.get(name), Mapping)
+        full[name] = full[name] | value if grouped else value
+    return ml_collections.ConfigDict(full)
+
+
+def plan(ladder: Ladder, card: DatasetCard | None = None) -> Plan:
+    """All runs of a ladder.
+
+    Args:
+        ladder: the ladder.
+        card: of the training records. Without one, tokens are slots of the rows and the number
+            of rows is not checked.
+
+    Raises:
+        ConfigError: a rung that cannot be matched, or records of other lengths.
+    """
+    inputs, targets = ladder.inputs, ladder.targets
+    if card and (card.inputs_length, card.targets_length) != (inputs, targets):
+        raise ConfigError(
+            f"the records have rows of {card.inputs_length} + {card.targets_length} tokens, the "
+            f"ladder {inputs} + {targets}; set --ladder.inputs and --ladder.targets, or prepare "
+            "records of these lengths")
+    runs: list[PlannedRun] = []
+    left_out: list[str] = []
+    for size, entry in ladder.sizes.items():
+        base = preset(entry["preset"], **{k: v for k, v in entry.items() if k != "preset"})
+        reference = with_split(base, ladder.splits[0])
+        models = {
+            name: reference if split == ladder.splits[0] and name != DECODER_ONLY else matched(
+                reference, name, split, ladder.match, inputs, targets)
+            for name, split in _series(ladder)}
+        for budget in ladder.budgets.values:
+            rung = _rung(ladder, size, entry["preset"], reference, models, budget, card)
+            if isinstance(rung, str):
+                left_out.append(rung)
+                continue
+            runs += rung
+    if not runs:
+        raise ConfigError("no rung is left: " + "; ".join(left_out))
+    runs.sort(key=lambda run: (run.seed, run.flops))
+    return Plan(ladder, tuple(runs), tuple(left_out))
+
+
+def run_config(ladder: Ladder, run: PlannedRun) -> RunConfig:
+    """What ``encdec train`` is given for a planned run."""
+    values = to_dict(RunConfig())
+    for name, value in ladder.run.items():
+        values[name] = values[name] | value if isinstance(value, Mapping) else value
+    values |= {
+        "model": run.preset, "model_overrides": run.overrides(), "batch_size": run.batch_size,
+        "steps": run.steps, "seed": run.seed,
+        "data": values["data"] | {"records": ladder.records, "eval_records": ladder.eval_records},
+        "optimizer": values["optimizer"] | {"learning_rate": run.learning_rate},
+        "schedule": values["schedule"] | {"warmup_steps": run.warmup_steps},
+        "eval": values["eval"] | {"every": run.eval_every},
+    }
+    return parse_config(values)
+
+
+def _series(ladder: Ladder) -> list[tuple[str, str]]:
+    names = [(series_name(split), split) for split in ladder.splits]
+    return names + [(DECODER_ONLY, "")] * ladder.decoder_only
+
+
+def _rung(
+    ladder: Ladder, size: str, base: str, reference: ModelConfig,
+    models: Mapping[str, ModelConfig], budget: float, card: DatasetCard | None,
+) -> list[PlannedRun] | str:
+    """The runs of one size at one budget, or why there are none."""
+    inputs, targets = ladder.inputs, ladder.targets
+    row_tokens = ((card.source_tokens / card.rows, card.target_tokens / card.rows) if card
+                  else (float(inputs), float(targets)))
+    row_flops = training_flops(reference, inputs, targets)
+    wanted = {
+        "rows": budget,
+        "flops": budget / row_flops,
+        "tokens_per_parameter": budget * count_parameters(reference).total / sum(row_tokens),
+    }[ladder.budgets.kind]
+    batch = _batch_size(ladder.batch, wanted)
+    rows = batch * round(wanted / batch)
+    label = f"{size} at {budget:.3g} {ladder.budgets.kind}"
+    if rows // batch < ladder.budgets.min_steps:
+        return (f"{label}: {rows // batch} steps of {batch} rows, fewer than min_steps = "
+                f"{ladder.budgets.min_steps}")
+    repeated = not ladder.seeds.sizes or size in ladder.seeds.sizes
+    repeated &= not ladder.seeds.budgets or budget in ladder.seeds.budgets
+    runs = []
+    for series, model in models.items():
+        # With equal sizes and equal FLOPs, data has to differ.
+        share = (row_flops / training_flops(model, inputs, targets)
+                 if ladder.match == "flops+parameters" else 1.0)
+        steps = round(rows * share / batch)
+        epochs = batch * steps / card.rows if card else math.nan
+        if epochs > ladder.budgets.max_epochs:
+            return (f"{label}: {series} reads its records {epochs:.1f} times, more than "
+                    f"max_epochs = {ladder.budgets.max_epochs:g}")
+        flops = batch * steps * training_flops(model, inputs, targets)
+        if "flops" in ladder.match and abs(flops / (rows * row_flops) - 1) > FLOPS_TOLERANCE:
+            return (f"{label}: {series} comes to {flops:.4g} FLOPs in whole steps, the reference "
+                    f"to {rows * row_flops:.4g}, more than 1 % apart; a smaller batch mends that")
+        for seed in range(ladder.seeds.count if repeated else 1):
+            runs.append(PlannedRun(
+                name=f"{series}_{size}_{budget:.3g}_s{seed}".replace("+", ""), series=series,
+                size=size, budget=budget, seed=seed, preset=base, model=model, batch_size=batch,
+                steps=steps, learning_rate=_learning_rate(ladder.learning_rate, model, batch),
+                warmup_steps=min(round(ladder.warmup_fraction * steps), steps - 1),
+                eval_every=max(1, math.ceil(steps / ladder.evaluations)),
+                inputs=inputs, targets=targets, source_tokens=batch * steps * row_tokens[0],
+                target_tokens=batch * steps * row_tokens[1], epochs=epochs))
+    return runs
+
+
+def _batch_size(rule: BatchRule, rows: float) -> int:
+    exact = rule.rows * (max(rows, 1) / rule.reference_rows) ** rule.exponent
+    power = 2 ** round(math.log2(max(exact, 1)))
+    return max(rule.smallest, min(rule.largest, power))
+
+
+def _learning_rate(rule: LearningRateRule, model: ModelConfig, batch: int) -> float:
+    width = (rule.reference_width / model.d_model) ** rule.width_exponent
+    rate = rule.peak * width * (batch / rule.reference_batch) ** rule.batch_exponent
+    return float(f"{rate:.3g}")
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {prefix + near[0]!r}?" if near else (
+                f"; wanted one of {', '.join(hints)}")
+            raise ConfigError(f"the ladder has no field {prefix + name!r}{hint}")
+        arguments[name] = _typed(prefix + name, value, hints[name])
+    return kind(**arguments)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return _build(hint, value, name + ".")
+    elif hint in (int, str, bool):
+        if type(value) is hint:
+            return value
+    elif hint is float:
+        if type(value) in (int, float):
+            return float(value)
+    elif hint in (tuple[float, ...], tuple[str, ...]):
+        kinds = (int, float) if hint == tuple[float, ...] else (str,)
+        if isinstance(value, (list, tuple)) and all(type(item) in kinds for item in value):
+            return tuple(float(x) if hint == tuple[float, ...] else x for x in value)
+    elif isinstance(value, Mapping):
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in value.items()}
+    wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ConfigError(f"ladder.{name} is {value!r} ({type(value).__name__}); wanted {wanted}")
+
+
+def _check(ladder: Ladder) -> None:
+    def require(condition: bool, field: str, value: Any, wanted: str) -> None:
+        if not condition:
+            raise ConfigError(f"ladder.{field} is {value!r}; wanted {wanted}")
+
+    require(bool(ladder.sizes), "sizes", dict(ladder.sizes), "at least one size")
+    for size, entry in ladder.sizes.items():
+        require(isinstance(entry, Mapping) and "preset" in entry, f"sizes.{size}", entry,
+                "a preset and changes to it: {'preset': '330m', ...}")
+        require(not {"_", "/"} & set(size), "sizes", size, "names without '_' and '/'")
+    require(bool(ladder.splits), "splits", ladder.splits, "at least one, the reference's first")
+    require(len(set(ladder.splits)) == len(ladder.splits), "splits", ladder.splits, "no repetition")
+    for split in ladder.splits:
+        encoder_share(split)
+    require(ladder.match in MATCHES, "match", ladder.match, "one of " + ", ".join(MATCHES))
+    budgets, seeds = ladder.budgets, ladder.seeds
+    require(budgets.kind in BUDGET_KINDS, "budgets.kind", budgets.kind,
+            "one of " + ", ".join(BUDGET_KINDS))
+    require(bool(budgets.values) and min(budgets.values) > 0, "budgets.values", budgets.values,
+            "positive numbers")
+    require(len(set(budgets.values)) == len(budgets.values), "budgets.values", budgets.values,
+            "no repetition")
+    positive = {
+        "inputs": ladder.inputs, "targets": ladder.targets, "evaluations": ladder.evaluations,
+        "budgets.min_steps": budgets.min_steps, "budgets.max_epochs": budgets.max_epochs,
+        "batch.rows": ladder.batch.rows, "batch.reference_rows": ladder.batch.reference_rows,
+        "batch.smallest": ladder.batch.smallest, "seeds.count": seeds.count,
+        "learning_rate.peak": ladder.learning_rate.peak,
+        "learning_rate.reference_width": ladder.learning_rate.reference_width,
+        "learning_rate.reference_batch": ladder.learning_rate.reference_batch}
+    for field, value in positive.items():
+        require(value > 0, field, value, "a positive number")
+    require(0 <= ladder.warmup_fraction < 1, "warmup_fraction", ladder.warmup_fraction,
+            "a fraction in [0, 1)")
+    for size in seeds.sizes:
+        require(size in ladder.sizes, "seeds.sizes", size, "sizes of the ladder: " +
+                ", ".join(ladder.sizes))
+    for budget in seeds.budgets:
+        require(budget in budgets.values, "seeds.budgets", budget, "values of the budgets")
+    owned = {"model", "model_overrides", "batch_size", "steps", "seed", "data"}
+    for field in ladder.run:
+        require(field not in owned, "run", field,
+                "fields that the ladder does not set itself (it sets " + ", ".join(sorted(owned))
+                + ")")

@@ -1,0 +1,125 @@
+"""Models of one rung: the reference's size or price in another architecture or split.
+
+Of parameters N, data D and training FLOPs C, any two can be made equal between architectures, not
+all three: an encoder-decoder's tokens pass through one of two stacks, a decoder-only model's
+through all layers.
+"""
+
+from __future__ import annotations
+
+import fractions
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from encdec.errors import ConfigError
+from encdec.model import ModelConfig
+from encdec.model.flops import count_parameters, training_flops
+from encdec.model.peers import MATCH, TOLERANCE, match_decoder_only
+
+Match = Literal["flops+data", "parameters+data", "flops+parameters"]
+MATCHES: tuple[str, ...] = get_args(Match)
+
+DECODER_ONLY = "dec"  # the series of decoder-only models
+
+
+def series_name(split: str) -> str:
+    """``ed-2of3`` for the split ``2/3``: two thirds of the layers in the encoder."""
+    return "ed-" + split.replace("/", "of")
+
+
+def encoder_share(split: str) -> fractions.Fraction:
+    """The encoder's part of the layers.
+
+    Raises:
+        ConfigError: not a fraction between 0 and 1.
+    """
+    try:
+        share = fractions.Fraction(split)
+    except (ValueError, ZeroDivisionError):
+        share = fractions.Fraction(0)
+    if not 0 < share < 1:
+        raise ConfigError(f"split is {split!r}; wanted the encoder's share of the layers, such as "
+                          "'2/3'")
+    return share
+
+
+def with_split(config: ModelConfig, split: str) -> ModelConfig:
+    """The same number of layers, ``split`` of them in the encoder.
+
+    Raises:
+        ConfigError: the layers cannot be divided so.
+    """
+    layers = encoder_share(split) * config.num_layers
+    if layers.denominator != 1:
+        raise ConfigError(
+            f"{config.num_layers} layers cannot be split {split} between encoder and decoder; "
+            f"wanted a multiple of {encoder_share(split).denominator} layers at each size")
+    return config.replace(
+        encoder_layers=int(layers), decoder_layers=config.num_layers - int(layers))
+
+
+def matched(
+    reference: ModelConfig, series: str, split: str, match: Match, inputs: int, targets: int
+) -> ModelConfig:
+    """The model of ``series`` on the reference's rung.
+
+    Parameters or training FLOPs of a row are matched, as ``match`` asks, by the MLP's width (and
+    by layers too in a decoder-only model); all other widths stay, the multiples that accelerators
+    like as far as the tolerance of 1 % allows.
+
+    Args:
+        reference: the encoder-decoder that the rung is named after.
+        series: "dec", or an encoder-decoder's name.
+        split: the encoder's share; without effect for "dec".
+        match: what is equal.
+        inputs, targets: row lengths.
+
+    Raises:
+        ConfigError: no model within 1 %.
+    """
+    by = "training_flops" if match == "flops+data" else "parameters"
+
+    def cost(config: ModelConfig) -> float:
+        if by == "parameters":
+            return count_parameters(config).total
+        return training_flops(config, inputs, targets)
+
+    wanted = cost(reference)
+    found: list[tuple[tuple[bool, float], ModelConfig]] = []
+    for rank, multiple in enumerate(_multiples(reference)):
+        try:
+            if series == DECODER_ONLY:
+                model = match_decoder_only(
+                    reference, by=by, inputs=inputs, targets=targets, mlp_multiple=multiple)
+            else:
+                model = _with_width(with_split(reference, split), cost, wanted, multiple)
+        except ConfigError:
+            if series != DECODER_ONLY:
+                raise
+            continue
+        mismatch = abs(cost(model) / wanted - 1)
+        if mismatch <= TOLERANCE:
+            # A coarser multiple is worth a little of the match and of the MLP's proportion.
+            stretch = abs(math.log(model.mlp_dim / reference.mlp_dim))
+            found.append(((mismatch > MATCH, stretch + 10 * mismatch + 0.05 * rank), model))
+    if not found:
+        raise ConfigError(
+            f"no {series} model has the reference's {by.replace('_', ' ')} within {TOLERANCE:.0%}; "
+            "widen the reference's MLP, or leave this series out")
+    return min(found, key=lambda entry: entry[0])[1]
+
+
+def _multiples(config: ModelConfig) -> tuple[int, ...]:
+    """Multiples of the MLP's width to try, the most convenient first."""
+    return tuple(m for m in (128, 64, 8, 4, 2, 1) if config.mlp_dim % m == 0)
+
+
+def _with_width(
+    config: ModelConfig, cost: Callable[[ModelConfig], float], wanted: float, multiple: int
+) -> ModelConfig:
+    """The MLP width, a multiple of ``multiple``, at which ``cost`` is closest to ``wanted``."""
+    base = cost(config.replace(mlp_dim=multiple))
+    step = cost(config.replace(mlp_dim=2 * multiple)) - base  # cost is linear in the width
+    units = max(1, round(1 + (wanted - base) / step))
+    return config.replace(mlp_dim=units * multiple)

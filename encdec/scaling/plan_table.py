@@ -1,0 +1,88 @@
+"""A plan as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from encdec.scaling.ladder import Plan, PlannedRun
+
+
+def as_json(plan: Plan, flops_per_second: float | None = None) -> dict[str, Any]:
+    """Every run with its figures, what was left out, and the bill."""
+    return {
+        "ladder": dataclasses.asdict(plan.ladder),
+        "runs": [_run_json(run, flops_per_second) for run in plan.runs],
+        "left_out": list(plan.left_out),
+        "flops": plan.flops,
+        "hours": plan.flops / flops_per_second / 3600 if flops_per_second else None,
+    }
+
+
+def _run_json(run: PlannedRun, rate: float | None) -> dict[str, Any]:
+    count = run.parameters
+    return dataclasses.asdict(run) | {
+        "rows": run.rows, "flops": run.flops, "state_bytes": run.state_bytes,
+        "epochs": None if math.isnan(run.epochs) else run.epochs,
+        "parameters": dataclasses.asdict(count) | {"total": count.total},
+        "hours": run.flops / rate / 3600 if rate else None,
+    }
+
+
+def show(plan: Plan, flops_per_second: float | None, machine: str, console: Console) -> None:
+    """Prints all runs and the total bill."""
+    ladder = plan.ladder
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("#", "run"):
+        table.add_column(name, no_wrap=True)
+    headers = ["layers", "width", "MLP", "encoder", "decoder", "embedding", "all", "source",
+               "target", "FLOPs", "batch", "steps", "rate", "state"]
+    headers += [f"{machine} hours"] if flops_per_second else []
+    for name in headers:
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, run in enumerate(plan.runs):
+        table.add_row(str(number), escape(run.name), *_cells(run, flops_per_second))
+    console.print(table)
+    words = "tokens" if ladder.records else "token slots (no records given)"
+    console.print(
+        f"\n{len(plan.runs)} runs, {short(plan.flops)} training FLOPs; matched: {ladder.match}; "
+        f"rows of {ladder.inputs} + {ladder.targets} tokens; source and target are {words}; state "
+        "is float32 parameters, gradients and AdamW's moments.")
+    rule = ladder.learning_rate
+    console.print(
+        f"Learning rate: {rule.peak:g} x ({rule.reference_width} / width)^{rule.width_exponent:g} "
+        f"x (batch / {rule.reference_batch})^{rule.batch_exponent:g}.")
+    if flops_per_second:
+        hours = plan.flops / flops_per_second / 3600
+        console.print(f"Total bill: {hours:,.2f} {machine} hours at {short(flops_per_second)} "
+                      "model FLOP/s each, start-up and compilation not included.")
+    for text in plan.left_out:
+        console.print(f"Left out: {escape(text)}")
+
+
+def _cells(run: PlannedRun, rate: float | None) -> list[str]:
+    model, count = run.model, run.parameters
+    layers = (f"{model.encoder_layers}+{model.decoder_layers}" if model.is_encoder_decoder
+              else str(model.decoder_layers))
+    cells = [layers, str(model.d_model), str(model.mlp_dim), short(count.encoder),
+             short(count.decoder), short(count.embedding + count.head), short(count.total),
+             short(run.source_tokens), short(run.target_tokens), short(run.flops),
+             str(run.batch_size), f"{run.steps:,}", f"{run.learning_rate:.2e}",
+             short(run.state_bytes) + "B"]
+    return cells + ([f"{run.flops / rate / 3600:,.3g}"] if rate else [])
+
+
+def short(value: float) -> str:
+    """Three digits and a letter: 1.23M; powers of ten beyond T."""
+    if value == 0:
+        return "0"
+    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G"), (1e15, "T")):
+        if abs(value) < 0.9995 * limit:
+            scaled = value / (limit / 1e3)
+            return f"{scaled:.3g}{unit}"
+    return f"{value:.2e}"

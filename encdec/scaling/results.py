@@ -1,0 +1,183 @@
+"""The results file: one JSON line for every run and evaluation, appended, never rewritten.
+
+A line is written whole and flushed to the disk before the next run starts. A crash can leave at
+most one line cut short, the last; readers pass over it and the next writer cuts it off. Writers
+exclude each other by a lock on the file, and a (run, step) that is there already is not written
+again, so collecting twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from encdec.errors import DataError
+from encdec.scaling.fit import Observations
+from encdec.scaling.ladder import PlannedRun
+
+RESULTS_FILE = "results.jsonl"
+METRICS_FILE = "metrics.jsonl"  # of a run's work directory
+SCORES_FILE = "scores.json"  # of a run's work directory: {metric: value}, after the last step
+TOKENS = ("target", "source", "both")
+PARAMETERS = ("total", "non_embedding")
+LOSSES = {"nats_per_token": "loss", "bits_per_byte": "bits_per_byte"}
+
+Row = dict[str, Any]
+
+
+class ResultsFile:
+    """Appends to and reads one results file."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+
+    def read(self) -> list[Row]:
+        """All whole lines.
+
+        Raises:
+            DataError: a line other than the last is damaged.
+        """
+        if not self.path.exists():
+            return []
+        return self._parse(self.path.read_bytes())
+
+    def append(self, rows: Iterable[Row]) -> int:
+        """Adds the rows whose (run, step, kind) is not there yet; returns how many."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
+            known = {_key(row) for row in self._parse(content[:whole])}
+            fresh: dict[tuple, Row] = {}
+            for row in rows:
+                if _key(row) not in known:
+                    fresh.setdefault(_key(row), row)
+            if fresh:
+                file.seek(0, os.SEEK_END)
+                file.write("".join(json.dumps(row) + "\n" for row in fresh.values()).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            return len(fresh)
+
+    def _parse(self, content: bytes) -> list[Row]:
+        lines = content.split(b"\n")
+        rows = []
+        for number, line in enumerate(lines[:-1], 1):  # after the last newline: cut short or empty
+            try:
+                row = json.loads(line)
+                _key(row)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self.path}, line {number} is damaged ({error!r}); delete the "
+                                "line, and `encdec scaling run` collects its run again") from None
+            rows.append(row)
+        return rows
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    return row["run"], row["step"], "scores" in row
+
+
+def describe(run: PlannedRun) -> Row:
+    """What all rows of a run share."""
+    count = run.parameters
+    return {
+        "run": run.name, "digest": run.digest, "series": run.series,
+        "architecture": run.model.architecture, "size": run.size, "budget": run.budget,
+        "seed": run.seed, "parameters": count.total, "encoder_parameters": count.encoder,
+        "decoder_parameters": count.decoder, "embedding_parameters": count.embedding + count.head,
+        "batch_size": run.batch_size, "steps": run.steps, "learning_rate": run.learning_rate,
+    }
+
+
+def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
+    """The evaluations, and the scores if there are any, in a run's work directory so far."""
+    workdir = pathlib.Path(workdir)
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        return []
+    rows: dict[int, Row] = {}
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            numbers = json.loads(line)
+        except ValueError:
+            continue  # cut short by a crash; the run writes it again when it resumes
+        if "eval/loss" in numbers:
+            # The last of equal steps: a resumed run repeats what it had not saved.
+            rows[numbers["step"]] = _row(run, numbers)
+    found = list(rows.values())
+    scores = workdir / SCORES_FILE
+    if scores.exists() and run.steps in rows:
+        try:
+            values = {str(k): float(v) for k, v in json.loads(scores.read_text()).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{scores} is {error!r}; wanted {{metric: value}}") from None
+        found.append(_row(run, rows[run.steps]) | {"scores": values})
+    return found
+
+
+def _row(run: PlannedRun, numbers: Mapping[str, Any]) -> Row:
+    step = int(numbers["step"])
+    done = step / run.steps
+    row = describe(run) | {
+        "step": step, "final": step == run.steps, "flops": run.flops * done,
+        "source_tokens": run.source_tokens * done, "target_tokens": run.target_tokens * done,
+    }
+    for name, key in (("loss", "eval/loss"), ("bits_per_byte", "eval/bits_per_byte"),
+                      ("accuracy", "eval/accuracy")):
+        if key in numbers:
+            row[name] = numbers[key]
+        elif name in numbers:
+            row[name] = numbers[name]
+    return row
+
+
+def final_rows(rows: Iterable[Row]) -> list[Row]:
+    """The last evaluation of each finished run: only there has the schedule ended."""
+    return [row for row in rows if row["final"] and "scores" not in row]
+
+
+def observations(
+    rows: list[Row], *, tokens: str = "target", parameters: str = "total",
+    loss: str = "nats_per_token",
+) -> Observations:
+    """Rows as arrays.
+
+    Args:
+        rows: of the results file.
+        tokens: which count as D: "target", "source" or "both".
+        parameters: which count as N: "total" or "non_embedding".
+        loss: its unit, "nats_per_token" or "bits_per_byte".
+    """
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row.get(name, math.nan)) for row in rows])
+
+    size = column("parameters")
+    if parameters == "non_embedding":
+        size = size - column("embedding_parameters")
+    counts = {"target": column("target_tokens"), "source": column("source_tokens")}
+    counts["both"] = counts["target"] + counts["source"]
+    return Observations(
+        size, counts[tokens], column(LOSSES[loss]), column("encoder_parameters"),
+        column("decoder_parameters"), column("flops"))
+
+
+def seed_noise(rows: list[Row], loss: str = "nats_per_token") -> tuple[float, int]:
+    """Standard deviation of log loss between seeds, pooled, and its degrees of freedom."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["series"], row["size"], row["budget"]), []).append(
+            math.log(row[LOSSES[loss]]))
+    squares = sum(np.var(values) * len(values) for values in groups.values())
+    freedom = sum(len(values) - 1 for values in groups.values())
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom

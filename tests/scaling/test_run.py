@@ -1,0 +1,241 @@
+"""A small ladder is really run: killed, resumed, collected, split over processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from encdec.errors import CheckpointError, DataError, NonFiniteError
+from encdec.scaling.ladder import Plan, parse_ladder, plan
+from encdec.scaling.results import ResultsFile, collect
+from encdec.scaling.run import Workdir, run_plan
+
+LADDER = {
+    "name": "tiny", "sizes": {"tiny": {"preset": "test", "vocab_size": 264}}, "inputs": 24,
+    "targets": 12, "splits": ("2/3",), "match": "parameters+data", "evaluations": 2,
+    "budgets": {"kind": "rows", "values": (64.0, 128.0), "min_steps": 4},
+    "batch": {"rows": 8, "reference_rows": 64, "largest": 8},
+    "run": {"log_every": 4, "checkpoint": {"every": 4}, "mesh": {"data": 1}},
+}
+STEPS = {"64": 8, "128": 16}
+
+
+def tiny(records: pathlib.Path, eval_records: pathlib.Path, **changes) -> Plan:
+    return plan(parse_ladder({
+        **LADDER, "records": str(records), "eval_records": str(eval_records), **changes}))
+
+
+class FakeTraining:
+    """Writes what training would have written, and fails where told to."""
+
+    def __init__(self, fail: str = "", stop_short: str = ""):
+        self.fail, self.stop_short, self.trained = fail, stop_short, []
+
+    def __call__(self, config, workdir: str) -> None:
+        path = pathlib.Path(workdir)
+        path.mkdir(parents=True, exist_ok=True)
+        self.trained.append(path.name)
+        if path.name == self.fail:
+            raise NonFiniteError("step 3: loss is nan")
+        last = config.steps // 2 if path.name == self.stop_short else config.steps
+        with open(path / "metrics.jsonl", "a") as file:
+            for step in (config.steps // 2, config.steps):
+                if step <= last:
+                    file.write(json.dumps({"step": step, "time": 0.0, "eval/loss": 2.0 - step / 99,
+                                           "eval/bits_per_byte": 1.5, "eval/accuracy": 0.1}) + "\n")
+
+
+def rows_of(directory: pathlib.Path) -> list[dict]:
+    return ResultsFile(directory / "results.jsonl").read()
+
+
+def test_only_what_is_not_done_is_run(tmp_path, records, eval_records):
+    found, train = tiny(records, eval_records), FakeTraining()
+    first = run_plan(found, tmp_path, only=["dec_tiny_64_s0"], train=train)
+    assert first.done == ("dec_tiny_64_s0",) and len(rows_of(tmp_path)) == 2
+    second = run_plan(found, tmp_path, train=train)
+    assert second.done_before == ("dec_tiny_64_s0",) and len(second.done) == 3
+    third = run_plan(found, tmp_path, train=train)
+    assert third.done == () and len(third.done_before) == 4
+    assert len(train.trained) == len(set(train.trained)) == 4
+    rows = rows_of(tmp_path)
+    assert len(rows) == 8 == len({(row["run"], row["step"]) for row in rows})
+    assert sum(row["final"] for row in rows) == 4
+    last = next(row for row in rows if row["run"] == "dec_tiny_128_s0" and row["final"])
+    run = found.named("dec_tiny_128_s0")
+    assert (last["flops"], last["step"]) == (pytest.approx(run.flops), 16)
+    half = next(row for row in rows if row["run"] == "dec_tiny_128_s0" and not row["final"])
+    assert half["flops"] == pytest.approx(run.flops / 2)
+
+
+def test_a_failed_run_stops_no_other(tmp_path, records, eval_records):
+    found = tiny(records, eval_records)
+    outcome = run_plan(found, tmp_path, train=FakeTraining(fail="dec_tiny_64_s0"))
+    assert outcome.failed == {"dec_tiny_64_s0": "step 3: loss is nan"}
+    assert len(outcome.done) == 3
+    again = run_plan(found, tmp_path, train=FakeTraining())
+    assert again.done == ("dec_tiny_64_s0",)
+
+
+def test_killed_between_training_and_recording(tmp_path, records, eval_records):
+    """The last evaluation stands in the run's directory, and nothing in the results."""
+    found, train = tiny(records, eval_records), FakeTraining()
+    run = found.runs[0]
+    from encdec.scaling.ladder import run_config
+
+    train(run_config(found.ladder, run), str(Workdir(tmp_path).run_directory(run.name)))
+    outcome = run_plan(found, tmp_path, train=train)
+    assert run.name in outcome.done_before and train.trained.count(run.name) == 1
+
+
+def test_a_run_without_its_last_evaluation_is_not_done(tmp_path, records, eval_records):
+    found = tiny(records, eval_records)
+    name = "ed-2of3_tiny_128_s0"
+    outcome = run_plan(found, tmp_path, train=FakeTraining(stop_short=name))
+    assert "without an evaluation" in outcome.failed[name]
+    assert not any(row["final"] for row in rows_of(tmp_path) if row["run"] == name)
+
+
+def test_a_torn_line_is_cut_off_and_written_again(tmp_path, records, eval_records):
+    found = tiny(records, eval_records)
+    run_plan(found, tmp_path, train=FakeTraining())
+    path = tmp_path / "results.jsonl"
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) - whole[:-1].rfind(b"\n") - 1, 37):
+        path.write_bytes(whole[:-cut])
+        assert len(rows_of(tmp_path)) == 7
+        train = FakeTraining()
+        run_plan(found, tmp_path, train=train)
+        assert train.trained == [] and path.read_bytes() == whole
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, records, eval_records):
+    found = tiny(records, eval_records)
+    run_plan(found, tmp_path, train=FakeTraining())
+    path = tmp_path / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:40] + "\n" + "".join(lines[2:]))
+    with pytest.raises(DataError, match="line 2 is damaged"):
+        run_plan(found, tmp_path, train=FakeTraining())
+
+
+def test_a_torn_metrics_line_is_passed_over(tmp_path, records, eval_records):
+    found = tiny(records, eval_records)
+    run = found.runs[0]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "eval/loss": 2.0}\n{"step": 8, "eva')
+    assert [row["step"] for row in collect(run, tmp_path)] == [4]
+
+
+def test_scores_are_collected(tmp_path, records, eval_records):
+    found = tiny(records, eval_records)
+    run_plan(found, tmp_path, train=FakeTraining())
+    run = found.runs[0]
+    folder = Workdir(tmp_path).run_directory(run.name)
+    (folder / "scores.json").write_text('{"rougeL": 0.25}')
+    run_plan(found, tmp_path, train=FakeTraining())
+    scored = [row for row in rows_of(tmp_path) if "scores" in row]
+    assert [row["scores"] for row in scored] == [{"rougeL": 0.25}]
+
+
+def test_another_ladder_or_plan_is_refused(tmp_path, records, eval_records):
+    run_plan(tiny(records, eval_records), tmp_path, train=FakeTraining())
+    with pytest.raises(CheckpointError, match=r"match is 'parameters\+data' there"):
+        run_plan(tiny(records, eval_records, match="flops+data"), tmp_path)
+    # More budgets only add runs ...
+    more = {**LADDER["budgets"], "values": (64.0, 128.0, 192.0)}
+    train = FakeTraining()
+    run_plan(tiny(records, eval_records, budgets=more), tmp_path, train=train)
+    assert sorted(train.trained) == ["dec_tiny_192_s0", "ed-2of3_tiny_192_s0"]
+    # ... but a size of the same name with another model is another run.
+    other = {"tiny": {"preset": "test", "vocab_size": 264, "mlp_dim": 96}}
+    with pytest.raises(DataError, match="of another plan"):
+        run_plan(tiny(records, eval_records, sizes=other), tmp_path)
+    with pytest.raises(DataError, match=r"ladder.eval_records is empty"):
+        run_plan(tiny(records, ""), tmp_path)
+
+
+def test_a_run_in_other_hands_is_left_alone(tmp_path, records, eval_records):
+    found, train = tiny(records, eval_records), FakeTraining()
+    name = found.runs[0].name
+    with Workdir(tmp_path).lock(name) as mine:
+        assert mine
+        outcome = run_plan(found, tmp_path, train=train)
+    assert outcome.busy == (name,) and name not in train.trained
+
+
+def command(directory: pathlib.Path, records: pathlib.Path, eval_records: pathlib.Path,
+            *more: str) -> list[str]:
+    config = directory.parent / "tiny.py"
+    config.write_text("from ml_collections import ConfigDict\n"
+                      f"def get_config(): return ConfigDict({LADDER!r})\n")
+    return [sys.executable, "-m", "encdec", "scaling", "run", f"--ladder={config}",
+            f"--ladder.records={records}", f"--ladder.eval_records={eval_records}",
+            f"--workdir={directory}", *more]
+
+
+def losses(directory: pathlib.Path) -> dict[tuple[str, int], float]:
+    rows = rows_of(directory)
+    found = {(row["run"], row["step"]): row["loss"] for row in rows}
+    assert len(found) == len(rows), "a run was recorded twice"
+    return found
+
+
+ENVIRONMENT = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, records, eval_records) -> pathlib.Path:
+    """The tiny ladder, really trained, as tasks of an array job and then collected."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "ladder"
+    listing = subprocess.run(
+        command(directory, records, eval_records, "--print_jobs"), capture_output=True, text=True,
+        check=True, env=ENVIRONMENT).stdout.splitlines()
+    assert len(listing) == 4 and all("--only=" in line for line in listing)
+    subprocess.run(command(directory, records, eval_records, "--index=0"), check=True,
+                   capture_output=True, env=ENVIRONMENT)
+    assert len({row["run"] for row in rows_of(directory)}) == 1
+    subprocess.run(command(directory, records, eval_records), check=True, capture_output=True,
+                   env=ENVIRONMENT)
+    return directory
+
+
+@pytest.mark.slow
+def test_the_ladder_is_trained_and_recorded(undisturbed):
+    found = losses(undisturbed)
+    assert len(found) == 8
+    assert {step for _, step in found} == {4, 8, 16}
+    assert all(2 < loss < 6 for loss in found.values())
+    # More data, lower loss: these are real runs.
+    assert found["dec_tiny_128_s0", 16] < found["dec_tiny_64_s0", 8]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_restarted(tmp_path, records, eval_records, undisturbed):
+    """Kill -9, six times at moments spread over the whole ladder, and then left to finish."""
+    directory = tmp_path / "ladder"
+    arguments = command(directory, records, eval_records)
+    moments = random.Random(0)
+    for _ in range(6):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        before = len(rows_of(directory)) + len(list(directory.glob("runs/*/checkpoints/*")))
+        # From the next sign of progress on, so that even a slow machine gets ahead.
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            now = len(rows_of(directory)) + len(list(directory.glob("runs/*/checkpoints/*")))
+            if now > before:
+                break
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(arguments, check=True, capture_output=True, env=ENVIRONMENT)
+    assert losses(directory) == pytest.approx(losses(undisturbed), rel=1e-6)
