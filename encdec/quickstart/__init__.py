@@ -1,0 +1,5 @@
+"""The whole story on one small machine: data, two models at equal cost, quality, speed."""
+
+from encdec.quickstart.command import main
+
+__all__ = ["main"]
