@@ -95,7 +95,8 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
             raise CheckpointError(f"{workdir} holds checkpoints but no {CONFIG_FILE}; restore the "
                                   "file, or give another --workdir")
         return False
-    old, new = _identity(read_config(workdir)), _identity(description)
+    # As JSON on both sides: it has lists alone, where Python tells tuples apart.
+    old, new = _identity(read_config(workdir)), _identity(json.loads(json.dumps(description)))
     names = differences(old, new)
     if names:
         shown = "; ".join(
