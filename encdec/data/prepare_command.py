@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from encdec.data.records import DatasetCard
 from encdec.data.text_tasks import TEXT_TASKS
 from encdec.errors import ConfigError
 
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LOG_SECONDS = 10.0
 TERMINAL_SECONDS = 0.2
 
@@ -95,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
 def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
     """Bind what gin files and bindings say and nothing else; ConfigError where they are wrong."""
     gin.clear_config()
+    # `include` lines name paths from the repository's root, wherever the command is run.
+    gin.add_config_file_search_path(str(REPOSITORY))
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))
     except (ValueError, OSError, SyntaxError) as error:

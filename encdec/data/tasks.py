@@ -10,21 +10,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from encdec.data.objectives import Objective
+from encdec.data.quiet import quiet_stderr
 from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
-from encdec.data.vocabulary import (
-    ByteVocabulary,
-    SentencePieceVocabulary,
-    Vocabulary,
-)
+from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import DataError
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with quiet_stderr():
+    import seqio
+    import tensorflow as tf
 
 # TensorFlow reads text here; the accelerator belongs to JAX.
 tf.config.set_visible_devices([], "GPU")

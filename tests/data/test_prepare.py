@@ -310,6 +310,17 @@ def test_command_reports_and_gin_binds(tmp_path, jsonl, capsys):
     assert "gin:" in capsys.readouterr().err
 
 
+GIN = pathlib.Path(__file__).resolve().parents[2] / "gin"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((GIN / "tasks").glob("*.gin"))])
+def test_every_task_in_gin_prepares(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--gin_file={GIN / 'tasks' / name}.gin", "--vocabulary=bytes", "--out=out"]
+    assert encdec(["prepare", *arguments, "--split=test", "--max_examples=4"]) == 0
+    assert read_card("out").task == name
+
+
 def test_missing_flags_are_named(capsys):
     assert encdec(["prepare", "--task=stdlib_text"]) == ConfigError.exit_code
     assert "--out is missing" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_text_files_are_documents_and_long_ones_are_cut_at_line_ends(tmp_path, m
 encoded_text = st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.binary(max_size=80) | encoded_text)
 def test_any_bytes_are_a_row_or_a_fault(line):
     row = parse_row(line, ("source", "target"))
@@ -118,7 +118,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(["source", "target", "targets", "id"]), json_values))
 def test_any_json_object_is_a_sound_row_or_a_fault(content):
     row = parse_row(json.dumps(content).encode(), ("source", "target"))
