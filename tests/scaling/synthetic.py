@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from encdec.scaling.fit import Law, Observations
+from encdec.scaling.ladder import Plan
+from encdec.scaling.results import describe
 
 
 def ladder(
@@ -26,3 +28,23 @@ def random_law(seed: int) -> Law:
     alpha, beta = random.uniform(0.25, 0.5, 2)
     a, b = random.uniform(0.5, 2.0, 2)
     return Law("total", random.uniform(1.5, 2.2), a * 3e6**alpha, b * 3e7**beta, (alpha,), beta)
+
+
+def planned_rows(plan: Plan, laws: dict[str, Law], noise: float = 0.004) -> list[dict]:
+    """Result rows as a plan's runs would leave them if ``laws``, by series, were true."""
+    random = np.random.default_rng(0)
+    rows = []
+    for run in plan.runs:
+        law = laws[run.series]
+        shift = noise * random.standard_normal()
+        for done in (0.5, 1.0):
+            step = round(done * run.steps)
+            count = run.parameters.total
+            loss = law.loss(count, run.target_tokens * done) * np.exp(shift)
+            loss *= 1.03 if done < 1 else 1.0  # the schedule has not ended yet
+            rows.append(describe(run) | {
+                "step": step, "final": step == run.steps, "flops": run.flops * done,
+                "source_tokens": run.source_tokens * done,
+                "target_tokens": run.target_tokens * done,
+                "loss": float(loss), "bits_per_byte": float(loss) / 2})
+    return rows
