@@ -16,6 +16,8 @@ MAY_IMPORT = {
     "data": {"errors"},
     "train": {"errors", "model", "data"},
     "inference": {"errors", "model", "data", "train"},
+    "distill": {"errors", "model", "data", "train", "inference"},
+    "interop": {"errors", "model", "data", "train"},
     "describe": {"errors", "model"},
     "hardware": {"errors", "model", "train"},
     "scaling": {"errors", "model", "data", "train", "hardware"},
