@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "inference": {"errors", "model", "data", "train"},
     "distill": {"errors", "model", "data", "train", "inference"},
     "interop": {"errors", "model", "data", "train"},
-    "describe": {"errors", "model"},
+    "describe": {"errors", "model", "train"},
     "hardware": {"errors", "model", "train"},
     "scaling": {"errors", "model", "data", "train", "hardware"},
     "quickstart": {"errors", "model", "data", "train", "inference"},
