@@ -65,11 +65,16 @@ class Fitted:
 
     @property
     def frontier(self) -> Frontier | None:
-        return Frontier(self.law, self.cost) if self.law and self.cost else None
+        """Of the sizes that were run, so that nothing is claimed of others."""
+        return Frontier(self.law, self.cost, self._sizes) if self.law and self.cost else None
+
+    @property
+    def _sizes(self) -> tuple[float, float]:
+        return float(self.runs.parameters.min()), float(self.runs.parameters.max())
 
     @property
     def frontier_draws(self) -> list[Frontier]:
-        return [Frontier(law, self.cost) for law in self.draws] if self.cost else []
+        return [Frontier(law, self.cost, self._sizes) for law in self.draws] if self.cost else []
 
 
 @dataclasses.dataclass(frozen=True)

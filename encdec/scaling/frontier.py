@@ -10,6 +10,7 @@ C = k N^kappa D, and the frontier follows in closed form: at the cheapest way to
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,10 +62,18 @@ def fit_cost(runs: Observations) -> Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
-    """The best a law of the form "total" allows for each number of FLOPs."""
+    """The best a law of the form "total" allows for each number of FLOPs.
+
+    Attributes:
+        law: the law.
+        cost: FLOPs as a function of size and tokens.
+        sizes: least and most N allowed; by default all. With the sizes of a ladder, nothing is
+            claimed of models smaller or larger than any that was run.
+    """
 
     law: Law
     cost: Cost
+    sizes: tuple[float, float] = (0.0, math.inf)
 
     def parameters(self, flops: np.ndarray) -> np.ndarray:
         """N of the best run at ``flops``."""
@@ -72,8 +81,9 @@ class Frontier:
         rate = cost.exponent * law.beta
         per_token = np.asarray(flops, np.float64) / cost.factor  # N^kappa D
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return (law.alpha * law.A / (rate * law.B) * per_token**law.beta) ** (
+            best = (law.alpha * law.A / (rate * law.B) * per_token**law.beta) ** (
                 1 / (law.alpha + rate))
+        return np.clip(best, *self.sizes)  # the loss has one valley, so its edge is best
 
     def tokens(self, flops: np.ndarray) -> np.ndarray:
         """D of the best run at ``flops``."""
@@ -86,19 +96,20 @@ class Frontier:
             return self.law.loss(size, self.cost.tokens(size, flops))
 
     def flops(self, loss: np.ndarray) -> np.ndarray:
-        """The fewest FLOPs that reach ``loss``; infinite at and below E."""
+        """The fewest FLOPs that reach ``loss``; infinite where no data does."""
         law, kappa = self.law, self.cost.exponent
         above = np.asarray(loss, np.float64) - law.E
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             # At the optimum the size term is this share of what lies above E.
             share = kappa * law.beta / (law.alpha + kappa * law.beta)
-            size = (law.A / (share * above)) ** (1 / law.alpha)
-            tokens = (law.B / ((1 - share) * above)) ** (1 / law.beta)
-            return np.where(above > 0, self.cost.flops(size, tokens), np.inf)
+            size = np.clip((law.A / (share * above)) ** (1 / law.alpha), *self.sizes)
+            left = above - law.A * size**-law.alpha
+            tokens = (law.B / left) ** (1 / law.beta)
+            return np.where((above > 0) & (left > 0), self.cost.flops(size, tokens), np.inf)
 
     @property
     def size_exponent(self) -> float:
-        """a in N_best ~ C^a."""
+        """a in N_best ~ C^a, where no size is at its bound."""
         rate = self.cost.exponent * self.law.beta
         return self.law.beta / (self.law.alpha + rate)
 

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from encdec.scaling.analysis import Analysis, Fitted
 from encdec.scaling.frontier import band
@@ -54,7 +54,8 @@ def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
     drawn = [_save(
         directory, "loss-flops", "Loss against training FLOPs",
         "Points: finished runs. Thin lines: a run's evaluations. Thick lines: the lowest loss "
-        "that the fitted law allows at each number of FLOPs, with its 95 % interval.",
+        "that the fitted law allows at each number of FLOPs, among sizes from the smallest to the "
+        "largest run, with its 95 % interval.",
         lambda: _loss_flops(analysis, looks))]
     drawn.append(_save(
         directory, "isoflop", "IsoFLOP valleys",
@@ -66,7 +67,8 @@ def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
         drawn.append(_save(
             directory, "contours", "Loss contours and the efficient frontier",
             "Contours: loss by the fitted law. Line: the size and data that reach each loss with "
-            "the fewest FLOPs. Points: finished runs.",
+            "the fewest FLOPs; vertical where a smaller or larger size than any run would be "
+            "better. Points: finished runs.",
             lambda: _contours(analysis, fitted, looks)))
     if analysis.comparisons:
         drawn.append(_save(
@@ -132,9 +134,13 @@ def _size_label(analysis: Analysis) -> str:
 
 
 def _plain_log(axis) -> None:
-    """Ticks at 1, 2 and 5 with plain numbers, for axes shorter than a decade or two."""
+    """Ticks with plain numbers, also on axes shorter than a decade."""
     low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low > 3 else range(1, 10)))
+    if high / low < 2:
+        axis.set_major_locator(MaxNLocator(6))
+    else:
+        steps = (1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+        axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -285,7 +291,7 @@ def _comparison(analysis: Analysis, looks: dict) -> Figure:
     left.legend(fontsize=7.5)
     right.axhline(1, color="black", linewidth=0.8)
     right.set(yscale="log", xlabel=_loss_label(analysis),
-              ylabel="FLOPs of decoder-only / encoder-decoder")
+              ylabel="relative FLOPs of decoder-only")
     ratios = np.concatenate([found.ratio for found in analysis.comparisons.values()])
     ratios = ratios[np.isfinite(ratios)]
     if ratios.size:

@@ -28,6 +28,18 @@ def test_frontier_is_the_best_of_all_sizes(exponent):
     assert growth == pytest.approx(frontier.size_exponent)
 
 
+def test_frontier_within_the_sizes_run():
+    bounded = Frontier(LAW, Cost(6.0, 0.9), (3e6, 3e7))
+    for flops in (1e12, 1e16, 1e22):  # best at the smallest, between, at the largest
+        sizes = np.geomspace(3e6, 3e7, 100_001)
+        losses = LAW.loss(sizes, bounded.cost.tokens(sizes, flops))
+        assert bounded.loss(flops) == pytest.approx(losses.min(), rel=1e-8)
+        assert bounded.flops(bounded.loss(flops)) == pytest.approx(flops, rel=1e-6)
+    assert bounded.parameters(1e12) == 3e6 and bounded.parameters(1e22) == 3e7
+    # Below what the largest size can reach with all data of the world.
+    assert np.isinf(bounded.flops(np.array([1.7 + 400 * 3e7**-0.34 - 1e-6])))
+
+
 def test_no_flops_reach_the_floor():
     assert np.isinf(Frontier(LAW, Cost(6.0, 1.0)).flops(np.array([1.7, 1.0]))).all()
 

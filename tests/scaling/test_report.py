@@ -19,11 +19,11 @@ from encdec.scaling.results import ResultsFile
 from tests.scaling.synthetic import planned_rows
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")
-LAWS = {
-    "ed-2of3": Law("total", 2.0, 60.0, 300.0, (0.33,), 0.40),
-    "ed-1of2": Law("total", 2.0, 63.0, 310.0, (0.33,), 0.40),
-    "ed-1of3": Law("total", 2.0, 66.0, 320.0, (0.33,), 0.40),
-    "dec": Law("total", 2.0, 60.0, 340.0, (0.33,), 0.40),
+LAWS = {  # truths whose best sizes lie inside the micro ladder
+    "ed-2of3": Law("total", 2.0, 470.0, 28.0, (0.42,), 0.30),
+    "ed-1of2": Law("total", 2.0, 490.0, 29.0, (0.42,), 0.30),
+    "ed-1of3": Law("total", 2.0, 510.0, 30.0, (0.42,), 0.30),
+    "dec": Law("total", 2.0, 470.0, 32.0, (0.42,), 0.30),
 }
 
 
@@ -95,7 +95,7 @@ def test_fit_prints_and_writes(ladder, tmp_path, capsys):
     for words in ("encoder-decoder 2/3-1/3", "alpha", "held out", "FLOPs ratio", "furthest"):
         assert words in text
     content = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert content["series"]["dec"]["law"]["beta"] == pytest.approx(0.4, rel=0.3)
+    assert content["series"]["dec"]["law"]["beta"] == pytest.approx(0.3, rel=0.3)
     assert content["parts"]["law"]["alpha_encoder"] >= 0
     assert main(["scaling", "fit", f"--results={ladder}", "--skip=nothing"]) == 3
     assert main(["scaling", "fit", "--results=nowhere"]) == 3
