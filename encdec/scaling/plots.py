@@ -137,7 +137,7 @@ def _plain_log(axis) -> None:
     """Ticks with plain numbers, also on axes shorter than a decade."""
     low, high = sorted(axis.get_view_interval())
     if high / low < 2:
-        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     else:
         steps = (1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 6, 8)
         axis.set_major_locator(LogLocator(subs=steps))
