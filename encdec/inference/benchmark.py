@@ -15,14 +15,13 @@ import numpy as np
 
 from encdec.errors import ConfigError
 from encdec.inference.decoding import (
-    NO_EOS,
     Decoding,
     DecodingPlan,
     advance_compiled,
     ready_for_decoding,
     start_compiled,
 )
-from encdec.inference.sampling import Choosing, RowSettings
+from encdec.inference.sampling import NO_EOS, Choosing, RowSettings
 from encdec.model import ModelConfig, build_model
 
 Params = Any
@@ -161,12 +160,12 @@ def _time_once(run: _Run) -> tuple[float, float]:
 
 def _cached_run(config: ModelConfig, params: Params, tokens: jax.Array, count: int) -> _Run:
     batch, length = tokens.shape
-    plan = DecodingPlan(Choosing(config.vocab_size), count, START_ID, NO_EOS)
+    plan = DecodingPlan(Choosing(config.vocab_size), count, START_ID)
     lengths = jnp.full(batch, length, jnp.int32)
     zeros, ones = jnp.zeros(batch), jnp.ones(batch)
     settings = RowSettings(
         zeros, jnp.zeros(batch, jnp.int32), ones, ones, jnp.full(batch, count, jnp.int32),
-        jax.random.split(jax.random.key(0), batch))
+        jnp.full(batch, NO_EOS, jnp.int32), jax.random.split(jax.random.key(0), batch))
 
     def first() -> Decoding:
         return start_compiled(config, plan, params, tokens, lengths, settings)

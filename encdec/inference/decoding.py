@@ -20,7 +20,6 @@ from encdec.inference.sampling import Choosing, RowSettings, choose
 from encdec.model import ModelConfig, build_model, for_decoding, init_cache
 
 Params = Any
-NO_EOS = -1  # an ``eos_id`` that no token has: answers run to their limit
 
 
 @flax.struct.dataclass
@@ -69,13 +68,11 @@ class DecodingPlan:
         choosing: how tokens are chosen.
         room: new tokens at most; rows may have lower limits.
         start_id: the decoder's first input.
-        eos_id: ends an answer; ``NO_EOS`` for none.
     """
 
     choosing: Choosing
     room: int
     start_id: int
-    eos_id: int
 
 
 def ready_for_decoding(
@@ -228,7 +225,8 @@ def _append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> De
     rows_R = jnp.arange(counts_R.shape[0])
     places_R = jnp.where(running_R, counts_R, plan.room)  # out of range, so dropped
     counts_R = counts_R + running_R
-    ended_R = (chosen_R == plan.eos_id) | (counts_R >= jnp.minimum(settings.limit_R, plan.room))
+    ended_R = chosen_R == settings.eos_R
+    ended_R |= counts_R >= jnp.minimum(settings.limit_R, plan.room)
     return decoding.replace(
         last_R=jnp.where(running_R, chosen_R, decoding.last_R),
         tokens_RxN=decoding.tokens_RxN.at[rows_R, places_R].set(chosen_R, mode="drop"),

@@ -61,7 +61,7 @@ class _Input:
 
 
 def bucket(length: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, little padding."""
+    """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, little waste."""
     size = 16
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -217,8 +217,9 @@ class Generator:
             Choosing(
                 vocabulary.size, sampled, sampled and (settings.top_k > 0 or settings.top_p < 1),
                 settings.repetition_penalty != 1, settings.no_repeat_ngram),
-            bucket(self._limit(settings)), self.prompts.decoder_start_id, vocabulary.eos_id)
-        rows = _row_settings(settings, inputs, len(tokens_BxS), self._limit(settings))
+            bucket(self._limit(settings)), self.prompts.decoder_start_id)
+        rows = _row_settings(
+            settings, inputs, len(tokens_BxS), self._limit(settings), vocabulary.eos_id)
         decoding = start_compiled(
             self.config, plan, self._params, tokens_BxS, lengths_B, rows)
         while True:
@@ -285,7 +286,7 @@ class Generator:
 
 
 def _row_settings(
-    settings: GenerationSettings, inputs: Sequence[_Input], batch: int, limit: int
+    settings: GenerationSettings, inputs: Sequence[_Input], batch: int, limit: int, eos_id: int
 ) -> RowSettings:
     """The same settings for every row, keys by the input's number; surplus rows do nothing."""
     rows, samples = batch * settings.samples, settings.samples
@@ -293,6 +294,7 @@ def _row_settings(
     numbers_R[: len(inputs) * samples] = np.repeat([item.number for item in inputs], samples)
     limits_R = np.zeros(rows, np.int32)
     limits_R[: len(inputs) * samples] = limit
+    samples_R = np.arange(rows, dtype=np.uint32) % samples
     fill = lambda value, dtype: np.full(rows, value, dtype)
     return RowSettings(
         temperature_R=fill(settings.temperature, np.float32),
@@ -300,7 +302,8 @@ def _row_settings(
         top_p_R=fill(settings.top_p, np.float32),
         repetition_penalty_R=fill(settings.repetition_penalty, np.float32),
         limit_R=limits_R,
-        keys_R=_keys(np.uint32(settings.seed), numbers_R, np.arange(rows, dtype=np.uint32) % samples),
+        eos_R=fill(eos_id, np.int32),
+        keys_R=_keys(np.uint32(settings.seed), numbers_R, samples_R),
     )
 
 

@@ -8,6 +8,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+NO_EOS = -1  # an EOS that no token is: the answer runs to its limit
+
 
 @dataclasses.dataclass(frozen=True)
 class Choosing:
@@ -38,6 +40,7 @@ class RowSettings:
         top_p_R: float32; of these, the likeliest that together reach this mass; 1 is off.
         repetition_penalty_R: float32; 1 is off.
         limit_R: int32; tokens at most; 0 for a row that only fills the batch.
+        eos_R: int32; the token that ends the answer; ``NO_EOS`` for none.
         keys_R: random keys; token i of a row is drawn with ``fold_in(key, i)``, so that it depends
             neither on the batch's other rows nor on how the loop is cut.
     """
@@ -47,6 +50,7 @@ class RowSettings:
     top_p_R: jax.Array
     repetition_penalty_R: jax.Array
     limit_R: jax.Array
+    eos_R: jax.Array
     keys_R: jax.Array
 
 

@@ -9,7 +9,7 @@ from encdec.data.vocabulary import Vocabulary
 from encdec.errors import DataError
 
 # What SentencePiece shows for the bytes of a character that is not complete yet.
-INCOMPLETE = "�"
+INCOMPLETE = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,11 @@ class PromptFormat:
         if not text.strip():
             raise DataError(f"{name} is empty; give a text")
         try:
-            ids = self.vocabulary.encode(text)
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"{name} has half a character (a lone surrogate) at place "
                             f"{error.start}; save it as UTF-8") from None
+        ids = self.vocabulary.encode(text)
         room = self.max_input_tokens - self.inputs_eos
         cut = len(ids) > room
         if cut and not truncate:

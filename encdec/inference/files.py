@@ -1,0 +1,195 @@
+"""Files of inputs, and files of answers that a later call of the same command continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from encdec.data.readers import BadRows, Fault, check_files, parse_row, read_lines
+from encdec.errors import ConfigError, DataError
+from encdec.inference.generator import Generation
+
+FORMATS = ("jsonl", "text")
+STDIN = "-"
+
+
+def read_inputs(path: str, file_format: str | None = None) -> list[str]:
+    """The texts of a file, one a line; ``-`` is standard input.
+
+    Args:
+        path: JSONL with the field ``source``, or plain text; ``.gz`` is read too.
+        file_format: "jsonl" or "text"; by default as the file's name ends, text for ``-``.
+
+    Raises:
+        DataError: no such file, a line that is empty, not UTF-8 or without ``source``.
+    """
+    if file_format is None:
+        name = path.removesuffix(".gz")
+        file_format = "jsonl" if name.endswith((".jsonl", ".json")) else "text"
+    texts = []
+    for number, line in _lines(path):
+        where = f"{'standard input' if path == STDIN else path}:{number}"
+        if file_format == "jsonl":
+            row = parse_row(line, ("source",))
+            if isinstance(row, Fault):
+                raise DataError(f"{where}: {row.reason}; {row.mend}")
+            text = row["source"]
+        else:
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at byte "
+                                f"{error.start}; save it as UTF-8") from None
+        if not text.strip():
+            raise DataError(f"{where}: the text is empty; delete the line")
+        texts.append(text)
+    if not texts:
+        raise DataError(f"{path} holds no text; give one a line")
+    return texts
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    if path != STDIN:
+        yield from read_lines(check_files([path])[0], BadRows())
+        return
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        yield number, line.rstrip(b"\r\n")
+
+
+def rows_of(
+    number: int, source: str, answers: Sequence[Generation], *, log_probs: bool
+) -> list[dict[str, Any]]:
+    """The output lines of one input: one for each answer."""
+    rows = []
+    for sample, answer in enumerate(answers):
+        row = {
+            "index": number, "sample": sample, "of": len(answers), "source": source,
+            "text": answer.text,
+            "finish": answer.finish, "tokens": len(answer.tokens),
+            "log_prob": round(sum(answer.log_probs), 6),
+        }
+        if answer.score is not None:
+            row["score"] = round(answer.score, 6)
+        if answer.truncated:
+            row["source_truncated"] = True
+        if log_probs:
+            row["token_ids"] = answer.tokens
+            row["token_log_probs"] = [round(value, 6) for value in answer.log_probs]
+        rows.append(row)
+    return rows
+
+
+@dataclasses.dataclass
+class ResumableOutput:
+    """A JSONL file of answers in the order of the inputs, written a window at a time.
+
+    Beside it, ``FILE.settings.json`` says which model and settings made it: a later call goes on
+    where the file ends if they are the same, and is refused if not.
+
+    Attributes:
+        path: the file.
+        identity: what must be equal for the file to be continued; plain JSON values.
+        sources: all inputs.
+    """
+
+    path: pathlib.Path
+    identity: dict[str, Any]
+    sources: Sequence[str]
+
+    @property
+    def settings_path(self) -> pathlib.Path:
+        return self.path.with_name(self.path.name + ".settings.json")
+
+    def done(self) -> int:
+        """Inputs that are answered already; writes nothing.
+
+        Raises:
+            ConfigError: other settings or another model made the file.
+            DataError: it answers other inputs, or is no file of answers.
+        """
+        if self.path.name.endswith(".gz"):
+            raise ConfigError(f"--out={self.path} cannot be continued when compressed; give a name "
+                              "without .gz")
+        if not self.path.parent.is_dir():
+            raise ConfigError(f"--out={self.path}: the directory {self.path.parent} does not "
+                              "exist; make it first")
+        if self.path.is_dir():
+            raise ConfigError(f"--out={self.path} is a directory; give a file's name")
+        if not self.path.exists():
+            return 0
+        mend = "give another --out, or delete the file to begin anew"
+        if not self.settings_path.exists():
+            raise DataError(f"{self.path} exists, but not {self.settings_path.name}, which would "
+                            f"say how it was made; {mend}")
+        before = json.loads(self.settings_path.read_text())
+        for name in sorted(before.keys() | self.identity.keys()):
+            if before.get(name) != self.identity.get(name):
+                raise ConfigError(
+                    f"{self.path} was made with {name} = {before.get(name)!r}, and now it is "
+                    f"{self.identity.get(name)!r}; {mend}")
+        answered = self._complete()[0]
+        if answered > len(self.sources):
+            raise DataError(f"{self.path} answers {answered} inputs, but there are only "
+                            f"{len(self.sources)}; {mend}")
+        return answered
+
+    def _complete(self) -> tuple[int, int]:
+        """Inputs of which every answer is in the file, and the bytes that hold these answers."""
+        answered = size = place = rows = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break  # cut short when its process was killed
+                place += len(line)
+                try:
+                    row = json.loads(line)
+                    index, source, of = row["index"], row["source"], row["of"]
+                except (ValueError, KeyError, TypeError):
+                    raise DataError(f"{self.path}:{number} is no answer of this command; give "
+                                    "another --out") from None
+                if index != answered or (
+                    index < len(self.sources) and source != self.sources[index]
+                ):
+                    raise DataError(
+                        f"{self.path}:{number} answers input {index} with source "
+                        f"{source[:40]!r}, which is not what the input has there; give another "
+                        "--out, or the input that the file was begun with")
+                rows += 1
+                if rows == of:
+                    answered, size, rows = answered + 1, place, 0
+        return answered, size
+
+    def open(self) -> _Appender:
+        """Opens the file behind its last complete answer."""
+        size = 0
+        if self.path.exists():
+            size = self._complete()[1]
+        else:
+            partial = self.settings_path.with_name(self.settings_path.name + ".partial")
+            partial.write_text(json.dumps(self.identity, indent=2) + "\n")
+            os.replace(partial, self.settings_path)
+        return _Appender(self.path, size)
+
+
+class _Appender:
+    def __init__(self, path: pathlib.Path, size: int):
+        self._file = open(path, "ab")
+        self._file.truncate(size)
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """All rows of some inputs, on disk when this returns."""
+        for row in rows:
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> _Appender:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()

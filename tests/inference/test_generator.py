@@ -1,0 +1,192 @@
+"""Texts through the generator: equal results however they are batched, and settings refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import ConfigError, DataError
+from encdec.inference.generator import Generator, bucket, load_generator
+from encdec.inference.settings import GenerationSettings
+from encdec.inference.text import PromptFormat
+from tests.inference.conftest import LEARNED
+from tests.inference.examples import START, greedy, model
+
+# Two input buckets, of 16 and 24 tokens, in no order.
+TEXTS = ["short", "a text of twenty bytes", "x", "another longer one"]
+PROMPTS = PromptFormat(ByteVocabulary(), decoder_start_id=START, max_input_tokens=40)
+
+
+@functools.cache
+def printing_model(name):
+    """A model that says printable characters alone, and EOS."""
+    config, params = model(name)
+    head = np.array(params["embedder"]["head"])
+    letters = np.arange(ord(" "), 127) + ByteVocabulary.offset
+    head[:, np.setdiff1d(np.arange(config.vocab_size), [1, *letters])] = 0
+    return config, params | {"embedder": params["embedder"] | {"head": jnp.asarray(head)}}
+
+
+def make(name):
+    return Generator(*printing_model(name), PROMPTS, max_tokens=12, batch_rows=4)
+
+
+@pytest.fixture(scope="module", params=["encoder_decoder", "decoder_only"])
+def generator(request):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Where the architecture makes no difference any more, one will do."""
+    return make("encoder_decoder")
+
+
+def same(first, second):
+    assert [[a.tokens for a in made] for made in first] == [
+        [a.tokens for a in made] for made in second]
+    for a, b in zip(first, second):
+        for x, y in zip(a, b):
+            np.testing.assert_allclose(x.log_probs, y.log_probs, atol=1e-4)
+
+
+def test_buckets_are_few_and_hold_their_lengths():
+    sizes = [bucket(n) for n in range(1, 2000)]
+    assert all(size >= n for n, size in enumerate(sizes, 1))
+    assert sorted(set(sizes))[:7] == [16, 24, 32, 48, 64, 96, 128]
+    assert max(size / n for n, size in enumerate(sizes, 1) if n >= 16) <= 1.5
+
+
+def test_greedy_answers_are_those_of_full_passes_whatever_the_batch(generator):
+    together = generator.generate(TEXTS)
+    alone = [generator.generate([text])[0] for text in TEXTS[:1]]
+    same(together[:1], alone)
+    config, params = printing_model(generator.config.architecture)
+    for text, (answer,) in zip(TEXTS[:2], together):
+        ids, _ = PROMPTS.encode(text)
+        tokens, log_probs = greedy(config, params, ids, len(answer.tokens))
+        assert answer.tokens == tokens
+        np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
+        assert answer.finish == ("eos" if tokens[-1] == 1 else "length")
+        assert answer.text == ByteVocabulary().decode(tokens) and not answer.truncated
+
+
+def test_samples_depend_on_seed_and_number_alone(single):
+    settings = GenerationSettings(temperature=1.5, top_k=200, samples=3, max_tokens=10)
+    texts = ["short", "x", "short"]
+    together = single.generate(texts, settings)
+    assert [len(made) for made in together] == [3, 3, 3]
+    # The same text twice, but another number.
+    assert len({tuple(a.tokens) for made in together for a in made}) == 9
+    same(single.generate(texts[1:], settings, first_number=1), together[1:])
+    other = single.generate(texts[:1], dataclasses.replace(settings, seed=1))
+    assert other[0] != together[0]
+
+
+def test_stop_strings_end_answers(generator):
+    free = generator.generate(TEXTS[:1])[0][0]
+    text = free.text
+    stop = text[3:5]
+    assert text.find(stop) > 0 and len(text) > 6
+    cut = generator.generate(TEXTS[:1], GenerationSettings(stop=["never there", stop]))[0][0]
+    assert cut.finish == "stop" and cut.text == text[: text.find(stop)]
+    assert cut.tokens == free.tokens[: len(cut.tokens)]
+    assert ByteVocabulary().decode(cut.tokens).endswith(stop)
+    np.testing.assert_allclose(cut.log_probs, free.log_probs[: len(cut.tokens)], atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_streams_join_to_what_generate_gives(generator, steps):
+    settings = GenerationSettings(max_tokens=12)
+    parts = list(generator.stream(TEXTS[0], settings, steps=steps))
+    wanted = generator.generate([TEXTS[0]], settings)[0][0].text
+    assert "".join(parts) == wanted and len(parts) > 1
+    stop = dataclasses.replace(settings, stop=[wanted[4:6]])
+    assert "".join(generator.stream(TEXTS[0], stop, steps=steps)) == wanted[: wanted.find(
+        wanted[4:6])]
+
+
+def test_beams_return_the_best_in_order(single):
+    settings = GenerationSettings(beams=3, samples=2, max_tokens=6, length_penalty=0.0)
+    for made in single.generate(["short", "x"], settings):
+        first, second = made
+        assert first.score >= second.score and first.tokens != second.tokens
+        np.testing.assert_allclose(sum(first.log_probs), first.score, rtol=1e-4)
+
+
+def test_penalties_reach_the_answers(single):
+    # Greedy random models soon go round in circles.
+    answers = single.generate(TEXTS, GenerationSettings(no_repeat_ngram=1, max_tokens=16))
+    for (answer,) in answers:
+        assert len(set(answer.tokens)) == len(answer.tokens)
+    free = single.generate(TEXTS, GenerationSettings(max_tokens=16))
+    assert any(len(set(a.tokens)) < len(a.tokens) for (a,) in free)
+
+
+def test_progress_and_nothing_to_do(single):
+    seen = []
+    single.generate(TEXTS + TEXTS[:1], on_batch=lambda *numbers: seen.append(numbers))
+    assert [inputs for inputs, _ in seen] == [4, 1]
+    assert single.generate([]) == []
+
+
+@pytest.mark.parametrize("run", ["encoder_decoder_run", "decoder_only_run"])
+def test_a_trained_model_says_what_it_learned(run, request):
+    """From a work directory alone: the prompts are those of the records it was trained on."""
+    generator = load_generator(request.getfixturevalue(run))
+    answers = generator.generate([source for source, _ in LEARNED])
+    assert [(made[0].text, made[0].finish) for made in answers] == [
+        (target, "eos") for _, target in LEARNED]
+    assert min(p for made in answers for p in made[0].log_probs) > -0.2
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; wanted 1 or more"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; wanted a whole number"),
+        ({"temperature": -1.0}, r"temperature is -1.0; wanted 0 \(greedy\)"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; wanted above 0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": 0.9}, "top_p is 0.9, which greedy .* set temperature above 0"),
+        ({"top_k": 5}, "top_k is 5, which greedy"),
+        ({"samples": 2}, "samples is 2, which greedy"),
+        ({"samples": 0}, "samples is 0; wanted 1 or more"),
+        ({"seed": -1}, "seed is -1"),
+        ({"beams": 2, "temperature": 1.0}, "temperature is 1.0, but beam search"),
+        ({"beams": 2, "stop": ["x"]}, "stop is .*, but beam search"),
+        ({"beams": 2, "samples": 3}, "samples is 3, but beam search .* set beams to 3"),
+        ({"beams": 2, "length_penalty": float("inf")}, "length_penalty is inf"),
+        ({"stop": [""]}, "wanted strings that are not empty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_name_themselves(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerationSettings(**settings)
+
+
+def test_bad_inputs_are_refused_before_anything_is_done(single):
+    for texts, message in ((["fine", "  "], "input 1 is empty"),
+                           (["x" * 40], "the input has 41 tokens, and the model takes 40")):
+        with pytest.raises(DataError, match=message):
+            single.generate(texts)
+        with pytest.raises(DataError, match=message.replace("input 1", "the input")):
+            single.stream(texts[-1])
+    with pytest.raises(ConfigError, match="samples is 2 and beams is 1"):
+        single.stream("x", GenerationSettings(temperature=1.0, samples=2))
+    shorter = Generator(
+        *printing_model("encoder_decoder"), dataclasses.replace(PROMPTS, max_input_tokens=9))
+    cut, same_start = (made for made, in shorter.generate(
+        ["x" * 20, "x" * 8], GenerationSettings(max_tokens=12), truncate=True))
+    assert cut.truncated and not same_start.truncated and cut.tokens == same_start.tokens
+    config, params = model("decoder_only")
+    with pytest.raises(ConfigError, match="the vocabulary has 300 ids and the model's table 264"):
+        Generator(config, params, PromptFormat(ByteVocabulary(extra_ids=41)))

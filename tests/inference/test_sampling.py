@@ -1,0 +1,145 @@
+"""Choosing tokens from given logits: distributions, supports, penalties."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from encdec.inference.sampling import Choosing, choose, repeating_tokens, truncate
+from tests.inference.examples import rows
+
+LOGITS = np.log(np.array([0.30, 0.25, 0.18, 0.12, 0.08, 0.04, 0.02, 0.01], np.float32)) + 3.0
+DRAWS = 20_000
+choose_compiled = jax.jit(choose, static_argnames="choosing")
+
+
+def draw(logits=LOGITS, count=DRAWS, vocabulary_size=8, answers=None, **settings):
+    """``count`` independent draws from the same logits, and their log-probabilities."""
+    choosing = Choosing(
+        vocabulary_size, sampled=True, truncated=True,
+        penalised="repetition_penalty" in settings)
+    answers = np.zeros((count, 1), np.int32) if answers is None else answers
+    lengths = np.full(count, answers.shape[1] if "repetition_penalty" in settings else 0)
+    return map(np.array, choose_compiled(
+        np.tile(logits, (count, 1)), choosing, rows(count, 9, **settings), answers, lengths))
+
+
+def expected(temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution by its definition, with a sort."""
+    p = np.exp(LOGITS.astype(np.float64) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    keep = order[: top_k or len(p)]
+    mass = p[keep] / p[keep].sum()
+    keep = keep[: np.searchsorted(np.cumsum(mass), top_p - 1e-9) + 1]
+    result = np.zeros_like(p)
+    result[keep] = p[keep] / p[keep].sum()
+    return result
+
+
+@pytest.mark.parametrize(
+    "settings, support",
+    [
+        ({}, 8),
+        ({"temperature": 0.5}, 8),
+        ({"temperature": 3.0, "top_k": 5}, 5),
+        ({"top_k": 3}, 3),
+        ({"top_k": 1}, 1),
+        ({"top_p": 0.5}, 2),  # 0.30 + 0.25
+        ({"top_p": 0.56}, 3),
+        ({"top_p": 0.01}, 1),
+        ({"top_k": 3, "top_p": 0.75}, 2),  # of 0.73: (0.30 + 0.25) / 0.73 = 0.753
+        ({"temperature": 2.0, "top_p": 0.9}, 6),
+    ],
+)
+def test_draws_follow_the_distribution(settings, support):
+    wanted = expected(**settings)
+    assert (wanted > 0).sum() == support
+    tokens, log_probs = draw(**{"temperature": 1.0} | settings)
+    counts = np.bincount(tokens, minlength=8)
+    assert (counts[wanted == 0] == 0).all()  # the support is exact
+    kept = wanted > 0
+    if support > 1:
+        # Each test fails one right sampler in a million.
+        assert stats.chisquare(counts[kept], wanted[kept] * DRAWS).pvalue > 1e-6
+    # The model's own log-probability, whatever was done to draw.
+    np.testing.assert_allclose(log_probs, np.log(expected())[tokens], rtol=1e-4)
+
+
+def test_the_statistical_test_can_fail():
+    tokens, _ = draw(temperature=1.1)
+    counts = np.bincount(tokens, minlength=8)
+    assert stats.chisquare(counts, expected() * DRAWS).pvalue < 1e-6
+
+
+def test_rows_differ_in_their_settings():
+    count = 4
+    tokens, _ = draw(count=count, temperature=[0.0, 1.0, 0.0, 1.0], top_k=[0, 1, 5, 0],
+                     top_p=[1.0, 1.0, 0.1, 1e-6])
+    np.testing.assert_array_equal(tokens, 0)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (40, 1.0), (0, 0.8), (40, 0.8), (10_000, 1.0)])
+def test_truncation_equals_sorting(top_k, top_p):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 3, (5, 1000)).astype(np.float32)
+    scores[:, 7] = -np.inf
+    got = np.array(jax.jit(truncate)(
+        scores, jnp.full(5, top_k), jnp.full(5, top_p, jnp.float32)))
+    for row, result in zip(scores, got):
+        order = np.argsort(-row)[: top_k or None]
+        p = np.exp(row[order].astype(np.float64))
+        p /= p.sum()
+        keep = order[np.cumsum(p) - p < top_p]
+        np.testing.assert_array_equal(np.flatnonzero(result > -np.inf),
+                                      np.sort(keep[row[keep] > -np.inf]))
+        np.testing.assert_array_equal(result[keep], row[keep])
+
+
+def test_ids_beyond_the_vocabulary_are_never_chosen():
+    logits = LOGITS.copy()
+    logits[6:] = 50.0
+    tokens, _ = draw(logits, vocabulary_size=6, temperature=1.0)
+    assert tokens.max() == 5
+    greedy, _ = choose_compiled(
+        logits[None], Choosing(6), rows(1, 9), np.zeros((1, 4), np.int32), np.zeros(1, int))
+    assert int(greedy[0]) == 0
+
+
+def test_repetition_penalty_lowers_what_was_said():
+    logits = np.array([2.0, 1.5, -1.0, -1.1], np.float32)
+    answers = np.array([[0, 2, 2, 1]], np.int32)
+
+    def chosen(penalty, count, logits=logits):
+        return int(choose_compiled(
+            logits[None], Choosing(4, penalised=True), rows(1, 9, repetition_penalty=penalty),
+            answers, np.array([count]))[0][0])
+
+    assert chosen(1.0, 3) == 0
+    assert chosen(2.0, 3) == 1  # 2.0 / 2 < 1.5; place 3 of the answers is not written yet
+    assert chosen(2.0, 4) == 0  # now 1 is lowered too: 1.0 against 0.75
+    assert chosen(2.0, 4, logits - 8.0) == 3  # negative scores are multiplied
+    assert chosen(2.0, 0) == 0
+    tokens, _ = draw(count=DRAWS, temperature=1.0, repetition_penalty=1.5,
+                     answers=np.tile(np.array([[0, 3]], np.int32), (DRAWS, 1)))
+    p = LOGITS.astype(np.float64)
+    p[[0, 3]] = np.where(p[[0, 3]] > 0, p[[0, 3]] / 1.5, p[[0, 3]] * 1.5)
+    p = np.exp(p) / np.exp(p).sum()
+    assert stats.chisquare(np.bincount(tokens, minlength=8), p * DRAWS).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_tokens_that_repeat_an_ngram_against_a_search(n):
+    rng = np.random.default_rng(n)
+    answers, counts = rng.integers(0, 3, (40, 12)), rng.integers(0, 13, 40)
+    banned = np.array(jax.jit(repeating_tokens, static_argnums=(2, 3))(answers, counts, n, 4))
+    for answer, count, row in zip(answers, counts, banned):
+        said = answer[:count].tolist()
+        grams = [said[i : i + n] for i in range(count - n + 1)]
+        for token in range(4):
+            assert row[token] == ([*said[count - n + 1 :], token] in grams if count >= n else False)
+    assert banned.any() and not banned.all()
+    assert not np.array(repeating_tokens(jnp.zeros((1, 2), int), jnp.array([2]), 3, 4)).any()

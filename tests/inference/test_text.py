@@ -1,0 +1,105 @@
+"""Prompts, stop strings and streams of text."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from encdec.errors import DataError
+from encdec.inference.text import PromptFormat, TextStream, find_stop, tokens_to_stop
+
+BYTES = ByteVocabulary()
+REPLACEMENT = "\ufffd"
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> SentencePieceVocabulary:
+    """A small vocabulary with byte fallback; this file is all it knows, and is plain ASCII."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("vocabulary") / "small"
+    text = pathlib.Path(__file__).read_text().splitlines()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(prefix), vocab_size=400,
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    return SentencePieceVocabulary(prefix.with_suffix(".model").read_bytes())
+
+
+def streamed(vocabulary, ids, stop=()):
+    stream, parts = TextStream(vocabulary, stop), []
+    for count in range(1, len(ids) + 1):
+        parts.append(stream.push(ids[:count], last=count == len(ids)))
+    return parts
+
+
+@pytest.mark.parametrize("text", [
+    "a stream of text", "gr\u00f6\u00dfer, \u5927\u304d\u3044 \U0001f680!", "  two  spaces",
+    "tab\tx"])
+def test_streams_join_to_the_text_and_show_no_half_character(text, pieces):
+    for vocabulary in (BYTES, pieces):
+        ids = vocabulary.encode(text)
+        parts = streamed(vocabulary, ids)
+        assert "".join(parts) == vocabulary.decode(ids)
+        assert not any(REPLACEMENT in part for part in parts)
+        assert len([part for part in parts if part]) > 3  # it does stream
+
+
+def test_bytes_that_never_become_a_character_show_at_the_end(pieces):
+    ids = [*pieces.encode("text"), *pieces.encode("\U0001f680")[-4:-1]]
+    parts = streamed(pieces, ids)
+    assert "".join(parts) == pieces.decode(ids) and REPLACEMENT in parts[-1]
+
+
+@pytest.mark.parametrize(
+    "text, stop, wanted",
+    [
+        ("one. two", [". "], "one"),
+        ("a\nb\n\nc", ["\n\n"], "a\nb"),
+        ("aab", ["ab"], "a"),
+        ("ababac", ["abac"], "ab"),
+        ("no stop here #", ["##"], "no stop here #"),  # what was held back comes at the end
+        ("xyz", ["z", "yz"], "x"),
+        ("stop", ["stop"], ""),
+    ],
+)
+def test_streams_end_before_stop_strings_and_never_show_their_beginning(text, stop, wanted):
+    ids = BYTES.encode(text)
+    parts = streamed(BYTES, ids, stop)
+    assert "".join(parts) == wanted
+    for count in range(1, len(ids) + 1):
+        assert wanted.startswith("".join(parts[:count]))
+    place = find_stop(text, stop)
+    assert text[:place] == wanted
+    count = tokens_to_stop(BYTES, ids, stop)
+    if place is None:
+        assert count is None
+    else:
+        ends = [text.find(s) + len(s) for s in stop if s in text]
+        assert count == min(ends)  # bytes are tokens here
+
+
+def test_prompts_end_with_eos_if_the_records_did(pieces):
+    ids = pieces.encode("a prompt")
+    assert PromptFormat(pieces).encode("a prompt") == ([*ids, pieces.eos_id], False)
+    assert PromptFormat(pieces, inputs_eos=False).encode("a prompt") == (ids, False)
+
+
+def test_long_prompts_are_refused_or_lose_their_end_never_their_eos():
+    prompts = PromptFormat(BYTES, max_input_tokens=6)
+    assert prompts.encode("abcde") == ([*BYTES.encode("abcde"), 1], False)
+    with pytest.raises(DataError, match=r"input 3 has 7 tokens, and the model takes 6.*--truncate"):
+        prompts.encode("abcdef", name="input 3")
+    assert prompts.encode("abcdef", truncate=True) == ([*BYTES.encode("abcde"), 1], True)
+    without = PromptFormat(BYTES, inputs_eos=False, max_input_tokens=6)
+    assert without.encode("abcdef") == (BYTES.encode("abcdef"), False)
+
+
+def test_prompts_that_hold_no_text_are_refused(pieces):
+    for vocabulary in (BYTES, pieces):
+        for text in ("", " \n\t"):
+            with pytest.raises(DataError, match="the input is empty; give a text"):
+                PromptFormat(vocabulary).encode(text)
+        with pytest.raises(DataError, match="lone surrogate"):
+            PromptFormat(vocabulary).encode("half \ud83d")
