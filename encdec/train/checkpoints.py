@@ -4,10 +4,12 @@
                             /optimizer  the optimizer's state
 
 A step's folder gets its name only when it is complete; unfinished ones are never taken for it.
+Imported models have no steps: their parameters lie as safetensors in WORKDIR/params.
 """
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import jax
@@ -15,11 +17,18 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from encdec.errors import CheckpointError
+from encdec import safetensors
+from encdec.errors import CheckpointError, DataError
 from encdec.model import ModelConfig, abstract_params, build_model
 from encdec.train.config import CheckpointConfig
 from encdec.train.state import TrainState
-from encdec.train.workdir import CHECKPOINTS_FOLDER, model_config_of, read_config
+from encdec.train.sharding import path_name
+from encdec.train.workdir import (
+    CHECKPOINTS_FOLDER,
+    PARAMS_FOLDER,
+    model_config_of,
+    read_config,
+)
 
 _ITEMS = ("params", "optimizer")
 
@@ -75,21 +84,28 @@ class Checkpoints:
 
 
 def load_params_for_inference(
-    workdir: epath.PathLike, step: int | None = None
+    workdir: epath.PathLike, step: int | None = None, shardings: Any = None
 ) -> tuple[ModelConfig, Any, int]:
-    """The trained model of a work directory, without its optimizer's state.
+    """The model of a work directory, without its optimizer's state.
 
     Args:
-        workdir: what ``encdec train --workdir=`` wrote.
+        workdir: what ``encdec train --workdir=`` or ``encdec import --out=`` wrote.
         step: which checkpoint; by default the last.
+        shardings: where each parameter goes, as a tree; by default all to the first device.
 
     Returns:
-        The model's configuration, its parameters on the first device, and their step.
+        The model's configuration, its parameters, and their step (0 for imported ones).
 
     Raises:
         CheckpointError: no such work directory or checkpoint.
     """
     config = model_config_of(read_config(workdir))
+    abstract = abstract_params(build_model(config))
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+    if (pathlib.Path(workdir) / PARAMS_FOLDER).is_dir():
+        return config, _read_imported(workdir, step, abstract, shardings), 0
     directory = epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
     steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
     if not steps or (step is not None and step not in steps):
@@ -98,14 +114,38 @@ def load_params_for_inference(
         raise CheckpointError(f"{workdir} has not got {wanted} (there are: {have}); train first, "
                               "or give one of these steps")
     step = steps[-1] if step is None else step
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        abstract_params(build_model(config)))
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract, shardings)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            params = checkpointer.restore(directory / str(step) / "params", abstract)
+            params = checkpointer.restore(directory / str(step) / "params", placed)
         except Exception as error:  # orbax raises whatever its storage raised
             raise CheckpointError(f"checkpoint {directory / str(step)} cannot be restored: {error}"
                                   ) from error
     return config, params, step
+
+
+def _read_imported(
+    workdir: epath.PathLike, step: int | None, abstract: Any, shardings: Any
+) -> Any:
+    """Parameters that were imported: each device reads its part of the mapped files."""
+    if step:
+        raise CheckpointError(f"{workdir} holds an imported model, which has no checkpoint {step};"
+                              " leave --step out")
+    try:
+        tensors = safetensors.open_directory(pathlib.Path(workdir) / PARAMS_FOLDER)
+    except DataError as error:
+        raise CheckpointError(f"{error}; or run encdec import again") from error
+
+    def read(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        name = path_name(path)
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != leaf.shape:
+            seen = "missing" if tensor is None else f"of shape {tensor.shape}"
+            raise CheckpointError(f"parameter {name} in {workdir} is {seen}; wanted {leaf.shape}: "
+                                  "run encdec import again")
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: tensor[index].astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(read, abstract, shardings)

@@ -63,6 +63,7 @@ class ScheduleConfig:
 class LossConfig:
     z_loss: float = 0.0  # weight of log(sum(exp(logits)))^2, which keeps logits small
     label_smoothing: float = 0.0  # probability spread evenly over the vocabulary
+    vocab_tile: int = 0  # vocabulary entries scored at a time; 0: all at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +283,7 @@ def _check_values(run: RunConfig) -> None:
         require(0 <= getattr(schedule, name) <= 1, f"schedule.{name}", "a fraction in [0, 1]")
     require(run.loss.z_loss >= 0, "loss.z_loss", "0 (off) or a positive number")
     require(0 <= run.loss.label_smoothing < 1, "loss.label_smoothing", "a number in [0, 1)")
+    require(run.loss.vocab_tile >= 0, "loss.vocab_tile", "0 (all at once) or a positive number")
     for name in ("eval.every", "eval.batches", "eval.batch_size", "checkpoint.every",
                  "checkpoint.keep", "checkpoint.keep_every", "profile.first_step"):
         group, field = name.split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import flax
@@ -34,39 +35,73 @@ class LossSums:
 
 
 def target_losses(
-    head: Callable[[jax.Array], jax.Array],
+    head: Callable[..., jax.Array],
     hidden_BxTxM: jax.Array,
     targets_BxT: jax.Array,
     weights_BxT: jax.Array,
     config: LossConfig,
+    vocab_size: int = 0,
 ) -> LossSums:
     """Sums the losses of every position, from hidden activations and the vocabulary head.
 
-    The head is passed rather than its logits so that the vocabulary can be worked through in
-    tiles without a change to the callers.
+    With ``config.vocab_tile`` the vocabulary is worked through in tiles: logits [B, T, V] never
+    exist whole, neither forward nor backward, at the price of computing them twice.
 
     Args:
-        head: activations [..., M] to float32 logits [..., V].
+        head: activations [..., M] to float32 logits [..., V]; called with (activations, start,
+            stop), to the logits of that part of the vocabulary.
         hidden_BxTxM: the model's last activations.
         targets_BxT: int32 target ids.
         weights_BxT: float32; 0 for padding and whatever else carries no loss.
-        config: z-loss (arXiv 2204.02311, section 5) and label smoothing (arXiv 1512.00567).
+        config: z-loss (arXiv 2204.02311, section 5), label smoothing (arXiv 1512.00567), tile.
+        vocab_size: V; needed for tiles only.
     """
-    logits_BxTxV = head(hidden_BxTxM)
-    log_normaliser = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    target_logits = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    if 0 < config.vocab_tile < vocab_size:
+        log_normaliser, target_logits, largest, mean = _tiled_statistics(
+            head, hidden_BxTxM, targets_BxT, config.vocab_tile, vocab_size)
+    else:
+        logits_BxTxV = head(hidden_BxTxM)
+        log_normaliser = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+        target_logits = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+        largest, mean = jnp.max(logits_BxTxV, axis=-1), jnp.mean(logits_BxTxV, axis=-1)
     cross_entropy = log_normaliser - target_logits
     objective = cross_entropy
     if config.label_smoothing:
-        uniform = log_normaliser - jnp.mean(logits_BxTxV, axis=-1)
-        objective += config.label_smoothing * (uniform - cross_entropy)
+        objective += config.label_smoothing * (log_normaliser - mean - cross_entropy)
     z_loss = config.z_loss * jnp.square(log_normaliser)
     if config.z_loss:
         objective += z_loss
-    correct = target_logits >= jnp.max(logits_BxTxV, axis=-1)
+    correct = target_logits >= largest
     total = lambda values: jnp.sum(values * weights_BxT, dtype=jnp.float32)  # noqa: E731
     return LossSums(total(objective), total(cross_entropy), total(z_loss), total(correct),
                     jnp.sum(weights_BxT, dtype=jnp.float32))
+
+
+def _tiled_statistics(
+    head: Callable[..., jax.Array], hidden_BxTxM: jax.Array, targets_BxT: jax.Array, tile: int,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(log-normaliser, target's logit, largest logit, mean logit), each [B, T], tile by tile.
+
+    The tiles are unrolled: each one's gradient of the table is then written where it belongs,
+    while a loop would add up whole tables.
+    """
+
+    # Recomputed backward, or the tiles' logits would lie in memory side by side after all.
+    @functools.partial(jax.checkpoint, static_argnums=(2, 3))
+    def statistics(hidden: jax.Array, targets: jax.Array, start: int, stop: int):
+        logits = head(hidden, start, stop)
+        inside = (targets >= start) & (targets < stop)
+        place = jnp.clip(targets - start, 0, stop - start - 1)
+        target = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
+        return (jax.nn.logsumexp(logits, axis=-1), jnp.where(inside, target, 0.0),
+                jnp.max(logits, axis=-1), jnp.sum(logits, axis=-1))
+
+    parts = [statistics(hidden_BxTxM, targets_BxT, start, min(start + tile, vocab_size))
+             for start in range(0, vocab_size, tile)]
+    normalisers, targets, largest, sums = (jnp.stack(part) for part in zip(*parts))
+    return (jax.nn.logsumexp(normalisers, axis=0), jnp.sum(targets, axis=0),
+            jnp.max(largest, axis=0), jnp.sum(sums, axis=0) / vocab_size)
 
 
 def loss_positions(

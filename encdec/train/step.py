@@ -65,9 +65,10 @@ def batch_metrics(
         tokens = jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.int32)
         source_tokens = tokens - target_tokens
         hidden, targets, weights = loss_positions(hidden, batch, targets_length)
-    head = lambda x: model.apply({"params": params}, x, method="logits")  # noqa: E731
-    return Metrics(target_losses(head, hidden, targets, weights, loss), source_tokens,
-                   target_tokens)
+    head = lambda x, *tile: model.apply({"params": params}, x, *tile, method="logits")  # noqa: E731
+    return Metrics(
+        target_losses(head, hidden, targets, weights, loss, model.config.vocab_size),
+        source_tokens, target_tokens)
 
 
 def make_train_step(

@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 MODEL_INFO_FILE = "model-info.txt"
 CHECKPOINTS_FOLDER = "checkpoints"
+PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
 
 # Fields of ModelConfig that change speed and memory, but neither parameters nor results.
 _EXECUTION = ("remat", "attention_kernel")

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from encdec.model import build_model, init_params, preset
 from encdec.train.config import LossConfig
 from encdec.train.losses import loss_positions, target_losses
+from encdec.train.step import batch_metrics
+from tests.model.examples import packed_batch
 
 B, T, V = 3, 5, 11
 
@@ -79,3 +82,49 @@ def test_gathering_changes_neither_loss_nor_gradient():
     plain = jax.value_and_grad(loss)(jnp.array(hidden), False)
     gathered = jax.value_and_grad(loss)(jnp.array(hidden), True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, gathered)
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "final_logit_cap": 3.0}])
+def test_vocabulary_tiles_change_neither_sums_nor_gradients(architecture, changes):
+    config = preset("test", architecture=architecture, **changes, **(
+        {"encoder_layers": 0} if architecture == "decoder_only" else {}))
+    model = build_model(config)
+    params = jax.tree.map(lambda x: 20 * x, init_params(model, jax.random.key(0)))
+    batch = packed_batch(np.random.default_rng(0), 250, (5, 3), (4, 6), 10, 12)
+
+    def gradients(tile):
+        loss = LossConfig(z_loss=0.1, label_smoothing=0.2, vocab_tile=tile)
+
+        def objective(params):
+            metrics = batch_metrics(model, params, batch, loss, 12)
+            return metrics.losses.objective, metrics.losses
+
+        return jax.jit(jax.grad(objective, has_aux=True))(params)
+
+    wanted, wanted_sums = gradients(0)
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    for tile in (100, 256, 7):  # the last tile smaller, none needed, many tiles
+        if tile == 7 and changes:
+            continue
+        got, sums = gradients(tile)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, wanted_sums)
+        # Against the largest gradient: that of a key bias, which shifts all scores, is noise.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=1e-6 * scale), got, wanted)
+
+
+def test_logits_never_exist_whole_in_tiles():
+    """No value of the compiled program, forward or backward, has all tokens and all entries."""
+    config = preset("test", vocab_size=1024)
+    model = build_model(config)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    batch = packed_batch(np.random.default_rng(0), 250, (5, 3), (4, 6), 10, 12)
+
+    def whole(tile):
+        loss = LossConfig(z_loss=0.1, vocab_tile=tile)
+        step = jax.grad(lambda p: batch_metrics(model, p, batch, loss, 12).losses.objective)
+        text = jax.jit(step).lower(params).compile().as_text()
+        return "f32[2,12,1024]" in text or "f32[24,1024]" in text
+
+    assert whole(0) and not whole(128)

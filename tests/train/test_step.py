@@ -48,7 +48,7 @@ def run_steps(program: Program, state, data) -> tuple[np.ndarray, list]:
     for batch in data:
         state, metrics = program.train_step(state, jax.device_put(batch, program.batch_sharding))
         history.append(jax.device_get(metrics))
-    losses = [m.sums.losses.cross_entropy / m.sums.losses.weight for m in history]
+    losses = [m.sums.losses.cross_entropy / max(m.sums.losses.weight, 1) for m in history]
     return np.array(losses, np.float64), [history, jax.device_get(state)]
 
 
