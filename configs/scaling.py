@@ -86,7 +86,7 @@ def common() -> ConfigDict:
 
 
 def micro(ladder: ConfigDict) -> None:
-    """0.3M to 9M parameters, two decades of FLOPs, 64 runs: under an hour on two CPU cores."""
+    """0.3M to 9M parameters, two decades of FLOPs, 72 runs, 1.2e14 FLOPs: for two CPU cores."""
     for size in ("300k", "1m", "3m", "8m"):
         ladder.sizes[size] = ConfigDict(dict(preset=f"micro-{size}"))
     ladder.inputs, ladder.targets = 128, 32
@@ -103,12 +103,12 @@ def micro(ladder: ConfigDict) -> None:
 
 
 def small(ladder: ConfigDict) -> None:
-    """14M to 145M parameters, two decades of FLOPs: one GPU, about a day."""
+    """14M to 119M parameters, two decades of FLOPs, 2.4e19 in all: 17 H200 hours at 40 % MFU."""
     shapes = {  # encoder and decoder layers, width, query heads, kv heads
         "14m": (8, 4, 256, 4, 2),
-        "30m": (8, 4, 384, 6, 3),
-        "70m": (12, 6, 512, 6, 3),
-        "145m": (12, 6, 768, 6, 3),
+        "28m": (8, 4, 384, 6, 3),
+        "60m": (12, 6, 512, 6, 3),
+        "119m": (12, 6, 768, 6, 3),
     }
     for size, (encoder, decoder, width, heads, kv_heads) in shapes.items():
         ladder.sizes[size] = ConfigDict(dict(
@@ -120,7 +120,7 @@ def small(ladder: ConfigDict) -> None:
     ladder.budgets.min_steps = 1000
     ladder.batch.rows, ladder.batch.reference_rows = 128, 500_000
     ladder.batch.smallest = 32
-    ladder.seeds.count, ladder.seeds.sizes, ladder.seeds.budgets = 3, ("14m", "30m"), (3e16,)
+    ladder.seeds.count, ladder.seeds.sizes, ladder.seeds.budgets = 3, ("14m", "28m"), (3e16,)
 
 
 def paper(ladder: ConfigDict) -> None:

@@ -39,7 +39,7 @@ def bootstrap(runs: Observations, law: Law, draws: int = 200, seed: int = 0) -> 
 
     Whole runs are drawn, not residuals: with a Huber delta of 1e-3 the fit passes through as many
     runs as it has constants, so that residuals are too small and intervals made from them cover
-    the truth in 70 to 85 of 100 synthetic ladders instead of 95. Samples that could not determine
+    the truth in 68 to 88 % of synthetic ladders instead of 95 %. Samples that could not determine
     a law (too few sizes left, for example) are drawn again.
 
     Raises:
