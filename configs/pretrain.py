@@ -50,6 +50,7 @@ def get_config(model: str = "330m") -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.z_loss = 1e-4  # weight of log(Z)^2, as in PaLM (our choice); 0: off
     config.loss.label_smoothing = 0.0  # probability spread over the vocabulary
+    config.loss.vocab_tile = 0  # entries scored at a time, to save memory for time; 0: all
 
     config.eval = ConfigDict()
     config.eval.every = 1_000  # steps; 0: only after the last

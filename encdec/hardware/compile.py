@@ -130,12 +130,27 @@ def compile_step(
     text = compiled.as_text()
     places = {device.id: n for n, device in enumerate(topology.devices)}
     order = [places[device.id] for device in mesh.devices.flat]
-    return CompiledStep(
+    step = CompiledStep(
         run=run, topology=topology, mesh=tuple(mesh.devices.shape), inputs=inputs, targets=targets,
         memory=_memory(compiled.memory_analysis(), program, topology),
         prediction=predict(hlo.parse(text), topology, order),
         model_flops=training_flops(config, inputs, targets, batch_size=run.batch_size),
         compile_seconds=seconds, unsharded=tuple(map(str, program.unsharded)), text=text)
+    return checked(step)
+
+
+def checked(step: CompiledStep) -> CompiledStep:
+    """The step, unless its prediction cannot be true.
+
+    Raises:
+        RuntimeError: more than the peak rate, so that part of the program was not counted.
+    """
+    if not 0 < step.mfu <= 1:
+        raise RuntimeError(
+            f"the prediction of {1e3 * step.step_seconds:.2f} ms a step means an MFU of "
+            f"{100 * step.mfu:.0f} %, which no chip reaches: part of the program was not counted. "
+            "This is a fault of encdec's reading of the compiled program, not of the run")
+    return step
 
 
 def nearest_fit(

@@ -130,25 +130,22 @@ def parse(text: str) -> Module:
     """Parses what ``jax.stages.Compiled.as_text()`` gives.
 
     Raises:
-        ValueError: the text has no entry computation.
+        ValueError: no entry computation, or estimates in the text that were not understood.
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
     tables: dict[str, list[str]] = {}
     entry, name, body, table = "", "", [], ""
-    for line in text.splitlines():
+    for line in _joined(text):
         if line.startswith(("FileNames", "FunctionNames", "FileLocations", "StackFrames")):
             table = line.strip()
             tables[table] = []
-        elif line.startswith(("%", "ENTRY ")):
-            match = _NAME.search(line)
-            if match and line.rstrip().endswith("{"):
-                name, body, table = match[1], [], ""
-                entry = name if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
-            if name:
-                computations[name] = tuple(body)
+        elif line.startswith(("%", "ENTRY ")) and line.rstrip().endswith("{"):
+            name, body, table = _NAME.search(line)[1], [], ""
+            entry = name if line.startswith("ENTRY") else entry
+        elif line.rstrip() == "}":
+            computations[name] = tuple(body)
             name = ""
-        elif name and line.startswith(" "):
+        elif name:
             instruction = _instruction(line, name)
             if instruction:
                 body.append(instruction)
@@ -156,6 +153,12 @@ def parse(text: str) -> Module:
             tables[table].append(line)
     if entry not in computations:
         raise ValueError("the HLO text has no entry computation")
+    # A lost line would make a program look faster than it is, so none may be.
+    written = len(_CYCLES.findall(text))
+    read = sum(i.cycles is not None for body in computations.values() for i in body)
+    if read != written:
+        raise ValueError(f"read {read} of the {written} cycle estimates in the HLO text; its "
+                         "format is not the one known here")
     return Module(computations, entry, _frames(tables))
 
 
@@ -204,6 +207,29 @@ def _element_bytes(kind: str) -> float:
         return _BYTES[kind]
     bits = re.match(r"[a-z]+(\d+)", kind)
     return int(bits[1]) / 8 if bits else 0
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Lines, with instructions that go over several (Pallas kernels' metadata) made one again."""
+    inside, pending = False, ""
+    for line in text.splitlines():
+        starts = re.match(r"\s+(?:ROOT )?%[\w.\-]+ = ", line)
+        if inside and not starts and line.rstrip() != "}":
+            pending += line
+            continue
+        if pending:
+            yield pending
+            pending = ""
+        if inside and starts:
+            pending = line
+            continue
+        if line.startswith(("%", "ENTRY ")) and line.rstrip().endswith("{"):
+            inside = True
+        elif line.rstrip() == "}":
+            inside = False
+        yield line
+    if pending:
+        yield pending
 
 
 def _instruction(line: str, computation: str) -> Instruction | None:

@@ -166,7 +166,7 @@ def kernel_seconds(
     stated = re.search(r'"?cost_estimate"?:\{[^}]*"?flops"?:"?(\d+)', i.attributes)
     if stated:
         flops = float(stated[1])
-    elif "splash" in i.op_name or "splash" in i.attributes:
+    elif "splash" in i.op_name:
         flops, head_dim = _attention_flops(i, operands, causal_kernels)
         fill = min(1.0, head_dim / MATRIX_UNIT_WIDTH)
     return max(flops / (chip.bf16_flops * fill), moved / chip.hbm_bytes_per_second)
@@ -175,7 +175,7 @@ def kernel_seconds(
 def _attention_flops(
     i: hlo.Instruction, operands: list[str], causal_kernels: bool
 ) -> tuple[float, int]:
-    """(FLOPs, head width) of a splash kernel: 2 products forward, 5 fused backward, 3 or 4 apart."""
+    """(FLOPs, head width) of a splash kernel: 2 products forward, 5 in the fused backward pass."""
     blocks = [
         dims for shape in operands for kind, dims in hlo.arrays(shape)
         if kind in ("bf16", "f32") and len(dims) >= 3]
@@ -183,13 +183,10 @@ def _attention_flops(
         return 0.0, MATRIX_UNIT_WIDTH
     q, k = blocks[0], blocks[1]  # [B, H, T, D] and [B, K, S, D]
     rows = math.prod(q[:-2])
-    text = i.op_name + i.attributes
-    products = 2
-    if "dkv" in text:
-        products = 4 if "dq_no" in text or "splash_mha_dq" in text else 5
-    elif re.search(r"splash_m[hq]a_dq", text):
-        products = 3
-    causal = causal_kernels and q[-2] == k[-2] and "causal" in text
+    # By the operation's name alone: the kernel's metadata lists every phase's tiles.
+    phase = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", i.op_name)
+    products = {"fwd": 2, "dkv": 5, "dq": 3}[phase[1] if phase else "fwd"]
+    causal = causal_kernels and q[-2] == k[-2] and "/causal/" in i.op_name
     return 2.0 * products * rows * q[-2] * k[-2] * q[-1] * (0.5 if causal else 1.0), q[-1]
 
 

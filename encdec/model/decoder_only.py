@@ -29,9 +29,9 @@ class DecoderOnly(nn.Module):
         """Logits [B, T, V] float32 of the next token at every position."""
         return self.logits(self.hidden(batch, deterministic))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Vocabulary head: activations [..., M] to float32 logits [..., V]."""
-        return self.embedder.logits(hidden)
+    def logits(self, hidden: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
+        """Vocabulary head: activations [..., M] to float32 logits [..., V], or a part of them."""
+        return self.embedder.logits(hidden, start, stop)
 
     def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """The stack's normed output [B, T, M] under teacher forcing, on packed rows."""

@@ -47,9 +47,9 @@ class EncoderDecoder(nn.Module):
         """Logits [B, T, V] float32 of the next target token at every decoder position."""
         return self.logits(self.hidden(batch, deterministic))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Vocabulary head: activations [..., M] to float32 logits [..., V]."""
-        return self.embedder.logits(hidden)
+    def logits(self, hidden: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
+        """Vocabulary head: activations [..., M] to float32 logits [..., V], or a part of them."""
+        return self.embedder.logits(hidden, start, stop)
 
     def encode(
         self,

@@ -129,13 +129,16 @@ class Embedder(nn.Module):
             x_BxTxM = x_BxTxM * jnp.asarray(self.config.d_model**0.5, dtype)
         return nn.with_logical_constraint(x_BxTxM, ("batch", "length", "embed_act"))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Vocabulary scores [..., V], float32 whatever the compute dtype."""
+    def logits(self, hidden: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
+        """Vocabulary scores [..., V], float32 whatever the compute dtype.
+
+        ``start`` and ``stop`` give those of a part of the vocabulary alone.
+        """
         dtype = jnp.dtype(self.config.dtype)
         if self.config.tie_embeddings:
-            table, equation = self.embedding, "...m,vm->...v"
+            table, equation = self.embedding[start:stop], "...m,vm->...v"
         else:
-            table, equation = self.head, "...m,mv->...v"
+            table, equation = self.head[:, start:stop], "...m,mv->...v"
         logits = jnp.einsum(
             equation, hidden.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32
         )
