@@ -1,0 +1,99 @@
+"""The command on a machine without a TPU: names, errors, fitting, and a real compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from encdec.errors import ConfigError
+from encdec.hardware import topology
+from encdec.hardware.command import main
+from encdec.hardware.compile import DoesNotFit, checked, nearest_fit, smaller
+from encdec.hardware.topology import find_topology, generation_named, parse_name
+from encdec.train.config import RunConfig
+
+CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed")
+
+
+def test_names():
+    assert parse_name("v5e:4x4") == ("v5e", (4, 4), 1)
+    assert parse_name("v5p:2x2x4*2") == ("v5p", (2, 2, 4), 2)
+    for wrong in ("v5e", "v9:4x4", "v5e:4"):
+        with pytest.raises(ConfigError, match="v5e:4x4"):
+            parse_name(wrong)
+    with pytest.raises(ConfigError, match="wanted 3"):
+        parse_name("v5p:4x4")
+
+
+def test_clocks_follow_from_peak_rates():
+    """GHz as the makers' matrix units and peak rates imply."""
+    clocks = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
+    for name, ghz in clocks.items():
+        assert generation_named(name).clock_hz / 1e9 == pytest.approx(ghz, rel=0.01)
+
+
+def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
+    find_topology.cache_clear()
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'encdec\[tpu\]'"):
+        find_topology("v5e:2x2")
+    find_topology.cache_clear()
+
+
+def test_nearest_fit_tries_remat_before_batches():
+    run = RunConfig(model="330m", batch_size=64)
+    tried = []
+
+    def attempt(variant):
+        tried.append((variant.model_config().remat, variant.batch_size))
+        if variant.batch_size > 16:
+            raise DoesNotFit("too large")
+        return "compiled"
+
+    variant, step = nearest_fit(run, attempt)
+    assert (variant.batch_size, step) == (16, "compiled")
+    assert tried == [("full", 64), ("full", 32), ("full", 16)]
+    assert nearest_fit(dataclasses.replace(run, batch_size=32), lambda r: attempt(
+        dataclasses.replace(r, batch_size=64))) is None
+    assert [r.batch_size for r in smaller(RunConfig(batch_size=6))] == [6, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    mfu: float
+    step_seconds: float = 1.0
+
+
+def test_a_prediction_above_the_peak_rate_is_refused():
+    assert checked(Predicted(0.6)).mfu == 0.6
+    with pytest.raises(RuntimeError, match="137 %"):
+        checked(Predicted(1.371))
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("model", ["test", "test-dec"])
+def test_compiles_the_real_step_and_reports(model, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert main([f"--config={CONFIG}:{model}", "--topology=v5e:2x2", "--inputs=128",
+                 "--targets=128", "--config.batch_size=8", f"--json={file}"]) == 0
+    (report,) = json.loads(file.read_text())
+    memory = report["memory_bytes"]
+    parts = [memory[k] for k in ("parameters", "optimizer", "batch", "temporary", "outputs", "code")]
+    assert sum(parts) == memory["peak"] < memory["limit"]
+    # AdamW's two moments and a step count beside the parameters, all whole on every device.
+    assert 2 * memory["parameters"] <= memory["optimizer"] <= 2 * memory["parameters"] + 64
+    assert 0 < report["mfu"] < 1
+    assert report["step_seconds"] == pytest.approx(sum(report[k] for k in (
+        "compute_seconds", "pallas_roofline_seconds", "collective_exposed_seconds")))
+    assert not report["unknown_loops"]
+    reduced = report["collectives"]["all-reduce of 4"]
+    assert reduced["bytes"] >= memory["parameters"] / 2  # every gradient, bfloat16 at least
+    assert any("encdec/" in c["source"] for c in report["costliest"])
+    assert "MFU" in capsys.readouterr().out
