@@ -21,8 +21,8 @@ from encdec import safetensors
 from encdec.errors import CheckpointError, DataError
 from encdec.model import ModelConfig, abstract_params, build_model
 from encdec.train.config import CheckpointConfig
-from encdec.train.state import TrainState
 from encdec.train.sharding import path_name
+from encdec.train.state import TrainState
 from encdec.train.workdir import (
     CHECKPOINTS_FOLDER,
     PARAMS_FOLDER,

@@ -110,15 +110,23 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
 
 
 def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not change when a run is continued."""
-    run = dict(description["run"])
+    """What must not change when a run is continued; fields newer than the file take defaults."""
+    run = _over(to_dict(RunConfig()), description["run"])
     # Their outcome is compared in full under "model".
     run.pop("model"), run.pop("model_overrides")
     if run["schedule"]["name"] in _OPEN_ENDED:
         run.pop("steps")
-    model = {k: v for k, v in description["model"].items() if k not in _EXECUTION}
+    model = _over(ModelConfig().to_dict(), description["model"])
+    model = {k: v for k, v in model.items() if k not in _EXECUTION}
     data = {"fingerprint": description["data"]["fingerprint"]}
     return {"config": _without(run, OPERATIONAL), "model": model, "records": data}
+
+
+def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` over ``defaults``, group by group."""
+    groups = {k: _over(defaults[k], v) for k, v in values.items()
+              if isinstance(v, Mapping) and isinstance(defaults.get(k), Mapping)}
+    return {**defaults, **values, **groups}
 
 
 def _without(values: Mapping[str, Any], left_out: Sequence[str], prefix: str = "") -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from encdec.errors import ConfigError
-from encdec.model import ModelConfig, build_model, init_cache, preset
+from encdec.model import ModelConfig, init_cache, preset
 from encdec.model.positions import apply_rope, rope_table
 from tests.model.test_models import apply, make
 
@@ -33,7 +33,7 @@ def test_a_token_sees_as_far_as_the_windows_of_its_layers_reach():
         table = params["embedder"]["embedding"]
 
         def last(rows, batch=batch, model=model, params=params, table=table):
-            embedder = {"embedding": table.at[:length].set(rows)}
+            embedder = {"embedding": table.at[:len(rows)].set(rows)}
             return model.apply({"params": params | {"embedder": embedder}}, batch,
                                method="hidden")[0, -1].sum()
 

@@ -1,0 +1,331 @@
+"""Hugging Face causal language models as our decoder-only model: configuration and tensors.
+
+Families: Llama 2 and 3, SmolLM2 (``llama``), Mistral, Phi-3 and 3.5 (``phi3``), Qwen 2 and 2.5
+(``qwen2``), Qwen 3, Gemma 1, 2 and 3 (text). A setting that our model has no field for is refused
+by name. Read from ``config.json`` alone, as written by transformers 4 and 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from encdec.errors import DataError
+from encdec.model import ModelConfig
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """What a family does where its config.json says nothing.
+
+    Attributes:
+        defaults: values of absent keys, as transformers has them.
+        fields: our fields that hold for the whole family.
+        out_bias: whether ``attention_bias`` adds one to the output projection too.
+    """
+
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    out_bias: bool = True
+
+
+_GEMMA = {"norm_plus_one": True, "norm_cast": "after_scale", "embedding_scale": True}
+_GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 256_000}
+FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family({"sliding_window": 4096, "num_key_value_heads": 8}),
+    "phi3": _Family({"rms_norm_eps": 1e-5}),
+    "qwen2": _Family({"attention_bias": True}, out_bias=False),
+    "qwen3": _Family({"head_dim": 128}, {"qk_norm": True}),
+    "gemma": _Family(_GEMMA_DEFAULTS, _GEMMA | {"mlp_activation": "gelu_tanh"}),
+    "gemma2": _Family(
+        _GEMMA_DEFAULTS | {"sliding_window": 4096, "query_pre_attn_scalar": 256,
+                           "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+                           "sliding_window_pattern": 2},
+        _GEMMA | {"post_norms": True}),
+    "gemma3_text": _Family(
+        _GEMMA_DEFAULTS | {"vocab_size": 262_208, "sliding_window": 4096, "rope_theta": 1e6,
+                           "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 256,
+                           "sliding_window_pattern": 6, "num_attention_heads": 8,
+                           "num_key_value_heads": 4},
+        _GEMMA | {"post_norms": True, "qk_norm": True}),
+}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+                "gelu_new": "gelu_tanh", "relu": "relu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What a Hugging Face config.json describes.
+
+    Attributes:
+        family: its model_type.
+        model: our configuration, layers unrolled.
+        max_length: the longest sequence that the imported model is right for.
+        start_id: what stands before the first token: BOS, else EOS.
+        eos_ids: ids that end a text.
+    """
+
+    family: str
+    model: ModelConfig
+    max_length: int
+    start_id: int
+    eos_ids: tuple[int, ...]
+
+
+def read_config(directory: pathlib.Path) -> Imported:
+    """Translates a model's config.json.
+
+    Raises:
+        DataError: no such file, a family or a setting that our model cannot express.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise DataError(f"{directory} has no config.json; give the directory of a Hugging Face "
+                        "causal language model (config.json and *.safetensors)")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from error
+    if values.get("model_type") == "gemma3":  # the text model within one that also sees images
+        values = values["text_config"] | {"model_type": "gemma3_text"}
+    name = values.get("model_type")
+    if name not in FAMILIES:
+        raise DataError(f"{path} has model_type {name!r}; can be imported: {', '.join(FAMILIES)}")
+    return _translate(name, values, path)
+
+
+def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Imported:
+    family = FAMILIES[name]
+    given = lambda key, default=None: (  # absent and null mean the family's default
+        values[key] if values.get(key) is not None else family.defaults.get(key, default))
+    refuse = lambda key, value, why: DataError(
+        f"{path} has {key} {value!r}, {why}; this model cannot be imported")
+    heads, width = given("num_attention_heads"), given("hidden_size")
+    head_dim = given("head_dim", width // heads)
+    activation = given("hidden_activation", given("hidden_act", "silu"))
+    if name.startswith("gemma2") or name.startswith("gemma3"):
+        activation = given("hidden_activation", "gelu_pytorch_tanh")
+    if activation not in _ACTIVATIONS:
+        raise refuse("hidden_act", activation, f"not one of {', '.join(_ACTIVATIONS)}")
+    if values.get("use_bidirectional_attention"):
+        raise refuse("use_bidirectional_attention", True, "and we have causal attention alone")
+    bias = bool(given("attention_bias", False))
+    rope, max_length = _rope(values, given, head_dim, refuse)
+    fields: dict[str, Any] = {
+        "architecture": "decoder_only",
+        "vocab_size": given("vocab_size"),
+        "encoder_layers": 0,
+        "decoder_layers": given("num_hidden_layers"),
+        "d_model": width,
+        "num_heads": heads,
+        "num_kv_heads": given("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "mlp_dim": given("intermediate_size"),
+        "kv_pairing": "grouped",
+        "qkv_bias": bias,
+        "attention_out_bias": bias and family.out_bias,
+        "mlp_gated": True,
+        "mlp_activation": _ACTIVATIONS[activation],
+        "mlp_bias": bool(given("mlp_bias", False)),
+        "norm_eps": float(given("rms_norm_eps", 1e-6)),
+        "norm_cast": "before_scale",
+        "tie_embeddings": bool(given("tie_word_embeddings", False)),
+        "attention_logit_cap": _cap(values, family, "attn_logit_softcapping"),
+        "final_logit_cap": _cap(values, family, "final_logit_softcapping"),
+        "scan_layers": False,
+    }
+    if scalar := given("query_pre_attn_scalar"):
+        fields["attention_scale"] = float(scalar) ** -0.5
+    fields |= rope | _window(name, values, family, given, refuse, rope) | dict(family.fields)
+    eos = given("eos_token_id", ())
+    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    start = given("bos_token_id", eos[0] if eos else 0)
+    return Imported(name, ModelConfig(**fields), max_length, int(start), tuple(map(int, eos)))
+
+
+def _cap(values: Mapping[str, Any], family: _Family, key: str) -> float:
+    """A soft cap; unlike elsewhere, an explicit null switches it off."""
+    return float(values.get(key, family.defaults.get(key)) or 0.0)
+
+
+def _window(
+    name: str, values: Mapping[str, Any], family: _Family, given: Callable[..., Any],
+    refuse: Callable[..., DataError], rope: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Our fields for sliding-window layers."""
+    window = values.get("sliding_window", family.defaults.get("sliding_window"))
+    if not window or (name.startswith("qwen") and not values.get("use_sliding_window")):
+        return {}
+    layers = values["num_hidden_layers"]
+    types = values.get("layer_types")
+    if types:
+        local = [kind == "sliding_attention" for kind in types]
+    elif every := given("sliding_window_pattern"):
+        local = [(layer + 1) % every != 0 for layer in range(layers)]
+    elif name.startswith("qwen"):
+        local = [layer >= values.get("max_window_layers", 28) for layer in range(layers)]
+    else:
+        local = [True] * layers
+    if not any(local):
+        return {}
+    every = next((layer + 1 for layer, is_local in enumerate(local) if not is_local), 0)
+    if local != [not every or (layer + 1) % every != 0 for layer in range(layers)]:
+        raise refuse("layer_types", types or local,
+                     "but global layers have to come at equal distances")
+    fields: dict[str, Any] = {"attention_window": int(window), "global_layer_every": every}
+    scaled = rope.get("rope_scaling", "none") != "none"
+    base = given("rope_local_base_freq")
+    parameters = values.get("rope_parameters") or {}
+    if "sliding_attention" in parameters:
+        if parameters["sliding_attention"].get("rope_type", "default") != "default":
+            raise refuse("rope_parameters", parameters["sliding_attention"],
+                         "but local layers cannot be scaled")
+        base = parameters["sliding_attention"].get("rope_theta", base)
+    elif scaled and base is None:
+        raise refuse("rope_scaling", values.get("rope_scaling") or parameters,
+                     "together with sliding_window, whose layers we never scale")
+    if base is not None:
+        fields["local_rope_theta"] = float(base)
+    return fields
+
+
+def _rope(
+    values: Mapping[str, Any], given: Callable[..., Any], head_dim: int,
+    refuse: Callable[..., DataError],
+) -> tuple[dict[str, Any], int]:
+    """Our rotation fields, and the longest sequence they are right for."""
+    parameters = dict(values.get("rope_parameters") or {})
+    parameters = dict(parameters.get("full_attention", parameters))
+    scaling = parameters or dict(values.get("rope_scaling") or {})
+    theta = float(scaling.get("rope_theta") or given("rope_theta", 10_000.0))
+    longest = int(given("max_position_embeddings", 8192))
+    partial = float(scaling.get("partial_rotary_factor") or given("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise refuse("partial_rotary_factor", partial, "but we rotate whole heads")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    fields: dict[str, Any] = {"rope_theta": theta}
+    if kind == "default":
+        return fields, longest
+    if kind == "linear":
+        return fields | {"rope_scaling": "linear", "rope_factor": float(scaling["factor"])}, longest
+    if kind == "llama3":
+        divisors = _llama3_divisors(theta, head_dim, scaling)
+        return fields | {"rope_scaling": "per_pair", "rope_divisors": divisors}, longest
+    if kind in ("longrope", "su"):
+        original = int(scaling.get("original_max_position_embeddings")
+                       or given("original_max_position_embeddings", longest))
+        factor = longest / original
+        magnitude = scaling.get("attention_factor")
+        if magnitude is None:
+            magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        # Beyond the original length other divisors would hold for the whole sequence.
+        return fields | {
+            "rope_scaling": "per_pair", "rope_magnitude": float(magnitude),
+            "rope_divisors": tuple(map(float, scaling["short_factor"]))}, original
+    raise refuse("rope_scaling", kind, "not one of default, linear, llama3, longrope")
+
+
+def _llama3_divisors(
+    theta: float, head_dim: int, scaling: Mapping[str, Any]
+) -> tuple[float, ...]:
+    """Llama 3.1's rule: long waves are stretched by the factor, short ones kept, in between
+    interpolated (as in ``_compute_llama3_parameters`` of transformers)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    # Turns within the length of the original training.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return tuple((1 / ((1 - kept) / scaling["factor"] + kept)).tolist())
+
+
+def convert(config: ModelConfig, family: str, tensors: Tensors) -> dict[str, Any]:
+    """Our parameter tree (unrolled) as views of the tensors, in their dtype.
+
+    Raises:
+        DataError: a tensor is missing, has another shape, or would be left over.
+    """
+    names = set(tensors)
+    found = [name for name in names if name.endswith("embed_tokens.weight")]
+    if len(found) != 1:
+        raise DataError(f"the checkpoint has {len(found)} tensors called *embed_tokens.weight; "
+                        "wanted the weights of one causal language model")
+    prefix = found[0].removesuffix("embed_tokens.weight")
+    used: set[str] = set()
+
+    def take(name: str, shape: tuple[int, ...], full: str = "") -> np.ndarray:
+        full = full or prefix + name
+        if full not in tensors:
+            raise DataError(f"the checkpoint has no tensor {full} {shape}; download it again")
+        if tensors[full].shape != shape:
+            raise DataError(f"tensor {full} has shape {tensors[full].shape}; wanted {shape} from "
+                            "config.json: the two do not belong together")
+        used.add(full)
+        return tensors[full]
+
+    width, vocab = config.d_model, config.vocab_size
+    embedder = {"embedding": take("embed_tokens.weight", (vocab, width))}
+    if not config.tie_embeddings:
+        # Beside the stack: "lm_head" where that is "model.", within whatever lies around both.
+        head = prefix.removesuffix("model.") + "lm_head.weight"
+        head = head if head in tensors else "lm_head.weight"
+        embedder["head"] = take("", (vocab, width), head).T
+    decoder: dict[str, Any] = {"final_norm": {"scale": take("norm.weight", (width,))}}
+    for layer in range(config.decoder_layers):
+        part = lambda name, shape, layer=layer: take(f"layers.{layer}.{name}", shape)
+        decoder[f"layers_{layer}"] = _layer(config, family, part)
+    ignored = lambda name: (
+        name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_embeddings
+        or not name.startswith(prefix) and "lm_head" not in name and prefix != "model.")
+    if left := sorted(name for name in names - used if not ignored(name)):
+        raise DataError(f"the checkpoint has tensors that our model has no place for: "
+                        f"{', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
+    return {"embedder": embedder, "decoder": decoder}
+
+
+def _layer(config: ModelConfig, family: str, part: Callable[..., np.ndarray]) -> dict[str, Any]:
+    """One block. Kernels are [out, in] there and [in, out] here, heads split off."""
+    M, H, K, D, F = (config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
+                     config.mlp_dim)
+    fused = family == "phi3"
+    if fused:
+        both = part("self_attn.qkv_proj.weight", ((H + 2 * K) * D, M))
+        qkv = {"q": both[: H * D], "k": both[H * D : (H + K) * D], "v": both[(H + K) * D :]}
+        both = part("mlp.gate_up_proj.weight", (2 * F, M))
+        gate_up = {"gate": both[:F], "up": both[F:]}
+    else:
+        qkv = {x: part(f"self_attn.{x}_proj.weight", ((H if x == "q" else K) * D, M))
+               for x in "qkv"}
+        gate_up = {x: part(f"mlp.{x}_proj.weight", (F, M)) for x in ("gate", "up")}
+    attention: dict[str, Any] = {
+        x: {"kernel": kernel.reshape(-1, D, M).transpose(2, 0, 1)} for x, kernel in qkv.items()}
+    out = part("self_attn.o_proj.weight", (M, H * D))
+    attention["o"] = {"kernel": out.reshape(M, H, D).transpose(1, 2, 0)}
+    mlp: dict[str, Any] = {x: {"kernel": kernel.T} for x, kernel in gate_up.items()}
+    mlp["down"] = {"kernel": part("mlp.down_proj.weight", (M, F)).T}
+    if config.qkv_bias:
+        for x, heads in (("q", H), ("k", K), ("v", K)):
+            attention[x]["bias"] = part(f"self_attn.{x}_proj.bias", (heads * D,)).reshape(heads, D)
+    if config.attention_out_bias:
+        attention["o"]["bias"] = part("self_attn.o_proj.bias", (M,))
+    if config.mlp_bias:
+        for x, size in (("gate", F), ("up", F), ("down", M)):
+            mlp[x]["bias"] = part(f"mlp.{x}_proj.bias", (size,))
+    if config.qk_norm:
+        for x in "qk":
+            attention[f"{x}_norm"] = {"scale": part(f"self_attn.{x}_norm.weight", (D,))}
+    norms = {"self_attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if config.post_norms:
+        norms |= {"self_attention_post_norm": "post_attention_layernorm",
+                  "mlp_norm": "pre_feedforward_layernorm",
+                  "mlp_post_norm": "post_feedforward_layernorm"}
+    scales = {ours: {"scale": part(f"{theirs}.weight", (M,))} for ours, theirs in norms.items()}
+    return {"self_attention": attention, "mlp": mlp} | scales

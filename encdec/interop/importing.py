@@ -1,0 +1,124 @@
+"""Writes an imported model as a work directory: parameters, configuration, vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from encdec import safetensors
+from encdec.data.records import write_json
+from encdec.data.vocabulary import MODEL_FILE, SPEC_FILE, Vocabulary
+from encdec.errors import ConfigError, DataError
+from encdec.model import ModelConfig, check_params, parameter_count
+from encdec.train.sharding import path_name
+from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def write_model(
+    out: pathlib.Path,
+    config: ModelConfig,
+    params: dict[str, Any],
+    *,
+    source: dict[str, Any],
+    vocabulary: Vocabulary | None,
+    start_id: int,
+    max_length: int,
+    param_dtype: str | None = None,
+    overwrite: bool = False,
+) -> ModelConfig:
+    """Writes a model that ``generate``, ``score`` and ``describe`` read like a trained one.
+
+    Args:
+        out: the directory; ``config.json`` is written last.
+        config: the model.
+        params: its unrolled parameters; memory-mapped views are never held in memory as a whole.
+        source: where it comes from, for the record.
+        vocabulary: of the model; None where it cannot be read here.
+        start_id: id before the first token of a text.
+        max_length: longest sequence that the model is right for.
+        param_dtype: of the stored parameters; by default bfloat16 if all of them are, and
+            float32 otherwise, so that nothing is lost.
+        overwrite: replace what is in ``out``.
+
+    Returns:
+        The configuration as stored.
+
+    Raises:
+        ConfigError: parameters that do not fit the configuration, or ``out`` is taken.
+        DataError: the vocabulary has more ids than the model.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"--out={out} is not empty; give another directory, or --overwrite")
+        if not _is_imported(out):
+            raise ConfigError(f"--out={out} holds no imported model, so --overwrite leaves it "
+                              "alone; give another directory")
+    check_params(params, config)
+    if vocabulary and vocabulary.size > config.vocab_size:
+        raise DataError(f"the vocabulary has {vocabulary.size:,} ids, the model only "
+                        f"{config.vocab_size:,}; give the model's own with --vocabulary=FILE")
+    leaves = {path_name(path): leaf
+              for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    if param_dtype is None:
+        low = all(leaf.dtype == _DTYPES["bfloat16"] for leaf in leaves.values())
+        param_dtype = "bfloat16" if low else "float32"
+    config = config.replace(param_dtype=param_dtype, dtype=param_dtype)
+    if overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: _Cast(leaf, _DTYPES[param_dtype]) for name, leaf in leaves.items()}
+    files = safetensors.write_directory(out / PARAMS_FOLDER, tensors)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "imported": source | {
+            "max_length": max_length, "parameters": parameter_count(params), "files": files,
+            "fingerprint": hashlib.sha256(json.dumps(files).encode()).hexdigest()},
+        "model": config.to_dict(),
+        "data": {
+            "vocabulary": vocabulary.save(out).to_dict() if vocabulary else None,
+            "decoder_start_id": start_id,
+            "inputs_eos": False,
+            "inputs_length": max_length // 2,
+            "targets_length": max_length // 2,
+        },
+    }
+    write_json(out / CONFIG_FILE, content)
+    return config
+
+
+def _is_imported(directory: pathlib.Path) -> bool:
+    """Whether this is what ``write_model`` left, finished or not: nothing else is ever removed."""
+    try:
+        return "imported" in json.loads((directory / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        ours = {PARAMS_FOLDER, SPEC_FILE, MODEL_FILE}
+        return {path.name for path in directory.iterdir()} <= ours
+
+
+class _Cast:
+    """A tensor that takes its dtype only when it is written."""
+
+    def __init__(self, tensor: np.ndarray, dtype: np.dtype):
+        self._tensor, self.dtype, self.shape = tensor, dtype, tensor.shape
+        self.nbytes = tensor.size * dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.ascontiguousarray(self._tensor, self.dtype)
+
+
+def free_bytes(path: pathlib.Path) -> int:
+    """Room left on the disk that ``path`` will lie on."""
+    while not path.exists():
+        path = path.parent
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize

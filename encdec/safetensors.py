@@ -1,0 +1,143 @@
+"""Safetensors files, read in place and written tensor by tensor.
+
+The format is eight bytes with the header's length (little endian), the header as JSON (name to
+dtype, shape and place), then the data: https://huggingface.co/docs/safetensors. Tensors are read
+as views of the mapped file and written one at a time, so that host memory stays free however
+large the model; the library of that name copies whole files and needs torch for bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from encdec.errors import DataError
+
+_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "BOOL": np.dtype(bool),
+}
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read-only views of all tensors of one file.
+
+    Raises:
+        DataError: the file is cut short or is not what its header says.
+    """
+    mend = "download it again"
+    size = path.stat().st_size
+    if size < 8:
+        raise DataError(f"{path} has {size} bytes, too few for a safetensors file; {mend}")
+    data = np.memmap(path, np.uint8, mode="r")
+    start = 8 + int(data[:8].view("<u8")[0])
+    if start > size:
+        raise DataError(f"{path} is cut short: its header ends at byte {start:,} of {size:,}; "
+                        f"{mend}")
+    try:
+        header = json.loads(data[8:start].tobytes())
+    except ValueError as error:
+        raise DataError(f"{path} has an unreadable header ({error}); {mend}") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise DataError(f"tensor {name} in {path} has dtype {entry['dtype']}; wanted one of "
+                            f"{', '.join(_DTYPES)}: take a checkpoint that is not quantised")
+        first, last = (start + offset for offset in entry["data_offsets"])
+        if last > size or last - first != int(np.prod(entry["shape"])) * dtype.itemsize:
+            raise DataError(f"{path} is cut short or damaged: tensor {name} ends at byte "
+                            f"{last:,} of {size:,}; {mend}")
+        tensors[name] = data[first:last].view(dtype).reshape(entry["shape"])
+    return tensors
+
+
+def open_directory(directory: pathlib.Path) -> Mapping[str, np.ndarray]:
+    """Views of all tensors of a checkpoint in one or several files.
+
+    Raises:
+        DataError: no safetensors files, or one that its index names is missing.
+    """
+    index = directory / INDEX_FILE
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise DataError(f"{directory} lacks {', '.join(missing)}, which {INDEX_FILE} names; "
+                            "download them")
+        files = [directory / name for name in names]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{directory} holds no *.safetensors file; give a directory downloaded "
+                        "from Hugging Face in that format (not *.bin or *.gguf)")
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        tensors |= open_file(file)
+    return tensors
+
+
+def write_directory(
+    directory: pathlib.Path, tensors: Mapping[str, np.ndarray], file_bytes: int = 4 << 30
+) -> dict[str, str]:
+    """Writes tensors to files of about ``file_bytes``, holding one tensor in memory at a time.
+
+    Any view will do: transposed ones are laid out afresh as they are written.
+
+    Returns:
+        The files' names and SHA-256 checksums. A file bears its name only once it is whole.
+    """
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    directory.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for number, group in enumerate(groups):
+        path = directory / f"params-{number:05}-of-{len(groups):05}.safetensors"
+        written[path.name] = _write_file(path, {name: tensors[name] for name in group})
+    return written
+
+
+def _write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> str:
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header, start = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    digest = hashlib.sha256()
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for tensor in tensors.values():
+            put(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return digest.hexdigest()

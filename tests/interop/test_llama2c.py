@@ -1,0 +1,99 @@
+"""A real model, small as it is: its documented text comes out word for word."""
+
+from __future__ import annotations
+
+import ast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from encdec.errors import DataError
+from encdec.interop.command import main
+from encdec.model import build_model, init_cache
+from encdec.train.checkpoints import load_params_for_inference
+
+
+def greedy(directory, tokens: int) -> list[int]:
+    """Ids of the likeliest continuation of BOS, with the key-value cache."""
+    config, params, _ = load_params_for_inference(directory)
+    model = build_model(config)
+
+    @jax.jit
+    def step(token, position, cache):
+        hidden, cache = model.apply(
+            {"params": params}, token[None, None], position[None, None], cache,
+            method="decode_cached")
+        logits = model.apply({"params": params}, hidden[0, 0], method="logits")
+        return jnp.argmax(logits), cache
+
+    token, cache, ids = jnp.int32(1), init_cache(config, 1, tokens), []
+    for position in range(tokens):
+        token, cache = step(token, jnp.int32(position), cache)
+        ids.append(int(token))
+    return ids
+
+
+@pytest.mark.corpora
+def test_the_tiny_story_teller_tells_its_golden_story(corpora, tmp_path):
+    folder = corpora / "stories260k"
+    main([str(folder / "stories260K.bin"), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
+    golden = next(line.removeprefix("greedy: ") for line in
+                  (folder / "GOLDEN.txt").read_text().splitlines() if line.startswith("greedy: "))
+    pieces = [ast.literal_eval(line.split("\t")[2])
+              for line in (folder / "tok512.tsv").read_text().splitlines()]
+    text = "".join(pieces[token] for token in greedy(tmp_path / "ours", 80))
+    assert text.strip().startswith(golden.strip()[:150])
+
+
+def test_halves_and_neighbours_rotate_alike(tmp_path):
+    """A random model against a plain forward pass in llama2.c's own layout."""
+    random = np.random.default_rng(0)
+    M, F, L, H, K, V, longest = 16, 24, 2, 4, 2, 11, 20
+    D = M // H
+    shapes = [(V, M), (L, M), (L, M, M), (L, K * D, M), (L, K * D, M), (L, M, M), (L, M),
+              (L, F, M), (L, M, F), (L, F, M), (M,), (longest, D // 2), (longest, D // 2), (V, M)]
+    weights = [random.normal(0, 0.5, shape).astype(np.float32) for shape in shapes]
+    path = tmp_path / "model.bin"
+    header = np.array([M, F, L, H, K, -V, longest], "<i4").tobytes()
+    path.write_bytes(header + b"".join(w.tobytes() for w in weights))
+    main([str(path), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
+    config, params, _ = load_params_for_inference(tmp_path / "ours")
+    tokens = random.integers(0, V, 7)
+    batch = {"decoder_input_tokens": tokens[None], "decoder_segment_ids": np.ones((1, 7), int),
+             "decoder_positions": np.arange(7)[None]}
+    got = build_model(config).apply({"params": params}, batch)[0]
+
+    embedding, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, last, _, _, head = weights
+    rms = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w
+    turns = np.arange(7)[:, None] * 10_000.0 ** (-np.arange(0, D, 2) / D)
+
+    def rotate(x):  # [T, heads, D], neighbours as complex numbers
+        z = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * turns)[:, None]
+        return np.stack([z.real, z.imag], -1).reshape(x.shape)
+
+    x = embedding[tokens].astype(np.float64)
+    for layer in range(L):
+        y = rms(x, norm1[layer])
+        q = rotate((y @ wq[layer].T).reshape(7, H, D))
+        k = rotate((y @ wk[layer].T).reshape(7, K, D)).repeat(H // K, 1)
+        v = (y @ wv[layer].T).reshape(7, K, D).repeat(H // K, 1)
+        scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(D)
+        scores = np.where(np.tri(7, dtype=bool), scores, -np.inf)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        x = x + np.einsum("hts,shd->thd", scores, v).reshape(7, M) @ wo[layer].T
+        y = rms(x, norm2[layer])
+        gate = y @ w1[layer].T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w3[layer].T)) @ w2[layer].T
+    np.testing.assert_allclose(got, rms(x, last) @ head.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_is_no_such_model_is_refused(tmp_path):
+    path = tmp_path / "model.bin"
+    for data, message in ((b"\1" * 20, "header"), (b"\0" * 64, "header"),
+                          (np.array([8, 8, 1, 2, 1, 9, 4], "<i4").tobytes() + b"\0" * 40, "asks")):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            main([str(path), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
