@@ -121,8 +121,8 @@ class RunConfig:
 
 # Fields that may change when a run is continued: they say where and how it runs and what it
 # reports, not which function of the data it computes. Records are compared by content instead.
-OPERATIONAL = ("data.records", "data.eval_records", "log_every", "mesh.", "eval.", "checkpoint.",
-               "profile.")
+OPERATIONAL = ("data.records", "data.eval_records", "log_every", "loss.vocab_tile", "mesh.",
+               "eval.", "checkpoint.", "profile.")
 
 
 def parse_config(config: RunConfig | Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -123,21 +124,37 @@ def train(
         NonFiniteError: a loss, gradient or parameter is NaN or infinite.
     """
     started = time.monotonic()
+    if stop_at is not None and stop_at < 1:
+        raise ConfigError(f"stop_at is {stop_at}; wanted a step of 1 or more")
     job = prepare_job(config, workdir)
     run, program = job.run, job.program
     write_workdir(workdir, job.description, job.records, program)
     checkpoints = Checkpoints(workdir, run.checkpoint)
     start = checkpoints.latest() or 0
-    stop = min(run.steps, run.steps if stop_at is None else stop_at)
-    console = Console(run.steps, start)
-    writer = make_writer(workdir, start, console)
-    _introduce(job, console, start, workdir)
+    stop = min(run.steps, stop_at or run.steps)
+    with contextlib.ExitStack() as closing:
+        closing.callback(checkpoints.close)
+        console = Console(run.steps, start)
+        writer = make_writer(workdir, start, console)
+        closing.callback(writer.close)
+        _introduce(job, console, start, workdir)
+        reports = _Reports(job, checkpoints, writer, stop, on_report)
+        _run_steps(job, workdir, start, stop, checkpoints, reports, console)
+    return Summary(str(workdir), max(start, stop), reports.last("train/"), reports.last("eval/"),
+                   time.monotonic() - started)
+
+
+def _run_steps(
+    job: Job, workdir: epath.PathLike, start: int, stop: int, checkpoints: Checkpoints,
+    reports: _Reports, console: Console,
+) -> None:
+    """The loop itself: steps ``start + 1`` ... ``stop``, and what is due after each."""
+    run, program = job.run, job.program
     evaluator = (
         Evaluator(program, run, job.model, job.eval_records) if job.eval_records else None)
-    state = checkpoints.restore(program.abstract_state, start) if start else program.init()
     batches = open_batches(job.records, job.model, program.batch_sharding, run.batch_size,
                            seed=run.seed, shuffle=run.data.shuffle)
-    reports = _Reports(job, checkpoints, writer, on_report)
+    state = checkpoints.restore(program.abstract_state, start) if start else program.init()
 
     def save(step: int, t: float) -> None:
         reports.settle()  # a state is saved only when its metrics are known to be finite
@@ -160,34 +177,27 @@ def train(
             logdir=epath.Path(workdir) / "profile", first_profile=run.profile.first_step,
             num_profile_steps=run.profile.steps, profile_duration_ms=None, every_secs=None))
 
-    try:
-        for step, batch in enumerate(
-            on_devices(batches, program.batch_sharding, start, stop), start + 1
-        ):
-            with jax.transfer_guard("disallow"):
-                state, metrics = program.train_step(state, batch)
-            # Reads the metrics of the step before, while the device works on this one.
-            reports.take(step, metrics)
-            for action in actions:
-                action(step)
-            console.advance(step)
-        reports.settle()
-        if evaluator and start == run.steps:  # nothing was left to do but to say how good it is
-            evaluate(start, 0.0)
-        checkpoints.wait()
-    finally:
-        checkpoints.close()
-        writer.flush()
-        writer.close()
-    return Summary(str(workdir), max(start, stop), reports.last("train/"), reports.last("eval/"),
-                   time.monotonic() - started)
+    for step, batch in enumerate(
+        on_devices(batches, program.batch_sharding, start, stop), start + 1
+    ):
+        with jax.transfer_guard("disallow"):
+            state, metrics = program.train_step(state, batch)
+        # Reads the metrics of the step before, while the device works on this one.
+        reports.take(step, metrics)
+        for action in actions:
+            action(step)
+        console.advance(step)
+    reports.settle()
+    if evaluator and start == run.steps:  # nothing was left to do but to say how good it is
+        evaluate(start, 0.0)
+    checkpoints.wait()
 
 
 class _Reports:
     """Metrics of steps on their way from the devices to the writers, one step behind."""
 
     def __init__(
-        self, job: Job, checkpoints: Checkpoints, writer: metric_writers.MetricWriter,
+        self, job: Job, checkpoints: Checkpoints, writer: metric_writers.MetricWriter, stop: int,
         on_report: OnReport | None,
     ):
         card = job.records.card
@@ -195,7 +205,7 @@ class _Reports:
             job.model, job.run.batch_size, card.inputs_length, card.targets_length,
             list(job.program.mesh.devices.flat)))
         self._job, self._checkpoints, self._writer = job, checkpoints, writer
-        self._on_report = on_report
+        self._stop, self._on_report = stop, on_report
         self._pending: tuple[int, StepMetrics] | None = None
         self._last: dict[str, float] = {}
 
@@ -212,7 +222,7 @@ class _Reports:
         metrics = jax.device_get(metrics)
         self._require_finite(step, metrics)
         self.window.add(metrics)
-        if step % self._job.run.log_every == 0 or step == self._job.run.steps:
+        if step % self._job.run.log_every == 0 or step == self._stop:
             # The rate that this step was taken with: schedules count from zero.
             self.write(step, self.window.report(float(self._job.program.schedule(step - 1)), step))
 
@@ -244,9 +254,7 @@ class _Reports:
 
 
 def _introduce(job: Job, console: Console, start: int, workdir: epath.PathLike) -> None:
-    """Says what is about to happen, on the first process."""
-    if jax.process_index():
-        return
+    """Says what is about to happen."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in job.program.mesh.shape.items())
     device = jax.devices()[0].device_kind
     console.say(

@@ -192,11 +192,12 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
 
 
 class Console(_ScalarWriter):
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """A progress bar on a terminal, plain lines elsewhere; nothing but on the first process."""
 
     def __init__(self, steps: int, start_step: int = 0, stream: TextIO | None = None):
         self._steps, self._stream, self._bar = steps, stream or sys.stderr, None
-        if self._stream.isatty():
+        self._quiet = jax.process_index() > 0
+        if self._stream.isatty() and not self._quiet:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
             from rich.progress import TimeElapsedColumn, TimeRemainingColumn
@@ -217,7 +218,7 @@ class Console(_ScalarWriter):
         """One line about the run."""
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif not self._quiet:
             print(text, file=self._stream, flush=True)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:

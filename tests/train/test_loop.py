@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -17,6 +18,7 @@ from encdec.model import build_model, preset
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
+from encdec.train.workdir import read_config
 from tests.train.conftest import random_pairs, small_run, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -122,7 +124,7 @@ def test_lines_after_the_last_checkpoint_are_written_once(tmp_path):
 
 
 def test_nan_stops_naming_step_and_last_good_checkpoint(
-    records, eval_records, tmp_path, monkeypatch
+    straight, records, eval_records, tmp_path, monkeypatch
 ):
     from encdec.data.batches import Batches
 
@@ -131,7 +133,7 @@ def test_nan_stops_naming_step_and_last_good_checkpoint(
     def poisoned(self, step):
         batch = read(self, step)
         if step == POISONED and self.repeat:
-            batch["decoder_loss_weights"] = batch["decoder_loss_weights"] * np.float32("inf")
+            batch["decoder_loss_weights"][batch["decoder_loss_weights"] > 0] = np.inf
         return batch
 
     POISONED = 2
@@ -146,7 +148,9 @@ def test_nan_stops_naming_step_and_last_good_checkpoint(
     # What was good is kept, nothing after it is saved, and the run goes on once mended.
     assert load_params_for_inference(tmp_path / "late")[2] == 5
     monkeypatch.setattr(Batches, "__getitem__", read)
-    assert train(config, tmp_path / "late", stop_at=10).step == 10
+    train(config, tmp_path / "late")
+    _, wanted, _ = load_params_for_inference(straight[1])
+    assert_same_params(load_params_for_inference(tmp_path / "late")[1], wanted)
 
 
 @pytest.mark.parametrize("model", ["test", "test-dec"])
@@ -218,6 +222,19 @@ def test_another_runs_work_directory_is_left_alone(straight, records, eval_recor
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
     with pytest.raises(CheckpointError, match="is a file"):
         train(small_run(records), records / "dataset.json")
+
+
+def test_fields_newer_than_a_work_directory_take_their_defaults(straight, tmp_path):
+    from encdec.train.workdir import check_workdir
+
+    description = read_config(straight[1])
+    older = json.loads(json.dumps(description))
+    del older["run"]["loss"]["label_smoothing"], older["model"]["qk_norm"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert check_workdir(tmp_path, description)
+    description["model"]["qk_norm"] = True
+    with pytest.raises(CheckpointError, match="model.qk_norm is False there and True here"):
+        check_workdir(tmp_path, description)
 
 
 def test_inference_names_what_is_missing(straight, tmp_path):
