@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
@@ -25,6 +24,7 @@ from encdec.train.sharding import (
     Unsharded,
     data_shards,
     like_params,
+    on_mesh,
     param_shardings,
 )
 from encdec.train.state import TrainState, create_state
@@ -111,28 +111,18 @@ def build_program(
         state, state_shardings)
     batch_sharding = NamedSharding(mesh, fitted.spec(("batch",)))
 
-    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, traced where logical axis names have a meaning."""
-        def traced(*arguments: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), (
-                nn.logical_axis_rules(fitted.pairs())
-            ):
-                return function(*arguments)
-        traced.__name__ = getattr(function, "__name__", "traced")
-        return traced
-
     return Program(
         model=model,
         mesh=mesh,
         schedule=make_schedule(run),
         init=jax.jit(create, out_shardings=state_shardings),
         train_step=jax.jit(
-            on_mesh(make_train_step(model, optimizer, run, targets_length)),
+            on_mesh(make_train_step(model, optimizer, run, targets_length), mesh, fitted),
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, everywhere),
             donate_argnums=0),
         eval_step=jax.jit(
-            on_mesh(make_eval_step(model, targets_length)),
+            on_mesh(make_eval_step(model, targets_length), mesh, fitted),
             in_shardings=(shardings, batch_sharding),
             out_shardings=everywhere),
         abstract_state=abstract_state,

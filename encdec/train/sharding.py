@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
@@ -163,6 +164,19 @@ def param_shardings(
     shardings = jax.tree.map(
         lambda names: NamedSharding(mesh, fitted.spec(names)), logical_axes, is_leaf=is_axes)
     return shardings, fitted, unsharded
+
+
+def on_mesh(
+    function: Callable[..., Any], mesh: Mesh, rules: ShardingRules
+) -> Callable[..., Any]:
+    """The function, traced where logical axis names have a meaning; for ``jax.jit``."""
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), (
+            nn.logical_axis_rules(rules.pairs())
+        ):
+            return function(*arguments)
+    traced.__name__ = getattr(function, "__name__", "traced")
+    return traced
 
 
 def like_params(abstract_tree: Any, abstract_params: Any, shardings: Any, mesh: Mesh) -> Any:
