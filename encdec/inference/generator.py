@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -315,7 +316,7 @@ def _keys(seed: jax.Array, numbers_R: jax.Array, samples_R: jax.Array) -> jax.Ar
 
 
 def read_prompt_format(
-    workdir: str, *, max_input_tokens: int | None = None
+    workdir: str | os.PathLike[str], *, max_input_tokens: int | None = None
 ) -> tuple[PromptFormat, int]:
     """The prompt format of a work directory, and the length its answers were trained at.
 
@@ -336,8 +337,8 @@ def read_prompt_format(
 
 
 def load_generator(
-    workdir: str, step: int | None = None, *, max_input_tokens: int | None = None,
-    batch_rows: int = 16, dtype: str | None = None,
+    workdir: str | os.PathLike[str], step: int | None = None, *,
+    max_input_tokens: int | None = None, batch_rows: int = 16, dtype: str | None = None,
 ) -> Generator:
     """The generator of a trained model's work directory, with nothing else given.
 

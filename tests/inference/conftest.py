@@ -21,7 +21,7 @@ def overfit(name: str, folder: pathlib.Path) -> pathlib.Path:
     if name == "decoder_only":
         overrides |= {"architecture": name, "encoder_layers": 0, "decoder_layers": 2}
     train(small_run(
-        records, steps=150, log_every=10, model_overrides=overrides,
+        records, steps=120, log_every=10, model_overrides=overrides,
         optimizer={"learning_rate": 5e-3}), folder / "run")
     assert read_metrics(folder / "run")[-1]["train/loss"] < 0.01
     return folder / "run"

@@ -29,6 +29,10 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def printed_texts(capsys):
+    return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+
 def inputs_file(folder, texts=None):
     path = folder / "in.jsonl"
     path.write_text("".join(json.dumps({"source": s}) + "\n" for s in texts or SOURCES))
@@ -49,7 +53,9 @@ def test_texts_on_the_command_line(generate, capsys):
 
 def test_a_terminal_sees_the_text_grow(generate, monkeypatch):
     class Terminal(io.StringIO):
-        pieces: list[str] = []
+        def __init__(self):
+            super().__init__()
+            self.pieces = []
 
         def isatty(self):
             return True
@@ -76,10 +82,10 @@ def test_files_in_and_out(generate, tmp_path, capsys, monkeypatch):
     plain = tmp_path / "in.txt"
     plain.write_text("\n".join(SOURCES[:2]))
     generate(f"--file={plain}")
-    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == TARGETS[:2]
+    assert printed_texts(capsys) == TARGETS[:2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(plain.read_bytes())))
     generate("--file=-")
-    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == TARGETS[:2]
+    assert printed_texts(capsys) == TARGETS[:2]
 
 
 def test_a_stopped_job_goes_on_where_it_was(generate, tmp_path, capsys, monkeypatch):
@@ -147,7 +153,7 @@ def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
         (["x" * 30], 3, "the input has 31 tokens, and the model takes 24; shorten it"),
         (["fine", "x" * 30], 3, "input 1 has 31 tokens"),
         (["--file=nowhere.txt"], 3, "input file nowhere.txt not found"),
-        (["x", "--step=7"], 4, "has not got checkpoint 7 (there are: 150)"),
+        (["x", "--step=7"], 4, "has not got checkpoint 7 (there are: 120)"),
         (["x", "--checkpoint=/nowhere"], 4, "/nowhere has no config.json"),
     ],
 )
