@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,13 @@ def epoch_order_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
+class Column(Protocol):
+    """Something known of every row, by row number."""
+
+    def fields(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Batch fields with one entry a row; -1 stands for an empty row."""
+
+
 class Batches:
     """`batches[step]`: this host's slice of the global batch of a step, as numpy fields.
 
@@ -34,6 +42,9 @@ class Batches:
     layout "decoder_only": the five decoder fields over S + T, from the very same rows.
     repeat=False: one epoch, `len(batches)` steps, the last batch filled up with empty rows
     (segment ids and loss weights 0), for evaluation.
+
+    columns: what else is known of each row, such as a teacher's distributions; each adds what its
+    `fields(row_numbers)` returns (-1 for an empty row).
 
     Raises ConfigError where the batch does not divide over the hosts or a value is out of range.
     """
@@ -49,6 +60,7 @@ class Batches:
         repeat: bool = True,
         host_index: int = 0,
         host_count: int = 1,
+        columns: Sequence[Column] = (),
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}")
@@ -61,6 +73,12 @@ class Batches:
             )
         if not 0 <= host_index < host_count:
             raise ConfigError(f"host index {host_index} lies outside 0..{host_count - 1}")
+        if layout == "encoder_decoder" and getattr(records, "card", None):
+            if records.card.inputs_length == 0:
+                raise ConfigError(
+                    f"the records hold {records.card.objective['name']} without sources; train a "
+                    "decoder-only model on them, or prepare with another objective"
+                )
         self.records = records
         self.global_batch = global_batch
         self.seed = seed
@@ -69,6 +87,7 @@ class Batches:
         self.repeat = repeat
         self.host_index = host_index
         self.host_count = host_count
+        self.columns = tuple(columns)
 
     def __len__(self) -> int:
         """Steps: of one epoch without repeat, unbounded with it."""
@@ -112,13 +131,16 @@ class Batches:
         convert = (
             encoder_decoder_features if self.layout == "encoder_decoder" else decoder_only_features
         )
-        return convert(
+        fields = convert(
             rows,
             inputs_length=card.inputs_length,
             targets_length=card.targets_length,
             dtype=card.token_dtype,
             start_id=card.decoder_start_id,
         )
+        for column in self.columns:
+            fields |= column.fields(numbers)
+        return fields
 
     def iterate(
         self, start_step: int = 0, stop_step: int | None = None, *, prefetch: int = PREFETCH

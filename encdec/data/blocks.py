@@ -41,7 +41,15 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("inputs_length", "targets_length"):
+        names = ("inputs_length", "targets_length")
+        if not self.objective.has_source:
+            names = names[1:]
+            if self.inputs_length != 0:
+                raise ConfigError(
+                    f"inputs_length is {self.inputs_length!r}, but "
+                    f"{type(self.objective).__name__} has no sources; give --inputs_length=0"
+                )
+        for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 2:
                 raise ConfigError(f"{name} is {value!r}; wanted an integer of 2 or more tokens")

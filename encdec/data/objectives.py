@@ -2,15 +2,16 @@
 
 A document is a tuple of texts: (source, target) for supervised pairs, (text,) for raw text. An
 objective is a frozen dataclass, so that the card can state it and worker processes can be sent
-it. What it cuts off or leaves out it counts.
+it. What it cuts off or leaves out it counts. Span corruption and its mixtures: ``denoising``.
 """
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,12 +39,21 @@ class Encoded:
         self.target_bytes += target_bytes
 
 
-class Objective(Protocol):
-    """What turns documents into token pairs no longer than the two lengths."""
+class Objective(abc.ABC):
+    """What turns documents into token pairs no longer than the two lengths.
 
-    document_fields: tuple[str, ...]
+    `has_source` is False where every source is empty: such records are for decoder-only models.
+    """
+
+    document_fields: ClassVar[tuple[str, ...]]
+    has_source: ClassVar[bool] = True
     inputs_eos: bool
 
+    def check(self, vocabulary: Vocabulary, inputs_length: int, targets_length: int) -> None:
+        """Refuse, with ConfigError, a vocabulary or lengths that this objective cannot use."""
+        return
+
+    @abc.abstractmethod
     def encode(
         self,
         documents: Sequence[Document],
@@ -56,13 +66,31 @@ class Objective(Protocol):
         """Token pairs of `documents`, the first of which is number `first_document`."""
 
 
+def encode_texts(
+    documents: Sequence[Document],
+    first_document: int,
+    vocabulary: Vocabulary,
+    encoded: Encoded,
+    add_eos: bool,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(document number, ids) of raw texts; empty ones are counted in `encoded` and left out."""
+    for start in range(0, len(documents), ENCODE_BATCH):
+        part = documents[start : start + ENCODE_BATCH]
+        batch = vocabulary.encode_batch([document[0] for document in part], add_eos)
+        for number, ids in enumerate(batch, first_document + start):
+            if len(ids) > add_eos:
+                yield number, ids
+            else:
+                encoded.dropped["empty_text"] += 1
+
+
 def describe_objective(objective: Objective) -> dict[str, Any]:
     """The objective as the card states it: its name and settings."""
     return {"name": type(objective).__name__, **dataclasses.asdict(objective)}
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceToSequence:
+class SequenceToSequence(Objective):
     """Supervised pairs: EOS after the target and, by default as in T5, after the source.
 
     Too long texts lose their end, never their EOS.
@@ -111,7 +139,7 @@ class SequenceToSequence:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixLM:
+class PrefixLM(Objective):
     """Raw text cut into windows of S + T tokens, each a source of S and a target of T tokens.
 
     A share `split` of the windows is cut once more, at a random place and in the same proportion,
@@ -139,20 +167,16 @@ class PrefixLM:
     ) -> Encoded:
         encoded = Encoded()
         byte_lengths = vocabulary.byte_lengths
-        for start in range(0, len(documents), ENCODE_BATCH):
-            part = documents[start : start + ENCODE_BATCH]
-            batch = vocabulary.encode_batch([document[0] for document in part], add_eos=True)
-            for offset, ids in enumerate(batch, first_document + start):
-                if len(ids) == 1:
-                    encoded.dropped["empty_text"] += 1
+        texts = encode_texts(documents, first_document, vocabulary, encoded, add_eos=True)
+        for number, ids in texts:
+            for begin, middle, end in self._pieces(
+                len(ids), inputs_length, targets_length, seed, number
+            ):
+                if middle == begin:
+                    encoded.dropped["tail_of_one_token"] += 1
                     continue
-                pieces = self._pieces(len(ids), inputs_length, targets_length, seed, offset)
-                for begin, middle, end in pieces:
-                    if middle == begin:
-                        encoded.dropped["tail_of_one_token"] += 1
-                        continue
-                    target = ids[middle:end]
-                    encoded.add(ids[begin:middle], target, int(byte_lengths[target].sum()))
+                target = ids[middle:end]
+                encoded.add(ids[begin:middle], target, int(byte_lengths[target].sum()))
         return encoded
 
     def _pieces(
@@ -178,3 +202,34 @@ class PrefixLM:
                 pieces.append((begin, begin + source, begin + source + target))
                 begin += source + target
         return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM(Objective):
+    """Raw text cut into targets of T tokens, no source: next-token prediction on every token.
+
+    For decoder-only models alone, from the same documents as the other objectives. EOS ends a
+    document. With T = another objective's S + T, rows are as long as that one's.
+    """
+
+    inputs_eos = False
+    has_source = False
+    document_fields = ("text",)
+
+    def encode(
+        self,
+        documents: Sequence[Document],
+        first_document: int,
+        vocabulary: Vocabulary,
+        inputs_length: int,
+        targets_length: int,
+        seed: int,
+    ) -> Encoded:
+        encoded = Encoded()
+        byte_lengths = vocabulary.byte_lengths
+        nothing = np.zeros(0, np.int32)
+        for _, ids in encode_texts(documents, first_document, vocabulary, encoded, add_eos=True):
+            for begin in range(0, len(ids), targets_length):
+                target = ids[begin : begin + targets_length]
+                encoded.add(nothing, target, int(byte_lengths[target].sum()))
+        return encoded

@@ -89,7 +89,7 @@ SCORES: tuple[Score, ...] = (_alignment, _fullness, _balance)
 
 
 def _best_fit(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np.ndarray]:
-    source_shares, target_shares = sources / S, targets / T
+    source_shares, target_shares = sources / max(S, 1), targets / T
     examples = np.stack([
         sources,
         targets,
@@ -119,7 +119,7 @@ def _fill(examples: np.ndarray, S: int, T: int, score: Score) -> list[np.ndarray
         taken += unsearched
         while count:
             candidates = pool[:, :count]
-            scores = score(candidates, free_source / S, free_target / T)
+            scores = score(candidates, free_source / max(S, 1), free_target / T)
             if free_source < longest_source or free_target < longest_target:
                 too_long = candidates[SOURCE] > free_source
                 too_long |= candidates[TARGET] > free_target

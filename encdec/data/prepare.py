@@ -82,6 +82,7 @@ def prepare(
     source = choose_task(task, jsonl, text)
     loaded = load_vocabulary(vocabulary, extra_ids=extra_ids)
     recipe = Recipe(objective or source.objective, inputs_length, targets_length, packing, seed)
+    _check_objective(recipe, source, loaded)
     _check(loaded, decoder_start_id, max_examples, max_bad_rows, block_bytes, workers)
     bad_rows = BadRows(max_bad_rows)
     job = {
@@ -143,6 +144,16 @@ def choose_task(
     if text:
         return text_files_task(text)
     return task if isinstance(task, TextTask) else text_task(str(task))
+
+
+def _check_objective(recipe: Recipe, task: TextTask, vocabulary: Vocabulary) -> None:
+    wanted, given = recipe.objective.document_fields, task.objective.document_fields
+    if wanted != given:
+        raise ConfigError(
+            f"{type(recipe.objective).__name__} reads documents of {' and '.join(wanted)}, but "
+            f"{task.name} has {' and '.join(given)}; choose another --objective or text"
+        )
+    recipe.objective.check(vocabulary, recipe.inputs_length, recipe.targets_length)
 
 
 def _check(

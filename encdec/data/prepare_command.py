@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import pathlib
 import sys
 import time
@@ -11,10 +12,11 @@ from typing import Any
 
 import gin
 from encdec.data.blocks import Counts
-from encdec.data.objectives import Objective, PrefixLM, SequenceToSequence
+from encdec.data.denoising import SETTINGS, Denoiser, MixtureOfDenoisers, SpanCorruption
+from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
 from encdec.data.prepare import choose_task, prepare
 from encdec.data.records import DatasetCard
-from encdec.data.text_tasks import TEXT_TASKS
+from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.errors import ConfigError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -75,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--text", nargs="+", metavar="FILE", help="text files, or JSONL with text, for pretraining"
     )
+    flags.add_argument(
+        "--objective", help=f"what to learn from the text: {', '.join(OBJECTIVES)}"
+    )
     flags.add_argument("--vocabulary", help="a SentencePiece .model, or 'bytes'")
     flags.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end (0)")
     flags.add_argument("--out", metavar="DIR", help="the records directory to write")
@@ -116,7 +121,7 @@ def run(argv: list[str]) -> int:
             raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
     chosen = [settings.pop(name, None) for name in ("task", "jsonl", "text")]
     task = choose_task(chosen[0], chosen[1] or (), chosen[2] or ())
-    settings.setdefault("objective", OBJECTIVES[type(task.objective)]())
+    settings["objective"] = choose_objective(settings.get("objective"), task)
     notes = {"operative_config.gin": gin.operative_config_str()} if files or bindings else {}
     progress = ProgressLine()
     started = time.perf_counter()
@@ -141,10 +146,61 @@ def prefix_lm(split: float = 0.5) -> PrefixLM:
     return PrefixLM(split=split)
 
 
-OBJECTIVES: dict[type, Callable[[], Objective]] = {
-    SequenceToSequence: sequence_to_sequence,
-    PrefixLM: prefix_lm,
+@gin.configurable(module="objectives")
+def span_corruption(density: float = 0.15, mean_span: float = 3.0) -> SpanCorruption:
+    """T5's span corruption, as gin binds it."""
+    return SpanCorruption(density=density, mean_span=mean_span)
+
+
+@gin.configurable(module="objectives")
+def ul2(
+    denoisers: str | Sequence[Sequence[Any]] = "ul2", mode_tokens: bool = True
+) -> MixtureOfDenoisers:
+    """A mixture of denoisers, as gin binds it: "ul2", "t5gemma2", or a list of denoisers.
+
+    A denoiser is (mode, mean_span, density, rate); mean_span None is a prefix LM.
+    """
+    if isinstance(denoisers, str):
+        if denoisers not in SETTINGS:
+            raise ConfigError(
+                f"ul2.denoisers is {denoisers!r}; wanted one of {', '.join(SETTINGS)} or a list"
+            )
+        return MixtureOfDenoisers(SETTINGS[denoisers], mode_tokens)
+    try:
+        own = tuple(Denoiser(*denoiser) for denoiser in denoisers)
+    except TypeError as error:
+        raise ConfigError(
+            f"ul2.denoisers is {denoisers!r}; wanted a list of (mode, mean_span, density, rate)"
+        ) from error
+    return MixtureOfDenoisers(own, mode_tokens)
+
+
+@gin.configurable(module="objectives")
+def causal_lm() -> CausalLM:
+    """Causal LM over raw text, for decoder-only models."""
+    return CausalLM()
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "sequence_to_sequence": sequence_to_sequence,
+    "prefix_lm": prefix_lm,
+    "span_corruption": span_corruption,
+    "ul2": ul2,
+    "causal_lm": causal_lm,
 }
+OWN_OBJECTIVES = {SequenceToSequence: "sequence_to_sequence", PrefixLM: "prefix_lm"}
+
+
+def choose_objective(given: str | Objective | None, task: TextTask) -> Objective:
+    """The objective named, else the task's own, with what gin binds of it."""
+    if isinstance(given, Objective):
+        return given
+    name = given or OWN_OBJECTIVES[type(task.objective)]
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"no objective {name!r}; there are {', '.join(OBJECTIVES)}{hint}")
+    return OBJECTIVES[name]()
 
 
 @gin.configurable("prepare")
@@ -155,7 +211,7 @@ def bound_settings(
     vocabulary: str | None = None,
     extra_ids: int | None = None,
     out: str | None = None,
-    objective: Objective | None = None,
+    objective: str | Objective | None = None,
     split: str | None = None,
     inputs_length: int | None = None,
     targets_length: int | None = None,
