@@ -308,7 +308,9 @@ def test_peers_cost_the_same_within_half_a_percent(name):
         assert peer.mlp_dim % multiple == 0
         kept = ("d_model", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "mlp_gated")
         assert all(getattr(peer, field) == getattr(config, field) for field in kept)
-        assert 0.8 < peer.mlp_dim / config.mlp_dim < 1.25
+        # Few layers to choose from leave more of the match to the width.
+        widest = 1.25 if config.d_model >= 512 else 1.4
+        assert 1 / widest < peer.mlp_dim / config.mlp_dim < widest
 
 
 def test_every_named_peer_is_within_tolerance():
