@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # The preparing side of the data room; everything else must run without TensorFlow.
-TENSORFLOW_SIDE = {"encdec/data/tasks.py", "encdec/data/prepare_command.py"}
+TENSORFLOW_SIDE = {
+    "encdec/data/tasks.py", "encdec/data/prepare_command.py", "encdec/data/tfds_source.py"}
 TENSORFLOW_PACKAGES = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
 
 

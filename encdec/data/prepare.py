@@ -52,6 +52,7 @@ def prepare(
     task: str | TextTask | None = None,
     jsonl: Sequence[str] = (),
     text: Sequence[str] = (),
+    data_dir: str | None = None,
     split: str = "train",
     inputs_length: int = 1024,
     targets_length: int = 256,
@@ -70,16 +71,16 @@ def prepare(
 ) -> DatasetCard:
     """Write a records directory from one of `task`, `jsonl` files or `text` files.
 
-    Lengths are tokens a row; `max_examples` bounds the documents read, `block_bytes` the text of
-    a shard, `workers` the processes (default: the cores at hand). The result does not depend on
-    `workers`. `objective` replaces the task's own; `notes` are files (name to text) to lie beside
-    the records.
+    `data_dir` is where a named task's files lie. Lengths are tokens a row; `max_examples` bounds
+    the documents read, `block_bytes` the text of a shard, `workers` the processes (default: the
+    cores at hand). The result does not depend on `workers`. `objective` replaces the
+    task's own; `notes` are files (name to text) to lie beside the records.
 
     Raises DataError for bad input, after removing what this call wrote; a call that is killed
     can be repeated and goes on.
     """
     out = pathlib.Path(out)
-    source = choose_task(task, jsonl, text)
+    source = choose_task(task, jsonl, text, data_dir)
     loaded = load_vocabulary(vocabulary, extra_ids=extra_ids)
     recipe = Recipe(objective or source.objective, inputs_length, targets_length, packing, seed)
     _check_objective(recipe, source, loaded)
@@ -132,18 +133,23 @@ def available_cores() -> int:
 
 
 def choose_task(
-    task: str | TextTask | None, jsonl: Sequence[str], text: Sequence[str]
+    task: str | TextTask | None,
+    jsonl: Sequence[str],
+    text: Sequence[str],
+    data_dir: str | None = None,
 ) -> TextTask:
     given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
     if len(given) != 1:
         raise ConfigError(
             f"give exactly one of --task, --jsonl and --text, got {', '.join(given) or 'none'}"
         )
+    if data_dir is not None and not task:
+        raise ConfigError(f"--data_dir={data_dir} goes with --task; files are named in full")
     if jsonl:
         return jsonl_task(jsonl)
     if text:
         return text_files_task(text)
-    return task if isinstance(task, TextTask) else text_task(str(task))
+    return task if isinstance(task, TextTask) else text_task(str(task), data_dir)
 
 
 def _check_objective(recipe: Recipe, task: TextTask, vocabulary: Vocabulary) -> None:

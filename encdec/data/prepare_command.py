@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tasks = ", ".join(TEXT_TASKS)
     flags.add_argument("--task", help=f"a task by name: {tasks}")
+    flags.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
     flags.add_argument(
         "--jsonl", nargs="+", metavar="FILE", help="JSONL with source and target, also .gz"
     )
@@ -120,7 +121,8 @@ def run(argv: list[str]) -> int:
         if name not in settings:
             raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
     chosen = [settings.pop(name, None) for name in ("task", "jsonl", "text")]
-    task = choose_task(chosen[0], chosen[1] or (), chosen[2] or ())
+    data_dir = settings.pop("data_dir", None)
+    task = choose_task(chosen[0], chosen[1] or (), chosen[2] or (), data_dir)
     settings["objective"] = choose_objective(settings.get("objective"), task)
     notes = {"operative_config.gin": gin.operative_config_str()} if files or bindings else {}
     progress = ProgressLine()
@@ -208,6 +210,7 @@ def bound_settings(
     task: str | None = None,
     jsonl: Sequence[str] | None = None,
     text: Sequence[str] | None = None,
+    data_dir: str | None = None,
     vocabulary: str | None = None,
     extra_ids: int | None = None,
     out: str | None = None,

@@ -106,6 +106,11 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
         return Fault(f"no valid JSON: {error}", "write one JSON object a line")
     if not isinstance(row, dict):
         return Fault(f"a JSON {type(row).__name__}, wanted an object", "write {...} on the line")
+    return check_fields(row, fields, line) or row
+
+
+def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fault | None:
+    """What is wrong with a row that wants `fields` as texts; `line` is what it was read from."""
     for field in fields:
         if field not in row:
             keys = ", ".join(sorted(map(repr, row))[:8]) or "none"
@@ -121,7 +126,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
         for target in targets:
             if fault := _check_text("targets", target, line):
                 return fault
-    return row
+    return None
 
 
 def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> Fault:

@@ -7,11 +7,12 @@ writes, through seqio's own pipeline: for mixtures, feature converters and evalu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from encdec.data.metrics import Metric
 from encdec.data.objectives import Objective
 from encdec.data.quiet import quiet_stderr
 from encdec.data.readers import BadRows
@@ -109,6 +110,20 @@ def objective_preprocessor(
     return preprocess
 
 
+def _strip(text: str, **_: Any) -> str:
+    return text.strip()
+
+
+def seqio_metric(metric: Metric) -> Callable[..., dict[str, float]]:
+    """A metric as seqio calls it: (targets, predictions), by those names."""
+
+    def measured(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        return metric(targets, predictions)
+
+    measured.__name__ = metric.__name__
+    return measured
+
+
 def register(
     task: TextTask,
     vocabulary: Vocabulary | None = None,
@@ -130,6 +145,8 @@ def register(
         source=TextDataSource(task, task.splits or splits),
         preprocessors=[objective_preprocessor(task.objective, vocabulary, seed)],
         output_features={"inputs": feature, "targets": feature},
+        postprocess_fn=_strip,
+        metric_fns=[seqio_metric(metric) for metric in task.metrics],
     )
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from encdec.data import readers
 from encdec.data.corpora import stdlib
+from encdec.data.metrics import Metric, rouge_l
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
-from encdec.errors import DataError
+from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
+from encdec.errors import ConfigError, DataError
 
 # (split, bad rows) to documents.
 ReadDocuments = Callable[[str, readers.BadRows], Iterator[Document]]
@@ -32,6 +35,7 @@ class TextTask:
     objective: Objective
     origin: Callable[[], dict[str, Any]]
     splits: tuple[str, ...] = ()
+    metrics: tuple[Metric, ...] = ()
 
     def documents(self, split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         """Documents of a split in order; DataError where the split or a row is bad."""
@@ -72,25 +76,50 @@ def _stdlib_text(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         yield (text,)
 
 
-TEXT_TASKS: dict[str, TextTask] = {
-    task.name: task
-    for task in (
-        TextTask(
-            "stdlib_code_summarization",
-            _stdlib_pairs,
-            SequenceToSequence(),
-            stdlib.origin,
-            stdlib.SPLITS,
-        ),
-        TextTask("stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS),
+def bind_paper_task(task: PaperTask, data_dir: str | None = None) -> TextTask:
+    """A task of the paper over the files below `data_dir`, else over tensorflow-datasets."""
+    return TextTask(
+        task.name,
+        lambda split, bad_rows: task.read(data_dir, split, bad_rows),
+        task.objective,
+        lambda: task.origin(data_dir),
+        tuple(task.splits),
+        task.metrics,
     )
+
+
+EMBEDDED_TASKS: dict[str, TextTask] = {
+    "stdlib_code_summarization": TextTask(
+        "stdlib_code_summarization",
+        _stdlib_pairs,
+        SequenceToSequence(),
+        stdlib.origin,
+        stdlib.SPLITS,
+        (rouge_l,),
+    ),
+    "stdlib_text": TextTask(
+        "stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS
+    ),
+}
+TEXT_TASKS: dict[str, TextTask] = {
+    **EMBEDDED_TASKS,
+    **{name: bind_paper_task(task) for name, task in PAPER_TASKS.items()},
 }
 
 
-def text_task(name: str) -> TextTask:
-    """A task by name; DataError naming the nearest where there is none."""
+def text_task(name: str, data_dir: str | None = None) -> TextTask:
+    """A task by name, over its files below `data_dir` if given.
+
+    DataError naming the nearest where there is none of that name.
+    """
     if name not in TEXT_TASKS:
         near = difflib.get_close_matches(name, TEXT_TASKS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise DataError(f"no task {name!r}; there are {', '.join(TEXT_TASKS)}{hint}")
-    return TEXT_TASKS[name]
+    if data_dir is None:
+        return TEXT_TASKS[name]
+    if name not in PAPER_TASKS:
+        raise ConfigError(f"task {name} brings its own text; leave --data_dir={data_dir} out")
+    if not pathlib.Path(data_dir).is_dir():
+        raise DataError(f"--data_dir={data_dir} is no directory; give the one that holds {name}")
+    return bind_paper_task(PAPER_TASKS[name], data_dir)

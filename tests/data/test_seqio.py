@@ -10,7 +10,7 @@ import pytest
 from encdec.data.batches import Batches
 from encdec.data.blocks import Block, Recipe, encode_block
 from encdec.data.readers import BadRows
-from encdec.data.text_tasks import TEXT_TASKS, TextTask
+from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask
 from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
 from tests.data.conftest import random_pairs, write_jsonl
 
@@ -140,10 +140,10 @@ def _both_ways(task, vocabulary, lengths, split="train", limit=40):
     return theirs, ours
 
 
-@pytest.mark.parametrize("name", sorted(TEXT_TASKS))
+@pytest.mark.parametrize("name", sorted(EMBEDDED_TASKS))
 def test_seqio_task_gives_prepares_examples(name):
     lengths = {"inputs": 96, "targets": 32}
-    theirs, ours = _both_ways(TEXT_TASKS[name], ByteVocabulary(), lengths, "validation", 12)
+    theirs, ours = _both_ways(EMBEDDED_TASKS[name], ByteVocabulary(), lengths, "validation", 12)
     assert len(theirs) == len(ours.sources) >= 12
     for example, source, target in zip(theirs, ours.sources, ours.targets):
         np.testing.assert_array_equal(example["inputs"], source)
@@ -151,7 +151,7 @@ def test_seqio_task_gives_prepares_examples(name):
 
 
 def test_embedded_tasks_are_registered_with_their_splits():
-    for name, task in TEXT_TASKS.items():
+    for name, task in EMBEDDED_TASKS.items():
         registered = seqio.get_mixture_or_task(name)
         assert set(registered.splits) == set(task.splits) == {"train", "validation", "test"}
 

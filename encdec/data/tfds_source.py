@@ -1,0 +1,58 @@
+"""Rows of what tensorflow-datasets has prepared on this machine; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from encdec.data.quiet import quiet_stderr
+from encdec.errors import DataError
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def tfds_rows(name: str, split: str, task: str) -> Iterator[dict[str, Any]]:
+    """Rows of a split in their stored order, bytes as text.
+
+    DataError where the data set or the split is not there, with the commands that mend it.
+    """
+    with quiet_stderr():
+        import tensorflow_datasets as tfds
+
+    mend = (
+        f"build it with `tfds build {name}` (TFDS_DATA_DIR says where), or give its files with "
+        f"--data_dir=DIR (DIR/{task}/{split}.jsonl)"
+    )
+    try:
+        builder = tfds.builder(name)
+    except Exception as error:
+        raise DataError(f"tensorflow-datasets knows no {name}: {error}; {mend}") from error
+    if not builder.is_prepared():
+        raise DataError(f"{name} is not on this machine (looked in {builder.data_dir}); {mend}")
+    if split not in builder.info.splits:
+        found = ", ".join(builder.info.splits)
+        raise DataError(f"split is {split!r}; {name} has {found}")
+    for row in builder.as_dataset(split=split, shuffle_files=False).as_numpy_iterator():
+        yield _as_text(row)
+
+
+def tfds_is_present(name: str) -> bool:
+    """Whether a data set is prepared on this machine."""
+    with quiet_stderr():
+        import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name).is_prepared()
+    except Exception:
+        return False
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_text(part) for key, part in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if hasattr(value, "dtype") and value.dtype == object:
+        return [_as_text(part) for part in value.tolist()]
+    return value
