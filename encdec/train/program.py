@@ -114,7 +114,7 @@ def build_program(
     return Program(
         model=model,
         mesh=mesh,
-        schedule=make_schedule(run),
+        schedule=jax.jit(make_schedule(run)),  # op by op, a report would cost milliseconds
         init=jax.jit(create, out_shardings=state_shardings),
         train_step=jax.jit(
             on_mesh(make_train_step(model, optimizer, run, targets_length), mesh, fitted),
