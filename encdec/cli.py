@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "prepare": ("encdec.data.prepare:main", "turn text into records for training"),
     "vocab": ("encdec.data.vocab_command:main", "train a vocabulary"),
+    "data": ("encdec.data.data_command:main", "list tasks, show examples, verify records"),
     "describe": ("encdec.describe:main", "parameters, FLOPs and bytes of a model and its peers"),
     "train": ("encdec.train.command:main", "train a model on records, or resume a run"),
     "compile": (

@@ -22,7 +22,7 @@ PREFETCH = 4
 READ_THREADS = 2
 
 
-def epoch_order_seed(seed: int, epoch: int) -> int:
+def epoch_order_seed(seed: int | str, epoch: int | str) -> int:
     """32-bit seed of one epoch's order; hashed, so that no two runs share shifted epochs."""
     digest = hashlib.sha256(f"encdec epoch {seed} {epoch}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
@@ -35,13 +35,25 @@ class Column(Protocol):
         """Batch fields with one entry a row; -1 stands for an empty row."""
 
 
+def shuffled_row(position: int, rows: int, seed: int | str) -> int:
+    """The row at a position of the endless stream of shuffled epochs."""
+    from grain.experimental import index_shuffle
+
+    epoch, place = divmod(position, rows)
+    if rows == 1:
+        return 0
+    return index_shuffle(
+        place, max_index=rows - 1, seed=epoch_order_seed(seed, epoch), rounds=4
+    )
+
+
 class Batches:
     """`batches[step]`: this host's slice of the global batch of a step, as numpy fields.
 
     layout "encoder_decoder": the eight fields, [global_batch // host_count, S or T].
     layout "decoder_only": the five decoder fields over S + T, from the very same rows.
-    repeat=False: one epoch, `len(batches)` steps, the last batch filled up with empty rows
-    (segment ids and loss weights 0), for evaluation.
+    repeat=False: one epoch of all rows, `len(batches)` steps, the last batch filled up with
+    empty rows (segment ids and loss weights 0), for evaluation.
 
     columns: what else is known of each row, such as a teacher's distributions; each adds what its
     `fields(row_numbers)` returns (-1 for an empty row).
@@ -107,16 +119,12 @@ class Batches:
         return np.array([self._row_at(first + i) for i in range(size)], np.int64)
 
     def _row_at(self, position: int) -> int:
-        from grain.experimental import index_shuffle
-
         rows = len(self.records)
-        epoch, place = divmod(position, rows)
-        if epoch and not self.repeat:
+        if not self.repeat and position >= rows:
             return -1
-        if not self.shuffle or rows == 1:
-            return place
-        seed = epoch_order_seed(self.seed, epoch)
-        return index_shuffle(place, max_index=rows - 1, seed=seed, rounds=4)
+        if self.repeat and hasattr(self.records, "row_at"):
+            return self.records.row_at(position, self.seed, self.shuffle)
+        return shuffled_row(position, rows, self.seed) if self.shuffle else position % rows
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.read_rows(self.row_numbers(step))

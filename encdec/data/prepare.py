@@ -30,10 +30,11 @@ from encdec.data.blocks import (
     shard_name,
     write_block,
 )
+from encdec.data.mixing import task_or_mixture
 from encdec.data.objectives import Document, Objective, describe_objective
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, Shard, file_sha256, read_card
-from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task, text_task
+from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import ConfigError, DataError, EncdecError
 
@@ -149,7 +150,7 @@ def choose_task(
         return jsonl_task(jsonl)
     if text:
         return text_files_task(text)
-    return task if isinstance(task, TextTask) else text_task(str(task), data_dir)
+    return task if isinstance(task, TextTask) else task_or_mixture(str(task), data_dir)
 
 
 def _check_objective(recipe: Recipe, task: TextTask, vocabulary: Vocabulary) -> None:

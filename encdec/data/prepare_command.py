@@ -13,6 +13,7 @@ from typing import Any
 import gin
 from encdec.data.blocks import Counts
 from encdec.data.denoising import SETTINGS, Denoiser, MixtureOfDenoisers, SpanCorruption
+from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
 from encdec.data.prepare import choose_task, prepare
 from encdec.data.records import DatasetCard
@@ -69,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
         "'sequence_to_sequence.inputs_eos = False'.",
         argument_default=argparse.SUPPRESS,
     )
-    tasks = ", ".join(TEXT_TASKS)
-    flags.add_argument("--task", help=f"a task by name: {tasks}")
+    tasks = ", ".join([*TEXT_TASKS, *MIXTURES])
+    flags.add_argument("--task", help=f"a task or mixture by name: {tasks}")
     flags.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
     flags.add_argument(
         "--jsonl", nargs="+", metavar="FILE", help="JSONL with source and target, also .gz"
@@ -122,7 +123,10 @@ def run(argv: list[str]) -> int:
             raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
     chosen = [settings.pop(name, None) for name in ("task", "jsonl", "text")]
     data_dir = settings.pop("data_dir", None)
-    task = choose_task(chosen[0], chosen[1] or (), chosen[2] or (), data_dir)
+    if chosen[0] in MIXTURES and not chosen[1] and not chosen[2]:
+        task = task_or_mixture(chosen[0], data_dir, **mixture())
+    else:
+        task = choose_task(chosen[0], chosen[1] or (), chosen[2] or (), data_dir)
     settings["objective"] = choose_objective(settings.get("objective"), task)
     notes = {"operative_config.gin": gin.operative_config_str()} if files or bindings else {}
     progress = ProgressLine()
@@ -134,6 +138,14 @@ def run(argv: list[str]) -> int:
     print(report(card, time.perf_counter() - started))
     print(f"records: {settings['out']}")
     return 0
+
+
+@gin.configurable
+def mixture(
+    rates: Sequence[float] | None = None, temperature: float = 1.0, maximum: int | None = None
+) -> dict[str, Any]:
+    """How a mixture's tasks are mixed, as gin binds it: `mixing.mixing_rates`."""
+    return {"rates": rates, "temperature": temperature, "maximum": maximum}
 
 
 @gin.configurable(module="objectives")

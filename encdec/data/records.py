@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -315,11 +316,20 @@ class Records(ShardedRows):
 
 
 def open_records(directory: str | pathlib.Path) -> Records:
-    """Open a records directory written by ``encdec prepare``.
+    """Open a records directory written by ``encdec prepare``, or a mixture of several.
+
+    A mixture is "A=3,B=1" (rates), "A,B" (proportional to their rows) or "A,B;temperature=2"; it
+    is a `mixing.MixedRecords` and reads as one directory does.
 
     Raises DataError where the directory, its card or a shard is missing, or a shard's size is
     not what the card says.
     """
+    text = str(directory)
+    if not pathlib.Path(text).exists() and ("," in text or re.search(r"=[0-9.]+$", text)):
+        from encdec.data.mixing import mix_records, parse_mixture
+
+        names, rates, temperature = parse_mixture(text)
+        return mix_records(names, rates, temperature=temperature)
     records = Records(directory, read_card(directory))
     records.check_files()
     return records

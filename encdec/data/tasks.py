@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from encdec.data.metrics import Metric
+from encdec.data.mixing import MIXTURES
 from encdec.data.objectives import Objective
 from encdec.data.quiet import quiet_stderr
 from encdec.data.readers import BadRows
@@ -42,6 +43,10 @@ class TextDataSource(seqio.DataSource):
 
     def list_shards(self, split: str) -> list[str]:
         return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        """Documents of a split, by reading them: seqio's proportional rates ask for it."""
+        return sum(1 for _ in self.task.documents(split, BadRows()))
 
     def get_dataset(
         self,
@@ -150,5 +155,22 @@ def register(
     )
 
 
+def proportional_rate(task: seqio.Task) -> float:
+    """A task's documents in its training split, as seqio's mixtures want a rate."""
+    return float(task.source.num_input_examples("train"))
+
+
+def register_mixture(
+    name: str, tasks: Sequence[str], rates: Sequence[float] | None = None
+) -> seqio.Mixture:
+    """Register a mixture of registered tasks: explicit rates, else proportional to documents."""
+    if name in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.remove(name)
+    parts = list(zip(tasks, rates)) if rates else list(tasks)
+    return seqio.MixtureRegistry.add(name, parts, default_rate=proportional_rate)
+
+
 for _task in TEXT_TASKS.values():
     register(_task)
+for _name, _tasks in MIXTURES.items():
+    register_mixture(_name, _tasks)

@@ -37,17 +37,6 @@ def tfds_rows(name: str, split: str, task: str) -> Iterator[dict[str, Any]]:
         yield _as_text(row)
 
 
-def tfds_is_present(name: str) -> bool:
-    """Whether a data set is prepared on this machine."""
-    with quiet_stderr():
-        import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name).is_prepared()
-    except Exception:
-        return False
-
-
 def _as_text(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_text(part) for key, part in value.items()}

@@ -126,6 +126,10 @@ class Vocabulary(abc.ABC):
             parts.append(self._decode_plain(plain))
         return "".join(parts)
 
+    def piece(self, token: int) -> str:
+        """How one id is shown to people."""
+        return repr(self.decode([token]))[1:-1] if token != self.eos_id else "</s>"
+
     def spec(self) -> VocabularySpec:
         return VocabularySpec(
             kind=self.kind,
@@ -225,6 +229,11 @@ class SentencePieceVocabulary(Vocabulary):
         return self._processor.encode(
             list(texts), num_threads=1, add_eos=add_eos, return_type="numpy"
         )
+
+    def piece(self, token: int) -> str:
+        if token >= self.base_size:
+            return super().piece(token)
+        return self._processor.id_to_piece(token)
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

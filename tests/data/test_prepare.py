@@ -15,9 +15,11 @@ import pytest
 
 from encdec.cli import main as encdec
 from encdec.data.batches import Batches
+from encdec.data.mixing import MIXTURES
+from encdec.data.paper_tasks import PAPER_TASKS
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records, read_card
-from encdec.data.text_tasks import text_task
+from encdec.data.text_tasks import EMBEDDED_TASKS, text_task
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import write_jsonl
@@ -313,12 +315,27 @@ def test_command_reports_and_gin_binds(tmp_path, jsonl, capsys):
 GIN = pathlib.Path(__file__).resolve().parents[2] / "gin"
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((GIN / "tasks").glob("*.gin"))])
-def test_every_task_in_gin_prepares(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        f"{folder}/{path.stem}"
+        for folder in ("tasks", "mixtures")
+        for path in (GIN / folder).glob("*.gin")
+    ),
+)
+def test_every_task_and_mixture_in_gin_prepares(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [f"--gin_file={GIN / 'tasks' / name}.gin", "--vocabulary=bytes", "--out=out"]
-    assert encdec(["prepare", *arguments, "--split=test", "--max_examples=4"]) == 0
-    assert read_card("out").task == name
+    task = name.partition("/")[2]
+    arguments = [f"--gin_file={GIN / name}.gin", "--vocabulary=bytes", "--out=out"]
+    if task not in EMBEDDED_TASKS:
+        arguments.append("--data_dir=.")
+        for part in MIXTURES.get(task, (task,)):
+            raw = PAPER_TASKS[part].objective.document_fields == ("text",)
+            row = {"text": "words " * 9} if raw else {"source": "s", "target": part}
+            write_jsonl(tmp_path / f"{part}-train.jsonl", [row] * 4)
+    split = "test" if task in EMBEDDED_TASKS else "train"
+    assert encdec(["prepare", *arguments, f"--split={split}", "--max_examples=4"]) == 0
+    assert read_card("out").task == task and read_card("out").documents == 4
 
 
 def test_missing_flags_are_named(capsys):

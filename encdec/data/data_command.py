@@ -1,0 +1,164 @@
+"""``encdec data``: the tasks and mixtures at hand, examples of one, the soundness of records."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import pathlib
+import sys
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from encdec.data.mixing import MIXTURES, task_or_mixture
+from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
+from encdec.data.readers import BadRows
+from encdec.data.records import decode_row, open_records
+from encdec.data.text_tasks import EMBEDDED_TASKS
+from encdec.data.verify import SAMPLE_ROWS, verify_records
+from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
+from encdec.errors import ConfigError, DataError
+
+STYLES = ("cyan", "green", "magenta", "yellow", "blue", "red")
+SHOWN_TOKENS = 400
+
+
+def main(argv: list[str]) -> int:
+    """``encdec data list | show | verify``."""
+    given = parser().parse_args(argv)
+    return given.run(given)
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="encdec data", description=__doc__)
+    commands = flags.add_subparsers(metavar="list | show | verify", required=True)
+    listing = commands.add_parser("list", help="every task and mixture, and where its data is")
+    listing.add_argument("--data_dir", metavar="DIR", help="look for files below this directory")
+    listing.set_defaults(run=list_tasks)
+    show = commands.add_parser("show", help="examples of a task, or rows of a records directory")
+    show.add_argument("what", metavar="TASK|DIR")
+    show.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
+    show.add_argument("--split", default="train")
+    show.add_argument("--vocabulary", default="bytes", help="a .model or tokenizer.json (bytes)")
+    show.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end")
+    show.add_argument("--objective", help="another objective than the task's own")
+    show.add_argument("--inputs_length", type=int, default=1024)
+    show.add_argument("--targets_length", type=int, default=256)
+    show.add_argument("--count", type=int, default=3, help="examples, or rows of records (3)")
+    show.set_defaults(run=show_examples)
+    verify = commands.add_parser("verify", help="check a records directory against its card")
+    verify.add_argument("directory", metavar="DIR")
+    verify.add_argument("--full", action="store_true", help="read every row, not a sample")
+    verify.add_argument(
+        "--rows", type=int, default=SAMPLE_ROWS, help=f"rows of the sample ({SAMPLE_ROWS})"
+    )
+    verify.set_defaults(run=verify_directory)
+    return flags
+
+
+def list_tasks(given: argparse.Namespace) -> int:
+    """Print every task: what it is, its official splits and sizes, whether its data is here."""
+    for name in EMBEDDED_TASKS:
+        task = EMBEDDED_TASKS[name]
+        print(f"{name}: from the Python standard library of this interpreter")
+        print(f"  splits: {', '.join(task.splits)}; data: present")
+    for name, paper in PAPER_TASKS.items():
+        print(f"{name}: {paper.about}")
+        sizes = (
+            split if size is None else f"{split} {size:,}" for split, size in paper.splits.items()
+        )
+        print(f"  splits: {', '.join(sizes)}; data: {_presence(paper, given.data_dir)}")
+    for name, tasks in MIXTURES.items():
+        print(f"{name}: mixture of {', '.join(tasks)}")
+    return 0
+
+
+def _presence(task: PaperTask, data_dir: str | None) -> str:
+    if data_dir is not None:
+        found = [split for split in task.splits if task.find_files(data_dir, split)]
+        return f"{', '.join(found)} below {data_dir}" if found else f"none below {data_dir}"
+    if not task.tfds:
+        return "give --data_dir (not in tensorflow-datasets)"
+    # By its folder alone: importing tensorflow-datasets takes seconds.
+    root = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    if any(root.glob(f"{task.tfds}/*/dataset_info.json")):
+        return f"tensorflow-datasets {task.tfds}, present"
+    return f"tensorflow-datasets {task.tfds}, absent (tfds build {task.tfds}), or give --data_dir"
+
+
+def show_examples(given: argparse.Namespace) -> int:
+    """Print examples as text and as tokens, one colour a segment on a terminal."""
+    if given.count < 1:
+        raise ConfigError(f"--count={given.count}; wanted 1 or more")
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    if (pathlib.Path(given.what) / CARD_FILE).is_file():
+        _show_rows(console, given)
+        return 0
+    # gin and its bindings come with the objectives; showing records needs neither.
+    from encdec.data.prepare_command import choose_objective
+
+    task = task_or_mixture(given.what, given.data_dir)
+    vocabulary = load_vocabulary(given.vocabulary, extra_ids=given.extra_ids)
+    objective = choose_objective(given.objective, task)
+    if objective.document_fields != task.objective.document_fields:
+        raise ConfigError(
+            f"{given.objective} reads {' and '.join(objective.document_fields)}, but {task.name} "
+            f"has {' and '.join(task.objective.document_fields)}"
+        )
+    lengths = given.inputs_length * objective.has_source, given.targets_length
+    objective.check(vocabulary, *lengths)
+    documents = itertools.islice(task.documents(given.split, BadRows()), given.count)
+    shown = 0
+    for number, document in enumerate(documents):
+        encoded = objective.encode([document], number, vocabulary, *lengths, 0)
+        for source, target in zip(encoded.sources, encoded.targets):
+            if shown == given.count:
+                return 0
+            shown += 1
+            _show_example(console, vocabulary, shown, source, target)
+    return 0
+
+
+def _show_rows(console: Console, given: argparse.Namespace) -> None:
+    records = open_records(given.what)
+    vocabulary = records.vocabulary()
+    for row, stored in enumerate(records.read(range(min(given.count, len(records))))):
+        console.print(f"[bold]row {row}[/bold]")
+        for segment, (source, target) in enumerate(zip(*decode_row(stored, (
+            records.card.token_dtype
+        ))), 1):
+            _show_example(console, vocabulary, segment, source, target)
+
+
+def _show_example(console: Console, vocabulary: Vocabulary, segment: int, source, target) -> None:
+    style = STYLES[(segment - 1) % len(STYLES)]
+    for side, ids in (("source", source), ("target", target)):
+        console.print(f"[bold {style}]segment {segment} {side}[/], {len(ids)} tokens")
+        console.print(Text(vocabulary.decode(ids), style=style))
+        tokens = " ".join(f"{vocabulary.piece(int(i))}:{i}" for i in ids[:SHOWN_TOKENS])
+        more = f" ... {len(ids) - SHOWN_TOKENS} more" if len(ids) > SHOWN_TOKENS else ""
+        console.print(f"[dim]{escape(tokens)}{more}[/dim]")
+
+
+def verify_directory(given: argparse.Namespace) -> int:
+    """Print what is wrong with a records directory; DataError if anything is."""
+    started = time.perf_counter()
+    verdict = verify_records(
+        given.directory,
+        sample_rows=None if given.full else given.rows,
+        progress=lambda what: print(f"verify: {what}", file=sys.stderr),
+    )
+    if verdict.faults:
+        raise DataError(
+            f"{given.directory} is not sound: " + "; ".join(verdict.faults)
+            + f"; copy it again, or run encdec prepare --out={given.directory} --overwrite"
+        )
+    card = open_records(given.directory).card
+    print(
+        f"{given.directory}: sound; {card.rows:,} rows of {card.task}, {len(card.shards)} shards, "
+        f"{verdict.rows_read:,} rows read, {time.perf_counter() - started:.1f} s"
+    )
+    return 0

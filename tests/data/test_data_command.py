@@ -1,0 +1,138 @@
+"""``encdec data``: what it lists, shows and finds wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from encdec.cli import main as encdec
+from encdec.data.blocks import Counts
+from encdec.data.mixing import MIXTURES
+from encdec.data.prepare import prepare
+from encdec.data.records import encode_row, read_card, write_shard
+from encdec.data.text_tasks import TEXT_TASKS
+from encdec.data.verify import verify_records
+from encdec.errors import ConfigError, DataError
+from tests.data.conftest import random_pairs, write_jsonl
+
+
+def test_list_names_every_task_its_sizes_and_where_its_data_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    info = tmp_path / "tfds" / "squad" / "v2.0" / "3.0.0"
+    info.mkdir(parents=True)
+    (info / "dataset_info.json").write_text("{}")
+    assert encdec(["data", "list"]) == 0
+    printed = capsys.readouterr().out
+    for name in [*TEXT_TASKS, *MIXTURES]:
+        assert f"{name}:" in printed
+    assert "train 130,319, validation 11,873; data: tensorflow-datasets squad/v2.0, present" in (
+        printed
+    )
+    assert "xsum, absent (tfds build xsum)" in printed
+    (tmp_path / "xsum").mkdir()
+    write_jsonl(tmp_path / "xsum" / "dev.jsonl", [{"source": "a", "target": "b"}])
+    assert encdec(["data", "list", f"--data_dir={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"data: validation below {tmp_path}" in printed and "data: none below" in printed
+
+
+def test_show_prints_text_and_tokens_of_tasks_and_rows(tmp_path, capsys, model_path):
+    (tmp_path / "xsum").mkdir()
+    rows = [{"document": f"Long {i} [x].", "summary": f"Short {i}."} for i in range(4)]
+    path = write_jsonl(tmp_path / "xsum" / "train.jsonl", rows)
+    command = ["data", "show", "xsum", f"--data_dir={tmp_path}", f"--vocabulary={model_path}"]
+    assert encdec([*command, "--count=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "###Text\nLong 1 [x].\n###Summary" in printed and "Short 1." in printed
+    assert "segment 2 target" in printed and "Long 2" not in printed
+    assert "</s>:1" in printed and "\x1b" not in printed
+    prepare(out=tmp_path / "out", vocabulary="bytes", task="xsum", data_dir=str(tmp_path))
+    assert encdec(["data", "show", str(tmp_path / "out"), "--count=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "row 0" in printed and "segment 4 target" in printed and "Short 3." in printed
+    assert "S:86" in printed
+    text = write_jsonl(tmp_path / "c4-train.jsonl", [{"text": "words of a text " * 20}])
+    arguments = ["data", "show", "c4", f"--data_dir={tmp_path}", "--objective=span_corruption"]
+    assert encdec([*arguments, "--extra_ids=99", "--inputs_length=64"]) == 0
+    assert "<extra_id_0>" in capsys.readouterr().out
+    assert encdec([*command, "--count=0"]) == ConfigError.exit_code
+    assert encdec([*command, "--objective=prefix_lm"]) == ConfigError.exit_code
+    assert "prefix_lm reads text, but xsum has source and target" in capsys.readouterr().err
+    assert path.exists() and text.exists()
+
+
+@pytest.fixture
+def records(make_records):
+    sources, targets = random_pairs(np.random.default_rng(0), 60, 20, 9)
+    made = make_records(sources, targets, inputs_length=32, targets_length=12, rows_per_shard=9)
+    return made.directory
+
+
+def test_sound_records_pass(records, capsys):
+    assert encdec(["data", "verify", str(records), "--full"]) == 0
+    printed = capsys.readouterr()
+    assert f"sound; {read_card(records).rows:,} rows of made" in printed.out
+    assert "checksum of rows-000000" in printed.err
+    assert verify_records(records, sample_rows=7).rows_read == 7
+
+
+def _fault(records, capsys) -> str:
+    assert encdec(["data", "verify", str(records), "--full"]) == DataError.exit_code
+    return capsys.readouterr().err
+
+
+def test_damaged_files_are_named(records, capsys):
+    shard = records / "rows-000001.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert "rows-000001.arrayrecord has the checksum" in _fault(records, capsys)
+    shard.write_bytes(data[:-1])
+    assert "rows-000001.arrayrecord has" in _fault(records, capsys)
+    shard.unlink()
+    assert "rows-000001.arrayrecord is missing" in _fault(records, capsys)
+    (records / "vocabulary.json").unlink()
+    (records / "dataset.json").unlink()
+    assert "no dataset.json" in _fault(records, capsys)
+
+
+def test_strangers_and_edited_cards_are_named(records, capsys):
+    (records / "rows-000099.arrayrecord").write_bytes(b"")
+    assert "rows-000099.arrayrecord is no shard of the card" in _fault(records, capsys)
+    (records / "rows-000099.arrayrecord").unlink()
+    path = records / "dataset.json"
+    content = json.loads(path.read_text())
+    for change, message in (
+        ({"targets_length": 13}, "its own fields give"),
+        ({"rows": 3}, "states 3 rows"),
+        ({"examples": 61}, "states 61 examples, the rows hold 60"),
+        ({"target_tokens": 1}, "states 1 target_tokens"),
+    ):
+        path.write_text(json.dumps({**content, **change}))
+        assert message in _fault(records, capsys)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (encode_row([np.arange(33)], [np.arange(2)], "uint16"), "33 + 2 tokens, wanted 32 + 12"),
+        (encode_row([np.arange(3)], [np.array([1, 1259])], "uint16"), "id 1259, the vocabulary"),
+        (encode_row([np.arange(3)], [np.arange(0)], "uint16"), "a segment without tokens"),
+        (b"\x05", "cannot be decoded"),
+    ],
+)
+def test_unsound_rows_are_named(records, capsys, row, message):
+    from encdec.data.records import content_fingerprint
+
+    card = read_card(records)
+    shard = write_shard(records / card.shards[0].name, [row] * card.shards[0].rows)
+    shards = (shard, *card.shards[1:])
+    lengths = card.inputs_length, card.targets_length
+    print_ = content_fingerprint(shards, card.vocabulary, *lengths, card.decoder_start_id)
+    dataclasses.replace(card, shards=shards, fingerprint=print_).write(records)
+    found = _fault(records, capsys)
+    assert "row 0: " in found and message in found
+    assert Counts().rows == 0
