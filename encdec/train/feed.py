@@ -57,6 +57,8 @@ def on_devices(
     rows = batches.global_batch
 
     def put(batch: dict[str, Any]) -> dict[str, jax.Array]:
+        if sharding.is_fully_addressable:
+            return jax.device_put(batch, sharding)  # all fields at once: half the host's time
         return {
             name: jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
             for name, x in batch.items()
