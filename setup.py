@@ -25,6 +25,7 @@ REQUIRES = [
     "jax>=0.10.2,<0.12",
     "matplotlib>=3.9,<4",
     "ml-collections>=1.0,<2",
+    "ml-dtypes>=0.5,<1",
     "numpy>=2.1,<3",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.11.33,<0.13",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from encdec.describe import architecture, describe, find_model, main, show
 from encdec.errors import CheckpointError, ConfigError
-from encdec.model import preset, preset_names
+from encdec.model import ModelConfig, preset, preset_names
 from encdec.model.flops import (
     cache_bytes,
     count_parameters,
@@ -40,7 +40,7 @@ def test_json_holds_the_formulas_numbers_at_the_lengths_asked_for(capsys):
     assert (result["inputs"], result["targets"]) == (96, 32)
     model, config = result["models"][0], preset("quickstart")
     assert model["name"] == "quickstart" and model["matched_by"] is None
-    assert model["config"] == config.to_dict()
+    assert ModelConfig.from_dict(model["config"]) == config
     assert model["parameters"]["total"] == count_parameters(config).total
     assert model["forward_flops"]["total"] == forward_flops(config, 96, 32).total
     assert model["training_flops"] == training_flops(config, 96, 32)
@@ -114,7 +114,8 @@ def test_a_work_directory_is_described_by_its_run(tmp_path, capsys):
     content = {"format_version": FORMAT_VERSION, "model": model.to_dict()}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
     assert find_model(str(tmp_path)) == (tmp_path.name, model)
-    assert described(capsys, str(tmp_path))["models"][0]["config"] == model.to_dict()
+    seen = described(capsys, str(tmp_path))["models"][0]["config"]
+    assert ModelConfig.from_dict(seen) == model
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
