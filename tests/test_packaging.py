@@ -98,6 +98,8 @@ def test_everything_imported_is_declared(setup_arguments):
     local = {"encdec", "configs", *sys.stdlib_module_names}
     for path in [*(ROOT / "encdec").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         interop = path.is_relative_to(ROOT / "encdec" / "interop")
+        # Says itself what to install where its package is missing.
+        interop |= path.name == "huggingface_vocabulary.py"
         allowed = declared | optional if interop else declared
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []

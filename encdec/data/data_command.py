@@ -1,4 +1,4 @@
-"""``encdec data``: the tasks and mixtures at hand, examples of one, the soundness of records."""
+"""``encdec data``: tasks and mixtures at hand, examples, soundness of records, a table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from encdec.data import table
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.data.readers import BadRows
@@ -27,14 +28,14 @@ SHOWN_TOKENS = 400
 
 
 def main(argv: list[str]) -> int:
-    """``encdec data list | show | verify``."""
+    """``encdec data``."""
     given = parser().parse_args(argv)
     return given.run(given)
 
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="encdec data", description=__doc__)
-    commands = flags.add_subparsers(metavar="list | show | verify", required=True)
+    commands = flags.add_subparsers(metavar="list | show | verify | table", required=True)
     listing = commands.add_parser("list", help="every task and mixture, and where its data is")
     listing.add_argument("--data_dir", metavar="DIR", help="look for files below this directory")
     listing.set_defaults(run=list_tasks)
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "--rows", type=int, default=SAMPLE_ROWS, help=f"rows of the sample ({SAMPLE_ROWS})"
     )
     verify.set_defaults(run=verify_directory)
+    table.add_flags(commands.add_parser("table", help="prepare files, with a table of them"))
     return flags
 
 

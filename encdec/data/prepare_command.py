@@ -13,11 +13,13 @@ from typing import Any
 import gin
 from encdec.data.blocks import Counts
 from encdec.data.denoising import SETTINGS, Denoiser, MixtureOfDenoisers, SpanCorruption
+from encdec.data.lossless import lossless_warning
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
 from encdec.data.prepare import choose_task, prepare
 from encdec.data.records import DatasetCard
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
+from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--objective", help=f"what to learn from the text: {', '.join(OBJECTIVES)}"
     )
-    flags.add_argument("--vocabulary", help="a SentencePiece .model, or 'bytes'")
+    flags.add_argument("--vocabulary", help="a .model, a tokenizer.json, or 'bytes'")
     flags.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end (0)")
     flags.add_argument("--out", metavar="DIR", help="the records directory to write")
     flags.add_argument("--split", help="train, validation or test (train)")
@@ -127,12 +129,16 @@ def run(argv: list[str]) -> int:
         task = task_or_mixture(chosen[0], data_dir, **mixture())
     else:
         task = choose_task(chosen[0], chosen[1] or (), chosen[2] or (), data_dir)
+    extra_ids = settings.pop("extra_ids", None)
+    vocabulary = load_vocabulary(settings.pop("vocabulary"), extra_ids=extra_ids)
+    if warning := lossless_warning(vocabulary):
+        print(f"prepare: warning: {warning}", file=sys.stderr)
     settings["objective"] = choose_objective(settings.get("objective"), task)
     notes = {"operative_config.gin": gin.operative_config_str()} if files or bindings else {}
     progress = ProgressLine()
     started = time.perf_counter()
     try:
-        card = prepare(task=task, progress=progress, notes=notes, **settings)
+        card = prepare(task=task, vocabulary=vocabulary, progress=progress, notes=notes, **settings)
     finally:
         progress.close()
     print(report(card, time.perf_counter() - started))

@@ -47,6 +47,8 @@ class Vocabulary(abc.ABC):
     """Text to ids and back. `size` counts the extra ids; `pad_id` is 0 as in seqio."""
 
     kind: str
+    # Under which name a copy of the model lies beside records and checkpoints.
+    file: str | None = None
     pad_id = 0
 
     def __init__(self, extra_ids: int = 0):
@@ -138,7 +140,7 @@ class Vocabulary(abc.ABC):
             pad_id=self.pad_id,
             extra_ids=self.extra_ids,
             fingerprint=self.fingerprint,
-            file=None if self.kind == "bytes" else MODEL_FILE,
+            file=self.file,
         )
 
     def save(self, directory: str | pathlib.Path) -> VocabularySpec:
@@ -188,6 +190,7 @@ class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece ``.model``; text never encodes to extra ids, whatever it spells."""
 
     kind = "sentencepiece"
+    file = MODEL_FILE
 
     def __init__(self, model: bytes, extra_ids: int = 0, name: str = "the SentencePiece model"):
         super().__init__(extra_ids)
@@ -260,10 +263,11 @@ def load_vocabulary(
     extra_ids: int | None = None,
     directory: str | pathlib.Path | None = None,
 ) -> Vocabulary:
-    """Load a vocabulary from "bytes", a ``.model`` file, a directory holding one, or a spec.
+    """Load a vocabulary from "bytes", a ``.model`` or ``tokenizer.json`` file, a directory
+    holding one, or a spec.
 
-    `directory` is where a spec's file lies. `extra_ids` is for "bytes" and ``.model`` files
-    (default 0, or 'PATH+100' in the string); specs carry their own.
+    `directory` is where a spec's file lies. `extra_ids` is for "bytes" and files (default 0, or
+    'PATH+100' in the string); specs carry their own.
 
     Raises DataError where the file is missing or is not what the spec's fingerprint says.
     """
@@ -286,8 +290,18 @@ def load_vocabulary(
         return _from_spec(_spec_in_directory(path), path)
     if not path.is_file():
         raise DataError(
-            f"vocabulary {text} not found; give the path of a SentencePiece .model, 'bytes', or "
-            f"train one: encdec vocab --task=stdlib_text --size=8192 --out={text}"
+            f"vocabulary {text} not found; give the path of a .model or tokenizer.json, 'bytes', "
+            f"or train one: encdec vocab --task=stdlib_text --size=8192 --out={text}"
+        )
+    if path.suffix == ".json":
+        # Only where asked for: it needs a package that nothing else here does.
+        from encdec.data import huggingface_vocabulary as huggingface
+
+        return huggingface.HuggingFaceVocabulary(
+            path.read_bytes(),
+            extra_ids or 0,
+            eos_token=huggingface.configured_eos(path),
+            name=str(path),
         )
     return SentencePieceVocabulary(path.read_bytes(), extra_ids or 0, name=str(path))
 
@@ -306,16 +320,25 @@ def copy_vocabulary(source: str | pathlib.Path, target: str | pathlib.Path) -> V
 def _from_spec(spec: VocabularySpec, directory: pathlib.Path) -> Vocabulary:
     if spec.kind == ByteVocabulary.kind:
         vocabulary: Vocabulary = ByteVocabulary(spec.extra_ids)
-    elif spec.kind == SentencePieceVocabulary.kind:
+    elif spec.kind in ("sentencepiece", "huggingface"):
         path = directory / (spec.file or MODEL_FILE)
         if not path.is_file():
             raise DataError(
                 f"vocabulary file {path} is missing; copy it back from where {directory} came from"
             )
-        vocabulary = SentencePieceVocabulary(path.read_bytes(), spec.extra_ids, name=str(path))
+        content, name = path.read_bytes(), str(path)
+        if spec.kind == "sentencepiece":
+            vocabulary = SentencePieceVocabulary(content, spec.extra_ids, name=name)
+        else:
+            from encdec.data.huggingface_vocabulary import HuggingFaceVocabulary
+
+            vocabulary = HuggingFaceVocabulary(
+                content, spec.extra_ids, eos_id=spec.eos_id, name=name
+            )
     else:
         raise DataError(
-            f"vocabulary kind {spec.kind!r} is not known; wanted 'sentencepiece' or 'bytes'"
+            f"vocabulary kind {spec.kind!r} is not known; wanted 'sentencepiece', 'huggingface' "
+            "or 'bytes'"
         )
     if vocabulary.fingerprint != spec.fingerprint:
         raise DataError(

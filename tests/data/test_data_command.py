@@ -136,3 +136,23 @@ def test_unsound_rows_are_named(records, capsys, row, message):
     found = _fault(records, capsys)
     assert "row 0: " in found and message in found
     assert Counts().rows == 0
+
+
+def test_table_prepares_files_and_states_them(tmp_path, capsys):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"source": "ab" * 9, "target": "c" * 9}] * 8)
+    raw = write_jsonl(tmp_path / "raw.jsonl", [{"text": "words " * 30}])
+    plain = tmp_path / "plain.txt"
+    plain.write_text("words " * 30)
+    files = [str(pairs), f"{raw}:32+16", str(plain)]
+    out = tmp_path / "out"
+    command = ["data", "table", *files, "--vocabulary=bytes", f"--out={out}"]
+    assert encdec([*command, "--inputs_length=16", "--targets_length=12"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    folder = tmp_path.name
+    assert [row[0] for row in cells] == [f"{folder}/{name}" for name in ("pairs", "raw", "plain")]
+    # 16 of 19 source tokens are kept, and all 10 target tokens.
+    assert cells[0][1:8] == ["8", "16 + 12", "8", "128", "80", "7.1 %", "10.3 %"]
+    assert cells[1][2] == "32 + 16" and cells[1][7] == "0.0 %"
+    card = read_card(out / folder / "raw")
+    assert int(cells[1][4]) + int(cells[1][5]) == card.source_tokens + card.target_tokens == 181

@@ -1,0 +1,137 @@
+"""Vocabularies from Hugging Face's ``tokenizer.json``, by the optional `tokenizers` package."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from encdec.data.vocabulary import Vocabulary
+from encdec.errors import ConfigError, DataError
+
+# How published tokenizers name the token that ends a text, where nothing says it.
+EOS_TOKENS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>")
+BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class HuggingFaceVocabulary(Vocabulary):
+    """A ``tokenizer.json`` (Llama, Phi-3, Mistral, GPT-2, ...), without its template of BOS.
+
+    Text never encodes to special tokens, whatever it spells. `size` counts every id up to the
+    last one in use, then the extra ids; `pad_id` is 0 as everywhere here.
+    """
+
+    kind = "huggingface"
+    file = "tokenizer.json"
+
+    def __init__(
+        self,
+        model: bytes,
+        extra_ids: int = 0,
+        *,
+        eos_id: int | None = None,
+        eos_token: str | None = None,
+        name: str = "the tokenizer.json",
+    ):
+        super().__init__(extra_ids)
+        # Batches are encoded by several processes already.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ConfigError(
+                f"{name} needs the tokenizers package; install it with pip install "
+                "'encdec[hf]' (or 'tokenizers>=0.21'), or give a SentencePiece .model"
+            ) from error
+        self._model = model
+        try:
+            self._content = json.loads(model)
+            self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        except Exception as error:
+            raise DataError(f"{name} is no tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not self._ids:
+            raise DataError(f"{name} has no tokens")
+        self._eos_id = self._find_eos(name, eos_token) if eos_id is None else eos_id
+
+    def _find_eos(self, name: str, eos_token: str | None) -> int:
+        tokens = (eos_token,) if eos_token else EOS_TOKENS
+        for token in tokens:
+            if token in self._ids:
+                return self._ids[token]
+        raise DataError(
+            f"{name} has none of the EOS tokens {', '.join(tokens)}; put the tokenizer_config.json "
+            "with its eos_token beside it"
+        )
+
+    @property
+    def base_size(self) -> int:
+        return max(self._ids.values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        return self._eos_id
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the kind, extra ids, EOS and the file's bytes."""
+        digest = hashlib.sha256(f"{self.kind}\n{self.extra_ids}\n{self.eos_id}\n".encode())
+        digest.update(self._model)
+        return digest.hexdigest()
+
+    def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
+        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        end = [self.eos_id] * add_eos
+        return [np.array(encoded.ids + end, np.int32) for encoded in batch]
+
+    def piece(self, token: int) -> str:
+        shown = self._tokenizer.id_to_token(token) if token < self.base_size else None
+        return super().piece(token) if shown is None else shown
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _model_bytes(self) -> bytes:
+        return self._model
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        # Byte-level BPE writes every byte as one character.
+        byte_level = '"ByteLevel"' in json.dumps(
+            [self._content.get("decoder"), self._content.get("pre_tokenizer")]
+        )
+        added = {token["content"]: token for token in self._content.get("added_tokens", ())}
+        lengths = np.zeros(self.size, np.int32)
+        for piece, token in self._ids.items():
+            if piece in added:
+                special = added[piece].get("special", False)
+                lengths[token] = 0 if special else len(piece.encode("utf-8"))
+            elif BYTE_PIECE.fullmatch(piece):
+                lengths[token] = 1
+            elif byte_level:
+                lengths[token] = len(piece)
+            else:
+                lengths[token] = len(piece.replace("\u2581", " ").encode("utf-8"))
+        return lengths
+
+
+def configured_eos(path: pathlib.Path) -> str | None:
+    """The eos_token of the tokenizer_config.json beside a ``tokenizer.json``, if any."""
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return None
+    try:
+        token: Any = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{config} is not readable JSON: {error}") from error
+    return token.get("content") if isinstance(token, dict) else token
