@@ -53,6 +53,8 @@ EXTRAS = {
         "torch>=2.6,<3",
         "transformers>=4.57,<6",
     ],
+    # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
+    "beam": ["apache-beam>=2.70,<3"],
     "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
     "test": [
         "hypothesis>=6.100,<7",

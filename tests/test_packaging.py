@@ -94,12 +94,14 @@ def test_one_tensorflow_only(pins):
 def test_everything_imported_is_declared(setup_arguments):
     declared = {canonicalize_name(Requirement(t).name) for t in setup_arguments["install_requires"]}
     extras = setup_arguments["extras_require"]
-    optional = {canonicalize_name(Requirement(t).name) for t in extras["hf"] + extras["onnx"]}
+    optional = {
+        canonicalize_name(Requirement(text).name)
+        for name in ("hf", "onnx", "beam") for text in extras[name]}
     local = {"encdec", "configs", *sys.stdlib_module_names}
     for path in [*(ROOT / "encdec").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         interop = path.is_relative_to(ROOT / "encdec" / "interop")
-        # Says itself what to install where its package is missing.
-        interop |= path.name == "huggingface_vocabulary.py"
+        # These say themselves what to install where their package is missing.
+        interop |= path.name in ("huggingface_vocabulary.py", "beam_prepare.py")
         allowed = declared | optional if interop else declared
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []

@@ -44,6 +44,10 @@ BLOCK_BYTES = 4 << 20
 NOTES = "preparing"
 
 Progress = Callable[[Counts], None]
+# (recipe, directory, vocabulary, blocks) to each block's shard and counts, in order.
+WriteBlocks = Callable[
+    [Recipe, pathlib.Path, Vocabulary, Iterator[Block]], Iterator[tuple[Shard | None, Counts]]
+]
 
 
 def prepare(
@@ -69,13 +73,15 @@ def prepare(
     overwrite: bool = False,
     notes: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    writer: WriteBlocks | None = None,
 ) -> DatasetCard:
     """Write a records directory from one of `task`, `jsonl` files or `text` files.
 
     `data_dir` is where a named task's files lie. Lengths are tokens a row; `max_examples` bounds
     the documents read, `block_bytes` the text of a shard, `workers` the processes (default: the
     cores at hand). The result does not depend on `workers`. `objective` replaces the
-    task's own; `notes` are files (name to text) to lie beside the records.
+    task's own; `notes` are files (name to text) to lie beside the records;
+    `writer` writes the blocks in place of this machine's processes (`beam_prepare`).
 
     Raises DataError for bad input, after removing what this call wrote; a call that is killed
     can be repeated and goes on.
@@ -103,8 +109,9 @@ def prepare(
         loaded.save(directory)
         counts = Counts()
         shards: list[Shard] = []
-        write = _Writer(recipe, directory, loaded, workers or available_cores())
-        for shard, block_counts in write.shards(cut_blocks(documents, block_bytes)):
+        write = writer or _Processes(workers or available_cores())
+        blocks = cut_blocks(documents, block_bytes)
+        for shard, block_counts in write(recipe, directory, loaded, blocks):
             counts.add(block_counts)
             if shard:
                 shards.append(shard)
@@ -260,32 +267,37 @@ def _plain(content: Any) -> Any:
     return json.loads(json.dumps(content))
 
 
-class _Writer:
+class _Processes:
     """Writes blocks in order with any number of processes, a few blocks ahead."""
 
-    def __init__(
-        self, recipe: Recipe, directory: pathlib.Path, vocabulary: Vocabulary, workers: int
-    ):
+    def __init__(self, workers: int):
         self.workers = workers
-        self.task = functools.partial(_write_noted, recipe, directory)
-        self.vocabulary = vocabulary
-        self.start = (vocabulary.spec(), directory)
 
-    def shards(self, blocks: Iterator[Block]) -> Iterator[tuple[Shard | None, Counts]]:
+    def __call__(
+        self,
+        recipe: Recipe,
+        directory: pathlib.Path,
+        vocabulary: Vocabulary,
+        blocks: Iterator[Block],
+    ) -> Iterator[tuple[Shard | None, Counts]]:
+        task = functools.partial(write_noted, recipe, directory)
         first = list(itertools.islice(blocks, 2))
         blocks = itertools.chain(first, blocks)
         if self.workers == 1 or len(first) < 2:
             for block in blocks:
-                yield self.task(block, self.vocabulary)
+                yield task(block, vocabulary)
             return
         # Spawned, not forked: the caller may run JAX's or TensorFlow's threads.
         pool = concurrent.futures.ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), _start_worker, self.start
+            self.workers,
+            multiprocessing.get_context("spawn"),
+            _start_worker,
+            (vocabulary.spec(), directory),
         )
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for block in blocks:
-                waiting.append(pool.submit(self.task, block))
+                waiting.append(pool.submit(task, block))
                 while len(waiting) > self.workers + 1:
                     yield waiting.popleft().result()
             while waiting:
@@ -307,17 +319,16 @@ def _start_worker(spec: VocabularySpec, directory: pathlib.Path) -> None:
     _worker_vocabulary = load_vocabulary(spec, directory=directory)
 
 
-def _write_noted(
+def write_noted(
     recipe: Recipe, directory: pathlib.Path, block: Block, vocabulary: Vocabulary | None = None
 ) -> tuple[Shard | None, Counts]:
     """Write a block's shard and a note of it, or take the shard that is already there."""
-    note = directory / NOTES / f"{block.number:06d}.json"
+    note = _note_path(directory, block.number)
     digest = block.digest()
     if note.is_file():
-        content = json.loads(note.read_text())
-        shard = Shard(**content["shard"]) if content["shard"] else None
-        if content["digest"] == digest and _is_whole(directory, shard):
-            return shard, Counts.from_dict(content["counts"])
+        shard, counts = read_note(directory, block.number)
+        if json.loads(note.read_text())["digest"] == digest and _is_whole(directory, shard):
+            return shard, counts
     shard, counts = write_block(recipe, vocabulary or _worker_vocabulary, block, directory)
     if shard is None:
         (directory / shard_name(block.number)).unlink(missing_ok=True)
@@ -330,6 +341,17 @@ def _write_noted(
         },
     )
     return shard, counts
+
+
+def _note_path(directory: pathlib.Path, number: int) -> pathlib.Path:
+    return directory / NOTES / f"{number:06d}.json"
+
+
+def read_note(directory: pathlib.Path, number: int) -> tuple[Shard | None, Counts]:
+    """What a finished block left: its shard, or None where it gave no example, and counts."""
+    content = json.loads(_note_path(directory, number).read_text())
+    shard = Shard(**content["shard"]) if content["shard"] else None
+    return shard, Counts.from_dict(content["counts"])
 
 
 def _is_whole(directory: pathlib.Path, shard: Shard | None) -> bool:

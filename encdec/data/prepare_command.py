@@ -97,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--max_bad_rows", type=int, help="bad rows to leave out and count (0)")
     flags.add_argument("--block_bytes", type=int, help="text of a shard (4 MiB)")
     flags.add_argument("--workers", type=int, help="processes (all cores)")
+    flags.add_argument(
+        "--beam_options",
+        metavar="FLAGS",
+        help="prepare on Apache Beam with its flags, e.g. '--runner=DirectRunner'",
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace existing records")
     flags.add_argument("--gin_file", action="append", default=[], metavar="FILE")
     flags.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING")
@@ -118,6 +123,7 @@ def run(argv: list[str]) -> int:
     """Parse the flags, prepare, print the report."""
     given = vars(parser().parse_args(argv))
     files, bindings = given.pop("gin_file"), given.pop("gin_bindings")
+    beam_options = given.pop("beam_options", None)
     parse_gin(files, bindings)
     settings = {name: value for name, value in bound_settings(**given).items() if value is not None}
     for name in ("out", "vocabulary"):
@@ -135,6 +141,10 @@ def run(argv: list[str]) -> int:
         print(f"prepare: warning: {warning}", file=sys.stderr)
     settings["objective"] = choose_objective(settings.get("objective"), task)
     notes = {"operative_config.gin": gin.operative_config_str()} if files or bindings else {}
+    if beam_options is not None:
+        from encdec.data.beam_prepare import BeamWriter
+
+        settings["writer"] = BeamWriter(beam_options)
     progress = ProgressLine()
     started = time.perf_counter()
     try:
