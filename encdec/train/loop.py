@@ -223,8 +223,7 @@ class _Reports:
         self._require_finite(step, metrics)
         self.window.add(metrics)
         if step % self._job.run.log_every == 0 or step == self._stop:
-            # The rate that this step was taken with: schedules count from zero.
-            self.write(step, self.window.report(float(self._job.program.schedule(step - 1)), step))
+            self.write(step, self.window.report(step))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self._last |= numbers

@@ -86,7 +86,7 @@ class Window:
         yield
         self._clock = time.monotonic() if running else None
 
-    def report(self, learning_rate: float, steps_done: int) -> dict[str, float]:
+    def report(self, steps_done: int) -> dict[str, float]:
         """The window's numbers by name; starts the next window. Losses are nats per token."""
         losses, last = self._sums.losses, self._last
         weight = max(float(losses.weight), 1.0)
@@ -97,7 +97,7 @@ class Window:
             "train/accuracy": float(losses.correct) / weight,
             "train/gradient_norm": float(last.gradient_norm),
             "train/param_norm": float(last.param_norm),
-            "train/learning_rate": learning_rate,
+            "train/learning_rate": float(last.learning_rate),
             "train/flops": self._cost.step_flops * steps_done,
         }
         if self._timed_steps and self._seconds:

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
 from encdec.train.config import RunConfig
-from encdec.train.optimizer import make_optimizer, make_schedule
+from encdec.train.optimizer import make_optimizer
 from encdec.train.sharding import (
     ShardingRules,
     Unsharded,
@@ -42,7 +41,6 @@ class Program:
     Attributes:
         model: the flax module.
         mesh: the devices.
-        schedule: learning rate by step.
         init: () -> TrainState, drawn in place on the mesh.
         train_step: (state, batch) -> (state, StepMetrics); the state is donated.
         eval_step: (params, batch) -> Metrics.
@@ -53,7 +51,6 @@ class Program:
 
     model: Model
     mesh: Mesh
-    schedule: optax.Schedule
     init: Callable[[], TrainState]
     train_step: Any
     eval_step: Any
@@ -114,7 +111,6 @@ def build_program(
     return Program(
         model=model,
         mesh=mesh,
-        schedule=jax.jit(make_schedule(run)),  # op by op, a report would cost milliseconds
         init=jax.jit(create, out_shardings=state_shardings),
         train_step=jax.jit(
             on_mesh(make_train_step(model, optimizer, run, targets_length), mesh, fitted),

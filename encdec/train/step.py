@@ -13,6 +13,7 @@ import optax
 from encdec.model import Model
 from encdec.train.config import LossConfig, RunConfig
 from encdec.train.losses import LossSums, loss_positions, target_losses
+from encdec.train.optimizer import make_schedule
 from encdec.train.state import TrainState, step_key
 
 Batch = Mapping[str, jax.Array]
@@ -43,6 +44,7 @@ class StepMetrics:
     sums: Metrics
     gradient_norm: jax.Array
     param_norm: jax.Array
+    learning_rate: jax.Array
 
 
 def batch_metrics(
@@ -81,6 +83,8 @@ def make_train_step(
     once.
     """
 
+    schedule = make_schedule(run)
+
     def objective(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         metrics = batch_metrics(model, params, batch, run.loss, targets_length, key)
         return metrics.losses.objective, metrics
@@ -110,7 +114,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), StepMetrics(
-            metrics, optax.global_norm(gradients), optax.global_norm(params))
+            metrics, optax.global_norm(gradients), optax.global_norm(params),
+            jnp.asarray(schedule(state.step), jnp.float32))
 
     return train_step
 
