@@ -182,3 +182,29 @@ def test_supervised_examples_equal_seqios_own_preprocessors(tmp_path, model_path
         np.testing.assert_array_equal(expected["targets"], target)
         np.testing.assert_array_equal(example["inputs"], source)
     assert vocabulary.size
+
+
+def test_mixtures_are_seqio_mixtures_at_their_rates(tmp_path):
+    from encdec.data.mixing import MIXTURES
+    from encdec.data.text_tasks import jsonl_task
+
+    for name, parts in MIXTURES.items():
+        assert {task.name for task in seqio.MixtureRegistry.get(name).tasks} == set(parts)
+    names = []
+    for count in (2, 6):
+        rows = [{"source": "s", "target": "t"}] * count
+        made = jsonl_task([str(write_jsonl(tmp_path / f"{count}.jsonl", rows))])
+        names.append(f"made_{count}")
+        tasks.register(TextTask(names[-1], made.read, made.objective, made.origin, ("train",)))
+    proportional = tasks.register_mixture("made_mixture", names)
+    rates = [proportional.get_rate(seqio.TaskRegistry.get(name)) for name in names]
+    assert rates == [2.0, 6.0]
+    explicit = tasks.register_mixture("made_mixture", names, [1.0, 4.0])
+    assert [explicit.get_rate(seqio.TaskRegistry.get(name)) for name in names] == [1.0, 4.0]
+    examples = explicit.get_dataset(
+        {"inputs": 8, "targets": 8}, shuffle=False, num_epochs=1
+    ).as_numpy_iterator()
+    assert next(examples)["targets"].tolist()[-1] == 1
+    seqio.MixtureRegistry.remove("made_mixture")
+    for name in names:
+        seqio.TaskRegistry.remove(name)
