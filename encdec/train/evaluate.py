@@ -42,4 +42,4 @@ class Evaluator:
 
 def _add(total: Any, metrics: Any) -> Any:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
-    return new if total is None else total + new
+    return new if total is None else jax.tree.map(np.add, total, new)

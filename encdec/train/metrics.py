@@ -68,7 +68,8 @@ class Window:
     def add(self, metrics: StepMetrics) -> None:
         """Takes one step's metrics, already on the host."""
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), metrics.sums)
-        self._sums = sums if self._sums is None else self._sums + sums
+        # In numpy: a device would add them only after the step that it is working on.
+        self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
         self._last = metrics
         now = time.monotonic()
         if self._clock is not None:
