@@ -4,15 +4,22 @@
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 or 3.12)
 # ENV=...           where the environment lies (default .venv)
+# EXTRAS=...        what is installed for tests (default: test); with test,hf,tpu also those run
+#                   that compare with PyTorch's transformers and that compile for TPUs
 # TESTS="..."       arguments for pytest instead of the whole suite
 # ARGS="..."        arguments for `encdec quickstart`
 
 ENV     ?= .venv
+EXTRAS  ?= test
 TESTS   ?=
 ARGS    ?=
 WORKERS ?= 2
 
 BIN := $(ENV)/bin
+
+# One stamp for each choice of extras, so that another choice installs what it lacks.
+comma := ,
+TESTED := $(ENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 # Names may exist and yet not run (version managers install such shims), so each is tried.
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
@@ -27,10 +34,10 @@ quickstart: $(ENV)/.installed
 
 install: $(ENV)/.installed
 
-test: $(ENV)/.installed-test
+test: $(TESTED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
-lint: $(ENV)/.installed-test
+lint: $(TESTED)
 	$(BIN)/ruff check .
 
 clean:
@@ -49,6 +56,6 @@ $(ENV)/.installed: setup.py constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
 	@touch $@
 
-$(ENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c constraints.txt
+$(TESTED): setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]" -c constraints.txt
 	@touch $@ $(ENV)/.installed

@@ -142,7 +142,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     # Without make's own variables, which are set when these tests run under `make test`.
     inherited = {
         name: value for name, value in os.environ.items()
-        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "ENV", "TESTS", "ARGS")
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "ENV", "EXTRAS", "TESTS", "ARGS")
     }
     return subprocess.run(
         ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True,
@@ -164,6 +164,14 @@ class TestMakefile:
         assert result.returncode == 0, result.stderr
         assert '-e ".[test]" -c constraints.txt' in result.stdout
         assert f"{tmp_path}/env/bin/python -m pytest" in result.stdout
+
+    def test_another_choice_of_extras_is_installed_beside_the_first(self, tmp_path):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "python").touch()
+        (tmp_path / ".installed-test").touch()
+        assert "pip install" not in make("-n", "test", f"ENV={tmp_path}").stdout
+        more = make("-n", "test", f"ENV={tmp_path}", "EXTRAS=test,hf").stdout
+        assert '-e ".[test,hf]" -c constraints.txt' in more
 
     def test_an_installation_is_renewed_only_when_requirements_change(self, tmp_path):
         (tmp_path / "bin").mkdir()
