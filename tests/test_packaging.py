@@ -142,7 +142,8 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     # Without make's own variables, which are set when these tests run under `make test`.
     inherited = {
         name: value for name, value in os.environ.items()
-        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "ENV", "EXTRAS", "TESTS", "ARGS")
+        if name not in (
+            "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "ENV", "EXTRAS", "TESTS", "ARGS")
     }
     return subprocess.run(
         ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True,
