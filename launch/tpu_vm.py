@@ -1,0 +1,301 @@
+"""Cloud TPU VMs by queued resources: requested, set up, trained on, resumed after preemption.
+
+    python -m launch.tpu_vm babysit --name=run1 --project=P --zone=Z --slice=v5e:16x16 --spot \
+        --bucket=B=/mnt/B -- --config=configs/pretrain.py:1b --workdir=/mnt/B/runs/1b ...
+
+``babysit`` does all of it and goes on after preemptions until the run is done; the other actions
+are its single steps. Ended with Ctrl-C it leaves everything as it is, and the same command takes
+over again. What runs on the hosts is launch/worker.sh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from launch.babysit import Action, Decision, Limits, Memory, Seen, decide
+from launch.commands import Runner, train_arguments
+from launch.slices import CHIPS, Slices
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+WORKER = ROOT / "launch" / "worker.sh"
+TARBALL = "encdec.tar.gz"
+POLL_SECONDS = 60.0
+
+GCLOUD = ("gcloud", "compute", "tpus", "queued-resources")
+# One SSH connection to each host of each slice.
+EVERYWHERE = ("--node=all", "--worker=all")
+_STATE = re.compile(r"^encdec-state: (absent|running|exited [0-9]+)\s*$", re.MULTILINE)
+
+
+class Pod:
+    """The command lines for one queued resource."""
+
+    def __init__(self, options: argparse.Namespace):
+        self._name = options.name
+        self._place = (*([f"--project={options.project}"] if options.project else []),
+                       f"--zone={options.zone}")
+        self._options = options
+
+    def create(self) -> list[str]:
+        options, slices = self._options, self._options.slice
+        chip = CHIPS[slices.chip]
+        if len(slices.sides) == 3:
+            # The accelerator type alone leaves a three-dimensional slice's shape open.
+            shape = [f"--type={chip.type_prefix}", f"--topology={slices.topology}"]
+        else:
+            shape = [f"--accelerator-type={slices.accelerator_type}"]
+        nodes = [f"--node-id={self._name}"] if slices.count == 1 else [
+            f"--node-count={slices.count}", f"--node-prefix={self._name}"]
+        return [*GCLOUD, "create", self._name, *self._place, *shape, *nodes,
+                f"--runtime-version={options.runtime or chip.runtime}",
+                *(["--spot"] if options.spot else []),
+                *(["--reserved"] if options.reserved else []),
+                *([f"--valid-until-duration={options.valid_for}"] if options.valid_for else []),
+                *([f"--service-account={options.service_account}"]
+                  if options.service_account else []),
+                # Buckets are read and written by the hosts' own account.
+                "--scopes=https://www.googleapis.com/auth/cloud-platform",
+                *([f"--network={options.network}"] if options.network else [])]
+
+    def describe(self) -> list[str]:
+        return [*GCLOUD, "describe", self._name, *self._place, "--format=value(state.state)"]
+
+    def status(self) -> list[str]:
+        return [*GCLOUD, "describe", self._name, *self._place]
+
+    def delete(self) -> list[str]:
+        return [*GCLOUD, "delete", self._name, *self._place, "--force", "--quiet"]
+
+    def copy(self, tarball: str) -> list[str]:
+        return [*GCLOUD, "scp", tarball, str(WORKER), f"{self._name}:", *self._place, *EVERYWHERE]
+
+    def on_workers(self, *arguments: str, where: Sequence[str] = EVERYWHERE) -> list[str]:
+        """``worker.sh ARGUMENTS`` on the hosts; the shell there reads back what is given here."""
+        command = shlex.join(["env", *self._options.env, "bash", "worker.sh", *arguments]
+                             if self._options.env else ["bash", "worker.sh", *arguments])
+        return [*GCLOUD, "ssh", self._name, *self._place, *where, f"--command={command}"]
+
+    def set_up(self, tarball: str) -> list[list[str]]:
+        mounts = [self.on_workers("mount", bucket, directory)
+                  for bucket, directory in self._options.bucket]
+        return [archive(tarball), self.copy(tarball),
+                self.on_workers("setup", pathlib.Path(tarball).name), *mounts]
+
+    def start(self) -> list[str]:
+        return self.on_workers("start", *self._options.train)
+
+
+def archive(tarball: str) -> list[str]:
+    """The last commit of this checkout as one file."""
+    return ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={tarball}", "HEAD"]
+
+
+def look(pod: Pod, run: Runner, hosts: int) -> Seen:
+    """Asks for the resource's state and, where there are hosts, for theirs."""
+    described = run(pod.describe(), quiet=True)
+    if described.returncode:
+        missing = re.search(r"NOT_FOUND|not found|was not found", described.stderr)
+        return Seen(None if missing else "UNKNOWN")
+    state = described.stdout.strip()
+    if state != "ACTIVE":
+        return Seen(state or "UNKNOWN")
+    answer = run(pod.on_workers("state"), quiet=True)
+    workers = tuple(_STATE.findall(answer.stdout))
+    if len(workers) == hosts:
+        return Seen(state, workers)
+    # Before the first set-up there is no worker.sh that could answer.
+    if not workers and "worker.sh" in answer.stdout + answer.stderr:
+        return Seen(state, ("absent",) * hosts)
+    return Seen(state, None)
+
+
+def act(pod: Pod, run: Runner, decision: Decision) -> int:
+    """Does what was decided; an exit code of a tool, 0 if it went well."""
+    if decision.action is Action.CREATE:
+        return run(pod.create()).returncode
+    if decision.action is Action.DELETE:
+        return run(pod.delete()).returncode
+    if decision.action is Action.SET_UP:
+        return set_up(pod, run) or run(pod.start()).returncode
+    if decision.action is Action.START:
+        return run(pod.start()).returncode
+    if decision.action is Action.STOP:
+        return run(pod.on_workers("stop")).returncode
+    return 0
+
+
+def set_up(pod: Pod, run: Runner) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return run.all(pod.set_up(TARBALL if run.dry_run else f"{folder}/{TARBALL}"))
+
+
+def babysit(
+    pod: Pod, run: Runner, hosts: int, *, limits: Limits = Limits(),
+    poll_seconds: float = POLL_SECONDS, delete: bool = False,
+) -> int:
+    """Looks, decides and acts until the run is done or given up; its exit code."""
+    memory, said = Memory(), ""
+    while True:
+        decision = decide(look(pod, run, hosts), memory, limits)
+        memory = decision.memory
+        line = f"{decision.reason}: {decision.action.value}"
+        if line != said:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", flush=True)
+            said = line
+        if decision.action is Action.FINISH:
+            if delete:
+                run(pod.delete())
+            return decision.code
+        if act(pod, run, decision) and decision.action is Action.SET_UP:
+            memory = Memory(ready=False, crashes=memory.crashes + 1)
+            if memory.crashes > limits.crashes:
+                print(f"setting up failed {memory.crashes} times in a row", flush=True)
+                return 1
+        time.sleep(poll_seconds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
+    pod, run = Pod(options), Runner(options.dry_run)
+    hosts = options.slice.hosts * options.slice.count
+    if options.action == "babysit" and not options.dry_run:
+        try:
+            return babysit(pod, run, hosts, poll_seconds=options.poll_seconds,
+                           delete=options.delete)
+        except KeyboardInterrupt:
+            print("left as it is; the same command takes over again", file=sys.stderr)
+            return 130
+    if options.action == "babysit":
+        print("# If there is no such slice:")
+        run(pod.create())
+        print("# Until it is ACTIVE, every look:")
+        run(pod.describe())
+        print("# Once on each new slice:")
+        set_up(pod, run)
+        print("# First, and again after a preemption or a crash:")
+        run(pod.start())
+        print("# Every look while it is ACTIVE:")
+        run(pod.on_workers("state"))
+        print("# When it is SUSPENDED or FAILED, before it is requested anew:")
+        return run(pod.delete()).returncode
+    if options.action == "wait":
+        return _wait(pod, run, options.poll_seconds)
+    actions = {
+        "create": lambda: [pod.create()],
+        "status": lambda: [pod.status()],
+        "run": lambda: [pod.start()],
+        "stop": lambda: [pod.on_workers("stop")],
+        "state": lambda: [pod.on_workers("state")],
+        "logs": lambda: [pod.on_workers("log", str(options.lines), where=(
+            f"--node={options.node}", f"--worker={options.worker}"))],
+        "delete": lambda: [pod.delete()],
+    }
+    if options.action == "setup":
+        return set_up(pod, run)
+    return run.all(actions[options.action]())
+
+
+def _wait(pod: Pod, run: Runner, poll_seconds: float) -> int:
+    """Until the slice is active; 0, or 1 if it will not become so."""
+    while True:
+        described: subprocess.CompletedProcess[str] = run(pod.describe(), quiet=True)
+        state = described.stdout.strip()
+        if run.dry_run or state == "ACTIVE":
+            return 0
+        print(state or described.stderr.strip(), flush=True)
+        if state in ("FAILED", "SUSPENDED"):
+            return 1
+        time.sleep(poll_seconds)
+
+
+ACTIONS = {
+    "babysit": "all of it, until the run is done",
+    "create": "request the slice",
+    "wait": "until it is active",
+    "setup": "install encdec on every host and mount the buckets",
+    "run": "start `encdec train` on every host, in the background",
+    "state": "whether training runs on each host, or its exit code",
+    "stop": "have training save and leave",
+    "logs": "the end of one host's output",
+    "status": "what Google Cloud says of the slice",
+    "delete": "give the slice back",
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; ``train`` holds what follows ``--``."""
+    own, train = list(argv), []
+    if "--" in own:
+        own, train = own[:own.index("--")], own[own.index("--") + 1:]
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.tpu_vm", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["actions:", *(f"  {name:9}{text}" for name, text in ACTIONS.items()),
+                          "", "After `--`: the arguments of `encdec train`."]))
+    parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
+    parser.add_argument("--name", required=True, help="of the queued resource and its nodes")
+    parser.add_argument("--zone", required=True)
+    parser.add_argument("--project", help="default: gcloud's own")
+    parser.add_argument("--slice", required=True, type=_slices, metavar="CHIP:SIDES",
+                        help="v4, v5e, v5p or v6e, e.g. v5e:16x16, or v5e:16x16*2 for two slices")
+    capacity = parser.add_mutually_exclusive_group()
+    capacity.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
+    capacity.add_argument("--reserved", action="store_true", help="from a reservation")
+    parser.add_argument("--valid_for", metavar="DURATION",
+                        help="how long the request stands, e.g. 6h (default: for ever)")
+    parser.add_argument("--runtime", help="image of the hosts (default: the chip's)")
+    parser.add_argument("--network", help="default: the project's")
+    parser.add_argument("--service_account", help="of the hosts (default: Compute Engine's)")
+    parser.add_argument("--bucket", action="append", default=[], type=_bucket,
+                        metavar="BUCKET[=DIR]", help="mounted on every host (at /mnt/BUCKET)")
+    parser.add_argument("--env", action="append", default=[], type=_setting, metavar="NAME=VALUE",
+                        help="for everything that runs on the hosts (may be repeated)")
+    parser.add_argument("--poll_seconds", type=float, default=POLL_SECONDS, metavar="S",
+                        help="between looks (%(default)s)")
+    parser.add_argument("--delete", action="store_true",
+                        help="babysit: give the slice back when the run is done or given up")
+    parser.add_argument("--node", default="0", help="logs: of which slice (%(default)s)")
+    parser.add_argument("--worker", default="0", help="logs: of which host (%(default)s)")
+    parser.add_argument("--lines", type=int, default=100, help="logs: how many (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    options = parser.parse_args(own)
+    if CHIPS[options.slice.chip].runtime is None:
+        parser.error(f"--slice: {options.slice.chip} is to be had on GKE only; see launch.gke")
+    needs_run = options.action in ("babysit", "run")
+    if needs_run and not train:
+        parser.error(f"{options.action} wants the arguments of `encdec train` after `--`")
+    options.train = train_arguments(train) if needs_run else []
+    return options
+
+
+def _slices(text: str) -> Slices:
+    try:
+        return Slices.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _bucket(text: str) -> tuple[str, str]:
+    bucket, _, directory = text.removeprefix("gs://").partition("=")
+    directory = directory or f"/mnt/{bucket}"
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket) or not directory.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted BUCKET or BUCKET=/DIR")
+    return bucket, directory
+
+
+def _setting(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted NAME=VALUE")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

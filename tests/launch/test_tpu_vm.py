@@ -1,0 +1,390 @@
+"""Queued resources: command lines, what arrives on the hosts, and the babysitter's decisions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import shlex
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import tpu_vm
+from launch.babysit import UNAVAILABLE, Action, Limits, Memory, Seen, decide, summary
+from launch.commands import Runner
+from launch.slices import Slices
+from tests.launch.golden import AWKWARD, check_golden
+
+BASE = ["--name=run1", "--project=my-project", "--zone=us-west4-a", "--slice=v5e:4x4"]
+TRAIN = ["--config=configs/pretrain.py:330m", "--workdir=/mnt/my-bucket/runs/330m",
+         "--config.steps=3", "--config.data.records=/mnt/my-bucket/a=3,/mnt/my-bucket/b=1"]
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("babysit", ["babysit", *BASE, "--spot", "--bucket=my-bucket",
+                 "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache"]),
+    ("babysit-two-slices", ["babysit", "--name=run2", "--zone=us-east5-a", "--slice=v5p:4x4x4*2",
+                            "--reserved", "--bucket=gs://data=/data", "--bucket=runs"]),
+])
+def test_dry_runs_are_golden(name, arguments, capsys):
+    assert tpu_vm.main([*arguments, "--dry-run", "--", *TRAIN]) == 0
+    check_golden(f"tpu_vm-{name}.txt", capsys.readouterr().out)
+
+
+def test_single_steps_are_the_same_commands(capsys):
+    tpu_vm.main(["babysit", *BASE, "--bucket=my-bucket", "--dry-run", "--", *TRAIN])
+    together = capsys.readouterr().out
+    for action in ("create", "setup", "run", "state", "delete"):
+        train = ["--", *TRAIN] if action == "run" else []
+        assert tpu_vm.main([action, *BASE, "--bucket=my-bucket", "--dry-run", *train]) == 0
+        assert capsys.readouterr().out in together, action
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "slices have 2 sides"),
+    (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "no slice"),
+    (["create", "--name=a", "--zone=z", "--slice=tpu7x:2x2x1"], "GKE only"),
+    (["run", *BASE], "arguments of `encdec train`"),
+    (["run", *BASE, "--", "--config=c.py"], "--workdir is missing"),
+    (["run", *BASE, "--", "--workdir=runs/a"], "every machine shares"),
+    (["run", *BASE, "--", "--workdir=gs://b/a"], "wanted --workdir=/DIR"),
+    (["run", *BASE, "--", "--workdir=/w", "--config.data.records=gs://b/r"], "mount its bucket"),
+])
+def test_mistakes_are_refused_before_anything_runs(arguments, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        tpu_vm.main([*arguments, "--dry-run"] if "--" not in arguments else arguments)
+    assert words in capsys.readouterr().err + str(error.value)
+
+
+def test_slices_in_the_words_of_the_api():
+    assert Slices.parse("v5e:16x16").accelerator_type == "v5litepod-256"
+    assert Slices.parse("v5p:4x4x4").accelerator_type == "v5p-128"  # TensorCores, two a chip
+    assert Slices.parse("v6e:4x4*2") == Slices("v6e", (4, 4), 2)
+    assert [Slices.parse(s).hosts for s in ("v5e:2x2", "v5e:4x4", "v4:2x2x2")] == [1, 4, 2]
+
+
+# Decisions.
+
+ACTIVE = lambda *workers: Seen("ACTIVE", workers)
+READY = Memory(ready=True)
+
+
+def test_from_nothing_to_training():
+    seen = [Seen(None), Seen("WAITING_FOR_RESOURCES"), Seen("PROVISIONING"),
+            ACTIVE("absent", "absent"), ACTIVE("running", "running"),
+            ACTIVE("exited 0", "exited 0")]
+    memory, actions = Memory(), []
+    for look in seen:
+        decision = decide(look, memory)
+        memory = decision.memory
+        actions.append(decision.action)
+    assert actions == [Action.CREATE, Action.WAIT, Action.WAIT, Action.SET_UP, Action.WAIT,
+                       Action.FINISH]
+    assert decision.code == 0
+
+
+def test_a_preempted_slice_is_deleted_requested_anew_and_set_up_again():
+    decision = decide(Seen("SUSPENDED"), READY)
+    assert decision.action is Action.DELETE
+    decision = decide(Seen(None), decision.memory)
+    assert decision.action is Action.CREATE
+    assert decide(ACTIVE("absent"), decision.memory).action is Action.SET_UP
+
+
+@pytest.mark.parametrize("code, action", [
+    (0, Action.FINISH), (2, Action.FINISH), (3, Action.FINISH), (4, Action.FINISH),
+    (5, Action.FINISH), (75, Action.START), (1, Action.START), (134, Action.START),
+    (137, Action.START), (143, Action.START)])
+def test_exit_codes(code, action):
+    decision = decide(ACTIVE(*[f"exited {code}"] * 4), READY)
+    assert decision.action is action
+    if action is Action.FINISH:
+        assert decision.code == code
+    assert decision.memory.crashes == (code not in (0, 2, 3, 4, 5, 75))
+
+
+def test_the_code_that_explains_the_others():
+    assert summary([137, 3, 134, 75]) == 3
+    assert summary([75, 137, 75]) == 75
+    assert summary([0, 0]) == 0 and summary([0, 1]) == 1
+
+
+def test_preemptions_are_resumed_for_ever_and_crashes_a_few_times():
+    memory = READY
+    for _ in range(100):
+        decision = decide(ACTIVE("exited 75"), memory)
+        assert decision.action is Action.START
+        memory = decision.memory
+    limits = Limits(crashes=3, settled=2)
+    for _ in range(3):
+        decision = decide(ACTIVE("exited 134"), memory, limits)
+        assert decision.action is Action.START
+        memory = decision.memory
+    assert decide(ACTIVE("exited 134"), memory, limits).action is Action.FINISH
+    # Unless it ran for long in between.
+    for _ in range(2):
+        memory = decide(ACTIVE("running"), memory, limits).memory
+    assert decide(ACTIVE("exited 134"), memory, limits).action is Action.START
+
+
+def test_hosts_that_lag_behind_are_waited_for_and_then_stopped():
+    limits, memory = Limits(strange=2), READY
+    actions = []
+    for _ in range(3):
+        decision = decide(ACTIVE("exited 137", "running"), memory, limits)
+        memory = decision.memory
+        actions.append(decision.action)
+    assert actions == [Action.WAIT, Action.WAIT, Action.STOP]
+    assert decide(ACTIVE("exited 137", "exited 143"), memory, limits).action is Action.START
+
+
+def test_a_slice_that_cannot_be_reached_is_replaced():
+    memory = READY
+    for _ in range(Limits().strange):
+        decision = decide(Seen("ACTIVE", None), memory)
+        assert decision.action is Action.WAIT
+        memory = decision.memory
+    decision = decide(Seen("ACTIVE", None), memory)
+    assert decision.action is Action.DELETE and not decision.memory.ready
+
+
+def test_requests_that_keep_failing_are_given_up():
+    memory = Memory()
+    for _ in range(Limits().refusals):
+        decision = decide(Seen("FAILED"), memory)
+        assert decision.action is Action.DELETE
+        memory = decide(Seen(None), decision.memory).memory
+    decision = decide(Seen("FAILED"), memory)
+    assert decision.action is Action.FINISH and decision.code == UNAVAILABLE
+
+
+def test_every_state_has_an_action_and_running_hosts_are_never_started_again():
+    workers = ["absent", "running", "exited 0", "exited 2", "exited 75", "exited 137"]
+    for pair in itertools.product(workers, repeat=2):
+        for memory in (Memory(), READY, Memory(ready=True, crashes=5, strange=5)):
+            decision = decide(ACTIVE(*pair), memory)
+            if "running" in pair:
+                assert decision.action in (Action.WAIT, Action.STOP)
+
+
+# The whole, with a gcloud that keeps a slice in a folder and a bash that plays its hosts.
+
+GCLOUD = """
+import json, os, pathlib, subprocess, sys
+root = pathlib.Path(os.environ["FAKE_ROOT"])
+with open(root / "calls.jsonl", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+state = root / "state"
+states = lambda: state.read_text().split()
+verb = sys.argv[4]
+assert sys.argv[1:4] == ["compute", "tpus", "queued-resources"], sys.argv
+if verb == "create":
+    assert not state.exists()
+    state.write_text("WAITING_FOR_RESOURCES PROVISIONING " + os.environ["FAKE_NEXT"])
+    for host in range(4):
+        (root / f"host{host}").mkdir(exist_ok=True)
+elif verb == "describe":
+    if not state.exists():
+        sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource")
+    now, *later = states()
+    print(now)
+    if later:
+        state.write_text(" ".join(later))
+elif verb == "delete":
+    assert "--force" in sys.argv and "--quiet" in sys.argv
+    state.unlink()
+    for host in range(4):
+        subprocess.run(["rm", "-rf", str(root / f"host{host}")])
+elif states()[0] != "ACTIVE":
+    sys.exit("ERROR: not reachable")
+elif verb == "scp":
+    for host in range(4):
+        subprocess.run(["cp", *sys.argv[5:7], str(root / f"host{host}")], check=True)
+else:
+    assert verb == "ssh"
+    command = next(a for a in sys.argv if a.startswith("--command="))[len("--command="):]
+    codes = []
+    for host in range(4):
+        home = root / f"host{host}"
+        run = subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {
+            "HOME": str(home), "FAKE_HOST": str(host)})
+        codes.append(run.returncode)
+    sys.exit(max(codes))
+"""
+
+UV = """
+import os, pathlib, sys
+if sys.argv[1] == "venv":
+    pathlib.Path(sys.argv[-1], "bin").mkdir(parents=True)
+else:
+    encdec = pathlib.Path(sys.argv[sys.argv.index("--python") + 1]).with_name("encdec")
+    encdec.write_text("#!" + sys.executable + "\\n" + os.environ["FAKE_ENCDEC"])
+    encdec.chmod(0o755)
+"""
+
+# Says what it got and ends as the number of times it was started by all says.
+ENCDEC = """
+import json, os, pathlib, sys
+root = pathlib.Path(os.environ["FAKE_ROOT"])
+mine = root / f"started{os.environ['FAKE_HOST']}.jsonl"
+with open(mine, "a") as file:
+    file.write(json.dumps([os.getcwd(), os.environ.get("SETTING"), *sys.argv[1:]]) + "\\n")
+codes = json.loads(os.environ["FAKE_CODES"])
+sys.exit(codes[len(mine.read_text().splitlines()) - 1])
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """A machine with a fake gcloud, uv and gcsfuse first on PATH."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    mounts = "import os, sys; print('mounted', *sys.argv[1:], file=sys.stderr)"
+    for name, text in {"gcloud": GCLOUD, "uv": UV, "gcsfuse": mounts,
+                       "sudo": "import subprocess, sys; sys.exit(0)",
+                       "mountpoint": "import sys; sys.exit(1)"}.items():
+        path = programs / name
+        path.write_text(f"#!{sys.executable}\n{text}")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_ROOT", str(tmp_path))
+    monkeypatch.setenv("FAKE_ENCDEC", ENCDEC)
+    monkeypatch.setenv("FAKE_NEXT", "ACTIVE")
+    # The sources are whatever was committed last; a small file stands for them.
+    (tmp_path / "constraints.txt").write_text("")
+    monkeypatch.setattr(tpu_vm, "archive", lambda tarball: [
+        "tar", "-czf", tarball, "-C", str(tmp_path), "constraints.txt"])
+    return tmp_path
+
+
+def run_babysitter(*more: str, train=TRAIN) -> int:
+    return tpu_vm.main(["babysit", *BASE, *more, "--poll_seconds=0.05", "--", *train])
+
+
+def starts(root: pathlib.Path, host: int) -> list[list[str]]:
+    return [json.loads(line)
+            for line in (root / f"started{host}.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_seen_through_crash_and_preemption(cloud, monkeypatch, capfd):
+    """The slice is created, training crashes, is preempted with its slice, and finishes."""
+    monkeypatch.setenv("FAKE_CODES", "[134, 75, 0]")
+    # After the crash and the preemption of training, the slice itself goes.
+    once = cloud / "once"
+
+    def act(pod, run, decision, real=tpu_vm.act):
+        code = real(pod, run, decision)
+        if decision.action is Action.START and not once.exists():
+            once.touch()
+            _until(lambda: all(len(starts(cloud, host)) == 2 for host in range(4)))
+            time.sleep(0.3)
+            (cloud / "state").write_text("SUSPENDING SUSPENDED")
+        return code
+
+    monkeypatch.setattr(tpu_vm, "act", act)
+    assert run_babysitter("--bucket=my-bucket", "--env=SETTING=a b", "--delete",
+                          train=[*TRAIN, *AWKWARD]) == 0
+    said = capfd.readouterr()
+    for words in ("no such slice: request", "training crashed with exit code 134: start",
+                  "the slice is SUSPENDING: wait", "it was preempted: delete",
+                  "training is done: finish"):
+        assert words in said.out, said.out
+    assert "mounted --implicit-dirs my-bucket /mnt/my-bucket" in said.err
+    calls = [json.loads(line)[3] for line in (cloud / "calls.jsonl").read_text().splitlines()]
+    assert calls.count("create") == calls.count("delete") == calls.count("scp") == 2
+    for host in range(4):
+        for where, setting, *arguments in starts(cloud, host):
+            assert where == str(cloud / f"host{host}" / "encdec-run" / "source")
+            assert setting == "a b"
+            # Through argparse, gcloud, ssh's shell, worker.sh and its background process.
+            assert arguments == ["train", *TRAIN, *AWKWARD, "--distributed"]
+
+
+def test_a_nan_stops_it_at_once(cloud, monkeypatch, capfd):
+    monkeypatch.setenv("FAKE_CODES", "[5]")
+    assert run_babysitter() == 5
+    assert "NaN or infinity" in capfd.readouterr().out
+    assert len(starts(cloud, 0)) == 1
+    calls = [json.loads(line)[3] for line in (cloud / "calls.jsonl").read_text().splitlines()]
+    assert "delete" not in calls  # the slice stays for a look at it
+
+
+def test_a_second_babysitter_takes_over_what_runs(cloud, monkeypatch):
+    monkeypatch.setenv("FAKE_CODES", "[0, 1]")
+    pod = tpu_vm.Pod(tpu_vm.parse(["run", *BASE, "--", *TRAIN]))
+    run = Runner()
+    run(pod.create())
+    (cloud / "state").write_text("ACTIVE")
+    assert tpu_vm.set_up(pod, run) == 0
+    assert run(pod.start()).returncode == 0
+    _until(lambda: all((cloud / f"host{h}" / "encdec-run" / "exit").exists() for h in range(4)))
+    assert run_babysitter() == 0
+    assert len(starts(cloud, 0)) == 1
+
+
+def _until(true) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            if true():
+                return
+        except FileNotFoundError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# One host.
+
+
+def worker(home: pathlib.Path, *arguments: str, **environment: str):
+    return subprocess.run(
+        ["bash", str(tpu_vm.WORKER), *arguments], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"ENCDEC_HOME": str(home)} | environment)
+
+
+def test_a_host_saves_on_stop_and_gives_the_code(tmp_path):
+    program = tmp_path / "venv" / "bin" / "encdec"
+    program.parent.mkdir(parents=True)
+    (tmp_path / "source").mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nimport pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.3); print('saved', flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    program.chmod(0o755)
+    assert worker(tmp_path, "state").stdout == "encdec-state: absent\n"
+    assert worker(tmp_path, "start").returncode == 0
+    _until(lambda: "ready" in (tmp_path / "log").read_text())
+    assert worker(tmp_path, "state").stdout == "encdec-state: running\n"
+    first = (tmp_path / "pid").read_text()
+    assert worker(tmp_path, "start").returncode == 0  # a second start changes nothing
+    assert (tmp_path / "pid").read_text() == first
+    # As at the machine's end: the signal comes to the wrapper as well.
+    wrapper = subprocess.run(["ps", "-o", "ppid=", "-p", first.strip()], capture_output=True,
+                             text=True).stdout.strip()
+    subprocess.run(["kill", "-TERM", wrapper], check=True)
+    assert worker(tmp_path, "stop").returncode == 0
+    _until(lambda: (tmp_path / "exit").exists())
+    assert worker(tmp_path, "state").stdout == "encdec-state: exited 75\n"
+    assert worker(tmp_path, "log", "1").stdout == "saved\n"
+
+
+def test_a_host_that_was_killed_says_so(tmp_path):
+    (tmp_path / "pid").write_text("99999999\n")
+    assert worker(tmp_path, "state").stdout == "encdec-state: exited 137\n"
+
+
+def test_what_is_typed_for_the_hosts_is_what_they_read():
+    options = tpu_vm.parse(["run", *BASE, "--env=X=$(id) 'y'", "--", *TRAIN, *AWKWARD])
+    command = tpu_vm.Pod(options).start()[-1].removeprefix("--command=")
+    read = subprocess.run(
+        ["bash", "-c", "env() { printf '%s\\0' \"$@\"; }; " + command], capture_output=True,
+        text=True, check=True).stdout.split("\0")[:-1]
+    assert read == ["X=$(id) 'y'", "bash", "worker.sh", "start", *TRAIN, *AWKWARD,
+                    "--distributed"]
+    assert shlex.split(command)[1:] == read
