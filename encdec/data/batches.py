@@ -1,13 +1,12 @@
 """Batches addressed by step: a pure function of (records, seed, step, global batch).
 
-Position p of the endless stream of rows belongs to epoch p // rows; grain's index shuffle
-permutes each epoch with a seed of its own, without state, so any step is reached at once and no
-row repeats within an epoch. Hosts take contiguous slices of the same global batch.
+Position p of the endless stream of rows belongs to epoch p // rows; `shuffle` permutes each epoch
+with a seed of its own, without state, so any step is reached at once and no row repeats within an
+epoch. Hosts take contiguous slices of the same global batch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -16,16 +15,11 @@ import numpy as np
 
 from encdec.data.features import LAYOUTS, decoder_only_features, encoder_decoder_features
 from encdec.data.records import Records
+from encdec.data.shuffle import shuffled_rows
 from encdec.errors import ConfigError
 
 PREFETCH = 4
 READ_THREADS = 2
-
-
-def epoch_order_seed(seed: int | str, epoch: int | str) -> int:
-    """32-bit seed of one epoch's order; hashed, so that no two runs share shifted epochs."""
-    digest = hashlib.sha256(f"encdec epoch {seed} {epoch}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
 
 
 class Column(Protocol):
@@ -33,18 +27,6 @@ class Column(Protocol):
 
     def fields(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Batch fields with one entry a row; -1 stands for an empty row."""
-
-
-def shuffled_row(position: int, rows: int, seed: int | str) -> int:
-    """The row at a position of the endless stream of shuffled epochs."""
-    from grain.experimental import index_shuffle
-
-    epoch, place = divmod(position, rows)
-    if rows == 1:
-        return 0
-    return index_shuffle(
-        place, max_index=rows - 1, seed=epoch_order_seed(seed, epoch), rounds=4
-    )
 
 
 class Batches:
@@ -116,15 +98,15 @@ class Batches:
             raise IndexError(f"step {step} lies outside 0..{len(self) - 1}")
         size = self.global_batch // self.host_count
         first = step * self.global_batch + self.host_index * size
-        return np.array([self._row_at(first + i) for i in range(size)], np.int64)
-
-    def _row_at(self, position: int) -> int:
+        positions = np.arange(first, first + size)
         rows = len(self.records)
-        if not self.repeat and position >= rows:
-            return -1
-        if self.repeat and hasattr(self.records, "row_at"):
-            return self.records.row_at(position, self.seed, self.shuffle)
-        return shuffled_row(position, rows, self.seed) if self.shuffle else position % rows
+        if not self.repeat:
+            order = np.minimum(positions, rows - 1)
+            found = shuffled_rows(order, rows, self.seed) if self.shuffle else order
+            return np.where(positions < rows, found, -1)
+        if hasattr(self.records, "rows_at"):
+            return self.records.rows_at(positions, self.seed, self.shuffle)
+        return shuffled_rows(positions, rows, self.seed) if self.shuffle else positions % rows
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.read_rows(self.row_numbers(step))

@@ -9,6 +9,7 @@ its own epochs, whatever the others do.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -19,10 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from encdec.data.batches import epoch_order_seed, shuffled_row
 from encdec.data.objectives import Document
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, Records, open_records
+from encdec.data.shuffle import epoch_order_seed, permuted, shuffled_rows
 from encdec.data.text_tasks import TextTask, text_task
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
@@ -72,6 +73,12 @@ def block_quotas(shares: Sequence[float], block: int = BLOCK) -> np.ndarray:
     return quotas
 
 
+@functools.lru_cache(maxsize=16)
+def _block_order(block: int, seed: int) -> np.ndarray:
+    order_seed = epoch_order_seed(seed, f"mixture block {block}")
+    return permuted(np.arange(BLOCK), BLOCK, order_seed)
+
+
 class MixedRecords:
     """Several records directories read as one, each at its share; made for `Batches`.
 
@@ -100,19 +107,21 @@ class MixedRecords:
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
-    def row_at(self, position: int, seed: int, shuffle: bool) -> int:
-        """Number of the row at a position of the endless stream."""
-        from grain.experimental import index_shuffle
-
-        block, place = divmod(position, BLOCK)
-        order = epoch_order_seed(seed, f"mixture block {block}")
-        place = index_shuffle(place, max_index=BLOCK - 1, seed=order, rounds=4)
-        part = int(np.searchsorted(self._ends, place, side="right"))
-        quota = int(self._quotas[part])
-        own = block * quota + place - int(self._ends[part]) + quota
-        rows = len(self.parts[part])
-        row = shuffled_row(own, rows, f"{seed} part {part}") if shuffle else own % rows
-        return int(self._offsets[part]) + row
+    def rows_at(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
+        """Numbers, int64, of the rows at positions of the endless stream."""
+        blocks, places = np.divmod(np.asarray(positions, np.int64), BLOCK)
+        for block in np.unique(blocks):
+            where = blocks == block
+            places[where] = _block_order(int(block), seed)[places[where]]
+        part_of = np.searchsorted(self._ends, places, side="right")
+        result = np.empty_like(places)
+        for part in np.unique(part_of):
+            where = part_of == part
+            quota, rows = int(self._quotas[part]), len(self.parts[part])
+            own = blocks[where] * quota + places[where] - int(self._ends[part]) + quota
+            found = shuffled_rows(own, rows, f"{seed} part {part}") if shuffle else own % rows
+            result[where] = self._offsets[part] + found
+        return result
 
     def read(self, row_numbers: Sequence[int] | np.ndarray) -> list[bytes]:
         """The rows' bytes in the order asked for; errors as `Records.read`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -112,33 +113,44 @@ class SequenceToSequence(Objective):
         seed: int,
     ) -> Encoded:
         encoded = Encoded()
-        byte_lengths = vocabulary.byte_lengths
-        eos = np.array([vocabulary.eos_id], np.int32)
         for start in range(0, len(documents), ENCODE_BATCH):
             part = documents[start : start + ENCODE_BATCH]
             sources = vocabulary.encode_batch([pair[0] for pair in part], self.inputs_eos)
             targets = vocabulary.encode_batch([pair[1] for pair in part], add_eos=True)
-            for pair, source, target in zip(part, sources, targets):
-                if len(target) == 1:
-                    encoded.dropped["empty_target"] += 1
-                    continue
-                if not len(source):
-                    encoded.dropped["empty_source"] += 1
-                    continue
-                if len(source) > inputs_length:
-                    encoded.truncated["sources"] += 1
-                    encoded.truncated["source_tokens"] += len(source) - inputs_length
-                    kept = source[: inputs_length - self.inputs_eos]
-                    source = np.concatenate([kept, eos]) if self.inputs_eos else kept
-                if len(target) > targets_length:
-                    encoded.truncated["targets"] += 1
-                    encoded.truncated["target_tokens"] += len(target) - targets_length
-                    target = np.concatenate([target[: targets_length - 1], eos])
-                    target_bytes = int(byte_lengths[target].sum())
+            source_lengths = np.fromiter(map(len, sources), np.int64, len(part))
+            target_lengths = np.fromiter(map(len, targets), np.int64, len(part))
+            kept = (source_lengths > 0) & (target_lengths > 1)
+            fits = (source_lengths <= inputs_length) & (target_lengths <= targets_length)
+            encoded.dropped["empty_target"] += int((target_lengths == 1).sum())
+            encoded.dropped["empty_source"] += int((kept < (target_lengths > 1)).sum())
+            # Pairs that fit are taken together: a look at each would cost much of its encoding.
+            whole = itertools.compress((pair[1] for pair in part), kept & fits)
+            encoded.target_bytes += len("".join(whole).encode("utf-8"))
+            for i in np.flatnonzero(kept & ~fits):
+                sources[i] = self._cut(encoded, vocabulary, "source", sources[i], inputs_length)
+                if len(targets[i]) > targets_length:
+                    targets[i] = self._cut(
+                        encoded, vocabulary, "target", targets[i], targets_length
+                    )
+                    encoded.target_bytes += int(vocabulary.byte_lengths[targets[i]].sum())
                 else:
-                    target_bytes = len(pair[1].encode("utf-8"))
-                encoded.add(source, target, target_bytes)
+                    encoded.target_bytes += len(part[i][1].encode("utf-8"))
+            encoded.sources += itertools.compress(sources, kept)
+            encoded.targets += itertools.compress(targets, kept)
+        encoded.dropped = +encoded.dropped
         return encoded
+
+    def _cut(
+        self, encoded: Encoded, vocabulary: Vocabulary, side: str, ids: np.ndarray, length: int
+    ) -> np.ndarray:
+        """`ids` without their end where they are too long, which is counted; EOS stays."""
+        if len(ids) <= length:
+            return ids
+        encoded.truncated[f"{side}s"] += 1
+        encoded.truncated[f"{side}_tokens"] += len(ids) - length
+        if side == "source" and not self.inputs_eos:
+            return ids[:length]
+        return np.append(ids[: length - 1], np.int32(vocabulary.eos_id))
 
 
 @dataclasses.dataclass(frozen=True)

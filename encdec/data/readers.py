@@ -111,11 +111,13 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
 
 def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fault | None:
     """What is wrong with a row that wants `fields` as texts; `line` is what it was read from."""
+    # Half characters come by escapes alone: UTF-8 has none.
+    escaped = b"\\u" in line
     for field in fields:
         if field not in row:
             keys = ", ".join(sorted(map(repr, row))[:8]) or "none"
             return Fault(f"no {field!r} (keys: {keys})", f"add the field {field!r}")
-        if fault := _check_text(field, row[field], line):
+        if fault := _check_text(field, row[field], escaped):
             return fault
     if "targets" in row:
         targets = row["targets"]
@@ -124,7 +126,7 @@ def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fau
                 f"'targets' is {_shown(targets)}, wanted a list of strings", "give a list"
             )
         for target in targets:
-            if fault := _check_text("targets", target, line):
+            if fault := _check_text("targets", target, escaped):
                 return fault
     return None
 
@@ -134,11 +136,10 @@ def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> Fault:
     return Fault(f"invalid UTF-8: byte {seen} at byte {error.start}", "save the file as UTF-8")
 
 
-def _check_text(field: str, value: Any, line: bytes) -> Fault | None:
+def _check_text(field: str, value: Any, escaped: bool) -> Fault | None:
     if not isinstance(value, str):
         return Fault(f"{field!r} is {_shown(value)}, wanted a string", f"give {field!r} as text")
-    if b"\\u" not in line:
-        # Half characters come by escapes alone: UTF-8 has none.
+    if not escaped:
         return None
     try:
         value.encode("utf-8")
