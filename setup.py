@@ -56,8 +56,10 @@ EXTRAS = {
     ],
     # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
+    "litert": ["ai-edge-litert>=2.1,<3"],
     "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
     "test": [
+        "ai-edge-litert>=2.1,<3",
         "hypothesis>=6.100,<7",
         "onnx>=1.18,<2",
         "onnxruntime>=1.22,<2",

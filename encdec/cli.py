@@ -30,7 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compile": (
         "encdec.hardware.command:main", "predict a run's memory, time and cost on a TPU pod"),
     "import": ("encdec.interop.command:main", "turn a Hugging Face model into one of ours"),
-    "export": ("encdec.export.command:main", "write a model for Hugging Face or as ONNX graphs"),
+    "export": (
+        "encdec.export.command:main", "write a model for Hugging Face, LiteRT or onnxruntime"),
     "generate": ("encdec.inference.command:main", "generate text from a trained model"),
     "evaluate": (
         "encdec.evaluation.command:main", "a model's answers on tasks, scored with intervals"),

@@ -15,12 +15,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from encdec.export.equivalents import Params
+from encdec.export.quantise import BLOCK, eight_bits, four_bits
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
 
 Precision = Literal["float32", "int8", "int4"]
 OPSET, IR_VERSION = 21, 10
-BLOCK = 32  # weights that share a scale in four bits
 LEAST = float(np.finfo(np.float32).min)
 _CONTRIB = "com.microsoft"
 
@@ -95,34 +95,6 @@ class Graph:
         return helper.make_model(graph, ir_version=IR_VERSION, producer_name="encdec",
                                  opset_imports=[helper.make_opsetid("", OPSET),
                                                 helper.make_opsetid(_CONTRIB, 1)])
-
-
-def eight_bits(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 levels and float32 scales (one for each slice along ``axis``, which is kept as 1)."""
-    scales = np.maximum(np.abs(x).max(axis=axis, keepdims=True) / 127, 1e-12).astype(np.float32)
-    return np.rint(x / scales).astype(np.int8), scales
-
-
-def four_bits(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Levels and scales as MatMulNBits wants them, blocks of ``BLOCK`` along the input axis.
-
-    Level 8 is zero. The weight of largest magnitude of a block gets level 0 exactly, so the scale
-    bears the opposite of its sign.
-
-    Returns:
-        uint8 [out, blocks, BLOCK / 2], two levels a byte, the lower one first; float32
-        [out, blocks].
-    """
-    width, out = kernel.shape
-    blocks = -(-width // BLOCK)
-    padded = np.zeros((out, blocks * BLOCK), np.float32)
-    padded[:, :width] = kernel.T
-    padded = padded.reshape(out, blocks, BLOCK)
-    peak = np.take_along_axis(padded, np.abs(padded).argmax(-1)[..., None], -1)
-    scales = (peak / -8).astype(np.float32)
-    safe = np.where(scales == 0, 1, scales)
-    levels = np.clip(np.rint(padded / safe) + 8, 0, 15).astype(np.uint8)
-    return levels[..., ::2] | levels[..., 1::2] << 4, scales[..., 0]
 
 
 class _Layers:

@@ -51,9 +51,9 @@ def main(argv: list[str]) -> int:
     _check(options)
     # Imported late: a mistake in the command line is answered at once.
     _use_compilation_cache()
+    from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
     from encdec.inference.files import ResumableOutput, read_inputs
     from encdec.inference.generator import Generator, read_prompt_format
-    from encdec.inference.onnx_runtime import OnnxGenerator, OnnxModel, is_onnx_export
     from encdec.train.checkpoints import load_params_for_inference
     from encdec.train.workdir import CONFIG_FILE
 
@@ -64,11 +64,12 @@ def main(argv: list[str]) -> int:
         name = "the input" if len(texts) == 1 else f"input {number}"
         prompts.encode(text, truncate=options.truncate, name=name)
     generating = {"max_tokens": max_tokens, "batch_rows": options.batch_rows}
-    if is_onnx_export(options.checkpoint):
+    if export_format(options.checkpoint):
         if options.step is not None:
             raise ConfigError(f"{options.checkpoint} is an export, which has no checkpoints; "
                               "leave --step out")
-        step, generator = 0, OnnxGenerator(OnnxModel(options.checkpoint), prompts, **generating)
+        step, generator = 0, ExportedGenerator(
+            load_exported_model(options.checkpoint), prompts, **generating)
     else:
         config, params, step = load_params_for_inference(options.checkpoint, options.step)
         generator = Generator(config, params, prompts, **generating)
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("text", nargs="*", metavar="TEXT", help="an input")
     parser.add_argument("--checkpoint", required=True, metavar="DIR",
                         help="work directory of `encdec train`, or what `encdec export "
-                        "--format=onnx` wrote")
+                        "--format=litert` or `--format=onnx` wrote")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
     parser.add_argument("--file", metavar="IN",
                         help="inputs, one a line: JSONL with the field 'source', or text; - is "

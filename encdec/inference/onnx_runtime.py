@@ -1,30 +1,16 @@
-"""Exported ONNX models in onnxruntime, behind the same generator as our own."""
+"""Exported ONNX models in onnxruntime, as ``encdec.inference.exported`` wants them."""
 
 from __future__ import annotations
 
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
-from encdec.inference.decoding import Decoding, DecodingPlan, append
-from encdec.inference.generator import (
-    Generation,
-    Generator,
-    PreparedInput,
-    bucket,
-    read_prompt_format,
-    row_settings,
-)
-from encdec.inference.sampling import Choosing
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.exported import likeliest
 from encdec.train.workdir import model_config_of, read_config
 
 if TYPE_CHECKING:
@@ -32,13 +18,6 @@ if TYPE_CHECKING:
 
 ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
 NEVER = np.iinfo(np.int64).max  # a position that is never reached: padding's
-
-append_compiled = jax.jit(append, static_argnames="plan", donate_argnames="decoding")
-
-
-def is_onnx_export(directory: str | os.PathLike[str]) -> bool:
-    """Whether ``encdec export --format=onnx`` wrote this directory."""
-    return (pathlib.Path(directory) / DECODER_FILE).is_file()
 
 
 class OnnxModel:
@@ -49,9 +28,13 @@ class OnnxModel:
         ConfigError: onnxruntime is not installed.
     """
 
+    rows_at_once = 0  # any number
+
     def __init__(self, directory: str | os.PathLike[str], threads: int = 0):
         directory = pathlib.Path(directory)
-        self.config = model_config_of(read_config(directory))
+        content = read_config(directory)
+        self.config = model_config_of(content)
+        self.vocabulary_size = content["data"]["vocabulary"]["size"]
         self.decoder = _session(directory / DECODER_FILE, threads)
         self.encoder = (_session(directory / ENCODER_FILE, threads)
                         if self.config.is_encoder_decoder else None)
@@ -83,9 +66,9 @@ class OnnxModel:
         return logits, {name.replace("present", "past"): x for name, x in values.items()}
 
     def prefill(
-        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int
+        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int = 0
     ) -> tuple[np.ndarray, _Memory]:
-        """Logits [B, V] of each row's first new token, and the memory."""
+        """Logits [B, V] of each row's first new token, and the memory, which grows by itself."""
         rows, width = tokens_BxS.shape
         places_S = np.arange(width)
         source: dict[str, np.ndarray] = {}
@@ -100,6 +83,20 @@ class OnnxModel:
         logits, cache = self.decode(
             prompt, positions, keys, ends[:, None], source, self.empty_cache(rows))
         return logits[:, 0], _Memory(self, source, cache, keys, ends + 1)
+
+    def forced_logits(
+        self, source: np.ndarray, target: np.ndarray, start_id: int
+    ) -> np.ndarray:
+        """Logits [T, V] of every target token given those before it, in one call."""
+        prompt = [start_id] if self.encoder is not None else [start_id, *source]
+        tokens = np.array([[*prompt, *target[:-1]]], np.int64)
+        places = np.arange(tokens.shape[1])[None]
+        inputs = {}
+        if self.encoder is not None:
+            inputs = self.encode(source[None], np.ones((1, len(source))))
+        wanted = np.arange(len(prompt) - 1, tokens.shape[1])[None]
+        logits, _ = self.decode(tokens, places, places, wanted, inputs, self.empty_cache(1))
+        return logits[0]
 
 
 class _Memory:
@@ -127,6 +124,10 @@ class _Memory:
         self._slots = self._slots + 1
         return logits[:, 0]
 
+    def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
+        return likeliest(self.step(tokens_R), self._model.vocabulary_size)
+
 
 def _session(path: pathlib.Path, threads: int) -> onnxruntime.InferenceSession:
     try:
@@ -141,73 +142,3 @@ def _session(path: pathlib.Path, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(
         path, options, providers=["CPUExecutionProvider"])
-
-
-class OnnxGenerator(Generator):
-    """Texts in, texts out, by onnxruntime; tokens are chosen as everywhere else, without beams.
-
-    Args:
-        model: the exported model.
-        prompts: how texts become inputs.
-        max_tokens: new tokens where the settings leave it open.
-        batch_rows: rows decoded together at most.
-    """
-
-    def __init__(self, model: OnnxModel, prompts: PromptFormat, *, max_tokens: int = 128,
-                 batch_rows: int = 16):
-        self.config = model.config
-        self._model, self.prompts = model, prompts
-        self.max_tokens, self.batch_rows = max_tokens, batch_rows
-
-    def _run(
-        self, inputs: Sequence[PreparedInput], settings: GenerationSettings, steps: int
-    ) -> Iterator[Decoding]:
-        lengths_B = np.array([len(item.ids) for item in inputs])
-        tokens_BxS = np.zeros((len(inputs), lengths_B.max()), np.int64)  # shapes are dynamic
-        for row, item in enumerate(inputs):
-            tokens_BxS[row, : len(item.ids)] = item.ids
-        vocabulary, limit = self.prompts.vocabulary, self._limit(settings)
-        sampled = settings.temperature > 0
-        plan = DecodingPlan(
-            Choosing(
-                vocabulary.size, sampled, sampled and (settings.top_k > 0 or settings.top_p < 1),
-                settings.repetition_penalty != 1, settings.no_repeat_ngram),
-            bucket(limit), self.prompts.decoder_start_id)
-        logits, memory = self._model.prefill(tokens_BxS, lengths_B, plan.start_id)
-        memory.repeat(settings.samples)
-        rows = row_settings(settings, inputs, len(inputs), limit, vocabulary.eos_id)
-        count = len(inputs) * settings.samples
-        decoding = Decoding(
-            memory=None, last_R=jnp.zeros(count, jnp.int32),
-            tokens_RxN=jnp.zeros((count, plan.room), jnp.int32),
-            log_probs_RxN=jnp.zeros((count, plan.room), jnp.float32),
-            counts_R=jnp.zeros(count, jnp.int32), finished_R=jnp.asarray(rows.limit_R <= 0),
-            settings=jax.tree.map(jnp.array, rows))
-        logits = np.repeat(logits, settings.samples, axis=0)
-        decoding = append_compiled(plan, decoding, logits)
-        while True:
-            stop_R = yield decoding
-            if stop_R is not None:
-                decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
-            if np.asarray(decoding.finished_R).all():
-                return
-            for _ in range(steps):
-                decoding = append_compiled(plan, decoding, memory.step(np.asarray(decoding.last_R)))
-                if np.asarray(decoding.finished_R).all():
-                    break
-
-    def _beam_batch(
-        self, inputs: Sequence[PreparedInput], settings: GenerationSettings
-    ) -> list[list[Generation]]:
-        raise ConfigError(f"beams is {settings.beams}, but an exported model has no beam search; "
-                          "leave it out, or generate with the work directory")
-
-
-def load_onnx_generator(
-    directory: str | os.PathLike[str], *, max_input_tokens: int | None = None,
-    batch_rows: int = 16,
-) -> OnnxGenerator:
-    """The generator of a directory that ``encdec export --format=onnx`` wrote."""
-    prompts, max_tokens = read_prompt_format(directory, max_input_tokens=max_input_tokens)
-    return OnnxGenerator(
-        OnnxModel(directory), prompts, max_tokens=max_tokens, batch_rows=batch_rows)

@@ -9,7 +9,7 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.export import onnx_export
+from encdec.export import onnx_export, quality
 from encdec.export.command import main
 from encdec.inference.command import main as generate_main
 from encdec.inference.generator import Generator
@@ -23,8 +23,9 @@ from tests.train.conftest import write_records
 pytest.importorskip("onnx", reason="needs onnx: pip install encdec[onnx]")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install encdec[onnx]")
 
-from encdec.export.onnx_graph import eight_bits, four_bits
-from encdec.inference.onnx_runtime import OnnxGenerator, OnnxModel
+from encdec.export.quantise import eight_bits, four_bits
+from encdec.inference.exported import ExportedGenerator
+from encdec.inference.onnx_runtime import OnnxModel
 
 TEXTS = ["a hare", "and a tortoise", "two"]
 
@@ -55,9 +56,9 @@ def pairs(count=3):
 @pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
 def test_float32_graphs_compute_our_logits(name, content, tmp_path):
     model = export(name, content, tmp_path / "onnx")
-    quality = onnx_export.measure(model, *pair(name), pairs(), START)
-    assert quality.largest_difference < 1e-4 and quality.agreement == 1
-    assert abs(quality.loss - quality.reference_loss) < 1e-4
+    found = quality.measure(model, *pair(name), pairs(), START)
+    assert found.largest_difference < 1e-4 and found.agreement == 1
+    assert abs(found.loss - found.reference_loss) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["paper", "windowed"])
@@ -65,7 +66,7 @@ def test_answers_are_ours(name, content, tmp_path):
     """Rows of unlike lengths, with the growing cache, and several samples of each."""
     model = export(name, content, tmp_path / "onnx")
     ours = Generator(*pair(name), PROMPTS, max_tokens=8)
-    theirs = OnnxGenerator(model, PROMPTS, max_tokens=8)
+    theirs = ExportedGenerator(model, PROMPTS, max_tokens=8)
     sampled = GenerationSettings(temperature=0.7, top_k=20, samples=2, seed=3)
     for settings in (GenerationSettings(), sampled)[: 1 + (name == "paper")]:
         for a, b in zip(ours.generate(TEXTS, settings), theirs.generate(TEXTS, settings)):
@@ -96,8 +97,8 @@ def test_quantised_graphs_are_the_quantised_model(name, content, tmp_path):
     sizes = {}
     for precision, most in (("float32", 1e-4), ("int8", 0.05), ("int4", 0.5)):
         model = export(name, content, tmp_path / precision, precision)
-        quality = onnx_export.measure(model, *pair(name), pairs(), START)
-        assert abs(quality.loss / quality.reference_loss - 1) < most, quality
+        found = quality.measure(model, *pair(name), pairs(), START)
+        assert abs(found.loss / found.reference_loss - 1) < most, found
         sizes[precision] = sum(path.stat().st_size for path in
                                (tmp_path / precision).glob("*.data"))
     assert sizes["int4"] <= sizes["int8"] < sizes["float32"] / 2

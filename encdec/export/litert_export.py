@@ -1,0 +1,68 @@
+"""Writes a trained encoder-decoder as LiteRT graphs that ``encdec generate`` runs."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from encdec.data.records import write_json
+from encdec.data.vocabulary import copy_vocabulary
+from encdec.errors import ConfigError
+from encdec.export import equivalents
+from encdec.inference.litert_runtime import DECODER_FILE, ENCODER_FILE
+from encdec.model import ModelConfig
+from encdec.train.workdir import CONFIG_FILE
+
+
+def check(config: ModelConfig) -> None:
+    """Raises ConfigError where the model has what the graphs do not express."""
+    for field, met, wanted in (
+        ("architecture", config.is_encoder_decoder,
+         "'encoder_decoder' (--format=onnx takes decoder-only models)"),
+        ("cross_attention_rope", config.cross_attention_rope == "none", "'none'"),
+        ("rope_scaling", config.rope_scaling != "ntk" or config.rope_factor == 1,
+         "not 'ntk', whose base depends on the length at hand")):
+        if not met:
+            raise ConfigError(f"this model cannot be exported to LiteRT: {field} is "
+                              f"{getattr(config, field)!r}, wanted {wanted}")
+
+
+def write(
+    out: pathlib.Path, config: ModelConfig, params: Any, *, precision: str,
+    content: dict[str, Any], vocabulary_from: str | pathlib.Path,
+) -> int:
+    """Writes encoder.tflite, decoder.tflite, the vocabulary, and last config.json.
+
+    Args:
+        out: an empty or new directory.
+        config: the model.
+        params: its parameters, scanned or not.
+        precision: float32; int8 (weights by output channel, activations as they come); int4 (the
+            decoder's layers by output channel, encoder, embedding and head in int8).
+        content: of the work directory's config.json, for ``encdec generate``.
+        vocabulary_from: the directory that holds the vocabulary.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        ConfigError: a field that the graphs cannot express, or ai-edge-litert is missing.
+    """
+    check(config)
+    try:
+        from encdec.export import litert_graph
+    except ImportError as error:
+        raise ConfigError("--format=litert needs the ai-edge-litert package; install it with pip "
+                          "install 'encdec[litert]'") from error
+    config, params = equivalents.on_host(config, params)
+    out.mkdir(parents=True, exist_ok=True)
+    written = litert_graph.encoder_graph(config, params, precision).save(out / ENCODER_FILE)
+    size = content["data"]["vocabulary"]["size"]
+    written += litert_graph.decoder_graph(
+        config, params, precision, size).save(out / DECODER_FILE)
+    copy_vocabulary(vocabulary_from, out)
+    kept = {name: content[name] for name in ("format_version", "data")}
+    write_json(out / CONFIG_FILE, kept | {
+        "model": config.to_dict(),
+        "export": {"format": "litert", "precision": precision, "bytes": written}})
+    return written

@@ -1,0 +1,134 @@
+"""LiteRT graphs against our own model: logits, answers, quantised weights, one command each."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import CheckpointError, ConfigError
+from encdec.export import litert_export, quality
+from encdec.export.command import main
+from encdec.export.quantise import four_bits_by_channel
+from encdec.inference.command import main as generate_main
+from encdec.inference.exported import ExportedGenerator
+from encdec.inference.generator import Generator
+from encdec.inference.settings import GenerationSettings
+from encdec.interop.importing import write_model
+from encdec.model import unroll_params
+from tests.export.examples import PROMPTS, pair
+from tests.inference.examples import START
+from tests.train.conftest import write_records
+
+pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install encdec[litert]")
+
+from encdec.inference.litert_runtime import LitertMemory, LitertModel
+
+TEXTS = ["a hare", "and a tortoise", "two"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """Exports a model once, and opens it."""
+    done = {}
+    vocabulary = tmp_path_factory.mktemp("vocabulary")
+    spec = PROMPTS.vocabulary.save(vocabulary)
+    content = {"format_version": 1, "data": {
+        "vocabulary": spec.to_dict(), "decoder_start_id": START, "inputs_eos": True,
+        "inputs_length": 64, "targets_length": 12}}
+
+    def make(name, precision="float32"):
+        if (name, precision) not in done:
+            out = tmp_path_factory.mktemp("litert")
+            size = litert_export.write(out, *pair(name), precision=precision, content=content,
+                                       vocabulary_from=vocabulary)
+            done[name, precision] = LitertModel(out, threads=1), size
+        return done[name, precision]
+
+    return make
+
+
+def pairs(count=3):
+    rng = np.random.default_rng(4)
+    return [(rng.integers(3, 259, 5 + 4 * i), rng.integers(3, 259, 4 + 2 * i))
+            for i in range(count)]
+
+
+@pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma folded"])
+def test_float32_graphs_compute_our_logits(name, export):
+    found = quality.measure(export(name)[0], *pair(name), pairs(), START)
+    assert found.largest_difference < 1e-4 and found.agreement == 1
+    assert abs(found.loss - found.reference_loss) < 1e-4
+
+
+def test_answers_are_ours(export):
+    """Greedy by the graph's own choice, and several drawn samples that share the source."""
+    ours = Generator(*pair("paper"), PROMPTS, max_tokens=8)
+    theirs = ExportedGenerator(export("paper")[0], PROMPTS, max_tokens=8)
+    sampled = GenerationSettings(temperature=0.7, top_k=20, samples=2, seed=3)
+    for settings in (GenerationSettings(), sampled):
+        for a, b in zip(ours.generate(TEXTS, settings), theirs.generate(TEXTS, settings)):
+            assert [one.tokens for one in a] == [one.tokens for one in b]
+            np.testing.assert_allclose(a[0].log_probs, b[0].log_probs, atol=1e-4)
+    with pytest.raises(ConfigError, match="no beam search"):
+        theirs.generate(TEXTS, GenerationSettings(beams=2))
+    text = theirs.generate(["a hare"])[0][0].text
+    assert text == "".join(theirs.stream("a hare"))
+
+
+def test_a_full_cache_is_refused(export):
+    model = export("paper")[0]
+    memory = LitertMemory(model, model.encode(np.array([5, 6, 7])), 1)
+    memory.step(np.array([START]))
+    with pytest.raises(ConfigError, match="cache holds 1 tokens"):
+        memory.step(np.array([4]))
+
+
+def test_four_bits_are_the_nearest_levels():
+    weights = np.random.default_rng(0).normal(size=(5, 70)).astype(np.float32)
+    packed, scales = four_bits_by_channel(weights)
+    low, high = packed.astype(np.int8) << 4 >> 4, packed.astype(np.int8) >> 4
+    levels = np.stack([low, high], -1).reshape(5, 70)
+    assert levels.min() >= -7
+    assert np.abs(levels * scales[:, None] - weights).max() <= scales.max() / 2 + 1e-6
+
+
+def test_quantised_graphs_are_the_quantised_model(export):
+    sizes = {}
+    for precision, most in (("float32", 1e-4), ("int8", 0.05), ("int4", 1.0)):
+        model, sizes[precision] = export("paper", precision)
+        found = quality.measure(model, *pair("paper"), pairs(), START)
+        assert abs(found.loss / found.reference_loss - 1) < most, (precision, found)
+    assert sizes["int4"] < sizes["int8"] < sizes["float32"]
+
+
+def test_from_checkpoint_to_answer(tmp_path, capsys):
+    """One command each: export with its quality on records, then generate."""
+    records = write_records(tmp_path / "records", [[("one fish", "red"), ("two", "blue")]] * 2)
+    config, params = pair("paper")
+    write_model(
+        tmp_path / "run", config.replace(scan_layers=False), unroll_params(params, config),
+        source={"format": "test"}, vocabulary=ByteVocabulary(), start_id=START, max_length=64)
+    out = tmp_path / "int8"
+    arguments = [f"--checkpoint={tmp_path / 'run'}", "--format=litert", f"--out={out}"]
+    assert main([*arguments, "--precision=int8", f"--check={records}", "--check_pairs=3"]) == 0
+    assert "13 target tokens: loss" in capsys.readouterr().out  # 4 + 5 + 4 with EOS
+    assert generate_main([f"--checkpoint={out}", "--json", "--max_tokens=6", "two"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert 1 <= answer["tokens"] <= 6
+    (out / "decoder.tflite").unlink()
+    with pytest.raises(CheckpointError, match="decoder.tflite is missing"):
+        LitertModel(out)
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("paper", {"cross_attention_rope": "from_zero"}, "cross_attention_rope is 'from_zero'"),
+    ("llama", {}, "architecture is 'decoder_only'"),
+])
+def test_what_the_graphs_cannot_express_is_refused_by_field(name, changes, message, tmp_path):
+    config, params = pair(name)
+    with pytest.raises(ConfigError, match=message):
+        litert_export.write(tmp_path / "x", config.replace(**changes), params,
+                            precision="float32", content={}, vocabulary_from=tmp_path)
