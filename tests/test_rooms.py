@@ -14,8 +14,6 @@ MAY_IMPORT = {
     "errors": set(),
     "model": {"errors"},
     "data": {"errors"},
-    # Holds reading against the step of a model on a chip.
-    "data.benchmark": {"errors", "data", "model"},
     "safetensors": {"errors"},
     # The teacher's column and the losses lie below training, the scoring of it above.
     "distill.sparse_logits": {"errors"},

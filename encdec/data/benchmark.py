@@ -6,6 +6,7 @@ Processor time beside wall time: ratios of processor time hold on a machine that
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -25,16 +26,53 @@ from encdec.data.records import DatasetCard, open_records
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocab_command import task_texts, train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
-from encdec.model.chips import chip_named
-from encdec.model.flops import training_flops
-from encdec.model.presets import preset
+from encdec.errors import DataError
 
 PREPARE_GOAL = 0.80
 READ_GOAL_TOKENS_PER_SECOND = 3e6
-# The step that reading is held against: the paper's model at 40 % MFU on a host of eight v5e
-# chips. The TPU compiler's own cost model predicts less (docs/hardware.md), so steps are longer.
-STEP_MODEL, STEP_CHIP, STEP_CHIPS, STEP_MFU = "330m", "TPU v5e", 8, 0.40
-STEP_ROWS, STEP_LENGTHS = 128, (1024, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The training step that reading is held against, and the host that reads for it."""
+
+    model: str
+    topology: str
+    seconds: float
+    rows_per_chip: float
+    positions: int
+    chips_per_host: int
+    host_cores: int
+
+    def one_core_share(self, tokens_per_second: float) -> float:
+        """Share of one core's time that reading takes, every position of the rows a token."""
+        tokens = self.rows_per_chip * self.chips_per_host * self.positions
+        return tokens / tokens_per_second / self.seconds
+
+
+# What ``encdec compile`` predicted (docs/pod.md). A host of a v5e slice is a ct5lp-hightpu-4t: four
+# chips, 112 cores.
+PREDICTED = Step("330m-tpu", "v5e:4x4", 0.3221, 16, 1024 + 256, 4, 112)
+
+
+def reported_step(path: str | pathlib.Path, chips_per_host: int, host_cores: int) -> Step:
+    """The first step of a report by ``encdec compile --json``; DataError where it is none."""
+    try:
+        report = json.loads(pathlib.Path(path).read_text())[0]
+        return Step(
+            str(report["model"]),
+            str(report["topology"]),
+            float(report["step_seconds"]),
+            report["batch_size"] / report["devices"],
+            report["inputs"] + report["targets"],
+            chips_per_host,
+            host_cores,
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(
+            f"{path} is no report of a step ({error!r}); write one with encdec compile "
+            f"--json={path}"
+        ) from error
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
@@ -119,7 +157,7 @@ def measure_reading(directory: str | pathlib.Path, *, batch: int = 64, steps: in
         "bytes_per_token": sum(shard.bytes for shard in card.shards) / tokens,
         "stored_bytes_per_id": np.dtype(card.token_dtype).itemsize,
     }
-    for layout in LAYOUTS:
+    for layout in LAYOUTS if card.inputs_length else ("decoder_only",):
         batches = Batches(records, global_batch=batch, layout=layout)
         _ = batches[0]
 
@@ -135,12 +173,6 @@ def measure_reading(directory: str | pathlib.Path, *, batch: int = 64, steps: in
         _, processor, read_tokens = _timed(read)
         result[f"{layout}_tokens_per_second_per_core"] = read_tokens / processor
     return result
-
-
-def step_seconds() -> float:
-    """Seconds of the training step that reading is held against, on one v5e host."""
-    flops = training_flops(preset(STEP_MODEL), *STEP_LENGTHS, batch_size=STEP_ROWS)
-    return flops / (STEP_MFU * STEP_CHIPS * chip_named(STEP_CHIP).bf16_flops)
 
 
 def _flags(name: str) -> argparse.ArgumentParser:
@@ -207,22 +239,35 @@ def read_main(argv: list[str]) -> int:
     flags.add_argument("--records", metavar="DIR", help="made of the standard library if left out")
     flags.add_argument("--batch", type=int, default=64)
     flags.add_argument("--steps", type=int, default=50)
+    flags.add_argument(
+        "--compile_report", metavar="FILE",
+        help="hold reading against this step, of encdec compile --json (the 330m of docs/pod.md)",
+    )
+    flags.add_argument("--chips_per_host", type=int, default=PREDICTED.chips_per_host)
+    flags.add_argument("--host_cores", type=int, default=PREDICTED.host_cores)
     given = flags.parse_args(argv)
+    host = given.chips_per_host, given.host_cores
+    step = dataclasses.replace(PREDICTED, chips_per_host=host[0], host_cores=host[1])
+    if given.compile_report:
+        step = reported_step(given.compile_report, *host)
     with tempfile.TemporaryDirectory() as folder:
         records = given.records
         if not records:
             records = pathlib.Path(folder) / "records"
             prepare(out=records, vocabulary="bytes", task="stdlib_text")
         result = measure_reading(records, batch=given.batch, steps=given.steps)
-    speed = result["encoder_decoder_tokens_per_second_per_core"]
-    result["step_seconds"] = step_seconds()
-    # One core, with every position of the step's rows a token.
-    result["step_share"] = STEP_ROWS * sum(STEP_LENGTHS) / speed / result["step_seconds"]
+    speeds = {
+        layout: result[f"{layout}_tokens_per_second_per_core"]
+        for layout in LAYOUTS if f"{layout}_tokens_per_second_per_core" in result
+    }
+    share = step.one_core_share(next(iter(speeds.values())))
+    result["step"] = dataclasses.asdict(step)
+    result["step_share_of_one_core"] = share
+    result["step_share_of_host"] = share / step.host_cores
     if given.json:
         print(json.dumps(result))
         return 0
-    for layout in LAYOUTS:
-        speed = result[f"{layout}_tokens_per_second_per_core"]
+    for layout, speed in speeds.items():
         goal = READ_GOAL_TOKENS_PER_SECOND
         print(f"{layout}: {speed / 1e6:.1f}M tokens/s a core (goal {goal / 1e6:.0f}M or more)")
     print(
@@ -231,8 +276,10 @@ def read_main(argv: list[str]) -> int:
         "id before compression"
     )
     print(
-        f"share of a {STEP_MODEL} step: {100 * result['step_share']:.2f} % (goal below 1 %) of "
-        f"{1000 * result['step_seconds']:.0f} ms: {STEP_ROWS} rows, {STEP_CHIPS} {STEP_CHIP} chips "
-        f"at an assumed {100 * STEP_MFU:.0f} % MFU, one core reading"
+        f"for {step.model} on {step.topology}, whose step takes {1000 * step.seconds:.0f} ms as "
+        f"predicted, a host of {step.chips_per_host} chips reads "
+        f"{step.rows_per_chip * step.chips_per_host:g} rows of {step.positions:,} tokens a step: "
+        f"{100 * share:.2f} % of one core (goal below 1 %), {100 * share / step.host_cores:.4f} % "
+        f"of the host's {step.host_cores} cores"
     )
     return 0
