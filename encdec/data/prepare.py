@@ -43,6 +43,8 @@ from encdec.errors import ConfigError, DataError, EncdecError
 # half-full rows of a block do not matter (about a thousand rows).
 BLOCK_BYTES = 4 << 20
 NOTES = "preparing"
+# Which rows --max_bad_rows left out: a line each, with file, line and reason.
+BAD_ROWS_FILE = "bad_rows.txt"
 
 Progress = Callable[[Counts], None]
 # (recipe, directory, vocabulary, blocks) to each block's shard and counts, in order.
@@ -128,6 +130,7 @@ def prepare(
                 progress(counts)
         if bad_rows.count:
             counts.dropped["bad_rows"] = bad_rows.count
+            (directory / BAD_ROWS_FILE).write_text(bad_rows.listing(), encoding="utf-8")
         card = make_card(
             recipe,
             loaded,

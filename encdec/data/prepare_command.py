@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import pathlib
 import sys
 import time
@@ -16,7 +17,7 @@ from encdec.data.denoising import SETTINGS, Denoiser, MixtureOfDenoisers, SpanCo
 from encdec.data.lossless import lossless_warning
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
-from encdec.data.prepare import choose_task, prepare
+from encdec.data.prepare import BAD_ROWS_FILE, choose_task, prepare
 from encdec.data.records import DatasetCard
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import load_vocabulary
@@ -24,6 +25,7 @@ from encdec.errors import ConfigError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LOG_SECONDS = 10.0
+SHOWN_BAD_ROWS = 5
 TERMINAL_SECONDS = 0.2
 
 
@@ -153,6 +155,12 @@ def run(argv: list[str]) -> int:
     finally:
         progress.close()
     print(report(card, time.perf_counter() - started))
+    if left_out := card.dropped.get("bad_rows"):
+        path = pathlib.Path(settings["out"]) / BAD_ROWS_FILE
+        with open(path, encoding="utf-8") as lines:
+            for line in itertools.islice(lines, SHOWN_BAD_ROWS):
+                print(f"prepare: left out {line.rstrip()}", file=sys.stderr)
+        print(f"prepare: {left_out:,} bad rows left out, all named in {path}", file=sys.stderr)
     print(f"records: {settings['out']}")
     return 0
 

@@ -6,7 +6,6 @@ anything is published. gzip is told by the name's ``.gz``.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import gzip
 import io
@@ -19,7 +18,8 @@ from typing import Any, BinaryIO
 from encdec.data.objectives import Document
 from encdec.errors import DataError
 
-SHOWN_BAD_ROWS = 5
+# Enough to mend a file by; the count goes on.
+NAMED_BAD_ROWS = 10_000
 # A plain text file is cut at a line's end about here, so that files of any size stream.
 DOCUMENT_BYTES = 1 << 20
 READ_BYTES = 1 << 20
@@ -27,25 +27,30 @@ READ_BYTES = 1 << 20
 
 @dataclasses.dataclass
 class BadRows:
-    """Counts faults and refuses the one too many."""
+    """Counts and names faults ("FILE:LINE: REASON") and refuses the one too many."""
 
     allowed: int = 0
     count: int = 0
-    reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    shown: list[str] = dataclasses.field(default_factory=list)
+    named: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, where: str, reason: str, mend: str) -> None:
         """Note one fault; DataError naming it where more than `allowed` were met."""
         self.count += 1
-        self.reasons[reason] += 1
-        if len(self.shown) < SHOWN_BAD_ROWS:
-            self.shown.append(f"{where}: {reason}")
+        if len(self.named) < NAMED_BAD_ROWS:
+            self.named.append(f"{where}: {reason}")
         if self.count > self.allowed:
             before = f" ({self.count} bad rows, {self.allowed} allowed)" if self.allowed else ""
             raise DataError(
                 f"{where}: {reason}{before}; {mend}, or let bad rows be left out and counted with "
                 f"--max_bad_rows={max(10, 2 * self.count)}"
             )
+
+    def listing(self) -> str:
+        """A line for each fault, for a file beside the records."""
+        lines = [line.replace("\n", "\\n") for line in self.named]
+        if more := self.count - len(lines):
+            lines.append(f"and {more:,} more")
+        return "".join(f"{line}\n" for line in lines)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,22 @@ def test_show_prints_text_and_tokens_of_tasks_and_rows(tmp_path, capsys, model_p
     assert path.exists() and text.exists()
 
 
+def test_show_colours_each_segment_on_a_terminal(tmp_path, capsys, monkeypatch):
+    (tmp_path / "xsum").mkdir()
+    rows = [{"document": f"Long {i}.", "summary": f"Short {i}."} for i in range(2)]
+    write_jsonl(tmp_path / "xsum" / "train.jsonl", rows)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    command = ["data", "show", "xsum", f"--data_dir={tmp_path}", "--count=2"]
+    assert encdec(command) == 0
+    printed = capsys.readouterr().out
+    # Cyan for the first example, green for the second; tokens are dim.
+    assert "\x1b[36mShort 0.\x1b[0m" in printed and "\x1b[32mShort 1.\x1b[0m" in printed
+    assert "\x1b[1;36msegment 1 source\x1b[0m" in printed
+    assert "\x1b[2mS:86 h:107" in printed
+
+
 @pytest.fixture
 def records(make_records):
     sources, targets = random_pairs(np.random.default_rng(0), 60, 20, 9)

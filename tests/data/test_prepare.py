@@ -158,6 +158,19 @@ def test_bad_input_stops_it_and_leaves_nothing(tmp_path, jsonl, name, capsys):
     assert not out.exists()
 
 
+def test_rows_left_out_are_named_beside_the_records(tmp_path, jsonl, capsys):
+    with open(jsonl, "a") as file:
+        file.write('\n{"source": "a"}\n' * 4)
+    command = ["prepare", "--jsonl", jsonl, "--vocabulary=bytes", f"--out={tmp_path / 'out'}"]
+    assert encdec([*command, "--max_bad_rows=8"]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("prepare: left out ") == 5
+    assert f"left out {jsonl}:302: no 'target' (keys: 'source')" in shown
+    assert f"8 bad rows left out, all named in {tmp_path / 'out' / 'bad_rows.txt'}" in shown
+    named = (tmp_path / "out" / "bad_rows.txt").read_text().splitlines()
+    assert len(named) == 8 and named[0] == f"{jsonl}:301: the line is empty"
+
+
 def test_bad_input_loses_no_earlier_records(tmp_path, jsonl):
     out = tmp_path / "out"
     prepare(out=out, vocabulary="bytes", jsonl=[jsonl], **LENGTHS)

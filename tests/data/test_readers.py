@@ -40,7 +40,7 @@ def test_a_bad_line_is_named(tmp_path, message):
         list(pair_documents([path], BadRows()))
     bad_rows = BadRows(allowed=1)
     assert list(pair_documents([path], bad_rows)) == [("a", "b")] * 3
-    assert bad_rows.count == 1 and "rows.jsonl:3" in bad_rows.shown[0]
+    assert bad_rows.count == 1 and "rows.jsonl:3" in bad_rows.named[0]
 
 
 def test_more_bad_rows_than_allowed_stop_it(tmp_path):
@@ -49,6 +49,16 @@ def test_more_bad_rows_than_allowed_stop_it(tmp_path):
     assert len(list(pair_documents([path], BadRows(allowed=3)))) == 1
     with pytest.raises(DataError, match=r"rows.jsonl:4: no 'source'.*3 bad rows, 2 allowed"):
         list(pair_documents([path], BadRows(allowed=2)))
+
+
+def test_a_listing_names_every_row_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr(readers, "NAMED_BAD_ROWS", 2)
+    bad_rows = BadRows(allowed=9)
+    for number in range(1, 5):
+        bad_rows.add(f"a.jsonl:{number}", "the line\nis empty", "delete it")
+    assert bad_rows.listing() == (
+        "a.jsonl:1: the line\\nis empty\na.jsonl:2: the line\\nis empty\nand 2 more\n"
+    )
 
 
 def test_gzip_is_read_and_a_truncated_one_named(tmp_path):

@@ -61,6 +61,8 @@ def test_thousands_of_malformed_lines_are_counted_and_named(tmp_path):
     card = prepare(out=tmp_path / "out", max_bad_rows=len(bad), **options)
     assert card.dropped == {"bad_rows": len(bad)}
     assert card.documents == card.examples == len(lines) - len(bad)
+    named = (tmp_path / "out" / "bad_rows.txt").read_text().splitlines()
+    assert [int(line.split("rows.jsonl:")[1].split(":")[0]) for line in named] == bad
     assert card.truncated["source_tokens"] == 10_000_001 - 1024
 
 
