@@ -189,8 +189,9 @@ def _run_steps(
         state, origin = start_from(state, run.init_from)
         origin.write(workdir)
         console.say(str(origin))
-    losses = [row["eval/loss"] for row in read_metrics(workdir) if "eval/loss" in row] if (
-        run.eval.patience and start) else []
+    evaluated = {row["step"]: row["eval/loss"] for row in (read_metrics(workdir) if start else [])
+                 if "eval/loss" in row}
+    losses = list(evaluated.values()) if run.eval.patience else []
     if out_of_patience(losses, run.eval.patience):
         console.say(f"no lower held-out loss in {run.eval.patience} evaluations: nothing to do")
         return start
@@ -218,6 +219,10 @@ def _run_steps(
             logdir=epath.Path(workdir) / "profile", first_profile=run.profile.first_step,
             num_profile_steps=run.profile.steps, profile_duration_ms=None, every_secs=None))
 
+    # Killed between a checkpoint and its evaluation, or nothing left but to say how good it is.
+    missed = run.eval.every and start % run.eval.every == 0 and start not in evaluated
+    if evaluator and start and (missed or start == run.steps):
+        evaluate(start, 0.0)
     for step, batch in enumerate(
         on_devices(batches, program.batch_sharding, start, stop), start + 1
     ):
@@ -236,8 +241,6 @@ def _run_steps(
             checkpoints.wait()
             return step
     reports.settle()
-    if evaluator and start == run.steps:  # nothing was left to do but to say how good it is
-        evaluate(start, 0.0)
     checkpoints.wait()
     return max(start, stop)
 

@@ -123,6 +123,20 @@ def test_lines_after_the_last_checkpoint_are_written_once(tmp_path):
     assert [(x["step"], x["a"]) for x in read_metrics(tmp_path)] == [(5, 1), (10, 2), (15, 4)]
 
 
+def test_killed_between_a_checkpoint_and_its_evaluation(straight, records, eval_records, tmp_path):
+    config = run_of(records, eval_records)
+    train(config, tmp_path, stop_at=10)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "eval/loss" not in line))
+    train(config, tmp_path)
+
+    def evaluations(workdir):
+        return [(x["step"], x["eval/loss"]) for x in read_metrics(workdir) if "eval/loss" in x]
+
+    assert evaluations(tmp_path) == evaluations(straight[1])
+
+
 def test_nan_stops_naming_step_and_last_good_checkpoint(
     straight, records, eval_records, tmp_path, monkeypatch
 ):
