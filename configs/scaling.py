@@ -72,10 +72,21 @@ def common() -> ConfigDict:
     ladder.seeds.sizes = ()  # none: all sizes
     ladder.seeds.budgets = ()  # none: all budgets
 
+    # Series run once more with a teacher: "ed-2of3+kd" beside "ed-2of3", with the same rows, steps
+    # and student. More teachers may be added under names of their own.
+    ladder.distilled = ConfigDict()
+    ladder.distilled.series = ()  # e.g. ("ed-2of3", "dec")
+    ladder.distilled.teachers = ConfigDict(dict(kd=dict(
+        rows="",  # directory of `encdec score --records=RECORDS`, of the ladder's own records
+        loss=0.0)))  # the teacher's, held out, nats a target token; the distillation law wants it
+
     # Fields of configs/pretrain.py that all runs share. The schedule must end with the run: a
     # loss read in mid-schedule is too high, and more so in long runs.
     ladder.run = ConfigDict()
     ladder.run.log_every = 20
+    ladder.run.accumulation = 1  # micro-batches a step
+    ladder.run.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    ladder.run.distill = ConfigDict(dict(alpha=0.9))  # of distilled series
     ladder.run.optimizer = ConfigDict(dict(
         name="adamw", weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95))
     ladder.run.schedule = ConfigDict(dict(name="cosine", final_fraction=0.1))

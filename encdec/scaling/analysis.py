@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.scaling.distillation import DistillationLaw, fit_distillation
 from encdec.scaling.fit import Form, Law, Observations, fit_law, residuals
 from encdec.scaling.frontier import Comparison, Cost, Frontier, compare, fit_cost
 from encdec.scaling.intervals import (
@@ -17,8 +18,16 @@ from encdec.scaling.intervals import (
     constant_intervals,
     hold_out_largest,
 )
-from encdec.scaling.matching import DECODER_ONLY
-from encdec.scaling.results import LOSSES, Row, final_rows, observations, seed_noise
+from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
+from encdec.scaling.results import (
+    LOSSES,
+    Row,
+    final_rows,
+    metrics_of,
+    observations,
+    seed_noise,
+)
+from encdec.scaling.rungs import Rung, loss_rungs, score_rungs
 
 ENCODER_DECODER = "ed"  # all splits together, in the form "parts"
 
@@ -78,6 +87,31 @@ class Fitted:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What the distilled runs of one series say together, over all of its teachers.
+
+    Attributes:
+        name: of the plain series.
+        runs: arrays of all of its distilled runs.
+        teacher_loss: of each one's teacher; 0 where it is not known.
+        law: None where they cannot determine one.
+        reason: why not; "" if they can.
+        residuals: log of observed over predicted loss.
+        overtaken_at: by parameters, under the best teacher: tokens from which gold targets alone
+            are better, up to two decades beyond what was run; None where the teacher still helps
+            there.
+    """
+
+    name: str
+    runs: Observations
+    teacher_loss: np.ndarray
+    law: DistillationLaw | None = None
+    reason: str = ""
+    residuals: np.ndarray | None = None
+    overtaken_at: dict[float, float | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Analysis:
     """Everything about one results file.
 
@@ -86,8 +120,13 @@ class Analysis:
         rows: all rows, of unfinished runs too.
         series: one law per architecture and split.
         parts: one law of the form "parts" for all encoder-decoders; None if there is one split.
-        comparisons: encoder-decoder series against decoder-only, by series.
+        comparisons: encoder-decoder series against decoder-only, by series; with a teacher, both
+            have it.
+        against_plain: distilled series against the same series on gold targets alone.
         not_compared: series and the reason.
+        distillation: by plain series, where distilled runs exist.
+        rungs: losses side by side, without any law.
+        scores: the same of each downstream metric.
         seed_noise: standard deviation of log loss between seeds, and degrees of freedom.
         unfinished: runs with evaluations but none after their last step.
     """
@@ -97,7 +136,11 @@ class Analysis:
     series: dict[str, Fitted]
     parts: Fitted | None
     comparisons: dict[str, Comparison]
+    against_plain: dict[str, Comparison]
     not_compared: dict[str, str]
+    distillation: dict[str, Distillation]
+    rungs: tuple[Rung, ...]
+    scores: dict[str, tuple[Rung, ...]]
     seed_noise: tuple[float, int]
     unfinished: tuple[str, ...]
 
@@ -117,22 +160,66 @@ def analyse(rows: Sequence[Row], choices: Choices = Choices()) -> Analysis:
     series = {
         name: fitted(name, [row for row in final if row["series"] == name], choices)
         for name in names}
-    paired = [row for row in final if row["architecture"] == "encoder_decoder"]
+    paired = [row for row in final if row["architecture"] == "encoder_decoder"
+              and not is_distilled(row["series"])]
     splits = {row["series"] for row in paired}
     parts = fitted(ENCODER_DECODER, paired, choices, "parts") if len(splits) > 1 else None
-    comparisons, not_compared = {}, {}
+    comparisons, against_plain, not_compared = {}, {}, {}
     for name in names:
-        if name == DECODER_ONLY or DECODER_ONLY not in series:
-            continue
-        try:
-            comparisons[name] = _compare(series[name], series[DECODER_ONLY])
-        except DataError as error:
-            not_compared[name] = str(error)
+        plain = plain_name(name)
+        pairs = []
+        if plain != DECODER_ONLY:
+            pairs.append((comparisons, name.replace(plain, DECODER_ONLY, 1)))
+        if is_distilled(name):
+            pairs.append((against_plain, plain))
+        for found, other in pairs:
+            if other in series:
+                try:
+                    found[name] = _compare(series[name], series[other])
+                except DataError as error:
+                    not_compared[name] = str(error)
     finished = {row["run"] for row in final}
     unfinished = sorted({row["run"] for row in rows} - finished)
     return Analysis(
-        choices, tuple(rows), series, parts, comparisons, not_compared,
+        choices, tuple(rows), series, parts, comparisons, against_plain, not_compared,
+        _distillation(series, final, choices), tuple(loss_rungs(final, choices.loss)),
+        {metric: tuple(score_rungs(rows, metric)) for metric in metrics_of(rows)},
         seed_noise(final, choices.loss), tuple(unfinished))
+
+
+def _distillation(
+    series: dict[str, Fitted], final: list[Row], choices: Choices
+) -> dict[str, Distillation]:
+    found = {}
+    for plain in dict.fromkeys(plain_name(name) for name in series if is_distilled(name)):
+        rows = [row for row in final
+                if is_distilled(row["series"]) and plain_name(row["series"]) == plain]
+        runs = observations(rows, tokens=choices.tokens, parameters=choices.parameters,
+                            loss=choices.loss)
+        teachers = np.array([float(row.get("teacher_loss", 0.0)) for row in rows])
+        found[plain] = _distilled_law(Distillation(plain, runs, teachers), series.get(plain),
+                                      choices)
+    return found
+
+
+def _distilled_law(one: Distillation, plain: Fitted | None, choices: Choices) -> Distillation:
+    if choices.loss != "nats_per_token":
+        return dataclasses.replace(one, reason="teachers' losses are in nats a token; fit with "
+                                   "--loss=nats_per_token")
+    if plain is None or plain.law is None:
+        why = plain.reason if plain else "none were run"
+        return dataclasses.replace(one, reason=f"the plain runs of {one.name} have no law: {why}")
+    try:
+        law = fit_distillation(one.runs, one.teacher_loss, plain.law)
+    except DataError as error:
+        return dataclasses.replace(one, reason=str(error))
+    runs, best = one.runs, float(one.teacher_loss.min())
+    predicted = law.loss(runs.parameters, runs.tokens, one.teacher_loss)
+    span = float(runs.tokens.min()), float(runs.tokens.max()) * 100
+    return dataclasses.replace(
+        one, law=law, residuals=np.log(runs.loss) - np.log(predicted),
+        overtaken_at={float(n): law.overtaken_at(float(n), best, span)
+                      for n in np.unique(runs.parameters)})
 
 
 def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -> Fitted:
@@ -182,8 +269,8 @@ def _require_numbers(rows: list[Row], choices: Choices) -> None:
 
 
 def _order(name: str) -> tuple[bool, float, str]:
-    """Encoder-decoders by falling encoder share, then the others."""
+    """Encoder-decoders by falling encoder share, then the others; distilled ones after theirs."""
     if not name.startswith("ed-"):
         return True, 0.0, name
-    above, _, below = name.removeprefix("ed-").partition("of")
+    above, _, below = plain_name(name).removeprefix("ed-").partition("of")
     return False, -int(above) / int(below), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 import pathlib
@@ -62,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
                       "predicts it for a topology")
     plan.add_argument("--flops_per_second", type=float, metavar="RATE",
                       help="instead of chip and MFU: model FLOP/s that one machine reaches")
+    plan.add_argument("--topology", metavar="NAME",
+                      help="compile every step for this TPU topology, e.g. v5e:16x16, as `encdec "
+                      "compile` does, and predict memory and chip-hours; minutes a distinct step")
+    plan.add_argument("--compiled", metavar="FILE",
+                      help="keep the compiled steps' figures here, and read them again")
+    plan.add_argument("--only", action="append", default=[], metavar="NAME",
+                      help="plan this run alone (may be repeated)")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     run = _action(actions, "run", _run, "do what is not done yet, and record it")
@@ -178,21 +186,33 @@ def _console() -> Console:
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.model.chips import chip_named
+    from encdec.scaling.compiled import step_figures
     from encdec.scaling.plan_table import as_json, show
 
     if options.chip and options.flops_per_second:
         raise ConfigError("--chip and --flops_per_second are two ways to say one thing; give one")
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu={options.mfu}; wanted a share in (0, 1]")
+    if options.compiled and not options.topology:
+        raise ConfigError("--compiled keeps what --topology compiles; give both, or neither")
+    if options.topology and (options.chip or options.flops_per_second):
+        raise ConfigError("--topology predicts the rate that --chip and --flops_per_second assume; "
+                          "give one")
     rate, machine = options.flops_per_second, "machine"
     if options.chip:
         chip = chip_named(options.chip)
         rate, machine = options.mfu * chip.bf16_flops, chip.name
     plan = _planned(options, overrides)
+    if options.only:
+        plan = dataclasses.replace(plan, runs=tuple(plan.named(name) for name in options.only))
+    figures = None
+    if options.topology:
+        figures = step_figures(plan.ladder, plan.runs, options.topology, options.compiled,
+                               say=lambda text: print(text, file=sys.stderr, flush=True))
     if options.json:
-        print(json.dumps(as_json(plan, rate), indent=2))
+        print(json.dumps(as_json(plan, rate, figures), indent=2))
     else:
-        show(plan, rate, machine, _console())
+        show(plan, rate, machine, _console(), figures)
     return 0
 
 

@@ -25,6 +25,7 @@ from encdec.model.flops import ParameterCount, count_parameters, training_flops
 from encdec.scaling.matching import (
     DECODER_ONLY,
     MATCHES,
+    distilled_name,
     encoder_share,
     matched,
     series_name,
@@ -87,6 +88,24 @@ class Seeds:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distilled:
+    """Series that are run once more, with a teacher's stored distributions beside the gold targets.
+
+    ``teachers``: by name, ``rows``, a directory of ``encdec score`` on the ladder's records, and
+    ``loss``, the teacher's own on the ladder's held-out records in nats a target token (0: not
+    known). Entries without rows are passed over.
+    """
+
+    series: tuple[str, ...] = ()  # names, such as "ed-2of3"; none: no distilled runs
+    teachers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def named(self) -> dict[str, tuple[str, float]]:
+        """(rows, loss) of each teacher that is to be used."""
+        return {name: (str(entry["rows"]), float(entry.get("loss", 0.0)))
+                for name, entry in self.teachers.items() if entry.get("rows")}
+
+
+@dataclasses.dataclass(frozen=True)
 class Ladder:
     """A ladder as configured; see ``configs/scaling.py`` for the meaning of each field."""
 
@@ -105,6 +124,7 @@ class Ladder:
     batch: BatchRule = BatchRule()
     learning_rate: LearningRateRule = LearningRateRule()
     seeds: Seeds = Seeds()
+    distilled: Distilled = Distilled()
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -114,7 +134,7 @@ class PlannedRun:
 
     Attributes:
         name: of its work directory; unique in the ladder.
-        series: "ed-2of3", "dec", ...
+        series: "ed-2of3", "dec", ...; "ed-2of3+NAME" where a teacher of that name takes part.
         size: the rung's size.
         budget: the rung's budget, in the unit of its kind.
         seed: of parameters and row order.
@@ -129,6 +149,8 @@ class PlannedRun:
         source_tokens, target_tokens: read in all. With records given, tokens of text by the
             card's average row; else slots, padding included.
         epochs: over the records; NaN without them.
+        teacher: directory of its stored distributions; "": gold targets alone.
+        teacher_loss: its own, held out, nats a target token; 0: none, or not known.
     """
 
     name: str
@@ -148,6 +170,8 @@ class PlannedRun:
     source_tokens: float
     target_tokens: float
     epochs: float
+    teacher: str = ""
+    teacher_loss: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -155,7 +179,7 @@ class PlannedRun:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs, rows counted whole."""
+        """Training FLOPs, rows counted whole; what a teacher's scoring cost is not in them."""
         return training_flops(self.model, self.inputs, self.targets, batch_size=self.rows)
 
     @property
@@ -171,7 +195,8 @@ class PlannedRun:
     def digest(self) -> str:
         """Changes with anything that changes the run's outcome."""
         content = dataclasses.asdict(self)
-        del content["name"], content["epochs"]
+        # Where a teacher's rows lie may change; training compares their content.
+        del content["name"], content["epochs"], content["teacher"], content["teacher_loss"]
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -276,6 +301,7 @@ def run_config(ladder: Ladder, run: PlannedRun) -> RunConfig:
         "optimizer": values["optimizer"] | {"learning_rate": run.learning_rate},
         "schedule": values["schedule"] | {"warmup_steps": run.warmup_steps},
         "eval": values["eval"] | {"every": run.eval_every},
+        "distill": values["distill"] | {"teacher": run.teacher},
     }
     return parse_config(values)
 
@@ -308,7 +334,7 @@ def _rung(
     repeated = not ladder.seeds.sizes or size in ladder.seeds.sizes
     repeated &= not ladder.seeds.budgets or budget in ladder.seeds.budgets
     runs = []
-    for series, model in models.items():
+    for series, model, teacher, teacher_loss in _with_distilled(ladder, models):
         # With equal sizes and equal FLOPs, data has to differ.
         share = (row_flops / training_flops(model, inputs, targets)
                  if ladder.match == "flops+parameters" else 1.0)
@@ -323,14 +349,27 @@ def _rung(
                     f"to {rows * row_flops:.4g}, more than 1 % apart; a smaller batch mends that")
         for seed in range(ladder.seeds.count if repeated else 1):
             runs.append(PlannedRun(
-                name=f"{series}_{size}_{budget:.3g}_s{seed}".replace("+", ""), series=series,
-                size=size, budget=budget, seed=seed, preset=base, model=model, batch_size=batch,
-                steps=steps, learning_rate=_learning_rate(ladder.learning_rate, model, batch),
+                name=f"{series}_{size}_" + f"{budget:.3g}".replace("+", "") + f"_s{seed}",
+                series=series, size=size, budget=budget, seed=seed, preset=base, model=model,
+                batch_size=batch, steps=steps,
+                learning_rate=_learning_rate(ladder.learning_rate, model, batch),
                 warmup_steps=min(round(ladder.warmup_fraction * steps), steps - 1),
                 eval_every=max(1, math.ceil(steps / ladder.evaluations)),
                 inputs=inputs, targets=targets, source_tokens=batch * steps * row_tokens[0],
-                target_tokens=batch * steps * row_tokens[1], epochs=epochs))
+                target_tokens=batch * steps * row_tokens[1], epochs=epochs, teacher=teacher,
+                teacher_loss=teacher_loss))
     return runs
+
+
+def _with_distilled(
+    ladder: Ladder, models: Mapping[str, ModelConfig]
+) -> list[tuple[str, ModelConfig, str, float]]:
+    """(series, model, teacher's rows, its loss): all series, and some once more with teachers."""
+    plain = [(series, model, "", 0.0) for series, model in models.items()]
+    return plain + [
+        (distilled_name(series, teacher), models[series], rows, loss)
+        for series in ladder.distilled.series
+        for teacher, (rows, loss) in ladder.distilled.named().items()]
 
 
 def _batch_size(rule: BatchRule, rows: float) -> int:
@@ -412,13 +451,39 @@ def _check(ladder: Ladder) -> None:
         require(value > 0, field, value, "a positive number")
     require(0 <= ladder.warmup_fraction < 1, "warmup_fraction", ladder.warmup_fraction,
             "a fraction in [0, 1)")
+    _check_distilled(ladder)
     for size in seeds.sizes:
         require(size in ladder.sizes, "seeds.sizes", size, "sizes of the ladder: " +
                 ", ".join(ladder.sizes))
     for budget in seeds.budgets:
         require(budget in budgets.values, "seeds.budgets", budget, "values of the budgets")
     owned = {"model", "model_overrides", "batch_size", "steps", "seed", "data"}
+    require("teacher" not in ladder.run.get("distill", {}), "run.distill.teacher",
+            ladder.run.get("distill", {}).get("teacher"), "ladder.distilled.teachers instead, so "
+            "that plain series stay plain")
     for field in ladder.run:
         require(field not in owned, "run", field,
                 "fields that the ladder does not set itself (it sets " + ", ".join(sorted(owned))
                 + ")")
+
+
+def _check_distilled(ladder: Ladder) -> None:
+    distilled, names = ladder.distilled, [name for name, _ in _series(ladder)]
+    for series in distilled.series:
+        if series not in names:
+            raise ConfigError(f"ladder.distilled.series has {series!r}; wanted series of the "
+                              f"ladder: {', '.join(names)}")
+    for name, entry in distilled.teachers.items():
+        if not isinstance(entry, Mapping) or not set(entry) <= {"rows", "loss"}:
+            raise ConfigError(f"ladder.distilled.teachers.{name} is {entry!r}; wanted "
+                              "{'rows': DIR, 'loss': NATS}")
+        if {"_", "/", "+"} & set(name):
+            raise ConfigError(f"ladder.distilled.teachers has {name!r}; wanted names without '_', "
+                              "'/' and '+'")
+        if not entry.get("loss", 0.0) >= 0:
+            raise ConfigError(f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; wanted "
+                              "nats a target token, or 0 if it is not known")
+    if distilled.series and not distilled.named():
+        raise ConfigError(f"ladder.distilled.series is {distilled.series!r}, but no teacher has "
+                          "rows; wanted --ladder.distilled.teachers.NAME.rows=DIR, written by "
+                          "`encdec score` on the ladder's records")

@@ -28,6 +28,20 @@ def series_name(split: str) -> str:
     return "ed-" + split.replace("/", "of")
 
 
+def distilled_name(series: str, teacher: str) -> str:
+    """``ed-2of3+kd``: the series once more, with the teacher called ``kd``."""
+    return f"{series}+{teacher}"
+
+
+def plain_name(series: str) -> str:
+    """The series without a teacher that ``series`` repeats; itself if it has none."""
+    return series.partition("+")[0]
+
+
+def is_distilled(series: str) -> bool:
+    return "+" in series
+
+
 def encoder_share(split: str) -> fractions.Fraction:
     """The encoder's part of the layers.
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from encdec.scaling.analysis import Analysis, Fitted
-from encdec.scaling.frontier import band
+from encdec.scaling.frontier import Comparison, band
+from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
 from encdec.scaling.results import LOSSES
 
 _STYLE = {
@@ -25,11 +27,32 @@ _STYLE = {
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False,
     "svg.fonttype": "none", "svg.hashsalt": "encdec", "axes.axisbelow": True,
 }
-_LOOKS = [  # colour, marker, line
-    ("#0072B2", "o", "-"), ("#009E73", "s", "--"), ("#CC79A7", "^", "-."), ("#E69F00", "v", ":"),
-    ("#56B4E9", "P", (0, (5, 1))),
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How a series is drawn; a series with a teacher is its plain one with filled markers."""
+
+    colour: str
+    marker: str
+    line: str | tuple
+    filled: bool = False
+
+    @property
+    def points(self) -> dict:
+        return {"marker": self.marker, "color": self.colour, "markersize": 4.5,
+                "markerfacecolor": self.colour if self.filled else "white",
+                "markeredgewidth": 1.1, "linestyle": "none"}
+
+
+_LOOKS = [
+    Look("#0072B2", "o", "-"), Look("#009E73", "s", "--"), Look("#CC79A7", "^", "-."),
+    Look("#E69F00", "v", ":"), Look("#56B4E9", "P", (0, (5, 1))),
 ]
-_DECODER_LOOK = ("#D55E00", "D", (0, (3, 1, 1, 1)))
+_DECODER_LOOK = Look("#D55E00", "D", (0, (3, 1, 1, 1)))
+_DISTILLED = [  # marker (the plain series' own, or another) and line, by teacher
+    ("", (0, (1, 1))), ("X", (0, (5, 1, 1, 1, 1, 1))), ("*", (0, (1, 3))), ("h", (0, (4, 4))),
+]
 _PANEL = (3.4, 3.0)  # inches
 
 
@@ -76,24 +99,51 @@ def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
             "Left: the lowest losses by FLOPs. Right: FLOPs that decoder-only models need for the "
             "same loss, relative to the encoder-decoder; above 1 the encoder-decoder is cheaper. "
             "Bands: 95 % bootstrap intervals.",
-            lambda: _comparison(analysis, looks)))
-    for metric in sorted({name for row in analysis.rows for name in row.get("scores", {})}):
+            lambda: _comparison(
+                analysis, analysis.comparisons,
+                {name: name.replace(plain_name(name), DECODER_ONLY, 1)
+                 for name in analysis.comparisons}, looks, "relative FLOPs of decoder-only")))
+    if analysis.against_plain:
+        drawn.append(_save(
+            directory, "distilled", "With a teacher against gold targets alone",
+            "Left: the lowest losses by the student's FLOPs. Right: FLOPs that the same series "
+            "needs on gold targets alone for the same loss, relative to the student's with a "
+            "teacher; above 1 the teacher helps. Training and scoring the teacher is not counted. "
+            "Bands: 95 % bootstrap intervals.",
+            lambda: _comparison(
+                analysis, analysis.against_plain,
+                {name: plain_name(name) for name in analysis.against_plain}, looks,
+                "relative FLOPs without a teacher")))
+    for metric in analysis.scores:
         name = "score-" + "".join(c if c.isalnum() else "-" for c in metric).lower()
         drawn.append(_save(
             directory, name, f"{metric} against training FLOPs",
-            "Downstream score of each finished run that was evaluated.",
+            "Downstream score of the finished runs that were evaluated: means over seeds, bars of "
+            "one standard deviation between seeds where there are several.",
             lambda metric=metric: _score(analysis, metric, looks)))
     return drawn
 
 
-def _looks(analysis: Analysis) -> dict[str, tuple]:
-    paired = [name for name in analysis.series if name.startswith("ed-")]
+def _looks(analysis: Analysis) -> dict[str, Look]:
+    plain = dict.fromkeys(plain_name(name) for name in analysis.series)
+    paired = [name for name in plain if name.startswith("ed-")]
     looks = {name: _LOOKS[i % len(_LOOKS)] for i, name in enumerate(paired)}
-    return looks | {name: _DECODER_LOOK for name in analysis.series if name not in looks}
+    looks |= {name: _DECODER_LOOK for name in plain if name not in looks}
+    teachers: dict[str, int] = {}
+    for name in analysis.series:
+        if is_distilled(name):
+            number = teachers.setdefault(name.partition("+")[2], len(teachers))
+            marker, line = _DISTILLED[number % len(_DISTILLED)]
+            look = looks[plain_name(name)]
+            looks[name] = Look(look.colour, marker or look.marker, line, filled=True)
+    return looks
 
 
 def label_of(name: str) -> str:
-    """``ed-2of3`` for people: encoder-decoder 2/3-1/3."""
+    """``ed-2of3`` for people: encoder-decoder 2/3-1/3; with a teacher: + KD, and its name."""
+    plain, _, teacher = name.partition("+")
+    if teacher:
+        return f"{label_of(plain)} + KD" + (f" ({teacher})" if teacher != "kd" else "")
     if not name.startswith("ed-"):
         return "decoder-only" if name == "dec" else name
     above, _, below = name.removeprefix("ed-").partition("of")
@@ -145,6 +195,27 @@ def _plain_log(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _powers(*several: Axis) -> None:
+    """Ticks of large numbers that keep clear of each other, also on axes of about a decade."""
+    for axis in several:
+        low, high = sorted(axis.get_view_interval())
+        if high / low < 40:
+            axis.set_major_locator(LogLocator(
+                subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 5, 7)))
+            axis.set_major_formatter(FuncFormatter(
+                lambda value, _: f"{value:.2g}".replace("e+0", "e").replace("e+", "e")))
+            axis.set_minor_formatter(NullFormatter())
+
+
+def _hide(grid: np.ndarray, used: int) -> None:
+    """Takes away the panels beyond ``used``; those above them get the ticks' labels."""
+    for axes in grid.flat[used:]:
+        axes.set_axis_off()
+    columns = grid.shape[1]
+    for axes in grid.flat[max(0, used - columns) : used]:
+        axes.tick_params(labelbottom=True)
+
+
 def _curves(analysis: Analysis, name: str) -> dict[str, list]:
     loss = LOSSES[analysis.choices.loss]
     runs: dict[str, list] = {}
@@ -158,25 +229,28 @@ def _loss_flops(analysis: Analysis, looks: dict) -> Figure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for name, one in analysis.series.items():
-        colour, marker, line = looks[name]
+        look = looks[name]
+        colour = look.colour
         for points in _curves(analysis, name).values():
             if len(points) > 1:
                 axes.plot(*zip(*points), color=colour, linewidth=0.5, alpha=0.35)
-        axes.plot(one.runs.flops, one.runs.loss, marker, color=colour, markersize=4,
-                  markerfacecolor="white", markeredgewidth=1.1, linestyle="none",
+        axes.plot(one.runs.flops, one.runs.loss, **look.points)
+        axes.plot([], [], **(look.points | {"linestyle": look.line if one.frontier else "none"}),
                   label=label_of(name))
         if one.frontier:
             flops = np.geomspace(one.runs.flops.min(), one.runs.flops.max(), 200)
-            axes.plot(flops, one.frontier.loss(flops), color=colour, linestyle=line, linewidth=1.8)
+            axes.plot(flops, one.frontier.loss(flops), color=colour, linestyle=look.line,
+                      linewidth=1.8)
             if one.draws:
                 axes.fill_between(flops, *band(one.frontier_draws, flops), color=colour,
                                   alpha=0.13, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
+    _powers(axes.xaxis)
     # Early evaluations would squeeze what the figure is about.
     losses = np.concatenate([one.runs.loss for one in analysis.series.values()])
     axes.set_ylim(losses.min() / 1.04, losses.max() * 1.06)
     _plain_log(axes.yaxis)
-    axes.legend()
+    axes.legend(handlelength=3.2)
     return figure
 
 
@@ -199,9 +273,9 @@ def _isoflop(analysis: Analysis) -> Figure:
                         "osD^vP*X"[i % 8], f"{10**budget:.1e}")
         axes.set_title(label_of(name))
         axes.set(xscale="log", yscale="log")
-    for axes in grid.flat[len(names):]:
-        axes.set_axis_off()
+    _hide(grid, len(names))
     _plain_log(grid.flat[0].yaxis)
+    _powers(grid.flat[0].xaxis)
     handles = {}
     for axes in grid.flat[: len(names)]:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -249,50 +323,60 @@ def _contours(analysis: Analysis, fitted: list[Fitted], looks: dict) -> Figure:
     surfaces = [one.law.loss(sizes[None], tokens[:, None]) for one in fitted]
     levels = np.geomspace(min(s.min() for s in surfaces), max(s.max() for s in surfaces), 14)[1:-1]
     for axes, one, surface in zip(grid.flat, fitted, surfaces):
-        colour, marker, _ = looks[one.name]
+        look = looks[one.name]
         lines = axes.contour(sizes, tokens, surface, levels=levels, colors="#777777",
                              linewidths=0.7)
         axes.clabel(lines, levels[::2], fmt="%.2f", fontsize=7)
-        axes.plot(one.runs.parameters, one.runs.tokens, marker, color=colour, markersize=4,
-                  markerfacecolor="white", linestyle="none")
+        axes.plot(one.runs.parameters, one.runs.tokens, **look.points)
         flops = np.geomspace(one.runs.flops.min() / 100, one.runs.flops.max() * 100, 400)
-        axes.plot(one.frontier.parameters(flops), one.frontier.tokens(flops), color=colour,
-                  linewidth=1.8)
+        axes.plot(one.frontier.parameters(flops), one.frontier.tokens(flops),
+                  color=look.colour, linewidth=1.8)
         axes.set(xscale="log", yscale="log", xlim=(sizes[0], sizes[-1]),
                  ylim=(tokens[0], tokens[-1]))
         axes.grid(False)
         axes.set_title(label_of(one.name))
-    for axes in grid.flat[len(fitted):]:
-        axes.set_axis_off()
+    _hide(grid, len(fitted))
+    _powers(grid.flat[0].xaxis, grid.flat[0].yaxis)
     figure.supxlabel(_size_label(analysis), fontsize=9)
     figure.supylabel(_tokens_label(analysis), fontsize=9)
     return figure
 
 
-def _comparison(analysis: Analysis, looks: dict) -> Figure:
+def _comparison(
+    analysis: Analysis, comparisons: Mapping[str, Comparison], others: Mapping[str, str],
+    looks: dict[str, Look], ratio_label: str,
+) -> Figure:
+    """Frontiers on the left, FLOPs at equal loss on the right; ``others`` names each opponent."""
     figure, grid = _figure(2)
     left, right = grid[0]
-    for i, (name, found) in enumerate(analysis.comparisons.items()):
-        colour, _, line = looks[name]
-        if not i:
-            other, _, other_line = _DECODER_LOOK
-            left.plot(found.flops, found.second_loss, color=other, linestyle=other_line,
-                      linewidth=1.8, label=label_of("dec"))
-            left.fill_between(found.flops, *found.second_band, color=other, alpha=0.13,
-                              linewidth=0)
-        left.plot(found.flops, found.first_loss, color=colour, linestyle=line, linewidth=1.8,
+    drawn = set()
+
+    def frontier(name: str, flops: np.ndarray, loss: np.ndarray, ends: np.ndarray) -> None:
+        if name in drawn:
+            return
+        drawn.add(name)
+        look = looks[name]
+        left.plot(flops, loss, color=look.colour, linestyle=look.line, linewidth=1.8,
                   label=label_of(name))
-        left.fill_between(found.flops, *found.first_band, color=colour, alpha=0.13, linewidth=0)
-        right.plot(found.losses, found.ratio, color=colour, linestyle=line, linewidth=1.8)
-        right.fill_between(found.losses, *np.clip(found.ratio_band, 1e-3, 1e3), color=colour,
-                           alpha=0.13, linewidth=0)
+        left.fill_between(flops, *ends, color=look.colour, alpha=0.13, linewidth=0)
+
+    for name, found in comparisons.items():
+        frontier(others[name], found.flops, found.second_loss, found.second_band)
+        frontier(name, found.flops, found.first_loss, found.first_band)
+        look = looks[name]
+        right.plot(found.losses, found.ratio, color=look.colour, linestyle=look.line,
+                   linewidth=1.8)
+        right.fill_between(found.losses, *np.clip(found.ratio_band, 1e-3, 1e3),
+                           color=look.colour, alpha=0.13, linewidth=0)
     left.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
+    low, high = left.get_ylim()
+    left.set_ylim(low, high * (high / low) ** (0.06 * (1 + len(drawn))))  # room for the legend
     _plain_log(left.yaxis)
-    left.legend(fontsize=7.5)
+    _powers(left.xaxis)
+    left.legend(fontsize=7.5, handlelength=3.2)
     right.axhline(1, color="black", linewidth=0.8)
-    right.set(yscale="log", xlabel=_loss_label(analysis),
-              ylabel="relative FLOPs of decoder-only")
-    ratios = np.concatenate([found.ratio for found in analysis.comparisons.values()])
+    right.set(yscale="log", xlabel=_loss_label(analysis), ylabel=ratio_label)
+    ratios = np.concatenate([found.ratio for found in comparisons.values()])
     ratios = ratios[np.isfinite(ratios)]
     if ratios.size:
         right.set_ylim(min(ratios.min() / 2, 0.5), max(ratios.max() * 2, 2))
@@ -301,16 +385,36 @@ def _comparison(analysis: Analysis, looks: dict) -> Figure:
     return figure
 
 
-def _score(analysis: Analysis, metric: str, looks: dict) -> Figure:
-    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for name in analysis.series:
-        colour, marker, _ = looks[name]
-        points = [(row["flops"], row["scores"][metric]) for row in analysis.rows
-                  if row["series"] == name and metric in row.get("scores", {})]
-        if points:
-            axes.plot(*zip(*sorted(points)), marker, color=colour, markersize=4.5,
-                      markerfacecolor="white", linestyle="none", label=label_of(name))
-    axes.set(xscale="log", xlabel="training FLOPs", ylabel=metric)
-    axes.legend()
+def _score(analysis: Analysis, metric: str, looks: dict[str, Look]) -> Figure:
+    """One panel a size: means over seeds, bars of a standard deviation."""
+    rungs = analysis.scores[metric]
+    sizes = list(dict.fromkeys(rung.size for rung in rungs))
+    columns = min(len(sizes), 4)
+    figure, grid = _figure(columns, -(-len(sizes) // columns), sharey=True)
+    if len(sizes) == 1:
+        figure.set_size_inches(5.2, 3.8)
+    for axes, size in zip(grid.flat, sizes):
+        mine = [rung for rung in rungs if rung.size == size]
+        for i, name in enumerate(analysis.series):
+            cells = [(rung.flops, rung.cells[name]) for rung in mine if name in rung.cells]
+            if not cells:
+                continue
+            look = looks[name]
+            # Beside each other, so that bars do not hide each other.
+            flops = np.array([f for f, _ in cells]) * 1.04 ** (i - (len(looks) - 1) / 2)
+            axes.errorbar(
+                flops, [cell.mean for _, cell in cells],
+                yerr=[0 if np.isnan(cell.deviation) else cell.deviation for _, cell in cells],
+                **(look.points | {"linestyle": look.line}), linewidth=1.2, elinewidth=1,
+                capsize=2, label=label_of(name))
+        axes.set(xscale="log", title=size)
+        _powers(axes.xaxis)
+    _hide(grid, len(sizes))
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    if len(sizes) == 1:
+        grid.flat[0].legend(handles, labels, handlelength=3.2)
+    else:
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, handlelength=3.2)
+    figure.supxlabel("training FLOPs", fontsize=9)
+    figure.supylabel(metric, fontsize=9)
     return figure

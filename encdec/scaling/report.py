@@ -7,7 +7,7 @@ import dataclasses
 import html
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from encdec.scaling.analysis import Analysis, Fitted
+from encdec.scaling.analysis import Analysis, Distillation, Fitted
+from encdec.scaling.frontier import Comparison
 from encdec.scaling.intervals import Interval
 from encdec.scaling.plan_table import short
 from encdec.scaling.plots import Drawn, label_of
+from encdec.scaling.rungs import Cell, Rung
 
 _TOKENS = {"target": "target tokens", "source": "source tokens", "both": "source + target tokens"}
 
@@ -38,8 +40,12 @@ def sections(analysis: Analysis) -> list[Section]:
     found = [_laws(analysis)]
     if analysis.parts:
         found.append(_parts(analysis.parts))
-    found += [_held_out(analysis), _comparisons(analysis), _largest_residuals(analysis),
-              _runs(analysis)]
+    found += [_held_out(analysis), _comparisons(analysis), _against_plain(analysis),
+              *(_distillation(one) for one in analysis.distillation.values()),
+              _rungs("Held-out loss on each rung", analysis.rungs, analysis, 4),
+              *(_rungs(f"{metric} on each rung", rungs, analysis, 2)
+                for metric, rungs in analysis.scores.items()),
+              _largest_residuals(analysis), _runs(analysis)]
     return [section for section in found if section.rows or section.remark]
 
 
@@ -102,12 +108,12 @@ def _parts(one: Fitted) -> Section:
 
 
 def _held_out(analysis: Analysis) -> Section:
-    rows, reasons = [], []
+    rows, reasons = [], {}
     for one in _groups(analysis):
         name = label_of(one.name) if one.name != "ed" else "all encoder-decoders"
         if one.held_out is None:
             if one.law:
-                reasons.append(f"{name}: {one.held_out_reason}.")
+                reasons.setdefault(one.held_out_reason, []).append(name)
             continue
         errors = one.held_out.errors
         worst = errors[np.abs(errors).argmax()]
@@ -115,12 +121,85 @@ def _held_out(analysis: Analysis) -> Section:
                      f"{one.held_out.mean_absolute_error:.2%}", f"{worst:+.2%}"))
     return Section("Extrapolation to the largest size, held out of the fit",
                    ("series", "N", "runs", "mean error", "worst"), tuple(rows),
-                   "Predicted over observed loss, less one. " + " ".join(reasons))
+                   "Predicted over observed loss, less one. " + " ".join(
+                       f"{', '.join(names)}: {why}." for why, names in reasons.items()))
 
 
 def _comparisons(analysis: Analysis) -> Section:
+    reasons = " ".join(f"{label_of(name)}: {why}." for name, why in analysis.not_compared.items())
+    remark = ("At the most FLOPs that both were run at. The ratio is the FLOPs of decoder-only "
+              "over those of the encoder-decoder at equal loss; above 1 the encoder-decoder is "
+              "cheaper. " if analysis.comparisons else "")
+    return Section("Encoder-decoder against decoder-only, along the frontiers",
+                   ("series", "its loss", "decoder-only's", "ahead in draws",
+                    "FLOPs ratio", "at loss", "frontiers cross at FLOPs"),
+                   _compared(analysis.comparisons), remark + reasons)
+
+
+def _against_plain(analysis: Analysis) -> Section:
+    remark = ("At the most FLOPs that both were run at. The ratio is the FLOPs on gold targets "
+              "alone over the student's with a teacher at equal loss; above 1 the teacher helps. "
+              "Training and scoring the teacher is not counted. "
+              if analysis.against_plain else "")
+    return Section("With a teacher against gold targets alone, along the frontiers",
+                   ("series", "its loss", "without", "ahead in draws", "FLOPs ratio", "at loss",
+                    "frontiers cross at FLOPs"), _compared(analysis.against_plain), remark)
+
+
+def _distillation(one: Distillation) -> Section:
+    title = f"{label_of(one.name)} + KD, over all teachers"
+    remark = ("L = L_T + L_T^-c0 (1 + (L_T / (d1 L~))^(1/f1))^(-c1 f1) "
+              "(A / N^alpha + B / D^beta)^gamma (arXiv 2502.08606); L_T: the teacher's loss; L~: "
+              "the student's on gold targets alone, by its law.")
+    if not one.law:
+        return Section(title, (), (), f"{remark} Not fitted: {one.reason}.")
+    spread = float(np.sqrt(np.mean(one.residuals**2)))
+    if one.law.bounds_hit:
+        remark += (f" {', '.join(one.law.bounds_hit)} ended on a bound, so these runs do not "
+                   "determine it.")
+    overtaken = "; ".join(
+        f"at N = {short(n)} " + ("nowhere" if d is None else f"from D = {short(d)}")
+        for n, d in one.overtaken_at.items())
+    remark += (" Beside the best teacher, gold targets alone are better, up to two decades beyond "
+               f"the tokens run, {overtaken}.")
+    teachers = len(np.unique(one.teacher_loss))
+    return Section(title, ("runs", "teachers", *one.law.constants, "residual (rms)"),
+                   ((str(len(one.runs)), str(teachers),
+                     *(f"{value:.4g}" for value in one.law.constants.values()),
+                     f"{spread:.2%}"),), remark)
+
+
+def _rungs(title: str, rungs: Sequence[Rung], analysis: Analysis, digits: int) -> Section:
+    names = [name for name in analysis.series if any(name in rung.cells for rung in rungs)]
     rows = []
-    for name, found in analysis.comparisons.items():
+    for rung in rungs:
+        cells = [f"{rung.size} at {rung.budget:.3g}"]
+        for name in names:
+            cell = rung.cells.get(name)
+            cells.append("-" if cell is None else _cell(cell, digits))
+        rows.append(tuple(cells))
+    remark = ("Means over seeds, ± one standard deviation between seeds. In parentheses how far "
+              "the series is ahead of decoder-only (below 0: behind), the mean over seeds that "
+              "both have; in brackets its 95 % interval by Student's t over these seeds. "
+              if rows else "")
+    return Section(title, ("rung", *map(label_of, names)), tuple(rows), remark)
+
+
+def _cell(cell: Cell, digits: int) -> str:
+    text = f"{cell.mean:.{digits}f}"
+    if not math.isnan(cell.deviation):
+        text += f" ± {cell.deviation:.{digits}f}"
+    if not math.isnan(cell.ahead):
+        text += f" ({cell.ahead:+.{digits}f}"
+        if not math.isnan(cell.interval.low):
+            text += f" [{cell.interval.low:+.{digits}f}, {cell.interval.high:+.{digits}f}]"
+        text += ")"
+    return text
+
+
+def _compared(comparisons: Mapping[str, Comparison]) -> tuple[tuple[str, ...], ...]:
+    rows = []
+    for name, found in comparisons.items():
         last = -1
         gain = Interval(*(float(x) for x in found.ratio_band[:, last])) if found.losses.size else (
             None)
@@ -135,14 +214,7 @@ def _comparisons(analysis: Analysis) -> Section:
         ahead = "-" if math.isnan(found.share_first_ahead) else f"{found.share_first_ahead:.0%}"
         rows.append((label_of(name), f"{found.first_loss[-1]:.4f}", f"{found.second_loss[-1]:.4f}",
                      ahead, _number(ratio, gain), loss, where))
-    reasons = " ".join(f"{label_of(name)}: {why}." for name, why in analysis.not_compared.items())
-    remark = ("At the most FLOPs that both were run at. The ratio is the FLOPs of decoder-only "
-              "over those of the encoder-decoder at equal loss; above 1 the encoder-decoder is "
-              "cheaper. " if rows else "")
-    return Section("Encoder-decoder against decoder-only, along the frontiers",
-                   ("series", "its loss", "decoder-only's", "ahead in draws",
-                    "FLOPs ratio", "at loss", "frontiers cross at FLOPs"), tuple(rows),
-                   remark + reasons)
+    return tuple(rows)
 
 
 def _largest_residuals(analysis: Analysis) -> Section:
@@ -204,13 +276,8 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
             "cost": dataclasses.asdict(one.cost) if one.cost else None,
         }
 
-    return {
-        "choices": dataclasses.asdict(analysis.choices),
-        "seed_noise": _finite(analysis.seed_noise[0]),
-        "unfinished": list(analysis.unfinished),
-        "series": {name: group(one) for name, one in analysis.series.items()},
-        "parts": group(analysis.parts) if analysis.parts else None,
-        "comparisons": {
+    def compared(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+        return {
             name: {
                 "flops": _list(found.flops), "first_loss": _list(found.first_loss),
                 "second_loss": _list(found.second_loss), "losses": _list(found.losses),
@@ -221,7 +288,34 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
                              "share": _finite(found.crossing.share),
                              "extrapolated": found.crossing.extrapolated},
                 "share_first_ahead": _finite(found.share_first_ahead),
-            } for name, found in analysis.comparisons.items()},
+            } for name, found in comparisons.items()}
+
+    def side_by_side(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
+        return [{
+            "size": rung.size, "budget": rung.budget, "flops": rung.flops,
+            "series": {name: {
+                "values": list(cell.values), "ahead_of_decoder_only": _finite(cell.ahead),
+                "interval": interval(cell.interval)} for name, cell in rung.cells.items()},
+        } for rung in rungs]
+
+    return {
+        "choices": dataclasses.asdict(analysis.choices),
+        "seed_noise": _finite(analysis.seed_noise[0]),
+        "unfinished": list(analysis.unfinished),
+        "series": {name: group(one) for name, one in analysis.series.items()},
+        "parts": group(analysis.parts) if analysis.parts else None,
+        "comparisons": compared(analysis.comparisons),
+        "against_plain": compared(analysis.against_plain),
+        "distillation": {
+            name: {
+                "runs": len(one.runs), "reason": one.reason or None,
+                "law": one.law.constants if one.law else None,
+                "bounds_hit": list(one.law.bounds_hit) if one.law else [],
+                "residuals": one.residuals.tolist() if one.residuals is not None else None,
+                "overtaken_at": [[n, d] for n, d in one.overtaken_at.items()],
+            } for name, one in analysis.distillation.items()},
+        "rungs": side_by_side(analysis.rungs),
+        "scores": {name: side_by_side(rungs) for name, rungs in analysis.scores.items()},
         "not_compared": analysis.not_compared,
     }
 

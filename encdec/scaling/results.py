@@ -97,7 +97,7 @@ def describe(run: PlannedRun) -> Row:
         "seed": run.seed, "parameters": count.total, "encoder_parameters": count.encoder,
         "decoder_parameters": count.decoder, "embedding_parameters": count.embedding + count.head,
         "batch_size": run.batch_size, "steps": run.steps, "learning_rate": run.learning_rate,
-    }
+    } | ({"teacher_loss": run.teacher_loss} if run.teacher else {})
 
 
 def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
@@ -118,12 +118,22 @@ def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
     found = list(rows.values())
     scores = workdir / SCORES_FILE
     if scores.exists() and run.steps in rows:
-        try:
-            values = {str(k): float(v) for k, v in json.loads(scores.read_text()).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{scores} is {error!r}; wanted {{metric: value}}") from None
-        found.append(_row(run, rows[run.steps]) | {"scores": values})
+        found.append(_row(run, rows[run.steps]) | _read_scores(scores))
     return found
+
+
+def _read_scores(path: pathlib.Path) -> Row:
+    """Metrics of a scores file: numbers, or {"value", "low", "high"} with a 95 % interval."""
+    try:
+        content = {str(name): value if isinstance(value, Mapping) else {"value": value}
+                   for name, value in json.loads(path.read_text()).items()}
+        values = {name: float(value["value"]) for name, value in content.items()}
+        intervals = {name: [float(value["low"]), float(value["high"])]
+                     for name, value in content.items() if "low" in value}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DataError(f"{path} is {error!r}; wanted {{metric: value}}, or {{metric: "
+                        '{"value": V, "low": L, "high": H}}') from None
+    return {"scores": values} | ({"score_intervals": intervals} if intervals else {})
 
 
 def _row(run: PlannedRun, numbers: Mapping[str, Any]) -> Row:
@@ -145,6 +155,11 @@ def _row(run: PlannedRun, numbers: Mapping[str, Any]) -> Row:
 def final_rows(rows: Iterable[Row]) -> list[Row]:
     """The last evaluation of each finished run: only there has the schedule ended."""
     return [row for row in rows if row["final"] and "scores" not in row]
+
+
+def metrics_of(rows: Iterable[Row]) -> list[str]:
+    """Names of the downstream metrics that any run has."""
+    return sorted({name for row in rows for name in row.get("scores", {})})
 
 
 def observations(

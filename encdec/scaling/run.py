@@ -23,8 +23,15 @@ from typing import Any
 from encdec.errors import CheckpointError, DataError, EncdecError, Preempted
 from encdec.scaling.ladder import Ladder, Plan, PlannedRun, run_config
 from encdec.scaling.results import RESULTS_FILE, ResultsFile, collect
+from encdec.train.config import OPERATIONAL
 
 LADDER_FILE = "ladder.json"
+
+# Where the records lie may change; their content is compared by every run. More budgets, sizes,
+# seeds or teachers only add runs; the digests of old ones still hold.
+_FREE = ("records", "eval_records", "sizes", "budgets", "seeds", "distilled")
+# Of the runs' settings: where and how they run, not what they compute.
+_OPERATIONAL = {name.partition(".")[0] for name in OPERATIONAL if "." not in name.rstrip(".")}
 
 Say = Callable[[str], None]
 Train = Callable[[Any, str], Any]
@@ -63,12 +70,8 @@ class Workdir:
                 old = json.loads(path.read_text())
             except ValueError as error:
                 raise CheckpointError(f"{path} is not JSON ({error}); restore it") from None
-            # Where the records lie may change; their content is compared by every run.
-            free = ("records", "eval_records")
-            names = [name for name in content if name not in free
-                     and content[name] != old.get(name)]
-            # More budgets, sizes or seeds only add runs; the digests of old ones still hold.
-            names = [name for name in names if name not in ("sizes", "budgets", "seeds")]
+            names = [name for name in content if name not in _FREE
+                     and _comparable(name, content[name]) != _comparable(name, old.get(name))]
             if names:
                 shown = "; ".join(f"{n} is {old.get(n)!r} there and {content[n]!r} here"
                                   for n in names)
@@ -108,6 +111,12 @@ class Workdir:
                 yield False
                 return
             yield True
+
+
+def _comparable(name: str, value: Any) -> Any:
+    if name == "run" and isinstance(value, dict):
+        return {k: v for k, v in value.items() if k not in _OPERATIONAL}
+    return value
 
 
 def run_plan(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TextTask
 from encdec.errors import DataError
 from encdec.inference.generator import load_generator
 from encdec.inference.settings import GenerationSettings
+from encdec.scaling.intervals import Interval
 from encdec.scaling.ladder import Plan
 from encdec.scaling.results import SCORES_FILE
 from encdec.scaling.run import Workdir
@@ -64,31 +68,49 @@ def score_plan(
             if not mine:
                 say(f"{run.name}: another process is at it")
                 continue
-            scores = _scores(place.run_directory(run.name), run.targets, task, examples)
+            answers = _answers(place.run_directory(run.name), run.targets, examples)
+            scores = with_intervals(task, examples, answers)
             _write(place.run_directory(run.name) / SCORES_FILE, scores)
-        text = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+        text = ", ".join(f"{name} {value['value']:.2f}" for name, value in scores.items())
         say(f"[{number}/{len(todo)}] {run.name}: {text}")
         done.append(run.name)
     place.gather(plan)
     return done
 
 
-def _scores(
-    directory: pathlib.Path, tokens: int, task: TextTask, examples: Sequence[Example]
-) -> dict[str, float]:
+def _answers(directory: pathlib.Path, tokens: int, examples: Sequence[Example]) -> list[str]:
     import jax
 
     jax.clear_caches()  # each run's shape is its own; dozens of programs would stay in memory
     generator = load_generator(directory)
     answers = generator.generate(
         [source for source, _ in examples], GenerationSettings(max_tokens=tokens), truncate=True)
-    texts = [answer[0].text for answer in answers]
+    return [answer[0].text for answer in answers]
+
+
+def with_intervals(
+    task: TextTask, examples: Sequence[Example], answers: Sequence[str], draws: int = 1000
+) -> dict[str, dict[str, float]]:
+    """The task's metrics as {"value", "low", "high"}, with 95 % bootstrap intervals over examples.
+
+    A metric that is no mean over examples (a corpus BLEU) has a value alone.
+    """
     references = [found for _, found in examples]
-    return {name: value for metric in task.metrics
-            for name, value in metric(references, texts).items()}
+    scores = {}
+    for metric in task.metrics:
+        whole = metric(references, answers)
+        single = [metric([wanted], [text]) for wanted, text in zip(references, answers)]
+        for name, value in whole.items():
+            scores[name] = {"value": float(value)}
+            each = np.array([one.get(name, math.nan) for one in single], np.float64)
+            if len(each) > 1 and math.isclose(each.mean(), value, rel_tol=1e-6, abs_tol=1e-9):
+                drawn = np.random.default_rng(0).integers(0, len(each), (draws, len(each)))
+                interval = Interval.of(each[drawn].mean(1))
+                scores[name] |= {"low": interval.low, "high": interval.high}
+    return scores
 
 
-def _write(path: pathlib.Path, scores: dict[str, float]) -> None:
+def _write(path: pathlib.Path, scores: dict[str, dict[str, float]]) -> None:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(scores) + "\n")
     os.replace(partial, path)

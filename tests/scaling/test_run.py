@@ -24,7 +24,7 @@ from encdec.inference.settings import GenerationSettings
 from encdec.scaling.ladder import Plan, parse_ladder, plan
 from encdec.scaling.results import ResultsFile, collect
 from encdec.scaling.run import Workdir, run_plan
-from encdec.scaling.score import score_plan, task_examples
+from encdec.scaling.score import score_plan, task_examples, with_intervals
 
 LADDER = {
     "name": "tiny", "sizes": {"tiny": {"preset": "test", "vocab_size": 264}}, "inputs": 24,
@@ -32,6 +32,7 @@ LADDER = {
     "budgets": {"kind": "rows", "values": (64.0, 128.0), "min_steps": 4},
     "batch": {"rows": 8, "reference_rows": 64, "largest": 8},
     "run": {"log_every": 4, "checkpoint": {"every": 4}, "mesh": {"data": 1}},
+    "distilled": {"teachers": {"kd": {"rows": "", "loss": 0.0}}},
 }
 STEPS = {"64": 8, "128": 16}
 
@@ -148,16 +149,31 @@ def test_scores_are_collected(tmp_path, records, eval_records):
     run = found.runs[0]
     folder = Workdir(tmp_path).run_directory(run.name)
     (folder / "scores.json").write_text('{"rougeL": 0.25}')
+    other = Workdir(tmp_path).run_directory(found.runs[1].name)
+    (other / "scores.json").write_text('{"f1": {"value": 0.5, "low": 0.4, "high": 0.7}}')
     run_plan(found, tmp_path, train=FakeTraining())
-    scored = [row for row in rows_of(tmp_path) if "scores" in row]
-    assert [row["scores"] for row in scored] == [{"rougeL": 0.25}]
+    scored = {row["run"]: row for row in rows_of(tmp_path) if "scores" in row}
+    assert scored[run.name]["scores"] == {"rougeL": 0.25}
+    assert "score_intervals" not in scored[run.name]
+    assert scored[found.runs[1].name]["scores"] == {"f1": 0.5}
+    assert scored[found.runs[1].name]["score_intervals"] == {"f1": [0.4, 0.7]}
+    (Workdir(tmp_path).run_directory(found.runs[2].name) / "scores.json").write_text('["f1"]')
+    with pytest.raises(DataError, match=r"wanted \{metric: value\}"):
+        run_plan(found, tmp_path, train=FakeTraining())
 
 
 def test_another_ladder_or_plan_is_refused(tmp_path, records, eval_records):
     run_plan(tiny(records, eval_records), tmp_path, train=FakeTraining())
     with pytest.raises(CheckpointError, match=r"match is 'parameters\+data' there"):
         run_plan(tiny(records, eval_records, match="flops+data"), tmp_path)
-    # More budgets only add runs ...
+    # Where and how runs are done may change ...
+    elsewhere = {**LADDER["run"], "mesh": {"data": -1}, "log_every": 8}
+    outcome = run_plan(tiny(records, eval_records, run=elsewhere), tmp_path, train=FakeTraining())
+    assert len(outcome.done_before) == 4
+    with pytest.raises(CheckpointError, match="run is"):
+        run_plan(tiny(records, eval_records, run={**LADDER["run"], "loss": {"z_loss": 0.1}}),
+                 tmp_path)
+    # ... more budgets only add runs ...
     more = {**LADDER["budgets"], "values": (64.0, 128.0, 192.0)}
     train = FakeTraining()
     run_plan(tiny(records, eval_records, budgets=more), tmp_path, train=train)
@@ -242,6 +258,48 @@ def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
     answers = [generator.generate([source], GenerationSettings(max_tokens=12))[0][0].text
                for source, _ in examples]
     assert scored["dec_tiny_128_s0"] == rouge_l(["ba", "x"], answers)
+
+
+def test_scores_have_intervals_where_they_are_means():
+    def longest(references, predictions):  # of the whole set, no mean over examples
+        return {"longest": float(max(map(len, predictions)))}
+
+    task = TextTask("pairs", lambda split, bad: iter(()), SequenceToSequence(), dict,
+                    metrics=(rouge_l, longest))
+    examples = [(str(i), ("a b c d",)) for i in range(200)]
+    answers = ["a b c d" if i % 4 else "x" for i in range(200)]
+    found = with_intervals(task, examples, answers)
+    assert found["longest"] == {"value": 7.0}
+    score = found["rouge_l"]
+    assert score["value"] == pytest.approx(75.0)
+    # The binomial's own interval: 75 +- 1.96 * 100 * sqrt(0.75 * 0.25 / 200).
+    assert (score["low"], score["high"]) == (pytest.approx(69, abs=1), pytest.approx(81, abs=1))
+
+
+@pytest.mark.slow
+def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path):
+    """A run of the ladder teaches: scored rows, the series once more, rows of both in one file."""
+    teacher = Workdir(undisturbed).run_directory("dec_tiny_128_s0")
+    scored = tmp_path / "scored"
+    subprocess.run([sys.executable, "-m", "encdec", "score", f"--teacher={teacher}",
+                    f"--records={records}", f"--out={scored}"], check=True, capture_output=True,
+                   env=ENVIRONMENT)
+    directory = tmp_path / "ladder"
+    loss = losses(undisturbed)["dec_tiny_128_s0", 16]
+    subprocess.run(command(
+        directory, records, eval_records, "--ladder.distilled.series=('ed-2of3',)",
+        f"--ladder.distilled.teachers.kd.rows={scored}",
+        f"--ladder.distilled.teachers.kd.loss={loss}",
+        "--only=ed-2of3_tiny_128_s0", "--only=ed-2of3+kd_tiny_128_s0"), check=True,
+        capture_output=True, env=ENVIRONMENT)
+    final = {row["run"]: row for row in rows_of(directory) if row["final"]}
+    plain, taught = final["ed-2of3_tiny_128_s0"], final["ed-2of3+kd_tiny_128_s0"]
+    assert plain["loss"] == pytest.approx(
+        losses(undisturbed)["ed-2of3_tiny_128_s0", 16], rel=1e-6)
+    assert taught["loss"] != plain["loss"] and taught["teacher_loss"] == loss
+    assert taught["flops"] == plain["flops"]
+    with open(Workdir(directory).run_directory("ed-2of3+kd_tiny_128_s0") / "metrics.jsonl") as file:
+        assert any("train/distill_loss" in line for line in file)
 
 
 def test_tasks_that_cannot_be_scored_are_refused():

@@ -1,0 +1,102 @@
+"""What each rung says by itself, without any law: series side by side, seeds as the error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from encdec.scaling.intervals import LEVEL, Interval
+from encdec.scaling.matching import DECODER_ONLY
+from encdec.scaling.results import LOSSES, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One series on one rung.
+
+    Attributes:
+        values: one a seed.
+        ahead: decoder-only's value less this series', the mean over seeds that both have; of a
+            score the other way round, so that above 0 this series is better. NaN without any.
+        interval: of ``ahead``, by Student's t over these seeds; NaN with fewer than two.
+    """
+
+    values: tuple[float, ...]
+    ahead: float
+    interval: Interval
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation between seeds; NaN with fewer than two."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One size at one budget.
+
+    Attributes:
+        size: its name.
+        budget: in the unit of the ladder's budgets.
+        flops: of the first series' runs.
+        cells: by series.
+    """
+
+    size: str
+    budget: float
+    flops: float
+    cells: dict[str, Cell]
+
+
+def loss_rungs(final: Sequence[Row], loss: str) -> list[Rung]:
+    """Held-out losses of finished runs; ``loss`` is a key of ``results.LOSSES``."""
+    return _rungs(final, lambda row: row.get(LOSSES[loss], math.nan), -1.0)
+
+
+def score_rungs(rows: Sequence[Row], metric: str) -> list[Rung]:
+    """A task's metric, of which more is better, of the runs that were scored."""
+    scored = [row for row in rows if metric in row.get("scores", {})]
+    return _rungs(scored, lambda row: row["scores"][metric], 1.0)
+
+
+def _rungs(rows: Sequence[Row], value: Callable[[Row], float], sign: float) -> list[Rung]:
+    groups: dict[tuple[str, float], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        rung = groups.setdefault((row["size"], row["budget"]), {})
+        rung.setdefault(row["series"], {})[row["seed"]] = row
+    found = []
+    for (size, budget), series in groups.items():
+        values = {name: {seed: float(value(row)) for seed, row in sorted(seeds.items())}
+                  for name, seeds in series.items()}
+        other = values.get(DECODER_ONLY, {})
+        first = next(iter(next(iter(series.values())).values()))
+        found.append(Rung(size, budget, first["flops"], {
+            name: _cell(mine, {} if name == DECODER_ONLY else other, sign)
+            for name, mine in values.items()}))
+    smallest = {size: min(row["parameters"] for row in rows if row["size"] == size)
+                for size in {rung.size for rung in found}}
+    return sorted(found, key=lambda rung: (smallest[rung.size], rung.budget))
+
+
+def _cell(mine: dict[int, float], other: dict[int, float], sign: float) -> Cell:
+    # Runs of one seed read the same rows in the same order, so they are compared in pairs.
+    both = [sign * (mine[seed] - other[seed]) for seed in mine if seed in other]
+    ahead = float(np.mean(both)) if both else math.nan
+    return Cell(tuple(mine.values()), ahead, t_interval(both))
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Student's interval of a mean; NaN with fewer than two values."""
+    if len(values) < 2:
+        return Interval(math.nan, math.nan)
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(
+        len(values))
+    return Interval(float(np.mean(values) - half), float(np.mean(values) + half))
