@@ -132,8 +132,9 @@ def test_killed_between_a_checkpoint_and_its_evaluation(straight, records, eval_
     train(config, tmp_path)
 
     def evaluations(workdir):
-        return [(x["step"], x["eval/loss"]) for x in read_metrics(workdir) if "eval/loss" in x]
+        return {x["step"]: x["eval/loss"] for x in read_metrics(workdir) if "eval/loss" in x}
 
+    assert list(evaluations(tmp_path)) == [10, 20]
     assert evaluations(tmp_path) == evaluations(straight[1])
 
 
