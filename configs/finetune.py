@@ -39,7 +39,7 @@ def get_config(task: str = "squad_v2") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.records = ""  # directory written by `encdec prepare`; must be given
-    config.data.eval_records = ""  # held-out directory; must be given for patience
+    config.data.eval_records = ""  # held-out directory; must be given, or patience set to 0
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"
@@ -59,7 +59,7 @@ def get_config(task: str = "squad_v2") -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.every = max(20, STEPS[task] // 20)
-    config.eval.patience = 0  # evaluations; 3 is a good start, and wants eval_records
+    config.eval.patience = 3  # evaluations without a lower loss that end the run; 0: none does
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = config.eval.every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -10,19 +11,21 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from encdec.errors import ConfigError, DataError
 from encdec.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from encdec.evaluation.predictions import Example
+    from encdec.evaluation.judge import Judge
+    from encdec.evaluation.likelihood import Likelihood, LikelihoodModel
+    from encdec.evaluation.predictions import Example, Prediction
     from encdec.inference.generator import Generator
 
 
 def main(argv: list[str]) -> int:
-    """``encdec evaluate --checkpoint=DIR --tasks=A,B --out=DIR``, or ``encdec evaluate table``.
+    """``encdec evaluate --checkpoint=DIR --tasks=A,B --out=DIR``, or one of its two actions.
 
     Raises:
         ConfigError: settings that cannot be, or an output directory of other settings.
@@ -33,19 +36,21 @@ def main(argv: list[str]) -> int:
         from encdec.evaluation.table_command import main as table
 
         return table(argv[1:])
+    if argv and argv[0] == "compare":
+        from encdec.evaluation.compare_command import main as compare
+
+        return compare(argv[1:])
     options = _parser().parse_args(argv)
     settings = GenerationSettings(
         max_tokens=options.max_tokens, temperature=options.temperature, top_k=options.top_k,
         top_p=options.top_p, beams=options.beams, length_penalty=options.length_penalty,
         seed=options.seed)
     shard, shards = _shard(options.shard)
-    if bool(options.judge_endpoint) != bool(options.judge_model):
-        raise ConfigError(f"--judge_endpoint is {options.judge_endpoint!r} and --judge_model "
-                          f"{options.judge_model!r}; wanted both or neither")
+    _check_judge(options)
     # Imported late: a mistake in the command line is answered at once.
     tasks = {name: _examples(name, options) for name in options.tasks.split(",")}
-    generator, model = _load(options)
-    from encdec.evaluation.judge import PROMPT, Judge
+    generator, references, model = _load(options)
+    from encdec.evaluation.likelihood import LikelihoodFiles, measure
     from encdec.evaluation.predictions import (
         PredictionFiles,
         check_lengths,
@@ -53,60 +58,98 @@ def main(argv: list[str]) -> int:
         open_windows,
         predict,
     )
-    from encdec.evaluation.report import task_report, write_report
-    from encdec.evaluation.scores import mean_score, score_task
+    from encdec.evaluation.report import write_report
 
     long = {name: check_lengths(generator, examples, options.too_long)
             for name, examples in tasks.items()}
     lost = {name: check_vocabulary(generator.prompts.vocabulary, examples, name)
             for name, examples in tasks.items()}
     out, reports = pathlib.Path(options.out), {}
-    judge = options.judge_endpoint and Judge(
-        options.judge_endpoint, options.judge_model, out / "judge",
-        os.environ.get("OPENAI_API_KEY", ""))
+    judge = _judge(options, out)
+    how = {"too_long": options.too_long, "shard": shard, "shards": shards}
     for name, examples in tasks.items():
         files = PredictionFiles(
             out / name, _identity(options, model, settings, examples), examples)
+        likelihoods = LikelihoodFiles(out / name)
         done = len(files.read())
         print(f"{name}: {len(examples):,} examples, {done:,} answered already, {long[name]:,} "
               f"sources too long ({options.too_long})", file=sys.stderr)
         windows = open_windows(len(examples), set(files.read()), shard, shards)
-        progress = Progress(name, sum(map(len, windows)))
-        try:
-            predict(generator, files, examples, settings, too_long=options.too_long, shard=shard,
-                    shards=shards, on_batch=progress)
-        finally:
-            progress.close()
-        found = files.read()
-        if len(found) < len(examples):
-            print(f"{name}: {len(found):,} of {len(examples):,} answered; the call that finds all "
+        with contextlib.closing(Progress(name, sum(map(len, windows)))) as progress:
+            predict(generator, files, examples, settings, on_batch=progress, **how)
+        if references:
+            windows = open_windows(len(examples), set(likelihoods.read()), shard, shards)
+            with contextlib.closing(
+                    Progress(f"{name}, references", sum(map(len, windows)))) as progress:
+                measure(references, likelihoods, examples, on_batch=progress, **how)
+        found, given = files.read(), likelihoods.read() if references else None
+        have = len(found) if given is None else min(len(found), len(given))
+        if have < len(examples):
+            print(f"{name}: {have:,} of {len(examples):,} done; the call that finds all "
                   "of them writes the report", file=sys.stderr)
             continue
-        texts = [found[index].text for index in range(len(examples))]
-        scores = score_task(name, [example.references for example in examples], texts)
-        missing = None
-        if judge:
-            given = [one for one in judge.opinions(examples, texts) if one is not None]
-            scores += mean_score("judge", given)
-            missing = len(texts) - len(given)
-        reports[name] = task_report(scores, examples, found, options.resamples)
-        reports[name]["judge_missing"] = missing
+        reports[name] = _task_report(name, examples, found, given, judge, options.resamples)
         reports[name]["references_not_writable"] = lost[name]
     if len(reports) == len(tasks):
         report = {"model": model, "decoding": _decoding(settings, options), "tasks": reports,
-                  "resamples": options.resamples, "judge": judge and {
-                      "endpoint": judge.endpoint, "model": judge.model, "prompt": PROMPT}}
+                  "resamples": options.resamples, "judge": judge and judge.describe()}
         write_report(out, report)
         print((out / "report.md").read_text())
     return 0
+
+
+def _task_report(
+    name: str, examples: Sequence[Example], found: Mapping[int, Prediction],
+    given: Mapping[int, Likelihood] | None, judge: Judge | None, resamples: int,
+) -> dict[str, Any]:
+    """All of one task's scores, the judge's and the likelihood's too where they were asked for."""
+    from encdec.evaluation.likelihood import likelihood_scores
+    from encdec.evaluation.report import task_report
+    from encdec.evaluation.scores import mean_score, not_measured, score_task
+
+    texts = [found[index].text for index in range(len(examples))]
+    scores = score_task(name, [example.references for example in examples], texts)
+    if given is not None:
+        scores += likelihood_scores([given[index] for index in range(len(examples))])
+    missing = None
+    if judge:
+        opinions = [one for one in judge.opinions(examples, texts) if one is not None]
+        scores += mean_score("judge", opinions)
+        missing = len(texts) - len(opinions)
+    report = task_report(scores, examples, found, resamples)
+    return report | {"judge_missing": missing, "not_measured": not_measured(name)}
+
+
+def _check_judge(options: argparse.Namespace) -> None:
+    if bool(options.judge_endpoint) and not options.judge_model:
+        raise ConfigError(f"--judge_endpoint is {options.judge_endpoint!r} and --judge_model "
+                          "empty; wanted the name of a model that the endpoint knows")
+    if options.judge_model and not options.judge_endpoint:
+        if not pathlib.Path(options.judge_model, "config.json").is_file():
+            raise ConfigError(
+                f"--judge_model is {options.judge_model!r}, which holds no config.json; wanted a "
+                "Hugging Face model's directory, or --judge_endpoint=URL beside a name")
+
+
+def _judge(options: argparse.Namespace, out: pathlib.Path) -> Judge | None:
+    from encdec.evaluation.judge import Judge, endpoint, local_model
+
+    if not options.judge_model:
+        return None
+    if options.judge_endpoint:
+        return Judge(options.judge_endpoint, options.judge_model, out / "judge", endpoint(
+            options.judge_endpoint, options.judge_model, os.environ.get("OPENAI_API_KEY", "")))
+    return Judge("local", options.judge_model, out / "judge", local_model(options.judge_model),
+                 attempts=1, workers=1)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec evaluate", allow_abbrev=False,
         description="Answers the examples of tasks with a trained model, and scores the answers. "
-        "The same command continues after a stop. `encdec evaluate table --help`: many "
-        "models beside each other.",
+        "The same command continues after a stop. `encdec evaluate compare --help`: how sure "
+        "the difference of two models is; `encdec evaluate table --help`: many models as the "
+        "paper's table.",
         epilog="Example: encdec evaluate --checkpoint=runs/squad --tasks=squad_v2,xsum "
         "--data_dir=data --out=runs/squad/evaluation")
     parser.add_argument("--checkpoint", required=True, metavar="DIR",
@@ -141,7 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--judge_endpoint", metavar="URL",
                         help="OpenAI-compatible, up to /v1: a language model's opinion of every "
                         "answer, kept in DIR/judge; its key is read from OPENAI_API_KEY")
-    parser.add_argument("--judge_model", metavar="NAME", help="name that the endpoint knows")
+    parser.add_argument("--judge_model", metavar="NAME",
+                        help="name that the endpoint knows; without an endpoint, directory of a "
+                        "Hugging Face model to be asked on this machine (pip install encdec[hf])")
+    parser.add_argument("--no_likelihood", action="store_true",
+                        help="leave out perplexity, bits a byte and calibration error, which read "
+                        "every reference once")
     parser.add_argument("--resamples", type=int, default=1000, metavar="N",
                         help="of the bootstrap (default %(default)s)")
     return parser
@@ -166,10 +214,13 @@ def _examples(name: str, options: argparse.Namespace) -> list[Example]:
     return examples
 
 
-def _load(options: argparse.Namespace) -> tuple[Generator, dict[str, Any]]:
-    """The generator on all devices of this process, and what the report says of the model."""
+def _load(
+    options: argparse.Namespace
+) -> tuple[Generator, LikelihoodModel | None, dict[str, Any]]:
+    """What answers and what reads references, on all devices of this process; about the model."""
     import jax
 
+    from encdec.evaluation.likelihood import LikelihoodModel
     from encdec.inference.generator import Generator, read_prompt_format
     from encdec.model import parameter_count
     from encdec.train.checkpoints import load_params_for_inference
@@ -192,7 +243,9 @@ def _load(options: argparse.Namespace) -> tuple[Generator, dict[str, Any]]:
     generator = Generator(
         config, params, prompts, max_tokens=max_tokens, batch_rows=options.batch_rows,
         devices=jax.local_devices())
-    return generator, model
+    references = None if options.no_likelihood else LikelihoodModel(
+        config, params, prompts, batch_rows=options.batch_rows, devices=jax.local_devices())
+    return generator, references, model
 
 
 def flops_so_far(workdir: str, step: int) -> float | None:

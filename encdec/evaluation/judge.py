@@ -1,4 +1,4 @@
-"""A language model's opinion of answers, over any OpenAI-compatible endpoint, kept on disk."""
+"""A language model's opinion of answers, kept on disk: over HTTP, or by a model on this machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pathlib
 import re
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from encdec.errors import ConfigError
 from encdec.evaluation.predictions import Example
 
 PROMPT = (
@@ -21,6 +23,10 @@ PROMPT = (
     "reference), and nothing else.\n###Input\n{source}\n###Reference\n{reference}\n###Answer\n"
     "{answer}\n###Number\n")
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*")
+REPLY_TOKENS = 8  # of a local model; a number takes fewer
+
+# A prompt to the model's reply. Raises OSError, HTTPException or ValueError where there is none.
+Ask = Callable[[str], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +34,10 @@ class Judge:
     """Whom to ask, and how.
 
     Attributes:
-        endpoint: base address; ``/chat/completions`` follows it.
-        model: name that the endpoint knows.
+        endpoint: where the model is, for the report and the cache: an address, or "local".
+        model: its name or directory.
         cache: directory of answers already given; nothing is asked twice.
-        api_key: sent as a bearer token where it is not empty.
-        timeout_seconds: of one request.
+        ask: asks it.
         attempts: requests for one opinion; then it is missing.
         pause_seconds: before the second request; each further pause is twice as long.
         workers: requests at a time.
@@ -41,11 +46,14 @@ class Judge:
     endpoint: str
     model: str
     cache: pathlib.Path
-    api_key: str = ""
-    timeout_seconds: float = 60.0
+    ask: Ask
     attempts: int = 3
     pause_seconds: float = 1.0
     workers: int = 4
+
+    def describe(self) -> dict[str, str]:
+        """What the report says of it."""
+        return {"endpoint": self.endpoint, "model": self.model, "prompt": PROMPT}
 
     def opinions(
         self, examples: Sequence[Example], predictions: Sequence[str]
@@ -67,9 +75,8 @@ class Judge:
             if attempt:
                 time.sleep(self.pause_seconds * 2 ** (attempt - 1))
             try:
-                score = parse_opinion(reply := self._ask(prompt))
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError,
-                    TypeError):
+                score = parse_opinion(reply := self.ask(prompt))
+            except (OSError, http.client.HTTPException, ValueError):
                 continue
             if score is not None:
                 # Only opinions are kept: what is missing is asked for again by the next call.
@@ -80,16 +87,80 @@ class Judge:
                 return score
         return None
 
-    def _ask(self, prompt: str) -> str:
+
+def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float = 60.0) -> Ask:
+    """Asks a model behind an OpenAI-compatible address, at temperature 0.
+
+    Args:
+        address: ``/chat/completions`` follows it.
+        model: name that the address knows.
+        api_key: sent as a bearer token where it is not empty.
+        timeout_seconds: of one request.
+    """
+
+    def ask(prompt: str) -> str:
         headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        body = {"model": self.model, "temperature": 0,
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        body = {"model": model, "temperature": 0,
                 "messages": [{"role": "user", "content": prompt}]}
         request = urllib.request.Request(
-            self.endpoint.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-            return json.load(response)["choices"][0]["message"]["content"]
+            address.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
+            content = json.load(response)
+        try:
+            reply = content["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{address} sent no chat completion") from error
+        if not isinstance(reply, str):
+            raise ValueError(f"{address} sent a completion without text")
+        return reply
+
+    return ask
+
+
+def local_model(directory: str) -> Ask:
+    """Asks a Hugging Face causal model on this machine, greedily; nothing is downloaded.
+
+    A model with a chat template is asked by it. A prompt longer than the model reads has no reply.
+
+    Raises:
+        ConfigError: transformers and torch are missing, or there is no such model.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"a judge on this machine needs {error.name}; pip install encdec[hf], "
+                          "or give --judge_endpoint=URL") from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--judge_model={directory} is no causal model of Hugging Face's "
+                          f"({error})") from None
+    model.eval()
+    longest = getattr(model.config, "max_position_embeddings", None)
+
+    def ask(prompt: str) -> str:
+        if tokenizer.chat_template:
+            inputs: Any = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True,
+                return_tensors="pt", return_dict=True)
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        count = inputs["input_ids"].shape[1]
+        if longest and count + REPLY_TOKENS > longest:
+            raise ValueError(f"a prompt of {count} tokens, and the judge reads {longest}")
+        with torch.no_grad():
+            found = model.generate(
+                **inputs, do_sample=False, max_new_tokens=REPLY_TOKENS,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+        # Models without a chat format go on after their number.
+        lines = tokenizer.decode(found[0, count:], skip_special_tokens=True).strip().splitlines()
+        return lines[0] if lines else ""
+
+    return ask
 
 
 def parse_opinion(reply: str) -> float | None:

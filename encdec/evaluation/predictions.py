@@ -17,6 +17,7 @@ from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
+from encdec.inference.text import PromptFormat
 
 TooLong = Literal["refuse", "cut", "skip"]
 # Whatever the batch, so that the same windows are found again and drawing does not change.
@@ -108,7 +109,7 @@ class PredictionFiles:
         """Writes predictions by the example's index; on disk on return."""
         path = self.directory / f"predictions-{shard:05d}.jsonl"
         if path.exists():
-            _drop_unfinished_line(path)
+            drop_unfinished_line(path)
         with open(path, "ab") as file:
             for index, one in made.items():
                 example = self._examples[index]
@@ -120,7 +121,8 @@ class PredictionFiles:
             os.fsync(file.fileno())
 
 
-def _drop_unfinished_line(path: pathlib.Path) -> None:
+def drop_unfinished_line(path: pathlib.Path) -> None:
+    """Takes away what a killed process left of its last line."""
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
@@ -138,7 +140,7 @@ def check_lengths(generator: Generator, examples: Sequence[Example], too_long: T
     Raises:
         DataError: there are some, and they are to be refused.
     """
-    long = sum(is_long(generator, example.source) for example in examples)
+    long = sum(is_long(generator.prompts, example.source) for example in examples)
     if long and too_long == "refuse":
         raise DataError(
             f"{long:,} of {len(examples):,} sources are longer than the "
@@ -164,9 +166,9 @@ def check_vocabulary(vocabulary: Vocabulary, examples: Sequence[Example], task: 
     return lost
 
 
-def is_long(generator: Generator, source: str) -> bool:
+def is_long(prompts: PromptFormat, source: str) -> bool:
     """Whether a source would lose its end."""
-    return generator.prompts.encode(source, truncate=True)[1]
+    return prompts.encode(source, truncate=True)[1]
 
 
 def predict(
@@ -189,7 +191,7 @@ def predict(
     done = set(files.read())
     for window in open_windows(len(examples), done, shard, shards):
         texts = [examples[index].source for index in window]
-        skipped = [too_long == "skip" and is_long(generator, text) for text in texts]
+        skipped = [too_long == "skip" and is_long(generator.prompts, text) for text in texts]
         # Skipped sources stay in their places, so that the others' numbers do not depend on them.
         asked = ["." if skip else text for text, skip in zip(texts, skipped)]
         answers = generator.generate(

@@ -86,6 +86,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"| {task} | {part['sources_cut']:,} | {part['sources_skipped']:,} | "
             f"{part['answers_without_end']:,} | {part['empty_answers']:,} | "
             f"{part['mean_answer_tokens']:.1f} |")
+    lines += [f"\nNot measured on {task}: {one}" for task, part in report["tasks"].items()
+              for one in part.get("not_measured", ())]
     judge = report["judge"]
     lines += ["", "No judge was asked; only what was measured is shown." if judge is None else
               f"Judge: {judge['model']} at {judge['endpoint']}; prompt in report.json. Opinions "

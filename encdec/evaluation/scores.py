@@ -16,12 +16,12 @@ import numpy as np
 
 from encdec.data import metrics
 from encdec.data.paper_tasks import UNANSWERABLE
+from encdec.evaluation import syntax
 from encdec.evaluation.intervals import Interval, Statistic, bootstrap, mean_statistic
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 BANDS = 9.0
-CALIBRATION_BINS = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,28 @@ def chrf(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> lis
         for texts, prediction in zip(references, predictions, strict=True)])
 
 
+def code_syntax(
+    language: str, references: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> list[Score]:
+    """CodeBLEU's syntax match over all examples (``encdec.evaluation.syntax``), 0 to 100.
+
+    Of several references the one that is matched best counts. No score where the grammar is not
+    installed: `pip install encdec[code]`.
+    """
+    if not syntax.can_parse(language):
+        return []
+    counts_Ex2 = np.array([
+        max((syntax.syntax_match(one, text, language) for one in texts),
+            key=lambda pair: pair[0] / max(pair[1], 1))
+        for texts, text in zip(references, predictions, strict=True)])
+
+    def statistic(indices: np.ndarray) -> float:
+        matched, total = counts_Ex2[indices].sum(axis=0)
+        return float(100 * matched / total) if total else float("nan")
+
+    return [Score("syntax_match", statistic, len(counts_Ex2))] if len(counts_Ex2) else []
+
+
 def exact_match(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
     """Predictions equal to a reference, white space at the ends aside."""
     return mean_score("exact_match", [
@@ -184,33 +206,16 @@ def quadratic_kappa(first_E: np.ndarray, second_E: np.ndarray) -> float:
     return float(1 - np.mean((first - second) ** 2) / expected)
 
 
-def calibration_error(
-    confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = CALIBRATION_BINS
-) -> float:
-    """Expected calibration error, 0 to 100 (Guo et al. 2017): equal bins of confidence.
-
-    Args:
-        confidence_N: probability of each prediction.
-        correct_N: whether it was right.
-        bins: of equal width.
-    """
-    confidence_N = np.asarray(confidence_N, np.float64)
-    correct_N = np.asarray(correct_N, np.float64)
-    # A bin holds its upper edge, as in the paper.
-    places = np.clip(np.ceil(confidence_N * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(places, correct_N - confidence_N, bins)
-    return float(100 * np.abs(gaps).sum() / len(confidence_N))
-
-
+_CODE: tuple[Scorer, ...] = (bleu, chrf, exact_match, rouge)
 SCORERS: Mapping[str, tuple[Scorer, ...]] = {
     "squad_v2": (squad_v2, rouge),
     "xsum": (rouge,),
     "dialogsum": (rouge,),
     "ielts_feedback": (rouge,),
     "ielts_band": (bands, exact_match),
-    "code_java2cs": (bleu, chrf, exact_match, rouge),
-    "code_refine_small": (bleu, chrf, exact_match, rouge),
-    "code_refine_medium": (bleu, chrf, exact_match, rouge),
+    "code_java2cs": (*_CODE, functools.partial(code_syntax, "c_sharp")),
+    "code_refine_small": (*_CODE, functools.partial(code_syntax, "java")),
+    "code_refine_medium": (*_CODE, functools.partial(code_syntax, "java")),
 }
 DEFAULT_SCORERS: tuple[Scorer, ...] = (exact_match, rouge)
 
@@ -221,3 +226,11 @@ def score_task(
     """All scores of a task: its own, or exact match and Rouge for a task of no kind of its own."""
     return [score for scorer in SCORERS.get(task, DEFAULT_SCORERS)
             for score in scorer(references, predictions)]
+
+
+def not_measured(task: str) -> list[str]:
+    """Scores of a task that this installation cannot give, each with what to install."""
+    languages = [scorer.args[0] for scorer in SCORERS.get(task, ())
+                 if isinstance(scorer, functools.partial) and scorer.func is code_syntax]
+    return [f"syntax_match of {language}: pip install encdec[code]" for language in languages
+            if not syntax.can_parse(language)]

@@ -19,9 +19,25 @@ COLUMNS = (
     ("code_java2cs", "rougeL", "CodeXGLUE"),
     ("xsum", "rougeL", "XSum"),
 )
+# What the paper has no figures of, in a table of its own: (task, our score, heading).
+OTHERS = (
+    ("squad_v2", "has_answer_f1", "SQuAD F1, answerable"),
+    ("squad_v2", "f1", "SQuAD F1"),
+    ("ielts_band", "band_error", "IELTS band, error"),
+    ("ielts_band", "kappa", "IELTS band, kappa"),
+    ("code_java2cs", "bleu", "Java to C#, BLEU"),
+    ("code_java2cs", "syntax_match", "Java to C#, syntax"),
+    ("dialogsum", "rougeL", "DialogSum, Rouge-L"),
+    ("squad_v2", "bits_per_byte", "SQuAD, bits a byte"),
+    ("ielts_feedback", "bits_per_byte", "IELTS, bits a byte"),
+    ("code_java2cs", "bits_per_byte", "Java to C#, bits a byte"),
+    ("xsum", "bits_per_byte", "XSum, bits a byte"),
+    ("dialogsum", "bits_per_byte", "DialogSum, bits a byte"),
+)
 # arXiv 2501.16273, Table 1: (Rouge-L, Ragas) at 330M in the order of COLUMNS, from 0 to 1. The
 # paper gives neither seeds nor intervals.
 PAPER: Mapping[str, tuple[tuple[float, float], ...]] = {
+    "teacher": ((.85, .96), (.31, .70), (.93, .74), (.36, .28)),
     "DEC": ((.55, .90), (.30, .29), (.91, .61), (.19, .14)),
     "DEC+KD": ((.57, .90), (.31, .40), (.93, .63), (.24, .19)),
     "ED 1/3-2/3": ((.61, .91), (.31, .29), (.93, .65), (.23, .15)),
@@ -30,6 +46,12 @@ PAPER: Mapping[str, tuple[tuple[float, float], ...]] = {
     "ED 1/3-2/3+KD": ((.62, .93), (.32, .40), (.93, .70), (.26, .19)),
     "ED 1/2-1/2+KD": ((.60, .91), (.32, .45), (.93, .73), (.27, .20)),
     "ED 2/3-1/3+KD": ((.69, .94), (.32, .46), (.93, .74), (.27, .20)),
+}
+# Its last column, rounded there from figures of more digits.
+PAPER_MEANS: Mapping[str, tuple[float, float]] = {
+    "teacher": (.61, .67), "DEC": (.49, .49), "DEC+KD": (.51, .53), "ED 1/3-2/3": (.52, .50),
+    "ED 1/2-1/2": (.53, .51), "ED 2/3-1/3": (.54, .51), "ED 1/3-2/3+KD": (.53, .56),
+    "ED 1/2-1/2+KD": (.53, .57), "ED 2/3-1/3+KD": (.55, .59),
 }
 
 
@@ -80,6 +102,12 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
             if name in PAPER:
                 rouge, judge = PAPER[name][number]
                 row["paper"][task] = {"rougeL": 100 * rouge, "ragas": 100 * judge}
+        row["mean"] = None
+        if len(row["ours"]) == len(COLUMNS):
+            row["mean"] = sum(found["value"] for found in row["ours"].values()) / len(COLUMNS)
+        row["others"] = {
+            heading: {**dataclasses.asdict(found.interval), "seeds": found.seeds}
+            for task, score, heading in OTHERS if (found := cell(reports, task, score))}
         for field in ("parameters", "training_flops"):
             row[field] = sorted({report["model"].get(field) for report in reports} - {None})
         rows.append(row)
@@ -93,30 +121,50 @@ def table_markdown(content: Mapping[str, Any]) -> str:
         "## Measured here", "",
         "Rouge-L, 0 to 100, with 95 % intervals: over seeds where a cell has several (n), else "
         "over examples. A dash was not measured. No judge's opinion is in this table.", "",
-        "| model | " + " | ".join(headings) + " | parameters | training FLOPs |",
-        "|---|" + "---:|" * (len(headings) + 2)]
+        "| model | " + " | ".join(headings) + " | mean | parameters | training FLOPs |",
+        "|---|" + "---:|" * (len(headings) + 3)]
     for row in content["rows"]:
         cells = [_ours(row["ours"].get(task)) for task in content["columns"]]
         sizes = " / ".join(f"{value:,}" for value in row["parameters"]) or "–"
         # One run a task: each its own cost.
         flops = [f"{value:.2e}" for value in row["training_flops"]]
         cost = "–" if not flops else flops[0] if len(flops) == 1 else f"{flops[0]} to {flops[-1]}"
-        lines.append(f"| {row['model']} | {' | '.join(cells)} | {sizes} | {cost} |")
+        mean = "–" if row["mean"] is None else f"{row['mean']:.1f}"
+        lines.append(f"| {row['model']} | {' | '.join(cells)} | {mean} | {sizes} | {cost} |")
+    lines += _other_scores(content["rows"])
     lines += ["", "## The paper's figures", "",
               "arXiv 2501.16273, Table 1, 330M parameters: Rouge-L / Ragas, times 100; no seeds or "
               "intervals are given. Its sizes, data and training differ from ours: only orders "
               "can be compared.", "",
-              "| model | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
+              "| model | " + " | ".join(headings) + " | mean |",
+              "|---|" + "---:|" * (len(headings) + 1)]
     for row in content["rows"]:
         if row["paper"]:
             cells = [f"{row['paper'][task]['rougeL']:.0f} / {row['paper'][task]['ragas']:.0f}"
                      for task in content["columns"]]
-            lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+            mean = " / ".join(f"{100 * value:.0f}" for value in PAPER_MEANS[row["model"]])
+            lines.append(f"| {row['model']} | {' | '.join(cells)} | {mean} |")
     return "\n".join(lines) + "\n"
 
 
-def _ours(found: Mapping[str, Any] | None) -> str:
+def _other_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the OTHERS that some model has; nothing where none has any."""
+    headings = [heading for _, _, heading in OTHERS
+                if any(heading in row["others"] for row in rows)]
+    if not headings:
+        return []
+    lines = ["", "Other scores of the same models, intervals as above:", "",
+             "| model | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
+    for row in rows:
+        if row["others"]:
+            cells = [_ours(row["others"].get(heading), 2) for heading in headings]
+            lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ours(found: Mapping[str, Any] | None, digits: int = 1) -> str:
     if found is None:
         return "–"
     seeds = f" (n={len(found['seeds'])})" if len(found["seeds"]) > 1 else ""
-    return f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]{seeds}"
+    value, low, high = (f"{found[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]{seeds}"

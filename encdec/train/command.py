@@ -142,7 +142,10 @@ def read_config_file(source: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"config file {name}: {error}") from None
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {name} has no get_config(); it must return a ConfigDict")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise ConfigError(f"config file {source}: {error}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"get_config() in {name} returned {type(config).__name__}; wanted an "
                           "ml_collections.ConfigDict")

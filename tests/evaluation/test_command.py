@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import jax
 import pytest
 
 from encdec.errors import ConfigError, DataError
@@ -48,6 +52,10 @@ def test_scores_and_reports(evaluate, capsys):
     report = json.loads((out / "report.json").read_text())
     task = report["tasks"]["xsum"]
     assert task["examples"] == 4 and task["sources_cut"] == 0
+    # Three references are what the model learned by heart, and the fourth is not.
+    assert task["scores"]["perplexity"]["value"] > 1 and task["scores"]["bits_per_byte"]
+    assert 0 <= task["scores"]["calibration_error"]["value"] <= 100
+    assert task["not_measured"] == []
     rouge = task["scores"]["rougeL"]
     assert rouge["value"] == pytest.approx(75) and rouge["low"] <= 75 <= rouge["high"]
     assert report["model"]["parameters"] > 0 and report["decoding"]["kind"] == "greedy"
@@ -65,6 +73,8 @@ def test_what_is_there_is_not_made_again(evaluate, monkeypatch):
     out = evaluate()
     before = json.loads((out / "report.json").read_text())
     monkeypatch.setattr("encdec.inference.generator.Generator.generate", None)
+    monkeypatch.setattr("encdec.evaluation.likelihood.LikelihoodModel.of", lambda self, examples,
+                        on_batch: [])
     evaluate()
     assert json.loads((out / "report.json").read_text()) == before
     with pytest.raises(ConfigError, match="made with temperature = 0.0, and now it is 0.5"):
@@ -95,6 +105,37 @@ def test_processes_share_the_windows_out(evaluate, monkeypatch):
     assert open_windows(5, {0, 3}, 0, 2) == [range(2, 3), range(4, 5)]
 
 
+@pytest.mark.slow
+def test_two_processes_of_one_device_equal_one_of_eight(
+    evaluate, data_dir, encoder_decoder_run, tmp_path  # noqa: F811
+):
+    assert len(jax.devices()) == 8
+    alone = rows_of(evaluate("--batch_rows=8"))
+    code = ("import encdec.evaluation.predictions as p; p.WINDOW = 1\n"
+            "from encdec.cli import main; raise SystemExit(main({}))")
+    processes = []
+    for shard in range(2):
+        command = ["evaluate", f"--checkpoint={encoder_decoder_run}", "--tasks=xsum",
+                   f"--data_dir={data_dir}", f"--out={tmp_path / 'two'}", "--resamples=50",
+                   f"--shard={shard}/2"]
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", code.format(command)],
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert rows_of(tmp_path / "two") == alone
+    assert len(list((tmp_path / "two" / "xsum").glob("predictions-*.jsonl"))) == 2
+    if not (tmp_path / "two" / "report.json").exists():
+        # Both ended at the same moment, each before it saw the other's: any call writes it.
+        evaluate(out="two")
+    both = [json.loads((tmp_path / name / "report.json").read_text())["tasks"]["xsum"]
+            for name in ("out", "two")]
+    assert both[0]["scores"].keys() == both[1]["scores"].keys()
+    for name, score in both[0]["scores"].items():
+        assert both[1]["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-3), name
+
+
 def test_sources_that_are_too_long(evaluate):
     with pytest.raises(DataError, match="1 of 4 sources are longer than the 9 tokens"):
         evaluate("--max_input_tokens=9", "--too_long=refuse", "--limit=4")
@@ -109,10 +150,16 @@ def test_sources_that_are_too_long(evaluate):
         len(source) + 1 > 9 for source, _ in LEARNED]
 
 
-def test_a_task_without_data_says_what_to_put_where(encoder_decoder_run, tmp_path):  # noqa: F811
+def test_a_task_without_data_names_the_command(
+    encoder_decoder_run, tmp_path, monkeypatch  # noqa: F811
+):
     with pytest.raises(DataError, match=r"put it at squad_v2/validation\.jsonl"):
         main([f"--checkpoint={encoder_decoder_run}", "--tasks=squad_v2",
               f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}"])
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="build it with `tfds build squad/v2.0`"):
+        main([f"--checkpoint={encoder_decoder_run}", "--tasks=squad_v2",
+              f"--out={tmp_path / 'out'}"])
     with pytest.raises(ConfigError, match="--shard is '2/2'"):
         main(["--checkpoint=x", "--tasks=xsum", "--out=y", "--shard=2/2"])
 

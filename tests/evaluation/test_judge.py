@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from encdec.evaluation.judge import Judge, parse_opinion
+from encdec.errors import ConfigError
+from encdec.evaluation.command import main
+from encdec.evaluation.judge import Judge, endpoint, local_model, parse_opinion
 from encdec.evaluation.predictions import Example
 
 EXAMPLES = [Example(f"question {i}", ("right",)) for i in range(4)]
@@ -49,9 +51,9 @@ def server():
 
 
 def test_opinions_are_given_kept_or_missing_but_never_zero(server, tmp_path):
-    endpoint, asked = server
-    judge = Judge(endpoint, "wise", tmp_path, api_key="k", timeout_seconds=0.2, attempts=2,
-                  pause_seconds=0.01)
+    address, asked = server
+    judge = Judge(address, "wise", tmp_path, endpoint(address, "wise", "k", timeout_seconds=0.2),
+                  attempts=2, pause_seconds=0.01)
     assert judge.opinions(EXAMPLES, ANSWERS) == [75, None, None, 75]
     counts = {name: [one[0] for one in asked].count(name) for name in ANSWERS}
     assert counts == {"good": 1, "slow": 2, "nonsense": 2, "shaky": 2}
@@ -66,3 +68,73 @@ def test_opinions_are_given_kept_or_missing_but_never_zero(server, tmp_path):
 def test_replies():
     assert [parse_opinion(text) for text in ("0", " 10 ", "7/10.", "11", "7 or 8", "", "-3")] == [
         0, 100, 70, None, None, None, None]
+
+
+def test_other_json_is_no_opinion(server, tmp_path):
+    class Odd(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"choices": [{"message": {"content": null}}]}')
+
+        def log_message(self, *arguments):
+            pass
+
+    stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{stub.server_address[1]}"
+    judge = Judge(address, "odd", tmp_path, endpoint(address, "odd"), attempts=1)
+    assert judge.opinions(EXAMPLES[:1], ["good"]) == [None]
+    stub.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model_that_writes(tmp_path_factory):
+    """Makes Hugging Face models that always write one word, whatever they are asked."""
+    torch = pytest.importorskip("torch", reason="needs encdec[hf]")
+    transformers = pytest.importorskip("transformers", reason="needs encdec[hf]")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs encdec[hf]")
+    words = {word: number for number, word in enumerate(("<unk>", "<eos>", "7", "well"))}
+
+    def make(word):
+        folder = tmp_path_factory.mktemp(word)
+        raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+        raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=4, n_positions=128, n_embd=4, n_layer=1, n_head=1, eos_token_id=1,
+            bos_token_id=1))
+        with torch.no_grad():
+            # The last norm gives one direction for the word, and the next for the end after it.
+            model.transformer.wte.weight.copy_(torch.eye(4))
+            model.transformer.wpe.weight.zero_()
+            model.transformer.ln_f.weight.zero_()
+            model.transformer.ln_f.bias.copy_(torch.eye(4)[words[word]])
+        model.generation_config.max_length = None
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_a_model_on_this_machine(model_that_writes, tmp_path):
+    folder = str(model_that_writes("well"))
+    judge = Judge("local", folder, tmp_path, local_model(folder), attempts=1, workers=1)
+    assert judge.opinions(EXAMPLES[:1], ["good"]) == [None]
+    folder = str(model_that_writes("7"))
+    ask = local_model(folder)
+    assert set(ask("any words at all").split()) == {"7"}
+    # It writes on after its number, until its room ends; a number and an end is an opinion.
+    judge = Judge("local", folder, tmp_path, lambda prompt: ask(prompt).split()[0], attempts=1)
+    assert judge.opinions(EXAMPLES[:1], ["good"]) == [70]
+    with pytest.raises(ValueError, match="and the judge reads 128"):
+        ask("word " * 200)
+    assert judge.describe()["endpoint"] == "local" and judge.describe()["model"] == folder
+
+
+def test_what_is_no_judge(tmp_path):
+    with pytest.raises(ConfigError, match="holds no config.json"):
+        main(["--checkpoint=x", "--tasks=xsum", "--out=y", f"--judge_model={tmp_path}"])
+    with pytest.raises(ConfigError, match="wanted the name of a model"):
+        main(["--checkpoint=x", "--tasks=xsum", "--out=y", "--judge_endpoint=http://x"])

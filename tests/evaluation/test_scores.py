@@ -142,13 +142,3 @@ def test_a_band_that_is_missing_is_never_a_good_one():
     assert value(found["band_missing"]) == pytest.approx(100 / 3)
     worse = by_name(scores.bands([["6.5"], ["7.0"], ["3"]], ["6", "0", "7.5"]))
     assert value(found["kappa"]) == value(worse["kappa"])
-
-
-def test_calibration_error_by_hand():
-    # Bins (0.4, 0.6] and (0.8, 1]: gaps |1/2 - 0.5| and |0 - 0.9|, weights 2 and 1.
-    error = scores.calibration_error(np.array([0.5, 0.5, 0.9]), np.array([1, 0, 0]), bins=5)
-    assert error == pytest.approx(100 * 0.9 / 3)
-    rng = np.random.default_rng(0)
-    confidence = rng.uniform(size=20_000)
-    right = rng.uniform(size=20_000) < confidence
-    assert scores.calibration_error(confidence, right) < 2

@@ -1,0 +1,54 @@
+"""``encdec evaluate compare``: how sure the difference of two models' scores is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+from encdec.errors import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """``encdec evaluate compare --first='NAME=DIR,DIR' --second='NAME=DIR,DIR'``.
+
+    Raises:
+        ConfigError: a model without a name or directory.
+        DataError: a directory without a finished evaluation, or evaluations of other examples.
+    """
+    options = _parser().parse_args(argv)
+    sides = {}
+    for flag in ("first", "second"):
+        name, _, folders = getattr(options, flag).partition("=")
+        if not name or not folders:
+            raise ConfigError(f"--{flag}={getattr(options, flag)}; wanted NAME=DIR,DIR")
+        sides[flag] = name, folders.split(",")
+    from encdec.evaluation.compare import compare_evaluations, compare_markdown
+
+    (first, firsts), (second, seconds) = sides.values()
+    content = compare_evaluations(firsts, seconds, resamples=options.resamples)
+    text = compare_markdown(content, (first, second))
+    if options.out:
+        out = pathlib.Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
+        (out / "comparison.md").write_text(text)
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec evaluate compare", allow_abbrev=False,
+        description="Compares two models' finished evaluations of the same examples: paired "
+        "bootstrap intervals, and a randomisation test.",
+        epilog="Example: encdec evaluate compare --first='DEC=runs/dec/evaluation' "
+        "--second='ED=runs/ed/evaluation'")
+    for flag in ("first", "second"):
+        parser.add_argument(f"--{flag}", required=True, metavar="NAME=DIR,DIR",
+                            help="a name and the --out directories of its evaluations; seeds are "
+                            "averaged example by example")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N",
+                        help="of the bootstrap (default %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="receives comparison.md and .json")
+    return parser

@@ -1,0 +1,236 @@
+"""How likely the references are: perplexity, bits a byte, and how far confidence can be trusted.
+
+The model reads each source and its first reference once (teacher forcing), whatever it would have
+answered itself. What is kept of an example are sums, so that every score of them, with its
+interval, is one addition a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from encdec.data.features import decoder_only_features, encoder_decoder_features
+from encdec.data.records import encode_row
+from encdec.errors import DataError
+from encdec.evaluation.predictions import (
+    Example,
+    TooLong,
+    drop_unfinished_line,
+    is_long,
+    open_windows,
+)
+from encdec.evaluation.scores import Score
+from encdec.inference.generator import bucket
+from encdec.inference.text import PromptFormat
+from encdec.model import ModelConfig, build_model
+from encdec.train.losses import loss_positions
+
+CALIBRATION_BINS = 15  # as in Guo et al. 2017
+OnBatch = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """Sums over one reference's tokens, EOS included.
+
+    Attributes:
+        nats: minus the log of its probability; NaN where the example was skipped.
+        tokens: how many.
+        text_bytes: of the reference in UTF-8.
+        bins: CALIBRATION_BINS times (tokens, summed confidence, right ones) of the likeliest
+            token at each place, by confidence.
+    """
+
+    nats: float
+    tokens: int
+    text_bytes: int
+    bins: tuple[tuple[float, float, float], ...]
+
+
+SKIPPED = Likelihood(math.nan, 0, 0, ((0.0, 0.0, 0.0),) * CALIBRATION_BINS)
+
+
+class LikelihoodFiles:
+    """One task's likelihoods in the directory of its predictions, whose settings guard them.
+
+    Args:
+        directory: of the task's ``PredictionFiles``.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+
+    def read(self) -> dict[int, Likelihood]:
+        """All that are there, by the example's index; an unfinished last line is left out.
+
+        Raises:
+            DataError: a line that is none.
+        """
+        found = {}
+        for path in sorted(self._directory.glob("likelihood-*.jsonl")):
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+                if not line.endswith(b"\n"):
+                    break  # cut short when its process was killed
+                try:
+                    row = json.loads(line)
+                    found[row["index"]] = SKIPPED if row["nats"] is None else Likelihood(
+                        row["nats"], row["tokens"], row["bytes"], tuple(map(tuple, row["bins"])))
+                except (ValueError, KeyError, TypeError):
+                    raise DataError(f"{path}:{number} is no likelihood of this command; delete "
+                                    "the file, or give another --out") from None
+        return found
+
+    def append(self, shard: int, made: Mapping[int, Likelihood]) -> None:
+        """Writes likelihoods by the example's index; on disk on return."""
+        path = self._directory / f"likelihood-{shard:05d}.jsonl"
+        if path.exists():
+            drop_unfinished_line(path)
+        with open(path, "ab") as file:
+            for index, one in made.items():
+                nats = None if one is SKIPPED else one.nats
+                file.write(json.dumps({
+                    "index": index, "nats": nats, "tokens": one.tokens, "bytes": one.text_bytes,
+                    "bins": one.bins}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class LikelihoodModel:
+    """A model that reads references.
+
+    Args:
+        config: the model.
+        params: its parameters, as trained.
+        prompts: how texts become inputs; the end of long sources is cut.
+        batch_rows: examples read together at most.
+        devices: rows are split over these, each with a copy of the parameters; none: the
+            parameters' own.
+    """
+
+    def __init__(self, config: ModelConfig, params: Any, prompts: PromptFormat, *,
+                 batch_rows: int = 16, devices: Sequence[jax.Device] = ()):
+        self._config, self.prompts = config, prompts
+        self._rows = -(-batch_rows // max(1, len(devices))) * max(1, len(devices))
+        self._sharding = None
+        if len(devices) > 1:
+            mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+            spec = jax.sharding.PartitionSpec
+            self._sharding = jax.sharding.NamedSharding(mesh, spec("data"))
+            params = jax.device_put(params, jax.sharding.NamedSharding(mesh, spec()))
+        self._params = params
+        self._sums = jax.jit(_sums_function(config), static_argnums=2)
+
+    def of(self, examples: Sequence[Example], on_batch: OnBatch | None = None) -> list[Likelihood]:
+        """The likelihood of each example's first reference.
+
+        Args:
+            examples: at least one token each.
+            on_batch: called with numbers of examples and of reference tokens.
+        """
+        vocabulary = self.prompts.vocabulary
+        pairs = [
+            (np.array(self.prompts.encode(one.source, truncate=True)[0], np.int32),
+             np.array([*vocabulary.encode(one.references[0]), vocabulary.eos_id], np.int32))
+            for one in examples]
+        found: list[Likelihood] = [SKIPPED] * len(pairs)
+        # Like lengths together.
+        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+        for begin in range(0, len(order), self._rows):
+            part = order[begin : begin + self._rows]
+            nats, tokens, bins = self._batch([pairs[i] for i in part])
+            for place, index in enumerate(part):
+                found[index] = Likelihood(
+                    float(nats[place]), int(tokens[place]),
+                    len(examples[index].references[0].encode()),
+                    tuple(tuple(map(float, row)) for row in bins[place]))
+            if on_batch:
+                on_batch(len(part), int(tokens[: len(part)].sum()))
+        return found
+
+    def _batch(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
+        features = (encoder_decoder_features if self._config.is_encoder_decoder
+                    else decoder_only_features)
+        targets_length = bucket(max(len(target) for _, target in pairs))
+        rows = [encode_row([source], [target], "uint32") for source, target in pairs]
+        batch = features(
+            rows + [b""] * (self._rows - len(rows)),
+            inputs_length=bucket(max(len(source) for source, _ in pairs)),
+            targets_length=targets_length, dtype="uint32",
+            start_id=self.prompts.decoder_start_id)
+        placed = jax.device_put(batch, self._sharding)
+        return tuple(map(np.asarray, self._sums(self._params, placed, targets_length)))
+
+
+def _sums_function(config: ModelConfig) -> Callable[..., tuple[jax.Array, ...]]:
+    model = build_model(config)
+
+    def sums(params: Any, batch: Mapping[str, jax.Array], targets_length: int):
+        hidden = model.apply({"params": params}, batch, method="hidden")
+        targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+        if not config.is_encoder_decoder:
+            hidden, targets, weights = loss_positions(hidden, batch, targets_length)
+        logits = model.apply({"params": params}, hidden, method="logits").astype(jnp.float32)
+        log_probs_BxTxV = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(log_probs_BxTxV, targets[..., None], axis=-1)[..., 0]
+        confidence = jnp.exp(jnp.max(log_probs_BxTxV, axis=-1))
+        right = jnp.argmax(log_probs_BxTxV, axis=-1) == targets
+        # A bin holds its upper edge, as in the paper.
+        place = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0,
+                         CALIBRATION_BINS - 1)
+        values = jnp.stack([jnp.ones_like(confidence), confidence, right], axis=-1)
+        bins = jnp.einsum("btc,btn->bnc", values * weights[..., None],
+                          jax.nn.one_hot(place, CALIBRATION_BINS))
+        return -jnp.sum(picked * weights, axis=1), jnp.sum(weights, axis=1), bins
+
+    return sums
+
+
+def measure(
+    model: LikelihoodModel, files: LikelihoodFiles, examples: Sequence[Example], *,
+    too_long: TooLong = "cut", shard: int = 0, shards: int = 1, on_batch: OnBatch | None = None,
+) -> None:
+    """Measures and writes what is missing of this process's windows, as ``predict`` does."""
+    done = set(files.read())
+    for window in open_windows(len(examples), done, shard, shards):
+        wanted = [index for index in window if index not in done]
+        kept = [index for index in wanted
+                if too_long != "skip" or not is_long(model.prompts, examples[index].source)]
+        made = dict(zip(kept, model.of([examples[index] for index in kept], on_batch)))
+        files.append(shard, {index: made.get(index, SKIPPED) for index in wanted})
+
+
+def likelihood_scores(found: Sequence[Likelihood]) -> list[Score]:
+    """Perplexity a token, bits a byte and the calibration error of those not skipped.
+
+    Perplexity is exp of the mean nats a token, over all tokens; the calibration error is that of
+    the likeliest token (Guo et al. 2017), 0 to 100.
+    """
+    kept = [one for one in found if one.tokens]
+    if not kept:
+        return []
+    nats = np.array([one.nats for one in kept])
+    tokens = np.array([one.tokens for one in kept])
+    text_bytes = np.array([one.text_bytes for one in kept])
+    bins_ExNx3 = np.array([one.bins for one in kept])
+
+    def calibration(indices: np.ndarray) -> float:
+        count, confidence, right = bins_ExNx3[indices].sum(axis=0).T
+        return float(100 * np.abs(right - confidence).sum() / count.sum())
+
+    return [
+        Score("perplexity", lambda i: float(np.exp(nats[i].sum() / tokens[i].sum())), len(kept)),
+        Score("bits_per_byte",
+              lambda i: float(nats[i].sum() / math.log(2) / max(text_bytes[i].sum(), 1)),
+              len(kept)),
+        Score("calibration_error", calibration, len(kept)),
+    ]

@@ -1,0 +1,54 @@
+"""Syntax trees of code, compared as CodeBLEU does (Ren et al. 2020, section 3.2)."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+# A language and the package with its grammar, which the extra "code" brings.
+GRAMMARS = {"java": "tree_sitter_java", "c_sharp": "tree_sitter_c_sharp"}
+CLASS = b"class C {\n"
+
+
+def can_parse(language: str) -> bool:
+    """Whether tree-sitter and the language's grammar are installed."""
+    return all(importlib.util.find_spec(name) for name in ("tree_sitter", GRAMMARS[language]))
+
+
+@functools.cache
+def _parser(language: str) -> Any:
+    import tree_sitter
+
+    grammar = importlib.import_module(GRAMMARS[language])
+    return tree_sitter.Parser(tree_sitter.Language(grammar.language()))
+
+
+def subtrees(code: str, language: str) -> collections.Counter[str]:
+    """All subtrees with children of some members of a class, as S-expressions of node types.
+
+    Names, values and punctuation are left out, as in CodeBLEU. The tasks' texts are methods, so
+    that they are parsed inside of a class, whose own nodes do not count.
+    """
+    tree = _parser(language).parse(CLASS + code.encode() + b"\n}")
+    # Iteratively, since a model may write thousands of brackets; children before their parents.
+    order, waiting = [], list(tree.root_node.children)
+    while waiting:
+        order.append(node := waiting.pop())
+        waiting += node.children
+    shapes: dict[int, str] = {}
+    found: collections.Counter[str] = collections.Counter()
+    for node in reversed(order):
+        inner = [shapes[child.id] for child in node.children if child.is_named]
+        shapes[node.id] = f"({' '.join([node.type, *inner])})"
+        if node.children and node.start_byte >= len(CLASS):
+            found[shapes[node.id]] += 1
+    return found
+
+
+def syntax_match(reference: str, answer: str, language: str) -> tuple[int, int]:
+    """(subtrees of the reference that the answer has, each counted as often; all of them)."""
+    wanted, found = subtrees(reference, language), subtrees(answer, language)
+    return (wanted & found).total(), wanted.total()
