@@ -98,7 +98,8 @@ def test_words_follow_the_fields():
     changed = architecture(preset(
         "test", mlp_gated=True, mlp_activation="silu", num_kv_heads=4, tie_embeddings=False,
         qk_norm=True, post_norms=True, attention_logit_cap=50.0, mlp_dropout=0.1, mlp_bias=False,
-        cross_attention_rope="continued", rope_scaling="ntk", rope_factor=4.0))
+        cross_attention_rope="continued", rope_scaling="ntk", rope_factor=4.0,
+        rope_length=4096))
     assert changed["MLP"] == "128 gated, silu"
     assert plain["kv heads"] == "2, tiled" and changed["kv heads"] == "4"
     assert "apart" in changed["vocabulary"] and "tied" in plain["vocabulary"]

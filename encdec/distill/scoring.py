@@ -206,7 +206,7 @@ def scoring_model(
             f"{vocabulary['size']:,} ids, the records in {records.directory} have "
             f"{short(wanted.fingerprint)} of {wanted.size:,}; a teacher's logits mean nothing in "
             f"another vocabulary: prepare with --vocabulary={workdir}")
-    _check_lengths(config, content, records, max_length, workdir)
+    _check_lengths(content, records, max_length, workdir)
     imported = content.get("imported")
     if imported:
         name, source, step = imported["name"], imported["fingerprint"], step or 0
@@ -221,20 +221,13 @@ def scoring_model(
 
 
 def _check_lengths(
-    config: ModelConfig, content: dict[str, Any], records: Records, max_length: int | None,
-    workdir: str | pathlib.Path,
+    content: dict[str, Any], records: Records, max_length: int | None, workdir: str | pathlib.Path
 ) -> None:
     """Raises DataError where a text is longer than what the teacher is right for."""
     card, data = records.card, content["data"]
     right_for = max_length or content.get("imported", {}).get("max_length") or (
         data["inputs_length"] + data["targets_length"])
     row = card.inputs_length + card.targets_length
-    ntk = config.rope_scaling == "ntk" and config.rope_factor > 1
-    if ntk and row > config.rope_max_length:
-        raise DataError(
-            f"the teacher in {workdir} stretches its rotary positions by the length of the row "
-            f"beyond {config.rope_max_length:,} tokens, and packed rows have {row:,}; prepare with "
-            f"inputs_length + targets_length of at most {config.rope_max_length:,}")
     if row > right_for:
         longest = longest_segment(records)
         if longest > right_for:

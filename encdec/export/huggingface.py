@@ -23,7 +23,7 @@ from encdec.inference.text import PromptFormat
 from encdec.interop import t5gemma
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_theirs
 from encdec.model import ModelConfig
-from encdec.model.positions import rope_frequencies
+from encdec.model.positions import rope_base, rope_frequencies
 
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
@@ -93,10 +93,7 @@ def write(
 
 def check(config: ModelConfig) -> None:
     """Raises ConfigError where the model has what no exported format expresses."""
-    needs = [
-        ("cross_attention_rope", config.cross_attention_rope == "none", "'none'"),
-        ("rope_scaling", config.rope_scaling != "ntk" or config.rope_factor == 1,
-         "not 'ntk', whose base depends on the length at hand")]
+    needs = [("cross_attention_rope", config.cross_attention_rope == "none", "'none'")]
     if not config.is_encoder_decoder:
         needs += llama_needs(config)
     if found := obstacles(needs, config):
@@ -119,7 +116,7 @@ def llama_needs(config: ModelConfig) -> list[Need]:
         ("attention_logit_cap", not config.attention_logit_cap, "0"),
         ("final_logit_cap", not config.final_logit_cap, "0"),
         ("attention_window", not config.attention_window, "0"),
-        ("rope_scaling", config.rope_scaling in ("none", "linear"), "'none' or 'linear'")]
+        ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'")]
 
 
 def t5gemma_needs(config: ModelConfig) -> list[Need]:
@@ -129,14 +126,14 @@ def t5gemma_needs(config: ModelConfig) -> list[Need]:
         ("mlp_gated", config.mlp_gated, "True"),
         ("mlp_bias", not config.mlp_bias, "False"),
         ("qk_norm", not config.qk_norm, "False"),
-        ("rope_scaling", config.rope_scaling in ("none", "linear"), "'none' or 'linear'"),
+        ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
         ("num_heads", config.d_model % config.num_heads == 0,
          f"a divisor of d_model = {config.d_model}")]
 
 
 def _common(config: ModelConfig) -> dict[str, Any]:
     """config.json's keys that Llama and T5Gemma have in common."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_base(config)}
     if config.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": config.rope_factor}
     return {
@@ -239,5 +236,5 @@ def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[st
             "AutoModelForSeq2SeqLM": "modeling_encdec.EncdecForConditionalGeneration"},
         "is_encoder_decoder": True, "mlp_activation": _ACTIVATIONS[config.mlp_activation],
         "attention_scale": config.scores_scale, "tie_word_embeddings": config.tie_embeddings,
-        "rope_frequencies": np.asarray(rope_frequencies(config, 1)).tolist()}
+        "rope_frequencies": np.asarray(rope_frequencies(config)).tolist()}
     return values, to_theirs(entries, params)

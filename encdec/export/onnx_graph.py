@@ -124,7 +124,7 @@ class _Layers:
     def rope(self, positions: str, local: bool = False) -> tuple[str, str]:
         """Cosines and sines [B, T, 1, D] of positions [B, T], each half's beside the other's."""
         g, config = self.g, self.config
-        half = np.asarray(rope_frequencies(config, 1, local), np.float32)
+        half = np.asarray(rope_frequencies(config, local), np.float32)
         magnitude = 1.0 if local and config.local_rope_theta else config.rope_magnitude
         places = g.op("Unsqueeze", g.op("Cast", positions, to=TensorProto.FLOAT), g.ints(2, 3))
         angles = g.op("Mul", places, g.constant(np.concatenate([half, half])))

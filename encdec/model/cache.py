@@ -40,5 +40,5 @@ def cached_self_attention(
     mask_BxNxC = jnp.arange(capacity) <= positions_BxN[..., None]
     if local:
         mask_BxNxC &= window_mask(positions_BxN, jnp.arange(capacity), config.attention_window)
-    rope = rope_table(config, positions_BxN, capacity, local)
+    rope = rope_table(config, positions_BxN, local)
     return AttentionInputs(mask_BxNxC, rope, rope, positions_BxN)

@@ -51,7 +51,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rope_scaling: Literal["none", "linear", "ntk", "per_pair"] = "none"
     rope_factor: float = 1.0  # context extension factor of rope_scaling
-    rope_max_length: int = 2048  # L_max of the "ntk" rule
+    rope_max_length: int = 2048  # L_max of the "ntk" rule: the longest sequence without stretching
+    rope_length: int = 0  # L of the "ntk" rule: the longest sequence that the model will read
     rope_divisors: tuple = ()  # "per_pair": divides the frequency of each of the D/2 pairs
     rope_magnitude: float = 1.0  # "per_pair": multiplies rotated queries and keys
     local_rope_theta: float = 0.0  # of local layers, which are never scaled; 0: as all others
@@ -190,6 +191,11 @@ def _check_values(config: ModelConfig) -> None:
     require(config.rope_factor >= 1, "rope_factor", "1 or more")
     require(config.rope_factor == 1 or config.rope_scaling != "none", "rope_factor",
             "1 while rope_scaling is 'none'; set rope_scaling to 'linear' or 'ntk'")
+    stretched = config.rope_scaling == "ntk" and config.rope_factor > 1
+    require(not stretched or config.rope_length > 0, "rope_length",
+            "the longest sequence that the model will read: rope_scaling 'ntk' is fixed by it")
+    require(stretched or config.rope_length == 0, "rope_length",
+            "0 unless rope_scaling is 'ntk' with a rope_factor above 1")
     per_pair = config.rope_scaling == "per_pair"
     require(len(config.rope_divisors) == per_pair * config.head_dim // 2, "rope_divisors",
             f"{config.head_dim // 2} numbers, one a rotated pair" if per_pair else

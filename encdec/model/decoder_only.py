@@ -37,11 +37,11 @@ class DecoderOnly(nn.Module):
         """The stack's normed output [B, T, M] under teacher forcing, on packed rows."""
         config = self.config
         positions, segments = batch["decoder_positions"], batch["decoder_segment_ids"]
-        rope = rope_table(config, positions, positions.shape[1])
+        rope = rope_table(config, positions)
         attention = packed_attention(segments, segments, rope, rope, causal=True)
         local = None
         if config.attention_window:
-            rope = rope_table(config, positions, positions.shape[1], local=True)
+            rope = rope_table(config, positions, local=True)
             near_BxTxT = window_mask(positions, positions, config.attention_window)
             local = AttentionInputs(attention.mask_BxTxS & near_BxTxT, rope, rope)
         inputs = LayerInputs(attention, local_attention=local, deterministic=deterministic)

@@ -63,7 +63,7 @@ class EncoderDecoder(nn.Module):
     ) -> jax.Array:
         """The encoder's normed output [B, S, M]."""
         places = encoder_rope_positions(self.config, positions_BxS, segments_BxS)
-        rope = rope_table(self.config, places, tokens_BxS.shape[1])
+        rope = rope_table(self.config, places)
         inputs = LayerInputs(
             packed_attention(segments_BxS, segments_BxS, rope, rope),
             deterministic=deterministic,
@@ -83,7 +83,7 @@ class EncoderDecoder(nn.Module):
         # The length of the source that each target token belongs to.
         source_lengths_BxT = jnp.sum(cross.mask_BxTxS, axis=-1, dtype=jnp.int32)
         positions = batch["decoder_positions"]
-        rope = rope_table(self.config, positions, positions.shape[1])
+        rope = rope_table(self.config, positions)
         inputs = LayerInputs(
             packed_attention(target_segments, target_segments, rope, rope, causal=True),
             self._cross_attention(
@@ -136,8 +136,7 @@ class EncoderDecoder(nn.Module):
         style, q_rope, kv_rope = self.config.cross_attention_rope, None, None
         if style != "none" and positions_BxT is not None:
             offset = source_lengths_BxT if style == "continued" else 0
-            q_rope = rope_table(self.config, positions_BxT + offset, positions_BxT.shape[1])
+            q_rope = rope_table(self.config, positions_BxT + offset)
         if style != "none" and source_positions_BxS is not None:
-            kv_rope = rope_table(
-                self.config, source_positions_BxS, source_positions_BxS.shape[1])
+            kv_rope = rope_table(self.config, source_positions_BxS)
         return AttentionInputs(mask_BxTxS, q_rope, kv_rope)

@@ -33,24 +33,34 @@ def encoder_rope_positions(
     return positions_BxS - (segment_lengths(positions_BxS, segments_BxS) - 1) // 2
 
 
-def rope_frequencies(config: ModelConfig, length: int, local: bool = False) -> jax.Array:
+def rope_base(config: ModelConfig) -> float:
+    """The base of RoPE's frequencies in layers that read all, stretched where the rule is "ntk".
+
+    That rule multiplies it by ``((f * L / L_max) - (f - 1)) ** (D / (D - 2))`` with factor f and
+    ``L = max(rope_length, L_max)``.
+    """
+    if config.rope_scaling != "ntk" or config.rope_factor == 1:
+        return config.rope_theta
+    factor, dim = config.rope_factor, config.head_dim
+    longest = max(config.rope_length, config.rope_max_length)
+    return config.rope_theta * (
+        factor * longest / config.rope_max_length - (factor - 1)) ** (dim / (dim - 2))
+
+
+def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
     """Angular frequency of each rotated pair, [D/2] float32, radians per position.
 
     Local layers have a base of their own and no scaling; see ``ModelConfig.local_rope_theta``.
 
-    ``linear`` divides positions by the factor (arXiv 2306.15595); ``ntk`` enlarges the base by
-    ``((f * L / L_max) - (f - 1)) ** (D / (D - 2))`` with ``L = max(length, L_max)``; ``per_pair``
-    divides each frequency by a number of its own, which covers Llama 3's rule and LongRoPE
-    (arXiv 2402.13753).
+    ``linear`` divides positions by the factor (arXiv 2306.15595); ``ntk`` has another base
+    (``rope_base``); ``per_pair`` divides each frequency by a number of its own, which covers
+    Llama 3's rule and LongRoPE (arXiv 2402.13753). None depends on the sequence at hand: packing,
+    padding and keys cached earlier change nothing.
     """
-    theta, dim = config.rope_theta, config.head_dim
+    dim = config.head_dim
     if local and config.local_rope_theta:
         return config.local_rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    if config.rope_scaling == "ntk" and config.rope_factor > 1:
-        longest = max(length, config.rope_max_length)
-        stretch = config.rope_factor * longest / config.rope_max_length - (config.rope_factor - 1)
-        theta = theta * stretch ** (dim / (dim - 2))
-    frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    frequencies = rope_base(config) ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     if config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_factor
     if config.rope_scaling == "per_pair":
@@ -59,10 +69,10 @@ def rope_frequencies(config: ModelConfig, length: int, local: bool = False) -> j
 
 
 def rope_table(
-    config: ModelConfig, positions_BxT: jax.Array, length: int, local: bool = False
+    config: ModelConfig, positions_BxT: jax.Array, local: bool = False
 ) -> jax.Array:
     """Cosines and sines for ``apply_rope``, [2, B, T, 1, D/2] float32; made once for all layers."""
-    angles = positions_BxT.astype(jnp.float32)[..., None] * rope_frequencies(config, length, local)
+    angles = positions_BxT.astype(jnp.float32)[..., None] * rope_frequencies(config, local)
     table = jnp.stack([jnp.cos(angles), jnp.sin(angles)])[..., None, :]
     own_base = local and config.local_rope_theta
     return table if own_base else table * config.rope_magnitude

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import random
@@ -24,7 +23,6 @@ from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import MeshConfig
-from encdec.train.workdir import read_config
 from tests.train.conftest import random_pairs, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -216,13 +214,6 @@ def test_texts_too_long_for_the_teacher_are_refused(records, teacher, tmp_path):
     scoring_model(teacher, open_records(longer), max_length=62)
     short = write_records(tmp_path / "short", [[("a", "b")]], inputs_length=60, targets_length=30)
     scoring_model(teacher, open_records(short))  # long rows of short texts are no trouble
-    stretched = tmp_path / "ntk"
-    shutil.copytree(teacher, stretched)
-    content = read_config(stretched)
-    content["model"] |= {"rope_scaling": "ntk", "rope_factor": 2.0, "rope_max_length": 32}
-    (stretched / "config.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="by the length of the row beyond 32 tokens"):
-        scoring_model(stretched, open_records(records))
 
 
 def test_what_is_in_the_way_is_left_alone(records, teacher, scored, tmp_path):

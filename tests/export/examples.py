@@ -33,7 +33,8 @@ MODELS: dict[str, ModelConfig] = {
     "llama": TINY.replace(
         architecture="decoder_only", encoder_layers=0, decoder_layers=2, mlp_gated=True,
         mlp_activation="silu", norm_plus_one=True, embedding_scale=True, attention_scale=0.5,
-        attention_out_bias=False),
+        attention_out_bias=False, rope_scaling="ntk", rope_factor=2.0, rope_max_length=4,
+        rope_length=40),
 }
 # No format but ONNX has all of this.
 MODELS_OF_ONNX = MODELS | {"windowed": MODELS["llama"].replace(

@@ -65,7 +65,7 @@ def test_packed_segments_and_cached_decoding_agree_with_the_full_pass():
 def test_pairs_are_rotated_each_at_its_own_speed():
     x = np.random.default_rng(0).normal(size=(1, 2, 1, 8)).astype(np.float32)
     positions = np.array([[0, 7]])
-    got = apply_rope(jnp.array(x), rope_table(LOCAL, jnp.array(positions), 2))
+    got = apply_rope(jnp.array(x), rope_table(LOCAL, jnp.array(positions)))
     for pair, divisor in enumerate(LOCAL.rope_divisors):
         turn = 7 * 1e5 ** (-2 * pair / 8) / divisor
         first, second = x[0, 1, 0, pair], x[0, 1, 0, pair + 4]
@@ -77,8 +77,8 @@ def test_pairs_are_rotated_each_at_its_own_speed():
     # Local layers: a base of their own, neither divisors nor magnitude.
     plain = LOCAL.replace(rope_theta=50.0, rope_scaling="none", rope_divisors=(),
                           rope_magnitude=1.0)
-    np.testing.assert_array_equal(rope_table(LOCAL, jnp.array(positions), 2, local=True),
-                                  rope_table(plain, jnp.array(positions), 2))
+    np.testing.assert_array_equal(rope_table(LOCAL, jnp.array(positions), local=True),
+                                  rope_table(plain, jnp.array(positions)))
 
 
 def test_the_configuration_survives_json():
