@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
 from encdec.model import ModelConfig
 
 Tensors = Mapping[str, np.ndarray]
@@ -251,81 +252,67 @@ def convert(config: ModelConfig, family: str, tensors: Tensors) -> dict[str, Any
     """Our parameter tree (unrolled) as views of the tensors, in their dtype.
 
     Raises:
-        DataError: a tensor is missing, has another shape, or would be left over.
+        DataError: tensors are missing, superfluous or misshapen.
     """
-    names = set(tensors)
-    found = [name for name in names if name.endswith("embed_tokens.weight")]
+    found = [name for name in tensors if name.endswith("embed_tokens.weight")]
     if len(found) != 1:
         raise DataError(f"the checkpoint has {len(found)} tensors called *embed_tokens.weight; "
                         "wanted the weights of one causal language model")
     prefix = found[0].removesuffix("embed_tokens.weight")
-    used: set[str] = set()
-
-    def take(name: str, shape: tuple[int, ...], full: str = "") -> np.ndarray:
-        full = full or prefix + name
-        if full not in tensors:
-            raise DataError(f"the checkpoint has no tensor {full} {shape}; download it again")
-        if tensors[full].shape != shape:
-            raise DataError(f"tensor {full} has shape {tensors[full].shape}; wanted {shape} from "
-                            "config.json: the two do not belong together")
-        used.add(full)
-        return tensors[full]
-
-    width, vocab = config.d_model, config.vocab_size
-    embedder = {"embedding": take("embed_tokens.weight", (vocab, width))}
-    if not config.tie_embeddings:
-        # Beside the stack: "lm_head" where that is "model.", within whatever lies around both.
-        head = prefix.removesuffix("model.") + "lm_head.weight"
-        head = head if head in tensors else "lm_head.weight"
-        embedder["head"] = take("", (vocab, width), head).T
-    decoder: dict[str, Any] = {"final_norm": {"scale": take("norm.weight", (width,))}}
-    for layer in range(config.decoder_layers):
-        part = lambda name, shape, layer=layer: take(f"layers.{layer}.{name}", shape)
-        decoder[f"layers_{layer}"] = _layer(config, family, part)
-    ignored = lambda name: (
-        name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_embeddings
-        or not name.startswith(prefix) and "lm_head" not in name and prefix != "model.")
-    if left := sorted(name for name in names - used if not ignored(name)):
-        raise DataError(f"the checkpoint has tensors that our model has no place for: "
-                        f"{', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
-    return {"embedder": embedder, "decoder": decoder}
+    # Beside the stack: "lm_head" where that is "model.", within whatever lies around both.
+    head = prefix.removesuffix("model.") + "lm_head.weight"
+    head = head if head in tensors else "lm_head.weight"
+    ignored = [
+        name for name in tensors
+        if name.endswith("rotary_emb.inv_freq") or config.tie_embeddings and name == head
+        or not name.startswith(prefix) and "lm_head" not in name and prefix != "model."]
+    if family == "phi3":
+        tensors = _split_fused(config, prefix, tensors)
+    return to_ours(layout(config, family, prefix, head), config, tensors, ignored)
 
 
-def _layer(config: ModelConfig, family: str, part: Callable[..., np.ndarray]) -> dict[str, Any]:
-    """One block. Kernels are [out, in] there and [in, out] here, heads split off."""
-    M, H, K, D, F = (config.d_model, config.num_heads, config.num_kv_heads, config.head_dim,
-                     config.mlp_dim)
+def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Entry]:
+    """What our parameters are called there; parts of a fused tensor as ``_split_fused`` does."""
     fused = family == "phi3"
-    if fused:
-        both = part("self_attn.qkv_proj.weight", ((H + 2 * K) * D, M))
-        qkv = {"q": both[: H * D], "k": both[H * D : (H + K) * D], "v": both[(H + K) * D :]}
-        both = part("mlp.gate_up_proj.weight", (2 * F, M))
-        gate_up = {"gate": both[:F], "up": both[F:]}
-    else:
-        qkv = {x: part(f"self_attn.{x}_proj.weight", ((H if x == "q" else K) * D, M))
-               for x in "qkv"}
-        gate_up = {x: part(f"mlp.{x}_proj.weight", (F, M)) for x in ("gate", "up")}
-    attention: dict[str, Any] = {
-        x: {"kernel": kernel.reshape(-1, D, M).transpose(2, 0, 1)} for x, kernel in qkv.items()}
-    out = part("self_attn.o_proj.weight", (M, H * D))
-    attention["o"] = {"kernel": out.reshape(M, H, D).transpose(1, 2, 0)}
-    mlp: dict[str, Any] = {x: {"kernel": kernel.T} for x, kernel in gate_up.items()}
-    mlp["down"] = {"kernel": part("mlp.down_proj.weight", (M, F)).T}
-    if config.qkv_bias:
-        for x, heads in (("q", H), ("k", K), ("v", K)):
-            attention[x]["bias"] = part(f"self_attn.{x}_proj.bias", (heads * D,)).reshape(heads, D)
-    if config.attention_out_bias:
-        attention["o"]["bias"] = part("self_attn.o_proj.bias", (M,))
-    if config.mlp_bias:
-        for x, size in (("gate", F), ("up", F), ("down", M)):
-            mlp[x]["bias"] = part(f"mlp.{x}_proj.bias", (size,))
-    if config.qk_norm:
-        for x in "qk":
-            attention[f"{x}_norm"] = {"scale": part(f"self_attn.{x}_norm.weight", (D,))}
+    attention = (*(_QKV if fused else ("q_proj", "k_proj", "v_proj")), "o_proj")
+    mlp = dict(zip(("gate", "up"), _GATE_UP if fused else ("gate_proj", "up_proj")))
     norms = {"self_attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.post_norms:
         norms |= {"self_attention_post_norm": "post_attention_layernorm",
                   "mlp_norm": "pre_feedforward_layernorm",
                   "mlp_post_norm": "post_feedforward_layernorm"}
-    scales = {ours: {"scale": part(f"{theirs}.weight", (M,))} for ours, theirs in norms.items()}
-    return {"self_attention": attention, "mlp": mlp} | scales
+    entries = [Entry(f"{prefix}embed_tokens.weight", "embedder/embedding"),
+               Entry(f"{prefix}norm.weight", "decoder/final_norm/scale")]
+    if not config.tie_embeddings:
+        entries.append(Entry(head, "embedder/head", "matrix"))
+    for layer in range(config.decoder_layers):
+        theirs, ours = f"{prefix}layers.{layer}", f"decoder/layers_{layer}"
+        entries += attention_entries(
+            config, f"{theirs}.self_attn", f"{ours}/self_attention", attention)
+        entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", mlp | {"down": "down_proj"})
+        entries += [Entry(f"{theirs}.{name}.weight", f"{ours}/{our_name}/scale")
+                    for our_name, name in norms.items()]
+        if config.qk_norm:
+            entries += [Entry(f"{theirs}.self_attn.{x}_norm.weight",
+                              f"{ours}/self_attention/{x}_norm/scale") for x in "qk"]
+    return entries
+
+
+_QKV = ("qkv_proj[q]", "qkv_proj[k]", "qkv_proj[v]")
+_GATE_UP = ("gate_up_proj[gate]", "gate_up_proj[up]")
+
+
+def _split_fused(config: ModelConfig, prefix: str, tensors: Tensors) -> dict[str, np.ndarray]:
+    """Phi-3's fused projections as views of their parts, each under a name of its own."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = {"self_attn.qkv_proj": (_QKV, (queries, queries + keys)),
+             "mlp.gate_up_proj": (_GATE_UP, (config.mlp_dim,))}
+    split = dict(tensors)
+    for layer in range(config.decoder_layers):
+        for name, (names, places) in parts.items():
+            whole = split.pop(f"{prefix}layers.{layer}.{name}.weight", None)
+            if whole is not None:
+                folder = f"{prefix}layers.{layer}.{name.split('.')[0]}"
+                split |= {f"{folder}.{part}.weight": x
+                          for part, x in zip(names, np.split(whole, places), strict=True)}
+    return split

@@ -147,13 +147,36 @@ def test_broken_downloads_are_refused_and_leave_nothing(tmp_path):
     config = tmp_path / "hf" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 3',
                                                  '"num_hidden_layers": 2'))
-    with pytest.raises(DataError, match="no place for: model.layers.2"):
+    with pytest.raises(DataError, match="without a place in the model: model.layers.2"):
         main(arguments)
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 64'))
-    with pytest.raises(DataError, match="do not belong together"):
+    with pytest.raises(DataError, match=r"misshapen: model.embed_tokens.weight \(96, 48\), wanted "
+                       r"\(96, 64\)"):
         main(arguments)
     with pytest.raises(DataError, match="does not exist"):
         main([str(tmp_path / "nothing"), "--out=x"])
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name, lost, fused", [
+    ("llama2", "self_attn.k_proj.weight", ""),
+    ("qwen3", "self_attn.q_norm.weight", ""),
+    ("phi3", "self_attn.qkv_proj.weight", "self_attn.qkv_proj[q].weight (48, 48)")])
+def test_all_that_is_wrong_is_named_at_once(name, lost, fused, tmp_path):
+    save_model(tmp_path / "hf", name)
+    path = next((tmp_path / "hf").glob("*.safetensors"))
+    tensors = {k: np.array(v) for k, v in safetensors.open_file(path).items()}
+    path.unlink()
+    shape = tensors[f"model.layers.1.{lost}"].shape
+    tensors["model.layers.1.extra"] = tensors.pop(f"model.layers.1.{lost}")
+    tensors["model.layers.2.mlp.down_proj.weight"] = np.zeros((48, 79), np.float32)
+    safetensors.write_directory(tmp_path / "hf", tensors)
+    with pytest.raises(DataError) as caught:
+        main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
+    message = str(caught.value)
+    assert f"missing: model.layers.1.{fused or f'{lost} {shape}'}" in message
+    assert f"without a place in the model: model.layers.1.extra {shape}" in message
+    assert "misshapen: model.layers.2.mlp.down_proj.weight (48, 79), wanted (48, 80)" in message
     assert not (tmp_path / "ours").exists()
 
 

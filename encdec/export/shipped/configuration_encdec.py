@@ -12,7 +12,7 @@ class EncdecConfig(PretrainedConfig):
 
     model_type = "encdec"
     is_encoder_decoder = True
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own way)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' own way)
     attribute_map = {  # noqa: RUF012
         "num_attention_heads": "num_heads", "num_hidden_layers": "decoder_layers",
         "hidden_size": "d_model"}

@@ -13,6 +13,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .configuration_encdec import EncdecConfig
 
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
 
 class EncdecNorm(nn.Module):
     def __init__(self, config, width):
@@ -238,7 +240,9 @@ class EncdecForConditionalGeneration(EncdecPreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None,
                 decoder_attention_mask=None, encoder_outputs=None, past_key_values=None,
-                labels=None, use_cache=None, return_dict=True, **kwargs):
+                cache=None, labels=None, use_cache=None, return_dict=True, **kwargs):
+        # `cache` is what transformers 5.24 made of `past_key_values`.
+        cache = past_key_values if cache is None else cache
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)
         source = encoder_outputs[0]
@@ -246,10 +250,10 @@ class EncdecForConditionalGeneration(EncdecPreTrainedModel, GenerationMixin):
             start = self.config.decoder_start_token_id
             decoder_input_ids = torch.cat(
                 [torch.full_like(labels[:, :1], start), labels[:, :-1].clamp(min=0)], 1)
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         hidden = self.decoder(decoder_input_ids, source, attention_mask, decoder_attention_mask,
-                              past_key_values)
+                              cache)
         logits = self.lm_head(hidden).float()
         if cap := self.config.final_logit_cap:
             logits = cap * torch.tanh(logits / cap)
@@ -258,5 +262,4 @@ class EncdecForConditionalGeneration(EncdecPreTrainedModel, GenerationMixin):
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         return Seq2SeqLMOutput(
-            loss=loss, logits=logits, past_key_values=past_key_values,
-            encoder_last_hidden_state=source)
+            loss=loss, logits=logits, encoder_last_hidden_state=source, **{CACHE: cache})
