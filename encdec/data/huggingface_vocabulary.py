@@ -83,6 +83,10 @@ class HuggingFaceVocabulary(Vocabulary):
         return self._eos_id
 
     @property
+    def unk_id(self) -> int | None:
+        return self._ids.get(self._content.get("model", {}).get("unk_token"))
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over the kind, extra ids, EOS and the file's bytes."""
         digest = hashlib.sha256(f"{self.kind}\n{self.extra_ids}\n{self.eos_id}\n".encode())

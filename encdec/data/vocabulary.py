@@ -69,6 +69,11 @@ class Vocabulary(abc.ABC):
     def eos_id(self) -> int:
         """Id that ends a text."""
 
+    @property
+    def unk_id(self) -> int | None:
+        """Id of text that the vocabulary cannot write; None where it writes every text."""
+        return None
+
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
         """One int32 array of ids a text; on the calling thread only, read-only arrays."""
@@ -223,6 +228,11 @@ class SentencePieceVocabulary(Vocabulary):
     @property
     def eos_id(self) -> int:
         return self._processor.eos_id()
+
+    @property
+    def unk_id(self) -> int | None:
+        token = self._processor.unk_id()
+        return None if token < 0 else token
 
     @property
     def bos_id(self) -> int | None:

@@ -21,7 +21,7 @@ from encdec.inference.decoding import (
     ready_for_decoding,
     start_compiled,
 )
-from encdec.inference.sampling import NO_EOS, Choosing, RowSettings
+from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import ModelConfig, build_model
 
 Params = Any
@@ -162,10 +162,7 @@ def _cached_run(config: ModelConfig, params: Params, tokens: jax.Array, count: i
     batch, length = tokens.shape
     plan = DecodingPlan(Choosing(config.vocab_size), count, START_ID)
     lengths = jnp.full(batch, length, jnp.int32)
-    zeros, ones = jnp.zeros(batch), jnp.ones(batch)
-    settings = RowSettings(
-        zeros, jnp.zeros(batch, jnp.int32), ones, ones, jnp.full(batch, count, jnp.int32),
-        jnp.full(batch, NO_EOS, jnp.int32), jax.random.split(jax.random.key(0), batch))
+    settings = greedy_rows(batch, count)
 
     def first() -> Decoding:
         return start_compiled(config, plan, params, tokens, lengths, settings)

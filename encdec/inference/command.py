@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     settings = _settings(options)
     _check(options)
     # Imported late: a mistake in the command line is answered at once.
-    _use_compilation_cache()
+    use_compilation_cache()
     from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
     from encdec.inference.files import ResumableOutput, read_inputs
     from encdec.inference.generator import Generator, read_prompt_format
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
 
     prompts, max_tokens = read_prompt_format(
         options.checkpoint, max_input_tokens=options.max_input_tokens)
+    prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
     texts = options.text if options.file is None else read_inputs(options.file, options.format)
     for number, text in enumerate(texts):
         name = "the input" if len(texts) == 1 else f"input {number}"
@@ -72,7 +73,13 @@ def main(argv: list[str]) -> int:
             load_exported_model(options.checkpoint), prompts, **generating)
     else:
         config, params, step = load_params_for_inference(options.checkpoint, options.step)
-        generator = Generator(config, params, prompts, **generating)
+        import jax
+
+        if options.devices > (there := jax.local_device_count()):
+            raise ConfigError(f"devices is {options.devices}, but there are {there} here")
+        generator = Generator(
+            config, params, prompts, **generating, devices=jax.local_devices()[: options.devices],
+            tensor=options.tensor)
     output = None
     if options.out:
         run = (pathlib.Path(options.checkpoint) / CONFIG_FILE).read_bytes()
@@ -121,8 +128,16 @@ def _parser() -> argparse.ArgumentParser:
                         help="longest input allowed (default: the longest in training)")
     parser.add_argument("--truncate", action="store_true",
                         help="cut the end of longer inputs instead of refusing them")
+    parser.add_argument("--keep_unknown", action="store_true",
+                        help="read what the vocabulary cannot write as its unknown token instead "
+                        "of refusing it")
     parser.add_argument("--batch_rows", type=int, default=16, metavar="N",
                         help="answers made together at most (default %(default)s)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N",
+                        help="devices that share the rows (default %(default)s)")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N",
+                        help="devices over which each copy of the model is split (default "
+                        "%(default)s)")
     parser.add_argument("--logprobs", action="store_true",
                         help="JSON lines with every token's log-probability")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
@@ -144,7 +159,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.out and options.file is None:
         raise ConfigError(f"--out={options.out} goes with --file; for texts given here, redirect "
                           "the output of --json")
-    for name in ("max_input_tokens", "batch_rows"):
+    for name in ("max_input_tokens", "batch_rows", "devices", "tensor"):
         value = getattr(options, name)
         # An input is one token at least, and its EOS.
         least = 2 if name == "max_input_tokens" else 1
@@ -152,7 +167,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"{name} is {value}; wanted {least} or more")
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second call starts at once."""
     import jax
 

@@ -18,6 +18,7 @@ from encdec.inference.generator import (
     Generator,
     PreparedInput,
     bucket,
+    choosing_of,
     read_prompt_format,
     row_settings,
 )
@@ -118,10 +119,7 @@ class ExportedGenerator(Generator):
         for row, item in enumerate(inputs):
             tokens_BxS[row, : len(item.ids)] = item.ids
         vocabulary, limit = self.prompts.vocabulary, self._limit(settings)
-        sampled = settings.temperature > 0
-        choosing = Choosing(
-            vocabulary.size, sampled, sampled and (settings.top_k > 0 or settings.top_p < 1),
-            settings.repetition_penalty != 1, settings.no_repeat_ngram)
+        choosing = choosing_of(settings, vocabulary.size)
         plan = DecodingPlan(choosing, bucket(limit), self.prompts.decoder_start_id)
         logits, memory = self._model.prefill(tokens_BxS, lengths_B, plan.start_id, plan.room)
         memory.repeat(settings.samples)

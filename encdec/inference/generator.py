@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from encdec.data.vocabulary import load_vocabulary
-from encdec.errors import ConfigError
+from encdec.data.vocabulary import Vocabulary, load_vocabulary
+from encdec.errors import ConfigError, DataError
 from encdec.inference.beam import beam_search
 from encdec.inference.decoding import (
     Decoding,
@@ -25,8 +25,10 @@ from encdec.inference.decoding import (
 from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat, TextStream, find_stop, tokens_to_stop
-from encdec.model import ModelConfig
+from encdec.model import ModelConfig, abstract_params, build_model, logical_axes
 from encdec.train.checkpoints import load_params_for_inference
+from encdec.train.config import MeshConfig
+from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 from encdec.train.workdir import read_config
 
 # Steps between two looks at the answers: for stop strings, interrupts and progress.
@@ -82,11 +84,13 @@ class Generator:
         max_tokens: new tokens where the settings leave it open.
         batch_rows: rows decoded together at most (inputs times samples or beams).
         dtype: see ``ready_for_decoding``.
-        devices: rows are split over these, each with a copy of the parameters; by default all on
-            the parameters' own. A power of two.
+        devices: rows are split over these; by default all are where the parameters are.
+        tensor: over so many devices each copy of the parameters is split (heads, MLP and
+            vocabulary), for models that are too large for one or to read them faster.
 
     Raises:
-        ConfigError: the vocabulary is larger than the model's, or an odd number of devices.
+        ConfigError: the vocabulary is larger than the model's, or a number of devices that
+            ``tensor`` does not divide or leaves copies that are no power of two.
     """
 
     def __init__(
@@ -99,23 +103,33 @@ class Generator:
         batch_rows: int = 16,
         dtype: str | None = None,
         devices: Sequence[jax.Device] = (),
+        tensor: int = 1,
     ):
         if prompts.vocabulary.size > config.vocab_size:
             raise ConfigError(
                 f"the vocabulary has {prompts.vocabulary.size:,} ids and the model's table "
                 f"{config.vocab_size:,}; give the vocabulary that the model was trained with")
         self._rows_sharding = None
-        if len(devices) > 1:
-            if len(devices) & (len(devices) - 1):
-                raise ConfigError(f"{len(devices)} devices cannot share batches of rows; wanted "
-                                  "1, 2, 4, 8, ...")
-            mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-            self._rows_sharding = NamedSharding(mesh, PartitionSpec("data"))
-            params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self.config, self._params = ready_for_decoding(config, params, dtype)
+        if len(devices) > 1 or tensor > 1:
+            self._spread(devices, tensor)
         self.prompts = prompts
         self.max_tokens = max_tokens
         self.batch_rows = batch_rows
+
+    def _spread(self, devices: Sequence[jax.Device], tensor: int) -> None:
+        """Lays the parameters out over a mesh and has rows follow."""
+        copies = len(devices) // max(tensor, 1)
+        if tensor < 1 or len(devices) % tensor or copies & (copies - 1):
+            raise ConfigError(f"{len(devices)} devices cannot share batches of rows with each copy "
+                              f"of the model over tensor = {tensor} of them; wanted 1, 2, 4, 8, "
+                              "... times tensor")
+        mesh = make_mesh(MeshConfig(data=copies, fsdp=1, tensor=tensor), devices)
+        model = build_model(self.config)
+        shardings, _, _ = param_shardings(
+            ShardingRules(), mesh, abstract_params(model), logical_axes(model))
+        self._params = jax.device_put(self._params, shardings)
+        self._rows_sharding = NamedSharding(mesh, PartitionSpec("data"))
 
     def generate(
         self,
@@ -152,7 +166,16 @@ class Generator:
         """As ``generate``, from inputs that are tokens already, EOS included where it belongs.
 
         ``numbers`` are part of each input's random key, by default its place.
+
+        Raises:
+            DataError: an input without tokens, or with one that the model has not.
         """
+        for place, ids in enumerate(sources):
+            if not len(ids):
+                raise DataError(f"input {place} has no tokens; give at least one")
+            if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+                raise DataError(f"input {place} has tokens from {min(ids)} to {max(ids)}; the "
+                                f"model has 0 to {self.config.vocab_size - 1}")
         numbers = range(len(sources)) if numbers is None else numbers
         inputs = [PreparedInput(number, place, list(map(int, ids)), False)
                   for place, (number, ids) in enumerate(zip(numbers, sources))]
@@ -234,7 +257,7 @@ class Generator:
         """Tokens [B, S] and lengths [B]; both sizes rounded up, surplus rows of one pad token."""
         rows = 1 << (len(inputs) - 1).bit_length()
         if self._rows_sharding:
-            rows = max(rows, self._rows_sharding.mesh.size)
+            rows = max(rows, self._rows_sharding.mesh.shape["data"])
         width = bucket(max(len(item.ids) for item in inputs))
         tokens_BxS, lengths_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
         for row, item in enumerate(inputs):
@@ -253,12 +276,9 @@ class Generator:
         """
         tokens_BxS, lengths_B = self._arrays(inputs)
         vocabulary = self.prompts.vocabulary
-        sampled = settings.temperature > 0
         plan = DecodingPlan(
-            Choosing(
-                vocabulary.size, sampled, sampled and (settings.top_k > 0 or settings.top_p < 1),
-                settings.repetition_penalty != 1, settings.no_repeat_ngram),
-            bucket(self._limit(settings)), self.prompts.decoder_start_id)
+            choosing_of(settings, vocabulary.size), bucket(self._limit(settings)),
+            self.prompts.decoder_start_id)
         rows = row_settings(
             settings, inputs, len(tokens_BxS), self._limit(settings), vocabulary.eos_id)
         decoding = start_compiled(
@@ -291,7 +311,8 @@ class Generator:
                 decoding = run.send(stopped_R)
             except StopIteration:
                 break
-        made = [self._generation(tokens[row, : counts[row]], log_probs[row], stop)
+        vocabulary = self.prompts.vocabulary
+        made = [generation_of(vocabulary, tokens[row, : counts[row]], log_probs[row], stop)
                 for row in range(rows)]
         return [made[i : i + settings.samples] for i in range(0, rows, settings.samples)]
 
@@ -305,25 +326,36 @@ class Generator:
             eos_id=self.prompts.vocabulary.eos_id, vocabulary_size=self.prompts.vocabulary.size)
         found = jax.tree.map(np.asarray, found)
         return [
-            [self._generation(
+            [generation_of(
+                self.prompts.vocabulary,
                 found.tokens_BxKxN[row, beam, : found.counts_BxK[row, beam]],
                 found.log_probs_BxKxN[row, beam], (), float(found.scores_BxK[row, beam]))
              for beam in range(settings.samples) if np.isfinite(found.scores_BxK[row, beam])]
             for row in range(len(inputs))]
 
-    def _generation(
-        self, ids: np.ndarray, log_probs: np.ndarray, stop: Sequence[str],
-        score: float | None = None,
-    ) -> Generation:
-        tokens, vocabulary = ids.tolist(), self.prompts.vocabulary
-        finish = "eos" if tokens and tokens[-1] == vocabulary.eos_id else "length"
-        count = tokens_to_stop(vocabulary, tokens, stop)
-        if count is not None:
-            tokens, finish = tokens[:count], "stop"
-        text = vocabulary.decode(tokens)
-        if finish == "stop":
-            text = text[: find_stop(text, stop)]
-        return Generation(text, tokens, log_probs[: len(tokens)].tolist(), finish, score)
+
+def generation_of(
+    vocabulary: Vocabulary, ids: np.ndarray, log_probs: np.ndarray, stop: Sequence[str],
+    score: float | None = None,
+) -> Generation:
+    """The answer that these tokens make, ended at the first stop string among them."""
+    tokens = ids.tolist()
+    finish = "eos" if tokens and tokens[-1] == vocabulary.eos_id else "length"
+    count = tokens_to_stop(vocabulary, tokens, stop)
+    if count is not None:
+        tokens, finish = tokens[:count], "stop"
+    text = vocabulary.decode(tokens)
+    if finish == "stop":
+        text = text[: find_stop(text, stop)]
+    return Generation(text, tokens, log_probs[: len(tokens)].tolist(), finish, score)
+
+
+def choosing_of(settings: GenerationSettings, vocabulary_size: int) -> Choosing:
+    """No more than the settings ask for."""
+    sampled = settings.temperature > 0
+    return Choosing(
+        vocabulary_size, sampled, sampled and (settings.top_k > 0 or settings.top_p < 1),
+        settings.repetition_penalty != 1, settings.no_repeat_ngram > 0)
 
 
 def row_settings(
@@ -337,12 +369,21 @@ def row_settings(
     limits_R = np.zeros(rows, np.int32)
     limits_R[: len(inputs) * samples] = limit
     samples_R = np.arange(rows, dtype=np.uint32) % samples
-    fill = lambda value, dtype: np.full(rows, value, dtype)
+    return settings_of_answers(settings, numbers_R, samples_R, limits_R, eos_id)
+
+
+def settings_of_answers(
+    settings: GenerationSettings, numbers_R: np.ndarray, samples_R: np.ndarray,
+    limits_R: np.ndarray, eos_id: int,
+) -> RowSettings:
+    """Rows of answers, each known by its input's number and its own among that input's samples."""
+    fill = lambda value, dtype: np.full(len(limits_R), value, dtype)
     return RowSettings(
         temperature_R=fill(settings.temperature, np.float32),
         top_k_R=fill(settings.top_k, np.int32),
         top_p_R=fill(settings.top_p, np.float32),
         repetition_penalty_R=fill(settings.repetition_penalty, np.float32),
+        no_repeat_ngram_R=fill(settings.no_repeat_ngram, np.int32),
         limit_R=limits_R,
         eos_R=fill(eos_id, np.int32),
         keys_R=_keys(np.uint32(settings.seed), numbers_R, samples_R),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax
 import jax
@@ -15,19 +16,21 @@ NO_EOS = -1  # an EOS that no token is: the answer runs to its limit
 class Choosing:
     """What is compiled into a decoding program; the values lie in ``RowSettings``.
 
+    A step pays for what is compiled in only while one of its rows asks for it.
+
     Attributes:
+        vocabulary_size: ids from here on are never chosen (a model's table may be padded).
         sampled: rows may have a temperature above 0; otherwise every row is greedy.
         truncated: rows may have a top-k or top-p; needs ``sampled``.
         penalised: rows may have a repetition penalty.
-        no_repeat_ngram: no n-gram of this length comes twice in a row's answer; 0 for no such rule.
-        vocabulary_size: ids from here on are never chosen (a model's table may be padded).
+        ngrams: rows may forbid n-grams to come twice.
     """
 
     vocabulary_size: int
     sampled: bool = False
     truncated: bool = False
     penalised: bool = False
-    no_repeat_ngram: int = 0
+    ngrams: bool = False
 
 
 @flax.struct.dataclass
@@ -39,6 +42,7 @@ class RowSettings:
         top_k_R: int32; only the k likeliest tokens; 0 is off.
         top_p_R: float32; of these, the likeliest that together reach this mass; 1 is off.
         repetition_penalty_R: float32; 1 is off.
+        no_repeat_ngram_R: int32; no n-gram of this length comes twice in the answer; 0 is off.
         limit_R: int32; tokens at most; 0 for a row that only fills the batch.
         eos_R: int32; the token that ends the answer; ``NO_EOS`` for none.
         keys_R: random keys; token i of a row is drawn with ``fold_in(key, i)``, so that it depends
@@ -49,9 +53,20 @@ class RowSettings:
     top_k_R: jax.Array
     top_p_R: jax.Array
     repetition_penalty_R: jax.Array
+    no_repeat_ngram_R: jax.Array
     limit_R: jax.Array
     eos_R: jax.Array
     keys_R: jax.Array
+
+
+def greedy_rows(count: int, limit: int) -> RowSettings:
+    """Rows that take the likeliest token until they have ``limit``."""
+    fill = lambda value, dtype: jnp.full(count, value, dtype)
+    return RowSettings(
+        temperature_R=fill(0, jnp.float32), top_k_R=fill(0, jnp.int32),
+        top_p_R=fill(1, jnp.float32), repetition_penalty_R=fill(1, jnp.float32),
+        no_repeat_ngram_R=fill(0, jnp.int32), limit_R=fill(limit, jnp.int32),
+        eos_R=fill(NO_EOS, jnp.int32), keys_R=jax.random.split(jax.random.key(0), count))
 
 
 def choose(
@@ -78,23 +93,49 @@ def choose(
     if choosing.vocabulary_size < size:
         scores = jnp.where(jnp.arange(size) < choosing.vocabulary_size, scores, -jnp.inf)
     if choosing.penalised:
-        scores = _penalise(scores, settings.repetition_penalty_R, tokens_RxN, counts_R)
-    if choosing.no_repeat_ngram:
-        banned = repeating_tokens(tokens_RxN, counts_R, choosing.no_repeat_ngram, size)
+        scores = _where_asked(
+            settings.repetition_penalty_R != 1,
+            lambda scores: _penalise(scores, settings.repetition_penalty_R, tokens_RxN, counts_R),
+            scores)
+    if choosing.ngrams:
         # Finite: a row whose every token is banned still chooses one of the vocabulary.
-        scores = jnp.where(banned, scores - 1e30, scores)
+        scores = _where_asked(
+            settings.no_repeat_ngram_R > 0,
+            lambda scores: jnp.where(
+                repeating_tokens(tokens_RxN, counts_R, settings.no_repeat_ngram_R, size),
+                scores - 1e30, scores),
+            scores)
     chosen_R = jnp.argmax(scores, axis=-1)
     if choosing.sampled:
-        temperature = settings.temperature_R[:, None]
-        warmed = scores / jnp.where(temperature > 0, temperature, 1.0)
-        if choosing.truncated:
-            warmed = truncate(warmed, settings.top_k_R, settings.top_p_R)
-        keys = jax.vmap(jax.random.fold_in)(settings.keys_R, counts_R)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
-        drawn_R = jnp.argmax(warmed + noise, axis=-1)  # the Gumbel-max trick
-        chosen_R = jnp.where(settings.temperature_R > 0, drawn_R, chosen_R)
+        chosen_R = _where_asked(
+            settings.temperature_R > 0,
+            lambda chosen_R: jnp.where(
+                settings.temperature_R > 0, _draw(scores, choosing, settings, counts_R), chosen_R),
+            chosen_R)
     picked = jnp.take_along_axis(logits_RxV, chosen_R[:, None], axis=-1)[:, 0]
     return chosen_R.astype(jnp.int32), picked - jax.nn.logsumexp(logits_RxV, axis=-1)
+
+
+def _where_asked(
+    asked_R: jax.Array, change: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> jax.Array:
+    """``change(x)``, if any row asks for it; it must leave the other rows as they are."""
+    return jax.lax.cond(jnp.any(asked_R), change, lambda x: x, x)
+
+
+def _draw(
+    scores_RxV: jax.Array, choosing: Choosing, settings: RowSettings, counts_R: jax.Array
+) -> jax.Array:
+    """A token drawn for every row; rows of temperature 0 are drawn for in vain."""
+    temperature = settings.temperature_R[:, None]
+    warmed = scores_RxV / jnp.where(temperature > 0, temperature, 1.0)
+    if choosing.truncated:
+        warmed = _where_asked(
+            (settings.top_k_R > 0) | (settings.top_p_R < 1),
+            lambda warmed: truncate(warmed, settings.top_k_R, settings.top_p_R), warmed)
+    keys = jax.vmap(jax.random.fold_in)(settings.keys_R, counts_R)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, scores_RxV.shape[-1:]))(keys)
+    return jnp.argmax(warmed + noise, axis=-1)  # the Gumbel-max trick
 
 
 def truncate(scores_RxV: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array) -> jax.Array:
@@ -150,19 +191,24 @@ def _penalise(
 
 
 def repeating_tokens(
-    tokens_RxN: jax.Array, counts_R: jax.Array, n: int, vocabulary_size: int
+    tokens_RxN: jax.Array, counts_R: jax.Array, n_R: jax.Array, vocabulary_size: int
 ) -> jax.Array:
-    """Tokens that would complete an n-gram the row already has, bool [R, V]."""
-    width = tokens_RxN.shape[1]
-    if width < n:
-        return jnp.zeros((tokens_RxN.shape[0], vocabulary_size), bool)
-    starts = jnp.arange(width - n + 1)
-    matches = starts + n - 1 < counts_R[:, None]
-    for i in range(n - 1):
-        last = jnp.take_along_axis(
-            tokens_RxN, jnp.maximum(counts_R - (n - 1) + i, 0)[:, None], axis=1)
-        matches &= tokens_RxN[:, i : i + width - n + 1] == last
-    return _mark(jnp.where(matches, tokens_RxN[:, n - 1 :], vocabulary_size), vocabulary_size)
+    """Tokens that would complete an n-gram that the row already has, bool [R, V].
+
+    Each row has an n of its own; where it is 0, none is marked.
+    """
+    places_N, n = jnp.arange(tokens_RxN.shape[1]), n_R[:, None]
+    counts = counts_R[:, None]
+
+    def compare(back: jax.Array, ends_RxN: jax.Array) -> jax.Array:
+        # Whether the token `back` places before each place is that before the next token.
+        last = jnp.take_along_axis(tokens_RxN, jnp.maximum(counts - back, 0), axis=1)
+        before = jnp.roll(tokens_RxN, back, axis=1)
+        return ends_RxN & ((before == last) & (places_N >= back) | (back >= n))
+
+    ends_RxN = (n > 0) & (places_N < counts) & (counts >= n)
+    ends_RxN = jax.lax.fori_loop(1, jnp.max(n_R), compare, ends_RxN)
+    return _mark(jnp.where(ends_RxN, tokens_RxN, vocabulary_size), vocabulary_size)
 
 
 def _mark(ids_RxN: jax.Array, size: int) -> jax.Array:

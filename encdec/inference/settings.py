@@ -49,15 +49,17 @@ class GenerationSettings:
             value = getattr(self, name)
             if type(value) is not int and not (name == "max_tokens" and value is None):
                 raise ConfigError(f"{name} is {value!r}; wanted a whole number")
-        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more")
+        self._require("max_tokens", self.max_tokens is None or 1 <= self.max_tokens < 2**31,
+                      "1 or more")
         # So little that the division would overflow is meant to be greedy.
         self._require("temperature", self.temperature == 0 or 0.01 <= self.temperature <= 100,
                       "0 (greedy), or from 0.01 to 100")
-        self._require("top_k", self.top_k >= 0, "0 (off) or a number of tokens")
+        self._require("top_k", 0 <= self.top_k < 2**31, "0 (off) or a number of tokens")
         self._require("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)")
         self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100,
                       "from 0.01 to 100; 1 is off")
-        self._require("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (off) or a length")
+        self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram < 2**31,
+                      "0 (off) or a length")
         self._require("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         self._require("samples", self.samples >= 1, "1 or more")
         self._require("beams", self.beams >= 1, "1 or more")

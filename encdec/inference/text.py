@@ -21,12 +21,15 @@ class PromptFormat:
         decoder_start_id: the decoder's first input.
         inputs_eos: whether inputs end with EOS.
         max_input_tokens: longest input allowed, EOS included.
+        keep_unknown: read what the vocabulary cannot write as its unknown token, instead of
+            refusing the text.
     """
 
     vocabulary: Vocabulary
     decoder_start_id: int = 0
     inputs_eos: bool = True
     max_input_tokens: int = 512
+    keep_unknown: bool = True
 
     def encode(
         self, text: str, *, truncate: bool = False, name: str = "the input"
@@ -34,7 +37,8 @@ class PromptFormat:
         """The input's tokens, and whether it was cut: its end, never its EOS.
 
         Raises:
-            DataError: the text is empty, no valid text, or too long.
+            DataError: the text is empty, no valid text, too long, or the vocabulary cannot write
+                it all and ``keep_unknown`` is off.
         """
         if not text.strip():
             raise DataError(f"{name} is empty; give a text")
@@ -44,6 +48,27 @@ class PromptFormat:
             raise DataError(f"{name} has half a character (a lone surrogate) at place "
                             f"{error.start}; save it as UTF-8") from None
         ids = self.vocabulary.encode(text)
+        if not self.keep_unknown and self.vocabulary.unk_id in ids:
+            raise DataError(f"{name} has {self._unknown_part(text)}, which the vocabulary cannot "
+                            "write; leave it out, or have the model read it as its unknown token "
+                            "with --keep_unknown")
+        return self.fit(ids, truncate=truncate, name=name)
+
+    def fit(
+        self, ids: Sequence[int], *, truncate: bool = False, name: str = "the input"
+    ) -> tuple[list[int], bool]:
+        """The input of a text whose tokens are ``ids``, and whether it was cut.
+
+        Raises:
+            DataError: no tokens, one that the vocabulary has not, or too many.
+        """
+        if not ids:
+            raise DataError(f"{name} has no tokens; give at least one")
+        size = self.vocabulary.size
+        wrong = next((i for i in ids if not 0 <= i < size), None)
+        if wrong is not None:
+            raise DataError(f"{name} has the token {wrong}, and the vocabulary has ids from 0 to "
+                            f"{size - 1}")
         room = self.max_input_tokens - self.inputs_eos
         cut = len(ids) > room
         if cut and not truncate:
@@ -51,8 +76,16 @@ class PromptFormat:
                 f"{name} has {len(ids) + self.inputs_eos:,} tokens, and the model takes "
                 f"{self.max_input_tokens:,}; shorten it, cut its end with --truncate, or allow "
                 "more than the model was trained on with --max_input_tokens")
-        ids = ids[:room]
+        ids = list(ids[:room])
         return ([*ids, self.vocabulary.eos_id] if self.inputs_eos else ids), cut
+
+    def _unknown_part(self, text: str) -> str:
+        """The first character that the vocabulary cannot write, and its place."""
+        unknown = self.vocabulary.unk_id
+        for place, character in enumerate(text):
+            if unknown in self.vocabulary.encode(character):
+                return f"{character!r} at place {place}"
+        return "something"
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -44,12 +44,12 @@ def plan(config, room, **choosing) -> DecodingPlan:
 
 def rows(count, limit, **values) -> RowSettings:
     """Settings of ``count`` rows; greedy unless ``values`` say otherwise."""
-    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    plain |= {"limit": limit, "eos": NO_EOS} | values
-    fields = {
-        f"{name}_R": np.broadcast_to(np.asarray(
-            value, np.int32 if name in ("top_k", "limit", "eos") else np.float32), (count,))
-        for name, value in plain.items()}
+    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
+             "no_repeat_ngram": 0, "limit": 0, "eos": NO_EOS}
+    dtypes = {name: np.float32 if type(value) is float else np.int32
+              for name, value in plain.items()}
+    fields = {f"{name}_R": np.broadcast_to(np.asarray(value, dtypes[name]), (count,))
+              for name, value in (plain | {"limit": limit} | values).items()}
     return RowSettings(**fields, keys_R=jax.random.split(jax.random.key(0), count))
 
 

@@ -149,6 +149,8 @@ def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
         (["x", "--beams=2", "--stop=y"], 2, "beam search"),
         (["x", "--batch_rows=0"], 2, "batch_rows is 0; wanted 1 or more"),
         (["x", "--max_input_tokens=1"], 2, "max_input_tokens is 1; wanted 2 or more"),
+        (["x", "--devices=9"], 2, "devices is 9, but there are 8 here"),
+        (["x", "--tensor=2"], 2, "1 devices cannot share batches of rows with each copy"),
         ([" "], 3, "the input is empty; give a text"),
         (["x" * 30], 3, "the input has 31 tokens, and the model takes 24; shorten it"),
         (["fine", "x" * 30], 3, "input 1 has 31 tokens"),

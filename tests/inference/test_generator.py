@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference.generator import Generator, bucket, load_generator
+from encdec.inference.generator import Generator, PreparedInput, bucket, load_generator
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 from tests.inference.conftest import LEARNED
@@ -74,6 +75,45 @@ def test_greedy_answers_are_those_of_full_passes_whatever_the_batch(generator):
         np.testing.assert_allclose(answer.log_probs, log_probs, atol=1e-4)
         assert answer.finish == ("eos" if tokens[-1] == 1 else "length")
         assert answer.text == ByteVocabulary().decode(tokens) and not answer.truncated
+
+
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_a_stretched_rope_gives_the_same_answers_in_any_bucket(name):
+    """Beyond rope_max_length, whatever the rows' width and the room for new tokens."""
+    config, params = printing_model(name)
+    config = config.replace(
+        rope_scaling="ntk", rope_factor=4.0, rope_max_length=8, rope_length=48)
+    generator = Generator(config, params, PROMPTS, max_tokens=6, batch_rows=4)
+    together = generator.generate(TEXTS)
+    same([generator.generate([text])[0] for text in TEXTS[:1]], together[:1])
+    longer = generator.generate(TEXTS[:1], GenerationSettings(max_tokens=20))[0][0]
+    assert longer.tokens[:6] == together[0][0].tokens
+    ids, _ = PROMPTS.encode(TEXTS[1])
+    assert together[1][0].tokens == greedy(config, params, ids, 6)[0][: len(together[1][0].tokens)]
+
+
+def test_rows_and_parameters_are_split_over_a_mesh(generator):
+    """Four devices: two copies of the parameters, each over two."""
+    name = generator.config.architecture
+    spread = Generator(*printing_model(name), PROMPTS, max_tokens=12, batch_rows=4,
+                       devices=jax.devices()[:4], tensor=2)
+    kernel = spread._params["decoder"]["layers_0"]["mlp"]["up"]["kernel"]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 2}
+    assert len(kernel.addressable_shards) == 4
+    same(spread.generate(TEXTS), generator.generate(TEXTS))
+    with pytest.raises(ConfigError, match="6 devices cannot share .* tensor = 2"):
+        Generator(*printing_model(name), PROMPTS, devices=jax.devices()[:6], tensor=2)
+
+
+def test_shapes_are_few(single):
+    """Every number of inputs and every length falls into one of a few compiled programs."""
+    shapes = set()
+    for rows in range(1, 17):
+        for length in range(1, 513):
+            inputs = [PreparedInput(i, i, [5] * (length if i == 0 else 1), False)
+                      for i in range(rows)]
+            shapes.add(single._arrays(inputs)[0].shape)
+    assert len(shapes) == 5 * 11
 
 
 def test_samples_depend_on_seed_and_number_alone(single):
@@ -187,6 +227,10 @@ def test_bad_inputs_are_refused_before_anything_is_done(single):
     cut, same_start = (made for made, in shorter.generate(
         ["x" * 20, "x" * 8], GenerationSettings(max_tokens=12), truncate=True))
     assert cut.truncated and not same_start.truncated and cut.tokens == same_start.tokens
+    for ids, message in (([], "input 1 has no tokens"), ([3, 264], "tokens from 3 to 264"),
+                         ([-1], "tokens from -1 to -1; the model has 0 to 263")):
+        with pytest.raises(DataError, match=message):
+            single.generate_from_tokens([[5], ids])
     config, params = model("decoder_only")
     with pytest.raises(ConfigError, match="the vocabulary has 300 ids and the model's table 264"):
         Generator(config, params, PromptFormat(ByteVocabulary(extra_ids=41)))

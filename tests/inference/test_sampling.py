@@ -135,11 +135,39 @@ def test_repetition_penalty_lowers_what_was_said():
 def test_tokens_that_repeat_an_ngram_against_a_search(n):
     rng = np.random.default_rng(n)
     answers, counts = rng.integers(0, 3, (40, 12)), rng.integers(0, 13, 40)
-    banned = np.array(jax.jit(repeating_tokens, static_argnums=(2, 3))(answers, counts, n, 4))
-    for answer, count, row in zip(answers, counts, banned):
+    n_R = np.where(np.arange(40) % 5 == 4, 0, n)  # some rows do not ask for it
+    banned = np.array(jax.jit(repeating_tokens, static_argnums=3)(answers, counts, n_R, 4))
+    for answer, count, row, asked in zip(answers, counts, banned, n_R):
         said = answer[:count].tolist()
-        grams = [said[i : i + n] for i in range(count - n + 1)]
+        grams = [said[i : i + n] for i in range(count - n + 1)] if asked else []
         for token in range(4):
             assert row[token] == ([*said[count - n + 1 :], token] in grams if count >= n else False)
     assert banned.any() and not banned.all()
-    assert not np.array(repeating_tokens(jnp.zeros((1, 2), int), jnp.array([2]), 3, 4)).any()
+    short = jnp.zeros((1, 2), int)
+    assert not np.array(repeating_tokens(short, jnp.array([2]), jnp.array([3]), 4)).any()
+
+
+def test_rows_get_what_they_ask_for_whatever_else_is_compiled_in_or_asked_for():
+    """Bit for bit: a row's choice under everything, beside other rows, is its choice alone."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (6, 50)).astype(np.float32)
+    answers, counts = rng.integers(0, 50, (6, 9)), np.array([9, 8, 9, 4, 9, 9])
+    answers[:, 5:] = answers[:, :4]
+    each = {"temperature": [0.0, 0.0, 1.0, 1.0, 1.0, 0.0], "top_k": [0, 0, 0, 5, 0, 0],
+            "top_p": [1.0, 1.0, 1.0, 1.0, 0.5, 1.0], "no_repeat_ngram": [0, 3, 0, 0, 2, 0],
+            "repetition_penalty": [1.0, 1.0, 1.0, 1.7, 1.0, 3.0]}
+    everything = Choosing(50, sampled=True, truncated=True, penalised=True, ngrams=True)
+    settings = rows(6, 9, **each)
+    together = choose_compiled(logits, everything, settings, answers, counts)
+    for row in range(6):
+        one = jax.tree.map(lambda x, row=row: x[row : row + 1], settings)
+        get = lambda name, row=row: each[name][row]
+        least = Choosing(
+            50, get("temperature") > 0, get("top_k") > 0 or get("top_p") < 1,
+            get("repetition_penalty") != 1, get("no_repeat_ngram") > 0)
+        for choosing in (least, everything):
+            alone = choose_compiled(
+                logits[row : row + 1], choosing, one, answers[row : row + 1],
+                counts[row : row + 1])
+            np.testing.assert_array_equal(alone[0][0], together[0][row])
+            np.testing.assert_array_equal(alone[1][0], together[1][row])

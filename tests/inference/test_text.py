@@ -96,6 +96,26 @@ def test_long_prompts_are_refused_or_lose_their_end_never_their_eos():
     assert without.encode("abcdef") == (BYTES.encode("abcdef"), False)
 
 
+def test_what_the_vocabulary_cannot_write_is_named(tmp_path):
+    import sentencepiece
+
+    prefix = tmp_path / "small"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(pathlib.Path(__file__).read_text().splitlines()),
+        model_prefix=str(prefix), vocab_size=200, hard_vocab_limit=False, minloglevel=2)
+    vocabulary = SentencePieceVocabulary(prefix.with_suffix(".model").read_bytes())
+    strict = PromptFormat(vocabulary, keep_unknown=False)
+    with pytest.raises(DataError, match="input 2 has 'ü' at place 4, .*--keep_unknown"):
+        strict.encode("big über", name="input 2")
+    ids, _ = PromptFormat(vocabulary).encode("big über")
+    assert vocabulary.unk_id in ids
+    assert strict.encode("big")[0] == PromptFormat(vocabulary).encode("big")[0]
+    for ids, message in (([], "has no tokens"), ([3, vocabulary.size], "has the token 2"),
+                         ([-1], "the token -1, and the vocabulary has ids from 0")):
+        with pytest.raises(DataError, match=message):
+            strict.fit(ids)
+
+
 def test_prompts_that_hold_no_text_are_refused(pieces):
     for vocabulary in (BYTES, pieces):
         for text in ("", " \n\t"):
