@@ -44,6 +44,12 @@ REQUIRES = [
     "tensorflow-text>=2.18,<2.22",
 ]
 
+SERVE = [
+    "httpx>=0.27,<1",  # for `encdec benchmark serving`
+    "prometheus-client>=0.20,<1",
+    "starlette>=0.46,<2",
+    "uvicorn>=0.34,<1",
+]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # driver 580 or newer
@@ -56,7 +62,7 @@ EXTRAS = {
     ],
     # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
-    "litert": ["ai-edge-litert>=2.1,<3"],
+    "litert": ["ai-edge-litert>=2.1,<3", "flatbuffers>=24.3,<26"],
     "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
     # Syntax trees of code, for `encdec evaluate`.
     "code": [
@@ -64,7 +70,9 @@ EXTRAS = {
         "tree-sitter-c-sharp>=0.23,<0.24",
         "tree-sitter-java>=0.23,<0.24",
     ],
+    "serve": SERVE,
     "test": [
+        *SERVE,
         "ai-edge-litert>=2.1,<3",
         "hypothesis>=6.100,<7",
         "onnx>=1.18,<2",

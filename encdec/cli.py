@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": (
         "encdec.export.command:main", "write a model for Hugging Face, LiteRT or onnxruntime"),
     "generate": ("encdec.inference.command:main", "generate text from a trained model"),
+    "serve": ("encdec.serving.command:main", "a trained model over HTTP, OpenAI's completions"),
     "evaluate": (
         "encdec.evaluation.command:main", "a model's answers on tasks, scored with intervals"),
     "scaling": ("encdec.scaling.command:main", "scaling curves: plan, run, fit and plot a ladder"),
@@ -48,6 +49,9 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "inference": (
         "encdec.inference.benchmark_command:main",
         "generation by an encoder-decoder and by decoder-only models of its cost"),
+    "serving": (
+        "encdec.serving.benchmark_command:main",
+        "requests served at once against one after the other"),
     "loop": ("encdec.train.benchmark:loop_main", "the training loop against its bare step"),
 }
 

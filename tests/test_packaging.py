@@ -63,7 +63,7 @@ def test_every_requirement_is_a_release_with_both_bounds(setup_arguments):
 
 
 def test_the_promised_extras_exist(setup_arguments):
-    assert {"tpu", "cuda", "hf", "onnx", "test"} <= set(setup_arguments["extras_require"])
+    assert {"tpu", "cuda", "hf", "onnx", "serve", "test"} <= set(setup_arguments["extras_require"])
 
 
 def test_both_jax_lines_are_admitted(setup_arguments):
@@ -96,14 +96,16 @@ def test_everything_imported_is_declared(setup_arguments):
     extras = setup_arguments["extras_require"]
     optional = {
         canonicalize_name(Requirement(text).name)
-        for name in ("hf", "onnx", "beam") for text in extras[name]}
+        for name in ("hf", "onnx", "litert", "serve", "code", "beam") for text in extras[name]}
     local = {"encdec", "configs", *sys.stdlib_module_names}
     for path in [*(ROOT / "encdec").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         interop = any(
-            path.is_relative_to(ROOT / "encdec" / room) for room in ("interop", "export"))
+            path.is_relative_to(ROOT / "encdec" / room)
+            for room in ("interop", "export", "serving"))
         # These say themselves what to install where their package is missing.
         interop |= path.name in (
-            "huggingface_vocabulary.py", "beam_prepare.py", "onnx_runtime.py")
+            "huggingface_vocabulary.py", "beam_prepare.py", "onnx_runtime.py", "litert_runtime.py",
+            "syntax.py", "judge.py")
         allowed = declared | optional if interop else declared
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []

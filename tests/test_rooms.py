@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "distill.teacher": {"errors", "data", "distill.sparse_logits"},
     "train": {"errors", "model", "data", "safetensors", "distill.losses", "distill.teacher"},
     "inference": {"errors", "model", "data", "train"},
+    "serving": {"errors", "model", "data", "train", "inference"},
     "distill": {"errors", "model", "data", "train", "inference"},
     "evaluation": {"errors", "model", "data", "train", "inference"},
     "interop": {"errors", "model", "data", "train", "safetensors"},

@@ -19,9 +19,7 @@ def check(config: ModelConfig) -> None:
     for field, met, wanted in (
         ("architecture", config.is_encoder_decoder,
          "'encoder_decoder' (--format=onnx takes decoder-only models)"),
-        ("cross_attention_rope", config.cross_attention_rope == "none", "'none'"),
-        ("rope_scaling", config.rope_scaling != "ntk" or config.rope_factor == 1,
-         "not 'ntk', whose base depends on the length at hand")):
+        ("cross_attention_rope", config.cross_attention_rope == "none", "'none'")):
         if not met:
             raise ConfigError(f"this model cannot be exported to LiteRT: {field} is "
                               f"{getattr(config, field)!r}, wanted {wanted}")

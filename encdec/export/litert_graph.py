@@ -81,7 +81,7 @@ class _Layers:
     def rope(self, positions: int) -> tuple[int, int]:
         """Cosines and sines [1, 1, T, D] of positions [T]."""
         g, config = self.g, self.config
-        half = np.asarray(rope_frequencies(config, 1), np.float32)
+        half = np.asarray(rope_frequencies(config), np.float32)
         places = g.reshape(g.cast(positions, "int32", "float32"),
                            [1, 1, g.shape(positions)[0], 1])
         angles = g.mul(places, g.constant(np.concatenate([half, half])))

@@ -1,0 +1,1 @@
+"""A small HTTP server with continuous batching over the cached one-token step."""

@@ -1,0 +1,265 @@
+"""The HTTP routes, as a Starlette application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from encdec.serving.engine import Busy, Closing, Engine, Ticket, Update
+from encdec.serving.metrics import CONTENT_TYPE
+from encdec.serving.protocol import ApiError, Completion, Limits, Shaper, parse_completion
+
+BODY_SECONDS = 30.0  # for a request's body to arrive
+
+
+@dataclasses.dataclass
+class Service:
+    """What the routes share.
+
+    Attributes:
+        engine: makes the answers.
+        name: of the model.
+        limits: of one request.
+        timeout_seconds: from a request's arrival until it is given up.
+        max_body_bytes: longest body of a request.
+        created: when the server began, seconds since 1970.
+    """
+
+    engine: Engine
+    name: str
+    limits: Limits
+    timeout_seconds: float = 120.0
+    max_body_bytes: int = 1 << 20
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+
+def make_app(service: Service) -> Starlette:
+    """The application; the engine is started and stopped by whoever made it."""
+    # Asynchronous all: others would each take a thread.
+    async def models(request: Request) -> Response:
+        return _models(service, request.path_params.get("name"))
+
+    async def health(request: Request) -> Response:
+        return _health(service)
+
+    async def metrics(request: Request) -> Response:
+        return Response(service.engine.metrics.text(), media_type=CONTENT_TYPE)
+
+    return Starlette(
+        routes=[
+            Route("/v1/completions", _Completions(service), methods=["POST"]),
+            Route("/v1/models", models, methods=["GET"]),
+            Route("/v1/models/{name:path}", models, methods=["GET"]),
+            Route("/healthz", health, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _no_route, Exception: _fault})
+
+
+def _error(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _fault(request: Request, error: Exception) -> JSONResponse:
+    return _error(ApiError(500, "the server failed; see its log", kind="server_error"))
+
+
+async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
+    what = {404: "there is no such route", 405: f"the route takes no {request.method}"}
+    message = f"{request.url.path}: {what.get(error.status_code, error.detail)}"
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code,
+                        headers=error.headers)
+
+
+def _models(service: Service, name: str | None) -> Response:
+    card = {"id": service.name, "object": "model", "created": service.created,
+            "owned_by": "encdec"}
+    if name is None:
+        return JSONResponse({"object": "list", "data": [card]})
+    if name != service.name:
+        return _error(ApiError(404, f"no model {name!r}; this server has {service.name!r}",
+                               param="model", code="model_not_found"))
+    return JSONResponse(card)
+
+
+def _health(service: Service) -> Response:
+    """Whether requests are taken: what a load balancer wants to know."""
+    engine = service.engine
+    state = "failed" if engine.broken else "closing" if engine.closing else "ok"
+    return JSONResponse({
+        "status": state, "slots": engine.plan.slots, "active": engine.active,
+        "waiting": engine.waiting}, 200 if state == "ok" else 503)
+
+
+def _ended(service: Service) -> ApiError:
+    return _failed("error" if service.engine.broken else "shutdown", service)
+
+
+def _failed(failure: str, service: Service) -> ApiError:
+    if failure == "timeout":
+        return ApiError(504, f"no answer within {service.timeout_seconds:g} s", kind="timeout",
+                        code="timeout")
+    if failure == "shutdown":
+        return ApiError(503, "the server is shutting down", kind="server_error",
+                        code="shutting_down", headers={"Retry-After": "5", "Connection": "close"})
+    return ApiError(500, "the model failed; see the server's log", kind="server_error")
+
+
+class _Completions:
+    """POST /v1/completions, an ASGI application of its own: it must see clients go."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 499  # as nginx logs a client that went away
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, noting)
+        except ApiError as error:
+            await _error(error)(scope, receive, noting)
+        except (ClientDisconnect, OSError):
+            status = 499
+        finally:
+            self._service.engine.metrics.requests.labels(scope["path"], str(status)).inc()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service
+        if service.engine.closing:
+            raise _ended(service)
+        body = await self._body(Request(scope, receive))
+        completion = parse_completion(
+            body, model=service.name, prompts=service.engine.prompts, limits=service.limits)
+        async with self._running(completion) as (ticket, news):
+            shaper = Shaper(service.name, service.engine.prompts.vocabulary, completion)
+            make = self._stream if completion.stream else self._whole
+            work = asyncio.ensure_future(make(completion, shaper, news, scope, receive, send))
+            gone = asyncio.ensure_future(_disconnected(receive))
+            try:
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ClientDisconnect
+                work.result()
+            finally:
+                for task in (work, gone):
+                    task.cancel()
+                await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _body(self, request: Request) -> bytes:
+        most = self._service.max_body_bytes
+        too_long = ApiError(413, f"the body is longer than {most:,} bytes; wanted at most that",
+                            headers={"Connection": "close"})
+        if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
+            raise too_long
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise too_long
+                    parts.append(part)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s",
+                           headers={"Connection": "close"}) from None
+        return b"".join(parts)
+
+    @contextlib.asynccontextmanager
+    async def _running(self, completion: Completion) -> AsyncIterator[tuple[Ticket, asyncio.Queue]]:
+        """The request in the engine; leaving frees whatever it still holds there."""
+        service, loop = self._service, asyncio.get_running_loop()
+        news: asyncio.Queue[Update | str] = asyncio.Queue()
+
+        def deliver(update: Update | str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may have ended
+                loop.call_soon_threadsafe(news.put_nowait, update)
+
+        ticket = Ticket(
+            completion.inputs, completion.settings, deliver, stream=completion.stream,
+            timeout_seconds=service.timeout_seconds)
+        try:
+            service.engine.submit(ticket)
+        except Busy as busy:
+            raise ApiError(
+                429, f"the queue is full; try again in {busy.retry_seconds} s",
+                kind="rate_limit_error", code="rate_limit_exceeded",
+                headers={"Retry-After": str(busy.retry_seconds)}) from None
+        except Closing:
+            raise _ended(service) from None
+        try:
+            yield ticket, news
+        finally:
+            service.engine.cancel(ticket)
+
+    async def _whole(self, completion: Completion, shaper: Shaper, news: asyncio.Queue,
+                     scope: Scope, receive: Receive, send: Send) -> None:
+        count = len(completion.inputs) * completion.settings.samples
+        choices: list[dict[str, Any] | None] = [None] * count
+        tokens = 0
+        for _ in range(count):
+            update = await news.get()
+            if isinstance(update, str):
+                raise _failed(update, self._service)
+            choices[update.index] = shaper.choice(
+                update.index, update.text, update.tokens, update.log_probs, update.finish)
+            tokens += len(update.tokens)
+        await JSONResponse(shaper.body(choices, tokens))(scope, receive, send)
+
+    async def _stream(self, completion: Completion, shaper: Shaper, news: asyncio.Queue,
+                      scope: Scope, receive: Receive, send: Send) -> None:
+        """Server-sent events; they begin with the first news, so that failures before have a
+        status of their own."""
+        count = len(completion.inputs) * completion.settings.samples
+        before: list[list[int]] = [[] for _ in range(count)]
+        begun = False
+
+        async def event(data: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(),
+                        "more_body": more})
+
+        dump = lambda value: json.dumps(value, ensure_ascii=False)
+        while count:
+            update = await news.get()
+            if isinstance(update, str):
+                error = _failed(update, self._service)
+                if not begun:
+                    raise error
+                await event(dump(error.body()), more=False)
+                return
+            if not begun:
+                begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": [
+                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"cache-control", b"no-cache")]})
+            choice = shaper.choice(update.index, update.text, update.tokens, update.log_probs,
+                                   update.finish, before[update.index])
+            before[update.index] += update.tokens
+            count -= update.finish is not None
+            if update.text or update.finish or choice["logprobs"]:
+                await event(dump(shaper.body([choice], None)))
+        if completion.include_usage:
+            await event(dump(shaper.body([], sum(map(len, before)))))
+        await event("[DONE]", more=False)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,214 @@
+"""The server over loopback: routes, streams, limits, clients that go, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+
+import httpx
+import pytest
+
+from encdec.inference.settings import GenerationSettings
+from encdec.serving.server import running
+from tests.serving.examples import (
+    NAME,
+    SlowEngine,
+    events,
+    generator,
+    make_engine,
+    make_service,
+    until,
+)
+
+GREEDY = {"temperature": 0}
+LONG = {"prompt": "short", "temperature": 0, "max_tokens": 16, "no_repeat_ngram": 1}
+
+
+@pytest.fixture(scope="module")
+def server():
+    service = make_service(make_engine(), max_body_bytes=5000)
+    with running(service) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
+        yield client, service
+
+
+@contextlib.contextmanager
+def slow_server(slots=1, max_queue=64, grace_seconds=10.0, **settings):
+    engine = make_engine(kind=SlowEngine, slots=slots, max_queue=max_queue)
+    engine.warm_up()
+    service = make_service(engine, **settings)
+    with running(service, grace_seconds) as (url, server):
+        yield url, service, server
+
+
+def post(client, **fields):
+    return client.post("/v1/completions", json=fields)
+
+
+def test_completions(server):
+    client, _ = server
+    texts = ["short", "a text of twenty bytes"]
+    response = post(client, prompt=texts, logprobs=0, **GREEDY)
+    assert response.status_code == 200, response.text
+    body = response.json()
+    assert body["object"] == "text_completion" and body["model"] == NAME
+    made = generator().generate(texts)
+    for choice, (wanted,) in zip(body["choices"], made, strict=True):
+        assert choice["text"] == wanted.text
+        assert choice["finish_reason"] == ("stop" if wanted.finish == "eos" else "length")
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(wanted.log_probs, abs=1e-4)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["usage"]["completion_tokens"] == sum(len(one.tokens) for (one,) in made)
+    assert body["usage"]["prompt_tokens"] == 6 + 23
+    drawn = post(client, prompt=texts, n=3, seed=7, temperature=1.2, top_k=30, max_tokens=9)
+    wanted = generator().generate(texts, GenerationSettings(
+        samples=3, seed=7, temperature=1.2, top_k=30, max_tokens=9))
+    assert [choice["text"] for choice in drawn.json()["choices"]] == [
+        one.text for made in wanted for one in made]
+
+
+def test_streams_join_to_the_whole(server):
+    client, _ = server
+    fields = {"prompt": ["short", "x"], "logprobs": 0, "max_tokens": 16} | GREEDY
+    whole = post(client, **fields).json()
+    response = post(client, stream=True, stream_options={"include_usage": True}, **fields)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *pieces, usage, done = events(response.text)
+    assert done == "[DONE]" and usage["choices"] == [] and usage["usage"] == whole["usage"]
+    for index, choice in enumerate(whole["choices"]):
+        parts = [part["choices"][0] for part in pieces if part["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["finish_reason"] for part in parts] == [
+            None] * (len(parts) - 1) + [choice["finish_reason"]]
+        for field, wanted in choice["logprobs"].items():
+            if wanted is not None:
+                assert [x for part in parts for x in part["logprobs"][field]] == wanted
+    assert len({part["id"] for part in pieces}) == 1
+
+
+def test_the_other_routes(server):
+    client, service = server
+    post(client, prompt="x", **GREEDY)
+    until(lambda: service.engine.idle)  # the slot is free shortly after the answer is there
+    health = client.get("/healthz")
+    assert health.status_code == 200 and health.json()["status"] == "ok"
+    assert client.get("/v1/models").json()["data"][0]["id"] == NAME
+    assert client.get(f"/v1/models/{NAME}").json()["object"] == "model"
+    text = client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values['encdec_http_requests_total{route="/v1/completions",status="200"}']) >= 1
+    assert float(values["encdec_output_tokens_total"]) > 0
+    assert float(values["encdec_slots"]) == 4 and float(values["encdec_slots_active"]) == 0
+    assert float(values["encdec_first_token_seconds_count"]) >= 1
+
+
+def test_wrong_requests_get_a_reason_in_openais_shape(server):
+    client, _ = server
+    for response, status, param, message in (
+        (post(client, prompt=" "), 400, "prompt", "empty"),
+        (post(client, prompt="x" * 60), 400, "prompt", "has 61 tokens"),
+        (post(client, prompt=[264]), 400, "prompt", "the token 264"),
+        (post(client, prompt="x", top_p=3), 400, "top_p", "wanted above 0"),
+        (post(client, prompt="x", model="other"), 404, "model", "this server has"),
+        (post(client, prompt="x" * 6000), 413, None, "longer than 5,000 bytes"),
+        (client.post("/v1/completions", content=iter([b"y" * 3000] * 3)), 413, None, "longer"),
+        (client.post("/v1/completions", content=b"nonsense"), 400, None, "no JSON"),
+        (client.get("/v1/completions"), 405, None, "the route takes no GET"),
+        (client.get("/v1/nothing"), 404, None, "no such route"),
+        (client.get("/v1/models/other"), 404, "model", "no model 'other'"),
+    ):
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert message in error["message"] and error["param"] == param
+        assert error["type"] == "invalid_request_error"
+    assert post(client, prompt="x", **GREEDY).status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again():
+    with slow_server(max_queue=1) as (url, service, _), httpx.Client(base_url=url) as client:
+        def ask():
+            assert client.post("/v1/completions", json=LONG, timeout=60).status_code == 200
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for number, thread in enumerate(threads):
+            thread.start()
+            until(lambda number=number: service.engine.active + service.engine.waiting > number)
+        refused = client.post("/v1/completions", json=LONG)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert client.get("/healthz").status_code == 200
+        for thread in threads:
+            thread.join()
+        assert client.post("/v1/completions", json=LONG, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_frees_its_slot(stream, monkeypatch):
+    """The one slot there is: the next request would wait for the first one's end."""
+    with slow_server() as (url, service, _), httpx.Client(base_url=url) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(SlowEngine, "seconds", 2.0)  # 12 s for the whole answer
+            body = json.dumps(LONG | {"stream": stream}).encode()
+            host, port = url.removeprefix("http://").split(":")
+            connection = socket.create_connection((host, int(port)))
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
+                               + str(len(body)).encode() + b"\r\n\r\n" + body)
+            until(lambda: service.engine.active)
+            if stream:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            connection.close()
+            until(lambda: not service.engine.active, seconds=9)
+        assert client.post("/v1/completions", json=LONG, timeout=60).status_code == 200
+        text = client.get("/metrics").text
+        assert 'encdec_answers_total{finish="cancelled"} 1.0' in text
+
+
+def test_overdue_requests_get_504_or_an_event(monkeypatch):
+    monkeypatch.setattr(SlowEngine, "seconds", 0.6)  # 3.6 s for the whole answer
+    with slow_server(timeout_seconds=1.5) as (url, service, _), (
+            httpx.Client(base_url=url, timeout=60)) as client:
+        late = client.post("/v1/completions", json=LONG)
+        assert late.status_code == 504 and late.json()["error"]["type"] == "timeout"
+        parts = client.post("/v1/completions", json=LONG | {"stream": True}).text.split("\n\n")
+        assert "no answer within 1.5 s" in parts[-2] and "[DONE]" not in parts[-2]
+        until(lambda: service.engine.idle)
+
+
+def test_the_end_finishes_what_runs_and_refuses_what_comes():
+    with slow_server() as (url, service, server):
+        async def scene():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                ask = lambda: asyncio.ensure_future(client.post("/v1/completions", json=LONG))
+                running = [ask(), ask()]  # one in the slot, one waiting
+                while service.engine.active + service.engine.waiting < 2:
+                    await asyncio.sleep(0.005)
+                server.handle_exit(15, None)
+                while not service.engine.closing:
+                    await asyncio.sleep(0.005)
+                refused = await ask()
+                health = await client.get("/healthz")
+                return await asyncio.gather(*running), refused, health
+
+        finished, refused, health = asyncio.run(scene())
+        assert [response.status_code for response in finished] == [200, 200]
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        assert refused.json()["error"]["code"] == "shutting_down"
+        assert health.status_code == 503 and health.json()["status"] == "closing"
+        until(lambda: server.should_exit)
+
+
+def test_the_end_waits_no_longer_than_it_was_told(monkeypatch):
+    monkeypatch.setattr(SlowEngine, "seconds", 0.5)
+    with slow_server(grace_seconds=0.1) as (url, service, server):
+        async def scene():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                running = asyncio.ensure_future(client.post("/v1/completions", json=LONG))
+                while not service.engine.active:
+                    await asyncio.sleep(0.005)
+                server.handle_exit(15, None)
+                return await running
+
+        assert asyncio.run(scene()).status_code == 503
+        until(lambda: server.should_exit)
