@@ -70,8 +70,10 @@ def dot_product_attention(
         keep = 1.0 - config.attention_dropout
         kept = jax.random.bernoulli(dropout_key, keep, probabilities.shape)
         probabilities = jnp.where(kept, probabilities / keep, 0.0)
-    out = jnp.einsum(f"b{pair}ts,bskd->bt{pair}d", probabilities.astype(v_BxSxKxD.dtype), v_BxSxKxD)
-    return out.reshape(batch, length, heads, dim)
+    out = jnp.einsum(
+        f"b{pair}ts,bskd->bt{pair}d", probabilities.astype(v_BxSxKxD.dtype), v_BxSxKxD,
+        preferred_element_type=jnp.float32 if config.float32_sums else None)
+    return out.astype(v_BxSxKxD.dtype).reshape(batch, length, heads, dim)
 
 
 @flax.struct.dataclass

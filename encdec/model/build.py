@@ -13,6 +13,7 @@ from encdec.errors import ConfigError
 from encdec.model.config import ModelConfig
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
+from encdec.model.layers import part_sizes
 
 Model = EncoderDecoder | DecoderOnly
 Params = dict[str, Any]
@@ -81,11 +82,51 @@ def scan_params(params: Params, config: ModelConfig) -> Params:
     return result
 
 
-def for_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model unrolled, without remat: the layout in which one-token steps are fastest."""
+def for_decoding(
+    config: ModelConfig, params: Params, kernel_parts: int = 0
+) -> tuple[ModelConfig, Params]:
+    """The same model unrolled, without remat: the layout in which one-token steps are fastest.
+
+    ``kernel_parts`` lays the decoder's kernels out as ``ModelConfig.kernel_parts`` says; a tied
+    vocabulary head then lies beside the embedding, a second time.
+    """
     if config.scan_layers:
         params = unroll_params(params, config)
-    return config.replace(scan_layers=False, remat="none"), params
+    config = config.replace(scan_layers=False, remat="none")
+    if not kernel_parts or config.kernel_parts:
+        return config, params
+    config = config.replace(kernel_parts=kernel_parts)
+    embedder = dict(params["embedder"])
+    head = embedder["embedding"] if config.tie_embeddings else embedder.pop("head").T
+    return config, params | {
+        "embedder": embedder | _parts(config, "head", head),
+        "decoder": _kernels_in_parts(config, params["decoder"])}
+
+
+def _kernels_in_parts(config: ModelConfig, params: Params) -> Params:
+    """A subtree with every ``kernel`` as [out, in] in parts."""
+    result = {}
+    for name, value in params.items():
+        if isinstance(value, dict) and "kernel" in value:
+            kernel = value["kernel"]
+            # Only attention's output sums over two dimensions, heads and head width.
+            width = kernel.shape[0] if name != "o" else kernel.shape[0] * kernel.shape[1]
+            rest = {k: v for k, v in value.items() if k != "kernel"}
+            result[name] = rest | _parts(config, "kernel", kernel.reshape(width, -1).T)
+        elif isinstance(value, dict):
+            result[name] = _kernels_in_parts(config, value)
+        else:
+            result[name] = value
+    return result
+
+
+def _parts(config: ModelConfig, name: str, kernel: Any) -> Params:
+    """The rows of an [out, in] kernel as separate, contiguous arrays."""
+    begin, result = 0, {}
+    for index, rows in enumerate(part_sizes(config, *kernel.shape)):
+        result[f"{name}_{index}"] = jnp.array(kernel[begin : begin + rows])
+        begin += rows
+    return result
 
 
 def check_params(params: Params, config: ModelConfig) -> None:

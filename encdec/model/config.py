@@ -87,6 +87,10 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master parameters
     scan_layers: bool = True  # compile one layer and loop, or unroll all
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    # Of the encoder, in inference; products then add up in float32. "": dtype
+    encoder_dtype: Literal["", "bfloat16"] = ""
+    # Decoder kernels as [out, in] in so many parts that cores read at once; 0: as trained
+    kernel_parts: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -112,6 +116,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return self.encoder_layers + self.decoder_layers
+
+    @property
+    def float32_sums(self) -> bool:
+        """Whether products of bfloat16 numbers are asked for in float32 and rounded after."""
+        return self.encoder_dtype == self.dtype == "bfloat16"
 
     @property
     def scores_scale(self) -> float:
@@ -175,6 +184,9 @@ def _check_values(config: ModelConfig) -> None:
         require(getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "mlp_dropout", "residual_dropout"):
         require(0 <= getattr(config, field) < 1, field, "a rate in [0, 1)")
+    require(config.kernel_parts >= 0, "kernel_parts", "0 (as trained) or a number of parts")
+    require(not (config.kernel_parts and config.scan_layers), "kernel_parts",
+            "0 with scan_layers=True; for_decoding sets both")
     for field in ("attention_logit_cap", "final_logit_cap", "attention_scale", "attention_window",
                   "global_layer_every", "local_rope_theta"):
         require(getattr(config, field) >= 0, field, "0 (off) or a positive number")

@@ -42,8 +42,10 @@ class EncoderDecoder(nn.Module):
         config = self.config
         self.embedder = Embedder(config)
         if not config.share_embeddings:
-            self.encoder_embedder = Embedder(config, head_too=False)
-        self.encoder = Stack(config, config.encoder_layers)
+            self.encoder_embedder = Embedder(config.replace(kernel_parts=0), head_too=False)
+        self.encoder = Stack(
+            config.replace(dtype=config.encoder_dtype or config.dtype, kernel_parts=0),
+            config.encoder_layers)
         self.decoder = Stack(config, config.decoder_layers, cross_attention=True)
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> jax.Array:
@@ -69,7 +71,8 @@ class EncoderDecoder(nn.Module):
             deterministic=deterministic,
         )
         embed = self.embedder if self.config.share_embeddings else self.encoder_embedder
-        return self.encoder(embed(tokens_BxS), inputs)[0]
+        x_BxSxM = embed(tokens_BxS).astype(self.config.encoder_dtype or self.config.dtype)
+        return self.encoder(x_BxSxM, inputs)[0].astype(self.config.dtype)
 
     def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """The decoder's normed output [B, T, M] under teacher forcing, on packed rows."""

@@ -8,6 +8,7 @@ Parameters are stored in ``config.param_dtype`` and cast to ``config.dtype`` whe
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -36,9 +37,14 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), self.axes)
-        kernel = self.param("kernel", init, self.shape, jnp.dtype(config.param_dtype))
-        y = jnp.einsum(self.equation, x, kernel.astype(dtype))
+        if config.kernel_parts:
+            y = self._by_parts(x)
+        else:
+            init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), self.axes)
+            kernel = self.param("kernel", init, self.shape, jnp.dtype(config.param_dtype))
+            sums = jnp.float32 if config.float32_sums else None
+            y = jnp.einsum(self.equation, x, kernel.astype(dtype), preferred_element_type=sums)
+            y = y.astype(dtype)
         if self.bias_dims:
             init = nn.with_logical_partitioning(
                 nn.initializers.zeros_init(), self.axes[-self.bias_dims :]
@@ -48,6 +54,38 @@ class Projection(nn.Module):
             )
             y = y + bias.astype(dtype)
         return y
+
+    def _by_parts(self, x: jax.Array) -> jax.Array:
+        """The same product with the kernel as [out, in] in parts, each a parameter of its own."""
+        # The equation's second operand begins with the dimensions that are summed over.
+        summed = len(set(self.equation.split("->")[0].split(",")[1])
+                     - set(self.equation.split("->")[1]))
+        width, into = math.prod(self.shape[:summed]), self.shape[summed:]
+        x = x.reshape(*x.shape[: x.ndim - summed], width)
+        return apply_parts(self, "kernel", x, math.prod(into), width).reshape(*x.shape[:-1], *into)
+
+
+def part_sizes(config: ModelConfig, out: int, width: int) -> list[int]:
+    """Rows of each part of an [out, width] kernel; one that is read in no time stays whole."""
+    parts = config.kernel_parts if out * width >= config.d_model**2 // 4 else 1
+    return [out // parts + (i < out % parts) for i in range(min(parts, out))]
+
+
+def apply_parts(
+    module: nn.Module, name: str, x: jax.Array, out: int, width: int
+) -> jax.Array:
+    """``x [..., width] @ kernel.T`` with the kernel's rows in parameters ``name_0``, ``name_1`` ...
+
+    XLA's CPU compiler gives a matrix-vector product to one core, but runs independent ones at the
+    same time: two halves are read at twice the rate.
+    """
+    config = module.config
+    init, dtype = nn.initializers.normal(config.init_std), jnp.dtype(config.dtype)
+    pieces = [
+        jnp.einsum("...i,oi->...o", x, module.param(
+            f"{name}_{i}", init, (rows, width), jnp.dtype(config.param_dtype)).astype(dtype))
+        for i, rows in enumerate(part_sizes(config, out, width))]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
 
 
 class RMSNorm(nn.Module):
@@ -117,7 +155,7 @@ class Embedder(nn.Module):
             "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")),
             (config.vocab_size, config.d_model), dtype,
         )
-        if self.head_too and not config.tie_embeddings:
+        if self.head_too and not config.tie_embeddings and not config.kernel_parts:
             self.head = self.param(
                 "head", nn.with_logical_partitioning(init, ("embed", "vocab")),
                 (config.d_model, config.vocab_size), dtype,
@@ -137,6 +175,8 @@ class Embedder(nn.Module):
         ``start`` and ``stop`` give those of a part of the vocabulary alone.
         """
         dtype = jnp.dtype(self.config.dtype)
+        if self.config.kernel_parts:
+            return self._capped(self._logits_by_parts(hidden)[..., start:stop])
         if self.config.tie_embeddings:
             table, equation = self.embedding[start:stop], "...m,vm->...v"
         else:
@@ -144,6 +184,14 @@ class Embedder(nn.Module):
         logits = jnp.einsum(
             equation, hidden.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32
         )
-        if self.config.final_logit_cap:
-            logits = self.config.final_logit_cap * jnp.tanh(logits / self.config.final_logit_cap)
-        return logits
+        return self._capped(logits)
+
+    @nn.compact
+    def _logits_by_parts(self, hidden: jax.Array) -> jax.Array:
+        config = self.config
+        return apply_parts(self, "head", hidden, config.vocab_size, config.d_model).astype(
+            jnp.float32)
+
+    def _capped(self, logits: jax.Array) -> jax.Array:
+        cap = self.config.final_logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
