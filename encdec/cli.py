@@ -46,6 +46,9 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "distill": (
         "encdec.distill.experiment_command:main",
         "students of a teacher's full, drawn and top-k rows against plain ones"),
+    "edge": (
+        "encdec.export.edge_benchmark:main",
+        "one model on this CPU by JAX, LiteRT and onnxruntime, float32 to int4"),
     "inference": (
         "encdec.inference.benchmark_command:main",
         "generation by an encoder-decoder and by decoder-only models of its cost"),

@@ -128,7 +128,7 @@ def time_generation(
         for name, (config, params) in ready.items():
             rng = np.random.default_rng(length)
             tokens = jnp.asarray(rng.integers(2, config.vocab_size, (batch, length)), jnp.int32)
-            runs[name, True] = _cached_run(config, params, tokens, output_length)
+            runs[name, True] = cached_run(config, params, tokens, output_length)
             if uncached and not config.is_encoder_decoder:
                 runs[name, False] = _uncached_run(config, params, tokens, output_length)
         for (name, cached), run in runs.items():
@@ -158,7 +158,8 @@ def _time_once(run: _Run) -> tuple[float, float]:
     return middle - begin, time.perf_counter() - begin
 
 
-def _cached_run(config: ModelConfig, params: Params, tokens: jax.Array, count: int) -> _Run:
+def cached_run(config: ModelConfig, params: Params, tokens: jax.Array, count: int) -> _Run:
+    """Greedy generation of ``count`` tokens after tokens [B, S]; parameters are ready for it."""
     batch, length = tokens.shape
     plan = DecodingPlan(Choosing(config.vocab_size), count, START_ID)
     lengths = jnp.full(batch, length, jnp.int32)

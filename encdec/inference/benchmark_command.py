@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="parameters, flops or both (both)")
     for name, default, text in (("inputs", (128, 512, 2048), "input tokens"),
                                 ("outputs", (64,), "new tokens"), ("batches", (1,), "rows")):
-        parser.add_argument(f"--{name}", type=_numbers, default=default, metavar="N,N",
+        parser.add_argument(f"--{name}", type=numbers, default=default, metavar="N,N",
                             help=f"{text} ({','.join(map(str, default))})")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
@@ -259,7 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """Positive numbers, separated by commas."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from encdec.inference.decoding import cores
 
 # Far beyond any cache of a CPU.
 _READ_BYTES = 512 * 2**20
@@ -21,7 +25,7 @@ class DeviceRates:
 
     Attributes:
         bytes_per_second: of a matrix-vector product, which reads its matrix once, as a decoding
-            step reads its weights.
+            step reads its weights; the better of one product and of one for each core at a time.
         flops_per_second: of a square matrix product.
     """
 
@@ -30,16 +34,35 @@ class DeviceRates:
 
 
 def measure_rates(dtype: str = "float32", tries: int = 5) -> DeviceRates:
-    """Measures the default device; takes a second or two and half a GiB on a CPU."""
+    """Measures the default device; takes a second or two and half a GiB on a CPU.
+
+    bfloat16 numbers are added up in float32. Their reading is measured on accelerators alone: no
+    CPU program of ours reads them one row at a time.
+    """
     item = jnp.dtype(dtype).itemsize
     width = 4096
-    matrix = jnp.ones((_READ_BYTES // item // width, width), dtype)
-    vector = jnp.ones(width, dtype)
-    product = jax.jit(jnp.dot)
-    read = _best(lambda: product(matrix, vector), tries)
+    on_cpu = jax.default_backend() == "cpu"
+    vector, read, size = jnp.ones(width, dtype), float("inf"), _READ_BYTES
+    if not (on_cpu and dtype == "bfloat16"):
+        rows = _READ_BYTES // item // width
+        for parts in {1, cores()} if on_cpu else {1}:
+            # Parts are arrays of their own: XLA gives each product to one core.
+            pieces = [jnp.ones((rows // parts, width), dtype) for _ in range(parts)]
+            size = sum(piece.nbytes for piece in pieces)
+            read = min(read, _best(lambda pieces=pieces: _products(pieces, vector), tries))
     square = jnp.ones((_SIDE, _SIDE), dtype)
-    multiply = _best(lambda: product(square, square), tries)
-    return DeviceRates(matrix.size * item / read, 2 * _SIDE**3 / multiply)
+    multiply = _best(lambda: _square(square, square), tries)
+    return DeviceRates(size / read, 2 * _SIDE**3 / multiply)
+
+
+@jax.jit
+def _products(pieces: Sequence[jax.Array], vector: jax.Array) -> list[jax.Array]:
+    return [piece @ vector for piece in pieces]
+
+
+@jax.jit
+def _square(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _best(work: Callable[[], Any], tries: int) -> float:
@@ -50,3 +73,25 @@ def _best(work: Callable[[], Any], tries: int) -> float:
         jax.block_until_ready(work())
         taken.append(time.perf_counter() - begin)
     return min(taken)
+
+
+class Busy:
+    """How much of the machine other processes take, from when it is made (Linux; else nothing)."""
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds since some time: of all cores busy, of all cores, of this process."""
+        try:
+            fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return 0.0, 0.0, 0.0
+        ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields[:8]]
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) - idle, sum(ticks), time.process_time()
+
+    def others(self) -> float:
+        """Their share of all cores' time until now, 0 to 1."""
+        busy, total, own = (b - a for a, b in zip(self._begin, self._now()))
+        return max(0.0, busy - own) / total if total else 0.0

@@ -1,0 +1,289 @@
+"""``encdec benchmark edge``: one model through every runtime on this machine's CPU, by turns."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import ConfigError
+from encdec.export import litert_export, onnx_export
+from encdec.inference.benchmark import START_ID, GenerationTiming, Spread, cached_run
+from encdec.inference.benchmark_command import numbers
+from encdec.inference.decoding import ready_for_decoding
+from encdec.inference.device_rates import Busy, DeviceRates, measure_rates
+from encdec.inference.exported import ExportedModel, export_format, likeliest, load_exported_model
+from encdec.model import ModelConfig, build_model, init_params, preset
+from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops
+
+# name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout.
+PATHS = {
+    "jax": ("jax", "as generate runs it"), "jax-float32": ("jax", "float32"),
+    "litert-float32": ("litert", "float32"), "litert-int8": ("litert", "int8"),
+    "litert-int4": ("litert", "int4"), "onnx-float32": ("onnx", "float32"),
+    "onnx-int8": ("onnx", "int8"), "onnx-int4": ("onnx", "int4"),
+}
+DEFAULT = ("jax", "jax-float32", "litert-int8", "litert-int4", "onnx-int8")
+WRITERS = {"litert": litert_export, "onnx": onnx_export}
+
+# From an input's tokens to the first new token and a state; from the state to all others.
+Run = tuple[Callable[[np.ndarray], Any], Callable[[Any, int], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One path at one input length.
+
+    Attributes:
+        timing: see ``GenerationTiming``.
+        decode_floor_share: seconds that reading the decoder's weights and caches takes at the
+            measured bandwidth, over those that the later tokens took.
+        first_token_rate: FLOP/s up to the first token, over the measured rate of a matrix product
+            in the type that this path multiplies in where JAX has it (int8: of bfloat16).
+    """
+
+    timing: GenerationTiming
+    decode_floor_share: float
+    first_token_rate: float
+
+
+def artefact(name: str, config: ModelConfig, params: Any, folder: pathlib.Path) -> pathlib.Path:
+    """The directory of an export, written now unless it is there."""
+    kind, precision = PATHS[name]
+    out = folder / name
+    if not (out / "config.json").is_file():
+        vocabulary = folder / "vocabulary"
+        vocabulary.mkdir(parents=True, exist_ok=True)
+        spec = ByteVocabulary().save(vocabulary).to_dict() | {"size": config.vocab_size}
+        WRITERS[kind].write(
+            out, config, params, precision=precision, vocabulary_from=vocabulary,
+            content={"format_version": 1, "data": {"vocabulary": spec}})
+    return out
+
+
+def jax_run(config: ModelConfig, params: Any, dtype: str | None, outputs: int) -> Run:
+    """Our own model: the same compiled programs that ``encdec generate`` runs."""
+    config, params = ready_for_decoding(config, params, dtype)
+    made: dict[int, Any] = {}
+
+    def first(tokens_S: np.ndarray) -> Any:
+        length = len(tokens_S)
+        if length not in made:
+            made[length] = cached_run(
+                config, params, jnp.asarray(tokens_S, jnp.int32)[None], outputs)
+        return length, jax.block_until_ready(made[length][0]())
+
+    def rest(state: Any, count: int) -> Any:
+        length, decoding = state
+        return np.asarray(jax.block_until_ready(made[length][1](decoding)).tokens_RxN)
+
+    return first, rest
+
+
+def exported_run(model: ExportedModel, outputs: int) -> Run:
+    """An exported model, step by step as its generator does it."""
+
+    def first(tokens_S: np.ndarray) -> Any:
+        logits, memory = model.prefill(
+            np.asarray(tokens_S, np.int64)[None], np.array([len(tokens_S)]), START_ID, outputs)
+        return memory, likeliest(logits, model.config.vocab_size)[0]
+
+    def rest(state: Any, count: int) -> Any:
+        memory, token_R = state
+        tokens = [token_R]
+        for _ in range(count - 1):
+            tokens.append(memory.greedy(tokens[-1])[0])
+        return np.stack(tokens, axis=1)
+
+    return first, rest
+
+
+def measure(
+    runs: dict[str, Run], config: ModelConfig, inputs: Sequence[int], outputs: int, repeats: int,
+) -> list[GenerationTiming]:
+    """Times every path at every length, by turns, after a first round that does not count."""
+    timings = []
+    for length in inputs:
+        tokens = np.random.default_rng(length).integers(2, config.vocab_size, length)
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for turn in range(repeats + 1):
+            for name, (first, rest) in runs.items():
+                begin = time.perf_counter()
+                state = first(tokens)
+                middle = time.perf_counter()
+                rest(state, outputs)
+                if turn:
+                    taken[name].append((middle - begin, time.perf_counter() - begin))
+        timings += [GenerationTiming(name, True, length, outputs, 1, *zip(*times))
+                    for name, times in taken.items()]
+    return timings
+
+
+def evaluate(
+    timing: GenerationTiming, config: ModelConfig, rates: DeviceRates, fast: DeviceRates
+) -> Measured:
+    """Holds a timing against the formulas and the machine's rates."""
+    kind, precision = PATHS[timing.model]
+    flops = generation_flops(config, timing.input_length, timing.output_length)
+    later, precision = flops.later_tokens, precision if kind != "jax" else "float32"
+    layers = BYTES_PER_VALUE[precision]
+    head = max(layers, 1.0)  # the head is never stored in less than eight bits
+    weights = later.decoder / 2 * layers + later.head / 2 * head
+    cache = (timing.output_length - 1) * cache_bytes(
+        config, timing.input_length, max(1, timing.output_length // 2), dtype="float32")
+    taken = timing.total.median - timing.first_token.median
+    reduced = PATHS[timing.model][1] not in ("float32",)
+    rate = (fast if reduced else rates).flops_per_second
+    return Measured(timing, (weights + cache) / rates.bytes_per_second / taken,
+                    flops.first_token.total / timing.first_token.median / rate)
+
+
+def peak_bytes(arguments: Sequence[str]) -> int:
+    """Peak memory of a process of its own that loads one path and generates once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "encdec", "benchmark", "edge", "--peak", *arguments],
+        capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def main(argv: list[str]) -> int:
+    """Exports the model where it is not yet, times every path, prints a table, writes JSON.
+
+    Raises:
+        ConfigError: an unknown model or path, or a number that cannot be.
+    """
+    options = _parser().parse_args(argv)
+    config = preset(options.model)
+    for name in options.paths:
+        if name not in PATHS:
+            raise ConfigError(f"--paths has {name!r}; wanted some of {', '.join(PATHS)}")
+    if not config.is_encoder_decoder:
+        raise ConfigError(f"--model={options.model} is decoder-only; wanted an encoder-decoder")
+    if options.repeats < 1 or options.outputs < 2:
+        raise ConfigError(f"repeats is {options.repeats} and outputs {options.outputs}; wanted at "
+                          "least 1 and 2")
+    folder = pathlib.Path(options.artefacts)
+    if options.peak:
+        print(_peak(options, config, folder))
+        return 0
+    draw = jax.jit(init_params, static_argnums=0)
+    params = draw(build_model(config), jax.random.key(0))
+    runs = {name: _run(name, config, params, folder, options.outputs) for name in options.paths}
+    if options.export_only:
+        return 0
+    del params
+    console = Console(width=None if Console().is_terminal else 150)
+    rates, fast = measure_rates("float32"), measure_rates("bfloat16")
+    busy = Busy()
+    timings = measure(runs, config, options.inputs, options.outputs, options.repeats)
+    others = busy.others()
+    del runs
+    again = measure_rates("float32")
+    rates = max((rates, again), key=lambda one: one.bytes_per_second)
+    found = [evaluate(timing, config, rates, fast) for timing in timings]
+    peaks = {} if options.no_memory else {
+        name: peak_bytes([f"--model={options.model}", f"--paths={name}",
+                          f"--artefacts={folder}", f"--inputs={max(options.inputs)}",
+                          f"--outputs={options.outputs}"]) for name in options.paths}
+    console.print(
+        f"{platform.processor() or platform.machine()}, batch 1: {rates.bytes_per_second / 1e9:.1f}"
+        f" GB/s read, {rates.flops_per_second / 1e9:.0f} GFLOP/s float32 and "
+        f"{fast.flops_per_second / 1e9:.0f} bfloat16; other processes took {others:.0%} of the "
+        "cores meanwhile")
+    console.print(_table(found, peaks, options.outputs))
+    if options.out:
+        pathlib.Path(options.out).mkdir(parents=True, exist_ok=True)
+        (pathlib.Path(options.out) / "edge.json").write_text(json.dumps({
+            "model": options.model, "rates": dataclasses.asdict(rates), "others": others,
+            "bfloat16_flops_per_second": fast.flops_per_second, "peak_bytes": peaks,
+            "measured": [{
+                "path": one.timing.model, "inputs": one.timing.input_length,
+                "outputs": one.timing.output_length,
+                "first_token_seconds": dataclasses.asdict(one.timing.first_token),
+                "total_seconds": dataclasses.asdict(one.timing.total),
+                "tokens_per_second": dataclasses.asdict(one.timing.tokens_per_second),
+                "decode_floor_share": one.decode_floor_share,
+                "first_token_rate": one.first_token_rate} for one in found]}, indent=2) + "\n")
+    return 0
+
+
+def _run(
+    name: str, config: ModelConfig, params: Any, folder: pathlib.Path, outputs: int
+) -> Run:
+    kind, precision = PATHS[name]
+    if kind == "jax":
+        return jax_run(config, params, "float32" if precision == "float32" else None, outputs)
+    path = artefact(name, config, params, folder)
+    assert export_format(path) == kind
+    return exported_run(load_exported_model(path), outputs)
+
+
+def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path) -> int:
+    name = options.paths[0]
+    params = None
+    if PATHS[name][0] == "jax":
+        params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
+    first, rest = _run(name, config, params, folder, options.outputs)
+    rest(first(np.full(max(options.inputs), 5)), options.outputs)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Table:
+    table = Table(title=f"Medians (quartiles), {outputs} tokens out", title_justify="left")
+    names = ("path", "in", "first token, ms", "tokens/s", "total, s", "of matmul rate",
+             "of read floor", "peak memory")
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left")
+    for one in found:
+        timing = one.timing
+        peak = peaks.get(timing.model)
+        table.add_row(
+            timing.model, str(timing.input_length), _spread(timing.first_token, 1e3, 0),
+            _spread(timing.tokens_per_second, 1, 1), _spread(timing.total, 1, 3),
+            f"{one.first_token_rate:.0%}", f"{one.decode_floor_share:.0%}",
+            f"{peak / 2**20:,.0f} MiB" if peak else "")
+    return table
+
+
+def _spread(spread: Spread, factor: float, digits: int) -> str:
+    low, middle, high = (factor * x for x in (spread.low, spread.median, spread.high))
+    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec benchmark edge", allow_abbrev=False,
+        description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
+        "models of the same parameters, by turns in one run. Parameters are drawn anew: their "
+        "values change no time.")
+    parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
+    parser.add_argument("--paths", type=lambda text: tuple(text.split(",")), default=DEFAULT,
+                        metavar="A,B", help=f"of {', '.join(PATHS)} ({','.join(DEFAULT)})")
+    parser.add_argument("--inputs", type=numbers, default=(512,), metavar="N,N",
+                        help="input tokens (512)")
+    parser.add_argument("--outputs", type=int, default=64, help="new tokens (64)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
+    parser.add_argument("--artefacts", default="runs/edge", metavar="DIR",
+                        help="exports are kept and found here (runs/edge)")
+    parser.add_argument("--export_only", action="store_true", help="write exports, time nothing")
+    parser.add_argument("--no_memory", action="store_true",
+                        help="leave the peak memory out, for which each path runs once more in a "
+                        "process of its own")
+    parser.add_argument("--out", metavar="DIR", help="write edge.json there")
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    return parser

@@ -1,0 +1,72 @@
+"""``encdec benchmark edge``: every path makes the same tokens, and the numbers add up."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from encdec.errors import ConfigError
+from encdec.export import edge_benchmark
+from encdec.export.edge_benchmark import PATHS, evaluate, main
+from encdec.inference.benchmark import GenerationTiming
+from encdec.inference.device_rates import Busy, DeviceRates
+from encdec.model import build_model, init_params, preset
+from encdec.model.flops import cache_bytes, generation_flops
+
+for package in ("ai_edge_litert", "onnx", "onnxruntime"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install encdec[litert,onnx]")
+
+
+def test_float32_paths_make_the_same_tokens(tmp_path):
+    config = preset("test", scan_layers=False, tie_embeddings=False, init_std=0.3)
+    params = init_params(build_model(config), jax.random.key(0))
+    tokens, answers = np.arange(3, 12), {}
+    for name in ("jax-float32", "litert-float32", "onnx-float32"):
+        first, rest = edge_benchmark._run(name, config, params, tmp_path, 6)
+        answers[name] = rest(first(tokens), 6).tolist()
+    assert len(answers["jax-float32"][0]) == 6
+    assert len(set(answers["jax-float32"][0])) > 1
+    assert answers["jax-float32"] == answers["litert-float32"] == answers["onnx-float32"]
+
+
+def test_every_path_is_measured_and_written(tmp_path, capsys):
+    paths = ("jax", "litert-int8", "litert-int4", "onnx-int8")
+    assert main(["--model=test", f"--paths={','.join(paths)}", "--inputs=8,4", "--outputs=3",
+                 "--repeats=2", f"--artefacts={tmp_path}", f"--out={tmp_path}",
+                 "--no_memory"]) == 0
+    assert "other processes took" in capsys.readouterr().out
+    report = json.loads((tmp_path / "edge.json").read_text())
+    assert [(m["path"], m["inputs"]) for m in report["measured"]] == [
+        (name, length) for length in (8, 4) for name in paths]
+    assert all(m["first_token_seconds"]["low"] > 0 for m in report["measured"])
+
+
+def test_floors_are_of_the_bytes_that_are_read():
+    config, rates = preset("test"), DeviceRates(1e6, 1e7)
+    later = generation_flops(config, 16, 5).later_tokens
+    cache = 4 * cache_bytes(config, 16, 2, dtype="float32")
+    for name, layers, head in (("jax", 4, 4), ("onnx-int8", 1, 1), ("litert-int4", 0.5, 1)):
+        timing = GenerationTiming(name, True, 16, 5, 1, (0.5,), (2.5,))
+        found = evaluate(timing, config, rates, DeviceRates(1e6, 2e7))
+        weights = later.decoder / 2 * layers + later.head / 2 * head
+        assert found.decode_floor_share == pytest.approx((weights + cache) / 1e6 / 2.0)
+        assert name in PATHS
+
+
+def test_what_others_take_is_a_share():
+    busy = Busy()
+    sum(range(200_000))
+    assert 0 <= busy.others() <= 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--paths=tflite"], "--paths has 'tflite'; wanted some of jax"),
+    (["--model=330m-dec"], "wanted an encoder-decoder"),
+    (["--repeats=0"], "repeats is 0"),
+])
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        main(arguments)
