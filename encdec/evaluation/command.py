@@ -229,6 +229,8 @@ def _load(
     prompts, max_tokens = read_prompt_format(
         options.checkpoint, max_input_tokens=options.max_input_tokens)
     content = read_config(options.checkpoint)
+    if "export" in content:
+        return _load_export(options, content)
     config, params, step = load_params_for_inference(
         options.checkpoint, chosen_step(options.checkpoint, options.step))
     model = {
@@ -246,6 +248,30 @@ def _load(
     references = None if options.no_likelihood else LikelihoodModel(
         config, params, prompts, batch_rows=options.batch_rows, devices=jax.local_devices())
     return generator, references, model
+
+
+def _load_export(
+    options: argparse.Namespace, content: dict[str, Any]
+) -> tuple[Generator, dict[str, Any]]:
+    """The same of a directory that ``encdec export`` wrote; its training is not known to it."""
+    from encdec.inference.exported import load_exported_generator
+    from encdec.model.flops import count_parameters
+
+    if options.step is not None:
+        raise ConfigError(f"{options.checkpoint} is an export, which has no checkpoints; leave "
+                          "--step out")
+    generator = load_exported_generator(
+        options.checkpoint, max_input_tokens=options.max_input_tokens,
+        batch_rows=options.batch_rows)
+    config, export = generator.config, content["export"]
+    return generator, {
+        "checkpoint": str(options.checkpoint), "step": 0,
+        "name": f"{export['format']} {export['precision']}", "architecture": config.architecture,
+        "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers,
+        "parameters": count_parameters(config).total, "training_flops": None, "seed": 0,
+        "max_input_tokens": generator.prompts.max_input_tokens,
+        "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
+    }
 
 
 def flops_so_far(workdir: str, step: int) -> float | None:

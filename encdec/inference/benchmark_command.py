@@ -43,6 +43,8 @@ class Measured:
         timing: see ``GenerationTiming``.
         flops: of one generation, all rows.
         memory_bytes: weights and cache.
+        cache_bytes: of that, keys and values.
+        bytes_moved: of weights and cache read in one generation; weights count once a pass.
         first_token_rate: FLOP/s up to the first token, over the machine's measured rate.
         decode_floor_share: seconds that reading weights and cache for each later token takes at
             the measured bandwidth, over those that it took; 0 for uncached generation.
@@ -51,6 +53,8 @@ class Measured:
     timing: GenerationTiming
     flops: float
     memory_bytes: int
+    cache_bytes: int
+    bytes_moved: float
     first_token_rate: float
     decode_floor_share: float
 
@@ -63,6 +67,7 @@ class Measured:
             "total_seconds": dataclasses.asdict(timing.total),
             "tokens_per_second": dataclasses.asdict(timing.tokens_per_second),
             "flops": self.flops, "memory_bytes": self.memory_bytes,
+            "cache_bytes": self.cache_bytes, "bytes_moved": self.bytes_moved,
             "first_token_rate": self.first_token_rate,
             "decode_floor_share": self.decode_floor_share,
         }
@@ -75,20 +80,20 @@ def evaluate(
     rows, inputs, outputs = timing.batch, timing.input_length, timing.output_length
     flops = generation_flops(config, inputs, outputs, cached=timing.cached)
     first = rows * flops.first_token.total / timing.first_token.median
-    share = 0.0
+    # A weight that a token passes through costs two FLOPs and is read once for all rows.
+    later, share = flops.later_tokens, 0.0
+    held = weight_bytes(config, dtype)
     if timing.cached:
-        # A weight that a token passes through costs two FLOPs and is read once for all rows.
-        later = flops.later_tokens
-        weights = (later.decoder + later.head) / 2 * BYTES_PER_VALUE[dtype]
-        cache = (outputs - 1) * cache_bytes(
+        read = (later.decoder + later.head) / 2 * BYTES_PER_VALUE[dtype]
+        read += (outputs - 1) * cache_bytes(
             config, inputs, max(1, outputs // 2), batch_size=rows, dtype=dtype)
         taken = timing.total.median - timing.first_token.median
-        share = (weights + cache) / rates.bytes_per_second / taken
-    return Measured(
-        timing, rows * flops.total,
-        weight_bytes(config, dtype) + cache_bytes(
-            config, inputs, outputs, batch_size=rows, dtype=dtype),
-        first / rates.flops_per_second, share)
+        share = read / rates.bytes_per_second / taken
+    else:
+        read = (outputs - 1) * held
+    cache = cache_bytes(config, inputs, outputs, batch_size=rows, dtype=dtype)
+    return Measured(timing, rows * flops.total, held + cache * timing.cached,
+                    cache * timing.cached, held + read, first / rates.flops_per_second, share)
 
 
 def measure(
@@ -201,7 +206,7 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
 def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> Table:
     table = Table(title="Medians (quartiles)", title_justify="left")
     names = ("model", "parameters", "batch", "in", "out", "first token, ms", "tokens/s", "memory",
-             "GFLOP", "of matmul rate", "of read floor")
+             "read, GB", "GFLOP", "of matmul rate", "of read floor")
     for place, name in enumerate(names):
         table.add_column(name, justify="right" if place else "left")
     for one in found:
@@ -211,7 +216,8 @@ def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig
             f"{count_parameters(configs[timing.model]).total / 1e6:.1f}M",
             str(timing.batch), str(timing.input_length), str(timing.output_length),
             _spread(timing.first_token, 1e3), _spread(timing.tokens_per_second, 1),
-            f"{one.memory_bytes / 2**20:,.0f} MiB", f"{one.flops / 1e9:,.1f}",
+            f"{one.memory_bytes / 2**20:,.0f} MiB", f"{one.bytes_moved / 1e9:,.1f}",
+            f"{one.flops / 1e9:,.1f}",
             f"{one.first_token_rate:.0%}",
             f"{one.decode_floor_share:.0%}" if timing.cached else "")
     return table

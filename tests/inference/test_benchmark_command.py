@@ -54,6 +54,8 @@ def test_rates_are_shares_of_what_the_machine_can_do():
     weights = 4 * (flops.later_tokens.decoder + flops.later_tokens.head) / 2
     cache = 4 * cache_bytes(config, 16, 2, batch_size=2, dtype="float32")
     assert found.decode_floor_share == pytest.approx((weights + cache) / 1e6 / 2.0)
+    assert found.bytes_moved == pytest.approx(weight_bytes(config, "float32") + weights + cache)
+    assert found.cache_bytes == found.memory_bytes - weight_bytes(config, "float32")
     # Half the weights' bytes, a quarter of the floor less the cache's half.
     half = evaluate(timing, config, rates, "bfloat16")
     assert half.decode_floor_share == pytest.approx(found.decode_floor_share / 2)
