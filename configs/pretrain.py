@@ -72,6 +72,7 @@ def get_config(model: str = "330m") -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1_000  # steps; the last step is always saved
     config.checkpoint.keep = 2  # newest kept; 0: all
+    config.checkpoint.keep_best = 0  # also keep so many of the lowest held-out loss
     config.checkpoint.keep_every = 0  # steps; also keep these multiples for good
 
     config.profile = ConfigDict()

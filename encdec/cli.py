@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("encdec.data.data_command:main", "list tasks, show examples, verify records"),
     "describe": ("encdec.describe:main", "parameters, FLOPs and bytes of a model and its peers"),
     "train": ("encdec.train.command:main", "train a model on records, or resume a run"),
+    "average": ("encdec.train.average:main", "the mean of a run's last checkpoints, as a model"),
     "score": (
         "encdec.distill.score_command:main", "a teacher's distributions on records, for students"),
     "distill": (

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+
+from launch.slices import Slices
 
 # Exit codes of `encdec` after which the same command would only fail again: configuration, data,
 # checkpoint, NaN or infinity. 75 says that the machine was taken away and everything is saved.
@@ -71,3 +75,27 @@ def train_arguments(given: Sequence[str]) -> list[str]:
             raise SystemExit(f"{argument} is an address; mount its bucket (--bucket) and name the "
                              "directory below the mount point")
     return [*given, "--distributed"]
+
+
+def slices_option(text: str) -> Slices:
+    """``CHIP:AxB[xC][*N]`` on a command line."""
+    try:
+        return Slices.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def bucket_option(text: str) -> tuple[str, str]:
+    """``BUCKET[=/DIR]`` on a command line: the bucket and where it is mounted."""
+    bucket, _, directory = text.removeprefix("gs://").partition("=")
+    directory = directory or f"/mnt/{bucket}"
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket) or not directory.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted BUCKET or BUCKET=/DIR")
+    return bucket, directory
+
+
+def setting_option(text: str) -> str:
+    """``NAME=VALUE`` on a command line."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted NAME=VALUE")
+    return text

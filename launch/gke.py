@@ -21,9 +21,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch.commands import FINAL_CODES, PREEMPTED, Runner, train_arguments
+from launch.commands import (
+    FINAL_CODES,
+    PREEMPTED,
+    Runner,
+    bucket_option,
+    setting_option,
+    slices_option,
+    train_arguments,
+)
 from launch.slices import CHIPS, CHIPS_PER_HOST
-from launch.tpu_vm import _bucket, _setting, _slices
 
 CONTAINER = "train"
 
@@ -227,12 +234,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                           "", "After `--`: the arguments of `encdec train`."]))
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
     parser.add_argument("--name", type=_name, help="of the JobSet or workload")
-    parser.add_argument("--slice", type=_slices, metavar="CHIP:SIDES",
+    parser.add_argument("--slice", type=slices_option, metavar="CHIP:SIDES",
                         help="v4, v5e, v5p, v6e or tpu7x, e.g. v5e:16x16, or v5e:16x16*2")
     parser.add_argument("--image", help="container image with encdec")
-    parser.add_argument("--bucket", action="append", default=[], type=_bucket,
+    parser.add_argument("--bucket", action="append", default=[], type=bucket_option,
                         metavar="BUCKET[=DIR]", help="mounted in every pod (at /mnt/BUCKET)")
-    parser.add_argument("--env", action="append", default=[], type=_setting, metavar="NAME=VALUE")
+    parser.add_argument("--env", action="append", default=[], type=setting_option,
+                        metavar="NAME=VALUE")
     parser.add_argument("--spot", action="store_true", help="on Spot nodes")
     parser.add_argument("--service_account",
                         help="of Kubernetes, bound to one that may read and write the buckets")

@@ -14,12 +14,11 @@ happen again (configuration, data, checkpoint, NaN) does not.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 
-from launch.commands import FINAL_CODES, PREEMPTED, Runner, train_arguments
+from launch.commands import FINAL_CODES, PREEMPTED, Runner, setting_option, train_arguments
 
 # `encdec scaling run` ended with some runs failed: recorded, and the next call's business.
 RUNS_FAILED = 6
@@ -113,7 +112,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--account")
     parser.add_argument("--sbatch", action="append", default=[], metavar="--OPTION=VALUE",
                         help="any other option of sbatch (may be repeated)")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--env", action="append", default=[], type=setting_option,
+                        metavar="NAME=VALUE")
     parser.add_argument("--directory", default=".", help="to run in; relative to where sbatch is "
                         "called (%(default)s)")
     parser.add_argument("--logs", default=".", metavar="DIR", help="for the output (%(default)s)")
@@ -128,9 +128,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("nodes", "gpus_per_node", "at_once", "grace_seconds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; wanted 1 or more")
-    for setting in options.env:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", setting):
-            parser.error(f"--env={setting}; wanted NAME=VALUE")
     if not given:
         parser.error("wanted the command's arguments after `--`")
     if options.action == "ladder":

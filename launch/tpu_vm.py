@@ -21,8 +21,14 @@ import time
 from collections.abc import Sequence
 
 from launch.babysit import Action, Decision, Limits, Memory, Seen, decide
-from launch.commands import Runner, train_arguments
-from launch.slices import CHIPS, Slices
+from launch.commands import (
+    Runner,
+    bucket_option,
+    setting_option,
+    slices_option,
+    train_arguments,
+)
+from launch.slices import CHIPS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKER = ROOT / "launch" / "worker.sh"
@@ -244,7 +250,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the queued resource and its nodes")
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", help="default: gcloud's own")
-    parser.add_argument("--slice", required=True, type=_slices, metavar="CHIP:SIDES",
+    parser.add_argument("--slice", required=True, type=slices_option, metavar="CHIP:SIDES",
                         help="v4, v5e, v5p or v6e, e.g. v5e:16x16, or v5e:16x16*2 for two slices")
     capacity = parser.add_mutually_exclusive_group()
     capacity.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
@@ -254,9 +260,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runtime", help="image of the hosts (default: the chip's)")
     parser.add_argument("--network", help="default: the project's")
     parser.add_argument("--service_account", help="of the hosts (default: Compute Engine's)")
-    parser.add_argument("--bucket", action="append", default=[], type=_bucket,
+    parser.add_argument("--bucket", action="append", default=[], type=bucket_option,
                         metavar="BUCKET[=DIR]", help="mounted on every host (at /mnt/BUCKET)")
-    parser.add_argument("--env", action="append", default=[], type=_setting, metavar="NAME=VALUE",
+    parser.add_argument("--env", action="append", default=[], type=setting_option,
+                        metavar="NAME=VALUE",
                         help="for everything that runs on the hosts (may be repeated)")
     parser.add_argument("--poll_seconds", type=float, default=POLL_SECONDS, metavar="S",
                         help="between looks (%(default)s)")
@@ -274,27 +281,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{options.action} wants the arguments of `encdec train` after `--`")
     options.train = train_arguments(train) if needs_run else []
     return options
-
-
-def _slices(text: str) -> Slices:
-    try:
-        return Slices.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _bucket(text: str) -> tuple[str, str]:
-    bucket, _, directory = text.removeprefix("gs://").partition("=")
-    directory = directory or f"/mnt/{bucket}"
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket) or not directory.startswith("/"):
-        raise argparse.ArgumentTypeError(f"{text!r}; wanted BUCKET or BUCKET=/DIR")
-    return bucket, directory
-
-
-def _setting(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}; wanted NAME=VALUE")
-    return text
 
 
 if __name__ == "__main__":

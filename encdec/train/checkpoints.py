@@ -1,26 +1,35 @@
 """Checkpoints: the whole training state, saved in the background, restored bit for bit.
 
-    WORKDIR/checkpoints/STEP/params     parameters, all that inference reads
-                            /optimizer  the optimizer's state
+    WORKDIR/checkpoints/STEP/params        parameters, all that inference reads
+                            /optimizer     the optimizer's state
+                            /fingerprints  of every array, taken before it was written
+    WORKDIR/damaged/STEP                   what could not be read back as it was written
 
 A step's folder gets its name only when it is complete; unfinished ones are never taken for it.
+What is read is held against the fingerprints, so that damage of any kind is found before it is
+trained on; training then goes back to the last checkpoint that is whole.
 Imported models have no steps: their parameters lie as safetensors in WORKDIR/params.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from encdec import safetensors
 from encdec.errors import CheckpointError, DataError
 from encdec.model import ModelConfig, abstract_params, build_model
 from encdec.train.config import CheckpointConfig
+from encdec.train.fingerprint import fingerprints, mismatches
+from encdec.train.processes import any_process, from_first, wait_for_all
 from encdec.train.sharding import path_name
 from encdec.train.state import TrainState
 from encdec.train.workdir import (
@@ -30,22 +39,49 @@ from encdec.train.workdir import (
     read_config,
 )
 
-_ITEMS = ("params", "optimizer")
+DAMAGED_FOLDER = "damaged"
+FINGERPRINTS = "fingerprints"
+_STATE = ("params", "optimizer")
+# Reasons for which a whole checkpoint may be unreadable for the moment: no sign of damage.
+_PASSING = (PermissionError, ConnectionError, TimeoutError, MemoryError)
+_PASSING_CODES = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED",
+                  "UNAUTHENTICATED")
+
+Say = Callable[[str], None]
+
+
+class Damaged(Exception):
+    """A checkpoint that does not give back what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one work directory."""
+    """The checkpoints of one work directory. All processes call the same methods."""
 
-    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
+    def __init__(
+        self, workdir: epath.PathLike, config: CheckpointConfig = CheckpointConfig(),
+        losses: Mapping[int, float] | None = None, say: Say = print,
+    ):
+        """
+        Args:
+            workdir: of the run.
+            config: what to keep.
+            losses: held-out loss by step, for ``config.keep_best``; read anew at every save.
+            say: takes what the user should know.
+        """
         self.directory = epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
-        self._manager = ocp.CheckpointManager(
+        self._say = say
+        self._keep = _Keep(config, {} if losses is None else losses)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep or None,
-                keep_period=config.keep_every or None,
+                preservation_policy=self._keep,
+                cleanup_tmp_directories=True,  # what a killed process left unfinished
                 enable_async_checkpointing=True,
             ),
-            item_names=_ITEMS,
+            item_names=(*_STATE, FINGERPRINTS),
         )
 
     def latest(self) -> int | None:
@@ -54,26 +90,61 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Copies the state off the devices and writes it in the background."""
-        self._manager.save(step, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(state.opt_state)))
+        items = {"params": state.params, "optimizer": state.opt_state}
+        prints = {name: fingerprints(tree) for name, tree in items.items()}
+        # Forced: whether a checkpoint is due is the loop's decision.
+        self._manager.save(step, force=True, args=ocp.args.Composite(
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+            **{FINGERPRINTS: ocp.args.JsonSave(prints)}))
 
-    def restore(self, abstract_state: TrainState, step: int) -> TrainState:
-        """The state after ``step`` steps, placed as ``abstract_state`` says.
+    def prepare(self, state: TrainState) -> None:
+        """Compiles what saving needs, so that a save in a machine's last seconds is a short one."""
+        fingerprints(state.params), fingerprints(state.opt_state)
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, int] | None:
+        """The last whole checkpoint, placed as ``abstract_state`` says; None before the first.
+
+        Damaged ones after it are named and moved to WORKDIR/damaged.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read.
+            CheckpointError: there are checkpoints but none is whole, or one that may be whole
+                cannot be read for the moment. Nothing is moved then.
         """
-        try:
-            items = self._manager.restore(step, args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore(abstract_state.opt_state)))
-        except Exception as error:  # orbax raises whatever its storage raised
+        wanted = {"params": abstract_state.params, "optimizer": abstract_state.opt_state}
+        steps = from_first(sorted(self._manager.all_steps()))
+        damaged: dict[int, str] = {}
+        for step in reversed(steps):
+            try:
+                items = _read_whole(self.directory / str(step), wanted)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(damaged, step)
+            counter = jax.device_put(jnp.int32(step), abstract_state.step.sharding)
+            return TrainState(counter, items["params"], items["optimizer"]), step
+        if damaged:
+            seen = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} cannot be restored: {error}; remove it "
-                "to continue from the one before") from error
-        counter = jax.device_put(jnp.int32(step), abstract_state.step.sharding)
-        return TrainState(counter, items["params"], items["optimizer"])
+                f"no checkpoint in {self.directory} is whole ({seen}); restore one from a copy, "
+                "or give another --workdir to begin anew")
+        return None
+
+    def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
+        if not damaged:
+            return
+        for step, why in damaged.items():
+            self._say(f"checkpoint {step:,} is damaged: {why}")
+        self._say(f"going back to checkpoint {good:,}, the last that is whole; the damaged ones "
+                  f"are moved to {self.directory.parent / DAMAGED_FOLDER}")
+        if not jax.process_index():
+            folder = self.directory.parent / DAMAGED_FOLDER
+            folder.mkdir(exist_ok=True)
+            for step in damaged:
+                names = (str(step), *(f"{step}-{n}" for n in range(2, 1000)))
+                free = next(name for name in names if not (folder / name).exists())
+                (self.directory / str(step)).rename(folder / free)
+        wait_for_all("encdec: damaged checkpoints are out of the way")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when everything saved is complete on disk."""
@@ -81,6 +152,95 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the loop asks, with a count of its own (``preemption.Notice``), and another
+        count in between would spoil the protocol."""
+        return False
+
+
+def kept_steps(
+    steps: Sequence[int], config: CheckpointConfig, losses: Mapping[int, float]
+) -> set[int]:
+    """The checkpoints that stay: the newest, the best, and the multiples of ``keep_every``.
+
+    ``losses``: held-out loss by step, where it is known; of equal ones the earlier is better.
+    """
+    if not config.keep:
+        return set(steps)
+    ordered = sorted(steps)
+    best = sorted((losses[step], step) for step in ordered if step in losses)[:config.keep_best]
+    periodic = [s for s in ordered if config.keep_every and s % config.keep_every == 0]
+    return {*ordered[-config.keep:], *(step for _, step in best), *periodic}
+
+
+@dataclasses.dataclass
+class _Keep(PreservationPolicy):
+    config: CheckpointConfig
+    losses: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = kept_steps(steps, self.config, self.losses)
+        return [step in kept for step in steps]
+
+
+def _read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads items of a step and proves them; all processes come to the same verdict.
+
+    Args:
+        folder: of the step.
+        wanted: an abstract tree with shardings by item.
+
+    Raises:
+        Damaged: what is there is not what was saved.
+        CheckpointError: it cannot be read for the moment.
+    """
+    items: dict[str, Any] = {}
+    trouble: Exception | None = None
+    try:
+        prints = _saved_fingerprints(folder)
+        # Not through the manager, whose barriers would keep the other processes waiting for one
+        # that has met an error.
+        handler = ocp.StandardCheckpointHandler()
+        for name, tree in wanted.items():
+            items[name] = handler.restore(folder / name, args=ocp.args.StandardRestore(tree))
+    except Exception as error:  # orbax raises whatever its storage raised
+        trouble = error
+    passing = trouble is not None and (
+        isinstance(trouble, _PASSING) or any(code in str(trouble) for code in _PASSING_CODES))
+    if any_process(passing):
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read now: {_short(trouble)}; try again") from trouble
+    if any_process(trouble is not None):
+        raise Damaged(_short(trouble)) from trouble
+    for name, tree in items.items() if prints else ():
+        if wrong := mismatches(fingerprints(tree), prints[name]):
+            raise Damaged(f"{name} {wrong[0]}" + (
+                f" and {len(wrong) - 1} more are" if len(wrong) > 1 else " is")
+                + " not what was saved (fingerprints differ)")
+    return items
+
+
+def _saved_fingerprints(folder: epath.Path) -> dict[str, dict[str, str]] | None:
+    """The step's fingerprints by item; None for a checkpoint from before there were any."""
+    if not (folder / FINGERPRINTS).exists():
+        if f'"{FINGERPRINTS}"' in (folder / "_CHECKPOINT_METADATA").read_text():
+            raise FileNotFoundError(f"{FINGERPRINTS} is missing")
+        return None
+    handler = ocp.JsonCheckpointHandler()
+    prints = handler.restore(folder / FINGERPRINTS, args=ocp.args.JsonRestore())
+    return {name: dict(prints[name]) for name in _STATE if name in prints}
+
+
+def _short(error: Exception | None) -> str:
+    """An error of the storage on one line; None stands for another process's."""
+    if error is None:
+        return "another process could not read it"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def load_params_for_inference(
@@ -111,13 +271,13 @@ def load_params_for_inference(
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract, shardings)
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            params = checkpointer.restore(directory / str(step) / "params", placed)
-        except Exception as error:  # orbax raises whatever its storage raised
-            raise CheckpointError(f"checkpoint {directory / str(step)} cannot be restored: {error}"
-                                  ) from error
-    return config, params, step
+    try:
+        items = _read_whole(directory / str(step), {"params": placed})
+    except Damaged as error:
+        others = ", ".join(str(s) for s in saved_steps(workdir) if s != step) or "none"
+        raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {error}; other "
+                              f"steps there: {others}") from error
+    return config, items["params"], step
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:

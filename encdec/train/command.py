@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, EncdecError, Preempted
 from encdec.train.config import complete, field_names, unknown_field
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
@@ -26,15 +28,34 @@ def main(argv: list[str]) -> int:
     config = load_config(options.config, overrides)
     join_processes(options)
     # Imported late: a mistake in the command line is answered at once.
+    import jax
+
     from encdec.train.loop import train
 
-    summary = train(config, options.workdir, stop_at=options.stop_at)
-    import jax
+    try:
+        summary = train(config, options.workdir, stop_at=options.stop_at)
+    except Preempted:
+        raise  # all processes leave together, so each can wait for the others
+    except EncdecError as error:
+        if jax.distributed.is_initialized():
+            leave_at_once(error)
+        raise
 
     if not jax.process_index():
         print(f"{summary.step:,} steps done in {summary.seconds:,.1f} s; checkpoint, metrics.jsonl "
               f"and TensorBoard events lie in {summary.workdir}")
     return 0
+
+
+def leave_at_once(error: EncdecError) -> None:
+    """Ends this process without the last meeting with the others, which may never come to it.
+
+    An error may be one process's own, such as a shard that only it reads. The others then wait
+    for it in a step, and it for them at its end, for minutes.
+    """
+    print(f"encdec: error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(error.exit_code)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -93,6 +93,7 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = 1000  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept; 0 keeps all
+    keep_best: int = 0  # also keep so many of the lowest held-out loss; 0: none
     keep_every: int = 0  # also keep each checkpoint whose step is a multiple; 0: none
 
 
@@ -310,18 +311,25 @@ def _check_values(run: RunConfig) -> None:
     require(distill.alpha_schedule != "warmup" or distill.warmup_steps > 0,
             "distill.warmup_steps", "1 or more with config.distill.alpha_schedule = 'warmup'")
     for name in ("distill.warmup_steps", "eval.every", "eval.batches", "eval.batch_size",
-                 "eval.patience", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
-                 "profile.first_step"):
+                 "eval.patience", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+                 "checkpoint.keep_every", "profile.first_step"):
         group, field = name.split(".")
         require(getattr(getattr(run, group), field) >= 0, name, "0 or a positive number")
     require(not run.eval.patience or bool(run.eval.every and run.data.eval_records),
             "eval.patience", "0, or config.eval.every and config.data.eval_records beside it")
+    keeps_best = run.checkpoint.keep_best or not run.checkpoint.keep
+    require(not run.checkpoint.keep_best
+            or bool(run.eval.every and run.checkpoint.every and run.data.eval_records)
+            and run.checkpoint.every % run.eval.every == 0, "checkpoint.keep_best",
+            "0, or config.data.eval_records with config.checkpoint.every a multiple of "
+            f"config.eval.every = {run.eval.every}, so that checkpoints have a held-out loss")
     # The best of them is `patience` evaluations old when the run ends.
     require(not run.eval.patience or not run.checkpoint.keep
-            or (run.checkpoint.every == run.eval.every
-                and run.checkpoint.keep > run.eval.patience), "checkpoint.keep",
-            f"0 (all), or more than config.eval.patience = {run.eval.patience} with "
-            "config.checkpoint.every equal to config.eval.every, so that the best is kept")
+            or run.checkpoint.every == run.eval.every
+            and (keeps_best or run.checkpoint.keep > run.eval.patience), "checkpoint.keep",
+            f"0 (all), or more than config.eval.patience = {run.eval.patience}, or "
+            "config.checkpoint.keep_best beside it, with config.checkpoint.every equal to "
+            "config.eval.every, so that the best is kept")
     require(run.profile.steps > 0, "profile.steps", "a positive number")
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     for name, size in zip(("data", "fsdp", "tensor"), sizes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,11 +27,16 @@ class Evaluator:
             shuffle=run.eval.batches > 0, seed=0, repeat=False)
         self._steps = min(run.eval.batches or len(self._batches), len(self._batches))
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """The numbers of ``metrics.eval_report``."""
+    def __call__(
+        self, params: Any, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """The numbers of ``metrics.eval_report``; None where ``interrupted``, which is asked
+        before every batch, said so."""
         total = None
         waiting: list[Any] = []
         for batch in on_devices(self._batches, self._program.batch_sharding, 0, self._steps):
+            if interrupted():
+                return None
             waiting.append(self._program.eval_step(params, batch))
             # Added on the host in float64, two steps late: the device always has work.
             if len(waiting) > 2:

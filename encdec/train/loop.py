@@ -15,19 +15,29 @@ from etils import epath
 from encdec.data.records import DatasetCard, Records, open_records
 from encdec.distill.losses import check_divergence
 from encdec.distill.teacher import TeacherRows, open_teacher
-from encdec.errors import ConfigError, DataError, NonFiniteError
+from encdec.errors import ConfigError, DataError, NonFiniteError, Preempted
 from encdec.model import ModelConfig, parameter_count
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.evaluate import Evaluator
 from encdec.train.feed import on_devices, open_batches
-from encdec.train.metrics import Console, Cost, Window, make_writer, read_metrics
+from encdec.train.goodput import Goodput, last_report
+from encdec.train.metrics import METRICS_FILE, Console, Cost, Window, make_writer, read_metrics
+from encdec.train.preemption import Notice
+from encdec.train.processes import from_first
 from encdec.train.program import Program, build_program
 from encdec.train.sharding import make_mesh
+from encdec.train.state import TrainState
 from encdec.train.step import StepMetrics
 from encdec.train.tensorboard import metric_writers, periodic_actions
 from encdec.train.warm_start import check_source, start_from
-from encdec.train.workdir import check_workdir, describe_run, write_workdir
+from encdec.train.workdir import (
+    check_workdir,
+    describe_run,
+    require_local,
+    started_at,
+    write_workdir,
+)
 
 OnReport = Callable[[int, Mapping[str, float]], None]
 
@@ -62,7 +72,6 @@ class Job:
     teacher: TeacherRows | None
     program: Program
     description: dict[str, Any]
-    resumes: bool
 
 
 def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
@@ -76,14 +85,13 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     """
     run = parse_config(config)
     model = run.model_config()
+    require_local("--workdir", workdir)
     if not run.data.records:
         raise ConfigError("config.data.records is empty; wanted a directory written by "
                           "`encdec prepare`: --config.data.records=DIR")
     records = open_records(run.data.records)
     eval_records = open_records(run.data.eval_records) if run.data.eval_records else None
     check_records(model, records.card, eval_records.card if eval_records else None)
-    if run.init_from:
-        check_source(run.init_from, records.card)
     teacher = open_teacher(run.distill.teacher, records) if run.distill.teacher else None
     if teacher:
         check_teacher(run, teacher)
@@ -93,7 +101,9 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
         run, model, records.card, eval_records.card if eval_records else None,
         teacher.fingerprint if teacher else None)
     resumes = check_workdir(workdir, description)
-    return Job(run, model, records, eval_records, teacher, program, description, resumes)
+    if run.init_from and not resumes:
+        check_source(run.init_from, records.card)
+    return Job(run, model, records, eval_records, teacher, program, description)
 
 
 def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:
@@ -148,35 +158,74 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError: see ``prepare_job``; nothing was written.
         NonFiniteError: a loss, gradient or parameter is NaN or infinite.
+        Preempted: the machine will be taken away (SIGTERM); everything is saved.
     """
-    started = time.monotonic()
+    started, entered = time.monotonic(), time.time()
     if stop_at is not None and stop_at < 1:
         raise ConfigError(f"stop_at is {stop_at}; wanted a step of 1 or more")
     job = prepare_job(config, workdir)
-    run, program = job.run, job.program
-    write_workdir(workdir, job.description, job.records, program)
-    checkpoints = Checkpoints(workdir, run.checkpoint)
-    start = checkpoints.latest() or 0
+    run = job.run
+    first_start = started_at(workdir) or entered
+    write_workdir(workdir, job.description | {"started": first_start}, job.records, job.program)
     stop = min(run.steps, stop_at or run.steps)
     with contextlib.ExitStack() as closing:
+        notice = closing.enter_context(Notice())
+        console = Console(run.steps)
+        closing.callback(console.close)
+        losses: dict[int, float] = {}
+        checkpoints = Checkpoints(workdir, run.checkpoint, losses, console.say)
         closing.callback(checkpoints.close)
-        console = Console(run.steps, start)
+        _introduce(job, console)
+        state, start = _begin(job, workdir, checkpoints, console)
+        rows = _earlier_rows(workdir, start)
+        losses |= {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
+        goodput = Goodput(entered, first_start, last_report(rows, start))
+        console.advance(start)
         writer = make_writer(workdir, start, console)
         closing.callback(writer.close)
-        _introduce(job, console, start, workdir)
-        reports = _Reports(job, checkpoints, writer, stop, on_report)
-        done = _run_steps(job, workdir, start, stop, checkpoints, reports, console)
+        reports = _Reports(job, checkpoints, writer, stop, on_report, goodput)
+        done = _run_steps(job, workdir, state, start, stop, checkpoints, reports, console, losses,
+                          notice)
     return Summary(str(workdir), done, reports.last("train/"), reports.last("eval/"),
                    time.monotonic() - started)
 
 
+def _begin(
+    job: Job, workdir: epath.PathLike, checkpoints: Checkpoints, console: Console
+) -> tuple[TrainState, int]:
+    """The state to go on from, and its step: the last whole checkpoint's, or a new one."""
+    restored = checkpoints.restore(job.program.abstract_state)
+    if restored:
+        console.say(f"resuming {workdir} after step {restored[1]:,}")
+        return restored
+    state = job.program.init()
+    if job.run.init_from:
+        state, origin = start_from(state, job.run.init_from)
+        origin.write(workdir)
+        console.say(str(origin))
+    checkpoints.prepare(state)
+    return state, 0
+
+
+def _earlier_rows(workdir: epath.PathLike, start: int) -> list[dict[str, float]]:
+    """What ``metrics.jsonl`` says of the steps up to ``start``, the same on every process."""
+    rows = []
+    if start and not jax.process_index() and (epath.Path(workdir) / METRICS_FILE).exists():
+        rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+    return from_first(rows)
+
+
 def _run_steps(
-    job: Job, workdir: epath.PathLike, start: int, stop: int, checkpoints: Checkpoints,
-    reports: _Reports, console: Console,
+    job: Job, workdir: epath.PathLike, state: TrainState, start: int, stop: int,
+    checkpoints: Checkpoints, reports: _Reports, console: Console, losses: dict[int, float],
+    notice: Notice,
 ) -> int:
     """The loop itself: steps ``start + 1`` ... ``stop``, and what is due after each.
 
     Returns the steps done in all: fewer than ``stop`` where patience ended.
+
+    Raises:
+        Preempted: the machine will be taken away; everything is saved.
     """
     run, program = job.run, job.program
     evaluator = (
@@ -184,29 +233,31 @@ def _run_steps(
     batches = open_batches(job.records, job.model, program.batch_sharding, run.batch_size,
                            seed=run.seed, shuffle=run.data.shuffle,
                            columns=[job.teacher] if job.teacher else [])
-    state = checkpoints.restore(program.abstract_state, start) if start else program.init()
-    if run.init_from and not start:
-        state, origin = start_from(state, run.init_from)
-        origin.write(workdir)
-        console.say(str(origin))
-    evaluated = {row["step"]: row["eval/loss"] for row in (read_metrics(workdir) if start else [])
-                 if "eval/loss" in row}
-    losses = list(evaluated.values()) if run.eval.patience else []
-    if out_of_patience(losses, run.eval.patience):
-        console.say(f"no lower held-out loss in {run.eval.patience} evaluations: nothing to do")
-        return start
 
     def save(step: int, t: float) -> None:
         reports.settle()  # a state is saved only when its metrics are known to be finite
-        with reports.window.pause():
+        with reports.window.pause("checkpoint"):
             checkpoints.save(step, state)
 
     def evaluate(step: int, t: float) -> None:
         reports.settle()
-        with reports.window.pause():
-            report = evaluator(state.params)
-            losses.append(report["eval/loss"])
-            reports.write(step, report)
+        with reports.window.pause("evaluation"):
+            report = evaluator(state.params, notice.reached)
+        if report is None:
+            leave(step)  # the next process finds the evaluation missing and makes up for it
+        losses[step] = report["eval/loss"]
+        reports.write(step, report | reports.goodput.report())
+
+    def leave(step: int) -> None:
+        reports.settle()
+        if step and checkpoints.latest() != step:
+            save(step, 0.0)
+        checkpoints.wait()
+        raise Preempted(f"the machine is being taken away: step {step:,} is saved in "
+                        f"{checkpoints.directory}; the same command goes on from there")
+
+    def patience_ended() -> bool:
+        return out_of_patience([losses[step] for step in sorted(losses)], run.eval.patience)
 
     actions = [
         periodic_actions.PeriodicCallback(
@@ -219,10 +270,17 @@ def _run_steps(
             logdir=epath.Path(workdir) / "profile", first_profile=run.profile.first_step,
             num_profile_steps=run.profile.steps, profile_duration_ms=None, every_secs=None))
 
-    # Killed between a checkpoint and its evaluation, or nothing left but to say how good it is.
-    missed = run.eval.every and start % run.eval.every == 0 and start not in evaluated
-    if evaluator and start and (missed or start == run.steps):
+    # A finished run is evaluated again, to say how good it is; another where its last process
+    # ended between saving and evaluating.
+    due = start == run.steps or run.eval.every and start % run.eval.every == 0 and (
+        start not in losses)
+    if evaluator and start and due:
         evaluate(start, 0.0)
+    if start < stop and notice.reached():
+        leave(start)
+    if start < stop and patience_ended():
+        console.say(f"no lower held-out loss in {run.eval.patience} evaluations: nothing to do")
+        return start
     for step, batch in enumerate(
         on_devices(batches, program.batch_sharding, start, stop), start + 1
     ):
@@ -233,13 +291,15 @@ def _run_steps(
         for action in actions:
             action(step)
         console.advance(step)
-        if step < stop and out_of_patience(losses, run.eval.patience):
+        if step < stop and patience_ended():
             reports.settle()
             console.say(f"no lower held-out loss in {run.eval.patience} evaluations: the run ends")
             if checkpoints.latest() != step:
                 save(step, 0.0)
             checkpoints.wait()
             return step
+        if step < stop and notice.reached():
+            leave(step)
     reports.settle()
     checkpoints.wait()
     return max(start, stop)
@@ -255,12 +315,13 @@ class _Reports:
 
     def __init__(
         self, job: Job, checkpoints: Checkpoints, writer: metric_writers.MetricWriter, stop: int,
-        on_report: OnReport | None,
+        on_report: OnReport | None, goodput: Goodput,
     ):
         card = job.records.card
         self.window = Window(Cost.of(
             job.model, job.run.batch_size, card.inputs_length, card.targets_length,
-            list(job.program.mesh.devices.flat)))
+            list(job.program.mesh.devices.flat)), goodput)
+        self.goodput = goodput
         self._job, self._checkpoints, self._writer = job, checkpoints, writer
         self._stop, self._on_report = stop, on_report
         self._pending: tuple[int, StepMetrics] | None = None
@@ -309,7 +370,7 @@ class _Reports:
             "longer warmup or config.loss.z_loss=1e-4 may help")
 
 
-def _introduce(job: Job, console: Console, start: int, workdir: epath.PathLike) -> None:
+def _introduce(job: Job, console: Console) -> None:
     """Says what is about to happen."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in job.program.mesh.shape.items())
     device = jax.devices()[0].device_kind
@@ -317,8 +378,6 @@ def _introduce(job: Job, console: Console, start: int, workdir: epath.PathLike) 
         f"{job.run.model}: {parameter_count(job.program.abstract_state.params):,} parameters, "
         f"{job.run.steps:,} steps of {job.run.batch_size} rows, {jax.device_count()} x {device} "
         f"({mesh})")
-    if start:
-        console.say(f"resuming {workdir} after step {start:,}")
     if job.teacher:
         console.say(job.teacher.describe())
     for item in job.program.unsharded:

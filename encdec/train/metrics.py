@@ -19,6 +19,7 @@ from etils import epath
 from encdec.model import ModelConfig
 from encdec.model.chips import peak_flops
 from encdec.model.flops import model_flops_utilisation, training_flops
+from encdec.train.goodput import Goodput
 from encdec.train.step import Metrics, StepMetrics
 from encdec.train.tensorboard import SummaryWriter, metric_writers
 
@@ -53,8 +54,8 @@ class Window:
     ends when the first step's metrics arrive.
     """
 
-    def __init__(self, cost: Cost):
-        self._cost = cost
+    def __init__(self, cost: Cost, goodput: Goodput):
+        self._cost, self._goodput = cost, goodput
         self._clock: float | None = None
         self._reset()
 
@@ -72,20 +73,26 @@ class Window:
         self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
         self._last = metrics
         now = time.monotonic()
-        if self._clock is not None:
+        if self._clock is None:
+            self._goodput.started_up()
+        else:
             self._seconds += now - self._clock
+            self._goodput.add("step", now - self._clock)
             self._timed_steps += 1
             self._timed_tokens += (sums.source_tokens, sums.target_tokens)
         self._clock = now
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Keeps what is done inside out of the throughput."""
-        running = self._clock is not None
+    def pause(self, part: str) -> Iterator[None]:
+        """Keeps what is done inside out of the throughput; ``part``: of ``goodput.PARTS``."""
+        running, started = self._clock is not None, time.monotonic()
         if running:
-            self._seconds += time.monotonic() - self._clock
+            self._seconds += started - self._clock
+            self._goodput.add("step", started - self._clock)
         yield
-        self._clock = time.monotonic() if running else None
+        now = time.monotonic()
+        self._goodput.add(part, now - started)
+        self._clock = now if running else None
 
     def report(self, steps_done: int) -> dict[str, float]:
         """The window's numbers by name; starts the next window. Losses are nats per token."""
@@ -119,7 +126,7 @@ class Window:
                 report["train/mfu"] = model_flops_utilisation(
                     self._cost.step_flops, step_seconds, self._cost.peak)
         self._reset()
-        return report
+        return report | self._goodput.report()
 
 
 def eval_report(sums: Metrics, target_bytes: int, target_tokens: int) -> dict[str, float]:
@@ -173,16 +180,14 @@ class JsonLinesWriter(_ScalarWriter):
             partial = epath.Path(os.fspath(path) + ".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(path)
-        self._file = path.open("a")
+        self._path = path
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         record = {"step": step, "time": round(time.time(), 3)}
         record |= {name: float(value) for name, value in scalars.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        # Closed each time: in a mounted bucket a file's end is there only when it is closed.
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def _step_of(line: str) -> float:
@@ -193,9 +198,9 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """All lines of a work directory's ``metrics.jsonl``."""
-    text = (epath.Path(workdir) / METRICS_FILE).read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """All lines of a work directory's ``metrics.jsonl``, but for one that a kill cut short."""
+    lines = (epath.Path(workdir) / METRICS_FILE).read_text().splitlines()
+    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
 
 class Console(_ScalarWriter):
@@ -257,6 +262,7 @@ _SHOWN = (
     ("train/source_tokens_per_second", "source tok/s", "{:,.0f}".format),
     ("train/target_tokens_per_second", "target tok/s", "{:,.0f}".format),
     ("train/mfu", "MFU", "{:.1%}".format),
+    ("goodput/share", "goodput", "{:.0%}".format),
     ("eval/loss", "eval loss", "{:.4f}".format),
     ("eval/bits_per_byte", "bits/byte", "{:.4f}".format),
     ("eval/accuracy", "accuracy", "{:.1%}".format),

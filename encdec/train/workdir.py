@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from etils import epath
 
 from encdec.data.records import DatasetCard, Records
 from encdec.data.vocabulary import copy_vocabulary
-from encdec.errors import CheckpointError
+from encdec.errors import CheckpointError, ConfigError
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
 from encdec.train.config import OPERATIONAL, RunConfig, differences, to_dict
 from encdec.train.program import Program
@@ -84,13 +85,30 @@ def model_config_of(content: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict(content["model"])
 
 
+def require_local(name: str, path: epath.PathLike) -> epath.Path:
+    """The path, if it is one of this machine's file system.
+
+    Raises:
+        ConfigError: an address such as gs://BUCKET/DIR. Files are mapped, appended to and renamed
+            as a file system does it, so a bucket has to be mounted.
+    """
+    address = re.match(r"([a-z][a-z0-9+.-]+)://([^/]*)/?(.*)", os.fspath(path))
+    if not address:
+        return epath.Path(path)
+    bucket, rest = address[2] or "BUCKET", address[3]
+    mount = f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}" if address[1] == "gs" else (
+        "its provider's file system")
+    raise ConfigError(f"{name}={os.fspath(path)} is an address; wanted a directory: mount the "
+                      f"bucket ({mount}) and give /mnt/{bucket}/{rest}".rstrip("/"))
+
+
 def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bool:
     """Whether ``workdir`` holds this very run; False where it holds none yet.
 
     Raises:
         CheckpointError: it holds another run; every field that differs is named.
     """
-    workdir = epath.Path(workdir)
+    workdir = require_local("--workdir", workdir)
     if workdir.exists() and not workdir.is_dir():
         raise CheckpointError(f"{workdir} is a file; give a directory as --workdir")
     if not (workdir / CONFIG_FILE).exists():
@@ -98,8 +116,13 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
             raise CheckpointError(f"{workdir} holds checkpoints but no {CONFIG_FILE}; restore the "
                                   "file, or give another --workdir")
         return False
+    content = read_config(workdir)
+    if "averaged" in content:
+        raise CheckpointError(f"{workdir} holds an average of checkpoints, without an optimizer's "
+                              f"state; start from it: --config.init_from={workdir} with another "
+                              "--workdir")
     # As JSON on both sides: it has lists alone, where Python tells tuples apart.
-    old, new = _identity(read_config(workdir)), _identity(json.loads(json.dumps(description)))
+    old, new = _identity(content), _identity(json.loads(json.dumps(description)))
     names = differences(old, new)
     if names:
         shown = "; ".join(
@@ -164,6 +187,12 @@ def write_workdir(
     partial = workdir / (CONFIG_FILE + ".partial")
     partial.write_text(json.dumps(description, indent=2) + "\n")
     os.replace(partial, workdir / CONFIG_FILE)
+
+
+def started_at(workdir: epath.PathLike) -> float | None:
+    """Unix time of the run's first start; None before it, and for runs that never noted it."""
+    exists = (epath.Path(workdir) / CONFIG_FILE).exists()
+    return read_config(workdir).get("started") if exists else None
 
 
 def parameter_table(program: Program) -> str:

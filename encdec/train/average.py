@@ -1,0 +1,110 @@
+"""``encdec average``: the mean of a run's last checkpoints, as a model of its own.
+
+Averaging weights along the end of a run often generalises better than its last step does
+(Izmailov et al. 2018, arXiv 1803.05407; T5 and Transformer reports average the last checkpoints).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from encdec.data.vocabulary import copy_vocabulary
+from encdec.errors import CheckpointError, ConfigError
+from encdec.train.checkpoints import (
+    FINGERPRINTS,
+    latest_step,
+    load_params_for_inference,
+    saved_steps,
+)
+from encdec.train.fingerprint import fingerprints
+from encdec.train.workdir import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config, require_local
+
+
+def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> list[int]:
+    """The checkpoints to average: the last so many, or those named.
+
+    Raises:
+        ConfigError: fewer than two asked for.
+        CheckpointError: the run has not got them.
+    """
+    if not steps:
+        if last is None or last < 2:
+            raise ConfigError(f"--last is {last}; wanted 2 or more checkpoints, or --steps=A,B,...")
+        steps = saved_steps(workdir)[-last:]
+        if len(steps) < last:
+            have = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{workdir} has {len(steps)} checkpoints ({have}), fewer than "
+                                  f"--last={last}; train with --config.checkpoint.keep={last}")
+    if len(set(steps)) < 2:
+        raise ConfigError(f"--steps is {','.join(map(str, steps))}; wanted two or more")
+    return [latest_step(workdir, step) for step in sorted(set(steps))]
+
+
+def average(workdir: str, steps: Sequence[int], out: str) -> None:
+    """Writes the mean parameters to ``out``, a work directory that all but training reads.
+
+    The mean is taken in float64 and kept in each parameter's own dtype; host memory holds three
+    times the model, once more for float64's sake.
+
+    Raises:
+        ConfigError: ``out`` is not empty.
+        CheckpointError: a checkpoint is missing or damaged.
+    """
+    target = pathlib.Path(require_local("--out", out))
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"--out={out} is not empty; give another directory")
+    description = read_config(workdir)
+    total = None
+    for step in steps:
+        _, params, _ = load_params_for_inference(workdir, step)
+        values = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(params))
+        if total is None:
+            total, dtypes = values, jax.tree.map(lambda x: x.dtype, params)
+        else:
+            jax.tree.map(lambda a, b: np.add(a, b, out=a), total, values)
+    mean = jax.tree.map(
+        lambda x, dtype: jax.numpy.asarray((x / len(steps)).astype(dtype)), total, dtypes)
+    target.mkdir(parents=True, exist_ok=True)
+    with ocp.CheckpointManager(
+        target.resolve() / CHECKPOINTS_FOLDER, item_names=("params", FINGERPRINTS),
+    ) as manager:
+        manager.save(steps[-1], args=ocp.args.Composite(**{
+            "params": ocp.args.StandardSave(mean),
+            FINGERPRINTS: ocp.args.JsonSave({"params": fingerprints(mean)})}))
+    copy_vocabulary(workdir, target)
+    description["averaged"] = {"workdir": os.fspath(workdir), "steps": list(steps)}
+    partial = target / (CONFIG_FILE + ".partial")
+    partial.write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(partial, target / CONFIG_FILE)
+
+
+def main(argv: list[str]) -> int:
+    """``encdec average --checkpoint=DIR --last=K --out=DIR``."""
+    parser = argparse.ArgumentParser(
+        prog="encdec average", allow_abbrev=False,
+        description="Averages the parameters of a run's checkpoints. The result generates, is "
+        "evaluated, exported and started from (--config.init_from) like any other model.")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR",
+                        help="work directory of `encdec train`")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", type=int, metavar="K", help="the last K checkpoints")
+    which.add_argument("--steps", metavar="A,B,...", help="the checkpoints of these steps")
+    parser.add_argument("--out", required=True, metavar="DIR", help="receives the model")
+    options = parser.parse_args(argv)
+    try:
+        named = [int(step) for step in options.steps.split(",")] if options.steps else []
+    except ValueError:
+        raise ConfigError(f"--steps is {options.steps!r}; wanted numbers, as in 8000,9000,10000"
+                          ) from None
+    steps = chosen_steps(options.checkpoint, options.last, named)
+    average(options.checkpoint, steps, options.out)
+    print(f"the mean of steps {', '.join(f'{step:,}' for step in steps)} lies in {options.out}")
+    return 0

@@ -1,0 +1,45 @@
+"""What the processes of a run agree on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's value, on every process; anything that JSON holds.
+
+    What a process reads from a shared directory may differ from what another has read a moment
+    before, and processes that decide differently wait for each other for ever.
+    """
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    mine = text if not jax.process_index() else np.zeros(length, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8).tobytes())
+
+
+def any_process(value: bool) -> bool:
+    """Whether it is so on at least one process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """The sum of every process's array, in the array's own arithmetic."""
+    if jax.process_count() == 1:
+        return values
+    gathered = np.asarray(multihost_utils.process_allgather(values))
+    return gathered.sum(axis=0, dtype=values.dtype)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
