@@ -37,6 +37,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("encdec.serving.command:main", "a trained model over HTTP, OpenAI's completions"),
     "evaluate": (
         "encdec.evaluation.command:main", "a model's answers on tasks, scored with intervals"),
+    "paper": (
+        "encdec.paper.command:main", "the paper's table: models pretrained, tuned, distilled"),
     "scaling": ("encdec.scaling.command:main", "scaling curves: plan, run, fit and plot a ladder"),
     "benchmark": ("encdec.cli:benchmark", "measure one part: `encdec benchmark` lists them"),
 }

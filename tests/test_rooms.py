@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "hardware": {"errors", "model", "train"},
     "scaling": {"errors", "model", "data", "train", "inference", "hardware"},
     "quickstart": {"errors", "model", "data", "train", "inference"},
+    "paper": {"errors", "model", "data", "train", "distill", "evaluation", "scaling"},
     "cli": {"errors"},  # and, by name and only when called, every command
     "__main__": {"cli"},
     "__init__": set(),

@@ -1,0 +1,179 @@
+"""The experiment's text: excerpts for pretraining, examples of tasks that fit, one vocabulary.
+
+Everything is chosen by rule and counted in ``counts.json``: what was there, what was too long, what
+was taken. The tasks' files written here are what `encdec prepare` and `encdec evaluate` read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from encdec.data.prepare import prepare
+from encdec.data.readers import BadRows, check_files, text_documents
+from encdec.data.records import write_json
+from encdec.data.text_tasks import jsonl_task, text_task
+from encdec.data.vocab_command import train_vocabulary
+from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
+from encdec.errors import DataError
+from encdec.paper.setting import Column, Setting
+
+HELD_OUT = 0.05  # of a task's training examples, its last, for the choice of a checkpoint
+HELD_OUT_MOST = 64  # examples
+SPLITS = ("train", "validation")
+COUNTS_FILE = "counts.json"
+
+Pair = tuple[str, tuple[str, ...]]
+Say = Callable[[str], None]
+
+
+class Corpora:
+    """Files of one experiment's text below ``work``; what is there is not made again."""
+
+    def __init__(self, setting: Setting, work: pathlib.Path, data_dir: str, text: Sequence[str]):
+        self._setting, self._work = setting, work
+        self._data_dir, self._text = data_dir, list(text)
+        self.vocabulary = work / "vocabulary.model"
+        # As a --data_dir: train/TASK.jsonl, validation/TASK.jsonl.
+        self.tasks_dir = work / "tasks"
+
+    def records(self, name: str, part: str) -> str:
+        """The records directory of a column, or of "pretrain"; part: train or held_out."""
+        return str(self._work / "records" / f"{name}-{part}")
+
+    def make(self, say: Say) -> None:
+        """Writes what is missing.
+
+        Raises:
+            DataError: text or a task's file is not there, or nothing of a task fits.
+        """
+        counts_path = self._work / COUNTS_FILE
+        counts = json.loads(counts_path.read_text()) if counts_path.is_file() else {}
+        if "pretrain" not in counts:
+            counts["pretrain"] = self._write_excerpts()
+            write_json(counts_path, counts)
+        if not self.vocabulary.is_file():
+            say(f"vocabulary of {self._setting.vocabulary:,} ids")
+            train_vocabulary(
+                self._all_text(), self.vocabulary, size=self._setting.vocabulary,
+                sample_bytes=self._setting.vocabulary_bytes)
+        vocabulary = load_vocabulary(self.vocabulary)
+        for column in self._setting.columns:
+            for task in column.tasks:
+                if task not in counts:
+                    counts[task] = self._write_task(column, task, vocabulary)
+                    write_json(counts_path, counts)
+                    say(f"{task}: {counts[task]}")
+        shape = self._setting.pretrain
+        for part in ("train", "held_out"):
+            self._prepare("pretrain", part, shape["inputs"], shape["targets"], say,
+                          text=[str(self._work / "text" / f"{part}.jsonl")])
+            for column in self._setting.columns:
+                self._prepare(
+                    column.name, part, column.inputs, column.targets, say,
+                    jsonl=[str(self.tasks_dir / part / f"{task}.jsonl") for task in column.tasks])
+
+    def _prepare(
+        self, name: str, part: str, inputs: int, targets: int, say: Say, **source: Any
+    ) -> None:
+        out = pathlib.Path(self.records(name, part))
+        if (out / CARD_FILE).is_file():
+            return
+        card = prepare(out=out, vocabulary=self.vocabulary, inputs_length=inputs,
+                       targets_length=targets, workers=1, **source)
+        say(f"records {name}, {part}: {card.examples:,} examples in {card.rows:,} rows of "
+            f"{inputs} + {targets} tokens, {card.non_padding_share:.0%} filled; cut "
+            f"{dict(card.truncated) or 'nothing'}")
+
+    def _write_excerpts(self) -> dict[str, Any]:
+        """The beginning of every document, into text/train.jsonl and text/held_out.jsonl."""
+        if not self._text:
+            raise DataError("no text to pretrain on; give files with --text=FILE")
+        shape = self._setting.pretrain
+        taken: dict[str, list[str]] = {"train": [], "held_out": []}
+        found = 0
+        for number, (text,) in enumerate(text_documents(check_files(self._text), BadRows())):
+            found += len(text.encode())
+            excerpt = text.encode()[: shape["document_bytes"]].decode(errors="ignore")
+            held_out = number % shape["held_out_every"] == shape["held_out_every"] - 1
+            taken["held_out" if held_out else "train"].append(excerpt)
+        for part, texts in taken.items():
+            _write_lines(self._work / "text" / f"{part}.jsonl", ({"text": text} for text in texts))
+        return {"bytes_found": found} | {
+            f"{part}_{unit}": value for part, texts in taken.items() for unit, value in (
+                ("documents", len(texts)), ("bytes", sum(len(text.encode()) for text in texts)))}
+
+    def _all_text(self) -> Iterator[str]:
+        """What the vocabulary is learned from: training text alone."""
+        for (text,) in text_documents([self._work / "text" / "train.jsonl"], BadRows()):
+            yield text
+        for column in self._setting.columns:
+            for task in column.tasks:
+                train, _ = self._split(column, task)
+                for source, references in train:
+                    yield source + references[0]
+
+    def _examples(self, column: Column, task: str, split: str) -> list[Pair]:
+        if split == "train" and column.train_file:
+            path = pathlib.Path(self._data_dir, column.train_file)
+            return list(jsonl_task([str(path)]).examples(split, BadRows()))
+        return list(text_task(task, self._data_dir).examples(split, BadRows()))
+
+    def _split(self, column: Column, task: str) -> tuple[list[Pair], list[Pair]]:
+        """Training and held-out examples: the last ones, whose texts the first seldom share."""
+        pairs = self._examples(column, task, "train")
+        held_out = min(HELD_OUT_MOST, max(1, round(HELD_OUT * len(pairs))))
+        return pairs[:-held_out], pairs[-held_out:]
+
+    def _write_task(self, column: Column, task: str, vocabulary: Vocabulary) -> dict[str, Any]:
+        train, held_out = self._split(column, task)
+        parts = {"train": (train, column.train_examples), "held_out": (held_out, 0),
+                 "validation": (self._examples(column, task, "validation"),
+                                column.validation_examples)}
+        counts = {}
+        for part, (pairs, most) in parts.items():
+            fitting, long = fitting_pairs(pairs, column, vocabulary)
+            chosen = evenly(fitting if column.too_long == "skip" else pairs, most)
+            if not chosen:
+                raise DataError(
+                    f"none of the {len(pairs):,} {part} examples of {task} fits rows of "
+                    f"{column.inputs} + {column.targets} tokens; raise "
+                    f"config.columns.{column.name}.inputs and targets, or set too_long to 'cut'")
+            _write_lines(self.tasks_dir / part / f"{task}.jsonl", (
+                {"source": source, "target": references[0], "targets": list(references)}
+                for source, references in chosen))
+            counts[part] = {"found": len(pairs), "too_long": long, "taken": len(chosen)}
+        return counts
+
+
+def fitting_pairs(
+    pairs: Sequence[Pair], column: Column, vocabulary: Vocabulary
+) -> tuple[list[Pair], int]:
+    """The examples whose source and target fit a row, EOS included, and the number of others."""
+    lengths = [
+        np.array([len(ids) + 1 for ids in vocabulary.encode_batch(list(texts), False)])
+        for texts in (
+            (source for source, _ in pairs), (references[0] for _, references in pairs))]
+    fits = (lengths[0] <= column.inputs) & (lengths[1] <= column.targets)
+    return [pair for pair, fit in zip(pairs, fits) if fit], int((~fits).sum())
+
+
+def evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """At most so many, spread evenly; 0: all."""
+    if not most or len(pairs) <= most:
+        return list(pairs)
+    return [pairs[index * len(pairs) // most] for index in range(most)]
+
+
+def _write_lines(path: pathlib.Path, rows: Iterator[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
