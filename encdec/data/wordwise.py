@@ -64,8 +64,8 @@ def word_encoder(model: bytes) -> WordEncoder | None:
     """An encoder for a serialized SentencePiece model, None where word by word is not exact."""
     try:
         from sentencepiece import sentencepiece_model_pb2
-    except ImportError:
-        # Needs protobuf, which SentencePiece itself does not.
+    except (ImportError, TypeError):
+        # No protobuf, or another package has registered its own copy of the model's format.
         return None
     import sentencepiece
 

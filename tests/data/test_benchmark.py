@@ -22,6 +22,11 @@ def test_prepare_benchmark_prints_the_ratio(tmp_path, model_path, capsys):
     assert 0.3 < ratio < 1.5
     assert encdec(["benchmark", "prepare", *arguments]) == 0
     assert "ratio:" in capsys.readouterr().out
+    shared = [*arguments[:-2], "--rounds=1", "--workers=2", "--json"]
+    assert encdec(["benchmark", "prepare", *shared]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["workers"] == 2 and result["speed_up"] > 0
+    assert result["workers_processor_seconds"] > 0.5
 
 
 def test_read_benchmark(tmp_path, capsys):

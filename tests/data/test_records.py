@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -119,3 +121,22 @@ def test_corrupt_shard_is_named_when_its_rows_are_read(records):
     again.read(range(7))
     with pytest.raises(DataError, match=f"{shard.name} cannot be read"):
         again.read(range(len(again)))
+
+
+def test_slow_storage_is_read_by_threads_and_gives_the_same_rows(records, monkeypatch):
+    everything = records.read(range(len(records)))
+    order = np.random.default_rng(1).permutation(len(records))
+    used = []
+    read_shard = records._read_shard
+
+    def slow(index, positions):
+        used.append(threading.current_thread().name)
+        time.sleep(0.005)
+        return read_shard(index, positions)
+
+    monkeypatch.setattr(records, "_read_shard", slow)
+    assert records.read(order) == [everything[i] for i in order]
+    # The first shard showed that it is slow; the others were read side by side.
+    assert used[0] == threading.main_thread().name
+    assert len(used) == len(records.card.shards)
+    assert all(name.startswith("records") for name in used[1:])

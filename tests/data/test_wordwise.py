@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -108,6 +109,15 @@ def test_memory_is_bounded_and_forgetting_changes_nothing(model_path, monkeypatc
         assert not any(len(word) > wordwise.KEPT_CHARACTERS for word in encoder)
     # A word in use outlives both generations.
     assert "self" in encoder or "self" in encoder._older
+
+
+def test_without_protobuf_texts_go_whole(model_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    vocabulary = load_vocabulary(model_path)
+    (ids,) = vocabulary.encode_batch([TRAINING_TEXT * 300])
+    assert vocabulary._words is None
+    assert ids.tolist() == vocabulary.encode_by_library([TRAINING_TEXT * 300])[0].tolist()
 
 
 @pytest.mark.corpora
