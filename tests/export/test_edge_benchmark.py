@@ -44,6 +44,18 @@ def test_every_path_is_measured_and_written(tmp_path, capsys):
     assert all(m["first_token_seconds"]["low"] > 0 for m in report["measured"])
 
 
+def test_disturbed_timings_are_taken_again_but_not_for_ever(monkeypatch):
+    """Others take everything in every second timing, then in all."""
+    shares = iter([0.9, 0.0] * 3 + [0.9] * 1000)
+    monkeypatch.setattr(edge_benchmark.Busy, "others", lambda self: next(shares))
+    ran = []
+    runs = {"jax": (lambda tokens: ran.append(len(tokens)), lambda state, count: None)}
+    for again in (3, 21):  # then 7 times the repeats
+        timings, found = edge_benchmark.measure(runs, preset("test"), [4], 2, 3, calm=0.1)
+        assert found == again and len(timings[0].total_seconds) == 3
+    assert len(ran) == 1 + 6 + 1 + 24
+
+
 def test_floors_are_of_the_bytes_that_are_read():
     config, rates = preset("test"), DeviceRates(1e6, 1e7)
     later = generation_flops(config, 16, 5).later_tokens
