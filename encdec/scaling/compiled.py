@@ -102,13 +102,13 @@ def step_key(ladder: Ladder, run: PlannedRun, topology: str) -> str:
 
 def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) -> StepFigures:
     """Compiles one step; a step that does not fit is a result too."""
-    # Before jax starts: no accelerator of this machine is wanted.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
     from encdec.hardware.compile import DoesNotFit, compile_step
     from encdec.hardware.topology import find_topology
 
+    if not jax.config.jax_platforms:  # no accelerator of this machine is wanted
+        jax.config.update("jax_platforms", "cpu")
     where = find_topology(topology)
     chips = math.prod(where.sides) * where.slices
     try:
