@@ -45,8 +45,9 @@ mount_bucket() {
     curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
     echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
       sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-    sudo apt-get -qq update
-    sudo apt-get -qq install -y gcsfuse
+    # The first boot may still be at its own upgrades.
+    sudo apt-get -qq -o DPkg::Lock::Timeout=300 update
+    sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y gcsfuse
   fi
   sudo mkdir -p "$directory"
   sudo chown "$(id -u):$(id -g)" "$directory"

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 import ml_collections
@@ -36,26 +37,32 @@ def main(argv: list[str]) -> int:
         summary = train(config, options.workdir, stop_at=options.stop_at)
     except Preempted:
         raise  # all processes leave together, so each can wait for the others
-    except EncdecError as error:
+    except Exception as error:
         if jax.distributed.is_initialized():
             leave_at_once(error)
         raise
-
     if not jax.process_index():
         print(f"{summary.step:,} steps done in {summary.seconds:,.1f} s; checkpoint, metrics.jsonl "
               f"and TensorBoard events lie in {summary.workdir}")
     return 0
 
 
-def leave_at_once(error: EncdecError) -> None:
+def leave_at_once(error: Exception) -> None:
     """Ends this process without the last meeting with the others, which may never come to it.
 
     An error may be one process's own, such as a shard that only it reads. The others then wait
-    for it in a step, and it for them at its end, for minutes.
+    for it in a step, and it for them at its end, for minutes. An error that is no mistake of the
+    user's is a bug: it keeps its traceback and gives 1.
     """
-    print(f"encdec: error: {error}", file=sys.stderr, flush=True)
+    code = 1
+    if isinstance(error, EncdecError):
+        code = error.exit_code
+        print(f"encdec: error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     sys.stdout.flush()
-    os._exit(error.exit_code)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from encdec.errors import CheckpointError, ConfigError, Preempted
+from encdec.errors import CheckpointError, ConfigError, DataError, Preempted
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.goodput import Goodput, last_report
 from encdec.train.loop import train
@@ -212,6 +213,23 @@ def test_a_runs_reports_add_up(records, eval_records, tmp_path):
     assert rows[2]["goodput/evaluation_seconds"] > rows[1]["goodput/evaluation_seconds"] == 0
     assert rows[-1]["goodput/evaluation_seconds"] > rows[2]["goodput/evaluation_seconds"]
     assert rows[-1]["goodput/checkpoint_seconds"] > 0
+
+
+# Ends.
+
+
+def test_a_damaged_shard_is_an_error_of_the_data(records, tmp_path):
+    """Met in the midst of a run, by a thread that reads ahead."""
+    damaged = tmp_path / "records"
+    shutil.copytree(records, damaged)
+    (shard,) = damaged.glob("*.arrayrecord")
+    content = bytearray(shard.read_bytes())
+    written = np.flatnonzero(np.frombuffer(content, np.uint8))  # most of a small file is padding
+    content[written[len(written) // 2]] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read") as error:
+        train(small_run(damaged, steps=40), tmp_path / "run")
+    assert error.value.exit_code == 3
 
 
 # Places.
