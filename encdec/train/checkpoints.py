@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -209,9 +210,10 @@ def _read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]
             items[name] = handler.restore(folder / name, args=ocp.args.StandardRestore(tree))
     except Exception as error:  # orbax raises whatever its storage raised
         trouble = error
-    passing = trouble is not None and (
-        isinstance(trouble, _PASSING) or any(code in str(trouble) for code in _PASSING_CODES))
-    if any_process(passing):
+    if any_process(any(
+        isinstance(error, _PASSING) or any(code in str(error) for code in _PASSING_CODES)
+        for error in _causes(trouble)
+    )):
         raise CheckpointError(
             f"checkpoint {folder} cannot be read now: {_short(trouble)}; try again") from trouble
     if any_process(trouble is not None):
@@ -235,12 +237,24 @@ def _saved_fingerprints(folder: epath.Path) -> dict[str, dict[str, str]] | None:
     return {name: dict(prints[name]) for name in _STATE if name in prints}
 
 
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An error and what it was raised from, the first cause last."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
 def _short(error: Exception | None) -> str:
-    """An error of the storage on one line; None stands for another process's."""
+    """The first cause of a storage's error on one line; None stands for another process's."""
     if error is None:
         return "another process could not read it"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " ..."
+    first = _causes(error)[-1]
+    # Tensorstore adds the lines of its own source, and what it was asked.
+    text = " ".join(re.split(r"\[(?:source locations|tensorstore_spec)", str(first))[0].split())
+    text = text if " " in text else f"{type(first).__name__} {text}".strip()
+    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def load_params_for_inference(
