@@ -252,8 +252,11 @@ def _load(
 
 def _load_export(
     options: argparse.Namespace, content: dict[str, Any]
-) -> tuple[Generator, dict[str, Any]]:
-    """The same of a directory that ``encdec export`` wrote; its training is not known to it."""
+) -> tuple[Generator, None, dict[str, Any]]:
+    """The same of a directory that ``encdec export`` wrote, which reads no references.
+
+    Its training is not known to it.
+    """
     from encdec.inference.exported import load_exported_generator
     from encdec.model.flops import count_parameters
 
@@ -264,7 +267,7 @@ def _load_export(
         options.checkpoint, max_input_tokens=options.max_input_tokens,
         batch_rows=options.batch_rows)
     config, export = generator.config, content["export"]
-    return generator, {
+    return generator, None, {
         "checkpoint": str(options.checkpoint), "step": 0,
         "name": f"{export['format']} {export['precision']}", "architecture": config.architecture,
         "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers,

@@ -9,6 +9,7 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import CheckpointError, ConfigError
+from encdec.evaluation.command import main as evaluate_main
 from encdec.export import litert_export, quality
 from encdec.export.command import main
 from encdec.export.quantise import four_bits_by_channel
@@ -118,6 +119,14 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     assert generate_main([f"--checkpoint={out}", "--json", "--max_tokens=6", "two"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert 1 <= answer["tokens"] <= 6
+    task = tmp_path / "tasks" / "validation" / "xsum.jsonl"
+    task.parent.mkdir(parents=True)
+    task.write_text('{"source": "two", "target": "blue"}\n' * 2)
+    scored = tmp_path / "scored"
+    assert evaluate_main([f"--checkpoint={out}", "--tasks=xsum", f"--out={scored}",
+                          f"--data_dir={tmp_path / 'tasks'}", "--resamples=10"]) == 0
+    report = json.loads((scored / "report.json").read_text())
+    assert report["model"]["name"] == "litert int8"
     (out / "decoder.tflite").unlink()
     with pytest.raises(CheckpointError, match="decoder.tflite is missing"):
         LitertModel(out)
