@@ -16,7 +16,7 @@ from encdec.errors import ConfigError, EncdecError
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": (
         "encdec.quickstart:main",
-        "the whole story on this machine: data, two models trained, compared and timed",
+        "the whole story on this machine: data, two models and a student, compared and timed",
     ),
     "prepare": ("encdec.data.prepare:main", "turn text into records for training"),
     "vocab": ("encdec.data.vocab_command:main", "train a vocabulary"),

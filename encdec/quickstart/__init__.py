@@ -1,4 +1,4 @@
-"""The whole story on one small machine: data, two models at equal cost, quality, speed."""
+"""The whole story on one small machine: data, two models at equal cost, a student, comparisons."""
 
 from encdec.quickstart.command import main
 

@@ -1,8 +1,9 @@
-"""``encdec quickstart``: from the machine's own Python library to two trained, compared models."""
+"""``encdec quickstart``: from the machine's own Python library to trained, compared models."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import os
 import pathlib
@@ -21,6 +22,9 @@ from encdec.data.prepare import prepare
 from encdec.data.prepare_command import ProgressLine
 from encdec.data.records import DatasetCard, read_card
 from encdec.data.vocab_command import train_vocabulary
+from encdec.distill.score_command import ScoringProgress
+from encdec.distill.scoring import score
+from encdec.distill.teacher import TeacherCard
 from encdec.errors import ConfigError
 from encdec.inference.benchmark import time_generation
 from encdec.inference.generator import Generator, load_generator
@@ -40,12 +44,15 @@ TASK = "stdlib_code_summarization"
 # rows are as short as the longest functions allow: about one in seven is shortened.
 INPUTS, TARGETS = 256, 48
 BATCH_SIZE = 8  # rows of an optimizer step; small, because steps are what a short run lacks
-STEPS = 720  # between two and three passes over the functions
+STEPS = 600  # about two passes over the functions
 OPTIMIZER, LEARNING_RATE = "muon", 1e-2  # in 120 steps as far as AdamW (2e-3) in 240
+ALPHA = 0.5  # of the teacher, which is no better than its student is
 NEW_TOKENS = 32  # generated for Rouge and for the timings
 TIMED_INPUTS = (128, 256, 512, 1024, 2048)  # tokens
 TABLE_INPUTS = 512  # the input length whose timings stand in the table
-TITLES = {"encoder_decoder": "encoder-decoder", "decoder_only": "decoder-only"}
+TITLES = {"encoder_decoder": "encoder-decoder", "decoder_only": "decoder-only",
+          "distilled": "distilled encoder-decoder"}
+PARTS = 5
 
 _console = Console()
 
@@ -55,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
         prog="encdec quickstart",
         description="Prepare the Python standard library as a corpus of functions and their "
         "summaries, train an encoder-decoder and a decoder-only peer at equal training FLOPs on "
-        "the same examples, compare quality and speed. A second call goes on where the first "
-        "ended.")
+        "the same examples, distil a second encoder-decoder from the peer, compare quality and "
+        "speed. A second call goes on where the first ended.")
     result.add_argument("--workdir", default="runs/quickstart", help="where all of it goes")
     result.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each model")
     result.add_argument("--seed", type=int, default=0, help="of parameters and the rows' order")
@@ -78,22 +85,27 @@ def main(argv: list[str]) -> int:
     _say(2, "Training: two models, the same rows, equal FLOPs")
     runs = make_runs(workdir, cards, arguments.steps, arguments.seed)
     train_seconds = {name: train_one(workdir / name, run) for name, run in runs.items()}
-    _say(3, "Quality: loss and Rouge-L on held-out functions")
+    _say(3, "Distillation: the decoder-only model's draws on every row, once; a student of them")
+    teacher, seconds = score_rows(workdir)
+    runs["distilled"] = distilled_run(runs["encoder_decoder"], workdir)
+    train_seconds["distilled"] = train_one(workdir / "distilled", runs["distilled"])
+    _say(4, "Quality: loss and Rouge-L on held-out functions")
     held_out = stdlib_examples("test")[: arguments.max_examples]
     summaries = {
         name: summarise(load_generator(str(workdir / name)), held_out) for name in runs}
-    _say(4, "Speed: first token and whole answers, by input length")
-    timings = time_models({name: workdir / name for name in runs})
+    _say(5, "Speed: first token and whole answers, by input length")
+    timings = time_models({name: workdir / name for name in ("encoder_decoder", "decoder_only")})
     samples = pick_samples(held_out)
     models = [
         model_report(
             name, workdir / name, runs[name], cards, train_seconds[name], held_out,
-            summaries[name], timings[name], samples)
+            summaries[name], timings.get(name), samples)
         for name in runs
     ]
     command = shlex.join(["encdec", "quickstart", *argv])
     result = QuickstartReport(
         models, describe_data(cards, workdir / "encoder_decoder"),
+        describe_teacher(teacher, seconds),
         [(held_out[i]["source"], held_out[i]["target"]) for i in samples],
         f"{os.cpu_count()} x {cpu_name()}, jax {jax.__version__}",
         datetime.date.today().isoformat(), command)
@@ -154,10 +166,36 @@ def make_runs(
     return runs
 
 
+def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
+    """The decoder-only model's draws on every training row, made unless they are there already.
+
+    Returns the card, and the seconds it took (0 where it was done before).
+    """
+    out = workdir / "teacher"
+    done = (out / "teacher.json").exists()
+    records = workdir / "data" / "train"
+    progress = ScoringProgress(str(records))
+    begin = time.monotonic()
+    card = score(workdir / "decoder_only", records, out, progress=progress)
+    progress.close()
+    seconds = 0.0 if done else time.monotonic() - begin
+    _console.print(
+        f"{card.tokens:,} target tokens scored: {card.format.draws} draws in "
+        f"{card.bytes_per_token:.1f} bytes a token, {card.pairs / card.tokens:.1f} ids a token")
+    return card, seconds
+
+
+def distilled_run(run: RunConfig, workdir: pathlib.Path) -> RunConfig:
+    """The encoder-decoder's run, with the teacher's draws beside its targets."""
+    return dataclasses.replace(run, distill=dataclasses.replace(
+        run.distill, teacher=str(workdir / "teacher"), alpha=ALPHA))
+
+
 def train_one(workdir: pathlib.Path, run: RunConfig) -> float:
     """Trains, or continues, one model; returns the seconds that its training steps took."""
     config = run.model_config()
-    _console.print(f"\n{TITLES[config.architecture]}: {layers_text(config)} layers, "
+    title = TITLES["distilled" if run.distill.teacher else config.architecture]
+    _console.print(f"\n{title}: {layers_text(config)} layers, "
                    f"{count_parameters(config).total:,} parameters", style="bold")
     train(run, workdir)
     seconds = [m["train/step_seconds"] for m in read_metrics(workdir) if "train/step_seconds" in m]
@@ -201,13 +239,16 @@ def rouge_l(predictions: list[str], examples: list[dict[str, Any]]) -> float:
 def model_report(
     name: str, workdir: pathlib.Path, run: RunConfig, cards: Mapping[str, DatasetCard],
     train_seconds: float, examples: list[dict[str, Any]], summaries: list[str],
-    timings: dict[str, list[Timing]], samples: list[int],
+    timings: dict[str, list[Timing]] | None, samples: list[int],
 ) -> ModelReport:
-    """Puts one model's figures together from its work directory and what was measured."""
+    """Puts one model's figures together from its work directory and what was measured.
+
+    ``timings`` is None of a model whose twin was timed.
+    """
     config = run.model_config()
     step_flops = training_flops(config, INPUTS, TARGETS, batch_size=run.batch_size)
     evaluations = [m for m in read_metrics(workdir) if "eval/loss" in m]
-    longest = max(t.inputs for t in timings["cached"])
+    timings = timings or {"cached": [], "uncached": []}
     return ModelReport(
         title=TITLES[name],
         layers=layers_text(config),
@@ -220,7 +261,7 @@ def model_report(
         rouge_l=rouge_l(summaries, examples),
         timings=timings["cached"],
         uncached=timings["uncached"],
-        memory_bytes=weight_bytes(config) + cache_bytes(config, longest, NEW_TOKENS),
+        memory_bytes=weight_bytes(config) + cache_bytes(config, TIMED_INPUTS[-1], NEW_TOKENS),
         samples=[summaries[i] for i in samples],
     )
 
@@ -236,6 +277,16 @@ def describe_data(cards: Mapping[str, DatasetCard], workdir: pathlib.Path) -> di
         "held_out_examples": cards["test"].examples,
         "target_tokens_seen": round(sum(rate) / len(rate) * steps),
         "timed_new_tokens": NEW_TOKENS,
+    }
+
+
+def describe_teacher(card: TeacherCard, seconds: float) -> dict[str, Any]:
+    """The figures of the distillation that the report quotes."""
+    return {
+        "name": TITLES["decoder_only"], "draws": card.format.draws, "alpha": ALPHA,
+        "tokens": card.tokens, "bytes_per_token": card.bytes_per_token,
+        "ids_per_token": card.pairs / card.tokens, "entropy": card.entropy,
+        "scoring_seconds": seconds,
     }
 
 
@@ -280,8 +331,8 @@ def show(
     for path in paths:
         _console.print(f"{path}", highlight=False)
     _console.print(
-        f"{workdir}/data: records; {workdir}/encoder_decoder and {workdir}/decoder_only: "
-        "checkpoints, metrics, TensorBoard", highlight=False)
+        f"{workdir}/data: records; {workdir}/teacher: the draws; {workdir}/encoder_decoder, "
+        "decoder_only and distilled: checkpoints, metrics, TensorBoard", highlight=False)
     _console.print(
         f"\nDone in {seconds / 60:.1f} minutes. Ask the model about a function of yours:\n"
         f"  encdec generate --checkpoint={workdir}/encoder_decoder "
@@ -289,4 +340,4 @@ def show(
 
 
 def _say(number: int, text: str) -> None:
-    _console.print(f"\n[{number}/4] {text}", style="bold cyan", markup=False)
+    _console.print(f"\n[{number}/{PARTS}] {text}", style="bold cyan", markup=False)

@@ -9,7 +9,8 @@ from typing import Any
 
 # Okabe and Ito's colours, told apart by readers with any kind of colour vision; each line has
 # a marker of its own as well, for print in grey.
-COLOURS = {"encoder-decoder": "#0072B2", "decoder-only": "#D55E00"}
+COLOURS = {"encoder-decoder": "#0072B2", "decoder-only": "#D55E00",
+           "distilled encoder-decoder": "#009E73"}
 UNCACHED_COLOUR = "#999999"
 PICTURES = ("loss.png", "inference.png")
 
@@ -36,7 +37,7 @@ class ModelReport:
     """One model's figures.
 
     Attributes:
-        title: "encoder-decoder" or "decoder-only".
+        title: "encoder-decoder", "decoder-only" or "distilled encoder-decoder".
         layers: as text, "4 + 2".
         parameters: number of parameters.
         training_flops: of the whole run, by formula.
@@ -45,7 +46,7 @@ class ModelReport:
         loss: nats per held-out target token.
         bits_per_byte: of held-out target text.
         rouge_l: mean F-measure over held-out functions, 0 to 100.
-        timings: cached generation by input length.
+        timings: cached generation by input length; none of a model whose twin was timed.
         uncached: the same with the whole sequence read again for every token.
         memory_bytes: weights and cache while generating from the longest input.
         samples: generated summaries, in the order of ``QuickstartReport.samples``.
@@ -68,10 +69,15 @@ class ModelReport:
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartReport:
-    """Both models, what they were trained on, and sample functions as (source, reference)."""
+    """The models, what they were trained on, and sample functions as (source, reference).
+
+    The first two are compared at equal cost; the third is the first, distilled from the second,
+    and ``teacher`` describes that.
+    """
 
     models: list[ModelReport]
     data: dict[str, Any]
+    teacher: dict[str, Any]
     samples: list[tuple[str, str]]
     machine: str
     date: str
@@ -81,7 +87,8 @@ class QuickstartReport:
 def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
     """Rows of the comparison, the header first; timings are those at ``at_inputs`` tokens."""
     models = report.models
-    timing = [next(t for t in m.timings if t.inputs == at_inputs) for m in models]
+    timing = [next((t for t in m.timings if t.inputs == at_inputs), None) for m in models]
+    shown = lambda text: tuple(text(t) if t else "the same model" for t in timing)
     target_tokens = report.data["target_tokens_seen"]
     rows = [
         ("", *(m.title for m in models)),
@@ -95,8 +102,8 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
         ("held-out bits a byte", *(f"{m.bits_per_byte:.4f}" for m in models)),
         ("Rouge-L on held-out functions", *(f"{m.rouge_l:.2f}" for m in models)),
         (f"first token, {at_inputs} tokens in",
-         *(f"{1e3 * t.first_token_seconds:.1f} ms" for t in timing)),
-        ("tokens a second, cached", *(f"{t.tokens_per_second:,.0f}" for t in timing)),
+         *shown(lambda t: f"{1e3 * t.first_token_seconds:.1f} ms")),
+        ("tokens a second, cached", *shown(lambda t: f"{t.tokens_per_second:,.0f}")),
         ("weights and cache", *(f"{m.memory_bytes / 2**20:.1f} MiB" for m in models)),
     ]
     return rows
@@ -104,7 +111,7 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
 
 def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
     """The comparison in sentences, as measured, whoever is ahead."""
-    ours, peer = report.models
+    ours, peer, distilled = report.models
     times = [next(t for t in m.timings if t.inputs == at_inputs) for m in (ours, peer)]
 
     def against(name: str, a: float, b: float, lower_is_better: bool) -> str:
@@ -117,7 +124,22 @@ def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
         against("first-token latency", times[0].first_token_seconds,
                 times[1].first_token_seconds, True),
         against("tokens a second", times[0].tokens_per_second, times[1].tokens_per_second, False),
+        f"distilled, over the same model on gold targets alone: {distilled.loss / ours.loss:.3f} "
+        f"of its held-out loss, {distilled.rouge_l / max(ours.rouge_l, 1e-9):.3f} of its Rouge-L, "
+        f"{distilled.training_seconds / ours.training_seconds:.3f} of its training time",
     ]
+
+
+def teaching(report: QuickstartReport) -> str:
+    """What the distilled model learned from, as a paragraph."""
+    teacher = report.teacher
+    return (
+        f"The distilled model differs from the first in its loss alone: {teacher['alpha']:g} x the "
+        f"divergence from the {teacher['name']} model, of which {teacher['draws']} draws a token "
+        f"were stored ({teacher['tokens']:,} tokens, {teacher['ids_per_token']:.1f} ids and "
+        f"{teacher['bytes_per_token']:.1f} bytes a token), and {1 - teacher['alpha']:g} x the "
+        "cross entropy of gold targets. A teacher worth its name is larger than its student and "
+        "has read more; see docs/distillation.md.")
 
 
 def write(report: QuickstartReport, folder: pathlib.Path, at_inputs: int) -> list[pathlib.Path]:
@@ -137,13 +159,14 @@ def markdown(report: QuickstartReport, at_inputs: int) -> str:
     header, *rows = table(report, at_inputs)
     cells = lambda row: "| " + " | ".join(row) + " |"
     lines = [
-        "# Quickstart: an encoder-decoder and its decoder-only peer at equal training FLOPs", "",
+        "# Quickstart: an encoder-decoder, its decoder-only peer at equal training FLOPs, and a "
+        "distilled student", "",
         f"`{report.command}`, {report.machine}, {report.date}.", "",
         f"Task: {report.data['task']}; {report.data['train_examples']:,} functions to learn from, "
         f"{report.data['held_out_examples']:,} held out (other modules). One run each, one seed: "
         "read small differences as noise.", "",
         cells(header), "|" + " --- |" * len(header), *(cells(row) for row in rows), "",
-        *(f"- {line}" for line in ratios(report, at_inputs)), "",
+        *(f"- {line}" for line in ratios(report, at_inputs)), "", teaching(report), "",
         *(f"![{name}]({name})" for name in PICTURES), "",
         "```", samples_text(report).rstrip(), "```", "",
     ]
@@ -156,7 +179,7 @@ def samples_text(report: QuickstartReport) -> str:
     for number, (source, reference) in enumerate(report.samples):
         parts.append(source.rstrip() + "\n")
         parts.append(f"  written by its author: {reference}\n")
-        parts += [f"  {m.title:>21}: {m.samples[number]}\n" for m in report.models]
+        parts += [f"  {m.title:>25}: {m.samples[number]}\n" for m in report.models]
         parts.append("\n")
     return "".join(parts)
 
@@ -176,11 +199,11 @@ def _axes(xlabel: str, ylabel: str, title: str):
 
 
 def draw_loss(report: QuickstartReport, path: pathlib.Path) -> None:
-    """Held-out loss against training FLOPs, both models."""
+    """Held-out loss against training FLOPs; of the distilled model without its teacher's."""
     figure, axes = _axes(
         "training FLOPs (model FLOPs, by formula)", "held-out loss (nats per target token)",
         "Loss against training compute")
-    for model, marker in zip(report.models, "os"):
+    for model, marker in zip(report.models, "osD"):
         axes.plot(*zip(*model.curve), marker=marker, color=COLOURS[model.title],
                   label=f"{model.title}, {model.parameters / 1e6:.1f}M parameters")
     axes.legend(frameon=False)
@@ -193,7 +216,7 @@ def draw_inference(report: QuickstartReport, path: pathlib.Path) -> None:
         "input length (tokens)",
         f"seconds for {report.data['timed_new_tokens']} new tokens, batch 1",
         "Inference time against input length")
-    for model, marker in zip(report.models, "os"):
+    for model, marker in zip([m for m in report.models if m.timings], "os"):
         colour = COLOURS[model.title]
         axes.plot([t.inputs for t in model.timings], [t.total_seconds for t in model.timings],
                   marker=marker, color=colour, label=f"{model.title}, cached")

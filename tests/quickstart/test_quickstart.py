@@ -1,0 +1,76 @@
+"""The quickstart's report, from figures made up; and the runs that it compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from encdec.data.records import read_card
+from encdec.model.flops import training_flops
+from encdec.quickstart import command, report
+from encdec.quickstart.report import ModelReport, QuickstartReport, Timing
+from tests.train.conftest import random_pairs, write_records
+
+TIMES = [Timing(512, 0.02, 0.05, 1000.0), Timing(1024, 0.03, 0.06, 900.0)]
+
+
+def model(title, loss, timings=(), uncached=()):
+    return ModelReport(
+        title=title, layers="4 + 2", parameters=1_000_000, training_flops=1e13,
+        training_seconds=100.0, curve=[(1e12, loss + 1), (1e13, loss)], loss=loss,
+        bits_per_byte=loss / 2, rouge_l=4 * loss, timings=list(timings), uncached=list(uncached),
+        memory_bytes=2**23, samples=[f"{title} says"])
+
+
+@pytest.fixture(scope="module")
+def found():
+    models = [model("encoder-decoder", 4.0, TIMES), model("decoder-only", 5.0, TIMES, TIMES),
+              model("distilled encoder-decoder", 3.9)]
+    data = {"task": "t", "train_examples": 10, "held_out_examples": 3, "target_tokens_seen": 5000,
+            "timed_new_tokens": 32}
+    teacher = {"name": "decoder-only", "draws": 50, "alpha": 0.5, "tokens": 1000,
+               "bytes_per_token": 30.25, "ids_per_token": 15.0, "entropy": 3.0,
+               "scoring_seconds": 7.0}
+    return QuickstartReport(models, data, teacher, [("def f(): pass", "Do nothing.")], "machine",
+                            "2026-01-01", "encdec quickstart")
+
+
+def test_every_model_has_its_column_and_the_twin_is_timed_once(found):
+    rows = {row[0]: row[1:] for row in report.table(found, 512)}
+    assert rows[""] == ("encoder-decoder", "decoder-only", "distilled encoder-decoder")
+    assert rows["held-out loss, nats a target token"] == ("4.0000", "5.0000", "3.9000")
+    assert rows["first token, 512 tokens in"] == ("20.0 ms", "20.0 ms", "the same model")
+    assert rows["tokens a second, cached"][2] == "the same model"
+    said = report.ratios(found, 512)
+    assert said[0].startswith("held-out loss: 0.800 of the decoder-only figure (encoder-decoder")
+    assert "0.975 of its held-out loss" in said[-1] and "1.000 of its training time" in said[-1]
+
+
+def test_the_page_and_its_pictures_are_written(found, tmp_path):
+    paths = report.write(found, tmp_path, 512)
+    assert {path.name for path in paths} == {
+        "report.md", "report.json", "samples.txt", "loss.png", "inference.png"}
+    page = (tmp_path / "report.md").read_text()
+    assert "30.2 bytes a token" in page and "0.5 x the divergence from the decoder-only" in page
+    assert "distilled encoder-decoder: distilled encoder-decoder says" in page
+    assert json.loads((tmp_path / "report.json").read_text())["teacher"]["alpha"] == 0.5
+    for name in report.PICTURES:
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_three_runs_differ_in_what_they_should_alone(tmp_path):
+    for split in ("train", "test"):
+        write_records(tmp_path / "data" / split, random_pairs(3, 0))
+    cards = {split: read_card(tmp_path / "data" / split) for split in ("train", "test")}
+    runs = command.make_runs(tmp_path, cards, 40, seed=3)
+    ours, peer = runs["encoder_decoder"], runs["decoder_only"]
+    flops = [training_flops(run.model_config(), command.INPUTS, command.TARGETS)
+             for run in runs.values()]
+    assert flops[1] / flops[0] == pytest.approx(1, abs=0.03)
+    assert ours.data == peer.data and ours.optimizer == peer.optimizer and ours.steps == peer.steps
+    student = command.distilled_run(ours, tmp_path)
+    assert student.distill.teacher == str(tmp_path / "teacher")
+    assert student.distill.alpha == command.ALPHA and student.distill.loss == "forward_kl"
+    assert dataclasses.replace(student, distill=ours.distill) == ours
