@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "train": {"errors", "model", "data", "safetensors", "distill.losses", "distill.teacher"},
     "inference": {"errors", "model", "data", "train"},
     "serving": {"errors", "model", "data", "train", "inference"},
-    "distill": {"errors", "model", "data", "train", "inference"},
+    "distill": {"errors", "model", "data", "train", "inference", "safetensors"},
     "evaluation": {"errors", "model", "data", "train", "inference"},
     "interop": {"errors", "model", "data", "train", "safetensors"},
     "export": {"errors", "model", "data", "train", "inference", "interop", "safetensors"},
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "describe": {"errors", "model", "train"},
     "hardware": {"errors", "model", "train"},
     "scaling": {"errors", "model", "data", "train", "inference", "hardware"},
-    "quickstart": {"errors", "model", "data", "train", "inference"},
+    "quickstart": {"errors", "model", "data", "train", "inference", "distill"},
     "paper": {"errors", "model", "data", "train", "distill", "evaluation", "scaling"},
     "cli": {"errors"},  # and, by name and only when called, every command
     "__main__": {"cli"},

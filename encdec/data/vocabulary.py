@@ -338,6 +338,14 @@ def load_vocabulary(
     return SentencePieceVocabulary(path.read_bytes(), extra_ids or 0, name=str(path))
 
 
+def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer.model or tokenizer.json of a Hugging Face model's directory, if any."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (directory / name).is_file():
+            return directory / name
+    return None
+
+
 def copy_vocabulary(source: str | pathlib.Path, target: str | pathlib.Path) -> VocabularySpec:
     """Copy the vocabulary of one records or work directory into another."""
     source, target = pathlib.Path(source), pathlib.Path(target)

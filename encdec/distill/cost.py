@@ -8,48 +8,95 @@ from encdec.data.records import DatasetCard
 from encdec.distill.sparse_logits import SparseFormat
 from encdec.model import ModelConfig
 from encdec.model.chips import chip_named
-from encdec.model.flops import forward_flops
+from encdec.model.flops import training_flops
 
 # Bytes a token beside its pairs: size and two float16, one more for top_k; see sparse_logits.
 _SCALAR_BYTES = {"sampled": 5, "top_k": 7, "full": 4}
 EXAMPLE_CHIPS = ("TPU v5e", "TPU v5p", "H100 SXM")
+# What deflated rows of 50 draws took of SmolLM2-135M at 49,152 ids, a token and an id more; and the
+# ids that arXiv 2503.16870 counts a token with a 3B teacher. docs/distillation.md has both.
+_DEFLATED = (4.5, 1.66)
+TYPICAL_IDS = 12.0
+# Operations that the teacher adds to a student's step, a logit and a stored pair, forward and
+# backward, as XLA counts the lowered program; and a pair's id, weight and position in a batch.
+_LOGIT_FLOPS, _PAIR_FLOPS, _PAIR_BATCH_BYTES = 8, 33, 12
 UTILISATION = 0.4  # of a chip's peak that scoring is assumed to reach, a forward pass alone
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoringCost:
-    """Sizes are before compression, so the shards are smaller.
+    """Of one pass of the teacher, and of what it leaves on disk.
 
     Attributes:
         rows, tokens: of the records; tokens are loss-bearing targets.
-        most_bytes_per_token: where no id is drawn twice.
+        typical_bytes_per_token: of draws of a sure teacher, as stored; 0 for other formats.
+        most_bytes_per_token: before compression and where no id is drawn twice.
         most_bytes: of the whole.
         dense_bytes: of every logit in two bytes, for comparison.
-        teacher_flops: one forward pass over all rows, padding included.
+        teacher_flops: of reading all rows once.
     """
 
     rows: int
     tokens: int
+    typical_bytes_per_token: float
     most_bytes_per_token: float
     most_bytes: float
     dense_bytes: float
     teacher_flops: float
 
 
-def scoring_cost(teacher: ModelConfig, card: DatasetCard, fmt: SparseFormat) -> ScoringCost:
-    """The cost of scoring these records."""
+def scoring_cost(teacher_flops: float, card: DatasetCard, fmt: SparseFormat) -> ScoringCost:
+    """The cost of scoring these records, of which the teacher's part is known."""
     pairs = fmt.pair_bytes * fmt.pairs_limit if fmt.method != "full" else 4 * fmt.vocab_size
     per_token = pairs + _SCALAR_BYTES[fmt.method]
-    flops = forward_flops(teacher, card.inputs_length, card.targets_length, batch_size=card.rows)
     tokens = card.target_tokens
-    return ScoringCost(card.rows, tokens, per_token, float(per_token * tokens),
-                       2.0 * fmt.vocab_size * tokens, flops.total)
+    drawn = fmt.method == "sampled" and not fmt.weighted
+    typical = _DEFLATED[0] + _DEFLATED[1] * TYPICAL_IDS if drawn else 0.0
+    return ScoringCost(card.rows, tokens, typical, per_token, float(per_token * tokens),
+                       2.0 * fmt.vocab_size * tokens, teacher_flops)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentCost:
+    """What a teacher's draws add to a student's training.
+
+    Attributes:
+        flops: of one pass over the records without a teacher, by formula.
+        extra_flops: on top: every pair's part of the loss and of the logits' gradient.
+        extra_bytes_per_row: that the host sends to the devices.
+    """
+
+    flops: float
+    extra_flops: float
+    extra_bytes_per_row: float
+
+
+def student_cost(
+    student: ModelConfig, card: DatasetCard, ids_per_token: float = TYPICAL_IDS
+) -> StudentCost:
+    """The cost of a student of the records' rows, with and without the teacher."""
+    rows, targets = card.rows, card.targets_length
+    pairs = ids_per_token * targets
+    extra = _PAIR_FLOPS * pairs + _LOGIT_FLOPS * targets * student.vocab_size
+    return StudentCost(
+        training_flops(student, card.inputs_length, targets, batch_size=rows), rows * extra,
+        _PAIR_BATCH_BYTES * pairs + 4 * targets)
+
+
+def describe_student(name: str, cost: StudentCost) -> str:
+    """One line for a person."""
+    return (f"a student {name}: {cost.flops:.3g} FLOPs a pass; the teacher's draws add "
+            f"{cost.extra_flops / cost.flops:.4%} to them, and {_size(cost.extra_bytes_per_row)} a "
+            "row to what the host sends")
 
 
 def describe_cost(cost: ScoringCost) -> str:
     """A few lines for a person, with hours on some chips at an assumed utilisation."""
     lines = [
         f"{cost.rows:,} rows, {cost.tokens:,} target tokens",
+        *([f"about {cost.typical_bytes_per_token:.0f} bytes a token, "
+           f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, where {TYPICAL_IDS:.0f} "
+           "ids are drawn a token"] if cost.typical_bytes_per_token else []),
         f"at most {cost.most_bytes_per_token:.0f} bytes a token, {_size(cost.most_bytes)} in all "
         f"(every logit in bfloat16: {_size(cost.dense_bytes)})",
         f"{cost.teacher_flops:.3g} FLOPs of the teacher, once",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from encdec.data.batches import Batches
 from encdec.data.records import open_records
 from encdec.distill.draw import to_sparse
-from encdec.distill.scoring import make_score_step
+from encdec.distill.scorers import make_score_step
 from encdec.distill.sparse_logits import MAX_PAIRS, SparseFormat, decode_rows, encode_row
 from encdec.distill.teacher import batch_fields
 from encdec.model import build_model
@@ -35,7 +35,7 @@ class GradientError:
     Attributes:
         kind: "draws", "top-k" (renormalised) or "top-k, tail merged".
         size: N or k.
-        bytes_per_token: as encoded, before compression.
+        bytes_per_token: of the rows as encoded.
         angle: degrees between its gradient and that of every logit.
         norm_ratio: its norm over that of every logit.
     """
@@ -67,18 +67,9 @@ class _Gradients:
 
     def of(self, fmt: SparseFormat, tail: str = "merged") -> tuple[np.ndarray, float]:
         """The gradient of the forward KL over all rows, flat, and bytes a token."""
-        model = build_model(self._teacher)
-        score = jax.jit(make_score_step(model, fmt, self._card.targets_length, seed=0))
         total, size, count = 0.0, 0, 0
-        for index, (student_batch, teacher_batch) in enumerate(self._batches):
-            first = index * self._batch_rows
-            numbers = np.arange(first, first + self._batch_rows, dtype=np.uint32)
-            kept = jax.tree.map(np.asarray, score(
-                self._teacher_params, teacher_batch | {"row_numbers": numbers}))
-            tokens = kept.pop("tokens")
-            rows = [encode_row(to_sparse({n: x[row, :end] for n, x in kept.items()}, fmt), fmt)
-                    for row, end in enumerate(tokens)]
-            size, count = size + sum(map(len, rows)), count + int(tokens.sum())
+        for (student_batch, _), (rows, tokens) in zip(self._batches, self._stored(fmt)):
+            size, count = size + sum(map(len, rows)), count + tokens
             # One width for all formats, so that each loss is compiled once.
             fields = batch_fields(*decode_rows(rows, fmt), fmt, self._card.targets_length,
                                   self._card.targets_length * MAX_PAIRS)
@@ -86,6 +77,24 @@ class _Gradients:
                 self._params, student_batch | fields)
             total = total + np.asarray(flat, np.float64)
         return total, size / count
+
+    def bytes_per_token(self, fmt: SparseFormat) -> float:
+        """Of the rows alone."""
+        sizes = [(sum(map(len, rows)), tokens) for rows, tokens in self._stored(fmt)]
+        return sum(size for size, _ in sizes) / sum(tokens for _, tokens in sizes)
+
+    def _stored(self, fmt: SparseFormat) -> Iterator[tuple[list[bytes], int]]:
+        """Each batch's rows as they would be stored, and their number of tokens."""
+        model = build_model(self._teacher)
+        score = jax.jit(make_score_step(model, fmt, self._card.targets_length, seed=0))
+        for index, (_, teacher_batch) in enumerate(self._batches):
+            first = index * self._batch_rows
+            numbers = np.arange(first, first + self._batch_rows, dtype=np.uint32)
+            kept = jax.tree.map(np.asarray, score(
+                self._teacher_params, teacher_batch | {"row_numbers": numbers}))
+            tokens = kept.pop("tokens")
+            yield [encode_row(to_sparse({n: x[row, :end] for n, x in kept.items()}, fmt), fmt)
+                   for row, end in enumerate(tokens)], int(tokens.sum())
 
     def _gradient(self, name: str, tail: str) -> Any:
         if name not in self._compiled:
@@ -129,10 +138,14 @@ def gradient_errors(
             float(np.linalg.norm(found[0]) / np.linalg.norm(full))))
         return found[1]
 
+    # Bytes of top-k rows are nearly linear in k; two sizes tell the line.
+    known = (4, min(32, vocabulary - 1))
+    few, many = (gradients.bytes_per_token(SparseFormat("top_k", vocabulary, k=k)) for k in known)
+    each = (many - few) / (known[1] - known[0])
     for n in draws:
         size = add("draws", n, gradients.of(SparseFormat("sampled", vocabulary, draws=n)))
-        # A kept id takes 4 bytes, a token 7 beside them.
-        k = min(max(least_k, round((size - 7) / 4)), MAX_PAIRS)
+        k = round(known[0] + (size - few) / each)
+        k = min(max(least_k, k), MAX_PAIRS, vocabulary - 1)
         top = SparseFormat("top_k", vocabulary, k=k)
         add("top-k", k, gradients.of(top, "dropped"))
         add("top-k, tail merged", k, gradients.of(top, "merged"))

@@ -6,9 +6,11 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from encdec.errors import ConfigError
 from encdec.train.command import add_process_options, join_processes
 
 if TYPE_CHECKING:
+    from encdec.data.records import Records
     from encdec.distill.scoring import Tally
 
 REPORT_SECONDS = 10.0
@@ -23,20 +25,25 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     # Imported late: a mistake in the command line is answered at once.
     from encdec.data.records import open_records
-    from encdec.distill.cost import describe_cost, scoring_cost
-    from encdec.distill.scoring import score, scoring_model
+    from encdec.distill.cost import describe_cost, describe_student, scoring_cost, student_cost
+    from encdec.distill.scoring import score
     from encdec.distill.sparse_logits import SparseFormat
+    from encdec.model import preset
     from encdec.train.config import MeshConfig
 
+    if options.student and not options.dry_run:
+        raise ConfigError(f"--student={options.student} is for --dry_run alone")
     join_processes(options)
     if options.dry_run:
         records = open_records(options.records)
         fmt = SparseFormat(options.method, records.card.vocabulary.size, options.draws, options.k,
                            options.temperature, options.proposal)
-        model = scoring_model(options.teacher, records, options.step, options.max_length)
-        print(describe_cost(scoring_cost(model.config, records.card, fmt)))
+        print(describe_cost(scoring_cost(_forward_flops(options, records), records.card, fmt)))
+        if options.student:
+            print(describe_student(options.student, student_cost(
+                preset(options.student), records.card)))
         return 0
-    progress = _Progress(options.records)
+    progress = ScoringProgress(options.records)
     try:
         card = score(
             options.teacher, options.records, options.out, method=options.method,
@@ -44,7 +51,8 @@ def main(argv: list[str]) -> int:
             proposal=options.proposal, step=options.step, seed=options.seed,
             batch_rows=options.batch_rows, shard_rows=options.shard_rows,
             mesh=MeshConfig(-1, options.fsdp, options.tensor), max_length=options.max_length,
-            overwrite=options.overwrite, progress=progress)
+            overwrite=options.overwrite, progress=progress, backend=options.backend,
+            vocabulary=options.vocabulary)
     finally:
         progress.close()
     import jax
@@ -57,7 +65,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Progress:
+def _forward_flops(options: argparse.Namespace, records: Records) -> float:
+    if options.backend == "torch":
+        from encdec.distill.torch_scorer import torch_model
+
+        return torch_model(options.teacher, records, options.vocabulary,
+                           options.max_length).forward_flops(records)
+    from encdec.distill.scorers import scoring_model
+
+    return scoring_model(options.teacher, records, options.step,
+                         options.max_length).forward_flops(records)
+
+
+class ScoringProgress:
     """Tokens scored, rate, bytes a token and time left: a bar, or a line now and then."""
 
     def __init__(self, records: str):
@@ -80,8 +100,8 @@ class _Progress:
             self._said = now
             left = (now - self._begin) * (self._rows - tally.rows) / (
                 tally.rows - self._first[0])
-            size = f", {tally.bytes / tally.tokens:.1f} bytes a token" if tally.bytes else ""
-            self._console.say(f"{tally.rows:,} of {self._rows:,} rows{self.rate()}{size}, "
+            self._console.say(f"{tally.rows:,} of {self._rows:,} rows{self.rate()}, "
+                              f"{tally.bytes / max(tally.tokens, 1):.1f} bytes a token, "
                               f"{left:,.0f} s left")
 
     def rate(self) -> str:
@@ -102,7 +122,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads records once with a teacher and stores what students need of its "
         "distributions: a few bytes a target token. Repeated after a kill, it goes on.")
     parser.add_argument("--teacher", required=True, metavar="DIR",
-                        help="work directory of encdec train or encdec import")
+                        help="work directory of encdec train or encdec import; with "
+                        "--backend=torch a Hugging Face directory")
+    parser.add_argument("--backend", choices=("jax", "torch"), default="jax",
+                        help="torch runs a Hugging Face model as it is, for families that encdec "
+                        "import does not know (default %(default)s)")
+    parser.add_argument("--vocabulary", metavar="FILE",
+                        help="of a torch teacher (default: the tokenizer.model or tokenizer.json "
+                        "in its directory)")
     parser.add_argument("--records", required=True, metavar="DIR",
                         help="directory of encdec prepare")
     parser.add_argument("--out", metavar="DIR", required=True, help="receives the shards")
@@ -129,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensor", type=int, default=1, help="shards of heads and MLP")
     parser.add_argument("--dry_run", action="store_true",
                         help="only print what it will cost: bytes, FLOPs, hours")
+    parser.add_argument("--student", metavar="PRESET",
+                        help="with --dry_run: what the teacher adds to this student's training")
     parser.add_argument("--overwrite", action="store_true", help="replace a scoring in --out")
     add_process_options(parser)
     return parser

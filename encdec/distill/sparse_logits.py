@@ -4,20 +4,23 @@ Three formats, chosen by ``SparseFormat.method``:
 
 * ``sampled``: N draws with replacement, as unique ids and their counts (arXiv 2503.16870). Counts
   over N estimate the teacher's distribution without bias, so gradients of a cross entropy
-  against them are unbiased too. Three bytes a unique id: 17 bits of id, 7 of count. Draws from a
-  proposal (the distribution to the power ``proposal``, normalised) carry two more bytes, the
-  logarithm of their importance ratio.
+  against them are unbiased too. Draws from a proposal (the distribution to the power ``proposal``,
+  normalised) carry the logarithm of their importance ratio, too (16 bits).
 * ``top_k``: the k likeliest ids with their log probabilities (15 bits, steps of 2^-10 nats) and
-  the mass of all others. Four bytes an id.
+  the mass of all others.
 * ``full``: every log probability as float32; exact, for small vocabularies.
 
-Vocabularies beyond 2^17 ids take one byte more a pair. Every token has, beside its pairs, the
-log-normaliser of the teacher's scores and the entropy of its distribution (nats, float16).
+Every token has, beside its pairs of an id and a value, the log-normaliser of the teacher's scores
+and the entropy of its distribution (nats, float16).
 
 A row's bytes: CRC-32 of the rest, number of tokens n, number of pairs P (uint32 each, little
-endian); per token its number of pairs (uint8), log-normaliser, entropy and, for top_k, the tail
-mass (float16 each); then the pairs as byte planes, lowest byte of every pair first, because equal
-places resemble each other and compress. Full rows have n x V float32 in place of pairs.
+endian), then a raw deflate stream. Deflated are byte planes, one after another, the most
+significant byte of a field first: per token its number of pairs less one, log-normaliser, entropy
+and, for top_k, the tail mass; per pair the gap from the token's id before (of its first pair the
+id itself), and the count less one, log ratio or log probability. Full rows have n x V float32 in
+place of pairs. Each plane is a Huffman block of its own: the bytes of a plane resemble each other
+in how often they come, not in their order, so that a code for each is all that compression finds
+(ids of a row in one code take a fifth more). Before that an id takes 2 bytes, 3 beyond 65,536 ids.
 """
 
 from __future__ import annotations
@@ -31,11 +34,10 @@ import numpy as np
 
 from encdec.errors import ConfigError, DataError
 
-COUNT_BITS = 7
-MAX_PAIRS = 2**COUNT_BITS  # a token: draws of which each is unique
+MAX_PAIRS = 256  # a token: draws of which each is unique; sizes and counts take a byte
+MAX_VOCABULARY = 2**24
 _HEADER = np.dtype("<u4")
 _SCALAR = np.dtype("<f2")
-_SMALL_ID_BITS, _LARGE_ID_BITS = 17, 24
 # Log probability: 15 bits, downwards from 0. Log importance ratio: 16 bits around 0.
 _LOG_PROB_BITS, _LOG_PROB_STEPS = 15, 2**10
 _RATIO_BITS, _RATIO_STEPS = 16, 2**11
@@ -72,9 +74,9 @@ class SparseFormat:
 
         require(self.method in ("sampled", "top_k", "full"), "method",
                 "'sampled', 'top_k' or 'full'")
-        require(2 <= self.vocab_size <= 2**_LARGE_ID_BITS, "vocab_size",
-                f"2 to {2**_LARGE_ID_BITS:,} ids")
-        require(1 <= self.draws <= MAX_PAIRS, "draws", f"1 to {MAX_PAIRS}, as counts have 7 bits")
+        require(2 <= self.vocab_size <= MAX_VOCABULARY, "vocab_size",
+                f"2 to {MAX_VOCABULARY:,} ids")
+        require(1 <= self.draws <= MAX_PAIRS, "draws", f"1 to {MAX_PAIRS}, as a count has 8 bits")
         require(1 <= self.k <= MAX_PAIRS, "k", f"1 to {MAX_PAIRS}")
         require(self.method != "top_k" or self.k < self.vocab_size, "k",
                 f"less than the vocabulary's {self.vocab_size} ids; --method=full keeps them all")
@@ -89,20 +91,14 @@ class SparseFormat:
         return self.proposal != 1.0
 
     @property
-    def id_bits(self) -> int:
-        return _SMALL_ID_BITS if self.vocab_size <= 2**_SMALL_ID_BITS else _LARGE_ID_BITS
-
-    @property
-    def value_bits(self) -> int:
-        """Bits beside the id in a pair."""
-        if self.method == "top_k":
-            return _LOG_PROB_BITS
-        return COUNT_BITS + (_RATIO_BITS if self.weighted else 0)
+    def id_bytes(self) -> int:
+        return 2 if self.vocab_size <= 2**16 else 3
 
     @property
     def pair_bytes(self) -> int:
         """Bytes of one id with its value, before compression."""
-        return -(-(self.id_bits + self.value_bits) // 8)
+        values = 2 if self.method == "top_k" else 3 if self.weighted else 1
+        return self.id_bytes + values
 
     @property
     def pairs_limit(self) -> int:
@@ -175,36 +171,62 @@ def count_draws(draws_nxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def encode_row(row: SparseLogits, fmt: SparseFormat) -> bytes:
-    """One row's distributions as bytes; the inverse of ``decode_rows`` up to quantisation."""
-    if row.sizes.size and row.sizes.max() > MAX_PAIRS:
-        raise ValueError(f"a token has {row.sizes.max()} pairs; at most {MAX_PAIRS} can be stored")
-    scalars = [row.log_normaliser, row.entropy] + ([row.tail] if fmt.method == "top_k" else [])
-    parts = [np.array([len(row), len(row.ids)], _HEADER)]
-    # Sizes minus one, so that MAX_PAIRS would fit; full rows have no pairs at all.
-    if fmt.method != "full":
-        parts.append((row.sizes - 1).astype(np.uint8))
+    """One row's distributions as bytes; the inverse of ``decode_rows`` up to quantisation.
+
+    Raises:
+        ValueError: more pairs of a token than can be stored, or ids that do not ascend.
+    """
+    n, pairs = len(row), len(row.ids)
+    starts = (np.cumsum(row.sizes) - row.sizes)[row.sizes > 0]
+    gaps = np.diff(row.ids.astype(np.int64), prepend=0)
+    gaps[starts] = row.ids[starts]
+    if pairs and (row.sizes.min() < 1 or row.sizes.max() > MAX_PAIRS):
+        raise ValueError(f"a token has {row.sizes.min()} to {row.sizes.max()} pairs; 1 to "
+                         f"{MAX_PAIRS} can be stored")
+    later = np.ones(pairs, bool)
+    later[starts] = False
+    if (gaps[later] < 1).any():
+        raise ValueError("the ids of a token do not ascend")
     limit = np.finfo(_SCALAR).max
-    parts += [np.clip(scalar, -limit, limit).astype(_SCALAR) for scalar in scalars]
-    if fmt.method == "full":
-        parts.append(row.log_probs.astype("<f4"))
-    else:
-        words = row.ids.astype(np.uint64) | _values(row, fmt) << np.uint64(fmt.id_bits)
-        planes = words.astype("<u8").view(np.uint8).reshape(-1, 8).T[: fmt.pair_bytes]
-        parts.append(np.ascontiguousarray(planes))
-    body = b"".join(part.tobytes() for part in parts)
+    scalar = lambda x: np.clip(x, -limit, limit).astype(_SCALAR)
+    values = {
+        "sizes": lambda: row.sizes - 1,
+        "log_normaliser": lambda: scalar(row.log_normaliser).view("<u2"),
+        "entropy": lambda: scalar(row.entropy).view("<u2"),
+        "tail": lambda: scalar(row.tail).view("<u2"),
+        "gaps": lambda: gaps,
+        "counts": lambda: row.counts - 1,
+        "log_ratios": lambda: _steps(row.log_ratios, _RATIO_STEPS, 2 ** (_RATIO_BITS - 1),
+                                     2**_RATIO_BITS),
+        "log_probs": lambda: (row.log_probs.astype("<f4").reshape(-1).view("<u4")
+                              if fmt.method == "full" else
+                              _steps(row.log_probs, -_LOG_PROB_STEPS, 0, 2**_LOG_PROB_BITS)),
+    }
+    deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    parts = [np.array([n, pairs], _HEADER).tobytes()]
+    for name, _, width in _fields(fmt, n, pairs):
+        planes = values[name]().astype("<u4").view(np.uint8).reshape(-1, 4).T
+        for plane in planes[:width][::-1]:
+            parts += [deflate.compress(plane.tobytes()), deflate.flush(zlib.Z_BLOCK)]
+    body = b"".join([*parts, deflate.flush()])
     return np.array([zlib.crc32(body)], _HEADER).tobytes() + body
 
 
-def _values(row: SparseLogits, fmt: SparseFormat) -> np.ndarray:
+def _fields(fmt: SparseFormat, n: int, pairs: int) -> list[tuple[str, int, int]]:
+    """Name, number of values and bytes a value of all that a row of n tokens holds, in order."""
+    scalars = ["log_normaliser", "entropy", *(["tail"] if fmt.method == "top_k" else [])]
+    fields = [(name, n, 2) for name in scalars]
+    if fmt.method == "full":
+        return [*fields, ("log_probs", n * fmt.vocab_size, 4)]
+    fields = [("sizes", n, 1), *fields, ("gaps", pairs, fmt.id_bytes)]
     if fmt.method == "top_k":
-        steps = np.rint(-row.log_probs.astype(np.float64) * _LOG_PROB_STEPS)
-        return np.clip(steps, 0, 2**_LOG_PROB_BITS - 1).astype(np.uint64)
-    values = (row.counts - 1).astype(np.uint64)
-    if fmt.weighted:
-        middle = 2 ** (_RATIO_BITS - 1)
-        steps = np.rint(row.log_ratios.astype(np.float64) * _RATIO_STEPS) + middle
-        values |= np.clip(steps, 0, 2**_RATIO_BITS - 1).astype(np.uint64) << np.uint64(COUNT_BITS)
-    return values
+        return [*fields, ("log_probs", pairs, 2)]
+    return [*fields, ("counts", pairs, 1), *([("log_ratios", pairs, 2)] if fmt.weighted else [])]
+
+
+def _steps(values: np.ndarray, size: int, middle: int, count: int) -> np.ndarray:
+    """Which of ``count`` steps each value is nearest to; those beyond the ends at the ends."""
+    return np.clip(np.rint(values.astype(np.float64) * size) + middle, 0, count - 1)
 
 
 def decode_rows(
@@ -225,42 +247,38 @@ def decode_rows(
     """
     pieces = [_split(data, fmt, names[place] if names is not None else place)
               for place, data in enumerate(rows)]
-    join = lambda key, empty: np.concatenate(
-        [piece[key] for piece in pieces] or [empty])
+    joined = {name: np.concatenate([piece[name] for piece in pieces] or [np.empty(0, np.uint32)])
+              for name, _, _ in _fields(fmt, 0, 0)}
     tokens = np.array([len(piece["entropy"]) for piece in pieces], np.int64)
-    scalars = {name: join(name, np.empty(0, _SCALAR)).astype(np.float32)
-               for name in ("log_normaliser", "entropy", *(("tail",) * (fmt.method == "top_k")))}
-    none = np.empty(0, np.int32)
+    scalars = {name: joined[name].astype("<u2").view(_SCALAR).astype(np.float32)
+               for name in ("log_normaliser", "entropy", "tail") if name in joined}
     if fmt.method == "full":
-        sizes = np.zeros(int(tokens.sum()), np.int32)
-        full = join("log_probs", np.empty((0, fmt.vocab_size), np.float32))
-        return tokens, SparseLogits(sizes, none, log_probs=full, **scalars)
-    sizes = join("sizes", none).astype(np.int32) + 1
-    planes = np.concatenate([piece["planes"] for piece in pieces]
-                            or [np.empty((fmt.pair_bytes, 0), np.uint8)], axis=1)
-    words = np.zeros((planes.shape[1], 8), np.uint8)
-    words[:, : fmt.pair_bytes] = planes.T
-    words = words.view("<u8").reshape(-1)
-    ids = (words & np.uint64(2**fmt.id_bits - 1)).astype(np.int32)
+        full = joined["log_probs"].view("<f4").reshape(-1, fmt.vocab_size)
+        return tokens, SparseLogits(np.zeros(len(full), np.int32), np.empty(0, np.int32),
+                                    log_probs=full, **scalars)
+    sizes = joined["sizes"].astype(np.int32) + 1
+    # Sums of gaps, less what the sum had come to before the token began.
+    sums = np.cumsum(joined["gaps"], dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    ids = (sums - np.repeat(sums[starts] - joined["gaps"][starts], sizes)).astype(np.int32)
     if ids.size and ids.max() >= fmt.vocab_size:
         raise DataError(f"a teacher's id is {ids.max()}, but its vocabulary has {fmt.vocab_size} "
                         "ids; score the records again")
-    values = words >> np.uint64(fmt.id_bits)
     if fmt.method == "top_k":
-        log_probs = values.astype(np.float32) / np.float32(-_LOG_PROB_STEPS)
+        log_probs = joined["log_probs"].astype(np.float32) / np.float32(-_LOG_PROB_STEPS)
         return tokens, SparseLogits(sizes, ids, log_probs=log_probs, **scalars)
-    counts = (values & np.uint64(2**COUNT_BITS - 1)).astype(np.int32) + 1
     log_ratios = None
     if fmt.weighted:
-        steps = (values >> np.uint64(COUNT_BITS)).astype(np.float32) - 2 ** (_RATIO_BITS - 1)
+        steps = joined["log_ratios"].astype(np.float32) - 2 ** (_RATIO_BITS - 1)
         log_ratios = steps / np.float32(_RATIO_STEPS)
-    return tokens, SparseLogits(sizes, ids, counts=counts, log_ratios=log_ratios, **scalars)
+    return tokens, SparseLogits(sizes, ids, counts=joined["counts"].astype(np.int32) + 1,
+                                log_ratios=log_ratios, **scalars)
 
 
 def _split(data: bytes, fmt: SparseFormat, name: object) -> dict[str, np.ndarray]:
-    """The parts of one row, uninterpreted."""
+    """The fields of one row as uint32, uninterpreted."""
     if not data:
-        data = encode_row(_empty(fmt), fmt)
+        return {field: np.empty(0, np.uint32) for field, _, _ in _fields(fmt, 0, 0)}
     broken = DataError(
         f"the teacher's row {name} is damaged (its checksum or its length does not fit); copy the "
         "shard again from where it was scored, or run encdec score again")
@@ -269,37 +287,19 @@ def _split(data: bytes, fmt: SparseFormat, name: object) -> dict[str, np.ndarray
     crc, n, pairs = (int(x) for x in np.frombuffer(data, _HEADER, 3))
     if zlib.crc32(memoryview(data)[4:]) != crc:
         raise broken
-    layout: list[tuple[str, Any, tuple[int, ...]]] = []
-    if fmt.method != "full":
-        layout.append(("sizes", np.dtype(np.uint8), (n,)))
-    layout += [("log_normaliser", _SCALAR, (n,)), ("entropy", _SCALAR, (n,))]
-    if fmt.method == "top_k":
-        layout.append(("tail", _SCALAR, (n,)))
-    if fmt.method == "full":
-        layout.append(("log_probs", np.dtype("<f4"), (n, fmt.vocab_size)))
-    else:
-        layout.append(("planes", np.dtype(np.uint8), (fmt.pair_bytes, pairs)))
-    parts, start = {}, 12
-    for key, dtype, shape in layout:
-        count = int(np.prod(shape))
-        end = start + count * dtype.itemsize
-        if end > len(data):
-            raise broken
-        parts[key] = np.frombuffer(data, dtype, count, start).reshape(shape)
-        start = end
-    if start != len(data) or (
-        "sizes" in parts and int(parts["sizes"].sum(dtype=np.int64)) + n != pairs
-    ):
+    fields = _fields(fmt, n, pairs)
+    try:
+        planes = np.frombuffer(zlib.decompress(memoryview(data)[12:], -15), np.uint8)
+    except zlib.error as error:  # the checksum fits, so that it was written like this
+        raise broken from error
+    if len(planes) != sum(count * width for _, count, width in fields):
+        raise broken
+    parts, start = {}, 0
+    for field, count, width in fields:
+        values = np.zeros((count, 4), np.uint8)
+        values[:, :width] = planes[start : start + count * width].reshape(width, count)[::-1].T
+        parts[field] = values.reshape(-1).view("<u4")
+        start += count * width
+    if "sizes" in parts and int(parts["sizes"].sum(dtype=np.int64)) + n != pairs:
         raise broken
     return parts
-
-
-def _empty(fmt: SparseFormat) -> SparseLogits:
-    ints, floats = np.empty(0, np.int32), np.empty(0, np.float32)
-    if fmt.method == "full":
-        return SparseLogits(ints, ints, floats, floats,
-                            log_probs=np.empty((0, fmt.vocab_size), np.float32))
-    if fmt.method == "top_k":
-        return SparseLogits(ints, ints, floats, floats, log_probs=floats, tail=floats)
-    return SparseLogits(ints, ints, floats, floats, counts=ints,
-                        log_ratios=floats if fmt.weighted else None)

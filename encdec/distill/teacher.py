@@ -23,7 +23,7 @@ from encdec.distill.sparse_logits import SparseFormat, SparseLogits, decode_rows
 from encdec.errors import ConfigError, DataError
 
 CARD_FILE = "teacher.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # What a teacher adds to a batch of B rows with up to T loss-bearing positions each.
 PAIR_FIELDS = ("teacher_ids", "teacher_weights", "teacher_positions")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import pathlib
 import time
+from typing import TYPE_CHECKING
 
-from encdec.errors import DataError
+from encdec.errors import ConfigError, DataError
 
-_TOKENIZER_MODEL = "tokenizer.model"
+if TYPE_CHECKING:
+    from encdec.data.vocabulary import Vocabulary
 
 
 def main(argv: list[str]) -> int:
@@ -39,9 +41,8 @@ def main(argv: list[str]) -> int:
             model, params = t5gemma.convert(found.model, tensors)
         else:
             model, params = found.model, huggingface.convert(found.model, found.family, tensors)
-        name = source / _TOKENIZER_MODEL
-        if vocabulary is None and name.is_file():
-            vocabulary = load_vocabulary(name)
+        if vocabulary is None:
+            vocabulary = _vocabulary_beside(source)
         family, start_id, longest = found.family, found.start_id, found.max_length
         needed = sum(tensor.nbytes for tensor in tensors.values())
         if (free := free_bytes(out)) < needed:
@@ -72,6 +73,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _vocabulary_beside(source: pathlib.Path) -> Vocabulary | None:
+    """What lies beside a Hugging Face model, where it can be read here."""
+    from encdec.data.vocabulary import load_vocabulary, vocabulary_file
+
+    file = vocabulary_file(source)
+    try:
+        return load_vocabulary(file) if file else None
+    except ConfigError as error:  # a package is missing: the model is of use without it
+        print(error)
+        return None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec import", allow_abbrev=False,
@@ -85,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--vocabulary", metavar="FILE",
                         help="the model's vocabulary, as for prepare (default: PATH's "
-                        f"{_TOKENIZER_MODEL}, if there is one)")
+                        "tokenizer.model or tokenizer.json, if there is one)")
     parser.add_argument("--head_dim", type=int, default=64, metavar="N",
                         help="mu: width of a head, which a model.pt does not tell (default "
                         "%(default)s, the release's)")

@@ -13,6 +13,8 @@ from encdec.distill.draw import keep, to_sparse
 from encdec.distill.losses import alpha_schedule, check_divergence, distillation_losses
 from encdec.distill.sparse_logits import SparseFormat, decode_rows, encode_row
 from encdec.errors import ConfigError
+from encdec.train.config import DistillConfig, LossConfig
+from encdec.train.losses import Teaching, target_losses
 
 B, T, V, TABLE = 2, 5, 40, 48
 DIVERGENCES = ("forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon")
@@ -112,6 +114,80 @@ def test_formulas_hold_in_float64_to_a_millionth(divergence):
     assert got.dtype == np.float64
     wanted = reference(divergence, log_softmax(teacher / 1.7), log_softmax(student / 1.7), 0.1)
     np.testing.assert_allclose(got, wanted * 1.7**2, rtol=1e-9)
+
+
+def stored(method, random, tail):
+    """Rows as a teacher keeps them, in float64: fields, and the same as dense outcomes.
+
+    Dense are log t [B, T, V + 1] with -inf where nothing is kept (the last outcome is the merged
+    tail) and the mask of real tokens, of which the second row has fewer.
+    """
+    lengths, pairs = [T, 2], 6
+    table = np.full((B, T, V + 1), -np.inf)
+    fields = {"teacher_ids": np.zeros((B, T * pairs + 3), np.int32),
+              "teacher_weights": np.zeros((B, T * pairs + 3)),
+              "teacher_positions": np.zeros((B, T * pairs + 3), np.int32),
+              "teacher_entropy": np.zeros((B, T))}
+    if method == "top_k":
+        fields["teacher_tail"] = np.zeros((B, T))
+    for row, length in enumerate(lengths):
+        for place in range(length):
+            part = slice(place * pairs, (place + 1) * pairs)
+            ids = random.choice(V, pairs, replace=False)
+            weights = random.dirichlet(np.ones(pairs + 1))
+            if method == "sampled":
+                weights = weights[:-1] * random.uniform(0.5, 2, pairs)  # with importance ratios
+                fields["teacher_entropy"][row, place] = random.uniform(0, 3)
+            else:
+                fields["teacher_tail"][row, place] = weights[-1]
+                if tail == "merged":
+                    table[row, place, V] = np.log(weights[-1])
+                weights = weights[:-1]
+            kept = weights / weights.sum() if tail == "dropped" else weights
+            table[row, place, ids] = np.log(kept)
+            fields["teacher_ids"][row, part] = ids
+            fields["teacher_weights"][row, part] = weights
+            fields["teacher_positions"][row, part] = place
+    return fields, table, np.arange(T) < np.array(lengths)[:, None]
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+@pytest.mark.parametrize("method, divergence, tail", [
+    ("sampled", "forward_kl", "merged"), ("sampled", "soft_cross_entropy", "merged"),
+    *(("top_k", divergence, tail) for divergence in DIVERGENCES for tail in ("merged", "dropped")),
+])
+def test_stored_rows_give_the_dense_sums_in_float64_with_masks(method, divergence, tail, tile):
+    """What training sums: weights mask padding, tiles of the vocabulary change nothing."""
+    random = np.random.default_rng(3)
+    fields, log_t, mask = stored(method, random, tail)
+    student, temperature = random.normal(0, 2, (B, T, V)), 1.7
+    log_s = log_softmax(student / temperature)
+    kept = np.isfinite(log_t[..., :V])
+    rest = np.log(np.where(kept, 0, np.exp(log_s)).sum(-1, keepdims=True))
+    log_s = np.concatenate([log_s, rest], -1)
+    # Outcomes of which nothing is kept add nothing, on either side.
+    fill = np.where(np.isfinite(log_t), log_t, 0.0)
+    terms = {"forward_kl": np.exp(fill) * (fill - log_s),
+             "soft_cross_entropy": -np.exp(fill) * log_s,
+             "reverse_kl": np.exp(log_s) * (log_s - fill)}
+    log_m = np.log(0.3 * np.exp(fill) + 0.7 * np.exp(log_s))
+    terms["jensen_shannon"] = (0.3 * np.exp(fill) * (fill - log_m)
+                               + 0.7 * np.exp(log_s) * (log_s - log_m))
+    if method == "sampled":  # linear in t: the weights as they are, and the stored entropy
+        terms["forward_kl"] = terms["soft_cross_entropy"]
+    wanted = np.where(np.isfinite(log_t), terms[divergence], 0.0).sum(-1)
+    if method == "sampled" and divergence == "forward_kl":
+        wanted -= fields["teacher_entropy"]
+    wanted = (wanted * mask).sum() * temperature**2
+    with jax.enable_x64(True):
+        config = DistillConfig("x", divergence, temperature=temperature, beta=0.3, tail=tail)
+        teaching = Teaching(jax.tree.map(jnp.array, fields), config, jnp.float64(1.0))
+        table = jnp.array(student)
+        head = lambda hidden, start=0, stop=V: hidden[..., start:stop]
+        sums = target_losses(head, table, jnp.zeros((B, T), jnp.int32), jnp.array(mask * 1.0),
+                             LossConfig(vocab_tile=tile), V, teaching)
+    np.testing.assert_allclose(sums.teacher.divergence, wanted, rtol=1e-6)
+    np.testing.assert_allclose(sums.objective, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,8 @@ import pytest
 from encdec.cli import main
 from encdec.data.records import decode_row, open_records
 from encdec.data.vocabulary import ByteVocabulary
-from encdec.distill.scoring import longest_segment, score, scoring_model
+from encdec.distill.scorers import longest_segment, scoring_model
+from encdec.distill.scoring import score
 from encdec.distill.teacher import open_teacher, read_teacher_card
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
@@ -148,7 +151,7 @@ def test_killed_at_any_moment_the_shards_end_byte_identical(records, teacher, tm
 
     finish(tmp_path / "whole")
     rng, out, kills = random.Random(0), tmp_path / "killed", 0
-    moments = sorted(rng.sample(range(1, 22), 4))
+    moments = sorted(rng.sample(range(1, 22), 10))
     for moment in moments:
         process = start(out)
         while process.poll() is None and len(list(out.glob("*"))) < moment + 1:
@@ -156,12 +159,42 @@ def test_killed_at_any_moment_the_shards_end_byte_identical(records, teacher, tm
         time.sleep(rng.random() * 0.01)
         process.kill()
         kills += process.wait() == -9
-    assert kills >= 2, "scoring was over before it could be killed"
+    assert kills >= 8, "scoring was over before it could be killed"
     finish(out)
     assert contents(out) == contents(tmp_path / "whole")
     # Done already: nothing to do, on whatever mesh.
     assert main(command(teacher, records, out, "--draws=20")) == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_score_as_one_process(records, teacher, full, tmp_path):
+    """Each writes shards of its own; together they are the column that one process writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "4"}
+    out = tmp_path / "two"
+    processes = [subprocess.Popen(
+        [sys.executable, "-m", "encdec", *command(
+            teacher, records, out, "--method=full", "--shard_rows=10", "--batch_rows=8",
+            "--fsdp=2", "--distributed", f"--coordinator=localhost:{port}", "--num_processes=2",
+            f"--process_id={index}")],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for index in range(2)]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "tokens in 42 rows" in said[0] and "tokens in 42 rows" not in said[1]
+    card, rows = read_teacher_card(out), np.arange(42)
+    assert [shard.rows for shard in card.shards] == [10, 10, 10, 10, 2]
+    got = open_teacher(out, open_records(records)).fields(rows)
+    np.testing.assert_allclose(
+        got["teacher_log_probs"], full.fields(rows)["teacher_log_probs"], atol=1e-5)
+    assert card.tokens == open_records(records).card.target_tokens
 
 
 def test_wrong_pairs_are_refused_with_both_sides_named(records, teacher, scored, tmp_path):
@@ -228,7 +261,7 @@ def test_what_is_in_the_way_is_left_alone(records, teacher, scored, tmp_path):
     for changes, error, message in (
         ({"teacher": tmp_path / "nowhere"}, CheckpointError, "nowhere"),
         ({"step": 5}, CheckpointError, "checkpoint 5"),
-        ({"draws": 200}, ConfigError, "--draws is 200"),
+        ({"draws": 300}, ConfigError, "--draws is 300"),
         ({"batch_rows": 3}, ConfigError, "multiple of the 8 data"),
         ({"records": f"{records},{records}"}, ConfigError, "score each of them"),
     ):
@@ -236,6 +269,22 @@ def test_what_is_in_the_way_is_left_alone(records, teacher, scored, tmp_path):
         with pytest.raises(error, match=message):
             score(out=tmp_path / "out", **arguments)
         assert not (tmp_path / "out").exists()
+
+
+def test_progress_tells_rate_and_bytes_a_token_before_a_shard_is_whole(
+    records, teacher, tmp_path, capsys, monkeypatch
+):
+    from encdec.distill import score_command
+
+    monkeypatch.setattr(score_command, "REPORT_SECONDS", 0.0)
+    progress = score_command.ScoringProgress(str(records))
+    card = score(teacher, records, tmp_path / "out", draws=20, batch_rows=8, progress=progress)
+    progress.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "target tokens/s" in line]
+    assert len(lines) >= 4 and "16 of 42 rows" in lines[0] and len(card.shards) == 1
+    told = [float(re.search(r", ([0-9.]+) bytes a token", line)[1]) for line in lines]
+    pairs = card.pairs / card.tokens
+    assert all(pairs < size < 5 + 3 * pairs + 12 for size in told)
 
 
 def test_the_command_scores_and_says_what_it_costs(records, teacher, tmp_path, capsys):

@@ -1,0 +1,296 @@
+"""Teachers that read rows of records: one of our models, its parameters spread over a mesh.
+
+Rows are read in the teacher's own layout: a decoder-only teacher sees each segment as
+[inputs; targets] with positions from 0, whatever architecture will learn from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from encdec.data.batches import Batches
+from encdec.data.mixing import MixedRecords
+from encdec.data.records import Records
+from encdec.data.vocabulary import VocabularySpec
+from encdec.distill.draw import Kept, keep
+from encdec.distill.sparse_logits import SparseFormat
+from encdec.distill.teacher import short
+from encdec.errors import ConfigError, DataError
+from encdec.model import (
+    Model,
+    ModelConfig,
+    abstract_params,
+    build_model,
+    logical_axes,
+)
+from encdec.model.flops import count_parameters, forward_flops
+from encdec.train.checkpoints import latest_step, load_params_for_inference
+from encdec.train.config import MeshConfig
+from encdec.train.feed import host_slice, to_devices
+from encdec.train.losses import loss_positions
+from encdec.train.sharding import ShardingRules, data_shards, make_mesh, on_mesh, param_shardings
+from encdec.train.workdir import model_config_of, read_config
+
+HEAD_TOKENS = 32  # positions of a row that have their logits in memory at once
+
+
+class Scorer(Protocol):
+    """Something that reads rows as a teacher.
+
+    Attributes:
+        batch_rows: read together, over all processes.
+        host, hosts: whose part of them this process reads, of how many parts.
+        writes: whether this process is the one to write down what its part gave.
+    """
+
+    batch_rows: int
+    host: int
+    hosts: int
+    writes: bool
+
+    def load(self) -> None:
+        """Brings the parameters into memory; called once, before the first row."""
+
+    def score(self, numbers: np.ndarray) -> Kept:
+        """What is kept of each target token of this process's rows, -1 standing for none.
+
+        The axes [rows, T] come first, T the row's loss-bearing positions in order; "tokens"
+        [rows] int32 says how many of them are real. May return before it is computed.
+        """
+
+    def fetch(self, kept: Kept) -> dict[str, np.ndarray]:
+        """What ``score`` gave, once it is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringModel:
+    """A teacher that fits the records; its parameters are not loaded yet.
+
+    Attributes:
+        workdir: where it lies.
+        config: its architecture.
+        step: of the checkpoint; 0 of an imported model.
+        identity: name, step, parameters and a fingerprint, for the card.
+        start_id: the id before the first token of a text, as it was trained.
+    """
+
+    workdir: pathlib.Path
+    config: ModelConfig
+    step: int
+    identity: dict[str, Any]
+    start_id: int
+
+    def forward_flops(self, records: Records) -> float:
+        """Of one pass over all rows, padding included."""
+        card = records.card
+        return forward_flops(self.config, card.inputs_length, card.targets_length,
+                             batch_size=card.rows).total
+
+
+def scoring_model(
+    workdir: str | pathlib.Path, records: Records, step: int | None = None,
+    max_length: int | None = None,
+) -> ScoringModel:
+    """The teacher, if it can read these records.
+
+    Raises:
+        CheckpointError: no teacher there.
+        ConfigError: the records are a mixture.
+        DataError: another vocabulary, or texts longer than the teacher is right for.
+    """
+    content = read_config(workdir)
+    config, data = model_config_of(content), content["data"]
+    vocabulary = data["vocabulary"]
+    if vocabulary is None:
+        raise DataError(f"the vocabulary of the teacher in {workdir} is unknown; import it again "
+                        "with --vocabulary=FILE")
+    check_records(records, workdir, VocabularySpec(**vocabulary), str(workdir))
+    _check_lengths(content, records, max_length, workdir)
+    imported = content.get("imported")
+    if imported:
+        name, source, step = imported["name"], imported["fingerprint"], step or 0
+    else:
+        name, step = content["run"]["model"], latest_step(workdir, step)
+        what = {part: content[part] for part in ("run", "model", "data")}
+        source = hashlib.sha256(json.dumps([what, step], sort_keys=True).encode()).hexdigest()
+    identity = {"name": name, "step": step, "fingerprint": source,
+                "architecture": config.architecture, "parameters": count_parameters(config).total}
+    return ScoringModel(
+        pathlib.Path(workdir), config, step, identity, data["decoder_start_id"])
+
+
+def check_records(
+    records: Records, teacher: str | pathlib.Path, vocabulary: VocabularySpec, mend: str
+) -> None:
+    """Refuses mixtures (ConfigError) and another vocabulary than the teacher's (DataError).
+
+    ``mend`` is what to prepare records with instead.
+    """
+    if isinstance(records, MixedRecords):
+        parts = ", ".join(str(part.directory) for part in records.parts)
+        raise ConfigError(f"--records is a mixture of {parts}; score each of them by itself, and "
+                          "train with config.distill.teacher=TEACHER_A,TEACHER_B")
+    wanted = records.card.vocabulary
+    if vocabulary.fingerprint != wanted.fingerprint:
+        raise DataError(
+            f"the teacher in {teacher} has the vocabulary {short(vocabulary.fingerprint)} of "
+            f"{vocabulary.size:,} ids, the records in {records.directory} have "
+            f"{short(wanted.fingerprint)} of {wanted.size:,}; a teacher's logits mean nothing in "
+            f"another vocabulary: prepare with --vocabulary={mend}")
+
+
+def _check_lengths(
+    content: dict[str, Any], records: Records, max_length: int | None, workdir: str | pathlib.Path
+) -> None:
+    """Raises DataError where a text is longer than what the teacher is right for."""
+    data = content["data"]
+    right_for = max_length or content.get("imported", {}).get("max_length") or (
+        data["inputs_length"] + data["targets_length"])
+    check_longest(records, right_for, workdir)
+
+
+def check_longest(records: Records, right_for: int, teacher: str | pathlib.Path) -> None:
+    """Raises DataError where a text has more than ``right_for`` tokens."""
+    if records.card.inputs_length + records.card.targets_length <= right_for:
+        return
+    longest = longest_segment(records)
+    if longest > right_for:
+        raise DataError(
+            f"the longest text in {records.directory} has {longest:,} tokens, and the teacher "
+            f"in {teacher} is right for {right_for:,}; prepare shorter rows, or give "
+            f"--max_length={longest} if it can read more than it was trained on")
+
+
+def longest_segment(records: Records, at_once: int = 4096) -> int:
+    """Tokens of the longest [inputs; targets] of any row."""
+    longest = 0
+    dtype = np.dtype(records.card.token_dtype).newbyteorder("<")
+    for first in range(0, len(records), at_once):
+        for data in records.read(range(first, min(first + at_once, len(records)))):
+            row = np.frombuffer(data, dtype)
+            count = int(row[0])
+            lengths = row[1 : 1 + 2 * count].astype(np.int64).reshape(2, count)
+            longest = max(longest, int(lengths.sum(axis=0).max()))
+    return longest
+
+
+def make_score_step(
+    model: Model, fmt: SparseFormat, targets_length: int, seed: int
+) -> Callable[[Any, dict[str, jax.Array]], Kept]:
+    """``score_step(params, batch) -> kept``, to be jitted.
+
+    ``batch`` has the teacher's layout and ``row_numbers`` [B] uint32. Every value kept has the
+    axes [B, T] first, T the row's loss-bearing positions in order, and "tokens" [B] int32 says how
+    many of them are real.
+    """
+    positions = -(-targets_length // HEAD_TOKENS) * HEAD_TOKENS
+
+    def score_step(params: Any, batch: dict[str, jax.Array]) -> Kept:
+        hidden = model.apply({"params": params}, batch, method="hidden")
+        weights_BxT = batch["decoder_loss_weights"]
+        if not model.config.is_encoder_decoder:
+            hidden, _, weights_BxT = loss_positions(hidden, batch, targets_length)
+        rows, width = hidden.shape[0], hidden.shape[-1]
+        hidden = jnp.pad(hidden, ((0, 0), (0, positions - targets_length), (0, 0)))
+        parts = hidden.reshape(rows, -1, HEAD_TOKENS, width).swapaxes(0, 1)
+        places = jnp.arange(positions, dtype=jnp.uint32).reshape(-1, HEAD_TOKENS)
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys_B = fold(jax.random.key(seed), batch["row_numbers"])
+
+        def some_tokens(part: tuple[jax.Array, jax.Array]) -> Kept:
+            hidden_BxCxM, places_C = part
+            logits = model.apply({"params": params}, hidden_BxCxM, method="logits")
+            keys_BxC = jax.vmap(fold, in_axes=(0, None))(keys_B, places_C)
+            kept = keep(logits.reshape(-1, logits.shape[-1]), keys_BxC.reshape(-1), fmt)
+            return jax.tree.map(lambda x: x.reshape(rows, HEAD_TOKENS, *x.shape[1:]), kept)
+
+        # In parts, because all logits of a batch may not fit beside a large teacher.
+        kept = jax.lax.map(some_tokens, (parts, places))
+        kept = jax.tree.map(
+            lambda x: x.swapaxes(0, 1).reshape(rows, positions, *x.shape[3:])[:, :targets_length],
+            kept)
+        return kept | {"tokens": jnp.sum(weights_BxT > 0, axis=1, dtype=jnp.int32)}
+
+    return score_step
+
+
+class JaxScorer:
+    """A model of ours as a ``Scorer``, sharded over the mesh."""
+
+    def __init__(
+        self, model: ScoringModel, records: Records, fmt: SparseFormat, *, seed: int,
+        batch_rows: int, mesh: MeshConfig,
+    ):
+        """``batch_rows`` 0 is 8 for each data shard of the mesh.
+
+        Raises ConfigError where the rows do not divide over the devices.
+        """
+        self._model, self._fmt, self._seed = model, fmt, seed
+        self._targets_length = records.card.targets_length
+        devices = make_mesh(mesh)
+        shards = data_shards(devices)
+        self.batch_rows = batch_rows or 8 * shards
+        if self.batch_rows % shards:
+            raise ConfigError(f"--batch_rows is {batch_rows}; wanted a multiple of the {shards} "
+                              "data shards of the mesh")
+        self._sharding = NamedSharding(devices, PartitionSpec(ShardingRules().batch))
+        self.host, self.hosts = host_slice(self._sharding, self.batch_rows)
+        self.writes = _writes(self._sharding, self.batch_rows)
+        # The teacher's own id before a text, which need not be the student's.
+        own = copy.copy(records)
+        own.card = dataclasses.replace(records.card, decoder_start_id=model.start_id)
+        self._batches = Batches(
+            own, global_batch=self.batch_rows, layout=model.config.architecture,
+            host_index=self.host, host_count=self.hosts)
+        self._step: Any = None
+        self._params: Any = None
+
+    def load(self) -> None:
+        config, mesh = self._model.config, self._sharding.mesh
+        model = build_model(config)
+        shardings, fitted, _ = param_shardings(
+            ShardingRules(), mesh, abstract_params(model), logical_axes(model))
+        _, self._params, _ = load_params_for_inference(
+            self._model.workdir, self._model.step or None, shardings)
+        step = make_score_step(model, self._fmt, self._targets_length, self._seed)
+        self._step = jax.jit(
+            on_mesh(step, mesh, fitted), in_shardings=(shardings, self._sharding),
+            out_shardings=self._sharding)
+
+    def score(self, numbers: np.ndarray) -> Kept:
+        batch = self._batches.read_rows(numbers)
+        batch["row_numbers"] = np.maximum(numbers, 0).astype(np.uint32)
+        return self._step(self._params, to_devices(batch, self._sharding, self.batch_rows))
+
+    def fetch(self, kept: Kept) -> dict[str, np.ndarray]:
+        return {name: _local_rows(x) for name, x in kept.items()}
+
+
+def _local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of this process's devices, in order, each once."""
+    pieces = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+
+def _writes(sharding: NamedSharding, rows: int) -> bool:
+    """Whether this process is the first of those whose devices hold its rows."""
+    holders: dict[int, int] = {}
+    for device, index in sharding.devices_indices_map((rows,)).items():
+        start = index[0].start or 0
+        holders[start] = min(holders.get(start, device.process_index), device.process_index)
+    mine = [index[0].start or 0
+            for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    return all(holders[start] == jax.process_index() for start in mine)
+
+

@@ -1,0 +1,55 @@
+"""The calculator against sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from encdec.data.records import open_records
+from encdec.distill.cost import (
+    describe_cost,
+    describe_student,
+    scoring_cost,
+    student_cost,
+)
+from encdec.distill.sparse_logits import SparseFormat
+from encdec.model import preset
+from encdec.model.flops import training_flops
+
+
+def test_bytes_and_flops_of_scoring(records):
+    card = open_records(records).card
+    cost = scoring_cost(1e18, card, SparseFormat("sampled", 32_000))
+    assert (cost.rows, cost.tokens) == (card.rows, card.target_tokens)
+    assert cost.most_bytes_per_token == 5 + 3 * 50
+    assert cost.typical_bytes_per_token < 36  # the goal, at 12 ids a token
+    assert cost.dense_bytes == 2 * 32_000 * card.target_tokens
+    said = describe_cost(cost)
+    assert "at most 155 bytes a token" in said and "about 24 bytes a token" in said
+    # 10^18 FLOPs at 40 % of 197 TFLOP/s.
+    assert "3.525 hours on one TPU v5e" in said
+    top = scoring_cost(1.0, card, SparseFormat("top_k", 100_000, k=12))
+    assert top.most_bytes_per_token == 7 + 5 * 12 and not top.typical_bytes_per_token
+    assert "about" not in describe_cost(top)
+    assert scoring_cost(1.0, card, SparseFormat("full", 512)).most_bytes_per_token == 4 + 2048
+
+
+def test_a_teacher_costs_its_student_next_to_nothing(records):
+    card = open_records(records).card
+    student = preset("330m")
+    cost = student_cost(student, card, ids_per_token=10)
+    assert cost.flops == training_flops(student, 24, 12, batch_size=card.rows)
+    assert cost.extra_flops == card.rows * (33 * 120 + 8 * 12 * student.vocab_size)
+    assert cost.extra_bytes_per_row == 12 * 120 + 48
+    assert cost.extra_flops < 0.001 * cost.flops
+    assert "a student 330m" in describe_student("330m", cost)
+
+
+def test_the_calculator_needs_no_scoring(records, teacher, tmp_path, capsys):
+    from encdec.cli import main
+
+    assert main(["score", f"--teacher={teacher}", f"--records={records}", "--dry_run",
+                 f"--out={tmp_path / 'out'}", "--student=330m"]) == 0
+    said = capsys.readouterr().out
+    assert "FLOPs of the teacher, once" in said and "a student 330m" in said
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
