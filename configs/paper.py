@@ -19,7 +19,7 @@ def get_config(size: str = "laptop") -> ConfigDict:
 
 
 def laptop() -> ConfigDict:
-    """Some 400,000 parameters: what a shared CPU core does in an hour or two."""
+    """Some 400,000 parameters: about an hour of one CPU core a seed."""
     config = ConfigDict()
     config.model = "micro-300k"  # preset of the students' reference, an encoder-decoder
     config.teacher = "quickstart-dec"  # preset, decoder-only
