@@ -197,6 +197,10 @@ class PlannedRun:
         content = dataclasses.asdict(self)
         # Where a teacher's rows lie may change; training compares their content.
         del content["name"], content["epochs"], content["teacher"], content["teacher_loss"]
+        # Fields at their defaults are left out, so that a later field of models changes no digest.
+        content["model"] = {
+            field.name: content["model"][field.name] for field in dataclasses.fields(self.model)
+            if getattr(self.model, field.name) != field.default}
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

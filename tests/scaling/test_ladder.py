@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 
 from encdec.cli import main
 from encdec.errors import ConfigError
+from encdec.model import config as model_config
 from encdec.model.flops import count_parameters, training_flops
 from encdec.scaling.command import load_ladder, split_ladder_overrides
 from encdec.scaling.ladder import parse_ladder, plan, run_config
@@ -96,6 +98,18 @@ def test_names_and_digests_tell_runs_apart():
     other = planned("micro", **{"learning_rate.peak": "1e-3"}).runs
     assert {run.name for run in other} == {run.name for run in runs}
     assert not {run.digest for run in other} & {run.digest for run in runs}
+
+
+def test_a_later_field_of_models_changes_no_digest(monkeypatch):
+    run = planned("micro").runs[0]
+    monkeypatch.setitem(model_config._HINTS, "novelty", bool)
+    later = dataclasses.make_dataclass(
+        "Later", [("novelty", bool, dataclasses.field(default=False))], bases=(type(run.model),),
+        frozen=True)
+    same = dataclasses.replace(run, model=later(**run.model.to_dict()))
+    assert same.digest == run.digest
+    other = dataclasses.replace(run, model=later(**run.model.to_dict(), novelty=True))
+    assert other.digest != run.digest
 
 
 def test_rungs_that_are_too_short_are_named():
