@@ -29,7 +29,7 @@ MAY_IMPORT = {
     # Travels with exports; run by the library that loads them, in torch.
     "export.shipped": set(),
     "describe": {"errors", "model", "train"},
-    "hardware": {"errors", "model", "train"},
+    "hardware": {"errors", "model", "train", "inference"},
     "scaling": {"errors", "model", "data", "train", "inference", "hardware"},
     "quickstart": {"errors", "model", "data", "train", "inference", "distill"},
     "paper": {"errors", "model", "data", "train", "distill", "evaluation", "scaling"},

@@ -8,13 +8,14 @@ import itertools
 import json
 import os
 import sys
+from typing import Any
 
 from etils import epath
 from rich.console import Console
 
 from encdec.errors import ConfigError
 from encdec.train.command import load_config, split_overrides
-from encdec.train.config import RunConfig, parse_config
+from encdec.train.config import MeshConfig, RunConfig, parse_config
 
 
 def main(argv: list[str]) -> int:
@@ -30,35 +31,46 @@ def main(argv: list[str]) -> int:
     # Before jax starts: no accelerator of this machine is wanted.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from encdec.hardware import report
-    from encdec.hardware.compile import CompiledStep
     from encdec.hardware.topology import find_topology, parse_name
 
     for name in options.topology:
         parse_name(name)
     chosen = dict(option.split("=", 1) for option in options.option)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    steps: list[CompiledStep] = []
+    show, compare, as_json, compile_it = {
+        "train": (report.show, report.compare, report.as_json, _compile),
+        "decode": (report.show_decoding, report.compare_decoding, report.decoding_as_json,
+                   _compile_decoding),
+        "layer": (report.show_layer, report.compare_layers, report.layer_as_json, _compile_layer),
+        "product": (report.show_product, report.compare_products, report.product_as_json,
+                    _compile_product),
+    }[options.what]
+    if options.search and options.what != "train":
+        raise ConfigError(f"--search looks for training settings; --what is {options.what!r}")
+    found: list[Any] = []
     for name in options.topology:
         topology = find_topology(name)
-        attempt = lambda r, t=topology: _compile(r, t, options, chosen)
-        step = _search(run, attempt, console) if options.search else _fit(run, attempt)
-        steps.append(step)
-        report.show(step, console)
-    if len(steps) > 1:
-        report.compare(steps, console)
+        attempt = lambda r, t=topology: compile_it(r, t, options, chosen)
+        if options.search:
+            found.append(_search(run, attempt, options.search, len(topology.devices), console))
+        else:
+            found.append(_fit(run, attempt) if options.what == "train" else attempt(run))
+        show(found[-1], console)
+    if len(found) > 1:
+        compare(found, console)
     if options.json:
         epath.Path(options.json).write_text(
-            json.dumps([report.as_json(step) for step in steps], indent=2) + "\n")
+            json.dumps([as_json(one) for one in found], indent=2) + "\n")
     if options.hlo:
-        epath.Path(options.hlo).write_text(steps[-1].text)
+        epath.Path(options.hlo).write_text(report.text_of(found[-1]))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec compile", allow_abbrev=False,
-        description="Compiles the training step for TPU topologies, on a machine without any, and "
-        "predicts memory, time, MFU and chip-hours.",
+        description="Compiles the training step, or generation, for TPU topologies, on a machine "
+        "without any, and predicts memory, time, MFU and chip-hours.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, the mesh too: "
         "--config.mesh.fsdp=4. docs/pod.md explains the method and its limits.")
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
@@ -69,13 +81,30 @@ def _parser() -> argparse.ArgumentParser:
                         help="source tokens a row (%(default)s)")
     parser.add_argument("--targets", type=int, default=256, metavar="N",
                         help="target tokens a row (%(default)s)")
-    parser.add_argument("--search", action="store_true",
-                        help="find the fastest of batch sizes and remat policies that fit")
+    parser.add_argument("--what", choices=("train", "decode", "layer", "product"),
+                        default="train", help="the training step; prefill and decode step, with "
+                        "batch_size rows; layers alone, forward and backward on one chip, to try "
+                        "things quickly; or one 8192 x 8192 x 8192 product, which calibrates the "
+                        "clock")
+    parser.add_argument("--layers", type=int, default=1, metavar="N",
+                        help="with --what=layer: how many (%(default)s)")
+    parser.add_argument("--search", nargs="?", const="batch,remat,mesh", metavar="OVER",
+                        type=_searched,
+                        help="find the fastest that fits, over batch (doubled from the config's), "
+                        "remat and mesh (copies, and shards of the state); all three by default")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                         type=_option, help="compiler option for this compilation only")
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
     parser.add_argument("--hlo", metavar="FILE", help="write the last compiled program here")
     return parser
+
+
+def _searched(text: str) -> tuple[str, ...]:
+    over = tuple(text.split(","))
+    wrong = [name for name in over if name not in ("batch", "remat", "mesh")]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of batch, remat, mesh")
+    return over
 
 
 def _option(text: str) -> str:
@@ -88,6 +117,24 @@ def _compile(run: RunConfig, topology, options: argparse.Namespace, chosen: dict
     from encdec.hardware.compile import compile_step
 
     return compile_step(run, topology, options.inputs, options.targets, chosen)
+
+
+def _compile_decoding(run: RunConfig, topology, options: argparse.Namespace, chosen):
+    from encdec.hardware.decode import compile_decoding
+
+    return compile_decoding(run, topology, options.inputs, options.targets, chosen)
+
+
+def _compile_layer(run: RunConfig, topology, options: argparse.Namespace, chosen):
+    from encdec.hardware.layer import compile_layer
+
+    return compile_layer(run, topology, options.inputs, options.layers, chosen)
+
+
+def _compile_product(run: RunConfig, topology, options: argparse.Namespace, chosen):
+    from encdec.hardware.compile import compile_product
+
+    return compile_product(topology, chosen)
 
 
 def _fit(run: RunConfig, attempt):
@@ -108,8 +155,8 @@ def _fit(run: RunConfig, attempt):
             f"{variant.model_config().remat} (predicted MFU {100 * step.mfu:.1f} %)") from None
 
 
-def _search(run: RunConfig, attempt, console: Console):
-    """Doubles the batch under every remat policy while it fits, and returns the best MFU.
+def _search(run: RunConfig, attempt, over: tuple[str, ...], devices: int, console: Console):
+    """Tries every mesh and remat policy, doubling the batch while it fits; the best MFU wins.
 
     Raises:
         ConfigError: nothing fits.
@@ -118,23 +165,37 @@ def _search(run: RunConfig, attempt, console: Console):
     from encdec.hardware.report import compare
     from encdec.model.stacks import REMAT_POLICIES
 
+    remats = ("none", *REMAT_POLICIES) if "remat" in over else (run.model_config().remat,)
+    meshes = search_meshes(run.mesh, devices) if "mesh" in over else [run.mesh]
     steps, reasons = [], []
-    for remat in ("none", *REMAT_POLICIES):
+    for mesh, remat in itertools.product(meshes, remats):
         for doubling in itertools.count():
             variant = dataclasses.replace(
-                with_remat(run, remat), batch_size=run.batch_size * 2**doubling)
+                with_remat(run, remat), mesh=mesh, batch_size=run.batch_size * 2**doubling)
             try:
                 steps.append(attempt(variant))
             except DoesNotFit as error:
                 reasons.append(str(error))
                 break
-            console.print(f"remat {remat}, {variant.batch_size} rows: "
-                          f"{100 * steps[-1].mfu:.1f} % MFU")
+            console.print(f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat "
+                          f"{remat}, {variant.batch_size} rows: {100 * steps[-1].mfu:.1f} % MFU")
+            if "batch" not in over:
+                break
     if not steps:
         raise ConfigError(f"nothing fits, from {run.batch_size} rows up: {reasons[0]}; wanted a "
                           "smaller --config.batch_size or more --config.mesh.fsdp")
     compare(steps, console)
     return max(steps, key=_mfu)
+
+
+def search_meshes(mesh: MeshConfig, devices: int) -> list[MeshConfig]:
+    """Copies of the model, shards of its state over all devices, and shards over 16 of them.
+
+    What ``mesh`` says of the tensor axis stays: at these sizes it never pays.
+    """
+    rest = devices // mesh.tensor if mesh.tensor > 0 else devices
+    shards = sorted({1, rest} | ({16} if rest % 16 == 0 else set()))
+    return [dataclasses.replace(mesh, data=rest // n, fsdp=n) for n in shards]
 
 
 def _mfu(step) -> float:

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from encdec.errors import ConfigError
 from encdec.hardware import hlo
 from encdec.hardware.predict import Prediction, predict
 from encdec.hardware.topology import Topology
 from encdec.model.flops import training_flops
+from encdec.train.compiler_options import compiler_options as chip_options
 from encdec.train.config import RunConfig
-from encdec.train.program import Program, abstract_batch, build_program
+from encdec.train.program import abstract_batch, build_program
 from encdec.train.sharding import make_mesh
 
 DRAWS = 50  # of a teacher, a token: what `encdec score` keeps by default
@@ -57,8 +59,29 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledStep:
-    """A step compiled for a topology, and what is predicted of it.
+class Compiled:
+    """A program compiled for a topology, and what is predicted of it.
+
+    Attributes:
+        memory: of each device.
+        prediction: time.
+        compile_seconds: how long the compiler took here.
+        text: the compiled HLO.
+    """
+
+    memory: Memory
+    prediction: Prediction
+    compile_seconds: float
+    text: str = dataclasses.field(repr=False)
+
+    @property
+    def step_seconds(self) -> float:
+        return self.prediction.step_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep(Compiled):
+    """A training step compiled for a topology.
 
     Attributes:
         run: the run.
@@ -66,12 +89,8 @@ class CompiledStep:
         mesh: devices along (data, fsdp, tensor).
         inputs: source tokens a row.
         targets: target tokens a row.
-        memory: of each device.
-        prediction: time.
         model_flops: of one step, all devices together; rematerialisation does not count.
-        compile_seconds: how long the compiler took here.
         unsharded: parameters that stay whole against the rules, as text.
-        text: the compiled HLO.
     """
 
     run: RunConfig
@@ -79,16 +98,8 @@ class CompiledStep:
     mesh: tuple[int, ...]
     inputs: int
     targets: int
-    memory: Memory
-    prediction: Prediction
     model_flops: float
-    compile_seconds: float
     unsharded: tuple[str, ...]
-    text: str = dataclasses.field(repr=False)
-
-    @property
-    def step_seconds(self) -> float:
-        return self.prediction.step_seconds
 
     @property
     def mfu(self) -> float:
@@ -126,21 +137,81 @@ def compile_step(
     # As many pairs as the draws of every token can come to; the shards of a run say how many do.
     pairs = DRAWS * targets if run.distill.teacher else 0
     batch = abstract_batch(program, run.batch_size, inputs, targets, pairs)
+    compiled = compile_lowered(
+        program.train_step.lower(program.abstract_state, batch), topology, mesh, compiler_options)
+    state, memory = program.abstract_state, compiled.memory
+    parameters, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
+    memory = dataclasses.replace(
+        memory, parameters=parameters, optimizer=optimizer,
+        batch=max(0, memory.batch - parameters - optimizer))
+    return checked(CompiledStep(
+        **(fields_of(compiled) | {"memory": memory}), run=run, topology=topology,
+        mesh=tuple(mesh.devices.shape), inputs=inputs, targets=targets,
+        unsharded=tuple(map(str, program.unsharded)),
+        model_flops=training_flops(config, inputs, targets, batch_size=run.batch_size)))
+
+
+PRODUCT_SIDE = 8192  # large enough that nothing but the matrix unit counts
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProduct(Compiled):
+    """One square bfloat16 product on one device, which calibrates the clock.
+
+    Attributes:
+        topology: of the device.
+    """
+
+    topology: Topology
+
+    @property
+    def share_of_peak(self) -> float:
+        rate = 2 * PRODUCT_SIDE**3 / self.step_seconds
+        return rate / self.topology.generation.chip.bf16_flops
+
+
+def compile_product(
+    topology: Topology, compiler_options: dict[str, str] | None = None
+) -> CompiledProduct:
+    """Compiles a product of two square matrices for one device, with the options of its chip."""
+    device = topology.devices[0]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
+                         devices=[device])
+    side = jax.ShapeDtypeStruct((PRODUCT_SIDE, PRODUCT_SIDE), jnp.bfloat16,
+                                sharding=jax.NamedSharding(mesh, jax.P()))
+    product = jax.jit(jnp.dot, compiler_options=chip_options(device.device_kind))
+    compiled = compile_lowered(product.lower(side, side), topology, mesh, compiler_options)
+    return CompiledProduct(**fields_of(compiled), topology=topology)
+
+
+def fields_of(compiled: Compiled) -> dict[str, Any]:
+    """By name, for the kinds of compiled programs that have more."""
+    return {field.name: getattr(compiled, field.name) for field in dataclasses.fields(Compiled)}
+
+
+def compile_lowered(
+    lowered: Any, topology: Topology, mesh: jax.sharding.Mesh,
+    compiler_options: dict[str, str] | None = None,
+) -> Compiled:
+    """Compiles a lowered function; all its arguments count as ``Memory.batch``.
+
+    Raises:
+        DoesNotFit: the compiler ran out of memory; its reason is the message.
+    """
     start = time.perf_counter()
     with _out_of_memory(), _no_cache():
-        lowered = program.train_step.lower(program.abstract_state, batch)
         compiled = lowered.compile(compiler_options or None)
-    seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    seconds, text = time.perf_counter() - start, compiled.as_text()
     places = {device.id: n for n, device in enumerate(topology.devices)}
     order = [places[device.id] for device in mesh.devices.flat]
-    step = CompiledStep(
-        run=run, topology=topology, mesh=tuple(mesh.devices.shape), inputs=inputs, targets=targets,
-        memory=_memory(compiled.memory_analysis(), program, topology),
-        prediction=predict(hlo.parse(text), topology, order),
-        model_flops=training_flops(config, inputs, targets, batch_size=run.batch_size),
-        compile_seconds=seconds, unsharded=tuple(map(str, program.unsharded)), text=text)
-    return checked(step)
+    analysis = compiled.memory_analysis()
+    memory = Memory(
+        parameters=0, optimizer=0, batch=analysis.argument_size_in_bytes,
+        temporary=analysis.temp_size_in_bytes,
+        outputs=max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+        code=analysis.generated_code_size_in_bytes,
+        limit=int(topology.generation.hbm_limit_gib * 2**30))
+    return Compiled(memory, predict(hlo.parse(text), topology, order), seconds, text)
 
 
 def checked(step: CompiledStep) -> CompiledStep:
@@ -193,21 +264,7 @@ def with_remat(run: RunConfig, remat: str) -> RunConfig:
     return dataclasses.replace(run, model_overrides=dict(run.model_overrides, remat=remat))
 
 
-def _memory(analysis: Any, program: Program, topology: Topology) -> Memory:
-    state = program.abstract_state
-    parameters, optimizer = _device_bytes(state.params), _device_bytes(state.opt_state)
-    return Memory(
-        parameters=parameters,
-        optimizer=optimizer,
-        batch=max(0, analysis.argument_size_in_bytes - parameters - optimizer),
-        temporary=analysis.temp_size_in_bytes,
-        outputs=max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
-        code=analysis.generated_code_size_in_bytes,
-        limit=int(topology.generation.hbm_limit_gib * 2**30),
-    )
-
-
-def _device_bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of sharded shapes."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

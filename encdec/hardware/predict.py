@@ -6,8 +6,8 @@ The method, whose limits docs/pod.md states:
 * a Pallas kernel carries no estimate and takes its roofline, the longer of its FLOPs at the peak
   rate (of the share of the matrix unit that its head width fills) and its bytes at HBM speed;
 * a collective takes the bytes that must leave a chip over the links that it can use, plus hops;
-  asynchronous ones hide behind what is scheduled between their start and their end, synchronous
-  ones add up;
+  synchronous ones add up; asynchronous ones go over the links one after another, each hidden
+  behind what is scheduled between its start and its end;
 * copies between HBM and on-chip memory are asynchronous and assumed hidden.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 from encdec.hardware import hlo
 from encdec.hardware.topology import Topology
@@ -112,11 +113,14 @@ def predict(
     clock = topology.generation.clock_hz
     costs, collectives, unestimated = [], [], {}
     for body in hlo.executions(module):
-        elapsed = 0.0  # on the schedule of this computation, without collectives
-        started: dict[str, tuple[float, hlo.Instruction, float]] = {}
-        for execution in body:
+        now = 0.0  # on the schedule of this computation, waiting included
+        free = 0.0  # when the links have moved all that was started
+        # What is under way, by its start: when it ends, itself, and how long it takes.
+        under_way: dict[str, tuple[float, hlo.Instruction, float]] = {}
+        inside = [_collective_inside(module, execution.instruction) for execution in body]
+        parts = _fused_parts(body, inside)
+        for execution, inner in zip(body, inside):
             i, times = execution.instruction, execution.times
-            inner = _collective_inside(module, i)
             seconds = 0.0
             if i.opcode == "custom-call" and i.custom_call_target == PALLAS:
                 seconds = kernel_seconds(i, module, topology, causal_kernels)
@@ -127,18 +131,31 @@ def predict(
             elif i.opcode in ("dot", "convolution", "scatter", "gather", "sort", "reduce",
                               "fusion", "dynamic-update-slice"):
                 unestimated[i.opcode] = unestimated.get(i.opcode, 0) + times
-            if inner is not None and not i.opcode.endswith("-done"):
+            now += seconds
+            # A collective fused with computation is started, carried on and ended by fusions of
+            # one channel; others by -start and -done.
+            first, last = parts.get(i.name, ("", ""))
+            ended = last == i.name and first or i.opcode.endswith("-done") and "".join(
+                i.operands[:1])
+            if ended in under_way:
+                done, started, wire = under_way.pop(ended)
+                exposed = max(0.0, done - now)
+                collectives.append(_traffic(module, started, wire, exposed, times, order))
+                now += exposed
+            elif inner is not None and not last and not i.opcode.endswith(("-start", "-done")):
+                # Synchronous, after whatever is on the links; or within one fusion's computation.
                 wire = collective_seconds(inner, topology, order)
-                if i.opcode.endswith("-start"):
-                    started[i.name] = (elapsed, inner, wire)
-                else:
-                    exposed = max(0.0, wire - seconds) if i.opcode == "fusion" else wire
-                    collectives.append(_traffic(module, inner, wire, exposed, times, order))
-            if i.opcode.endswith("-done") and i.operands and i.operands[0] in started:
-                since, inner, wire = started.pop(i.operands[0])
-                exposed = max(0.0, wire - (elapsed - since))
+                done = max(now - seconds if i.opcode == "fusion" else now, free) + wire
+                exposed = max(0.0, done - now)
                 collectives.append(_traffic(module, inner, wire, exposed, times, order))
-            elapsed += seconds
+                free, now = done, now + exposed
+            elif inner is not None and (first == i.name or i.opcode.endswith("-start")):
+                wire = collective_seconds(inner, topology, order)
+                if _kind(inner.opcode) == "collective-permute":  # to one neighbour, on a link
+                    under_way[i.name] = now + wire, inner, wire
+                else:
+                    free = max(now, free) + wire
+                    under_way[i.name] = free, inner, wire
     costs.sort(key=lambda cost: -cost.seconds)
     pallas = sum(cost.seconds for cost in costs if cost.kind == "pallas")
     return Prediction(
@@ -242,6 +259,23 @@ def replica_group(attributes: str, devices: int) -> list[int]:
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
         return [int(n) for n in match[1].split(",")]
     return list(range(devices))
+
+
+def _fused_parts(
+    body: Sequence[hlo.Execution], inside: Sequence[hlo.Instruction | None]
+) -> dict[str, tuple[str, str]]:
+    """First and last of the fusions that carry one collective together, by the name of each."""
+    names: dict[str, list[str]] = {}
+    for execution, inner in zip(body, inside):
+        if inner is not None and execution.instruction.opcode == "fusion" and _channel(inner):
+            names.setdefault(_channel(inner), []).append(execution.instruction.name)
+    return {name: (found[0], found[-1])
+            for found in names.values() if len(found) > 1 for name in found}
+
+
+def _channel(i: hlo.Instruction) -> str:
+    match = re.search(r"channel_id=(\d+)", i.attributes)
+    return match[1] if match else ""
 
 
 def _is_collective(opcode: str) -> bool:

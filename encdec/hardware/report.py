@@ -8,7 +8,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from encdec.hardware.compile import CompiledStep
+from encdec.hardware.compile import (
+    PRODUCT_SIDE,
+    Compiled,
+    CompiledProduct,
+    CompiledStep,
+    Memory,
+)
+from encdec.hardware.decode import CompiledDecoding
+from encdec.hardware.layer import CompiledLayer
 
 GIB = 2**30
 COSTLIEST = 10
@@ -29,10 +37,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
         "targets": step.targets,
         "scan_layers": config.scan_layers,
         "remat": config.remat,
-        "memory_bytes": {
-            "parameters": memory.parameters, "optimizer": memory.optimizer, "batch": memory.batch,
-            "temporary": memory.temporary, "outputs": memory.outputs, "code": memory.code,
-            "peak": memory.peak, "limit": memory.limit},
+        "memory_bytes": _memory_as_json(memory),
         "model_flops": step.model_flops,
         "compute_seconds": prediction.compute_seconds,
         "pallas_roofline_seconds": prediction.pallas_seconds,
@@ -59,7 +64,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
 
 def show(step: CompiledStep, console: Console) -> None:
     """Prints one readable report."""
-    run, memory, prediction = step.run, step.memory, step.prediction
+    run, memory = step.run, step.memory
     config = run.model_config()
     mesh = " x ".join(f"{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), step.mesh))
     layers = "scanned" if config.scan_layers else "unrolled"
@@ -71,16 +76,7 @@ def show(step: CompiledStep, console: Console) -> None:
     console.print(_time_table(step))
     if step.prediction.collectives:
         console.print(_collective_table(step))
-    table = Table("ms", "times", "operation", "source", title=f"{COSTLIEST} costliest operations")
-    for cost in prediction.costs[:COSTLIEST]:
-        table.add_row(_ms(cost.seconds), str(cost.times), escape(_short(cost.op_name) or cost.name),
-                      escape(cost.source))
-    console.print(table)
-    for name in prediction.unknown_loops:
-        console.print(f"note: the trip count of loop {name} is not known; it counts once")
-    if prediction.unestimated:
-        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(prediction.unestimated.items()))
-        console.print(f"note: executions without an estimate, not counted: {listed}")
+    _show_costs(step, console, title=f"{COSTLIEST} costliest operations")
     for line in step.unsharded:
         console.print(f"note: {escape(line)}")
 
@@ -98,6 +94,142 @@ def compare(steps: list[CompiledStep], console: Console) -> None:
             f"{_ms(p.exposed_seconds)} of {_ms(p.collective_seconds)}",
             f"{step.tokens_per_second:,.0f}", f"{100 * step.mfu:.1f}", f"{step.chip_hours:,.0f}")
     console.print(table)
+
+
+def decoding_as_json(decoding: CompiledDecoding) -> dict[str, Any]:
+    """All figures of generation's report in plain values; units are in the names."""
+    parts = {name: _part_as_json(part) for name, part in (
+        ("prefill", decoding.prefill), ("step", decoding.step))}
+    return {
+        "topology": decoding.topology.name,
+        "devices": len(decoding.topology.devices),
+        "mesh": dict(zip(("data", "fsdp", "tensor"), decoding.mesh)),
+        "model": decoding.run.model,
+        "model_overrides": dict(decoding.run.model_overrides),
+        "rows": decoding.run.batch_size,
+        "inputs": decoding.inputs,
+        "targets": decoding.targets,
+        **parts,
+        "prefill_mfu": decoding.prefill_mfu,
+        "step_bytes_floor_seconds": decoding.bytes_floor_seconds,
+        "tokens_per_second": decoding.tokens_per_second,
+        "seconds": decoding.seconds,
+        "unsharded": list(decoding.unsharded),
+    }
+
+
+def _part_as_json(part: Compiled) -> dict[str, Any]:
+    p = part.prediction
+    return {
+        "seconds": part.step_seconds,
+        "compute_seconds": p.compute_seconds,
+        "pallas_roofline_seconds": p.pallas_seconds,
+        "collective_seconds": p.collective_seconds,
+        "collective_exposed_seconds": p.exposed_seconds,
+        "memory_bytes": _memory_as_json(part.memory),
+        "compile_seconds": part.compile_seconds,
+    }
+
+
+def show_decoding(decoding: CompiledDecoding, console: Console) -> None:
+    """Prints generation's report."""
+    mesh = " x ".join(f"{n}={size}" for n, size in zip(("data", "fsdp", "tensor"), decoding.mesh))
+    console.print(
+        f"[bold]{escape(decoding.run.model)}[/] generating on {decoding.topology.name}, "
+        f"{len(decoding.topology.devices)} devices, {mesh}; {decoding.run.batch_size} rows of "
+        f"{decoding.inputs} tokens in, room for {decoding.targets}")
+    table = Table("", "ms", "collectives not hidden", "peak GiB a device", title="Predicted")
+    for name, part in (("prefill", decoding.prefill), ("one token more", decoding.step)):
+        peak = f"{part.memory.peak / GIB:.2f} of {part.memory.limit / GIB:.2f}"
+        table.add_row(name, _ms(part.step_seconds), _ms(part.prediction.exposed_seconds), peak)
+    console.print(table)
+    console.print(f"prefill at {100 * decoding.prefill_mfu:.1f} % MFU; reading weights, keys and "
+                  f"values once takes {_ms(decoding.bytes_floor_seconds)} ms of a later token; "
+                  f"{decoding.tokens_per_second:,.0f} tokens/s, all {decoding.targets} tokens of "
+                  f"all rows in {decoding.seconds:.3f} s")
+    _show_costs(decoding.step, console, title=f"{COSTLIEST} costliest operations of a later token")
+    for line in decoding.unsharded:
+        console.print(f"note: {escape(line)}")
+
+
+def compare_decoding(found: list[CompiledDecoding], console: Console) -> None:
+    table = Table("topology", "model", "rows", "prefill ms", "a token ms", "tokens/s",
+                  "tokens/s a chip", title="Predicted")
+    for one in found:
+        table.add_row(
+            one.topology.name, one.run.model, str(one.run.batch_size),
+            _ms(one.prefill.step_seconds), _ms(one.step.step_seconds),
+            f"{one.tokens_per_second:,.0f}",
+            f"{one.tokens_per_second / len(one.topology.devices):,.0f}")
+    console.print(table)
+
+
+def layer_as_json(layer: CompiledLayer) -> dict[str, Any]:
+    return _part_as_json(layer) | {
+        "topology": layer.topology.name, "model": layer.run.model,
+        "model_overrides": dict(layer.run.model_overrides), "rows": layer.rows,
+        "length": layer.length, "layers": layer.layers, "model_flops": layer.model_flops,
+        "share_of_peak": layer.share_of_peak}
+
+
+def show_layer(layer: CompiledLayer, console: Console) -> None:
+    console.print(
+        f"{layer.topology.name}: {layer.layers} layers of {escape(layer.run.model)}, forward and "
+        f"backward, {layer.rows} rows of {layer.length} tokens on one chip: "
+        f"{_ms(layer.step_seconds)} ms, of which kernels by roofline "
+        f"{_ms(layer.prediction.pallas_seconds)}; {100 * layer.share_of_peak:.1f} % of the peak "
+        f"rate; {layer.memory.temporary / GIB:.2f} GiB of activations and gradients; compiled in "
+        f"{layer.compile_seconds:.0f} s")
+    _show_costs(layer, console, title=f"{COSTLIEST} costliest operations")
+
+
+def compare_layers(found: list[CompiledLayer], console: Console) -> None:
+    table = Table("topology", "model", "rows", "ms", "% of peak", title="Predicted")
+    for one in found:
+        table.add_row(one.topology.name, one.run.model, str(one.rows), _ms(one.step_seconds),
+                      f"{100 * one.share_of_peak:.1f}")
+    console.print(table)
+
+
+def product_as_json(product: CompiledProduct) -> dict[str, Any]:
+    return {"topology": product.topology.name, "side": PRODUCT_SIDE,
+            "seconds": product.step_seconds, "share_of_peak": product.share_of_peak}
+
+
+def show_product(product: CompiledProduct, console: Console) -> None:
+    console.print(
+        f"{product.topology.name}: a bfloat16 product of side {PRODUCT_SIDE} takes "
+        f"{_ms(product.step_seconds)} ms, {100 * product.share_of_peak:.1f} % of the peak rate")
+
+
+def compare_products(found: list[CompiledProduct], console: Console) -> None:
+    table = Table("topology", "ms", "% of peak", title="Calibration")
+    for one in found:
+        table.add_row(one.topology.name, _ms(one.step_seconds), f"{100 * one.share_of_peak:.1f}")
+    console.print(table)
+
+
+def text_of(found: CompiledStep | CompiledDecoding | CompiledProduct) -> str:
+    """The compiled program; of generation, a later token's."""
+    return found.step.text if isinstance(found, CompiledDecoding) else found.text
+
+
+def _show_costs(compiled: Compiled, console: Console, title: str) -> None:
+    table = Table("ms", "times", "operation", "source", title=title)
+    for cost in compiled.prediction.costs[:COSTLIEST]:
+        table.add_row(_ms(cost.seconds), str(cost.times), escape(_short(cost.op_name) or cost.name),
+                      escape(cost.source))
+    console.print(table)
+    for name in compiled.prediction.unknown_loops:
+        console.print(f"note: the trip count of loop {name} is not known; it counts once")
+    if unestimated := compiled.prediction.unestimated:
+        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(unestimated.items()))
+        console.print(f"note: executions without an estimate, not counted: {listed}")
+
+
+def _memory_as_json(memory: Memory) -> dict[str, int]:
+    names = ("parameters", "optimizer", "batch", "temporary", "outputs", "code", "peak", "limit")
+    return {name: getattr(memory, name) for name in names}
 
 
 def _memory_table(memory: Any) -> Table:

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from encdec.model.config import ModelConfig
-from encdec.model.kernels import cudnn_attention, resolve_kernel, splash_attention
-from encdec.model.layers import Projection, RMSNorm
-from encdec.model.positions import apply_rope
+from encdec.model.kernels import (
+    cudnn_attention,
+    named_inputs,
+    platform,
+    resolve_kernel,
+    splash_attention,
+)
+from encdec.model.layers import Projection, RMSNorm, product
+from encdec.model.positions import Rotation, apply_rope
 
 KeyValues = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, D]
 
@@ -49,15 +55,18 @@ def dot_product_attention(
 ) -> jax.Array:
     """Softmax attention in plain XLA; scores and softmax in float32. Returns [B, T, H, D].
 
+    Queries have been multiplied by ``config.scores_scale``.
+
     Query head h reads kv head ``h // (H/K)`` when ``kv_pairing`` is "grouped" and ``h % K`` when
     it is "tiled": only the order in which the head axis splits differs, nothing is copied.
     """
+    q_BxTxHxD, k_BxSxKxD, v_BxSxKxD = named_inputs(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD)
     batch, length, heads, dim = q_BxTxHxD.shape
     kv_heads, group = k_BxSxKxD.shape[2], heads // k_BxSxKxD.shape[2]
     # The head axis splits into (kv head, member of its group), or the other way round.
     split, pair = ((kv_heads, group), "kg") if config.kv_pairing == "grouped" else (
         (group, kv_heads), "gk")
-    q = (q_BxTxHxD * config.scores_scale).reshape(batch, length, *split, dim)
+    q = q_BxTxHxD.reshape(batch, length, *split, dim)
     scores = jnp.einsum(
         f"bt{pair}d,bskd->b{pair}ts", q, k_BxSxKxD, preferred_element_type=jnp.float32
     )
@@ -91,16 +100,16 @@ class AttentionInputs:
     """
 
     mask_BxTxS: jax.Array
-    q_rope: jax.Array | None = None
-    kv_rope: jax.Array | None = None
+    q_rope: Rotation | None = None
+    kv_rope: Rotation | None = None
     slots_BxT: jax.Array | None = None
     segments: tuple[jax.Array, jax.Array] | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def packed_attention(
-    q_segments_BxT: jax.Array, kv_segments_BxS: jax.Array, q_rope: jax.Array | None,
-    kv_rope: jax.Array | None, *, causal: bool = False,
+    q_segments_BxT: jax.Array, kv_segments_BxS: jax.Array, q_rope: Rotation | None,
+    kv_rope: Rotation | None, *, causal: bool = False,
 ) -> AttentionInputs:
     """The inputs of attention among packed segments."""
     return AttentionInputs(
@@ -131,12 +140,51 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config, axis="head_dim")
             self.k_norm = RMSNorm(config, axis="head_dim")
 
-    def key_values(self, x_BxSxM: jax.Array, rope: jax.Array | None) -> KeyValues:
+    def key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
         """Keys (normed and rotated) and values of a sequence, each [B, S, K, D]."""
-        k, v = self.k(x_BxSxM), self.v(x_BxSxM)
-        if self.config.qk_norm:
-            k = self.k_norm(k)
-        return apply_rope(k, rope), v
+        return self._key(self.k(x_BxSxM), rope), self.v(x_BxSxM)
+
+    def _query(self, q: jax.Array, rope: Rotation | None) -> jax.Array:
+        """Queries normed, rotated, and multiplied by the scale of the scores: with the rotation,
+        where there is one, because a pass of its own costs a read and a write."""
+        q = self.q_norm(q) if self.config.qk_norm else q
+        scale = self.config.scores_scale
+        if rope is None:
+            return q * scale
+        return apply_rope(q, rope, scale, by_product=platform() == "tpu")
+
+    def _key(self, k: jax.Array, rope: Rotation | None) -> jax.Array:
+        k = self.k_norm(k) if self.config.qk_norm else k
+        return apply_rope(k, rope, by_product=platform() == "tpu")
+
+    def _projected_together(self, x_BxTxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, D], keys and values [B, T, K, D] of one sequence by one product.
+
+        The kernels lie side by side for each key head, so that key heads can be split over
+        devices without moving anything.
+        """
+        group = self.config.num_heads // self.config.num_kv_heads
+        weights = [part.weights() for part in (self.q, self.k, self.v)]
+        query_kernel, query_bias = weights[0]
+        kernel = jnp.concatenate(
+            [self._by_key_head(query_kernel)] + [x[:, :, None] for x, _ in weights[1:]], axis=2)
+        together = product("btm,mkgd->btkgd", x_BxTxM, kernel)
+        if query_bias is not None:
+            biases = [self._by_key_head(query_bias[None])[0]] + [x[:, None] for _, x in weights[1:]]
+            together = together + jnp.concatenate(biases, axis=1)
+        # Not by slices: their gradients would be padded and added up instead of joined.
+        q, k, v = jax.lax.split(together, (group, 1, 1), axis=3)
+        q = q if self.config.kv_pairing == "grouped" else q.swapaxes(2, 3)
+        q = q.reshape(*q.shape[:2], self.config.num_heads, self.config.head_dim)
+        return q, k[..., 0, :], v[..., 0, :]
+
+    def _by_key_head(self, x_XxHxD: jax.Array) -> jax.Array:
+        """[X, H, D] to [X, K, H/K, D], every query head beside those that share its key head."""
+        outer, _, dim = x_XxHxD.shape
+        kv_heads = self.config.num_kv_heads
+        if self.config.kv_pairing == "grouped":
+            return x_XxHxD.reshape(outer, kv_heads, -1, dim)
+        return x_XxHxD.reshape(outer, -1, kv_heads, dim).swapaxes(1, 2)
 
     def __call__(
         self,
@@ -157,12 +205,14 @@ class Attention(nn.Module):
                 ``inputs.slots_BxT`` and the mask spans the whole capacity.
             deterministic: False applies dropout (needs a "dropout" rng).
         """
-        q = self.q(x_BxTxM)
-        if self.config.qk_norm:
-            q = self.q_norm(q)
-        q = apply_rope(q, inputs.q_rope)
-        if key_values is None:
-            key_values = self.key_values(x_BxTxM, inputs.kv_rope)
+        if key_values is None and self.config.fuse_projections:
+            q, k, v = self._projected_together(x_BxTxM)
+            key_values = self._key(k, inputs.kv_rope), v
+        else:
+            q = self.q(x_BxTxM)
+            if key_values is None:
+                key_values = self.key_values(x_BxTxM, inputs.kv_rope)
+        q = self._query(q, inputs.q_rope)
         if cache is not None:
             rows_Bx1 = jnp.arange(x_BxTxM.shape[0])[:, None]
             cache = jax.tree.map(

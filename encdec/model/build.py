@@ -85,14 +85,15 @@ def scan_params(params: Params, config: ModelConfig) -> Params:
 def for_decoding(
     config: ModelConfig, params: Params, kernel_parts: int = 0
 ) -> tuple[ModelConfig, Params]:
-    """The same model unrolled, without remat: the layout in which one-token steps are fastest.
+    """The same model as one-token steps are fastest: unrolled, nothing fused, without remat.
 
     ``kernel_parts`` lays the decoder's kernels out as ``ModelConfig.kernel_parts`` says; a tied
     vocabulary head then lies beside the embedding, a second time.
     """
     if config.scan_layers:
         params = unroll_params(params, config)
-    config = config.replace(scan_layers=False, remat="none")
+    # Fused, every step of decoding would copy the weights side by side.
+    config = config.replace(scan_layers=False, remat="none", fuse_projections=False)
     if not kernel_parts or config.kernel_parts:
         return config, params
     config = config.replace(kernel_parts=kernel_parts)

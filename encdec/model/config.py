@@ -86,7 +86,10 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master parameters
     scan_layers: bool = True  # compile one layer and loop, or unroll all
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    # What the backward pass computes again: nothing, what is cheap, the MLP too, or everything
+    remat: Literal["none", "dots", "attention", "full"] = "none"
+    # One product for queries, keys and values, and one for gate and up
+    fuse_projections: bool = False
     # Of the encoder, in inference; products then add up in float32. "": dtype
     encoder_dtype: Literal["", "bfloat16"] = ""
     # Decoder kernels as [out, in] in so many parts that cores read at once; 0: as trained

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from encdec.errors import ConfigError
@@ -20,7 +21,13 @@ from encdec.model.config import ModelConfig
 # the fused backward pass has no partial query gradients to add up.
 BLOCK_Q, BLOCK_KV, BLOCK_KV_COMPUTE = 512, 1024, 512
 LANES = 128  # lengths are padded to a multiple: the kernel's smallest tile
-CONTEXT = "attention_context"  # name under which remat policies find what the kernel saved
+# Names under which remat policies find queries, keys and values, and what the kernel made of them.
+ATTENTION_INPUTS, CONTEXT = "attention_inputs", "attention_context"
+
+
+def named_inputs(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays under the name by which remat policies keep queries, keys and values."""
+    return tuple(checkpoint_name(x, ATTENTION_INPUTS) for x in arrays)
 
 
 def platform() -> str:
@@ -69,9 +76,10 @@ def cudnn_attention(
     mask_BxTxS: jax.Array,
 ) -> jax.Array:
     """cuDNN's flash attention under a mask; returns [B, T, H, D]. Needs an NVIDIA GPU."""
-    q_BxTxHxD = _grouped(config, q_BxTxHxD, axis=2)
+    q_BxTxHxD, k_BxSxKxD, v_BxSxKxD = named_inputs(
+        _grouped(config, q_BxTxHxD, axis=2), k_BxSxKxD, v_BxSxKxD)
     out = jax.nn.dot_product_attention(
-        q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask=mask_BxTxS[:, None], scale=config.scores_scale,
+        q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask=mask_BxTxS[:, None], scale=1.0,
         implementation="cudnn")
     return _ungrouped(config, out, axis=2)
 
@@ -90,20 +98,21 @@ def splash_attention(
     is interpreted, slowly, for tests.
 
     Args:
-        config: pairing of heads, scale and cap of the scores.
-        q_BxTxHxD: queries.
+        config: pairing of heads and cap of the scores.
+        q_BxTxHxD: queries, multiplied by the scores' scale.
         k_BxSxKxD: keys.
         v_BxSxKxD: values.
         segments: segment ids of queries [B, T] and of keys [B, S]; each reads its equals.
         causal: no query reads a later key.
     """
-    q_BxHxTxD = _grouped(config, q_BxTxHxD * config.scores_scale, axis=2).swapaxes(1, 2)
+    q_BxHxTxD = _grouped(config, q_BxTxHxD, axis=2).swapaxes(1, 2)
     k_BxKxSxD, v_BxKxSxD = k_BxSxKxD.swapaxes(1, 2), v_BxSxKxD.swapaxes(1, 2)
     length = q_BxHxTxD.shape[2]
     # Padding belongs to a segment of its own and reads itself; it is cut off below.
     q_segments, kv_segments = (_padded(ids, 1, -1) for ids in segments)
-    q_BxHxTxD, k_BxKxSxD, v_BxKxSxD = (
-        _padded(x, 2, 0) for x in (q_BxHxTxD, k_BxKxSxD, v_BxKxSxD))
+    # Named as the kernel takes them: what is saved then needs no work before the backward kernel.
+    q_BxHxTxD, k_BxKxSxD, v_BxKxSxD = named_inputs(*(
+        _padded(x, 2, 0) for x in (q_BxHxTxD, k_BxKxSxD, v_BxKxSxD)))
     function = functools.partial(
         _splash, causal=causal, cap=config.attention_logit_cap or None,
         interpret=platform() != "tpu")

@@ -10,12 +10,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from encdec.model.config import ModelConfig
+
+# Names under which remat policies find what is dear to compute again, or small.
+NORM_FACTOR, MLP_HIDDEN = "norm_factor", "mlp_hidden"
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
@@ -23,6 +28,59 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
+
+
+def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``einsum(equation, x, kernel)`` in the dtype of ``x``.
+
+    The kernel's gradient leaves the product in the kernel's own dtype, never rounded to a smaller
+    one in between; so it depends on the dtype of what the model is run with in which gradients
+    are summed over devices.
+    """
+    if kernel.dtype == x.dtype:
+        return jnp.einsum(equation, x, kernel)
+    return _mixed_product(equation, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, kernel.astype(x.dtype))
+
+
+def _mixed_forward(equation: str, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    return _mixed_product(equation, x, kernel), (x, kernel)
+
+
+def _mixed_backward(equation: str, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    operands, result = equation.split("->")
+    left, right = operands.split(",")
+    return (
+        jnp.einsum(f"{result},{right}->{left}", gradient, kernel.astype(x.dtype)),
+        jnp.einsum(f"{left},{result}->{right}", x, gradient, preferred_element_type=kernel.dtype))
+
+
+_mixed_product.defvjp(_mixed_forward, _mixed_backward)
+
+
+@jax.custom_vjp
+def rows_of(table_VxM: jax.Array, tokens: jax.Array) -> jax.Array:
+    """``table[tokens]``, whose gradient is added up in float32 whatever the table's dtype: the
+    commonest tokens occur thousands of times in a batch."""
+    return jnp.take(table_VxM, tokens, axis=0)
+
+
+def _rows_forward(table_VxM: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    return rows_of(table_VxM, tokens), (table_VxM, tokens)
+
+
+def _rows_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
+    table_VxM, tokens = saved
+    sums = jnp.zeros(table_VxM.shape, jnp.float32)
+    return sums.at[tokens].add(gradient.astype(jnp.float32)).astype(table_VxM.dtype), None
+
+
+rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 class Projection(nn.Module):
@@ -34,26 +92,35 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     bias_dims: int = 0  # the bias spans the kernel's last ``bias_dims`` dimensions; 0 for none
 
+    def setup(self) -> None:
+        config = self.config
+        if not config.kernel_parts:
+            init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), self.axes)
+            self.kernel = self.param("kernel", init, self.shape, jnp.dtype(config.param_dtype))
+        if self.bias_dims:
+            init = nn.with_logical_partitioning(
+                nn.initializers.zeros_init(), self.axes[-self.bias_dims :]
+            )
+            self.bias = self.param(
+                "bias", init, self.shape[-self.bias_dims :], jnp.dtype(config.param_dtype)
+            )
+
+    def weights(self) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel, for ``product``, and bias (None without) in the compute dtype."""
+        bias = self.bias.astype(jnp.dtype(self.config.dtype)) if self.bias_dims else None
+        return self.kernel, bias
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if config.kernel_parts:
             y = self._by_parts(x)
+        elif config.float32_sums:
+            y = jnp.einsum(self.equation, x, self.kernel.astype(dtype),
+                           preferred_element_type=jnp.float32).astype(dtype)
         else:
-            init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), self.axes)
-            kernel = self.param("kernel", init, self.shape, jnp.dtype(config.param_dtype))
-            sums = jnp.float32 if config.float32_sums else None
-            y = jnp.einsum(self.equation, x, kernel.astype(dtype), preferred_element_type=sums)
-            y = y.astype(dtype)
-        if self.bias_dims:
-            init = nn.with_logical_partitioning(
-                nn.initializers.zeros_init(), self.axes[-self.bias_dims :]
-            )
-            bias = self.param(
-                "bias", init, self.shape[-self.bias_dims :], jnp.dtype(config.param_dtype)
-            )
-            y = y + bias.astype(dtype)
-        return y
+            y = product(self.equation, x, self.kernel)
+        return y + self.bias.astype(dtype) if self.bias_dims else y
 
     def _by_parts(self, x: jax.Array) -> jax.Array:
         """The same product with the kernel as [out, in] in parts, each a parameter of its own."""
@@ -112,7 +179,8 @@ class RMSNorm(nn.Module):
         if config.norm_plus_one:
             scale = scale + 1
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+        factor = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+        normed = x32 * checkpoint_name(factor, NORM_FACTOR)
         if config.norm_cast == "before_scale":
             return normed.astype(dtype) * scale.astype(dtype)
         return (normed * scale.astype(jnp.float32)).astype(dtype)
@@ -130,11 +198,22 @@ class Mlp(nn.Module):
             Projection, config, "btm,mf->btf", (config.d_model, config.mlp_dim), ("embed", "mlp"),
             bias_dims=int(config.mlp_bias),
         )
-        activation = ACTIVATIONS[config.mlp_activation]
+        activation, save = ACTIVATIONS[config.mlp_activation], (
+            lambda x: checkpoint_name(x, MLP_HIDDEN))
         if config.mlp_gated:
-            hidden_BxTxF = activation(into(name="gate")(x_BxTxM)) * into(name="up")(x_BxTxM)
+            gate, up = into(name="gate"), into(name="up")
+            if config.fuse_projections:
+                kernels, biases = zip(gate.weights(), up.weights())
+                # Side by side on a new first axis, which is taken apart without a copy.
+                both = product("btm,cmf->cbtf", x_BxTxM, jnp.stack(kernels))
+                if config.mlp_bias:
+                    both = both + jnp.stack(biases)[:, None, None]
+                both = save(both)
+                hidden_BxTxF = activation(both[0]) * both[1]
+            else:
+                hidden_BxTxF = activation(save(gate(x_BxTxM))) * save(up(x_BxTxM))
         else:
-            hidden_BxTxF = activation(into(name="up")(x_BxTxM))
+            hidden_BxTxF = activation(save(into(name="up")(x_BxTxM)))
         hidden_BxTxF = nn.with_logical_constraint(hidden_BxTxF, ("batch", "length", "mlp"))
         return Projection(
             config, "btf,fm->btm", (config.mlp_dim, config.d_model), ("mlp", "embed"),
@@ -164,7 +243,7 @@ class Embedder(nn.Module):
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Embeddings [B, T, M] in the compute dtype."""
         dtype = jnp.dtype(self.config.dtype)
-        x_BxTxM = jnp.take(self.embedding.astype(dtype), tokens_BxT, axis=0)
+        x_BxTxM = rows_of(self.embedding, tokens_BxT).astype(dtype)
         if self.config.embedding_scale:
             x_BxTxM = x_BxTxM * jnp.asarray(self.config.d_model**0.5, dtype)
         return nn.with_logical_constraint(x_BxTxM, ("batch", "length", "embed_act"))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from encdec.model.config import ModelConfig
+
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, each [B, T, 1, D] float32
 
 
 def segment_lengths(positions_BxS: jax.Array, segments_BxS: jax.Array) -> jax.Array:
@@ -70,19 +75,74 @@ def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
 
 def rope_table(
     config: ModelConfig, positions_BxT: jax.Array, local: bool = False
-) -> jax.Array:
-    """Cosines and sines for ``apply_rope``, [2, B, T, 1, D/2] float32; made once for all layers."""
+) -> Rotation:
+    """Cosines and sines for ``apply_rope``, made once for all layers.
+
+    Both halves of a head turn by the same angles; they are written out, and the two tables kept
+    apart, so that no layer has to cut and join arrays narrower than a vector register.
+    """
     angles = positions_BxT.astype(jnp.float32)[..., None] * rope_frequencies(config, local)
-    table = jnp.stack([jnp.cos(angles), jnp.sin(angles)])[..., None, :]
-    own_base = local and config.local_rope_theta
-    return table if own_base else table * config.rope_magnitude
+    angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
+    magnitude = 1.0 if local and config.local_rope_theta else config.rope_magnitude
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
-def apply_rope(x_BxTxHxD: jax.Array, table: jax.Array | None) -> jax.Array:
-    """Rotates the halves of each head by its position's angles, in float32; identity for None."""
-    if table is None:
+def apply_rope(
+    x_BxTxHxD: jax.Array, rotation: Rotation | None, scale: float = 1.0, by_product: bool = False
+) -> jax.Array:
+    """Rotates the halves of each head by its position's angles, in float32, and multiplies them.
+
+    Without a rotation, x as it is.
+
+    Args:
+        x_BxTxHxD: queries or keys.
+        rotation: from ``rope_table``.
+        scale: multiplies what was rotated.
+        by_product: swap the halves by a product with a matrix of 0, 1 and -1 rather than by
+            cutting and joining: the same numbers, and on a TPU, where half a head is half a
+            vector register, much less work.
+    """
+    if rotation is None:
         return x_BxTxHxD
-    first, second = jnp.split(x_BxTxHxD.astype(jnp.float32), 2, axis=-1)
-    cos, sin = table[0], table[1]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxTxHxD.dtype)
+    if by_product:
+        return _rotated_by_product(x_BxTxHxD, *rotation, scale)
+    x, (cos, sin) = x_BxTxHxD.astype(jnp.float32), rotation
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return ((x * cos + turned * sin) * scale).astype(x_BxTxHxD.dtype)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """Halves (first, second) of the last axis as (-second, first), float32, by a product."""
+    half = x.shape[-1] // 2
+    quarter_turn = np.zeros((2 * half, 2 * half), np.float32)
+    quarter_turn[half:, :half], quarter_turn[:half, half:] = -np.eye(half), np.eye(half)
+    # Exact, as each output is one input: in bfloat16 as it is, in float32 at full precision.
+    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.einsum("...d,de->...e", x, quarter_turn.astype(x.dtype), precision=precision,
+                      preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rotated_by_product(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float
+) -> jax.Array:
+    return ((x.astype(jnp.float32) * cos + _turned(x) * sin) * scale).astype(x.dtype)
+
+
+def _rotate_forward(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float
+) -> tuple[jax.Array, Rotation]:
+    return _rotated_by_product(x, cos, sin, scale), (cos, sin)
+
+
+def _rotate_backward(
+    scale: float, rotation: Rotation, gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
+    # The transpose of a rotation is the one back: no product of rounded sines is transposed.
+    cos, sin = rotation
+    back = (gradient.astype(jnp.float32) * cos - _turned(gradient) * sin) * scale
+    return back.astype(gradient.dtype), None, None
+
+
+_rotated_by_product.defvjp(_rotate_forward, _rotate_backward)

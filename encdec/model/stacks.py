@@ -7,19 +7,22 @@ from typing import Any
 import flax
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from encdec.model.attention import Attention, AttentionInputs, KeyValues
 from encdec.model.config import ModelConfig
-from encdec.model.kernels import CONTEXT
-from encdec.model.layers import Mlp, RMSNorm
+from encdec.model.kernels import ATTENTION_INPUTS, CONTEXT
+from encdec.model.layers import MLP_HIDDEN, NORM_FACTOR, Mlp, RMSNorm
 
+RESIDUAL = "residual"  # the running activations between a layer's sublayers
+_saved = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
-    # Keeps the outputs of matrix products with weights and of attention kernels, recomputes
-    # attention in plain XLA and what is cheap.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(CONTEXT)),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    # Keeps what every matrix product and attention kernel gave, computes again what is cheap.
+    "dots": _saved(NORM_FACTOR, ATTENTION_INPUTS, CONTEXT, RESIDUAL, MLP_HIDDEN),
+    # The MLP's hidden activations are most of that, and take one product to make again.
+    "attention": _saved(NORM_FACTOR, ATTENTION_INPUTS, CONTEXT, RESIDUAL),
+    # Norms keep one number a token.
+    "full": _saved(NORM_FACTOR),
 }
 
 
@@ -85,6 +88,7 @@ class Block(nn.Module):
         )
         y = self.self_attention_post_norm(y) if post_norms else y
         x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
+        x_BxTxM = checkpoint_name(x_BxTxM, RESIDUAL)
         if self.cross_attention:
             if cross_kv is None:
                 cross_kv = self.cross_key_values(None, inputs)[1]
@@ -94,6 +98,7 @@ class Block(nn.Module):
             )
             y = self.cross_attention_post_norm(y) if post_norms else y
             x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
+            x_BxTxM = checkpoint_name(x_BxTxM, RESIDUAL)
         y = self.mlp(self.mlp_norm(x_BxTxM))
         y = self.mlp_post_norm(y) if post_norms else y
         x_BxTxM = x_BxTxM + self.mlp_dropout(y, deterministic=deterministic)

@@ -35,6 +35,12 @@ class MeshConfig:
     data: int = -1  # copies of the model
     fsdp: int = 1  # shards of parameters and optimizer state, each with its own rows
     tensor: int = 1  # shards of heads, MLP and vocabulary, which share their rows
+    # When what fsdp split is put together: once a step (each device holds the whole model in the
+    # compute dtype), or at every use (least memory)
+    gather: Literal["step", "use"] = "step"
+    # In which gradients are summed over devices and leave the matrix unit; with bfloat16 weights
+    # travel in it, too. (Sums over micro-batches are float32 always.)
+    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from encdec.distill.teacher import PAIR_FIELDS
 from encdec.errors import ConfigError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
+from encdec.train.compiler_options import compiler_options
 from encdec.train.config import RunConfig
 from encdec.train.optimizer import make_optimizer
 from encdec.train.sharding import (
     ShardingRules,
     Unsharded,
+    compute_params,
     data_shards,
     like_params,
     on_mesh,
@@ -114,10 +116,13 @@ def build_program(
         mesh=mesh,
         init=jax.jit(create, out_shardings=state_shardings),
         train_step=jax.jit(
-            on_mesh(make_train_step(model, optimizer, run, targets_length), mesh, fitted),
+            on_mesh(make_train_step(
+                model, optimizer, run, targets_length,
+                compute_params(run.mesh, model_config.dtype, fitted, mesh, axes)), mesh, fitted),
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, everywhere),
-            donate_argnums=0),
+            donate_argnums=0,
+            compiler_options=compiler_options(mesh.devices.flat[0].device_kind)),
         eval_step=jax.jit(
             on_mesh(make_eval_step(model, targets_length), mesh, fitted),
             in_shardings=(shardings, batch_sharding),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -56,6 +58,19 @@ class ShardingRules:
                 taken[mesh_axis] = axis
             places.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes or (None,))[0])
         return PartitionSpec(*places)
+
+    def without(self, mesh_axis: str) -> ShardingRules:
+        """The same rules, but nothing is split over ``mesh_axis``."""
+        return ShardingRules(**{
+            name: tuple(axis for axis in getattr(self, name) if axis != mesh_axis)
+            for name in _rule_names()})
+
+    def parameter_spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+        """``spec`` of a parameter: norms' scales and the like stay whole along the model's width,
+        because a collective for each would cost more than the bytes it saves."""
+        if set(axes) <= {"embed", "layers"}:
+            axes = [None if axis == "embed" else axis for axis in axes]
+        return self.spec(axes)
 
     def pairs(self) -> tuple[tuple[str, Any], ...]:
         """The same rules as flax's ``logical_axis_rules`` wants them."""
@@ -162,8 +177,60 @@ def param_shardings(
         for (path, _), names in zip(leaves, axes) for name in names if name in reasons
     ]
     shardings = jax.tree.map(
-        lambda names: NamedSharding(mesh, fitted.spec(names)), logical_axes, is_leaf=is_axes)
+        lambda names: NamedSharding(mesh, fitted.parameter_spec(names)), logical_axes,
+        is_leaf=is_axes)
     return shardings, fitted, unsharded
+
+
+def compute_params(
+    config: MeshConfig, dtype: str, rules: ShardingRules, mesh: Mesh, logical_axes: Any
+) -> Callable[[Any], Any]:
+    """A function from master parameters to those that a step computes with; differentiable.
+
+    With ``config.gather`` "step" parameters split over fsdp are put together once, before their
+    use; with ``config.reduce_dtype`` "bfloat16" matrices become ``dtype`` first, so that this is
+    what travels. Backward, each gradient is summed over the devices in the dtype of what was
+    computed with, straight to where its master lies: a reduce-scatter where that is split.
+
+    Args:
+        config: of the mesh.
+        dtype: the model's compute dtype.
+        rules: those that fit the mesh.
+        mesh: the devices.
+        logical_axes: a tuple of names for each parameter.
+    """
+    whole_rules = rules.without("fsdp") if config.gather == "step" else rules
+
+    def prepare(names: tuple[str | None, ...], master: jax.Array) -> jax.Array:
+        matrix = "embed" in names and set(names) - {"embed", "layers"}
+        kept, whole = (
+            NamedSharding(mesh, r.parameter_spec(names)) for r in (rules, whole_rules))
+        small = matrix and config.reduce_dtype == "bfloat16"
+        cast = jnp.dtype(dtype) if small else master.dtype
+        return _computed(master, kept, whole, cast)
+
+    return lambda params: jax.tree.map(
+        prepare, logical_axes, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _computed(
+    master: jax.Array, kept: NamedSharding, whole: NamedSharding, dtype: Any
+) -> jax.Array:
+    # Cast where it lies, then gathered: so the smaller of the two travels.
+    cast = jax.lax.with_sharding_constraint(master.astype(dtype), kept)
+    return jax.lax.with_sharding_constraint(cast, whole)
+
+
+def _computed_forward(master, kept, whole, dtype):
+    return _computed(master, kept, whole, dtype), master
+
+
+def _computed_backward(kept, whole, dtype, master, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, kept).astype(master.dtype),)
+
+
+_computed.defvjp(_computed_forward, _computed_backward)
 
 
 def on_mesh(

@@ -89,13 +89,14 @@ def batch_metrics(
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, run: RunConfig, targets_length: int
+    model: Model, optimizer: optax.GradientTransformation, run: RunConfig, targets_length: int,
+    computed: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """``train_step(state, batch) -> (state, metrics)``: pure, to be jitted and donated.
 
     The objective is the mean over all target positions of the whole batch, however many
     micro-batches it is worked through in: gradients of sums are added in float32 and divided
-    once.
+    once. ``computed`` turns master parameters into those that the model is run with.
     """
 
     schedule = make_schedule(run)
@@ -107,7 +108,7 @@ def make_train_step(
         params: Any, batch: Batch, key: jax.Array, alpha: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         metrics = batch_metrics(
-            model, params, batch, run.loss, targets_length, key, distill, alpha)
+            model, computed(params), batch, run.loss, targets_length, key, distill, alpha)
         return metrics.losses.objective, metrics
 
     gradient = jax.grad(objective, has_aux=True)

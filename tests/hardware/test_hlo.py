@@ -98,6 +98,54 @@ def test_asynchronous_collectives_hide_behind_what_lies_between():
     assert apart.step_seconds == pytest.approx(one + reduced.seconds)
 
 
+GATHER = """%part.{n} (p: f32[8]) -> f32[8] {{
+  %inner.{n} = f32[1000000000]{{0}} all-gather(%p), channel_id={channel}, replica_groups=[1,4]<=[4]
+}}
+
+"""
+
+
+def fused_program(*channels, cycles=75_150_000):
+    """Each channel's all-gather in turn: started by a fusion, carried by one that computes for
+    0.05 s, ended by a third, as the TPU compiler writes collectives fused with computation."""
+    bodies, lines = "", []
+    for channel in channels:
+        for phase in ("start", "carry", "done"):
+            bodies += GATHER.format(n=f"{phase}.{channel}", channel=channel)
+            estimate = f', backend_config={{"estimated_cycles":"{cycles}"}}'
+            lines.append(line("f32[8]{0}", "fusion", f"%p), kind=kCustom, calls=%part.{phase}."
+                              f"{channel}{estimate if phase == 'carry' else ''}", phase + channel))
+    return hlo.parse(bodies + "\n".join(["ENTRY %main (p: f32[]) -> f32[] {", *lines, "}"]))
+
+
+def test_collectives_fused_with_computation_count_once_and_wait_for_the_links():
+    wire = 4e9 * 0.75 / 90e9 + 4e-6
+    one = predict(fused_program("1"), topology())
+    (gathered,) = one.collectives
+    assert (gathered.kind, gathered.bytes, gathered.group) == ("all-gather", 4e9, 4)
+    assert gathered.seconds == pytest.approx(wire)
+    assert gathered.exposed_seconds == 0 and one.compute_seconds == pytest.approx(0.05, rel=1e-2)
+    # With half the computation the rest of each shows.
+    two = predict(fused_program("1", "2", cycles=37_575_000), topology())
+    assert [c.exposed_seconds for c in two.collectives] == pytest.approx(
+        [wire - 0.025] * 2, rel=1e-2)
+    assert two.step_seconds == pytest.approx(2 * wire, rel=1e-2)
+
+
+def test_asynchronous_collectives_share_the_links():
+    """Two started together: the second waits for the first, behind 0.1 s of computation."""
+    work = line("f32[8]{0}", "fusion", '%p), backend_config={"estimated_cycles":"150300000"}')
+    pair = lambda n: (
+        line("(f32[1000000000]{0}, f32[1000000000]{0})", "all-reduce-start",
+             "%p), replica_groups={{0,1,2,3}}", f"s{n}"),
+        line("f32[1000000000]{0}", "all-reduce-done", f"%s{n}), metadata={{}}", f"d{n}"))
+    (start_1, done_1), (start_2, done_2) = pair(1), pair(2)
+    wire = 4e9 * 1.5 / 90e9 + 4e-6
+    together = predict(program(start_1, start_2, work, done_1, done_2), topology())
+    assert together.step_seconds == pytest.approx(2 * wire, rel=1e-2)
+    assert together.exposed_seconds == pytest.approx(2 * wire - 0.1, rel=1e-2)
+
+
 def test_kernels_take_the_longer_of_flops_and_bytes():
     q, k = "bf16[16,6,1024,128]{3,2,1,0}", "bf16[16,3,1024,128]{3,2,1,0}"
     operands = [line(q, "parameter", "0)", "q"), line(k, "parameter", "1)", "k")]

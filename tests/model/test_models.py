@@ -128,7 +128,8 @@ def test_scan_unroll_and_remat_give_the_same_gradients(name):
     value, wanted = gradients(config, params)
     others = [
         gradients(config.replace(remat=remat), params)
-        for remat in (("dots", "full") if name == "paper" else ("full",))]
+        for remat in (("dots", "attention", "full") if name == "paper" else ("full",))]
+    others.append(gradients(config.replace(fuse_projections=True), params))
     for remat in ("none", "full") if name == "paper" else ("none",):
         loss, unrolled = gradients(
             config.replace(remat=remat, scan_layers=False), unroll_params(params, config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -11,7 +12,7 @@ from encdec.model import abstract_params, build_model, logical_axes, preset
 from encdec.train.config import MeshConfig, parse_config
 from encdec.train.feed import host_slice
 from encdec.train.program import build_program
-from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
+from encdec.train.sharding import ShardingRules, compute_params, make_mesh, param_shardings
 from tests.train.conftest import small_run
 
 
@@ -28,6 +29,35 @@ def test_collisions_are_refused_by_name():
         rules.spec(("embed", "mlp"))
     with pytest.raises(ConfigError, match="'embed' and 'kv_heads'"):
         build_program(parse_config(small_run()), preset("test"), make_mesh(MeshConfig()), 8, rules)
+
+
+def test_parameters_are_put_together_once_a_step_in_the_dtype_that_travels():
+    axes = {"kernel": ("layers", "embed", "mlp"), "scale": ("layers", "embed"), "bias": ("mlp",)}
+    shapes = {"kernel": (3, 8, 4), "scale": (3, 8), "bias": (4,)}
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rules = ShardingRules()
+    masters = {name: jax.device_put(
+        jnp.full(shape, 1 + 2.0**-10), NamedSharding(mesh, rules.parameter_spec(axes[name])))
+        for name, shape in shapes.items()}
+    assert masters["scale"].sharding.spec == PartitionSpec(None, None)  # norms stay whole
+
+    def prepared(**changes):
+        config = MeshConfig(**changes)
+        prepare = compute_params(config, "bfloat16", rules, mesh, axes)
+        total = lambda p: sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(prepare(p)))
+        return jax.jit(prepare)(masters), jax.jit(jax.grad(total))(masters)
+
+    params, gradients = prepared()
+    assert params["kernel"].sharding.spec == PartitionSpec(None, None, "tensor")
+    assert {name: x.dtype.name for name, x in params.items()} == {
+        "kernel": "bfloat16", "scale": "float32", "bias": "float32"}
+    for name, gradient in gradients.items():
+        assert gradient.dtype == jnp.float32
+        assert gradient.sharding.is_equivalent_to(masters[name].sharding, gradient.ndim)
+        assert (gradient == 1).all()
+    params, _ = prepared(gather="use", reduce_dtype="float32")
+    assert params["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert params["kernel"].dtype == jnp.float32 and (params["kernel"] == 1 + 2.0**-10).all()
 
 
 def test_unknown_axes_are_refused():

@@ -21,11 +21,11 @@ STEPS = 10
 
 @functools.cache
 def program_on(architecture: str, data: int, fsdp: int, tensor: int, accumulation: int = 1,
-               dropout: float = 0.0) -> Program:
+               dropout: float = 0.0, **mesh) -> Program:
     run = parse_config(small_run(
         model=ARCHITECTURES[architecture], accumulation=accumulation,
         model_overrides={"mlp_dropout": dropout, "attention_dropout": dropout},
-        mesh={"data": data, "fsdp": fsdp, "tensor": tensor}))
+        mesh={"data": data, "fsdp": fsdp, "tensor": tensor} | mesh))
     mesh = make_mesh(run.mesh, jax.devices()[: data * fsdp * tensor])
     return build_program(run, run.model_config(), mesh, TARGETS)
 
@@ -72,6 +72,14 @@ def test_every_mesh_gives_the_losses_of_one_device(architecture, mesh, records):
     for a, b in zip(history, sharded_history):
         assert a.sums.source_tokens == b.sums.source_tokens
         assert a.sums.target_tokens == b.sums.target_tokens
+
+
+def test_parameters_gathered_at_every_use_give_the_same_losses(records):
+    wanted, _ = on_one_device("encoder_decoder", records)
+    program = program_on("encoder_decoder", 2, 4, 1, gather="use", reduce_dtype="float32")
+    losses, _ = run_steps(
+        program, start("encoder_decoder"), batches("encoder_decoder", records))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
 
 
 def test_parameters_are_drawn_alike_on_every_mesh():

@@ -1,0 +1,78 @@
+"""Building blocks whose shortcuts must not show: rotation by a product, gradients' dtypes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from encdec.model import ModelConfig
+from encdec.model.layers import product, rows_of
+from encdec.model.positions import apply_rope, rope_table
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rope_by_product_gives_the_same_numbers(dtype):
+    rng = np.random.default_rng(0)
+    config = ModelConfig(head_dim=32)
+    positions = jnp.asarray(rng.integers(0, 3000, (2, 7)), jnp.int32)
+    x, weights = (jnp.asarray(rng.normal(size=(2, 7, 3, 32)), dtype) for _ in range(2))
+    table = rope_table(config, positions, 7)
+
+    def value(x, by_product):
+        rotated = apply_rope(x, table, by_product=by_product)
+        return jnp.sum(rotated.astype(jnp.float32) * weights.astype(jnp.float32)), rotated
+
+    (_, wanted), wanted_gradient = jax.value_and_grad(value, has_aux=True)(x, False)
+    (_, rotated), gradient = jax.value_and_grad(value, has_aux=True)(x, True)
+    assert rotated.dtype == gradient.dtype == dtype
+    exact = dict(rtol=1e-6, atol=1e-6) if dtype == "float32" else dict(rtol=8e-3, atol=8e-3)
+    np.testing.assert_array_equal(rotated, wanted)
+    np.testing.assert_allclose(gradient.astype(np.float32), wanted_gradient.astype(np.float32),
+                               **exact)
+    # A rotation keeps lengths, and its gradient is the rotation back.
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rotated.astype(jnp.float32), axis=-1),
+        jnp.linalg.norm(x.astype(jnp.float32), axis=-1), rtol=1e-2)
+    back = jax.vjp(lambda x: apply_rope(x, table, by_product=True), x)[1](rotated)[0]
+    np.testing.assert_allclose(back.astype(np.float32), x.astype(np.float32), atol=3e-2)
+
+
+def test_a_products_gradient_has_its_kernels_dtype_unrounded():
+    """Of a bfloat16 product with a float32 kernel: 1 + 2^-10, which bfloat16 cannot hold."""
+    x = jnp.array([[1.0], [2.0**-10]], jnp.bfloat16)
+    gradient = lambda kernel: jax.grad(
+        lambda k: product("bm,mf->bf", x, k).astype(jnp.float32).sum())(kernel)
+    wide = gradient(jnp.ones((1, 1), jnp.float32))
+    assert wide.dtype == jnp.float32 and wide[0, 0] == 1 + 2.0**-10
+    narrow = gradient(jnp.ones((1, 1), jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16 and narrow[0, 0] == 1
+
+
+@pytest.mark.parametrize("equation, shapes", [
+    ("btm,mhd->bthd", ((2, 3, 4), (4, 5, 6))), ("bthd,hdm->btm", ((2, 3, 5, 6), (5, 6, 4))),
+    ("btm,mkgd->btkgd", ((2, 3, 4), (4, 2, 3, 5))), ("btm,cmf->cbtf", ((2, 3, 4), (2, 4, 5))),
+])
+def test_mixed_products_equal_einsum(equation, shapes):
+    rng = np.random.default_rng(1)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    half = x.astype(jnp.bfloat16)
+    value = lambda f: jax.value_and_grad(
+        lambda x, k: jnp.sum(jnp.sin(f(x, k).astype(jnp.float32))), argnums=(0, 1))
+    wanted, (dx, dk) = value(lambda x, k: jnp.einsum(equation, x, k))(
+        half.astype(jnp.float32), kernel.astype(jnp.bfloat16).astype(jnp.float32))
+    got, (mixed_dx, mixed_dk) = value(lambda x, k: product(equation, x, k))(half, kernel)
+    scale = float(jnp.abs(wanted)) + 1
+    np.testing.assert_allclose(got, wanted, atol=0.05 * scale)
+    np.testing.assert_allclose(mixed_dx.astype(np.float32), dx, atol=0.15)
+    np.testing.assert_allclose(mixed_dk, dk, atol=0.15)
+
+
+def test_a_common_tokens_gradient_is_added_up_unrounded():
+    """1,000 bfloat16 ones end at 256 if each sum is rounded to bfloat16."""
+    table = jnp.zeros((3, 2), jnp.bfloat16)
+    tokens = jnp.ones((1000,), jnp.int32)
+    gradient = jax.grad(lambda t: rows_of(t, tokens).astype(jnp.float32).sum())(table)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient, [[0, 0], [1000, 1000], [0, 0]])
