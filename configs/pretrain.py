@@ -30,6 +30,8 @@ def get_config(model: str = "330m") -> ConfigDict:
     config.mesh.data = -1  # copies of the model; fastest as long as the state fits
     config.mesh.fsdp = 1  # shards of parameters and optimizer state
     config.mesh.tensor = 1  # shards of heads, MLP and vocabulary
+    config.mesh.gather = "step"  # when shards are put together; "use": at each use, least memory
+    config.mesh.reduce_dtype = "bfloat16"  # of gradients summed over devices; or "float32"
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw, adafactor, or muon (AdamW outside the layers)
@@ -78,4 +80,17 @@ def get_config(model: str = "330m") -> ConfigDict:
     config.profile = ConfigDict()
     config.profile.first_step = 0  # profiler trace from here into WORKDIR/profile; 0: none
     config.profile.steps = 5  # steps in the trace
+
+    if "-tpu" in model:
+        _for_tpus(config)
     return config
+
+
+def _for_tpus(config: ConfigDict) -> None:
+    """What `encdec compile` predicts to be fastest on TPU pods; docs/pod.md has the figures."""
+    config.batch_size = 256  # 16 rows on each of 16 chips; keep 16 a chip on larger slices
+    config.mesh.data, config.mesh.fsdp = 1, -1  # AdamW's work and state are split over the chips
+    config.model_overrides = ConfigDict()
+    config.model_overrides.scan_layers = False  # a quarter less time a layer; compiles for minutes
+    config.model_overrides.remat = "dots"  # keep what matrix products gave, at 16 rows a chip
+    config.model_overrides.mlp_dropout = 0.0  # one pass over much text (our choice)
