@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import pathlib
 
 import pytest
+from rich.console import Console
 
 from encdec.errors import ConfigError
 from encdec.hardware import topology
-from encdec.hardware.command import main
+from encdec.hardware.command import _search, main, search_meshes
 from encdec.hardware.compile import DoesNotFit, checked, nearest_fit, smaller
 from encdec.hardware.topology import find_topology, generation_named, parse_name
-from encdec.train.config import RunConfig
+from encdec.model import preset
+from encdec.model.chips import find_chip
+from encdec.train.command import load_config
+from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
+from encdec.train.config import MeshConfig, RunConfig, parse_config
 
 CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 needs_compiler = pytest.mark.skipif(
@@ -70,6 +76,51 @@ class Predicted:
     step_seconds: float = 1.0
 
 
+def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits(monkeypatch):
+    """A made-up chip: each split of the state and each remat policy has its own largest batch."""
+    monkeypatch.setattr("encdec.hardware.report.compare", lambda steps, console: None)
+    quiet = Console(file=io.StringIO())
+    room = {"none": 16, "dots": 32, "attention": 64, "full": 128}
+    tried = []
+
+    def attempt(run):
+        remat, shards = run.model_config().remat, run.mesh.fsdp
+        tried.append((shards, remat, run.batch_size))
+        if run.batch_size > room[remat] * (2 if shards > 1 else 1):
+            raise DoesNotFit("out of memory")
+        return Predicted(run.batch_size / 1000 - 0.001 * shards - 0.1 * (remat == "full"))
+
+    run = RunConfig(model="test", batch_size=16)
+    best = _search(run, attempt, ("batch", "remat", "mesh"), 32, quiet)
+    assert best.mfu == pytest.approx(0.256 - 0.016 - 0.1)
+    assert {shards for shards, _, _ in tried} == {1, 16, 32}
+    assert {remat for _, remat, _ in tried} == set(room)
+    tried.clear()
+    _search(run, attempt, ("remat",), 32, quiet)
+    assert [(shards, rows) for shards, _, rows in tried] == [(1, 16)] * 4
+    with pytest.raises(ConfigError, match="nothing fits, from 512 rows up: out of memory"):
+        _search(dataclasses.replace(run, batch_size=512), attempt, ("batch",), 32, quiet)
+
+
+def test_search_keeps_the_tensor_axis():
+    meshes = search_meshes(MeshConfig(data=-1, tensor=2), 64)
+    assert [(m.data, m.fsdp, m.tensor) for m in meshes] == [(32, 1, 2), (2, 16, 2), (1, 32, 2)]
+
+
+@pytest.mark.parametrize("model, remat", [("330m-tpu", "dots"), ("1b-tpu-dec", "attention")])
+def test_configs_of_shaped_models_carry_the_fast_settings(model, remat):
+    run = parse_config(load_config(f"{CONFIG}:{model}", []))
+    config = run.model_config()
+    assert (config.scan_layers, config.remat, run.mesh.fsdp) == (False, remat, -1)
+    assert parse_config(load_config(f"{CONFIG}:330m", [])).model_config() == preset("330m")
+
+
+def test_every_option_of_the_compiler_is_for_a_chip_that_is_known():
+    assert compiler_options("cpu") == {}
+    for kind in BY_DEVICE_KIND:
+        assert find_chip(kind), kind
+
+
 def test_a_prediction_above_the_peak_rate_is_refused():
     assert checked(Predicted(0.6)).mfu == 0.6
     with pytest.raises(RuntimeError, match="137 %"):
@@ -97,3 +148,27 @@ def test_compiles_the_real_step_and_reports(model, tmp_path, capsys):
     assert reduced["bytes"] >= memory["parameters"] / 2  # every gradient, bfloat16 at least
     assert any("encdec/" in c["source"] for c in report["costliest"])
     assert "MFU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiles_generation_a_layer_and_the_calibrating_product(tmp_path, capsys):
+    file = tmp_path / "report.json"
+
+    def report(*arguments):
+        assert main([f"--config={CONFIG}:test", "--topology=v5e:2x2", "--config.batch_size=8",
+                     f"--json={file}", *arguments]) == 0
+        return json.loads(file.read_text())[0]
+
+    decoding = report("--what=decode", "--inputs=128", "--targets=32")
+    for part in ("prefill", "step"):
+        memory = decoding[part]["memory_bytes"]
+        assert 0 < memory["parameters"] < memory["peak"] < memory["limit"]
+    assert 0 < decoding["step"]["seconds"] < decoding["prefill"]["seconds"]
+    assert decoding["seconds"] == pytest.approx(
+        decoding["prefill"]["seconds"] + 31 * decoding["step"]["seconds"])
+    layer = report("--what=layer", "--inputs=128", "--config.model_overrides.dtype=bfloat16")
+    assert layer["rows"] == 2 and 0 < layer["share_of_peak"] < 1
+    product = report("--what=product")
+    assert 0.8 < product["share_of_peak"] <= 1  # docs/pod.md: 87.8 %
+    assert "% of the peak rate" in capsys.readouterr().out
