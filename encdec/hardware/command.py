@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     # Before jax starts: no accelerator of this machine is wanted.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from encdec.hardware import report
+    from encdec.hardware.compile import DoesNotFit
     from encdec.hardware.topology import find_topology, parse_name
 
     for name in options.topology:
@@ -48,21 +49,31 @@ def main(argv: list[str]) -> int:
     if options.search and options.what != "train":
         raise ConfigError(f"--search looks for training settings; --what is {options.what!r}")
     found: list[Any] = []
+    unfit: list[str] = []  # one of several topologies that is too small hides none of the others
     for name in options.topology:
         topology = find_topology(name)
+        devices = len(topology.devices)
         attempt = lambda r, t=topology: compile_it(r, t, options, chosen)
-        if options.search:
-            found.append(_search(run, attempt, options.search, len(topology.devices), console))
-        else:
-            found.append(_fit(run, attempt) if options.what == "train" else attempt(run))
+        here = run if not options.rows else dataclasses.replace(
+            run, batch_size=options.rows * devices * run.accumulation)
+        try:
+            if options.search:
+                found.append(_search(here, attempt, options.search, devices, console))
+            else:
+                found.append(_fit(here, attempt) if options.what == "train" else attempt(here))
+        except DoesNotFit as error:
+            unfit.append(f"{name}: {error}")
+            continue
         show(found[-1], console)
     if len(found) > 1:
         compare(found, console)
     if options.json:
         epath.Path(options.json).write_text(
             json.dumps([as_json(one) for one in found], indent=2) + "\n")
-    if options.hlo:
+    if options.hlo and found:
         epath.Path(options.hlo).write_text(report.text_of(found[-1]))
+    if unfit:
+        raise DoesNotFit(" ".join(unfit))
     return 0
 
 
@@ -81,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="source tokens a row (%(default)s)")
     parser.add_argument("--targets", type=int, default=256, metavar="N",
                         help="target tokens a row (%(default)s)")
+    parser.add_argument("--rows", type=int, default=0, metavar="N",
+                        help="rows on each device, in place of config.batch_size: the fair way to "
+                        "compare topologies of different sizes")
     parser.add_argument("--what", choices=("train", "decode", "layer", "product"),
                         default="train", help="the training step; prefill and decode step, with "
                         "batch_size rows; layers alone, forward and backward on one chip, to try "

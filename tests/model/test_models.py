@@ -134,11 +134,14 @@ def test_scan_unroll_and_remat_give_the_same_gradients(name):
         loss, unrolled = gradients(
             config.replace(remat=remat, scan_layers=False), unroll_params(params, config))
         others.append((loss, scan_params(unrolled, config)))
+    # Some gradients are zero but for rounding, such as cross-attention's key biases, which add the
+    # same to all scores of a query.
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(wanted))
     for other, gradient in others:
         np.testing.assert_allclose(other, value, rtol=1e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(
-                a, b, rtol=1e-3, atol=2e-5 * float(np.abs(b).max() + 1e-6)),
+                a, b, rtol=1e-3, atol=2e-5 * float(np.abs(b).max()) + 1e-7 * largest),
             gradient, wanted)
 
 
