@@ -71,7 +71,7 @@ def compile_layer(
     dropout = max(config.mlp_dropout, config.residual_dropout, config.attention_dropout) > 0
 
     def inputs(ids: jax.Array) -> LayerInputs:
-        rope = rope_table(config, ids, ids.shape[1])
+        rope = rope_table(config, ids)
         causal = not config.is_encoder_decoder
         return LayerInputs(packed_attention(ids, ids, rope, rope, causal=causal),
                            deterministic=not dropout)

@@ -18,7 +18,7 @@ def test_rope_by_product_gives_the_same_numbers(dtype):
     config = ModelConfig(head_dim=32)
     positions = jnp.asarray(rng.integers(0, 3000, (2, 7)), jnp.int32)
     x, weights = (jnp.asarray(rng.normal(size=(2, 7, 3, 32)), dtype) for _ in range(2))
-    table = rope_table(config, positions, 7)
+    table = rope_table(config, positions)
 
     def value(x, by_product):
         rotated = apply_rope(x, table, by_product=by_product)
