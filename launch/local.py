@@ -1,6 +1,6 @@
 """Trains with several processes on this machine, as a pod would with one process a host.
 
-    python launch/local.py --processes=2 -- --config=configs/pretrain.py:330m --workdir=runs/330m
+    python -m launch.local --processes=2 -- --config=configs/pretrain.py:330m --workdir=runs/330m
 
 What follows ``--`` are the arguments of ``encdec train``. Process 0 coordinates, on a free port of
 the loopback address. Each line of output is marked with its process. Should one process fail, the

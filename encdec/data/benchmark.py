@@ -53,7 +53,7 @@ class Step:
 
 # What ``encdec compile`` predicted (docs/pod.md). A host of a v5e slice is a ct5lp-hightpu-4t: four
 # chips, 112 cores.
-PREDICTED = Step("330m-tpu", "v5e:4x4", 0.3221, 16, 1024 + 256, 4, 112)
+PREDICTED = Step("330m-tpu", "v5e:4x4", 0.2036, 16, 1024 + 256, 4, 112)
 
 
 def reported_step(path: str | pathlib.Path, chips_per_host: int, host_cores: int) -> Step:
