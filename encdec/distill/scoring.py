@@ -121,6 +121,7 @@ def score(
     out = pathlib.Path(out)
     if _check_out(out, job, overwrite):
         return read_teacher_card(out)
+    _meet("look")  # nobody writes before all have seen what lies there
     if not jax.process_index():
         _begin(out, job, overwrite)
     _meet("begin")
@@ -283,6 +284,8 @@ def _check_out(out: pathlib.Path, job: dict[str, Any], overwrite: bool) -> bool:
         card = read_teacher_card(out)
         begun = {"teacher": card.teacher, "records": card.records_fingerprint,
                  "format": card.format.to_dict(), "seed": card.seed}
+    elif not (out / NOTES / "job.json").is_file():
+        return False  # it was killed as it began, before it wrote anything
     else:
         begun = json.loads((out / NOTES / "job.json").read_text())
     differ = [f"{name} is {value} there and {job[name]} here"

@@ -167,6 +167,12 @@ def test_killed_at_any_moment_the_shards_end_byte_identical(records, teacher, tm
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_scoring_that_was_killed_before_its_first_note_begins_anew(records, teacher, tmp_path):
+    (tmp_path / "out" / "scoring").mkdir(parents=True)
+    assert main(command(teacher, records, tmp_path / "out", "--draws=5")) == 0
+    assert read_teacher_card(tmp_path / "out").rows == 42
+
+
 @pytest.mark.slow
 def test_two_processes_of_four_devices_score_as_one_process(records, teacher, full, tmp_path):
     """Each writes shards of its own; together they are the column that one process writes."""
