@@ -19,12 +19,16 @@ from encdec.train.config import MeshConfig, RunConfig, parse_config
 
 
 def main(argv: list[str]) -> int:
-    """Compiles a run for topologies and reports memory, time and cost.
+    """Compiles a run for topologies and reports memory, time and cost; or ``table``.
 
     Raises:
         ConfigError: an unknown topology, a config that does not divide, or one that does not
             fit: then the message is the compiler's reason and the nearest setting that fits.
     """
+    if argv and argv[0] == "table":
+        from encdec.hardware.table import main as table
+
+        return table(argv[1:])
     overrides, rest = split_overrides(argv)
     options = _parser().parse_args(rest)
     run = parse_config(load_config(options.config, overrides))
@@ -83,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles the training step, or generation, for TPU topologies, on a machine "
         "without any, and predicts memory, time, MFU and chip-hours.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, the mesh too: "
-        "--config.mesh.fsdp=4. docs/pod.md explains the method and its limits.")
+        "--config.mesh.fsdp=4. `encdec compile table REPORT.json ...` lays saved reports side by "
+        "side. docs/pod.md explains the method and its limits.")
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
     parser.add_argument("--topology", required=True, metavar="NAME", type=lambda x: x.split(","),
                         help="e.g. v5e:4x4, v5p:2x2x4, v5e:16x16*2 (two slices); several "
