@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +91,7 @@ def time_generation(
     *,
     batch: int = 1,
     repeats: int = 5,
-    uncached: bool = True,
+    uncached_lengths: Collection[int] | None = None,
     dtype: str | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> list[GenerationTiming]:
@@ -106,7 +106,8 @@ def time_generation(
         output_length: new tokens, 2 or more.
         batch: rows.
         repeats: timed runs of each model at each length.
-        uncached: time decoder-only models without a cache too.
+        uncached_lengths: those of ``input_lengths`` at which decoder-only models are timed without
+            a cache, too; None: all.
         dtype: see ``ready_for_decoding``.
         on_progress: told what is about to be timed.
 
@@ -129,6 +130,7 @@ def time_generation(
             rng = np.random.default_rng(length)
             tokens = jnp.asarray(rng.integers(2, config.vocab_size, (batch, length)), jnp.int32)
             runs[name, True] = cached_run(config, params, tokens, output_length)
+            uncached = uncached_lengths is None or length in uncached_lengths
             if uncached and not config.is_encoder_decoder:
                 runs[name, False] = _uncached_run(config, params, tokens, output_length)
         for (name, cached), run in runs.items():

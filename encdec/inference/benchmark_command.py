@@ -103,7 +103,7 @@ def measure(
     batches: Sequence[int],
     *,
     repeats: int = 5,
-    uncached: bool = True,
+    uncached_inputs: Sequence[int] | None = None,
     dtype: str = "float32",
     on_progress: Callable[[str], None] | None = None,
 ) -> tuple[DeviceRates, list[Measured]]:
@@ -119,8 +119,8 @@ def measure(
     for batch in batches:
         for output in outputs:
             timings = time_generation(
-                models, inputs, output, batch=batch, repeats=repeats, uncached=uncached,
-                dtype=dtype, on_progress=on_progress)
+                models, inputs, output, batch=batch, repeats=repeats,
+                uncached_lengths=uncached_inputs, dtype=dtype, on_progress=on_progress)
             found += [evaluate(timing, configs[timing.model], rates, dtype) for timing in timings]
     return rates, found
 
@@ -156,11 +156,14 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     console = Console(width=None if Console().is_terminal else 160)
     configs = _models(options)
-    uncached = not options.no_uncached
+    for length in options.uncached_inputs or ():
+        if length not in options.inputs:
+            raise ConfigError(f"--uncached_inputs has {length}; wanted some of --inputs, "
+                              f"{','.join(map(str, options.inputs))}")
     progress = lambda text: console.print(text, style="dim", highlight=False)
     rates, found = measure(
         configs, options.inputs, options.outputs, options.batches, repeats=options.repeats,
-        uncached=uncached, dtype=options.dtype, on_progress=progress)
+        uncached_inputs=options.uncached_inputs, dtype=options.dtype, on_progress=progress)
     console.print(f"{jax.devices()[0].device_kind}, {platform.machine()}: "
                   f"{rates.bytes_per_second / 1e9:.1f} GB/s read, "
                   f"{rates.flops_per_second / 1e9:.0f} GFLOP/s in a matrix product, "
@@ -259,8 +262,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                         help="of weights, cache and products (float32)")
-    parser.add_argument("--no_uncached", action="store_true",
-                        help="leave decoder-only generation without a cache out")
+    parser.add_argument("--uncached_inputs", type=lambda text: numbers(text) if text else (),
+                        metavar="N,N", help="those of --inputs at which decoder-only models "
+                        "generate without a cache, too, which takes the longer the longer they "
+                        "are (all; empty: none)")
     parser.add_argument("--out", metavar="DIR", help="write JSON and pictures there")
     return parser
 

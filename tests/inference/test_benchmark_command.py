@@ -17,15 +17,15 @@ from encdec.model.flops import cache_bytes, generation_flops, weight_bytes
 @pytest.mark.slow
 def test_every_setting_is_measured_and_written(tmp_path, capsys):
     assert main(["--model=test", "--inputs=4,8", "--outputs=3", "--batches=2", "--repeats=2",
-                 "--peers=parameters", f"--out={tmp_path}"]) == 0
+                 "--peers=parameters", "--uncached_inputs=8", f"--out={tmp_path}"]) == 0
     shown = capsys.readouterr().out
     assert "decoder-only, equal parameters, no cache" in shown and "4.7x" in shown
     report = json.loads((tmp_path / "inference.json").read_text())
     settings = {(m["model"], m["cached"], m["batch"], m["inputs"]) for m in report["measured"]}
     peer = "decoder-only, equal parameters"
     assert settings == {
-        (name, cached, 2, inputs) for inputs in (4, 8)
-        for name, cached in ((OURS, True), (peer, True), (peer, False))}
+        (OURS, True, 2, 4), (peer, True, 2, 4),
+        (OURS, True, 2, 8), (peer, True, 2, 8), (peer, False, 2, 8)}
     assert all(m["first_token_seconds"]["low"] > 0 for m in report["measured"])
     # Each ratio is that of the two medians it names.
     found = {(m["model"], m["cached"], m["batch"], m["inputs"]): m for m in report["measured"]}
@@ -75,6 +75,7 @@ def test_ratios_are_of_equal_settings():
 @pytest.mark.parametrize("argument, message", [
     ("--inputs=4,x", "no list of numbers"),
     ("--outputs=0", "below 1"),
+    ("--uncached_inputs=7", "wanted some of --inputs"),
     ("--peers=size", "wanted parameters or flops"),
     ("--model=330m-dec", "wanted an encoder-decoder"),
 ])
