@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
+from encdec.inference.huge_pages import NewMemory
 from encdec.train.workdir import model_config_of, read_config
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class _Graph:
     def __init__(self, path: pathlib.Path, threads: int):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; run encdec export again")
+        self._memory: NewMemory | None = NewMemory()
         self._interpreter = _interpreter(path, threads)
         inputs = self._interpreter.get_input_details()
         outputs = self._interpreter.get_output_details()
@@ -183,6 +185,9 @@ class _Graph:
 
     def run(self) -> None:
         self._interpreter.invoke()
+        if self._memory:  # the first time, when all weights are packed
+            self._memory.onto_huge_pages()
+            self._memory = None
 
 
 def _interpreter(path: pathlib.Path, threads: int) -> Interpreter:

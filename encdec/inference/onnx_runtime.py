@@ -11,6 +11,7 @@ import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.exported import likeliest
+from encdec.inference.huge_pages import NewMemory
 from encdec.train.workdir import model_config_of, read_config
 
 if TYPE_CHECKING:
@@ -35,9 +36,11 @@ class OnnxModel:
         content = read_config(directory)
         self.config = model_config_of(content)
         self.vocabulary_size = content["data"]["vocabulary"]["size"]
+        memory = NewMemory()
         self.decoder = _session(directory / DECODER_FILE, threads)
         self.encoder = (_session(directory / ENCODER_FILE, threads)
                         if self.config.is_encoder_decoder else None)
+        memory.onto_huge_pages()
 
     def encode(self, tokens_BxS: np.ndarray, mask_BxS: np.ndarray) -> dict[str, np.ndarray]:
         """What the decoder reads of the sources: keys, values and mask, by input name."""

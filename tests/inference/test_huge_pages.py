@@ -1,0 +1,37 @@
+"""Memory moved onto huge pages keeps its contents, and is nobody else's."""
+
+from __future__ import annotations
+
+import mmap
+import pathlib
+
+import numpy as np
+import pytest
+
+from encdec.inference.huge_pages import NewMemory
+
+
+def huge_bytes() -> int:
+    lines = pathlib.Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHuge"))
+
+
+def small_pages(size: int) -> mmap.mmap:
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.write(np.arange(size // 8).tobytes())
+    return area
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_memory_written_since_is_moved_with_its_contents():
+    size, other = 32 << 20, small_pages(16 << 20)
+    memory = NewMemory()
+    area = small_pages(size)
+    before, moved = huge_bytes(), memory.onto_huge_pages()
+    if not moved:
+        pytest.skip("this kernel does not move memory onto huge pages")
+    assert huge_bytes() - before >= size - (4 << 20)  # both ends may lie within a block
+    assert moved < size + (8 << 20)
+    for kept in (area, other):
+        np.testing.assert_array_equal(
+            np.frombuffer(kept, np.int64), np.arange(len(kept) // 8))
