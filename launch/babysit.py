@@ -18,7 +18,7 @@ from launch.commands import FINAL_CODES, PREEMPTED
 # https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDING",
            "DELETING")
-UNAVAILABLE = 69  # exit code where no slice could be had, as sysexits.h has it
+UNAVAILABLE = 69  # exit code where no slice could be had or reached, as sysexits.h has it
 
 
 class Action(enum.Enum):
@@ -53,6 +53,8 @@ class Memory:
         ready: the slice was set up since it was created.
         crashes: starts since training last ran for long.
         refusals: requests that failed since a slice was last active.
+        replaced: slices given up because their hosts could not be reached, since hosts last
+            answered.
         strange: looks in a row at which hosts disagreed or could not be reached.
         running: looks in a row at which all ran.
     """
@@ -60,6 +62,7 @@ class Memory:
     ready: bool = False
     crashes: int = 0
     refusals: int = 0
+    replaced: int = 0
     strange: int = 0
     running: int = 0
 
@@ -68,6 +71,7 @@ class Memory:
 class Limits:
     crashes: int = 5  # in a row, before it is given up
     refusals: int = 5  # in a row
+    replaced: int = 5  # in a row: then it is this machine's login that fails, not the slices
     strange: int = 5  # looks, before hosts that run are stopped, or a slice is replaced
     settled: int = 30  # looks, after which earlier crashes are forgotten
 
@@ -97,8 +101,21 @@ def decide(seen: Seen, memory: Memory, limits: Limits = Limits()) -> Decision:
         return Decision(Action.WAIT, f"the slice is {seen.resource}", memory)
     memory = update(refusals=0)
     if seen.workers is None:
-        return _strange("hosts cannot be reached", Action.DELETE, memory, limits)
-    return _training(seen.workers, memory, limits)
+        return _unreachable(memory, limits)
+    return _training(seen.workers, dataclasses.replace(memory, replaced=0), limits)
+
+
+def _unreachable(memory: Memory, limits: Limits) -> Decision:
+    decision = _strange("hosts cannot be reached", Action.DELETE, memory, limits)
+    if decision.action is not Action.DELETE:
+        return decision
+    if memory.replaced >= limits.replaced:
+        return Decision(
+            Action.FINISH, f"the hosts of {limits.replaced + 1} slices in a row could not be "
+            "reached: see whether `state` can log in (SSH keys, OS Login, firewall)",
+            memory, UNAVAILABLE)
+    return dataclasses.replace(decision, memory=dataclasses.replace(
+        decision.memory, replaced=memory.replaced + 1))
 
 
 def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decision:

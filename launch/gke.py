@@ -30,7 +30,7 @@ from launch.commands import (
     slices_option,
     train_arguments,
 )
-from launch.slices import CHIPS, CHIPS_PER_HOST
+from launch.slices import CHIPS, CHIPS_PER_NODE
 
 CONTAINER = "train"
 
@@ -59,7 +59,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "securityContext": {"privileged": True},  # the TPU's device files
         "resources": {"limits": {
-            "google.com/tpu": str(min(CHIPS_PER_HOST, slices.chips))}},
+            "google.com/tpu": str(min(CHIPS_PER_NODE, slices.chips))}},
     }
     if options.env:
         container["env"] = [{"name": name, "value": literally(value)} for name, value in (
@@ -89,8 +89,8 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
     if options.bucket:
         template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
     job = {
-        "parallelism": slices.hosts,
-        "completions": slices.hosts,
+        "parallelism": slices.nodes,
+        "completions": slices.nodes,
         "backoffLimit": 0,  # one pod's end is the job's end: the others cannot go on without it
         "podFailurePolicy": {"rules": [
             {"action": "FailJob", "onPodConditions": [

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 
-CHIPS_PER_HOST = 4  # of every multi-host machine type below
+CHIPS_PER_NODE = 4  # of every machine type below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,18 @@ class Slices:
         return math.prod(self.sides)
 
     @property
-    def hosts(self) -> int:
-        """Of one slice, with four chips each."""
-        return max(1, self.chips // CHIPS_PER_HOST)
+    def nodes(self) -> int:
+        """GKE nodes of one slice, with four chips each."""
+        return max(1, self.chips // CHIPS_PER_NODE)
+
+    @property
+    def vms(self) -> int:
+        """Virtual machines of one slice outside GKE.
+
+        As many as GKE's nodes, except that v5litepod-8 and v6e-8 are one machine with all eight
+        chips (https://cloud.google.com/tpu/docs/v6e and v5e: 2x4 on two is for GKE alone).
+        """
+        return 1 if self.chip in ("v5e", "v6e") and self.chips == 8 else self.nodes
 
     @property
     def accelerator_type(self) -> str:

@@ -90,13 +90,14 @@ class Pod:
         return [*GCLOUD, "ssh", self._name, *self._place, *where, f"--command={command}"]
 
     def set_up(self, tarball: str) -> list[list[str]]:
-        mounts = [self.on_workers("mount", bucket, directory)
-                  for bucket, directory in self._options.bucket]
         return [archive(tarball), self.copy(tarball),
-                self.on_workers("setup", pathlib.Path(tarball).name), *mounts]
+                self.on_workers("setup", pathlib.Path(tarball).name)]
 
-    def start(self) -> list[str]:
-        return self.on_workers("start", *self._options.train)
+    def start(self) -> list[list[str]]:
+        """Mounts first: a host that was rebooted where it stands has lost them."""
+        return [*(self.on_workers("mount", bucket, directory)
+                  for bucket, directory in self._options.bucket),
+                self.on_workers("start", *self._options.train)]
 
 
 def archive(tarball: str) -> list[str]:
@@ -130,9 +131,9 @@ def act(pod: Pod, run: Runner, decision: Decision) -> int:
     if decision.action is Action.DELETE:
         return run(pod.delete()).returncode
     if decision.action is Action.SET_UP:
-        return set_up(pod, run) or run(pod.start()).returncode
+        return set_up(pod, run) or run.all(pod.start())
     if decision.action is Action.START:
-        return run(pod.start()).returncode
+        return run.all(pod.start())
     if decision.action is Action.STOP:
         return run(pod.on_workers("stop")).returncode
     return 0
@@ -150,7 +151,7 @@ def babysit(
     """Looks, decides and acts until the run is done or given up; its exit code."""
     memory, said = Memory(), ""
     while True:
-        decision = decide(look(pod, run, hosts), memory, limits)
+        before, decision = memory, decide(look(pod, run, hosts), memory, limits)
         memory = decision.memory
         line = f"{decision.reason}: {decision.action.value}"
         if line != said:
@@ -160,10 +161,11 @@ def babysit(
             if delete:
                 run(pod.delete())
             return decision.code
-        if act(pod, run, decision) and decision.action is Action.SET_UP:
-            memory = Memory(ready=False, crashes=memory.crashes + 1)
+        if act(pod, run, decision) and decision.action in (Action.SET_UP, Action.START):
+            memory = Memory(ready=decision.action is Action.START, crashes=before.crashes + 1)
             if memory.crashes > limits.crashes:
-                print(f"setting up failed {memory.crashes} times in a row", flush=True)
+                print(f"could not {decision.action.value} {memory.crashes} times in a row",
+                      flush=True)
                 return 1
         time.sleep(poll_seconds)
 
@@ -171,7 +173,7 @@ def babysit(
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     pod, run = Pod(options), Runner(options.dry_run)
-    hosts = options.slice.hosts * options.slice.count
+    hosts = options.slice.vms * options.slice.count
     if options.action == "babysit" and not options.dry_run:
         try:
             return babysit(pod, run, hosts, poll_seconds=options.poll_seconds,
@@ -187,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("# Once on each new slice:")
         set_up(pod, run)
         print("# First, and again after a preemption or a crash:")
-        run(pod.start())
+        run.all(pod.start())
         print("# Every look while it is ACTIVE:")
         run(pod.on_workers("state"))
         print("# When it is SUSPENDED or FAILED, before it is requested anew:")
@@ -197,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     actions = {
         "create": lambda: [pod.create()],
         "status": lambda: [pod.status()],
-        "run": lambda: [pod.start()],
+        "run": pod.start,
         "stop": lambda: [pod.on_workers("stop")],
         "state": lambda: [pod.on_workers("state")],
         "logs": lambda: [pod.on_workers("log", str(options.lines), where=(
@@ -226,8 +228,8 @@ ACTIONS = {
     "babysit": "all of it, until the run is done",
     "create": "request the slice",
     "wait": "until it is active",
-    "setup": "install encdec on every host and mount the buckets",
-    "run": "start `encdec train` on every host, in the background",
+    "setup": "install encdec on every host",
+    "run": "mount the buckets and start `encdec train` on every host, in the background",
     "state": "whether training runs on each host, or its exit code",
     "stop": "have training save and leave",
     "logs": "the end of one host's output",

@@ -65,7 +65,10 @@ def test_slices_in_the_words_of_the_api():
     assert Slices.parse("v5e:16x16").accelerator_type == "v5litepod-256"
     assert Slices.parse("v5p:4x4x4").accelerator_type == "v5p-128"  # TensorCores, two a chip
     assert Slices.parse("v6e:4x4*2") == Slices("v6e", (4, 4), 2)
-    assert [Slices.parse(s).hosts for s in ("v5e:2x2", "v5e:4x4", "v4:2x2x2")] == [1, 4, 2]
+    shapes = ("v5e:2x2", "v5e:4x4", "v4:2x2x2", "v5p:2x2x2", "v5e:2x4", "v6e:2x4", "v6e:4x4")
+    assert [Slices.parse(s).nodes for s in shapes] == [1, 4, 2, 2, 2, 2, 4]
+    # Eight chips of these two kinds are one machine outside GKE.
+    assert [Slices.parse(s).vms for s in shapes] == [1, 4, 2, 2, 1, 1, 4]
 
 
 # Decisions.
@@ -153,6 +156,28 @@ def test_a_slice_that_cannot_be_reached_is_replaced():
     assert decision.action is Action.DELETE and not decision.memory.ready
 
 
+def unreachable_until_acted(memory: Memory):
+    while True:
+        decision = decide(Seen("ACTIVE", None), memory)
+        if decision.action is not Action.WAIT:
+            return decision
+        memory = decision.memory
+
+
+def test_slices_are_not_replaced_for_ever_where_the_fault_is_in_the_login():
+    memory = READY
+    for _ in range(Limits().replaced):
+        decision = unreachable_until_acted(memory)
+        assert decision.action is Action.DELETE
+        memory = decide(Seen(None), decision.memory).memory
+        memory = decide(Seen("PROVISIONING"), memory).memory
+    decision = unreachable_until_acted(memory)
+    assert decision.action is Action.FINISH and decision.code == UNAVAILABLE
+    # Unless one answered in between.
+    memory = decide(ACTIVE("absent"), memory).memory
+    assert unreachable_until_acted(memory).action is Action.DELETE
+
+
 def test_requests_that_keep_failing_are_given_up():
     memory = Memory()
     for _ in range(Limits().refusals):
@@ -181,12 +206,13 @@ with open(root / "calls.jsonl", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
 state = root / "state"
 states = lambda: state.read_text().split()
+hosts = int(os.environ["FAKE_HOSTS"])
 verb = sys.argv[4]
 assert sys.argv[1:4] == ["compute", "tpus", "queued-resources"], sys.argv
 if verb == "create":
     assert not state.exists()
     state.write_text("WAITING_FOR_RESOURCES PROVISIONING " + os.environ["FAKE_NEXT"])
-    for host in range(4):
+    for host in range(hosts):
         (root / f"host{host}").mkdir(exist_ok=True)
 elif verb == "describe":
     if not state.exists():
@@ -198,18 +224,18 @@ elif verb == "describe":
 elif verb == "delete":
     assert "--force" in sys.argv and "--quiet" in sys.argv
     state.unlink()
-    for host in range(4):
+    for host in range(hosts):
         subprocess.run(["rm", "-rf", str(root / f"host{host}")])
 elif states()[0] != "ACTIVE":
     sys.exit("ERROR: not reachable")
 elif verb == "scp":
-    for host in range(4):
+    for host in range(hosts):
         subprocess.run(["cp", *sys.argv[5:7], str(root / f"host{host}")], check=True)
 else:
     assert verb == "ssh"
     command = next(a for a in sys.argv if a.startswith("--command="))[len("--command="):]
     codes = []
-    for host in range(4):
+    for host in range(hosts):
         home = root / f"host{host}"
         run = subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {
             "HOME": str(home), "FAKE_HOST": str(host)})
@@ -255,6 +281,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_ROOT", str(tmp_path))
     monkeypatch.setenv("FAKE_ENCDEC", ENCDEC)
     monkeypatch.setenv("FAKE_NEXT", "ACTIVE")
+    monkeypatch.setenv("FAKE_HOSTS", "4")
     # The sources are whatever was committed last; a small file stands for them.
     (tmp_path / "constraints.txt").write_text("")
     monkeypatch.setattr(tpu_vm, "archive", lambda tarball: [
@@ -295,7 +322,7 @@ def test_a_run_is_seen_through_crash_and_preemption(cloud, monkeypatch, capfd):
                   "training is done: finish"):
         assert words in said.out, said.out
     assert "mounted --implicit-dirs my-bucket /mnt/my-bucket" in said.err
-    calls = [json.loads(line)[3] for line in (cloud / "calls.jsonl").read_text().splitlines()]
+    calls = verbs(cloud)
     assert calls.count("create") == calls.count("delete") == calls.count("scp") == 2
     for host in range(4):
         for where, setting, *arguments in starts(cloud, host):
@@ -310,7 +337,7 @@ def test_a_nan_stops_it_at_once(cloud, monkeypatch, capfd):
     assert run_babysitter() == 5
     assert "NaN or infinity" in capfd.readouterr().out
     assert len(starts(cloud, 0)) == 1
-    calls = [json.loads(line)[3] for line in (cloud / "calls.jsonl").read_text().splitlines()]
+    calls = verbs(cloud)
     assert "delete" not in calls  # the slice stays for a look at it
 
 
@@ -321,10 +348,60 @@ def test_a_second_babysitter_takes_over_what_runs(cloud, monkeypatch):
     run(pod.create())
     (cloud / "state").write_text("ACTIVE")
     assert tpu_vm.set_up(pod, run) == 0
-    assert run(pod.start()).returncode == 0
+    assert run.all(pod.start()) == 0
     _until(lambda: all((cloud / f"host{h}" / "encdec-run" / "exit").exists() for h in range(4)))
     assert run_babysitter() == 0
     assert len(starts(cloud, 0)) == 1
+
+
+@pytest.mark.parametrize("shape, hosts", [("v6e:2x4", 1), ("v5e:2x4", 1), ("v4:2x2x2", 2)])
+def test_a_healthy_slice_is_left_alone(cloud, monkeypatch, capfd, shape, hosts):
+    monkeypatch.setenv("FAKE_HOSTS", str(hosts))
+    monkeypatch.setenv("FAKE_CODES", "[0]")
+    assert tpu_vm.main(["babysit", "--name=a", "--zone=z", f"--slice={shape}",
+                        "--poll_seconds=0.01", "--", *TRAIN]) == 0
+    assert verbs(cloud).count("create") == 1 and "delete" not in verbs(cloud)
+    assert "cannot be reached" not in capfd.readouterr().out
+
+
+# Runs where its bucket is mounted and ends with the machine, whose mounts do not come back.
+REBOOTED = """
+import os, pathlib, sys
+root, host = pathlib.Path(os.environ["FAKE_ROOT"]), os.environ["FAKE_HOST"]
+mounted, before = root / f"mounted{host}", root / f"rebooted{host}"
+if not mounted.exists():
+    sys.exit(3)
+if before.exists():
+    sys.exit(0)
+before.touch()
+mounted.unlink()
+sys.exit(137)
+"""
+
+
+def test_a_host_that_rebooted_in_place_gets_its_mounts_back(cloud, monkeypatch):
+    mounted = "pathlib.Path(os.environ['FAKE_ROOT'], 'mounted' + os.environ['FAKE_HOST'])"
+    for name, text in {"gcsfuse": f"{mounted}.touch()",
+                       "mountpoint": f"sys.exit(not {mounted}.exists())"}.items():
+        (cloud / "bin" / name).write_text(
+            f"#!{sys.executable}\nimport os, pathlib, sys\n{text}\n")
+    monkeypatch.setenv("FAKE_ENCDEC", REBOOTED)
+    assert run_babysitter("--bucket=my-bucket") == 0
+    assert verbs(cloud).count("scp") == 1
+
+
+def test_starts_that_fail_are_given_up(cloud, monkeypatch, capfd):
+    """A bucket that cannot be mounted: training was preempted and never gets under way again."""
+    (cloud / "bin" / "gcsfuse").write_text("#!/bin/sh\ntest ! -e $FAKE_ROOT/started0.jsonl\n")
+    monkeypatch.setenv("FAKE_CODES", "[75]")
+    assert run_babysitter("--bucket=my-bucket") == 1
+    assert "could not start training 6 times in a row" in capfd.readouterr().out
+    assert len(starts(cloud, 0)) == 1
+
+
+def verbs(root: pathlib.Path) -> list[str]:
+    """What gcloud was asked to do, in order."""
+    return [json.loads(line)[3] for line in (root / "calls.jsonl").read_text().splitlines()]
 
 
 def _until(true) -> None:
@@ -381,7 +458,7 @@ def test_a_host_that_was_killed_says_so(tmp_path):
 
 def test_what_is_typed_for_the_hosts_is_what_they_read():
     options = tpu_vm.parse(["run", *BASE, "--env=X=$(id) 'y'", "--", *TRAIN, *AWKWARD])
-    command = tpu_vm.Pod(options).start()[-1].removeprefix("--command=")
+    command = tpu_vm.Pod(options).start()[-1][-1].removeprefix("--command=")
     read = subprocess.run(
         ["bash", "-c", "env() { printf '%s\\0' \"$@\"; }; " + command], capture_output=True,
         text=True, check=True).stdout.split("\0")[:-1]
