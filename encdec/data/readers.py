@@ -27,9 +27,15 @@ READ_BYTES = 1 << 20
 
 @dataclasses.dataclass
 class BadRows:
-    """Counts and names faults ("FILE:LINE: REASON") and refuses the one too many."""
+    """Counts and names faults ("FILE:LINE: REASON") and refuses the one too many.
 
-    allowed: int = 0
+    Attributes:
+        allowed: by the command's --max_bad_rows; None where it has none, and no fault is allowed.
+        count: of faults met.
+        named: the first of them.
+    """
+
+    allowed: int | None = None
     count: int = 0
     named: list[str] = dataclasses.field(default_factory=list)
 
@@ -38,6 +44,8 @@ class BadRows:
         self.count += 1
         if len(self.named) < NAMED_BAD_ROWS:
             self.named.append(f"{where}: {reason}")
+        if self.allowed is None:
+            raise DataError(f"{where}: {reason}; {mend}")
         if self.count > self.allowed:
             before = f" ({self.count} bad rows, {self.allowed} allowed)" if self.allowed else ""
             raise DataError(

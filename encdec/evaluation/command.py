@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from encdec.errors import ConfigError, DataError
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.progress import Progress
+from encdec.inference.settings import GenerationSettings, check_numbers
 
 if TYPE_CHECKING:
     from encdec.evaluation.judge import Judge
-    from encdec.evaluation.likelihood import Likelihood, LikelihoodModel
-    from encdec.evaluation.predictions import Example, Prediction
-    from encdec.inference.generator import Generator
+    from encdec.evaluation.likelihood import Likelihood
+    from encdec.evaluation.predictions import Example, Prediction, Sources
+
+NAMED = 10  # examples that a line on standard error lists
 
 
 def main(argv: list[str]) -> int:
@@ -46,56 +46,86 @@ def main(argv: list[str]) -> int:
         top_p=options.top_p, beams=options.beams, length_penalty=options.length_penalty,
         seed=options.seed)
     shard, shards = _shard(options.shard)
+    # An input is one token at least, and its EOS.
+    check_numbers(options, limit=1, batch_rows=1, max_input_tokens=2, resamples=1)
     _check_judge(options)
     # Imported late: a mistake in the command line is answered at once.
     tasks = {name: _examples(name, options) for name in options.tasks.split(",")}
-    generator, references, model = _load(options)
     from encdec.evaluation.likelihood import LikelihoodFiles, measure
+    from encdec.evaluation.loading import load_models
     from encdec.evaluation.predictions import (
         PredictionFiles,
-        check_lengths,
+        check_sources,
         check_vocabulary,
         open_windows,
         predict,
     )
     from encdec.evaluation.report import write_report
 
-    long = {name: check_lengths(generator, examples, options.too_long)
-            for name, examples in tasks.items()}
+    generator, references, model = load_models(options)
+    sources = {name: check_sources(generator.prompts, examples, options.too_long)
+               for name, examples in tasks.items()}
     lost = {name: check_vocabulary(generator.prompts.vocabulary, examples, name)
             for name, examples in tasks.items()}
-    out, reports = pathlib.Path(options.out), {}
-    judge = _judge(options, out)
+    out, judge = pathlib.Path(options.out), _judge(options)
+    files = {name: (PredictionFiles(
+        out / name, _identity(options, model, settings, examples), examples),
+        LikelihoodFiles(out / name)) for name, examples in tasks.items()}
     how = {"too_long": options.too_long, "shard": shard, "shards": shards}
     for name, examples in tasks.items():
-        files = PredictionFiles(
-            out / name, _identity(options, model, settings, examples), examples)
-        likelihoods = LikelihoodFiles(out / name)
-        done = len(files.read())
-        print(f"{name}: {len(examples):,} examples, {done:,} answered already, {long[name]:,} "
-              f"sources too long ({options.too_long})", file=sys.stderr)
-        windows = open_windows(len(examples), set(files.read()), shard, shards)
-        with contextlib.closing(Progress(name, sum(map(len, windows)))) as progress:
-            predict(generator, files, examples, settings, on_batch=progress, **how)
+        answers, likelihoods = files[name]
+        done = set(answers.read())
+        _introduce(name, examples, len(done), sources[name], options)
+        open_examples = sum(map(len, open_windows(len(examples), done, shard, shards)))
+        with Progress(name, open_examples) as progress:
+            predict(generator, answers, examples, settings, on_batch=progress, **how)
         if references:
             windows = open_windows(len(examples), set(likelihoods.read()), shard, shards)
-            with contextlib.closing(
-                    Progress(f"{name}, references", sum(map(len, windows)))) as progress:
+            with Progress(f"{name}, references", sum(map(len, windows))) as progress:
                 measure(references, likelihoods, examples, on_batch=progress, **how)
-        found, given = files.read(), likelihoods.read() if references else None
-        have = len(found) if given is None else min(len(found), len(given))
+    # Only now: processes may finish the tasks in any order, and the last one sees them all.
+    found = {name: (answers.read(), likelihoods.read() if references else None)
+             for name, (answers, likelihoods) in files.items()}
+    if not _is_complete(tasks, found):
+        return 0
+    reports = {
+        name: _task_report(name, examples, *found[name], judge, options.resamples) | {
+            "sources_empty": len(sources[name].empty), "references_not_writable": lost[name]}
+        for name, examples in tasks.items()}
+    write_report(out, {
+        "model": model, "decoding": _decoding(settings, options), "tasks": reports,
+        "resamples": options.resamples, "judge": judge and judge.describe()})
+    print((out / "report.md").read_text())
+    return 0
+
+
+def _introduce(
+    name: str, examples: Sequence[Example], done: int, sources: Sources,
+    options: argparse.Namespace,
+) -> None:
+    """Says what is to be done of a task, and which sources cannot be read as they are."""
+    print(f"{name}: {len(examples):,} examples, {done:,} answered already, "
+          f"{len(sources.long):,} sources too long ({options.too_long})", file=sys.stderr)
+    if sources.empty:
+        more = ", ..." if len(sources.empty) > NAMED else ""
+        print(f"{name}: the sources of {len(sources.empty):,} examples are empty and skipped, with "
+              f"an empty answer: {', '.join(map(str, sources.empty[:NAMED]))}{more}",
+              file=sys.stderr)
+
+
+def _is_complete(
+    tasks: Mapping[str, Sequence[Example]],
+    found: Mapping[str, tuple[Mapping[int, Any], Mapping[int, Any] | None]],
+) -> bool:
+    """Whether nothing is missing of any task; says what is."""
+    complete = True
+    for name, examples in tasks.items():
+        have = min(len(part) for part in found[name] if part is not None)
         if have < len(examples):
+            complete = False
             print(f"{name}: {have:,} of {len(examples):,} done; the call that finds all "
                   "of them writes the report", file=sys.stderr)
-            continue
-        reports[name] = _task_report(name, examples, found, given, judge, options.resamples)
-        reports[name]["references_not_writable"] = lost[name]
-    if len(reports) == len(tasks):
-        report = {"model": model, "decoding": _decoding(settings, options), "tasks": reports,
-                  "resamples": options.resamples, "judge": judge and judge.describe()}
-        write_report(out, report)
-        print((out / "report.md").read_text())
-    return 0
+    return complete
 
 
 def _task_report(
@@ -131,15 +161,16 @@ def _check_judge(options: argparse.Namespace) -> None:
                 "Hugging Face model's directory, or --judge_endpoint=URL beside a name")
 
 
-def _judge(options: argparse.Namespace, out: pathlib.Path) -> Judge | None:
-    from encdec.evaluation.judge import Judge, endpoint, local_model
+def _judge(options: argparse.Namespace) -> Judge | None:
+    from encdec.evaluation.judge import CACHE, Judge, endpoint, local_model
 
     if not options.judge_model:
         return None
+    cache = pathlib.Path(options.out) / CACHE
     if options.judge_endpoint:
-        return Judge(options.judge_endpoint, options.judge_model, out / "judge", endpoint(
+        return Judge(options.judge_endpoint, options.judge_model, cache, endpoint(
             options.judge_endpoint, options.judge_model, os.environ.get("OPENAI_API_KEY", "")))
-    return Judge("local", options.judge_model, out / "judge", local_model(options.judge_model),
+    return Judge("local", options.judge_model, cache, local_model(options.judge_model),
                  attempts=1, workers=1)
 
 
@@ -214,118 +245,6 @@ def _examples(name: str, options: argparse.Namespace) -> list[Example]:
     return examples
 
 
-def _load(
-    options: argparse.Namespace
-) -> tuple[Generator, LikelihoodModel | None, dict[str, Any]]:
-    """What answers and what reads references, on all devices of this process; about the model."""
-    import jax
-
-    from encdec.evaluation.likelihood import LikelihoodModel
-    from encdec.inference.generator import Generator, read_prompt_format
-    from encdec.model import parameter_count
-    from encdec.train.checkpoints import load_params_for_inference
-    from encdec.train.workdir import read_config
-
-    prompts, max_tokens = read_prompt_format(
-        options.checkpoint, max_input_tokens=options.max_input_tokens)
-    content = read_config(options.checkpoint)
-    if "export" in content:
-        return _load_export(options, content)
-    config, params, step = load_params_for_inference(
-        options.checkpoint, chosen_step(options.checkpoint, options.step))
-    model = {
-        "checkpoint": str(options.checkpoint), "step": step,
-        "name": content["run"]["model"], "architecture": config.architecture,
-        "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers,
-        "parameters": parameter_count(params),
-        "training_flops": flops_so_far(options.checkpoint, step), "seed": content["run"]["seed"],
-        "max_input_tokens": prompts.max_input_tokens,
-        "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
-    }
-    generator = Generator(
-        config, params, prompts, max_tokens=max_tokens, batch_rows=options.batch_rows,
-        devices=jax.local_devices())
-    references = None if options.no_likelihood else LikelihoodModel(
-        config, params, prompts, batch_rows=options.batch_rows, devices=jax.local_devices())
-    return generator, references, model
-
-
-def _load_export(
-    options: argparse.Namespace, content: dict[str, Any]
-) -> tuple[Generator, None, dict[str, Any]]:
-    """The same of a directory that ``encdec export`` wrote, which reads no references.
-
-    Its training is not known to it.
-    """
-    from encdec.inference.exported import load_exported_generator
-    from encdec.model.flops import count_parameters
-
-    if options.step is not None:
-        raise ConfigError(f"{options.checkpoint} is an export, which has no checkpoints; leave "
-                          "--step out")
-    generator = load_exported_generator(
-        options.checkpoint, max_input_tokens=options.max_input_tokens,
-        batch_rows=options.batch_rows)
-    config, export = generator.config, content["export"]
-    return generator, None, {
-        "checkpoint": str(options.checkpoint), "step": 0,
-        "name": f"{export['format']} {export['precision']}", "architecture": config.architecture,
-        "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers,
-        "parameters": count_parameters(config).total, "training_flops": None, "seed": 0,
-        "max_input_tokens": generator.prompts.max_input_tokens,
-        "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
-    }
-
-
-def flops_so_far(workdir: str, step: int) -> float | None:
-    """Training FLOPs of a run up to a step and, before it, of the run that it started from.
-
-    Forward and backward over whole rows, padding included; a teacher's are not in it. None for
-    an imported model, whose training is not known.
-    """
-    from encdec.model.flops import training_flops
-    from encdec.train.checkpoints import latest_step
-    from encdec.train.workdir import model_config_of, read_config
-
-    if not step:
-        return None
-    content = read_config(workdir)
-    run, data = content["run"], content["data"]
-    flops = step * training_flops(
-        model_config_of(content), data["inputs_length"], data["targets_length"],
-        batch_size=run["batch_size"])
-    if not (source := run.get("init_from")):
-        return flops
-    if not pathlib.Path(source).is_dir():
-        return None
-    before = flops_so_far(source, latest_step(source))
-    return None if before is None else before + flops
-
-
-def chosen_step(workdir: str, step: str | None) -> int | None:
-    """A checkpoint's step from what --step says.
-
-    Raises:
-        ConfigError: no number and not "best", or "best" of a run without held-out loss.
-    """
-    if step is None:
-        return None
-    if step.isdigit():
-        return int(step)
-    from encdec.train.checkpoints import saved_steps
-    from encdec.train.metrics import read_metrics
-
-    if step != "best":
-        raise ConfigError(f"--step is {step!r}; wanted a number, or best")
-    saved = set(saved_steps(workdir))
-    losses = [(row["eval/loss"], int(row["step"])) for row in read_metrics(workdir)
-              if "eval/loss" in row and int(row["step"]) in saved]
-    if not losses:
-        raise ConfigError(f"--step=best, but no checkpoint in {workdir} has a held-out loss; "
-                          "train with --config.data.eval_records, or give a number")
-    return min(losses)[1]
-
-
 def _identity(
     options: argparse.Namespace, model: dict[str, Any], settings: GenerationSettings,
     examples: Sequence[Example],
@@ -342,33 +261,3 @@ def _decoding(settings: GenerationSettings, options: argparse.Namespace) -> dict
     kind = "beam" if settings.beams > 1 else "sampled" if settings.temperature else "greedy"
     return {"kind": kind, **dataclasses.asdict(settings), "stop": list(settings.stop),
             "too_long": options.too_long, "split": options.split, "limit": options.limit}
-
-
-class Progress:
-    """Examples done, tokens a second and time left, on a line now and then."""
-
-    SECONDS = 10.0
-
-    def __init__(self, name: str, total: int):
-        self._clock = time.perf_counter
-        self._name, self._total, self._done = name, total, 0
-        self._tokens, self._begin = 0, self._clock()
-        self._said = self._begin
-
-    def __call__(self, examples: int, tokens: int) -> None:
-        self._done += examples
-        self._tokens += tokens
-        if self._clock() - self._said > self.SECONDS:
-            self._say()
-
-    def _say(self) -> None:
-        self._said = self._clock()
-        seconds = self._said - self._begin
-        left = seconds / self._done * (self._total - self._done)
-        print(f"{self._name}: {self._done:,} of {self._total:,} examples, "
-              f"{self._tokens / seconds:,.0f} tokens/s, {left:,.0f} s left",
-              file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._done:
-            self._say()

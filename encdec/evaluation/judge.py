@@ -23,6 +23,7 @@ PROMPT = (
     "reference), and nothing else.\n###Input\n{source}\n###Reference\n{reference}\n###Answer\n"
     "{answer}\n###Number\n")
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*")
+CACHE = "judge"  # folder of its replies, in the output directory
 REPLY_TOKENS = 8  # of a local model; a number takes fewer
 
 # A prompt to the model's reply. Raises OSError, HTTPException or ValueError where there is none.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from encdec.data.appended import append_rows, whole_lines
 from encdec.data.features import decoder_only_features, encoder_decoder_features
 from encdec.data.records import encode_row
 from encdec.errors import DataError
 from encdec.evaluation.predictions import (
     Example,
+    OnBatch,
     TooLong,
-    drop_unfinished_line,
-    is_long,
+    is_skipped,
     open_windows,
 )
 from encdec.evaluation.scores import Score
@@ -36,7 +36,6 @@ from encdec.model import ModelConfig, build_model
 from encdec.train.losses import loss_positions
 
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
-OnBatch = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +77,7 @@ class LikelihoodFiles:
         """
         found = {}
         for path in sorted(self._directory.glob("likelihood-*.jsonl")):
-            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-                if not line.endswith(b"\n"):
-                    break  # cut short when its process was killed
+            for number, line in whole_lines(path):
                 try:
                     row = json.loads(line)
                     found[row["index"]] = SKIPPED if row["nats"] is None else Likelihood(
@@ -92,17 +89,9 @@ class LikelihoodFiles:
 
     def append(self, shard: int, made: Mapping[int, Likelihood]) -> None:
         """Writes likelihoods by the example's index; on disk on return."""
-        path = self._directory / f"likelihood-{shard:05d}.jsonl"
-        if path.exists():
-            drop_unfinished_line(path)
-        with open(path, "ab") as file:
-            for index, one in made.items():
-                nats = None if one is SKIPPED else one.nats
-                file.write(json.dumps({
-                    "index": index, "nats": nats, "tokens": one.tokens, "bytes": one.text_bytes,
-                    "bins": one.bins}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_rows(self._directory / f"likelihood-{shard:05d}.jsonl", (
+            {"index": index, "nats": None if one is SKIPPED else one.nats, "tokens": one.tokens,
+             "bytes": one.text_bytes, "bins": one.bins} for index, one in made.items()))
 
 
 class LikelihoodModel:
@@ -204,7 +193,7 @@ def measure(
     for window in open_windows(len(examples), done, shard, shards):
         wanted = [index for index in window if index not in done]
         kept = [index for index in wanted
-                if too_long != "skip" or not is_long(model.prompts, examples[index].source)]
+                if not is_skipped(model.prompts, examples[index].source, too_long)]
         made = dict(zip(kept, model.of([examples[index] for index in kept], on_batch)))
         files.append(shard, {index: made.get(index, SKIPPED) for index in wanted})
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from encdec.data.appended import append_rows, whole_lines, write_whole
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import Generator
@@ -42,7 +42,7 @@ class Prediction:
     Attributes:
         text: the answer; empty where the example was skipped.
         tokens: how many the model wrote.
-        finish: "eos", "stop", "length", or "skipped" where the source was too long.
+        finish: "eos", "stop", "length", or "skipped" where the source was too long or empty.
         cut: whether the source lost its end.
     """
 
@@ -76,9 +76,7 @@ class PredictionFiles:
                         f"and now it is {identity.get(name)!r}; give another --out, or delete "
                         "the directory to begin anew")
             return
-        partial = settings.with_name(f"{settings.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(identity, indent=2) + "\n")
-        os.replace(partial, settings)
+        write_whole(settings, json.dumps(identity, indent=2) + "\n")
 
     def read(self) -> dict[int, Prediction]:
         """All predictions there, by the example's index; an unfinished last line is left out.
@@ -87,45 +85,44 @@ class PredictionFiles:
             DataError: a line that is no prediction, or of another source.
         """
         found = {}
-        for path in sorted(self.directory.glob("predictions-*.jsonl")):
-            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-                if not line.endswith(b"\n"):
-                    break  # cut short when its process was killed
-                try:
-                    row = json.loads(line)
-                    index = row["index"]
-                    same = row["source"] == self._examples[index].source
-                    found[index] = Prediction(
-                        row["prediction"], row["tokens"], row["finish"], row["source_cut"])
-                except (ValueError, KeyError, TypeError, IndexError):
-                    raise DataError(f"{path}:{number} is no prediction of this command; delete "
-                                    "the file, or give another --out") from None
-                if not same:
-                    raise DataError(f"{path}:{number} answers another source than example "
-                                    f"{index}; delete the file, or give another --out")
+        for where, index, example, prediction in read_answers(self.directory):
+            if not 0 <= index < len(self._examples) or (
+                example.source != self._examples[index].source
+            ):
+                raise DataError(f"{where} answers another source than example {index}; delete "
+                                "the file, or give another --out")
+            found[index] = prediction
         return found
 
     def append(self, shard: int, made: Mapping[int, Prediction]) -> None:
         """Writes predictions by the example's index; on disk on return."""
-        path = self.directory / f"predictions-{shard:05d}.jsonl"
-        if path.exists():
-            drop_unfinished_line(path)
-        with open(path, "ab") as file:
-            for index, one in made.items():
-                example = self._examples[index]
-                row = {"index": index, "source": example.source, "prediction": one.text,
-                       "references": list(example.references), "tokens": one.tokens,
-                       "finish": one.finish, "source_cut": one.cut}
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_rows(self.directory / f"predictions-{shard:05d}.jsonl", (
+            {"index": index, "source": self._examples[index].source, "prediction": one.text,
+             "references": list(self._examples[index].references), "tokens": one.tokens,
+             "finish": one.finish, "source_cut": one.cut} for index, one in made.items()))
 
 
-def drop_unfinished_line(path: pathlib.Path) -> None:
-    """Takes away what a killed process left of its last line."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+def read_answers(
+    directory: pathlib.Path
+) -> Iterator[tuple[str, int, Example, Prediction]]:
+    """(file and line, the example's index, the example, its prediction) of a task's directory.
+
+    An unfinished last line is left out.
+
+    Raises:
+        DataError: a line that is no prediction.
+    """
+    for path in sorted(directory.glob("predictions-*.jsonl")):
+        for number, line in whole_lines(path):
+            try:
+                row = json.loads(line)
+                made = (int(row["index"]), Example(row["source"], tuple(row["references"])),
+                        Prediction(row["prediction"], row["tokens"], row["finish"],
+                                   row["source_cut"]))
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{path}:{number} is no prediction of this command; delete "
+                                "the file, or give another --out") from None
+            yield f"{path}:{number}", *made
 
 
 def open_windows(count: int, done: set[int], shard: int, shards: int) -> list[range]:
@@ -134,20 +131,50 @@ def open_windows(count: int, done: set[int], shard: int, shards: int) -> list[ra
     return [window for window in windows[shard::shards] if not done.issuperset(window)]
 
 
-def check_lengths(generator: Generator, examples: Sequence[Example], too_long: TooLong) -> int:
-    """How many sources are longer than the model reads.
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What of a task's sources the model cannot read as they are: indices of examples.
+
+    Attributes:
+        long: longer than the model reads.
+        empty: without a token; these are skipped, with an empty answer.
+    """
+
+    long: tuple[int, ...]
+    empty: tuple[int, ...]
+
+
+def check_sources(
+    prompts: PromptFormat, examples: Sequence[Example], too_long: TooLong
+) -> Sources:
+    """The sources that are too long or empty.
 
     Raises:
-        DataError: there are some, and they are to be refused.
+        DataError: some are too long, and they are to be refused.
     """
-    long = sum(is_long(generator.prompts, example.source) for example in examples)
-    if long and too_long == "refuse":
+    kinds = [kind_of_source(prompts, example.source) for example in examples]
+    found = Sources(*(tuple(index for index, one in enumerate(kinds) if one == kind)
+                      for kind in ("long", "empty")))
+    if found.long and too_long == "refuse":
         raise DataError(
-            f"{long:,} of {len(examples):,} sources are longer than the "
-            f"{generator.prompts.max_input_tokens:,} tokens that the model reads; cut their end "
+            f"{len(found.long):,} of {len(examples):,} sources are longer than the "
+            f"{prompts.max_input_tokens:,} tokens that the model reads; cut their end "
             "with --too_long=cut, score them as empty answers with --too_long=skip, or allow "
             "more than in training with --max_input_tokens")
-    return long
+    return found
+
+
+def kind_of_source(prompts: PromptFormat, source: str) -> Literal["fits", "long", "empty"]:
+    """Whether the model can read a source whole, would lose its end, or finds nothing in it."""
+    if not source.strip() or not (ids := prompts.vocabulary.encode(source)):
+        return "empty"
+    return "long" if prompts.fit(ids, truncate=True)[1] else "fits"
+
+
+def is_skipped(prompts: PromptFormat, source: str, too_long: TooLong) -> bool:
+    """Whether a source gets an empty answer without being read."""
+    kind = kind_of_source(prompts, source)
+    return kind == "empty" or kind == "long" and too_long == "skip"
 
 
 def check_vocabulary(vocabulary: Vocabulary, examples: Sequence[Example], task: str) -> int:
@@ -166,11 +193,6 @@ def check_vocabulary(vocabulary: Vocabulary, examples: Sequence[Example], task: 
     return lost
 
 
-def is_long(prompts: PromptFormat, source: str) -> bool:
-    """Whether a source would lose its end."""
-    return prompts.encode(source, truncate=True)[1]
-
-
 def predict(
     generator: Generator, files: PredictionFiles, examples: Sequence[Example],
     settings: GenerationSettings, *, too_long: TooLong = "cut", shard: int = 0, shards: int = 1,
@@ -183,7 +205,7 @@ def predict(
         files: receive the predictions; those that are there are not made again.
         examples: of the task, all of them.
         settings: how to generate; the first answer counts.
-        too_long: "cut" the end of long sources, or "skip" them: an empty answer.
+        too_long: "cut" the end of long sources, or "skip" them: an empty answer, as of empty ones.
         shard: this process, from 0.
         shards: processes that share the windows out.
         on_batch: called with numbers of examples and of new tokens.
@@ -191,7 +213,7 @@ def predict(
     done = set(files.read())
     for window in open_windows(len(examples), done, shard, shards):
         texts = [examples[index].source for index in window]
-        skipped = [too_long == "skip" and is_long(generator.prompts, text) for text in texts]
+        skipped = [is_skipped(generator.prompts, text, too_long) for text in texts]
         # Skipped sources stay in their places, so that the others' numbers do not depend on them.
         asked = ["." if skip else text for text, skip in zip(texts, skipped)]
         answers = generator.generate(

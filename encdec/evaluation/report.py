@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from encdec.data.appended import write_whole
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, Prediction
 from encdec.evaluation.scores import Score
@@ -47,9 +48,7 @@ def write_report(directory: pathlib.Path, report: Mapping[str, Any]) -> None:
     """report.json and report.md, each whole or not at all."""
     for name, text in ((REPORT_FILE, json.dumps(report, indent=2) + "\n"),
                        ("report.md", markdown(report))):
-        partial = directory / f"{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, directory / name)
+        write_whole(directory / name, text)
 
 
 def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -86,6 +85,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"| {task} | {part['sources_cut']:,} | {part['sources_skipped']:,} | "
             f"{part['answers_without_end']:,} | {part['empty_answers']:,} | "
             f"{part['mean_answer_tokens']:.1f} |")
+    lines += [f"\nEmpty sources of {task}, skipped with an empty answer: "
+              f"{part['sources_empty']:,}" for task, part in report["tasks"].items()
+              if part.get("sources_empty")]
     lines += [f"\nNot measured on {task}: {one}" for task, part in report["tasks"].items()
               for one in part.get("not_measured", ())]
     judge = report["judge"]

@@ -9,19 +9,18 @@ import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from encdec.errors import ConfigError
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.progress import Progress
+from encdec.inference.settings import GenerationSettings, check_numbers
 
 if TYPE_CHECKING:
     from encdec.inference.generator import Generator
 
 # Inputs between two writes of the output file: enough for batches of like lengths.
 WINDOW_BATCHES = 8
-REPORT_SECONDS = 10.0
 
 # Settings that are flags of the same name: (name, type, help).
 _FLAGS = (
@@ -69,6 +68,11 @@ def main(argv: list[str]) -> int:
         if options.step is not None:
             raise ConfigError(f"{options.checkpoint} is an export, which has no checkpoints; "
                               "leave --step out")
+        for name in ("devices", "tensor"):
+            if (value := getattr(options, name)) > 1:
+                raise ConfigError(f"{name} is {value}, but {options.checkpoint} is an export, "
+                                  "which runs on this machine's CPU as a whole; leave it out, or "
+                                  "generate with the work directory")
         step, generator = 0, ExportedGenerator(
             load_exported_model(options.checkpoint), prompts, **generating)
     else:
@@ -159,12 +163,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.out and options.file is None:
         raise ConfigError(f"--out={options.out} goes with --file; for texts given here, redirect "
                           "the output of --json")
-    for name in ("max_input_tokens", "batch_rows", "devices", "tensor"):
-        value = getattr(options, name)
-        # An input is one token at least, and its EOS.
-        least = 2 if name == "max_input_tokens" else 1
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}; wanted {least} or more")
+    # An input is one token at least, and its EOS.
+    check_numbers(options, max_input_tokens=2, batch_rows=1, devices=1, tensor=1)
 
 
 def use_compilation_cache() -> None:
@@ -178,7 +178,7 @@ def use_compilation_cache() -> None:
 
 def _answer(
     generator: Generator, settings: GenerationSettings, options: argparse.Namespace,
-    texts: Sequence[str], done: int, progress: _Progress | None = None,
+    texts: Sequence[str], done: int, progress: Progress | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Output rows a window of inputs at a time, in order, from input ``done`` on."""
     from encdec.inference.files import rows_of
@@ -199,16 +199,13 @@ def _write_file(
     if done:
         print(f"{options.out}: {done:,} of {len(texts):,} inputs are answered already",
               file=sys.stderr)
-    progress = _Progress(len(texts), done)
     truncated = 0
-    try:
-        with output.open() as file:
-            for rows in _answer(generator, settings, options, texts, done, progress):
-                file.write(rows)
-                truncated += sum(
-                    row.get("source_truncated", False) for row in rows if not row["sample"])
-    finally:
-        progress.close()
+    output.begin()
+    with Progress("generate", len(texts), done) as progress:
+        for rows in _answer(generator, settings, options, texts, done, progress):
+            output.append(rows)
+            truncated += sum(
+                row.get("source_truncated", False) for row in rows if not row["sample"])
     cut = f"; {truncated:,} inputs were cut" if truncated else ""
     print(f"{options.out}: {len(texts):,} inputs answered, {progress.rate()}{cut}",
           file=sys.stderr)
@@ -232,39 +229,3 @@ def _print_texts(
                 label = f" {sample}" if settings.samples > 1 else ""
                 print(f"--- {number}{label}")
             print(answer.text)
-
-
-class _Progress:
-    """Inputs done, rate and time left: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int, done: int):
-        self._total, self._begun_at, self._done = total, done, done
-        self._tokens, self._begin, self._bar = 0, time.perf_counter(), None
-        self._said = self._begin
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("generate", total=total, completed=done)
-            self._bar.start()
-
-    def __call__(self, inputs: int, tokens: int) -> None:
-        self._done += inputs
-        self._tokens += tokens
-        now = time.perf_counter()
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, description=self.rate())
-        elif now - self._said > REPORT_SECONDS:
-            self._said = now
-            left = (now - self._begin) / (self._done - self._begun_at) * (self._total - self._done)
-            print(f"{self._done:,} of {self._total:,} inputs, {self.rate()}, {left:,.0f} s left",
-                  file=sys.stderr, flush=True)
-
-    def rate(self) -> str:
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
-        return f"{self._tokens / seconds:,.0f} tokens/s"
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()

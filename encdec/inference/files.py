@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from encdec.data.appended import append_rows, whole_lines, write_whole
 from encdec.data.readers import BadRows, Fault, check_files, parse_row, read_lines
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import Generation
@@ -141,55 +142,33 @@ class ResumableOutput:
     def _complete(self) -> tuple[int, int]:
         """Inputs of which every answer is in the file, and the bytes that hold these answers."""
         answered = size = place = rows = 0
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break  # cut short when its process was killed
-                place += len(line)
-                try:
-                    row = json.loads(line)
-                    index, source, of = row["index"], row["source"], row["of"]
-                except (ValueError, KeyError, TypeError):
-                    raise DataError(f"{self.path}:{number} is no answer of this command; give "
-                                    "another --out") from None
-                if index != answered or (
-                    index < len(self.sources) and source != self.sources[index]
-                ):
-                    raise DataError(
-                        f"{self.path}:{number} answers input {index} with source "
-                        f"{source[:40]!r}, which is not what the input has there; give another "
-                        "--out, or the input that the file was begun with")
-                rows += 1
-                if rows == of:
-                    answered, size, rows = answered + 1, place, 0
+        for number, line in whole_lines(self.path):
+            place += len(line)
+            try:
+                row = json.loads(line)
+                index, source, of = row["index"], row["source"], row["of"]
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{self.path}:{number} is no answer of this command; give "
+                                "another --out") from None
+            if index != answered or (
+                index < len(self.sources) and source != self.sources[index]
+            ):
+                raise DataError(
+                    f"{self.path}:{number} answers input {index} with source "
+                    f"{source[:40]!r}, which is not what the input has there; give another "
+                    "--out, or the input that the file was begun with")
+            rows += 1
+            if rows == of:
+                answered, size, rows = answered + 1, place, 0
         return answered, size
 
-    def open(self) -> _Appender:
-        """Opens the file behind its last complete answer."""
-        size = 0
+    def begin(self) -> None:
+        """Makes the file ready to be appended to: settings beside it, no incomplete answers."""
         if self.path.exists():
-            size = self._complete()[1]
+            os.truncate(self.path, self._complete()[1])
         else:
-            partial = self.settings_path.with_name(self.settings_path.name + ".partial")
-            partial.write_text(json.dumps(self.identity, indent=2) + "\n")
-            os.replace(partial, self.settings_path)
-        return _Appender(self.path, size)
+            write_whole(self.settings_path, json.dumps(self.identity, indent=2) + "\n")
 
-
-class _Appender:
-    def __init__(self, path: pathlib.Path, size: int):
-        self._file = open(path, "ab")
-        self._file.truncate(size)
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """All rows of some inputs, on disk when this returns."""
-        for row in rows:
-            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> _Appender:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes all rows of some inputs, on disk when this returns."""
+        append_rows(self.path, rows)

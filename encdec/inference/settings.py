@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -92,3 +93,11 @@ class GenerationSettings:
             if getattr(self, name) != off:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, which greedy generation "
                                   "has no use for; set temperature above 0")
+
+
+def check_numbers(options: argparse.Namespace, **least: int) -> None:
+    """Raises ConfigError for a number of the command line below its least; None is no number."""
+    for name, wanted in least.items():
+        value = getattr(options, name)
+        if value is not None and value < wanted:
+            raise ConfigError(f"{name} is {value}; wanted {wanted} or more")

@@ -16,8 +16,8 @@ import jax
 
 from encdec.data.records import write_json
 from encdec.distill.scoring import score
-from encdec.evaluation.command import chosen_step
 from encdec.evaluation.command import main as evaluate
+from encdec.evaluation.loading import chosen_step
 from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.report import REPORT_FILE, read_report
 from encdec.evaluation.table import table, table_markdown

@@ -37,7 +37,7 @@ def test_a_bad_line_is_named(tmp_path, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([GOOD, GOOD, BAD_LINES[message], GOOD]) + b"\n")
     with pytest.raises(DataError, match=rf"rows.jsonl:3: {message}.*--max_bad_rows="):
-        list(pair_documents([path], BadRows()))
+        list(pair_documents([path], BadRows(0)))
     bad_rows = BadRows(allowed=1)
     assert list(pair_documents([path], bad_rows)) == [("a", "b")] * 3
     assert bad_rows.count == 1 and "rows.jsonl:3" in bad_rows.named[0]

@@ -9,11 +9,16 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
+from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.evaluation.command import chosen_step, main
-from encdec.evaluation.predictions import open_windows
+from encdec.evaluation.command import main
+from encdec.evaluation.loading import chosen_step
+from encdec.evaluation.predictions import PredictionFiles, open_windows
+from encdec.interop.importing import write_model
+from encdec.train.checkpoints import load_params_for_inference
 from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
 
 # The last one is answered wrongly, and one right answer is the second reference.
@@ -43,7 +48,7 @@ def evaluate(encoder_decoder_run, data_dir, tmp_path):  # noqa: F811
 
 def rows_of(out):
     lines = [line for path in sorted((out / "xsum").glob("predictions-*.jsonl"))
-             for line in path.read_text().splitlines()]
+             for line in path.read_bytes().splitlines()]
     return sorted((json.loads(line) for line in lines), key=lambda row: row["index"])
 
 
@@ -105,6 +110,32 @@ def test_processes_share_the_windows_out(evaluate, monkeypatch):
     assert open_windows(5, {0, 3}, 0, 2) == [range(2, 3), range(4, 5)]
 
 
+def test_processes_that_finish_tasks_in_another_order_leave_a_report(
+    encoder_decoder_run, data_dir, tmp_path, monkeypatch  # noqa: F811
+):
+    shutil.copytree(data_dir / "xsum", tmp_path / "data" / "xsum")
+    shutil.copytree(data_dir / "xsum", tmp_path / "data" / "dialogsum")
+    monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 1)
+    call = lambda shard: main([
+        f"--checkpoint={encoder_decoder_run}", "--tasks=xsum,dialogsum", "--batch_rows=2",
+        f"--data_dir={tmp_path / 'data'}", f"--out={tmp_path / 'out'}", "--resamples=20",
+        "--no_likelihood", f"--shard={shard}/2"])
+    append, calls = PredictionFiles.append, []
+
+    def interrupted(self, shard, made):
+        append(self, shard, made)
+        calls.append((self.directory.name, shard))
+        if calls[-1:] == [("dialogsum", 0)] and ("xsum", 1) not in calls:
+            call(1)  # the other process begins when this one is at its last task
+
+    monkeypatch.setattr(PredictionFiles, "append", interrupted)
+    assert call(0) == 0
+    assert {name for name, shard in calls if shard == 1} == {"xsum", "dialogsum"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [part["examples"] for part in report["tasks"].values()] == [4, 4]
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
 @pytest.mark.slow
 def test_two_processes_of_one_device_equal_one_of_eight(
     evaluate, data_dir, encoder_decoder_run, tmp_path  # noqa: F811
@@ -126,9 +157,6 @@ def test_two_processes_of_one_device_equal_one_of_eight(
         assert process.returncode == 0, errors
     assert rows_of(tmp_path / "two") == alone
     assert len(list((tmp_path / "two" / "xsum").glob("predictions-*.jsonl"))) == 2
-    if not (tmp_path / "two" / "report.json").exists():
-        # Both ended at the same moment, each before it saw the other's: any call writes it.
-        evaluate(out="two")
     both = [json.loads((tmp_path / name / "report.json").read_text())["tasks"]["xsum"]
             for name in ("out", "two")]
     assert both[0]["scores"].keys() == both[1]["scores"].keys()
@@ -148,6 +176,56 @@ def test_sources_that_are_too_long(evaluate):
     out = evaluate("--max_input_tokens=9", out="cut")
     assert [row["source_cut"] for row in rows_of(out)] == [
         len(source) + 1 > 9 for source, _ in LEARNED]
+
+
+def test_empty_sources_are_named_skipped_and_counted(evaluate, tmp_path, capsys):
+    folder = tmp_path / "data" / "xsum"
+    folder.mkdir(parents=True)
+    with open(folder / "validation.jsonl", "w") as file:
+        for source, target in [*LEARNED[:2], (" \n", "red."), *LEARNED[2:]]:
+            file.write(json.dumps({"source": source, "target": target}) + "\n")
+    out = evaluate(f"--data_dir={folder.parent}")
+    assert "xsum: the sources of 1 examples are empty and skipped, with an empty answer: 2\n" in (
+        capsys.readouterr().err)
+    task = json.loads((out / "report.json").read_text())["tasks"]["xsum"]
+    assert task["sources_empty"] == task["sources_skipped"] == task["empty_answers"] == 1
+    assert task["scores"]["exact_match" if "exact_match" in task["scores"] else "rougeL"][
+        "value"] == pytest.approx(80)
+    assert task["scores"]["perplexity"]["examples"] == 4
+    assert "Empty sources of xsum, skipped with an empty answer: 1" in (
+        out / "report.md").read_text()
+    assert [row["prediction"] for row in rows_of(out)] == [
+        *(text for _, text in LEARNED[:2]), "", *(text for _, text in LEARNED[2:])]
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--limit=-1", "limit is -1; wanted 1 or more"),
+    ("--limit=0", "limit is 0; wanted 1 or more"),
+    ("--batch_rows=0", "batch_rows is 0; wanted 1 or more"),
+    ("--max_input_tokens=0", "max_input_tokens is 0; wanted 2 or more"),
+    ("--max_input_tokens=1", "max_input_tokens is 1; wanted 2 or more"),
+    ("--resamples=0", "resamples is 0; wanted 1 or more"),
+])
+def test_numbers_out_of_range_are_named(flag, message, evaluate):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(flag)
+
+
+def test_bad_rows_are_named_without_a_flag_that_is_not_there(evaluate, tmp_path):
+    (tmp_path / "data" / "xsum").mkdir(parents=True)
+    (tmp_path / "data" / "xsum" / "validation.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"validation\.jsonl:1: no ") as caught:
+        evaluate(f"--data_dir={tmp_path / 'data'}")
+    assert "max_bad_rows" not in str(caught.value)
+
+
+def test_an_imported_model_is_evaluated_too(evaluate, encoder_decoder_run, tmp_path):  # noqa: F811
+    config, params, _ = load_params_for_inference(encoder_decoder_run)
+    write_model(tmp_path / "imported", config, jax.tree.map(np.asarray, params),
+                source={"format": "hf", "family": "t5", "name": "theirs"},
+                vocabulary=load_vocabulary("bytes"), start_id=0, max_length=48)
+    report = json.loads((evaluate(checkpoint=tmp_path / "imported") / "report.json").read_text())
+    assert report["model"]["name"] == "theirs" and report["model"]["training_flops"] is None
 
 
 def test_a_task_without_data_names_the_command(

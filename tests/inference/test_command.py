@@ -187,7 +187,8 @@ def test_bad_files_name_the_line_and_write_nothing(
     path.write_bytes(content)
     assert cli.main(["generate", f"--checkpoint={encoder_decoder_run}", f"--file={path}",
                      f"--out={out}"]) == 3
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and "max_bad_rows" not in error  # a flag that is not there
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -201,6 +202,16 @@ def test_another_vocabulary_in_the_work_directory_is_refused(
     (copy / "config.json").write_text(json.dumps(config))
     assert cli.main(["generate", f"--checkpoint={copy}", "x"]) == 3
     assert "fingerprint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["devices", "tensor"])
+def test_an_export_is_not_spread_over_devices(flag, encoder_decoder_run, tmp_path, capsys):
+    export = tmp_path / "export"
+    shutil.copytree(encoder_decoder_run, export, ignore=shutil.ignore_patterns("checkpoints"))
+    content = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(content | {"export": {"format": "onnx"}}))
+    assert cli.main(["generate", f"--checkpoint={export}", f"--{flag}=2", "x"]) == 2
+    assert f"{flag} is 2, but {export} is an export" in capsys.readouterr().err
 
 
 def test_a_moved_work_directory_is_enough_in_a_fresh_process(decoder_only_run, tmp_path):
