@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
@@ -137,10 +138,29 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over ``devices``, by default all of them."""
+    """The mesh (data, fsdp, tensor) over ``devices``, by default all of them.
+
+    Slices of a TPU pod are joined along the data axis alone: a slice holds whole copies of the
+    model, so that only the sums of gradients go over the network between slices.
+
+    Raises:
+        ConfigError: a mesh of another number of devices, or fewer copies than slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    # Other kinds of devices have this number, too (GPUs count nodes), but no such network.
+    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise ConfigError(
+            f"config.mesh has {shape[0]} along data, but there are {slices} slices, each of which "
+            f"holds whole copies; set config.mesh.data to a multiple of {slices} (or to -1, and "
+            "config.mesh.fsdp to at most the devices of a slice)")
+    within = (shape[0] // slices, *shape[1:])
+    places = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(places, MESH_AXES, axis_types=types)
 
 
 def data_shards(mesh: Mesh) -> int:

@@ -21,6 +21,7 @@ from encdec.model.chips import find_chip
 from encdec.train.command import load_config
 from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
 from encdec.train.config import MeshConfig, RunConfig, parse_config
+from encdec.train.sharding import make_mesh
 
 CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 needs_compiler = pytest.mark.skipif(
@@ -148,6 +149,27 @@ def test_compiles_the_real_step_and_reports(model, tmp_path, capsys):
     assert reduced["bytes"] >= memory["parameters"] / 2  # every gradient, bfloat16 at least
     assert any("encdec/" in c["source"] for c in report["costliest"])
     assert "MFU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_slices_are_joined_by_sums_of_gradients_alone(tmp_path):
+    two = find_topology("v5e:2x2*2")
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=4), two.devices)
+    assert [{device.slice_index for device in copy.flat} for copy in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ConfigError, match="config.mesh.data to a multiple of 2"):
+        make_mesh(MeshConfig(data=1, fsdp=-1), two.devices)
+    file = tmp_path / "report.json"
+    assert main([f"--config={CONFIG}:test", "--topology=v5e:2x2*2", "--inputs=128",
+                 "--targets=128", "--config.batch_size=16", "--config.mesh.data=-1",
+                 "--config.mesh.fsdp=4", f"--json={file}"]) == 0
+    (report,) = json.loads(file.read_text())
+    assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    # Parameters are gathered within a slice; what goes over all devices or across is summed.
+    kinds = set(report["collectives"])
+    assert "all-gather of 4" in kinds
+    assert {kind for kind in kinds if not kind.endswith("of 4")} <= {
+        "all-reduce of 2", "all-reduce of 8", "reduce-scatter of 8"}
 
 
 @pytest.mark.slow
