@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +48,8 @@ def measure_rates(dtype: str = "float32", tries: int = 5) -> DeviceRates:
     if not (on_cpu and dtype == "bfloat16"):
         rows = _READ_BYTES // item // width
         for parts in {1, cores()} if on_cpu else {1}:
-            # Parts are arrays of their own: XLA gives each product to one core.
+            # One product is spread over the cores or not, by its size and XLA's version; several
+            # run at the same time.
             pieces = [jnp.ones((rows // parts, width), dtype) for _ in range(parts)]
             size = sum(piece.nbytes for piece in pieces)
             read = min(read, _best(lambda pieces=pieces: _products(pieces, vector), tries))
@@ -73,6 +76,24 @@ def _best(work: Callable[[], Any], tries: int) -> float:
         jax.block_until_ready(work())
         taken.append(time.perf_counter() - begin)
     return min(taken)
+
+
+def peak_memory() -> int:
+    """The most physical memory that this process has held, in bytes.
+
+    Linux counts it anew in every program that is started (``VmHWM``). ``ru_maxrss``, taken where
+    there is no such count, lasts through fork and exec there: a child of a large process reports
+    the size of its parent.
+    """
+    try:
+        status = pathlib.Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Busy:

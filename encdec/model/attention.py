@@ -18,7 +18,9 @@ from encdec.model.kernels import (
 from encdec.model.layers import Projection, RMSNorm, product
 from encdec.model.positions import Rotation, apply_rope
 
-KeyValues = tuple[jax.Array, jax.Array]  # keys and values, each [B, S, K, D]
+# Keys and values, each [B, S, K, D]; kept for decoding by parts (``ModelConfig.kernel_parts``),
+# they lie as one-row products read them without a copy: keys [B, K, D, S], values [B, K, S, D].
+KeyValues = tuple[jax.Array, jax.Array]
 
 
 def segment_mask(
@@ -85,6 +87,43 @@ def dot_product_attention(
     return out.astype(v_BxSxKxD.dtype).reshape(batch, length, heads, dim)
 
 
+def heads_first(key_values: KeyValues) -> KeyValues:
+    """Keys and values [B, S, K, D] as [B, K, D, S] and [B, K, S, D]."""
+    k_BxSxKxD, v_BxSxKxD = key_values
+    return k_BxSxKxD.transpose(0, 2, 3, 1), v_BxSxKxD.swapaxes(1, 2)
+
+
+def heads_first_attention(
+    config: ModelConfig,
+    q_BxTxHxD: jax.Array,
+    k_BxKxDxS: jax.Array,
+    v_BxKxSxD: jax.Array,
+    mask_BxTxS: jax.Array,
+) -> jax.Array:
+    """``dot_product_attention`` of keys and values from ``heads_first``; returns [B, T, H, D].
+
+    Both products are batches over key heads, of the N = T * H / K queries that read each, with
+    the operands as XLA's CPU compiler wants them: it copies neither keys nor values.
+    """
+    batch, length, heads, dim = q_BxTxHxD.shape
+    kv_heads, group = k_BxKxDxS.shape[1], heads // k_BxKxDxS.shape[1]
+    grouped = config.kv_pairing == "grouped"
+    split, pair = ((kv_heads, group), "kg") if grouped else ((group, kv_heads), "gk")
+    q = q_BxTxHxD.reshape(batch, length, *split, dim)
+    q_BxKxNxD = jnp.einsum(f"bt{pair}d->bkgtd", q).reshape(batch, kv_heads, group * length, dim)
+    scores = jnp.einsum(
+        "bknd,bkds->bkns", q_BxKxNxD, k_BxKxDxS, preferred_element_type=jnp.float32)
+    if config.attention_logit_cap:
+        scores = config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap)
+    scores = scores.reshape(batch, kv_heads, group, length, -1)
+    scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BxKxSxD.dtype)
+    out = jnp.einsum("bkns,bksd->bknd", probabilities.reshape(
+        batch, kv_heads, group * length, -1), v_BxKxSxD)
+    out = jnp.einsum(f"bkgtd->bt{pair}d", out.reshape(batch, kv_heads, group, length, dim))
+    return out.reshape(batch, length, heads, dim)
+
+
 @flax.struct.dataclass
 class AttentionInputs:
     """What one attention sublayer needs beside its input and its keys; the same in every layer.
@@ -141,8 +180,23 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config, axis="head_dim")
 
     def key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
-        """Keys (normed and rotated) and values of a sequence, each [B, S, K, D]."""
+        """Keys (normed and rotated) and values of a sequence, as they are kept."""
+        key_values = self._new_key_values(x_BxSxM, rope)
+        return heads_first(key_values) if self.config.kernel_parts else key_values
+
+    def _new_key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
+        """The same, each [B, S, K, D]."""
         return self._key(self.k(x_BxSxM), rope), self.v(x_BxSxM)
+
+    def _written(self, cache: KeyValues, new: KeyValues, slots_BxT: jax.Array) -> KeyValues:
+        """The cache with new keys and values [B, T, K, D] in their slots."""
+        rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
+        keys, values = (x.astype(old.dtype) for x, old in zip(new, cache))
+        if self.config.kernel_parts:
+            return (cache[0].at[rows_Bx1, :, :, slots_BxT].set(keys),
+                    cache[1].at[rows_Bx1, :, slots_BxT].set(values))
+        return (cache[0].at[rows_Bx1, slots_BxT].set(keys),
+                cache[1].at[rows_Bx1, slots_BxT].set(values))
 
     def _query(self, q: jax.Array, rope: Rotation | None) -> jax.Array:
         """Queries normed, rotated, and multiplied by the scale of the scores: with the rotation,
@@ -201,25 +255,23 @@ class Attention(nn.Module):
             x_BxTxM: the queries' input.
             inputs: masks, rotations and cache slots.
             key_values: keys and values made before (cross-attention); otherwise made from ``x``.
-            cache: keys and values so far, each [B, capacity, K, D]; the new ones are written to
+            cache: keys and values so far, with S the capacity; the new ones are written to
                 ``inputs.slots_BxT`` and the mask spans the whole capacity.
             deterministic: False applies dropout (needs a "dropout" rng).
         """
+        new = None
         if key_values is None and self.config.fuse_projections:
             q, k, v = self._projected_together(x_BxTxM)
-            key_values = self._key(k, inputs.kv_rope), v
+            new = self._key(k, inputs.kv_rope), v
         else:
             q = self.q(x_BxTxM)
             if key_values is None:
-                key_values = self.key_values(x_BxTxM, inputs.kv_rope)
+                new = self._new_key_values(x_BxTxM, inputs.kv_rope)
         q = self._query(q, inputs.q_rope)
         if cache is not None:
-            rows_Bx1 = jnp.arange(x_BxTxM.shape[0])[:, None]
-            cache = jax.tree.map(
-                lambda old, new: old.at[rows_Bx1, inputs.slots_BxT].set(new.astype(old.dtype)),
-                cache, key_values,
-            )
-            key_values = cache
+            cache = key_values = self._written(cache, new, inputs.slots_BxT)
+        elif new is not None:
+            key_values = heads_first(new) if self.config.kernel_parts else new
         k, v = key_values
         key = None
         if self.config.attention_dropout and not deterministic:
@@ -227,7 +279,9 @@ class Attention(nn.Module):
         kernel = resolve_kernel(
             self.config, segments=inputs.segments is not None and cache is None,
             dropout=key is not None)
-        if kernel == "splash":
+        if self.config.kernel_parts:
+            out = heads_first_attention(self.config, q, k, v, inputs.mask_BxTxS)
+        elif kernel == "splash":
             out = splash_attention(self.config, q, k, v, inputs.segments, inputs.causal)
         elif kernel == "cudnn":
             out = cudnn_attention(self.config, q, k, v, inputs.mask_BxTxS)

@@ -13,7 +13,7 @@ from encdec.errors import ConfigError
 from encdec.model.config import ModelConfig
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
-from encdec.model.layers import part_sizes
+from encdec.model.layers import kernel_in_parts
 
 Model = EncoderDecoder | DecoderOnly
 Params = dict[str, Any]
@@ -87,8 +87,7 @@ def for_decoding(
 ) -> tuple[ModelConfig, Params]:
     """The same model as one-token steps are fastest: unrolled, nothing fused, without remat.
 
-    ``kernel_parts`` lays the decoder's kernels out as ``ModelConfig.kernel_parts`` says; a tied
-    vocabulary head then lies beside the embedding, a second time.
+    ``kernel_parts`` lays the decoder's kernels out as ``ModelConfig.kernel_parts`` says.
     """
     if config.scan_layers:
         params = unroll_params(params, config)
@@ -98,35 +97,25 @@ def for_decoding(
         return config, params
     config = config.replace(kernel_parts=kernel_parts)
     embedder = dict(params["embedder"])
-    head = embedder["embedding"] if config.tie_embeddings else embedder.pop("head").T
+    if not config.tie_embeddings:
+        embedder["head"] = embedder["head"].T
     return config, params | {
-        "embedder": embedder | _parts(config, "head", head),
-        "decoder": _kernels_in_parts(config, params["decoder"])}
+        "embedder": embedder, "decoder": _kernels_in_parts(kernel_parts, params["decoder"])}
 
 
-def _kernels_in_parts(config: ModelConfig, params: Params) -> Params:
-    """A subtree with every ``kernel`` as [out, in] in parts."""
+def _kernels_in_parts(parts: int, params: Params) -> Params:
+    """A subtree with every ``kernel`` as ``kernel_in_parts`` has it."""
     result = {}
     for name, value in params.items():
-        if isinstance(value, dict) and "kernel" in value:
-            kernel = value["kernel"]
-            # Only attention's output sums over two dimensions, heads and head width.
-            width = kernel.shape[0] if name != "o" else kernel.shape[0] * kernel.shape[1]
-            rest = {k: v for k, v in value.items() if k != "kernel"}
-            result[name] = rest | _parts(config, "kernel", kernel.reshape(width, -1).T)
-        elif isinstance(value, dict):
-            result[name] = _kernels_in_parts(config, value)
+        if isinstance(value, dict):
+            result[name] = _kernels_in_parts(parts, value)
+            if "kernel" in value:
+                kernel = value["kernel"]
+                # Only attention's output sums over two dimensions, heads and head width.
+                width = kernel.shape[0] if name != "o" else kernel.shape[0] * kernel.shape[1]
+                result[name]["kernel"] = kernel_in_parts(kernel.reshape(width, -1).T, parts)
         else:
             result[name] = value
-    return result
-
-
-def _parts(config: ModelConfig, name: str, kernel: Any) -> Params:
-    """The rows of an [out, in] kernel as separate, contiguous arrays."""
-    begin, result = 0, {}
-    for index, rows in enumerate(part_sizes(config, *kernel.shape)):
-        result[f"{name}_{index}"] = jnp.array(kernel[begin : begin + rows])
-        begin += rows
     return result
 
 

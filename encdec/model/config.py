@@ -92,7 +92,8 @@ class ModelConfig:
     fuse_projections: bool = False
     # Of the encoder, in inference; products then add up in float32. "": dtype
     encoder_dtype: Literal["", "bfloat16"] = ""
-    # Decoder kernels as [out, in] in so many parts that cores read at once; 0: as trained
+    # Decoder kernels as [parts, out / parts, in], parts that cores read at once, and keys and
+    # values heads first, as one-row products read them; 0: as trained
     kernel_parts: int = 0
 
     def __post_init__(self) -> None:

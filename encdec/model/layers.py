@@ -94,9 +94,13 @@ class Projection(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        if not config.kernel_parts:
-            init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), self.axes)
-            self.kernel = self.param("kernel", init, self.shape, jnp.dtype(config.param_dtype))
+        init, shape = nn.initializers.normal(config.init_std), self.shape
+        if config.kernel_parts:
+            width = math.prod(shape[: self._summed()])
+            shape = parts_shape(math.prod(shape) // width, width, config.kernel_parts)
+        else:
+            init = nn.with_logical_partitioning(init, self.axes)
+        self.kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
         if self.bias_dims:
             init = nn.with_logical_partitioning(
                 nn.initializers.zeros_init(), self.axes[-self.bias_dims :]
@@ -123,36 +127,46 @@ class Projection(nn.Module):
         return y + self.bias.astype(dtype) if self.bias_dims else y
 
     def _by_parts(self, x: jax.Array) -> jax.Array:
-        """The same product with the kernel as [out, in] in parts, each a parameter of its own."""
-        # The equation's second operand begins with the dimensions that are summed over.
-        summed = len(set(self.equation.split("->")[0].split(",")[1])
-                     - set(self.equation.split("->")[1]))
-        width, into = math.prod(self.shape[:summed]), self.shape[summed:]
-        x = x.reshape(*x.shape[: x.ndim - summed], width)
-        return apply_parts(self, "kernel", x, math.prod(into), width).reshape(*x.shape[:-1], *into)
+        """The same product with the kernel as ``kernel_in_parts`` lays it out."""
+        summed = self._summed()
+        into = self.shape[summed:]
+        x = x.reshape(*x.shape[: x.ndim - summed], -1)
+        y = product_by_parts(x, self.kernel.astype(x.dtype), math.prod(into))
+        return y.reshape(*y.shape[:-1], *into)
+
+    def _summed(self) -> int:
+        """How many dimensions the product sums over; the kernel begins with them."""
+        operands, result = self.equation.split("->")
+        return len(set(operands.split(",")[1]) - set(result))
 
 
-def part_sizes(config: ModelConfig, out: int, width: int) -> list[int]:
-    """Rows of each part of an [out, width] kernel; one that is read in no time stays whole."""
-    parts = config.kernel_parts if out * width >= config.d_model**2 // 4 else 1
-    return [out // parts + (i < out % parts) for i in range(min(parts, out))]
+def parts_shape(out: int, width: int, parts: int) -> tuple[int, int, int]:
+    """The shape of ``kernel_in_parts``."""
+    return parts, -(-out // parts), width
 
 
-def apply_parts(
-    module: nn.Module, name: str, x: jax.Array, out: int, width: int
-) -> jax.Array:
-    """``x [..., width] @ kernel.T`` with the kernel's rows in parameters ``name_0``, ``name_1`` ...
+def kernel_in_parts(kernel_OxI: jax.Array, parts: int) -> jax.Array:
+    """[P, ceil(O / P), I]: an [out, in] kernel cut into parts of equally many rows, the last one
+    filled up with zeros."""
+    out, width = kernel_OxI.shape
+    shape = parts_shape(out, width, parts)
+    return jnp.pad(kernel_OxI, ((0, shape[0] * shape[1] - out), (0, 0))).reshape(shape)
 
-    XLA's CPU compiler gives a matrix-vector product to one core, but runs independent ones at the
-    same time: two halves are read at twice the rate.
+
+def product_by_parts(x: jax.Array, kernel_PxRxI: jax.Array, out: int) -> jax.Array:
+    """``x [..., I]`` times a kernel of ``kernel_in_parts``: [..., out].
+
+    XLA's CPU compiler gives a matrix-vector product of up to 2 MiB to one core, and runs thunks
+    beside each other only where more than eight are ready; but it spreads the rows of a batched
+    product over the cores, whatever their size. So one row is multiplied as a batch of parts.
     """
-    config = module.config
-    init, dtype = nn.initializers.normal(config.init_std), jnp.dtype(config.dtype)
-    pieces = [
-        jnp.einsum("...i,oi->...o", x, module.param(
-            f"{name}_{i}", init, (rows, width), jnp.dtype(config.param_dtype)).astype(dtype))
-        for i, rows in enumerate(part_sizes(config, out, width))]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
+    parts, rows, width = kernel_PxRxI.shape
+    if math.prod(x.shape[:-1]) == 1:
+        copies_PxI = jnp.broadcast_to(x.reshape(width), (parts, width))
+        y = jnp.einsum("pi,pri->pr", copies_PxI, kernel_PxRxI).reshape(*x.shape[:-1], -1)
+    else:
+        y = jnp.einsum("...i,oi->...o", x, kernel_PxRxI.reshape(parts * rows, width))
+    return y[..., :out]
 
 
 class RMSNorm(nn.Module):
@@ -234,10 +248,12 @@ class Embedder(nn.Module):
             "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")),
             (config.vocab_size, config.d_model), dtype,
         )
-        if self.head_too and not config.tie_embeddings and not config.kernel_parts:
+        if self.head_too and not config.tie_embeddings:
+            # Decoding reads it as [out, in], as all its kernels.
+            turn = -1 if config.kernel_parts else 1
             self.head = self.param(
-                "head", nn.with_logical_partitioning(init, ("embed", "vocab")),
-                (config.d_model, config.vocab_size), dtype,
+                "head", nn.with_logical_partitioning(init, ("embed", "vocab")[::turn]),
+                (config.d_model, config.vocab_size)[::turn], dtype,
             )
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
@@ -254,22 +270,15 @@ class Embedder(nn.Module):
         ``start`` and ``stop`` give those of a part of the vocabulary alone.
         """
         dtype = jnp.dtype(self.config.dtype)
-        if self.config.kernel_parts:
-            return self._capped(self._logits_by_parts(hidden)[..., start:stop])
-        if self.config.tie_embeddings:
-            table, equation = self.embedding[start:stop], "...m,vm->...v"
+        if self.config.tie_embeddings or self.config.kernel_parts:
+            table = self.embedding if self.config.tie_embeddings else self.head
+            table, equation = table[start:stop], "...m,vm->...v"
         else:
             table, equation = self.head[:, start:stop], "...m,mv->...v"
         logits = jnp.einsum(
             equation, hidden.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32
         )
         return self._capped(logits)
-
-    @nn.compact
-    def _logits_by_parts(self, hidden: jax.Array) -> jax.Array:
-        config = self.config
-        return apply_parts(self, "head", hidden, config.vocab_size, config.d_model).astype(
-            jnp.float32)
 
     def _capped(self, logits: jax.Array) -> jax.Array:
         cap = self.config.final_logit_cap

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from encdec.inference.decoding import Decoding, DecodingPlan, Memory, append, prefill
 from encdec.inference.sampling import RowSettings, greedy_rows
 from encdec.model import ModelConfig, init_cache
+from encdec.model.cache import widen
 
 Params = Any
 
@@ -55,19 +56,14 @@ def read(
     logits_1xV, memory = prefill(
         config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0)
 
-    def widen(x: jax.Array, width: int, axis: int) -> jax.Array:
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, width - x.shape[axis])
-        return jnp.pad(x, padding)
-
     source, cache = memory.source, memory.cache
     if source is not None:
-        wide = lambda x: widen(x, plan.longest_input, -3)
+        missing = plan.longest_input - source.mask_BxS.shape[1]
         source = source.replace(
-            cross_kv=jax.tree.map(wide, source.cross_kv),
-            mask_BxS=widen(source.mask_BxS, plan.longest_input, -1))
+            cross_kv=widen(config, source.cross_kv, plan.longest_input),
+            mask_BxS=jnp.pad(source.mask_BxS, ((0, 0), (0, missing))))
     else:
-        cache = jax.tree.map(lambda x: widen(x, 1 + plan.longest_input, -3), cache)
+        cache = widen(config, cache, 1 + plan.longest_input)
     return Prefilled(logits_1xV, memory.replace(source=source, cache=cache))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,7 +15,7 @@ from encdec.errors import ConfigError
 from encdec.export import edge_benchmark
 from encdec.export.edge_benchmark import PATHS, evaluate, main
 from encdec.inference.benchmark import GenerationTiming
-from encdec.inference.device_rates import Busy, DeviceRates
+from encdec.inference.device_rates import Busy, DeviceRates, peak_memory
 from encdec.model import build_model, init_params, preset
 from encdec.model.flops import cache_bytes, generation_flops
 
@@ -66,6 +69,28 @@ def test_floors_are_of_the_bytes_that_are_read():
         weights = later.decoder / 2 * layers + later.head / 2 * head
         assert found.decode_floor_share == pytest.approx((weights + cache) / 1e6 / 2.0)
         assert name in PATHS
+
+
+def test_peak_memory_is_of_a_process_of_its_own():
+    """A child of a process that has held much reports what it held itself."""
+    held = np.ones(2**27)  # 1 GiB
+    parent = peak_memory()
+    assert parent > held.nbytes
+    del held
+    child = int(subprocess.run(
+        [sys.executable, "-c", "from encdec.inference.device_rates import peak_memory\n"
+         "held = bytearray(2**26)\nprint(peak_memory())"],
+        capture_output=True, text=True, check=True).stdout)
+    assert 2**26 < child < parent - 2**29
+
+
+def test_peak_memory_without_proc_is_the_kernel_s_own(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError(self)
+
+    counted = peak_memory()
+    monkeypatch.setattr(pathlib.Path, "read_text", missing)
+    assert peak_memory() >= 0.9 * counted
 
 
 def test_what_others_take_is_a_share():

@@ -9,29 +9,80 @@ import pytest
 
 from encdec.errors import ConfigError
 from encdec.inference import decoding
-from encdec.inference.decoding import decode_step, prefill, ready_for_decoding
-from encdec.model import for_decoding, preset
-from tests.export.examples import pair
+from encdec.inference.decoding import (
+    DecodingPlan,
+    advance_compiled,
+    decode_step,
+    prefill,
+    ready_for_decoding,
+    start_compiled,
+)
+from encdec.inference.sampling import Choosing, greedy_rows
+from encdec.model import build_model, check_params, for_decoding, preset
+from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
+from tests.export.examples import batch, pair
 from tests.inference.examples import START
 
+PREFILL = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room"))
+STEP = jax.jit(decode_step, static_argnums=0)
 TOKENS = np.random.default_rng(0).integers(3, 250, (2, 9)).astype(np.int32)
 
 
-def two_steps(config, params):
-    logits, memory = prefill(config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2)
-    later, _ = decode_step(config, params, memory, jnp.array([7, 8]))
+def two_steps(config, params, rows=2):
+    """Logits after prefill and after one step more; one row takes other products than two."""
+    lengths = jnp.array([9, 5])[:rows]
+    logits, memory = PREFILL(config, params, TOKENS[:rows], lengths, start_id=START, room=2)
+    later, _ = STEP(config, params, memory, jnp.array([7, 8])[:rows])
     return np.stack([logits, later])
 
 
-@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
-def test_kernels_in_parts_compute_the_same(name):
-    """Tied and separate heads, both MLPs, norms of queries and keys; sizes that do not divide."""
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma", "windowed"])
+def test_kernels_in_parts_compute_the_same(name, rows):
+    """Tied and separate heads, both MLPs, both pairings of heads, norms of queries and keys;
+    sizes that do not divide."""
     config, params = pair(name)
-    plain = two_steps(*for_decoding(config, params))
+    plain = two_steps(*for_decoding(config, params), rows)
     config, params = for_decoding(config, params, 3)
     down = params["decoder"]["layers_0"]["mlp"]["down"]
-    assert [down[f"kernel_{i}"].shape for i in range(3)] == [(11, 128), (11, 128), (10, 128)]
-    np.testing.assert_allclose(two_steps(config, params), plain, atol=3e-5)
+    assert down["kernel"].shape == (3, 11, 128) and not down["kernel"][2, 10].any()
+    check_params(params, config)
+    np.testing.assert_allclose(two_steps(config, params, rows), plain, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
+def test_cached_steps_in_parts_are_the_full_forward_pass(name):
+    config, params = for_decoding(*pair(name), 2)
+    answer = np.array([[START, 7, 9, 11, 3]], np.int32)
+    prompt = answer if config.is_encoder_decoder else np.concatenate(
+        [answer[:, :1], TOKENS[:1], answer[:, 1:]], axis=1)
+    fields = batch(config, TOKENS[:1], prompt)
+    model = build_model(config)
+    hidden = model.apply({"params": params}, fields, method="hidden")
+    whole = model.apply({"params": params}, hidden, method="logits")[0, -5:]
+    logits, memory = PREFILL(
+        config, params, TOKENS[:1], jnp.array([9]), start_id=START, room=4)
+    steps = [logits[0]]
+    for token in answer[0, 1:]:
+        logits, memory = STEP(config, params, memory, jnp.array([token]))
+        steps.append(logits[0])
+    np.testing.assert_allclose(np.stack(steps), whole, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "windowed"])
+def test_a_server_s_slots_hold_what_was_kept_in_parts(name):
+    """Read at a narrow width, inserted into a wider slot, and gone on from there."""
+    config, params = for_decoding(*pair(name), 2)
+    plan = SlotPlan(DecodingPlan(Choosing(config.vocab_size), 3, START), 2, 12)
+    prefilled = read_compiled(config, plan, params, TOKENS[:1], jnp.array(9))
+    running = insert_compiled(
+        config, plan, empty(config, plan, params), jnp.array(1), prefilled, greedy_rows(1, 3))
+    running = advance_compiled(config, plan.decoding, params, running, jnp.int32(2))
+    alone = advance_compiled(config, plan.decoding, params, start_compiled(
+        config, plan.decoding, params, TOKENS[:1], jnp.array([9]), greedy_rows(1, 3)),
+        jnp.int32(2))
+    assert running.tokens_RxN[1].tolist() == alone.tokens_RxN[0].tolist()
+    np.testing.assert_allclose(running.log_probs_RxN[1], alone.log_probs_RxN[0], atol=3e-5)
 
 
 def test_large_models_on_cpus_get_them_by_themselves(monkeypatch):
