@@ -197,6 +197,19 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
         for kind, dims in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))]
 
 
+def elements(shape: str) -> list[str]:
+    """The types in a tuple type, which may be tuples themselves."""
+    text, parts, depth, start = re.sub(r"/\*.*?\*/", "", shape), [], 0, 1
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if (character == "," and depth == 1) or (place and not depth):
+            parts.append(text[start:place].strip())
+            start = place + 1
+            if not depth:
+                break
+    return parts
+
+
 def shape_bytes(shape: str) -> float:
     """Bytes of all arrays in a type, without padding."""
     return sum(_element_bytes(kind) * math.prod(dims) for kind, dims in arrays(shape))

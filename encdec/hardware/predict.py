@@ -7,7 +7,8 @@ The method, whose limits docs/pod.md states:
   rate (of the share of the matrix unit that its head width fills) and its bytes at HBM speed;
 * a collective takes the bytes that must leave a chip over the links that it can use, plus hops;
   synchronous ones add up; asynchronous ones go over the links one after another, each hidden
-  behind what is scheduled between its start and its end;
+  behind what is scheduled between its start and its end (if that is nowhere in its computation,
+  nothing hides it);
 * copies between HBM and on-chip memory are asynchronous and assumed hidden.
 """
 
@@ -24,6 +25,9 @@ from encdec.hardware.topology import Topology
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 PALLAS = "tpu_custom_call"
 MATRIX_UNIT_WIDTH = 128  # lanes of a vector register: a narrower head leaves some of it idle
+# Listed in the report where they carry no estimate; custom calls by their target.
+LISTED = ("dot", "convolution", "scatter", "gather", "sort", "reduce", "reduce-window", "fusion",
+          "dynamic-update-slice")
 HOP_SECONDS = 1e-6  # from chip to neighbour, and the start of a collective
 DCN_BYTES_PER_SECOND = 6.25e9  # one chip's share of its host's network: 200 Gbit/s for 4 chips
 
@@ -73,7 +77,8 @@ class Prediction:
         collectives: every collective.
         costs: every instruction that takes time by cycles or roofline, dearest first.
         unknown_loops: loops counted once because their trip count could not be read.
-        unestimated: opcodes without an estimate that are no copies, and how often they run.
+        unestimated: opcodes without an estimate that are no copies, custom calls with their
+            target ("custom-call ConcatBitcast"), and how often they run.
     """
 
     compute_seconds: float
@@ -115,8 +120,8 @@ def predict(
     for body in hlo.executions(module):
         now = 0.0  # on the schedule of this computation, waiting included
         free = 0.0  # when the links have moved all that was started
-        # What is under way, by its start: when it ends, itself, and how long it takes.
-        under_way: dict[str, tuple[float, hlo.Instruction, float]] = {}
+        # What is under way, by its start: when it ends, itself, how long it takes, how often.
+        under_way: dict[str, tuple[float, hlo.Instruction, float, int]] = {}
         inside = [_collective_inside(module, execution.instruction) for execution in body]
         parts = _fused_parts(body, inside)
         for execution, inner in zip(body, inside):
@@ -128,9 +133,9 @@ def predict(
             elif i.cycles is not None and not _is_collective(i.opcode):
                 seconds = i.cycles / clock
                 costs.append(_cost(module, i, i.opcode, seconds, times))
-            elif i.opcode in ("dot", "convolution", "scatter", "gather", "sort", "reduce",
-                              "fusion", "dynamic-update-slice"):
-                unestimated[i.opcode] = unestimated.get(i.opcode, 0) + times
+            elif i.opcode in LISTED or i.opcode == "custom-call":
+                name = f"{i.opcode} {i.custom_call_target}".strip()
+                unestimated[name] = unestimated.get(name, 0) + times
             now += seconds
             # A collective fused with computation is started, carried on and ended by fusions of
             # one channel; others by -start and -done.
@@ -138,7 +143,7 @@ def predict(
             ended = last == i.name and first or i.opcode.endswith("-done") and "".join(
                 i.operands[:1])
             if ended in under_way:
-                done, started, wire = under_way.pop(ended)
+                done, started, wire, _ = under_way.pop(ended)
                 exposed = max(0.0, done - now)
                 collectives.append(_traffic(module, started, wire, exposed, times, order))
                 now += exposed
@@ -152,10 +157,13 @@ def predict(
             elif inner is not None and (first == i.name or i.opcode.endswith("-start")):
                 wire = collective_seconds(inner, topology, order)
                 if _kind(inner.opcode) == "collective-permute":  # to one neighbour, on a link
-                    under_way[i.name] = now + wire, inner, wire
+                    under_way[i.name] = now + wire, inner, wire, times
                 else:
                     free = max(now, free) + wire
-                    under_way[i.name] = free, inner, wire
+                    under_way[i.name] = free, inner, wire, times
+        # Waited for in another computation, or nowhere that is known: as if nothing hid it.
+        collectives += [_traffic(module, started, wire, wire, times, order)
+                        for _, started, wire, times in under_way.values()]
     costs.sort(key=lambda cost: -cost.seconds)
     pallas = sum(cost.seconds for cost in costs if cost.kind == "pallas")
     return Prediction(
@@ -217,7 +225,7 @@ def collective_seconds(i: hlo.Instruction, topology: Topology, order: list[int])
     count = len(group)
     if count < 2:
         return 0.0
-    kind, size = _kind(i.opcode), _full_bytes(i)
+    kind, size = _kind(i.opcode), _full_bytes(i, len(order))
     share = {"all-reduce": 2 * (count - 1) / count, "all-gather": (count - 1) / count,
              "reduce-scatter": (count - 1) / count, "all-to-all": (count - 1) / count / 2,
              "collective-permute": 1.0}[kind]
@@ -298,16 +306,22 @@ def _collective_inside(module: hlo.Module, i: hlo.Instruction) -> hlo.Instructio
     return None
 
 
-def _full_bytes(i: hlo.Instruction) -> float:
-    """Bytes of the whole array that a collective handles, on one device."""
-    shape = i.shape
-    if i.opcode.endswith("-start") and shape.startswith("("):
-        # (operands, results, ...): the larger half is the full array.
-        return max((hlo.shape_bytes(f"{kind}[{','.join(map(str, dims))}]")
-                    for kind, dims in hlo.arrays(shape)), default=0.0)
-    size = hlo.shape_bytes(shape)
+def _full_bytes(i: hlo.Instruction, devices: int) -> float:
+    """Bytes of the whole arrays that a collective handles, on one device.
+
+    A start's type is that of its results alone, as an all-reduce's is, or it holds operands,
+    results and counters: ``(operand, result, u32[])`` for one array, ``((operand, ...),
+    (result, ...))`` for several that the compiler combined: the full arrays are the larger half.
+    """
+    if i.opcode.endswith("-start") and i.shape.startswith("("):
+        parts, count = hlo.elements(i.shape), max(1, len(i.operands))
+        if parts[0].startswith("("):
+            return max(map(hlo.shape_bytes, parts[:2]))
+        halves = parts[:count], parts[count:2 * count]
+        return max(sum(map(hlo.shape_bytes, half)) for half in halves)
+    size = hlo.shape_bytes(i.shape)
     if _kind(i.opcode) == "reduce-scatter":
-        size *= len(replica_group(i.attributes, 1))
+        size *= len(replica_group(i.attributes, devices))
     return size
 
 
@@ -316,7 +330,7 @@ def _traffic(
     order: list[int],
 ) -> Collective:
     return Collective(
-        i.name, _kind(i.opcode), _full_bytes(i) * times,
+        i.name, _kind(i.opcode), _full_bytes(i, len(order)) * times,
         len(replica_group(i.attributes, len(order))), wire * times, exposed * times,
         module.source(i))
 

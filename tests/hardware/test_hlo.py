@@ -146,6 +146,58 @@ def test_asynchronous_collectives_share_the_links():
     assert together.exposed_seconds == pytest.approx(2 * wire - 0.1, rel=1e-2)
 
 
+@pytest.mark.parametrize("shape, opcode, operands, wanted", [
+    ("f32[1000]{0:T(1024)}", "all-reduce", "%p", 4000),
+    ("(f32[1000]{0:T(1024)}, /*index=1*/f32[500]{0})", "all-reduce", "%p, %p", 6000),
+    ("(f32[1000]{0}, f32[500]{0})", "all-reduce-start", "%p, %p", 6000),
+    ("(bf16[100]{0}, bf16[400]{0})", "all-gather-start", "%p", 800),
+    ("((bf16[100]{0:T(8,128)(2,1)}, f32[10]{0}), (bf16[400]{0}, f32[40]{0}), u32[], u32[])",
+     "all-gather-start", "%p, %p", 960),
+    ("(bf16[100]{0}, f32[10,2]{1,0}, bf16[400]{0}, f32[40,2]{1,0})", "all-gather-start",
+     "%p, %p", 1120),
+    ("((f32[400]{0}, f32[40]{0}), (f32[100]{0}, f32[10]{0}))", "reduce-scatter-start", "%p, %p",
+     1760),
+    ("f32[100]{0}", "reduce-scatter", "%p", 1600),
+    ("(f32[100]{0}, f32[100]{0}, u32[]{:S(2)}, u32[]{:S(2)})", "collective-permute-start", "%p",
+     400),
+])
+def test_a_collective_handles_all_its_arrays(shape, opcode, operands, wanted):
+    start = line(shape, opcode, f"{operands}), channel_id=1", "start")
+    done = line("f32[1]{0}", opcode.replace("start", "done"), "%start), metadata={}", "done")
+    lines = (start, done) if opcode.endswith("-start") else (start,)
+    (moved,) = predict(program(*lines), topology()).collectives
+    assert moved.bytes == wanted
+
+
+def test_a_collective_whose_end_lies_elsewhere_is_not_hidden():
+    """The loop's body starts what the next turn, or nobody, waits for."""
+    work = line("f32[8]{0}", "fusion", '%p), backend_config={"estimated_cycles":"150300000"}')
+    start = line("(f32[1000000000]{0}, f32[1000000000]{0})", "all-reduce-start",
+                 "%p), replica_groups={{0,1,2,3}}", "start")
+    loop = line("f32[8]{0}", "while", "%p), condition=%c, body=%body, backend_config="
+                '{"known_trip_count":{"n":"3"}}', "loop")
+    body = "\n".join(["%body (p: f32[8]) -> f32[8] {", start, work, "}", ""])
+    prediction = predict(hlo.parse(
+        body + "\n".join(["ENTRY %main (p: f32[]) -> f32[] {", loop, "}"])), topology())
+    (reduced,) = prediction.collectives
+    assert reduced.bytes == 3 * 4e9
+    assert reduced.exposed_seconds == reduced.seconds == pytest.approx(
+        3 * 4e9 * 1.5 / 90e9, rel=1e-3)
+
+
+def test_what_has_no_estimate_is_listed():
+    target = lambda name: f'%p), custom_call_target="{name}", api_version=API'
+    prediction = predict(program(
+        line("f32[8]{0}", "custom-call", target("Eigh"), "a"),
+        line("f32[8]{0}", "custom-call", target("Eigh"), "b"),
+        line("f32[8]{0}", "custom-call",
+             target("Timed") + ', backend_config={"estimated_cycles":"1503"}', "c"),
+        line("f32[8]{0}", "sort", "%p), dimensions={0}", "d"),
+        line("f32[8]{0}", "copy", "%p), metadata={}", "e")), topology())
+    assert prediction.unestimated == {"custom-call Eigh": 2, "sort": 1}
+    assert prediction.compute_seconds == pytest.approx(1e-6, rel=1e-2)
+
+
 def test_kernels_take_the_longer_of_flops_and_bytes():
     q, k = "bf16[16,6,1024,128]{3,2,1,0}", "bf16[16,3,1024,128]{3,2,1,0}"
     operands = [line(q, "parameter", "0)", "q"), line(k, "parameter", "1)", "k")]
