@@ -89,7 +89,9 @@ def get_config(model: str = "330m") -> ConfigDict:
 def _for_tpus(config: ConfigDict, model: str) -> None:
     """What `encdec compile` predicts to be fastest on TPU pods; docs/pod.md has the figures."""
     config.batch_size = 256  # 16 rows on each of 16 chips; keep 16 a chip on larger slices
-    config.mesh.data, config.mesh.fsdp = 1, -1  # AdamW's work and state are split over the chips
+    # AdamW's work and state are split over 16 chips, which divide every preset's width; larger
+    # slices hold copies of these. A slice of fewer chips needs --config.mesh.fsdp=-1.
+    config.mesh.data, config.mesh.fsdp = -1, 16
     config.model_overrides = ConfigDict()
     config.model_overrides.scan_layers = False  # a fifth off the step; compiles for minutes
     # At 16 rows a chip the smallest keeps all that matrix products gave, the others not the MLP's.

@@ -112,7 +112,9 @@ def test_search_keeps_the_tensor_axis():
 def test_configs_of_shaped_models_carry_the_fast_settings(model, remat):
     run = parse_config(load_config(f"{CONFIG}:{model}", []))
     config = run.model_config()
-    assert (config.remat, config.scan_layers, run.mesh.fsdp) == (remat, False, -1)
+    assert (config.remat, config.scan_layers, run.mesh.data, run.mesh.fsdp) == (
+        remat, False, -1, 16)
+    assert config.d_model % run.mesh.fsdp == 0
     assert parse_config(load_config(f"{CONFIG}:330m", [])).model_config() == preset("330m")
 
 
