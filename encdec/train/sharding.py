@@ -150,7 +150,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(devices))
     types = (AxisType.Auto,) * 3
     # Other kinds of devices have this number, too (GPUs count nodes), but no such network.
-    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    slices = len({getattr(device, "slice_index", 0) for device in devices
+                  if device.platform == "tpu"})
     if slices <= 1:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     if shape[0] % slices:
