@@ -21,6 +21,8 @@ def main(argv: list[str]) -> int:
         DataError: files that are missing, cut short or do not belong together.
     """
     options = _parser().parse_args(argv)
+    if options.head_dim < 1:
+        raise ConfigError(f"head_dim is {options.head_dim}; wanted 1 or more, the width of a head")
     source, out = pathlib.Path(options.source), pathlib.Path(options.out)
     if not source.exists():
         raise DataError(f"{source} does not exist; give what was downloaded")

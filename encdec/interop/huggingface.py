@@ -59,6 +59,9 @@ FAMILIES = {
                            "num_key_value_heads": 4},
         _GEMMA | {"post_norms": True, "qk_norm": True}),
 }
+# Without these there is no model; Gemma's have defaults for some.
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+          "intermediate_size")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
                 "gelu_new": "gelu_tanh", "relu": "relu"}
 
@@ -96,12 +99,41 @@ def read_config(directory: pathlib.Path) -> Imported:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds a JSON {type(values).__name__}, wanted an object; give a "
+                        "Hugging Face model's directory")
     if values.get("model_type") == "gemma3":  # the text model within one that also sees images
-        values = values["text_config"] | {"model_type": "gemma3_text"}
+        values = required(values, "text_config", path, dict) | {"model_type": "gemma3_text"}
     name = values.get("model_type")
     if name not in FAMILIES:
         raise DataError(f"{path} has model_type {name!r}; can be imported: {', '.join(FAMILIES)}")
     return _translate(name, values, path)
+
+
+def required(values: Mapping[str, Any], key: str, where: object, kind: type = int) -> Any:
+    """The value of a key that a configuration cannot do without.
+
+    Args:
+        values: the configuration.
+        key: its name.
+        where: the file, and the part of it.
+        kind: of the value; numbers (int, float) have to be positive.
+
+    Raises:
+        DataError: the key is absent or null, or its value is of another kind.
+    """
+    value = values.get(key)
+    if value is None:
+        raise DataError(f"{where} has no {key}; download the file again, or add what the model "
+                        "was made with")
+    kinds = {int: int, float: (int, float)}.get(kind, kind)
+    if not isinstance(value, kinds) or kind in (int, float) and not (
+        not isinstance(value, bool) and value > 0
+    ):
+        wanted = {int: "a positive whole number", float: "a positive number", dict: "an object",
+                  list: "a list"}[kind]
+        raise DataError(f"{where} has {key} {value!r}, wanted {wanted}; download the file again")
+    return value
 
 
 def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Imported:
@@ -110,8 +142,9 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
         values[key] if values.get(key) is not None else family.defaults.get(key, default))
     refuse = lambda key, value, why: DataError(
         f"{path} has {key} {value!r}, {why}; this model cannot be imported")
-    heads, width = given("num_attention_heads"), given("hidden_size")
-    head_dim = given("head_dim", width // heads)
+    sizes = {key: required({key: given(key)}, key, path) for key in _SIZES}
+    heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
+    head_dim = required({"head_dim": given("head_dim", width // heads)}, "head_dim", path)
     activation = given("hidden_activation", given("hidden_act", "silu"))
     if name.startswith("gemma2") or name.startswith("gemma3"):
         activation = given("hidden_activation", "gelu_pytorch_tanh")
@@ -120,17 +153,19 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
     if values.get("use_bidirectional_attention"):
         raise refuse("use_bidirectional_attention", True, "and we have causal attention alone")
     bias = bool(given("attention_bias", False))
-    rope, max_length = _rope(values, given, head_dim, refuse)
+    rope, max_length = _rope(values, given, head_dim, refuse, path)
     fields: dict[str, Any] = {
         "architecture": "decoder_only",
-        "vocab_size": given("vocab_size"),
+        "vocab_size": sizes["vocab_size"],
         "encoder_layers": 0,
-        "decoder_layers": given("num_hidden_layers"),
+        "decoder_layers": sizes["num_hidden_layers"],
         "d_model": width,
         "num_heads": heads,
-        "num_kv_heads": given("num_key_value_heads", heads),
+        "num_kv_heads": required(
+            {"num_key_value_heads": given("num_key_value_heads", heads)}, "num_key_value_heads",
+            path),
         "head_dim": head_dim,
-        "mlp_dim": given("intermediate_size"),
+        "mlp_dim": sizes["intermediate_size"],
         "kv_pairing": "grouped",
         "qkv_bias": bias,
         "attention_out_bias": bias and family.out_bias,
@@ -201,7 +236,7 @@ def _window(
 
 def _rope(
     values: Mapping[str, Any], given: Callable[..., Any], head_dim: int,
-    refuse: Callable[..., DataError],
+    refuse: Callable[..., DataError], path: pathlib.Path,
 ) -> tuple[dict[str, Any], int]:
     """Our rotation fields, and the longest sequence they are right for."""
     parameters = dict(values.get("rope_parameters") or {})
@@ -213,13 +248,18 @@ def _rope(
     if partial != 1.0:
         raise refuse("partial_rotary_factor", partial, "but we rotate whole heads")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    where = f"{path}, rope scaling {kind!r},"
     fields: dict[str, Any] = {"rope_theta": theta}
     if kind == "default":
         return fields, longest
     if kind == "linear":
-        return fields | {"rope_scaling": "linear", "rope_factor": float(scaling["factor"])}, longest
+        return fields | {"rope_scaling": "linear", "rope_factor": float(
+            required(scaling, "factor", where, float))}, longest
     if kind == "llama3":
-        divisors = _llama3_divisors(theta, head_dim, scaling)
+        divisors = _llama3_divisors(theta, head_dim, {
+            key: required(scaling, key, where, float) for key in (
+                "factor", "low_freq_factor", "high_freq_factor",
+                "original_max_position_embeddings")})
         return fields | {"rope_scaling": "per_pair", "rope_divisors": divisors}, longest
     if kind in ("longrope", "su"):
         original = int(scaling.get("original_max_position_embeddings")
@@ -231,7 +271,8 @@ def _rope(
         # Beyond the original length other divisors would hold for the whole sequence.
         return fields | {
             "rope_scaling": "per_pair", "rope_magnitude": float(magnitude),
-            "rope_divisors": tuple(map(float, scaling["short_factor"]))}, original
+            "rope_divisors": tuple(
+                map(float, required(scaling, "short_factor", where, list)))}, original
     raise refuse("rope_scaling", kind, "not one of default, linear, llama3, longrope")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.huggingface import ACTIVATIONS, Imported
+from encdec.interop.huggingface import ACTIVATIONS, Imported, required
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
 from encdec.model import ModelConfig
 
@@ -29,6 +29,8 @@ _DEFAULTS = {
     "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
     "rope_theta": 10_000.0, "bos_token_id": 2, "eos_token_id": 1,
 }
+_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+           "num_attention_heads", "num_key_value_heads", "head_dim")
 # What both stacks must have in common, because ours have one field for both.
 _SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
            "num_key_value_heads", "head_dim", "hidden_activation", "rms_norm_eps",
@@ -97,8 +99,11 @@ def read_config(directory: pathlib.Path) -> Imported:
     if decoder["hidden_activation"] not in ACTIVATIONS:
         raise refuse("hidden_activation", decoder["hidden_activation"],
                      f"not one of {', '.join(ACTIVATIONS)}")
-    rope = _rope(encoder, refuse)
-    if rope != _rope(decoder, refuse):
+    for name, stack in stacks.items():
+        for key in _COUNTS:
+            required(stack, key, f"{path}, {name},")
+    rope = _rope(encoder, refuse, f"{path}, encoder,")
+    if rope != _rope(decoder, refuse, f"{path}, decoder,"):
         raise refuse("rope_parameters", encoder.get("rope_parameters"), "the decoder others")
     bias = bool(decoder["attention_bias"])
     model = ModelConfig(
@@ -129,12 +134,15 @@ def _window(stack: Mapping[str, Any]) -> int:
     return int(stack["sliding_window"]) if local and stack["sliding_window"] else 1 << 31
 
 
-def _rope(stack: Mapping[str, Any], refuse: Callable[..., DataError]) -> dict[str, Any]:
+def _rope(
+    stack: Mapping[str, Any], refuse: Callable[..., DataError], where: str
+) -> dict[str, Any]:
     scaling = dict(stack.get("rope_parameters") or stack.get("rope_scaling") or {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     fields: dict[str, Any] = {"rope_theta": float(scaling.get("rope_theta", stack["rope_theta"]))}
     if kind == "linear":
-        return fields | {"rope_scaling": "linear", "rope_factor": float(scaling["factor"])}
+        return fields | {"rope_scaling": "linear", "rope_factor": float(
+            required(scaling, "factor", where, float))}
     if kind != "default":
         raise refuse("rope_parameters", scaling, "not one of default, linear")
     return fields

@@ -131,6 +131,39 @@ def test_what_our_model_cannot_be_is_refused_by_name(change, message, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+LLAMA = {"model_type": "llama", "vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "intermediate_size": 96}
+STACK = {"vocab_size": 96, "hidden_size": 48}
+
+
+@pytest.mark.parametrize("content, message", [
+    *(({k: v for k, v in LLAMA.items() if k != key}, f"has no {key}") for key in LLAMA
+      if key != "model_type"),
+    (LLAMA | {"hidden_size": None}, "has no hidden_size"),
+    (LLAMA | {"num_attention_heads": 0}, "num_attention_heads 0, wanted a positive whole number"),
+    (LLAMA | {"num_key_value_heads": 0}, "num_key_value_heads 0, wanted a positive whole number"),
+    (LLAMA | {"hidden_size": "48"}, "hidden_size '48', wanted a positive whole number"),
+    (LLAMA | {"num_hidden_layers": True}, "num_hidden_layers True"),
+    ([], "holds a JSON list, wanted an object"),
+    ({"model_type": "gemma3"}, "has no text_config"),
+    ({"model_type": "gemma3", "text_config": []}, r"text_config \[\], wanted an object"),
+    ({"model_type": "gemma3", "text_config": {}}, "has no hidden_size"),
+    (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope scaling 'linear', has no factor"),
+    (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
+    (LLAMA | {"rope_scaling": {"rope_type": "longrope"}}, "has no short_factor"),
+    ({"model_type": "t5gemma", "encoder": STACK, "decoder": STACK | {"num_attention_heads": 0}},
+     "num_attention_heads"),
+    ({"model_type": "t5gemma", "encoder": STACK | {"num_hidden_layers": "x"}, "decoder": STACK},
+     "encoder, has num_hidden_layers 'x', wanted a positive whole number"),
+    ({"model_type": "t5gemma", "encoder": STACK | {"rope_scaling": {"type": "linear"}},
+      "decoder": STACK}, "encoder, has no factor"),
+])
+def test_what_a_config_lacks_is_named_with_its_file(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{tmp_path}/config\.json.*{message}"):
+        main([str(tmp_path), f"--out={tmp_path / 'ours'}"])
+
+
 def test_broken_downloads_are_refused_and_leave_nothing(tmp_path):
     save_model(tmp_path / "hf", "llama2", max_shard_size="40KB")
     files = sorted((tmp_path / "hf").glob("*.safetensors"))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from encdec.errors import DataError
+from encdec.errors import ConfigError, DataError
 from encdec.interop.command import main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
@@ -119,6 +119,12 @@ def test_nothing_in_the_file_is_executed(tmp_path):
     with pytest.raises(DataError, match="cannot be read as weights alone"):
         main([str(tmp_path / "model.pt"), "--from=mu", f"--out={tmp_path / 'ours'}"])
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "ours").exists()
+
+
+def test_a_head_has_a_width(tmp_path):
+    torch.save({"model_state_dict": random_state()}, tmp_path / "model.pt")
+    with pytest.raises(ConfigError, match="head_dim is 0; wanted 1 or more"):
+        main([str(tmp_path / "model.pt"), "--from=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
 
 
 def test_wrong_checkpoints_are_named(tmp_path):
