@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,26 +11,30 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.evaluation.intervals import Comparison, Interval, Statistic, compare, compare_means
-from encdec.evaluation.likelihood import LikelihoodFiles, likelihood_scores
-from encdec.evaluation.predictions import Example
-from encdec.evaluation.report import read_report, shown
-from encdec.evaluation.scores import Score, score_task
+from encdec.evaluation.intervals import TRIALS, Statistic, compare, randomisation_test
+from encdec.evaluation.judge import kept_opinions
+from encdec.evaluation.likelihood import Likelihood, LikelihoodFiles, likelihood_scores
+from encdec.evaluation.predictions import Example, read_answers
+from encdec.evaluation.report import check_distinct, read_report, shown
+from encdec.evaluation.scores import Score, mean_score, score_task
 
 
 def compare_evaluations(
-    first: Sequence[str], second: Sequence[str], *, resamples: int
+    first: Sequence[str], second: Sequence[str], *, resamples: int, trials: int = TRIALS
 ) -> dict[str, Any]:
     """Plain values: for each task and score of both sides, second minus first.
 
     Args:
         first: --out directories of one model's evaluations, one a seed (or a task and seed).
-        second: the other model's. Seeds are averaged example by example first, so that an
-            interval is over examples, given these seeds.
+        second: the other model's. A score is the mean of the seeds' scores, and an interval over
+            examples, given these seeds. The randomisation test swaps all seeds' outputs of an
+            example together: what an example adds to the sums is averaged over them.
         resamples: of the bootstrap.
+        trials: of the randomisation test.
 
     Raises:
-        DataError: a directory without a finished evaluation, no task in common, or other examples.
+        DataError: a directory without a finished evaluation, one of a side given twice, no task
+            in common, or other examples.
     """
     sides = [_by_task(folders) for folders in (first, second)]
     tasks = [task for task in sides[0] if task in sides[1]]
@@ -39,76 +42,106 @@ def compare_evaluations(
         raise DataError(f"{', '.join(first)} and {', '.join(second)} have no task in common")
     rows = []
     for task in tasks:
-        scored = [[_scores(folder, task) for folder in side[task]] for side in sides]
-        examples = {one.examples for side in scored for one in side}
+        read = [[_read(folder, task, report) for folder, report in side[task]] for side in sides]
+        examples = {one.examples for side in read for one in side}
         if len(examples) > 1:
-            raise DataError(f"{sides[0][task][0]} and {sides[1][task][0]} answered other examples "
-                            f"of {task}; evaluate both with the same data, --split and --limit")
-        for name in scored[0][0].scores:
-            if all(name in one.scores for side in scored for one in side):
+            raise DataError(f"{sides[0][task][0][0]} and {sides[1][task][0][0]} answered other "
+                            f"examples of {task}; evaluate both with the same data, --split and "
+                            "--limit")
+        scored = [[{score.name: score for score in one} for one in side]
+                  for side in _scores(task, read)]
+        for name in scored[0][0]:
+            if all(name in one for side in scored for one in side):
                 rows.append({"task": task, "score": name} | _row(
-                    [[one.scores[name] for one in side] for side in scored], resamples))
-    return {"first": list(first), "second": list(second), "resamples": resamples, "rows": rows}
+                    [[one[name] for one in side] for side in scored], resamples, trials))
+    return {"first": list(first), "second": list(second), "resamples": resamples,
+            "trials": trials, "rows": rows}
 
 
-def _by_task(folders: Sequence[str]) -> dict[str, list[pathlib.Path]]:
-    found: dict[str, list[pathlib.Path]] = {}
-    for folder in folders:
-        for task in read_report(folder)["tasks"]:
-            found.setdefault(task, []).append(pathlib.Path(folder))
+def _by_task(folders: Sequence[str]) -> dict[str, list[tuple[pathlib.Path, dict[str, Any]]]]:
+    """(directory, report) of each task's evaluations."""
+    reports = [(folder, read_report(folder)) for folder in folders]
+    check_distinct(reports)
+    found: dict[str, list[tuple[pathlib.Path, dict[str, Any]]]] = {}
+    for folder, report in reports:
+        for task in report["tasks"]:
+            found.setdefault(task, []).append((pathlib.Path(folder), report))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scored:
-    """One evaluation of one task."""
+class _Evaluation:
+    """What one evaluation left of one task.
+
+    Attributes:
+        examples: all of them.
+        texts: the answers.
+        likelihoods: of the references, by the example's index; without the skipped ones.
+        opinions: of the judge, by the example's index.
+        judge: who that was, as the report describes it; None where nobody was asked.
+    """
 
     examples: tuple[Example, ...]
-    scores: Mapping[str, Score]
+    texts: tuple[str, ...]
+    likelihoods: Mapping[int, Likelihood]
+    opinions: Mapping[int, float]
+    judge: Mapping[str, str] | None
 
 
-def _scores(folder: pathlib.Path, task: str) -> _Scored:
-    """A finished evaluation's scores, made again from its predictions."""
-    examples, texts = [], []
-    rows: dict[int, dict[str, Any]] = {}
-    for path in sorted((folder / task).glob("predictions-*.jsonl")):
-        for row in map(json.loads, path.read_text().splitlines()):
-            rows[row["index"]] = row
-    for index in sorted(rows):
-        examples.append(Example(rows[index]["source"], tuple(rows[index]["references"])))
-        texts.append(rows[index]["prediction"])
-    scores = score_task(task, [one.references for one in examples], texts)
-    given = LikelihoodFiles(folder / task).read()
-    if len(given) == len(examples):
-        scores += likelihood_scores([given[index] for index in range(len(examples))])
-    return _Scored(tuple(examples), {score.name: score for score in scores})
+def _read(folder: pathlib.Path, task: str, report: Mapping[str, Any]) -> _Evaluation:
+    found = {index: (example, prediction.text)
+             for _, index, example, prediction in read_answers(folder / task)}
+    count = report["tasks"][task]["examples"]
+    if found.keys() != set(range(count)):
+        raise DataError(f"{folder / task} holds the answers to {len(found):,} examples and "
+                        f"{folder} reports {count:,}; repeat its `encdec evaluate`")
+    examples, texts = zip(*(found[index] for index in range(count)))
+    judge = report.get("judge")
+    opinions = kept_opinions(folder, judge, examples, texts) if judge else []
+    return _Evaluation(
+        examples, texts,
+        {index: one for index, one in LikelihoodFiles(folder / task).read().items() if one.tokens},
+        {index: one for index, one in enumerate(opinions) if one is not None}, judge)
 
 
-def _row(sides: Sequence[Sequence[Score]], resamples: int) -> dict[str, Any]:
-    counts = {score.count for side in sides for score in side}
-    if len(counts) > 1:
-        return {"examples": min(counts), "difference": None, "low": None, "high": None,
-                "p_value": None}
-    [count] = counts
+def _scores(task: str, sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
+    """Each evaluation's scores, made again from what it left.
+
+    Likelihoods and opinions are of the examples of which all evaluations have one; opinions only
+    where all are the same judge's.
+    """
+    everyone = [one for side in sides for one in side]
+    shared = [sorted(set.intersection(*(set(part) for part in parts))) for parts in (
+        [one.likelihoods for one in everyone], [one.opinions for one in everyone])]
+    one_judge = all(one.judge == everyone[0].judge for one in everyone)
+
+    def scores(one: _Evaluation) -> list[Score]:
+        found = score_task(task, [example.references for example in one.examples], one.texts)
+        found += likelihood_scores([one.likelihoods[index] for index in shared[0]])
+        if one_judge:
+            found += mean_score("judge", [one.opinions[index] for index in shared[1]])
+        return found
+
+    return [[scores(one) for one in side] for side in sides]
+
+
+def _row(sides: Sequence[Sequence[Score]], resamples: int, trials: int) -> dict[str, Any]:
+    [count] = {score.count for side in sides for score in side}
     statistics = [_mean_of(side) for side in sides]
-    if all(score.values is not None for side in sides for score in side):
-        means = [np.mean([score.values for score in side], axis=0) for side in sides]
-        found = compare_means(*means, resamples=resamples)
-    else:
-        found = Comparison(compare(*statistics, count, resamples=resamples), math.nan)
+    difference = compare(*statistics, count, resamples=resamples)
+    p_value = randomisation_test(
+        *(np.mean([score.parts_ExK for score in side], axis=0) for side in sides),
+        sides[0][0].of_sums, trials=trials)
     everything = np.arange(count)
-    return {"examples": count, "first": statistics[0](everything),
-            "second": statistics[1](everything), **_plain(found.difference),
-            "p_value": None if math.isnan(found.p_value) else found.p_value}
+    values = {"first": statistics[0](everything), "second": statistics[1](everything),
+              "difference": difference.value, "low": difference.low, "high": difference.high,
+              "p_value": p_value}
+    return {"examples": count} | {
+        name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _mean_of(scores: Sequence[Score]) -> Statistic:
     return lambda indices: float(np.mean([score.statistic(indices) for score in scores]))
-
-
-def _plain(interval: Interval) -> dict[str, float | None]:
-    values = {"difference": interval.value, "low": interval.low, "high": interval.high}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
@@ -116,8 +149,9 @@ def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
     first, second = names
     lines = [
         f"{second} minus {first}, with paired bootstrap intervals of 95 % over examples and "
-        "two-sided p-values of a randomisation test (for means over examples; not corrected for "
-        f"the {len(content['rows'])} comparisons).", "",
+        f"two-sided p-values of a randomisation test of {content['trials']:,} trials, which swaps "
+        "the two models' answers example by example (not corrected for the "
+        f"{len(content['rows'])} comparisons).", "",
         f"| task | score | {first} | {second} | difference | 95 % interval | p | examples |",
         "|---|---|---:|---:|---:|---:|---:|---:|"]
     for row in content["rows"]:

@@ -7,6 +7,7 @@ import json
 import pathlib
 
 from encdec.errors import ConfigError
+from encdec.inference.settings import check_numbers
 
 
 def main(argv: list[str]) -> int:
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> int:
         DataError: a directory without a finished evaluation, or evaluations of other examples.
     """
     options = _parser().parse_args(argv)
+    check_numbers(options, resamples=1)
     sides = {}
     for flag in ("first", "second"):
         name, _, folders = getattr(options, flag).partition("=")

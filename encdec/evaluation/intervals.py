@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 # Of an example's indices (repeats allowed) to the score of that sample.
 Statistic = Callable[[np.ndarray], float]
 
+# Of sums over examples, [N, K], to the score of each row, [N]; NaN where it is not defined.
+ScoreOfSums = Callable[[np.ndarray], np.ndarray]
+
 RESAMPLES = 1000
+TRIALS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +24,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-
-def mean_statistic(values: Sequence[float]) -> Statistic:
-    """The mean of one value an example."""
-    array = np.asarray(values, np.float64)
-    return lambda indices: float(array[indices].mean())
 
 
 def bootstrap(
@@ -46,20 +44,6 @@ def bootstrap(
     return Interval(value, float(low), float(high))
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The second model's score minus the first's, on the same examples.
-
-    Attributes:
-        difference: with its paired bootstrap interval.
-        p_value: two-sided, by approximate randomisation; NaN where the score is no mean over
-            examples.
-    """
-
-    difference: Interval
-    p_value: float
-
-
 def compare(
     first: Statistic, second: Statistic, count: int, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
@@ -69,29 +53,41 @@ def compare(
 
 
 def randomisation_test(
-    first: Sequence[float], second: Sequence[float], *, trials: int = 10_000, seed: int = 0
+    first_ExK: np.ndarray, second_ExK: np.ndarray, score_of: ScoreOfSums, *,
+    trials: int = TRIALS, seed: int = 0,
 ) -> float:
-    """Two-sided p-value that two models' mean scores differ (Noreen 1989).
+    """Two-sided p-value that two models' scores of a set of examples differ.
 
-    Each trial swaps the two models' scores of every example with probability 1/2; the p-value is
+    Approximate randomisation (Noreen 1989; Riezler and Maxwell 2005): each trial swaps the two
+    models' outputs of every example with probability 1/2 and scores both sets anew; the p-value is
     the share of trials with a difference at least as large, the observed one counted among them.
+    A swap moves an example's part of the sums, so that a trial is one row of a matrix product. A
+    trial whose score is not defined counts as large.
+
+    Args:
+        first_ExK: what each example adds to the sums, of the first model.
+        second_ExK: the same of the second, on the same examples.
+        score_of: sums [N, K] to scores [N].
+        trials: how many.
+        seed: of the swaps.
+
+    Returns:
+        The p-value; NaN where the observed difference is not defined.
     """
-    difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    observed = abs(difference.sum())
+    first, second = np.asarray(first_ExK, np.float64), np.asarray(second_ExK, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"parts of shape {first.shape} against {second.shape}; wanted the same "
+                         "examples")
+    sums_K, moves_ExK = np.stack([first.sum(axis=0), second.sum(axis=0)]), second - first
+    low, high = score_of(sums_K)
+    observed = abs(high - low)
+    if not np.isfinite(observed):
+        return float("nan")
     rng = np.random.default_rng(seed)
     hits = 0
     for begin in range(0, trials, 500):
-        signs = rng.integers(0, 2, (min(500, trials - begin), len(difference))) * 2 - 1
-        hits += int((np.abs(signs @ difference) >= observed - 1e-9).sum())
+        swaps_TxE = rng.integers(0, 2, (min(500, trials - begin), len(first)))
+        moved_TxK = swaps_TxE.astype(np.float64) @ moves_ExK
+        found_T = score_of(sums_K[1] - moved_TxK) - score_of(sums_K[0] + moved_TxK)
+        hits += int((~(np.abs(found_T) < observed * (1 - 1e-9) - 1e-12)).sum())
     return (hits + 1) / (trials + 1)
-
-
-def compare_means(
-    first: Sequence[float], second: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Comparison:
-    """Paired bootstrap and randomisation test of two models' scores of the same examples."""
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} scores against {len(second)}; wanted the same examples")
-    interval = compare(
-        mean_statistic(first), mean_statistic(second), len(first), resamples=resamples, seed=seed)
-    return Comparison(interval, randomisation_test(first, second, seed=seed))

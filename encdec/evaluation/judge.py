@@ -12,7 +12,7 @@ import pathlib
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from encdec.errors import ConfigError
@@ -22,7 +22,15 @@ PROMPT = (
     "Judge an answer by its reference. Give one number from 0 (wrong) to 10 (as good as the "
     "reference), and nothing else.\n###Input\n{source}\n###Reference\n{reference}\n###Answer\n"
     "{answer}\n###Number\n")
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*")
+# A number alone, or behind a word such as "Score:", marked up or not, perhaps "out of 10".
+_MARKS = r"[\s*_`\"'()\[\]#>]*"
+_OF_TEN = r"(?:/|out\s+of|of)" + _MARKS + r"10(?:\.0)?\b"
+_OPINION = re.compile(
+    _MARKS + r"(?:(?:(?:my|the|final|overall)\s+)*(?:score|rating|number|grade|mark|opinion|answer)"
+    + _MARKS + r"(?:is|:|=)?" + _MARKS + r")?(\d+(?:\.\d+)?)" + _MARKS
+    + rf"(?:{_OF_TEN}|points?)?[.!]?" + _MARKS, re.IGNORECASE)
+# Within a sentence, only with its scale.
+_WITHIN = re.compile(r"(?<![\d.,-])(\d+(?:\.\d+)?)" + _MARKS + _OF_TEN, re.IGNORECASE)
 CACHE = "judge"  # folder of its replies, in the output directory
 REPLY_TOKENS = 8  # of a local model; a number takes fewer
 
@@ -37,11 +45,12 @@ class Judge:
     Attributes:
         endpoint: where the model is, for the report and the cache: an address, or "local".
         model: its name or directory.
-        cache: directory of answers already given; nothing is asked twice.
+        cache: directory of replies already given; what was replied to is not asked again.
         ask: asks it.
-        attempts: requests for one opinion; then it is missing.
+        attempts: requests for one reply; then the opinion is missing.
         pause_seconds: before the second request; each further pause is twice as long.
         workers: requests at a time.
+        template: of the prompt.
     """
 
     endpoint: str
@@ -51,18 +60,20 @@ class Judge:
     attempts: int = 3
     pause_seconds: float = 1.0
     workers: int = 4
+    template: str = PROMPT
 
     def describe(self) -> dict[str, str]:
         """What the report says of it."""
-        return {"endpoint": self.endpoint, "model": self.model, "prompt": PROMPT}
+        return {"endpoint": self.endpoint, "model": self.model, "prompt": self.template}
 
     def opinions(
         self, examples: Sequence[Example], predictions: Sequence[str]
     ) -> list[float | None]:
-        """0 to 100 for each prediction; None where the judge timed out or answered nonsense."""
-        self.cache.mkdir(parents=True, exist_ok=True)
+        """0 to 100 for each prediction; None where the judge timed out or replied
+        without an opinion."""
         prompts = [
-            PROMPT.format(source=example.source, reference=example.references[0], answer=text)
+            self.template.format(
+                source=example.source, reference=example.references[0], answer=text)
             for example, text in zip(examples, predictions, strict=True)]
         with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._opinion, prompts))
@@ -71,21 +82,23 @@ class Judge:
         key = hashlib.sha256(json.dumps([self.endpoint, self.model, prompt]).encode()).hexdigest()
         path = self.cache / f"{key}.json"
         if path.exists():
-            return json.loads(path.read_text())["score"]
+            return parse_opinion(json.loads(path.read_text())["reply"])
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.pause_seconds * 2 ** (attempt - 1))
             try:
-                score = parse_opinion(reply := self.ask(prompt))
+                reply = self.ask(prompt)
             except (OSError, http.client.HTTPException, ValueError):
                 continue
-            if score is not None:
-                # Only opinions are kept: what is missing is asked for again by the next call.
-                partial = path.with_name(f"{key}.{os.getpid()}.{time.monotonic_ns()}.partial")
-                partial.write_text(json.dumps(
-                    {"score": score, "reply": reply, "model": self.model, "prompt": prompt}))
-                os.replace(partial, path)
-                return score
+            # A reply without an opinion is kept, too: at temperature 0 it would come again. Where
+            # none came, the next call asks again.
+            score = parse_opinion(reply)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{key}.{os.getpid()}.{time.monotonic_ns()}.partial")
+            partial.write_text(json.dumps(
+                {"score": score, "reply": reply, "model": self.model, "prompt": prompt}))
+            os.replace(partial, path)
+            return score
         return None
 
 
@@ -165,8 +178,33 @@ def local_model(directory: str) -> Ask:
 
 
 def parse_opinion(reply: str) -> float | None:
-    """"7", "7.5" or "7/10" as 0 to 100; None for anything else."""
-    found = _NUMBER.fullmatch(reply)
-    if not found or float(found[1]) > 10:
+    """"7", "7.5", "7/10", "Score: 8", "**7**" or "7 out of 10" as 0 to 100.
+
+    None where it is not plain which number is the opinion, or where that is above 10.
+    """
+    found = _OPINION.fullmatch(reply) or _WITHIN.search(reply)
+    # In a sentence another number may be what was meant.
+    if not found or re.search(r"\d", reply[: found.start()] + reply[found.end() :]):
         return None
-    return 10 * float(found[1])
+    return 10 * float(found[1]) if float(found[1]) <= 10 else None
+
+
+def kept_opinions(
+    directory: pathlib.Path, judge: Mapping[str, str], examples: Sequence[Example],
+    predictions: Sequence[str],
+) -> list[float | None]:
+    """The opinions that an evaluation left in its output directory; nobody is asked.
+
+    Args:
+        directory: of ``encdec evaluate --out``.
+        judge: as its report describes it.
+        examples: of a task.
+        predictions: the answers to them.
+    """
+    asked = Judge(judge["endpoint"], judge["model"], directory / CACHE, _no_one, attempts=1,
+                  template=judge["prompt"])
+    return asked.opinions(examples, predictions)
+
+
+def _no_one(prompt: str) -> str:
+    raise ValueError("no judge is asked here")

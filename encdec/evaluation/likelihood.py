@@ -29,7 +29,7 @@ from encdec.evaluation.predictions import (
     is_skipped,
     open_windows,
 )
-from encdec.evaluation.scores import Score
+from encdec.evaluation.scores import Score, ratio_score
 from encdec.inference.generator import bucket
 from encdec.inference.text import PromptFormat
 from encdec.model import ModelConfig, build_model
@@ -207,19 +207,17 @@ def likelihood_scores(found: Sequence[Likelihood]) -> list[Score]:
     kept = [one for one in found if one.tokens]
     if not kept:
         return []
-    nats = np.array([one.nats for one in kept])
-    tokens = np.array([one.tokens for one in kept])
-    text_bytes = np.array([one.text_bytes for one in kept])
-    bins_ExNx3 = np.array([one.bins for one in kept])
+    nats, tokens = [one.nats for one in kept], [one.tokens for one in kept]
+    [mean_nats] = ratio_score("perplexity", nats, tokens)
+    bins_ExK = np.array([np.ravel(one.bins) for one in kept])
 
-    def calibration(indices: np.ndarray) -> float:
-        count, confidence, right = bins_ExNx3[indices].sum(axis=0).T
-        return float(100 * np.abs(right - confidence).sum() / count.sum())
+    def calibration(sums_NxK: np.ndarray) -> np.ndarray:
+        count, confidence, right = np.moveaxis(
+            sums_NxK.reshape(len(sums_NxK), CALIBRATION_BINS, 3), -1, 0)
+        return 100 * np.abs(right - confidence).sum(axis=1) / count.sum(axis=1)
 
     return [
-        Score("perplexity", lambda i: float(np.exp(nats[i].sum() / tokens[i].sum())), len(kept)),
-        Score("bits_per_byte",
-              lambda i: float(nats[i].sum() / math.log(2) / max(text_bytes[i].sum(), 1)),
-              len(kept)),
-        Score("calibration_error", calibration, len(kept)),
+        dataclasses.replace(mean_nats, of_sums=lambda sums: np.exp(mean_nats.of_sums(sums))),
+        *ratio_score("bits_per_byte", nats, [one.text_bytes for one in kept], 1 / math.log(2)),
+        Score("calibration_error", bins_ExK, calibration),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import pathlib
 from typing import Any
 
 import jax
@@ -14,10 +13,11 @@ from encdec.evaluation.likelihood import LikelihoodModel
 from encdec.inference.exported import load_exported_generator
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.model import parameter_count
-from encdec.model.flops import count_parameters, training_flops
-from encdec.train.checkpoints import latest_step, load_params_for_inference, saved_steps
+from encdec.model.flops import count_parameters
+from encdec.train.checkpoints import load_params_for_inference, saved_steps
+from encdec.train.lineage import lineage
 from encdec.train.metrics import read_metrics
-from encdec.train.workdir import model_config_of, read_config
+from encdec.train.workdir import read_config
 
 
 def load_models(
@@ -33,12 +33,13 @@ def load_models(
         options.checkpoint, chosen_step(options.checkpoint, options.step))
     # An imported model has no run of ours behind it.
     run = content.get("run") or {"model": content["imported"]["name"], "seed": 0}
+    behind = lineage(options.checkpoint, step)
     model = {
         "checkpoint": str(options.checkpoint), "step": step,
         "name": run["model"], "architecture": config.architecture,
         "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers,
         "parameters": parameter_count(params),
-        "training_flops": flops_so_far(options.checkpoint, step), "seed": run["seed"],
+        "training_flops": behind.training_flops, "seed": run["seed"], "seeds": behind.seeds,
         "max_input_tokens": prompts.max_input_tokens,
         "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
     }
@@ -69,30 +70,10 @@ def _load_export(
         "name": f"{export['format']} {export['precision']}", "architecture": config.architecture,
         "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers,
         "parameters": count_parameters(config).total, "training_flops": None, "seed": 0,
+        "seeds": None,
         "max_input_tokens": generator.prompts.max_input_tokens,
         "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
     }
-
-
-def flops_so_far(workdir: str, step: int) -> float | None:
-    """Training FLOPs of a run up to a step and, before it, of the run that it started from.
-
-    Forward and backward over whole rows, padding included; a teacher's are not in it. None for
-    an imported model, whose training is not known.
-    """
-    if not step:
-        return None
-    content = read_config(workdir)
-    run, data = content["run"], content["data"]
-    flops = step * training_flops(
-        model_config_of(content), data["inputs_length"], data["targets_length"],
-        batch_size=run["batch_size"])
-    if not (source := run.get("init_from")):
-        return flops
-    if not pathlib.Path(source).is_dir():
-        return None
-    before = flops_so_far(source, latest_step(source))
-    return None if before is None else before + flops
 
 
 def chosen_step(workdir: str, step: str | None) -> int | None:

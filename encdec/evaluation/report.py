@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -63,6 +64,35 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); give a directory that `encdec evaluate "
                         "--out=` finished") from None
+
+
+def check_distinct(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuses evaluations of one model that would count one training as two seeds.
+
+    Args:
+        evaluations: (directory, report).
+
+    Raises:
+        DataError: two of one task are the same directory, of the same run, or of two runs with
+            equal seeds all the way back, which are one experiment made twice.
+    """
+    for (first, one), (second, other) in itertools.combinations(evaluations, 2):
+        if not (tasks := sorted(one["tasks"].keys() & other["tasks"].keys())):
+            continue
+        same = lambda name, one=one, other=other: (
+            one["model"].get(name) is not None and one["model"][name] == other["model"].get(name))
+        model = one["model"]
+        if pathlib.Path(first).resolve() == pathlib.Path(second).resolve():
+            reason = "are the same directory"
+        elif same("run"):
+            reason = f"evaluate the same run, {model['checkpoint']}"
+        elif same("seeds"):
+            reason = (f"evaluate {model['checkpoint']} and {other['model']['checkpoint']}, trained "
+                      f"from the same seeds ({', '.join(map(str, model['seeds']))})")
+        else:
+            continue
+        raise DataError(f"{first} and {second} both have {tasks[0]} and {reason}; they are not "
+                        "two seeds of one model: leave one of them out, or give them two names")
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Scores of predictions, example by example where the metric is a mean, else of the whole set.
 
-Every score is a function of the examples' indices, so that one bootstrap serves them all. Shares
-and BLEU go from 0 to 100; bands are in bands, kappa from -1 to 1.
+Every score is a function of sums over the examples, so that one bootstrap and one randomisation
+test serve them all. Shares and BLEU go from 0 to 100; bands are in bands, kappa from -1 to 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from encdec.data import metrics
 from encdec.data.paper_tasks import UNANSWERABLE
 from encdec.evaluation import syntax
-from encdec.evaluation.intervals import Interval, Statistic, bootstrap, mean_statistic
+from encdec.evaluation.intervals import Interval, ScoreOfSums, bootstrap
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -30,15 +30,23 @@ class Score:
 
     Attributes:
         name: for example ``f1`` or ``has_answer_f1``.
-        statistic: indices into this score's examples to the score.
-        count: examples it is taken over: fewer than all for SQuAD's two halves.
-        values: one an example where the score is their mean; None otherwise.
+        parts_ExK: what each of its examples adds to the sums: fewer examples than all for SQuAD's
+            two halves.
+        of_sums: the score of each row of sums.
     """
 
     name: str
-    statistic: Statistic
-    count: int
-    values: tuple[float, ...] | None = None
+    parts_ExK: np.ndarray
+    of_sums: ScoreOfSums
+
+    @property
+    def count(self) -> int:
+        """Examples it is taken over."""
+        return len(self.parts_ExK)
+
+    def statistic(self, indices: np.ndarray) -> float:
+        """The score of the examples at these places, which may return."""
+        return float(self.of_sums(self.parts_ExK[indices].sum(axis=0)[None])[0])
 
     def interval(self, resamples: int) -> Interval:
         return bootstrap(self.statistic, self.count, resamples=resamples)
@@ -49,9 +57,23 @@ Scorer = Callable[[Sequence[Sequence[str]], Sequence[str]], list[Score]]
 
 def mean_score(name: str, values: Sequence[float]) -> list[Score]:
     """A mean over examples; no score of no example."""
-    if not len(values):
+    return ratio_score(name, values, np.ones(len(values)))
+
+
+def ratio_score(
+    name: str, above_E: Sequence[float], below_E: Sequence[float], scale: float = 1.0
+) -> list[Score]:
+    """``scale`` times one sum over another, NaN where that is 0; no score of no example."""
+    if not len(above_E):
         return []
-    return [Score(name, mean_statistic(values), len(values), tuple(map(float, values)))]
+    parts_Ex2 = np.stack([np.asarray(above_E, np.float64), np.asarray(below_E, np.float64)], 1)
+
+    def ratio(sums_Nx2: np.ndarray) -> np.ndarray:
+        above, below = sums_Nx2.T
+        with np.errstate(invalid="ignore"):
+            return scale * above / np.where(below > 0, below, np.nan)
+
+    return [Score(name, parts_Ex2, ratio)]
 
 
 def squad_v2(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
@@ -106,27 +128,32 @@ def rouge(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> li
 def bleu(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
     """Corpus BLEU-4 over words as white space parts them (sacrebleu, tokenize none).
 
-    Each example's counts come from sacrebleu, and so does the score of their sums: of all
-    examples it is sacrebleu's corpus BLEU, and a sample costs one addition.
+    Each example's counts come from sacrebleu, and of all examples the score is its corpus BLEU.
     """
     import sacrebleu
 
     scorer = sacrebleu.BLEU(tokenize="none", effective_order=True, force=True)
     rows = [scorer.sentence_score(prediction, list(texts))
             for texts, prediction in zip(references, predictions, strict=True)]
-    counts_ExN = np.array([
-        [*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows], np.int64)
-    if not len(rows):
-        return []
-    order = len(rows[0].counts)
+    counts_ExK = np.array([
+        [*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows], np.float64)
+    return [Score("bleu", counts_ExK, bleu_of_sums)] if rows else []
 
-    def statistic(indices: np.ndarray) -> float:
-        sums = counts_ExN[indices].sum(axis=0).tolist()
-        return sacrebleu.BLEU.compute_bleu(
-            correct=sums[:order], total=sums[order : 2 * order], sys_len=sums[-2],
-            ref_len=sums[-1], smooth_method="exp").score
 
-    return [Score("bleu", statistic, len(rows))]
+def bleu_of_sums(sums_Nx10: np.ndarray) -> np.ndarray:
+    """BLEU of matches and n-grams of the orders 1 to 4, and the lengths of answer and reference.
+
+    Papineni et al. 2002, smoothed as NIST's mteval does: each order without a match counts as half
+    a match, the next such as a quarter, and so on.
+    """
+    matches_Nx4, ngrams_Nx4 = sums_Nx10[:, :4], sums_Nx10[:, 4:8]
+    length_N, reference_N = sums_Nx10[:, 8:].T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        none = (matches_Nx4 == 0) & (ngrams_Nx4 > 0)
+        smoothed = np.where(none, 0.5 ** np.cumsum(none, axis=1), matches_Nx4)
+        log_N = np.log(smoothed / ngrams_Nx4).mean(axis=1)
+        score_N = 100 * np.exp(log_N + np.minimum(0, 1 - reference_N / length_N))
+    return np.where(matches_Nx4.any(axis=1) & ngrams_Nx4.all(axis=1), score_N, 0.0)
 
 
 def chrf(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
@@ -149,16 +176,12 @@ def code_syntax(
     """
     if not syntax.can_parse(language):
         return []
-    counts_Ex2 = np.array([
+    counts = [
         max((syntax.syntax_match(one, text, language) for one in texts),
             key=lambda pair: pair[0] / max(pair[1], 1))
-        for texts, text in zip(references, predictions, strict=True)])
-
-    def statistic(indices: np.ndarray) -> float:
-        matched, total = counts_Ex2[indices].sum(axis=0)
-        return float(100 * matched / total) if total else float("nan")
-
-    return [Score("syntax_match", statistic, len(counts_Ex2))] if len(counts_Ex2) else []
+        for texts, text in zip(references, predictions, strict=True)]
+    return ratio_score("syntax_match", [matched for matched, _ in counts],
+                       [total for _, total in counts], 100)
 
 
 def exact_match(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
@@ -182,10 +205,9 @@ def bands(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> li
         (0.0 if gold > BANDS / 2 else BANDS) if number is None else number
         for number, gold in zip(numbers, wanted)])
     gold_E, found_E = np.round(2 * wanted).astype(int), np.round(2 * given).astype(int)
-    kappa = lambda indices: quadratic_kappa(gold_E[indices], found_E[indices])
     scores = mean_score("band_error", error)
     scores += mean_score("band_missing", [100.0 * (number is None) for number in numbers])
-    return [*scores, Score("kappa", kappa, len(error))] if error else []
+    return [*scores, Score("kappa", kappa_parts(gold_E, found_E), kappa_of_sums)] if error else []
 
 
 def _band(text: str) -> float | None:
@@ -193,17 +215,25 @@ def _band(text: str) -> float | None:
     return float(number[0]) if number and float(number[0]) <= BANDS else None
 
 
-def quadratic_kappa(first_E: np.ndarray, second_E: np.ndarray) -> float:
+def kappa_parts(first_E: np.ndarray, second_E: np.ndarray) -> np.ndarray:
+    """What each pair of two raters' whole numbers adds to the sums of ``kappa_of_sums``."""
+    first, second = np.asarray(first_E, np.float64), np.asarray(second_E, np.float64)
+    return np.stack(
+        [np.ones_like(first), first, second, first**2, second**2, (first - second) ** 2], axis=1)
+
+
+def kappa_of_sums(sums_Nx6: np.ndarray) -> np.ndarray:
     """Cohen's kappa of two raters' whole numbers, disagreement weighted by its square.
 
     Cohen (1968): one minus the mean squared difference over what it would be were the two raters
-    independent. NaN where both always give one and the same number.
+    independent: both variances and the squared difference of the means. NaN where both always give
+    one and the same number.
     """
-    first, second = np.asarray(first_E, np.float64), np.asarray(second_E, np.float64)
-    expected = first.var() + second.var() + (first.mean() - second.mean()) ** 2
-    if expected == 0:
-        return float("nan")
-    return float(1 - np.mean((first - second) ** 2) / expected)
+    count, first, second, first_squares, second_squares, differences = sums_Nx6.T
+    # Times the count's square; whole numbers, so that 0 is 0.
+    expected = count * (first_squares + second_squares) - 2 * first * second
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1 - count * differences / np.where(expected > 0, expected, np.nan)
 
 
 _CODE: tuple[Scorer, ...] = (bleu, chrf, exact_match, rouge)

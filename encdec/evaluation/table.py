@@ -67,6 +67,9 @@ class Cell:
     interval: Interval
     seeds: tuple[int, ...]
 
+    def plain(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self.interval), "seeds": self.seeds}
+
 
 def cell(reports: Sequence[Mapping[str, Any]], task: str, score: str) -> Cell | None:
     """The mean over the reports that hold the task's score; None where none does."""
@@ -98,7 +101,7 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         row: dict[str, Any] = {"model": name, "ours": {}, "paper": {}}
         for number, (task, score, _) in enumerate(COLUMNS):
             if found := cell(reports, task, score):
-                row["ours"][task] = {**dataclasses.asdict(found.interval), "seeds": found.seeds}
+                row["ours"][task] = found.plain()
             if name in PAPER:
                 rouge, judge = PAPER[name][number]
                 row["paper"][task] = {"rougeL": 100 * rouge, "ragas": 100 * judge}
@@ -106,12 +109,37 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         if len(row["ours"]) == len(COLUMNS):
             row["mean"] = sum(found["value"] for found in row["ours"].values()) / len(COLUMNS)
         row["others"] = {
-            heading: {**dataclasses.asdict(found.interval), "seeds": found.seeds}
+            heading: found.plain()
             for task, score, heading in OTHERS if (found := cell(reports, task, score))}
         for field in ("parameters", "training_flops"):
             row[field] = sorted({report["model"].get(field) for report in reports} - {None})
         rows.append(row)
-    return {"columns": [task for task, _, _ in COLUMNS], "rows": rows}
+    return {"columns": [task for task, _, _ in COLUMNS], "rows": rows,
+            "judges": _judges(models)}
+
+
+def _judges(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Each judge that was asked, with its mean opinion of every model and task: never mixed."""
+    reports = [report for found in models.values() for report in found if report.get("judge")]
+    judges = []
+    for judge in (report["judge"] for report in reports):
+        if judge not in judges:
+            judges.append(judge)
+    found = []
+    for judge in judges:
+        theirs = {name: [report for report in of_model if report.get("judge") == judge]
+                  for name, of_model in models.items()}
+        tasks = list(dict.fromkeys(
+            task for of_model in theirs.values() for report in of_model
+            for task in report["tasks"]))
+        rows = [{"model": name, "tasks": {
+            task: one.plain() | {"missing": sum(
+                report["tasks"][task]["judge_missing"] or 0
+                for report in of_model if task in report["tasks"])}
+            for task in tasks if (one := cell(of_model, task, "judge"))}}
+            for name, of_model in theirs.items() if of_model]
+        found.append({"judge": judge, "tasks": tasks, "rows": rows})
+    return found
 
 
 def table_markdown(content: Mapping[str, Any]) -> str:
@@ -120,7 +148,9 @@ def table_markdown(content: Mapping[str, Any]) -> str:
     lines = [
         "## Measured here", "",
         "Rouge-L, 0 to 100, with 95 % intervals: over seeds where a cell has several (n), else "
-        "over examples. A dash was not measured. No judge's opinion is in this table.", "",
+        "over examples. A dash was not measured. " + (
+            "A judge's opinions have a table of their own." if content["judges"]
+            else "No judge was asked."), "",
         "| model | " + " | ".join(headings) + " | mean | parameters | training FLOPs |",
         "|---|" + "---:|" * (len(headings) + 3)]
     for row in content["rows"]:
@@ -132,6 +162,8 @@ def table_markdown(content: Mapping[str, Any]) -> str:
         mean = "–" if row["mean"] is None else f"{row['mean']:.1f}"
         lines.append(f"| {row['model']} | {' | '.join(cells)} | {mean} | {sizes} | {cost} |")
     lines += _other_scores(content["rows"])
+    for found in content["judges"]:
+        lines += _judge_table(found)
     lines += ["", "## The paper's figures", "",
               "arXiv 2501.16273, Table 1, 330M parameters: Rouge-L / Ragas, times 100; no seeds or "
               "intervals are given. Its sizes, data and training differ from ours: only orders "
@@ -159,6 +191,24 @@ def _other_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["others"]:
             cells = [_ours(row["others"].get(heading), 2) for heading in headings]
             lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _judge_table(found: Mapping[str, Any]) -> list[str]:
+    judge, tasks = found["judge"], found["tasks"]
+    lines = ["", f"## Opinion of {judge['model']} ({judge['endpoint']})", "",
+             "Mean opinion of this judge, 0 to 100, of the examples of which it gave one (those "
+             "without are counted), intervals as above. The prompt is this project's own, and "
+             "stands in report.json: the figures are not Ragas's, and not comparable with the "
+             "paper's or another judge's.", "",
+             "| model | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    for row in found["rows"]:
+        cells = []
+        for task in tasks:
+            one = row["tasks"].get(task)
+            missing = f", {one['missing']:,} missing" if one and one["missing"] else ""
+            cells.append(_ours(one) + missing)
+        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     return lines
 
 

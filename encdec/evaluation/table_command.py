@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from typing import Any
 
 from encdec.errors import ConfigError
 
@@ -14,20 +15,24 @@ def main(argv: list[str]) -> int:
 
     Raises:
         ConfigError: a --model without a name or directory.
-        DataError: a directory without a finished evaluation.
+        DataError: a directory without a finished evaluation, or one that counts twice.
     """
     options = _parser().parse_args(argv)
-    from encdec.evaluation.report import read_report
+    from encdec.evaluation.report import check_distinct, read_report
     from encdec.evaluation.table import PAPER, table, table_markdown
 
-    models: dict[str, list] = {}
+    models: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for given in options.model:
         name, _, folders = given.partition("=")
         if not name or not folders:
             raise ConfigError(f"--model={given}; wanted NAME=DIR,DIR with a name of the paper's "
                               f"({', '.join(PAPER)}) or any other")
-        models.setdefault(name, []).extend(map(read_report, folders.split(",")))
-    content = table(models)
+        models.setdefault(name, []).extend(
+            (folder, read_report(folder)) for folder in folders.split(","))
+    for evaluations in models.values():
+        check_distinct(evaluations)
+    content = table({name: [report for _, report in evaluations]
+                     for name, evaluations in models.items()})
     text = table_markdown(content)
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

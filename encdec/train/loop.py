@@ -22,6 +22,7 @@ from encdec.train.config import RunConfig, parse_config
 from encdec.train.evaluate import Evaluator
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.goodput import Goodput, last_report
+from encdec.train.lineage import source_note
 from encdec.train.metrics import METRICS_FILE, Console, Cost, Window, make_writer, read_metrics
 from encdec.train.preemption import Notice
 from encdec.train.processes import from_first
@@ -32,10 +33,12 @@ from encdec.train.step import StepMetrics
 from encdec.train.tensorboard import metric_writers, periodic_actions
 from encdec.train.warm_start import check_source, start_from
 from encdec.train.workdir import (
+    STARTED_NOTE,
     check_workdir,
     describe_run,
+    note_source,
+    notes,
     require_local,
-    started_at,
     write_workdir,
 )
 
@@ -165,8 +168,8 @@ def train(
         raise ConfigError(f"stop_at is {stop_at}; wanted a step of 1 or more")
     job = prepare_job(config, workdir)
     run = job.run
-    first_start = started_at(workdir) or entered
-    write_workdir(workdir, job.description | {"started": first_start}, job.records, job.program)
+    kept = {STARTED_NOTE: entered} | notes(workdir)
+    write_workdir(workdir, job.description | kept, job.records, job.program)
     stop = min(run.steps, stop_at or run.steps)
     with contextlib.ExitStack() as closing:
         notice = closing.enter_context(Notice())
@@ -179,7 +182,7 @@ def train(
         state, start = _begin(job, workdir, checkpoints, console)
         rows = _earlier_rows(workdir, start)
         losses |= {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
-        goodput = Goodput(entered, first_start, last_report(rows, start))
+        goodput = Goodput(entered, kept[STARTED_NOTE], last_report(rows, start))
         console.advance(start)
         writer = make_writer(workdir, start, console)
         closing.callback(writer.close)
@@ -202,6 +205,7 @@ def _begin(
     if job.run.init_from:
         state, origin = start_from(state, job.run.init_from)
         origin.write(workdir)
+        note_source(workdir, source_note(job.run.init_from, origin.step))
         console.say(str(origin))
     checkpoints.prepare(state)
     return state, 0

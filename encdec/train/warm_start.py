@@ -24,20 +24,23 @@ class Origin:
     """Where a run's first parameters came from.
 
     Attributes:
-        source: the work directory and step.
+        source: the work directory.
+        step: its checkpoint; 0 of an imported model.
         taken: parameters of the same name and shape in both.
         left: parameters of the source that the run has no place for, with the reason.
         initialised: parameters of the run that the source has not got: drawn as ever.
     """
 
     source: str
+    step: int
     taken: tuple[str, ...]
     left: tuple[str, ...]
     initialised: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (f"starting from {self.source}: {len(self.taken)} parameters taken, "
-                f"{len(self.left)} left, {len(self.initialised)} drawn anew ({REPORT_FILE})")
+        return (f"starting from {self.source}, step {self.step}: "
+                f"{len(self.taken)} parameters taken, {len(self.left)} left, "
+                f"{len(self.initialised)} drawn anew ({REPORT_FILE})")
 
     def write(self, workdir: epath.PathLike) -> None:
         """Every name, in the work directory; process 0 alone."""
@@ -95,5 +98,5 @@ def start_from(state: TrainState, workdir: str) -> tuple[TrainState, Origin]:
         raise CheckpointError(
             f"config.init_from={workdir} has no parameter of the run's names and shapes; set "
             "config.model and its overrides (scan_layers too) as they were there")
-    origin = Origin(f"{workdir}, step {step}", tuple(taken), tuple(left), tuple(initialised))
+    origin = Origin(workdir, step, tuple(taken), tuple(left), tuple(initialised))
     return state.replace(params=params), origin

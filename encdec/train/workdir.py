@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 MODEL_INFO_FILE = "model-info.txt"
 CHECKPOINTS_FOLDER = "checkpoints"
+STARTED_NOTE = "started"
+SOURCE_NOTE = "started_from"  # in the config: the checkpoint that the first parameters came from
 PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
 
 # Fields of ModelConfig that change speed and memory, but neither parameters nor results.
@@ -183,16 +185,30 @@ def write_workdir(
     workdir.mkdir(parents=True, exist_ok=True)
     copy_vocabulary(records.directory, workdir)
     (workdir / MODEL_INFO_FILE).write_text(parameter_table(program))
-    # Last, and whole or absent: it is what makes the directory this run's.
+    # Last: it is what makes the directory this run's.
+    _write_config(workdir, description)
+
+
+def _write_config(workdir: epath.Path, content: Mapping[str, Any]) -> None:
+    """Whole or absent."""
     partial = workdir / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(description, indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, workdir / CONFIG_FILE)
 
 
-def started_at(workdir: epath.PathLike) -> float | None:
-    """Unix time of the run's first start; None before it, and for runs that never noted it."""
-    exists = (epath.Path(workdir) / CONFIG_FILE).exists()
-    return read_config(workdir).get("started") if exists else None
+def notes(workdir: epath.PathLike) -> dict[str, Any]:
+    """What the config of a run that is there says beyond its description: when the run was
+    first started (Unix time; older runs do not tell) and from what."""
+    if not (epath.Path(workdir) / CONFIG_FILE).exists():
+        return {}
+    content = read_config(workdir)
+    return {name: content[name] for name in (STARTED_NOTE, SOURCE_NOTE) if name in content}
+
+
+def note_source(workdir: epath.PathLike, note: Mapping[str, Any]) -> None:
+    """Adds where the first parameters came from to the config; process 0 alone."""
+    if not jax.process_index():
+        _write_config(epath.Path(workdir), read_config(workdir) | {SOURCE_NOTE: note})
 
 
 def parameter_table(program: Program) -> str:

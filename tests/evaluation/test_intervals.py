@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import sacrebleu
 
-from encdec.evaluation import intervals
+from encdec.evaluation import intervals, scores
+
+
+def mean_of(values):
+    return lambda indices: values[indices].mean()
+
+
+def ratio(sums):
+    return sums[:, 0] / sums[:, 1]
 
 
 def test_a_mean_has_the_interval_of_the_normal_law():
     values = np.random.default_rng(1).normal(3, 2, 400)
-    found = intervals.bootstrap(intervals.mean_statistic(values), 400)
+    found = intervals.bootstrap(mean_of(values), 400)
     half = 1.96 * values.std() / 20
     assert found.value == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - half, abs=half / 5)
@@ -21,7 +32,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     rng, hits = np.random.default_rng(2), 0
     for _ in range(200):
         found = intervals.bootstrap(
-            intervals.mean_statistic(rng.binomial(1, 0.3, 100)), 100, resamples=200)
+            mean_of(rng.binomial(1, 0.3, 100)), 100, resamples=200)
         hits += found.low <= 0.3 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -30,19 +41,62 @@ def test_pairing_finds_what_single_intervals_hide():
     rng = np.random.default_rng(3)
     first = rng.normal(0, 10, 200)
     second = first + rng.normal(0.5, 1, 200)
-    found = intervals.compare_means(first, second)
-    assert found.difference.low > 0 and found.p_value < 0.01
-    alone = intervals.bootstrap(intervals.mean_statistic(first), 200)
+    assert intervals.compare(mean_of(first), mean_of(second), 200).low > 0
+    assert intervals.randomisation_test(
+        first[:, None], second[:, None], lambda sums: sums[:, 0]) < 0.01
+    alone = intervals.bootstrap(mean_of(first), 200)
     assert alone.high - alone.low > 2
 
 
 def test_randomisation_equals_the_exact_test_and_is_level_in_noise():
+    total = lambda sums: sums[:, 0]
     # All 2^5 sign flips of (1, 2, 3, 4, 5): two reach |sum| = 15.
-    exact = intervals.randomisation_test([0] * 5, [1, 2, 3, 4, 5], trials=20_000)
+    exact = intervals.randomisation_test(
+        np.zeros((5, 1)), np.array([[1], [2], [3], [4], [5]]), total, trials=20_000)
     assert exact == pytest.approx(2 / 32, abs=0.01)
     rng = np.random.default_rng(4)
-    small = [intervals.randomisation_test(*rng.normal(size=(2, 50)), trials=500) < 0.05
+    small = [intervals.randomisation_test(*rng.normal(size=(2, 50, 1)), total, trials=500) < 0.05
              for _ in range(200)]
     assert np.mean(small) < 0.1
     with pytest.raises(ValueError, match="same examples"):
-        intervals.compare_means([1.0], [1.0, 2.0])
+        intervals.randomisation_test(np.ones((1, 1)), np.ones((2, 1)), total)
+
+
+REFERENCES = ["the cat sat on the mat today", "a dog ran in the park all day",
+              "we go home now then", "one two three four five six",
+              "red and blue make violet paint", "so it goes on for us",
+              "no more words are left here"]
+FIRST = ["the cat sat on a mat today", "a dog ran in a park day", "we go home", "one two six",
+         "red and blue", "so it goes on for us", "words are here"]
+SECOND = ["the cat on the mat", "a dog ran in the park all day", "we go home now then",
+          "one two three four five six", "red and green make violet paint", "so it went on",
+          "no more words are left here"]
+
+
+def test_swaps_within_a_corpus_score_equal_all_of_them_counted_by_the_library():
+    """p of BLEU against every one of the 2^7 swaps, each scored by sacrebleu from the texts."""
+    def corpus_bleu(texts):
+        return sacrebleu.corpus_bleu(
+            texts, [REFERENCES], tokenize="none", force=True).score
+
+    differences = []
+    for swaps in itertools.product((False, True), repeat=len(FIRST)):
+        sides = [[pair[swap ^ side] for pair, swap in zip(zip(FIRST, SECOND), swaps)]
+                 for side in (False, True)]
+        differences.append(abs(corpus_bleu(sides[1]) - corpus_bleu(sides[0])))
+    exact = np.mean(np.array(differences) >= differences[0] - 1e-9)
+    wanted = [[text] for text in REFERENCES]
+    [first], [second] = scores.bleu(wanted, FIRST), scores.bleu(wanted, SECOND)
+    found = intervals.randomisation_test(first.parts_ExK, second.parts_ExK, first.of_sums)
+    assert 0.03 < exact < 0.9
+    # Five standard errors of 10,000 trials.
+    assert found == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 10_000))
+
+
+def test_a_score_that_is_not_defined_has_no_p_value_and_its_trials_count_as_large():
+    nothing = np.zeros((3, 2))
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(intervals.randomisation_test(nothing, nothing + 1, ratio))
+        # Only without a swap, or with both, have both sides something below the line.
+        mixed = [np.array([[1.0, 1], [0, 0]]), np.array([[0.0, 0], [2, 1]])]
+        assert intervals.randomisation_test(*mixed, ratio, trials=400) == 1

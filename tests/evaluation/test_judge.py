@@ -11,7 +11,14 @@ import pytest
 
 from encdec.errors import ConfigError
 from encdec.evaluation.command import main
-from encdec.evaluation.judge import Judge, endpoint, local_model, parse_opinion
+from encdec.evaluation.judge import (
+    CACHE,
+    Judge,
+    endpoint,
+    kept_opinions,
+    local_model,
+    parse_opinion,
+)
 from encdec.evaluation.predictions import Example
 
 EXAMPLES = [Example(f"question {i}", ("right",)) for i in range(4)]
@@ -52,22 +59,36 @@ def server():
 
 def test_opinions_are_given_kept_or_missing_but_never_zero(server, tmp_path):
     address, asked = server
-    judge = Judge(address, "wise", tmp_path, endpoint(address, "wise", "k", timeout_seconds=0.2),
-                  attempts=2, pause_seconds=0.01)
+    ask = endpoint(address, "wise", "k", timeout_seconds=0.2)
+    judge = Judge(address, "wise", tmp_path / CACHE, ask, attempts=2, pause_seconds=0.01)
     assert judge.opinions(EXAMPLES, ANSWERS) == [75, None, None, 75]
     counts = {name: [one[0] for one in asked].count(name) for name in ANSWERS}
-    assert counts == {"good": 1, "slow": 2, "nonsense": 2, "shaky": 2}
+    assert counts == {"good": 1, "slow": 2, "nonsense": 1, "shaky": 2}
     assert {one[1:] for one in asked} == {("wise", "Bearer k", "/v1/chat/completions")}
-    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert len(kept) == 2 and all(one["model"] == "wise" for one in kept)
+    kept = [json.loads(path.read_text()) for path in (tmp_path / CACHE).glob("*.json")]
+    assert len(kept) == 3 and all(one["model"] == "wise" for one in kept)
+    assert {one["reply"]: one["score"] for one in kept} == {"7.5/10": 75, "I cannot say": None}
+    # Only what timed out is asked again by the next call: a reply would be the same again.
     asked.clear()
-    assert judge.opinions([EXAMPLES[0], EXAMPLES[3]], ["good", "shaky"]) == [75, 75]
+    assert judge.opinions(EXAMPLES, ANSWERS) == [75, None, None, 75]
+    assert [one[0] for one in asked] == ["slow", "slow"]
+    asked.clear()
+    assert kept_opinions(tmp_path, judge.describe(), EXAMPLES, ANSWERS) == [
+        75, None, None, 75]
     assert asked == []
 
 
-def test_replies():
-    assert [parse_opinion(text) for text in ("0", " 10 ", "7/10.", "11", "7 or 8", "", "-3")] == [
-        0, 100, 70, None, None, None, None]
+@pytest.mark.parametrize("reply, opinion", [
+    ("0", 0), (" 10 ", 100), ("7/10.", 70), ("7.5 / 10", 75), ("Score: 8", 80), ("**7**", 70),
+    ("7 out of 10", 70), ("**Score:** 6.5/10", 65), ("The final score is 9.", 90),
+    ("number: 3", 30), ("`4`", 40), ("8 points", 80), ("(5)", 50),
+    ("I would give it 7 out of 10, since a detail is missing.", 70), ("It earns **9**/10!", 90),
+    ("11", None), ("7 or 8", None), ("", None), ("-3", None), ("Score: -3", None), ("7-8", None),
+    ("8/100", None), ("7,5", None), ("I cannot judge answer 3", None), ("1e1", None),
+    ("7/10 or 8/10", None), ("12 out of 10", None), ("2 mistakes: 7 out of 10", None),
+])
+def test_replies(reply, opinion):
+    assert parse_opinion(reply) == opinion
 
 
 def test_other_json_is_no_opinion(server, tmp_path):

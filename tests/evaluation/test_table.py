@@ -62,3 +62,41 @@ def test_a_mean_wants_every_column_and_other_scores_have_their_own_table():
     text = table_markdown(content)
     assert "| model | SQuAD F1, answerable |" in text
     assert "| DEC | 12.35 [1.00, nan] |" in text or "| DEC | 12.35 [1.00, –] |" in text
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"run": "x"}, "evaluate the same run, runs/a"),
+    ({"seeds": [1, 0]}, r"evaluate runs/a and runs/b, trained from the same seeds \(1, 0\)"),
+])
+def test_one_training_is_not_counted_as_two_seeds(change, message, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        content = report(0, 50.0)
+        content["model"] |= {"checkpoint": f"runs/{name}", "run": name} | change
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+    a, b, out = (str(tmp_path / name) for name in "ab" + "o")
+    with pytest.raises(DataError, match=f"{a} and {b} both have squad_v2 and {message}"):
+        main(["table", f"--model=x={a},{b}", f"--out={out}"])
+    with pytest.raises(DataError, match=f"{a} and {a}/../a both have squad_v2 and are the same"):
+        main(["table", f"--model=x={a}", f"--model=x={a}/../a", f"--out={out}"])
+    assert main(["table", f"--model=x={a}", f"--model=y={b}", f"--out={out}"]) == 0
+
+
+def test_every_judge_has_a_table_of_its_own():
+    def judged(seed, value, judge, missing=0, task="squad_v2"):
+        one = report(seed, 50.0, task)
+        one["tasks"][task]["scores"]["judge"] = {"value": value, "low": value - 1, "high": 99.0}
+        one["tasks"][task]["judge_missing"] = missing
+        return one | {"judge": {"model": judge, "endpoint": "http://x/v1", "prompt": "Judge it."}}
+
+    assert "No judge was asked" in table_markdown(table({"DEC": [report(0, 50.0)]}))
+    text = table_markdown(table({
+        "DEC": [judged(0, 41.0, "wise", 3), judged(0, 12.0, "wise", task="xsum")],
+        "mine": [judged(0, 77.0, "unwise")], "ED 2/3-1/3": [report(0, 50.0)]}))
+    measured, *judges, paper = text.split("\n## ")
+    assert "No judge was asked" not in text and "41.0" not in measured and "41.0" not in paper
+    wise, unwise = judges[-2:]
+    assert wise.startswith("Opinion of wise (http://x/v1)") and "not Ragas's" in wise
+    assert "| model | squad_v2 | xsum |" in wise
+    assert "| DEC | 41.0 [40.0, 99.0], 3 missing | 12.0 [11.0, 99.0] |" in wise
+    assert "mine" not in wise and "| mine | 77.0 [76.0, 99.0] |" in unwise

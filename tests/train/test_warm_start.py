@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.config import parse_config
+from encdec.train.lineage import Lineage, lineage
 from encdec.train.loop import out_of_patience, train
 from encdec.train.metrics import read_metrics
 from encdec.train.state import TrainState
@@ -38,6 +42,28 @@ def test_a_run_starts_where_another_ended(pretrained, records, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before, after)
     report = (tmp_path / "run" / "warm-start.txt").read_text()
     assert "0 left, 0 drawn anew" in report and "embedder/embedding" in report
+
+
+def test_the_cost_is_of_the_step_that_was_taken(records, tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    longer = dict(schedule={"name": "constant", "warmup_steps": 0}, seed=3)
+    train(small_run(records, steps=2, **longer), source)
+    tune = short_run(records, steps=1, init_from=str(source), seed=5)
+    train(tune, run)
+    before = lineage(run, 1)
+    assert before.seeds == (5, 3)
+    assert before.training_flops == pytest.approx(3 / 2 * lineage(source, 2).training_flops)
+    train(small_run(records, steps=6, **longer), source)  # the source trains on
+    train(tune, run)  # and the finished run is called again, which keeps what it noted
+    assert lineage(run, 1) == before
+    config = json.loads((run / "config.json").read_text())
+    assert config["started_from"]["step"] == 2
+    # Runs from before the note: the source's last step, as far as it is there.
+    del config["started_from"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert lineage(run, 1).training_flops == pytest.approx(7 / 3 * before.training_flops)
+    shutil.rmtree(source)
+    assert lineage(run, 1) == Lineage(None, None)
 
 
 def test_what_does_not_fit_is_named(pretrained, records, tmp_path):

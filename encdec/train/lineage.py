@@ -1,0 +1,64 @@
+"""What lies behind a trained model: the runs that it started from, their cost and their seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from encdec.model.flops import training_flops
+from encdec.train.checkpoints import latest_step
+from encdec.train.workdir import SOURCE_NOTE, model_config_of, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """A run up to a step and, before it, the runs that it started from.
+
+    Attributes:
+        training_flops: forward and backward over whole rows, padding included; a teacher's are
+            not in it. None behind an imported model, whose training is not known.
+        seeds: the run's own first; None behind an imported model, and where a run
+            behind it is not there any more.
+    """
+
+    training_flops: float | None
+    seeds: tuple[int, ...] | None
+
+
+def lineage(workdir: str | os.PathLike[str], step: int) -> Lineage:
+    """The lineage of the checkpoint at ``step`` (0 for an imported model).
+
+    A run says from which step of its source it started; older ones do not, and for them it is
+    the source's last.
+    """
+    content = read_config(workdir)
+    if "imported" in content:
+        return Lineage(None, None)
+    run, data = content["run"], content["data"]
+    flops = step * training_flops(
+        model_config_of(content), data["inputs_length"], data["targets_length"],
+        batch_size=run["batch_size"])
+    before = _before(content)
+    return Lineage(
+        None if before.training_flops is None else flops + before.training_flops,
+        None if before.seeds is None else (run["seed"], *before.seeds))
+
+
+def _before(content: dict[str, Any]) -> Lineage:
+    source = content["run"].get("init_from")
+    if not source:
+        return Lineage(0.0, ())
+    if note := content.get(SOURCE_NOTE):
+        seeds = note["seeds"]
+        return Lineage(note["training_flops"], None if seeds is None else tuple(seeds))
+    if not pathlib.Path(source).is_dir():
+        return Lineage(None, None)
+    imported = "imported" in read_config(source)
+    return lineage(source, 0 if imported else latest_step(source))
+
+
+def source_note(workdir: str, step: int) -> dict[str, Any]:
+    """What a run's config.json keeps of the checkpoint that it starts from."""
+    return {"step": step, **dataclasses.asdict(lineage(workdir, step))}
