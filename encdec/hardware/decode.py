@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from encdec.errors import ConfigError
 from encdec.hardware.compile import Compiled, Memory, compile_lowered, device_bytes
 from encdec.hardware.topology import Topology
+from encdec.inference.benchmark import START_ID
 from encdec.inference.decoding import decode_step, prefill
 from encdec.model import ModelConfig, abstract_params, build_model, for_decoding, logical_axes
 from encdec.model.flops import generation_flops
@@ -25,8 +26,6 @@ from encdec.train.sharding import (
     on_mesh,
     param_shardings,
 )
-
-START_ID = 0  # which token it is changes no time
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,12 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+    def shown(self, factor: float = 1.0, digits: int | None = None) -> str:
+        """Median and quartiles times ``factor``; by default with one decimal below 100."""
+        low, median, high = (factor * value for value in (self.low, self.median, self.high))
+        digits = int(median < 100) if digits is None else digits
+        return f"{median:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationTiming:

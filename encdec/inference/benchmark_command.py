@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from encdec.errors import ConfigError
-from encdec.inference.benchmark import GenerationTiming, Spread, time_generation
+from encdec.inference.benchmark import GenerationTiming, time_generation
 from encdec.inference.device_rates import DeviceRates, measure_rates
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.model.flops import (
@@ -218,7 +218,7 @@ def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig
             timing.model + ("" if timing.cached else ", no cache"),
             f"{count_parameters(configs[timing.model]).total / 1e6:.1f}M",
             str(timing.batch), str(timing.input_length), str(timing.output_length),
-            _spread(timing.first_token, 1e3), _spread(timing.tokens_per_second, 1),
+            timing.first_token.shown(1e3), timing.tokens_per_second.shown(),
             f"{one.memory_bytes / 2**20:,.0f} MiB", f"{one.bytes_moved / 1e9:,.1f}",
             f"{one.flops / 1e9:,.1f}",
             f"{one.first_token_rate:.0%}",
@@ -238,12 +238,6 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_section()
     table.add_row("the paper (lengths, batch not stated)", "", "", "", *PAPER.values())
     return table
-
-
-def _spread(spread: Spread, factor: float) -> str:
-    low, middle, high = (factor * value for value in (spread.low, spread.median, spread.high))
-    digits = 1 if middle < 100 else 0
-    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
 
 
 def _parser() -> argparse.ArgumentParser:
