@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ from encdec.hardware.topology import Topology
 from encdec.model.flops import training_flops
 from encdec.train.compiler_options import compiler_options as chip_options
 from encdec.train.config import RunConfig
-from encdec.train.program import abstract_batch, build_program
-from encdec.train.sharding import make_mesh
+from encdec.train.program import abstract_batch, build_program, check_batch
+from encdec.train.sharding import data_shards, make_mesh
 
 DRAWS = 50  # of a teacher, a token: what `encdec score` keeps by default
 
@@ -119,6 +119,15 @@ class CompiledStep(Compiled):
     @property
     def tokens(self) -> int:
         return self.run.steps * self.run.batch_size * (self.inputs + self.targets)
+
+
+def check_step(run: RunConfig, topology: Topology) -> None:
+    """Finds, without compiling, that a mesh or a batch does not divide.
+
+    Raises:
+        ConfigError: that.
+    """
+    check_batch(run, data_shards(make_mesh(run.mesh, topology.devices)), eval_rows=True)
 
 
 def compile_step(
@@ -229,16 +238,14 @@ def checked(step: CompiledStep) -> CompiledStep:
 
 
 def nearest_fit(
-    run: RunConfig, attempt: Callable[[RunConfig], Any], attempts: int = 6
+    variants: Sequence[RunConfig], attempt: Callable[[RunConfig], Any], attempts: int = 6
 ) -> tuple[RunConfig, Any] | None:
-    """The first of ever smaller variants of ``run`` that ``attempt`` can compile.
-
-    Full rematerialisation is tried at the same batch first, then batches halved.
+    """The first of ever smaller variants of a run that ``attempt`` can compile.
 
     Returns:
         The variant and what ``attempt`` gave; None if none of ``attempts`` fits.
     """
-    for variant in smaller(run)[:attempts]:
+    for variant in variants[:attempts]:
         try:
             return variant, attempt(variant)
         except DoesNotFit:
@@ -249,14 +256,19 @@ def nearest_fit(
 
 
 def smaller(run: RunConfig) -> list[RunConfig]:
-    """Variants of ``run`` that need less memory, the nearest first."""
-    remats = ["full"] if run.model_config().remat != "full" else []
-    variants = [with_remat(run, remat) for remat in remats]
-    base = variants[-1] if variants else run
-    rows = run.batch_size
-    while rows % 2 == 0 and rows // 2 >= run.accumulation:
+    """Variants whose training step needs less memory: full remat, then batches halved."""
+    if run.model_config().remat == "full":
+        return halved(run)
+    full = with_remat(run, "full")
+    return [full, *halved(full)]
+
+
+def halved(run: RunConfig) -> list[RunConfig]:
+    """Variants of half the batch, a quarter, and so on while micro-batches come out whole."""
+    rows, variants = run.batch_size, []
+    while rows and rows % (2 * run.accumulation) == 0:
         rows //= 2
-        variants.append(dataclasses.replace(base, batch_size=rows))
+        variants.append(dataclasses.replace(run, batch_size=rows))
     return variants
 
 

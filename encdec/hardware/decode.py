@@ -77,6 +77,18 @@ class CompiledDecoding:
             self.topology.generation.chip.hbm_bytes_per_second)
 
 
+def check_decoding(run: RunConfig, topology: Topology) -> None:
+    """Finds, without compiling, that a mesh or the rows do not divide.
+
+    Raises:
+        ConfigError: that.
+    """
+    shards = data_shards(make_mesh(run.mesh, topology.devices))
+    if run.batch_size % shards:
+        raise ConfigError(f"config.batch_size is {run.batch_size}; wanted a multiple of {shards}, "
+                          "the mesh's data x fsdp")
+
+
 def compile_decoding(
     run: RunConfig, topology: Topology, inputs: int, targets: int,
     compiler_options: dict[str, str] | None = None,
@@ -89,10 +101,8 @@ def compile_decoding(
         ConfigError: rows that do not divide over the mesh.
         DoesNotFit: the compiler ran out of memory; its reason is the message.
     """
+    check_decoding(run, topology)
     mesh = make_mesh(run.mesh, topology.devices)
-    if run.batch_size % data_shards(mesh):
-        raise ConfigError(f"config.batch_size is {run.batch_size}; wanted a multiple of "
-                          f"{data_shards(mesh)}, the mesh's data x fsdp")
     config, params, fitted, unsharded = _parameters(run.model_config(), mesh)
     rows = NamedSharding(mesh, fitted.spec(("batch",)))
     ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)

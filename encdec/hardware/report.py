@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -17,14 +18,22 @@ from encdec.hardware.compile import (
 )
 from encdec.hardware.decode import CompiledDecoding
 from encdec.hardware.layer import CompiledLayer
+from encdec.hardware.search import Searched
 
 GIB = 2**30
 COSTLIEST = 10
+# What the parts of ``Memory`` hold, in the order of the tables.
+TRAINING_PARTS = {
+    "parameters": "parameters", "optimizer": "optimizer", "batch": "batch",
+    "temporary": "activations and gradients", "outputs": "outputs", "code": "code"}
+DECODING_PARTS = {
+    "parameters": "weights", "batch": "tokens, and the keys and values given",
+    "temporary": "activations", "outputs": "outputs, and keys and values made", "code": "code"}
 
 
 def as_json(step: CompiledStep) -> dict[str, Any]:
     """All figures of the report in plain values; units are in the names."""
-    prediction, memory, run = step.prediction, step.memory, step.run
+    prediction, run = step.prediction, step.run
     config = run.model_config()
     return {
         "topology": step.topology.name,
@@ -37,12 +46,8 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
         "targets": step.targets,
         "scan_layers": config.scan_layers,
         "remat": config.remat,
-        "memory_bytes": _memory_as_json(memory),
+        **_figures(step),
         "model_flops": step.model_flops,
-        "compute_seconds": prediction.compute_seconds,
-        "pallas_roofline_seconds": prediction.pallas_seconds,
-        "collective_seconds": prediction.collective_seconds,
-        "collective_exposed_seconds": prediction.exposed_seconds,
         "step_seconds": step.step_seconds,
         "tokens_per_second": step.tokens_per_second,
         "mfu": step.mfu,
@@ -51,20 +56,24 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
             step, step.step_seconds + prediction.pallas_seconds),
         "token_budget": step.tokens,
         "chip_hours": step.chip_hours,
-        "collectives": _by_kind(step),
-        "costliest": [
-            {"name": c.name, "kind": c.kind, "seconds": c.seconds, "times": c.times,
-             "source": c.source, "op_name": c.op_name} for c in prediction.costs[:COSTLIEST]],
-        "unknown_loops": list(prediction.unknown_loops),
-        "operations_without_estimate": prediction.unestimated,
         "unsharded": list(step.unsharded),
-        "compile_seconds": step.compile_seconds,
     }
+
+
+def searched_as_json(searched: Searched) -> list[dict[str, Any]]:
+    """Every variant that fits, the fastest first and marked; it lists those that do not fit."""
+    reports = [as_json(step) | {"best": False} for step in searched.steps]
+    reports[0] |= {"best": True, "does_not_fit": [
+        {"mesh": dict(zip(("data", "fsdp", "tensor"), (
+            run.mesh.data, run.mesh.fsdp, run.mesh.tensor))),
+         "remat": run.model_config().remat, "batch_size": run.batch_size, "reason": reason}
+        for run, reason in searched.unfit]}
+    return reports
 
 
 def show(step: CompiledStep, console: Console) -> None:
     """Prints one readable report."""
-    run, memory = step.run, step.memory
+    run = step.run
     config = run.model_config()
     mesh = " x ".join(f"{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), step.mesh))
     layers = "scanned" if config.scan_layers else "unrolled"
@@ -72,10 +81,9 @@ def show(step: CompiledStep, console: Console) -> None:
         f"[bold]{escape(run.model)}[/] on {step.topology.name}, {len(step.topology.devices)} "
         f"devices, {mesh}; {run.batch_size} rows of {step.inputs} + {step.targets} tokens; layers "
         f"{layers}, remat {config.remat}; compiled in {step.compile_seconds:.0f} s")
-    console.print(_memory_table(memory))
+    console.print(_memory_table({"GiB a device": step.memory}, TRAINING_PARTS))
     console.print(_time_table(step))
-    if step.prediction.collectives:
-        console.print(_collective_table(step))
+    _show_collectives(step, console)
     _show_costs(step, console, title=f"{COSTLIEST} costliest operations")
     for line in step.unsharded:
         console.print(f"note: {escape(line)}")
@@ -119,14 +127,24 @@ def decoding_as_json(decoding: CompiledDecoding) -> dict[str, Any]:
 
 
 def _part_as_json(part: Compiled) -> dict[str, Any]:
+    return {"seconds": part.step_seconds, **_figures(part)}
+
+
+def _figures(part: Compiled) -> dict[str, Any]:
+    """What is known of any compiled program."""
     p = part.prediction
     return {
-        "seconds": part.step_seconds,
+        "memory_bytes": _memory_as_json(part.memory),
         "compute_seconds": p.compute_seconds,
         "pallas_roofline_seconds": p.pallas_seconds,
         "collective_seconds": p.collective_seconds,
         "collective_exposed_seconds": p.exposed_seconds,
-        "memory_bytes": _memory_as_json(part.memory),
+        "collectives": _by_kind(part),
+        "costliest": [
+            {"name": c.name, "kind": c.kind, "seconds": c.seconds, "times": c.times,
+             "source": c.source, "op_name": c.op_name} for c in p.costs[:COSTLIEST]],
+        "unknown_loops": list(p.unknown_loops),
+        "operations_without_estimate": p.unestimated,
         "compile_seconds": part.compile_seconds,
     }
 
@@ -138,11 +156,17 @@ def show_decoding(decoding: CompiledDecoding, console: Console) -> None:
         f"[bold]{escape(decoding.run.model)}[/] generating on {decoding.topology.name}, "
         f"{len(decoding.topology.devices)} devices, {mesh}; {decoding.run.batch_size} rows of "
         f"{decoding.inputs} tokens in, room for {decoding.targets}")
-    table = Table("", "ms", "collectives not hidden", "peak GiB a device", title="Predicted")
-    for name, part in (("prefill", decoding.prefill), ("one token more", decoding.step)):
-        peak = f"{part.memory.peak / GIB:.2f} of {part.memory.limit / GIB:.2f}"
-        table.add_row(name, _ms(part.step_seconds), _ms(part.prediction.exposed_seconds), peak)
+    parts = {"prefill": decoding.prefill, "a later token": decoding.step}
+    console.print(_memory_table(
+        {f"{name}, GiB a device": part.memory for name, part in parts.items()}, DECODING_PARTS))
+    table = Table("", "ms", "compute", "kernels", "collectives not hidden", title="Predicted")
+    for name, part in parts.items():
+        p = part.prediction
+        table.add_row(name, _ms(part.step_seconds), _ms(p.compute_seconds), _ms(p.pallas_seconds),
+                      f"{_ms(p.exposed_seconds)} of {_ms(p.collective_seconds)}")
     console.print(table)
+    for name, part in parts.items():
+        _show_collectives(part, console, f"Collectives of {name}")
     console.print(f"prefill at {100 * decoding.prefill_mfu:.1f} % MFU; reading weights, keys and "
                   f"values once takes {_ms(decoding.bytes_floor_seconds)} ms of a later token; "
                   f"{decoding.tokens_per_second:,.0f} tokens/s, all {decoding.targets} tokens of "
@@ -232,13 +256,14 @@ def _memory_as_json(memory: Memory) -> dict[str, int]:
     return {name: getattr(memory, name) for name in names}
 
 
-def _memory_table(memory: Any) -> Table:
-    table = Table("part", "GiB a device", title="Memory")
-    for name in ("parameters", "optimizer", "batch", "temporary", "outputs", "code"):
-        label = "activations and gradients" if name == "temporary" else name
-        table.add_row(label, f"{getattr(memory, name) / GIB:.3f}")
-    table.add_row("peak", f"{memory.peak / GIB:.3f} of {memory.limit / GIB:.2f} "
-                  f"({100 * memory.peak / memory.limit:.0f} %)")
+def _memory_table(columns: Mapping[str, Memory], parts: Mapping[str, str]) -> Table:
+    """A column for each program, a row for each of the named parts."""
+    table = Table("part", *columns, title="Memory")
+    for name, label in parts.items():
+        table.add_row(label, *(f"{getattr(memory, name) / GIB:.3f}" for memory in columns.values()))
+    table.add_row("peak", *(
+        f"{memory.peak / GIB:.3f} of {memory.limit / GIB:.2f} "
+        f"({100 * memory.peak / memory.limit:.0f} %)" for memory in columns.values()))
     return table
 
 
@@ -264,18 +289,19 @@ def _time_table(step: CompiledStep) -> Table:
     return table
 
 
-def _collective_table(step: CompiledStep) -> Table:
-    table = Table("collective", "count", "MB a device", "ms", "not hidden ms",
-                  title="Collectives")
-    for kind, row in _by_kind(step).items():
+def _show_collectives(part: Compiled, console: Console, title: str = "Collectives") -> None:
+    if not part.prediction.collectives:
+        return
+    table = Table("collective", "count", "MB a device", "ms", "not hidden ms", title=title)
+    for kind, row in _by_kind(part).items():
         table.add_row(kind, str(row["count"]), f"{row['bytes'] / 1e6:,.1f}", _ms(row["seconds"]),
                       _ms(row["exposed_seconds"]))
-    return table
+    console.print(table)
 
 
-def _by_kind(step: CompiledStep) -> dict[str, dict[str, float]]:
+def _by_kind(part: Compiled) -> dict[str, dict[str, float]]:
     kinds: dict[str, dict[str, float]] = {}
-    for c in step.prediction.collectives:
+    for c in part.prediction.collectives:
         row = kinds.setdefault(f"{c.kind} of {c.group}", {
             "count": 0, "bytes": 0.0, "seconds": 0.0, "exposed_seconds": 0.0})
         row["count"] += 1

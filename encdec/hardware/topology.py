@@ -110,6 +110,9 @@ def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
     if len(sides) != dims:
         raise ConfigError(f"topology {name!r} has {len(sides)} sides; wanted {dims} for "
                           f"{match[1]}, for example {match[1]}:{'x'.join(['4'] * dims)}")
+    if 0 in sides or match[3] and int(match[3]) == 0:
+        raise ConfigError(f"topology {name!r} has no chips; wanted sides, and a number of slices, "
+                          "of 1 or more")
     return match[1], sides, int(match[3] or 1)
 
 

@@ -13,8 +13,20 @@ from rich.console import Console
 
 from encdec.errors import ConfigError
 from encdec.hardware import topology
-from encdec.hardware.command import _search, main, search_meshes
-from encdec.hardware.compile import DoesNotFit, checked, nearest_fit, smaller
+from encdec.hardware.command import main
+from encdec.hardware.compile import (
+    Compiled,
+    CompiledStep,
+    DoesNotFit,
+    Memory,
+    checked,
+    halved,
+    nearest_fit,
+    smaller,
+)
+from encdec.hardware.decode import CompiledDecoding
+from encdec.hardware.predict import Collective, Prediction
+from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
 from encdec.model import preset
 from encdec.model.chips import find_chip
@@ -36,6 +48,18 @@ def test_names():
             parse_name(wrong)
     with pytest.raises(ConfigError, match="wanted 3"):
         parse_name("v5p:4x4")
+    for empty in ("v5e:4x4*0", "v5e:0x4"):
+        with pytest.raises(ConfigError, match="no chips"):
+            parse_name(empty)
+
+
+@pytest.mark.parametrize("option", ["--rows=-1", "--rows=0", "--layers=0", "--inputs=0"])
+def test_numbers_that_cannot_be_are_refused(option, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([f"--config={CONFIG}:test", "--topology=v5e:2x2", option])
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert option.partition("=")[0] in said and "1 or more" in said
 
 
 def test_clocks_follow_from_peak_rates():
@@ -63,12 +87,13 @@ def test_nearest_fit_tries_remat_before_batches():
             raise DoesNotFit("too large")
         return "compiled"
 
-    variant, step = nearest_fit(run, attempt)
+    variant, step = nearest_fit(smaller(run), attempt)
     assert (variant.batch_size, step) == (16, "compiled")
     assert tried == [("full", 64), ("full", 32), ("full", 16)]
-    assert nearest_fit(dataclasses.replace(run, batch_size=32), lambda r: attempt(
+    assert nearest_fit(smaller(dataclasses.replace(run, batch_size=32)), lambda r: attempt(
         dataclasses.replace(r, batch_size=64))) is None
     assert [r.batch_size for r in smaller(RunConfig(batch_size=6))] == [6, 3]
+    assert [r.batch_size for r in halved(RunConfig(batch_size=24, accumulation=4))] == [12]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +102,8 @@ class Predicted:
     step_seconds: float = 1.0
 
 
-def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits(monkeypatch):
+def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits():
     """A made-up chip: each split of the state and each remat policy has its own largest batch."""
-    monkeypatch.setattr("encdec.hardware.report.compare", lambda steps, console: None)
     quiet = Console(file=io.StringIO())
     room = {"none": 16, "dots": 32, "attention": 64, "full": 128}
     tried = []
@@ -92,20 +116,140 @@ def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits(monkeypatch
         return Predicted(run.batch_size / 1000 - 0.001 * shards - 0.1 * (remat == "full"))
 
     run = RunConfig(model="test", batch_size=16)
-    best = _search(run, attempt, ("batch", "remat", "mesh"), 32, quiet)
-    assert best.mfu == pytest.approx(0.256 - 0.016 - 0.1)
+    divides = lambda run: run.batch_size % 8 == 0
+    find = lambda run, over, meshes: search(run, attempt, divides, over, meshes, quiet)
+    found = find(run, ("batch", "remat"), search_meshes(run.mesh, 32))
+    rates = [step.mfu for step in found.steps]
+    assert rates[0] == pytest.approx(0.256 - 0.016 - 0.1) and rates == sorted(rates)[::-1]
+    assert len(found.steps) + len(found.unfit) == len(tried)
     assert {shards for shards, _, _ in tried} == {1, 16, 32}
     assert {remat for _, remat, _ in tried} == set(room)
     tried.clear()
-    _search(run, attempt, ("remat",), 32, quiet)
+    find(run, ("remat",), [run.mesh])
     assert [(shards, rows) for shards, _, rows in tried] == [(1, 16)] * 4
-    with pytest.raises(ConfigError, match="nothing fits, from 512 rows up: out of memory"):
-        _search(dataclasses.replace(run, batch_size=512), attempt, ("batch",), 32, quiet)
+    # A batch that does not fit is halved until it does, or until it no longer divides.
+    tried.clear()
+    large = dataclasses.replace(run, batch_size=64)
+    assert len(find(large, ("batch", "remat"), [run.mesh]).steps) == 5
+    assert [rows for _, remat, rows in tried if remat == "dots"] == [64, 32]
+    room = dict.fromkeys(room, 4)
+    with pytest.raises(DoesNotFit, match="with 64 rows, nor with fewer, tried down to 8: out of"):
+        find(large, ("batch", "remat"), [run.mesh])
 
 
-def test_search_keeps_the_tensor_axis():
+def test_search_keeps_the_tensor_axis_and_splits_the_state_within_slices():
     meshes = search_meshes(MeshConfig(data=-1, tensor=2), 64)
     assert [(m.data, m.fsdp, m.tensor) for m in meshes] == [(32, 1, 2), (2, 16, 2), (1, 32, 2)]
+    meshes = search_meshes(MeshConfig(), 64, slices=2)
+    assert [(m.data, m.fsdp) for m in meshes] == [(64, 1), (4, 16), (2, 32)]
+    with pytest.raises(ConfigError, match="tensor is 3"):
+        search_meshes(MeshConfig(tensor=3), 16)
+
+
+# The command with a made-up compiler for real topologies.
+
+
+def part(**changes) -> dict:
+    traffic = Collective("x", "all-gather", 2e6, 4, 0.002, 0.001, "")
+    return {"memory": Memory(1 << 30, 2 << 30, 3 << 30, 4 << 30, 0, 0, 16 << 30),
+            "prediction": Prediction(0.1, 0.0, (traffic,), (), (), {"custom-call Eigh": 2}),
+            "compile_seconds": 1.0, "text": "HloModule"} | changes
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Steps fit with so many rows a device, by topology; the list holds what was compiled."""
+    room, compiled = {"v5e:2x2": 8, "v5e:2x4": 1, "v5e:4x4": 8}, []
+
+    def compile_step(run, topology, inputs, targets, compiler_options):
+        compiled.append((topology.name, run.batch_size, run.model_config().remat))
+        if run.batch_size > room[topology.name] * len(topology.devices):
+            raise DoesNotFit(f"{topology.name} is full.")
+        return CompiledStep(
+            **part(), run=run, topology=topology, mesh=(len(topology.devices), 1, 1),
+            inputs=inputs, targets=targets, model_flops=1e12 * run.batch_size, unsharded=())
+
+    def compile_decoding(run, topology, inputs, targets, compiler_options):
+        compile_step(run, topology, inputs, targets, compiler_options)
+        return CompiledDecoding(run, topology, (4, 1, 1), inputs, targets, Compiled(**part()),
+                                Compiled(**part()), ())
+
+    monkeypatch.setattr("encdec.hardware.compile.compile_step", compile_step)
+    monkeypatch.setattr("encdec.hardware.decode.compile_decoding", compile_decoding)
+    return compiled
+
+
+def compile_for(topology: str, *more: str) -> int:
+    return main([f"--config={CONFIG}:test", f"--topology={topology}", *more])
+
+
+@needs_compiler
+def test_a_topology_that_is_too_small_hides_none_of_the_others(compiler, tmp_path):
+    file = tmp_path / "report.json"
+    names = "v5e:2x2,v5e:2x4,v5e:4x4"
+    with pytest.raises(DoesNotFit, match="^v5e:2x4: nothing fits"):
+        compile_for(names, "--rows=4", "--search=remat", f"--json={file}")
+    reports = json.loads(file.read_text())
+    assert [report["topology"] for report in reports if report["best"]] == ["v5e:2x2", "v5e:4x4"]
+    assert reports[0]["best"] and len(reports) == 8  # four remat policies on each
+
+
+@needs_compiler
+def test_a_searchs_report_holds_what_was_tried(compiler, tmp_path):
+    file = tmp_path / "report.json"
+    assert compile_for("v5e:2x4", "--rows=4", "--search=batch,remat", f"--json={file}") == 0
+    best, *others = json.loads(file.read_text())
+    assert best["best"] and best["batch_size"] == 8 and not any(o["best"] for o in others)
+    assert best["mfu"] >= max(o["mfu"] for o in others)
+    assert 1 + len(others) + len(best["does_not_fit"]) == len(compiler)
+    assert best["does_not_fit"][0] == {
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "remat": "none", "batch_size": 32,
+        "reason": "v5e:2x4 is full."}
+
+
+@needs_compiler
+def test_what_can_be_known_before_is_said_before_anything_is_compiled(compiler, tmp_path):
+    with pytest.raises(ConfigError, match=r"v5e:4x4: .*batch_size is 8.*multiple of 16"):
+        compile_for("v5e:2x2,v5e:4x4", "--config.batch_size=8")
+    with pytest.raises(ConfigError, match=r"v5e:4x4: .*batch_size is 8.*multiple of 16"):
+        compile_for("v5e:4x4", "--config.batch_size=8", "--what=decode")
+    with pytest.raises(ConfigError, match="--json=.*none/report.json cannot be written: No such"):
+        compile_for("v5e:2x2", f"--json={tmp_path}/none/report.json")
+    with pytest.raises(ConfigError, match="--hlo=.* cannot be written: Is a directory"):
+        compile_for("v5e:2x2", f"--hlo={tmp_path}")
+    assert not compiler and not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_the_figures_are_written_after_each_topology(compiler, tmp_path):
+    file = tmp_path / "report.json"
+    written = []
+
+    def interrupted(steps, console):
+        written.append(json.loads(file.read_text()))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("encdec.hardware.report.compare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compile_for("v5e:2x2,v5e:4x4", "--config.batch_size=16", f"--json={file}")
+    assert [report["topology"] for report in written[0]] == ["v5e:2x2", "v5e:4x4"]
+
+
+@needs_compiler
+def test_decoding_reports_memory_collectives_and_the_nearest_fit(compiler, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert compile_for("v5e:2x2", "--what=decode", "--rows=8", f"--json={file}") == 0
+    said = capsys.readouterr().out
+    for words in ("keys and values given", "activations", "Collectives of prefill",
+                  "Collectives of a later token", "all-gather of 4", "2 custom-call Eigh"):
+        assert words in said, said
+    (report,) = json.loads(file.read_text())
+    for name in ("prefill", "step"):
+        assert report[name]["collectives"]["all-gather of 4"]["bytes"] == 2e6
+        assert report[name]["operations_without_estimate"] == {"custom-call Eigh": 2}
+    with pytest.raises(DoesNotFit, match=r"nearest that does: --config.batch_size=32 \(predicted"):
+        compile_for("v5e:2x2", "--what=decode", "--rows=32")
 
 
 @pytest.mark.parametrize("model, remat", [("330m-tpu", "dots"), ("1b-tpu-dec", "attention")])

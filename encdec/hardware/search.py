@@ -1,0 +1,98 @@
+"""Looks for the batch, remat policy and mesh under which a training step is fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from encdec.errors import ConfigError
+from encdec.hardware.compile import CompiledStep, DoesNotFit, halved, with_remat
+from encdec.model.stacks import REMAT_POLICIES
+from encdec.train.config import MeshConfig, RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """What a search on one topology found.
+
+    Attributes:
+        steps: every variant that fits, the highest MFU first; one at least.
+        unfit: the others, and the compiler's reasons.
+    """
+
+    steps: tuple[CompiledStep, ...]
+    unfit: tuple[tuple[RunConfig, str], ...]
+
+
+def search(
+    run: RunConfig, attempt: Callable[[RunConfig], CompiledStep],
+    divides: Callable[[RunConfig], bool], over: Sequence[str], meshes: Sequence[MeshConfig],
+    console: Console,
+) -> Searched:
+    """Tries every mesh and remat policy, doubling the batch while it fits, or halving it until.
+
+    Args:
+        run: the run to vary.
+        attempt: compiles a variant, or raises DoesNotFit.
+        divides: whether a variant's rows split over its mesh.
+        over: which of "batch" and "remat" to vary.
+        meshes: those to try.
+        console: gets a line for each variant.
+
+    Raises:
+        DoesNotFit: nothing fits.
+    """
+    remats = ("none", *REMAT_POLICIES) if "remat" in over else (run.model_config().remat,)
+    steps: list[CompiledStep] = []
+    unfit: list[tuple[RunConfig, str]] = []
+
+    def fits(variant: RunConfig) -> bool:
+        mesh, said = variant.mesh, ""
+        try:
+            steps.append(attempt(variant))
+            said = f"{100 * steps[-1].mfu:.1f} % MFU"
+        except DoesNotFit as error:
+            unfit.append((variant, str(error)))
+            said = "does not fit"
+        console.print(f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat "
+                      f"{variant.model_config().remat}, {variant.batch_size} rows: {said}")
+        return said != "does not fit"
+
+    for mesh, remat in itertools.product(meshes, remats):
+        variant = dataclasses.replace(with_remat(run, remat), mesh=mesh)
+        as_it_is = fits(variant)
+        if "batch" not in over:
+            continue
+        if as_it_is:
+            while fits(variant := dataclasses.replace(variant, batch_size=2 * variant.batch_size)):
+                pass
+        else:
+            any(map(fits, itertools.takewhile(divides, halved(variant))))
+    if not steps:
+        least = min(variant.batch_size for variant, _ in unfit)
+        fewer = f", nor with fewer, tried down to {least}" if least < run.batch_size else ""
+        raise DoesNotFit(
+            f"nothing fits with {run.batch_size} rows{fewer}: {unfit[0][1]} Wanted a smaller "
+            "--config.batch_size, or the state split over more devices (--config.mesh.fsdp, "
+            "--config.mesh.tensor)")
+    return Searched(tuple(sorted(steps, key=lambda step: -step.mfu)), tuple(unfit))
+
+
+def search_meshes(mesh: MeshConfig, devices: int, slices: int = 1) -> list[MeshConfig]:
+    """Copies of the model, shards of its state over all devices of a slice, and over 16 of them.
+
+    What ``mesh`` says of the tensor axis stays: at these sizes it never pays.
+
+    Raises:
+        ConfigError: the tensor axis does not divide a slice's devices.
+    """
+    tensor, whole = max(1, mesh.tensor), devices // slices
+    if whole % tensor:
+        raise ConfigError(f"config.mesh.tensor is {tensor}; wanted a divisor of the {whole} "
+                          "devices of a slice")
+    rest = whole // tensor
+    shards = sorted({1, rest} | ({16} if rest % 16 == 0 else set()))
+    return [dataclasses.replace(mesh, data=slices * rest // n, fsdp=n) for n in shards]
