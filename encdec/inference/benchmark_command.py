@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import platform
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from encdec.errors import ConfigError
 from encdec.inference.benchmark import GenerationTiming, time_generation
+from encdec.inference.benchmark_memory import measure_peaks
 from encdec.inference.device_rates import DeviceRates, measure_rates
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.model.flops import (
@@ -42,12 +44,14 @@ class Measured:
     Attributes:
         timing: see ``GenerationTiming``.
         flops: of one generation, all rows.
-        memory_bytes: weights and cache.
+        memory_bytes: weights and cache, computed.
         cache_bytes: of that, keys and values.
         bytes_moved: of weights and cache read in one generation; weights count once a pass.
         first_token_rate: FLOP/s up to the first token, over the machine's measured rate.
         decode_floor_share: seconds that reading weights and cache for each later token takes at
             the measured bandwidth, over those that it took; 0 for uncached generation.
+        peak_bytes: of a process (of the device's memory, on an accelerator) that holds this model
+            alone and generates; 0 where it was not measured.
     """
 
     timing: GenerationTiming
@@ -57,6 +61,7 @@ class Measured:
     bytes_moved: float
     first_token_rate: float
     decode_floor_share: float
+    peak_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         timing = self.timing
@@ -69,7 +74,7 @@ class Measured:
             "flops": self.flops, "memory_bytes": self.memory_bytes,
             "cache_bytes": self.cache_bytes, "bytes_moved": self.bytes_moved,
             "first_token_rate": self.first_token_rate,
-            "decode_floor_share": self.decode_floor_share,
+            "decode_floor_share": self.decode_floor_share, "peak_bytes": self.peak_bytes,
         }
 
 
@@ -142,6 +147,7 @@ def ratios(found: Sequence[Measured]) -> list[dict[str, Any]]:
             "tokens a second": mine.timing.tokens_per_second.median
             / one.timing.tokens_per_second.median,
             "memory": mine.memory_bytes / one.memory_bytes - 1,
+            "peak memory": mine.peak_bytes / one.peak_bytes - 1 if one.peak_bytes else None,
             "FLOPs": mine.flops / one.flops - 1,
         })
     return rows
@@ -161,9 +167,17 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--uncached_inputs has {length}; wanted some of --inputs, "
                               f"{','.join(map(str, options.inputs))}")
     progress = lambda text: console.print(text, style="dim", highlight=False)
+    peaks = {}
+    if not options.no_memory:  # before this process takes an accelerator's memory
+        progress("memory, each model in a process of its own")
+        peaks = measure_peaks(configs, list(itertools.product(
+            options.batches, options.inputs, options.outputs)), options.dtype)
     rates, found = measure(
         configs, options.inputs, options.outputs, options.batches, repeats=options.repeats,
         uncached_inputs=options.uncached_inputs, dtype=options.dtype, on_progress=progress)
+    found = [dataclasses.replace(one, peak_bytes=peaks.get(
+        (one.timing.model, (one.timing.batch, one.timing.input_length, one.timing.output_length)),
+        0) if one.timing.cached else 0) for one in found]
     console.print(f"{jax.devices()[0].device_kind}, {platform.machine()}: "
                   f"{rates.bytes_per_second / 1e9:.1f} GB/s read, "
                   f"{rates.flops_per_second / 1e9:.0f} GFLOP/s in a matrix product, "
@@ -209,7 +223,7 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
 def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> Table:
     table = Table(title="Medians (quartiles)", title_justify="left")
     names = ("model", "parameters", "batch", "in", "out", "first token, ms", "tokens/s", "memory",
-             "read, GB", "GFLOP", "of matmul rate", "of read floor")
+             "peak memory", "read, GB", "GFLOP", "of matmul rate", "of read floor")
     for place, name in enumerate(names):
         table.add_column(name, justify="right" if place else "left")
     for one in found:
@@ -219,7 +233,9 @@ def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig
             f"{count_parameters(configs[timing.model]).total / 1e6:.1f}M",
             str(timing.batch), str(timing.input_length), str(timing.output_length),
             timing.first_token.shown(1e3), timing.tokens_per_second.shown(),
-            f"{one.memory_bytes / 2**20:,.0f} MiB", f"{one.bytes_moved / 1e9:,.1f}",
+            f"{one.memory_bytes / 2**20:,.0f} MiB",
+            f"{one.peak_bytes / 2**20:,.0f} MiB" if one.peak_bytes else "",
+            f"{one.bytes_moved / 1e9:,.1f}",
             f"{one.flops / 1e9:,.1f}",
             f"{one.first_token_rate:.0%}",
             f"{one.decode_floor_share:.0%}" if timing.cached else "")
@@ -228,15 +244,19 @@ def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig
 
 def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="The encoder-decoder against each peer", title_justify="left")
-    for place, name in enumerate(("peer", "batch", "in", "out", *PAPER)):
+    measures = ("first token", "tokens a second", "memory", "peak memory", "FLOPs")
+    for place, name in enumerate(("peer", "batch", "in", "out", *measures)):
         table.add_column(name, justify="right" if place else "left")
     for row in rows:
         table.add_row(
             row["peer"] + ("" if row["cached"] else ", no cache"), str(row["batch"]),
             str(row["inputs"]), str(row["outputs"]), f"{row['first token']:+.0%}",
-            f"{row['tokens a second']:.2f}x", f"{row['memory']:+.0%}", f"{row['FLOPs']:+.0%}")
+            f"{row['tokens a second']:.2f}x", f"{row['memory']:+.0%}",
+            "" if row["peak memory"] is None else f"{row['peak memory']:+.0%}",
+            f"{row['FLOPs']:+.0%}")
     table.add_section()
-    table.add_row("the paper (lengths, batch not stated)", "", "", "", *PAPER.values())
+    table.add_row("the paper (lengths, batch not stated)", "", "", "",
+                  *(PAPER.get(name, "") for name in measures))
     return table
 
 
@@ -260,6 +280,9 @@ def _parser() -> argparse.ArgumentParser:
                         metavar="N,N", help="those of --inputs at which decoder-only models "
                         "generate without a cache, too, which takes the longer the longer they "
                         "are (all; empty: none)")
+    parser.add_argument("--no_memory", action="store_true",
+                        help="leave the peak memory out, for which each model runs once more in a "
+                        "process of its own; what weights and cache take is always computed")
     parser.add_argument("--out", metavar="DIR", help="write JSON and pictures there")
     return parser
 

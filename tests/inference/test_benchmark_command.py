@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from encdec.errors import ConfigError
 from encdec.inference.benchmark import GenerationTiming
 from encdec.inference.benchmark_command import OURS, evaluate, main, ratios
+from encdec.inference.benchmark_memory import measure_peaks
 from encdec.inference.device_rates import DeviceRates
 from encdec.model import preset
 from encdec.model.flops import cache_bytes, generation_flops, weight_bytes
@@ -27,6 +29,8 @@ def test_every_setting_is_measured_and_written(tmp_path, capsys):
         (OURS, True, 2, 4), (peer, True, 2, 4),
         (OURS, True, 2, 8), (peer, True, 2, 8), (peer, False, 2, 8)}
     assert all(m["first_token_seconds"]["low"] > 0 for m in report["measured"])
+    # A process with Python, JAX and this model in it; not measured without a cache.
+    assert all((2**26 < m["peak_bytes"] < 2**32) == m["cached"] for m in report["measured"])
     # Each ratio is that of the two medians it names.
     found = {(m["model"], m["cached"], m["batch"], m["inputs"]): m for m in report["measured"]}
     for row in report["ratios"]:
@@ -37,6 +41,17 @@ def test_every_setting_is_measured_and_written(tmp_path, capsys):
             mine["first_token_seconds"]["median"] / other["first_token_seconds"]["median"] - 1)
     for ending in ("png", "svg"):
         assert (tmp_path / f"inference-batch2-out3.{ending}").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_peaks_grow_with_what_is_generated_and_are_of_one_model_each():
+    small = preset("test")
+    wide = small.replace(d_model=512, mlp_dim=8192, vocab_size=4096)
+    peaks = measure_peaks({"small": small, "wide": wide}, [(4, 512, 2), (1, 4, 2)], "float32")
+    # Weights, and the hidden layer of the MLP for 4 x 512 tokens beside them.
+    weights = weight_bytes(wide, "float32") - weight_bytes(small, "float32")
+    assert peaks["wide", (1, 4, 2)] > peaks["small", (1, 4, 2)] + weights
+    assert peaks["wide", (4, 512, 2)] > peaks["wide", (1, 4, 2)] + 4 * 512 * 8192 * 4
 
 
 def test_rates_are_shares_of_what_the_machine_can_do():
@@ -70,6 +85,10 @@ def test_ratios_are_of_equal_settings():
                    make("peer", 8, 2.0)])
     assert [(row["inputs"], row["first token"]) for row in rows] == [(4, -0.5), (8, 0.5)]
     assert all(row["tokens a second"] == 1 and row["memory"] == 0 for row in rows)
+    assert all(row["peak memory"] is None for row in rows)
+    big, small = (dataclasses.replace(make(name, 4, 1.0), peak_bytes=peak)
+                  for name, peak in (("peer", 400), (OURS, 300)))
+    assert ratios([small, big])[0]["peak memory"] == -0.25
 
 
 @pytest.mark.parametrize("argument, message", [
