@@ -18,6 +18,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from encdec.inference.huge_pages import arrays_onto_huge_pages
 from encdec.inference.sampling import Choosing, RowSettings, choose
 from encdec.model import ModelConfig, build_model, for_decoding, init_cache
 
@@ -104,6 +105,8 @@ def ready_for_decoding(
     if parts and as_trained and config.is_encoder_decoder and cpu_has_bfloat16():
         config = config.replace(encoder_dtype="bfloat16")
         params = params | {"encoder": cast(params["encoder"], "bfloat16")}
+    if parts:
+        arrays_onto_huge_pages(jax.block_until_ready(params))
     return config, params
 
 

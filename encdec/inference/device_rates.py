@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.inference.decoding import cores
+from encdec.inference.huge_pages import arrays_onto_huge_pages
 
 # Far beyond any cache of a CPU.
 _READ_BYTES = 512 * 2**20
@@ -51,6 +52,8 @@ def measure_rates(dtype: str = "float32", tries: int = 5) -> DeviceRates:
             # One product is spread over the cores or not, by its size and XLA's version; several
             # run at the same time.
             pieces = [jnp.ones((rows // parts, width), dtype) for _ in range(parts)]
+            if on_cpu:  # as decoding lays its weights
+                arrays_onto_huge_pages(jax.block_until_ready(pieces))
             size = sum(piece.nbytes for piece in pieces)
             read = min(read, _best(lambda pieces=pieces: _products(pieces, vector), tries))
     square = jnp.ones((_SIDE, _SIDE), dtype)

@@ -12,6 +12,9 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+from typing import Any
+
+import jax
 
 _BLOCK = 2 << 20
 _COLLAPSE = 25  # MADV_COLLAPSE, which Python's mmap module does not know
@@ -29,12 +32,31 @@ class NewMemory:
 
         Blocks that cannot be moved, such as those never written to, stay as they are.
         """
-        fresh = _blocks() - self._before
-        if not fresh:
-            return 0
-        advise = ctypes.CDLL(None).madvise
-        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        return _BLOCK * sum(advise(block * _BLOCK, _BLOCK, _COLLAPSE) == 0 for block in fresh)
+        return _collapse(_blocks() - self._before)
+
+
+def arrays_onto_huge_pages(tree: Any) -> int:
+    """Moves a tree's jax arrays that lie whole on one CPU device, contents and addresses kept.
+
+    Returns:
+        Bytes that then lie on huge pages: of all blocks that an array has part in.
+    """
+    held: set[int] = set()
+    for array in jax.tree.leaves(tree):
+        if isinstance(array, jax.Array) and {d.platform for d in array.devices()} == {"cpu"} and (
+            len(array.devices()) == 1
+        ):
+            begin = array.unsafe_buffer_pointer()
+            held.update(range(begin // _BLOCK, -(-(begin + array.nbytes) // _BLOCK)))
+    return _collapse(held & _blocks())
+
+
+def _collapse(blocks: set[int]) -> int:
+    if not blocks:
+        return 0
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return _BLOCK * sum(advise(block * _BLOCK, _BLOCK, _COLLAPSE) == 0 for block in blocks)
 
 
 def _blocks() -> set[int]:

@@ -157,9 +157,14 @@ def packed_attention(
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys come from its own input, an encoder, or a cache."""
+    """Multi-head attention whose keys come from its own input, an encoder, or a cache.
+
+    ``of_itself`` says that it never reads an encoder: by parts (``ModelConfig.kernel_parts``),
+    queries, keys and values then come from one kernel.
+    """
 
     config: ModelConfig
+    of_itself: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -168,9 +173,14 @@ class Attention(nn.Module):
         kv_shape = (config.d_model, config.num_kv_heads, config.head_dim)
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         bias = 2 * int(config.qkv_bias)
-        self.q = Projection(config, into, q_shape, q_axes, bias)
-        self.k = Projection(config, into, kv_shape, kv_axes, bias)
-        self.v = Projection(config, into, kv_shape, kv_axes, bias)
+        if config.kernel_parts and self.of_itself:
+            width = config.attention_width + 2 * config.kv_width
+            self.qkv = Projection(
+                config, "btm,mf->btf", (config.d_model, width), ("embed", "heads"), bias // 2)
+        else:
+            self.q = Projection(config, into, q_shape, q_axes, bias)
+            self.k = Projection(config, into, kv_shape, kv_axes, bias)
+            self.v = Projection(config, into, kv_shape, kv_axes, bias)
         self.o = Projection(
             config, "bthd,hdm->btm", (q_shape[1], q_shape[2], q_shape[0]),
             ("heads", "head_dim", "embed"), int(config.attention_out_bias),
@@ -232,6 +242,13 @@ class Attention(nn.Module):
         q = q.reshape(*q.shape[:2], self.config.num_heads, self.config.head_dim)
         return q, k[..., 0, :], v[..., 0, :]
 
+    def _from_one_kernel(self, x_BxTxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same of a kernel that holds queries, keys and values one after the other."""
+        config = self.config
+        cuts = (config.attention_width, config.attention_width + config.kv_width)
+        parts = jnp.split(self.qkv(x_BxTxM), cuts, axis=-1)
+        return tuple(x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts)
+
     def _by_key_head(self, x_XxHxD: jax.Array) -> jax.Array:
         """[X, H, D] to [X, K, H/K, D], every query head beside those that share its key head."""
         outer, _, dim = x_XxHxD.shape
@@ -260,7 +277,10 @@ class Attention(nn.Module):
             deterministic: False applies dropout (needs a "dropout" rng).
         """
         new = None
-        if key_values is None and self.config.fuse_projections:
+        if self.config.kernel_parts and self.of_itself:
+            q, k, v = self._from_one_kernel(x_BxTxM)
+            new = self._key(k, inputs.kv_rope), v
+        elif key_values is None and self.config.fuse_projections:
             q, k, v = self._projected_together(x_BxTxM)
             new = self._key(k, inputs.kv_rope), v
         else:

@@ -104,9 +104,18 @@ def for_decoding(
 
 
 def _kernels_in_parts(parts: int, params: Params) -> Params:
-    """A subtree with every ``kernel`` as ``kernel_in_parts`` has it."""
+    """A subtree with every ``kernel`` as ``kernel_in_parts`` has it, those of self-attention's
+    queries, keys and values joined."""
     result = {}
     for name, value in params.items():
+        if name == "self_attention":
+            flat = [{k: x.reshape(-1, x.shape[-2] * x.shape[-1]) for k, x in value[part].items()}
+                    for part in "qkv"]
+            joined = {k: jnp.concatenate([one[k] for one in flat], axis=1) for k in flat[0]}
+            if "bias" in joined:
+                joined["bias"] = joined["bias"][0]
+            value = {k: v for k, v in value.items() if k not in ("q", "k", "v")}
+            value["qkv"] = joined
         if isinstance(value, dict):
             result[name] = _kernels_in_parts(parts, value)
             if "kernel" in value:

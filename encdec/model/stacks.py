@@ -59,7 +59,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.self_attention_norm = RMSNorm(config)
-        self.self_attention = Attention(config)
+        self.self_attention = Attention(config, of_itself=True)
         if self.cross_attention:
             self.cross_attention_norm = RMSNorm(config)
             self.encoder_attention = Attention(config)

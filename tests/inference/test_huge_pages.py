@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from encdec.inference.huge_pages import NewMemory
+from encdec.inference.huge_pages import NewMemory, arrays_onto_huge_pages
 
 
 def huge_bytes() -> int:
@@ -35,3 +37,19 @@ def test_memory_written_since_is_moved_with_its_contents():
     for kept in (area, other):
         np.testing.assert_array_equal(
             np.frombuffer(kept, np.int64), np.arange(len(kept) // 8))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_arrays_are_moved_with_their_contents():
+    tree = jax.block_until_ready(
+        {"a": jnp.arange(2**23, dtype=jnp.float32), "b": (jnp.ones((3, 2**20)),)})
+    before, moved = huge_bytes(), arrays_onto_huge_pages(tree)
+    if not moved:
+        pytest.skip("this kernel does not move memory onto huge pages")
+    assert huge_bytes() - before >= 2**25 + 3 * 2**22 - (8 << 20)  # ends may lie within a block
+    np.testing.assert_array_equal(tree["a"], np.arange(2**23, dtype=np.float32))
+    assert (tree["b"][0] == 1).all()
+
+
+def test_no_arrays_are_no_work():
+    assert arrays_onto_huge_pages({"a": np.ones(4), "b": None}) == 0
