@@ -36,7 +36,7 @@ def write(
         config: the model.
         params: its parameters, scanned or not.
         precision: float32; int8 (weights by output channel, activations as they come); int4 (the
-            decoder's layers by output channel, encoder, embedding and head in int8).
+            decoder's MLPs by blocks of 32 weights where they fit, all others in int8).
         content: of the work directory's config.json, for ``encdec generate``.
         vocabulary_from: the directory that holds the vocabulary.
 

@@ -16,7 +16,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 Operator, Type = schema.BuiltinOperator, schema.TensorType
-_TYPES = {"float32": Type.FLOAT32, "int32": Type.INT32, "int8": Type.INT8, "bool": Type.BOOL}
+_TYPES = {"float32": Type.FLOAT32, "float16": Type.FLOAT16, "int32": Type.INT32,
+          "int8": Type.INT8, "bool": Type.BOOL}
 # Versions of operators that have features used here; 1 for all others.
 _VERSIONS = {Operator.FULLY_CONNECTED: 9, Operator.BATCH_MATMUL: 1, Operator.GELU: 1}
 _ALIGNMENT = 64
@@ -250,5 +251,20 @@ def channel_scales(scales: np.ndarray) -> Any:
     found = schema.QuantizationParametersT()
     found.scale = scales.astype(np.float32)
     found.zeroPoint = np.zeros(len(scales), np.int64)
+    found.quantizedDimension = 0
+    return found
+
+
+def block_scales(scales: int, block: int) -> Any:
+    """Quantisation of weights [out, in] by blocks of inputs, symmetric.
+
+    Args:
+        scales: the tensor float16 [out, in / block].
+        block: inputs that share a scale, a multiple of 32.
+    """
+    details = schema.BlockwiseQuantizationT()
+    details.scales, details.zeroPoints, details.blockSize = scales, -1, block
+    found = schema.QuantizationParametersT()
+    found.detailsType, found.details = schema.QuantizationDetails.BlockwiseQuantization, details
     found.quantizedDimension = 0
     return found

@@ -5,8 +5,8 @@ product for queries, keys and values; norm scales and the scores' scale folded i
 behind them; rotation as a product with a constant; sums as products with ones; keys laid out
 [S, D] and values [D, S], the layout that XNNPACK packs in half the time of any other tried (it
 packs the right side of a product of two activations at every call). Weights are int8 by output
-channel or int4, and activations are quantised as they come, inside the operator. Source length and
-cache capacity are dynamic: the reader resizes inputs.
+channel or int4 by block, and activations are quantised as they come, inside the operator. Source
+length and cache capacity are dynamic: the reader resizes inputs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 
 from encdec.export.equivalents import Params
-from encdec.export.litert_file import ANY, LitertGraph, Operator, Type, channel_scales
-from encdec.export.quantise import eight_bits, four_bits_by_channel
+from encdec.export.litert_file import ANY, LitertGraph, Operator, Type, block_scales, channel_scales
+from encdec.export.quantise import BLOCK, eight_bits, four_bits, in_blocks, nibbles
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
 
@@ -28,7 +28,9 @@ class _Layers:
     """The model's layers in a graph; names follow the parameters' paths."""
 
     def __init__(self, config: ModelConfig, precision: Precision):
-        self.config, self.precision = config, precision
+        # Four bits are for the MLPs; all other weights are then in eight.
+        self.config, self.mlp_precision = config, precision
+        self.precision = "int8" if precision == "int4" else precision
         self.g = LitertGraph()
         self._half_turn: int | None = None
 
@@ -45,9 +47,15 @@ class _Layers:
             levels, scales = eight_bits(weights, axis=1)
             stored = g.constant(levels, name=name, quantisation=channel_scales(scales[:, 0]))
         else:
-            packed, scales = four_bits_by_channel(weights)
-            stored = g.constant(packed, name=name, kind=Type.INT4, shape=weights.shape,
-                                quantisation=channel_scales(scales))
+            # XNNPACK knows whole blocks only; other weights have a scale for each output.
+            block = BLOCK if weights.shape[1] % BLOCK == 0 else weights.shape[1]
+            levels, scales = four_bits(in_blocks(weights, block))
+            if block == BLOCK:
+                found = block_scales(g.constant(scales[..., 0].astype(np.float16)), block)
+            else:
+                found = channel_scales(scales[:, 0, 0])
+            stored = g.constant(nibbles(levels.reshape(weights.shape)), name=name,
+                                kind=Type.INT4, shape=weights.shape, quantisation=found)
         return g.fully_connected(
             x, stored, None if bias is None else g.constant(bias.astype(np.float32)))
 
@@ -153,12 +161,13 @@ class _Layers:
         g, config = self.g, self.config
         into = lambda name: self.linear(
             x, params[name]["kernel"] * before[:, None], params[name].get("bias"),
-            f"{path}/{name}")
+            f"{path}/{name}", precision=self.mlp_precision)
         hidden = self.activate(into("gate" if config.mlp_gated else "up"))
         if config.mlp_gated:
             hidden = g.mul(hidden, into("up"))
         return self.linear(
-            hidden, params["down"]["kernel"], params["down"].get("bias"), f"{path}/down")
+            hidden, params["down"]["kernel"], params["down"].get("bias"), f"{path}/down",
+            precision=self.mlp_precision)
 
     def activate(self, x: int) -> int:
         g, kind = self.g, self.config.mlp_activation
@@ -230,14 +239,15 @@ def decoder_graph(
 ) -> LitertGraph:
     """One token, the memory of those before it and of the source, to the next token.
 
-    Inputs: token [1, 1] and position [1] int32; mask [1, 1, 1, C] float32, 0 for cache slots that
-    hold a token and very negative for others; the source's key_i [1, K, S, D] and
-    value_i [1, K, D, S]; past_key_i [1, K, C, D] and past_value_i [1, K, D, C].
+    Inputs: token [1, 1] and position [1] int32; mask [1, 1, 1, C] float32, 0 for the first cache
+    slot and those that hold a token and very negative for others; first [1, 1, 1, C], 1 for the
+    first slot and 0 for others; the source's key_i [1, K, S, D] and value_i [1, K, D, S];
+    past_key_i [1, K, C, D] and past_value_i [1, K, D, C], whose first slot is zero.
 
     Outputs: logits [1, V]; next int32 [1], the likeliest token of the first ``vocabulary_size``
     (0: of all), and next_log_prob [1, 1], its log-probability; new_keys and new_values
     [1, L * K, 1, D], the token's own, layer by layer, which the caller writes to slot
-    ``position`` of its cache.
+    ``position + 1`` of its cache.
     """
     layers = _Layers(config, precision)
     g, H, K, D = layers.g, config.num_heads, config.num_kv_heads, config.head_dim
@@ -245,6 +255,7 @@ def decoder_graph(
     token = g.input("token", [1, 1], "int32")
     position = g.input("position", [1], "int32")
     mask = g.input("mask", [1, 1, 1, ANY])
+    first = g.input("first", [1, 1, 1, ANY])
     memories = [{
         "key": g.input(f"key_{i}", [1, K, ANY, D]), "value": g.input(f"value_{i}", [1, K, D, ANY]),
         "past_key": g.input(f"past_key_{i}", [1, K, ANY, D]),
@@ -277,9 +288,10 @@ def decoder_graph(
         q = g.reshape(q, [1, K, group, D])
         past = g.add(capped(g.matmul(q, memory["past_key"], transpose_y=True)), mask)
         own = capped(g.matmul(q, k, transpose_y=True))
-        # The own score comes first, where its place is known whatever the capacity.
-        shares = g.softmax(g.concatenate([own, past], axis=3))
-        y = g.matmul(g.slice(shares, 3, 1, ANY), memory["past_value"], transpose_y=True)
+        # The first slot's key is zero and so is its score, which leaves room for the own one:
+        # XNNPACK has no slice of the rest of a row whose length is not known beforehand.
+        shares = g.softmax(g.add(past, g.mul(own, first)))
+        y = g.matmul(shares, memory["past_value"], transpose_y=True)
         y = g.add(y, g.mul(g.slice(shares, 3, 0, 1), v))
         y = layers.out(g.reshape(y, [1, H, 1, D]), attention, f"{path}/self_attention")
         x = layers.residual(x, y, layer, "self_attention")
@@ -300,9 +312,7 @@ def decoder_graph(
     embedder = params["embedder"]
     head = embedder["embedding"].T if config.tie_embeddings else embedder["head"]
     head = head * layers.scale(params["decoder"]["final_norm"])[:, None]
-    # The head decides between tokens: eight bits are the least it gets.
-    logits = layers.linear(layers.unscaled_norm(x), head, None, "head",
-                           precision="int8" if precision == "int4" else precision)
+    logits = layers.linear(layers.unscaled_norm(x), head, None, "head")
     logits = g.reshape(layers.capped(logits, config.final_logit_cap), [1, config.vocab_size])
     top = g.reduce(Operator.REDUCE_MAX, logits)
     total = g.reduce(Operator.SUM, g.unary(Operator.EXP, g.sub(logits, top)))

@@ -31,8 +31,9 @@ def write(
         out: an empty or new directory.
         config: the model.
         params: its parameters, scanned or not.
-        precision: float32; int8 (weights by column, activations as they come); int4 (the decoder's
-            layers in blocks of 32 weights, encoder and head in int8).
+        precision: float32; int8 (weights by column, in an encoder-decoder's decoder by blocks,
+            activations as they come); int4 (the decoder's MLPs by blocks of 32 weights, all
+            others in int8).
         content: of the work directory's config.json, for ``encdec generate``.
         vocabulary_from: the directory that holds the vocabulary.
 

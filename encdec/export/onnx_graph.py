@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from encdec.export.equivalents import Params
-from encdec.export.quantise import BLOCK, eight_bits, four_bits
+from encdec.export.quantise import BLOCK, eight_bits, four_bits, in_blocks, nibbles
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
 
@@ -26,10 +26,17 @@ _CONTRIB = "com.microsoft"
 
 
 class Graph:
-    """Nodes and constants under construction; every operator returns its output's name."""
+    """Nodes and constants under construction; every operator returns its output's name.
 
-    def __init__(self, precision: Precision):
-        self.precision = precision
+    Args:
+        precision: of the weights; int4 is for the MLPs, all others are then in int8.
+        many_rows: whether products have many rows: of the two operators for int8 one is faster
+            with many and the other with few.
+    """
+
+    def __init__(self, precision: Precision, *, many_rows: bool):
+        self.precision = "int8" if precision == "int4" else precision
+        self.mlp_precision, self.many_rows = precision, many_rows
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self._quantised: dict[str, tuple[str, str, str]] = {}
@@ -64,12 +71,12 @@ class Graph:
     ) -> str:
         """``x @ kernel + bias``, the kernel [in, out] stored in the graph's precision."""
         precision = precision or self.precision
-        if precision == "int4":
-            y = self._four_bits(x, kernel, name)
-        elif precision == "int8":
+        if precision == "float32":
+            y = self.op("MatMul", x, self.constant(kernel.astype(np.float32), name))
+        elif precision == "int8" and self.many_rows:
             y = self._eight_bits(x, kernel, name)
         else:
-            y = self.op("MatMul", x, self.constant(kernel.astype(np.float32), name))
+            y = self._in_blocks(x, kernel, name, 4 if precision == "int4" else 8)
         return y if bias is None else self.op("Add", y, self.constant(bias, f"{name}.bias"))
 
     def _eight_bits(self, x: str, kernel: np.ndarray, name: str) -> str:
@@ -82,12 +89,19 @@ class Graph:
         scale = self.op("Mul", x_scale, self.constant(scales[0], f"{name}.scale"))
         return self.op("Mul", self.op("Cast", sums, to=TensorProto.FLOAT), scale)
 
-    def _four_bits(self, x: str, kernel: np.ndarray, name: str) -> str:
-        packed, scales = four_bits(kernel)
+    def _in_blocks(self, x: str, kernel: np.ndarray, name: str, bits: int) -> str:
+        """Weights scaled by block, activations quantised as they come (accuracy level 4)."""
+        block = BLOCK if bits == 4 else 256
+        while block > BLOCK and len(kernel) % block:  # a last block would be filled up
+            block //= 2
+        weights = in_blocks(kernel.T, block)
+        levels, scales = four_bits(weights) if bits == 4 else eight_bits(weights, axis=-1)
+        # Levels count from 0 here; the middle one is zero.
+        levels = (levels.view(np.uint8) + np.uint8(1 << bits - 1)) & np.uint8((1 << bits) - 1)
         return self.op(
-            "MatMulNBits", x, self.constant(packed, name), self.constant(scales, f"{name}.scale"),
-            domain=_CONTRIB, K=kernel.shape[0], N=kernel.shape[1], bits=4, block_size=BLOCK,
-            accuracy_level=4)
+            "MatMulNBits", x, self.constant(nibbles(levels) if bits == 4 else levels, name),
+            self.constant(scales[..., 0], f"{name}.scale"), domain=_CONTRIB, K=kernel.shape[0],
+            N=kernel.shape[1], bits=bits, block_size=block, accuracy_level=4)
 
     def model(self, inputs: list[Any], outputs: list[Any]) -> onnx.ModelProto:
         graph = helper.make_graph(
@@ -193,12 +207,13 @@ class _Layers:
     def mlp(self, x: str, params: Params, path: str) -> str:
         g, config = self.g, self.config
         into = lambda name: g.linear(
-            x, params[name]["kernel"], params[name].get("bias"), f"{path}/{name}")
+            x, params[name]["kernel"], params[name].get("bias"), f"{path}/{name}",
+            precision=self.g.mlp_precision)
         hidden = self.activate(into("gate" if config.mlp_gated else "up"))
         if config.mlp_gated:
             hidden = g.op("Mul", hidden, into("up"))
         return g.linear(hidden, params["down"]["kernel"], params["down"].get("bias"),
-                        f"{path}/down")
+                        f"{path}/down", precision=g.mlp_precision)
 
     def activate(self, x: str) -> str:
         g, kind = self.g, self.config.mlp_activation
@@ -241,7 +256,8 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     Keys are [B, K, D, S], ready for the product, values [B, K, S, D]. Encoder positions count
     from zero, centred or not: rotated scores depend on differences alone.
     """
-    g = Graph("int8" if precision == "int4" else precision)  # it is bound by arithmetic
+    # It is bound by arithmetic, which int4 does not make faster.
+    g = Graph("int8" if precision == "int4" else precision, many_rows=True)
     layers = _Layers(config, g)
     table = params["embedder" if config.share_embeddings else "encoder_embedder"]["embedding"]
     x = layers.embed("tokens", table)
@@ -282,7 +298,8 @@ def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     get logits; past_key_i and past_value_i [B, K, P, D]; for an encoder-decoder source_mask [B, S]
     and the encoder's outputs. Outputs: logits [B, W, V], present_key_i and present_value_i.
     """
-    g = Graph(precision)
+    # A decoder that reads the prompt itself multiplies as many rows as an encoder does.
+    g = Graph(precision, many_rows=not config.is_encoder_decoder)
     layers, crossed = _Layers(config, g), config.is_encoder_decoder
     x = layers.embed("tokens", params["embedder"]["embedding"])
     columns = g.op("Unsqueeze", "key_positions", g.ints(1))
@@ -325,8 +342,7 @@ def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     x = layers.norm(x, params["decoder"]["final_norm"]["scale"], "decoder/final_norm")
     embedder = params["embedder"]
     head = embedder["embedding"].T if config.tie_embeddings else embedder["head"]
-    # The head decides between tokens: eight bits are the least it gets.
-    x = g.linear(x, head, None, "head", precision="int8" if precision == "int4" else precision)
+    x = g.linear(x, head, None, "head")
     if cap := config.final_logit_cap:
         x = g.op("Mul", g.op("Tanh", g.op("Div", x, g.float(cap))), g.float(cap))
     g.rename(x, "logits")

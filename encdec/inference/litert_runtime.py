@@ -43,6 +43,9 @@ class LitertModel:
         threads = threads or len(os.sched_getaffinity(0))
         self._encoder = _Graph(directory / ENCODER_FILE, threads)
         self.decoder = _Graph(directory / DECODER_FILE, threads)
+        if "first" not in self.decoder.inputs:
+            raise CheckpointError(f"{directory / DECODER_FILE} is of an earlier layout; run encdec "
+                                  "export again")
         self._source: dict[str, np.ndarray] = {}
 
     def encode(self, tokens_S: np.ndarray) -> dict[str, np.ndarray]:
@@ -85,9 +88,10 @@ class LitertMemory:
         config, graph = model.config, model.decoder
         self._graph, self._layers, self._heads = graph, config.decoder_layers, config.num_kv_heads
         self._capacity = capacity
-        past = {"key": (1, config.num_kv_heads, capacity, config.head_dim),
-                "value": (1, config.num_kv_heads, config.head_dim, capacity)}
-        shapes: dict[str, tuple[int, ...]] = {"mask": (1, 1, 1, capacity)}
+        slots = 1 + capacity  # the first, always empty, stands for the token that is fed
+        past = {"key": (1, config.num_kv_heads, slots, config.head_dim),
+                "value": (1, config.num_kv_heads, config.head_dim, slots)}
+        shapes: dict[str, tuple[int, ...]] = {name: (1, 1, 1, slots) for name in ("mask", "first")}
         shapes |= {name: value.shape for name, value in source.items()}
         shapes |= {f"past_{kind}_{i}": shape for kind, shape in past.items()
                    for i in range(self._layers)}
@@ -97,7 +101,10 @@ class LitertMemory:
             graph.write(name, value)
         for name in self._caches:
             graph.write(name, np.zeros(shapes[name], np.float32))
-        graph.write("mask", np.full(shapes["mask"], _NEVER))
+        first = np.zeros(shapes["first"], np.float32)
+        first[..., 0] = 1
+        graph.write("first", first)
+        graph.write("mask", (1 - first) * _NEVER)
         self._slot = 0
         self._rows: list[dict[str, np.ndarray]] = []  # of several rows, each one's cache
 
@@ -137,13 +144,13 @@ class LitertMemory:
             for index in range(self._layers):
                 own = slice(heads * index, heads * (index + 1))
                 for name, place, new in (
-                    (f"past_key_{index}", np.s_[0, :, slot], keys[0, own, 0]),
-                    (f"past_value_{index}", np.s_[0, :, :, slot], values[0, own, 0]),
+                    (f"past_key_{index}", np.s_[0, :, 1 + slot], keys[0, own, 0]),
+                    (f"past_value_{index}", np.s_[0, :, :, 1 + slot], values[0, own, 0]),
                 ):
                     cache = self._rows[row][name] if self._rows else graph.view(name)
                     cache[place] = new
             del keys, values, cache, new  # the interpreter runs only while nobody looks into it
-        graph.view("mask")[0, 0, 0, slot] = 0
+        graph.view("mask")[0, 0, 0, 1 + slot] = 0
         self._slot += 1
 
 
@@ -157,7 +164,7 @@ class _Graph:
         self._interpreter = _interpreter(path, threads)
         inputs = self._interpreter.get_input_details()
         outputs = self._interpreter.get_output_details()
-        self.outputs = [one["name"] for one in outputs]
+        self.inputs, self.outputs = ([one["name"] for one in x] for x in (inputs, outputs))
         self._places = {one["name"]: one["index"] for one in (*inputs, *outputs)}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._views: dict[str, object] = {}

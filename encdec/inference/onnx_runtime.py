@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
+Values = dict[str, "onnxruntime.OrtValue"]
 NEVER = np.iinfo(np.int64).max  # a position that is never reached: padding's
 
 
@@ -42,30 +43,27 @@ class OnnxModel:
                         if self.config.is_encoder_decoder else None)
         memory.onto_huge_pages()
 
-    def encode(self, tokens_BxS: np.ndarray, mask_BxS: np.ndarray) -> dict[str, np.ndarray]:
+    def encode(self, tokens_BxS: np.ndarray, mask_BxS: np.ndarray) -> Values:
         """What the decoder reads of the sources: keys, values and mask, by input name."""
-        mask_BxS = mask_BxS.astype(np.int64)
-        names = [output.name for output in self.encoder.get_outputs()]
-        values = self.encoder.run(
-            names, {"tokens": tokens_BxS.astype(np.int64), "mask": mask_BxS})
-        return dict(zip(names, values)) | {"source_mask": mask_BxS}
+        mask = _held({"mask": mask_BxS.astype(np.int64)})
+        found = _run(self.encoder, _held({"tokens": tokens_BxS.astype(np.int64)}) | mask)
+        return found | {"source_mask": mask["mask"]}
 
-    def empty_cache(self, rows: int) -> dict[str, np.ndarray]:
+    def empty_cache(self, rows: int) -> Values:
         shape = (rows, self.config.num_kv_heads, 0, self.config.head_dim)
-        return {f"past_{x}_{i}": np.zeros(shape, np.float32)
-                for i in range(self.config.decoder_layers) for x in ("key", "value")}
+        return _held({f"past_{x}_{i}": np.zeros(shape, np.float32)
+                      for i in range(self.config.decoder_layers) for x in ("key", "value")})
 
     def decode(
         self, tokens_RxN: np.ndarray, positions_RxN: np.ndarray, key_positions_RxC: np.ndarray,
-        wanted_RxW: np.ndarray, source: dict[str, np.ndarray], cache: dict[str, np.ndarray],
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        wanted_RxW: np.ndarray, source: Values, cache: Values,
+    ) -> tuple[np.ndarray, Values]:
         """Logits [R, W, V] of the wanted places among the new tokens, and the longer cache."""
-        names = [output.name for output in self.decoder.get_outputs()]
         feed = {"tokens": tokens_RxN, "positions": positions_RxN,
                 "key_positions": key_positions_RxC, "wanted": wanted_RxW}
-        feed = {name: value.astype(np.int64) for name, value in feed.items()}
-        values = dict(zip(names, self.decoder.run(names, feed | source | cache)))
-        logits = values.pop("logits")
+        feed = _held({name: value.astype(np.int64) for name, value in feed.items()})
+        values = _run(self.decoder, feed | source | cache)
+        logits = values.pop("logits").numpy()
         return logits, {name.replace("present", "past"): x for name, x in values.items()}
 
     def prefill(
@@ -74,7 +72,7 @@ class OnnxModel:
         """Logits [B, V] of each row's first new token, and the memory, which grows by itself."""
         rows, width = tokens_BxS.shape
         places_S = np.arange(width)
-        source: dict[str, np.ndarray] = {}
+        source: Values = {}
         if self.encoder is not None:
             source = self.encode(tokens_BxS, places_S < lengths_B[:, None])
             prompt, ends = np.full((rows, 1), start_id), np.zeros(rows, np.int64)
@@ -105,8 +103,8 @@ class OnnxModel:
 class _Memory:
     """What the decoder remembers of every row."""
 
-    def __init__(self, model: OnnxModel, source: dict[str, np.ndarray],
-                 cache: dict[str, np.ndarray], keys_RxC: np.ndarray, slots_R: np.ndarray):
+    def __init__(self, model: OnnxModel, source: Values, cache: Values, keys_RxC: np.ndarray,
+                 slots_R: np.ndarray):
         self._model, self._source, self._cache = model, source, cache
         self._keys, self._slots = keys_RxC, slots_R
 
@@ -114,8 +112,9 @@ class _Memory:
         """Every row so many times, neighbours alike."""
         if times > 1:
             again = functools.partial(np.repeat, repeats=times, axis=0)
-            self._source = {name: again(x) for name, x in self._source.items()}
-            self._cache = {name: again(x) for name, x in self._cache.items()}
+            self._source, self._cache = (
+                _held({name: again(x.numpy()) for name, x in values.items()})
+                for values in (self._source, self._cache))
             self._keys, self._slots = again(self._keys), again(self._slots)
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
@@ -130,6 +129,20 @@ class _Memory:
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
         return likeliest(self.step(tokens_R), self._model.vocabulary_size)
+
+
+def _held(arrays: dict[str, np.ndarray]) -> Values:
+    """Arrays as values of the runtime, which shares their memory."""
+    from onnxruntime import OrtValue
+
+    return {name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x))
+            for name, x in arrays.items()}
+
+
+def _run(session: onnxruntime.InferenceSession, feed: Values) -> Values:
+    """All outputs by name. They stay with the runtime: as arrays they would be copied."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run_with_ort_values(names, feed)))
 
 
 def _session(path: pathlib.Path, threads: int) -> onnxruntime.InferenceSession:

@@ -36,10 +36,13 @@ MODELS: dict[str, ModelConfig] = {
         attention_out_bias=False, rope_scaling="ntk", rope_factor=2.0, rope_max_length=4,
         rope_length=40),
 }
-# No format but ONNX has all of this.
-MODELS_OF_ONNX = MODELS | {"windowed": MODELS["llama"].replace(
-    scan_layers=False, attention_window=5, global_layer_every=2, local_rope_theta=100.0,
-    qk_norm=True, final_logit_cap=9.0)}
+# For graphs alone: no format but ONNX has all of "windowed".
+MODELS_OF_GRAPHS = MODELS | {
+    "stretched": TINY.replace(
+        rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=40),
+    "windowed": MODELS["llama"].replace(
+        scan_layers=False, attention_window=5, global_layer_every=2, local_rope_theta=100.0,
+        qk_norm=True, final_logit_cap=9.0)}
 PROMPTS = PromptFormat(ByteVocabulary(5), decoder_start_id=START, max_input_tokens=64)
 
 
@@ -48,7 +51,7 @@ def pair(name: str) -> tuple[ModelConfig, dict]:
     """Configuration and parameters of one of the models."""
     from tests.inference import examples
 
-    examples.CONFIGS[f"export {name}"] = MODELS_OF_ONNX[name]
+    examples.CONFIGS[f"export {name}"] = MODELS_OF_GRAPHS[name]
     return random_model(f"export {name}", std=0.15)
 
 

@@ -23,7 +23,7 @@ from tests.train.conftest import write_records
 pytest.importorskip("onnx", reason="needs onnx: pip install encdec[onnx]")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install encdec[onnx]")
 
-from encdec.export.quantise import eight_bits, four_bits
+from encdec.export.quantise import eight_bits, in_blocks
 from encdec.inference.exported import ExportedGenerator
 from encdec.inference.onnx_runtime import OnnxModel
 
@@ -82,20 +82,17 @@ def test_quantised_weights_are_near(rng=np.random.default_rng(0)):
     kernel = rng.normal(size=(70, 5)).astype(np.float32)
     levels, scales = eight_bits(kernel, axis=0)
     assert np.abs(levels * scales - kernel).max() <= scales.max() / 2 + 1e-6
-    packed, scales = four_bits(kernel)
-    assert packed.shape == (5, 3, 16) and scales.shape == (5, 3)
-    unpacked = np.stack([packed & 15, packed >> 4], -1).reshape(5, 3, 32).astype(np.float32) - 8
-    back = (unpacked * scales[..., None]).reshape(5, -1)[:, :70].T
-    # Half a step anywhere, but for the side of the range that has one level less.
-    assert np.abs(back - kernel).max() <= np.abs(scales).max() + 1e-6
-    assert np.median(np.abs(back - kernel)) <= np.abs(scales).max() / 2
+    blocks = in_blocks(kernel.T, 32)
+    assert blocks.shape == (5, 3, 32) and not blocks[:, 2, 6:].any()
+    levels, scales = eight_bits(blocks, axis=-1)
+    assert (np.abs(levels * scales - blocks) <= scales / 2 + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", ["paper", "llama"])
 def test_quantised_graphs_are_the_quantised_model(name, content, tmp_path):
     """Sizes shrink as bits do, and losses move less than random weights would by chance."""
     sizes = {}
-    for precision, most in (("float32", 1e-4), ("int8", 0.05), ("int4", 0.5)):
+    for precision, most in (("float32", 1e-4), ("int8", 0.01), ("int4", 0.1)):
         model = export(name, content, tmp_path / precision, precision)
         found = quality.measure(model, *pair(name), pairs(), START)
         assert abs(found.loss / found.reference_loss - 1) < most, found
