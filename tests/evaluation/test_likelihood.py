@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from encdec.evaluation import likelihood
 from encdec.evaluation.likelihood import (
     CALIBRATION_BINS,
     SKIPPED,
@@ -57,6 +58,20 @@ def test_mixed_lengths_in_a_batch_equal_one_at_a_time(encoder_decoder_run):  # n
     together = model.of(examples)
     for example, one in zip(examples, together):
         assert one.nats == pytest.approx(model.of([example])[0].nats, rel=1e-4)
+
+
+def test_long_texts_are_read_a_few_at_a_time(encoder_decoder_run, monkeypatch):  # noqa: F811
+    model, _ = likelihood_model(encoder_decoder_run, batch_rows=8, devices=jax.devices()[:2])
+    examples = [Example("one fish", (answer,)) for answer in ("b" * 30, "slow", "not", "at all")]
+    together, sizes = model.of(examples), []
+    batch = model._batch
+    monkeypatch.setattr(model, "_batch", lambda pairs, size: sizes.append(size) or batch(
+        pairs, size))
+    monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", 100)
+    assert [one.tokens for one in model.of(examples)] == [one.tokens for one in together]
+    assert sizes[0] == 2 and sum(sizes) == 2 + 4  # a row for each device at least
+    for few, one in zip(model.of(examples), together):
+        assert few.nats == pytest.approx(one.nats, rel=1e-4)
 
 
 def bins(*entries):
