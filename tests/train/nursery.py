@@ -1,9 +1,10 @@
 """Trains in child processes and kills them: run by test_survival.py in an interpreter of its own.
 
-    python -m tests.train.nursery RECORDS WORKDIR KILLS SEED
+    python -m tests.train.nursery RECORDS WORKDIR PROCESSES KILLS SEED
 
-Everything is imported once; each attempt is a fork that has never seen a device, so that an attempt
-costs what starting costs beyond imports. Prints one line of JSON.
+Everything is imported once; each attempt is a fork for each process that has never seen a device,
+so that an attempt costs what starting costs beyond imports. Of several processes one is killed; the
+others are told to leave and insisted upon, as launchers do. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,29 +16,47 @@ import random
 import signal
 import sys
 import time
+import traceback
+
+import jax
 
 from encdec.train.loop import train  # with everything it needs; no device is touched
+from launch.local import free_port
 from tests.train.conftest import small_run
 
-STEPS, EVERY = 160, 2
+STEPS, EVERY = {1: 160, 2: 20}, 2  # by the number of processes
 
 
-def config(records: str, every: int) -> dict:
-    return small_run(records, steps=STEPS, checkpoint={"every": every, "keep": 2},
-                     model_overrides={"scan_layers": False, "mlp_dropout": 0.1}, log_every=7)
+def config(records: str, processes: int, every: int) -> dict:
+    several = processes > 1
+    return small_run(records, steps=STEPS[processes], checkpoint={"every": every, "keep": 2},
+                     model_overrides={"scan_layers": False, "mlp_dropout": 0.1},
+                     log_every=1 if several else 7, mesh={"data": -1, "fsdp": 2} if several else {})
 
 
-def attempt(records: str, workdir: pathlib.Path, every: int) -> int:
-    child = os.fork()
-    if child:
-        return child
+def attempt(records: str, workdir: pathlib.Path, processes: int, every: int) -> list[int]:
+    """Starts the processes of one run; their ids."""
+    port, children = free_port(), []
+    for index in range(processes):
+        child = os.fork()
+        if not child:
+            _train(config(records, processes, every), workdir, port, processes, index)
+        children.append(child)
+    return children
+
+
+def _train(run: dict, workdir: pathlib.Path, port: int, processes: int, index: int) -> None:
     log = os.open(workdir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 70
     try:
-        train(config(records, every), workdir)
+        if processes > 1:
+            jax.distributed.initialize(f"localhost:{port}", processes, index)
+        train(run, workdir)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -52,42 +71,59 @@ def saving(workdir: pathlib.Path) -> bool:
     return folder.is_dir() and any("tmp" in p.name for p in folder.iterdir())
 
 
-def wait_until(child: int, happened) -> int | None:
-    """Waits for something to happen; the child's exit code if it ends before."""
+def wait_until(children: list[int], happened) -> int | None:
+    """Waits for something to happen; the exit code of a child that ends before."""
     while not happened():
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status = os.waitpid(-1, os.WNOHANG)
         if done:
+            children.remove(done)
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.0005)
     return None
 
 
-def main(records: str, workdir: pathlib.Path, kills: int, seed: int) -> dict[str, int]:
+def end(children: list[int], grace_seconds: float) -> None:
+    """Tells processes to leave and kills those that are still there a little later."""
+    for child in children:
+        os.kill(child, signal.SIGTERM)
+    time.sleep(grace_seconds)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def main(
+    records: str, workdir: pathlib.Path, processes: int, kills: int, seed: int
+) -> dict[str, int]:
     chance = random.Random(seed)
     count = {"starting": 0, "running": 0, "saving": 0}
     while True:
-        child = attempt(records, workdir, EVERY if kills else 0)
+        children = attempt(records, workdir, processes, EVERY if kills else 0)
         if sum(count.values()) == kills:
-            _, status = os.waitpid(child, 0)
-            return count | {"code": os.waitstatus_to_exitcode(status)}
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            return count | {"code": next((code for code in codes if code), 0)}
         moment = chance.choices(list(count), [1, 2, 2])[0]
         before = committed(workdir)
         if moment == "starting":
             until = time.monotonic() + chance.uniform(0, 1.0)
-            code = wait_until(child, lambda until=until: time.monotonic() > until)
+            code = wait_until(children, lambda until=until: time.monotonic() > until)
         else:
-            code = wait_until(child, lambda before=before: committed(workdir) - before)
+            code = wait_until(children, lambda before=before: committed(workdir) - before)
             if code is None and moment == "saving":
-                code = wait_until(child, lambda: saving(workdir))
+                code = wait_until(children, lambda: saving(workdir))
             if code is None:
                 time.sleep(chance.uniform(0, 0.05))
         if code is not None:
+            end(children, 0)
             return count | {"code": code}
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        victim = chance.choice(children) if processes > 1 else children[0]
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+        children.remove(victim)
+        if children:
+            end(children, chance.uniform(0, 1.0))
         count[moment] += 1
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]),
-                          int(sys.argv[4]))))
+    print(json.dumps(main(sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:6]))))

@@ -26,45 +26,49 @@ from tests.train.conftest import small_run
 from tests.train.nursery import STEPS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-KILLS = 20
 # What Compute Engine and Kubernetes leave between SIGTERM and SIGKILL.
 GRACE_SECONDS = 30
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_in_the_bits_of_an_undisturbed_one(records, tmp_path):
-    """SIGKILL while starting, between steps and in the midst of saving; one continuing run."""
+@pytest.mark.parametrize("processes, kills, in_saves, seed", [(1, 20, 5, 0), (2, 4, 2, 93)])
+def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
+    records, tmp_path, processes, kills, in_saves, seed
+):
+    """SIGKILL while starting, between steps and in the midst of saving; one continuing run. Of
+    two processes, with two devices each, one is killed and both are started again."""
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(processes),
+        "PYTHONPATH": str(REPOSITORY),
         # Everything, however quickly compiled: each start would otherwise do it again.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     nursery = [sys.executable, "-m", "tests.train.nursery", str(records)]
     run = lambda name, kills: subprocess.run(
-        [*nursery, str(tmp_path / name), str(kills), "0"], capture_output=True, text=True,
-        timeout=900, cwd=REPOSITORY, env=environment)
-    done = run("killed", KILLS)
+        [*nursery, str(tmp_path / name), str(processes), str(kills), str(seed)],
+        capture_output=True, text=True, timeout=900, cwd=REPOSITORY, env=environment)
+    done = run("killed", kills)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome.pop("code") == 0, (tmp_path / "killed.log").read_text()[-3000:]
-    assert sum(outcome.values()) == KILLS and outcome["saving"] >= 5, outcome
+    assert sum(outcome.values()) == kills and outcome["saving"] >= in_saves, outcome
 
     straight = run("straight", 0)
     assert straight.returncode == 0, straight.stderr
     _, wanted, step = load_params_for_inference(tmp_path / "straight")
     _, got, _ = load_params_for_inference(tmp_path / "killed")
-    assert step == STEPS
+    assert step == STEPS[processes]
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
     # The metrics, too, are those of one run: each step once, the same losses.
     rows = {name: [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / name)
                    if "train/loss" in row] for name in ("killed", "straight")}
     steps = [step for step, _ in rows["killed"]]
-    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS[processes]
     whole = dict(rows["straight"])
     # A report begun by one process and ended by the next has only the latter's steps in it.
     agree = sum(loss == whole[step] for step, loss in rows["killed"] if step in whole)
-    assert agree >= len(steps) - KILLS - 1
+    assert agree >= len(steps) - kills - 1
     assert not list((tmp_path / "killed" / "checkpoints").glob("*tmp*"))
     assert not (tmp_path / "killed" / "damaged").exists()
 
