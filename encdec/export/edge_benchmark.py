@@ -26,10 +26,10 @@ from encdec.export import litert_export, onnx_export
 from encdec.inference.benchmark import START_ID, GenerationTiming, Spread, cached_run
 from encdec.inference.benchmark_command import numbers
 from encdec.inference.decoding import ready_for_decoding
-from encdec.inference.device_rates import Busy, DeviceRates, measure_rates, peak_memory
+from encdec.inference.device_rates import Busy, DeviceRates, ReadRate, measure_rates, peak_memory
 from encdec.inference.exported import ExportedModel, export_format, likeliest, load_exported_model
 from encdec.model import ModelConfig, build_model, init_params, preset
-from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops
+from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
 
 # name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout.
 PATHS = {
@@ -53,17 +53,20 @@ class Measured:
         timing: see ``GenerationTiming``.
         decode_floor_share: seconds that reading the decoder's weights and caches takes at the
             measured bandwidth, over those that the later tokens took.
+        neighbouring_floor_share: the same of each timing against the bandwidth measured directly
+            before and after its later tokens; the mean of the two counts.
         first_token_rate: FLOP/s up to the first token, over the measured rate of a matrix product
             in the type that this path multiplies in where JAX has it (int8: of bfloat16).
 
-    Both hold a median of timings against the best rate of the whole run, which is the machine's
-    own limit; a virtual machine may have less for minutes, while others on its host read memory.
-    The shares then fall though the program is the same: compare paths within one run, and see how
-    far apart the best and the median rate are.
+    The first and the last hold a median of timings against the best rate of the whole run, which
+    is the machine's own limit. A virtual machine may have less for minutes, while others on its
+    host read memory, and these shares then fall though the program is the same. The share of
+    neighbouring reads says what the program makes of what there was.
     """
 
     timing: GenerationTiming
     decode_floor_share: float
+    neighbouring_floor_share: Spread
     first_token_rate: float
 
 
@@ -120,8 +123,9 @@ def exported_run(model: ExportedModel, outputs: int) -> Run:
 
 def measure(
     runs: dict[str, Run], config: ModelConfig, inputs: Sequence[int], outputs: int, repeats: int,
-    *, calm: float = 1.0, between: Callable[[], None] = lambda: None,
-) -> tuple[list[GenerationTiming], int]:
+    *, read_rate: Callable[[], float], calm: float = 1.0,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[list[tuple[GenerationTiming, tuple[float, ...]]], int]:
     """Times every path at every length, by turns, after a first round that does not count.
 
     Args:
@@ -130,17 +134,19 @@ def measure(
         inputs: lengths of the inputs.
         outputs: new tokens.
         repeats: timings wanted of each path.
+        read_rate: measures the bandwidth, in bytes a second; called around every timing's later
+            tokens.
         calm: a timing during which other processes took more than this share of the cores is
             taken again, in as many as 8 times ``repeats`` turns; what came last then stands.
         between: called between turns.
 
     Returns:
-        The timings, and how many were taken again.
+        The timings, each with the bandwidth around its repeats, and how many were taken again.
     """
     timings, again = [], 0
     for length in inputs:
         tokens = np.random.default_rng(length).integers(2, config.vocab_size, length)
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
         for first, rest in runs.values():
             rest(first(tokens), outputs)
         for turn in range(8 * repeats):
@@ -150,34 +156,43 @@ def measure(
                     continue
                 busy, begin = Busy(), time.perf_counter()
                 state = first(tokens)
-                middle = time.perf_counter()
+                first_seconds = time.perf_counter() - begin
+                before, begin = read_rate(), time.perf_counter()
                 rest(state, outputs)
-                end = time.perf_counter()
+                total = first_seconds + time.perf_counter() - begin
+                around = (before + read_rate()) / 2
                 if busy.others() <= calm or turn >= 7 * repeats + len(taken[name]):
-                    taken[name].append((middle - begin, end - begin))
+                    taken[name].append((first_seconds, total, around))
                 else:
                     again += 1
-        timings += [GenerationTiming(name, True, length, outputs, 1, *zip(*times))
-                    for name, times in taken.items()]
+        for name, times in taken.items():
+            firsts, totals, around = zip(*times)
+            timings.append((
+                GenerationTiming(name, True, length, outputs, 1, firsts, totals), around))
     return timings, again
 
 
 def evaluate(
-    timing: GenerationTiming, config: ModelConfig, rates: DeviceRates, fast: DeviceRates
+    timing: GenerationTiming, around: Sequence[float], config: ModelConfig, rates: DeviceRates,
+    fast: DeviceRates,
 ) -> Measured:
-    """Holds a timing against the formulas and the machine's rates."""
+    """Holds a timing against the formulas and the machine's rates; ``around`` is of each repeat."""
     kind, precision = PATHS[timing.model]
     flops = generation_flops(config, timing.input_length, timing.output_length)
     later, precision = flops.later_tokens, precision if kind != "jax" else "float32"
-    layers = BYTES_PER_VALUE[precision]
-    head = max(layers, 1.0)  # the head is never stored in less than eight bits
-    weights = later.decoder / 2 * layers + later.head / 2 * head
+    # Four bits are for the decoder's MLPs alone.
+    mlps = (timing.output_length - 1) * config.decoder_layers * mlp_weights(config)
+    others = later.decoder / 2 + later.head / 2 - mlps
+    weights = mlps * BYTES_PER_VALUE[precision] + others * max(BYTES_PER_VALUE[precision], 1.0)
     cache = (timing.output_length - 1) * cache_bytes(
         config, timing.input_length, max(1, timing.output_length // 2), dtype="float32")
     taken = timing.total.median - timing.first_token.median
     reduced = PATHS[timing.model][1] not in ("float32",)
     rate = (fast if reduced else rates).flops_per_second
-    return Measured(timing, (weights + cache) / rates.bytes_per_second / taken,
+    neighbouring = Spread.of([
+        (weights + cache) / rate / (total - first)
+        for rate, first, total in zip(around, timing.first_token_seconds, timing.total_seconds)])
+    return Measured(timing, (weights + cache) / rates.bytes_per_second / taken, neighbouring,
                     flops.first_token.total / timing.first_token.median / rate)
 
 
@@ -222,17 +237,17 @@ def main(argv: list[str]) -> int:
         for dtype, found in known.items():
             found.append(measure_rates(dtype, tries=3))
 
-    busy = Busy()
+    reading, busy = ReadRate(), Busy()
     timings, again = measure(
         runs, config, options.inputs, options.outputs, options.repeats, calm=options.calm,
-        between=measure_machine)
+        read_rate=lambda: reading.best(2), between=measure_machine)
     others = busy.others()
     del runs
     rates, fast = (DeviceRates(
         max(one.bytes_per_second for one in found), max(one.flops_per_second for one in found))
         for found in known.values())
     median_rate = statistics.median(one.bytes_per_second for one in known["float32"])
-    found = [evaluate(timing, config, rates, fast) for timing in timings]
+    found = [evaluate(timing, around, config, rates, fast) for timing, around in timings]
     peaks = {} if options.no_memory else {
         name: peak_bytes([f"--model={options.model}", f"--paths={name}",
                           f"--artefacts={folder}", f"--inputs={max(options.inputs)}",
@@ -257,6 +272,7 @@ def main(argv: list[str]) -> int:
                 "total_seconds": dataclasses.asdict(one.timing.total),
                 "tokens_per_second": dataclasses.asdict(one.timing.tokens_per_second),
                 "decode_floor_share": one.decode_floor_share,
+                "neighbouring_floor_share": dataclasses.asdict(one.neighbouring_floor_share),
                 "first_token_rate": one.first_token_rate} for one in found]}, indent=2) + "\n")
     return 0
 
@@ -285,23 +301,19 @@ def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path
 def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Table:
     table = Table(title=f"Medians (quartiles), {outputs} tokens out", title_justify="left")
     names = ("path", "in", "first token, ms", "tokens/s", "total, s", "of matmul rate",
-             "of read floor", "peak memory")
+             "of read floor", "of reads beside it", "peak memory")
     for place, name in enumerate(names):
         table.add_column(name, justify="right" if place else "left")
     for one in found:
         timing = one.timing
         peak = peaks.get(timing.model)
         table.add_row(
-            timing.model, str(timing.input_length), _spread(timing.first_token, 1e3, 0),
-            _spread(timing.tokens_per_second, 1, 1), _spread(timing.total, 1, 3),
+            timing.model, str(timing.input_length), timing.first_token.shown(1e3, 0),
+            timing.tokens_per_second.shown(1, 1), timing.total.shown(1, 3),
             f"{one.first_token_rate:.0%}", f"{one.decode_floor_share:.0%}",
+            one.neighbouring_floor_share.shown(100, 0) + " %",
             f"{peak / 2**20:,.0f} MiB" if peak else "")
     return table
-
-
-def _spread(spread: Spread, factor: float, digits: int) -> str:
-    low, middle, high = (factor * x for x in (spread.low, spread.median, spread.high))
-    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -129,13 +129,14 @@ def _attention_weights(config: ModelConfig) -> tuple[int, int]:
     return 2 * config.d_model * config.attention_width, 2 * config.d_model * config.kv_width
 
 
-def _mlp_weights(config: ModelConfig) -> int:
+def mlp_weights(config: ModelConfig) -> int:
+    """Weights of one layer's MLP, biases left out."""
     return (3 if config.mlp_gated else 2) * config.d_model * config.mlp_dim
 
 
 def _layer_weights(config: ModelConfig) -> int:
     """Matmul weights of one block without cross-attention."""
-    return sum(_attention_weights(config)) + _mlp_weights(config)
+    return sum(_attention_weights(config)) + mlp_weights(config)
 
 
 def _attention_extras(config: ModelConfig) -> tuple[int, int]:
@@ -156,7 +157,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     attention_norms, attention_biases = _attention_extras(config)
     mlp_norms, mlp_biases = _mlp_extras(config)
     attention = sum(_attention_weights(config)) + attention_norms + attention_biases
-    layer = attention + _mlp_weights(config) + mlp_norms + mlp_biases
+    layer = attention + mlp_weights(config) + mlp_norms + mlp_biases
     cross_layers = config.decoder_layers if config.is_encoder_decoder else 0
     stacks = 1 + config.is_encoder_decoder
     vocabulary = config.vocab_size * config.d_model
