@@ -1,10 +1,9 @@
 """Memory of a runtime on pages of 2 MiB, where Linux gives them.
 
 A decoder at batch 1 reads all of its weights for each token, and with pages of 4 KiB the processor
-spends much of that time on finding pages: two cores of an AMD EPYC read 37 GB/s from small pages
-and 61 GB/s from large ones. Runtimes ask malloc, which leaves the choice to the system's
-``transparent_hugepage`` setting; most systems wait to be asked (``madvise``). So the memory is
-moved once it is written (``MADV_COLLAPSE``, Linux 6.1 or later; elsewhere nothing happens).
+spends much of that time on finding pages. Runtimes ask malloc, which leaves the choice to the
+system's ``transparent_hugepage`` setting; most systems wait to be asked (``madvise``). So the
+memory is moved once it is written (``MADV_COLLAPSE``, Linux 6.1 or later; elsewhere nothing happens).
 """
 
 from __future__ import annotations
