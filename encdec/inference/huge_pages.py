@@ -3,7 +3,8 @@
 A decoder at batch 1 reads all of its weights for each token, and with pages of 4 KiB the processor
 spends much of that time on finding pages. Runtimes ask malloc, which leaves the choice to the
 system's ``transparent_hugepage`` setting; most systems wait to be asked (``madvise``). So the
-memory is moved once it is written (``MADV_COLLAPSE``, Linux 6.1 or later; elsewhere nothing happens).
+memory is moved once it is written (``MADV_COLLAPSE``, Linux 6.1 or later; elsewhere nothing
+happens).
 """
 
 from __future__ import annotations
