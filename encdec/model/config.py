@@ -92,6 +92,8 @@ class ModelConfig:
     fuse_projections: bool = False
     # Of the encoder, in inference; products then add up in float32. "": dtype
     encoder_dtype: Literal["", "bfloat16"] = ""
+    # In plain XLA without dropout: queries whose scores are held at once; 0: all of them
+    attention_block: int = 0
     # Decoder kernels as [parts, out / parts, in], parts that cores read at once, and keys and
     # values heads first, as one-row products read them; 0: as trained
     kernel_parts: int = 0
@@ -188,6 +190,7 @@ def _check_values(config: ModelConfig) -> None:
         require(getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "mlp_dropout", "residual_dropout"):
         require(0 <= getattr(config, field) < 1, field, "a rate in [0, 1)")
+    require(config.attention_block >= 0, "attention_block", "0 (all queries at once) or a number")
     require(config.kernel_parts >= 0, "kernel_parts", "0 (as trained) or a number of parts")
     require(not (config.kernel_parts and config.scan_layers), "kernel_parts",
             "0 with scan_layers=True; for_decoding sets both")

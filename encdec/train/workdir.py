@@ -29,7 +29,7 @@ SOURCE_NOTE = "started_from"  # in the config: the checkpoint that the first par
 PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
 
 # Fields of ModelConfig that change speed and memory, but neither parameters nor results.
-_EXECUTION = ("remat", "attention_kernel")
+_EXECUTION = ("remat", "attention_kernel", "attention_block")
 # These schedules give every step its learning rate whatever the run's length, so that a finished
 # run may be made longer.
 _OPEN_ENDED = ("rsqrt", "constant")

@@ -50,6 +50,19 @@ def test_kernels_in_parts_compute_the_same(name, rows):
     np.testing.assert_allclose(two_steps(config, params, rows), plain, atol=3e-5)
 
 
+@pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma", "windowed"])
+@pytest.mark.parametrize("parts", [0, 3])
+def test_attention_by_blocks_of_queries_computes_the_same(name, parts):
+    """Nine inputs in three blocks; ten of a decoder-only model, so that the last is filled up."""
+    config, params = pair(name)
+    plain = two_steps(*for_decoding(config, params))
+    config, params = for_decoding(config.replace(attention_block=4), params, parts)
+    lowered = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room")).lower(
+        config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2)
+    assert "stablehlo.while" in lowered.as_text()  # blocks after one another
+    np.testing.assert_allclose(two_steps(config, params), plain, atol=3e-5)
+
+
 @pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
 def test_cached_steps_in_parts_are_the_full_forward_pass(name):
     config, params = for_decoding(*pair(name), 2)
@@ -112,6 +125,14 @@ def test_a_model_of_bfloat16_encodes_in_it_where_the_cpu_can(monkeypatch):
         assert {x.dtype.name for x in kernels} == {dtype or "float32"}
         apart = np.abs(two_steps(ready, parts) - plain).max() / np.abs(plain).max()
         assert apart < (0.02 if able else 1e-5)
+
+
+def test_inference_on_cpus_attends_by_blocks_and_training_does_not():
+    config, params = pair("paper")
+    assert config.attention_block == 0
+    assert ready_for_decoding(config, params)[0].attention_block == decoding.ATTENTION_BLOCK > 0
+    with pytest.raises(ConfigError, match="attention_block is -1"):
+        config.replace(attention_block=-1)
 
 
 def test_parts_need_unrolled_layers():
