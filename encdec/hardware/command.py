@@ -90,8 +90,8 @@ class _Kind(NamedTuple):
 def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
     from encdec.hardware import report
     from encdec.hardware.compile import (
+        calibrate,
         check_step,
-        compile_product,
         compile_step,
         halved,
         smaller,
@@ -113,9 +113,9 @@ def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
             lambda run, topology: compile_layer(
                 run, topology, options.inputs, options.layers, chosen), on_one_chip, None,
             report.show_layer, report.compare_layers, report.layer_as_json),
-        "product": _Kind(
-            lambda run, topology: compile_product(topology, chosen), on_one_chip, None,
-            report.show_product, report.compare_products, report.product_as_json),
+        "calibrate": _Kind(
+            lambda run, topology: calibrate(topology, chosen), on_one_chip, None,
+            report.show_calibration, report.compare_calibrations, report.calibration_as_json),
     }
 
 
@@ -184,11 +184,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=_positive, metavar="N",
                         help="rows on each device, in place of config.batch_size: the fair way to "
                         "compare topologies of different sizes")
-    parser.add_argument("--what", choices=("train", "decode", "layer", "product"),
+    parser.add_argument("--what", choices=("train", "decode", "layer", "calibrate"),
                         default="train", help="the training step; prefill and decode step, with "
                         "batch_size rows; layers alone, forward and backward on one chip, to try "
-                        "things quickly; or one 8192 x 8192 x 8192 product, which calibrates the "
-                        "clock")
+                        "things quickly; or one large product and one large sum, which calibrate "
+                        "the estimates")
     parser.add_argument("--layers", type=_positive, default=1, metavar="N",
                         help="with --what=layer: how many (%(default)s)")
     parser.add_argument("--search", nargs="?", const="batch,remat,mesh", metavar="OVER",

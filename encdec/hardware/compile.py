@@ -161,36 +161,51 @@ def compile_step(
 
 
 PRODUCT_SIDE = 8192  # large enough that nothing but the matrix unit counts
+SUM_SIDE = 16384  # large enough that nothing stays in on-chip memory
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledProduct(Compiled):
-    """One square bfloat16 product on one device, which calibrates the clock.
+class Calibration:
+    """What the compiler's estimates make of two programs whose limits are known.
 
     Attributes:
-        topology: of the device.
+        topology: of the one device.
+        product: of two square bfloat16 matrices, which the matrix unit limits.
+        sum: of two bfloat16 arrays of 512 MiB, which memory limits.
     """
 
     topology: Topology
+    product: Compiled
+    sum: Compiled
 
     @property
     def share_of_peak(self) -> float:
-        rate = 2 * PRODUCT_SIDE**3 / self.step_seconds
+        """The product's FLOPs over what the chip could do in the estimated time."""
+        rate = 2 * PRODUCT_SIDE**3 / self.product.step_seconds
         return rate / self.topology.generation.chip.bf16_flops
 
+    @property
+    def share_of_bandwidth(self) -> float:
+        """The sum's reads and writes over what memory could move in the estimated time."""
+        rate = 3 * 2 * SUM_SIDE**2 / self.sum.step_seconds
+        return rate / self.topology.generation.chip.hbm_bytes_per_second
 
-def compile_product(
+
+def calibrate(
     topology: Topology, compiler_options: dict[str, str] | None = None
-) -> CompiledProduct:
-    """Compiles a product of two square matrices for one device, with the options of its chip."""
+) -> Calibration:
+    """Compiles both programs for one device, with the options of its chip."""
     device = topology.devices[0]
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=[device])
-    side = jax.ShapeDtypeStruct((PRODUCT_SIDE, PRODUCT_SIDE), jnp.bfloat16,
-                                sharding=jax.NamedSharding(mesh, jax.P()))
-    product = jax.jit(jnp.dot, compiler_options=chip_options(device.device_kind))
-    compiled = compile_lowered(product.lower(side, side), topology, mesh, compiler_options)
-    return CompiledProduct(**fields_of(compiled), topology=topology)
+
+    def compiled(function: Callable[..., jax.Array], side: int) -> Compiled:
+        square = jax.ShapeDtypeStruct((side, side), jnp.bfloat16,
+                                      sharding=jax.NamedSharding(mesh, jax.P()))
+        jitted = jax.jit(function, compiler_options=chip_options(device.device_kind))
+        return compile_lowered(jitted.lower(square, square), topology, mesh, compiler_options)
+
+    return Calibration(topology, compiled(jnp.dot, PRODUCT_SIDE), compiled(jnp.add, SUM_SIDE))
 
 
 def fields_of(compiled: Compiled) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from encdec.hardware.compile import (
     PRODUCT_SIDE,
+    SUM_SIDE,
+    Calibration,
     Compiled,
-    CompiledProduct,
     CompiledStep,
     Memory,
 )
@@ -215,26 +216,36 @@ def compare_layers(found: list[CompiledLayer], console: Console) -> None:
     console.print(table)
 
 
-def product_as_json(product: CompiledProduct) -> dict[str, Any]:
-    return {"topology": product.topology.name, "side": PRODUCT_SIDE,
-            "seconds": product.step_seconds, "share_of_peak": product.share_of_peak}
+def calibration_as_json(found: Calibration) -> dict[str, Any]:
+    return {"topology": found.topology.name,
+            "product_side": PRODUCT_SIDE, "product_seconds": found.product.step_seconds,
+            "share_of_peak": found.share_of_peak,
+            "sum_side": SUM_SIDE, "sum_seconds": found.sum.step_seconds,
+            "share_of_bandwidth": found.share_of_bandwidth}
 
 
-def show_product(product: CompiledProduct, console: Console) -> None:
+def show_calibration(found: Calibration, console: Console) -> None:
     console.print(
-        f"{product.topology.name}: a bfloat16 product of side {PRODUCT_SIDE} takes "
-        f"{_ms(product.step_seconds)} ms, {100 * product.share_of_peak:.1f} % of the peak rate")
+        f"{found.topology.name}: a bfloat16 product of side {PRODUCT_SIDE} takes "
+        f"{_ms(found.product.step_seconds)} ms, {100 * found.share_of_peak:.1f} % of the peak rate; "
+        f"the sum of two bfloat16 arrays of side {SUM_SIDE} {_ms(found.sum.step_seconds)} ms, "
+        f"{100 * found.share_of_bandwidth:.1f} % of the memory's rate")
 
 
-def compare_products(found: list[CompiledProduct], console: Console) -> None:
-    table = Table("topology", "ms", "% of peak", title="Calibration")
+def compare_calibrations(found: list[Calibration], console: Console) -> None:
+    table = Table("topology", "product, ms", "% of peak", "sum, ms", "% of memory's rate",
+                  title="Calibration")
     for one in found:
-        table.add_row(one.topology.name, _ms(one.step_seconds), f"{100 * one.share_of_peak:.1f}")
+        table.add_row(one.topology.name, _ms(one.product.step_seconds),
+                      f"{100 * one.share_of_peak:.1f}", _ms(one.sum.step_seconds),
+                      f"{100 * one.share_of_bandwidth:.1f}")
     console.print(table)
 
 
-def text_of(found: CompiledStep | CompiledDecoding | CompiledProduct) -> str:
-    """The compiled program; of generation, a later token's."""
+def text_of(found: CompiledStep | CompiledDecoding | Calibration) -> str:
+    """The compiled program; of generation, a later token's; of a calibration, the product's."""
+    if isinstance(found, Calibration):
+        return found.product.text
     return found.step.text if isinstance(found, CompiledDecoding) else found.text
 
 

@@ -267,6 +267,50 @@ def on_mesh(
     return traced
 
 
+def on_each_shard(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradients of each device's own rows, not yet summed over devices.
+
+    Args:
+        gradient: ``gradient(params, batch, key, *more)``, a tree; to be traced within ``on_mesh``.
+
+    Returns:
+        A function of the same arguments whose results have a leading axis of ``N`` shards of the
+        rows, one on each device along data and fsdp. Each shard has a key of its own.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), ShardingRules().batch
+    shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+    # Rows are split already; what else the rules say holds within a shard, too.
+    rules = [(name, None if name == "batch" else to) for name, to in nn.get_logical_axis_rules()]
+
+    def apart(params: Any, batch: Any, key: jax.Array, *more: Any) -> Any:
+        def one(rows: Any, shard: jax.Array) -> Any:
+            with nn.logical_axis_rules(rules):
+                return gradient(params, rows, jax.random.fold_in(key, shard), *more)
+
+        split = jax.tree.map(
+            lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:]), batch)
+        return jax.vmap(one, spmd_axis_name=None if mesh.empty else axes)(
+            split, jnp.arange(shards))
+
+    return apart
+
+
+def keep_apart(x_NxP: jax.Array) -> jax.Array:
+    """The array, its leading axis spread as ``on_each_shard`` leaves it."""
+    mesh, unset = jax.sharding.get_abstract_mesh(), PartitionSpec.UNCONSTRAINED
+    if mesh.empty:
+        return x_NxP
+    return jax.lax.with_sharding_constraint(
+        x_NxP, PartitionSpec(ShardingRules().batch, *(unset,) * (x_NxP.ndim - 1)))
+
+
+def summed_over_shards(x_NxP: jax.Array) -> jax.Array:
+    """The sum over the leading axis of ``on_each_shard``, in the array's own dtype: that is what
+    travels between devices (``jnp.sum`` would send float32 in place of bfloat16)."""
+    zero = jnp.zeros((), x_NxP.dtype)
+    return jax.lax.reduce(x_NxP, zero, jax.lax.add, (0,))
+
+
 def like_params(abstract_tree: Any, abstract_params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of a tree that holds values per parameter, such as the optimizer's state.
 

@@ -15,6 +15,7 @@ from encdec.model import Model
 from encdec.train.config import DistillConfig, LossConfig, RunConfig
 from encdec.train.losses import LossSums, Teaching, loss_positions, target_losses
 from encdec.train.optimizer import make_schedule
+from encdec.train.sharding import keep_apart, on_each_shard, summed_over_shards
 from encdec.train.state import TrainState, step_key
 
 Batch = Mapping[str, jax.Array]
@@ -95,8 +96,8 @@ def make_train_step(
     """``train_step(state, batch) -> (state, metrics)``: pure, to be jitted and donated.
 
     The objective is the mean over all target positions of the whole batch, however many
-    micro-batches it is worked through in: gradients of sums are added in float32 and divided
-    once. ``computed`` turns master parameters into those that the model is run with.
+    micro-batches it is worked through in: gradients of sums are added in float32, over devices
+    once a step, and divided once. ``computed`` turns master parameters into those that the model is run with.
     """
 
     schedule = make_schedule(run)
@@ -108,32 +109,20 @@ def make_train_step(
         params: Any, batch: Batch, key: jax.Array, alpha: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         metrics = batch_metrics(
-            model, computed(params), batch, run.loss, targets_length, key, distill, alpha)
+            model, params, batch, run.loss, targets_length, key, distill, alpha)
         return metrics.losses.objective, metrics
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def accumulated(
-        params: Any, batch: Batch, key: jax.Array, alpha: jax.Array | None
-    ) -> tuple[Any, Metrics]:
-        if run.accumulation == 1:
-            return gradient(params, batch, key, alpha)
-        pieces = jax.tree.map(lambda x: _split(x, run.accumulation), batch)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], pieces), key,
-                           alpha))
-
-        def add(sums: Any, piece: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            index, micro_batch = piece
-            new = gradient(params, micro_batch, jax.random.fold_in(key, index), alpha)
-            return jax.tree.map(jnp.add, sums, new), None
-
-        return jax.lax.scan(add, zeros, (jnp.arange(run.accumulation), pieces))[0]
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         alpha = alphas(state.step) if distill.teacher else None
-        sums, metrics = accumulated(state.params, batch, step_key(run.seed, state.step), alpha)
+        key = step_key(run.seed, state.step)
+        params, to_masters = jax.vjp(computed, state.params)
+        sums, metrics = (
+            gradient(params, batch, key, alpha) if run.accumulation == 1 else
+            _accumulated(gradient, params, batch, key, alpha, run.accumulation,
+                         apart=run.mesh.gather == "step"))
+        sums, = to_masters(sums)
         # A batch without any target is no reason to divide by zero: its gradient is zero.
         count = jnp.maximum(metrics.losses.weight, 1.0)
         gradients = jax.tree.map(lambda g: g / count, sums)
@@ -144,6 +133,35 @@ def make_train_step(
             jnp.asarray(schedule(state.step), jnp.float32), alpha)
 
     return train_step
+
+
+def _accumulated(
+    gradient: Callable[..., tuple[Any, Metrics]], params: Any, batch: Batch, key: jax.Array,
+    alpha: jax.Array | None, pieces: int, apart: bool,
+) -> tuple[Any, Metrics]:
+    """Gradients and metrics of a batch in micro-batches, added up in float32.
+
+    Every device adds up what its own rows give, and the sums go over the network once. Not so
+    where parameters stay split over devices (``apart`` False): whole sums would not fit there.
+    """
+    one, place, summed = (on_each_shard(gradient), keep_apart, summed_over_shards) if apart else (
+        gradient, lambda x: x, lambda x: x)
+    micro_batches = jax.tree.map(lambda x: _split(x, pieces), batch)
+    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(
+        x.dtype, jnp.floating) else x.dtype
+    zeros = jax.tree.map(
+        lambda x: place(jnp.zeros(x.shape, wide(x))),
+        jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], micro_batches), key, alpha))
+
+    def add(sums: Any, piece: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        index, micro_batch = piece
+        new = one(params, micro_batch, jax.random.fold_in(key, index), alpha)
+        return jax.tree.map(lambda a, b: place(a + b), sums, new), None
+
+    gradients, metrics = jax.lax.scan(add, zeros, (jnp.arange(pieces), micro_batches))[0]
+    # Rounded before they travel, if the run sums gradients in less than float32.
+    gradients = jax.tree.map(lambda g, p: summed(g.astype(p.dtype)), gradients, params)
+    return gradients, jax.tree.map(summed, metrics)
 
 
 def make_eval_step(model: Model, targets_length: int) -> Callable[[Any, Batch], Metrics]:

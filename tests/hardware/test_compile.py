@@ -320,7 +320,7 @@ def test_slices_are_joined_by_sums_of_gradients_alone(tmp_path):
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiles_generation_a_layer_and_the_calibrating_product(tmp_path, capsys):
+def test_compiles_generation_a_layer_and_the_calibration(tmp_path, capsys):
     file = tmp_path / "report.json"
 
     def report(*arguments):
@@ -337,6 +337,7 @@ def test_compiles_generation_a_layer_and_the_calibrating_product(tmp_path, capsy
         decoding["prefill"]["seconds"] + 31 * decoding["step"]["seconds"])
     layer = report("--what=layer", "--inputs=128", "--config.model_overrides.dtype=bfloat16")
     assert layer["rows"] == 2 and 0 < layer["share_of_peak"] < 1
-    product = report("--what=product")
-    assert 0.8 < product["share_of_peak"] <= 1  # docs/pod.md: 87.8 %
+    calibration = report("--what=calibrate")
+    assert 0.8 < calibration["share_of_peak"] <= 1  # docs/pod.md has both
+    assert 0.2 < calibration["share_of_bandwidth"] <= 1
     assert "% of the peak rate" in capsys.readouterr().out

@@ -10,6 +10,8 @@ import pytest
 
 from encdec.data.batches import Batches
 from encdec.data.records import open_records
+from encdec.hardware.hlo import executions, parse, shape_bytes
+from encdec.hardware.predict import COLLECTIVES
 from encdec.train.config import parse_config
 from encdec.train.program import Program, abstract_batch, build_program
 from encdec.train.sharding import make_mesh
@@ -21,10 +23,11 @@ STEPS = 10
 
 @functools.cache
 def program_on(architecture: str, data: int, fsdp: int, tensor: int, accumulation: int = 1,
-               dropout: float = 0.0, **mesh) -> Program:
+               dropout: float = 0.0, scan_layers: bool = True, **mesh) -> Program:
     run = parse_config(small_run(
         model=ARCHITECTURES[architecture], accumulation=accumulation,
-        model_overrides={"mlp_dropout": dropout, "attention_dropout": dropout},
+        model_overrides={"mlp_dropout": dropout, "attention_dropout": dropout,
+                         "scan_layers": scan_layers},
         mesh={"data": data, "fsdp": fsdp, "tensor": tensor} | mesh))
     mesh = make_mesh(run.mesh, jax.devices()[: data * fsdp * tensor])
     return build_program(run, run.model_config(), mesh, TARGETS)
@@ -96,6 +99,54 @@ def test_four_micro_batches_equal_one_batch(architecture, records):
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
                  accumulated.params, state.params)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 1), (1, 2, 2)],
+                         ids=lambda mesh: "x".join(map(str, mesh)))
+@pytest.mark.parametrize("gather", ["step", "use"])
+def test_micro_batches_on_every_mesh_equal_one_batch(mesh, gather, records):
+    wanted, (history, state) = on_one_device("encoder_decoder", records)
+    program = program_on("encoder_decoder", *mesh, accumulation=2, gather=gather)
+    losses, (accumulated_history, accumulated) = run_steps(
+        program, start("encoder_decoder"), batches("encoder_decoder", records))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    for a, b in zip(history, accumulated_history):
+        assert a.sums.source_tokens == b.sums.source_tokens
+        assert a.sums.target_tokens == b.sums.target_tokens
+        np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
+                 accumulated.params, state.params)
+
+
+def collective_bytes(program: Program) -> tuple[float, float]:
+    """Bytes that a step's collectives handle on a device, all and those within loops."""
+    batch = abstract_batch(program, 8, INPUTS, TARGETS)
+    text = program.train_step.lower(program.abstract_state, batch).compile().as_text()
+    found = [(e.times, e.times * shape_bytes(e.instruction.shape))
+             for body in executions(parse(text)) for e in body
+             if e.instruction.opcode.removesuffix("-start") in COLLECTIVES]
+    return sum(size for _, size in found), sum(size for times, size in found if times > 1)
+
+
+def test_devices_add_up_micro_batches_before_they_talk():
+    one, _ = collective_bytes(program_on("encoder_decoder", 2, 2, 1, scan_layers=False))
+    two, looped = collective_bytes(
+        program_on("encoder_decoder", 2, 2, 1, accumulation=2, scan_layers=False))
+    matrices = sum(x.size for x in jax.tree.leaves(
+        program_on("encoder_decoder", 1, 1, 1).abstract_state.params))
+    assert one > 4 * matrices  # gradients and parameters do travel, and it is seen
+    assert two < 1.05 * one and looped < 0.01 * one
+
+
+def test_shards_of_micro_batches_have_dropout_masks_of_their_own(records):
+    """The same row in every place: equal masks would give equal losses in all places."""
+    batch = batches("encoder_decoder", records)[0]
+    alike = {name: np.repeat(x[:1], 8, axis=0) for name, x in batch.items()}
+    losses = [
+        run_steps(program_on("encoder_decoder", *mesh, accumulation=2, dropout=0.3),
+                  start("encoder_decoder"), [alike])[0][0]
+        for mesh in [(1, 1, 1), (2, 1, 1), (4, 1, 1)]]
+    assert len(set(losses)) == 3
 
 
 def test_dropout_follows_from_seed_and_step_alone(records):
