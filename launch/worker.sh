@@ -54,8 +54,14 @@ mount_bucket() {
   gcsfuse --implicit-dirs "$bucket" "$directory"
 }
 
+boot() {
+  cat /proc/sys/kernel/random/boot_id
+}
+
 alive() {
-  [[ -f $home/pid ]] && kill -0 "$(<"$home/pid")" 2>/dev/null
+  # After a reboot the number may be another process's.
+  [[ -f $home/pid && -f $home/boot && $(<"$home/boot") == "$(boot)" ]] &&
+    kill -0 "$(<"$home/pid")" 2>/dev/null
 }
 
 state() {
@@ -94,6 +100,7 @@ run() {
   cd "$home/source"
   "$home/venv/bin/encdec" train "$@" &
   child=$!
+  boot >"$home/boot"
   printf '%s\n' "$child" >"$home/pid"
   while ((signalled)); do # a signal ends the waiting, not what is waited for
     signalled=0 code=0

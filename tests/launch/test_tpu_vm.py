@@ -456,6 +456,15 @@ def test_a_host_that_was_killed_says_so(tmp_path):
     assert worker(tmp_path, "state").stdout == "encdec-state: exited 137\n"
 
 
+def test_another_process_of_the_same_number_after_a_reboot_is_not_ours(tmp_path):
+    (tmp_path / "pid").write_text(f"{os.getpid()}\n")
+    (tmp_path / "boot").write_text(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text())
+    assert worker(tmp_path, "state").stdout == "encdec-state: running\n"
+    (tmp_path / "boot").write_text("another\n")
+    assert worker(tmp_path, "state").stdout == "encdec-state: exited 137\n"
+    assert worker(tmp_path, "stop").returncode == 0  # and this test lives
+
+
 def test_what_is_typed_for_the_hosts_is_what_they_read():
     options = tpu_vm.parse(["run", *BASE, "--env=X=$(id) 'y'", "--", *TRAIN, *AWKWARD])
     command = tpu_vm.Pod(options).start()[-1][-1].removeprefix("--command=")
