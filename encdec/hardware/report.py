@@ -43,6 +43,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
         "model": run.model,
         "model_overrides": dict(run.model_overrides),
         "batch_size": run.batch_size,
+        "accumulation": run.accumulation,
         "inputs": step.inputs,
         "targets": step.targets,
         "scan_layers": config.scan_layers,
@@ -78,10 +79,11 @@ def show(step: CompiledStep, console: Console) -> None:
     config = run.model_config()
     mesh = " x ".join(f"{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), step.mesh))
     layers = "scanned" if config.scan_layers else "unrolled"
+    pieces = f" in {run.accumulation} micro-batches" if run.accumulation > 1 else ""
     console.print(
         f"[bold]{escape(run.model)}[/] on {step.topology.name}, {len(step.topology.devices)} "
-        f"devices, {mesh}; {run.batch_size} rows of {step.inputs} + {step.targets} tokens; layers "
-        f"{layers}, remat {config.remat}; compiled in {step.compile_seconds:.0f} s")
+        f"devices, {mesh}; {run.batch_size} rows of {step.inputs} + {step.targets} tokens{pieces}; "
+        f"layers {layers}, remat {config.remat}; compiled in {step.compile_seconds:.0f} s")
     console.print(_memory_table({"GiB a device": step.memory}, TRAINING_PARTS))
     console.print(_time_table(step))
     _show_collectives(step, console)

@@ -64,7 +64,7 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
     for one in reports:
         memory = one["memory_bytes"]
         cells = (
-            one["model"], one["topology"], f"{one['batch_size'] / one['devices']:g}",
+            one["model"], one["topology"], _rows(one),
             "scanned" if one["scan_layers"] else "unrolled", one["remat"],
             f"{memory['peak'] / GIB:.1f} of {memory['limit'] / GIB:.1f}",
             f"{1e3 * one['step_seconds']:.1f}", f"{1e3 * one['pallas_roofline_seconds']:.1f}",
@@ -74,6 +74,12 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
             f"{one['chip_hours'] / one['token_budget'] * 1e9:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _rows(report: dict[str, Any]) -> str:
+    """Of a device in a step: "16", or "8 x 4" for eight micro-batches of four."""
+    rows, pieces = report["batch_size"] / report["devices"], report.get("accumulation", 1)
+    return f"{rows:g}" if pieces == 1 else f"{pieces} x {rows / pieces:g}"
 
 
 def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -87,7 +93,7 @@ def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int,
     groups: dict[tuple, dict[int, float]] = {}
     for one in reports:
         devices = one["devices"]
-        kind, rows = one["topology"].split(":")[0], one["batch_size"] / devices
+        kind, rows = one["topology"].split(":")[0], _rows(one)
         key = (one["model"], kind, rows, one["inputs"], one["targets"],
                json.dumps(one["model_overrides"], sort_keys=True))
         rates = groups.setdefault(key, {})
@@ -96,7 +102,7 @@ def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int,
     for (model, kind, rows, inputs, targets, changes), rates in groups.items():
         if len(rates) < 2:
             continue
-        name = f"{model}, {kind}, {rows:g} rows of {inputs} + {targets} tokens a device"
+        name = f"{model}, {kind}, {rows} rows of {inputs} + {targets} tokens a device"
         if name in curves:
             name += f", {changes}"
         curves[name] = [(n, rates[n] / rates[min(rates)]) for n in sorted(rates)]

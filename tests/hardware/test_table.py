@@ -11,10 +11,12 @@ from encdec.hardware.command import main
 from encdec.hardware.table import markdown, weak_scaling
 
 
-def report(topology: str, devices: int, seconds: float, model: str = "330m-tpu", rows: int = 16):
+def report(topology: str, devices: int, seconds: float, model: str = "330m-tpu", rows: int = 16,
+           accumulation: int = 1):
     tokens = rows * devices * 1280
     return {
         "model": model, "topology": topology, "devices": devices, "batch_size": rows * devices,
+        "accumulation": accumulation,
         "inputs": 1024, "targets": 256, "scan_layers": True, "remat": "dots",
         "model_overrides": {"scan_layers": True},
         "memory_bytes": {"peak": 8 * 2**30, "limit": 16 * 2**30}, "step_seconds": seconds,
@@ -43,10 +45,17 @@ def test_weak_scaling_compares_equal_rows_of_equal_settings():
         report("v5e:16x16", 256, 0.26), report("v5e:4x4", 16, 0.25), other,
         report("v6e:16x16", 256, 0.1), report("v5e:16x16*2", 512, 0.28),
         report("v5e:4x4", 16, 0.3, model="1b-tpu")])
+    assert not weak_scaling([
+        report("v5e:4x4", 16, 0.25), report("v5e:16x16", 256, 0.26, accumulation=4)])
     ((name, points),) = curves.items()
     assert name == "330m-tpu, v5e, 16 rows of 1024 + 256 tokens a device"
     assert [n for n, _ in points] == [16, 256, 512]
     assert [share for _, share in points] == pytest.approx([1, 0.25 / 0.26, 0.25 / 0.28])
+
+
+def test_micro_batches_show_in_the_rows():
+    line = markdown([report("v6e:4x4", 16, 0.25, rows=64, accumulation=8)]).splitlines()[2]
+    assert line.startswith("| 330m-tpu | v6e:4x4 | 8 x 8 | scanned |")
 
 
 def test_what_is_no_report_is_refused(tmp_path):
