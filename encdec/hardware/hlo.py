@@ -103,19 +103,31 @@ class Module:
         return lines[0] if lines else ""
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a while loop's body runs: known to XLA, or the constant of its condition."""
+        """How often a while loop's body runs: known to XLA, or by the constant that its counter is
+        compared with, less the one that it starts from (1 where the compiler peeled a turn off)."""
         if match := _TRIPS.search(loop.attributes):
             return int(match[1])
-        condition = self.computations.get(loop.called.get("condition", ""), ())
-        constants = {
-            i.name: int(i.arguments) for i in condition
-            if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments)}
-        for i in condition:
+        condition = {i.name: i for i in self.computations.get(loop.called.get("condition", ""), ())}
+        constants = {name: value for name, i in condition.items()
+                     if (value := _whole_number(i)) is not None}
+        for i in condition.values():
             if i.opcode == "compare" and "direction=LT" in i.attributes:
                 if i.operands[-1] in constants:
-                    return constants[i.operands[-1]]
+                    counter = condition.get(i.operands[0])
+                    return constants[i.operands[-1]] - self._start(loop, counter)
         # The comparison may be hidden in a fusion; loops of scans count up to their one constant.
         return max(constants.values()) if len(constants) == 1 else None
+
+    def _start(self, loop: Instruction, counter: Instruction | None) -> int:
+        """The constant that a loop's counter, an element of the tuple it carries, starts from."""
+        index = re.search(r"index=(\d+)", counter.attributes) if counter else None
+        carried = self.by_name.get(loop.operands[0]) if loop.operands else None
+        if index is None or carried is None or carried.opcode != "tuple":
+            return 0
+        first = self.by_name.get(carried.operands[int(index[1])])
+        while first is not None and first.opcode in ("copy", "bitcast"):
+            first = self.by_name.get(first.operands[0])
+        return (_whole_number(first) if first is not None else None) or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +269,13 @@ def _instruction(line: str, computation: str) -> Instruction | None:
     arguments = rest[start + 1 : stop]
     operands = tuple(_NAME.findall(arguments)) if "%" in arguments else ()
     return Instruction(head[1:], opcode, shape, operands, arguments, rest[stop + 1 :], computation)
+
+
+def _whole_number(i: Instruction) -> int | None:
+    """The value of a whole constant; None for anything else."""
+    if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments):
+        return int(i.arguments)
+    return None
 
 
 def _closing(text: str, start: int) -> int:

@@ -185,6 +185,23 @@ def test_a_collective_whose_end_lies_elsewhere_is_not_hidden():
         3 * 4e9 * 1.5 / 90e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("start, turns", [(0, 20), (1, 19)])
+def test_a_loop_with_a_turn_peeled_off_runs_once_less(start, turns):
+    text = "\n".join([
+        "%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {",
+        line("f32[8]{0}", "fusion", '%b), backend_config={"estimated_cycles":"1503"}', "work"), "}",
+        "", "%c (q: (s32[], f32[8])) -> pred[] {",
+        "  %q = (s32[], f32[8]) parameter(0)", "  %limit = s32[] constant(20)",
+        "  %i = s32[] get-tuple-element(%q), index=0",
+        "  ROOT %less = pred[] compare(%i, %limit), direction=LT", "}",
+        "", "ENTRY %main (p: f32[8]) -> f32[8] {", "  %p = f32[8] parameter(0)",
+        f"  %first = s32[] constant({start})", "  %begin = s32[] copy(%first)",
+        "  %carried = (s32[], f32[8]) tuple(%begin, %p)",
+        "  %loop = (s32[], f32[8]) while(%carried), condition=%c, body=%body", "}"])
+    prediction = predict(hlo.parse(text), topology())
+    assert prediction.compute_seconds == pytest.approx(turns * 1e-6, rel=1e-2)
+
+
 def test_what_has_no_estimate_is_listed():
     target = lambda name: f'%p), custom_call_target="{name}", api_version=API'
     prediction = predict(program(
