@@ -106,8 +106,9 @@ def heads_first_attention(
 
     Both products are batches over key heads, of the N = T * H / K queries that read each, with
     the operands as XLA's CPU compiler wants them: it copies neither keys nor values. More than
-    ``config.attention_block`` queries go block after block, so that a core finds its block's
-    scores in its cache instead of in memory.
+    ``config.attention_block`` queries go block after block: the scores of all of them, four bytes
+    for each query, key and head, would be written to memory and read again at every step of the
+    softmax.
     """
     attend = functools.partial(_heads_first_block, config)
     (batch, length), limit = q_BxTxHxD.shape[:2], config.attention_block
@@ -129,26 +130,37 @@ def heads_first_attention(
 
 def _heads_first_block(
     config: ModelConfig, q_BxTxHxD: jax.Array, k_BxKxDxS: jax.Array, v_BxKxSxD: jax.Array,
-    mask_BxTxS: jax.Array,
+    mask_BxTxS: jax.Array, own: KeyValues | None = None,
 ) -> jax.Array:
+    """``own``: keys and values [B, 1, K, D] of the one query (T = 1) itself, which it reads beside
+    the others."""
     batch, length, heads, dim = q_BxTxHxD.shape
     kv_heads, group = k_BxKxDxS.shape[1], heads // k_BxKxDxS.shape[1]
     grouped = config.kv_pairing == "grouped"
     split, pair = ((kv_heads, group), "kg") if grouped else ((group, kv_heads), "gk")
     q = q_BxTxHxD.reshape(batch, length, *split, dim)
     q_BxKxNxD = jnp.einsum(f"bt{pair}d->bkgtd", q).reshape(batch, kv_heads, group * length, dim)
-    scores = jnp.einsum(
-        "bknd,bkds->bkns", q_BxKxNxD, k_BxKxDxS, preferred_element_type=jnp.float32)
-    if config.attention_logit_cap:
-        scores = config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap)
+    capped = lambda scores: scores if not config.attention_logit_cap else (
+        config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap))
+    scores = capped(jnp.einsum(
+        "bknd,bkds->bkns", q_BxKxNxD, k_BxKxDxS, preferred_element_type=jnp.float32))
     scores = scores.reshape(batch, kv_heads, group, length, -1)
     scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    if own is not None:
+        own_score_BxKxNx1 = capped(jnp.einsum(
+            "bknd,bukd->bknu", q_BxKxNxD, own[0], preferred_element_type=jnp.float32))
+        highest = jnp.maximum(highest, own_score_BxKxNx1[:, :, :, None])
     # Sums divide the D numbers of each output, not the S probabilities behind it.
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
     sums_BxKxNx1 = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, group * length, 1)
     weights = weights.astype(v_BxKxSxD.dtype).reshape(batch, kv_heads, group * length, -1)
     out = jnp.einsum(
         "bkns,bksd->bknd", weights, v_BxKxSxD, preferred_element_type=jnp.float32)
+    if own is not None:
+        own_weight_BxKxNx1 = jnp.exp(own_score_BxKxNx1 - highest[..., 0])
+        sums_BxKxNx1 += own_weight_BxKxNx1
+        out += own_weight_BxKxNx1 * own[1].swapaxes(1, 2).astype(jnp.float32)
     out = (out / sums_BxKxNx1).astype(v_BxKxSxD.dtype)
     out = jnp.einsum(f"bkgtd->bt{pair}d", out.reshape(batch, kv_heads, group, length, dim))
     return out.reshape(batch, length, heads, dim)
@@ -287,6 +299,24 @@ class Attention(nn.Module):
             return x_XxHxD.reshape(outer, kv_heads, -1, dim)
         return x_XxHxD.reshape(outer, -1, kv_heads, dim).swapaxes(1, 2)
 
+    def _step_by_parts(
+        self, q_Bx1xHxD: jax.Array, new: KeyValues, cache: KeyValues, inputs: AttentionInputs
+    ) -> tuple[jax.Array, KeyValues]:
+        """One new token: it reads the cache as it was and itself, and is written afterwards.
+
+        XLA's CPU compiler writes in place only what nobody reads later; the other way round it
+        copied every layer's cache at every step. That the writing waits for the reading is said
+        by adding zero times what was read.
+        """
+        k_Bx1xKxD, v_Bx1xKxD = (x.astype(old.dtype) for x, old in zip(new, cache))
+        places_S = jnp.arange(inputs.mask_BxTxS.shape[-1])
+        others_Bx1xS = inputs.mask_BxTxS & (places_S != inputs.slots_BxT[..., None])
+        out = _heads_first_block(
+            self.config, q_Bx1xHxD, *cache, others_Bx1xS, (k_Bx1xKxD, v_Bx1xKxD))
+        wait = 0 * out[:, :, :1, :1]
+        cache = self._written(cache, (k_Bx1xKxD + wait, v_Bx1xKxD + wait), inputs.slots_BxT)
+        return self.o(out), cache
+
     def __call__(
         self,
         x_BxTxM: jax.Array,
@@ -318,6 +348,8 @@ class Attention(nn.Module):
             if key_values is None:
                 new = self._new_key_values(x_BxTxM, inputs.kv_rope)
         q = self._query(q, inputs.q_rope)
+        if cache is not None and self.config.kernel_parts and q.shape[1] == 1:
+            return self._step_by_parts(q, new, cache, inputs)
         if cache is not None:
             cache = key_values = self._written(cache, new, inputs.slots_BxT)
         elif new is not None:

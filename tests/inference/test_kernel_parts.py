@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,23 @@ def test_cached_steps_in_parts_are_the_full_forward_pass(name):
         logits, memory = STEP(config, params, memory, jnp.array([token]))
         steps.append(logits[0])
     np.testing.assert_allclose(np.stack(steps), whole, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["unrolled", "windowed"])
+def test_a_step_copies_no_cache(name):
+    """What is kept has a width that nothing else in the program has."""
+    config, params = for_decoding(*pair(name), 2)
+    room, lengths = 37, jnp.array([9])
+    plan, settings = DecodingPlan(Choosing(config.vocab_size), room, START), greedy_rows(1, room)
+    begun = start_compiled(config, plan, params, TOKENS[:1], lengths, settings)
+    width = jax.tree.leaves(begun.memory.cache)[0].shape[-1]
+    text = advance_compiled.lower(
+        config, plan, params, begun, jnp.int32(5)).compile().as_text()
+    kept = re.compile(rf"f32\[1,{config.num_kv_heads},({config.head_dim},{width}|{width},"
+                      rf"{config.head_dim})\]")
+    lines = [line for line in text.splitlines() if kept.search(line)]
+    assert any("dynamic-update-slice" in line for line in lines)
+    assert not [line for line in lines if re.search(r"= \S+ copy\(", line)]
 
 
 @pytest.mark.parametrize("name", ["paper", "windowed"])
