@@ -200,8 +200,11 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
 def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """config.json and tensors of the modelling file shipped beside them."""
     entries = [Entry("decoder.embed_tokens.weight", "embedder/embedding")]
-    if not config.share_embeddings:
-        entries.append(Entry("encoder.embed_tokens.weight", "encoder_embedder/embedding"))
+    # transformers ties no weights at all where the head is untied: the table is then stored twice.
+    tied_tables = config.share_embeddings and config.tie_embeddings
+    if not tied_tables:
+        table = "embedder" if config.share_embeddings else "encoder_embedder"
+        entries.append(Entry("encoder.embed_tokens.weight", f"{table}/embedding"))
     if not config.tie_embeddings:
         entries.append(Entry("lm_head.weight", "embedder/head", "matrix"))
     sublayers = {"self_attn": "self_attention", "cross_attn": "cross_attention", "mlp": "mlp"}
@@ -227,10 +230,10 @@ def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[st
     kept = ("vocab_size", "encoder_layers", "decoder_layers", "d_model", "num_heads",
             "num_kv_heads", "head_dim", "mlp_dim", "qkv_bias", "attention_out_bias", "mlp_bias",
             "mlp_gated", "norm_eps", "norm_plus_one", "norm_cast", "post_norms", "qk_norm",
-            "attention_logit_cap", "final_logit_cap", "embedding_scale", "share_embeddings",
-            "rope_magnitude")
+            "attention_logit_cap", "final_logit_cap", "embedding_scale", "rope_magnitude")
     values = {name: getattr(config, name) for name in kept} | {
         "model_type": "encdec", "architectures": ["EncdecForConditionalGeneration"],
+        "share_embeddings": tied_tables,
         "auto_map": {
             "AutoConfig": "configuration_encdec.EncdecConfig",
             "AutoModelForSeq2SeqLM": "modeling_encdec.EncdecForConditionalGeneration"},

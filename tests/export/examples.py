@@ -16,6 +16,8 @@ TINY = preset("test", vocab_size=264)
 MODELS: dict[str, ModelConfig] = {
     # The paper's shape: no family of transformers has it.
     "paper": TINY,
+    # One table for both stacks and a head of its own: what transformers does not tie.
+    "untied head": TINY.replace(tie_embeddings=False),
     "unrolled": TINY.replace(
         scan_layers=False, mlp_gated=True, mlp_activation="silu", qk_norm=True, post_norms=True,
         attention_logit_cap=5.0, final_logit_cap=8.0, norm_plus_one=True, embedding_scale=True,

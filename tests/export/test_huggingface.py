@@ -27,8 +27,8 @@ from tests.inference.test_decoding import run
 torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
 transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
 
-FAMILIES = {"paper": "encdec", "unrolled": "encdec", "t5gemma": "t5gemma",
-            "t5gemma folded": "t5gemma", "llama": "llama"}
+FAMILIES = {"paper": "encdec", "untied head": "encdec", "unrolled": "encdec",
+            "t5gemma": "t5gemma", "t5gemma folded": "t5gemma", "llama": "llama"}
 
 
 def logits(config, params, fields):
