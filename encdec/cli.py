@@ -53,7 +53,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "encdec.export.edge_benchmark:main",
         "one model on this CPU by JAX, LiteRT and onnxruntime, float32 to int4"),
     "inference": (
-        "encdec.inference.benchmark_command:main",
+        "encdec.export.inference_benchmark:main",
         "generation by an encoder-decoder and by decoder-only models of its cost"),
     "serving": (
         "encdec.serving.benchmark_command:main",

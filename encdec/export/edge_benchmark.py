@@ -22,23 +22,28 @@ from rich.table import Table
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
-from encdec.export import litert_export, onnx_export
+from encdec.export import litert_export, onnx_export, transformers_runtime
+from encdec.export.inference_benchmark import numbers
 from encdec.inference.benchmark import START_ID, GenerationTiming, Spread, cached_run
-from encdec.inference.benchmark_command import numbers
 from encdec.inference.decoding import ready_for_decoding
 from encdec.inference.device_rates import Busy, DeviceRates, ReadRate, measure_rates, peak_memory
 from encdec.inference.exported import ExportedModel, export_format, likeliest, load_exported_model
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
 
-# name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout.
+# name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout;
+# transformers is a peer: its `generate` on our export for Hugging Face.
 PATHS = {
     "jax": ("jax", "as generate runs it"), "jax-float32": ("jax", "float32"),
     "litert-float32": ("litert", "float32"), "litert-int8": ("litert", "int8"),
     "litert-int4": ("litert", "int4"), "onnx-float32": ("onnx", "float32"),
     "onnx-int8": ("onnx", "int8"), "onnx-int4": ("onnx", "int4"),
+    **{f"transformers-{name}": ("transformers", name) for name in transformers_runtime.PRECISIONS},
 }
-DEFAULT = ("jax", "jax-float32", "litert-int8", "litert-int4", "onnx-int8")
+# Without the peers that this machine lacks.
+DEFAULT = ("jax", "jax-float32", "litert-int8", "litert-int4", "onnx-int8",
+           "transformers-float32", "transformers-bfloat16", "transformers-int8")
+REFERENCE = "jax-float32"  # whose tokens the others' are held against
 WRITERS = {"litert": litert_export, "onnx": onnx_export}
 
 # From an input's tokens to the first new token and a state; from the state to all others.
@@ -57,6 +62,7 @@ class Measured:
             before and after its later tokens; the mean of the two counts.
         first_token_rate: FLOP/s up to the first token, over the measured rate of a matrix product
             in the type that this path multiplies in where JAX has it (int8: of bfloat16).
+        same_tokens: new tokens before the first that is not JAX float32's; None without it.
 
     The first and the last hold a median of timings against the best rate of the whole run, which
     is the machine's own limit. A virtual machine may have less for minutes, while others on its
@@ -68,6 +74,7 @@ class Measured:
     decode_floor_share: float
     neighbouring_floor_share: Spread
     first_token_rate: float
+    same_tokens: int | None = None
 
 
 def artefact(name: str, config: ModelConfig, params: Any, folder: pathlib.Path) -> pathlib.Path:
@@ -121,11 +128,17 @@ def exported_run(model: ExportedModel, outputs: int) -> Run:
     return first, rest
 
 
+def transformers_run(model: transformers_runtime.TransformersModel, outputs: int) -> Run:
+    """A peer: one call of ``generate``, halted after its first token."""
+    return (lambda tokens_S: model.start(tokens_S[None], outputs),
+            lambda state, count: model.finish(state))
+
+
 def measure(
     runs: dict[str, Run], config: ModelConfig, inputs: Sequence[int], outputs: int, repeats: int,
     *, read_rate: Callable[[], float], calm: float = 1.0,
     between: Callable[[], None] = lambda: None,
-) -> tuple[list[tuple[GenerationTiming, tuple[float, ...]]], int]:
+) -> tuple[list[tuple[GenerationTiming, tuple[float, ...], int | None]], int]:
     """Times every path at every length, by turns, after a first round that does not count.
 
     Args:
@@ -141,14 +154,14 @@ def measure(
         between: called between turns.
 
     Returns:
-        The timings, each with the bandwidth around its repeats, and how many were taken again.
+        The timings, each with the bandwidth around its repeats and ``Measured.same_tokens``; and
+        how many were taken again.
     """
     timings, again = [], 0
     for length in inputs:
         tokens = np.random.default_rng(length).integers(2, config.vocab_size, length)
         taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
-        for first, rest in runs.values():
-            rest(first(tokens), outputs)
+        answers = {name: rest(first(tokens), outputs) for name, (first, rest) in runs.items()}
         for turn in range(8 * repeats):
             between()
             for name, (first, rest) in runs.items():
@@ -168,8 +181,15 @@ def measure(
         for name, times in taken.items():
             firsts, totals, around = zip(*times)
             timings.append((
-                GenerationTiming(name, True, length, outputs, 1, firsts, totals), around))
+                GenerationTiming(name, True, length, outputs, 1, firsts, totals), around,
+                alike(answers[name], answers[REFERENCE]) if REFERENCE in answers else None))
     return timings, again
+
+
+def alike(ours_1xN: np.ndarray, theirs_1xN: np.ndarray) -> int:
+    """Tokens before the first difference."""
+    same_N = np.asarray(ours_1xN)[0] == np.asarray(theirs_1xN)[0]
+    return int(np.logical_and.accumulate(same_N).sum())
 
 
 def evaluate(
@@ -185,7 +205,8 @@ def evaluate(
     others = later.decoder / 2 + later.head / 2 - mlps
     weights = mlps * BYTES_PER_VALUE[precision] + others * max(BYTES_PER_VALUE[precision], 1.0)
     cache = (timing.output_length - 1) * cache_bytes(
-        config, timing.input_length, max(1, timing.output_length // 2), dtype="float32")
+        config, timing.input_length, max(1, timing.output_length // 2),
+        dtype="bfloat16" if precision == "bfloat16" else "float32")
     taken = timing.total.median - timing.first_token.median
     reduced = PATHS[timing.model][1] not in ("float32",)
     rate = (fast if reduced else rates).flops_per_second
@@ -194,6 +215,27 @@ def evaluate(
         for rate, first, total in zip(around, timing.first_token_seconds, timing.total_seconds)])
     return Measured(timing, (weights + cache) / rates.bytes_per_second / taken, neighbouring,
                     flops.first_token.total / timing.first_token.median / rate)
+
+
+def chosen_paths(names: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
+    """The paths to run, and a line for each of the default's that this machine cannot.
+
+    Raises:
+        ConfigError: an unknown path, or one asked for that cannot run here.
+    """
+    chosen, left_out = [], []
+    for name in names or DEFAULT:
+        if name not in PATHS:
+            raise ConfigError(f"--paths has {name!r}; wanted some of {', '.join(PATHS)}")
+        kind, precision = PATHS[name]
+        reason = transformers_runtime.missing(precision) if kind == "transformers" else ""
+        if reason and names:
+            raise ConfigError(f"--paths has {name}, but {reason}")
+        if reason:
+            left_out.append(f"{name} is left out: {reason}")
+        else:
+            chosen.append(name)
+    return tuple(chosen), left_out
 
 
 def peak_bytes(arguments: Sequence[str]) -> int:
@@ -212,21 +254,19 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().parse_args(argv)
     config = preset(options.model)
-    for name in options.paths:
-        if name not in PATHS:
-            raise ConfigError(f"--paths has {name!r}; wanted some of {', '.join(PATHS)}")
+    paths, left_out = chosen_paths(options.paths)
     if not config.is_encoder_decoder:
         raise ConfigError(f"--model={options.model} is decoder-only; wanted an encoder-decoder")
     if options.repeats < 1 or options.outputs < 2:
         raise ConfigError(f"repeats is {options.repeats} and outputs {options.outputs}; wanted at "
                           "least 1 and 2")
-    folder = pathlib.Path(options.artefacts)
+    folder = pathlib.Path(options.artefacts) / options.model
     if options.peak:
         print(_peak(options, config, folder))
         return 0
     draw = jax.jit(init_params, static_argnums=0)
     params = draw(build_model(config), jax.random.key(0))
-    runs = {name: _run(name, config, params, folder, options.outputs) for name in options.paths}
+    runs = {name: _run(name, config, params, folder, options.outputs) for name in paths}
     if options.export_only:
         return 0
     del params
@@ -247,17 +287,20 @@ def main(argv: list[str]) -> int:
         max(one.bytes_per_second for one in found), max(one.flops_per_second for one in found))
         for found in known.values())
     median_rate = statistics.median(one.bytes_per_second for one in known["float32"])
-    found = [evaluate(timing, around, config, rates, fast) for timing, around in timings]
+    found = [dataclasses.replace(evaluate(timing, around, config, rates, fast), same_tokens=same)
+             for timing, around, same in timings]
     peaks = {} if options.no_memory else {
         name: peak_bytes([f"--model={options.model}", f"--paths={name}",
-                          f"--artefacts={folder}", f"--inputs={max(options.inputs)}",
-                          f"--outputs={options.outputs}"]) for name in options.paths}
+                          f"--artefacts={options.artefacts}", f"--inputs={max(options.inputs)}",
+                          f"--outputs={options.outputs}"]) for name in paths}
     console.print(
         f"{platform.processor() or platform.machine()}, batch 1: {rates.bytes_per_second / 1e9:.1f}"
         f" GB/s read (median {median_rate / 1e9:.1f}), {rates.flops_per_second / 1e9:.0f} GFLOP/s "
         f"float32 and {fast.flops_per_second / 1e9:.0f} bfloat16; other processes took "
         f"{others:.0%} of the cores meanwhile, {again} timings were taken again")
     console.print(_table(found, peaks, options.outputs))
+    for line in left_out:
+        console.print(line, highlight=False)
     if options.out:
         pathlib.Path(options.out).mkdir(parents=True, exist_ok=True)
         (pathlib.Path(options.out) / "edge.json").write_text(json.dumps({
@@ -273,7 +316,8 @@ def main(argv: list[str]) -> int:
                 "tokens_per_second": dataclasses.asdict(one.timing.tokens_per_second),
                 "decode_floor_share": one.decode_floor_share,
                 "neighbouring_floor_share": dataclasses.asdict(one.neighbouring_floor_share),
-                "first_token_rate": one.first_token_rate} for one in found]}, indent=2) + "\n")
+                "first_token_rate": one.first_token_rate,
+                "same_tokens": one.same_tokens} for one in found]}, indent=2) + "\n")
     return 0
 
 
@@ -283,13 +327,17 @@ def _run(
     kind, precision = PATHS[name]
     if kind == "jax":
         return jax_run(config, params, "float32" if precision == "float32" else None, outputs)
+    if kind == "transformers":
+        exported = transformers_runtime.artefact(config, params, folder)
+        return transformers_run(
+            transformers_runtime.TransformersModel(exported, precision), outputs)
     path = artefact(name, config, params, folder)
     assert export_format(path) == kind
     return exported_run(load_exported_model(path), outputs)
 
 
 def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path) -> int:
-    name = options.paths[0]
+    (name,) = options.paths
     params = None
     if PATHS[name][0] == "jax":
         params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
@@ -301,7 +349,7 @@ def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path
 def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Table:
     table = Table(title=f"Medians (quartiles), {outputs} tokens out", title_justify="left")
     names = ("path", "in", "first token, ms", "tokens/s", "total, s", "of matmul rate",
-             "of read floor", "of reads beside it", "peak memory")
+             "of read floor", "of reads beside it", "peak memory", "same tokens")
     for place, name in enumerate(names):
         table.add_column(name, justify="right" if place else "left")
     for one in found:
@@ -312,7 +360,8 @@ def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Ta
             timing.tokens_per_second.shown(1, 1), timing.total.shown(1, 3),
             f"{one.first_token_rate:.0%}", f"{one.decode_floor_share:.0%}",
             one.neighbouring_floor_share.shown(100, 0) + " %",
-            f"{peak / 2**20:,.0f} MiB" if peak else "")
+            f"{peak / 2**20:,.0f} MiB" if peak else "",
+            "" if one.same_tokens is None else f"{one.same_tokens} of {outputs}")
     return table
 
 
@@ -320,11 +369,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec benchmark edge", allow_abbrev=False,
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
-        "models of the same parameters, by turns in one run. Parameters are drawn anew: their "
-        "values change no time.")
+        "models of the same parameters, transformers' generate among them, by turns in one run. "
+        "\"same tokens\" counts those before the first that JAX float32 chose otherwise. "
+        "Parameters are drawn anew: their values change no time.")
     parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
-    parser.add_argument("--paths", type=lambda text: tuple(text.split(",")), default=DEFAULT,
-                        metavar="A,B", help=f"of {', '.join(PATHS)} ({','.join(DEFAULT)})")
+    parser.add_argument("--paths", type=lambda text: tuple(text.split(",")), metavar="A,B",
+                        help=f"of {', '.join(PATHS)} ({','.join(DEFAULT)}; of transformers' those "
+                        "that this machine can run)")
     parser.add_argument("--inputs", type=numbers, default=(512,), metavar="N,N",
                         help="input tokens (512)")
     parser.add_argument("--outputs", type=int, default=64, help="new tokens (64)")

@@ -62,6 +62,8 @@ class GenerationTiming:
         batch: rows.
         first_token_seconds: from the inputs' tokens to the first new token, of each repeat.
         total_seconds: to the last new token, of each repeat.
+        same_tokens: share of the new tokens that are those of the model of the same parameters
+            that this one is held against; None where there is none.
     """
 
     model: str
@@ -71,6 +73,7 @@ class GenerationTiming:
     batch: int
     first_token_seconds: tuple[float, ...]
     total_seconds: tuple[float, ...]
+    same_tokens: float | None = None
 
     @property
     def first_token(self) -> Spread:
@@ -99,6 +102,7 @@ def time_generation(
     repeats: int = 5,
     uncached_lengths: Collection[int] | None = None,
     dtype: str | None = None,
+    runtimes: Mapping[str, Callable[[np.ndarray, int], _Run]] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> list[GenerationTiming]:
     """Times greedy generation from random inputs; every repeat runs all models in turn.
@@ -115,6 +119,9 @@ def time_generation(
         uncached_lengths: those of ``input_lengths`` at which decoder-only models are timed without
             a cache, too; None: all.
         dtype: see ``ready_for_decoding``.
+        runtimes: by name, other programs that run the first of ``models``: given tokens [B, S] and
+            a count, the first token and from its result all tokens [B, count]. Each is timed right
+            behind that model, and ``same_tokens`` holds its tokens against that model's.
         on_progress: told what is about to be timed.
 
     Returns:
@@ -134,23 +141,38 @@ def time_generation(
         runs: dict[tuple[str, bool], _Run] = {}
         for name, (config, params) in ready.items():
             rng = np.random.default_rng(length)
-            tokens = jnp.asarray(rng.integers(2, config.vocab_size, (batch, length)), jnp.int32)
+            drawn = rng.integers(2, config.vocab_size, (batch, length))
+            tokens = jnp.asarray(drawn, jnp.int32)
+            first_model = not runs
             runs[name, True] = cached_run(config, params, tokens, output_length)
+            if first_model:
+                runs |= {(runtime, True): make(drawn, output_length)
+                         for runtime, make in (runtimes or {}).items()}
             uncached = uncached_lengths is None or length in uncached_lengths
             if uncached and not config.is_encoder_decoder:
                 runs[name, False] = _uncached_run(config, params, tokens, output_length)
-        for (name, cached), run in runs.items():
+        answers = {}
+        for (name, cached), (first, rest) in runs.items():
             if on_progress:
                 on_progress(f"{name}, {length} tokens in, {'' if cached else 'un'}cached")
-            _time_once(run)  # compiles
+            answers[name, cached] = jax.block_until_ready(rest(first()))  # compiles
+        wanted = next(iter(answers.values())).tokens_RxN
+        same = {(name, True): equal_share(answers[name, True], wanted) for name in runtimes or ()}
+        del answers
         taken: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in runs}
         for _ in range(repeats):
             for key, run in runs.items():
                 taken[key].append(_time_once(run))
         timings += [
-            GenerationTiming(name, cached, length, output_length, batch, *zip(*times))
+            GenerationTiming(name, cached, length, output_length, batch, *zip(*times),
+                             same_tokens=same.get((name, cached)))
             for (name, cached), times in taken.items()]
     return timings
+
+
+def equal_share(tokens: Any, wanted: Any) -> float:
+    """Share of equal tokens at equal places of two arrays of one shape."""
+    return float(np.mean(np.asarray(tokens) == np.asarray(wanted)))
 
 
 # The first token, and from its result all others.

@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from encdec.model import ModelConfig
 
@@ -29,18 +30,37 @@ def measure_peaks(
     Raises:
         RuntimeError: a process that failed, with the end of what it said.
     """
-    ordered = sorted(settings, key=lambda setting: (setting[0] * sum(setting[1:]), setting))
     found = {}
     for name, config in configs.items():
-        request = {"config": config.to_dict(), "settings": ordered, "dtype": dtype}
-        done = subprocess.run(
-            [sys.executable, "-m", "encdec.inference.benchmark_memory"],
-            input=json.dumps(request), capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr[-1000:]}")
-        peaks = json.loads(done.stdout.splitlines()[-1])
-        found.update({(name, setting): peak for setting, peak in zip(ordered, peaks)})
+        peaks = peaks_by_process(
+            "encdec.inference.benchmark_memory", name, settings,
+            {"config": config.to_dict(), "dtype": dtype})
+        found.update({(name, setting): peak for setting, peak in peaks.items()})
     return found
+
+
+def peaks_by_process(
+    module: str, name: str, settings: Sequence[Setting], request: Mapping[str, Any]
+) -> dict[Setting, int]:
+    """What a process of its own answers, in bytes by setting.
+
+    Args:
+        module: run with ``python -m``; reads ``request`` and the settings as JSON from standard
+            input, and its last line is a list of bytes.
+        name: of the model, for errors.
+        settings: to be measured; the order in which they go is described above.
+        request: all else that the module asks for.
+
+    Raises:
+        RuntimeError: the process failed, with the end of what it said.
+    """
+    ordered = sorted(settings, key=lambda setting: (setting[0] * sum(setting[1:]), setting))
+    done = subprocess.run(
+        [sys.executable, "-m", module], input=json.dumps({**request, "settings": ordered}),
+        capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr[-1000:]}")
+    return dict(zip(ordered, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def _peaks(config: ModelConfig, settings: Sequence[Setting], dtype: str) -> list[int]:
@@ -58,14 +78,14 @@ def _peaks(config: ModelConfig, settings: Sequence[Setting], dtype: str) -> list
     for batch, inputs, outputs in settings:
         first, rest = cached_run(config, params, jnp.full((batch, inputs), 5, jnp.int32), outputs)
         jax.block_until_ready(rest(first()))
-        _forget_peak()
+        forget_peak()
         jax.block_until_ready(rest(first()))
         statistics = jax.devices()[0].memory_stats() or {}
         found.append(statistics.get("peak_bytes_in_use") or peak_memory())
     return found
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Linux counts this process's peak anew from here; elsewhere it stays that of all time."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from encdec.inference.benchmark import GenerationTiming
 
 # Okabe and Ito's colours, told apart by marker and line too.
-_LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "-"), ("#009E73", "^", "-"))
+_LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "-"), ("#009E73", "^", "-"),
+          ("#CC79A7", "D", "-"), ("#56B4E9", "v", "-"))
 
 
 def draw(timings: Sequence[GenerationTiming], folder: pathlib.Path) -> list[pathlib.Path]:

@@ -20,20 +20,20 @@ from encdec.inference.device_rates import Busy, DeviceRates, peak_memory
 from encdec.model import build_model, init_params, preset
 from encdec.model.flops import cache_bytes, generation_flops
 
-for package in ("ai_edge_litert", "onnx", "onnxruntime"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install encdec[litert,onnx]")
+for package in ("ai_edge_litert", "onnx", "onnxruntime", "torch", "transformers"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install encdec[litert,onnx,hf]")
 
 
 def test_float32_paths_make_the_same_tokens(tmp_path):
     config = preset("test", scan_layers=False, tie_embeddings=False, init_std=0.3)
     params = init_params(build_model(config), jax.random.key(0))
     tokens, answers = np.arange(3, 12), {}
-    for name in ("jax-float32", "litert-float32", "onnx-float32"):
+    for name in ("jax-float32", "litert-float32", "onnx-float32", "transformers-float32"):
         first, rest = edge_benchmark._run(name, config, params, tmp_path, 6)
         answers[name] = rest(first(tokens), 6).tolist()
     assert len(answers["jax-float32"][0]) == 6
     assert len(set(answers["jax-float32"][0])) > 1
-    assert answers["jax-float32"] == answers["litert-float32"] == answers["onnx-float32"]
+    assert all(answer == answers["jax-float32"] for answer in answers.values())
 
 
 def test_every_path_is_measured_and_written(tmp_path, capsys):
@@ -56,7 +56,7 @@ def test_disturbed_timings_are_taken_again_but_not_for_ever(monkeypatch):
     runs = {"jax": (lambda tokens: ran.append(len(tokens)), lambda state, count: None)}
     for again in (3, 21):  # then 7 times the repeats
         rates = itertools.count(1)
-        [(timing, around)], found = edge_benchmark.measure(
+        [(timing, around, _)], found = edge_benchmark.measure(
             runs, preset("test"), [4], 2, 3, calm=0.1, read_rate=rates.__next__)
         assert found == again and len(timing.total_seconds) == len(around) == 3
         # Of the timings that stand, the mean of the bandwidth before and after.
@@ -115,3 +115,21 @@ def test_what_others_take_is_a_share():
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         main(arguments)
+
+
+def test_peers_that_cannot_run_here_are_left_out_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(
+        edge_benchmark.transformers_runtime, "missing",
+        lambda precision: "no such products" if precision == "bfloat16" else "")
+    paths, left_out = edge_benchmark.chosen_paths(None)
+    assert "transformers-int8" in paths and "transformers-bfloat16" not in paths
+    assert left_out == ["transformers-bfloat16 is left out: no such products"]
+    with pytest.raises(ConfigError, match="transformers-bfloat16, but no such products"):
+        edge_benchmark.chosen_paths(["jax", "transformers-bfloat16"])
+    with pytest.raises(ConfigError, match="'torch'; wanted some of jax, .*transformers-int8"):
+        edge_benchmark.chosen_paths(["torch"])
+
+
+def test_tokens_are_alike_up_to_the_first_that_differs():
+    assert edge_benchmark.alike(np.array([[1, 2, 3, 4]]), np.array([[1, 2, 9, 4]])) == 2
+    assert edge_benchmark.alike(np.array([[1, 2]]), np.array([[1, 2]])) == 2

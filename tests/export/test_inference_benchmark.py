@@ -8,8 +8,9 @@ import json
 import pytest
 
 from encdec.errors import ConfigError
+from encdec.export import transformers_runtime
+from encdec.export.inference_benchmark import OURS, evaluate, main, ratios
 from encdec.inference.benchmark import GenerationTiming
-from encdec.inference.benchmark_command import OURS, evaluate, main, ratios
 from encdec.inference.benchmark_memory import measure_peaks
 from encdec.inference.device_rates import DeviceRates
 from encdec.model import preset
@@ -91,11 +92,33 @@ def test_ratios_are_of_equal_settings():
     assert ratios([small, big])[0]["peak memory"] == -0.25
 
 
+@pytest.mark.slow
+def test_transformers_generates_beside_ours_for_every_batch_and_length(tmp_path, capsys):
+    for package in ("torch", "transformers"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install encdec[hf]")
+    assert main(["--model=test", "--inputs=8", "--outputs=3,5", "--batches=1,2", "--repeats=1",
+                 "--peers=transformers", f"--out={tmp_path}"]) == 0
+    report = json.loads((tmp_path / "inference.json").read_text())
+    wanted = {(name, batch, outputs) for name in (OURS, "transformers")
+              for batch in (1, 2) for outputs in (3, 5)}
+    assert {(m["model"], m["batch"], m["outputs"]) for m in report["measured"]} == wanted
+    assert {row["peer"] for row in report["ratios"]} == {"transformers"}
+    for one in report["measured"]:
+        assert one["first_token_seconds"]["low"] > 0 and 2**26 < one["peak_bytes"] < 2**33
+    assert len(list(tmp_path.glob("inference-batch*.png"))) == 4
+
+
+def test_transformers_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(transformers_runtime, "missing", lambda *_: "torch is not installed")
+    with pytest.raises(ConfigError, match="'transformers', but torch is not installed"):
+        main(["--model=test", "--peers=parameters,transformers"])
+
+
 @pytest.mark.parametrize("argument, message", [
     ("--inputs=4,x", "no list of numbers"),
     ("--outputs=0", "below 1"),
     ("--uncached_inputs=7", "wanted some of --inputs"),
-    ("--peers=size", "wanted parameters or flops"),
+    ("--peers=size", "wanted some of parameters, flops, transformers"),
     ("--model=330m-dec", "wanted an encoder-decoder"),
 ])
 def test_bad_settings_are_refused(argument, message):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import platform
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from encdec.errors import ConfigError
+from encdec.export import transformers_runtime
 from encdec.inference.benchmark import GenerationTiming, time_generation
-from encdec.inference.benchmark_memory import measure_peaks
+from encdec.inference.benchmark_memory import measure_peaks, peaks_by_process
 from encdec.inference.device_rates import DeviceRates, measure_rates
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.model.flops import (
@@ -31,6 +35,8 @@ from encdec.model.peers import match_decoder_only
 
 PEERS = {"parameters": "parameters", "flops": "training_flops"}
 OURS = "encoder-decoder"
+# The encoder-decoder by transformers' `generate`; the precision, or None for that of --dtype.
+RUNTIMES = {"transformers": None, "transformers-bfloat16": "bfloat16"}
 # arXiv 2501.16273, abstract: of the encoder-decoder against decoder-only models of its size.
 PAPER = {
     "first token": "-47 %", "tokens a second": "4.7x", "memory": "-11 to -16 %", "FLOPs": "-22 %",
@@ -75,6 +81,7 @@ class Measured:
             "cache_bytes": self.cache_bytes, "bytes_moved": self.bytes_moved,
             "first_token_rate": self.first_token_rate,
             "decode_floor_share": self.decode_floor_share, "peak_bytes": self.peak_bytes,
+            "same_tokens": timing.same_tokens,
         }
 
 
@@ -110,24 +117,44 @@ def measure(
     repeats: int = 5,
     uncached_inputs: Sequence[int] | None = None,
     dtype: str = "float32",
+    precisions: Mapping[str, str] | None = None,
+    folder: pathlib.Path | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> tuple[DeviceRates, list[Measured]]:
     """Times every model at every setting, by turns, with freshly drawn parameters.
 
-    The values of parameters change no time. Raises ConfigError for a setting that cannot be.
+    The values of parameters change no time. ``precisions`` are those of RUNTIMES that run OURS,
+    whose export lies in ``folder``. Raises ConfigError for a setting that cannot be.
     """
     draw = jax.jit(init_params, static_argnums=0)
     models = {name: (config, draw(build_model(config), jax.random.key(0)))
               for name, config in configs.items()}
+    loaded = {name: transformers_runtime.TransformersModel(
+        transformers_runtime.artefact(*models[OURS], folder), precision, torch_device())
+        for name, precision in (precisions or {}).items()}
+    runtimes = {name: _runtime(model) for name, model in loaded.items()}
+    dtypes = dict.fromkeys(configs, dtype) | dict(precisions or {})
     rates = measure_rates(dtype)
     found = []
     for batch in batches:
         for output in outputs:
             timings = time_generation(
                 models, inputs, output, batch=batch, repeats=repeats,
-                uncached_lengths=uncached_inputs, dtype=dtype, on_progress=on_progress)
-            found += [evaluate(timing, configs[timing.model], rates, dtype) for timing in timings]
+                uncached_lengths=uncached_inputs, dtype=dtype, runtimes=runtimes,
+                on_progress=on_progress)
+            found += [evaluate(timing, configs.get(timing.model, configs[OURS]), rates,
+                               dtypes[timing.model]) for timing in timings]
     return rates, found
+
+
+def _runtime(model: transformers_runtime.TransformersModel) -> Callable[..., Any]:
+    """What ``time_generation`` asks of a runtime."""
+    return lambda tokens_BxS, count: (lambda: model.start(tokens_BxS, count), model.finish)
+
+
+def torch_device() -> str:
+    """torch's name of the kind of device that JAX uses."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def ratios(found: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -161,20 +188,24 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().parse_args(argv)
     console = Console(width=None if Console().is_terminal else 160)
-    configs = _models(options)
+    configs, precisions = _models(options), _precisions(options)
     for length in options.uncached_inputs or ():
         if length not in options.inputs:
             raise ConfigError(f"--uncached_inputs has {length}; wanted some of --inputs, "
                               f"{','.join(map(str, options.inputs))}")
     progress = lambda text: console.print(text, style="dim", highlight=False)
-    peaks = {}
-    if not options.no_memory:  # before this process takes an accelerator's memory
-        progress("memory, each model in a process of its own")
-        peaks = measure_peaks(configs, list(itertools.product(
-            options.batches, options.inputs, options.outputs)), options.dtype)
-    rates, found = measure(
-        configs, options.inputs, options.outputs, options.batches, repeats=options.repeats,
-        uncached_inputs=options.uncached_inputs, dtype=options.dtype, on_progress=progress)
+    peaks, settings = {}, list(itertools.product(
+        options.batches, options.inputs, options.outputs))
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not options.no_memory:  # before this process takes much of an accelerator's memory
+            progress("memory, each model in a process of its own")
+            peaks = measure_peaks(configs, settings, options.dtype)
+            peaks |= _peaks_of_runtimes(configs[OURS], precisions, folder, settings)
+        rates, found = measure(
+            configs, options.inputs, options.outputs, options.batches, repeats=options.repeats,
+            uncached_inputs=options.uncached_inputs, dtype=options.dtype, precisions=precisions,
+            folder=folder, on_progress=progress)
     found = [dataclasses.replace(one, peak_bytes=peaks.get(
         (one.timing.model, (one.timing.batch, one.timing.input_length, one.timing.output_length)),
         0) if one.timing.cached else 0) for one in found]
@@ -208,6 +239,38 @@ def write(
     return [report, *draw([one.timing for one in found], folder)]
 
 
+def _precisions(options: argparse.Namespace) -> dict[str, str]:
+    """Of each of RUNTIMES that was asked for; both libraries will have to share a GPU's memory.
+
+    Raises:
+        ConfigError: one that cannot run here.
+    """
+    found = {peer: RUNTIMES[peer] or options.dtype for peer in options.peers if peer in RUNTIMES}
+    if found:  # JAX would take three quarters of a GPU's memory when it is first used
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    for peer, precision in found.items():
+        if why := transformers_runtime.missing(precision, torch_device()):
+            raise ConfigError(f"--peers has {peer!r}, but {why}")
+    return found
+
+
+def _peaks_of_runtimes(
+    config: ModelConfig, precisions: Mapping[str, str], folder: pathlib.Path,
+    settings: Sequence[tuple[int, int, int]],
+) -> dict[tuple[str, tuple[int, int, int]], int]:
+    """As ``measure_peaks`` has it, of transformers."""
+    if not precisions:
+        return {}
+    params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
+    directory = transformers_runtime.artefact(config, params, folder)
+    return {
+        (name, setting): peak for name, precision in precisions.items()
+        for setting, peak in peaks_by_process(
+            "encdec.export.transformers_runtime", name, settings,
+            {"directory": str(directory), "precision": precision,
+             "device": torch_device()}).items()}
+
+
 def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
     ours = preset(options.model)
     if not ours.is_encoder_decoder:
@@ -217,7 +280,7 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
     return {OURS: ours} | {
         f"decoder-only, equal {peer}": match_decoder_only(
             ours, by=PEERS[peer], inputs=longest[0], targets=longest[1])
-        for peer in options.peers}
+        for peer in options.peers if peer in PEERS}
 
 
 def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> Table:
@@ -230,7 +293,7 @@ def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig
         timing = one.timing
         table.add_row(
             timing.model + ("" if timing.cached else ", no cache"),
-            f"{count_parameters(configs[timing.model]).total / 1e6:.1f}M",
+            f"{count_parameters(configs.get(timing.model, configs[OURS])).total / 1e6:.1f}M",
             str(timing.batch), str(timing.input_length), str(timing.output_length),
             timing.first_token.shown(1e3), timing.tokens_per_second.shown(),
             f"{one.memory_bytes / 2**20:,.0f} MiB",
@@ -268,7 +331,9 @@ def _parser() -> argparse.ArgumentParser:
         "parameters are drawn anew, since their values change no time.")
     parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
     parser.add_argument("--peers", type=_names, default=("parameters", "flops"), metavar="A,B",
-                        help="parameters, flops or both (both)")
+                        help="decoder-only models of equal parameters or flops; transformers "
+                        "and transformers-bfloat16: the encoder-decoder by transformers' generate, "
+                        "in --dtype or in bfloat16 (parameters,flops)")
     for name, default, text in (("inputs", (128, 512, 2048), "input tokens"),
                                 ("outputs", (64,), "new tokens"), ("batches", (1,), "rows")):
         parser.add_argument(f"--{name}", type=numbers, default=default, metavar="N,N",
@@ -301,6 +366,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     for name in names:
-        if name not in PEERS:
-            raise ConfigError(f"--peers has {name!r}; wanted {' or '.join(PEERS)}")
+        if name not in PEERS | RUNTIMES:
+            raise ConfigError(
+                f"--peers has {name!r}; wanted some of {', '.join(PEERS | RUNTIMES)}")
     return names
