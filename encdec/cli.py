@@ -51,7 +51,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "students of a teacher's full, drawn and top-k rows against plain ones"),
     "edge": (
         "encdec.export.edge_benchmark:main",
-        "one model on this CPU by JAX, LiteRT and onnxruntime, float32 to int4"),
+        "one model on this CPU by JAX, LiteRT, onnxruntime and transformers, float32 to int4"),
     "inference": (
         "encdec.export.inference_benchmark:main",
         "generation by an encoder-decoder and by decoder-only models of its cost"),
