@@ -270,7 +270,7 @@ def main(argv: list[str]) -> int:
     if options.export_only:
         return 0
     del params
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else 180)
     known: dict[str, list[DeviceRates]] = {"float32": [], "bfloat16": []}
 
     def measure_machine() -> None:
@@ -351,7 +351,7 @@ def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Ta
     names = ("path", "in", "first token, ms", "tokens/s", "total, s", "of matmul rate",
              "of read floor", "of reads beside it", "peak memory", "same tokens")
     for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for one in found:
         timing = one.timing
         peak = peaks.get(timing.model)

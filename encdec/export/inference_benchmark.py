@@ -187,7 +187,7 @@ def main(argv: list[str]) -> int:
         ConfigError: an unknown model or peer, or a length that cannot be.
     """
     options = _parser().parse_args(argv)
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 200)
     configs, precisions = _models(options), _precisions(options)
     for length in options.uncached_inputs or ():
         if length not in options.inputs:
@@ -288,7 +288,7 @@ def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig
     names = ("model", "parameters", "batch", "in", "out", "first token, ms", "tokens/s", "memory",
              "peak memory", "read, GB", "GFLOP", "of matmul rate", "of read floor")
     for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for one in found:
         timing = one.timing
         table.add_row(
@@ -309,7 +309,7 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="The encoder-decoder against each peer", title_justify="left")
     measures = ("first token", "tokens a second", "memory", "peak memory", "FLOPs")
     for place, name in enumerate(("peer", "batch", "in", "out", *measures)):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for row in rows:
         table.add_row(
             row["peer"] + ("" if row["cached"] else ", no cache"), str(row["batch"]),

@@ -12,6 +12,7 @@ import pathlib
 import queue
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,8 +130,10 @@ class TransformersModel:
             directory, trust_remote_code="auto_map" in content, local_files_only=True, dtype=dtype)
         model = model.eval().to(device)
         if precision == "int8":
-            model = torch.ao.quantization.quantize_dynamic(
-                model, {torch.nn.Linear}, torch.qint8, inplace=True)
+            with warnings.catch_warnings():  # torch 2.13 says that this will move
+                warnings.simplefilter("ignore")
+                model = torch.ao.quantization.quantize_dynamic(
+                    model, {torch.nn.Linear}, torch.qint8, inplace=True)
         model.generation_config = transformers.GenerationConfig(
             do_sample=False, use_cache=True, pad_token_id=START_ID,
             decoder_start_token_id=START_ID if self._two_stacks else None)

@@ -229,9 +229,10 @@ def calibration_as_json(found: Calibration) -> dict[str, Any]:
 def show_calibration(found: Calibration, console: Console) -> None:
     console.print(
         f"{found.topology.name}: a bfloat16 product of side {PRODUCT_SIDE} takes "
-        f"{_ms(found.product.step_seconds)} ms, {100 * found.share_of_peak:.1f} % of the peak rate; "
-        f"the sum of two bfloat16 arrays of side {SUM_SIDE} {_ms(found.sum.step_seconds)} ms, "
-        f"{100 * found.share_of_bandwidth:.1f} % of the memory's rate")
+        f"{_ms(found.product.step_seconds)} ms, {100 * found.share_of_peak:.1f} % of the peak "
+        f"rate; the sum of two bfloat16 arrays of side {SUM_SIDE} "
+        f"{_ms(found.sum.step_seconds)} ms, {100 * found.share_of_bandwidth:.1f} % of the "
+        "memory's rate")
 
 
 def compare_calibrations(found: list[Calibration], console: Console) -> None:

@@ -178,7 +178,7 @@ def prefill(
     positions_BxP = jnp.tile(jnp.arange(length, dtype=jnp.int32), (batch, 1))
     hidden_BxPxM, cache = model.apply(
         {"params": params}, prompt_BxP, positions_BxP, init_cache(config, batch, length + room),
-        source, method="decode_cached")
+        source, from_start=True, method="decode_cached")
     hidden_BxM = jnp.take_along_axis(hidden_BxPxM, ends_B[:, None, None], axis=1)[:, 0]
     logits_BxV = model.apply({"params": params}, hidden_BxM, method="logits")
     return logits_BxV, Memory(cache, source, ends_B.astype(jnp.int32) + 1)

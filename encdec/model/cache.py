@@ -49,15 +49,17 @@ def widen(config: ModelConfig, key_values: Any, width: int) -> Any:
 
 
 def cached_self_attention(
-    config: ModelConfig, cache: Any, positions_BxN: jax.Array, local: bool = False
+    config: ModelConfig, cache: Any, positions_BxN: jax.Array, local: bool = False,
+    from_start: bool = False,
 ) -> AttentionInputs:
     """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too.
 
-    ``local`` gives those of layers that read the attention window alone.
+    ``local`` gives those of layers that read the attention window alone; ``from_start`` says that
+    the tokens are the first of their rows, in order.
     """
     capacity = jax.tree.leaves(cache)[0].shape[token_axes(config)[0]]
     mask_BxNxC = jnp.arange(capacity) <= positions_BxN[..., None]
     if local:
         mask_BxNxC &= window_mask(positions_BxN, jnp.arange(capacity), config.attention_window)
     rope = rope_table(config, positions_BxN, local)
-    return AttentionInputs(mask_BxNxC, rope, rope, positions_BxN)
+    return AttentionInputs(mask_BxNxC, rope, rope, positions_BxN, causal=from_start)

@@ -108,15 +108,18 @@ class EncoderDecoder(nn.Module):
         return Source(self.decoder.cross_key_values(inputs), mask_BxS)
 
     def decode_cached(
-        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Any, source: Source
+        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Any, source: Source,
+        from_start: bool = False,
     ) -> tuple[jax.Array, Any]:
         """The next N tokens of every row: normed output [B, N, M] and the updated cache.
 
         A token's position is also its cache slot. A row may be padded on the right by tokens
         whose positions are overwritten later: nothing reads a slot beyond its own position.
+        ``from_start`` says that the positions are 0 to N - 1, which can save work.
         """
         batch, length = tokens_BxN.shape
-        attention = cached_self_attention(self.config, cache, positions_BxN)
+        attention = cached_self_attention(
+            self.config, cache, positions_BxN, from_start=from_start)
         cross_mask = jnp.broadcast_to(
             source.mask_BxS[:, None], (batch, length, source.mask_BxS.shape[1]))
         source_lengths = jnp.sum(source.mask_BxS, axis=-1, dtype=jnp.int32)[:, None]

@@ -97,7 +97,8 @@ def make_train_step(
 
     The objective is the mean over all target positions of the whole batch, however many
     micro-batches it is worked through in: gradients of sums are added in float32, over devices
-    once a step, and divided once. ``computed`` turns master parameters into those that the model is run with.
+    once a step, and divided once. ``computed`` turns master parameters into those that the model
+    is run with.
     """
 
     schedule = make_schedule(run)

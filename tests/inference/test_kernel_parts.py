@@ -21,6 +21,11 @@ from encdec.inference.decoding import (
 )
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import build_model, check_params, for_decoding, preset
+from encdec.model.attention import (
+    dot_product_attention,
+    heads_first,
+    heads_first_attention,
+)
 from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
 from tests.export.examples import batch, pair
 from tests.inference.examples import START
@@ -63,6 +68,26 @@ def test_attention_by_blocks_of_queries_computes_the_same(name, parts):
         config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2)
     assert "stablehlo.while" in lowered.as_text()  # blocks after one another
     np.testing.assert_allclose(two_steps(config, params), plain, atol=3e-5)
+
+
+@pytest.mark.parametrize("length", [20, 21, 37])
+def test_causal_blocks_read_no_keys_behind_their_span(length):
+    """Their NaN would reach every query that multiplies with them, hidden or not."""
+    config = preset("test").replace(attention_block=2)
+    draw = np.random.default_rng(0).normal
+    q = draw(size=(2, length, config.num_heads, config.head_dim)).astype(np.float32)
+    k, v = draw(size=(2, 2, length, config.num_kv_heads, config.head_dim)).astype(np.float32)
+    places = np.arange(length)
+    mask = np.tile(places[:, None] >= places, (2, 1, 1)) & (places != 3)
+    attend = jax.jit(lambda k, v: heads_first_attention(
+        config, q, *heads_first((k, v)), mask, causal=True))
+    wanted = dot_product_attention(config, q, k, v, mask)
+    np.testing.assert_allclose(attend(k, v), wanted, atol=1e-5)
+    half = length // 2 + 2  # a span of the eighth part ends at most 6 places before
+    k[:, half:] = v[:, half:] = np.nan
+    found = attend(k, v)
+    np.testing.assert_allclose(found[:, :half - 6], wanted[:, :half - 6], atol=1e-5)
+    assert np.isnan(found[:, half:]).all()
 
 
 @pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
