@@ -26,6 +26,7 @@ from encdec.model.attention import (
     heads_first,
     heads_first_attention,
 )
+from encdec.model.layers import FEW_ROWS, kernel_in_parts, product_by_parts
 from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
 from tests.export.examples import batch, pair
 from tests.inference.examples import START
@@ -55,6 +56,14 @@ def test_kernels_in_parts_compute_the_same(name, rows):
     assert down["kernel"].shape == (3, 11, 128) and not down["kernel"][2, 10].any()
     check_params(params, config)
     np.testing.assert_allclose(two_steps(config, params, rows), plain, atol=3e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (5, 2), (FEW_ROWS,), (FEW_ROWS + 1,)])
+def test_products_by_parts_are_products_for_any_number_of_rows(shape):
+    draw = np.random.default_rng(0).normal
+    x, kernel = draw(size=(*shape, 6)).astype(np.float32), draw(size=(11, 6)).astype(np.float32)
+    found = product_by_parts(jnp.array(x), kernel_in_parts(jnp.array(kernel), 3), 11)
+    np.testing.assert_allclose(found, x @ kernel.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma", "windowed"])
