@@ -54,12 +54,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # driver 580 or newer
     "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],  # driver 525 or newer
-    "hf": [
-        "safetensors>=0.5,<1",
-        "tokenizers>=0.21,<1",
-        "torch>=2.6,<3",
-        "transformers>=4.57,<6",
-    ],
+    "hf": ["safetensors>=0.5,<1", "tokenizers>=0.21,<1", "torch>=2.6,<3", "transformers>=4.57,<6"],
     # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
     "litert": ["ai-edge-litert>=2.1,<3", "flatbuffers>=24.3,<26"],

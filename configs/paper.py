@@ -29,8 +29,9 @@ def laptop() -> ConfigDict:
     config.vocabulary = 4096  # ids, 259 of them for bytes; learned from all training text
     config.vocabulary_bytes = 12 << 20  # of text that it is learned from
     config.seeds = 3  # of fine-tuning; pretraining has one
-    config.optimizer = ConfigDict(dict(
-        name="muon", learning_rate=1e-2, weight_decay=0.1, warmup_fraction=0.1, z_loss=1e-4))
+    config.optimizer = ConfigDict(
+        dict(name="muon", learning_rate=1e-2, weight_decay=0.1, warmup_fraction=0.1, z_loss=1e-4)
+    )
     config.distill = ConfigDict(dict(alpha=0.9, draws=50))  # teacher's weight (paper's), draws
 
     config.pretrain = ConfigDict()
@@ -43,8 +44,9 @@ def laptop() -> ConfigDict:
     config.columns = ConfigDict()
     config.columns.code = column(("code_java2cs",), 128, 128, 8, 120, "skip", 3_500, 250)
     config.columns.summaries = column(("xsum", "dialogsum"), 256, 64, 4, 120, "cut", 1_200, 200)
-    config.columns.ielts = column(("ielts_feedback", "ielts_band"), 512, 128, 2, 160, "cut", 400,
-                                  200)
+    config.columns.ielts = column(
+        ("ielts_feedback", "ielts_band"), 512, 128, 2, 160, "cut", 400, 200
+    )
     config.columns.squad = column(("squad_v2",), 256, 64, 4, 120, "skip", 1_200, 300)
     return config
 
@@ -61,15 +63,22 @@ def gpu() -> ConfigDict:
     config.pretrain.document_bytes = 1 << 30
     config.columns.code = column(("code_java2cs",), 512, 512, 32, 3_000, "skip", 0, 0)
     config.columns.summaries = column(("xsum", "dialogsum"), 1024, 128, 32, 3_000, "cut", 0, 0)
-    config.columns.ielts = column(("ielts_feedback", "ielts_band"), 1024, 768, 16, 1_000, "cut", 0,
-                                  0)
+    config.columns.ielts = column(
+        ("ielts_feedback", "ielts_band"), 1024, 768, 16, 1_000, "cut", 0, 0
+    )
     config.columns.squad = column(("squad_v2",), 512, 64, 64, 5_000, "skip", 0, 0)
     return config
 
 
 def column(
-    tasks: tuple, inputs: int, targets: int, batch_size: int, steps: int, too_long: str,
-    train_examples: int, validation_examples: int,
+    tasks: tuple,
+    inputs: int,
+    targets: int,
+    batch_size: int,
+    steps: int,
+    too_long: str,
+    train_examples: int,
+    validation_examples: int,
 ) -> ConfigDict:
     """One fine-tuning, on all its tasks together; each task is scored by itself."""
     config = ConfigDict()

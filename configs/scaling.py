@@ -76,9 +76,15 @@ def common() -> ConfigDict:
     # and student. More teachers may be added under names of their own.
     ladder.distilled = ConfigDict()
     ladder.distilled.series = ()  # e.g. ("ed-2of3", "dec")
-    ladder.distilled.teachers = ConfigDict(dict(kd=dict(
-        rows="",  # directory of `encdec score --records=RECORDS`, of the ladder's own records
-        loss=0.0)))  # the teacher's, held out, nats a target token; the distillation law wants it
+    ladder.distilled.teachers = ConfigDict(
+        dict(
+            kd=dict(
+                # directory of `encdec score --records=RECORDS`, of the ladder's own records
+                rows="",
+                loss=0.0,
+            )
+        )
+    )  # the teacher's, held out, nats a target token; the distillation law wants it
 
     # Fields of configs/pretrain.py that all runs share. The schedule must end with the run: a
     # loss read in mid-schedule is too high, and more so in long runs.
@@ -87,8 +93,9 @@ def common() -> ConfigDict:
     ladder.run.accumulation = 1  # micro-batches a step
     ladder.run.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     ladder.run.distill = ConfigDict(dict(alpha=0.9))  # of distilled series
-    ladder.run.optimizer = ConfigDict(dict(
-        name="adamw", weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95))
+    ladder.run.optimizer = ConfigDict(
+        dict(name="adamw", weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95)
+    )
     ladder.run.schedule = ConfigDict(dict(name="cosine", final_fraction=0.1))
     ladder.run.loss = ConfigDict(dict(z_loss=1e-4))
     ladder.run.eval = ConfigDict(dict(batches=0))
@@ -125,10 +132,20 @@ def small(ladder: ConfigDict) -> None:
         "119m": (12, 6, 768, 6, 3),
     }
     for size, (encoder, decoder, width, heads, kv_heads) in shapes.items():
-        ladder.sizes[size] = ConfigDict(dict(
-            preset="330m", vocab_size=16_384, encoder_layers=encoder, decoder_layers=decoder,
-            d_model=width, num_heads=heads, num_kv_heads=kv_heads, mlp_dim=4 * width,
-            attention_dropout=0.0, mlp_dropout=0.0))
+        ladder.sizes[size] = ConfigDict(
+            dict(
+                preset="330m",
+                vocab_size=16_384,
+                encoder_layers=encoder,
+                decoder_layers=decoder,
+                d_model=width,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                mlp_dim=4 * width,
+                attention_dropout=0.0,
+                mlp_dropout=0.0,
+            )
+        )
     ladder.inputs, ladder.targets = 512, 128
     ladder.budgets.values = (1e16, 3e16, 1e17, 3e17, 1e18)
     ladder.budgets.min_steps = 1000
@@ -140,8 +157,9 @@ def small(ladder: ConfigDict) -> None:
 def paper(ladder: ConfigDict) -> None:
     """The paper's three sizes, for a TPU pod. Its token budgets are not published; ours."""
     for size in ("330m", "500m", "1b"):
-        ladder.sizes[size] = ConfigDict(dict(
-            preset=f"{size}-tpu", attention_dropout=0.0, mlp_dropout=0.0))
+        ladder.sizes[size] = ConfigDict(
+            dict(preset=f"{size}-tpu", attention_dropout=0.0, mlp_dropout=0.0)
+        )
     ladder.budgets.kind = "tokens_per_parameter"
     ladder.budgets.values = (5.0, 10.0, 20.0, 40.0)
     ladder.budgets.min_steps = 2000

@@ -18,47 +18,75 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "encdec.quickstart:main",
         "the whole story on this machine: data, two models and a student, compared and timed",
     ),
-    "prepare": ("encdec.data.prepare:main", "turn text into records for training"),
+    "prepare": ("encdec.data.prepare_command:main", "turn text into records for training"),
     "vocab": ("encdec.data.vocab_command:main", "train a vocabulary"),
     "data": ("encdec.data.data_command:main", "list tasks, show examples, verify records"),
     "describe": ("encdec.describe:main", "parameters, FLOPs and bytes of a model and its peers"),
-    "train": ("encdec.train.command:main", "train a model on records, or resume a run"),
+    "train": ("encdec.train.train_command:main", "train a model on records, or resume a run"),
     "average": ("encdec.train.average:main", "the mean of a run's last checkpoints, as a model"),
     "score": (
-        "encdec.distill.score_command:main", "a teacher's distributions on records, for students"),
+        "encdec.distill.score_command:main",
+        "a teacher's distributions on records, for students",
+    ),
     "distill": (
-        "encdec.distill.command:main", "rollouts by a student or a teacher, and rounds of them"),
+        "encdec.distill.distill_command:main",
+        "rollouts by a student or a teacher, and rounds of them",
+    ),
     "compile": (
-        "encdec.hardware.command:main", "predict a run's memory, time and cost on a TPU pod"),
-    "import": ("encdec.interop.command:main", "turn a Hugging Face model into one of ours"),
+        "encdec.hardware.compile_command:main",
+        "predict a run's memory, time and cost on a TPU pod",
+    ),
+    "import": ("encdec.interop.import_command:main", "turn a Hugging Face model into one of ours"),
     "export": (
-        "encdec.export.command:main", "write a model for Hugging Face, LiteRT or onnxruntime"),
-    "generate": ("encdec.inference.command:main", "generate text from a trained model"),
-    "serve": ("encdec.serving.command:main", "a trained model over HTTP, OpenAI's completions"),
+        "encdec.export.export_command:main",
+        "write a model for Hugging Face, LiteRT or onnxruntime",
+    ),
+    "generate": ("encdec.inference.generate_command:main", "generate text from a trained model"),
+    "serve": (
+        "encdec.serving.serve_command:main",
+        "a trained model over HTTP, OpenAI's completions",
+    ),
     "evaluate": (
-        "encdec.evaluation.command:main", "a model's answers on tasks, scored with intervals"),
+        "encdec.evaluation.evaluate_command:main",
+        "a model's answers on tasks, scored with intervals",
+    ),
     "paper": (
-        "encdec.paper.command:main", "the paper's table: models pretrained, tuned, distilled"),
-    "scaling": ("encdec.scaling.command:main", "scaling curves: plan, run, fit and plot a ladder"),
+        "encdec.paper.paper_command:main",
+        "the paper's table: models pretrained, tuned, distilled",
+    ),
+    "scaling": (
+        "encdec.scaling.scaling_command:main",
+        "scaling curves: plan, run, fit and plot a ladder",
+    ),
     "benchmark": ("encdec.cli:benchmark", "measure one part: `encdec benchmark` lists them"),
 }
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
-    "prepare": ("encdec.data.benchmark:prepare_main", "prepare against raw vocabulary encoding"),
-    "data": ("encdec.data.benchmark:read_main", "reading batches of records"),
+    "prepare": (
+        "encdec.benchmarks.data_benchmark:prepare_main",
+        "prepare against raw vocabulary encoding",
+    ),
+    "data": ("encdec.benchmarks.data_benchmark:read_main", "reading batches of records"),
     "distill": (
-        "encdec.distill.experiment_command:main",
-        "students of a teacher's full, drawn and top-k rows against plain ones"),
+        "encdec.benchmarks.distill_benchmark:main",
+        "students of a teacher's full, drawn and top-k rows against plain ones",
+    ),
     "edge": (
-        "encdec.export.edge_benchmark:main",
-        "one model on this CPU by JAX, LiteRT, onnxruntime and transformers, float32 to int4"),
+        "encdec.benchmarks.edge_benchmark:main",
+        "one model on this CPU by JAX, LiteRT, onnxruntime and transformers, float32 to int4",
+    ),
     "inference": (
-        "encdec.export.inference_benchmark:main",
-        "generation by an encoder-decoder and by decoder-only models of its cost"),
+        "encdec.benchmarks.inference_benchmark:main",
+        "generation by an encoder-decoder and by decoder-only models of its cost",
+    ),
     "serving": (
-        "encdec.serving.benchmark_command:main",
-        "requests served at once against one after the other"),
-    "loop": ("encdec.train.benchmark:loop_main", "the training loop against its bare step"),
+        "encdec.benchmarks.serving_benchmark:main",
+        "requests served at once against one after the other",
+    ),
+    "loop": (
+        "encdec.benchmarks.loop_benchmark:loop_main",
+        "the training loop against its bare step",
+    ),
 }
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -32,8 +32,13 @@ WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 # How a table names what is made equal in a peer, parts of the parameters, stages of generation.
 _PEERS = {"parameters": "equal parameters", "training_flops": "equal training FLOPs"}
 _PARTS = {
-    "embedding": "embedding", "encoder": "encoder", "decoder": "decoder", "head": "head",
-    "total": "total", "of these cross-attention": "cross_attention", "of these norms": "norms",
+    "embedding": "embedding",
+    "encoder": "encoder",
+    "decoder": "decoder",
+    "head": "head",
+    "total": "total",
+    "of these cross-attention": "cross_attention",
+    "of these norms": "norms",
     "of these biases": "biases",
 }
 _STAGES = {"first token": "first_token", "each later token": "per_later_token", "all": "total"}
@@ -77,7 +82,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", metavar="PRESET", help="a preset, or a run's work directory")
     for name, tokens, kind in (("inputs", 1024, "source"), ("targets", 256, "target")):
         parser.add_argument(
-            f"--{name}", type=int, default=tokens, metavar="N", help=f"{kind} tokens (%(default)s)")
+            f"--{name}", type=int, default=tokens, metavar="N", help=f"{kind} tokens (%(default)s)"
+        )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args(argv)
     name, config = find_model(arguments.model)
@@ -161,8 +167,12 @@ def as_json(description: Description) -> dict[str, Any]:
         "targets": description.targets,
         "notes": description.notes,
         "models": [
-            {"name": model.name, "matched_by": model.matched_by or None,
-             "config": model.config.to_dict()} | model.costs
+            {
+                "name": model.name,
+                "matched_by": model.matched_by or None,
+                "config": model.config.to_dict(),
+            }
+            | model.costs
             for model in description.models
         ],
     }
@@ -179,13 +189,22 @@ def architecture(config: ModelConfig) -> dict[str, str]:
         rope += f", encoder {config.encoder_positions.replace('_', ' ')}"
         rope += f", cross {config.cross_attention_rope.replace('_', ' ')}"
     biases = [
-        name for name, on in (("q k v", config.qkv_bias), ("attention out",
-         config.attention_out_bias), ("MLP", config.mlp_bias)) if on]
+        name
+        for name, on in (
+            ("q k v", config.qkv_bias),
+            ("attention out", config.attention_out_bias),
+            ("MLP", config.mlp_bias),
+        )
+        if on
+    ]
     norm = f"RMSNorm {config.norm_eps:g}, cast {config.norm_cast.replace('_', ' ')}"
     norm += ", plus one" * config.norm_plus_one + ", post-norms" * config.post_norms
     caps = {"scores": config.attention_logit_cap, "logits": config.final_logit_cap}
-    dropout = {"attention": config.attention_dropout, "MLP": config.mlp_dropout,
-               "residual": config.residual_dropout}
+    dropout = {
+        "attention": config.attention_dropout,
+        "MLP": config.mlp_dropout,
+        "residual": config.residual_dropout,
+    }
     return {
         "layers": f"{encoder}{config.decoder_layers} decoder",
         "model width": str(config.d_model),
@@ -229,7 +248,8 @@ def show(description: Description, console: Console) -> None:
             if compare:
                 cells[1:] = [
                     cell + _difference(value, values[0])
-                    for cell, value in zip(cells[1:], values[1:])]
+                    for cell, value in zip(cells[1:], values[1:])
+                ]
             table.add_row(label, *cells)
 
     choices = [architecture(model.config) for model in models]
@@ -252,7 +272,8 @@ def show(description: Description, console: Console) -> None:
     console.print(table)
     console.print(
         f"\nOne row of {description.inputs:,} source and {description.targets:,} target tokens. "
-        "Causal attention counts half, the head is paid per target token.")
+        "Causal attention counts half, the head is paid per target token."
+    )
     for note in description.notes:
         console.print(f"Left out: {escape(note)}")
 

@@ -46,8 +46,9 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     data = np.memmap(path, np.uint8, mode="r")
     start = 8 + int(data[:8].view("<u8")[0])
     if start > size:
-        raise DataError(f"{path} is cut short: its header ends at byte {start:,} of {size:,}; "
-                        f"{mend}")
+        raise DataError(
+            f"{path} is cut short: its header ends at byte {start:,} of {size:,}; {mend}"
+        )
     try:
         header = json.loads(data[8:start].tobytes())
     except ValueError as error:
@@ -57,12 +58,16 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise DataError(f"tensor {name} in {path} has dtype {entry['dtype']}; wanted one of "
-                            f"{', '.join(_DTYPES)}: take a checkpoint that is not quantised")
+            raise DataError(
+                f"tensor {name} in {path} has dtype {entry['dtype']}; wanted one of "
+                f"{', '.join(_DTYPES)}: take a checkpoint that is not quantised"
+            )
         first, last = (start + offset for offset in entry["data_offsets"])
         if last > size or last - first != int(np.prod(entry["shape"])) * dtype.itemsize:
-            raise DataError(f"{path} is cut short or damaged: tensor {name} ends at byte "
-                            f"{last:,} of {size:,}; {mend}")
+            raise DataError(
+                f"{path} is cut short or damaged: tensor {name} ends at byte "
+                f"{last:,} of {size:,}; {mend}"
+            )
         tensors[name] = data[first:last].view(dtype).reshape(entry["shape"])
     return tensors
 
@@ -77,14 +82,17 @@ def open_directory(directory: pathlib.Path) -> Mapping[str, np.ndarray]:
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if missing := [name for name in names if not (directory / name).is_file()]:
-            raise DataError(f"{directory} lacks {', '.join(missing)}, which {INDEX_FILE} names; "
-                            "download them")
+            raise DataError(
+                f"{directory} lacks {', '.join(missing)}, which {INDEX_FILE} names; download them"
+            )
         files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise DataError(f"{directory} holds no *.safetensors file; give a directory downloaded "
-                        "from Hugging Face in that format (not *.bin or *.gguf)")
+        raise DataError(
+            f"{directory} holds no *.safetensors file; give a directory downloaded "
+            "from Hugging Face in that format (not *.bin or *.gguf)"
+        )
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         tensors |= open_file(file)
@@ -92,8 +100,12 @@ def open_directory(directory: pathlib.Path) -> Mapping[str, np.ndarray]:
 
 
 def write_directory(
-    directory: pathlib.Path, tensors: Mapping[str, np.ndarray], file_bytes: int = 4 << 30, *,
-    stem: str = "params", metadata: Mapping[str, str] | None = None,
+    directory: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    file_bytes: int = 4 << 30,
+    *,
+    stem: str = "params",
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Writes tensors to files of about ``file_bytes``, holding one tensor in memory at a time.
 
@@ -126,14 +138,18 @@ def _write_file(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [start, start + tensor.nbytes]}
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.nbytes],
+        }
         start += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
     digest = hashlib.sha256()
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
+
         def put(data: bytes | memoryview) -> None:
             digest.update(data)
             file.write(data)

@@ -16,8 +16,14 @@ from collections.abc import Sequence
 from launch.commands import FINAL_CODES, PREEMPTED
 
 # https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources
-WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDING",
-           "DELETING")
+WAITING = (
+    "CREATING",
+    "ACCEPTED",
+    "WAITING_FOR_RESOURCES",
+    "PROVISIONING",
+    "SUSPENDING",
+    "DELETING",
+)
 UNAVAILABLE = 69  # exit code where no slice could be had or reached, as sysexits.h has it
 
 
@@ -93,10 +99,15 @@ def decide(seen: Seen, memory: Memory, limits: Limits = Limits()) -> Decision:
         return Decision(Action.DELETE, "it was preempted", update(ready=False))
     if seen.resource == "FAILED":
         if memory.refusals >= limits.refusals:
-            return Decision(Action.FINISH, f"{limits.refusals + 1} requests in a row failed; "
-                            "`status` shows why", memory, UNAVAILABLE)
-        return Decision(Action.DELETE, "the request failed",
-                        update(ready=False, refusals=memory.refusals + 1))
+            return Decision(
+                Action.FINISH,
+                f"{limits.refusals + 1} requests in a row failed; `status` shows why",
+                memory,
+                UNAVAILABLE,
+            )
+        return Decision(
+            Action.DELETE, "the request failed", update(ready=False, refusals=memory.refusals + 1)
+        )
     if seen.resource != "ACTIVE":
         return Decision(Action.WAIT, f"the slice is {seen.resource}", memory)
     memory = update(refusals=0)
@@ -111,11 +122,15 @@ def _unreachable(memory: Memory, limits: Limits) -> Decision:
         return decision
     if memory.replaced >= limits.replaced:
         return Decision(
-            Action.FINISH, f"the hosts of {limits.replaced + 1} slices in a row could not be "
+            Action.FINISH,
+            f"the hosts of {limits.replaced + 1} slices in a row could not be "
             "reached: see whether `state` can log in (SSH keys, OS Login, firewall)",
-            memory, UNAVAILABLE)
-    return dataclasses.replace(decision, memory=dataclasses.replace(
-        decision.memory, replaced=memory.replaced + 1))
+            memory,
+            UNAVAILABLE,
+        )
+    return dataclasses.replace(
+        decision, memory=dataclasses.replace(decision.memory, replaced=memory.replaced + 1)
+    )
 
 
 def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decision:
@@ -124,9 +139,16 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
     running = sum(state == "running" for state in workers)
     if running == len(workers):
         looks = memory.running + 1
-        return Decision(Action.WAIT, "training runs", update(
-            ready=True, strange=0, running=looks,
-            crashes=0 if looks >= limits.settled else memory.crashes))
+        return Decision(
+            Action.WAIT,
+            "training runs",
+            update(
+                ready=True,
+                strange=0,
+                running=looks,
+                crashes=0 if looks >= limits.settled else memory.crashes,
+            ),
+        )
     if running:
         if not codes:
             return _strange("training runs on some hosts only", Action.STOP, memory, limits)
@@ -134,33 +156,48 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
         return _strange("training has ended on some hosts", Action.STOP, memory, limits)
     memory = update(strange=0, running=0)
     start = lambda reason, **changes: Decision(
-        Action.START if memory.ready else Action.SET_UP, reason,
-        dataclasses.replace(memory, ready=True, **changes))
+        Action.START if memory.ready else Action.SET_UP,
+        reason,
+        dataclasses.replace(memory, ready=True, **changes),
+    )
     if len(codes) < len(workers):
         return start("training is not there yet")
     code = summary(codes)
     if code == 0:
         return Decision(Action.FINISH, "training is done", memory)
     if code in FINAL_CODES:
-        return Decision(Action.FINISH, f"training ended with exit code {code} "
-                        f"({FINAL_CODES[code]}); it would only happen again: see `logs`",
-                        memory, code)
+        return Decision(
+            Action.FINISH,
+            f"training ended with exit code {code} "
+            f"({FINAL_CODES[code]}); it would only happen again: see `logs`",
+            memory,
+            code,
+        )
     if code == PREEMPTED:
         return start("training was preempted and has saved")
     if memory.crashes >= limits.crashes:
-        return Decision(Action.FINISH, f"training crashed {limits.crashes + 1} times in a row, "
-                        f"last with exit code {code}: see `logs`", memory, code)
+        return Decision(
+            Action.FINISH,
+            f"training crashed {limits.crashes + 1} times in a row, "
+            f"last with exit code {code}: see `logs`",
+            memory,
+            code,
+        )
     return start(f"training crashed with exit code {code}", crashes=memory.crashes + 1)
 
 
 def _strange(reason: str, then: Action, memory: Memory, limits: Limits) -> Decision:
     """Waits a few looks for the matter to settle, then acts."""
     if memory.strange < limits.strange:
-        return Decision(Action.WAIT, reason, dataclasses.replace(
-            memory, strange=memory.strange + 1, running=0))
+        return Decision(
+            Action.WAIT, reason, dataclasses.replace(memory, strange=memory.strange + 1, running=0)
+        )
     ready = memory.ready and then is not Action.DELETE
-    return Decision(then, f"{reason}, {memory.strange + 1} looks in a row", dataclasses.replace(
-        memory, strange=0, running=0, ready=ready))
+    return Decision(
+        then,
+        f"{reason}, {memory.strange + 1} looks in a row",
+        dataclasses.replace(memory, strange=0, running=0, ready=ready),
+    )
 
 
 def summary(codes: Sequence[int]) -> int:

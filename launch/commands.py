@@ -42,8 +42,13 @@ class Runner:
             print(f"+ {shlex.join(arguments)}", file=sys.stderr, flush=True)
         try:
             return subprocess.run(
-                arguments, input=stdin, text=True, capture_output=quiet, check=False,
-                stdin=None if stdin is not None else subprocess.DEVNULL)
+                arguments,
+                input=stdin,
+                text=True,
+                capture_output=quiet,
+                check=False,
+                stdin=None if stdin is not None else subprocess.DEVNULL,
+            )
         except FileNotFoundError:
             raise SystemExit(f"{arguments[0]} is not installed or not on PATH") from None
 
@@ -63,17 +68,22 @@ def train_arguments(given: Sequence[str]) -> list[str]:
     """
     for argument in given:
         if "\n" in argument or "\0" in argument:
-            raise SystemExit(f"argument {argument!r} spans lines; put such a value into a config "
-                             "file")
+            raise SystemExit(
+                f"argument {argument!r} spans lines; put such a value into a config file"
+            )
     places = [a.split("=", 1)[1] for a in given if a.startswith("--workdir=")]
     if not places or not places[-1].startswith("/"):
-        raise SystemExit(f"--workdir is {places[-1] if places else 'missing'}; wanted "
-                         "--workdir=/DIR after `--`, a directory that every machine shares, such "
-                         "as one in a mounted bucket")
+        raise SystemExit(
+            f"--workdir is {places[-1] if places else 'missing'}; wanted "
+            "--workdir=/DIR after `--`, a directory that every machine shares, such "
+            "as one in a mounted bucket"
+        )
     for argument in given:
         if "=gs://" in argument:
-            raise SystemExit(f"{argument} is an address; mount its bucket (--bucket) and name the "
-                             "directory below the mount point")
+            raise SystemExit(
+                f"{argument} is an address; mount its bucket (--bucket) and name the "
+                "directory below the mount point"
+            )
     return [*given, "--distributed"]
 
 

@@ -58,12 +58,13 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "command": [literally(argument) for argument in command],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "securityContext": {"privileged": True},  # the TPU's device files
-        "resources": {"limits": {
-            "google.com/tpu": str(min(CHIPS_PER_NODE, slices.chips))}},
+        "resources": {"limits": {"google.com/tpu": str(min(CHIPS_PER_NODE, slices.chips))}},
     }
     if options.env:
-        container["env"] = [{"name": name, "value": literally(value)} for name, value in (
-            setting.split("=", 1) for setting in options.env)]
+        container["env"] = [
+            {"name": name, "value": literally(value)}
+            for name, value in (setting.split("=", 1) for setting in options.env)
+        ]
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": options.grace_seconds,
@@ -79,12 +80,18 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
     if options.bucket:
         container["volumeMounts"] = [
             {"name": name, "mountPath": directory}
-            for name, (_, directory) in zip(names, options.bucket)]
+            for name, (_, directory) in zip(names, options.bucket)
+        ]
         pod["volumes"] = [
-            {"name": name, "csi": {
-                "driver": "gcsfuse.csi.storage.gke.io",
-                "volumeAttributes": {"bucketName": bucket, "mountOptions": "implicit-dirs"}}}
-            for name, (bucket, _) in zip(names, options.bucket)]
+            {
+                "name": name,
+                "csi": {
+                    "driver": "gcsfuse.csi.storage.gke.io",
+                    "volumeAttributes": {"bucketName": bucket, "mountOptions": "implicit-dirs"},
+                },
+            }
+            for name, (bucket, _) in zip(names, options.bucket)
+        ]
     template: dict[str, Any] = {"spec": pod}
     if options.bucket:
         template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
@@ -92,13 +99,22 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "parallelism": slices.nodes,
         "completions": slices.nodes,
         "backoffLimit": 0,  # one pod's end is the job's end: the others cannot go on without it
-        "podFailurePolicy": {"rules": [
-            {"action": "FailJob", "onPodConditions": [
-                {"type": "DisruptionTarget", "status": "True"}]},
-            {"action": "FailJob", "onExitCodes": {
-                "containerName": CONTAINER, "operator": "In",
-                "values": sorted([*FINAL_CODES, PREEMPTED])}},
-        ]},
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                },
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {
+                        "containerName": CONTAINER,
+                        "operator": "In",
+                        "values": sorted([*FINAL_CODES, PREEMPTED]),
+                    },
+                },
+            ]
+        },
         "template": template,
     }
     final = "|".join(map(str, FINAL_CODES))
@@ -108,22 +124,30 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "metadata": {
             "name": options.name,
             # Each slice's pods in one node pool of their own.
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology":
-                            "cloud.google.com/gke-nodepool"},
+            "annotations": {
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+            },
         },
         "spec": {
             "failurePolicy": {
                 "maxRestarts": options.max_restarts,
                 "rules": [
-                    {"name": "final", "action": "FailJobSet",
-                     "onJobFailureReasons": ["PodFailurePolicy"],
-                     "onJobFailureMessagePatterns": [f"exit code ({final}) "]},
-                    {"name": "preempted", "action": "RestartJobSetAndIgnoreMaxRestarts",
-                     "onJobFailureReasons": ["PodFailurePolicy"]},
+                    {
+                        "name": "final",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                        "onJobFailureMessagePatterns": [f"exit code ({final}) "],
+                    },
+                    {
+                        "name": "preempted",
+                        "action": "RestartJobSetAndIgnoreMaxRestarts",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    },
                 ],
             },
             "replicatedJobs": [
-                {"name": "slice", "replicas": slices.count, "template": {"spec": job}}],
+                {"name": "slice", "replicas": slices.count, "template": {"spec": job}}
+            ],
         },
     }
 
@@ -157,35 +181,57 @@ def xpk_create(options: argparse.Namespace) -> list[str]:
     """``xpk workload create``; buckets are attached to the cluster (``xpk storage attach``)."""
     # xpk puts the command into a script of bash in a manifest of its own.
     command = literally(shlex.join(["encdec", "train", *options.train]))
-    return ["xpk", "workload", "create", f"--workload={options.name}",
-            f"--cluster={options.cluster}", *_place(options),
-            f"--tpu-type={options.slice.accelerator_type}",
-            f"--num-slices={options.slice.count}",
-            f"--docker-image={options.image}", f"--max-restarts={options.max_restarts}",
-            # Beside its own, 42 and 127 to 255: killed by a signal.
-            f"--restart-on-exit-codes={PREEMPTED}",
-            f"--termination-grace-period-seconds={options.grace_seconds}",
-            *(f"--env={literally(setting)}" for setting in options.env),
-            *(["--spot"] if options.spot else []), f"--command={command}"]
+    return [
+        "xpk",
+        "workload",
+        "create",
+        f"--workload={options.name}",
+        f"--cluster={options.cluster}",
+        *_place(options),
+        f"--tpu-type={options.slice.accelerator_type}",
+        f"--num-slices={options.slice.count}",
+        f"--docker-image={options.image}",
+        f"--max-restarts={options.max_restarts}",
+        # Beside its own, 42 and 127 to 255: killed by a signal.
+        f"--restart-on-exit-codes={PREEMPTED}",
+        f"--termination-grace-period-seconds={options.grace_seconds}",
+        *(f"--env={literally(setting)}" for setting in options.env),
+        *(["--spot"] if options.spot else []),
+        f"--command={command}",
+    ]
 
 
 def xpk_attach(options: argparse.Namespace) -> list[list[str]]:
     """Mounts for all later workloads of the cluster, once a bucket."""
-    return [["xpk", "storage", "attach", bucket.replace("_", "-").replace(".", "-"),
-             "--type=gcsfuse", f"--cluster={options.cluster}", *_place(options),
-             f"--bucket={bucket}", f"--mount-point={directory}", "--readonly=false", "--size=1",
-             "--auto-mount=true"] for bucket, directory in options.bucket]
+    return [
+        [
+            "xpk",
+            "storage",
+            "attach",
+            bucket.replace("_", "-").replace(".", "-"),
+            "--type=gcsfuse",
+            f"--cluster={options.cluster}",
+            *_place(options),
+            f"--bucket={bucket}",
+            f"--mount-point={directory}",
+            "--readonly=false",
+            "--size=1",
+            "--auto-mount=true",
+        ]
+        for bucket, directory in options.bucket
+    ]
 
 
 def _place(options: argparse.Namespace) -> list[str]:
-    return [*([f"--project={options.project}"] if options.project else []),
-            *([f"--zone={options.zone}"] if options.zone else [])]
+    return [
+        *([f"--project={options.project}"] if options.project else []),
+        *([f"--zone={options.zone}"] if options.zone else []),
+    ]
 
 
 def pods(options: argparse.Namespace, job: int = 0) -> str:
     """The selector of a slice's pods."""
-    return (f"jobset.sigs.k8s.io/jobset-name={options.name},"
-            f"jobset.sigs.k8s.io/job-index={job}")
+    return f"jobset.sigs.k8s.io/jobset-name={options.name},jobset.sigs.k8s.io/job-index={job}"
 
 
 ACTIONS = {
@@ -212,12 +258,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "xpk": lambda: [xpk_create(options)],
         "xpk-attach": lambda: xpk_attach(options),
         "status": lambda: [["kubectl", "describe", "jobset", options.name]],
-        "logs": lambda: [["kubectl", "logs", f"--selector={pods(options)},"
-                          "batch.kubernetes.io/job-completion-index=0",
-                          f"--container={CONTAINER}", f"--tail={options.lines}"]],
+        "logs": lambda: [
+            [
+                "kubectl",
+                "logs",
+                f"--selector={pods(options)},batch.kubernetes.io/job-completion-index=0",
+                f"--container={CONTAINER}",
+                f"--tail={options.lines}",
+            ]
+        ],
         "delete": lambda: [["kubectl", "delete", "jobset", options.name]],
-        "xpk-delete": lambda: [["xpk", "workload", "delete", f"--workload={options.name}",
-                                f"--cluster={options.cluster}", *_place(options)]],
+        "xpk-delete": lambda: [
+            [
+                "xpk",
+                "workload",
+                "delete",
+                f"--workload={options.name}",
+                f"--cluster={options.cluster}",
+                *_place(options),
+            ]
+        ],
     }
     return run.all(actions[options.action]())
 
@@ -226,36 +286,71 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``train`` holds what follows ``--``."""
     own, train = list(argv), []
     if "--" in own:
-        own, train = own[:own.index("--")], own[own.index("--") + 1:]
+        own, train = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(
-        prog="python -m launch.gke", description=__doc__, allow_abbrev=False,
+        prog="python -m launch.gke",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["actions:", *(f"  {name:11}{text}" for name, text in ACTIONS.items()),
-                          "", "After `--`: the arguments of `encdec train`."]))
+        epilog="\n".join(
+            [
+                "actions:",
+                *(f"  {name:11}{text}" for name, text in ACTIONS.items()),
+                "",
+                "After `--`: the arguments of `encdec train`.",
+            ]
+        ),
+    )
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
     parser.add_argument("--name", type=_name, help="of the JobSet or workload")
-    parser.add_argument("--slice", type=slices_option, metavar="CHIP:SIDES",
-                        help="v4, v5e, v5p, v6e or tpu7x, e.g. v5e:16x16, or v5e:16x16*2")
+    parser.add_argument(
+        "--slice",
+        type=slices_option,
+        metavar="CHIP:SIDES",
+        help="v4, v5e, v5p, v6e or tpu7x, e.g. v5e:16x16, or v5e:16x16*2",
+    )
     parser.add_argument("--image", help="container image with encdec")
-    parser.add_argument("--bucket", action="append", default=[], type=bucket_option,
-                        metavar="BUCKET[=DIR]", help="mounted in every pod (at /mnt/BUCKET)")
-    parser.add_argument("--env", action="append", default=[], type=setting_option,
-                        metavar="NAME=VALUE")
+    parser.add_argument(
+        "--bucket",
+        action="append",
+        default=[],
+        type=bucket_option,
+        metavar="BUCKET[=DIR]",
+        help="mounted in every pod (at /mnt/BUCKET)",
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], type=setting_option, metavar="NAME=VALUE"
+    )
     parser.add_argument("--spot", action="store_true", help="on Spot nodes")
-    parser.add_argument("--service_account",
-                        help="of Kubernetes, bound to one that may read and write the buckets")
-    parser.add_argument("--max_restarts", type=int, default=10, metavar="N",
-                        help="after crashes (%(default)s); xpk counts preemptions too")
-    parser.add_argument("--grace_seconds", type=int, default=120, metavar="S",
-                        help="from SIGTERM to SIGKILL (%(default)s)")
+    parser.add_argument(
+        "--service_account", help="of Kubernetes, bound to one that may read and write the buckets"
+    )
+    parser.add_argument(
+        "--max_restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="after crashes (%(default)s); xpk counts preemptions too",
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=int,
+        default=120,
+        metavar="S",
+        help="from SIGTERM to SIGKILL (%(default)s)",
+    )
     parser.add_argument("--cluster", help="xpk: the cluster")
     parser.add_argument("--project", help="xpk: default: gcloud's own")
     parser.add_argument("--zone", help="xpk: default: gcloud's own")
     parser.add_argument("--lines", type=int, default=100, help="logs: how many (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     options = parser.parse_args(own)
-    wanted = {"jobset": ("name", "slice", "image"), "xpk": ("name", "slice", "image", "cluster"),
-              "xpk-attach": ("cluster", "bucket"), "xpk-delete": ("name", "cluster")}
+    wanted = {
+        "jobset": ("name", "slice", "image"),
+        "xpk": ("name", "slice", "image", "cluster"),
+        "xpk-attach": ("cluster", "bucket"),
+        "xpk-delete": ("name", "cluster"),
+    }
     for name in wanted.get(options.action, ("name",)):
         if not getattr(options, name):
             parser.error(f"{options.action} wants --{name}")
@@ -270,7 +365,8 @@ def _name(text: str) -> str:
     # JobSet appends "-slice-0-0" and Kubernetes wants DNS labels of at most 63 characters.
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r}; wanted up to 40 lower-case letters, digits and hyphens, a letter first")
+            f"{text!r}; wanted up to 40 lower-case letters, digits and hyphens, a letter first"
+        )
     return text
 
 

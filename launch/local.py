@@ -60,11 +60,22 @@ def commands(
         if gpus:
             visible = range(index * gpus, (index + 1) * gpus)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
-        result.append(Command((
-            sys.executable, "-m", "encdec", "train", *train, "--distributed",
-            f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
-            f"--process_id={index}",
-        ), environment))
+        result.append(
+            Command(
+                (
+                    sys.executable,
+                    "-m",
+                    "encdec",
+                    "train",
+                    *train,
+                    "--distributed",
+                    f"--coordinator=127.0.0.1:{port}",
+                    f"--num_processes={processes}",
+                    f"--process_id={index}",
+                ),
+                environment,
+            )
+        )
     return result
 
 
@@ -91,8 +102,13 @@ def supervise(started: Sequence[Command], grace_seconds: float = GRACE_SECONDS) 
         for index, command in enumerate(started):
             # A session of its own: the terminal's interrupt reaches it through stop() alone, once.
             process = subprocess.Popen(
-                command.arguments, env=os.environ | dict(command.environment), text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                command.arguments,
+                env=os.environ | dict(command.environment),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             processes.append(process)
             readers.append(threading.Thread(target=_relay, args=(index, process), daemon=True))
             readers[-1].start()
@@ -110,7 +126,9 @@ def supervise(started: Sequence[Command], grace_seconds: float = GRACE_SECONDS) 
 
 
 def _wait(
-    processes: Sequence[subprocess.Popen], stop: Callable[[], None], stopping: threading.Event,
+    processes: Sequence[subprocess.Popen],
+    stop: Callable[[], None],
+    stopping: threading.Event,
     grace_seconds: float,
 ) -> int:
     """Waits for all; stops the rest when one fails, and kills what outstays the grace period."""
@@ -138,21 +156,33 @@ def _relay(index: int, process: subprocess.Popen) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, required=True, metavar="N")
     devices = parser.add_mutually_exclusive_group()
-    devices.add_argument("--cpu-devices", type=int, default=0, metavar="N",
-                         help="run on the CPU, with so many JAX devices a process")
+    devices.add_argument(
+        "--cpu-devices",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run on the CPU, with so many JAX devices a process",
+    )
     devices.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs for each process")
     parser.add_argument("--port", type=int, default=0, help="of the coordinator; 0: a free one")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
-    parser.add_argument("train", nargs="+", metavar="ARGUMENT",
-                        help="after `--`: the arguments of `encdec train`")
+    parser.add_argument(
+        "train", nargs="+", metavar="ARGUMENT", help="after `--`: the arguments of `encdec train`"
+    )
     options = parser.parse_args(argv)
     if options.processes < 1:
         parser.error(f"--processes is {options.processes}; wanted 1 or more")
-    run = commands(options.train, options.processes, options.port or free_port(),
-                   cpu_devices=options.cpu_devices, gpus=options.gpus)
+    run = commands(
+        options.train,
+        options.processes,
+        options.port or free_port(),
+        cpu_devices=options.cpu_devices,
+        gpus=options.gpus,
+    )
     if options.dry_run:
         print("\n".join(map(str, run)))
         return 0

@@ -25,8 +25,9 @@ class _Chip:
 
 CHIPS = {
     "v4": _Chip(3, "v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu-4t"),
-    "v5e": _Chip(2, "v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice",
-                 "ct5lp-hightpu-4t"),
+    "v5e": _Chip(
+        2, "v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"
+    ),
     "v5p": _Chip(3, "v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-4t"),
     "v6e": _Chip(2, "v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t"),
     "tpu7x": _Chip(3, "tpu7x", 1, None, "tpu7x", "tpu7x-standard-4t"),
@@ -57,8 +58,10 @@ class Slices:
         match = re.fullmatch(r"([a-z0-9]+):([0-9]+(?:x[0-9]+)*)(?:\*([0-9]+))?", text)
         chip = CHIPS.get(match[1]) if match else None
         if chip is None:
-            raise ValueError(f"{text!r} is no slice; wanted one of {', '.join(CHIPS)} with its "
-                             "sides, e.g. v5e:4x4, or v5e:16x16*2 for two slices")
+            raise ValueError(
+                f"{text!r} is no slice; wanted one of {', '.join(CHIPS)} with its "
+                "sides, e.g. v5e:4x4, or v5e:16x16*2 for two slices"
+            )
         sides = tuple(int(side) for side in match[2].split("x"))
         if len(sides) != chip.sides or 0 in sides or match[3] == "0":
             raise ValueError(f"{text!r}: {match[1]} slices have {chip.sides} sides of 1 or more")

@@ -32,28 +32,42 @@ def script(options: argparse.Namespace) -> str:
         command += ' --index="$SLURM_ARRAY_TASK_ID"'
         job = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'
         output = f"{options.logs}/%x-%A_%a.log"
-        shape = ["--nodes=1", "--ntasks-per-node=1", f"--gpus-per-node={options.gpus_per_node}",
-                 f"--array=0-{options.runs - 1}%{options.at_once}"]
+        shape = [
+            "--nodes=1",
+            "--ntasks-per-node=1",
+            f"--gpus-per-node={options.gpus_per_node}",
+            f"--array=0-{options.runs - 1}%{options.at_once}",
+        ]
     else:
         command = shlex.join([*options.encdec, "train", *options.arguments])
         job = '"$SLURM_JOB_ID"'
         output = f"{options.logs}/%x-%j.log"
         # A task a GPU: jax then takes for each the GPU of its number on the node. All of them
         # have to be visible to every task, so they are asked for by node and not by task.
-        shape = [f"--nodes={options.nodes}", f"--ntasks-per-node={options.gpus_per_node}",
-                 f"--gpus-per-node={options.gpus_per_node}"]
+        shape = [
+            f"--nodes={options.nodes}",
+            f"--ntasks-per-node={options.gpus_per_node}",
+            f"--gpus-per-node={options.gpus_per_node}",
+        ]
     headers = [
-        f"--job-name={options.name}", *shape,
+        f"--job-name={options.name}",
+        *shape,
         *([f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []),
         f"--time={options.time}",
         *([f"--partition={options.partition}"] if options.partition else []),
         *([f"--account={options.account}"] if options.account else []),
         # To the processes alone, not to this script, which has to see how they end.
         f"--signal=TERM@{options.grace_seconds}",
-        "--requeue", "--open-mode=append", f"--output={output}", *options.sbatch]
+        "--requeue",
+        "--open-mode=append",
+        f"--output={output}",
+        *options.sbatch,
+    ]
     final = "|".join(map(str, [*FINAL_CODES, *([RUNS_FAILED] if ladder else [])]))
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in (
-        setting.split("=", 1) for setting in options.env)]
+    exports = [
+        f"export {name}={shlex.quote(value)}"
+        for name, value in (setting.split("=", 1) for setting in options.env)
+    ]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {header}" for header in headers),
@@ -65,7 +79,7 @@ def script(options: argparse.Namespace) -> str:
         f"srun --kill-on-bad-exit=1 --label {command} || code=$?",
         "case $code in",
         "0) ;;",
-        f"{final}) echo \"exit code $code: it would only happen again\" ;;",
+        f'{final}) echo "exit code $code: it would only happen again" ;;',
         f"{PREEMPTED}) scontrol requeue {job} && exit 0 ;;",
         "*)",
         f"  if (( ${{SLURM_RESTART_COUNT:-0}} < {options.max_restarts} )); then",
@@ -91,38 +105,78 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``arguments`` holds what follows ``--``."""
     own, given = list(argv), []
     if "--" in own:
-        own, given = own[:own.index("--")], own[own.index("--") + 1:]
+        own, given = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm", description=__doc__, allow_abbrev=False,
+        prog="python -m launch.slurm",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="After `--`: the arguments of `encdec train`, or of `encdec scaling run`.")
+        epilog="After `--`: the arguments of `encdec train`, or of `encdec scaling run`.",
+    )
     parser.add_argument("action", choices=("train", "ladder"))
     parser.add_argument("--name", default="encdec", help="of the job (%(default)s)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="train: (%(default)s)")
-    parser.add_argument("--gpus_per_node", type=int, default=1, metavar="N",
-                        help="train: a process each; ladder: of each run (%(default)s)")
-    parser.add_argument("--runs", type=int, metavar="N", help="ladder: runs of the plan, as "
-                        "`encdec scaling plan` counts them")
-    parser.add_argument("--at_once", type=int, default=8, metavar="N",
-                        help="ladder: runs at a time (%(default)s)")
+    parser.add_argument(
+        "--gpus_per_node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train: a process each; ladder: of each run (%(default)s)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=int,
+        metavar="N",
+        help="ladder: runs of the plan, as `encdec scaling plan` counts them",
+    )
+    parser.add_argument(
+        "--at_once", type=int, default=8, metavar="N", help="ladder: runs at a time (%(default)s)"
+    )
     parser.add_argument("--cpus_per_task", type=int, metavar="N")
-    parser.add_argument("--time", required=True, help="limit, e.g. 24:00:00; the job goes on in "
-                        "another one where it ends")
+    parser.add_argument(
+        "--time",
+        required=True,
+        help="limit, e.g. 24:00:00; the job goes on in another one where it ends",
+    )
     parser.add_argument("--partition")
     parser.add_argument("--account")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="--OPTION=VALUE",
-                        help="any other option of sbatch (may be repeated)")
-    parser.add_argument("--env", action="append", default=[], type=setting_option,
-                        metavar="NAME=VALUE")
-    parser.add_argument("--directory", default=".", help="to run in; relative to where sbatch is "
-                        "called (%(default)s)")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="--OPTION=VALUE",
+        help="any other option of sbatch (may be repeated)",
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], type=setting_option, metavar="NAME=VALUE"
+    )
+    parser.add_argument(
+        "--directory",
+        default=".",
+        help="to run in; relative to where sbatch is called (%(default)s)",
+    )
     parser.add_argument("--logs", default=".", metavar="DIR", help="for the output (%(default)s)")
-    parser.add_argument("--encdec", type=shlex.split, default=["encdec"], metavar="COMMAND",
-                        help="how to call it, e.g. '/shared/venv/bin/encdec'")
-    parser.add_argument("--max_restarts", type=int, default=10, metavar="N",
-                        help="requeues after which a crash ends the job (%(default)s)")
-    parser.add_argument("--grace_seconds", type=int, default=120, metavar="S",
-                        help="before the time limit that saving begins (%(default)s)")
+    parser.add_argument(
+        "--encdec",
+        type=shlex.split,
+        default=["encdec"],
+        metavar="COMMAND",
+        help="how to call it, e.g. '/shared/venv/bin/encdec'",
+    )
+    parser.add_argument(
+        "--max_restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="requeues after which a crash ends the job (%(default)s)",
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=int,
+        default=120,
+        metavar="S",
+        help="before the time limit that saving begins (%(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script")
     options = parser.parse_args(own)
     for name in ("nodes", "gpus_per_node", "at_once", "grace_seconds"):

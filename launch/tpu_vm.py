@@ -21,13 +21,7 @@ import time
 from collections.abc import Sequence
 
 from launch.babysit import Action, Decision, Limits, Memory, Seen, decide
-from launch.commands import (
-    Runner,
-    bucket_option,
-    setting_option,
-    slices_option,
-    train_arguments,
-)
+from launch.commands import Runner, bucket_option, setting_option, slices_option, train_arguments
 from launch.slices import CHIPS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -46,8 +40,10 @@ class Pod:
 
     def __init__(self, options: argparse.Namespace):
         self._name = options.name
-        self._place = (*([f"--project={options.project}"] if options.project else []),
-                       f"--zone={options.zone}")
+        self._place = (
+            *([f"--project={options.project}"] if options.project else []),
+            f"--zone={options.zone}",
+        )
         self._options = options
 
     def create(self) -> list[str]:
@@ -58,18 +54,27 @@ class Pod:
             shape = [f"--type={chip.type_prefix}", f"--topology={slices.topology}"]
         else:
             shape = [f"--accelerator-type={slices.accelerator_type}"]
-        nodes = [f"--node-id={self._name}"] if slices.count == 1 else [
-            f"--node-count={slices.count}", f"--node-prefix={self._name}"]
-        return [*GCLOUD, "create", self._name, *self._place, *shape, *nodes,
-                f"--runtime-version={options.runtime or chip.runtime}",
-                *(["--spot"] if options.spot else []),
-                *(["--reserved"] if options.reserved else []),
-                *([f"--valid-until-duration={options.valid_for}"] if options.valid_for else []),
-                *([f"--service-account={options.service_account}"]
-                  if options.service_account else []),
-                # Buckets are read and written by the hosts' own account.
-                "--scopes=https://www.googleapis.com/auth/cloud-platform",
-                *([f"--network={options.network}"] if options.network else [])]
+        nodes = (
+            [f"--node-id={self._name}"]
+            if slices.count == 1
+            else [f"--node-count={slices.count}", f"--node-prefix={self._name}"]
+        )
+        return [
+            *GCLOUD,
+            "create",
+            self._name,
+            *self._place,
+            *shape,
+            *nodes,
+            f"--runtime-version={options.runtime or chip.runtime}",
+            *(["--spot"] if options.spot else []),
+            *(["--reserved"] if options.reserved else []),
+            *([f"--valid-until-duration={options.valid_for}"] if options.valid_for else []),
+            *([f"--service-account={options.service_account}"] if options.service_account else []),
+            # Buckets are read and written by the hosts' own account.
+            "--scopes=https://www.googleapis.com/auth/cloud-platform",
+            *([f"--network={options.network}"] if options.network else []),
+        ]
 
     def describe(self) -> list[str]:
         return [*GCLOUD, "describe", self._name, *self._place, "--format=value(state.state)"]
@@ -85,19 +90,29 @@ class Pod:
 
     def on_workers(self, *arguments: str, where: Sequence[str] = EVERYWHERE) -> list[str]:
         """``worker.sh ARGUMENTS`` on the hosts; the shell there reads back what is given here."""
-        command = shlex.join(["env", *self._options.env, "bash", "worker.sh", *arguments]
-                             if self._options.env else ["bash", "worker.sh", *arguments])
+        command = shlex.join(
+            ["env", *self._options.env, "bash", "worker.sh", *arguments]
+            if self._options.env
+            else ["bash", "worker.sh", *arguments]
+        )
         return [*GCLOUD, "ssh", self._name, *self._place, *where, f"--command={command}"]
 
     def set_up(self, tarball: str) -> list[list[str]]:
-        return [archive(tarball), self.copy(tarball),
-                self.on_workers("setup", pathlib.Path(tarball).name)]
+        return [
+            archive(tarball),
+            self.copy(tarball),
+            self.on_workers("setup", pathlib.Path(tarball).name),
+        ]
 
     def start(self) -> list[list[str]]:
         """Mounts first: a host that was rebooted where it stands has lost them."""
-        return [*(self.on_workers("mount", bucket, directory)
-                  for bucket, directory in self._options.bucket),
-                self.on_workers("start", *self._options.train)]
+        return [
+            *(
+                self.on_workers("mount", bucket, directory)
+                for bucket, directory in self._options.bucket
+            ),
+            self.on_workers("start", *self._options.train),
+        ]
 
 
 def archive(tarball: str) -> list[str]:
@@ -145,8 +160,13 @@ def set_up(pod: Pod, run: Runner) -> int:
 
 
 def babysit(
-    pod: Pod, run: Runner, hosts: int, *, limits: Limits = Limits(),
-    poll_seconds: float = POLL_SECONDS, delete: bool = False,
+    pod: Pod,
+    run: Runner,
+    hosts: int,
+    *,
+    limits: Limits = Limits(),
+    poll_seconds: float = POLL_SECONDS,
+    delete: bool = False,
 ) -> int:
     """Looks, decides and acts until the run is done or given up; its exit code."""
     memory, said = Memory(), ""
@@ -164,8 +184,9 @@ def babysit(
         if act(pod, run, decision) and decision.action in (Action.SET_UP, Action.START):
             memory = Memory(ready=decision.action is Action.START, crashes=before.crashes + 1)
             if memory.crashes > limits.crashes:
-                print(f"could not {decision.action.value} {memory.crashes} times in a row",
-                      flush=True)
+                print(
+                    f"could not {decision.action.value} {memory.crashes} times in a row", flush=True
+                )
                 return 1
         time.sleep(poll_seconds)
 
@@ -176,8 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     hosts = options.slice.vms * options.slice.count
     if options.action == "babysit" and not options.dry_run:
         try:
-            return babysit(pod, run, hosts, poll_seconds=options.poll_seconds,
-                           delete=options.delete)
+            return babysit(
+                pod, run, hosts, poll_seconds=options.poll_seconds, delete=options.delete
+            )
         except KeyboardInterrupt:
             print("left as it is; the same command takes over again", file=sys.stderr)
             return 130
@@ -202,8 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": pod.start,
         "stop": lambda: [pod.on_workers("stop")],
         "state": lambda: [pod.on_workers("state")],
-        "logs": lambda: [pod.on_workers("log", str(options.lines), where=(
-            f"--node={options.node}", f"--worker={options.worker}"))],
+        "logs": lambda: [
+            pod.on_workers(
+                "log",
+                str(options.lines),
+                where=(f"--node={options.node}", f"--worker={options.worker}"),
+            )
+        ],
         "delete": lambda: [pod.delete()],
     }
     if options.action == "setup":
@@ -242,35 +269,71 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``train`` holds what follows ``--``."""
     own, train = list(argv), []
     if "--" in own:
-        own, train = own[:own.index("--")], own[own.index("--") + 1:]
+        own, train = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(
-        prog="python -m launch.tpu_vm", description=__doc__, allow_abbrev=False,
+        prog="python -m launch.tpu_vm",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["actions:", *(f"  {name:9}{text}" for name, text in ACTIONS.items()),
-                          "", "After `--`: the arguments of `encdec train`."]))
+        epilog="\n".join(
+            [
+                "actions:",
+                *(f"  {name:9}{text}" for name, text in ACTIONS.items()),
+                "",
+                "After `--`: the arguments of `encdec train`.",
+            ]
+        ),
+    )
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
     parser.add_argument("--name", required=True, help="of the queued resource and its nodes")
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", help="default: gcloud's own")
-    parser.add_argument("--slice", required=True, type=slices_option, metavar="CHIP:SIDES",
-                        help="v4, v5e, v5p or v6e, e.g. v5e:16x16, or v5e:16x16*2 for two slices")
+    parser.add_argument(
+        "--slice",
+        required=True,
+        type=slices_option,
+        metavar="CHIP:SIDES",
+        help="v4, v5e, v5p or v6e, e.g. v5e:16x16, or v5e:16x16*2 for two slices",
+    )
     capacity = parser.add_mutually_exclusive_group()
     capacity.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
     capacity.add_argument("--reserved", action="store_true", help="from a reservation")
-    parser.add_argument("--valid_for", metavar="DURATION",
-                        help="how long the request stands, e.g. 6h (default: for ever)")
+    parser.add_argument(
+        "--valid_for",
+        metavar="DURATION",
+        help="how long the request stands, e.g. 6h (default: for ever)",
+    )
     parser.add_argument("--runtime", help="image of the hosts (default: the chip's)")
     parser.add_argument("--network", help="default: the project's")
     parser.add_argument("--service_account", help="of the hosts (default: Compute Engine's)")
-    parser.add_argument("--bucket", action="append", default=[], type=bucket_option,
-                        metavar="BUCKET[=DIR]", help="mounted on every host (at /mnt/BUCKET)")
-    parser.add_argument("--env", action="append", default=[], type=setting_option,
-                        metavar="NAME=VALUE",
-                        help="for everything that runs on the hosts (may be repeated)")
-    parser.add_argument("--poll_seconds", type=float, default=POLL_SECONDS, metavar="S",
-                        help="between looks (%(default)s)")
-    parser.add_argument("--delete", action="store_true",
-                        help="babysit: give the slice back when the run is done or given up")
+    parser.add_argument(
+        "--bucket",
+        action="append",
+        default=[],
+        type=bucket_option,
+        metavar="BUCKET[=DIR]",
+        help="mounted on every host (at /mnt/BUCKET)",
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        type=setting_option,
+        metavar="NAME=VALUE",
+        help="for everything that runs on the hosts (may be repeated)",
+    )
+    parser.add_argument(
+        "--poll_seconds",
+        type=float,
+        default=POLL_SECONDS,
+        metavar="S",
+        help="between looks (%(default)s)",
+    )
+    parser.add_argument(
+        "--delete",
+        action="store_true",
+        help="babysit: give the slice back when the run is done or given up",
+    )
     parser.add_argument("--node", default="0", help="logs: of which slice (%(default)s)")
     parser.add_argument("--worker", default="0", help="logs: of which host (%(default)s)")
     parser.add_argument("--lines", type=int, default=100, help="logs: how many (%(default)s)")

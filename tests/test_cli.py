@@ -53,8 +53,10 @@ def test_help_takes_under_a_second_of_processor_time():
         assert run("--help").returncode == 0
         after = os.times()
         seconds.append(
-            after.children_user - before.children_user
-            + after.children_system - before.children_system
+            after.children_user
+            - before.children_user
+            + after.children_system
+            - before.children_system
         )
     assert min(seconds) < 1.0, seconds
 
@@ -139,10 +141,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m encdec data list"
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command} | head -n 1"], capture_output=True, text=True)
+        ["bash", "-c", f"set -o pipefail; {command} | head -n 1"], capture_output=True, text=True
+    )
     assert done.returncode in (0, 141), done.stderr  # 0: all was written before head closed
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
     # The pipe is closed before anything is written.
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, text=True)
+        ["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, text=True
+    )
     assert done.returncode == 141 and done.stderr == ""

@@ -81,9 +81,18 @@ def test_a_peer_that_cannot_be_is_left_out_with_the_reason():
 
 def test_the_table_of_the_papers_model():
     text = shown("330m", preset("330m"))
-    for expected in ("20 encoder + 10 decoder", "6 heads x 64 = 384", "332,042,240",
-                     "191,545,344", "107,597,824", "506.6 GFLOP", "819.6 GFLOP  +62 %",
-                     "633.3 MiB", "330m-dec-flops", "encoder centred"):
+    for expected in (
+        "20 encoder + 10 decoder",
+        "6 heads x 64 = 384",
+        "332,042,240",
+        "191,545,344",
+        "107,597,824",
+        "506.6 GFLOP",
+        "819.6 GFLOP  +62 %",
+        "633.3 MiB",
+        "330m-dec-flops",
+        "encoder centred",
+    ):
         assert expected in text, expected
     assert "test" not in text
 
@@ -95,11 +104,24 @@ def test_every_preset_can_be_described():
 
 def test_words_follow_the_fields():
     plain = architecture(preset("test"))
-    changed = architecture(preset(
-        "test", mlp_gated=True, mlp_activation="silu", num_kv_heads=4, tie_embeddings=False,
-        qk_norm=True, post_norms=True, attention_logit_cap=50.0, mlp_dropout=0.1, mlp_bias=False,
-        cross_attention_rope="continued", rope_scaling="ntk", rope_factor=4.0,
-        rope_length=4096))
+    changed = architecture(
+        preset(
+            "test",
+            mlp_gated=True,
+            mlp_activation="silu",
+            num_kv_heads=4,
+            tie_embeddings=False,
+            qk_norm=True,
+            post_norms=True,
+            attention_logit_cap=50.0,
+            mlp_dropout=0.1,
+            mlp_bias=False,
+            cross_attention_rope="continued",
+            rope_scaling="ntk",
+            rope_factor=4.0,
+            rope_length=4096,
+        )
+    )
     assert changed["MLP"] == "128 gated, silu"
     assert plain["kv heads"] == "2, tiled" and changed["kv heads"] == "4"
     assert "apart" in changed["vocabulary"] and "tied" in plain["vocabulary"]

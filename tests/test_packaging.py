@@ -96,16 +96,24 @@ def test_everything_imported_is_declared(setup_arguments):
     extras = setup_arguments["extras_require"]
     optional = {
         canonicalize_name(Requirement(text).name)
-        for name in ("hf", "onnx", "litert", "serve", "code", "beam") for text in extras[name]}
+        for name in ("hf", "onnx", "litert", "serve", "code", "beam")
+        for text in extras[name]
+    }
     local = {"encdec", "configs", *sys.stdlib_module_names}
     for path in [*(ROOT / "encdec").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         interop = any(
-            path.is_relative_to(ROOT / "encdec" / room)
-            for room in ("interop", "export", "serving"))
+            path.is_relative_to(ROOT / "encdec" / room) for room in ("interop", "export", "serving")
+        )
         # These say themselves what to install where their package is missing.
         interop |= path.name in (
-            "huggingface_vocabulary.py", "beam_prepare.py", "onnx_runtime.py", "litert_runtime.py",
-            "syntax.py", "judge.py", "torch_scorer.py")
+            "huggingface_vocabulary.py",
+            "beam_prepare.py",
+            "onnx_runtime.py",
+            "litert_runtime.py",
+            "syntax.py",
+            "judge.py",
+            "torch_scorer.py",
+        )
         allowed = declared | optional if interop else declared
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
@@ -127,7 +135,9 @@ def test_every_folder_of_modules_is_a_package(setup_arguments):
 def test_configs_and_gin_travel_with_the_package(setup_arguments):
     packed = {
         f"{folder}/{pathlib.Path(file).name}": file
-        for folder, files in setup_arguments["data_files"] for file in files}
+        for folder, files in setup_arguments["data_files"]
+        for file in files
+    }
     present = [*(ROOT / "configs").rglob("*.py"), *(ROOT / "gin").rglob("*.gin")]
     names = {str(path.relative_to(ROOT)) for path in present}
     assert names and packed == {f"share/encdec/{name}": name for name in names}
@@ -143,13 +153,19 @@ def test_the_licence_is_apache_2(setup_arguments):
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     # Without make's own variables, which are set when these tests run under `make test`.
     inherited = {
-        name: value for name, value in os.environ.items()
-        if name not in (
-            "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "ENV", "EXTRAS", "TESTS", "ARGS")
+        name: value
+        for name, value in os.environ.items()
+        if name
+        not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "ENV", "EXTRAS", "TESTS", "ARGS")
     }
     return subprocess.run(
-        ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True,
-        timeout=60, env=inherited | environment, stdin=subprocess.DEVNULL,
+        ["make", "--no-print-directory", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=inherited | environment,
+        stdin=subprocess.DEVNULL,
     )
 
 

@@ -146,14 +146,10 @@ def pack_rows(
     source_lengths = np.fromiter(map(len, sources), np.int64, len(sources))
     target_lengths = np.fromiter(map(len, targets), np.int64, len(targets))
     rows = pack(source_lengths, target_lengths, *lengths, recipe.packing)
-    return [
-        encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows
-    ]
+    return [encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows]
 
 
-def build_block(
-    recipe: Recipe, vocabulary: Vocabulary, block: Block
-) -> tuple[list[bytes], Counts]:
+def build_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> tuple[list[bytes], Counts]:
     """Rows of a block and the count of what became of its documents."""
     encoded = encode_block(recipe, vocabulary, block)
     rows = pack_rows(recipe, encoded.sources, encoded.targets, vocabulary)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from encdec.data import table
+from encdec.data import corpus_table as table
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.data.readers import BadRows
@@ -142,9 +142,9 @@ def _show_rows(console: Console, given: argparse.Namespace) -> None:
     vocabulary = records.vocabulary()
     for row, stored in enumerate(records.read(range(min(given.count, len(records))))):
         console.print(f"[bold]row {row}[/bold]")
-        for segment, (source, target) in enumerate(zip(*decode_row(stored, (
-            records.card.token_dtype
-        ))), 1):
+        for segment, (source, target) in enumerate(
+            zip(*decode_row(stored, (records.card.token_dtype))), 1
+        ):
             _show_example(console, vocabulary, segment, source, target)
 
 
@@ -168,7 +168,8 @@ def verify_directory(given: argparse.Namespace) -> int:
     )
     if verdict.faults:
         raise DataError(
-            f"{given.directory} is not sound: " + "; ".join(verdict.faults)
+            f"{given.directory} is not sound: "
+            + "; ".join(verdict.faults)
             + f"; copy it again, or run encdec prepare --out={given.directory} --overwrite"
         )
     card = open_records(given.directory).card

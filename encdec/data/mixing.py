@@ -159,8 +159,13 @@ def _mixed_card(parts: Sequence[Records], shares: Sequence[float]) -> DatasetCar
         getattr(first, name) if len({str(getattr(c, name)) for c in cards}) == 1 else other
     )
     described = [
-        {"task": card.task, "split": card.split, "rows": card.rows, "share": share,
-         "fingerprint": card.fingerprint}
+        {
+            "task": card.task,
+            "split": card.split,
+            "rows": card.rows,
+            "share": share,
+            "fingerprint": card.fingerprint,
+        }
         for card, share in zip(cards, shares)
     ]
     return dataclasses.replace(
@@ -170,9 +175,10 @@ def _mixed_card(parts: Sequence[Records], shares: Sequence[float]) -> DatasetCar
         origin={"mixture": described},
         packing=same("packing", "mixed"),
         objective=same("objective", {"name": "mixture"}),
-        non_padding_share=tokens
-        / (totals["rows"] * (first.inputs_length + first.targets_length)),
-        truncated={}, dropped={}, shards=(),
+        non_padding_share=tokens / (totals["rows"] * (first.inputs_length + first.targets_length)),
+        truncated={},
+        dropped={},
+        shards=(),
         fingerprint=hashlib.sha256(json.dumps(["mixture", content]).encode()).hexdigest(),
         **totals,
     )
@@ -270,9 +276,12 @@ def mixed_task(
         name,
         read,
         tasks[0].objective,
-        lambda: {"mixture": {task.name: task.origin() for task in tasks},
-                 "rates": list(rates) if rates else None,
-                 "temperature": temperature, "maximum": maximum},
+        lambda: {
+            "mixture": {task.name: task.origin() for task in tasks},
+            "rates": list(rates) if rates else None,
+            "temperature": temperature,
+            "maximum": maximum,
+        },
         tuple(split for split in tasks[0].splits if split in splits),
     )
 

@@ -90,15 +90,17 @@ SCORES: tuple[Score, ...] = (_alignment, _fullness, _balance)
 
 def _best_fit(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np.ndarray]:
     source_shares, target_shares = sources / max(S, 1), targets / T
-    examples = np.stack([
-        sources,
-        targets,
-        source_shares,
-        target_shares,
-        source_shares + target_shares,
-        source_shares - target_shares,
-        np.arange(len(sources)),
-    ])
+    examples = np.stack(
+        [
+            sources,
+            targets,
+            source_shares,
+            target_shares,
+            source_shares + target_shares,
+            source_shares - target_shares,
+            np.arange(len(sources)),
+        ]
+    )
     trial = examples[:, :TRIAL]
     score = min(SCORES, key=lambda score: len(_fill(trial, S, T, score)))
     return _fill(examples, S, T, score)

@@ -17,14 +17,7 @@ from typing import Any
 
 from encdec.data import metrics
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
-from encdec.data.readers import (
-    BadRows,
-    Fault,
-    check_fields,
-    parse_row,
-    read_lines,
-    with_references,
-)
+from encdec.data.readers import BadRows, Fault, check_fields, parse_row, read_lines, with_references
 from encdec.errors import DataError
 
 UNANSWERABLE = "unanswerable"
@@ -77,16 +70,22 @@ class PaperTask:
         root = pathlib.Path(data_dir)
         for spelled in SPLIT_NAMES[split]:
             stems = [
-                f"{self.name}/{spelled}", f"{self.name}/{spelled}-*", f"{spelled}/{self.name}",
-                f"{spelled}/{self.name}[._-]*", f"{self.name}-{spelled}",
+                f"{self.name}/{spelled}",
+                f"{self.name}/{spelled}-*",
+                f"{spelled}/{self.name}",
+                f"{spelled}/{self.name}[._-]*",
+                f"{self.name}-{spelled}",
             ]
             for stem in stems:
                 if found := sorted(p for end in ENDINGS for p in root.glob(stem + end)):
                     return found
-            if self.squad_json and (found := sorted(
-                p for end in (".json", ".json.gz")
-                for p in root.glob(f"{self.name}/{spelled}-v2.0*{end}")
-            )):
+            if self.squad_json and (
+                found := sorted(
+                    p
+                    for end in (".json", ".json.gz")
+                    for p in root.glob(f"{self.name}/{spelled}-v2.0*{end}")
+                )
+            ):
                 return found
             if self.pairs:
                 paths = [root / self.name / name.format(split=spelled) for name in self.pairs]
@@ -227,65 +226,104 @@ PAPER_TASKS: dict[str, PaperTask] = {
     task.name: task
     for task in (
         PaperTask(
-            "c4", "English web pages, for pretraining", ("text",), _text,
-            {"train": 364_868_892, "validation": 364_608}, PrefixLM(), tfds="c4/en",
+            "c4",
+            "English web pages, for pretraining",
+            ("text",),
+            _text,
+            {"train": 364_868_892, "validation": 364_608},
+            PrefixLM(),
+            tfds="c4/en",
         ),
         PaperTask(
-            "wikipedia", "English Wikipedia, for pretraining", ("text",), _text,
-            {"train": None}, PrefixLM(), tfds="wikipedia/20230601.en",
+            "wikipedia",
+            "English Wikipedia, for pretraining",
+            ("text",),
+            _text,
+            {"train": None},
+            PrefixLM(),
+            tfds="wikipedia/20230601.en",
         ),
         PaperTask(
-            "squad_v2", "SQuAD 2.0: question and context to an answer or 'unanswerable'",
-            ("question", "context", "answers"), squad_document,
-            {"train": 130_319, "validation": 11_873}, tfds="squad/v2.0", squad_json=True,
+            "squad_v2",
+            "SQuAD 2.0: question and context to an answer or 'unanswerable'",
+            ("question", "context", "answers"),
+            squad_document,
+            {"train": 130_319, "validation": 11_873},
+            tfds="squad/v2.0",
+            squad_json=True,
             metrics=(metrics.squad, metrics.rouge_l),
         ),
         PaperTask(
-            "xsum", "XSum: a BBC article to one sentence", ("document", "summary"),
+            "xsum",
+            "XSum: a BBC article to one sentence",
+            ("document", "summary"),
             _prompted(
-                "Summarize the following text in one sentence.", [("Text", "document")],
-                "Summary", "summary",
+                "Summarize the following text in one sentence.",
+                [("Text", "document")],
+                "Summary",
+                "summary",
             ),
-            {"train": 204_045, "validation": 11_332, "test": 11_334}, tfds="xsum",
+            {"train": 204_045, "validation": 11_332, "test": 11_334},
+            tfds="xsum",
             metrics=(metrics.rouge_l,),
         ),
         PaperTask(
-            "dialogsum", "DialogSum: a dialogue to its summary", ("dialogue", "summary"),
+            "dialogsum",
+            "DialogSum: a dialogue to its summary",
+            ("dialogue", "summary"),
             _prompted(
-                "Summarize the following dialogue.", [("Dialogue", "dialogue")], "Summary",
+                "Summarize the following dialogue.",
+                [("Dialogue", "dialogue")],
+                "Summary",
                 "summary",
             ),
-            {"train": 12_460, "validation": 500, "test": 1_500}, metrics=(metrics.rouge_l,),
+            {"train": 12_460, "validation": 500, "test": 1_500},
+            metrics=(metrics.rouge_l,),
         ),
         PaperTask(
-            "code_java2cs", "CodeXGLUE code translation: Java to C#", ("java", "cs"),
+            "code_java2cs",
+            "CodeXGLUE code translation: Java to C#",
+            ("java", "cs"),
             _prompted("Translate the following Java method to C#.", [("Java", "java")], "C#", "cs"),
             {"train": 10_300, "validation": 500, "test": 1_000},
-            pairs=("{split}.java-cs.txt.java", "{split}.java-cs.txt.cs"), metrics=_CODE,
+            pairs=("{split}.java-cs.txt.java", "{split}.java-cs.txt.cs"),
+            metrics=_CODE,
         ),
         PaperTask(
-            "code_refine_small", "CodeXGLUE code refinement: Java methods up to 50 tokens",
-            ("buggy", "fixed"), _REFINE,
+            "code_refine_small",
+            "CodeXGLUE code refinement: Java methods up to 50 tokens",
+            ("buggy", "fixed"),
+            _REFINE,
             {"train": 46_680, "validation": 5_835, "test": 5_835},
-            pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"), metrics=_CODE,
+            pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
+            metrics=_CODE,
         ),
         PaperTask(
-            "code_refine_medium", "CodeXGLUE code refinement: Java methods of 50 to 100 tokens",
-            ("buggy", "fixed"), _REFINE,
+            "code_refine_medium",
+            "CodeXGLUE code refinement: Java methods of 50 to 100 tokens",
+            ("buggy", "fixed"),
+            _REFINE,
             {"train": 52_364, "validation": 6_545, "test": 6_545},
-            pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"), metrics=_CODE,
+            pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
+            metrics=_CODE,
         ),
         PaperTask(
-            "ielts_band", "IELTS essay to its band", ("task", "essay", "band"),
+            "ielts_band",
+            "IELTS essay to its band",
+            ("task", "essay", "band"),
             _prompted("Give the IELTS band of the following essay.", _ESSAY, "Band", "band"),
             {"train": None, "validation": None},
             metrics=(metrics.exact_match, metrics.band_error),
         ),
         PaperTask(
-            "ielts_feedback", "IELTS essay to an examiner's comment", ("task", "essay", "comment"),
-            _prompted("Comment as an IELTS examiner on the following essay.", _ESSAY, "Comment",
-                      "comment"),
-            {"train": None, "validation": None}, metrics=(metrics.rouge_l,),
+            "ielts_feedback",
+            "IELTS essay to an examiner's comment",
+            ("task", "essay", "comment"),
+            _prompted(
+                "Comment as an IELTS examiner on the following essay.", _ESSAY, "Comment", "comment"
+            ),
+            {"train": None, "validation": None},
+            metrics=(metrics.rouge_l,),
         ),
     )
 }

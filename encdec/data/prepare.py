@@ -22,15 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from encdec.data.blocks import (
-    Block,
-    Counts,
-    Recipe,
-    cut_blocks,
-    make_card,
-    shard_name,
-    write_block,
-)
+from encdec.data.blocks import Block, Counts, Recipe, cut_blocks, make_card, shard_name, write_block
 from encdec.data.mixing import task_or_mixture
 from encdec.data.objectives import Document, Objective, describe_objective
 from encdec.data.readers import BadRows
@@ -383,10 +375,3 @@ def _is_whole(directory: pathlib.Path, shard: Shard | None) -> bool:
         return True
     path = directory / shard.name
     return path.is_file() and file_sha256(path) == shard.sha256
-
-
-def main(argv: list[str]) -> int:
-    """``encdec prepare``."""
-    from encdec.data.prepare_command import run
-
-    return run(argv)

@@ -83,9 +83,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--text", nargs="+", metavar="FILE", help="text files, or JSONL with text, for pretraining"
     )
-    flags.add_argument(
-        "--objective", help=f"what to learn from the text: {', '.join(OBJECTIVES)}"
-    )
+    flags.add_argument("--objective", help=f"what to learn from the text: {', '.join(OBJECTIVES)}")
     flags.add_argument("--vocabulary", help="a .model, a tokenizer.json, or 'bytes'")
     flags.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end (0)")
     flags.add_argument("--out", metavar="DIR", help="the records directory to write")
@@ -122,7 +120,7 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
         raise ConfigError(f"gin: {error}") from error
 
 
-def run(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Parse the flags, prepare, print the report."""
     given = vars(parser().parse_args(argv))
     files, bindings = given.pop("gin_file"), given.pop("gin_bindings")

@@ -135,9 +135,7 @@ def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fau
     if "targets" in row:
         targets = row["targets"]
         if not isinstance(targets, list) or not targets:
-            return Fault(
-                f"'targets' is {_shown(targets)}, wanted a list of strings", "give a list"
-            )
+            return Fault(f"'targets' is {_shown(targets)}, wanted a list of strings", "give a list")
         for target in targets:
             if fault := _check_text("targets", target, escaped):
                 return fault
@@ -169,9 +167,7 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
 
 
-def pair_documents(
-    paths: Sequence[pathlib.Path], bad_rows: BadRows
-) -> Iterator[Document]:
+def pair_documents(paths: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
     """(source, target, further references if any) of every row of JSONL files."""
     for path in paths:
         for row in read_jsonl(path, ("source", "target"), bad_rows):

@@ -162,18 +162,17 @@ def _card_from_dict(content: Any, path: pathlib.Path) -> DatasetCard:
 
 
 def token_dtype(vocabulary_size: int, inputs_length: int, targets_length: int) -> str:
-    """"uint16" where ids and lengths fit it, else "uint32"."""
+    """ "uint16" where ids and lengths fit it, else "uint32"."""
     fits = vocabulary_size <= 2**16 and max(inputs_length, targets_length) < 2**16
     return "uint16" if fits else "uint32"
 
 
-def encode_row(
-    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str
-) -> bytes:
+def encode_row(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str) -> bytes:
     """One packed row as bytes: segment k has tokens `sources[k]` and `targets[k]`."""
     if len(sources) != len(targets) or not sources:
-        raise ValueError(f"a row wants as many sources as targets, got {len(sources)} and "
-                         f"{len(targets)}")
+        raise ValueError(
+            f"a row wants as many sources as targets, got {len(sources)} and {len(targets)}"
+        )
     lengths = [len(sources), *map(len, sources), *map(len, targets)]
     stored = np.dtype(dtype).newbyteorder("<")
     return np.concatenate([lengths, *sources, *targets]).astype(stored).tobytes()

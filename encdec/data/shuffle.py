@@ -112,9 +112,7 @@ def _round_keys(seed: int) -> tuple[int, ...]:
         keys[(k + q) % n] = keys[(k + q) % n] + more & word
         keys[k % n] = more
     for k in range(steps, steps + n):
-        mix = 1566083941 * mixed(
-            keys[k % n] + keys[(k + p) % n] + keys[(k - 1) % n] & word
-        ) & word
+        mix = 1566083941 * mixed(keys[k % n] + keys[(k + p) % n] + keys[(k - 1) % n] & word) & word
         less = mix - k % n & word
         keys[(k + p) % n] ^= mix
         keys[(k + q) % n] ^= less

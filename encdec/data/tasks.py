@@ -114,10 +114,12 @@ def objective_preprocessor(
             parts = tf.numpy_function(encode, [number, *texts, lengths], types)
             for part in parts:
                 part.set_shape([None])
-            found = tf.data.Dataset.from_tensor_slices({
-                "inputs": tf.RaggedTensor.from_row_lengths(parts[0], parts[1]),
-                "targets": tf.RaggedTensor.from_row_lengths(parts[2], parts[3]),
-            })
+            found = tf.data.Dataset.from_tensor_slices(
+                {
+                    "inputs": tf.RaggedTensor.from_row_lengths(parts[0], parts[1]),
+                    "targets": tf.RaggedTensor.from_row_lengths(parts[2], parts[3]),
+                }
+            )
             if REFERENCES not in document:
                 return found
             return found.map(lambda example: {**example, REFERENCES: document[REFERENCES]})

@@ -113,9 +113,7 @@ EMBEDDED_TASKS: dict[str, TextTask] = {
         stdlib.SPLITS,
         (rouge_l,),
     ),
-    "stdlib_text": TextTask(
-        "stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS
-    ),
+    "stdlib_text": TextTask("stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS),
 }
 TEXT_TASKS: dict[str, TextTask] = {
     **EMBEDDED_TASKS,

@@ -64,9 +64,7 @@ def verify_records(
     return verdict
 
 
-def _check_card(
-    directory: pathlib.Path, card: DatasetCard, verdict: Verdict
-) -> Vocabulary | None:
+def _check_card(directory: pathlib.Path, card: DatasetCard, verdict: Verdict) -> Vocabulary | None:
     lengths = card.inputs_length, card.targets_length
     wanted = content_fingerprint(card.shards, card.vocabulary, *lengths, card.decoder_start_id)
     if wanted != card.fingerprint:

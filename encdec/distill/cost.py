@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from encdec.data.records import DatasetCard
-from encdec.distill.sparse_logits import SparseFormat
+from encdec.data.sparse_logits import SparseFormat
 from encdec.model import ModelConfig
 from encdec.model.chips import chip_named
 from encdec.model.flops import training_flops
@@ -52,8 +52,15 @@ def scoring_cost(teacher_flops: float, card: DatasetCard, fmt: SparseFormat) -> 
     tokens = card.target_tokens
     drawn = fmt.method == "sampled" and not fmt.weighted
     typical = _DEFLATED[0] + _DEFLATED[1] * TYPICAL_IDS if drawn else 0.0
-    return ScoringCost(card.rows, tokens, typical, per_token, float(per_token * tokens),
-                       2.0 * fmt.vocab_size * tokens, teacher_flops)
+    return ScoringCost(
+        card.rows,
+        tokens,
+        typical,
+        per_token,
+        float(per_token * tokens),
+        2.0 * fmt.vocab_size * tokens,
+        teacher_flops,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,24 +86,35 @@ def student_cost(
     pairs = ids_per_token * targets
     extra = _PAIR_FLOPS * pairs + _LOGIT_FLOPS * targets * student.vocab_size
     return StudentCost(
-        training_flops(student, card.inputs_length, targets, batch_size=rows), rows * extra,
-        _PAIR_BATCH_BYTES * pairs + 4 * targets)
+        training_flops(student, card.inputs_length, targets, batch_size=rows),
+        rows * extra,
+        _PAIR_BATCH_BYTES * pairs + 4 * targets,
+    )
 
 
 def describe_student(name: str, cost: StudentCost) -> str:
     """One line for a person."""
-    return (f"a student {name}: {cost.flops:.3g} FLOPs a pass; the teacher's draws add "
-            f"{cost.extra_flops / cost.flops:.4%} to them, and {_size(cost.extra_bytes_per_row)} a "
-            "row to what the host sends")
+    return (
+        f"a student {name}: {cost.flops:.3g} FLOPs a pass; the teacher's draws add "
+        f"{cost.extra_flops / cost.flops:.4%} to them, and {_size(cost.extra_bytes_per_row)} a "
+        "row to what the host sends"
+    )
 
 
 def describe_cost(cost: ScoringCost) -> str:
     """A few lines for a person, with hours on some chips at an assumed utilisation."""
     lines = [
         f"{cost.rows:,} rows, {cost.tokens:,} target tokens",
-        *([f"about {cost.typical_bytes_per_token:.0f} bytes a token, "
-           f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, where {TYPICAL_IDS:.0f} "
-           "ids are drawn a token"] if cost.typical_bytes_per_token else []),
+        *(
+            [
+                f"about {cost.typical_bytes_per_token:.0f} bytes a token, "
+                f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, "
+                f"where {TYPICAL_IDS:.0f} "
+                "ids are drawn a token"
+            ]
+            if cost.typical_bytes_per_token
+            else []
+        ),
         f"at most {cost.most_bytes_per_token:.0f} bytes a token, {_size(cost.most_bytes)} in all "
         f"(every logit in bfloat16: {_size(cost.dense_bytes)})",
         f"{cost.teacher_flops:.3g} FLOPs of the teacher, once",

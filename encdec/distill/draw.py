@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from encdec.distill.sparse_logits import SparseFormat, SparseLogits, count_draws
+from encdec.data.sparse_logits import SparseFormat, SparseLogits, count_draws
 
 Kept = dict[str, jax.Array]
 
@@ -88,10 +88,12 @@ def to_sparse(kept: dict[str, np.ndarray], fmt: SparseFormat) -> SparseLogits:
         return SparseLogits(np.zeros(n, np.int32), none, log_probs=kept["log_probs"], **scalars)
     if fmt.method == "top_k":
         order = np.argsort(kept["ids"], axis=1)
-        ids, log_probs = (np.take_along_axis(kept[x], order, axis=1).reshape(-1)
-                          for x in ("ids", "log_probs"))
-        return SparseLogits(np.full(n, fmt.k, np.int32), ids, log_probs=log_probs,
-                            tail=kept["tail"], **scalars)
+        ids, log_probs = (
+            np.take_along_axis(kept[x], order, axis=1).reshape(-1) for x in ("ids", "log_probs")
+        )
+        return SparseLogits(
+            np.full(n, fmt.k, np.int32), ids, log_probs=log_probs, tail=kept["tail"], **scalars
+        )
     sizes, ids, counts, first = count_draws(kept["draws"])
     ratios = kept["log_ratios"].reshape(-1)[first] if fmt.weighted else None
     return SparseLogits(sizes, ids, counts=counts, log_ratios=ratios, **scalars)

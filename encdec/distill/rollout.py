@@ -34,8 +34,8 @@ from encdec.data.records import (
     write_json,
     write_shard,
 )
+from encdec.data.teacher_rows import short
 from encdec.data.vocabulary import CARD_FILE
-from encdec.distill.teacher import short
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import Generator, load_generator
 from encdec.inference.settings import GenerationSettings
@@ -100,12 +100,24 @@ def rollout(
     rows = min(rows or len(opened), len(opened))
     content = read_config(writer)
     settings = dataclasses.replace(
-        settings, max_tokens=min(settings.max_tokens or opened.card.targets_length,
-                                 opened.card.targets_length))
-    job = json.loads(json.dumps({
-        "writer": content.get("imported") or [content["run"], content["data"]], "step": step,
-        "records": opened.card.fingerprint, "settings": dataclasses.asdict(settings),
-        "rows": rows, "batch_rows": batch_rows, "block_rows": block_rows}))
+        settings,
+        max_tokens=min(
+            settings.max_tokens or opened.card.targets_length, opened.card.targets_length
+        ),
+    )
+    job = json.loads(
+        json.dumps(
+            {
+                "writer": content.get("imported") or [content["run"], content["data"]],
+                "step": step,
+                "records": opened.card.fingerprint,
+                "settings": dataclasses.asdict(settings),
+                "rows": rows,
+                "batch_rows": batch_rows,
+                "block_rows": block_rows,
+            }
+        )
+    )
     out = pathlib.Path(out)
     if (out / CARD_FILE).is_file() and read_card(out).origin.get("written") == job:
         return read_card(out)
@@ -117,7 +129,8 @@ def rollout(
         total.add(_note(out, number)[1])
     if missing:
         generator = load_generator(
-            writer, step, max_input_tokens=opened.card.inputs_length, batch_rows=batch_rows)
+            writer, step, max_input_tokens=opened.card.inputs_length, batch_rows=batch_rows
+        )
     for number in missing:
         numbers = range(number * block_rows, min((number + 1) * block_rows, rows))
         total.add(_write_block(generator, settings, opened, out, number, numbers))
@@ -137,11 +150,15 @@ def _check(
     if isinstance(records, MixedRecords):
         raise ConfigError("--records is a mixture; answer each of its parts by itself")
     if records.card.inputs_length == 0:
-        raise ConfigError(f"{records.directory} holds targets without sources; wanted records "
-                          "with something to answer")
+        raise ConfigError(
+            f"{records.directory} holds targets without sources; wanted records "
+            "with something to answer"
+        )
     if settings.samples != 1:
-        raise ConfigError(f"samples is {settings.samples}; wanted 1 answer a text: repeat the "
-                          "rollout with another seed for more")
+        raise ConfigError(
+            f"samples is {settings.samples}; wanted 1 answer a text: repeat the "
+            "rollout with another seed for more"
+        )
     if block_rows < 1:
         raise ConfigError(f"block_rows is {block_rows}; wanted 1 or more")
     vocabulary = read_config(writer)["data"]["vocabulary"]
@@ -150,7 +167,8 @@ def _check(
         raise DataError(
             f"the writer in {writer} has the vocabulary {short(seen)}, the records in "
             f"{records.directory} have {short(records.card.vocabulary.fingerprint)}; prepare with "
-            "the writer's own vocabulary")
+            "the writer's own vocabulary"
+        )
 
 
 def _begin(out: pathlib.Path, job: dict[str, Any]) -> None:
@@ -158,16 +176,20 @@ def _begin(out: pathlib.Path, job: dict[str, Any]) -> None:
     path = out / NOTES / "job.json"
     if out.is_dir() and any(out.iterdir()):
         if (out / CARD_FILE).is_file():
-            raise DataError(f"{out} already holds {read_card(out).rows:,} rows of records; give "
-                            "another --out")
+            raise DataError(
+                f"{out} already holds {read_card(out).rows:,} rows of records; give another --out"
+            )
         if not path.is_file():
-            raise DataError(f"{out} is not empty and holds no unfinished rollout; give another "
-                            "--out")
+            raise DataError(
+                f"{out} is not empty and holds no unfinished rollout; give another --out"
+            )
         begun = json.loads(path.read_text())
         differ = [name for name in job if begun.get(name) != job[name]]
         if differ:
-            raise DataError(f"{out} holds an unfinished rollout with another {', '.join(differ)}; "
-                            "repeat that command, or give another --out")
+            raise DataError(
+                f"{out} holds an unfinished rollout with another {', '.join(differ)}; "
+                "repeat that command, or give another --out"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, job)
 
@@ -189,8 +211,12 @@ def _note(out: pathlib.Path, number: int) -> tuple[Shard, Written] | None:
 
 
 def _write_block(
-    generator: Generator, settings: GenerationSettings, records: Records, out: pathlib.Path,
-    number: int, numbers: range,
+    generator: Generator,
+    settings: GenerationSettings,
+    records: Records,
+    out: pathlib.Path,
+    number: int,
+    numbers: range,
 ) -> Written:
     """Answers the texts of some rows and packs them anew into one shard."""
     dtype = records.card.token_dtype
@@ -199,19 +225,26 @@ def _write_block(
         found = decode_row(data, dtype)[0]
         sources += found
         keys += [(row_number * _SEGMENTS + place) % 2**32 for place in range(len(found))]
-    answers = [made[0] for made in generator.generate_from_tokens(
-        sources, settings, numbers=keys)]
+    answers = [made[0] for made in generator.generate_from_tokens(sources, settings, numbers=keys)]
     targets = [np.asarray(answer.tokens) for answer in answers]
     lengths = (np.array([len(ids) for ids in side]) for side in (sources, targets))
     rows = pack(*lengths, records.card.inputs_length, records.card.targets_length, PACKING)
-    shard = write_shard(out / f"rows-{number:06d}.arrayrecord", (
-        encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows))
+    shard = write_shard(
+        out / f"rows-{number:06d}.arrayrecord",
+        (encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows),
+    )
     written = Written(
-        len(rows), len(sources), sum(map(len, sources)), sum(map(len, targets)),
+        len(rows),
+        len(sources),
+        sum(map(len, sources)),
+        sum(map(len, targets)),
         sum(len(answer.text.encode()) for answer in answers),
-        sum(answer.finish == "length" for answer in answers))
-    write_json(_note_path(out, number),
-               {"shard": dataclasses.asdict(shard), "written": dataclasses.asdict(written)})
+        sum(answer.finish == "length" for answer in answers),
+    )
+    write_json(
+        _note_path(out, number),
+        {"shard": dataclasses.asdict(shard), "written": dataclasses.asdict(written)},
+    )
     return written
 
 
@@ -220,14 +253,21 @@ def _card(
 ) -> DatasetCard:
     slots = total.rows * (card.inputs_length + card.targets_length)
     return dataclasses.replace(
-        card, task=f"{card.task}, written by a model",
+        card,
+        task=f"{card.task}, written by a model",
         origin={"written": job, "sources": card.origin},
-        packing=PACKING, rows=total.rows, examples=total.examples, documents=total.examples,
-        source_tokens=total.source_tokens, target_tokens=total.target_tokens,
+        packing=PACKING,
+        rows=total.rows,
+        examples=total.examples,
+        documents=total.examples,
+        source_tokens=total.source_tokens,
+        target_tokens=total.target_tokens,
         target_bytes=total.target_bytes,
         non_padding_share=(total.source_tokens + total.target_tokens) / slots,
         truncated={"answers_without_eos": total.unfinished} if total.unfinished else {},
-        dropped={}, shards=tuple(shards),
+        dropped={},
+        shards=tuple(shards),
         fingerprint=content_fingerprint(
-            shards, card.vocabulary, card.inputs_length, card.targets_length,
-            card.decoder_start_id))
+            shards, card.vocabulary, card.inputs_length, card.targets_length, card.decoder_start_id
+        ),
+    )

@@ -43,14 +43,20 @@ class Shares:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if not getattr(self, field.name) >= 0:
-                raise ConfigError(f"the share of {field.name} targets is "
-                                  f"{getattr(self, field.name)}; wanted 0 or a positive number")
+                raise ConfigError(
+                    f"the share of {field.name} targets is "
+                    f"{getattr(self, field.name)}; wanted 0 or a positive number"
+                )
         if not self.gold + self.teacher:
-            raise ConfigError("the shares of gold and teacher targets are both 0; wanted one of "
-                              "them, since the first student has written nothing yet")
+            raise ConfigError(
+                "the shares of gold and teacher targets are both 0; wanted one of "
+                "them, since the first student has written nothing yet"
+            )
         if not self.student:
-            raise ConfigError("the share of student targets is 0, so there is nothing to alternate;"
-                              " wanted a positive number, or a single run of encdec train")
+            raise ConfigError(
+                "the share of student targets is 0, so there is nothing to alternate;"
+                " wanted a positive number, or a single run of encdec train"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +106,14 @@ def distill_in_rounds(
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; wanted 1 or more")
     if not run.data.records:
-        raise ConfigError("config.data.records is empty; wanted the gold records: "
-                          "--config.data.records=DIR")
+        raise ConfigError(
+            "config.data.records is empty; wanted the gold records: --config.data.records=DIR"
+        )
     if run.distill.teacher:
-        raise ConfigError(f"config.distill.teacher is {run.distill.teacher!r}; leave it out, "
-                          "because each round's records are scored by --teacher")
+        raise ConfigError(
+            f"config.distill.teacher is {run.distill.teacher!r}; leave it out, "
+            "because each round's records are scored by --teacher"
+        )
     workdir, gold = pathlib.Path(workdir), pathlib.Path(run.data.records)
 
     def scored(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
@@ -146,6 +155,9 @@ def _round(run: RunConfig, parts: list[_Part], init_from: str, seed: int) -> Run
         records = ",".join(f"{part.records}={part.rate:g}" for part in parts)
         teachers = ",".join(str(part.scored) for part in parts)
     return dataclasses.replace(
-        run, seed=seed, init_from=init_from,
+        run,
+        seed=seed,
+        init_from=init_from,
         data=dataclasses.replace(run.data, records=records),
-        distill=dataclasses.replace(run.distill, teacher=teachers))
+        distill=dataclasses.replace(run.distill, teacher=teachers),
+    )

@@ -22,18 +22,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from encdec.data.batches import Batches
 from encdec.data.mixing import MixedRecords
 from encdec.data.records import Records
+from encdec.data.sparse_logits import SparseFormat
+from encdec.data.teacher_rows import short
 from encdec.data.vocabulary import VocabularySpec
 from encdec.distill.draw import Kept, keep
-from encdec.distill.sparse_logits import SparseFormat
-from encdec.distill.teacher import short
 from encdec.errors import ConfigError, DataError
-from encdec.model import (
-    Model,
-    ModelConfig,
-    abstract_params,
-    build_model,
-    logical_axes,
-)
+from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
 from encdec.model.flops import count_parameters, forward_flops
 from encdec.train.checkpoints import latest_step, load_params_for_inference
 from encdec.train.config import MeshConfig
@@ -94,12 +88,15 @@ class ScoringModel:
     def forward_flops(self, records: Records) -> float:
         """Of one pass over all rows, padding included."""
         card = records.card
-        return forward_flops(self.config, card.inputs_length, card.targets_length,
-                             batch_size=card.rows).total
+        return forward_flops(
+            self.config, card.inputs_length, card.targets_length, batch_size=card.rows
+        ).total
 
 
 def scoring_model(
-    workdir: str | pathlib.Path, records: Records, step: int | None = None,
+    workdir: str | pathlib.Path,
+    records: Records,
+    step: int | None = None,
     max_length: int | None = None,
 ) -> ScoringModel:
     """The teacher, if it can read these records.
@@ -113,8 +110,10 @@ def scoring_model(
     config, data = model_config_of(content), content["data"]
     vocabulary = data["vocabulary"]
     if vocabulary is None:
-        raise DataError(f"the vocabulary of the teacher in {workdir} is unknown; import it again "
-                        "with --vocabulary=FILE")
+        raise DataError(
+            f"the vocabulary of the teacher in {workdir} is unknown; import it again "
+            "with --vocabulary=FILE"
+        )
     check_records(records, workdir, VocabularySpec(**vocabulary), str(workdir))
     _check_lengths(content, records, max_length, workdir)
     imported = content.get("imported")
@@ -124,10 +123,14 @@ def scoring_model(
         name, step = content["run"]["model"], latest_step(workdir, step)
         what = {part: content[part] for part in ("run", "model", "data")}
         source = hashlib.sha256(json.dumps([what, step], sort_keys=True).encode()).hexdigest()
-    identity = {"name": name, "step": step, "fingerprint": source,
-                "architecture": config.architecture, "parameters": count_parameters(config).total}
-    return ScoringModel(
-        pathlib.Path(workdir), config, step, identity, data["decoder_start_id"])
+    identity = {
+        "name": name,
+        "step": step,
+        "fingerprint": source,
+        "architecture": config.architecture,
+        "parameters": count_parameters(config).total,
+    }
+    return ScoringModel(pathlib.Path(workdir), config, step, identity, data["decoder_start_id"])
 
 
 def check_records(
@@ -139,15 +142,18 @@ def check_records(
     """
     if isinstance(records, MixedRecords):
         parts = ", ".join(str(part.directory) for part in records.parts)
-        raise ConfigError(f"--records is a mixture of {parts}; score each of them by itself, and "
-                          "train with config.distill.teacher=TEACHER_A,TEACHER_B")
+        raise ConfigError(
+            f"--records is a mixture of {parts}; score each of them by itself, and "
+            "train with config.distill.teacher=TEACHER_A,TEACHER_B"
+        )
     wanted = records.card.vocabulary
     if vocabulary.fingerprint != wanted.fingerprint:
         raise DataError(
             f"the teacher in {teacher} has the vocabulary {short(vocabulary.fingerprint)} of "
             f"{vocabulary.size:,} ids, the records in {records.directory} have "
             f"{short(wanted.fingerprint)} of {wanted.size:,}; a teacher's logits mean nothing in "
-            f"another vocabulary: prepare with --vocabulary={mend}")
+            f"another vocabulary: prepare with --vocabulary={mend}"
+        )
 
 
 def _check_lengths(
@@ -155,8 +161,11 @@ def _check_lengths(
 ) -> None:
     """Raises DataError where a text is longer than what the teacher is right for."""
     data = content["data"]
-    right_for = max_length or content.get("imported", {}).get("max_length") or (
-        data["inputs_length"] + data["targets_length"])
+    right_for = (
+        max_length
+        or content.get("imported", {}).get("max_length")
+        or (data["inputs_length"] + data["targets_length"])
+    )
     check_longest(records, right_for, workdir)
 
 
@@ -169,7 +178,8 @@ def check_longest(records: Records, right_for: int, teacher: str | pathlib.Path)
         raise DataError(
             f"the longest text in {records.directory} has {longest:,} tokens, and the teacher "
             f"in {teacher} is right for {right_for:,}; prepare shorter rows, or give "
-            f"--max_length={longest} if it can read more than it was trained on")
+            f"--max_length={longest} if it can read more than it was trained on"
+        )
 
 
 def longest_segment(records: Records, at_once: int = 4096) -> int:
@@ -219,7 +229,8 @@ def make_score_step(
         kept = jax.lax.map(some_tokens, (parts, places))
         kept = jax.tree.map(
             lambda x: x.swapaxes(0, 1).reshape(rows, positions, *x.shape[3:])[:, :targets_length],
-            kept)
+            kept,
+        )
         return kept | {"tokens": jnp.sum(weights_BxT > 0, axis=1, dtype=jnp.int32)}
 
     return score_step
@@ -229,8 +240,14 @@ class JaxScorer:
     """A model of ours as a ``Scorer``, sharded over the mesh."""
 
     def __init__(
-        self, model: ScoringModel, records: Records, fmt: SparseFormat, *, seed: int,
-        batch_rows: int, mesh: MeshConfig,
+        self,
+        model: ScoringModel,
+        records: Records,
+        fmt: SparseFormat,
+        *,
+        seed: int,
+        batch_rows: int,
+        mesh: MeshConfig,
     ):
         """``batch_rows`` 0 is 8 for each data shard of the mesh.
 
@@ -242,8 +259,10 @@ class JaxScorer:
         shards = data_shards(devices)
         self.batch_rows = batch_rows or 8 * shards
         if self.batch_rows % shards:
-            raise ConfigError(f"--batch_rows is {batch_rows}; wanted a multiple of the {shards} "
-                              "data shards of the mesh")
+            raise ConfigError(
+                f"--batch_rows is {batch_rows}; wanted a multiple of the {shards} "
+                "data shards of the mesh"
+            )
         self._sharding = NamedSharding(devices, PartitionSpec(ShardingRules().batch))
         self.host, self.hosts = host_slice(self._sharding, self.batch_rows)
         self.writes = _writes(self._sharding, self.batch_rows)
@@ -251,8 +270,12 @@ class JaxScorer:
         own = copy.copy(records)
         own.card = dataclasses.replace(records.card, decoder_start_id=model.start_id)
         self._batches = Batches(
-            own, global_batch=self.batch_rows, layout=model.config.architecture,
-            host_index=self.host, host_count=self.hosts)
+            own,
+            global_batch=self.batch_rows,
+            layout=model.config.architecture,
+            host_index=self.host,
+            host_count=self.hosts,
+        )
         self._step: Any = None
         self._params: Any = None
 
@@ -260,13 +283,17 @@ class JaxScorer:
         config, mesh = self._model.config, self._sharding.mesh
         model = build_model(config)
         shardings, fitted, _ = param_shardings(
-            ShardingRules(), mesh, abstract_params(model), logical_axes(model))
+            ShardingRules(), mesh, abstract_params(model), logical_axes(model)
+        )
         _, self._params, _ = load_params_for_inference(
-            self._model.workdir, self._model.step or None, shardings)
+            self._model.workdir, self._model.step or None, shardings
+        )
         step = make_score_step(model, self._fmt, self._targets_length, self._seed)
         self._step = jax.jit(
-            on_mesh(step, mesh, fitted), in_shardings=(shardings, self._sharding),
-            out_shardings=self._sharding)
+            on_mesh(step, mesh, fitted),
+            in_shardings=(shardings, self._sharding),
+            out_shardings=self._sharding,
+        )
 
     def score(self, numbers: np.ndarray) -> Kept:
         batch = self._batches.read_rows(numbers)
@@ -289,8 +316,7 @@ def _writes(sharding: NamedSharding, rows: int) -> bool:
     for device, index in sharding.devices_indices_map((rows,)).items():
         start = index[0].start or 0
         holders[start] = min(holders.get(start, device.process_index), device.process_index)
-    mine = [index[0].start or 0
-            for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    mine = [
+        index[0].start or 0 for index in sharding.addressable_devices_indices_map((rows,)).values()
+    ]
     return all(holders[start] == jax.process_index() for start in mine)
-
-

@@ -22,10 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from encdec.data.records import Records, Shard, open_records, write_json, write_shard
+from encdec.data.sparse_logits import SparseFormat, encode_row
+from encdec.data.teacher_rows import CARD_FILE, TeacherCard, read_teacher_card, teacher_fingerprint
 from encdec.distill.draw import Kept, to_sparse
 from encdec.distill.scorers import JaxScorer, Scorer, scoring_model
-from encdec.distill.sparse_logits import SparseFormat, encode_row
-from encdec.distill.teacher import CARD_FILE, TeacherCard, read_teacher_card, teacher_fingerprint
 from encdec.distill.torch_scorer import TorchScorer, torch_model
 from encdec.errors import ConfigError, DataError
 from encdec.train.config import MeshConfig
@@ -110,14 +110,31 @@ def score(
     opened = open_records(records)
     fmt = SparseFormat(method, opened.card.vocabulary.size, draws, k, temperature, proposal)
     if not 0 <= seed < 2**31 or shard_rows < 1 or batch_rows < 0:
-        raise ConfigError(f"--seed={seed}, --shard_rows={shard_rows}, --batch_rows={batch_rows}: "
-                          "wanted a seed from 0 to 2^31 - 1 and positive numbers of rows")
+        raise ConfigError(
+            f"--seed={seed}, --shard_rows={shard_rows}, --batch_rows={batch_rows}: "
+            "wanted a seed from 0 to 2^31 - 1 and positive numbers of rows"
+        )
     identity, scorer = _scorer(
-        teacher, opened, fmt, backend, step=step, max_length=max_length, seed=seed,
-        batch_rows=batch_rows, mesh=mesh, vocabulary=vocabulary)
-    job = {"teacher": identity, "records": opened.card.fingerprint, "format": fmt.to_dict(),
-           "seed": seed, "batch_rows": scorer.batch_rows, "hosts": scorer.hosts,
-           "shard_rows": shard_rows}
+        teacher,
+        opened,
+        fmt,
+        backend,
+        step=step,
+        max_length=max_length,
+        seed=seed,
+        batch_rows=batch_rows,
+        mesh=mesh,
+        vocabulary=vocabulary,
+    )
+    job = {
+        "teacher": identity,
+        "records": opened.card.fingerprint,
+        "format": fmt.to_dict(),
+        "seed": seed,
+        "batch_rows": scorer.batch_rows,
+        "hosts": scorer.hosts,
+        "shard_rows": shard_rows,
+    }
     out = pathlib.Path(out)
     if _check_out(out, job, overwrite):
         return read_teacher_card(out)
@@ -136,15 +153,25 @@ def score(
 
 
 def _scorer(
-    teacher: str | pathlib.Path, records: Records, fmt: SparseFormat, backend: str, *,
-    step: int | None, max_length: int | None, seed: int, batch_rows: int, mesh: MeshConfig,
+    teacher: str | pathlib.Path,
+    records: Records,
+    fmt: SparseFormat,
+    backend: str,
+    *,
+    step: int | None,
+    max_length: int | None,
+    seed: int,
+    batch_rows: int,
+    mesh: MeshConfig,
     vocabulary: str | pathlib.Path | None,
 ) -> tuple[dict[str, Any], Scorer]:
     """Who the teacher is, and how it reads rows; everything is checked, nothing is loaded."""
     if backend == "torch":
         if step is not None or mesh != MeshConfig():
-            raise ConfigError("--step, --fsdp and --tensor mean nothing to --backend=torch; leave "
-                              "them out, or import the model with encdec import")
+            raise ConfigError(
+                "--step, --fsdp and --tensor mean nothing to --backend=torch; leave "
+                "them out, or import the model with encdec import"
+            )
         model = torch_model(teacher, records, vocabulary, max_length)
         return model.identity, TorchScorer(model, records, fmt, seed=seed, batch_rows=batch_rows)
     if backend != "jax":
@@ -159,8 +186,15 @@ class _Run:
     """The shards of one scoring, group by group: one shard for each host that holds own rows."""
 
     def __init__(
-        self, identity: dict[str, Any], scorer: Scorer, records: Records, fmt: SparseFormat,
-        seed: int, shard_rows: int, out: pathlib.Path, progress: Progress | None,
+        self,
+        identity: dict[str, Any],
+        scorer: Scorer,
+        records: Records,
+        fmt: SparseFormat,
+        seed: int,
+        shard_rows: int,
+        out: pathlib.Path,
+        progress: Progress | None,
     ):
         self._identity, self._scorer, self._fmt, self._seed = identity, scorer, fmt, seed
         self._shard_rows, self._out, self._progress = shard_rows, out, progress
@@ -171,10 +205,12 @@ class _Run:
     def all_shards(self) -> None:
         """Scores every group of which a shard is not there yet."""
         hosts = self._scorer.hosts
-        groups = [range(first, min(first + hosts, self.shards))
-                  for first in range(0, self.shards, hosts)]
-        open_groups = [group for group in groups
-                       if any(self.note(number) is None for number in group)]
+        groups = [
+            range(first, min(first + hosts, self.shards)) for first in range(0, self.shards, hosts)
+        ]
+        open_groups = [
+            group for group in groups if any(self.note(number) is None for number in group)
+        ]
         # Known to all before anyone writes on.
         _meet("notes")
         for number in set(range(self.shards)) - {n for group in open_groups for n in group}:
@@ -211,8 +247,10 @@ class _Run:
         shard = write_shard(self._out / f"logits-{number:06d}.arrayrecord", rows)
         self.total.bytes += shard.bytes - tally.bytes  # so far of the rows alone
         tally.bytes = shard.bytes
-        write_json(self._note_path(number),
-                   {"shard": dataclasses.asdict(shard), "tally": dataclasses.asdict(tally)})
+        write_json(
+            self._note_path(number),
+            {"shard": dataclasses.asdict(shard), "tally": dataclasses.asdict(tally)},
+        )
 
     def _encoded(self, group: range, tally: Tally) -> Iterator[bytes]:
         """This host's rows of a group in order, scored and encoded, one batch behind."""
@@ -237,12 +275,21 @@ class _Run:
         tokens = host.pop("tokens")
         new = Tally()
         for place in np.flatnonzero(numbers >= 0):
-            row = to_sparse({name: x[place, : tokens[place]] for name, x in host.items()},
-                            self._fmt)
+            row = to_sparse(
+                {name: x[place, : tokens[place]] for name, x in host.items()}, self._fmt
+            )
             data = encode_row(row, self._fmt)
-            new.add(Tally(
-                1, len(row), len(row.ids), len(row.ids), float(row.entropy.sum(dtype=np.float64)),
-                float(row.tail.sum(dtype=np.float64)) if row.tail is not None else 0.0, len(data)))
+            new.add(
+                Tally(
+                    1,
+                    len(row),
+                    len(row.ids),
+                    len(row.ids),
+                    float(row.entropy.sum(dtype=np.float64)),
+                    float(row.tail.sum(dtype=np.float64)) if row.tail is not None else 0.0,
+                    len(data),
+                )
+            )
             yield data
         tally.add(new)
         self.total.add(new)
@@ -258,13 +305,23 @@ class _Run:
             total.add(tally)
         card, tokens = self.records.card, max(total.tokens, 1)
         return TeacherCard(
-            teacher=self._identity, records_fingerprint=card.fingerprint,
-            vocabulary_fingerprint=card.vocabulary.fingerprint, inputs_length=card.inputs_length,
-            targets_length=card.targets_length, format=self._fmt, seed=self._seed,
-            rows=total.rows, tokens=total.tokens, pairs=total.pairs, max_pairs=total.max_pairs,
-            entropy=total.entropy / tokens, tail=total.tail / tokens,
-            bytes_per_token=total.bytes / tokens, shards=tuple(shards),
-            fingerprint=teacher_fingerprint(card.fingerprint, self._fmt, shards))
+            teacher=self._identity,
+            records_fingerprint=card.fingerprint,
+            vocabulary_fingerprint=card.vocabulary.fingerprint,
+            inputs_length=card.inputs_length,
+            targets_length=card.targets_length,
+            format=self._fmt,
+            seed=self._seed,
+            rows=total.rows,
+            tokens=total.tokens,
+            pairs=total.pairs,
+            max_pairs=total.max_pairs,
+            entropy=total.entropy / tokens,
+            tail=total.tail / tokens,
+            bytes_per_token=total.bytes / tokens,
+            shards=tuple(shards),
+            fingerprint=teacher_fingerprint(card.fingerprint, self._fmt, shards),
+        )
 
 
 def _check_out(out: pathlib.Path, job: dict[str, Any], overwrite: bool) -> bool:
@@ -275,24 +332,35 @@ def _check_out(out: pathlib.Path, job: dict[str, Any], overwrite: bool) -> bool:
         return False
     ours = (out / CARD_FILE).is_file() or (out / NOTES).is_dir()
     if not ours:
-        raise DataError(f"{out} is not empty and holds no teacher's rows; give another --out "
-                        "(--overwrite replaces these only)")
+        raise DataError(
+            f"{out} is not empty and holds no teacher's rows; give another --out "
+            "(--overwrite replaces these only)"
+        )
     if overwrite:
         return False
     done = (out / CARD_FILE).is_file()
     if done:
         card = read_teacher_card(out)
-        begun = {"teacher": card.teacher, "records": card.records_fingerprint,
-                 "format": card.format.to_dict(), "seed": card.seed}
+        begun = {
+            "teacher": card.teacher,
+            "records": card.records_fingerprint,
+            "format": card.format.to_dict(),
+            "seed": card.seed,
+        }
     elif not (out / NOTES / "job.json").is_file():
         return False  # it was killed as it began, before it wrote anything
     else:
         begun = json.loads((out / NOTES / "job.json").read_text())
-    differ = [f"{name} is {value} there and {job[name]} here"
-              for name, value in begun.items() if value != json.loads(json.dumps(job[name]))]
+    differ = [
+        f"{name} is {value} there and {job[name]} here"
+        for name, value in begun.items()
+        if value != json.loads(json.dumps(job[name]))
+    ]
     if differ:
-        raise DataError(f"{out} holds another scoring: {'; '.join(differ)}. Repeat that command, "
-                        "give another --out, or --overwrite to replace it")
+        raise DataError(
+            f"{out} holds another scoring: {'; '.join(differ)}. Repeat that command, "
+            "give another --out, or --overwrite to replace it"
+        )
     return done
 
 

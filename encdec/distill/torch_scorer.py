@@ -19,10 +19,10 @@ import numpy as np
 
 from encdec import safetensors
 from encdec.data.records import Records, decode_row, file_sha256
+from encdec.data.sparse_logits import SparseFormat
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_file
 from encdec.distill.draw import Kept, keep
 from encdec.distill.scorers import check_longest, check_records
-from encdec.distill.sparse_logits import SparseFormat
 from encdec.errors import ConfigError, DataError
 
 BATCH_ROWS = 8
@@ -51,8 +51,10 @@ class TorchModel:
 
 
 def torch_model(
-    directory: str | pathlib.Path, records: Records,
-    vocabulary: str | pathlib.Path | Vocabulary | None = None, max_length: int | None = None,
+    directory: str | pathlib.Path,
+    records: Records,
+    vocabulary: str | pathlib.Path | Vocabulary | None = None,
+    max_length: int | None = None,
 ) -> TorchModel:
     """The teacher, if it can read these records.
 
@@ -68,34 +70,54 @@ def torch_model(
     """
     directory = pathlib.Path(directory)
     if not (directory / "config.json").is_file():
-        raise DataError(f"{directory} has no config.json; give the directory of a Hugging Face "
-                        "causal language model (config.json and *.safetensors)")
+        raise DataError(
+            f"{directory} has no config.json; give the directory of a Hugging Face "
+            "causal language model (config.json and *.safetensors)"
+        )
     transformers = _transformers()
     tensors = safetensors.open_directory(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever transformers makes of the file
-        raise DataError(f"transformers {transformers.__version__} cannot read {directory}: {error}"
-                        ) from error
+        raise DataError(
+            f"transformers {transformers.__version__} cannot read {directory}: {error}"
+        ) from error
     file = vocabulary if vocabulary is not None else vocabulary_file(directory)
     if file is None:
-        raise DataError(f"{directory} holds neither tokenizer.model nor tokenizer.json; give the "
-                        "model's vocabulary with --vocabulary=FILE")
+        raise DataError(
+            f"{directory} holds neither tokenizer.model nor tokenizer.json; give the "
+            "model's vocabulary with --vocabulary=FILE"
+        )
     spec = load_vocabulary(file).spec()
     check_records(records, directory, spec, str(file))
     text = config.get_text_config()
     if text.vocab_size < spec.size:
-        raise DataError(f"the vocabulary {file} has {spec.size:,} ids, the model only "
-                        f"{text.vocab_size:,}; give the model's own with --vocabulary=FILE")
+        raise DataError(
+            f"the vocabulary {file} has {spec.size:,} ids, the model only "
+            f"{text.vocab_size:,}; give the model's own with --vocabulary=FILE"
+        )
     longest = max_length or getattr(text, "max_position_embeddings", None)
     if longest:
         check_longest(records, longest, directory)
-    start = next((token for token in (text.bos_token_id, text.eos_token_id, spec.eos_id)
-                  if isinstance(token, int)), 0)
-    return TorchModel(directory, {
-        "name": directory.resolve().name, "step": 0, "fingerprint": _fingerprint(directory),
-        "architecture": ", ".join(config.architectures or ["unknown"]) + " in torch",
-        "parameters": sum(int(tensor.size) for tensor in tensors.values())}, start)
+    start = next(
+        (
+            token
+            for token in (text.bos_token_id, text.eos_token_id, spec.eos_id)
+            if isinstance(token, int)
+        ),
+        0,
+    )
+    return TorchModel(
+        directory,
+        {
+            "name": directory.resolve().name,
+            "step": 0,
+            "fingerprint": _fingerprint(directory),
+            "architecture": ", ".join(config.architectures or ["unknown"]) + " in torch",
+            "parameters": sum(int(tensor.size) for tensor in tensors.values()),
+        },
+        start,
+    )
 
 
 def _transformers() -> Any:
@@ -103,8 +125,10 @@ def _transformers() -> Any:
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ConfigError(f"--backend=torch needs torch and transformers ({error}); install them "
-                          "with pip install 'encdec[hf]'") from error
+        raise ConfigError(
+            f"--backend=torch needs torch and transformers ({error}); install them "
+            "with pip install 'encdec[hf]'"
+        ) from error
     return transformers
 
 
@@ -122,14 +146,14 @@ class TorchScorer:
     """
 
     def __init__(
-        self, model: TorchModel, records: Records, fmt: SparseFormat, *, seed: int,
-        batch_rows: int,
+        self, model: TorchModel, records: Records, fmt: SparseFormat, *, seed: int, batch_rows: int
     ):
         self.host, self.hosts, self.writes = jax.process_index(), jax.process_count(), True
         self.batch_rows = batch_rows or BATCH_ROWS * self.hosts
         if self.batch_rows % self.hosts:
-            raise ConfigError(f"--batch_rows is {batch_rows}; wanted a multiple of the "
-                              f"{self.hosts} processes")
+            raise ConfigError(
+                f"--batch_rows is {batch_rows}; wanted a multiple of the {self.hosts} processes"
+            )
         self._teacher, self._records, self._fmt = model, records, fmt
         # Where torch computes, not where jax would put arrays by default.
         self._keep = jax.jit(functools.partial(_keep, seed=seed, fmt=fmt), backend="cpu")
@@ -140,8 +164,13 @@ class TorchScorer:
         import transformers
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            self._teacher.directory, local_files_only=True, dtype="auto").eval().to(device)
+        self._model = (
+            transformers.AutoModelForCausalLM.from_pretrained(
+                self._teacher.directory, local_files_only=True, dtype="auto"
+            )
+            .eval()
+            .to(device)
+        )
 
     def score(self, numbers: np.ndarray) -> Kept:
         card = self._records.card
@@ -155,8 +184,12 @@ class TorchScorer:
                 part = slice(first, first + HEAD_TOKENS)
                 found = self._reduced(logits[part], numbers[row[part]], place[part])
                 for name, values in found.items():
-                    whole = kept.setdefault(name, np.zeros(
-                        (len(numbers), card.targets_length, *values.shape[1:]), values.dtype))
+                    whole = kept.setdefault(
+                        name,
+                        np.zeros(
+                            (len(numbers), card.targets_length, *values.shape[1:]), values.dtype
+                        ),
+                    )
                     whole[row[part], place[part]] = values
         tokens = np.zeros(len(numbers), np.int32)
         np.add.at(tokens, rows, [len(t) for t in targets])
@@ -185,8 +218,10 @@ class TorchScorer:
         """float32 [all target tokens, V], text after text."""
         import torch
 
-        texts = [np.concatenate([[self._teacher.start_id], s, t[:-1]]).astype(np.int64)
-                 for s, t in zip(sources, targets)]
+        texts = [
+            np.concatenate([[self._teacher.start_id], s, t[:-1]]).astype(np.int64)
+            for s, t in zip(sources, targets)
+        ]
         width = max(map(len, texts))
         ids, mask = np.zeros((2, len(texts), width), np.int64)
         for index, text in enumerate(texts):
@@ -194,10 +229,14 @@ class TorchScorer:
         device = self._model.device
         with torch.inference_mode():
             logits = self._model(
-                input_ids=torch.tensor(ids, device=device), use_cache=False,
-                attention_mask=torch.tensor(mask, device=device)).logits
-            picked = [logits[index, len(s) : len(s) + len(t), : self._fmt.vocab_size]
-                      for index, (s, t) in enumerate(zip(sources, targets))]
+                input_ids=torch.tensor(ids, device=device),
+                use_cache=False,
+                attention_mask=torch.tensor(mask, device=device),
+            ).logits
+            picked = [
+                logits[index, len(s) : len(s) + len(t), : self._fmt.vocab_size]
+                for index, (s, t) in enumerate(zip(sources, targets))
+            ]
             return torch.cat(picked).float().cpu().numpy()
 
     def _reduced(
@@ -206,20 +245,27 @@ class TorchScorer:
         """``keep`` of some tokens, filled up to one shape so that it is compiled once."""
         count = len(logits)
         fill = lambda x, dtype: np.pad(
-            x, ((0, HEAD_TOKENS - count),) + ((0, 0),) * (x.ndim - 1)).astype(dtype)
-        kept = self._keep(fill(logits, np.float32), fill(numbers, np.uint32),
-                          fill(places, np.uint32))
+            x, ((0, HEAD_TOKENS - count),) + ((0, 0),) * (x.ndim - 1)
+        ).astype(dtype)
+        kept = self._keep(
+            fill(logits, np.float32), fill(numbers, np.uint32), fill(places, np.uint32)
+        )
         return {name: np.asarray(x)[:count] for name, x in kept.items()}
 
 
 def _keep(
-    logits_NxV: jax.Array, numbers_N: jax.Array, places_N: jax.Array, *, seed: int,
+    logits_NxV: jax.Array,
+    numbers_N: jax.Array,
+    places_N: jax.Array,
+    *,
+    seed: int,
     fmt: SparseFormat,
 ) -> Kept:
     """As ``encdec.distill.scorers.make_score_step`` keys its draws: by row, then by place."""
     key = jax.random.key(seed)
     keys_N = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(
-        numbers_N, places_N)
+        numbers_N, places_N
+    )
     return keep(logits_NxV, keys_N, fmt)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.evaluation.evaluation_report import check_distinct, read_report, shown
 from encdec.evaluation.intervals import TRIALS, Statistic, compare, randomisation_test
 from encdec.evaluation.judge import kept_opinions
 from encdec.evaluation.likelihood import Likelihood, LikelihoodFiles, likelihood_scores
 from encdec.evaluation.predictions import Example, read_answers
-from encdec.evaluation.report import check_distinct, read_report, shown
 from encdec.evaluation.scores import Score, mean_score, score_task
 
 
@@ -45,17 +45,27 @@ def compare_evaluations(
         read = [[_read(folder, task, report) for folder, report in side[task]] for side in sides]
         examples = {one.examples for side in read for one in side}
         if len(examples) > 1:
-            raise DataError(f"{sides[0][task][0][0]} and {sides[1][task][0][0]} answered other "
-                            f"examples of {task}; evaluate both with the same data, --split and "
-                            "--limit")
-        scored = [[{score.name: score for score in one} for one in side]
-                  for side in _scores(task, read)]
+            raise DataError(
+                f"{sides[0][task][0][0]} and {sides[1][task][0][0]} answered other "
+                f"examples of {task}; evaluate both with the same data, --split and "
+                "--limit"
+            )
+        scored = [
+            [{score.name: score for score in one} for one in side] for side in _scores(task, read)
+        ]
         for name in scored[0][0]:
             if all(name in one for side in scored for one in side):
-                rows.append({"task": task, "score": name} | _row(
-                    [[one[name] for one in side] for side in scored], resamples, trials))
-    return {"first": list(first), "second": list(second), "resamples": resamples,
-            "trials": trials, "rows": rows}
+                rows.append(
+                    {"task": task, "score": name}
+                    | _row([[one[name] for one in side] for side in scored], resamples, trials)
+                )
+    return {
+        "first": list(first),
+        "second": list(second),
+        "resamples": resamples,
+        "trials": trials,
+        "rows": rows,
+    }
 
 
 def _by_task(folders: Sequence[str]) -> dict[str, list[tuple[pathlib.Path, dict[str, Any]]]]:
@@ -89,19 +99,26 @@ class _Evaluation:
 
 
 def _read(folder: pathlib.Path, task: str, report: Mapping[str, Any]) -> _Evaluation:
-    found = {index: (example, prediction.text)
-             for _, index, example, prediction in read_answers(folder / task)}
+    found = {
+        index: (example, prediction.text)
+        for _, index, example, prediction in read_answers(folder / task)
+    }
     count = report["tasks"][task]["examples"]
     if found.keys() != set(range(count)):
-        raise DataError(f"{folder / task} holds the answers to {len(found):,} examples and "
-                        f"{folder} reports {count:,}; repeat its `encdec evaluate`")
+        raise DataError(
+            f"{folder / task} holds the answers to {len(found):,} examples and "
+            f"{folder} reports {count:,}; repeat its `encdec evaluate`"
+        )
     examples, texts = zip(*(found[index] for index in range(count)))
     judge = report.get("judge")
     opinions = kept_opinions(folder, judge, examples, texts) if judge else []
     return _Evaluation(
-        examples, texts,
+        examples,
+        texts,
         {index: one for index, one in LikelihoodFiles(folder / task).read().items() if one.tokens},
-        {index: one for index, one in enumerate(opinions) if one is not None}, judge)
+        {index: one for index, one in enumerate(opinions) if one is not None},
+        judge,
+    )
 
 
 def _scores(task: str, sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
@@ -111,8 +128,10 @@ def _scores(task: str, sides: Sequence[Sequence[_Evaluation]]) -> list[list[list
     where all are the same judge's.
     """
     everyone = [one for side in sides for one in side]
-    shared = [sorted(set.intersection(*(set(part) for part in parts))) for parts in (
-        [one.likelihoods for one in everyone], [one.opinions for one in everyone])]
+    shared = [
+        sorted(set.intersection(*(set(part) for part in parts)))
+        for parts in ([one.likelihoods for one in everyone], [one.opinions for one in everyone])
+    ]
     one_judge = all(one.judge == everyone[0].judge for one in everyone)
 
     def scores(one: _Evaluation) -> list[Score]:
@@ -131,13 +150,21 @@ def _row(sides: Sequence[Sequence[Score]], resamples: int, trials: int) -> dict[
     difference = compare(*statistics, count, resamples=resamples)
     p_value = randomisation_test(
         *(np.mean([score.parts_ExK for score in side], axis=0) for side in sides),
-        sides[0][0].of_sums, trials=trials)
+        sides[0][0].of_sums,
+        trials=trials,
+    )
     everything = np.arange(count)
-    values = {"first": statistics[0](everything), "second": statistics[1](everything),
-              "difference": difference.value, "low": difference.low, "high": difference.high,
-              "p_value": p_value}
+    values = {
+        "first": statistics[0](everything),
+        "second": statistics[1](everything),
+        "difference": difference.value,
+        "low": difference.low,
+        "high": difference.high,
+        "p_value": p_value,
+    }
     return {"examples": count} | {
-        name: value if math.isfinite(value) else None for name, value in values.items()}
+        name: value if math.isfinite(value) else None for name, value in values.items()
+    }
 
 
 def _mean_of(scores: Sequence[Score]) -> Statistic:
@@ -151,9 +178,11 @@ def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
         f"{second} minus {first}, with paired bootstrap intervals of 95 % over examples and "
         f"two-sided p-values of a randomisation test of {content['trials']:,} trials, which swaps "
         "the two models' answers example by example (not corrected for the "
-        f"{len(content['rows'])} comparisons).", "",
+        f"{len(content['rows'])} comparisons).",
+        "",
         f"| task | score | {first} | {second} | difference | 95 % interval | p | examples |",
-        "|---|---|---:|---:|---:|---:|---:|---:|"]
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in content["rows"]:
         low, high = row["low"], row["high"]
         sure = low is not None and high is not None and (low > 0 or high < 0)
@@ -162,5 +191,6 @@ def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
         lines.append(
             f"| {row['task']} | {row['score']} | {shown(row.get('first'))} | "
             f"{shown(row.get('second'))} | {difference} | {shown(low)} to {shown(high)} | "
-            f"{p_value} | {row['examples']:,} |")
+            f"{p_value} | {row['examples']:,} |"
+        )
     return "\n".join(lines) + "\n"

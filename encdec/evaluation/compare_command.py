@@ -41,16 +41,27 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="encdec evaluate compare", allow_abbrev=False,
+        prog="encdec evaluate compare",
+        allow_abbrev=False,
         description="Compares two models' finished evaluations of the same examples: paired "
         "bootstrap intervals, and a randomisation test.",
         epilog="Example: encdec evaluate compare --first='DEC=runs/dec/evaluation' "
-        "--second='ED=runs/ed/evaluation'")
+        "--second='ED=runs/ed/evaluation'",
+    )
     for flag in ("first", "second"):
-        parser.add_argument(f"--{flag}", required=True, metavar="NAME=DIR,DIR",
-                            help="a name and the --out directories of its evaluations; seeds are "
-                            "averaged example by example")
-    parser.add_argument("--resamples", type=int, default=1000, metavar="N",
-                        help="of the bootstrap (default %(default)s)")
+        parser.add_argument(
+            f"--{flag}",
+            required=True,
+            metavar="NAME=DIR,DIR",
+            help="a name and the --out directories of its evaluations; seeds are "
+            "averaged example by example",
+        )
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of the bootstrap (default %(default)s)",
+    )
     parser.add_argument("--out", metavar="DIR", help="receives comparison.md and .json")
     return parser

@@ -49,12 +49,17 @@ def compare(
 ) -> Interval:
     """``second - first`` with its paired bootstrap interval (Koehn 2004): both on one sample."""
     return bootstrap(
-        lambda indices: second(indices) - first(indices), count, resamples=resamples, seed=seed)
+        lambda indices: second(indices) - first(indices), count, resamples=resamples, seed=seed
+    )
 
 
 def randomisation_test(
-    first_ExK: np.ndarray, second_ExK: np.ndarray, score_of: ScoreOfSums, *,
-    trials: int = TRIALS, seed: int = 0,
+    first_ExK: np.ndarray,
+    second_ExK: np.ndarray,
+    score_of: ScoreOfSums,
+    *,
+    trials: int = TRIALS,
+    seed: int = 0,
 ) -> float:
     """Two-sided p-value that two models' scores of a set of examples differ.
 
@@ -76,8 +81,9 @@ def randomisation_test(
     """
     first, second = np.asarray(first_ExK, np.float64), np.asarray(second_ExK, np.float64)
     if first.shape != second.shape:
-        raise ValueError(f"parts of shape {first.shape} against {second.shape}; wanted the same "
-                         "examples")
+        raise ValueError(
+            f"parts of shape {first.shape} against {second.shape}; wanted the same examples"
+        )
     sums_K, moves_ExK = np.stack([first.sum(axis=0), second.sum(axis=0)]), second - first
     low, high = score_of(sums_K)
     observed = abs(high - low)

@@ -21,14 +21,23 @@ from encdec.evaluation.predictions import Example
 PROMPT = (
     "Judge an answer by its reference. Give one number from 0 (wrong) to 10 (as good as the "
     "reference), and nothing else.\n###Input\n{source}\n###Reference\n{reference}\n###Answer\n"
-    "{answer}\n###Number\n")
+    "{answer}\n###Number\n"
+)
 # A number alone, or behind a word such as "Score:", marked up or not, perhaps "out of 10".
 _MARKS = r"[\s*_`\"'()\[\]#>]*"
 _OF_TEN = r"(?:/|out\s+of|of)" + _MARKS + r"10(?:\.0)?\b"
 _OPINION = re.compile(
-    _MARKS + r"(?:(?:(?:my|the|final|overall)\s+)*(?:score|rating|number|grade|mark|opinion|answer)"
-    + _MARKS + r"(?:is|:|=)?" + _MARKS + r")?(\d+(?:\.\d+)?)" + _MARKS
-    + rf"(?:{_OF_TEN}|points?)?[.!]?" + _MARKS, re.IGNORECASE)
+    _MARKS
+    + r"(?:(?:(?:my|the|final|overall)\s+)*(?:score|rating|number|grade|mark|opinion|answer)"
+    + _MARKS
+    + r"(?:is|:|=)?"
+    + _MARKS
+    + r")?(\d+(?:\.\d+)?)"
+    + _MARKS
+    + rf"(?:{_OF_TEN}|points?)?[.!]?"
+    + _MARKS,
+    re.IGNORECASE,
+)
 # Within a sentence, only with its scale.
 _WITHIN = re.compile(r"(?<![\d.,-])(\d+(?:\.\d+)?)" + _MARKS + _OF_TEN, re.IGNORECASE)
 CACHE = "judge"  # folder of its replies, in the output directory
@@ -73,8 +82,10 @@ class Judge:
         without an opinion."""
         prompts = [
             self.template.format(
-                source=example.source, reference=example.references[0], answer=text)
-            for example, text in zip(examples, predictions, strict=True)]
+                source=example.source, reference=example.references[0], answer=text
+            )
+            for example, text in zip(examples, predictions, strict=True)
+        ]
         with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._opinion, prompts))
 
@@ -95,8 +106,9 @@ class Judge:
             score = parse_opinion(reply)
             self.cache.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{key}.{os.getpid()}.{time.monotonic_ns()}.partial")
-            partial.write_text(json.dumps(
-                {"score": score, "reply": reply, "model": self.model, "prompt": prompt}))
+            partial.write_text(
+                json.dumps({"score": score, "reply": reply, "model": self.model, "prompt": prompt})
+            )
             os.replace(partial, path)
             return score
         return None
@@ -116,10 +128,10 @@ def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float
         headers = {"Content-Type": "application/json"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        body = {"model": model, "temperature": 0,
-                "messages": [{"role": "user", "content": prompt}]}
+        body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
         request = urllib.request.Request(
-            address.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+            address.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
+        )
         with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
             content = json.load(response)
         try:
@@ -145,22 +157,28 @@ def local_model(directory: str) -> Ask:
         import torch
         import transformers
     except ImportError as error:
-        raise ConfigError(f"a judge on this machine needs {error.name}; pip install encdec[hf], "
-                          "or give --judge_endpoint=URL") from None
+        raise ConfigError(
+            f"a judge on this machine needs {error.name}; pip install encdec[hf], "
+            "or give --judge_endpoint=URL"
+        ) from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--judge_model={directory} is no causal model of Hugging Face's "
-                          f"({error})") from None
+        raise ConfigError(
+            f"--judge_model={directory} is no causal model of Hugging Face's ({error})"
+        ) from None
     model.eval()
     longest = getattr(model.config, "max_position_embeddings", None)
 
     def ask(prompt: str) -> str:
         if tokenizer.chat_template:
             inputs: Any = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True,
-                return_tensors="pt", return_dict=True)
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
         count = inputs["input_ids"].shape[1]
@@ -168,8 +186,11 @@ def local_model(directory: str) -> Ask:
             raise ValueError(f"a prompt of {count} tokens, and the judge reads {longest}")
         with torch.no_grad():
             found = model.generate(
-                **inputs, do_sample=False, max_new_tokens=REPLY_TOKENS,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+                **inputs,
+                do_sample=False,
+                max_new_tokens=REPLY_TOKENS,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            )
         # Models without a chat format go on after their number.
         lines = tokenizer.decode(found[0, count:], skip_special_tokens=True).strip().splitlines()
         return lines[0] if lines else ""
@@ -178,7 +199,7 @@ def local_model(directory: str) -> Ask:
 
 
 def parse_opinion(reply: str) -> float | None:
-    """"7", "7.5", "7/10", "Score: 8", "**7**" or "7 out of 10" as 0 to 100.
+    """ "7", "7.5", "7/10", "Score: 8", "**7**" or "7 out of 10" as 0 to 100.
 
     None where it is not plain which number is the opinion, or where that is above 10.
     """
@@ -190,7 +211,9 @@ def parse_opinion(reply: str) -> float | None:
 
 
 def kept_opinions(
-    directory: pathlib.Path, judge: Mapping[str, str], examples: Sequence[Example],
+    directory: pathlib.Path,
+    judge: Mapping[str, str],
+    examples: Sequence[Example],
     predictions: Sequence[str],
 ) -> list[float | None]:
     """The opinions that an evaluation left in its output directory; nobody is asked.
@@ -201,8 +224,14 @@ def kept_opinions(
         examples: of a task.
         predictions: the answers to them.
     """
-    asked = Judge(judge["endpoint"], judge["model"], directory / CACHE, _no_one, attempts=1,
-                  template=judge["prompt"])
+    asked = Judge(
+        judge["endpoint"],
+        judge["model"],
+        directory / CACHE,
+        _no_one,
+        attempts=1,
+        template=judge["prompt"],
+    )
     return asked.opinions(examples, predictions)
 
 

@@ -22,13 +22,7 @@ from encdec.data.appended import append_rows, whole_lines
 from encdec.data.features import decoder_only_features, encoder_decoder_features
 from encdec.data.records import encode_row
 from encdec.errors import DataError
-from encdec.evaluation.predictions import (
-    Example,
-    OnBatch,
-    TooLong,
-    is_skipped,
-    open_windows,
-)
+from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
 from encdec.evaluation.scores import Score, ratio_score
 from encdec.inference.generator import bucket
 from encdec.inference.text import PromptFormat
@@ -83,18 +77,35 @@ class LikelihoodFiles:
             for number, line in whole_lines(path):
                 try:
                     row = json.loads(line)
-                    found[row["index"]] = SKIPPED if row["nats"] is None else Likelihood(
-                        row["nats"], row["tokens"], row["bytes"], tuple(map(tuple, row["bins"])))
+                    found[row["index"]] = (
+                        SKIPPED
+                        if row["nats"] is None
+                        else Likelihood(
+                            row["nats"], row["tokens"], row["bytes"], tuple(map(tuple, row["bins"]))
+                        )
+                    )
                 except (ValueError, KeyError, TypeError):
-                    raise DataError(f"{path}:{number} is no likelihood of this command; delete "
-                                    "the file, or give another --out") from None
+                    raise DataError(
+                        f"{path}:{number} is no likelihood of this command; delete "
+                        "the file, or give another --out"
+                    ) from None
         return found
 
     def append(self, shard: int, made: Mapping[int, Likelihood]) -> None:
         """Writes likelihoods by the example's index; on disk on return."""
-        append_rows(self._directory / f"likelihood-{shard:05d}.jsonl", (
-            {"index": index, "nats": None if one is SKIPPED else one.nats, "tokens": one.tokens,
-             "bytes": one.text_bytes, "bins": one.bins} for index, one in made.items()))
+        append_rows(
+            self._directory / f"likelihood-{shard:05d}.jsonl",
+            (
+                {
+                    "index": index,
+                    "nats": None if one is SKIPPED else one.nats,
+                    "tokens": one.tokens,
+                    "bytes": one.text_bytes,
+                    "bins": one.bins,
+                }
+                for index, one in made.items()
+            ),
+        )
 
 
 class LikelihoodModel:
@@ -109,8 +120,15 @@ class LikelihoodModel:
             parameters' own.
     """
 
-    def __init__(self, config: ModelConfig, params: Any, prompts: PromptFormat, *,
-                 batch_rows: int = 16, devices: Sequence[jax.Device] = ()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        prompts: PromptFormat,
+        *,
+        batch_rows: int = 16,
+        devices: Sequence[jax.Device] = (),
+    ):
         self._config, self.prompts = config, prompts
         self._rows = -(-batch_rows // max(1, len(devices))) * max(1, len(devices))
         self._sharding = None
@@ -131,9 +149,12 @@ class LikelihoodModel:
         """
         vocabulary = self.prompts.vocabulary
         pairs = [
-            (np.array(self.prompts.encode(one.source, truncate=True)[0], np.int32),
-             np.array([*vocabulary.encode(one.references[0]), vocabulary.eos_id], np.int32))
-            for one in examples]
+            (
+                np.array(self.prompts.encode(one.source, truncate=True)[0], np.int32),
+                np.array([*vocabulary.encode(one.references[0]), vocabulary.eos_id], np.int32),
+            )
+            for one in examples
+        ]
         found: list[Likelihood] = [SKIPPED] * len(pairs)
         # Like lengths together.
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
@@ -143,9 +164,11 @@ class LikelihoodModel:
             nats, tokens, bins = self._batch([pairs[i] for i in part], rows)
             for place, index in enumerate(part):
                 found[index] = Likelihood(
-                    float(nats[place]), int(tokens[place]),
+                    float(nats[place]),
+                    int(tokens[place]),
                     len(examples[index].references[0].encode()),
-                    tuple(tuple(map(float, row)) for row in bins[place]))
+                    tuple(tuple(map(float, row)) for row in bins[place]),
+                )
             if on_batch:
                 on_batch(len(part), int(tokens[: len(part)].sum()))
         return found
@@ -161,15 +184,18 @@ class LikelihoodModel:
     def _batch(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], size: int
     ) -> tuple[np.ndarray, ...]:
-        features = (encoder_decoder_features if self._config.is_encoder_decoder
-                    else decoder_only_features)
+        features = (
+            encoder_decoder_features if self._config.is_encoder_decoder else decoder_only_features
+        )
         targets_length = bucket(max(len(target) for _, target in pairs))
         rows = [encode_row([source], [target], "uint32") for source, target in pairs]
         batch = features(
             rows + [b""] * (size - len(rows)),
             inputs_length=bucket(max(len(source) for source, _ in pairs)),
-            targets_length=targets_length, dtype="uint32",
-            start_id=self.prompts.decoder_start_id)
+            targets_length=targets_length,
+            dtype="uint32",
+            start_id=self.prompts.decoder_start_id,
+        )
         placed = jax.device_put(batch, self._sharding)
         return tuple(map(np.asarray, self._sums(self._params, placed, targets_length)))
 
@@ -188,26 +214,37 @@ def _sums_function(config: ModelConfig) -> Callable[..., tuple[jax.Array, ...]]:
         confidence = jnp.exp(jnp.max(log_probs_BxTxV, axis=-1))
         right = jnp.argmax(log_probs_BxTxV, axis=-1) == targets
         # A bin holds its upper edge, as in the paper.
-        place = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0,
-                         CALIBRATION_BINS - 1)
+        place = jnp.clip(
+            jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1
+        )
         values = jnp.stack([jnp.ones_like(confidence), confidence, right], axis=-1)
-        bins = jnp.einsum("btc,btn->bnc", values * weights[..., None],
-                          jax.nn.one_hot(place, CALIBRATION_BINS))
+        bins = jnp.einsum(
+            "btc,btn->bnc", values * weights[..., None], jax.nn.one_hot(place, CALIBRATION_BINS)
+        )
         return -jnp.sum(picked * weights, axis=1), jnp.sum(weights, axis=1), bins
 
     return sums
 
 
 def measure(
-    model: LikelihoodModel, files: LikelihoodFiles, examples: Sequence[Example], *,
-    too_long: TooLong = "cut", shard: int = 0, shards: int = 1, on_batch: OnBatch | None = None,
+    model: LikelihoodModel,
+    files: LikelihoodFiles,
+    examples: Sequence[Example],
+    *,
+    too_long: TooLong = "cut",
+    shard: int = 0,
+    shards: int = 1,
+    on_batch: OnBatch | None = None,
 ) -> None:
     """Measures and writes what is missing of this process's windows, as ``predict`` does."""
     done = set(files.read())
     for window in open_windows(len(examples), done, shard, shards):
         wanted = [index for index in window if index not in done]
-        kept = [index for index in wanted
-                if not is_skipped(model.prompts, examples[index].source, too_long)]
+        kept = [
+            index
+            for index in wanted
+            if not is_skipped(model.prompts, examples[index].source, too_long)
+        ]
         made = dict(zip(kept, model.of([examples[index] for index in kept], on_batch)))
         files.append(shard, {index: made.get(index, SKIPPED) for index in wanted})
 
@@ -227,7 +264,8 @@ def likelihood_scores(found: Sequence[Likelihood]) -> list[Score]:
 
     def calibration(sums_NxK: np.ndarray) -> np.ndarray:
         count, confidence, right = np.moveaxis(
-            sums_NxK.reshape(len(sums_NxK), CALIBRATION_BINS, 3), -1, 0)
+            sums_NxK.reshape(len(sums_NxK), CALIBRATION_BINS, 3), -1, 0
+        )
         return 100 * np.abs(right - confidence).sum(axis=1) / count.sum(axis=1)
 
     return [

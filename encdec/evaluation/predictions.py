@@ -74,7 +74,8 @@ class PredictionFiles:
                     raise ConfigError(
                         f"{directory} holds predictions made with {name} = {before.get(name)!r}, "
                         f"and now it is {identity.get(name)!r}; give another --out, or delete "
-                        "the directory to begin anew")
+                        "the directory to begin anew"
+                    )
             return
         write_whole(settings, json.dumps(identity, indent=2) + "\n")
 
@@ -89,22 +90,33 @@ class PredictionFiles:
             if not 0 <= index < len(self._examples) or (
                 example.source != self._examples[index].source
             ):
-                raise DataError(f"{where} answers another source than example {index}; delete "
-                                "the file, or give another --out")
+                raise DataError(
+                    f"{where} answers another source than example {index}; delete "
+                    "the file, or give another --out"
+                )
             found[index] = prediction
         return found
 
     def append(self, shard: int, made: Mapping[int, Prediction]) -> None:
         """Writes predictions by the example's index; on disk on return."""
-        append_rows(self.directory / f"predictions-{shard:05d}.jsonl", (
-            {"index": index, "source": self._examples[index].source, "prediction": one.text,
-             "references": list(self._examples[index].references), "tokens": one.tokens,
-             "finish": one.finish, "source_cut": one.cut} for index, one in made.items()))
+        append_rows(
+            self.directory / f"predictions-{shard:05d}.jsonl",
+            (
+                {
+                    "index": index,
+                    "source": self._examples[index].source,
+                    "prediction": one.text,
+                    "references": list(self._examples[index].references),
+                    "tokens": one.tokens,
+                    "finish": one.finish,
+                    "source_cut": one.cut,
+                }
+                for index, one in made.items()
+            ),
+        )
 
 
-def read_answers(
-    directory: pathlib.Path
-) -> Iterator[tuple[str, int, Example, Prediction]]:
+def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, Prediction]]:
     """(file and line, the example's index, the example, its prediction) of a task's directory.
 
     An unfinished last line is left out.
@@ -116,12 +128,16 @@ def read_answers(
         for number, line in whole_lines(path):
             try:
                 row = json.loads(line)
-                made = (int(row["index"]), Example(row["source"], tuple(row["references"])),
-                        Prediction(row["prediction"], row["tokens"], row["finish"],
-                                   row["source_cut"]))
+                made = (
+                    int(row["index"]),
+                    Example(row["source"], tuple(row["references"])),
+                    Prediction(row["prediction"], row["tokens"], row["finish"], row["source_cut"]),
+                )
             except (ValueError, KeyError, TypeError):
-                raise DataError(f"{path}:{number} is no prediction of this command; delete "
-                                "the file, or give another --out") from None
+                raise DataError(
+                    f"{path}:{number} is no prediction of this command; delete "
+                    "the file, or give another --out"
+                ) from None
             yield f"{path}:{number}", *made
 
 
@@ -144,23 +160,26 @@ class Sources:
     empty: tuple[int, ...]
 
 
-def check_sources(
-    prompts: PromptFormat, examples: Sequence[Example], too_long: TooLong
-) -> Sources:
+def check_sources(prompts: PromptFormat, examples: Sequence[Example], too_long: TooLong) -> Sources:
     """The sources that are too long or empty.
 
     Raises:
         DataError: some are too long, and they are to be refused.
     """
     kinds = [kind_of_source(prompts, example.source) for example in examples]
-    found = Sources(*(tuple(index for index, one in enumerate(kinds) if one == kind)
-                      for kind in ("long", "empty")))
+    found = Sources(
+        *(
+            tuple(index for index, one in enumerate(kinds) if one == kind)
+            for kind in ("long", "empty")
+        )
+    )
     if found.long and too_long == "refuse":
         raise DataError(
             f"{len(found.long):,} of {len(examples):,} sources are longer than the "
             f"{prompts.max_input_tokens:,} tokens that the model reads; cut their end "
             "with --too_long=cut, score them as empty answers with --too_long=skip, or allow "
-            "more than in training with --max_input_tokens")
+            "more than in training with --max_input_tokens"
+        )
     return found
 
 
@@ -184,18 +203,24 @@ def check_vocabulary(vocabulary: Vocabulary, examples: Sequence[Example], task: 
         DataError: more than half of them: the task was made for another vocabulary.
     """
     texts = [example.references[0] for example in examples]
-    lost = sum(vocabulary.decode(vocabulary.encode(text)).split() != text.split()
-               for text in texts)
+    lost = sum(vocabulary.decode(vocabulary.encode(text)).split() != text.split() for text in texts)
     if 2 * lost > len(texts):
         raise DataError(
             f"the checkpoint's vocabulary cannot write {lost:,} of the {len(texts):,} references "
-            f"of {task}; train a model on a vocabulary with byte fallback (encdec vocab)")
+            f"of {task}; train a model on a vocabulary with byte fallback (encdec vocab)"
+        )
     return lost
 
 
 def predict(
-    generator: Generator, files: PredictionFiles, examples: Sequence[Example],
-    settings: GenerationSettings, *, too_long: TooLong = "cut", shard: int = 0, shards: int = 1,
+    generator: Generator,
+    files: PredictionFiles,
+    examples: Sequence[Example],
+    settings: GenerationSettings,
+    *,
+    too_long: TooLong = "cut",
+    shard: int = 0,
+    shards: int = 1,
     on_batch: OnBatch | None = None,
 ) -> None:
     """Makes and writes what is missing of this process's windows.
@@ -217,8 +242,17 @@ def predict(
         # Skipped sources stay in their places, so that the others' numbers do not depend on them.
         asked = ["." if skip else text for text, skip in zip(texts, skipped)]
         answers = generator.generate(
-            asked, settings, truncate=True, first_number=window.start, on_batch=on_batch)
-        files.append(shard, {
-            index: Prediction("", 0, "skipped", False) if skip else Prediction(
-                made[0].text.strip(), len(made[0].tokens), made[0].finish, made[0].truncated)
-            for index, made, skip in zip(window, answers, skipped) if index not in done})
+            asked, settings, truncate=True, first_number=window.start, on_batch=on_batch
+        )
+        files.append(
+            shard,
+            {
+                index: Prediction("", 0, "skipped", False)
+                if skip
+                else Prediction(
+                    made[0].text.strip(), len(made[0].tokens), made[0].finish, made[0].truncated
+                )
+                for index, made, skip in zip(window, answers, skipped)
+                if index not in done
+            },
+        )

@@ -119,10 +119,15 @@ def rouge(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> li
     """
     found = [
         [_rouge_scorer().score(text, prediction) for text in texts]
-        for texts, prediction in zip(references, predictions, strict=True)]
+        for texts, prediction in zip(references, predictions, strict=True)
+    ]
     return [
-        score for name in ROUGE for score in mean_score(
-            name, [100 * max(one[name].fmeasure for one in each) for each in found])]
+        score
+        for name in ROUGE
+        for score in mean_score(
+            name, [100 * max(one[name].fmeasure for one in each) for each in found]
+        )
+    ]
 
 
 def bleu(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
@@ -133,10 +138,13 @@ def bleu(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> lis
     import sacrebleu
 
     scorer = sacrebleu.BLEU(tokenize="none", effective_order=True, force=True)
-    rows = [scorer.sentence_score(prediction, list(texts))
-            for texts, prediction in zip(references, predictions, strict=True)]
-    counts_ExK = np.array([
-        [*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows], np.float64)
+    rows = [
+        scorer.sentence_score(prediction, list(texts))
+        for texts, prediction in zip(references, predictions, strict=True)
+    ]
+    counts_ExK = np.array(
+        [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows], np.float64
+    )
     return [Score("bleu", counts_ExK, bleu_of_sums)] if rows else []
 
 
@@ -161,9 +169,13 @@ def chrf(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> lis
     import sacrebleu
 
     scorer = sacrebleu.CHRF()
-    return mean_score("mean_chrf", [
-        scorer.sentence_score(prediction, list(texts)).score
-        for texts, prediction in zip(references, predictions, strict=True)])
+    return mean_score(
+        "mean_chrf",
+        [
+            scorer.sentence_score(prediction, list(texts)).score
+            for texts, prediction in zip(references, predictions, strict=True)
+        ],
+    )
 
 
 def code_syntax(
@@ -177,18 +189,26 @@ def code_syntax(
     if not syntax.can_parse(language):
         return []
     counts = [
-        max((syntax.syntax_match(one, text, language) for one in texts),
-            key=lambda pair: pair[0] / max(pair[1], 1))
-        for texts, text in zip(references, predictions, strict=True)]
-    return ratio_score("syntax_match", [matched for matched, _ in counts],
-                       [total for _, total in counts], 100)
+        max(
+            (syntax.syntax_match(one, text, language) for one in texts),
+            key=lambda pair: pair[0] / max(pair[1], 1),
+        )
+        for texts, text in zip(references, predictions, strict=True)
+    ]
+    return ratio_score(
+        "syntax_match", [matched for matched, _ in counts], [total for _, total in counts], 100
+    )
 
 
 def exact_match(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
     """Predictions equal to a reference, white space at the ends aside."""
-    return mean_score("exact_match", [
-        metrics.exact_match([texts], [text])["exact_match"]
-        for texts, text in zip(references, predictions, strict=True)])
+    return mean_score(
+        "exact_match",
+        [
+            metrics.exact_match([texts], [text])["exact_match"]
+            for texts, text in zip(references, predictions, strict=True)
+        ],
+    )
 
 
 def bands(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[Score]:
@@ -199,11 +219,16 @@ def bands(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> li
     """
     wanted = np.array([float(texts[0]) for texts in references])
     numbers = [_band(text) for text in predictions]
-    error = [BANDS if number is None else abs(number - gold)
-             for number, gold in zip(numbers, wanted, strict=True)]
-    given = np.array([
-        (0.0 if gold > BANDS / 2 else BANDS) if number is None else number
-        for number, gold in zip(numbers, wanted)])
+    error = [
+        BANDS if number is None else abs(number - gold)
+        for number, gold in zip(numbers, wanted, strict=True)
+    ]
+    given = np.array(
+        [
+            (0.0 if gold > BANDS / 2 else BANDS) if number is None else number
+            for number, gold in zip(numbers, wanted)
+        ]
+    )
     gold_E, found_E = np.round(2 * wanted).astype(int), np.round(2 * given).astype(int)
     scores = mean_score("band_error", error)
     scores += mean_score("band_missing", [100.0 * (number is None) for number in numbers])
@@ -219,7 +244,8 @@ def kappa_parts(first_E: np.ndarray, second_E: np.ndarray) -> np.ndarray:
     """What each pair of two raters' whole numbers adds to the sums of ``kappa_of_sums``."""
     first, second = np.asarray(first_E, np.float64), np.asarray(second_E, np.float64)
     return np.stack(
-        [np.ones_like(first), first, second, first**2, second**2, (first - second) ** 2], axis=1)
+        [np.ones_like(first), first, second, first**2, second**2, (first - second) ** 2], axis=1
+    )
 
 
 def kappa_of_sums(sums_Nx6: np.ndarray) -> np.ndarray:
@@ -254,13 +280,22 @@ def score_task(
     task: str, references: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> list[Score]:
     """All scores of a task: its own, or exact match and Rouge for a task of no kind of its own."""
-    return [score for scorer in SCORERS.get(task, DEFAULT_SCORERS)
-            for score in scorer(references, predictions)]
+    return [
+        score
+        for scorer in SCORERS.get(task, DEFAULT_SCORERS)
+        for score in scorer(references, predictions)
+    ]
 
 
 def not_measured(task: str) -> list[str]:
     """Scores of a task that this installation cannot give, each with what to install."""
-    languages = [scorer.args[0] for scorer in SCORERS.get(task, ())
-                 if isinstance(scorer, functools.partial) and scorer.func is code_syntax]
-    return [f"syntax_match of {language}: pip install encdec[code]" for language in languages
-            if not syntax.can_parse(language)]
+    languages = [
+        scorer.args[0]
+        for scorer in SCORERS.get(task, ())
+        if isinstance(scorer, functools.partial) and scorer.func is code_syntax
+    ]
+    return [
+        f"syntax_match of {language}: pip install encdec[code]"
+        for language in languages
+        if not syntax.can_parse(language)
+    ]

@@ -34,8 +34,14 @@ Need = tuple[str, bool, str]  # a field, whether it is as wanted, what is wanted
 
 
 def write(
-    out: pathlib.Path, config: ModelConfig, params: Any, prompts: PromptFormat, *,
-    targets_length: int, dtype: str, native: bool = True,
+    out: pathlib.Path,
+    config: ModelConfig,
+    params: Any,
+    prompts: PromptFormat,
+    *,
+    targets_length: int,
+    dtype: str,
+    native: bool = True,
 ) -> tuple[str, list[str]]:
     """Writes the directory; config.json comes last.
 
@@ -58,14 +64,22 @@ def write(
     reasons = []
     if config.is_encoder_decoder and native:
         reasons = obstacles(t5gemma_needs(config), config)
-    family = ("llama" if not config.is_encoder_decoder
-              else "t5gemma" if native and not reasons else "encdec")
+    family = (
+        "llama"
+        if not config.is_encoder_decoder
+        else "t5gemma"
+        if native and not reasons
+        else "encdec"
+    )
     config, params = equivalents.on_host(config, params)
     rewrite = {"llama": llama, "t5gemma": to_t5gemma, "encdec": own}[family]
     values, tensors = rewrite(config, params)
     vocabulary = prompts.vocabulary
-    ids = {"pad_token_id": vocabulary.pad_id, "eos_token_id": vocabulary.eos_id,
-           "bos_token_id": prompts.decoder_start_id}
+    ids = {
+        "pad_token_id": vocabulary.pad_id,
+        "eos_token_id": vocabulary.eos_id,
+        "bos_token_id": prompts.decoder_start_id,
+    }
     generation = ids | {"max_new_tokens": targets_length}
     if config.is_encoder_decoder:
         generation["decoder_start_token_id"] = prompts.decoder_start_id
@@ -77,12 +91,21 @@ def write(
     stored = {name: np.asarray(x).astype(_DTYPES[dtype]) for name, x in tensors.items()}
     files = safetensors.write_directory(out, stored, stem="model", metadata={"format": "pt"})
     weight_map = {tensor: file for file in files for tensor in safetensors.open_file(out / file)}
-    write_json(out / safetensors.INDEX_FILE, {
-        "metadata": {"total_size": sum(x.nbytes for x in stored.values())},
-        "weight_map": weight_map})
-    tokenizer.write(out, vocabulary, inputs_eos=prompts.inputs_eos,
-                    start_id=prompts.decoder_start_id, architecture=config.architecture,
-                    max_length=prompts.max_input_tokens)
+    write_json(
+        out / safetensors.INDEX_FILE,
+        {
+            "metadata": {"total_size": sum(x.nbytes for x in stored.values())},
+            "weight_map": weight_map,
+        },
+    )
+    tokenizer.write(
+        out,
+        vocabulary,
+        inputs_eos=prompts.inputs_eos,
+        start_id=prompts.decoder_start_id,
+        architecture=config.architecture,
+        max_length=prompts.max_input_tokens,
+    )
     if family == "encdec":
         for file in SHIPPED.glob("*_encdec.py"):
             shutil.copyfile(file, out / file.name)
@@ -97,14 +120,18 @@ def check(config: ModelConfig) -> None:
     if not config.is_encoder_decoder:
         needs += llama_needs(config)
     if found := obstacles(needs, config):
-        raise ConfigError("this model cannot be exported to Hugging Face's format: "
-                          + "; ".join(found))
+        raise ConfigError(
+            "this model cannot be exported to Hugging Face's format: " + "; ".join(found)
+        )
 
 
 def obstacles(needs: list[Need], config: ModelConfig) -> list[str]:
     """Each unmet need in words."""
-    return [f"{field} is {getattr(config, field)!r}, wanted {wanted}"
-            for field, met, wanted in needs if not met]
+    return [
+        f"{field} is {getattr(config, field)!r}, wanted {wanted}"
+        for field, met, wanted in needs
+        if not met
+    ]
 
 
 def llama_needs(config: ModelConfig) -> list[Need]:
@@ -116,7 +143,8 @@ def llama_needs(config: ModelConfig) -> list[Need]:
         ("attention_logit_cap", not config.attention_logit_cap, "0"),
         ("final_logit_cap", not config.final_logit_cap, "0"),
         ("attention_window", not config.attention_window, "0"),
-        ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'")]
+        ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
+    ]
 
 
 def t5gemma_needs(config: ModelConfig) -> list[Need]:
@@ -127,8 +155,12 @@ def t5gemma_needs(config: ModelConfig) -> list[Need]:
         ("mlp_bias", not config.mlp_bias, "False"),
         ("qk_norm", not config.qk_norm, "False"),
         ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
-        ("num_heads", config.d_model % config.num_heads == 0,
-         f"a divisor of d_model = {config.d_model}")]
+        (
+            "num_heads",
+            config.d_model % config.num_heads == 0,
+            f"a divisor of d_model = {config.d_model}",
+        ),
+    ]
 
 
 def _common(config: ModelConfig) -> dict[str, Any]:
@@ -137,11 +169,17 @@ def _common(config: ModelConfig) -> dict[str, Any]:
     if config.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": config.rope_factor}
     return {
-        "vocab_size": config.vocab_size, "hidden_size": config.d_model,
-        "intermediate_size": config.mlp_dim, "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps, "rope_parameters": rope,
-        "attention_bias": config.qkv_bias, "max_position_embeddings": MAX_POSITIONS}
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.mlp_dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "attention_bias": config.qkv_bias,
+        "max_position_embeddings": MAX_POSITIONS,
+    }
 
 
 def llama(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -150,8 +188,10 @@ def llama(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[
     config, params = equivalents.norms_around(config, params, plus_one=False)
     config, params = equivalents.scaled_embedding(config, params, scaled=False)
     config, params = equivalents.plain_attention_scale(config, params)
-    entries = [Entry("model.embed_tokens.weight", "embedder/embedding"),
-               Entry("model.norm.weight", "decoder/final_norm/scale")]
+    entries = [
+        Entry("model.embed_tokens.weight", "embedder/embedding"),
+        Entry("model.norm.weight", "decoder/final_norm/scale"),
+    ]
     if not config.tie_embeddings:
         entries.append(Entry("lm_head.weight", "embedder/head", "matrix"))
     for layer in range(config.decoder_layers):
@@ -160,12 +200,16 @@ def llama(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[
         entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", _MLP)
         entries += [
             Entry(f"{theirs}.input_layernorm.weight", f"{ours}/self_attention_norm/scale"),
-            Entry(f"{theirs}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale")]
+            Entry(f"{theirs}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale"),
+        ]
     values = _common(config) | {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": config.decoder_layers, "mlp_bias": config.mlp_bias,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": config.decoder_layers,
+        "mlp_bias": config.mlp_bias,
         "hidden_act": _ACTIVATIONS[config.mlp_activation],
-        "tie_word_embeddings": config.tie_embeddings}
+        "tie_word_embeddings": config.tie_embeddings,
+    }
     return values, to_theirs(entries, params)
 
 
@@ -176,21 +220,32 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
     config, params = equivalents.scaled_embedding(config, params, scaled=True)
     config, params = equivalents.plain_attention_scale(config, params)
     stack = _common(config) | {
-        "model_type": "t5_gemma_module", "hidden_activation": _ACTIVATIONS[config.mlp_activation],
+        "model_type": "t5_gemma_module",
+        "hidden_activation": _ACTIVATIONS[config.mlp_activation],
         "query_pre_attn_scalar": config.head_dim,
         "sliding_window": MAX_POSITIONS,  # of no layer, and yet asked for
         "attn_logit_softcapping": config.attention_logit_cap or None,
         "final_logit_softcapping": config.final_logit_cap or None,
-        "tie_word_embeddings": config.tie_embeddings}
+        "tie_word_embeddings": config.tie_embeddings,
+    }
     stacks = {
-        name: stack | {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers,
-                       "is_decoder": name == "decoder"}
-        for name, layers in (("encoder", config.encoder_layers),
-                             ("decoder", config.decoder_layers))}
+        name: stack
+        | {
+            "num_hidden_layers": layers,
+            "layer_types": ["full_attention"] * layers,
+            "is_decoder": name == "decoder",
+        }
+        for name, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers))
+    }
     values = stacks | {
-        "model_type": t5gemma.MODEL_TYPE, "architectures": ["T5GemmaForConditionalGeneration"],
-        "is_encoder_decoder": True, "vocab_size": config.vocab_size, "dropout_rate": 0.0,
-        "attention_dropout": 0.0, "tie_word_embeddings": config.tie_embeddings}
+        "model_type": t5gemma.MODEL_TYPE,
+        "architectures": ["T5GemmaForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "dropout_rate": 0.0,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
     tensors = to_theirs(t5gemma.layout(config), params)
     if config.share_embeddings:
         tensors["model.encoder.embed_tokens.weight"] = tensors["model.decoder.embed_tokens.weight"]
@@ -221,23 +276,55 @@ def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[st
                 else:
                     entries += attention_entries(config, f"{theirs}.{name}", f"{ours}/{place}")
                     if config.qk_norm:
-                        entries += [Entry(f"{theirs}.{name}.{x}_norm.weight",
-                                          f"{ours}/{place}/{x}_norm/scale") for x in "qk"]
+                        entries += [
+                            Entry(
+                                f"{theirs}.{name}.{x}_norm.weight", f"{ours}/{place}/{x}_norm/scale"
+                            )
+                            for x in "qk"
+                        ]
                 for when, suffix in (("pre", "norm"), ("post", "post_norm")):
                     if when == "pre" or config.post_norms:
-                        entries.append(Entry(f"{theirs}.{when}_{name}_norm.weight",
-                                             f"{ours}/{our_name}_{suffix}/scale"))
-    kept = ("vocab_size", "encoder_layers", "decoder_layers", "d_model", "num_heads",
-            "num_kv_heads", "head_dim", "mlp_dim", "qkv_bias", "attention_out_bias", "mlp_bias",
-            "mlp_gated", "norm_eps", "norm_plus_one", "norm_cast", "post_norms", "qk_norm",
-            "attention_logit_cap", "final_logit_cap", "embedding_scale", "rope_magnitude")
+                        entries.append(
+                            Entry(
+                                f"{theirs}.{when}_{name}_norm.weight",
+                                f"{ours}/{our_name}_{suffix}/scale",
+                            )
+                        )
+    kept = (
+        "vocab_size",
+        "encoder_layers",
+        "decoder_layers",
+        "d_model",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "mlp_dim",
+        "qkv_bias",
+        "attention_out_bias",
+        "mlp_bias",
+        "mlp_gated",
+        "norm_eps",
+        "norm_plus_one",
+        "norm_cast",
+        "post_norms",
+        "qk_norm",
+        "attention_logit_cap",
+        "final_logit_cap",
+        "embedding_scale",
+        "rope_magnitude",
+    )
     values = {name: getattr(config, name) for name in kept} | {
-        "model_type": "encdec", "architectures": ["EncdecForConditionalGeneration"],
+        "model_type": "encdec",
+        "architectures": ["EncdecForConditionalGeneration"],
         "share_embeddings": tied_tables,
         "auto_map": {
             "AutoConfig": "configuration_encdec.EncdecConfig",
-            "AutoModelForSeq2SeqLM": "modeling_encdec.EncdecForConditionalGeneration"},
-        "is_encoder_decoder": True, "mlp_activation": _ACTIVATIONS[config.mlp_activation],
-        "attention_scale": config.scores_scale, "tie_word_embeddings": config.tie_embeddings,
-        "rope_frequencies": np.asarray(rope_frequencies(config)).tolist()}
+            "AutoModelForSeq2SeqLM": "modeling_encdec.EncdecForConditionalGeneration",
+        },
+        "is_encoder_decoder": True,
+        "mlp_activation": _ACTIVATIONS[config.mlp_activation],
+        "attention_scale": config.scores_scale,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_frequencies": np.asarray(rope_frequencies(config)).tolist(),
+    }
     return values, to_theirs(entries, params)

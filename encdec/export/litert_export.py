@@ -17,17 +17,28 @@ from encdec.train.workdir import CONFIG_FILE
 def check(config: ModelConfig) -> None:
     """Raises ConfigError where the model has what the graphs do not express."""
     for field, met, wanted in (
-        ("architecture", config.is_encoder_decoder,
-         "'encoder_decoder' (--format=onnx takes decoder-only models)"),
-        ("cross_attention_rope", config.cross_attention_rope == "none", "'none'")):
+        (
+            "architecture",
+            config.is_encoder_decoder,
+            "'encoder_decoder' (--format=onnx takes decoder-only models)",
+        ),
+        ("cross_attention_rope", config.cross_attention_rope == "none", "'none'"),
+    ):
         if not met:
-            raise ConfigError(f"this model cannot be exported to LiteRT: {field} is "
-                              f"{getattr(config, field)!r}, wanted {wanted}")
+            raise ConfigError(
+                f"this model cannot be exported to LiteRT: {field} is "
+                f"{getattr(config, field)!r}, wanted {wanted}"
+            )
 
 
 def write(
-    out: pathlib.Path, config: ModelConfig, params: Any, *, precision: str,
-    content: dict[str, Any], vocabulary_from: str | pathlib.Path,
+    out: pathlib.Path,
+    config: ModelConfig,
+    params: Any,
+    *,
+    precision: str,
+    content: dict[str, Any],
+    vocabulary_from: str | pathlib.Path,
 ) -> int:
     """Writes encoder.tflite, decoder.tflite, the vocabulary, and last config.json.
 
@@ -50,17 +61,23 @@ def write(
     try:
         from encdec.export import litert_graph
     except ImportError as error:
-        raise ConfigError("--format=litert needs the ai-edge-litert package; install it with pip "
-                          "install 'encdec[litert]'") from error
+        raise ConfigError(
+            "--format=litert needs the ai-edge-litert package; install it with pip "
+            "install 'encdec[litert]'"
+        ) from error
     config, params = equivalents.on_host(config, params)
     out.mkdir(parents=True, exist_ok=True)
     written = litert_graph.encoder_graph(config, params, precision).save(out / ENCODER_FILE)
     size = content["data"]["vocabulary"]["size"]
-    written += litert_graph.decoder_graph(
-        config, params, precision, size).save(out / DECODER_FILE)
+    written += litert_graph.decoder_graph(config, params, precision, size).save(out / DECODER_FILE)
     copy_vocabulary(vocabulary_from, out)
     kept = {name: content[name] for name in ("format_version", "data")}
-    write_json(out / CONFIG_FILE, kept | {
-        "model": config.to_dict(),
-        "export": {"format": "litert", "precision": precision, "bytes": written}})
+    write_json(
+        out / CONFIG_FILE,
+        kept
+        | {
+            "model": config.to_dict(),
+            "export": {"format": "litert", "precision": precision, "bytes": written},
+        },
+    )
     return written

@@ -16,8 +16,13 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 Operator, Type = schema.BuiltinOperator, schema.TensorType
-_TYPES = {"float32": Type.FLOAT32, "float16": Type.FLOAT16, "int32": Type.INT32,
-          "int8": Type.INT8, "bool": Type.BOOL}
+_TYPES = {
+    "float32": Type.FLOAT32,
+    "float16": Type.FLOAT16,
+    "int32": Type.INT32,
+    "int8": Type.INT8,
+    "bool": Type.BOOL,
+}
 # Versions of operators that have features used here; 1 for all others.
 _VERSIONS = {Operator.FULLY_CONNECTED: 9, Operator.BATCH_MATMUL: 1, Operator.GELU: 1}
 _ALIGNMENT = 64
@@ -43,7 +48,12 @@ class LitertGraph:
         return list(found.shape if found.shapeSignature is None else found.shapeSignature)
 
     def _tensor(
-        self, shape: Sequence[int], kind: int = Type.FLOAT32, *, name: str = "", buffer: int = 0,
+        self,
+        shape: Sequence[int],
+        kind: int = Type.FLOAT32,
+        *,
+        name: str = "",
+        buffer: int = 0,
         quantisation: Any = None,
     ) -> int:
         tensor = schema.TensorT()
@@ -66,15 +76,23 @@ class LitertGraph:
         self._graph.outputs.append(tensor)
 
     def constant(
-        self, value: np.ndarray, *, name: str = "", kind: int | None = None,
-        shape: Sequence[int] | None = None, quantisation: Any = None,
+        self,
+        value: np.ndarray,
+        *,
+        name: str = "",
+        kind: int | None = None,
+        shape: Sequence[int] | None = None,
+        quantisation: Any = None,
     ) -> int:
         array = np.ascontiguousarray(value)
         self._buffers.append(array)
         return self._tensor(
             array.shape if shape is None else shape,
             _TYPES[array.dtype.name] if kind is None else kind,
-            name=name, buffer=len(self._buffers), quantisation=quantisation)
+            name=name,
+            buffer=len(self._buffers),
+            quantisation=quantisation,
+        )
 
     def ints(self, *values: int) -> int:
         if values not in self._constants:
@@ -88,8 +106,13 @@ class LitertGraph:
         return self._constants[key]
 
     def op(
-        self, kind: int, inputs: Sequence[int], shape: Sequence[int], options: Any = None,
-        *, output: str = "float32",
+        self,
+        kind: int,
+        inputs: Sequence[int],
+        shape: Sequence[int],
+        options: Any = None,
+        *,
+        output: str = "float32",
     ) -> int:
         operator = schema.OperatorT()
         if kind not in self._codes:
@@ -100,7 +123,8 @@ class LitertGraph:
         if options is not None:
             operator.builtinOptions = options
             operator.builtinOptionsType = getattr(
-                schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+                schema.BuiltinOptions, type(options).__name__.removesuffix("T")
+            )
         self._graph.operators.append(operator)
         return operator.outputs[0]
 
@@ -141,15 +165,23 @@ class LitertGraph:
 
     def transpose(self, x: int, *order: int) -> int:
         shape = self.shape(x)
-        return self.op(Operator.TRANSPOSE, (x, self.ints(*order)), [shape[i] for i in order],
-                       schema.TransposeOptionsT())
+        return self.op(
+            Operator.TRANSPOSE,
+            (x, self.ints(*order)),
+            [shape[i] for i in order],
+            schema.TransposeOptionsT(),
+        )
 
     def slice(self, x: int, axis: int, begin: int, size: int) -> int:
         shape = self.shape(x)
         starts, sizes = [0] * len(shape), list(shape)
         starts[axis], sizes[axis] = begin, size
-        return self.op(Operator.SLICE, (x, self.ints(*starts), self.ints(*sizes)), sizes,
-                       schema.SliceOptionsT())
+        return self.op(
+            Operator.SLICE,
+            (x, self.ints(*starts), self.ints(*sizes)),
+            sizes,
+            schema.SliceOptionsT(),
+        )
 
     def concatenate(self, parts: Sequence[int], axis: int) -> int:
         options = schema.ConcatenationOptionsT()
@@ -162,8 +194,13 @@ class LitertGraph:
     def gather(self, table: int, rows: int, kind: str = "float32") -> int:
         options = schema.GatherOptionsT()
         options.axis = 0
-        return self.op(Operator.GATHER, (table, rows),
-                       [*self.shape(rows), *self.shape(table)[1:]], options, output=kind)
+        return self.op(
+            Operator.GATHER,
+            (table, rows),
+            [*self.shape(rows), *self.shape(table)[1:]],
+            options,
+            output=kind,
+        )
 
     def cast(self, x: int, kind: str, to: str) -> int:
         options = schema.CastOptionsT()
@@ -188,16 +225,18 @@ class LitertGraph:
         options = schema.ArgMaxOptionsT()
         options.outputType = Type.INT32
         shape = self.shape(x)
-        return self.op(Operator.ARG_MAX, (x, self.ints(len(shape) - 1)), shape[:-1], options,
-                       output="int32")
+        return self.op(
+            Operator.ARG_MAX, (x, self.ints(len(shape) - 1)), shape[:-1], options, output="int32"
+        )
 
     def fully_connected(self, x: int, weights: int, bias: int | None = None) -> int:
         """``x @ weights.T + bias``; weights [out, in] may be quantised, ``x`` is not."""
         options = schema.FullyConnectedOptionsT()
         options.keepNumDims, options.asymmetricQuantizeInputs = True, False
         inputs = (x, weights) if bias is None else (x, weights, bias)
-        return self.op(Operator.FULLY_CONNECTED, inputs,
-                       [*self.shape(x)[:-1], self.shape(weights)[0]], options)
+        return self.op(
+            Operator.FULLY_CONNECTED, inputs, [*self.shape(x)[:-1], self.shape(weights)[0]], options
+        )
 
     def save(self, path: pathlib.Path) -> int:
         """Writes the file; bytes written."""
@@ -237,8 +276,10 @@ class LitertGraph:
         signature = schema.SignatureDefT()
         signature.signatureKey, signature.subgraphIndex = "serving_default", 0
         signature.inputs, signature.outputs = [], []
-        for maps, tensors in ((signature.inputs, self._graph.inputs),
-                              (signature.outputs, self._graph.outputs)):
+        for maps, tensors in (
+            (signature.inputs, self._graph.inputs),
+            (signature.outputs, self._graph.outputs),
+        ):
             for tensor in tensors:
                 entry = schema.TensorMapT()
                 entry.name, entry.tensorIndex = self._graph.tensors[tensor].name, tensor

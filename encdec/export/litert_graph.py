@@ -35,7 +35,12 @@ class _Layers:
         self._half_turn: int | None = None
 
     def linear(
-        self, x: int, kernel: np.ndarray, bias: np.ndarray | None, name: str, *,
+        self,
+        x: int,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+        name: str,
+        *,
         precision: Precision | None = None,
     ) -> int:
         """``x @ kernel + bias``, the kernel [in, out] stored as [out, in] in few bits."""
@@ -54,10 +59,16 @@ class _Layers:
                 found = block_scales(g.constant(scales[..., 0].astype(np.float16)), block)
             else:
                 found = channel_scales(scales[:, 0, 0])
-            stored = g.constant(nibbles(levels.reshape(weights.shape)), name=name,
-                                kind=Type.INT4, shape=weights.shape, quantisation=found)
+            stored = g.constant(
+                nibbles(levels.reshape(weights.shape)),
+                name=name,
+                kind=Type.INT4,
+                shape=weights.shape,
+                quantisation=found,
+            )
         return g.fully_connected(
-            x, stored, None if bias is None else g.constant(bias.astype(np.float32)))
+            x, stored, None if bias is None else g.constant(bias.astype(np.float32))
+        )
 
     def unscaled_norm(self, x: int) -> int:
         """``x / rms(x)``; what reads it has the scale in its weights."""
@@ -65,7 +76,8 @@ class _Layers:
         # The mean is a product with a constant row, to whose bias epsilon goes.
         row = g.constant(np.full((1, width), 1 / width, np.float32))
         mean = g.fully_connected(
-            g.mul(x, x), row, g.constant(np.array([self.config.norm_eps], np.float32)))
+            g.mul(x, x), row, g.constant(np.array([self.config.norm_eps], np.float32))
+        )
         return g.mul(x, g.unary(Operator.RSQRT, mean))
 
     def norm(self, x: int, params: Params) -> int:
@@ -83,15 +95,13 @@ class _Layers:
             return g.gather(g.constant(table * factor, name="embedding"), tokens)
         levels, scales = eight_bits(table, axis=1)
         rows = g.gather(g.constant(levels, name="embedding"), tokens, "int8")
-        return g.mul(g.cast(rows, "int8", "float32"),
-                     g.gather(g.constant(scales * factor), tokens))
+        return g.mul(g.cast(rows, "int8", "float32"), g.gather(g.constant(scales * factor), tokens))
 
     def rope(self, positions: int) -> tuple[int, int]:
         """Cosines and sines [1, 1, T, D] of positions [T]."""
         g, config = self.g, self.config
         half = np.asarray(rope_frequencies(config), np.float32)
-        places = g.reshape(g.cast(positions, "int32", "float32"),
-                           [1, 1, g.shape(positions)[0], 1])
+        places = g.reshape(g.cast(positions, "int32", "float32"), [1, 1, g.shape(positions)[0], 1])
         angles = g.mul(places, g.constant(np.concatenate([half, half])))
         tables = [g.unary(Operator.COS, angles), g.unary(Operator.SIN, angles)]
         if config.rope_magnitude != 1:
@@ -138,8 +148,9 @@ class _Layers:
         """Query or key heads, normed where the model does so; ``scale`` goes with it."""
         if not self.config.qk_norm:
             return x
-        return self.g.mul(self.unscaled_norm(x),
-                          self.g.constant(self.scale(params) * np.float32(scale)))
+        return self.g.mul(
+            self.unscaled_norm(x), self.g.constant(self.scale(params) * np.float32(scale))
+        )
 
     def capped(self, x: int, cap: float) -> int:
         g = self.g
@@ -160,14 +171,22 @@ class _Layers:
     def mlp(self, x: int, params: Params, before: np.ndarray, path: str) -> int:
         g, config = self.g, self.config
         into = lambda name: self.linear(
-            x, params[name]["kernel"] * before[:, None], params[name].get("bias"),
-            f"{path}/{name}", precision=self.mlp_precision)
+            x,
+            params[name]["kernel"] * before[:, None],
+            params[name].get("bias"),
+            f"{path}/{name}",
+            precision=self.mlp_precision,
+        )
         hidden = self.activate(into("gate" if config.mlp_gated else "up"))
         if config.mlp_gated:
             hidden = g.mul(hidden, into("up"))
         return self.linear(
-            hidden, params["down"]["kernel"], params["down"].get("bias"), f"{path}/down",
-            precision=self.mlp_precision)
+            hidden,
+            params["down"]["kernel"],
+            params["down"].get("bias"),
+            f"{path}/down",
+            precision=self.mlp_precision,
+        )
 
     def activate(self, x: int) -> int:
         g, kind = self.g, self.config.mlp_activation
@@ -199,13 +218,18 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     for index in range(config.encoder_layers):
         layer, path = params["encoder"][f"layers_{index}"], f"encoder/layers_{index}"
         attention = layer["self_attention"]
-        heads = layers.qkv(layers.unscaled_norm(x), attention,
-                           layers.scale(layer["self_attention_norm"]), "qkv",
-                           f"{path}/self_attention")
+        heads = layers.qkv(
+            layers.unscaled_norm(x),
+            attention,
+            layers.scale(layer["self_attention_norm"]),
+            "qkv",
+            f"{path}/self_attention",
+        )
         v = g.slice(heads, 1, H + K, K)
         if config.qk_norm:
             q = layers.normed_heads(
-                g.slice(heads, 1, 0, H), attention["q_norm"], config.scores_scale)
+                g.slice(heads, 1, 0, H), attention["q_norm"], config.scores_scale
+            )
             k = layers.normed_heads(g.slice(heads, 1, H, K), attention["k_norm"])
             q, k = layers.rotate(q, rope), layers.rotate(k, rope)
         else:
@@ -217,15 +241,15 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
         y = g.reshape(g.matmul(g.softmax(scores), v), [1, H, ANY, D])
         y = layers.out(y, attention, f"{path}/self_attention")
         x = layers.residual(x, y, layer, "self_attention")
-        y = layers.mlp(layers.unscaled_norm(x), layer["mlp"], layers.scale(layer["mlp_norm"]),
-                       f"{path}/mlp")
+        y = layers.mlp(
+            layers.unscaled_norm(x), layer["mlp"], layers.scale(layer["mlp_norm"]), f"{path}/mlp"
+        )
         x = layers.residual(x, y, layer, "mlp")
     x = layers.unscaled_norm(x)
     before = layers.scale(params["encoder"]["final_norm"])
     for index in range(config.decoder_layers):
         attention = params["decoder"][f"layers_{index}"]["encoder_attention"]
-        heads = layers.qkv(x, attention, before, "kv",
-                           f"decoder/layers_{index}/encoder_attention")
+        heads = layers.qkv(x, attention, before, "kv", f"decoder/layers_{index}/encoder_attention")
         k, v = g.slice(heads, 1, 0, K), g.slice(heads, 1, K, K)
         if config.qk_norm:
             k = layers.normed_heads(k, attention["k_norm"])
@@ -256,11 +280,15 @@ def decoder_graph(
     position = g.input("position", [1], "int32")
     mask = g.input("mask", [1, 1, 1, ANY])
     first = g.input("first", [1, 1, 1, ANY])
-    memories = [{
-        "key": g.input(f"key_{i}", [1, K, ANY, D]), "value": g.input(f"value_{i}", [1, K, D, ANY]),
-        "past_key": g.input(f"past_key_{i}", [1, K, ANY, D]),
-        "past_value": g.input(f"past_value_{i}", [1, K, D, ANY]),
-    } for i in range(config.decoder_layers)]
+    memories = [
+        {
+            "key": g.input(f"key_{i}", [1, K, ANY, D]),
+            "value": g.input(f"value_{i}", [1, K, D, ANY]),
+            "past_key": g.input(f"past_key_{i}", [1, K, ANY, D]),
+            "past_value": g.input(f"past_value_{i}", [1, K, D, ANY]),
+        }
+        for i in range(config.decoder_layers)
+    ]
     rope = layers.rope(position)
     x = layers.embed(token, params["embedder"]["embedding"])
     new_keys, new_values = [], []
@@ -271,13 +299,18 @@ def decoder_graph(
     for index, memory in enumerate(memories):
         layer, path = params["decoder"][f"layers_{index}"], f"decoder/layers_{index}"
         attention = layer["self_attention"]
-        heads = layers.qkv(layers.unscaled_norm(x), attention,
-                           layers.scale(layer["self_attention_norm"]), "qkv",
-                           f"{path}/self_attention")
+        heads = layers.qkv(
+            layers.unscaled_norm(x),
+            attention,
+            layers.scale(layer["self_attention_norm"]),
+            "qkv",
+            f"{path}/self_attention",
+        )
         v = g.slice(heads, 1, H + K, K)
         if config.qk_norm:
             q = layers.normed_heads(
-                g.slice(heads, 1, 0, H), attention["q_norm"], config.scores_scale)
+                g.slice(heads, 1, 0, H), attention["q_norm"], config.scores_scale
+            )
             k = layers.normed_heads(g.slice(heads, 1, H, K), attention["k_norm"])
             q, k = layers.rotate(q, rope), layers.rotate(k, rope)
         else:
@@ -297,16 +330,22 @@ def decoder_graph(
         x = layers.residual(x, y, layer, "self_attention")
 
         attention, place = layer["encoder_attention"], f"{path}/encoder_attention"
-        q = layers.qkv(layers.unscaled_norm(x), attention,
-                       layers.scale(layer["cross_attention_norm"]), "q", place)
+        q = layers.qkv(
+            layers.unscaled_norm(x),
+            attention,
+            layers.scale(layer["cross_attention_norm"]),
+            "q",
+            place,
+        )
         if config.qk_norm:
             q = layers.normed_heads(q, attention["q_norm"], config.scores_scale)
         q = g.reshape(q, [1, K, group, D])
         shares = g.softmax(capped(g.matmul(q, memory["key"], transpose_y=True)))
         y = g.reshape(g.matmul(shares, memory["value"], transpose_y=True), [1, H, 1, D])
         x = layers.residual(x, layers.out(y, attention, place), layer, "cross_attention")
-        y = layers.mlp(layers.unscaled_norm(x), layer["mlp"], layers.scale(layer["mlp_norm"]),
-                       f"{path}/mlp")
+        y = layers.mlp(
+            layers.unscaled_norm(x), layer["mlp"], layers.scale(layer["mlp_norm"]), f"{path}/mlp"
+        )
         x = layers.residual(x, y, layer, "mlp")
 
     embedder = params["embedder"]

@@ -17,13 +17,20 @@ from encdec.train.workdir import CONFIG_FILE
 def check(config: ModelConfig) -> None:
     """Raises ConfigError where the model has what the graphs do not express."""
     if config.cross_attention_rope != "none":
-        raise ConfigError("this model cannot be exported to ONNX: cross_attention_rope is "
-                          f"{config.cross_attention_rope!r}, wanted 'none'")
+        raise ConfigError(
+            "this model cannot be exported to ONNX: cross_attention_rope is "
+            f"{config.cross_attention_rope!r}, wanted 'none'"
+        )
 
 
 def write(
-    out: pathlib.Path, config: ModelConfig, params: Any, *, precision: str,
-    content: dict[str, Any], vocabulary_from: str | pathlib.Path,
+    out: pathlib.Path,
+    config: ModelConfig,
+    params: Any,
+    *,
+    precision: str,
+    content: dict[str, Any],
+    vocabulary_from: str | pathlib.Path,
 ) -> int:
     """Writes encoder.onnx, decoder.onnx, the vocabulary, and last config.json.
 
@@ -49,8 +56,9 @@ def write(
 
         from encdec.export import onnx_graph
     except ImportError as error:
-        raise ConfigError("--format=onnx needs the onnx package; install it with pip install "
-                          "'encdec[onnx]'") from error
+        raise ConfigError(
+            "--format=onnx needs the onnx package; install it with pip install 'encdec[onnx]'"
+        ) from error
     config, params = equivalents.on_host(config, params)
     out.mkdir(parents=True, exist_ok=True)
     graphs = {DECODER_FILE: onnx_graph.decoder_graph}
@@ -59,13 +67,27 @@ def write(
     for name, make in graphs.items():
         # Weights lie beside the graph, which may be no larger than 2 GB.
         onnx.save_model(
-            make(config, params, precision), str(out / name), save_as_external_data=True,
-            all_tensors_to_one_file=True, location=f"{name}.data", size_threshold=1024)
+            make(config, params, precision),
+            str(out / name),
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=f"{name}.data",
+            size_threshold=1024,
+        )
     copy_vocabulary(vocabulary_from, out)
-    written = sum((out / f"{name}{end}").stat().st_size for name in graphs
-                  for end in ("", ".data") if (out / f"{name}{end}").is_file())
+    written = sum(
+        (out / f"{name}{end}").stat().st_size
+        for name in graphs
+        for end in ("", ".data")
+        if (out / f"{name}{end}").is_file()
+    )
     kept = {name: content[name] for name in ("format_version", "data")}
-    write_json(out / CONFIG_FILE, kept | {
-        "model": config.to_dict(),
-        "export": {"format": "onnx", "precision": precision, "bytes": written}})
+    write_json(
+        out / CONFIG_FILE,
+        kept
+        | {
+            "model": config.to_dict(),
+            "export": {"format": "onnx", "precision": precision, "bytes": written},
+        },
+    )
     return written

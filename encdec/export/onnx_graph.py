@@ -43,9 +43,16 @@ class Graph:
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any):
         names = [f"{kind}_{len(self.nodes)}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(
-            kind, list(inputs), names, name=f"{kind}_{len(self.nodes)}", domain=domain,
-            **attributes))
+        self.nodes.append(
+            helper.make_node(
+                kind,
+                list(inputs),
+                names,
+                name=f"{kind}_{len(self.nodes)}",
+                domain=domain,
+                **attributes,
+            )
+        )
         return names[0] if outputs == 1 else names
 
     def rename(self, name: str, wanted: str) -> None:
@@ -66,7 +73,12 @@ class Graph:
         return self.constant(np.float32(value), f"float_{value!r}")
 
     def linear(
-        self, x: str, kernel: np.ndarray, bias: np.ndarray | None, name: str, *,
+        self,
+        x: str,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+        name: str,
+        *,
         precision: Precision | None = None,
     ) -> str:
         """``x @ kernel + bias``, the kernel [in, out] stored in the graph's precision."""
@@ -99,16 +111,28 @@ class Graph:
         # Levels count from 0 here; the middle one is zero.
         levels = (levels.view(np.uint8) + np.uint8(1 << bits - 1)) & np.uint8((1 << bits) - 1)
         return self.op(
-            "MatMulNBits", x, self.constant(nibbles(levels) if bits == 4 else levels, name),
-            self.constant(scales[..., 0], f"{name}.scale"), domain=_CONTRIB, K=kernel.shape[0],
-            N=kernel.shape[1], bits=bits, block_size=block, accuracy_level=4)
+            "MatMulNBits",
+            x,
+            self.constant(nibbles(levels) if bits == 4 else levels, name),
+            self.constant(scales[..., 0], f"{name}.scale"),
+            domain=_CONTRIB,
+            K=kernel.shape[0],
+            N=kernel.shape[1],
+            bits=bits,
+            block_size=block,
+            accuracy_level=4,
+        )
 
     def model(self, inputs: list[Any], outputs: list[Any]) -> onnx.ModelProto:
         graph = helper.make_graph(
-            self.nodes, "encdec", inputs, outputs, list(self.constants.values()))
-        return helper.make_model(graph, ir_version=IR_VERSION, producer_name="encdec",
-                                 opset_imports=[helper.make_opsetid("", OPSET),
-                                                helper.make_opsetid(_CONTRIB, 1)])
+            self.nodes, "encdec", inputs, outputs, list(self.constants.values())
+        )
+        return helper.make_model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="encdec",
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(_CONTRIB, 1)],
+        )
 
 
 class _Layers:
@@ -130,10 +154,12 @@ class _Layers:
         if g.precision == "float32":
             return g.op("Gather", g.constant(table * factor, "embedding"), tokens)
         levels, scales = eight_bits(table, axis=1)
-        rows = g.op("Cast", g.op("Gather", g.constant(levels, "embedding"), tokens),
-                    to=TensorProto.FLOAT)
-        return g.op("Mul", rows, g.op(
-            "Gather", g.constant(scales * factor, "embedding.scale"), tokens))
+        rows = g.op(
+            "Cast", g.op("Gather", g.constant(levels, "embedding"), tokens), to=TensorProto.FLOAT
+        )
+        return g.op(
+            "Mul", rows, g.op("Gather", g.constant(scales * factor, "embedding.scale"), tokens)
+        )
 
     def rope(self, positions: str, local: bool = False) -> tuple[str, str]:
         """Cosines and sines [B, T, 1, D] of positions [B, T], each half's beside the other's."""
@@ -166,7 +192,8 @@ class _Layers:
     def project(self, x: str, params: Params, names: str, path: str) -> str:
         """Several projections as one product."""
         kernel = np.concatenate(
-            [params[x]["kernel"].reshape(self.config.d_model, -1) for x in names], axis=1)
+            [params[x]["kernel"].reshape(self.config.d_model, -1) for x in names], axis=1
+        )
         return self.g.linear(x, kernel, self.bias_of(params, names), f"{path}/{names}")
 
     def self_qkv(
@@ -207,13 +234,22 @@ class _Layers:
     def mlp(self, x: str, params: Params, path: str) -> str:
         g, config = self.g, self.config
         into = lambda name: g.linear(
-            x, params[name]["kernel"], params[name].get("bias"), f"{path}/{name}",
-            precision=self.g.mlp_precision)
+            x,
+            params[name]["kernel"],
+            params[name].get("bias"),
+            f"{path}/{name}",
+            precision=self.g.mlp_precision,
+        )
         hidden = self.activate(into("gate" if config.mlp_gated else "up"))
         if config.mlp_gated:
             hidden = g.op("Mul", hidden, into("up"))
-        return g.linear(hidden, params["down"]["kernel"], params["down"].get("bias"),
-                        f"{path}/down", precision=g.mlp_precision)
+        return g.linear(
+            hidden,
+            params["down"]["kernel"],
+            params["down"].get("bias"),
+            f"{path}/down",
+            precision=g.mlp_precision,
+        )
 
     def activate(self, x: str) -> str:
         g, kind = self.g, self.config.mlp_activation
@@ -245,9 +281,14 @@ def _value(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
 
 def _cross_values(config: ModelConfig) -> list[onnx.ValueInfoProto]:
     K, D = config.num_kv_heads, config.head_dim
-    return [value for i in range(config.decoder_layers) for value in (
-        _value(f"cross_key_{i}", TensorProto.FLOAT, "batch", K, D, "source"),
-        _value(f"cross_value_{i}", TensorProto.FLOAT, "batch", K, "source", D))]
+    return [
+        value
+        for i in range(config.decoder_layers)
+        for value in (
+            _value(f"cross_key_{i}", TensorProto.FLOAT, "batch", K, D, "source"),
+            _value(f"cross_value_{i}", TensorProto.FLOAT, "batch", K, "source", D),
+        )
+    ]
 
 
 def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> onnx.ModelProto:
@@ -273,8 +314,11 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
         k = g.op("Transpose", k, perm=[0, 1, 3, 2])
         y = layers.attend(q, k, v, mask, attention, f"{path}/self_attention")
         x = layers.residual(x, y, layer, "self_attention", path)
-        y = layers.mlp(layers.norm(x, layer["mlp_norm"]["scale"], f"{path}/mlp_norm"),
-                       layer["mlp"], f"{path}/mlp")
+        y = layers.mlp(
+            layers.norm(x, layer["mlp_norm"]["scale"], f"{path}/mlp_norm"),
+            layer["mlp"],
+            f"{path}/mlp",
+        )
         x = layers.residual(x, y, layer, "mlp", path)
     x = layers.norm(x, params["encoder"]["final_norm"]["scale"], "encoder/final_norm")
     for index in range(config.decoder_layers):
@@ -309,8 +353,10 @@ def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     if config.attention_window:
         reach = g.constant(np.int64(config.attention_window), "window")
         near = g.op("Less", g.op("Sub", rows, columns), reach)
-        kinds[True] = (layers.rope("positions", local=True),
-                       layers.additive(g.op("And", allowed, near)))
+        kinds[True] = (
+            layers.rope("positions", local=True),
+            layers.additive(g.op("And", allowed, near)),
+        )
     source_mask = layers.source_mask("source_mask") if crossed else ""
     for index in range(config.decoder_layers):
         layer, path = params["decoder"][f"layers_{index}"], f"decoder/layers_{index}"
@@ -322,21 +368,27 @@ def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
         v = g.op("Concat", f"past_value_{index}", v, axis=2)
         g.rename(k, f"present_key_{index}")
         g.rename(v, f"present_value_{index}")
-        y = layers.attend(q, g.op("Transpose", k, perm=[0, 1, 3, 2]), v, mask, attention,
-                          f"{path}/self_attention")
+        y = layers.attend(
+            q, g.op("Transpose", k, perm=[0, 1, 3, 2]), v, mask, attention, f"{path}/self_attention"
+        )
         x = layers.residual(x, y, layer, "self_attention", path)
         if crossed:
-            y = layers.norm(x, layer["cross_attention_norm"]["scale"],
-                            f"{path}/cross_attention_norm")
+            y = layers.norm(
+                x, layer["cross_attention_norm"]["scale"], f"{path}/cross_attention_norm"
+            )
             attention, place = layer["encoder_attention"], f"{path}/encoder_attention"
             q = layers.heads(layers.project(y, attention, "q", place))
             if config.qk_norm:
                 q = layers.norm(q, attention["q_norm"]["scale"], f"{place}/q_norm")
-            y = layers.attend(q, f"cross_key_{index}", f"cross_value_{index}", source_mask,
-                              attention, place)
+            y = layers.attend(
+                q, f"cross_key_{index}", f"cross_value_{index}", source_mask, attention, place
+            )
             x = layers.residual(x, y, layer, "cross_attention", path)
-        y = layers.mlp(layers.norm(x, layer["mlp_norm"]["scale"], f"{path}/mlp_norm"),
-                       layer["mlp"], f"{path}/mlp")
+        y = layers.mlp(
+            layers.norm(x, layer["mlp_norm"]["scale"], f"{path}/mlp_norm"),
+            layer["mlp"],
+            f"{path}/mlp",
+        )
         x = layers.residual(x, y, layer, "mlp", path)
     x = g.op("GatherND", x, g.op("Unsqueeze", "wanted", g.ints(2)), batch_dims=1)
     x = layers.norm(x, params["decoder"]["final_norm"]["scale"], "decoder/final_norm")
@@ -351,11 +403,17 @@ def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
 
 def _decoder_values(config: ModelConfig) -> tuple[list[Any], list[Any]]:
     K, D, integer, real = (
-        config.num_kv_heads, config.head_dim, TensorProto.INT64, TensorProto.FLOAT)
-    inputs = [_value("tokens", integer, "batch", "new"),
-              _value("positions", integer, "batch", "new"),
-              _value("key_positions", integer, "batch", "total"),
-              _value("wanted", integer, "batch", "wanted_count")]
+        config.num_kv_heads,
+        config.head_dim,
+        TensorProto.INT64,
+        TensorProto.FLOAT,
+    )
+    inputs = [
+        _value("tokens", integer, "batch", "new"),
+        _value("positions", integer, "batch", "new"),
+        _value("key_positions", integer, "batch", "total"),
+        _value("wanted", integer, "batch", "wanted_count"),
+    ]
     if config.is_encoder_decoder:
         inputs += [_value("source_mask", integer, "batch", "source"), *_cross_values(config)]
     outputs = [_value("logits", real, "batch", "wanted_count", config.vocab_size)]

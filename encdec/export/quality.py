@@ -19,9 +19,7 @@ from encdec.model import ModelConfig, build_model
 class ForcedModel(Protocol):
     """An exported model that says what it would have written."""
 
-    def forced_logits(
-        self, source: np.ndarray, target: np.ndarray, start_id: int
-    ) -> np.ndarray:
+    def forced_logits(self, source: np.ndarray, target: np.ndarray, start_id: int) -> np.ndarray:
         """Logits [T, V] of every target token given those before it."""
 
 
@@ -45,14 +43,14 @@ class Quality:
 
     def __str__(self) -> str:
         change = self.loss / self.reference_loss - 1 if self.reference_loss else 0.0
-        return (f"{self.tokens:,} target tokens: loss {self.loss:.4f} against "
-                f"{self.reference_loss:.4f} in float32 ({change:+.2%}), the likeliest token the "
-                f"same in {self.agreement:.2%}, logits at most {self.largest_difference:.2g} apart")
+        return (
+            f"{self.tokens:,} target tokens: loss {self.loss:.4f} against "
+            f"{self.reference_loss:.4f} in float32 ({change:+.2%}), the likeliest token the "
+            f"same in {self.agreement:.2%}, logits at most {self.largest_difference:.2g} apart"
+        )
 
 
-def read_pairs(
-    records: str, count: int, fingerprint: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def read_pairs(records: str, count: int, fingerprint: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The first ``count`` (source, target) token pairs of a records directory.
 
     Raises:
@@ -61,8 +59,10 @@ def read_pairs(
     """
     opened = open_records(records)
     if opened.card.vocabulary.fingerprint != fingerprint:
-        raise DataError(f"{records} was made with another vocabulary than the model's; give "
-                        "records of the model's own")
+        raise DataError(
+            f"{records} was made with another vocabulary than the model's; give "
+            "records of the model's own"
+        )
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for row in range(len(opened)):
         if len(pairs) >= count:
@@ -75,8 +75,11 @@ def read_pairs(
 
 
 def measure(
-    model: ForcedModel, config: ModelConfig, params: Any,
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], start_id: int,
+    model: ForcedModel,
+    config: ModelConfig,
+    params: Any,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    start_id: int,
 ) -> Quality:
     """Compares the artefact with the model, pair by pair; ``params`` in any layout."""
     config = config.replace(dtype="float32", remat="none", attention_kernel="xla")
@@ -97,7 +100,11 @@ def measure(
 
 
 def reference_logits(
-    config: ModelConfig, params: Any, apply: Any, source: np.ndarray, target: np.ndarray,
+    config: ModelConfig,
+    params: Any,
+    apply: Any,
+    source: np.ndarray,
+    target: np.ndarray,
     start_id: int,
 ) -> np.ndarray:
     """The same by our own model, in rows of few lengths."""
@@ -108,8 +115,11 @@ def reference_logits(
     batch = {}
     for side, ids in rows.items():
         width = bucket(len(ids))
-        for name, values in (("input_tokens", ids), ("segment_ids", [1] * len(ids)),
-                             ("positions", range(len(ids)))):
+        for name, values in (
+            ("input_tokens", ids),
+            ("segment_ids", [1] * len(ids)),
+            ("positions", range(len(ids))),
+        ):
             field = np.zeros((1, width), np.int32)
             field[0, : len(ids)] = values
             batch[f"{side}_{name}"] = field

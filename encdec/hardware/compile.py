@@ -54,8 +54,14 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return (self.parameters + self.optimizer + self.batch + self.temporary + self.outputs
-                + self.code)
+        return (
+            self.parameters
+            + self.optimizer
+            + self.batch
+            + self.temporary
+            + self.outputs
+            + self.code
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +137,10 @@ def check_step(run: RunConfig, topology: Topology) -> None:
 
 
 def compile_step(
-    run: RunConfig, topology: Topology, inputs: int, targets: int,
+    run: RunConfig,
+    topology: Topology,
+    inputs: int,
+    targets: int,
     compiler_options: dict[str, str] | None = None,
 ) -> CompiledStep:
     """Compiles ``run``'s training step for rows of these lengths and predicts its cost.
@@ -147,17 +156,28 @@ def compile_step(
     pairs = DRAWS * targets if run.distill.teacher else 0
     batch = abstract_batch(program, run.batch_size, inputs, targets, pairs)
     compiled = compile_lowered(
-        program.train_step.lower(program.abstract_state, batch), topology, mesh, compiler_options)
+        program.train_step.lower(program.abstract_state, batch), topology, mesh, compiler_options
+    )
     state, memory = program.abstract_state, compiled.memory
     parameters, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
     memory = dataclasses.replace(
-        memory, parameters=parameters, optimizer=optimizer,
-        batch=max(0, memory.batch - parameters - optimizer))
-    return checked(CompiledStep(
-        **(fields_of(compiled) | {"memory": memory}), run=run, topology=topology,
-        mesh=tuple(mesh.devices.shape), inputs=inputs, targets=targets,
-        unsharded=tuple(map(str, program.unsharded)),
-        model_flops=training_flops(config, inputs, targets, batch_size=run.batch_size)))
+        memory,
+        parameters=parameters,
+        optimizer=optimizer,
+        batch=max(0, memory.batch - parameters - optimizer),
+    )
+    return checked(
+        CompiledStep(
+            **(fields_of(compiled) | {"memory": memory}),
+            run=run,
+            topology=topology,
+            mesh=tuple(mesh.devices.shape),
+            inputs=inputs,
+            targets=targets,
+            unsharded=tuple(map(str, program.unsharded)),
+            model_flops=training_flops(config, inputs, targets, batch_size=run.batch_size),
+        )
+    )
 
 
 PRODUCT_SIDE = 8192  # large enough that nothing but the matrix unit counts
@@ -191,17 +211,17 @@ class Calibration:
         return rate / self.topology.generation.chip.hbm_bytes_per_second
 
 
-def calibrate(
-    topology: Topology, compiler_options: dict[str, str] | None = None
-) -> Calibration:
+def calibrate(topology: Topology, compiler_options: dict[str, str] | None = None) -> Calibration:
     """Compiles both programs for one device, with the options of its chip."""
     device = topology.devices[0]
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
-                         devices=[device])
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=[device]
+    )
 
     def compiled(function: Callable[..., jax.Array], side: int) -> Compiled:
-        square = jax.ShapeDtypeStruct((side, side), jnp.bfloat16,
-                                      sharding=jax.NamedSharding(mesh, jax.P()))
+        square = jax.ShapeDtypeStruct(
+            (side, side), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P())
+        )
         jitted = jax.jit(function, compiler_options=chip_options(device.device_kind))
         return compile_lowered(jitted.lower(square, square), topology, mesh, compiler_options)
 
@@ -214,7 +234,9 @@ def fields_of(compiled: Compiled) -> dict[str, Any]:
 
 
 def compile_lowered(
-    lowered: Any, topology: Topology, mesh: jax.sharding.Mesh,
+    lowered: Any,
+    topology: Topology,
+    mesh: jax.sharding.Mesh,
     compiler_options: dict[str, str] | None = None,
 ) -> Compiled:
     """Compiles a lowered function; all its arguments count as ``Memory.batch``.
@@ -230,11 +252,14 @@ def compile_lowered(
     order = [places[device.id] for device in mesh.devices.flat]
     analysis = compiled.memory_analysis()
     memory = Memory(
-        parameters=0, optimizer=0, batch=analysis.argument_size_in_bytes,
+        parameters=0,
+        optimizer=0,
+        batch=analysis.argument_size_in_bytes,
         temporary=analysis.temp_size_in_bytes,
         outputs=max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
         code=analysis.generated_code_size_in_bytes,
-        limit=int(topology.generation.hbm_limit_gib * 2**30))
+        limit=int(topology.generation.hbm_limit_gib * 2**30),
+    )
     return Compiled(memory, predict(hlo.parse(text), topology, order), seconds, text)
 
 
@@ -248,7 +273,8 @@ def checked(step: CompiledStep) -> CompiledStep:
         raise RuntimeError(
             f"the prediction of {1e3 * step.step_seconds:.2f} ms a step means an MFU of "
             f"{100 * step.mfu:.0f} %, which no chip reaches: part of the program was not counted. "
-            "This is a fault of encdec's reading of the compiled program, not of the run")
+            "This is a fault of encdec's reading of the compiled program, not of the run"
+        )
     return step
 
 
@@ -295,7 +321,8 @@ def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of sharded shapes."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree))
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 @contextlib.contextmanager

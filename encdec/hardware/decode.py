@@ -13,19 +13,14 @@ from jax.sharding import NamedSharding
 from encdec.errors import ConfigError
 from encdec.hardware.compile import Compiled, Memory, compile_lowered, device_bytes
 from encdec.hardware.topology import Topology
-from encdec.inference.benchmark import START_ID
 from encdec.inference.decoding import decode_step, prefill
 from encdec.model import ModelConfig, abstract_params, build_model, for_decoding, logical_axes
 from encdec.model.flops import generation_flops
 from encdec.train.compiler_options import compiler_options as chip_options
 from encdec.train.config import RunConfig
-from encdec.train.sharding import (
-    ShardingRules,
-    data_shards,
-    make_mesh,
-    on_mesh,
-    param_shardings,
-)
+from encdec.train.sharding import ShardingRules, data_shards, make_mesh, on_mesh, param_shardings
+
+START_ID = 0  # which token it is changes no time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +59,10 @@ class CompiledDecoding:
 
     @property
     def prefill_mfu(self) -> float:
-        flops = self.run.batch_size * generation_flops(
-            self.run.model_config(), self.inputs, 1).first_token.total
+        flops = (
+            self.run.batch_size
+            * generation_flops(self.run.model_config(), self.inputs, 1).first_token.total
+        )
         peak = self.topology.generation.chip.bf16_flops * len(self.topology.devices)
         return flops / (self.prefill.step_seconds * peak)
 
@@ -74,7 +71,8 @@ class CompiledDecoding:
         """What reading a step's arguments (weights, keys and values) once takes at HBM speed."""
         memory = self.step.memory
         return (memory.parameters + memory.batch) / (
-            self.topology.generation.chip.hbm_bytes_per_second)
+            self.topology.generation.chip.hbm_bytes_per_second
+        )
 
 
 def check_decoding(run: RunConfig, topology: Topology) -> None:
@@ -85,12 +83,17 @@ def check_decoding(run: RunConfig, topology: Topology) -> None:
     """
     shards = data_shards(make_mesh(run.mesh, topology.devices))
     if run.batch_size % shards:
-        raise ConfigError(f"config.batch_size is {run.batch_size}; wanted a multiple of {shards}, "
-                          "the mesh's data x fsdp")
+        raise ConfigError(
+            f"config.batch_size is {run.batch_size}; wanted a multiple of {shards}, "
+            "the mesh's data x fsdp"
+        )
 
 
 def compile_decoding(
-    run: RunConfig, topology: Topology, inputs: int, targets: int,
+    run: RunConfig,
+    topology: Topology,
+    inputs: int,
+    targets: int,
     compiler_options: dict[str, str] | None = None,
 ) -> CompiledDecoding:
     """Compiles prefill and decode step of ``run``'s model with ``run.batch_size`` rows.
@@ -109,19 +112,34 @@ def compile_decoding(
     read = functools.partial(prefill, config, start_id=START_ID, room=targets)
     options = chip_options(mesh.devices.flat[0].device_kind)
     lowered = jax.jit(on_mesh(read, mesh, fitted), compiler_options=options).lower(
-        params, ids(run.batch_size, inputs), ids(run.batch_size))
+        params, ids(run.batch_size, inputs), ids(run.batch_size)
+    )
     first = compile_lowered(lowered, topology, mesh, compiler_options)
     memory = jax.tree.map(  # lies as the prefill left it: rows over the devices
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), lowered.out_info[1])
-    further = jax.jit(on_mesh(functools.partial(decode_step, config), mesh, fitted),
-                      donate_argnums=1, compiler_options=options)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), lowered.out_info[1]
+    )
+    further = jax.jit(
+        on_mesh(functools.partial(decode_step, config), mesh, fitted),
+        donate_argnums=1,
+        compiler_options=options,
+    )
     step = compile_lowered(
-        further.lower(params, memory, ids(run.batch_size)), topology, mesh, compiler_options)
+        further.lower(params, memory, ids(run.batch_size)), topology, mesh, compiler_options
+    )
     held = device_bytes(params)
-    first, step = (dataclasses.replace(part, memory=_with(part.memory, held))
-                   for part in (first, step))
-    return CompiledDecoding(run, topology, tuple(mesh.devices.shape), inputs, targets, first, step,
-                            tuple(map(str, unsharded)))
+    first, step = (
+        dataclasses.replace(part, memory=_with(part.memory, held)) for part in (first, step)
+    )
+    return CompiledDecoding(
+        run,
+        topology,
+        tuple(mesh.devices.shape),
+        inputs,
+        targets,
+        first,
+        step,
+        tuple(map(str, unsharded)),
+    )
 
 
 def _parameters(
@@ -131,7 +149,8 @@ def _parameters(
     model = build_model(config)
     shapes = abstract_params(model)
     shardings, fitted, unsharded = param_shardings(
-        ShardingRules(), mesh, shapes, logical_axes(model))
+        ShardingRules(), mesh, shapes, logical_axes(model)
+    )
 
     def place(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         dtype = leaf.dtype if path[-1].key == "scale" else jnp.dtype(config.dtype)
@@ -142,6 +161,5 @@ def _parameters(
 
 def _with(memory: Memory, parameters: int) -> Memory:
     return dataclasses.replace(
-        memory, parameters=parameters, batch=max(0, memory.batch - parameters))
-
-
+        memory, parameters=parameters, batch=max(0, memory.batch - parameters)
+    )

@@ -20,7 +20,7 @@ def growth(
     """Sentences on what is more than ``tolerance`` slower or larger than recorded; usually none.
 
     Args:
-        report: of a step, from ``encdec.hardware.report.as_json``.
+        report: of a step, from ``encdec.hardware.compile_report.as_json``.
         recorded: an earlier one of the same model, rows and topology.
         tolerance: as a part of the recorded figure.
 
@@ -29,25 +29,34 @@ def growth(
     """
     for name in _IDENTITY:
         if report[name] != recorded[name]:
-            raise ValueError(f"the step's {name} is {report[name]!r}, and {recorded[name]!r} was "
-                             "recorded: they cannot be compared")
+            raise ValueError(
+                f"the step's {name} is {report[name]!r}, and {recorded[name]!r} was "
+                "recorded: they cannot be compared"
+            )
     found = []
     if report["step_seconds"] > (1 + tolerance) * recorded["step_seconds"]:
-        found.append("slower: the step takes " + _change(
-            report["step_seconds"], recorded["step_seconds"], 1e3, "ms") + _parts(
-                report, recorded, _TIME, 1e3, "ms"))
+        found.append(
+            "slower: the step takes "
+            + _change(report["step_seconds"], recorded["step_seconds"], 1e3, "ms")
+            + _parts(report, recorded, _TIME, 1e3, "ms")
+        )
     new, old = report["memory_bytes"], recorded["memory_bytes"]
     if new["peak"] > (1 + tolerance) * old["peak"]:
-        found.append("fatter: the peak is " + _change(
-            new["peak"], old["peak"], 2**-20, "MiB") + _parts(new, old, _SPACE, 2**-20, "MiB"))
+        found.append(
+            "fatter: the peak is "
+            + _change(new["peak"], old["peak"], 2**-20, "MiB")
+            + _parts(new, old, _SPACE, 2**-20, "MiB")
+        )
     return found
 
 
-def _parts(new: Mapping[str, Any], old: Mapping[str, Any], names: tuple[str, ...], unit: float,
-           symbol: str) -> str:
+def _parts(
+    new: Mapping[str, Any], old: Mapping[str, Any], names: tuple[str, ...], unit: float, symbol: str
+) -> str:
     """The parts that grew, most first."""
-    grown = sorted((name for name in names if new[name] > old[name]),
-                   key=lambda name: old[name] - new[name])
+    grown = sorted(
+        (name for name in names if new[name] > old[name]), key=lambda name: old[name] - new[name]
+    )
     return "".join(f"; {name} {_change(new[name], old[name], unit, symbol)}" for name in grown)
 
 

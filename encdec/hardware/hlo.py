@@ -20,7 +20,8 @@ _CYCLES = re.compile(r'"estimated_cycles":"(-?\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
-    r"\b(condition|body|calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
+    r"\b(condition|body|calls|to_apply|true_computation|false_computation)=%([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -108,8 +109,9 @@ class Module:
         if match := _TRIPS.search(loop.attributes):
             return int(match[1])
         condition = {i.name: i for i in self.computations.get(loop.called.get("condition", ""), ())}
-        constants = {name: value for name, i in condition.items()
-                     if (value := _whole_number(i)) is not None}
+        constants = {
+            name: value for name, i in condition.items() if (value := _whole_number(i)) is not None
+        }
         for i in condition.values():
             if i.opcode == "compare" and "direction=LT" in i.attributes:
                 if i.operands[-1] in constants:
@@ -169,8 +171,10 @@ def parse(text: str) -> Module:
     written = len(_CYCLES.findall(text))
     read = sum(i.cycles is not None for body in computations.values() for i in body)
     if read != written:
-        raise ValueError(f"read {read} of the {written} cycle estimates in the HLO text; its "
-                         "format is not the one known here")
+        raise ValueError(
+            f"read {read} of the {written} cycle estimates in the HLO text; its "
+            "format is not the one known here"
+        )
     return Module(computations, entry, _frames(tables))
 
 
@@ -192,21 +196,29 @@ def executions(module: Module) -> Iterator[tuple[Execution, ...]]:
             elif i.opcode == "call":
                 waiting.append((i.called["to_apply"], times))
             elif i.opcode == "conditional":
-                waiting += [(target, times) for role, target in i.called.items()
-                            if role.startswith(("branch", "true", "false"))]
+                waiting += [
+                    (target, times)
+                    for role, target in i.called.items()
+                    if role.startswith(("branch", "true", "false"))
+                ]
 
 
 def unknown_loops(module: Module) -> list[str]:
     """Names of the loops whose trip count could not be read."""
-    return [e.instruction.name for body in executions(module) for e in body
-            if e.instruction.opcode == "while" and module.trip_count(e.instruction) is None]
+    return [
+        e.instruction.name
+        for body in executions(module)
+        for e in body
+        if e.instruction.opcode == "while" and module.trip_count(e.instruction) is None
+    ]
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """(element type, dimensions) of every array in a type, layouts and comments ignored."""
     return [
         (kind, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n))
-        for kind, dims in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))]
+        for kind, dims in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
+    ]
 
 
 def elements(shape: str) -> list[str]:

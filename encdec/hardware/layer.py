@@ -48,12 +48,14 @@ class CompiledLayer(Compiled):
 
     @property
     def share_of_peak(self) -> float:
-        return self.model_flops / (
-            self.step_seconds * self.topology.generation.chip.bf16_flops)
+        return self.model_flops / (self.step_seconds * self.topology.generation.chip.bf16_flops)
 
 
 def compile_layer(
-    run: RunConfig, topology: Topology, length: int, layers: int = 1,
+    run: RunConfig,
+    topology: Topology,
+    length: int,
+    layers: int = 1,
     compiler_options: dict[str, str] | None = None,
 ) -> CompiledLayer:
     """Compiles ``layers`` layers with the rows that ``run`` gives each device of ``topology``.
@@ -63,8 +65,9 @@ def compile_layer(
     config = run.model_config()
     rows = max(1, run.micro_batch_size // len(topology.devices))
     device = topology.devices[0]
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
-                         devices=[device])
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=[device]
+    )
     here = jax.NamedSharding(mesh, jax.P())
     shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=here)
     stack, dtype = Stack(config, layers), jnp.dtype(config.dtype)
@@ -73,14 +76,18 @@ def compile_layer(
     def inputs(ids: jax.Array) -> LayerInputs:
         rope = rope_table(config, ids)
         causal = not config.is_encoder_decoder
-        return LayerInputs(packed_attention(ids, ids, rope, rope, causal=causal),
-                           deterministic=not dropout)
+        return LayerInputs(
+            packed_attention(ids, ids, rope, rope, causal=causal), deterministic=not dropout
+        )
 
     def init() -> Any:
         x = jnp.zeros((1, length, config.d_model), dtype)
         key = jax.random.key(0)
-        return nn.unbox(stack.init(
-            {"params": key, "dropout": key}, x, inputs(jnp.zeros((1, length), jnp.int32))))
+        return nn.unbox(
+            stack.init(
+                {"params": key, "dropout": key}, x, inputs(jnp.zeros((1, length), jnp.int32))
+            )
+        )
 
     def both_ways(params: Any, x: jax.Array, gradient: jax.Array, ids: jax.Array) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -91,24 +98,31 @@ def compile_layer(
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         params = jax.tree.map(
-            lambda x: shape(x.shape, dtype if x.ndim > 1 else x.dtype), jax.eval_shape(init))
+            lambda x: shape(x.shape, dtype if x.ndim > 1 else x.dtype), jax.eval_shape(init)
+        )
     x, ids = shape((rows, length, config.d_model), dtype), shape((rows, length), jnp.int32)
     lowered = jax.jit(both_ways, compiler_options=chip_options(device.device_kind)).lower(
-        params, x, x, ids)
+        params, x, x, ids
+    )
     compiled = compile_lowered(lowered, topology, mesh, compiler_options)
     held = device_bytes(params)
     memory = dataclasses.replace(
-        compiled.memory, parameters=held, batch=max(0, compiled.memory.batch - held))
+        compiled.memory, parameters=held, batch=max(0, compiled.memory.batch - held)
+    )
     return CompiledLayer(
-        **(fields_of(compiled) | {"memory": memory}), run=run, topology=topology, rows=rows,
-        length=length, layers=layers,
-        model_flops=rows * layers * _layer_flops(config, length))
+        **(fields_of(compiled) | {"memory": memory}),
+        run=run,
+        topology=topology,
+        rows=rows,
+        length=length,
+        layers=layers,
+        model_flops=rows * layers * _layer_flops(config, length),
+    )
 
 
 def _layer_flops(config: ModelConfig, length: int) -> float:
     """Training FLOPs of one row in one layer: a model's less those of one with a layer fewer."""
     name = "encoder_layers" if config.is_encoder_decoder else "decoder_layers"
     inputs, targets = (length, 1) if config.is_encoder_decoder else (length - 1, 1)
-    flops = lambda layers: training_flops(
-        config.replace(**{name: layers}), inputs, targets)
+    flops = lambda layers: training_flops(config.replace(**{name: layers}), inputs, targets)
     return flops(2) - flops(1)

@@ -26,8 +26,17 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 PALLAS = "tpu_custom_call"
 MATRIX_UNIT_WIDTH = 128  # lanes of a vector register: a narrower head leaves some of it idle
 # Listed in the report where they carry no estimate; custom calls by their target.
-LISTED = ("dot", "convolution", "scatter", "gather", "sort", "reduce", "reduce-window", "fusion",
-          "dynamic-update-slice")
+LISTED = (
+    "dot",
+    "convolution",
+    "scatter",
+    "gather",
+    "sort",
+    "reduce",
+    "reduce-window",
+    "fusion",
+    "dynamic-update-slice",
+)
 HOP_SECONDS = 1e-6  # from chip to neighbour, and the start of a collective
 DCN_BYTES_PER_SECOND = 6.25e9  # one chip's share of its host's network: 200 Gbit/s for 4 chips
 
@@ -102,7 +111,9 @@ class Prediction:
 
 
 def predict(
-    module: hlo.Module, topology: Topology, order: list[int] | None = None,
+    module: hlo.Module,
+    topology: Topology,
+    order: list[int] | None = None,
     causal_kernels: bool = True,
 ) -> Prediction:
     """Adds up a compiled program.
@@ -140,8 +151,9 @@ def predict(
             # A collective fused with computation is started, carried on and ended by fusions of
             # one channel; others by -start and -done.
             first, last = parts.get(i.name, ("", ""))
-            ended = last == i.name and first or i.opcode.endswith("-done") and "".join(
-                i.operands[:1])
+            ended = (
+                last == i.name and first or i.opcode.endswith("-done") and "".join(i.operands[:1])
+            )
             if ended in under_way:
                 done, started, wire, _ = under_way.pop(ended)
                 exposed = max(0.0, done - now)
@@ -162,8 +174,10 @@ def predict(
                     free = max(now, free) + wire
                     under_way[i.name] = free, inner, wire, times
         # Waited for in another computation, or nowhere that is known: as if nothing hid it.
-        collectives += [_traffic(module, started, wire, wire, times, order)
-                        for _, started, wire, times in under_way.values()]
+        collectives += [
+            _traffic(module, started, wire, wire, times, order)
+            for _, started, wire, times in under_way.values()
+        ]
     costs.sort(key=lambda cost: -cost.seconds)
     pallas = sum(cost.seconds for cost in costs if cost.kind == "pallas")
     return Prediction(
@@ -202,8 +216,11 @@ def _attention_flops(
 ) -> tuple[float, int]:
     """(FLOPs, head width) of a splash kernel: 2 products forward, 5 in the fused backward pass."""
     blocks = [
-        dims for shape in operands for kind, dims in hlo.arrays(shape)
-        if kind in ("bf16", "f32") and len(dims) >= 3]
+        dims
+        for shape in operands
+        for kind, dims in hlo.arrays(shape)
+        if kind in ("bf16", "f32") and len(dims) >= 3
+    ]
     if len(blocks) < 2:
         return 0.0, MATRIX_UNIT_WIDTH
     q, k = blocks[0], blocks[1]  # [B, H, T, D] and [B, K, S, D]
@@ -226,9 +243,13 @@ def collective_seconds(i: hlo.Instruction, topology: Topology, order: list[int])
     if count < 2:
         return 0.0
     kind, size = _kind(i.opcode), _full_bytes(i, len(order))
-    share = {"all-reduce": 2 * (count - 1) / count, "all-gather": (count - 1) / count,
-             "reduce-scatter": (count - 1) / count, "all-to-all": (count - 1) / count / 2,
-             "collective-permute": 1.0}[kind]
+    share = {
+        "all-reduce": 2 * (count - 1) / count,
+        "all-gather": (count - 1) / count,
+        "reduce-scatter": (count - 1) / count,
+        "all-to-all": (count - 1) / count / 2,
+        "collective-permute": 1.0,
+    }[kind]
     links = 1 if kind == "collective-permute" else topology.links(group)
     wire = size * share / (links * topology.generation.link_bytes_per_second)
     hops = HOP_SECONDS * (1 if kind == "collective-permute" else sum(topology.sides))
@@ -249,17 +270,18 @@ def replica_group(attributes: str, devices: int) -> list[int]:
         sizes = [int(n) for n in re.findall(r"'[^']*'=(\d+)", match[1])]
         names = re.findall(r"'([^']*)'=", match[1])
         chosen = re.findall(r"'([^']*)'", match[2])
-        strides = [math.prod(sizes[k + 1:]) for k in range(len(sizes))]
+        strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
         group = [0]
         for name, size, stride in zip(names, sizes, strides):
             if name in chosen:
                 group = [place + n * stride for place in group for n in range(size)]
         return group
     if match := re.search(
-            r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
         per_group, dims = int(match[2]), [int(n) for n in match[3].split(",")]
         axes = [int(n) for n in match[4].split(",")] if match[4] else list(range(len(dims)))
-        strides = [math.prod(dims[k + 1:]) for k in range(len(dims))]
+        strides = [math.prod(dims[k + 1 :]) for k in range(len(dims))]
         places = [0]
         for axis in axes:
             places = [p + n * strides[axis] for p in places for n in range(dims[axis])]
@@ -277,8 +299,9 @@ def _fused_parts(
     for execution, inner in zip(body, inside):
         if inner is not None and execution.instruction.opcode == "fusion" and _channel(inner):
             names.setdefault(_channel(inner), []).append(execution.instruction.name)
-    return {name: (found[0], found[-1])
-            for found in names.values() if len(found) > 1 for name in found}
+    return {
+        name: (found[0], found[-1]) for found in names.values() if len(found) > 1 for name in found
+    }
 
 
 def _channel(i: hlo.Instruction) -> str:
@@ -317,7 +340,7 @@ def _full_bytes(i: hlo.Instruction, devices: int) -> float:
         parts, count = hlo.elements(i.shape), max(1, len(i.operands))
         if parts[0].startswith("("):
             return max(map(hlo.shape_bytes, parts[:2]))
-        halves = parts[:count], parts[count:2 * count]
+        halves = parts[:count], parts[count : 2 * count]
         return max(sum(map(hlo.shape_bytes, half)) for half in halves)
     size = hlo.shape_bytes(i.shape)
     if _kind(i.opcode) == "reduce-scatter":
@@ -326,13 +349,22 @@ def _full_bytes(i: hlo.Instruction, devices: int) -> float:
 
 
 def _traffic(
-    module: hlo.Module, i: hlo.Instruction, wire: float, exposed: float, times: int,
+    module: hlo.Module,
+    i: hlo.Instruction,
+    wire: float,
+    exposed: float,
+    times: int,
     order: list[int],
 ) -> Collective:
     return Collective(
-        i.name, _kind(i.opcode), _full_bytes(i, len(order)) * times,
-        len(replica_group(i.attributes, len(order))), wire * times, exposed * times,
-        module.source(i))
+        i.name,
+        _kind(i.opcode),
+        _full_bytes(i, len(order)) * times,
+        len(replica_group(i.attributes, len(order))),
+        wire * times,
+        exposed * times,
+        module.source(i),
+    )
 
 
 def _cost(module: hlo.Module, i: hlo.Instruction, kind: str, seconds: float, times: int) -> Cost:

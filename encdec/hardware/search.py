@@ -28,8 +28,11 @@ class Searched:
 
 
 def search(
-    run: RunConfig, attempt: Callable[[RunConfig], CompiledStep],
-    divides: Callable[[RunConfig], bool], over: Sequence[str], meshes: Sequence[MeshConfig],
+    run: RunConfig,
+    attempt: Callable[[RunConfig], CompiledStep],
+    divides: Callable[[RunConfig], bool],
+    over: Sequence[str],
+    meshes: Sequence[MeshConfig],
     console: Console,
 ) -> Searched:
     """Tries every mesh and remat policy, doubling the batch while it fits, or halving it until.
@@ -57,8 +60,10 @@ def search(
         except DoesNotFit as error:
             unfit.append((variant, str(error)))
             said = "does not fit"
-        console.print(f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat "
-                      f"{variant.model_config().remat}, {variant.batch_size} rows: {said}")
+        console.print(
+            f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat "
+            f"{variant.model_config().remat}, {variant.batch_size} rows: {said}"
+        )
         return said != "does not fit"
 
     for mesh, remat in itertools.product(meshes, remats):
@@ -77,7 +82,8 @@ def search(
         raise DoesNotFit(
             f"nothing fits with {run.batch_size} rows{fewer}: {unfit[0][1]} Wanted a smaller "
             "--config.batch_size, or the state split over more devices (--config.mesh.fsdp, "
-            "--config.mesh.tensor)")
+            "--config.mesh.tensor)"
+        )
     return Searched(tuple(sorted(steps, key=lambda step: -step.mfu)), tuple(unfit))
 
 
@@ -91,8 +97,9 @@ def search_meshes(mesh: MeshConfig, devices: int, slices: int = 1) -> list[MeshC
     """
     tensor, whole = max(1, mesh.tensor), devices // slices
     if whole % tensor:
-        raise ConfigError(f"config.mesh.tensor is {tensor}; wanted a divisor of the {whole} "
-                          "devices of a slice")
+        raise ConfigError(
+            f"config.mesh.tensor is {tensor}; wanted a divisor of the {whole} devices of a slice"
+        )
     rest = whole // tensor
     shards = sorted({1, rest} | ({16} if rest % 16 == 0 else set()))
     return [dataclasses.replace(mesh, data=slices * rest // n, fsdp=n) for n in shards]

@@ -14,8 +14,10 @@ from typing import Any
 from encdec.errors import ConfigError
 from encdec.model.chips import Chip, find_chip
 
-MISSING = ("compiling for TPUs needs the TPU compiler, libtpu, which is not installed; "
-           "wanted: pip install 'encdec[tpu]' (it runs on machines without a TPU)")
+MISSING = (
+    "compiling for TPUs needs the TPU compiler, libtpu, which is not installed; "
+    "wanted: pip install 'encdec[tpu]' (it runs on machines without a TPU)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Topology:
         for axis, side in enumerate(self.sides):
             if len({place[axis] for place in places}) > 1:
                 closed = side >= self.generation.wraps_at and (
-                    self.generation.chip_dims == 2 or side % self.generation.wraps_at == 0)
+                    self.generation.chip_dims == 2 or side % self.generation.wraps_at == 0
+                )
                 total += 2 if closed else 1
         return max(1, total)
 
@@ -104,15 +107,19 @@ def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
         raise ConfigError(
             f"topology {name!r} is not known; wanted GENERATION:SIDES with a generation of "
             f"{', '.join(_GENERATIONS)}, for example v5e:4x4, v5p:2x2x4, or v5e:16x16*2 for two "
-            "slices")
+            "slices"
+        )
     sides = tuple(map(int, match[2].split("x")))
     dims = _GENERATIONS[match[1]][1]
     if len(sides) != dims:
-        raise ConfigError(f"topology {name!r} has {len(sides)} sides; wanted {dims} for "
-                          f"{match[1]}, for example {match[1]}:{'x'.join(['4'] * dims)}")
+        raise ConfigError(
+            f"topology {name!r} has {len(sides)} sides; wanted {dims} for "
+            f"{match[1]}, for example {match[1]}:{'x'.join(['4'] * dims)}"
+        )
     if 0 in sides or match[3] and int(match[3]) == 0:
-        raise ConfigError(f"topology {name!r} has no chips; wanted sides, and a number of slices, "
-                          "of 1 or more")
+        raise ConfigError(
+            f"topology {name!r} has no chips; wanted sides, and a number of slices, of 1 or more"
+        )
     return match[1], sides, int(match[3] or 1)
 
 
@@ -141,7 +148,8 @@ def find_topology(name: str) -> Topology:
         options["chip_config_name"] = "megacore"  # one device a chip, as on the pods
     try:
         devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, sides))}", **options).devices
+            platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, sides))}", **options
+        ).devices
     except Exception as error:  # the plug-in raises several kinds
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the TPU compiler knows no topology {name!r}: {reason}") from error

@@ -48,8 +48,8 @@ def length_penalty(length: jax.Array, alpha: jax.Array) -> jax.Array:
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "beams", "room", "start_id", "eos_id", "vocabulary_size"))
+    jax.jit, static_argnames=("config", "beams", "room", "start_id", "eos_id", "vocabulary_size")
+)
 def beam_search(
     config: ModelConfig,
     params: Params,
@@ -84,15 +84,20 @@ def beam_search(
     """
     batch = tokens_BxS.shape[0]
     logits_BxV, memory = prefill(
-        config, params, tokens_BxS, lengths_B, start_id=start_id, room=room)
+        config, params, tokens_BxS, lengths_B, start_id=start_id, room=room
+    )
     rows_R = jnp.repeat(jnp.arange(batch), beams)
     nothing = Hypotheses(
-        jnp.zeros((batch, beams, room), jnp.int32), jnp.zeros((batch, beams, room), jnp.float32),
-        jnp.zeros((batch, beams), jnp.int32), jnp.full((batch, beams), -jnp.inf))
+        jnp.zeros((batch, beams, room), jnp.int32),
+        jnp.zeros((batch, beams, room), jnp.float32),
+        jnp.zeros((batch, beams), jnp.int32),
+        jnp.full((batch, beams), -jnp.inf),
+    )
     # One empty hypothesis an input; were there K, all would grow alike.
     alive = nothing.replace(scores_BxK=nothing.scores_BxK.at[:, 0].set(0.0))
     search = _Search(
-        take_rows(config, memory, rows_R), logits_BxV[rows_R], alive, nothing, jnp.int32(0))
+        take_rows(config, memory, rows_R), logits_BxV[rows_R], alive, nothing, jnp.int32(0)
+    )
     search = _grow(config, search, alpha, eos_id, vocabulary_size)
 
     def undecided(search: _Search) -> jax.Array:
@@ -108,7 +113,8 @@ def beam_search(
 
     search = jax.lax.while_loop(undecided, step, search)
     cut_off = search.alive.replace(
-        scores_BxK=search.alive.scores_BxK / length_penalty(search.count, alpha))
+        scores_BxK=search.alive.scores_BxK / length_penalty(search.count, alpha)
+    )
     return _best(search.complete, cut_off)
 
 
@@ -130,7 +136,9 @@ def _grow(
     candidates = Hypotheses(
         candidates.tokens_BxKxN.at[:, :, search.count].set(tokens_BxC),
         candidates.log_probs_BxKxN.at[:, :, search.count].set(steps_BxC),
-        jnp.full_like(tokens_BxC, count), scores_BxC)
+        jnp.full_like(tokens_BxC, count),
+        scores_BxC,
+    )
     ended_BxC = tokens_BxC == eos_id
     final_BxC = jnp.where(ended_BxC, scores_BxC / length_penalty(count, alpha), -jnp.inf)
     complete = _best(search.complete, candidates.replace(scores_BxK=final_BxC))

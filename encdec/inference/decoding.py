@@ -101,8 +101,7 @@ def ready_for_decoding(
     large = config.d_model * config.mlp_dim >= LARGE_KERNEL
     parts = cores() if on_cpu and large and dtype == "float32" and one_device(params) else 0
     block = ATTENTION_BLOCK if on_cpu else 0
-    config, params = for_decoding(
-        config.replace(dtype=dtype, attention_block=block), params, parts)
+    config, params = for_decoding(config.replace(dtype=dtype, attention_block=block), params, parts)
     cast = jax.jit(_cast_kernels, static_argnums=1)
     if dtype != config.param_dtype:
         params = cast(params, dtype)
@@ -118,7 +117,8 @@ def _cast_kernels(params: Params, dtype: str) -> Params:
     """Norms multiply in float32; everything else is cast where it is used, so casting it
     beforehand changes nothing but the bytes read."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), params)
+        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), params
+    )
 
 
 def cores() -> int:
@@ -170,15 +170,22 @@ def prefill(
     if config.is_encoder_decoder:
         segments_BxS = (places_BxS < lengths_B[:, None]).astype(jnp.int32)
         source = model.apply(
-            {"params": params}, tokens_BxS, segments_BxS, places_BxS, method="source")
+            {"params": params}, tokens_BxS, segments_BxS, places_BxS, method="source"
+        )
         prompt_BxP, ends_B = start_Bx1, jnp.zeros(batch, jnp.int32)
     else:
         source, prompt_BxP, ends_B = None, jnp.concatenate([start_Bx1, tokens_BxS], 1), lengths_B
     length = prompt_BxP.shape[1]
     positions_BxP = jnp.tile(jnp.arange(length, dtype=jnp.int32), (batch, 1))
     hidden_BxPxM, cache = model.apply(
-        {"params": params}, prompt_BxP, positions_BxP, init_cache(config, batch, length + room),
-        source, from_start=True, method="decode_cached")
+        {"params": params},
+        prompt_BxP,
+        positions_BxP,
+        init_cache(config, batch, length + room),
+        source,
+        from_start=True,
+        method="decode_cached",
+    )
     hidden_BxM = jnp.take_along_axis(hidden_BxPxM, ends_B[:, None, None], axis=1)[:, 0]
     logits_BxV = model.apply({"params": params}, hidden_BxM, method="logits")
     return logits_BxV, Memory(cache, source, ends_B.astype(jnp.int32) + 1)
@@ -190,8 +197,13 @@ def decode_step(
     """Feeds one token a row; logits [R, V] float32 of the next, and the memory with it."""
     model = build_model(config)
     hidden_Rx1xM, cache = model.apply(
-        {"params": params}, tokens_R[:, None], memory.slots_R[:, None], memory.cache,
-        memory.source, method="decode_cached")
+        {"params": params},
+        tokens_R[:, None],
+        memory.slots_R[:, None],
+        memory.cache,
+        memory.source,
+        method="decode_cached",
+    )
     logits_RxV = model.apply({"params": params}, hidden_Rx1xM[:, 0], method="logits")
     return logits_RxV, memory.replace(cache=cache, slots_R=memory.slots_R + 1)
 
@@ -202,7 +214,8 @@ def take_rows(config: ModelConfig, memory: Memory, rows_R: jax.Array) -> Memory:
     source = memory.source
     if source is not None:
         source = source.replace(
-            cross_kv=jax.tree.map(stacked, source.cross_kv), mask_BxS=source.mask_BxS[rows_R])
+            cross_kv=jax.tree.map(stacked, source.cross_kv), mask_BxS=source.mask_BxS[rows_R]
+        )
     return Memory(jax.tree.map(stacked, memory.cache), source, memory.slots_R[rows_R])
 
 
@@ -220,7 +233,8 @@ def start(
     times, the answers to one input in neighbouring rows.
     """
     logits_RxV, memory = prefill(
-        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, room=plan.room)
+        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, room=plan.room
+    )
     batch, rows = tokens_BxS.shape[0], settings.limit_R.shape[0]
     if rows != batch:
         rows_R = jnp.repeat(jnp.arange(batch), rows // batch)
@@ -262,7 +276,8 @@ def append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> Dec
     """Chooses a token for every unfinished row and writes it down."""
     counts_R, settings = decoding.counts_R, decoding.settings
     chosen_R, log_probs_R = choose(
-        logits_RxV, plan.choosing, settings, decoding.tokens_RxN, counts_R)
+        logits_RxV, plan.choosing, settings, decoding.tokens_RxN, counts_R
+    )
     running_R = ~decoding.finished_R
     rows_R = jnp.arange(counts_R.shape[0])
     places_R = jnp.where(running_R, counts_R, plan.room)  # out of range, so dropped
@@ -281,4 +296,5 @@ def append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> Dec
 # The compiled forms. ``advance`` gives its memory over to the result.
 start_compiled = jax.jit(start, static_argnames=("config", "plan"))
 advance_compiled = jax.jit(
-    advance, static_argnames=("config", "plan"), donate_argnames=("decoding",))
+    advance, static_argnames=("config", "plan"), donate_argnames=("decoding",)
+)

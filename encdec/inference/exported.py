@@ -90,8 +90,10 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
         from encdec.inference.litert_runtime import LitertModel
 
         return LitertModel(directory, threads)
-    raise CheckpointError(f"{directory} holds no exported model; write one with encdec export "
-                          "--format=litert or --format=onnx")
+    raise CheckpointError(
+        f"{directory} holds no exported model; write one with encdec export "
+        "--format=litert or --format=onnx"
+    )
 
 
 class ExportedGenerator(Generator):
@@ -104,8 +106,14 @@ class ExportedGenerator(Generator):
         batch_rows: rows decoded together at most.
     """
 
-    def __init__(self, model: ExportedModel, prompts: PromptFormat, *, max_tokens: int = 128,
-                 batch_rows: int = 16):
+    def __init__(
+        self,
+        model: ExportedModel,
+        prompts: PromptFormat,
+        *,
+        max_tokens: int = 128,
+        batch_rows: int = 16,
+    ):
         self.config = model.config
         self._model, self.prompts = model, prompts
         self.max_tokens = max_tokens
@@ -126,17 +134,21 @@ class ExportedGenerator(Generator):
         rows = row_settings(settings, inputs, len(inputs), limit, vocabulary.eos_id)
         count = len(inputs) * settings.samples
         decoding = Decoding(
-            memory=None, last_R=jnp.zeros(count, jnp.int32),
+            memory=None,
+            last_R=jnp.zeros(count, jnp.int32),
             tokens_RxN=jnp.zeros((count, plan.room), jnp.int32),
             log_probs_RxN=jnp.zeros((count, plan.room), jnp.float32),
-            counts_R=jnp.zeros(count, jnp.int32), finished_R=jnp.asarray(rows.limit_R <= 0),
-            settings=jax.tree.map(jnp.array, rows))
+            counts_R=jnp.zeros(count, jnp.int32),
+            finished_R=jnp.asarray(rows.limit_R <= 0),
+            settings=jax.tree.map(jnp.array, rows),
+        )
         logits = np.repeat(logits, settings.samples, axis=0)
         decoding = append_compiled(plan, decoding, logits)
         greedy = choosing == Choosing(vocabulary.size)
         if greedy:  # nothing but the memory's own step is then needed for a token
             decoding = jax.tree.map(
-                np.array, decoding.replace(settings=decoding.settings.replace(keys_R=None)))
+                np.array, decoding.replace(settings=decoding.settings.replace(keys_R=None))
+            )
         while True:
             stop_R = yield decoding
             if stop_R is not None:
@@ -148,20 +160,21 @@ class ExportedGenerator(Generator):
                     decoding = append_greedy(decoding, *memory.greedy(decoding.last_R))
                 else:
                     decoding = append_compiled(
-                        plan, decoding, memory.step(np.asarray(decoding.last_R)))
+                        plan, decoding, memory.step(np.asarray(decoding.last_R))
+                    )
                 if np.asarray(decoding.finished_R).all():
                     break
 
     def _beam_batch(
         self, inputs: Sequence[PreparedInput], settings: GenerationSettings
     ) -> list[list[Generation]]:
-        raise ConfigError(f"beams is {settings.beams}, but an exported model has no beam search; "
-                          "leave it out, or generate with the work directory")
+        raise ConfigError(
+            f"beams is {settings.beams}, but an exported model has no beam search; "
+            "leave it out, or generate with the work directory"
+        )
 
 
-def append_greedy(
-    decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndarray
-) -> Decoding:
+def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndarray) -> Decoding:
     """``append`` for tokens that are chosen already, on NumPy arrays, without compiled code."""
     running_R, counts_R = ~decoding.finished_R, decoding.counts_R
     rows = np.flatnonzero(running_R)
@@ -173,8 +186,11 @@ def append_greedy(
     ended_R = (chosen_R == decoding.settings.eos_R) | (counts_R >= limit_R)
     return decoding.replace(
         last_R=np.where(running_R, chosen_R, decoding.last_R).astype(np.int32),
-        tokens_RxN=tokens, log_probs_RxN=log_probs, counts_R=counts_R,
-        finished_R=decoding.finished_R | ended_R)
+        tokens_RxN=tokens,
+        log_probs_RxN=log_probs,
+        counts_R=counts_R,
+        finished_R=decoding.finished_R | ended_R,
+    )
 
 
 def likeliest(logits_RxV: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -186,11 +202,18 @@ def likeliest(logits_RxV: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray
 
 
 def load_exported_generator(
-    directory: str | os.PathLike[str], *, max_input_tokens: int | None = None,
-    batch_rows: int = 16, threads: int = 0,
+    directory: str | os.PathLike[str],
+    *,
+    max_input_tokens: int | None = None,
+    batch_rows: int = 16,
+    threads: int = 0,
 ) -> ExportedGenerator:
     """The generator of a directory that ``encdec export`` wrote for onnxruntime or LiteRT."""
     directory = pathlib.Path(directory)
     prompts, max_tokens = read_prompt_format(directory, max_input_tokens=max_input_tokens)
-    return ExportedGenerator(load_exported_model(directory, threads), prompts,
-                             max_tokens=max_tokens, batch_rows=batch_rows)
+    return ExportedGenerator(
+        load_exported_model(directory, threads),
+        prompts,
+        max_tokens=max_tokens,
+        batch_rows=batch_rows,
+    )

@@ -44,8 +44,10 @@ def read_inputs(path: str, file_format: str | None = None) -> list[str]:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at byte "
-                                f"{error.start}; save it as UTF-8") from None
+                raise DataError(
+                    f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at byte "
+                    f"{error.start}; save it as UTF-8"
+                ) from None
         if not text.strip():
             raise DataError(f"{where}: the text is empty; delete the line")
         texts.append(text)
@@ -69,9 +71,13 @@ def rows_of(
     rows = []
     for sample, answer in enumerate(answers):
         row = {
-            "index": number, "sample": sample, "of": len(answers), "source": source,
+            "index": number,
+            "sample": sample,
+            "of": len(answers),
+            "source": source,
             "text": answer.text,
-            "finish": answer.finish, "tokens": len(answer.tokens),
+            "finish": answer.finish,
+            "tokens": len(answer.tokens),
             "log_prob": round(sum(answer.log_probs), 6),
         }
         if answer.score is not None:
@@ -114,29 +120,36 @@ class ResumableOutput:
             DataError: it answers other inputs, or is no file of answers.
         """
         if self.path.name.endswith(".gz"):
-            raise ConfigError(f"--out={self.path} cannot be continued when compressed; give a name "
-                              "without .gz")
+            raise ConfigError(
+                f"--out={self.path} cannot be continued when compressed; give a name without .gz"
+            )
         if not self.path.parent.is_dir():
-            raise ConfigError(f"--out={self.path}: the directory {self.path.parent} does not "
-                              "exist; make it first")
+            raise ConfigError(
+                f"--out={self.path}: the directory {self.path.parent} does not exist; make it first"
+            )
         if self.path.is_dir():
             raise ConfigError(f"--out={self.path} is a directory; give a file's name")
         if not self.path.exists():
             return 0
         mend = "give another --out, or delete the file to begin anew"
         if not self.settings_path.exists():
-            raise DataError(f"{self.path} exists, but not {self.settings_path.name}, which would "
-                            f"say how it was made; {mend}")
+            raise DataError(
+                f"{self.path} exists, but not {self.settings_path.name}, which would "
+                f"say how it was made; {mend}"
+            )
         before = json.loads(self.settings_path.read_text())
         for name in sorted(before.keys() | self.identity.keys()):
             if before.get(name) != self.identity.get(name):
                 raise ConfigError(
                     f"{self.path} was made with {name} = {before.get(name)!r}, and now it is "
-                    f"{self.identity.get(name)!r}; {mend}")
+                    f"{self.identity.get(name)!r}; {mend}"
+                )
         answered = self._complete()[0]
         if answered > len(self.sources):
-            raise DataError(f"{self.path} answers {answered} inputs, but there are only "
-                            f"{len(self.sources)}; {mend}")
+            raise DataError(
+                f"{self.path} answers {answered} inputs, but there are only "
+                f"{len(self.sources)}; {mend}"
+            )
         return answered
 
     def _complete(self) -> tuple[int, int]:
@@ -148,15 +161,15 @@ class ResumableOutput:
                 row = json.loads(line)
                 index, source, of = row["index"], row["source"], row["of"]
             except (ValueError, KeyError, TypeError):
-                raise DataError(f"{self.path}:{number} is no answer of this command; give "
-                                "another --out") from None
-            if index != answered or (
-                index < len(self.sources) and source != self.sources[index]
-            ):
+                raise DataError(
+                    f"{self.path}:{number} is no answer of this command; give another --out"
+                ) from None
+            if index != answered or (index < len(self.sources) and source != self.sources[index]):
                 raise DataError(
                     f"{self.path}:{number} answers input {index} with source "
                     f"{source[:40]!r}, which is not what the input has there; give another "
-                    "--out, or the input that the file was begun with")
+                    "--out, or the input that the file was begun with"
+                )
             rows += 1
             if rows == of:
                 answered, size, rows = answered + 1, place, 0

@@ -108,7 +108,8 @@ class Generator:
         if prompts.vocabulary.size > config.vocab_size:
             raise ConfigError(
                 f"the vocabulary has {prompts.vocabulary.size:,} ids and the model's table "
-                f"{config.vocab_size:,}; give the vocabulary that the model was trained with")
+                f"{config.vocab_size:,}; give the vocabulary that the model was trained with"
+            )
         self._rows_sharding = None
         self.config, self._params = ready_for_decoding(config, params, dtype)
         if len(devices) > 1 or tensor > 1:
@@ -121,13 +122,16 @@ class Generator:
         """Lays the parameters out over a mesh and has rows follow."""
         copies = len(devices) // max(tensor, 1)
         if tensor < 1 or len(devices) % tensor or copies & (copies - 1):
-            raise ConfigError(f"{len(devices)} devices cannot share batches of rows with each copy "
-                              f"of the model over tensor = {tensor} of them; wanted 1, 2, 4, 8, "
-                              "... times tensor")
+            raise ConfigError(
+                f"{len(devices)} devices cannot share batches of rows with each copy "
+                f"of the model over tensor = {tensor} of them; wanted 1, 2, 4, 8, "
+                "... times tensor"
+            )
         mesh = make_mesh(MeshConfig(data=copies, fsdp=1, tensor=tensor), devices)
         model = build_model(self.config)
         shardings, _, _ = param_shardings(
-            ShardingRules(), mesh, abstract_params(model), logical_axes(model))
+            ShardingRules(), mesh, abstract_params(model), logical_axes(model)
+        )
         self._params = jax.device_put(self._params, shardings)
         self._rows_sharding = NamedSharding(mesh, PartitionSpec("data"))
 
@@ -174,15 +178,21 @@ class Generator:
             if not len(ids):
                 raise DataError(f"input {place} has no tokens; give at least one")
             if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-                raise DataError(f"input {place} has tokens from {min(ids)} to {max(ids)}; the "
-                                f"model has 0 to {self.config.vocab_size - 1}")
+                raise DataError(
+                    f"input {place} has tokens from {min(ids)} to {max(ids)}; the "
+                    f"model has 0 to {self.config.vocab_size - 1}"
+                )
         numbers = range(len(sources)) if numbers is None else numbers
-        inputs = [PreparedInput(number, place, list(map(int, ids)), False)
-                  for place, (number, ids) in enumerate(zip(numbers, sources))]
+        inputs = [
+            PreparedInput(number, place, list(map(int, ids)), False)
+            for place, (number, ids) in enumerate(zip(numbers, sources))
+        ]
         return self._answers(inputs, settings, on_batch)
 
     def _answers(
-        self, inputs: list[PreparedInput], settings: GenerationSettings,
+        self,
+        inputs: list[PreparedInput],
+        settings: GenerationSettings,
         on_batch: Callable[[int, int], None] | None,
     ) -> list[list[Generation]]:
         results: list[list[Generation]] = [[] for _ in inputs]
@@ -195,7 +205,8 @@ class Generator:
             answers = answer(part, settings)
             for item, made in zip(part, answers):
                 results[item.place] = [
-                    dataclasses.replace(one, truncated=item.truncated) for one in made]
+                    dataclasses.replace(one, truncated=item.truncated) for one in made
+                ]
             if on_batch:
                 on_batch(len(part), sum(len(one.tokens) for made in answers for one in made))
         return results
@@ -223,7 +234,8 @@ class Generator:
         if settings.samples > 1 or settings.beams > 1:
             raise ConfigError(
                 f"a stream shows one answer as it grows; samples is {settings.samples} and beams "
-                f"is {settings.beams}, wanted 1 and 1: use generate")
+                f"is {settings.beams}, wanted 1 and 1: use generate"
+            )
         return self._stream(self._encode([text], truncate, 0), settings, steps)
 
     def _stream(
@@ -277,12 +289,14 @@ class Generator:
         tokens_BxS, lengths_B = self._arrays(inputs)
         vocabulary = self.prompts.vocabulary
         plan = DecodingPlan(
-            choosing_of(settings, vocabulary.size), bucket(self._limit(settings)),
-            self.prompts.decoder_start_id)
+            choosing_of(settings, vocabulary.size),
+            bucket(self._limit(settings)),
+            self.prompts.decoder_start_id,
+        )
         rows = row_settings(
-            settings, inputs, len(tokens_BxS), self._limit(settings), vocabulary.eos_id)
-        decoding = start_compiled(
-            self.config, plan, self._params, tokens_BxS, lengths_B, rows)
+            settings, inputs, len(tokens_BxS), self._limit(settings), vocabulary.eos_id
+        )
+        decoding = start_compiled(self.config, plan, self._params, tokens_BxS, lengths_B, rows)
         while True:
             stop_R = yield decoding
             if stop_R is not None:
@@ -300,7 +314,8 @@ class Generator:
         while True:
             # Copies: the buffers themselves are given over to the next steps.
             tokens, counts, log_probs = map(
-                np.array, (decoding.tokens_RxN, decoding.counts_R, decoding.log_probs_RxN))
+                np.array, (decoding.tokens_RxN, decoding.counts_R, decoding.log_probs_RxN)
+            )
             stopped_R = None
             if stop:
                 stopped_R = np.zeros(len(counts), bool)
@@ -312,8 +327,10 @@ class Generator:
             except StopIteration:
                 break
         vocabulary = self.prompts.vocabulary
-        made = [generation_of(vocabulary, tokens[row, : counts[row]], log_probs[row], stop)
-                for row in range(rows)]
+        made = [
+            generation_of(vocabulary, tokens[row, : counts[row]], log_probs[row], stop)
+            for row in range(rows)
+        ]
         return [made[i : i + settings.samples] for i in range(0, rows, settings.samples)]
 
     def _beam_batch(
@@ -321,21 +338,39 @@ class Generator:
     ) -> list[list[Generation]]:
         limit = self._limit(settings)
         found = beam_search(
-            self.config, self._params, *self._arrays(inputs), settings.length_penalty, limit,
-            beams=settings.beams, room=bucket(limit), start_id=self.prompts.decoder_start_id,
-            eos_id=self.prompts.vocabulary.eos_id, vocabulary_size=self.prompts.vocabulary.size)
+            self.config,
+            self._params,
+            *self._arrays(inputs),
+            settings.length_penalty,
+            limit,
+            beams=settings.beams,
+            room=bucket(limit),
+            start_id=self.prompts.decoder_start_id,
+            eos_id=self.prompts.vocabulary.eos_id,
+            vocabulary_size=self.prompts.vocabulary.size,
+        )
         found = jax.tree.map(np.asarray, found)
         return [
-            [generation_of(
-                self.prompts.vocabulary,
-                found.tokens_BxKxN[row, beam, : found.counts_BxK[row, beam]],
-                found.log_probs_BxKxN[row, beam], (), float(found.scores_BxK[row, beam]))
-             for beam in range(settings.samples) if np.isfinite(found.scores_BxK[row, beam])]
-            for row in range(len(inputs))]
+            [
+                generation_of(
+                    self.prompts.vocabulary,
+                    found.tokens_BxKxN[row, beam, : found.counts_BxK[row, beam]],
+                    found.log_probs_BxKxN[row, beam],
+                    (),
+                    float(found.scores_BxK[row, beam]),
+                )
+                for beam in range(settings.samples)
+                if np.isfinite(found.scores_BxK[row, beam])
+            ]
+            for row in range(len(inputs))
+        ]
 
 
 def generation_of(
-    vocabulary: Vocabulary, ids: np.ndarray, log_probs: np.ndarray, stop: Sequence[str],
+    vocabulary: Vocabulary,
+    ids: np.ndarray,
+    log_probs: np.ndarray,
+    stop: Sequence[str],
     score: float | None = None,
 ) -> Generation:
     """The answer that these tokens make, ended at the first stop string among them."""
@@ -354,12 +389,19 @@ def choosing_of(settings: GenerationSettings, vocabulary_size: int) -> Choosing:
     """No more than the settings ask for."""
     sampled = settings.temperature > 0
     return Choosing(
-        vocabulary_size, sampled, sampled and (settings.top_k > 0 or settings.top_p < 1),
-        settings.repetition_penalty != 1, settings.no_repeat_ngram > 0)
+        vocabulary_size,
+        sampled,
+        sampled and (settings.top_k > 0 or settings.top_p < 1),
+        settings.repetition_penalty != 1,
+        settings.no_repeat_ngram > 0,
+    )
 
 
 def row_settings(
-    settings: GenerationSettings, inputs: Sequence[PreparedInput], batch: int, limit: int,
+    settings: GenerationSettings,
+    inputs: Sequence[PreparedInput],
+    batch: int,
+    limit: int,
     eos_id: int,
 ) -> RowSettings:
     """The same settings for every row, keys by the input's number; surplus rows do nothing."""
@@ -373,8 +415,11 @@ def row_settings(
 
 
 def settings_of_answers(
-    settings: GenerationSettings, numbers_R: np.ndarray, samples_R: np.ndarray,
-    limits_R: np.ndarray, eos_id: int,
+    settings: GenerationSettings,
+    numbers_R: np.ndarray,
+    samples_R: np.ndarray,
+    limits_R: np.ndarray,
+    eos_id: int,
 ) -> RowSettings:
     """Rows of answers, each known by its input's number and its own among that input's samples."""
     fill = lambda value, dtype: np.full(len(limits_R), value, dtype)
@@ -413,14 +458,21 @@ def read_prompt_format(
     data = read_config(workdir)["data"]
     vocabulary = load_vocabulary(data["vocabulary"], directory=workdir)
     prompts = PromptFormat(
-        vocabulary, data["decoder_start_id"], data["inputs_eos"],
-        max_input_tokens or data["inputs_length"])
+        vocabulary,
+        data["decoder_start_id"],
+        data["inputs_eos"],
+        max_input_tokens or data["inputs_length"],
+    )
     return prompts, data["targets_length"]
 
 
 def load_generator(
-    workdir: str | os.PathLike[str], step: int | None = None, *,
-    max_input_tokens: int | None = None, batch_rows: int = 16, dtype: str | None = None,
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    max_input_tokens: int | None = None,
+    batch_rows: int = 16,
+    dtype: str | None = None,
 ) -> Generator:
     """The generator of a trained model's work directory, with nothing else given.
 
@@ -431,4 +483,5 @@ def load_generator(
     prompts, max_tokens = read_prompt_format(workdir, max_input_tokens=max_input_tokens)
     config, params, _ = load_params_for_inference(workdir, step)
     return Generator(
-        config, params, prompts, max_tokens=max_tokens, batch_rows=batch_rows, dtype=dtype)
+        config, params, prompts, max_tokens=max_tokens, batch_rows=batch_rows, dtype=dtype
+    )

@@ -44,8 +44,9 @@ class LitertModel:
         self._encoder = _Graph(directory / ENCODER_FILE, threads)
         self.decoder = _Graph(directory / DECODER_FILE, threads)
         if "first" not in self.decoder.inputs:
-            raise CheckpointError(f"{directory / DECODER_FILE} is of an earlier layout; run encdec "
-                                  "export again")
+            raise CheckpointError(
+                f"{directory / DECODER_FILE} is of an earlier layout; run encdec export again"
+            )
         self._source: dict[str, np.ndarray] = {}
 
     def encode(self, tokens_S: np.ndarray) -> dict[str, np.ndarray]:
@@ -67,14 +68,10 @@ class LitertModel:
         memory = LitertMemory(self, source, room + 1)
         return memory.step(np.array([start_id])), memory
 
-    def forced_logits(
-        self, source: np.ndarray, target: np.ndarray, start_id: int
-    ) -> np.ndarray:
+    def forced_logits(self, source: np.ndarray, target: np.ndarray, start_id: int) -> np.ndarray:
         """Logits [T, V] of every target token given those before it, step by step."""
-        logits, memory = self.prefill(
-            source[None], np.array([len(source)]), start_id, len(target))
-        return np.concatenate(
-            [logits, *(memory.step(np.array([token])) for token in target[:-1])])
+        logits, memory = self.prefill(source[None], np.array([len(source)]), start_id, len(target))
+        return np.concatenate([logits, *(memory.step(np.array([token])) for token in target[:-1])])
 
 
 class LitertMemory:
@@ -89,12 +86,15 @@ class LitertMemory:
         self._graph, self._layers, self._heads = graph, config.decoder_layers, config.num_kv_heads
         self._capacity = capacity
         slots = 1 + capacity  # the first, always empty, stands for the token that is fed
-        past = {"key": (1, config.num_kv_heads, slots, config.head_dim),
-                "value": (1, config.num_kv_heads, config.head_dim, slots)}
+        past = {
+            "key": (1, config.num_kv_heads, slots, config.head_dim),
+            "value": (1, config.num_kv_heads, config.head_dim, slots),
+        }
         shapes: dict[str, tuple[int, ...]] = {name: (1, 1, 1, slots) for name in ("mask", "first")}
         shapes |= {name: value.shape for name, value in source.items()}
-        shapes |= {f"past_{kind}_{i}": shape for kind, shape in past.items()
-                   for i in range(self._layers)}
+        shapes |= {
+            f"past_{kind}_{i}": shape for kind, shape in past.items() for i in range(self._layers)
+        }
         graph.resize(shapes)
         self._caches = [name for name in shapes if name.startswith("past_")]
         for name, value in source.items():
@@ -111,19 +111,20 @@ class LitertMemory:
     def repeat(self, times: int) -> None:
         """The row so many times."""
         if times > 1:
-            self._rows = [{name: self._graph.view(name).copy() for name in self._caches}
-                          for _ in range(times)]
+            self._rows = [
+                {name: self._graph.view(name).copy() for name in self._caches} for _ in range(times)
+            ]
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
         """Feeds one token a row; logits [R, V] of the next."""
-        return np.concatenate(
-            [self._graph.read("logits") for _ in self._feed(tokens_R)])
+        return np.concatenate([self._graph.read("logits") for _ in self._feed(tokens_R)])
 
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
         graph = self._graph
-        found = [(graph.view("next")[0], graph.view("next_log_prob")[0, 0])
-                 for _ in self._feed(tokens_R)]
+        found = [
+            (graph.view("next")[0], graph.view("next_log_prob")[0, 0]) for _ in self._feed(tokens_R)
+        ]
         chosen, log_probs = zip(*found)
         return np.array(chosen, np.int32), np.array(log_probs, np.float32)
 
@@ -201,6 +202,8 @@ def _interpreter(path: pathlib.Path, threads: int) -> Interpreter:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
-        raise ConfigError("exported LiteRT models need ai-edge-litert; install it with pip install "
-                          "'encdec[litert]'") from error
+        raise ConfigError(
+            "exported LiteRT models need ai-edge-litert; install it with pip install "
+            "'encdec[litert]'"
+        ) from error
     return Interpreter(model_path=str(path), num_threads=threads)

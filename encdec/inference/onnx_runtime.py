@@ -39,8 +39,9 @@ class OnnxModel:
         self.vocabulary_size = content["data"]["vocabulary"]["size"]
         memory = NewMemory()
         self.decoder = _session(directory / DECODER_FILE, threads)
-        self.encoder = (_session(directory / ENCODER_FILE, threads)
-                        if self.config.is_encoder_decoder else None)
+        self.encoder = (
+            _session(directory / ENCODER_FILE, threads) if self.config.is_encoder_decoder else None
+        )
         memory.onto_huge_pages()
 
     def encode(self, tokens_BxS: np.ndarray, mask_BxS: np.ndarray) -> Values:
@@ -51,16 +52,30 @@ class OnnxModel:
 
     def empty_cache(self, rows: int) -> Values:
         shape = (rows, self.config.num_kv_heads, 0, self.config.head_dim)
-        return _held({f"past_{x}_{i}": np.zeros(shape, np.float32)
-                      for i in range(self.config.decoder_layers) for x in ("key", "value")})
+        return _held(
+            {
+                f"past_{x}_{i}": np.zeros(shape, np.float32)
+                for i in range(self.config.decoder_layers)
+                for x in ("key", "value")
+            }
+        )
 
     def decode(
-        self, tokens_RxN: np.ndarray, positions_RxN: np.ndarray, key_positions_RxC: np.ndarray,
-        wanted_RxW: np.ndarray, source: Values, cache: Values,
+        self,
+        tokens_RxN: np.ndarray,
+        positions_RxN: np.ndarray,
+        key_positions_RxC: np.ndarray,
+        wanted_RxW: np.ndarray,
+        source: Values,
+        cache: Values,
     ) -> tuple[np.ndarray, Values]:
         """Logits [R, W, V] of the wanted places among the new tokens, and the longer cache."""
-        feed = {"tokens": tokens_RxN, "positions": positions_RxN,
-                "key_positions": key_positions_RxC, "wanted": wanted_RxW}
+        feed = {
+            "tokens": tokens_RxN,
+            "positions": positions_RxN,
+            "key_positions": key_positions_RxC,
+            "wanted": wanted_RxW,
+        }
         feed = _held({name: value.astype(np.int64) for name, value in feed.items()})
         values = _run(self.decoder, feed | source | cache)
         logits = values.pop("logits").numpy()
@@ -82,12 +97,11 @@ class OnnxModel:
         positions = np.tile(np.arange(prompt.shape[1]), (rows, 1))
         keys = np.where(positions <= ends[:, None], positions, NEVER)
         logits, cache = self.decode(
-            prompt, positions, keys, ends[:, None], source, self.empty_cache(rows))
+            prompt, positions, keys, ends[:, None], source, self.empty_cache(rows)
+        )
         return logits[:, 0], _Memory(self, source, cache, keys, ends + 1)
 
-    def forced_logits(
-        self, source: np.ndarray, target: np.ndarray, start_id: int
-    ) -> np.ndarray:
+    def forced_logits(self, source: np.ndarray, target: np.ndarray, start_id: int) -> np.ndarray:
         """Logits [T, V] of every target token given those before it, in one call."""
         prompt = [start_id] if self.encoder is not None else [start_id, *source]
         tokens = np.array([[*prompt, *target[:-1]]], np.int64)
@@ -103,8 +117,14 @@ class OnnxModel:
 class _Memory:
     """What the decoder remembers of every row."""
 
-    def __init__(self, model: OnnxModel, source: Values, cache: Values, keys_RxC: np.ndarray,
-                 slots_R: np.ndarray):
+    def __init__(
+        self,
+        model: OnnxModel,
+        source: Values,
+        cache: Values,
+        keys_RxC: np.ndarray,
+        slots_R: np.ndarray,
+    ):
         self._model, self._source, self._cache = model, source, cache
         self._keys, self._slots = keys_RxC, slots_R
 
@@ -114,15 +134,21 @@ class _Memory:
             again = functools.partial(np.repeat, repeats=times, axis=0)
             self._source, self._cache = (
                 _held({name: again(x.numpy()) for name, x in values.items()})
-                for values in (self._source, self._cache))
+                for values in (self._source, self._cache)
+            )
             self._keys, self._slots = again(self._keys), again(self._slots)
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
         """Feeds one token a row; logits [R, V] of the next."""
         self._keys = np.concatenate([self._keys, self._slots[:, None]], axis=1)
         logits, self._cache = self._model.decode(
-            tokens_R[:, None], self._slots[:, None], self._keys, np.zeros((len(tokens_R), 1)),
-            self._source, self._cache)
+            tokens_R[:, None],
+            self._slots[:, None],
+            self._keys,
+            np.zeros((len(tokens_R), 1)),
+            self._source,
+            self._cache,
+        )
         self._slots = self._slots + 1
         return logits[:, 0]
 
@@ -135,8 +161,9 @@ def _held(arrays: dict[str, np.ndarray]) -> Values:
     """Arrays as values of the runtime, which shares their memory."""
     from onnxruntime import OrtValue
 
-    return {name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x))
-            for name, x in arrays.items()}
+    return {
+        name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()
+    }
 
 
 def _run(session: onnxruntime.InferenceSession, feed: Values) -> Values:
@@ -149,12 +176,12 @@ def _session(path: pathlib.Path, threads: int) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ConfigError("exported ONNX models need onnxruntime; install it with pip install "
-                          "'encdec[onnx]'") from error
+        raise ConfigError(
+            "exported ONNX models need onnxruntime; install it with pip install 'encdec[onnx]'"
+        ) from error
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; run encdec export again")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -35,13 +35,18 @@ class Progress:
         self._tokens += tokens
         now = time.perf_counter()
         if self._bar:
-            self._bar.update(self._task, completed=self._done,
-                             description=f"{self._name}, {self.rate()}")
+            self._bar.update(
+                self._task, completed=self._done, description=f"{self._name}, {self.rate()}"
+            )
         elif now - self._said > REPORT_SECONDS:
             self._said = now
             left = (now - self._begin) / (self._done - self._begun_at) * (self._total - self._done)
-            print(f"{self._name}: {self._done:,} of {self._total:,} examples, {self.rate()}, "
-                  f"{left:,.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self._name}: {self._done:,} of {self._total:,} examples, {self.rate()}, "
+                f"{left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def rate(self) -> str:
         seconds = max(time.perf_counter() - self._begin, 1e-9)
@@ -55,7 +60,9 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         self.close()

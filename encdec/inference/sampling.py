@@ -63,10 +63,15 @@ def greedy_rows(count: int, limit: int) -> RowSettings:
     """Rows that take the likeliest token until they have ``limit``."""
     fill = lambda value, dtype: jnp.full(count, value, dtype)
     return RowSettings(
-        temperature_R=fill(0, jnp.float32), top_k_R=fill(0, jnp.int32),
-        top_p_R=fill(1, jnp.float32), repetition_penalty_R=fill(1, jnp.float32),
-        no_repeat_ngram_R=fill(0, jnp.int32), limit_R=fill(limit, jnp.int32),
-        eos_R=fill(NO_EOS, jnp.int32), keys_R=jax.random.split(jax.random.key(0), count))
+        temperature_R=fill(0, jnp.float32),
+        top_k_R=fill(0, jnp.int32),
+        top_p_R=fill(1, jnp.float32),
+        repetition_penalty_R=fill(1, jnp.float32),
+        no_repeat_ngram_R=fill(0, jnp.int32),
+        limit_R=fill(limit, jnp.int32),
+        eos_R=fill(NO_EOS, jnp.int32),
+        keys_R=jax.random.split(jax.random.key(0), count),
+    )
 
 
 def choose(
@@ -96,22 +101,28 @@ def choose(
         scores = _where_asked(
             settings.repetition_penalty_R != 1,
             lambda scores: _penalise(scores, settings.repetition_penalty_R, tokens_RxN, counts_R),
-            scores)
+            scores,
+        )
     if choosing.ngrams:
         # Finite: a row whose every token is banned still chooses one of the vocabulary.
         scores = _where_asked(
             settings.no_repeat_ngram_R > 0,
             lambda scores: jnp.where(
                 repeating_tokens(tokens_RxN, counts_R, settings.no_repeat_ngram_R, size),
-                scores - 1e30, scores),
-            scores)
+                scores - 1e30,
+                scores,
+            ),
+            scores,
+        )
     chosen_R = jnp.argmax(scores, axis=-1)
     if choosing.sampled:
         chosen_R = _where_asked(
             settings.temperature_R > 0,
             lambda chosen_R: jnp.where(
-                settings.temperature_R > 0, _draw(scores, choosing, settings, counts_R), chosen_R),
-            chosen_R)
+                settings.temperature_R > 0, _draw(scores, choosing, settings, counts_R), chosen_R
+            ),
+            chosen_R,
+        )
     picked = jnp.take_along_axis(logits_RxV, chosen_R[:, None], axis=-1)[:, 0]
     return chosen_R.astype(jnp.int32), picked - jax.nn.logsumexp(logits_RxV, axis=-1)
 
@@ -132,7 +143,9 @@ def _draw(
     if choosing.truncated:
         warmed = _where_asked(
             (settings.top_k_R > 0) | (settings.top_p_R < 1),
-            lambda warmed: truncate(warmed, settings.top_k_R, settings.top_p_R), warmed)
+            lambda warmed: truncate(warmed, settings.top_k_R, settings.top_p_R),
+            warmed,
+        )
     keys = jax.vmap(jax.random.fold_in)(settings.keys_R, counts_R)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, scores_RxV.shape[-1:]))(keys)
     return jnp.argmax(warmed + noise, axis=-1)  # the Gumbel-max trick

@@ -50,22 +50,31 @@ class GenerationSettings:
             value = getattr(self, name)
             if type(value) is not int and not (name == "max_tokens" and value is None):
                 raise ConfigError(f"{name} is {value!r}; wanted a whole number")
-        self._require("max_tokens", self.max_tokens is None or 1 <= self.max_tokens < 2**31,
-                      "1 or more")
+        self._require(
+            "max_tokens", self.max_tokens is None or 1 <= self.max_tokens < 2**31, "1 or more"
+        )
         # So little that the division would overflow is meant to be greedy.
-        self._require("temperature", self.temperature == 0 or 0.01 <= self.temperature <= 100,
-                      "0 (greedy), or from 0.01 to 100")
+        self._require(
+            "temperature",
+            self.temperature == 0 or 0.01 <= self.temperature <= 100,
+            "0 (greedy), or from 0.01 to 100",
+        )
         self._require("top_k", 0 <= self.top_k < 2**31, "0 (off) or a number of tokens")
         self._require("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)")
-        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100,
-                      "from 0.01 to 100; 1 is off")
-        self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram < 2**31,
-                      "0 (off) or a length")
+        self._require(
+            "repetition_penalty",
+            0.01 <= self.repetition_penalty <= 100,
+            "from 0.01 to 100; 1 is off",
+        )
+        self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram < 2**31, "0 (off) or a length")
         self._require("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         self._require("samples", self.samples >= 1, "1 or more")
         self._require("beams", self.beams >= 1, "1 or more")
-        self._require("length_penalty",
-                      self.length_penalty >= 0 and math.isfinite(self.length_penalty), "0 or more")
+        self._require(
+            "length_penalty",
+            self.length_penalty >= 0 and math.isfinite(self.length_penalty),
+            "0 or more",
+        )
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop is {self.stop!r}; wanted strings that are not empty")
         if self.beams > 1:
@@ -78,21 +87,33 @@ class GenerationSettings:
             raise ConfigError(f"{name} is {getattr(self, name)!r}; wanted {wanted}")
 
     def _check_beams(self) -> None:
-        off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
-               "no_repeat_ngram": 0, "stop": ()}
+        off = {
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram": 0,
+            "stop": (),
+        }
         for name, value in off.items():
             if getattr(self, name) != value:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but beam search (beams is "
-                                  f"{self.beams}) has no such setting; leave one of the two out")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, but beam search (beams is "
+                    f"{self.beams}) has no such setting; leave one of the two out"
+                )
         if self.samples > self.beams:
-            raise ConfigError(f"samples is {self.samples}, but beam search returns at most beams, "
-                              f"which is {self.beams}; set beams to {self.samples}")
+            raise ConfigError(
+                f"samples is {self.samples}, but beam search returns at most beams, "
+                f"which is {self.beams}; set beams to {self.samples}"
+            )
 
     def _check_greedy(self) -> None:
         for name, off in (("top_k", 0), ("top_p", 1.0), ("samples", 1)):
             if getattr(self, name) != off:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, which greedy generation "
-                                  "has no use for; set temperature above 0")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, which greedy generation "
+                    "has no use for; set temperature above 0"
+                )
 
 
 def check_numbers(options: argparse.Namespace, **least: int) -> None:

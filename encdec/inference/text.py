@@ -45,13 +45,17 @@ class PromptFormat:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"{name} has half a character (a lone surrogate) at place "
-                            f"{error.start}; save it as UTF-8") from None
+            raise DataError(
+                f"{name} has half a character (a lone surrogate) at place "
+                f"{error.start}; save it as UTF-8"
+            ) from None
         ids = self.vocabulary.encode(text)
         if not self.keep_unknown and self.vocabulary.unk_id in ids:
-            raise DataError(f"{name} has {self._unknown_part(text)}, which the vocabulary cannot "
-                            "write; leave it out, or have the model read it as its unknown token "
-                            "with --keep_unknown")
+            raise DataError(
+                f"{name} has {self._unknown_part(text)}, which the vocabulary cannot "
+                "write; leave it out, or have the model read it as its unknown token "
+                "with --keep_unknown"
+            )
         return self.fit(ids, truncate=truncate, name=name)
 
     def fit(
@@ -67,15 +71,17 @@ class PromptFormat:
         size = self.vocabulary.size
         wrong = next((i for i in ids if not 0 <= i < size), None)
         if wrong is not None:
-            raise DataError(f"{name} has the token {wrong}, and the vocabulary has ids from 0 to "
-                            f"{size - 1}")
+            raise DataError(
+                f"{name} has the token {wrong}, and the vocabulary has ids from 0 to {size - 1}"
+            )
         room = self.max_input_tokens - self.inputs_eos
         cut = len(ids) > room
         if cut and not truncate:
             raise DataError(
                 f"{name} has {len(ids) + self.inputs_eos:,} tokens, and the model takes "
                 f"{self.max_input_tokens:,}; shorten it, cut its end with --truncate, or allow "
-                "more than the model was trained on with --max_input_tokens")
+                "more than the model was trained on with --max_input_tokens"
+            )
         ids = list(ids[:room])
         return ([*ids, self.vocabulary.eos_id] if self.inputs_eos else ids), cut
 
@@ -98,8 +104,9 @@ def tokens_to_stop(vocabulary: Vocabulary, ids: Sequence[int], stop: Sequence[st
     """How many tokens it takes until the text holds a stop string; None where it never does."""
     if not stop or find_stop(vocabulary.decode(ids), stop) is None:
         return None
-    return next(n for n in range(1, len(ids) + 1)
-                if find_stop(vocabulary.decode(ids[:n]), stop) is not None)
+    return next(
+        n for n in range(1, len(ids) + 1) if find_stop(vocabulary.decode(ids[:n]), stop) is not None
+    )
 
 
 class TextStream:
@@ -131,5 +138,7 @@ class TextStream:
 
     def _possible_stop(self, text: str) -> int:
         """Length of the longest end of ``text`` with which a stop string begins."""
-        return max((n for stop in self._stop for n in range(1, len(stop))
-                    if text.endswith(stop[:n])), default=0)
+        return max(
+            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )

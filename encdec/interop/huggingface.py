@@ -48,22 +48,47 @@ FAMILIES = {
     "qwen3": _Family({"head_dim": 128}, {"qk_norm": True}),
     "gemma": _Family(_GEMMA_DEFAULTS, _GEMMA | {"mlp_activation": "gelu_tanh"}),
     "gemma2": _Family(
-        _GEMMA_DEFAULTS | {"sliding_window": 4096, "query_pre_attn_scalar": 256,
-                           "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-                           "sliding_window_pattern": 2},
-        _GEMMA | {"post_norms": True}),
+        _GEMMA_DEFAULTS
+        | {
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+        },
+        _GEMMA | {"post_norms": True},
+    ),
     "gemma3_text": _Family(
-        _GEMMA_DEFAULTS | {"vocab_size": 262_208, "sliding_window": 4096, "rope_theta": 1e6,
-                           "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 256,
-                           "sliding_window_pattern": 6, "num_attention_heads": 8,
-                           "num_key_value_heads": 4},
-        _GEMMA | {"post_norms": True, "qk_norm": True}),
+        _GEMMA_DEFAULTS
+        | {
+            "vocab_size": 262_208,
+            "sliding_window": 4096,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window_pattern": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+        _GEMMA | {"post_norms": True, "qk_norm": True},
+    ),
 }
 # Without these there is no model; Gemma's have defaults for some.
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-          "intermediate_size")
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
-                "gelu_new": "gelu_tanh", "relu": "relu"}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +118,19 @@ def read_config(directory: pathlib.Path) -> Imported:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise DataError(f"{directory} has no config.json; give the directory of a Hugging Face "
-                        "causal language model (config.json and *.safetensors)")
+        raise DataError(
+            f"{directory} has no config.json; give the directory of a Hugging Face "
+            "causal language model (config.json and *.safetensors)"
+        )
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds a JSON {type(values).__name__}, wanted an object; give a "
-                        "Hugging Face model's directory")
+        raise DataError(
+            f"{path} holds a JSON {type(values).__name__}, wanted an object; give a "
+            "Hugging Face model's directory"
+        )
     if values.get("model_type") == "gemma3":  # the text model within one that also sees images
         values = required(values, "text_config", path, dict) | {"model_type": "gemma3_text"}
     name = values.get("model_type")
@@ -124,14 +153,21 @@ def required(values: Mapping[str, Any], key: str, where: object, kind: type = in
     """
     value = values.get(key)
     if value is None:
-        raise DataError(f"{where} has no {key}; download the file again, or add what the model "
-                        "was made with")
+        raise DataError(
+            f"{where} has no {key}; download the file again, or add what the model was made with"
+        )
     kinds = {int: int, float: (int, float)}.get(kind, kind)
-    if not isinstance(value, kinds) or kind in (int, float) and not (
-        not isinstance(value, bool) and value > 0
+    if (
+        not isinstance(value, kinds)
+        or kind in (int, float)
+        and not (not isinstance(value, bool) and value > 0)
     ):
-        wanted = {int: "a positive whole number", float: "a positive number", dict: "an object",
-                  list: "a list"}[kind]
+        wanted = {
+            int: "a positive whole number",
+            float: "a positive number",
+            dict: "an object",
+            list: "a list",
+        }[kind]
         raise DataError(f"{where} has {key} {value!r}, wanted {wanted}; download the file again")
     return value
 
@@ -139,9 +175,11 @@ def required(values: Mapping[str, Any], key: str, where: object, kind: type = in
 def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Imported:
     family = FAMILIES[name]
     given = lambda key, default=None: (  # absent and null mean the family's default
-        values[key] if values.get(key) is not None else family.defaults.get(key, default))
+        values[key] if values.get(key) is not None else family.defaults.get(key, default)
+    )
     refuse = lambda key, value, why: DataError(
-        f"{path} has {key} {value!r}, {why}; this model cannot be imported")
+        f"{path} has {key} {value!r}, {why}; this model cannot be imported"
+    )
     sizes = {key: required({key: given(key)}, key, path) for key in _SIZES}
     heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
     head_dim = required({"head_dim": given("head_dim", width // heads)}, "head_dim", path)
@@ -162,8 +200,10 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
         "d_model": width,
         "num_heads": heads,
         "num_kv_heads": required(
-            {"num_key_value_heads": given("num_key_value_heads", heads)}, "num_key_value_heads",
-            path),
+            {"num_key_value_heads": given("num_key_value_heads", heads)},
+            "num_key_value_heads",
+            path,
+        ),
         "head_dim": head_dim,
         "mlp_dim": sizes["intermediate_size"],
         "kv_pairing": "grouped",
@@ -194,8 +234,12 @@ def _cap(values: Mapping[str, Any], family: _Family, key: str) -> float:
 
 
 def _window(
-    name: str, values: Mapping[str, Any], family: _Family, given: Callable[..., Any],
-    refuse: Callable[..., DataError], rope: Mapping[str, Any],
+    name: str,
+    values: Mapping[str, Any],
+    family: _Family,
+    given: Callable[..., Any],
+    refuse: Callable[..., DataError],
+    rope: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Our fields for sliding-window layers."""
     window = values.get("sliding_window", family.defaults.get("sliding_window"))
@@ -215,28 +259,38 @@ def _window(
         return {}
     every = next((layer + 1 for layer, is_local in enumerate(local) if not is_local), 0)
     if local != [not every or (layer + 1) % every != 0 for layer in range(layers)]:
-        raise refuse("layer_types", types or local,
-                     "but global layers have to come at equal distances")
+        raise refuse(
+            "layer_types", types or local, "but global layers have to come at equal distances"
+        )
     fields: dict[str, Any] = {"attention_window": int(window), "global_layer_every": every}
     scaled = rope.get("rope_scaling", "none") != "none"
     base = given("rope_local_base_freq")
     parameters = values.get("rope_parameters") or {}
     if "sliding_attention" in parameters:
         if parameters["sliding_attention"].get("rope_type", "default") != "default":
-            raise refuse("rope_parameters", parameters["sliding_attention"],
-                         "but local layers cannot be scaled")
+            raise refuse(
+                "rope_parameters",
+                parameters["sliding_attention"],
+                "but local layers cannot be scaled",
+            )
         base = parameters["sliding_attention"].get("rope_theta", base)
     elif scaled and base is None:
-        raise refuse("rope_scaling", values.get("rope_scaling") or parameters,
-                     "together with sliding_window, whose layers we never scale")
+        raise refuse(
+            "rope_scaling",
+            values.get("rope_scaling") or parameters,
+            "together with sliding_window, whose layers we never scale",
+        )
     if base is not None:
         fields["local_rope_theta"] = float(base)
     return fields
 
 
 def _rope(
-    values: Mapping[str, Any], given: Callable[..., Any], head_dim: int,
-    refuse: Callable[..., DataError], path: pathlib.Path,
+    values: Mapping[str, Any],
+    given: Callable[..., Any],
+    head_dim: int,
+    refuse: Callable[..., DataError],
+    path: pathlib.Path,
 ) -> tuple[dict[str, Any], int]:
     """Our rotation fields, and the longest sequence they are right for."""
     parameters = dict(values.get("rope_parameters") or {})
@@ -253,32 +307,44 @@ def _rope(
     if kind == "default":
         return fields, longest
     if kind == "linear":
-        return fields | {"rope_scaling": "linear", "rope_factor": float(
-            required(scaling, "factor", where, float))}, longest
+        return fields | {
+            "rope_scaling": "linear",
+            "rope_factor": float(required(scaling, "factor", where, float)),
+        }, longest
     if kind == "llama3":
-        divisors = _llama3_divisors(theta, head_dim, {
-            key: required(scaling, key, where, float) for key in (
-                "factor", "low_freq_factor", "high_freq_factor",
-                "original_max_position_embeddings")})
+        divisors = _llama3_divisors(
+            theta,
+            head_dim,
+            {
+                key: required(scaling, key, where, float)
+                for key in (
+                    "factor",
+                    "low_freq_factor",
+                    "high_freq_factor",
+                    "original_max_position_embeddings",
+                )
+            },
+        )
         return fields | {"rope_scaling": "per_pair", "rope_divisors": divisors}, longest
     if kind in ("longrope", "su"):
-        original = int(scaling.get("original_max_position_embeddings")
-                       or given("original_max_position_embeddings", longest))
+        original = int(
+            scaling.get("original_max_position_embeddings")
+            or given("original_max_position_embeddings", longest)
+        )
         factor = longest / original
         magnitude = scaling.get("attention_factor")
         if magnitude is None:
             magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         # Beyond the original length other divisors would hold for the whole sequence.
         return fields | {
-            "rope_scaling": "per_pair", "rope_magnitude": float(magnitude),
-            "rope_divisors": tuple(
-                map(float, required(scaling, "short_factor", where, list)))}, original
+            "rope_scaling": "per_pair",
+            "rope_magnitude": float(magnitude),
+            "rope_divisors": tuple(map(float, required(scaling, "short_factor", where, list))),
+        }, original
     raise refuse("rope_scaling", kind, "not one of default, linear, llama3, longrope")
 
 
-def _llama3_divisors(
-    theta: float, head_dim: int, scaling: Mapping[str, Any]
-) -> tuple[float, ...]:
+def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
     """Llama 3.1's rule: long waves are stretched by the factor, short ones kept, in between
     interpolated (as in ``_compute_llama3_parameters`` of transformers)."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -297,16 +363,24 @@ def convert(config: ModelConfig, family: str, tensors: Tensors) -> dict[str, Any
     """
     found = [name for name in tensors if name.endswith("embed_tokens.weight")]
     if len(found) != 1:
-        raise DataError(f"the checkpoint has {len(found)} tensors called *embed_tokens.weight; "
-                        "wanted the weights of one causal language model")
+        raise DataError(
+            f"the checkpoint has {len(found)} tensors called *embed_tokens.weight; "
+            "wanted the weights of one causal language model"
+        )
     prefix = found[0].removesuffix("embed_tokens.weight")
     # Beside the stack: "lm_head" where that is "model.", within whatever lies around both.
     head = prefix.removesuffix("model.") + "lm_head.weight"
     head = head if head in tensors else "lm_head.weight"
     ignored = [
-        name for name in tensors
-        if name.endswith("rotary_emb.inv_freq") or config.tie_embeddings and name == head
-        or not name.startswith(prefix) and "lm_head" not in name and prefix != "model."]
+        name
+        for name in tensors
+        if name.endswith("rotary_emb.inv_freq")
+        or config.tie_embeddings
+        and name == head
+        or not name.startswith(prefix)
+        and "lm_head" not in name
+        and prefix != "model."
+    ]
     if family == "phi3":
         tensors = _split_fused(config, prefix, tensors)
     return to_ours(layout(config, family, prefix, head), config, tensors, ignored)
@@ -319,23 +393,34 @@ def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Ent
     mlp = dict(zip(("gate", "up"), _GATE_UP if fused else ("gate_proj", "up_proj")))
     norms = {"self_attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.post_norms:
-        norms |= {"self_attention_post_norm": "post_attention_layernorm",
-                  "mlp_norm": "pre_feedforward_layernorm",
-                  "mlp_post_norm": "post_feedforward_layernorm"}
-    entries = [Entry(f"{prefix}embed_tokens.weight", "embedder/embedding"),
-               Entry(f"{prefix}norm.weight", "decoder/final_norm/scale")]
+        norms |= {
+            "self_attention_post_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        }
+    entries = [
+        Entry(f"{prefix}embed_tokens.weight", "embedder/embedding"),
+        Entry(f"{prefix}norm.weight", "decoder/final_norm/scale"),
+    ]
     if not config.tie_embeddings:
         entries.append(Entry(head, "embedder/head", "matrix"))
     for layer in range(config.decoder_layers):
         theirs, ours = f"{prefix}layers.{layer}", f"decoder/layers_{layer}"
         entries += attention_entries(
-            config, f"{theirs}.self_attn", f"{ours}/self_attention", attention)
+            config, f"{theirs}.self_attn", f"{ours}/self_attention", attention
+        )
         entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", mlp | {"down": "down_proj"})
-        entries += [Entry(f"{theirs}.{name}.weight", f"{ours}/{our_name}/scale")
-                    for our_name, name in norms.items()]
+        entries += [
+            Entry(f"{theirs}.{name}.weight", f"{ours}/{our_name}/scale")
+            for our_name, name in norms.items()
+        ]
         if config.qk_norm:
-            entries += [Entry(f"{theirs}.self_attn.{x}_norm.weight",
-                              f"{ours}/self_attention/{x}_norm/scale") for x in "qk"]
+            entries += [
+                Entry(
+                    f"{theirs}.self_attn.{x}_norm.weight", f"{ours}/self_attention/{x}_norm/scale"
+                )
+                for x in "qk"
+            ]
     return entries
 
 
@@ -346,14 +431,18 @@ _GATE_UP = ("gate_up_proj[gate]", "gate_up_proj[up]")
 def _split_fused(config: ModelConfig, prefix: str, tensors: Tensors) -> dict[str, np.ndarray]:
     """Phi-3's fused projections as views of their parts, each under a name of its own."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    parts = {"self_attn.qkv_proj": (_QKV, (queries, queries + keys)),
-             "mlp.gate_up_proj": (_GATE_UP, (config.mlp_dim,))}
+    parts = {
+        "self_attn.qkv_proj": (_QKV, (queries, queries + keys)),
+        "mlp.gate_up_proj": (_GATE_UP, (config.mlp_dim,)),
+    }
     split = dict(tensors)
     for layer in range(config.decoder_layers):
         for name, (names, places) in parts.items():
             whole = split.pop(f"{prefix}layers.{layer}.{name}.weight", None)
             if whole is not None:
                 folder = f"{prefix}layers.{layer}.{name.split('.')[0]}"
-                split |= {f"{folder}.{part}.weight": x
-                          for part, x in zip(names, np.split(whole, places), strict=True)}
+                split |= {
+                    f"{folder}.{part}.weight": x
+                    for part, x in zip(names, np.split(whole, places), strict=True)
+                }
     return split

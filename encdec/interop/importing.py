@@ -61,14 +61,17 @@ def write_model(
         if not overwrite:
             raise ConfigError(f"--out={out} is not empty; give another directory, or --overwrite")
         if not _is_imported(out):
-            raise ConfigError(f"--out={out} holds no imported model, so --overwrite leaves it "
-                              "alone; give another directory")
+            raise ConfigError(
+                f"--out={out} holds no imported model, so --overwrite leaves it "
+                "alone; give another directory"
+            )
     check_params(params, config)
     if vocabulary and vocabulary.size > config.vocab_size:
-        raise DataError(f"the vocabulary has {vocabulary.size:,} ids, the model only "
-                        f"{config.vocab_size:,}; give the model's own with --vocabulary=FILE")
-    leaves = {path_name(path): leaf
-              for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        raise DataError(
+            f"the vocabulary has {vocabulary.size:,} ids, the model only "
+            f"{config.vocab_size:,}; give the model's own with --vocabulary=FILE"
+        )
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     if param_dtype is None:
         low = all(leaf.dtype == _DTYPES["bfloat16"] for leaf in leaves.values())
         param_dtype = "bfloat16" if low else "float32"
@@ -80,9 +83,13 @@ def write_model(
     files = safetensors.write_directory(out / PARAMS_FOLDER, tensors)
     content = {
         "format_version": FORMAT_VERSION,
-        "imported": source | {
-            "max_length": max_length, "parameters": parameter_count(params), "files": files,
-            "fingerprint": hashlib.sha256(json.dumps(files).encode()).hexdigest()},
+        "imported": source
+        | {
+            "max_length": max_length,
+            "parameters": parameter_count(params),
+            "files": files,
+            "fingerprint": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        },
         "model": config.to_dict(),
         "data": {
             "vocabulary": vocabulary.save(out).to_dict() if vocabulary else None,

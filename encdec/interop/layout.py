@@ -54,18 +54,24 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attention_entries(
-    config: ModelConfig, theirs: str, ours: str,
+    config: ModelConfig,
+    theirs: str,
+    ours: str,
     names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
 ) -> list[Entry]:
     """Projections of one attention sublayer, with the biases that ``config`` has."""
     entries = []
     for x, name in zip("qkvo", names, strict=True):
         out = x == "o"
-        entries.append(Entry(f"{theirs}.{name}.weight", f"{ours}/{x}/kernel",
-                             "heads_out" if out else "heads_in"))
+        entries.append(
+            Entry(
+                f"{theirs}.{name}.weight", f"{ours}/{x}/kernel", "heads_out" if out else "heads_in"
+            )
+        )
         if config.attention_out_bias if out else config.qkv_bias:
-            entries.append(Entry(f"{theirs}.{name}.bias", f"{ours}/{x}/bias",
-                                 "same" if out else "heads_bias"))
+            entries.append(
+                Entry(f"{theirs}.{name}.bias", f"{ours}/{x}/bias", "same" if out else "heads_bias")
+            )
     return entries
 
 
@@ -107,7 +113,9 @@ def to_theirs(layout: Iterable[Entry], params: Mapping[str, Any]) -> Flat:
 
 
 def to_ours(
-    layout: list[Entry], config: ModelConfig, tensors: Mapping[str, np.ndarray],
+    layout: list[Entry],
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
     ignored: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Our unrolled parameters as views of their tensors.
@@ -121,21 +129,36 @@ def to_ours(
     Raises:
         DataError: tensors are missing, superfluous or misshapen; the first of each are named.
     """
-    shapes = {path: leaf.shape
-              for path, leaf in flatten(abstract_params(build_model(config))).items()}
+    shapes = {
+        path: leaf.shape for path, leaf in flatten(abstract_params(build_model(config))).items()
+    }
     wanted = {entry.theirs: _their_shape(entry.kind, shapes[entry.ours]) for entry in layout}
     missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in tensors]
-    extra = [f"{name} {tensors[name].shape}"
-             for name in sorted(set(tensors) - set(wanted) - set(ignored))]
-    misshapen = [f"{name} {tensors[name].shape}, wanted {shape}" for name, shape in wanted.items()
-                 if name in tensors and tensors[name].shape != shape]
-    faults = [f"{kind}: {', '.join(names[:SHOWN])}"
-              + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-              for kind, names in (("missing", missing), ("without a place in the model", extra),
-                                  ("misshapen", misshapen)) if names]
+    extra = [
+        f"{name} {tensors[name].shape}"
+        for name in sorted(set(tensors) - set(wanted) - set(ignored))
+    ]
+    misshapen = [
+        f"{name} {tensors[name].shape}, wanted {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    faults = [
+        f"{kind}: {', '.join(names[:SHOWN])}"
+        + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        for kind, names in (
+            ("missing", missing),
+            ("without a place in the model", extra),
+            ("misshapen", misshapen),
+        )
+        if names
+    ]
     if faults:
-        raise DataError("the checkpoint does not fit its configuration; tensors "
-                        + "; ".join(faults) + ". Download it again, or take another")
+        raise DataError(
+            "the checkpoint does not fit its configuration; tensors "
+            + "; ".join(faults)
+            + ". Download it again, or take another"
+        )
     flat = {}
     for entry in layout:
         x, shape = tensors[entry.theirs], shapes[entry.ours]

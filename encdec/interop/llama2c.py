@@ -29,15 +29,26 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
     M, F, layers, H, K, V, longest = header
     tied, V = V > 0, abs(V)
     if min(M, F, layers, H, K, V, longest) < 1 or M % H or H % K:
-        raise DataError(f"{path} does not start with a llama2.c header (read {header}); wanted a "
-                        "legacy (version 0) float32 export")
+        raise DataError(
+            f"{path} does not start with a llama2.c header (read {header}); wanted a "
+            "legacy (version 0) float32 export"
+        )
     D = M // H
     shapes = [
-        ("embedding", (V, M)), ("attention_norm", (layers, M)), ("q", (layers, H * D, M)),
-        ("k", (layers, K * D, M)), ("v", (layers, K * D, M)), ("o", (layers, M, H * D)),
-        ("mlp_norm", (layers, M)), ("gate", (layers, F, M)), ("down", (layers, M, F)),
-        ("up", (layers, F, M)), ("final_norm", (M,)), ("cosines", (longest, D // 2)),
-        ("sines", (longest, D // 2))] + ([] if tied else [("head", (V, M))])
+        ("embedding", (V, M)),
+        ("attention_norm", (layers, M)),
+        ("q", (layers, H * D, M)),
+        ("k", (layers, K * D, M)),
+        ("v", (layers, K * D, M)),
+        ("o", (layers, M, H * D)),
+        ("mlp_norm", (layers, M)),
+        ("gate", (layers, F, M)),
+        ("down", (layers, M, F)),
+        ("up", (layers, F, M)),
+        ("final_norm", (M,)),
+        ("cosines", (longest, D // 2)),
+        ("sines", (longest, D // 2)),
+    ] + ([] if tied else [("head", (V, M))])
     wanted = 28 + 4 * sum(int(np.prod(shape)) for _, shape in shapes)
     if len(data) != wanted:
         raise DataError(f"{path} has {len(data):,} bytes; its header {header} asks for {wanted:,}")
@@ -47,10 +58,23 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
         tensors[name] = data[start:stop].view("<f4").reshape(shape)
         start = stop
     config = ModelConfig(
-        architecture="decoder_only", vocab_size=V, encoder_layers=0, decoder_layers=layers,
-        d_model=M, num_heads=H, num_kv_heads=K, head_dim=D, mlp_dim=F, mlp_gated=True,
-        mlp_activation="silu", norm_eps=1e-5, norm_cast="before_scale", tie_embeddings=tied,
-        scan_layers=False, dtype="float32")
+        architecture="decoder_only",
+        vocab_size=V,
+        encoder_layers=0,
+        decoder_layers=layers,
+        d_model=M,
+        num_heads=H,
+        num_kv_heads=K,
+        head_dim=D,
+        mlp_dim=F,
+        mlp_gated=True,
+        mlp_activation="silu",
+        norm_eps=1e-5,
+        norm_cast="before_scale",
+        tie_embeddings=tied,
+        scan_layers=False,
+        dtype="float32",
+    )
     embedder = {"embedding": tensors["embedding"]}
     if not tied:
         embedder["head"] = tensors["head"].T
@@ -58,8 +82,12 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
     for layer in range(layers):
         kernel = lambda name, layer=layer: tensors[name][layer]
         halves = lambda name, heads, kernel=kernel: (
-            kernel(name).reshape(heads, D // 2, 2, M).swapaxes(1, 2).reshape(heads, D, M)
-            .transpose(2, 0, 1))
+            kernel(name)
+            .reshape(heads, D // 2, 2, M)
+            .swapaxes(1, 2)
+            .reshape(heads, D, M)
+            .transpose(2, 0, 1)
+        )
         decoder[f"layers_{layer}"] = {
             "self_attention_norm": {"scale": kernel("attention_norm")},
             "self_attention": {

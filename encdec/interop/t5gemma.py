@@ -22,19 +22,48 @@ MODEL_TYPE = "t5gemma"
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 # Values of absent keys, as transformers has them.
 _DEFAULTS = {
-    "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216,
-    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-6, "attention_bias": False, "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
-    "rope_theta": 10_000.0, "bos_token_id": 2, "eos_token_id": 1,
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+    "rope_theta": 10_000.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
 }
-_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-           "num_attention_heads", "num_key_value_heads", "head_dim")
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 # What both stacks must have in common, because ours have one field for both.
-_SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
-           "num_key_value_heads", "head_dim", "hidden_activation", "rms_norm_eps",
-           "attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping")
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_activation",
+    "rms_norm_eps",
+    "attention_bias",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+)
 
 
 def layout(config: ModelConfig) -> list[Entry]:
@@ -53,13 +82,22 @@ def layout(config: ModelConfig) -> list[Entry]:
             if stack == "decoder":
                 norms["cross_attn"] = "cross_attention"
                 entries += attention_entries(
-                    config, f"{theirs}.cross_attn", f"{ours}/encoder_attention")
+                    config, f"{theirs}.cross_attn", f"{ours}/encoder_attention"
+                )
             entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", _MLP)
             for their_norm, our_norm in norms.items():
-                entries.append(Entry(f"{theirs}.pre_{their_norm}_layernorm.weight",
-                                     f"{ours}/{our_norm}_norm/scale"))
-                entries.append(Entry(f"{theirs}.post_{their_norm}_layernorm.weight",
-                                     f"{ours}/{our_norm}_post_norm/scale"))
+                entries.append(
+                    Entry(
+                        f"{theirs}.pre_{their_norm}_layernorm.weight",
+                        f"{ours}/{our_norm}_norm/scale",
+                    )
+                )
+                entries.append(
+                    Entry(
+                        f"{theirs}.post_{their_norm}_layernorm.weight",
+                        f"{ours}/{our_norm}_post_norm/scale",
+                    )
+                )
     return entries
 
 
@@ -86,19 +124,29 @@ def read_config(directory: pathlib.Path) -> Imported:
     for name in ("encoder", "decoder"):
         if not isinstance(values.get(name), dict):
             raise DataError(f"{path} has no {name}; wanted a T5Gemma encoder-decoder")
-        stacks[name] = _DEFAULTS | {k: v for k, v in values[name].items()
-                                    if v is not None or k.endswith("softcapping")
-                                    or k == "sliding_window"}
+        stacks[name] = _DEFAULTS | {
+            k: v
+            for k, v in values[name].items()
+            if v is not None or k.endswith("softcapping") or k == "sliding_window"
+        }
     encoder, decoder = stacks["encoder"], stacks["decoder"]
     refuse = lambda key, value, why: DataError(
-        f"{path} has {key} {value!r}, {why}; this model cannot be imported")
+        f"{path} has {key} {value!r}, {why}; this model cannot be imported"
+    )
     for key in _SHARED:
         if encoder[key] != decoder[key]:
-            raise refuse(f"encoder.{key}", encoder[key], f"but decoder.{key} {decoder[key]!r}: "
-                         "our stacks have one width, and the like, between them")
+            raise refuse(
+                f"encoder.{key}",
+                encoder[key],
+                f"but decoder.{key} {decoder[key]!r}: "
+                "our stacks have one width, and the like, between them",
+            )
     if decoder["hidden_activation"] not in ACTIVATIONS:
-        raise refuse("hidden_activation", decoder["hidden_activation"],
-                     f"not one of {', '.join(ACTIVATIONS)}")
+        raise refuse(
+            "hidden_activation",
+            decoder["hidden_activation"],
+            f"not one of {', '.join(ACTIVATIONS)}",
+        )
     for name, stack in stacks.items():
         for key in _COUNTS:
             required(stack, key, f"{path}, {name},")
@@ -107,20 +155,34 @@ def read_config(directory: pathlib.Path) -> Imported:
         raise refuse("rope_parameters", encoder.get("rope_parameters"), "the decoder others")
     bias = bool(decoder["attention_bias"])
     model = ModelConfig(
-        vocab_size=decoder["vocab_size"], encoder_layers=encoder["num_hidden_layers"],
-        decoder_layers=decoder["num_hidden_layers"], d_model=decoder["hidden_size"],
-        num_heads=decoder["num_attention_heads"], num_kv_heads=decoder["num_key_value_heads"],
-        head_dim=decoder["head_dim"], mlp_dim=decoder["intermediate_size"],
-        qkv_bias=bias, attention_out_bias=bias,
+        vocab_size=decoder["vocab_size"],
+        encoder_layers=encoder["num_hidden_layers"],
+        decoder_layers=decoder["num_hidden_layers"],
+        d_model=decoder["hidden_size"],
+        num_heads=decoder["num_attention_heads"],
+        num_kv_heads=decoder["num_key_value_heads"],
+        head_dim=decoder["head_dim"],
+        mlp_dim=decoder["intermediate_size"],
+        qkv_bias=bias,
+        attention_out_bias=bias,
         attention_scale=float(decoder["query_pre_attn_scalar"]) ** -0.5,
         attention_logit_cap=float(decoder["attn_logit_softcapping"] or 0.0),
         final_logit_cap=float(decoder["final_logit_softcapping"] or 0.0),
-        mlp_gated=True, mlp_activation=ACTIVATIONS[decoder["hidden_activation"]],
-        norm_eps=float(decoder["rms_norm_eps"]), norm_cast="after_scale", norm_plus_one=True,
-        post_norms=True, embedding_scale=True, share_embeddings=False,
-        tie_embeddings=bool(values.get("tie_word_embeddings", True)), scan_layers=False, **rope)
-    longest = min(min(int(stack["max_position_embeddings"]), _window(stack))
-                  for stack in stacks.values())
+        mlp_gated=True,
+        mlp_activation=ACTIVATIONS[decoder["hidden_activation"]],
+        norm_eps=float(decoder["rms_norm_eps"]),
+        norm_cast="after_scale",
+        norm_plus_one=True,
+        post_norms=True,
+        embedding_scale=True,
+        share_embeddings=False,
+        tie_embeddings=bool(values.get("tie_word_embeddings", True)),
+        scan_layers=False,
+        **rope,
+    )
+    longest = min(
+        min(int(stack["max_position_embeddings"]), _window(stack)) for stack in stacks.values()
+    )
     eos = values.get("eos_token_id", decoder["eos_token_id"])
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     return Imported(MODEL_TYPE, model, longest, int(decoder["bos_token_id"]), eos)
@@ -134,15 +196,15 @@ def _window(stack: Mapping[str, Any]) -> int:
     return int(stack["sliding_window"]) if local and stack["sliding_window"] else 1 << 31
 
 
-def _rope(
-    stack: Mapping[str, Any], refuse: Callable[..., DataError], where: str
-) -> dict[str, Any]:
+def _rope(stack: Mapping[str, Any], refuse: Callable[..., DataError], where: str) -> dict[str, Any]:
     scaling = dict(stack.get("rope_parameters") or stack.get("rope_scaling") or {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     fields: dict[str, Any] = {"rope_theta": float(scaling.get("rope_theta", stack["rope_theta"]))}
     if kind == "linear":
-        return fields | {"rope_scaling": "linear", "rope_factor": float(
-            required(scaling, "factor", where, float))}
+        return fields | {
+            "rope_scaling": "linear",
+            "rope_factor": float(required(scaling, "factor", where, float)),
+        }
     if kind != "default":
         raise refuse("rope_parameters", scaling, "not one of default, linear")
     return fields
@@ -161,8 +223,11 @@ def convert(
     names = [f"model.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
     ignored = ["lm_head.out_proj.weight"] if config.tie_embeddings else []
     tables = [tensors.get(name) for name in names]
-    same = tables[1] is not None and tables[0] is not None and (
-        tables[0].shape == tables[1].shape and np.array_equal(*tables))
+    same = (
+        tables[1] is not None
+        and tables[0] is not None
+        and (tables[0].shape == tables[1].shape and np.array_equal(*tables))
+    )
     if same:
         config = config.replace(share_embeddings=True)
         ignored.append(names[0])

@@ -45,9 +45,7 @@ def segment_mask(
     return mask_BxTxS
 
 
-def window_mask(
-    q_places_BxT: jax.Array, kv_places_BxS: jax.Array, window: int
-) -> jax.Array:
+def window_mask(q_places_BxT: jax.Array, kv_places_BxS: jax.Array, window: int) -> jax.Array:
     """True where a key lies fewer than ``window`` places before its query; [B, T, S] bool."""
     return q_places_BxT[..., :, None] - kv_places_BxS[..., None, :] < window
 
@@ -71,8 +69,9 @@ def dot_product_attention(
     batch, length, heads, dim = q_BxTxHxD.shape
     kv_heads, group = k_BxSxKxD.shape[2], heads // k_BxSxKxD.shape[2]
     # The head axis splits into (kv head, member of its group), or the other way round.
-    split, pair = ((kv_heads, group), "kg") if config.kv_pairing == "grouped" else (
-        (group, kv_heads), "gk")
+    split, pair = (
+        ((kv_heads, group), "kg") if config.kv_pairing == "grouped" else ((group, kv_heads), "gk")
+    )
     q = q_BxTxHxD.reshape(batch, length, *split, dim)
     scores = jnp.einsum(
         f"bt{pair}d,bskd->b{pair}ts", q, k_BxSxKxD, preferred_element_type=jnp.float32
@@ -87,8 +86,11 @@ def dot_product_attention(
         kept = jax.random.bernoulli(dropout_key, keep, probabilities.shape)
         probabilities = jnp.where(kept, probabilities / keep, 0.0)
     out = jnp.einsum(
-        f"b{pair}ts,bskd->bt{pair}d", probabilities.astype(v_BxSxKxD.dtype), v_BxSxKxD,
-        preferred_element_type=jnp.float32 if config.float32_sums else None)
+        f"b{pair}ts,bskd->bt{pair}d",
+        probabilities.astype(v_BxSxKxD.dtype),
+        v_BxSxKxD,
+        preferred_element_type=jnp.float32 if config.float32_sums else None,
+    )
     return out.astype(v_BxSxKxD.dtype).reshape(batch, length, heads, dim)
 
 
@@ -136,16 +138,23 @@ def heads_first_attention(
         # Not a slice by ``last * block`` when nothing is hidden: keys may be more than queries.
         seen = min(last * block, k_BxKxDxS.shape[-1]) if causal else k_BxKxDxS.shape[-1]
         k, v = k_BxKxDxS[..., :seen], v_BxKxSxD[:, :, :seen]
-        outs.append(jax.lax.map(
-            lambda part, k=k, v=v, seen=seen: attend(part[0], k, v, part[1][..., :seen]),
-            tuple(x[first:last] for x in blocks)))
+        outs.append(
+            jax.lax.map(
+                lambda part, k=k, v=v, seen=seen: attend(part[0], k, v, part[1][..., :seen]),
+                tuple(x[first:last] for x in blocks),
+            )
+        )
     out = jnp.concatenate(outs)
     return out.swapaxes(0, 1).reshape(batch, count * block, *out.shape[3:])[:, :length]
 
 
 def _heads_first_block(
-    config: ModelConfig, q_BxTxHxD: jax.Array, k_BxKxDxS: jax.Array, v_BxKxSxD: jax.Array,
-    mask_BxTxS: jax.Array, own: KeyValues | None = None,
+    config: ModelConfig,
+    q_BxTxHxD: jax.Array,
+    k_BxKxDxS: jax.Array,
+    v_BxKxSxD: jax.Array,
+    mask_BxTxS: jax.Array,
+    own: KeyValues | None = None,
 ) -> jax.Array:
     """``own``: keys and values [B, 1, K, D] of the one query (T = 1) itself, which it reads beside
     the others."""
@@ -155,23 +164,27 @@ def _heads_first_block(
     split, pair = ((kv_heads, group), "kg") if grouped else ((group, kv_heads), "gk")
     q = q_BxTxHxD.reshape(batch, length, *split, dim)
     q_BxKxNxD = jnp.einsum(f"bt{pair}d->bkgtd", q).reshape(batch, kv_heads, group * length, dim)
-    capped = lambda scores: scores if not config.attention_logit_cap else (
-        config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap))
-    scores = capped(jnp.einsum(
-        "bknd,bkds->bkns", q_BxKxNxD, k_BxKxDxS, preferred_element_type=jnp.float32))
+    capped = lambda scores: (
+        scores
+        if not config.attention_logit_cap
+        else (config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap))
+    )
+    scores = capped(
+        jnp.einsum("bknd,bkds->bkns", q_BxKxNxD, k_BxKxDxS, preferred_element_type=jnp.float32)
+    )
     scores = scores.reshape(batch, kv_heads, group, length, -1)
     scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     if own is not None:
-        own_score_BxKxNx1 = capped(jnp.einsum(
-            "bknd,bukd->bknu", q_BxKxNxD, own[0], preferred_element_type=jnp.float32))
+        own_score_BxKxNx1 = capped(
+            jnp.einsum("bknd,bukd->bknu", q_BxKxNxD, own[0], preferred_element_type=jnp.float32)
+        )
         highest = jnp.maximum(highest, own_score_BxKxNx1[:, :, :, None])
     # Sums divide the D numbers of each output, not the S probabilities behind it.
     weights = jnp.exp(scores - highest)
     sums_BxKxNx1 = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, group * length, 1)
     weights = weights.astype(v_BxKxSxD.dtype).reshape(batch, kv_heads, group * length, -1)
-    out = jnp.einsum(
-        "bkns,bksd->bknd", weights, v_BxKxSxD, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkns,bksd->bknd", weights, v_BxKxSxD, preferred_element_type=jnp.float32)
     if own is not None:
         own_weight_BxKxNx1 = jnp.exp(own_score_BxKxNx1 - highest[..., 0])
         sums_BxKxNx1 += own_weight_BxKxNx1
@@ -205,13 +218,21 @@ class AttentionInputs:
 
 
 def packed_attention(
-    q_segments_BxT: jax.Array, kv_segments_BxS: jax.Array, q_rope: Rotation | None,
-    kv_rope: Rotation | None, *, causal: bool = False,
+    q_segments_BxT: jax.Array,
+    kv_segments_BxS: jax.Array,
+    q_rope: Rotation | None,
+    kv_rope: Rotation | None,
+    *,
+    causal: bool = False,
 ) -> AttentionInputs:
     """The inputs of attention among packed segments."""
     return AttentionInputs(
-        segment_mask(q_segments_BxT, kv_segments_BxS, causal=causal), q_rope, kv_rope,
-        segments=(q_segments_BxT, kv_segments_BxS), causal=causal)
+        segment_mask(q_segments_BxT, kv_segments_BxS, causal=causal),
+        q_rope,
+        kv_rope,
+        segments=(q_segments_BxT, kv_segments_BxS),
+        causal=causal,
+    )
 
 
 class Attention(nn.Module):
@@ -234,14 +255,18 @@ class Attention(nn.Module):
         if config.kernel_parts and self.of_itself:
             width = config.attention_width + 2 * config.kv_width
             self.qkv = Projection(
-                config, "btm,mf->btf", (config.d_model, width), ("embed", "heads"), bias // 2)
+                config, "btm,mf->btf", (config.d_model, width), ("embed", "heads"), bias // 2
+            )
         else:
             self.q = Projection(config, into, q_shape, q_axes, bias)
             self.k = Projection(config, into, kv_shape, kv_axes, bias)
             self.v = Projection(config, into, kv_shape, kv_axes, bias)
         self.o = Projection(
-            config, "bthd,hdm->btm", (q_shape[1], q_shape[2], q_shape[0]),
-            ("heads", "head_dim", "embed"), int(config.attention_out_bias),
+            config,
+            "bthd,hdm->btm",
+            (q_shape[1], q_shape[2], q_shape[0]),
+            ("heads", "head_dim", "embed"),
+            int(config.attention_out_bias),
         )
         if config.qk_norm:
             self.q_norm = RMSNorm(config, axis="head_dim")
@@ -261,10 +286,14 @@ class Attention(nn.Module):
         rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
         keys, values = (x.astype(old.dtype) for x, old in zip(new, cache))
         if self.config.kernel_parts:
-            return (cache[0].at[rows_Bx1, :, :, slots_BxT].set(keys),
-                    cache[1].at[rows_Bx1, :, slots_BxT].set(values))
-        return (cache[0].at[rows_Bx1, slots_BxT].set(keys),
-                cache[1].at[rows_Bx1, slots_BxT].set(values))
+            return (
+                cache[0].at[rows_Bx1, :, :, slots_BxT].set(keys),
+                cache[1].at[rows_Bx1, :, slots_BxT].set(values),
+            )
+        return (
+            cache[0].at[rows_Bx1, slots_BxT].set(keys),
+            cache[1].at[rows_Bx1, slots_BxT].set(values),
+        )
 
     def _query(self, q: jax.Array, rope: Rotation | None) -> jax.Array:
         """Queries normed, rotated, and multiplied by the scale of the scores: with the rotation,
@@ -289,7 +318,8 @@ class Attention(nn.Module):
         weights = [part.weights() for part in (self.q, self.k, self.v)]
         query_kernel, query_bias = weights[0]
         kernel = jnp.concatenate(
-            [self._by_key_head(query_kernel)] + [x[:, :, None] for x, _ in weights[1:]], axis=2)
+            [self._by_key_head(query_kernel)] + [x[:, :, None] for x, _ in weights[1:]], axis=2
+        )
         together = product("btm,mkgd->btkgd", x_BxTxM, kernel)
         if query_bias is not None:
             biases = [self._by_key_head(query_bias[None])[0]] + [x[:, None] for _, x in weights[1:]]
@@ -328,7 +358,8 @@ class Attention(nn.Module):
         places_S = jnp.arange(inputs.mask_BxTxS.shape[-1])
         others_Bx1xS = inputs.mask_BxTxS & (places_S != inputs.slots_BxT[..., None])
         out = _heads_first_block(
-            self.config, q_Bx1xHxD, *cache, others_Bx1xS, (k_Bx1xKxD, v_Bx1xKxD))
+            self.config, q_Bx1xHxD, *cache, others_Bx1xS, (k_Bx1xKxD, v_Bx1xKxD)
+        )
         wait = 0 * out[:, :, :1, :1]
         cache = self._written(cache, (k_Bx1xKxD + wait, v_Bx1xKxD + wait), inputs.slots_BxT)
         return self.o(out), cache
@@ -375,8 +406,10 @@ class Attention(nn.Module):
         if self.config.attention_dropout and not deterministic:
             key = self.make_rng("dropout")
         kernel = resolve_kernel(
-            self.config, segments=inputs.segments is not None and cache is None,
-            dropout=key is not None)
+            self.config,
+            segments=inputs.segments is not None and cache is None,
+            dropout=key is not None,
+        )
         if self.config.kernel_parts:
             out = heads_first_attention(self.config, q, k, v, inputs.mask_BxTxS, inputs.causal)
         elif kernel == "splash":
@@ -385,7 +418,8 @@ class Attention(nn.Module):
             out = cudnn_attention(self.config, q, k, v, inputs.mask_BxTxS)
         elif 0 < self.config.attention_block < q.shape[1] and key is None:
             out = heads_first_attention(
-                self.config, q, *heads_first((k, v)), inputs.mask_BxTxS, inputs.causal)
+                self.config, q, *heads_first((k, v)), inputs.mask_BxTxS, inputs.causal
+            )
         else:
             out = dot_product_attention(self.config, q, k, v, inputs.mask_BxTxS, key)
         out = nn.with_logical_constraint(out, ("batch", "length", "heads", "head_dim"))

@@ -20,8 +20,14 @@ Params = dict[str, Any]
 
 # Shapes of an example batch: parameters do not depend on them.
 _FIELDS = {
-    True: ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions",
-           "decoder_input_tokens", "decoder_segment_ids", "decoder_positions"),
+    True: (
+        "encoder_input_tokens",
+        "encoder_segment_ids",
+        "encoder_positions",
+        "decoder_input_tokens",
+        "decoder_segment_ids",
+        "decoder_positions",
+    ),
     False: ("decoder_input_tokens", "decoder_segment_ids", "decoder_positions"),
 }
 
@@ -51,7 +57,8 @@ def logical_axes(model: Model) -> Params:
     """The parameters' tree with, at each leaf, a tuple of one logical axis name per dimension."""
     boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    )
 
 
 def parameter_count(params: Params) -> int:
@@ -66,7 +73,8 @@ def unroll_params(params: Params, config: ModelConfig) -> Params:
         if count:
             layers = params[stack]["layers"]
             result[stack] = {k: v for k, v in params[stack].items() if k != "layers"} | {
-                f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
+                f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)
+            }
     return result
 
 
@@ -100,7 +108,9 @@ def for_decoding(
     if not config.tie_embeddings:
         embedder["head"] = embedder["head"].T
     return config, params | {
-        "embedder": embedder, "decoder": _kernels_in_parts(kernel_parts, params["decoder"])}
+        "embedder": embedder,
+        "decoder": _kernels_in_parts(kernel_parts, params["decoder"]),
+    }
 
 
 def _kernels_in_parts(parts: int, params: Params) -> Params:
@@ -109,8 +119,10 @@ def _kernels_in_parts(parts: int, params: Params) -> Params:
     result = {}
     for name, value in params.items():
         if name == "self_attention":
-            flat = [{k: x.reshape(-1, x.shape[-2] * x.shape[-1]) for k, x in value[part].items()}
-                    for part in "qkv"]
+            flat = [
+                {k: x.reshape(-1, x.shape[-2] * x.shape[-1]) for k, x in value[part].items()}
+                for part in "qkv"
+            ]
             joined = {k: jnp.concatenate([one[k] for one in flat], axis=1) for k in flat[0]}
             if "bias" in joined:
                 joined["bias"] = joined["bias"][0]
@@ -132,13 +144,16 @@ def check_params(params: Params, config: ModelConfig) -> None:
     """Raises ConfigError naming the missing, extra and misshapen parameters, if there are any."""
     flat = lambda tree: {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
     wanted, seen = flat(abstract_params(build_model(config))), flat(params)
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - seen.keys())]
     problems += [f"extra {name} {seen[name]}" for name in sorted(seen.keys() - wanted.keys())]
     problems += [
         f"{name} has shape {seen[name]}, wanted {wanted[name]}"
-        for name in sorted(wanted.keys() & seen.keys()) if wanted[name] != seen[name]]
+        for name in sorted(wanted.keys() & seen.keys())
+        if wanted[name] != seen[name]
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
         raise ConfigError(f"parameters do not fit the model: {shown}")

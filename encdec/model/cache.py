@@ -26,8 +26,7 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Any:
         stacked = jnp.zeros((config.decoder_layers, *shape), empty.dtype)
         return stacked, jnp.zeros_like(stacked)
     pair = heads_first((empty, empty)) if config.kernel_parts else (empty, empty)
-    return tuple(
-        tuple(jnp.zeros_like(x) for x in pair) for _ in range(config.decoder_layers))
+    return tuple(tuple(jnp.zeros_like(x) for x in pair) for _ in range(config.decoder_layers))
 
 
 def token_axes(config: ModelConfig) -> tuple[int, int]:
@@ -49,7 +48,10 @@ def widen(config: ModelConfig, key_values: Any, width: int) -> Any:
 
 
 def cached_self_attention(
-    config: ModelConfig, cache: Any, positions_BxN: jax.Array, local: bool = False,
+    config: ModelConfig,
+    cache: Any,
+    positions_BxN: jax.Array,
+    local: bool = False,
     from_start: bool = False,
 ) -> AttentionInputs:
     """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too.

@@ -40,12 +40,23 @@ class Chip:
 
 
 def _chip(
-    name: str, kinds: Sequence[str], tflops: float, gib: float, gb_per_s: float,
-    link_gb_per_s: float, source: str,
+    name: str,
+    kinds: Sequence[str],
+    tflops: float,
+    gib: float,
+    gb_per_s: float,
+    link_gb_per_s: float,
+    source: str,
 ) -> Chip:
     return Chip(
-        name, tuple(kinds), tflops * 1e12, int(gib * _GIB), gb_per_s * 1e9, link_gb_per_s * 1e9,
-        source)
+        name,
+        tuple(kinds),
+        tflops * 1e12,
+        int(gib * _GIB),
+        gb_per_s * 1e9,
+        link_gb_per_s * 1e9,
+        source,
+    )
 
 
 _TPU = "cloud.google.com/tpu/docs/"

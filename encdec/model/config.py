@@ -184,49 +184,95 @@ def _check_values(config: ModelConfig) -> None:
         if not condition:
             raise ConfigError(f"ModelConfig.{field} is {getattr(config, field)!r}; wanted {wanted}")
 
-    positive = ("vocab_size", "decoder_layers", "d_model", "num_heads", "num_kv_heads", "head_dim",
-                "mlp_dim", "rope_max_length", "rope_theta", "norm_eps", "init_std")
+    positive = (
+        "vocab_size",
+        "decoder_layers",
+        "d_model",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "mlp_dim",
+        "rope_max_length",
+        "rope_theta",
+        "norm_eps",
+        "init_std",
+    )
     for field in positive:
         require(getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "mlp_dropout", "residual_dropout"):
         require(0 <= getattr(config, field) < 1, field, "a rate in [0, 1)")
     require(config.attention_block >= 0, "attention_block", "0 (all queries at once) or a number")
     require(config.kernel_parts >= 0, "kernel_parts", "0 (as trained) or a number of parts")
-    require(not (config.kernel_parts and config.scan_layers), "kernel_parts",
-            "0 with scan_layers=True; for_decoding sets both")
-    for field in ("attention_logit_cap", "final_logit_cap", "attention_scale", "attention_window",
-                  "global_layer_every", "local_rope_theta"):
+    require(
+        not (config.kernel_parts and config.scan_layers),
+        "kernel_parts",
+        "0 with scan_layers=True; for_decoding sets both",
+    )
+    for field in (
+        "attention_logit_cap",
+        "final_logit_cap",
+        "attention_scale",
+        "attention_window",
+        "global_layer_every",
+        "local_rope_theta",
+    ):
         require(getattr(config, field) >= 0, field, "0 (off) or a positive number")
     if config.is_encoder_decoder:
         require(config.encoder_layers > 0, "encoder_layers", "at least 1 in an encoder-decoder")
     else:
         require(config.encoder_layers == 0, "encoder_layers", "0 in a decoder-only model")
-        require(config.cross_attention_rope == "none", "cross_attention_rope",
-                "'none' in a decoder-only model, which has no cross-attention")
+        require(
+            config.cross_attention_rope == "none",
+            "cross_attention_rope",
+            "'none' in a decoder-only model, which has no cross-attention",
+        )
         require(config.share_embeddings, "share_embeddings", "True in a decoder-only model")
-    require(config.num_heads % config.num_kv_heads == 0, "num_kv_heads",
-            f"a divisor of num_heads = {config.num_heads}")
+    require(
+        config.num_heads % config.num_kv_heads == 0,
+        "num_kv_heads",
+        f"a divisor of num_heads = {config.num_heads}",
+    )
     require(config.head_dim % 2 == 0, "head_dim", "an even number, because RoPE rotates pairs")
     require(config.rope_factor >= 1, "rope_factor", "1 or more")
-    require(config.rope_factor == 1 or config.rope_scaling != "none", "rope_factor",
-            "1 while rope_scaling is 'none'; set rope_scaling to 'linear' or 'ntk'")
+    require(
+        config.rope_factor == 1 or config.rope_scaling != "none",
+        "rope_factor",
+        "1 while rope_scaling is 'none'; set rope_scaling to 'linear' or 'ntk'",
+    )
     stretched = config.rope_scaling == "ntk" and config.rope_factor > 1
-    require(not stretched or config.rope_length > 0, "rope_length",
-            "the longest sequence that the model will read: rope_scaling 'ntk' is fixed by it")
-    require(stretched or config.rope_length == 0, "rope_length",
-            "0 unless rope_scaling is 'ntk' with a rope_factor above 1")
+    require(
+        not stretched or config.rope_length > 0,
+        "rope_length",
+        "the longest sequence that the model will read: rope_scaling 'ntk' is fixed by it",
+    )
+    require(
+        stretched or config.rope_length == 0,
+        "rope_length",
+        "0 unless rope_scaling is 'ntk' with a rope_factor above 1",
+    )
     per_pair = config.rope_scaling == "per_pair"
-    require(len(config.rope_divisors) == per_pair * config.head_dim // 2, "rope_divisors",
-            f"{config.head_dim // 2} numbers, one a rotated pair" if per_pair else
-            "none unless rope_scaling is 'per_pair'")
-    require(all(divisor > 0 for divisor in config.rope_divisors), "rope_divisors",
-            "positive numbers")
-    require(config.rope_magnitude == 1 or per_pair, "rope_magnitude",
-            "1 unless rope_scaling is 'per_pair'")
+    require(
+        len(config.rope_divisors) == per_pair * config.head_dim // 2,
+        "rope_divisors",
+        f"{config.head_dim // 2} numbers, one a rotated pair"
+        if per_pair
+        else "none unless rope_scaling is 'per_pair'",
+    )
+    require(
+        all(divisor > 0 for divisor in config.rope_divisors), "rope_divisors", "positive numbers"
+    )
+    require(
+        config.rope_magnitude == 1 or per_pair,
+        "rope_magnitude",
+        "1 unless rope_scaling is 'per_pair'",
+    )
     if config.attention_window:
         require(not config.is_encoder_decoder, "attention_window", "0 in an encoder-decoder")
-        require(not config.scan_layers, "attention_window",
-                "0 with scan_layers=True, which runs every layer alike; set scan_layers=False")
+        require(
+            not config.scan_layers,
+            "attention_window",
+            "0 with scan_layers=True, which runs every layer alike; set scan_layers=False",
+        )
     else:
         for field in ("global_layer_every", "local_rope_theta"):
             require(getattr(config, field) == 0, field, "0 without an attention_window")

@@ -49,12 +49,17 @@ class DecoderOnly(nn.Module):
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
 
     def decode_cached(
-        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Any, source: None = None,
+        self,
+        tokens_BxN: jax.Array,
+        positions_BxN: jax.Array,
+        cache: Any,
+        source: None = None,
         from_start: bool = False,
     ) -> tuple[jax.Array, Any]:
         """The next N tokens of every row, prompt or answer: see EncoderDecoder.decode_cached."""
         inputs_of = functools.partial(
-            cached_self_attention, self.config, cache, positions_BxN, from_start=from_start)
+            cached_self_attention, self.config, cache, positions_BxN, from_start=from_start
+        )
         attention, local = inputs_of(), None
         if self.config.attention_window:
             local = inputs_of(local=True)

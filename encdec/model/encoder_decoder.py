@@ -45,7 +45,8 @@ class EncoderDecoder(nn.Module):
             self.encoder_embedder = Embedder(config.replace(kernel_parts=0), head_too=False)
         self.encoder = Stack(
             config.replace(dtype=config.encoder_dtype or config.dtype, kernel_parts=0),
-            config.encoder_layers)
+            config.encoder_layers,
+        )
         self.decoder = Stack(config, config.decoder_layers, cross_attention=True)
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> jax.Array:
@@ -67,8 +68,7 @@ class EncoderDecoder(nn.Module):
         places = encoder_rope_positions(self.config, positions_BxS, segments_BxS)
         rope = rope_table(self.config, places)
         inputs = LayerInputs(
-            packed_attention(segments_BxS, segments_BxS, rope, rope),
-            deterministic=deterministic,
+            packed_attention(segments_BxS, segments_BxS, rope, rope), deterministic=deterministic
         )
         embed = self.embedder if self.config.share_embeddings else self.encoder_embedder
         x_BxSxM = embed(tokens_BxS).astype(self.config.encoder_dtype or self.config.dtype)
@@ -77,9 +77,13 @@ class EncoderDecoder(nn.Module):
     def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """The decoder's normed output [B, T, M] under teacher forcing, on packed rows."""
         source_segments, target_segments = (
-            batch["encoder_segment_ids"], batch["decoder_segment_ids"])
+            batch["encoder_segment_ids"],
+            batch["decoder_segment_ids"],
+        )
         encoded_BxSxM = self.encode(
-            batch["encoder_input_tokens"], source_segments, batch["encoder_positions"],
+            batch["encoder_input_tokens"],
+            source_segments,
+            batch["encoder_positions"],
             deterministic,
         )
         cross = packed_attention(target_segments, source_segments, None, None)
@@ -90,7 +94,7 @@ class EncoderDecoder(nn.Module):
         inputs = LayerInputs(
             packed_attention(target_segments, target_segments, rope, rope, causal=True),
             self._cross_attention(
-                cross.mask_BxTxS, positions, source_lengths_BxT, batch["encoder_positions"],
+                cross.mask_BxTxS, positions, source_lengths_BxT, batch["encoder_positions"]
             ).replace(segments=cross.segments),
             encoded_BxSxM,
             deterministic,
@@ -108,7 +112,11 @@ class EncoderDecoder(nn.Module):
         return Source(self.decoder.cross_key_values(inputs), mask_BxS)
 
     def decode_cached(
-        self, tokens_BxN: jax.Array, positions_BxN: jax.Array, cache: Any, source: Source,
+        self,
+        tokens_BxN: jax.Array,
+        positions_BxN: jax.Array,
+        cache: Any,
+        source: Source,
         from_start: bool = False,
     ) -> tuple[jax.Array, Any]:
         """The next N tokens of every row: normed output [B, N, M] and the updated cache.
@@ -118,14 +126,15 @@ class EncoderDecoder(nn.Module):
         ``from_start`` says that the positions are 0 to N - 1, which can save work.
         """
         batch, length = tokens_BxN.shape
-        attention = cached_self_attention(
-            self.config, cache, positions_BxN, from_start=from_start)
+        attention = cached_self_attention(self.config, cache, positions_BxN, from_start=from_start)
         cross_mask = jnp.broadcast_to(
-            source.mask_BxS[:, None], (batch, length, source.mask_BxS.shape[1]))
+            source.mask_BxS[:, None], (batch, length, source.mask_BxS.shape[1])
+        )
         source_lengths = jnp.sum(source.mask_BxS, axis=-1, dtype=jnp.int32)[:, None]
         cross = self._cross_attention(cross_mask, positions_BxN, source_lengths, None)
         return self.decoder(
-            self.embedder(tokens_BxN), LayerInputs(attention, cross), source.cross_kv, cache)
+            self.embedder(tokens_BxN), LayerInputs(attention, cross), source.cross_kv, cache
+        )
 
     def _cross_attention(
         self,

@@ -214,7 +214,8 @@ def _check_lengths(config: ModelConfig, inputs: int, targets: int) -> None:
     if inputs < 0 or targets < 1 or (config.is_encoder_decoder and inputs < 1):
         raise ConfigError(
             f"inputs is {inputs} and targets is {targets}; wanted at least 1 token of each "
-            "(a decoder-only model may have 0 inputs)")
+            "(a decoder-only model may have 0 inputs)"
+        )
 
 
 def forward_flops(
@@ -265,7 +266,8 @@ def training_flops(
     The arguments are those of ``forward_flops``.
     """
     forward = forward_flops(
-        config, inputs, targets, batch_size=batch_size, causal=causal, head_tokens=head_tokens)
+        config, inputs, targets, batch_size=batch_size, causal=causal, head_tokens=head_tokens
+    )
     return 3.0 * forward.total
 
 
@@ -316,8 +318,7 @@ def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
 
 
 def cache_bytes(
-    config: ModelConfig, inputs: int, targets: int, *, batch_size: int = 1,
-    dtype: str | None = None,
+    config: ModelConfig, inputs: int, targets: int, *, batch_size: int = 1, dtype: str | None = None
 ) -> int:
     """Bytes of keys and values kept while ``targets`` tokens are generated.
 

@@ -37,7 +37,7 @@ def platform() -> str:
 
 
 def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str:
-    """"xla", "splash" or "cudnn" for one attention sublayer.
+    """ "xla", "splash" or "cudnn" for one attention sublayer.
 
     Without segments (cached decoding, windows) and with dropout on the probabilities, plain XLA
     is the only one that can; "auto" then means it.
@@ -57,30 +57,37 @@ def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str
         raise ConfigError(
             f"ModelConfig.attention_kernel is {kernel!r}, which has no dropout on attention "
             f"probabilities, and attention_dropout is {config.attention_dropout}; wanted "
-            "attention_dropout=0.0, or attention_kernel='xla' or 'auto'")
+            "attention_dropout=0.0, or attention_kernel='xla' or 'auto'"
+        )
     if kernel == "cudnn":
         if where not in ("gpu", "cuda"):
             raise ConfigError(
                 f"ModelConfig.attention_kernel is 'cudnn' on {where}; wanted an NVIDIA GPU, or "
-                "attention_kernel='auto'")
+                "attention_kernel='auto'"
+            )
         if config.attention_logit_cap or config.dtype != "bfloat16":
             raise ConfigError(
                 "ModelConfig.attention_kernel is 'cudnn', which caps no scores and takes no "
                 f"{config.dtype}; wanted attention_logit_cap=0 and dtype='bfloat16', or "
-                "attention_kernel='xla'")
+                "attention_kernel='xla'"
+            )
     return kernel
 
 
 def cudnn_attention(
-    config: ModelConfig, q_BxTxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array,
+    config: ModelConfig,
+    q_BxTxHxD: jax.Array,
+    k_BxSxKxD: jax.Array,
+    v_BxSxKxD: jax.Array,
     mask_BxTxS: jax.Array,
 ) -> jax.Array:
     """cuDNN's flash attention under a mask; returns [B, T, H, D]. Needs an NVIDIA GPU."""
     q_BxTxHxD, k_BxSxKxD, v_BxSxKxD = named_inputs(
-        _grouped(config, q_BxTxHxD, axis=2), k_BxSxKxD, v_BxSxKxD)
+        _grouped(config, q_BxTxHxD, axis=2), k_BxSxKxD, v_BxSxKxD
+    )
     out = jax.nn.dot_product_attention(
-        q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask=mask_BxTxS[:, None], scale=1.0,
-        implementation="cudnn")
+        q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask=mask_BxTxS[:, None], scale=1.0, implementation="cudnn"
+    )
     return _ungrouped(config, out, axis=2)
 
 
@@ -111,11 +118,15 @@ def splash_attention(
     # Padding belongs to a segment of its own and reads itself; it is cut off below.
     q_segments, kv_segments = (_padded(ids, 1, -1) for ids in segments)
     # Named as the kernel takes them: what is saved then needs no work before the backward kernel.
-    q_BxHxTxD, k_BxKxSxD, v_BxKxSxD = named_inputs(*(
-        _padded(x, 2, 0) for x in (q_BxHxTxD, k_BxKxSxD, v_BxKxSxD)))
+    q_BxHxTxD, k_BxKxSxD, v_BxKxSxD = named_inputs(
+        *(_padded(x, 2, 0) for x in (q_BxHxTxD, k_BxKxSxD, v_BxKxSxD))
+    )
     function = functools.partial(
-        _splash, causal=causal, cap=config.attention_logit_cap or None,
-        interpret=platform() != "tpu")
+        _splash,
+        causal=causal,
+        cap=config.attention_logit_cap or None,
+        interpret=platform() != "tpu",
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         spec = lambda *axes: nn.logical_to_mesh_axes(axes) or PartitionSpec()
@@ -123,20 +134,29 @@ def splash_attention(
         if heads != kv_heads:
             # A device would hold query heads of which it lacks the keys, or the other way round.
             group = q_BxHxTxD.shape[1] // k_BxKxSxD.shape[1]
-            k_BxKxSxD, v_BxKxSxD = (
-                jnp.repeat(x, group, axis=1) for x in (k_BxKxSxD, v_BxKxSxD))
+            k_BxKxSxD, v_BxKxSxD = (jnp.repeat(x, group, axis=1) for x in (k_BxKxSxD, v_BxKxSxD))
             kv_heads = heads
         rows = spec("batch", None)
         function = jax.shard_map(
-            function, in_specs=(heads, kv_heads, kv_heads, rows, rows), out_specs=heads,
-            check_vma=False)
+            function,
+            in_specs=(heads, kv_heads, kv_heads, rows, rows),
+            out_specs=heads,
+            check_vma=False,
+        )
     out = function(q_BxHxTxD, k_BxKxSxD, v_BxKxSxD, q_segments, kv_segments)
     return _ungrouped(config, out[:, :, :length].swapaxes(1, 2), axis=2)
 
 
 def _splash(
-    q_BxHxTxD: jax.Array, k_BxKxSxD: jax.Array, v_BxKxSxD: jax.Array, q_segments_BxT: jax.Array,
-    kv_segments_BxS: jax.Array, *, causal: bool, cap: float | None, interpret: bool,
+    q_BxHxTxD: jax.Array,
+    k_BxKxSxD: jax.Array,
+    v_BxKxSxD: jax.Array,
+    q_segments_BxT: jax.Array,
+    kv_segments_BxS: jax.Array,
+    *,
+    causal: bool,
+    cap: float | None,
+    interpret: bool,
 ) -> jax.Array:
     """The kernel on one device's rows and heads; query heads grouped by key head."""
     # Here, because the import takes Pallas along, which most uses of the models never need.
@@ -148,14 +168,26 @@ def _splash(
     block_kv, compute = _block(kv_length, BLOCK_KV), _block(kv_length, BLOCK_KV_COMPUTE)
     compute = compute if block_kv % compute == 0 else block_kv
     kernel = splash.make_splash_mha(
-        splash.splash_attention_mask.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1,
+        splash.splash_attention_mask.MultiHeadMask([one] * heads),
+        head_shards=1,
+        q_seq_shards=1,
         block_sizes=splash.BlockSizes(
-            block_q=block_q, block_kv=block_kv, block_kv_compute=compute, block_q_dkv=block_q,
-            block_kv_dkv=block_kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True),
-        attn_logits_soft_cap=cap, residual_checkpoint_name=CONTEXT, interpret=interpret)
+            block_q=block_q,
+            block_kv=block_kv,
+            block_kv_compute=compute,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_kv_dkv_compute=compute,
+            use_fused_bwd_kernel=True,
+        ),
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name=CONTEXT,
+        interpret=interpret,
+    )
     with jax.named_scope("causal" if causal else "full"):
         return jax.vmap(kernel)(
-            q_BxHxTxD, k_BxKxSxD, v_BxKxSxD, splash.SegmentIds(q_segments_BxT, kv_segments_BxS))
+            q_BxHxTxD, k_BxKxSxD, v_BxKxSxD, splash.SegmentIds(q_segments_BxT, kv_segments_BxS)
+        )
 
 
 def _block(length: int, largest: int) -> int:
@@ -173,18 +205,20 @@ def _padded(x: jax.Array, axis: int, value: int) -> jax.Array:
 
 def _grouped(config: ModelConfig, x: jax.Array, axis: int) -> jax.Array:
     """Query heads in the order in which kernels pair them: h reads h // (H/K)."""
-    return _swap_heads(config, x, axis, (config.num_heads // config.num_kv_heads,
-                                         config.num_kv_heads))
+    return _swap_heads(
+        config, x, axis, (config.num_heads // config.num_kv_heads, config.num_kv_heads)
+    )
 
 
 def _ungrouped(config: ModelConfig, x: jax.Array, axis: int) -> jax.Array:
-    return _swap_heads(config, x, axis, (config.num_kv_heads,
-                                         config.num_heads // config.num_kv_heads))
+    return _swap_heads(
+        config, x, axis, (config.num_kv_heads, config.num_heads // config.num_kv_heads)
+    )
 
 
 def _swap_heads(config: ModelConfig, x: jax.Array, axis: int, split: tuple[int, int]) -> jax.Array:
     if config.kv_pairing == "grouped" or 1 in split:
         return x
     shape = x.shape
-    x = x.reshape(*shape[:axis], *split, *shape[axis + 1:])
+    x = x.reshape(*shape[:axis], *split, *shape[axis + 1 :])
     return x.swapaxes(axis, axis + 1).reshape(shape)

@@ -61,7 +61,8 @@ def _mixed_backward(equation: str, saved: Any, gradient: jax.Array) -> tuple[jax
     left, right = operands.split(",")
     return (
         jnp.einsum(f"{result},{right}->{left}", gradient, kernel.astype(x.dtype)),
-        jnp.einsum(f"{left},{result}->{right}", x, gradient, preferred_element_type=kernel.dtype))
+        jnp.einsum(f"{left},{result}->{right}", x, gradient, preferred_element_type=kernel.dtype),
+    )
 
 
 _mixed_product.defvjp(_mixed_forward, _mixed_backward)
@@ -124,8 +125,9 @@ class Projection(nn.Module):
         if config.kernel_parts:
             y = self._by_parts(x)
         elif config.float32_sums:
-            y = jnp.einsum(self.equation, x, self.kernel.astype(dtype),
-                           preferred_element_type=jnp.float32).astype(dtype)
+            y = jnp.einsum(
+                self.equation, x, self.kernel.astype(dtype), preferred_element_type=jnp.float32
+            ).astype(dtype)
         else:
             y = product(self.equation, x, self.kernel)
         return y + self.bias.astype(dtype) if self.bias_dims else y
@@ -223,11 +225,17 @@ class Mlp(nn.Module):
     def __call__(self, x_BxTxM: jax.Array) -> jax.Array:
         config = self.config
         into = functools.partial(
-            Projection, config, "btm,mf->btf", (config.d_model, config.mlp_dim), ("embed", "mlp"),
+            Projection,
+            config,
+            "btm,mf->btf",
+            (config.d_model, config.mlp_dim),
+            ("embed", "mlp"),
             bias_dims=int(config.mlp_bias),
         )
-        activation, save = ACTIVATIONS[config.mlp_activation], (
-            lambda x: checkpoint_name(x, MLP_HIDDEN))
+        activation, save = (
+            ACTIVATIONS[config.mlp_activation],
+            (lambda x: checkpoint_name(x, MLP_HIDDEN)),
+        )
         if config.mlp_gated:
             gate, up = into(name="gate"), into(name="up")
             if config.fuse_projections:
@@ -244,8 +252,12 @@ class Mlp(nn.Module):
             hidden_BxTxF = activation(save(into(name="up")(x_BxTxM)))
         hidden_BxTxF = nn.with_logical_constraint(hidden_BxTxF, ("batch", "length", "mlp"))
         return Projection(
-            config, "btf,fm->btm", (config.mlp_dim, config.d_model), ("mlp", "embed"),
-            bias_dims=int(config.mlp_bias), name="down",
+            config,
+            "btf,fm->btm",
+            (config.mlp_dim, config.d_model),
+            ("mlp", "embed"),
+            bias_dims=int(config.mlp_bias),
+            name="down",
         )(hidden_BxTxF)
 
 
@@ -259,15 +271,19 @@ class Embedder(nn.Module):
         config = self.config
         init, dtype = nn.initializers.normal(config.init_std), jnp.dtype(config.param_dtype)
         self.embedding = self.param(
-            "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")),
-            (config.vocab_size, config.d_model), dtype,
+            "embedding",
+            nn.with_logical_partitioning(init, ("vocab", "embed")),
+            (config.vocab_size, config.d_model),
+            dtype,
         )
         if self.head_too and not config.tie_embeddings:
             # Decoding reads it as [out, in], as all its kernels.
             turn = -1 if config.kernel_parts else 1
             self.head = self.param(
-                "head", nn.with_logical_partitioning(init, ("embed", "vocab")[::turn]),
-                (config.d_model, config.vocab_size)[::turn], dtype,
+                "head",
+                nn.with_logical_partitioning(init, ("embed", "vocab")[::turn]),
+                (config.d_model, config.vocab_size)[::turn],
+                dtype,
             )
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
@@ -290,8 +306,9 @@ class Embedder(nn.Module):
             table, equation = table[start:stop], "...m,vm->...v"
             if parts and count > 1 and len(table) % parts == 0:  # one row: see its size
                 table_PxRxM = table.reshape(parts, -1, table.shape[1]).astype(dtype)
-                return self._capped(product_by_parts(
-                    hidden.astype(dtype), table_PxRxM, len(table), jnp.float32))
+                return self._capped(
+                    product_by_parts(hidden.astype(dtype), table_PxRxM, len(table), jnp.float32)
+                )
         else:
             table, equation = self.head[:, start:stop], "...m,mv->...v"
         logits = jnp.einsum(

@@ -56,8 +56,12 @@ def match_decoder_only(
 
     def candidate(layers: int, mlp_dim: int) -> ModelConfig:
         return config.replace(
-            architecture="decoder_only", encoder_layers=0, decoder_layers=layers, mlp_dim=mlp_dim,
-            cross_attention_rope="none")
+            architecture="decoder_only",
+            encoder_layers=0,
+            decoder_layers=layers,
+            mlp_dim=mlp_dim,
+            cross_attention_rope="none",
+        )
 
     wanted = cost(config)
     found: list[tuple[bool, float, ModelConfig]] = []
@@ -78,5 +82,6 @@ def match_decoder_only(
     if not found:
         raise ConfigError(
             f"no decoder-only model matches the {by} within {TOLERANCE:.0%} with an MLP width in "
-            f"multiples of {mlp_multiple}; ask for a smaller mlp_multiple")
+            f"multiples of {mlp_multiple}; ask for a smaller mlp_multiple"
+        )
     return min(found, key=lambda entry: entry[:2])[2]

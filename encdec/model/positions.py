@@ -48,8 +48,9 @@ def rope_base(config: ModelConfig) -> float:
         return config.rope_theta
     factor, dim = config.rope_factor, config.head_dim
     longest = max(config.rope_length, config.rope_max_length)
-    return config.rope_theta * (
-        factor * longest / config.rope_max_length - (factor - 1)) ** (dim / (dim - 2))
+    return config.rope_theta * (factor * longest / config.rope_max_length - (factor - 1)) ** (
+        dim / (dim - 2)
+    )
 
 
 def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
@@ -73,9 +74,7 @@ def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
     return frequencies
 
 
-def rope_table(
-    config: ModelConfig, positions_BxT: jax.Array, local: bool = False
-) -> Rotation:
+def rope_table(config: ModelConfig, positions_BxT: jax.Array, local: bool = False) -> Rotation:
     """Cosines and sines for ``apply_rope``, made once for all layers.
 
     Both halves of a head turn by the same angles; they are written out, and the two tables kept
@@ -119,14 +118,17 @@ def _turned(x: jax.Array) -> jax.Array:
     quarter_turn[half:, :half], quarter_turn[:half, half:] = -np.eye(half), np.eye(half)
     # Exact, as each output is one input: in bfloat16 as it is, in float32 at full precision.
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jnp.einsum("...d,de->...e", x, quarter_turn.astype(x.dtype), precision=precision,
-                      preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...d,de->...e",
+        x,
+        quarter_turn.astype(x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _rotated_by_product(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float
-) -> jax.Array:
+def _rotated_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float) -> jax.Array:
     return ((x.astype(jnp.float32) * cos + _turned(x) * sin) * scale).astype(x.dtype)
 
 

@@ -48,13 +48,23 @@ _PAPER = ModelConfig(
 
 
 def _shape(
-    layers: tuple[int, int], d_model: int, heads: tuple[int, int, int], mlp_dim: int | None = None,
+    layers: tuple[int, int],
+    d_model: int,
+    heads: tuple[int, int, int],
+    mlp_dim: int | None = None,
     **changes: Any,
 ) -> ModelConfig:
     """The paper's choices at another size; heads are (query heads, kv heads, head width)."""
     return _PAPER.replace(
-        encoder_layers=layers[0], decoder_layers=layers[1], d_model=d_model, num_heads=heads[0],
-        num_kv_heads=heads[1], head_dim=heads[2], mlp_dim=mlp_dim or 4 * d_model, **changes)
+        encoder_layers=layers[0],
+        decoder_layers=layers[1],
+        d_model=d_model,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=heads[2],
+        mlp_dim=mlp_dim or 4 * d_model,
+        **changes,
+    )
 
 
 def _small(
@@ -66,8 +76,15 @@ def _small(
     out as in the paper's model; at 0.02 narrow models spend their short runs learning to attend.
     """
     return _shape(
-        layers, d_model, heads, vocab_size=vocab_size, dtype="float32", attention_dropout=0.0,
-        mlp_dropout=0.0, init_std=_PAPER.init_std * (_PAPER.d_model / d_model) ** 0.5)
+        layers,
+        d_model,
+        heads,
+        vocab_size=vocab_size,
+        dtype="float32",
+        attention_dropout=0.0,
+        mlp_dropout=0.0,
+        init_std=_PAPER.init_std * (_PAPER.d_model / d_model) ** 0.5,
+    )
 
 
 _BASES: dict[str, ModelConfig] = {
@@ -84,8 +101,12 @@ _BASES: dict[str, ModelConfig] = {
 }
 
 # Heads 128 wide; grouped pairing and plain norms, which accelerators' kernels expect.
-_TPU = {"kv_pairing": "grouped", "norm_cast": "after_scale", "encoder_positions": "from_zero",
-        "attention_dropout": 0.0}
+_TPU = {
+    "kv_pairing": "grouped",
+    "norm_cast": "after_scale",
+    "encoder_positions": "from_zero",
+    "attention_dropout": 0.0,
+}
 _TPU_BASES: dict[str, ModelConfig] = {
     "330m": _shape((20, 10), 1024, (3, 3, 128), **_TPU),
     "500m": _shape((24, 12), 1152, (4, 2, 128), **_TPU),
@@ -101,8 +122,11 @@ def preset_names() -> tuple[str, ...]:
     names = []
     for base, config in _BASES.items():
         for split in _SPLITS:
-            if split == "-half" and config.num_layers % 2 or split == "-third" and (
-                config.num_layers % 3
+            if (
+                split == "-half"
+                and config.num_layers % 2
+                or split == "-third"
+                and (config.num_layers % 3)
             ):
                 continue
             for shape in ("", "-tpu") if base in _TPU_BASES else ("",):
@@ -117,7 +141,8 @@ def _named(name: str) -> ModelConfig:
         near = difflib.get_close_matches(name, preset_names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"no preset is called {name!r}; {hint}There are: {', '.join(preset_names())}")
+            f"no preset is called {name!r}; {hint}There are: {', '.join(preset_names())}"
+        )
     peer = next(p for p in ("-dec-flops", "-dec", "") if name.endswith(p))
     rest = name.removesuffix(peer)
     bases = _TPU_BASES if rest.endswith("-tpu") else _BASES
@@ -127,7 +152,8 @@ def _named(name: str) -> ModelConfig:
     if share := _SPLITS[split]:
         encoder_layers = config.num_layers * share[0] // share[1]
         config = config.replace(
-            encoder_layers=encoder_layers, decoder_layers=config.num_layers - encoder_layers)
+            encoder_layers=encoder_layers, decoder_layers=config.num_layers - encoder_layers
+        )
     if by := _PEERS[peer]:
         # Here, because the formulas know configurations and not the other way round.
         from encdec.model.peers import match_decoder_only

@@ -83,8 +83,10 @@ class Block(nn.Module):
         """One layer: activations in, activations and the updated self-attention cache out."""
         post_norms, deterministic = self.config.post_norms, inputs.deterministic
         y, cache = self.self_attention(
-            self.self_attention_norm(x_BxTxM), inputs.self_attention,
-            cache=cache, deterministic=deterministic,
+            self.self_attention_norm(x_BxTxM),
+            inputs.self_attention,
+            cache=cache,
+            deterministic=deterministic,
         )
         y = self.self_attention_post_norm(y) if post_norms else y
         x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
@@ -93,8 +95,10 @@ class Block(nn.Module):
             if cross_kv is None:
                 cross_kv = self.cross_key_values(None, inputs)[1]
             y, _ = self.encoder_attention(
-                self.cross_attention_norm(x_BxTxM), inputs.cross_attention,
-                key_values=cross_kv, deterministic=deterministic,
+                self.cross_attention_norm(x_BxTxM),
+                inputs.cross_attention,
+                key_values=cross_kv,
+                deterministic=deterministic,
             )
             y = self.cross_attention_post_norm(y) if post_norms else y
             x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
@@ -156,9 +160,9 @@ class Stack(nn.Module):
             nothing = (None,) * self.num_layers
             caches = []
             local = inputs.replace(self_attention=inputs.local_attention)
-            for index, (layer, layer_kv, layer_cache) in enumerate(zip(
-                self.layers, cross_kv or nothing, cache or nothing, strict=True
-            )):
+            for index, (layer, layer_kv, layer_cache) in enumerate(
+                zip(self.layers, cross_kv or nothing, cache or nothing, strict=True)
+            ):
                 layer_inputs = local if self.config.is_local(index) else inputs
                 x_BxTxM, layer_cache = layer(x_BxTxM, layer_inputs, layer_kv, layer_cache)
                 caches.append(layer_cache)

@@ -60,8 +60,11 @@ class Corpora:
         if not self.vocabulary.is_file():
             say(f"vocabulary of {self._setting.vocabulary:,} ids")
             train_vocabulary(
-                self._all_text(), self.vocabulary, size=self._setting.vocabulary,
-                sample_bytes=self._setting.vocabulary_bytes)
+                self._all_text(),
+                self.vocabulary,
+                size=self._setting.vocabulary,
+                sample_bytes=self._setting.vocabulary_bytes,
+            )
         vocabulary = load_vocabulary(self.vocabulary)
         for column in self._setting.columns:
             for task in column.tasks:
@@ -71,12 +74,23 @@ class Corpora:
                     say(f"{task}: {counts[task]}")
         shape = self._setting.pretrain
         for part in ("train", "held_out"):
-            self._prepare("pretrain", part, shape["inputs"], shape["targets"], say,
-                          text=[str(self._work / "text" / f"{part}.jsonl")])
+            self._prepare(
+                "pretrain",
+                part,
+                shape["inputs"],
+                shape["targets"],
+                say,
+                text=[str(self._work / "text" / f"{part}.jsonl")],
+            )
             for column in self._setting.columns:
                 self._prepare(
-                    column.name, part, column.inputs, column.targets, say,
-                    jsonl=[str(self.tasks_dir / part / f"{task}.jsonl") for task in column.tasks])
+                    column.name,
+                    part,
+                    column.inputs,
+                    column.targets,
+                    say,
+                    jsonl=[str(self.tasks_dir / part / f"{task}.jsonl") for task in column.tasks],
+                )
 
     def _prepare(
         self, name: str, part: str, inputs: int, targets: int, say: Say, **source: Any
@@ -84,11 +98,19 @@ class Corpora:
         out = pathlib.Path(self.records(name, part))
         if (out / CARD_FILE).is_file():
             return
-        card = prepare(out=out, vocabulary=self.vocabulary, inputs_length=inputs,
-                       targets_length=targets, workers=1, **source)
-        say(f"records {name}, {part}: {card.examples:,} examples in {card.rows:,} rows of "
+        card = prepare(
+            out=out,
+            vocabulary=self.vocabulary,
+            inputs_length=inputs,
+            targets_length=targets,
+            workers=1,
+            **source,
+        )
+        say(
+            f"records {name}, {part}: {card.examples:,} examples in {card.rows:,} rows of "
             f"{inputs} + {targets} tokens, {card.non_padding_share:.0%} filled; cut "
-            f"{dict(card.truncated) or 'nothing'}")
+            f"{dict(card.truncated) or 'nothing'}"
+        )
 
     def _write_excerpts(self) -> dict[str, Any]:
         """The beginning of every document, into text/train.jsonl and text/held_out.jsonl."""
@@ -105,8 +127,13 @@ class Corpora:
         for part, texts in taken.items():
             _write_lines(self._work / "text" / f"{part}.jsonl", ({"text": text} for text in texts))
         return {"bytes_found": found} | {
-            f"{part}_{unit}": value for part, texts in taken.items() for unit, value in (
-                ("documents", len(texts)), ("bytes", sum(len(text.encode()) for text in texts)))}
+            f"{part}_{unit}": value
+            for part, texts in taken.items()
+            for unit, value in (
+                ("documents", len(texts)),
+                ("bytes", sum(len(text.encode()) for text in texts)),
+            )
+        }
 
     def _all_text(self) -> Iterator[str]:
         """What the vocabulary is learned from: training text alone."""
@@ -132,9 +159,11 @@ class Corpora:
 
     def _write_task(self, column: Column, task: str, vocabulary: Vocabulary) -> dict[str, Any]:
         train, held_out = self._split(column, task)
-        parts = {"train": (train, column.train_examples), "held_out": (held_out, 0),
-                 "validation": (self._examples(column, task, "validation"),
-                                column.validation_examples)}
+        parts = {
+            "train": (train, column.train_examples),
+            "held_out": (held_out, 0),
+            "validation": (self._examples(column, task, "validation"), column.validation_examples),
+        }
         counts = {}
         for part, (pairs, most) in parts.items():
             fitting, long = fitting_pairs(pairs, column, vocabulary)
@@ -143,10 +172,15 @@ class Corpora:
                 raise DataError(
                     f"none of the {len(pairs):,} {part} examples of {task} fits rows of "
                     f"{column.inputs} + {column.targets} tokens; raise "
-                    f"config.columns.{column.name}.inputs and targets, or set too_long to 'cut'")
-            _write_lines(self.tasks_dir / part / f"{task}.jsonl", (
-                {"source": source, "target": references[0], "targets": list(references)}
-                for source, references in chosen))
+                    f"config.columns.{column.name}.inputs and targets, or set too_long to 'cut'"
+                )
+            _write_lines(
+                self.tasks_dir / part / f"{task}.jsonl",
+                (
+                    {"source": source, "target": references[0], "targets": list(references)}
+                    for source, references in chosen
+                ),
+            )
             counts[part] = {"found": len(pairs), "too_long": long, "taken": len(chosen)}
         return counts
 
@@ -157,8 +191,8 @@ def fitting_pairs(
     """The examples whose source and target fit a row, EOS included, and the number of others."""
     lengths = [
         np.array([len(ids) + 1 for ids in vocabulary.encode_batch(list(texts), False)])
-        for texts in (
-            (source for source, _ in pairs), (references[0] for _, references in pairs))]
+        for texts in ((source for source, _ in pairs), (references[0] for _, references in pairs))
+    ]
     fits = (lengths[0] <= column.inputs) & (lengths[1] <= column.targets)
     return [pair for pair, fit in zip(pairs, fits) if fit], int((~fits).sum())
 

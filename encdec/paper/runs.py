@@ -16,11 +16,11 @@ import jax
 
 from encdec.data.records import write_json
 from encdec.distill.scoring import score
-from encdec.evaluation.command import main as evaluate
+from encdec.evaluation.evaluate_command import main as evaluate
+from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.loading import chosen_step
 from encdec.evaluation.predictions import WINDOW
-from encdec.evaluation.report import REPORT_FILE, read_report
-from encdec.evaluation.table import table, table_markdown
+from encdec.evaluation.results_table import table, table_markdown
 from encdec.paper.corpora import Corpora, Say
 from encdec.paper.setting import TEACHER, Column, Setting, run_config, slug, table_rows
 from encdec.train.config import RunConfig
@@ -43,8 +43,15 @@ class Experiment:
         say: takes lines of progress.
     """
 
-    def __init__(self, setting: Setting, work: pathlib.Path, corpora: Corpora,
-                 columns: Sequence[str], rows: Sequence[str], say: Say):
+    def __init__(
+        self,
+        setting: Setting,
+        work: pathlib.Path,
+        corpora: Corpora,
+        columns: Sequence[str],
+        rows: Sequence[str],
+        say: Say,
+    ):
         self._setting, self._work, self._corpora, self._say = setting, work, corpora, say
         self._columns = [c for c in setting.columns if not columns or c.name in columns]
         self._rows = [row for row in table_rows(setting) if not rows or row in rows]
@@ -73,8 +80,9 @@ class Experiment:
         self._tune(row, column, seed, teacher)
         self._evaluate(row, column, seed, bool(teacher))
 
-    def folder(self, row: str, column: str = "", seed: int = 0, distilled: bool = False
-               ) -> pathlib.Path:
+    def folder(
+        self, row: str, column: str = "", seed: int = 0, distilled: bool = False
+    ) -> pathlib.Path:
         """The work directory of a pretraining, or of a fine-tuning on a column."""
         if not column:
             return self._work / "runs" / f"{slug(row)}-pretrain"
@@ -83,17 +91,34 @@ class Experiment:
 
     def _pretrain(self, row: str) -> None:
         shape = self._setting.pretrain
-        self._train(self.folder(row), run_config(
-            self._setting, row, records=self._corpora.records("pretrain", "train"),
-            eval_records=self._corpora.records("pretrain", "held_out"),
-            batch_size=shape["batch_size"], steps=shape["steps"], seed=0))
+        self._train(
+            self.folder(row),
+            run_config(
+                self._setting,
+                row,
+                records=self._corpora.records("pretrain", "train"),
+                eval_records=self._corpora.records("pretrain", "held_out"),
+                batch_size=shape["batch_size"],
+                steps=shape["steps"],
+                seed=0,
+            ),
+        )
 
     def _tune(self, row: str, column: Column, seed: int, teacher: str = "") -> None:
-        self._train(self.folder(row, column.name, seed, bool(teacher)), run_config(
-            self._setting, row, records=self._corpora.records(column.name, "train"),
-            eval_records=self._corpora.records(column.name, "held_out"),
-            batch_size=column.batch_size, steps=column.steps, seed=seed,
-            init_from=str(self.folder(row)), teacher=teacher))
+        self._train(
+            self.folder(row, column.name, seed, bool(teacher)),
+            run_config(
+                self._setting,
+                row,
+                records=self._corpora.records(column.name, "train"),
+                eval_records=self._corpora.records(column.name, "held_out"),
+                batch_size=column.batch_size,
+                steps=column.steps,
+                seed=seed,
+                init_from=str(self.folder(row)),
+                teacher=teacher,
+            ),
+        )
 
     def _train(self, folder: pathlib.Path, run: RunConfig) -> None:
         if (folder / DONE_FILE).is_file():
@@ -101,11 +126,19 @@ class Experiment:
         begin, cpu = time.monotonic(), time.process_time()
         summary = train(run, folder)
         jax.clear_caches()  # programs of runs that are over
-        write_json(folder / DONE_FILE, {
-            **summary.train, **summary.eval, "seconds": time.monotonic() - begin,
-            "cpu_seconds": time.process_time() - cpu})
-        self._say(f"{folder.name}: held-out loss {summary.eval['eval/loss']:.4f}, "
-                  f"{time.monotonic() - begin:,.0f} s")
+        write_json(
+            folder / DONE_FILE,
+            {
+                **summary.train,
+                **summary.eval,
+                "seconds": time.monotonic() - begin,
+                "cpu_seconds": time.process_time() - cpu,
+            },
+        )
+        self._say(
+            f"{folder.name}: held-out loss {summary.eval['eval/loss']:.4f}, "
+            f"{time.monotonic() - begin:,.0f} s"
+        )
 
     def _score(self, column: Column) -> str:
         """The teacher's draws on a column's training rows; returns their directory."""
@@ -113,11 +146,18 @@ class Experiment:
         out.parent.mkdir(exist_ok=True)
         if not (out / "teacher.json").is_file():
             folder = self.folder(TEACHER, column.name)
-            card = score(folder, self._corpora.records(column.name, "train"), out,
-                         draws=self._setting.distill["draws"], step=chosen_step(folder, "best"))
+            card = score(
+                folder,
+                self._corpora.records(column.name, "train"),
+                out,
+                draws=self._setting.distill["draws"],
+                step=chosen_step(folder, "best"),
+            )
             jax.clear_caches()
-            self._say(f"teacher on {column.name}: {card.tokens:,} tokens, "
-                      f"{card.bytes_per_token:.1f} bytes a token")
+            self._say(
+                f"teacher on {column.name}: {card.tokens:,} tokens, "
+                f"{card.bytes_per_token:.1f} bytes a token"
+            )
         return str(out)
 
     def _evaluate(self, row: str, column: Column, seed: int, distilled: bool = False) -> None:
@@ -125,9 +165,17 @@ class Experiment:
         out = folder / "evaluation"
         if (out / REPORT_FILE).is_file():
             return
-        evaluate([f"--checkpoint={folder}", "--step=best", f"--tasks={','.join(column.tasks)}",
-                  f"--data_dir={self._corpora.tasks_dir}", f"--out={out}", f"--batch_rows={WINDOW}",
-                  f"--too_long={column.too_long}"])
+        evaluate(
+            [
+                f"--checkpoint={folder}",
+                "--step=best",
+                f"--tasks={','.join(column.tasks)}",
+                f"--data_dir={self._corpora.tasks_dir}",
+                f"--out={out}",
+                f"--batch_rows={WINDOW}",
+                f"--too_long={column.too_long}",
+            ]
+        )
         jax.clear_caches()
         self.write_table()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from encdec.errors import ConfigError
-from encdec.evaluation.table import PAPER
+from encdec.evaluation.results_table import PAPER
 from encdec.model import ModelConfig, preset
 from encdec.model.flops import count_parameters
 from encdec.scaling.matching import DECODER_ONLY, encoder_share, matched, series_name
@@ -68,10 +68,15 @@ def parse_setting(values: Mapping[str, Any]) -> Setting:
     values = dict(values)
     columns = tuple(
         Column(name, **{**fields, "tasks": tuple(fields["tasks"])})
-        for name, fields in values.pop("columns").items())
-    setting = Setting(columns=columns, **{
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()})
+        for name, fields in values.pop("columns").items()
+    )
+    setting = Setting(
+        columns=columns,
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        },
+    )
     _check(setting)
     return setting
 
@@ -88,8 +93,10 @@ def _check(setting: Setting) -> None:
         if column.too_long not in ("skip", "cut"):
             raise ConfigError(f"{where}.too_long is {column.too_long!r}; wanted 'skip' or 'cut'")
         if column.train_file and len(column.tasks) != 1:
-            raise ConfigError(f"{where}.train_file is {column.train_file!r}, but the column has "
-                              f"{len(column.tasks)} tasks; wanted one")
+            raise ConfigError(
+                f"{where}.train_file is {column.train_file!r}, but the column has "
+                f"{len(column.tasks)} tasks; wanted one"
+            )
         if min(column.train_examples, column.validation_examples) < 0:
             raise ConfigError(f"{where} has a negative number of examples; wanted 0 (all) or more")
     teacher = count_parameters(model_of(setting, TEACHER)).total
@@ -100,7 +107,8 @@ def _check(setting: Setting) -> None:
                 f"the teacher {setting.teacher} has {teacher:,} parameters, its student {name} "
                 f"{student:,}; wanted at least {TEACHER_RATIO:g} times as many: raise "
                 "config.teacher_layers, name another config.teacher, or leave the student out of "
-                "config.distilled")
+                "config.distilled"
+            )
 
 
 def row_name(split: str) -> str:
@@ -113,8 +121,10 @@ def table_rows(setting: Setting) -> dict[str, str]:
     """The students' rows of the table, and the split of each ("" for DEC)."""
     rows = {DEC: "", **{row_name(split): split for split in setting.splits}}
     if strange := [name for name in rows if name not in PAPER]:
-        raise ConfigError(f"config.splits gives {strange[0]!r}, which the paper has not; wanted "
-                          "some of 1/3, 1/2, 2/3")
+        raise ConfigError(
+            f"config.splits gives {strange[0]!r}, which the paper has not; wanted "
+            "some of 1/3, 1/2, 2/3"
+        )
     return rows
 
 
@@ -137,47 +147,74 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
             common["decoder_layers"] = setting.teacher_layers
         model = preset(setting.teacher, **common)
         if model.is_encoder_decoder:
-            raise ConfigError(f"config.teacher is {setting.teacher}, an encoder-decoder; wanted a "
-                              "decoder-only preset")
+            raise ConfigError(
+                f"config.teacher is {setting.teacher}, an encoder-decoder; wanted a "
+                "decoder-only preset"
+            )
         return model
     pretrain = setting.pretrain
     base = preset(setting.model, **common)
     layers = encoder_share(setting.splits[0]) * base.num_layers
     if layers.denominator != 1:
-        raise ConfigError(f"config.model {setting.model} has {base.num_layers} layers, which "
-                          f"cannot be split {setting.splits[0]}")
+        raise ConfigError(
+            f"config.model {setting.model} has {base.num_layers} layers, which "
+            f"cannot be split {setting.splits[0]}"
+        )
     reference = base.replace(
-        encoder_layers=int(layers), decoder_layers=base.num_layers - int(layers))
+        encoder_layers=int(layers), decoder_layers=base.num_layers - int(layers)
+    )
     split = table_rows(setting)[row]
     if split == setting.splits[0]:
         return reference
     return matched(
-        reference, series_name(split) if split else DECODER_ONLY, split or setting.splits[0],
-        "flops+data", pretrain["inputs"], pretrain["targets"])
+        reference,
+        series_name(split) if split else DECODER_ONLY,
+        split or setting.splits[0],
+        "flops+data",
+        pretrain["inputs"],
+        pretrain["targets"],
+    )
 
 
 def run_config(
-    setting: Setting, row: str, *, records: str, eval_records: str, batch_size: int, steps: int,
-    seed: int, init_from: str = "", teacher: str = "",
+    setting: Setting,
+    row: str,
+    *,
+    records: str,
+    eval_records: str,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    init_from: str = "",
+    teacher: str = "",
 ) -> RunConfig:
     """The run of a row's model on some records, from a teacher's rows too where they are given."""
     model, optimizer = model_of(setting, row), setting.optimizer
     name = setting.teacher if row == TEACHER else setting.model
     base = preset(name)
     every = max(1, steps // EVALUATIONS)
-    return parse_config({
-        "model": name,
-        "model_overrides": {
-            k: v for k, v in model.to_dict().items() if v != getattr(base, k)},
-        "init_from": init_from, "batch_size": batch_size, "steps": steps, "seed": seed,
-        "log_every": max(1, steps // 10),
-        "data": {"records": records, "eval_records": eval_records},
-        "optimizer": {"name": optimizer["name"], "learning_rate": optimizer["learning_rate"],
-                      "weight_decay": optimizer["weight_decay"]},
-        "schedule": {"name": "cosine",
-                     "warmup_steps": round(optimizer["warmup_fraction"] * steps)},
-        "loss": {"z_loss": optimizer["z_loss"]},
-        "distill": {"teacher": teacher, "alpha": setting.distill["alpha"]},
-        "eval": {"every": every, "batch_size": batch_size},
-        "checkpoint": {"every": every, "keep": EVALUATIONS + 1},
-    })
+    return parse_config(
+        {
+            "model": name,
+            "model_overrides": {k: v for k, v in model.to_dict().items() if v != getattr(base, k)},
+            "init_from": init_from,
+            "batch_size": batch_size,
+            "steps": steps,
+            "seed": seed,
+            "log_every": max(1, steps // 10),
+            "data": {"records": records, "eval_records": eval_records},
+            "optimizer": {
+                "name": optimizer["name"],
+                "learning_rate": optimizer["learning_rate"],
+                "weight_decay": optimizer["weight_decay"],
+            },
+            "schedule": {
+                "name": "cosine",
+                "warmup_steps": round(optimizer["warmup_fraction"] * steps),
+            },
+            "loss": {"z_loss": optimizer["z_loss"]},
+            "distill": {"teacher": teacher, "alpha": setting.distill["alpha"]},
+            "eval": {"every": every, "batch_size": batch_size},
+            "checkpoint": {"every": every, "keep": EVALUATIONS + 1},
+        }
+    )

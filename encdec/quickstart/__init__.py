@@ -1,5 +1,5 @@
 """The whole story on one small machine: data, two models at equal cost, a student, comparisons."""
 
-from encdec.quickstart.command import main
+from encdec.quickstart.quickstart_command import main
 
 __all__ = ["main"]

@@ -19,14 +19,7 @@ from encdec.scaling.intervals import (
     hold_out_largest,
 )
 from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
-from encdec.scaling.results import (
-    LOSSES,
-    Row,
-    final_rows,
-    metrics_of,
-    observations,
-    seed_noise,
-)
+from encdec.scaling.results import LOSSES, Row, final_rows, metrics_of, observations, seed_noise
 from encdec.scaling.rungs import Rung, loss_rungs, score_rungs
 
 ENCODER_DECODER = "ed"  # all splits together, in the form "parts"
@@ -153,15 +146,21 @@ def analyse(rows: Sequence[Row], choices: Choices = Choices()) -> Analysis:
     """
     final = final_rows(rows)
     if not final:
-        raise DataError(f"{len(rows)} rows, and none of a finished run; run the ladder first: "
-                        "encdec scaling run")
+        raise DataError(
+            f"{len(rows)} rows, and none of a finished run; run the ladder first: "
+            "encdec scaling run"
+        )
     _require_numbers(final, choices)
     names = sorted({row["series"] for row in final}, key=_order)
     series = {
         name: fitted(name, [row for row in final if row["series"] == name], choices)
-        for name in names}
-    paired = [row for row in final if row["architecture"] == "encoder_decoder"
-              and not is_distilled(row["series"])]
+        for name in names
+    }
+    paired = [
+        row
+        for row in final
+        if row["architecture"] == "encoder_decoder" and not is_distilled(row["series"])
+    ]
     splits = {row["series"] for row in paired}
     parts = fitted(ENCODER_DECODER, paired, choices, "parts") if len(splits) > 1 else None
     comparisons, against_plain, not_compared = {}, {}, {}
@@ -181,10 +180,19 @@ def analyse(rows: Sequence[Row], choices: Choices = Choices()) -> Analysis:
     finished = {row["run"] for row in final}
     unfinished = sorted({row["run"] for row in rows} - finished)
     return Analysis(
-        choices, tuple(rows), series, parts, comparisons, against_plain, not_compared,
-        _distillation(series, final, choices), tuple(loss_rungs(final, choices.loss)),
+        choices,
+        tuple(rows),
+        series,
+        parts,
+        comparisons,
+        against_plain,
+        not_compared,
+        _distillation(series, final, choices),
+        tuple(loss_rungs(final, choices.loss)),
         {metric: tuple(score_rungs(rows, metric)) for metric in metrics_of(rows)},
-        seed_noise(final, choices.loss), tuple(unfinished))
+        seed_noise(final, choices.loss),
+        tuple(unfinished),
+    )
 
 
 def _distillation(
@@ -192,20 +200,26 @@ def _distillation(
 ) -> dict[str, Distillation]:
     found = {}
     for plain in dict.fromkeys(plain_name(name) for name in series if is_distilled(name)):
-        rows = [row for row in final
-                if is_distilled(row["series"]) and plain_name(row["series"]) == plain]
-        runs = observations(rows, tokens=choices.tokens, parameters=choices.parameters,
-                            loss=choices.loss)
+        rows = [
+            row
+            for row in final
+            if is_distilled(row["series"]) and plain_name(row["series"]) == plain
+        ]
+        runs = observations(
+            rows, tokens=choices.tokens, parameters=choices.parameters, loss=choices.loss
+        )
         teachers = np.array([float(row.get("teacher_loss", 0.0)) for row in rows])
-        found[plain] = _distilled_law(Distillation(plain, runs, teachers), series.get(plain),
-                                      choices)
+        found[plain] = _distilled_law(
+            Distillation(plain, runs, teachers), series.get(plain), choices
+        )
     return found
 
 
 def _distilled_law(one: Distillation, plain: Fitted | None, choices: Choices) -> Distillation:
     if choices.loss != "nats_per_token":
-        return dataclasses.replace(one, reason="teachers' losses are in nats a token; fit with "
-                                   "--loss=nats_per_token")
+        return dataclasses.replace(
+            one, reason="teachers' losses are in nats a token; fit with --loss=nats_per_token"
+        )
     if plain is None or plain.law is None:
         why = plain.reason if plain else "none were run"
         return dataclasses.replace(one, reason=f"the plain runs of {one.name} have no law: {why}")
@@ -217,15 +231,20 @@ def _distilled_law(one: Distillation, plain: Fitted | None, choices: Choices) ->
     predicted = law.loss(runs.parameters, runs.tokens, one.teacher_loss)
     span = float(runs.tokens.min()), float(runs.tokens.max()) * 100
     return dataclasses.replace(
-        one, law=law, residuals=np.log(runs.loss) - np.log(predicted),
-        overtaken_at={float(n): law.overtaken_at(float(n), best, span)
-                      for n in np.unique(runs.parameters)})
+        one,
+        law=law,
+        residuals=np.log(runs.loss) - np.log(predicted),
+        overtaken_at={
+            float(n): law.overtaken_at(float(n), best, span) for n in np.unique(runs.parameters)
+        },
+    )
 
 
 def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -> Fitted:
     """One group of finished runs, fitted as far as it can be."""
     runs = observations(
-        rows, tokens=choices.tokens, parameters=choices.parameters, loss=choices.loss)
+        rows, tokens=choices.tokens, parameters=choices.parameters, loss=choices.loss
+    )
     found = Fitted(name, runs, tuple(rows))
     try:
         law = fit_law(runs, form)
@@ -243,9 +262,16 @@ def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -
         except DataError as error:
             reason = f"no intervals: {error}"
     return dataclasses.replace(
-        found, law=law, reason=reason, intervals=constant_intervals(draws),
-        residuals=residuals(law, runs), held_out=held_out, held_out_reason=why_not,
-        cost=fit_cost(runs) if form == "total" else None, draws=tuple(draws))
+        found,
+        law=law,
+        reason=reason,
+        intervals=constant_intervals(draws),
+        residuals=residuals(law, runs),
+        held_out=held_out,
+        held_out_reason=why_not,
+        cost=fit_cost(runs) if form == "total" else None,
+        draws=tuple(draws),
+    )
 
 
 def _compare(first: Fitted, second: Fitted) -> Comparison:
@@ -255,17 +281,26 @@ def _compare(first: Fitted, second: Fitted) -> Comparison:
     low = max(one.runs.flops.min() for one in (first, second))
     high = min(one.runs.flops.max() for one in (first, second))
     return compare(
-        first.frontier, second.frontier, (float(low), float(high)), first.frontier_draws,
-        second.frontier_draws)
+        first.frontier,
+        second.frontier,
+        (float(low), float(high)),
+        first.frontier_draws,
+        second.frontier_draws,
+    )
 
 
 def _require_numbers(rows: list[Row], choices: Choices) -> None:
     name = LOSSES[choices.loss]
-    bad = [row["run"] for row in rows
-           if not isinstance(row.get(name), (int, float)) or not np.isfinite(row[name])]
+    bad = [
+        row["run"]
+        for row in rows
+        if not isinstance(row.get(name), (int, float)) or not np.isfinite(row[name])
+    ]
     if bad:
-        raise DataError(f"the loss is not a finite number in {len(bad)} runs: "
-                        f"{', '.join(bad[:5])}; leave them out by --skip=RUN, or run them again")
+        raise DataError(
+            f"the loss is not a finite number in {len(bad)} runs: "
+            f"{', '.join(bad[:5])}; leave them out by --skip=RUN, or run them again"
+        )
 
 
 def _order(name: str) -> tuple[bool, float, str]:

@@ -24,8 +24,17 @@ from encdec.train.config import RunConfig, to_dict
 
 Say = Callable[[str], None]
 # Of a run's configuration: what changes constants in its program, or nothing in it at all.
-_NO_COST = ("steps", "seed", "log_every", "init_from", "data", "eval", "checkpoint", "profile",
-            "schedule")
+_NO_COST = (
+    "steps",
+    "seed",
+    "log_every",
+    "init_from",
+    "data",
+    "eval",
+    "checkpoint",
+    "profile",
+    "schedule",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +67,12 @@ Compile = Callable[[RunConfig, str, int, int], StepFigures]
 
 
 def step_figures(
-    ladder: Ladder, runs: Iterable[PlannedRun], topology: str,
-    kept: str | os.PathLike | None = None, say: Say = print, compile_: Compile | None = None,
+    ladder: Ladder,
+    runs: Iterable[PlannedRun],
+    topology: str,
+    kept: str | os.PathLike | None = None,
+    say: Say = print,
+    compile_: Compile | None = None,
 ) -> dict[str, StepFigures]:
     """The figures of every run's step, by the run's name.
 
@@ -95,8 +108,9 @@ def step_key(ladder: Ladder, run: PlannedRun, topology: str) -> str:
     content["distill"] = bool(content["distill"]["teacher"])
     # By the whole model: a preset may change under its name.
     content["model"], content["model_overrides"] = run.model.to_dict(), None
-    text = json.dumps([content, run.inputs, run.targets, topology, _versions()], sort_keys=True,
-                      default=str)
+    text = json.dumps(
+        [content, run.inputs, run.targets, topology, _versions()], sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -117,8 +131,9 @@ def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) ->
         return StepFigures(topology, chips, reason=str(error))
     finally:
         jax.clear_caches()  # dozens of programs would otherwise stay in memory
-    return StepFigures(topology, chips, step.memory.peak, step.memory.limit, step.step_seconds,
-                       step.mfu)
+    return StepFigures(
+        topology, chips, step.memory.peak, step.memory.limit, step.step_seconds, step.mfu
+    )
 
 
 def read_kept(path: str | os.PathLike) -> dict[str, StepFigures]:
@@ -136,15 +151,18 @@ def read_kept(path: str | os.PathLike) -> dict[str, StepFigures]:
             key = values.pop("key")
             found[key] = StepFigures(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, line {number} is no step's figures ({error!r}); delete the "
-                            "line, and its step is compiled again") from None
+            raise DataError(
+                f"{path}, line {number} is no step's figures ({error!r}); delete the "
+                "line, and its step is compiled again"
+            ) from None
     return found
 
 
 def _append(path: pathlib.Path, key: str, figures: StepFigures) -> None:
     values: Mapping[str, Any] = {
         name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in dataclasses.asdict(figures).items()}
+        for name, value in dataclasses.asdict(figures).items()
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:

@@ -57,7 +57,8 @@ class DistillationLaw:
             bend = np.logaddexp(0.0, np.log(teacher_loss / (c["d1"] * alone)) / c["f1"])
         own = c["A"] * parameters ** -c["alpha"] + c["B"] * tokens ** -c["beta"]
         return teacher_loss + np.exp(
-            -c["c0"] * np.log(teacher_loss) - c["c1"] * c["f1"] * bend + c["gamma"] * np.log(own))
+            -c["c0"] * np.log(teacher_loss) - c["c1"] * c["f1"] * bend + c["gamma"] * np.log(own)
+        )
 
     def overtaken_at(
         self, parameters: float, teacher_loss: float, tokens: tuple[float, float]
@@ -103,9 +104,16 @@ def fit_distillation(
     problem = _Problem(runs, teacher_loss, supervised)
     found = [
         optimize.least_squares(
-            problem.residuals, start, bounds=(_LOW, _HIGH), loss="huber", f_scale=HUBER_DELTA,
-            x_scale="jac", max_nfev=400)
-        for start in problem.starts()]
+            problem.residuals,
+            start,
+            bounds=(_LOW, _HIGH),
+            loss="huber",
+            f_scale=HUBER_DELTA,
+            x_scale="jac",
+            max_nfev=400,
+        )
+        for start in problem.starts()
+    ]
     return problem.to_law(min(found, key=lambda result: result.cost).x)
 
 
@@ -115,13 +123,20 @@ def check_distilled(runs: Observations, teacher_loss: np.ndarray) -> None:
         raise DataError(f"{len(teacher_loss)} teachers' losses for {len(runs)} runs")
     unknown = int(np.sum(~(np.isfinite(teacher_loss) & (teacher_loss > 0))))
     if unknown:
-        raise DataError(f"the teacher's loss of {unknown} of {len(runs)} distilled runs is not "
-                        "known; set ladder.distilled.teachers.NAME.loss")
-    for name, values in (("loss", runs.loss), ("parameters", runs.parameters),
-                         ("tokens", runs.tokens)):
+        raise DataError(
+            f"the teacher's loss of {unknown} of {len(runs)} distilled runs is not "
+            "known; set ladder.distilled.teachers.NAME.loss"
+        )
+    for name, values in (
+        ("loss", runs.loss),
+        ("parameters", runs.parameters),
+        ("tokens", runs.tokens),
+    ):
         if not (np.isfinite(values) & (values > 0)).all():
-            raise DataError(f"{name} is not a positive finite number in every distilled run; leave "
-                            "such runs out")
+            raise DataError(
+                f"{name} is not a positive finite number in every distilled run; leave "
+                "such runs out"
+            )
     for what, values, mend in (
         ("teacher loss{}", teacher_loss, "distil from other teachers, too"),
         ("student size{}", runs.parameters, "distil other sizes of the ladder"),
@@ -130,16 +145,22 @@ def check_distilled(runs: Observations, teacher_loss: np.ndarray) -> None:
         count = len(np.unique(np.round(np.log(values), 6)))
         if count < MIN_DISTINCT:
             plural = "" if count == 1 else "es" if "loss" in what else "s"
-            raise DataError(f"{count} {what.format(plural)}; the distillation law wants at least "
-                            f"{MIN_DISTINCT}: {mend}")
+            raise DataError(
+                f"{count} {what.format(plural)}; the distillation law wants at least "
+                f"{MIN_DISTINCT}: {mend}"
+            )
     if len(runs) <= len(NAMES):
-        raise DataError(f"{len(runs)} distilled runs; the {len(NAMES)} constants of the "
-                        f"distillation law want at least {len(NAMES) + 1}")
+        raise DataError(
+            f"{len(runs)} distilled runs; the {len(NAMES)} constants of the "
+            f"distillation law want at least {len(NAMES) + 1}"
+        )
     below = int(np.sum(runs.loss <= teacher_loss))
     if below:
-        raise DataError(f"{below} of {len(runs)} students have a lower loss than their teacher, "
-                        "which this law cannot describe; leave them out by --skip=RUN, or distil "
-                        "from a better teacher")
+        raise DataError(
+            f"{below} of {len(runs)} students have a lower loss than their teacher, "
+            "which this law cannot describe; leave them out by --skip=RUN, or distil "
+            "from a better teacher"
+        )
 
 
 class _Problem:
@@ -160,8 +181,10 @@ class _Problem:
     def _log_excess(self, theta: np.ndarray) -> np.ndarray:
         c0, c1, d1, f1, a, alpha, b, beta, gamma = theta
         bend = np.logaddexp(0.0, (self._ahead - d1) / np.exp(f1))
-        own = np.logaddexp(a - alpha * (self._log_sizes - self._centres[0]),
-                           b - beta * (self._log_tokens - self._centres[1]))
+        own = np.logaddexp(
+            a - alpha * (self._log_sizes - self._centres[0]),
+            b - beta * (self._log_tokens - self._centres[1]),
+        )
         return -c0 * self._log_teacher - np.exp(c1 + f1) * bend + np.exp(gamma) * own
 
     def starts(self) -> list[np.ndarray]:
@@ -169,8 +192,9 @@ class _Problem:
         alpha, beta = self.supervised.alpha, self.supervised.beta
         found = []
         for c0, product, d1, f1 in itertools.product(*_STARTS.values()):
-            theta = np.array([c0, math.log(product / f1), math.log(d1), math.log(f1), 0.0,
-                              alpha, 0.0, beta, 0.0])
+            theta = np.array(
+                [c0, math.log(product / f1), math.log(d1), math.log(f1), 0.0, alpha, 0.0, beta, 0.0]
+            )
             # At the level at which the excess has the right mean.
             theta[[4, 6]] += np.mean(self._excess - self._log_excess(theta))
             found.append(np.clip(theta, _LOW + 1e-6, _HIGH - 1e-6))
@@ -178,10 +202,20 @@ class _Problem:
 
     def to_law(self, theta: np.ndarray) -> DistillationLaw:
         hit = tuple(
-            name for name, value, low, high in zip(NAMES, theta, _LOW, _HIGH)
-            if min(value - low, high - value) < 1e-3)
+            name
+            for name, value, low, high in zip(NAMES, theta, _LOW, _HIGH)
+            if min(value - low, high - value) < 1e-3
+        )
         c0, c1, d1, f1, a, alpha, b, beta, gamma = (float(x) for x in theta)
-        values = (c0, math.exp(c1), math.exp(d1), math.exp(f1),
-                  math.exp(a + alpha * self._centres[0]), alpha,
-                  math.exp(b + beta * self._centres[1]), beta, math.exp(gamma))
+        values = (
+            c0,
+            math.exp(c1),
+            math.exp(d1),
+            math.exp(f1),
+            math.exp(a + alpha * self._centres[0]),
+            alpha,
+            math.exp(b + beta * self._centres[1]),
+            beta,
+            math.exp(gamma),
+        )
         return DistillationLaw(self.supervised, dict(zip(NAMES, values)), hit)

@@ -65,8 +65,10 @@ class Observations:
                 continue
             values = np.asarray(values, np.float64)
             if values.shape != np.shape(self.loss):
-                raise DataError(f"{field.name} has shape {values.shape}, loss "
-                                f"{np.shape(self.loss)}; wanted one value a run")
+                raise DataError(
+                    f"{field.name} has shape {values.shape}, loss "
+                    f"{np.shape(self.loss)}; wanted one value a run"
+                )
             object.__setattr__(self, field.name, values)
 
     def __len__(self) -> int:
@@ -74,9 +76,12 @@ class Observations:
 
     def select(self, index: np.ndarray) -> Observations:
         """The runs that a mask or an array of numbers picks."""
-        return Observations(**{
-            name: None if values is None else values[index]
-            for name, values in self._arrays().items()})
+        return Observations(
+            **{
+                name: None if values is None else values[index]
+                for name, values in self._arrays().items()
+            }
+        )
 
     def replace_loss(self, loss: np.ndarray) -> Observations:
         return dataclasses.replace(self, loss=loss)
@@ -132,7 +137,10 @@ class Law:
 
 
 def fit_law(
-    runs: Observations, form: Form = "total", *, starts: Sequence[Law] | None = None,
+    runs: Observations,
+    form: Form = "total",
+    *,
+    starts: Sequence[Law] | None = None,
     rounds: int = 5,
 ) -> Law:
     """Fits a law by the Huber loss of log L.
@@ -150,8 +158,7 @@ def fit_law(
     problem = _Problem(runs, form)
     # Threads cost a hundred times what they save on matrices this small.
     with _linear_algebra().limit(limits=1, user_api="blas"):
-        thetas = (
-            [problem.from_law(law) for law in starts] if starts else problem.grid_starts())
+        thetas = [problem.from_law(law) for law in starts] if starts else problem.grid_starts()
         found = [problem.polish(theta, rounds) for theta in thetas]
     return problem.to_law(min(found, key=lambda result: result.fun))
 
@@ -178,19 +185,26 @@ def check(runs: Observations, form: Form) -> None:
             shown = ", ".join(f"row {i}: {values[i]}" for i in bad[:5])
             raise DataError(
                 f"{name} is not a positive finite number in {bad.size} of {len(runs)} rows "
-                f"({shown}); leave these runs out or run them again")
+                f"({shown}); leave these runs out or run them again"
+            )
     wanted = constants_of(form) + 1
     if len(runs) < wanted:
-        raise DataError(f"{len(runs)} runs; the {constants_of(form)} constants of the form "
-                        f"{form!r} want at least {wanted}: run more of the ladder")
+        raise DataError(
+            f"{len(runs)} runs; the {constants_of(form)} constants of the form "
+            f"{form!r} want at least {wanted}: run more of the ladder"
+        )
     sizes = len(np.unique(runs.parameters))
     if sizes < MIN_DISTINCT:
-        raise DataError(f"{sizes} model size{'s' * (sizes > 1)}; an exponent of size wants at "
-                        f"least {MIN_DISTINCT}: run other sizes of the ladder")
+        raise DataError(
+            f"{sizes} model size{'s' * (sizes > 1)}; an exponent of size wants at "
+            f"least {MIN_DISTINCT}: run other sizes of the ladder"
+        )
     budgets = len(np.unique(runs.tokens))
     if budgets < MIN_DISTINCT:
-        raise DataError(f"{budgets} token count{'s' * (budgets > 1)}; an exponent of data wants "
-                        f"at least {MIN_DISTINCT}: run other token budgets of the ladder")
+        raise DataError(
+            f"{budgets} token count{'s' * (budgets > 1)}; an exponent of data wants "
+            f"at least {MIN_DISTINCT}: run other token budgets of the ladder"
+        )
     if form == "parts" and (runs.encoder_parameters is None or runs.decoder_parameters is None):
         raise DataError("the form 'parts' wants the parameters of encoder and decoder of each run")
     logs = [np.log(n) for n in _sizes(runs, form)] + [np.log(runs.tokens)]
@@ -198,11 +212,16 @@ def check(runs: Observations, form: Form) -> None:
     columns = [(x - x.mean()) / max(x.std(), 1e-12) for x in logs]
     smallest = np.linalg.svd(np.stack(columns, 1), compute_uv=False)[-1] / np.sqrt(len(runs))
     if smallest < 0.02:
-        what = ("encoder and decoder sizes or tokens" if form == "parts" else "size and tokens")
-        mend = ("other splits or token budgets" if form == "parts"
-                else "several token budgets at each size")
-        raise DataError(f"{what} grow in one fixed proportion over all runs, so that their "
-                        f"exponents cannot be told apart: add {mend}")
+        what = "encoder and decoder sizes or tokens" if form == "parts" else "size and tokens"
+        mend = (
+            "other splits or token budgets"
+            if form == "parts"
+            else "several token budgets at each size"
+        )
+        raise DataError(
+            f"{what} grow in one fixed proportion over all runs, so that their "
+            f"exponents cannot be told apart: add {mend}"
+        )
 
 
 def _unused(form: Form) -> tuple[str, ...]:
@@ -255,10 +274,16 @@ class _Problem:
         # Huber's loss is slope * residual - slope^2 / 2 in both of its branches.
         value = np.mean(slope * residual - slope**2 / 2)
         shares = np.exp(terms - predicted) * slope
-        gradient = np.concatenate([
-            [shares[0].mean(), shares[1].mean()],
-            -(self._sizes * shares[1]).mean(1),
-            [shares[2].mean(), -(self._tokens * shares[2]).mean()]]) / HUBER_DELTA
+        gradient = (
+            np.concatenate(
+                [
+                    [shares[0].mean(), shares[1].mean()],
+                    -(self._sizes * shares[1]).mean(1),
+                    [shares[2].mean(), -(self._tokens * shares[2]).mean()],
+                ]
+            )
+            / HUBER_DELTA
+        )
         return float(value), gradient
 
     def grid_starts(self) -> list[np.ndarray]:
@@ -267,9 +292,10 @@ class _Problem:
         scale = np.exp(-self._log_loss)  # residuals relative to the loss, as in its log
         for exponents in itertools.product(_GRID[self.form], repeat=self._count + 1):
             alphas, beta = np.array(exponents[:-1]), exponents[-1]
-            columns = np.stack([
-                np.ones_like(scale), np.exp(-alphas @ self._sizes),
-                np.exp(-beta * self._tokens)], 1)
+            columns = np.stack(
+                [np.ones_like(scale), np.exp(-alphas @ self._sizes), np.exp(-beta * self._tokens)],
+                1,
+            )
             constants, _ = optimize.nnls(columns * scale[:, None], np.ones_like(scale))
             logs = np.log(np.maximum(constants, 1e-3))
             theta = np.concatenate([logs[:2], alphas, [logs[2], beta]])
@@ -284,15 +310,30 @@ class _Problem:
         may stop early; starting again with a fresh Hessian goes on from there.
         """
         low, high = np.log(_SMALLEST_TERM), 3.0
-        bounds = [(low, high), (low, high), *[_EXPONENT_BOUNDS] * self._count, (low, high),
-                  _EXPONENT_BOUNDS]
+        bounds = [
+            (low, high),
+            (low, high),
+            *[_EXPONENT_BOUNDS] * self._count,
+            (low, high),
+            _EXPONENT_BOUNDS,
+        ]
         found = None
         for _ in range(rounds):
             last = found
             found = optimize.minimize(
-                self.objective, theta if last is None else last.x, jac=True, method="L-BFGS-B",
-                bounds=bounds, options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-12,
-                                        "gtol": 1e-9, "maxcor": 10})
+                self.objective,
+                theta if last is None else last.x,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=bounds,
+                options={
+                    "maxiter": 2000,
+                    "maxfun": 4000,
+                    "ftol": 1e-12,
+                    "gtol": 1e-9,
+                    "maxcor": 10,
+                },
+            )
             if last is not None and last.fun - found.fun <= 1e-6 * abs(found.fun):
                 break
         return found
@@ -303,15 +344,21 @@ class _Problem:
         names = ("E", "A", *_SIZE_NAMES[self.form], "B", "beta")
         bounds = [(low,), (low,), *[_EXPONENT_BOUNDS] * self._count, (low,), _EXPONENT_BOUNDS]
         hit = tuple(
-            name for name, value, edges in zip(names, found.x, bounds)
-            if any(abs(value - edge) < 1e-6 for edge in edges))
+            name
+            for name, value, edges in zip(names, found.x, bounds)
+            if any(abs(value - edge) < 1e-6 for edge in edges)
+        )
         scale = self._loss_centre
         return Law(
-            self.form, float(np.exp(e + scale)),
+            self.form,
+            float(np.exp(e + scale)),
             float(np.exp(a + scale + alphas @ self._size_centres)),
             float(np.exp(b + scale + beta * self._token_centre)),
-            tuple(float(x) for x in alphas), float(beta),
-            float(found.fun) * HUBER_DELTA**2, hit)
+            tuple(float(x) for x in alphas),
+            float(beta),
+            float(found.fun) * HUBER_DELTA**2,
+            hit,
+        )
 
     def from_law(self, law: Law) -> np.ndarray:
         alphas = np.array(law.size_exponents)

@@ -82,7 +82,8 @@ class Frontier:
         per_token = np.asarray(flops, np.float64) / cost.factor  # N^kappa D
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             best = (law.alpha * law.A / (rate * law.B) * per_token**law.beta) ** (
-                1 / (law.alpha + rate))
+                1 / (law.alpha + rate)
+            )
         return np.clip(best, *self.sizes)  # the loss has one valley, so its edge is best
 
     def tokens(self, flops: np.ndarray) -> np.ndarray:
@@ -158,9 +159,7 @@ class Comparison:
     share_first_ahead: float
 
 
-def band(
-    frontiers: Sequence[Frontier], flops: np.ndarray, level: float = LEVEL
-) -> np.ndarray:
+def band(frontiers: Sequence[Frontier], flops: np.ndarray, level: float = LEVEL) -> np.ndarray:
     """Interval of the lowest loss at each of ``flops``, [2, points]; NaN without frontiers."""
     if not frontiers:
         return np.full((2, len(flops)), np.nan)
@@ -168,9 +167,14 @@ def band(
 
 
 def compare(
-    first: Frontier, second: Frontier, flops: tuple[float, float],
-    first_draws: Sequence[Frontier] = (), second_draws: Sequence[Frontier] = (), *,
-    level: float = LEVEL, decades_beyond: float = 2.0,
+    first: Frontier,
+    second: Frontier,
+    flops: tuple[float, float],
+    first_draws: Sequence[Frontier] = (),
+    second_draws: Sequence[Frontier] = (),
+    *,
+    level: float = LEVEL,
+    decades_beyond: float = 2.0,
 ) -> Comparison:
     """Sets two frontiers side by side.
 
@@ -183,8 +187,10 @@ def compare(
         decades_beyond: how far outside ``flops`` a crossing is looked for.
     """
     if not 0 < flops[0] < flops[1]:
-        raise DataError(f"the architectures share no range of FLOPs: from {flops[0]:.3g} to "
-                        f"{flops[1]:.3g}; run both on the same budgets")
+        raise DataError(
+            f"the architectures share no range of FLOPs: from {flops[0]:.3g} to "
+            f"{flops[1]:.3g}; run both on the same budgets"
+        )
     grid = np.geomspace(*flops, _GRID_POINTS)
     pairs = list(zip(first_draws, second_draws))
     first_loss, second_loss = first.loss(grid), second.loss(grid)
@@ -194,11 +200,17 @@ def compare(
     ratios = [b.flops(losses) / a.flops(losses) for a, b in pairs]
     ahead = [a.loss(grid[-1:])[0] < b.loss(grid[-1:])[0] for a, b in pairs]
     return Comparison(
-        grid, first_loss, second_loss, band(first_draws, grid, level),
-        band(second_draws, grid, level), losses, ratio,
+        grid,
+        first_loss,
+        second_loss,
+        band(first_draws, grid, level),
+        band(second_draws, grid, level),
+        losses,
+        ratio,
         _percentiles(np.stack(ratios), level) if ratios else np.full((2, len(losses)), np.nan),
         _crossing(first, second, flops, pairs, level, decades_beyond),
-        float(np.mean(ahead)) if ahead else float("nan"))
+        float(np.mean(ahead)) if ahead else float("nan"),
+    )
 
 
 def _percentiles(values: np.ndarray, level: float) -> np.ndarray:
@@ -208,8 +220,12 @@ def _percentiles(values: np.ndarray, level: float) -> np.ndarray:
 
 
 def _crossing(
-    first: Frontier, second: Frontier, flops: tuple[float, float],
-    pairs: Sequence[tuple[Frontier, Frontier]], level: float, decades: float,
+    first: Frontier,
+    second: Frontier,
+    flops: tuple[float, float],
+    pairs: Sequence[tuple[Frontier, Frontier]],
+    level: float,
+    decades: float,
 ) -> Crossing:
     low, high = np.log10(flops[0]) - decades, np.log10(flops[1]) + decades
     grid = np.linspace(low, high, 4 * _GRID_POINTS)
@@ -219,8 +235,11 @@ def _crossing(
     crossed = [10**root for root in roots if root is not None]
     outside = found is not None and not np.log10(flops[0]) <= found <= np.log10(flops[1])
     return Crossing(
-        None if found is None else float(10**found), Interval.of(np.array(crossed), level),
-        len(crossed) / len(pairs) if pairs else float("nan"), outside)
+        None if found is None else float(10**found),
+        Interval.of(np.array(crossed), level),
+        len(crossed) / len(pairs) if pairs else float("nan"),
+        outside,
+    )
 
 
 def _root(first: Frontier, second: Frontier, grid: np.ndarray, near: float) -> float | None:

@@ -59,7 +59,8 @@ def bootstrap(runs: Observations, law: Law, draws: int = 200, seed: int = 0) -> 
         else:
             raise DataError(
                 f"{len(runs)} runs are too few to draw samples from that still determine a law; "
-                "run more of the ladder, or fit without intervals (--draws=0)")
+                "run more of the ladder, or fit without intervals (--draws=0)"
+            )
     return laws
 
 
@@ -67,8 +68,10 @@ def constant_intervals(draws: list[Law], level: float = LEVEL) -> dict[str, Inte
     """The interval of each constant, by name."""
     if not draws:
         return {}
-    return {name: Interval.of(np.array([law.constants()[name] for law in draws]), level)
-            for name in draws[0].constants()}
+    return {
+        name: Interval.of(np.array([law.constants()[name] for law in draws]), level)
+        for name in draws[0].constants()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,8 +101,11 @@ class Distilled:
 
     def named(self) -> dict[str, tuple[str, float]]:
         """(rows, loss) of each teacher that is to be used."""
-        return {name: (str(entry["rows"]), float(entry.get("loss", 0.0)))
-                for name, entry in self.teachers.items() if entry.get("rows")}
+        return {
+            name: (str(entry["rows"]), float(entry.get("loss", 0.0)))
+            for name, entry in self.teachers.items()
+            if entry.get("rows")
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,16 +202,17 @@ class PlannedRun:
         del content["name"], content["epochs"], content["teacher"], content["teacher_loss"]
         # Fields at their defaults are left out, so that a later field of models changes no digest.
         content["model"] = {
-            field.name: content["model"][field.name] for field in dataclasses.fields(self.model)
-            if getattr(self.model, field.name) != field.default}
+            field.name: content["model"][field.name]
+            for field in dataclasses.fields(self.model)
+            if getattr(self.model, field.name) != field.default
+        }
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def overrides(self) -> dict[str, Any]:
         """The model as changes to its preset, for a run's ``model_overrides``."""
         base = preset(self.preset).to_dict()
-        return {name: value for name, value in self.model.to_dict().items()
-                if value != base[name]}
+        return {name: value for name, value in self.model.to_dict().items() if value != base[name]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +233,10 @@ class Plan:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"ladder {self.ladder.name!r} has no run {name!r}{hint} "
-                              "(`encdec scaling plan` lists them)")
+            raise ConfigError(
+                f"ladder {self.ladder.name!r} has no run {name!r}{hint} "
+                "(`encdec scaling plan` lists them)"
+            )
         return self.runs[names.index(name)]
 
 
@@ -271,16 +277,19 @@ def plan(ladder: Ladder, card: DatasetCard | None = None) -> Plan:
         raise ConfigError(
             f"the records have rows of {card.inputs_length} + {card.targets_length} tokens, the "
             f"ladder {inputs} + {targets}; set --ladder.inputs and --ladder.targets, or prepare "
-            "records of these lengths")
+            "records of these lengths"
+        )
     runs: list[PlannedRun] = []
     left_out: list[str] = []
     for size, entry in ladder.sizes.items():
         base = preset(entry["preset"], **{k: v for k, v in entry.items() if k != "preset"})
         reference = with_split(base, ladder.splits[0])
         models = {
-            name: reference if split == ladder.splits[0] and name != DECODER_ONLY else matched(
-                reference, name, split, ladder.match, inputs, targets)
-            for name, split in _series(ladder)}
+            name: reference
+            if split == ladder.splits[0] and name != DECODER_ONLY
+            else matched(reference, name, split, ladder.match, inputs, targets)
+            for name, split in _series(ladder)
+        }
         for budget in ladder.budgets.values:
             rung = _rung(ladder, size, entry["preset"], reference, models, budget, card)
             if isinstance(rung, str):
@@ -299,8 +308,11 @@ def run_config(ladder: Ladder, run: PlannedRun) -> RunConfig:
     for name, value in ladder.run.items():
         values[name] = values[name] | value if isinstance(value, Mapping) else value
     values |= {
-        "model": run.preset, "model_overrides": run.overrides(), "batch_size": run.batch_size,
-        "steps": run.steps, "seed": run.seed,
+        "model": run.preset,
+        "model_overrides": run.overrides(),
+        "batch_size": run.batch_size,
+        "steps": run.steps,
+        "seed": run.seed,
         "data": values["data"] | {"records": ladder.records, "eval_records": ladder.eval_records},
         "optimizer": values["optimizer"] | {"learning_rate": run.learning_rate},
         "schedule": values["schedule"] | {"warmup_steps": run.warmup_steps},
@@ -316,13 +328,21 @@ def _series(ladder: Ladder) -> list[tuple[str, str]]:
 
 
 def _rung(
-    ladder: Ladder, size: str, base: str, reference: ModelConfig,
-    models: Mapping[str, ModelConfig], budget: float, card: DatasetCard | None,
+    ladder: Ladder,
+    size: str,
+    base: str,
+    reference: ModelConfig,
+    models: Mapping[str, ModelConfig],
+    budget: float,
+    card: DatasetCard | None,
 ) -> list[PlannedRun] | str:
     """The runs of one size at one budget, or why there are none."""
     inputs, targets = ladder.inputs, ladder.targets
-    row_tokens = ((card.source_tokens / card.rows, card.target_tokens / card.rows) if card
-                  else (float(inputs), float(targets)))
+    row_tokens = (
+        (card.source_tokens / card.rows, card.target_tokens / card.rows)
+        if card
+        else (float(inputs), float(targets))
+    )
     row_flops = training_flops(reference, inputs, targets)
     wanted = {
         "rows": budget,
@@ -333,35 +353,57 @@ def _rung(
     rows = batch * round(wanted / batch)
     label = f"{size} at {budget:.3g} {ladder.budgets.kind}"
     if rows // batch < ladder.budgets.min_steps:
-        return (f"{label}: {rows // batch} steps of {batch} rows, fewer than min_steps = "
-                f"{ladder.budgets.min_steps}")
+        return (
+            f"{label}: {rows // batch} steps of {batch} rows, fewer than min_steps = "
+            f"{ladder.budgets.min_steps}"
+        )
     repeated = not ladder.seeds.sizes or size in ladder.seeds.sizes
     repeated &= not ladder.seeds.budgets or budget in ladder.seeds.budgets
     runs = []
     for series, model, teacher, teacher_loss in _with_distilled(ladder, models):
         # With equal sizes and equal FLOPs, data has to differ.
-        share = (row_flops / training_flops(model, inputs, targets)
-                 if ladder.match == "flops+parameters" else 1.0)
+        share = (
+            row_flops / training_flops(model, inputs, targets)
+            if ladder.match == "flops+parameters"
+            else 1.0
+        )
         steps = round(rows * share / batch)
         epochs = batch * steps / card.rows if card else math.nan
         if epochs > ladder.budgets.max_epochs:
-            return (f"{label}: {series} reads its records {epochs:.1f} times, more than "
-                    f"max_epochs = {ladder.budgets.max_epochs:g}")
+            return (
+                f"{label}: {series} reads its records {epochs:.1f} times, more than "
+                f"max_epochs = {ladder.budgets.max_epochs:g}"
+            )
         flops = batch * steps * training_flops(model, inputs, targets)
         if "flops" in ladder.match and abs(flops / (rows * row_flops) - 1) > FLOPS_TOLERANCE:
-            return (f"{label}: {series} comes to {flops:.4g} FLOPs in whole steps, the reference "
-                    f"to {rows * row_flops:.4g}, more than 1 % apart; a smaller batch mends that")
+            return (
+                f"{label}: {series} comes to {flops:.4g} FLOPs in whole steps, the reference "
+                f"to {rows * row_flops:.4g}, more than 1 % apart; a smaller batch mends that"
+            )
         for seed in range(ladder.seeds.count if repeated else 1):
-            runs.append(PlannedRun(
-                name=f"{series}_{size}_" + f"{budget:.3g}".replace("+", "") + f"_s{seed}",
-                series=series, size=size, budget=budget, seed=seed, preset=base, model=model,
-                batch_size=batch, steps=steps,
-                learning_rate=_learning_rate(ladder.learning_rate, model, batch),
-                warmup_steps=min(round(ladder.warmup_fraction * steps), steps - 1),
-                eval_every=max(1, math.ceil(steps / ladder.evaluations)),
-                inputs=inputs, targets=targets, source_tokens=batch * steps * row_tokens[0],
-                target_tokens=batch * steps * row_tokens[1], epochs=epochs, teacher=teacher,
-                teacher_loss=teacher_loss))
+            runs.append(
+                PlannedRun(
+                    name=f"{series}_{size}_" + f"{budget:.3g}".replace("+", "") + f"_s{seed}",
+                    series=series,
+                    size=size,
+                    budget=budget,
+                    seed=seed,
+                    preset=base,
+                    model=model,
+                    batch_size=batch,
+                    steps=steps,
+                    learning_rate=_learning_rate(ladder.learning_rate, model, batch),
+                    warmup_steps=min(round(ladder.warmup_fraction * steps), steps - 1),
+                    eval_every=max(1, math.ceil(steps / ladder.evaluations)),
+                    inputs=inputs,
+                    targets=targets,
+                    source_tokens=batch * steps * row_tokens[0],
+                    target_tokens=batch * steps * row_tokens[1],
+                    epochs=epochs,
+                    teacher=teacher,
+                    teacher_loss=teacher_loss,
+                )
+            )
     return runs
 
 
@@ -373,7 +415,8 @@ def _with_distilled(
     return plain + [
         (distilled_name(series, teacher), models[series], rows, loss)
         for series in ladder.distilled.series
-        for teacher, (rows, loss) in ladder.distilled.named().items()]
+        for teacher, (rows, loss) in ladder.distilled.named().items()
+    ]
 
 
 def _batch_size(rule: BatchRule, rows: float) -> int:
@@ -394,8 +437,11 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {prefix + near[0]!r}?" if near else (
-                f"; wanted one of {', '.join(hints)}")
+            hint = (
+                f"; did you mean {prefix + near[0]!r}?"
+                if near
+                else (f"; wanted one of {', '.join(hints)}")
+            )
             raise ConfigError(f"the ladder has no field {prefix + name!r}{hint}")
         arguments[name] = _typed(prefix + name, value, hints[name])
     return kind(**arguments)
@@ -428,8 +474,12 @@ def _check(ladder: Ladder) -> None:
 
     require(bool(ladder.sizes), "sizes", dict(ladder.sizes), "at least one size")
     for size, entry in ladder.sizes.items():
-        require(isinstance(entry, Mapping) and "preset" in entry, f"sizes.{size}", entry,
-                "a preset and changes to it: {'preset': '330m', ...}")
+        require(
+            isinstance(entry, Mapping) and "preset" in entry,
+            f"sizes.{size}",
+            entry,
+            "a preset and changes to it: {'preset': '330m', ...}",
+        )
         require(not {"_", "/"} & set(size), "sizes", size, "names without '_' and '/'")
     require(bool(ladder.splits), "splits", ladder.splits, "at least one, the reference's first")
     require(len(set(ladder.splits)) == len(ladder.splits), "splits", ladder.splits, "no repetition")
@@ -437,57 +487,98 @@ def _check(ladder: Ladder) -> None:
         encoder_share(split)
     require(ladder.match in MATCHES, "match", ladder.match, "one of " + ", ".join(MATCHES))
     budgets, seeds = ladder.budgets, ladder.seeds
-    require(budgets.kind in BUDGET_KINDS, "budgets.kind", budgets.kind,
-            "one of " + ", ".join(BUDGET_KINDS))
-    require(bool(budgets.values) and min(budgets.values) > 0, "budgets.values", budgets.values,
-            "positive numbers")
-    require(len(set(budgets.values)) == len(budgets.values), "budgets.values", budgets.values,
-            "no repetition")
+    require(
+        budgets.kind in BUDGET_KINDS,
+        "budgets.kind",
+        budgets.kind,
+        "one of " + ", ".join(BUDGET_KINDS),
+    )
+    require(
+        bool(budgets.values) and min(budgets.values) > 0,
+        "budgets.values",
+        budgets.values,
+        "positive numbers",
+    )
+    require(
+        len(set(budgets.values)) == len(budgets.values),
+        "budgets.values",
+        budgets.values,
+        "no repetition",
+    )
     positive = {
-        "inputs": ladder.inputs, "targets": ladder.targets, "evaluations": ladder.evaluations,
-        "budgets.min_steps": budgets.min_steps, "budgets.max_epochs": budgets.max_epochs,
-        "batch.rows": ladder.batch.rows, "batch.reference_rows": ladder.batch.reference_rows,
-        "batch.smallest": ladder.batch.smallest, "seeds.count": seeds.count,
+        "inputs": ladder.inputs,
+        "targets": ladder.targets,
+        "evaluations": ladder.evaluations,
+        "budgets.min_steps": budgets.min_steps,
+        "budgets.max_epochs": budgets.max_epochs,
+        "batch.rows": ladder.batch.rows,
+        "batch.reference_rows": ladder.batch.reference_rows,
+        "batch.smallest": ladder.batch.smallest,
+        "seeds.count": seeds.count,
         "learning_rate.peak": ladder.learning_rate.peak,
         "learning_rate.reference_width": ladder.learning_rate.reference_width,
-        "learning_rate.reference_batch": ladder.learning_rate.reference_batch}
+        "learning_rate.reference_batch": ladder.learning_rate.reference_batch,
+    }
     for field, value in positive.items():
         require(value > 0, field, value, "a positive number")
-    require(0 <= ladder.warmup_fraction < 1, "warmup_fraction", ladder.warmup_fraction,
-            "a fraction in [0, 1)")
+    require(
+        0 <= ladder.warmup_fraction < 1,
+        "warmup_fraction",
+        ladder.warmup_fraction,
+        "a fraction in [0, 1)",
+    )
     _check_distilled(ladder)
     for size in seeds.sizes:
-        require(size in ladder.sizes, "seeds.sizes", size, "sizes of the ladder: " +
-                ", ".join(ladder.sizes))
+        require(
+            size in ladder.sizes,
+            "seeds.sizes",
+            size,
+            "sizes of the ladder: " + ", ".join(ladder.sizes),
+        )
     for budget in seeds.budgets:
         require(budget in budgets.values, "seeds.budgets", budget, "values of the budgets")
     owned = {"model", "model_overrides", "batch_size", "steps", "seed", "data"}
-    require("teacher" not in ladder.run.get("distill", {}), "run.distill.teacher",
-            ladder.run.get("distill", {}).get("teacher"), "ladder.distilled.teachers instead, so "
-            "that plain series stay plain")
+    require(
+        "teacher" not in ladder.run.get("distill", {}),
+        "run.distill.teacher",
+        ladder.run.get("distill", {}).get("teacher"),
+        "ladder.distilled.teachers instead, so that plain series stay plain",
+    )
     for field in ladder.run:
-        require(field not in owned, "run", field,
-                "fields that the ladder does not set itself (it sets " + ", ".join(sorted(owned))
-                + ")")
+        require(
+            field not in owned,
+            "run",
+            field,
+            "fields that the ladder does not set itself (it sets " + ", ".join(sorted(owned)) + ")",
+        )
 
 
 def _check_distilled(ladder: Ladder) -> None:
     distilled, names = ladder.distilled, [name for name, _ in _series(ladder)]
     for series in distilled.series:
         if series not in names:
-            raise ConfigError(f"ladder.distilled.series has {series!r}; wanted series of the "
-                              f"ladder: {', '.join(names)}")
+            raise ConfigError(
+                f"ladder.distilled.series has {series!r}; wanted series of the "
+                f"ladder: {', '.join(names)}"
+            )
     for name, entry in distilled.teachers.items():
         if not isinstance(entry, Mapping) or not set(entry) <= {"rows", "loss"}:
-            raise ConfigError(f"ladder.distilled.teachers.{name} is {entry!r}; wanted "
-                              "{'rows': DIR, 'loss': NATS}")
+            raise ConfigError(
+                f"ladder.distilled.teachers.{name} is {entry!r}; wanted "
+                "{'rows': DIR, 'loss': NATS}"
+            )
         if {"_", "/", "+"} & set(name):
-            raise ConfigError(f"ladder.distilled.teachers has {name!r}; wanted names without '_', "
-                              "'/' and '+'")
+            raise ConfigError(
+                f"ladder.distilled.teachers has {name!r}; wanted names without '_', '/' and '+'"
+            )
         if not entry.get("loss", 0.0) >= 0:
-            raise ConfigError(f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; wanted "
-                              "nats a target token, or 0 if it is not known")
+            raise ConfigError(
+                f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; wanted "
+                "nats a target token, or 0 if it is not known"
+            )
     if distilled.series and not distilled.named():
-        raise ConfigError(f"ladder.distilled.series is {distilled.series!r}, but no teacher has "
-                          "rows; wanted --ladder.distilled.teachers.NAME.rows=DIR, written by "
-                          "`encdec score` on the ladder's records")
+        raise ConfigError(
+            f"ladder.distilled.series is {distilled.series!r}, but no teacher has "
+            "rows; wanted --ladder.distilled.teachers.NAME.rows=DIR, written by "
+            "`encdec score` on the ladder's records"
+        )

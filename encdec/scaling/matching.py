@@ -53,8 +53,9 @@ def encoder_share(split: str) -> fractions.Fraction:
     except (ValueError, ZeroDivisionError):
         share = fractions.Fraction(0)
     if not 0 < share < 1:
-        raise ConfigError(f"split is {split!r}; wanted the encoder's share of the layers, such as "
-                          "'2/3'")
+        raise ConfigError(
+            f"split is {split!r}; wanted the encoder's share of the layers, such as '2/3'"
+        )
     return share
 
 
@@ -68,9 +69,11 @@ def with_split(config: ModelConfig, split: str) -> ModelConfig:
     if layers.denominator != 1:
         raise ConfigError(
             f"{config.num_layers} layers cannot be split {split} between encoder and decoder; "
-            f"wanted a multiple of {encoder_share(split).denominator} layers at each size")
+            f"wanted a multiple of {encoder_share(split).denominator} layers at each size"
+        )
     return config.replace(
-        encoder_layers=int(layers), decoder_layers=config.num_layers - int(layers))
+        encoder_layers=int(layers), decoder_layers=config.num_layers - int(layers)
+    )
 
 
 def matched(
@@ -105,7 +108,8 @@ def matched(
         try:
             if series == DECODER_ONLY:
                 model = match_decoder_only(
-                    reference, by=by, inputs=inputs, targets=targets, mlp_multiple=multiple)
+                    reference, by=by, inputs=inputs, targets=targets, mlp_multiple=multiple
+                )
             else:
                 model = _with_width(with_split(reference, split), cost, wanted, multiple)
         except ConfigError:
@@ -120,7 +124,8 @@ def matched(
     if not found:
         raise ConfigError(
             f"no {series} model has the reference's {by.replace('_', ' ')} within {TOLERANCE:.0%}; "
-            "widen the reference's MLP, or leave this series out")
+            "widen the reference's MLP, or leave this series out"
+        )
     return min(found, key=lambda entry: entry[0])[1]
 
 

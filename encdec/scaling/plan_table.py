@@ -35,8 +35,9 @@ def as_json(
 
 def chip_hours(plan: Plan, figures: Figures) -> float:
     """Predicted, of all runs that fit."""
-    return sum(figures[run.name].chip_hours(run.steps) for run in plan.runs
-               if not figures[run.name].reason)
+    return sum(
+        figures[run.name].chip_hours(run.steps) for run in plan.runs if not figures[run.name].reason
+    )
 
 
 def do_not_fit(plan: Plan, figures: Figures) -> list[str]:
@@ -46,13 +47,22 @@ def do_not_fit(plan: Plan, figures: Figures) -> list[str]:
 def _run_json(run: PlannedRun, rate: float | None, figures: Figures | None) -> dict[str, Any]:
     count = run.parameters
     step = figures[run.name] if figures else None
-    compiled = None if step is None else {
-        **{name: None if value != value else value  # NaN is no JSON
-           for name, value in dataclasses.asdict(step).items()},
-        "chip_hours": None if step.reason else step.chip_hours(run.steps)}
+    compiled = (
+        None
+        if step is None
+        else {
+            **{
+                name: None if value != value else value  # NaN is no JSON
+                for name, value in dataclasses.asdict(step).items()
+            },
+            "chip_hours": None if step.reason else step.chip_hours(run.steps),
+        }
+    )
     return dataclasses.asdict(run) | {
         "compiled": compiled,
-        "rows": run.rows, "flops": run.flops, "state_bytes": run.state_bytes,
+        "rows": run.rows,
+        "flops": run.flops,
+        "state_bytes": run.state_bytes,
         "epochs": None if math.isnan(run.epochs) else run.epochs,
         "parameters": dataclasses.asdict(count) | {"total": count.total},
         "hours": run.flops / rate / 3600 if rate else None,
@@ -60,7 +70,10 @@ def _run_json(run: PlannedRun, rate: float | None, figures: Figures | None) -> d
 
 
 def show(
-    plan: Plan, flops_per_second: float | None, machine: str, console: Console,
+    plan: Plan,
+    flops_per_second: float | None,
+    machine: str,
+    console: Console,
     figures: Figures | None = None,
 ) -> None:
     """Prints all runs and the total bill."""
@@ -68,8 +81,21 @@ def show(
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("#", "run"):
         table.add_column(name, no_wrap=True)
-    headers = ["layers", "width", "MLP", "encoder", "decoder", "embedding", "all", "source",
-               "target", "FLOPs", "batch", "steps", "rate"]
+    headers = [
+        "layers",
+        "width",
+        "MLP",
+        "encoder",
+        "decoder",
+        "embedding",
+        "all",
+        "source",
+        "target",
+        "FLOPs",
+        "batch",
+        "steps",
+        "rate",
+    ]
     headers += ["peak GiB", "MFU", "chip-hours"] if figures else ["state"]
     headers += [f"{machine} hours"] if flops_per_second else []
     for name in headers:
@@ -82,19 +108,24 @@ def show(
     console.print(
         f"\n{len(plan.runs)} runs, {short(plan.flops)} training FLOPs; matched: {ladder.match}; "
         f"rows of {ladder.inputs} + {ladder.targets} tokens; source and target are {words}"
-        + ("." if figures else
-           "; state is float32 parameters, gradients and AdamW's moments."))
+        + ("." if figures else "; state is float32 parameters, gradients and AdamW's moments.")
+    )
     rule = ladder.learning_rate
     console.print(
         f"Learning rate: {rule.peak:g} x ({rule.reference_width} / width)^{rule.width_exponent:g} "
-        f"x (batch / {rule.reference_batch})^{rule.batch_exponent:g}.")
+        f"x (batch / {rule.reference_batch})^{rule.batch_exponent:g}."
+    )
     if any(run.teacher for run in plan.runs):
-        console.print("Series named with + have a teacher; training it and scoring records with "
-                      "it (`encdec score --dry_run`) is not in the FLOPs.")
+        console.print(
+            "Series named with + have a teacher; training it and scoring records with "
+            "it (`encdec score --dry_run`) is not in the FLOPs."
+        )
     if flops_per_second:
         hours = plan.flops / flops_per_second / 3600
-        console.print(f"Total bill: {hours:,.2f} {machine} hours at {short(flops_per_second)} "
-                      "model FLOP/s each, start-up and compilation not included.")
+        console.print(
+            f"Total bill: {hours:,.2f} {machine} hours at {short(flops_per_second)} "
+            "model FLOP/s each, start-up and compilation not included."
+        )
     if figures:
         _show_bill(plan, figures, console)
     for text in plan.left_out:
@@ -106,30 +137,51 @@ def _show_bill(plan: Plan, figures: Figures, console: Console) -> None:
     console.print(
         f"Total bill: {chip_hours(plan, figures):,.2f} chip-hours on {step.topology} ({step.chips} "
         "chips), predicted by compiling every step (see docs/pod.md for its limits); memory is the "
-        "peak of one device; evaluations, start-up and compilation not included.")
+        "peak of one device; evaluations, start-up and compilation not included."
+    )
     for name in do_not_fit(plan, figures):
-        console.print(f"Does not fit, and not in the bill: {escape(name)}: "
-                      f"{escape(figures[name].reason)}")
+        console.print(
+            f"Does not fit, and not in the bill: {escape(name)}: {escape(figures[name].reason)}"
+        )
     if do_not_fit(plan, figures):
-        console.print("Shard the parameters (--ladder.run.mesh.fsdp=-1 --ladder.run.mesh.data=1), "
-                      "or take micro-batches (--ladder.run.accumulation=2).")
+        console.print(
+            "Shard the parameters (--ladder.run.mesh.fsdp=-1 --ladder.run.mesh.data=1), "
+            "or take micro-batches (--ladder.run.accumulation=2)."
+        )
 
 
 def _cells(run: PlannedRun, rate: float | None, step: StepFigures | None) -> list[str]:
     model, count = run.model, run.parameters
-    layers = (f"{model.encoder_layers}+{model.decoder_layers}" if model.is_encoder_decoder
-              else str(model.decoder_layers))
-    cells = [layers, str(model.d_model), str(model.mlp_dim), short(count.encoder),
-             short(count.decoder), short(count.embedding + count.head), short(count.total),
-             short(run.source_tokens), short(run.target_tokens), short(run.flops),
-             str(run.batch_size), f"{run.steps:,}", f"{run.learning_rate:.2e}"]
+    layers = (
+        f"{model.encoder_layers}+{model.decoder_layers}"
+        if model.is_encoder_decoder
+        else str(model.decoder_layers)
+    )
+    cells = [
+        layers,
+        str(model.d_model),
+        str(model.mlp_dim),
+        short(count.encoder),
+        short(count.decoder),
+        short(count.embedding + count.head),
+        short(count.total),
+        short(run.source_tokens),
+        short(run.target_tokens),
+        short(run.flops),
+        str(run.batch_size),
+        f"{run.steps:,}",
+        f"{run.learning_rate:.2e}",
+    ]
     if step is None:
         cells.append(short(run.state_bytes) + "B")
     elif step.reason:
         cells += ["too large", "-", "-"]
     else:
-        cells += [f"{step.peak_bytes / _GIB:.2f} of {step.limit_bytes / _GIB:.2f}",
-                  f"{step.mfu:.1%}", f"{step.chip_hours(run.steps):,.3g}"]
+        cells += [
+            f"{step.peak_bytes / _GIB:.2f} of {step.limit_bytes / _GIB:.2f}",
+            f"{step.mfu:.1%}",
+            f"{step.chip_hours(run.steps):,.3g}",
+        ]
     return cells + ([f"{run.flops / rate / 3600:,.3g}"] if rate else [])
 
 

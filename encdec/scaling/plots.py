@@ -23,9 +23,17 @@ from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
 from encdec.scaling.results import LOSSES
 
 _STYLE = {
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False,
-    "svg.fonttype": "none", "svg.hashsalt": "encdec", "axes.axisbelow": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "encdec",
+    "axes.axisbelow": True,
 }
 
 
@@ -40,18 +48,29 @@ class Look:
 
     @property
     def points(self) -> dict:
-        return {"marker": self.marker, "color": self.colour, "markersize": 4.5,
-                "markerfacecolor": self.colour if self.filled else "white",
-                "markeredgewidth": 1.1, "linestyle": "none"}
+        return {
+            "marker": self.marker,
+            "color": self.colour,
+            "markersize": 4.5,
+            "markerfacecolor": self.colour if self.filled else "white",
+            "markeredgewidth": 1.1,
+            "linestyle": "none",
+        }
 
 
 _LOOKS = [
-    Look("#0072B2", "o", "-"), Look("#009E73", "s", "--"), Look("#CC79A7", "^", "-."),
-    Look("#E69F00", "v", ":"), Look("#56B4E9", "P", (0, (5, 1))),
+    Look("#0072B2", "o", "-"),
+    Look("#009E73", "s", "--"),
+    Look("#CC79A7", "^", "-."),
+    Look("#E69F00", "v", ":"),
+    Look("#56B4E9", "P", (0, (5, 1))),
 ]
 _DECODER_LOOK = Look("#D55E00", "D", (0, (3, 1, 1, 1)))
 _DISTILLED = [  # marker (the plain series' own, or another) and line, by teacher
-    ("", (0, (1, 1))), ("X", (0, (5, 1, 1, 1, 1, 1))), ("*", (0, (1, 3))), ("h", (0, (4, 4))),
+    ("", (0, (1, 1))),
+    ("X", (0, (5, 1, 1, 1, 1, 1))),
+    ("*", (0, (1, 3))),
+    ("h", (0, (4, 4))),
 ]
 _PANEL = (3.4, 3.0)  # inches
 
@@ -74,53 +93,99 @@ def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
     """Draws every figure that the analysis allows into ``directory``."""
     looks = _looks(analysis)
     fitted = [one for one in analysis.series.values() if one.frontier]
-    drawn = [_save(
-        directory, "loss-flops", "Loss against training FLOPs",
-        "Points: finished runs. Thin lines: a run's evaluations. Thick lines: the lowest loss "
-        "that the fitted law allows at each number of FLOPs, among sizes from the smallest to the "
-        "largest run, with its 95 % interval.",
-        lambda: _loss_flops(analysis, looks))]
-    drawn.append(_save(
-        directory, "isoflop", "IsoFLOP valleys",
-        "Loss against parameters at equal training FLOPs. Parabolas in log N join three sizes "
-        "or more, and a cross marks their lowest point inside the sizes run: a picture, not the "
-        "fit, because parabolas are biased.",
-        lambda: _isoflop(analysis)))
+    drawn = [
+        _save(
+            directory,
+            "loss-flops",
+            "Loss against training FLOPs",
+            "Points: finished runs. Thin lines: a run's evaluations. Thick lines: the lowest loss "
+            "that the fitted law allows at each number of FLOPs, among "
+            "sizes from the smallest to the "
+            "largest run, with its 95 % interval.",
+            lambda: _loss_flops(analysis, looks),
+        )
+    ]
+    drawn.append(
+        _save(
+            directory,
+            "isoflop",
+            "IsoFLOP valleys",
+            "Loss against parameters at equal training FLOPs. Parabolas in log N join three sizes "
+            "or more, and a cross marks their lowest point inside the "
+            "sizes run: a picture, not the "
+            "fit, because parabolas are biased.",
+            lambda: _isoflop(analysis),
+        )
+    )
     if fitted:
-        drawn.append(_save(
-            directory, "contours", "Loss contours and the efficient frontier",
-            "Contours: loss by the fitted law. Line: the size and data that reach each loss with "
-            "the fewest FLOPs; vertical where a smaller or larger size than any run would be "
-            "better. Points: finished runs.",
-            lambda: _contours(analysis, fitted, looks)))
+        drawn.append(
+            _save(
+                directory,
+                "contours",
+                "Loss contours and the efficient frontier",
+                "Contours: loss by the fitted law. Line: the size and data "
+                "that reach each loss with "
+                "the fewest FLOPs; vertical where a smaller or larger size than any run would be "
+                "better. Points: finished runs.",
+                lambda: _contours(analysis, fitted, looks),
+            )
+        )
     if analysis.comparisons:
-        drawn.append(_save(
-            directory, "comparison", "Encoder-decoder against decoder-only",
-            "Left: the lowest losses by FLOPs. Right: FLOPs that decoder-only models need for the "
-            "same loss, relative to the encoder-decoder; above 1 the encoder-decoder is cheaper. "
-            "Bands: 95 % bootstrap intervals.",
-            lambda: _comparison(
-                analysis, analysis.comparisons,
-                {name: name.replace(plain_name(name), DECODER_ONLY, 1)
-                 for name in analysis.comparisons}, looks, "relative FLOPs of decoder-only")))
+        drawn.append(
+            _save(
+                directory,
+                "comparison",
+                "Encoder-decoder against decoder-only",
+                "Left: the lowest losses by FLOPs. Right: FLOPs that "
+                "decoder-only models need for the "
+                "same loss, relative to the encoder-decoder; above 1 the "
+                "encoder-decoder is cheaper. "
+                "Bands: 95 % bootstrap intervals.",
+                lambda: _comparison(
+                    analysis,
+                    analysis.comparisons,
+                    {
+                        name: name.replace(plain_name(name), DECODER_ONLY, 1)
+                        for name in analysis.comparisons
+                    },
+                    looks,
+                    "relative FLOPs of decoder-only",
+                ),
+            )
+        )
     if analysis.against_plain:
-        drawn.append(_save(
-            directory, "distilled", "With a teacher against gold targets alone",
-            "Left: the lowest losses by the student's FLOPs. Right: FLOPs that the same series "
-            "needs on gold targets alone for the same loss, relative to the student's with a "
-            "teacher; above 1 the teacher helps. Training and scoring the teacher is not counted. "
-            "Bands: 95 % bootstrap intervals.",
-            lambda: _comparison(
-                analysis, analysis.against_plain,
-                {name: plain_name(name) for name in analysis.against_plain}, looks,
-                "relative FLOPs without a teacher")))
+        drawn.append(
+            _save(
+                directory,
+                "distilled",
+                "With a teacher against gold targets alone",
+                "Left: the lowest losses by the student's FLOPs. Right: FLOPs that the same series "
+                "needs on gold targets alone for the same loss, relative to the student's with a "
+                "teacher; above 1 the teacher helps. Training and scoring "
+                "the teacher is not counted. "
+                "Bands: 95 % bootstrap intervals.",
+                lambda: _comparison(
+                    analysis,
+                    analysis.against_plain,
+                    {name: plain_name(name) for name in analysis.against_plain},
+                    looks,
+                    "relative FLOPs without a teacher",
+                ),
+            )
+        )
     for metric in analysis.scores:
         name = "score-" + "".join(c if c.isalnum() else "-" for c in metric).lower()
-        drawn.append(_save(
-            directory, name, f"{metric} against training FLOPs",
-            "Downstream score of the finished runs that were evaluated: means over seeds, bars of "
-            "one standard deviation between seeds where there are several.",
-            lambda metric=metric: _score(analysis, metric, looks)))
+        drawn.append(
+            _save(
+                directory,
+                name,
+                f"{metric} against training FLOPs",
+                "Downstream score of the finished runs that were evaluated: "
+                "means over seeds, bars of "
+                "one standard deviation between seeds where there are several.",
+                lambda metric=metric: _score(analysis, metric, looks),
+            )
+        )
     return drawn
 
 
@@ -169,18 +234,24 @@ def _figure(columns: int, rows: int = 1, **options) -> tuple[Figure, np.ndarray]
 
 
 def _loss_label(analysis: Analysis) -> str:
-    return {"nats_per_token": "loss (nats per target token)",
-            "bits_per_byte": "loss (bits per byte)"}[analysis.choices.loss]
+    return {
+        "nats_per_token": "loss (nats per target token)",
+        "bits_per_byte": "loss (bits per byte)",
+    }[analysis.choices.loss]
 
 
 def _tokens_label(analysis: Analysis) -> str:
-    return {"target": "target tokens", "source": "source tokens",
-            "both": "source and target tokens"}[analysis.choices.tokens]
+    return {
+        "target": "target tokens",
+        "source": "source tokens",
+        "both": "source and target tokens",
+    }[analysis.choices.tokens]
 
 
 def _size_label(analysis: Analysis) -> str:
     return {"total": "parameters", "non_embedding": "parameters without embedding"}[
-        analysis.choices.parameters]
+        analysis.choices.parameters
+    ]
 
 
 def _plain_log(axis) -> None:
@@ -200,10 +271,14 @@ def _powers(*several: Axis) -> None:
     for axis in several:
         low, high = sorted(axis.get_view_interval())
         if high / low < 40:
-            axis.set_major_locator(LogLocator(
-                subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 5, 7)))
-            axis.set_major_formatter(FuncFormatter(
-                lambda value, _: f"{value:.2g}".replace("e+0", "e").replace("e+", "e")))
+            axis.set_major_locator(
+                LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 5, 7))
+            )
+            axis.set_major_formatter(
+                FuncFormatter(
+                    lambda value, _: f"{value:.2g}".replace("e+0", "e").replace("e+", "e")
+                )
+            )
             axis.set_minor_formatter(NullFormatter())
 
 
@@ -235,15 +310,21 @@ def _loss_flops(analysis: Analysis, looks: dict) -> Figure:
             if len(points) > 1:
                 axes.plot(*zip(*points), color=colour, linewidth=0.5, alpha=0.35)
         axes.plot(one.runs.flops, one.runs.loss, **look.points)
-        axes.plot([], [], **(look.points | {"linestyle": look.line if one.frontier else "none"}),
-                  label=label_of(name))
+        axes.plot(
+            [],
+            [],
+            **(look.points | {"linestyle": look.line if one.frontier else "none"}),
+            label=label_of(name),
+        )
         if one.frontier:
             flops = np.geomspace(one.runs.flops.min(), one.runs.flops.max(), 200)
-            axes.plot(flops, one.frontier.loss(flops), color=colour, linestyle=look.line,
-                      linewidth=1.8)
+            axes.plot(
+                flops, one.frontier.loss(flops), color=colour, linestyle=look.line, linewidth=1.8
+            )
             if one.draws:
-                axes.fill_between(flops, *band(one.frontier_draws, flops), color=colour,
-                                  alpha=0.13, linewidth=0)
+                axes.fill_between(
+                    flops, *band(one.frontier_draws, flops), color=colour, alpha=0.13, linewidth=0
+                )
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
     _powers(axes.xaxis)
     # Early evaluations would squeeze what the figure is about.
@@ -258,19 +339,31 @@ def _isoflop(analysis: Analysis) -> Figure:
     names = list(analysis.series)
     columns = min(len(names), 2)
     figure, grid = _figure(columns, -(-len(names) // columns), sharex=True, sharey=True)
-    budgets = sorted({_budget(flops) for one in analysis.series.values()
-                      for flops in one.runs.flops})
+    budgets = sorted(
+        {_budget(flops) for one in analysis.series.values() for flops in one.runs.flops}
+    )
     # From light to dark with the budget: readable without colour.
-    shades = {budget: (0.75 * (1 - (i + 1) / len(budgets)), 0.55 * (1 - (i + 1) / len(budgets)) +
-                       0.1, 0.75 - 0.35 * (i + 1) / len(budgets))
-              for i, budget in enumerate(budgets)}
+    shades = {
+        budget: (
+            0.75 * (1 - (i + 1) / len(budgets)),
+            0.55 * (1 - (i + 1) / len(budgets)) + 0.1,
+            0.75 - 0.35 * (i + 1) / len(budgets),
+        )
+        for i, budget in enumerate(budgets)
+    }
     for axes, name in zip(grid.flat, names):
         runs = analysis.series[name].runs
         for i, budget in enumerate(budgets):
             mine = np.array([_budget(flops) == budget for flops in runs.flops])
             if mine.any():
-                _valley(axes, runs.parameters[mine], runs.loss[mine], shades[budget],
-                        "osD^vP*X"[i % 8], f"{10**budget:.1e}")
+                _valley(
+                    axes,
+                    runs.parameters[mine],
+                    runs.loss[mine],
+                    shades[budget],
+                    "osD^vP*X"[i % 8],
+                    f"{10**budget:.1e}",
+                )
         axes.set_title(label_of(name))
         axes.set(xscale="log", yscale="log")
     _hide(grid, len(names))
@@ -281,8 +374,12 @@ def _isoflop(analysis: Analysis) -> Figure:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     order = sorted(handles, key=float)
-    figure.legend([handles[label] for label in order], order, loc="outside right center",
-                  title="training\nFLOPs")
+    figure.legend(
+        [handles[label] for label in order],
+        order,
+        loc="outside right center",
+        title="training\nFLOPs",
+    )
     figure.supxlabel(_size_label(analysis), fontsize=9)
     figure.supylabel(_loss_label(analysis), fontsize=9)
     return figure
@@ -303,36 +400,53 @@ def _valley(axes: Axes, sizes, losses, colour, marker: str, label: str) -> None:
     x = np.log(unique)
     parabola = np.polyfit(x - x.mean(), np.log(means), 2)
     grid = np.linspace(x[0], x[-1], 100)
-    axes.plot(np.exp(grid), np.exp(np.polyval(parabola, grid - x.mean())), color=colour,
-              linewidth=1.2)
+    axes.plot(
+        np.exp(grid), np.exp(np.polyval(parabola, grid - x.mean())), color=colour, linewidth=1.2
+    )
     if parabola[0] > 0:
         lowest = x.mean() - parabola[1] / (2 * parabola[0])
         if x[0] < lowest < x[-1]:
-            axes.plot(np.exp(lowest), np.exp(np.polyval(parabola, lowest - x.mean())), "x",
-                      color="black", markersize=7, markeredgewidth=1.6)
+            axes.plot(
+                np.exp(lowest),
+                np.exp(np.polyval(parabola, lowest - x.mean())),
+                "x",
+                color="black",
+                markersize=7,
+                markeredgewidth=1.6,
+            )
 
 
 def _contours(analysis: Analysis, fitted: list[Fitted], looks: dict) -> Figure:
     columns = min(len(fitted), 2)
     figure, grid = _figure(columns, -(-len(fitted) // columns), sharex=True, sharey=True)
     runs = [one.runs for one in fitted]
-    sizes = np.geomspace(min(r.parameters.min() for r in runs) / 1.6,
-                         max(r.parameters.max() for r in runs) * 1.6, 120)
-    tokens = np.geomspace(min(r.tokens.min() for r in runs) / 1.6,
-                          max(r.tokens.max() for r in runs) * 1.6, 120)
+    sizes = np.geomspace(
+        min(r.parameters.min() for r in runs) / 1.6,
+        max(r.parameters.max() for r in runs) * 1.6,
+        120,
+    )
+    tokens = np.geomspace(
+        min(r.tokens.min() for r in runs) / 1.6, max(r.tokens.max() for r in runs) * 1.6, 120
+    )
     surfaces = [one.law.loss(sizes[None], tokens[:, None]) for one in fitted]
     levels = np.geomspace(min(s.min() for s in surfaces), max(s.max() for s in surfaces), 14)[1:-1]
     for axes, one, surface in zip(grid.flat, fitted, surfaces):
         look = looks[one.name]
-        lines = axes.contour(sizes, tokens, surface, levels=levels, colors="#777777",
-                             linewidths=0.7)
+        lines = axes.contour(
+            sizes, tokens, surface, levels=levels, colors="#777777", linewidths=0.7
+        )
         axes.clabel(lines, levels[::2], fmt="%.2f", fontsize=7)
         axes.plot(one.runs.parameters, one.runs.tokens, **look.points)
         flops = np.geomspace(one.runs.flops.min() / 100, one.runs.flops.max() * 100, 400)
-        axes.plot(one.frontier.parameters(flops), one.frontier.tokens(flops),
-                  color=look.colour, linewidth=1.8)
-        axes.set(xscale="log", yscale="log", xlim=(sizes[0], sizes[-1]),
-                 ylim=(tokens[0], tokens[-1]))
+        axes.plot(
+            one.frontier.parameters(flops),
+            one.frontier.tokens(flops),
+            color=look.colour,
+            linewidth=1.8,
+        )
+        axes.set(
+            xscale="log", yscale="log", xlim=(sizes[0], sizes[-1]), ylim=(tokens[0], tokens[-1])
+        )
         axes.grid(False)
         axes.set_title(label_of(one.name))
     _hide(grid, len(fitted))
@@ -343,8 +457,11 @@ def _contours(analysis: Analysis, fitted: list[Fitted], looks: dict) -> Figure:
 
 
 def _comparison(
-    analysis: Analysis, comparisons: Mapping[str, Comparison], others: Mapping[str, str],
-    looks: dict[str, Look], ratio_label: str,
+    analysis: Analysis,
+    comparisons: Mapping[str, Comparison],
+    others: Mapping[str, str],
+    looks: dict[str, Look],
+    ratio_label: str,
 ) -> Figure:
     """Frontiers on the left, FLOPs at equal loss on the right; ``others`` names each opponent."""
     figure, grid = _figure(2)
@@ -356,18 +473,23 @@ def _comparison(
             return
         drawn.add(name)
         look = looks[name]
-        left.plot(flops, loss, color=look.colour, linestyle=look.line, linewidth=1.8,
-                  label=label_of(name))
+        left.plot(
+            flops, loss, color=look.colour, linestyle=look.line, linewidth=1.8, label=label_of(name)
+        )
         left.fill_between(flops, *ends, color=look.colour, alpha=0.13, linewidth=0)
 
     for name, found in comparisons.items():
         frontier(others[name], found.flops, found.second_loss, found.second_band)
         frontier(name, found.flops, found.first_loss, found.first_band)
         look = looks[name]
-        right.plot(found.losses, found.ratio, color=look.colour, linestyle=look.line,
-                   linewidth=1.8)
-        right.fill_between(found.losses, *np.clip(found.ratio_band, 1e-3, 1e3),
-                           color=look.colour, alpha=0.13, linewidth=0)
+        right.plot(found.losses, found.ratio, color=look.colour, linestyle=look.line, linewidth=1.8)
+        right.fill_between(
+            found.losses,
+            *np.clip(found.ratio_band, 1e-3, 1e3),
+            color=look.colour,
+            alpha=0.13,
+            linewidth=0,
+        )
     left.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
     low, high = left.get_ylim()
     left.set_ylim(low, high * (high / low) ** (0.06 * (1 + len(drawn))))  # room for the legend
@@ -403,10 +525,15 @@ def _score(analysis: Analysis, metric: str, looks: dict[str, Look]) -> Figure:
             # Beside each other, so that bars do not hide each other.
             flops = np.array([f for f, _ in cells]) * 1.04 ** (i - (len(looks) - 1) / 2)
             axes.errorbar(
-                flops, [cell.mean for _, cell in cells],
+                flops,
+                [cell.mean for _, cell in cells],
                 yerr=[0 if np.isnan(cell.deviation) else cell.deviation for _, cell in cells],
-                **(look.points | {"linestyle": look.line}), linewidth=1.2, elinewidth=1,
-                capsize=2, label=label_of(name))
+                **(look.points | {"linestyle": look.line}),
+                linewidth=1.2,
+                elinewidth=1,
+                capsize=2,
+                label=label_of(name),
+            )
         axes.set(xscale="log", title=size)
         _powers(axes.xaxis)
     _hide(grid, len(sizes))

@@ -78,8 +78,10 @@ class ResultsFile:
                 row = json.loads(line)
                 _key(row)
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{self.path}, line {number} is damaged ({error!r}); delete the "
-                                "line, and `encdec scaling run` collects its run again") from None
+                raise DataError(
+                    f"{self.path}, line {number} is damaged ({error!r}); delete the "
+                    "line, and `encdec scaling run` collects its run again"
+                ) from None
             rows.append(row)
         return rows
 
@@ -92,11 +94,20 @@ def describe(run: PlannedRun) -> Row:
     """What all rows of a run share."""
     count = run.parameters
     return {
-        "run": run.name, "digest": run.digest, "series": run.series,
-        "architecture": run.model.architecture, "size": run.size, "budget": run.budget,
-        "seed": run.seed, "parameters": count.total, "encoder_parameters": count.encoder,
-        "decoder_parameters": count.decoder, "embedding_parameters": count.embedding + count.head,
-        "batch_size": run.batch_size, "steps": run.steps, "learning_rate": run.learning_rate,
+        "run": run.name,
+        "digest": run.digest,
+        "series": run.series,
+        "architecture": run.model.architecture,
+        "size": run.size,
+        "budget": run.budget,
+        "seed": run.seed,
+        "parameters": count.total,
+        "encoder_parameters": count.encoder,
+        "decoder_parameters": count.decoder,
+        "embedding_parameters": count.embedding + count.head,
+        "batch_size": run.batch_size,
+        "steps": run.steps,
+        "learning_rate": run.learning_rate,
     } | ({"teacher_loss": run.teacher_loss} if run.teacher else {})
 
 
@@ -125,14 +136,21 @@ def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
 def _read_scores(path: pathlib.Path) -> Row:
     """Metrics of a scores file: numbers, or {"value", "low", "high"} with a 95 % interval."""
     try:
-        content = {str(name): value if isinstance(value, Mapping) else {"value": value}
-                   for name, value in json.loads(path.read_text()).items()}
+        content = {
+            str(name): value if isinstance(value, Mapping) else {"value": value}
+            for name, value in json.loads(path.read_text()).items()
+        }
         values = {name: float(value["value"]) for name, value in content.items()}
-        intervals = {name: [float(value["low"]), float(value["high"])]
-                     for name, value in content.items() if "low" in value}
+        intervals = {
+            name: [float(value["low"]), float(value["high"])]
+            for name, value in content.items()
+            if "low" in value
+        }
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise DataError(f"{path} is {error!r}; wanted {{metric: value}}, or {{metric: "
-                        '{"value": V, "low": L, "high": H}}') from None
+        raise DataError(
+            f"{path} is {error!r}; wanted {{metric: value}}, or {{metric: "
+            '{"value": V, "low": L, "high": H}}'
+        ) from None
     return {"scores": values} | ({"score_intervals": intervals} if intervals else {})
 
 
@@ -140,11 +158,17 @@ def _row(run: PlannedRun, numbers: Mapping[str, Any]) -> Row:
     step = int(numbers["step"])
     done = step / run.steps
     row = describe(run) | {
-        "step": step, "final": step == run.steps, "flops": run.flops * done,
-        "source_tokens": run.source_tokens * done, "target_tokens": run.target_tokens * done,
+        "step": step,
+        "final": step == run.steps,
+        "flops": run.flops * done,
+        "source_tokens": run.source_tokens * done,
+        "target_tokens": run.target_tokens * done,
     }
-    for name, key in (("loss", "eval/loss"), ("bits_per_byte", "eval/bits_per_byte"),
-                      ("accuracy", "eval/accuracy")):
+    for name, key in (
+        ("loss", "eval/loss"),
+        ("bits_per_byte", "eval/bits_per_byte"),
+        ("accuracy", "eval/accuracy"),
+    ):
         if key in numbers:
             row[name] = numbers[key]
         elif name in numbers:
@@ -163,7 +187,10 @@ def metrics_of(rows: Iterable[Row]) -> list[str]:
 
 
 def observations(
-    rows: list[Row], *, tokens: str = "target", parameters: str = "total",
+    rows: list[Row],
+    *,
+    tokens: str = "target",
+    parameters: str = "total",
     loss: str = "nats_per_token",
 ) -> Observations:
     """Rows as arrays.
@@ -174,6 +201,7 @@ def observations(
         parameters: which count as N: "total" or "non_embedding".
         loss: its unit, "nats_per_token" or "bits_per_byte".
     """
+
     def column(name: str) -> np.ndarray:
         return np.array([float(row.get(name, math.nan)) for row in rows])
 
@@ -183,8 +211,13 @@ def observations(
     counts = {"target": column("target_tokens"), "source": column("source_tokens")}
     counts["both"] = counts["target"] + counts["source"]
     return Observations(
-        size, counts[tokens], column(LOSSES[loss]), column("encoder_parameters"),
-        column("decoder_parameters"), column("flops"))
+        size,
+        counts[tokens],
+        column(LOSSES[loss]),
+        column("encoder_parameters"),
+        column("decoder_parameters"),
+        column("flops"),
+    )
 
 
 def seed_noise(rows: list[Row], loss: str = "nats_per_token") -> tuple[float, int]:
@@ -192,7 +225,8 @@ def seed_noise(rows: list[Row], loss: str = "nats_per_token") -> tuple[float, in
     groups: dict[tuple, list[float]] = {}
     for row in rows:
         groups.setdefault((row["series"], row["size"], row["budget"]), []).append(
-            math.log(row[LOSSES[loss]]))
+            math.log(row[LOSSES[loss]])
+        )
     squares = sum(np.var(values) * len(values) for values in groups.values())
     freedom = sum(len(values) - 1 for values in groups.values())
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom

@@ -70,13 +70,20 @@ class Workdir:
                 old = json.loads(path.read_text())
             except ValueError as error:
                 raise CheckpointError(f"{path} is not JSON ({error}); restore it") from None
-            names = [name for name in content if name not in _FREE
-                     and _comparable(name, content[name]) != _comparable(name, old.get(name))]
+            names = [
+                name
+                for name in content
+                if name not in _FREE
+                and _comparable(name, content[name]) != _comparable(name, old.get(name))
+            ]
             if names:
-                shown = "; ".join(f"{n} is {old.get(n)!r} there and {content[n]!r} here"
-                                  for n in names)
-                raise CheckpointError(f"{self.path} holds another ladder: {shown}. Set these as "
-                                      "they were, or give another --workdir")
+                shown = "; ".join(
+                    f"{n} is {old.get(n)!r} there and {content[n]!r} here" for n in names
+                )
+                raise CheckpointError(
+                    f"{self.path} holds another ladder: {shown}. Set these as "
+                    "they were, or give another --workdir"
+                )
         self.path.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         partial.write_text(json.dumps(content, indent=2) + "\n")
@@ -93,9 +100,11 @@ class Workdir:
             if known.get(run.name, run.digest) != run.digest:
                 raise DataError(
                     f"{self.results.path} has a run {run.name} of another plan (its model, data "
-                    "or schedule differ); set the ladder as it was, or give another --workdir")
+                    "or schedule differ); set the ladder as it was, or give another --workdir"
+                )
         self.results.append(
-            row for run in plan.runs for row in collect(run, self.run_directory(run.name)))
+            row for run in plan.runs for row in collect(run, self.run_directory(run.name))
+        )
         planned = {run.name for run in plan.runs}
         return {row["run"] for row in self.results.read() if row["final"]} & planned
 
@@ -120,7 +129,11 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 def run_plan(
-    plan: Plan, workdir: str | os.PathLike, *, only: Sequence[str] = (), say: Say = print,
+    plan: Plan,
+    workdir: str | os.PathLike,
+    *,
+    only: Sequence[str] = (),
+    say: Say = print,
     train: Train | None = None,
 ) -> Outcome:
     """Trains what is not done, and records it.
@@ -142,15 +155,19 @@ def run_plan(
     ladder = plan.ladder
     for field in ("records", "eval_records"):
         if not getattr(ladder, field):
-            raise DataError(f"ladder.{field} is empty; wanted a directory written by `encdec "
-                            f"prepare`: --ladder.{field}=DIR")
+            raise DataError(
+                f"ladder.{field} is empty; wanted a directory written by `encdec "
+                f"prepare`: --ladder.{field}=DIR"
+            )
     place = Workdir(workdir)
     wanted = [plan.named(name) for name in only] or list(plan.runs)
     place.claim(ladder)
     before = place.gather(plan)
     todo = [run for run in wanted if run.name not in before]
-    say(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done; "
-        f"{sum(run.flops for run in todo):.3g} FLOPs to go")
+    say(
+        f"{len(wanted) - len(todo)} of {len(wanted)} runs are done; "
+        f"{sum(run.flops for run in todo):.3g} FLOPs to go"
+    )
     done: list[str] = []
     busy: list[str] = []
     failed: dict[str, str] = {}
@@ -163,8 +180,10 @@ def run_plan(
             # Another process may have finished it since the directory was read.
             rows = collect(run, place.run_directory(run.name))
             if not any(row["final"] for row in rows):
-                say(f"[{number}/{len(todo)}] {run.name}: {run.steps:,} steps of "
-                    f"{run.batch_size} rows, {run.flops:.3g} FLOPs")
+                say(
+                    f"[{number}/{len(todo)}] {run.name}: {run.steps:,} steps of "
+                    f"{run.batch_size} rows, {run.flops:.3g} FLOPs"
+                )
                 error = _train_one(ladder, run, place, train)
                 if error:
                     failed[run.name] = error
@@ -175,9 +194,7 @@ def run_plan(
     return Outcome(tuple(sorted(before)), tuple(done), failed, tuple(busy))
 
 
-def _train_one(
-    ladder: Ladder, run: PlannedRun, place: Workdir, train: Train | None
-) -> str | None:
+def _train_one(ladder: Ladder, run: PlannedRun, place: Workdir, train: Train | None) -> str | None:
     """Trains one run to its end; the reason if it could not."""
     if train is None:
         import jax

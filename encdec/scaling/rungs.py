@@ -74,15 +74,27 @@ def _rungs(rows: Sequence[Row], value: Callable[[Row], float], sign: float) -> l
         rung.setdefault(row["series"], {})[row["seed"]] = row
     found = []
     for (size, budget), series in groups.items():
-        values = {name: {seed: float(value(row)) for seed, row in sorted(seeds.items())}
-                  for name, seeds in series.items()}
+        values = {
+            name: {seed: float(value(row)) for seed, row in sorted(seeds.items())}
+            for name, seeds in series.items()
+        }
         other = values.get(DECODER_ONLY, {})
         first = next(iter(next(iter(series.values())).values()))
-        found.append(Rung(size, budget, first["flops"], {
-            name: _cell(mine, {} if name == DECODER_ONLY else other, sign)
-            for name, mine in values.items()}))
-    smallest = {size: min(row["parameters"] for row in rows if row["size"] == size)
-                for size in {rung.size for rung in found}}
+        found.append(
+            Rung(
+                size,
+                budget,
+                first["flops"],
+                {
+                    name: _cell(mine, {} if name == DECODER_ONLY else other, sign)
+                    for name, mine in values.items()
+                },
+            )
+        )
+    smallest = {
+        size: min(row["parameters"] for row in rows if row["size"] == size)
+        for size in {rung.size for rung in found}
+    }
     return sorted(found, key=lambda rung: (smallest[rung.size], rung.budget))
 
 
@@ -97,6 +109,9 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """Student's interval of a mean; NaN with fewer than two values."""
     if len(values) < 2:
         return Interval(math.nan, math.nan)
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(
-        len(values))
+    half = (
+        stats.t.ppf((1 + level) / 2, len(values) - 1)
+        * np.std(values, ddof=1)
+        / math.sqrt(len(values))
+    )
     return Interval(float(np.mean(values) - half), float(np.mean(values) + half))

@@ -31,8 +31,9 @@ def task_examples(task: TextTask, split: str, limit: int | None = None) -> list[
         DataError: the task has no pairs, no metrics, or no such split.
     """
     if not task.metrics:
-        raise DataError(f"--task={task.name} has no metrics; wanted one of `encdec data list` that "
-                        "names some")
+        raise DataError(
+            f"--task={task.name} has no metrics; wanted one of `encdec data list` that names some"
+        )
     examples = list(itertools.islice(task.examples(split, BadRows()), limit))
     if not examples:
         raise DataError(f"split {split!r} of {task.name} is empty")
@@ -40,8 +41,11 @@ def task_examples(task: TextTask, split: str, limit: int | None = None) -> list[
 
 
 def score_plan(
-    plan: Plan, workdir: str | os.PathLike, task: TextTask,
-    examples: Sequence[Example], say: Callable[[str], None] = print,
+    plan: Plan,
+    workdir: str | os.PathLike,
+    task: TextTask,
+    examples: Sequence[Example],
+    say: Callable[[str], None] = print,
 ) -> list[str]:
     """Scores every finished run that has no scores yet; returns their names.
 
@@ -58,10 +62,15 @@ def score_plan(
     place = Workdir(workdir)
     place.claim(plan.ladder)
     finished = place.gather(plan)
-    todo = [run for run in plan.runs if run.name in finished
-            and not (place.run_directory(run.name) / SCORES_FILE).exists()]
-    say(f"{len(finished)} of {len(plan.runs)} runs are finished; {len(todo)} to score on "
-        f"{len(examples)} examples of {task.name}")
+    todo = [
+        run
+        for run in plan.runs
+        if run.name in finished and not (place.run_directory(run.name) / SCORES_FILE).exists()
+    ]
+    say(
+        f"{len(finished)} of {len(plan.runs)} runs are finished; {len(todo)} to score on "
+        f"{len(examples)} examples of {task.name}"
+    )
     done = []
     for number, run in enumerate(todo, 1):
         with place.lock(run.name) as mine:
@@ -84,7 +93,8 @@ def _answers(directory: pathlib.Path, tokens: int, examples: Sequence[Example]) 
     jax.clear_caches()  # each run's shape is its own; dozens of programs would stay in memory
     generator = load_generator(directory)
     answers = generator.generate(
-        [source for source, _ in examples], GenerationSettings(max_tokens=tokens), truncate=True)
+        [source for source, _ in examples], GenerationSettings(max_tokens=tokens), truncate=True
+    )
     return [answer[0].text for answer in answers]
 
 

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from encdec.serving.engine import Busy, Closing, Engine, Ticket, Update
-from encdec.serving.metrics import CONTENT_TYPE
+from encdec.serving.prometheus_metrics import CONTENT_TYPE
 from encdec.serving.protocol import ApiError, Completion, Limits, Shaper, parse_completion
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
@@ -47,6 +47,7 @@ class Service:
 
 def make_app(service: Service) -> Starlette:
     """The application; the engine is started and stopped by whoever made it."""
+
     # Asynchronous all: others would each take a thread.
     async def models(request: Request) -> Response:
         return _models(service, request.path_params.get("name"))
@@ -65,7 +66,8 @@ def make_app(service: Service) -> Starlette:
             Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _no_route, Exception: _fault})
+        exception_handlers={HTTPException: _no_route, Exception: _fault},
+    )
 
 
 def _error(error: ApiError) -> JSONResponse:
@@ -79,18 +81,24 @@ async def _fault(request: Request, error: Exception) -> JSONResponse:
 async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     what = {404: "there is no such route", 405: f"the route takes no {request.method}"}
     message = f"{request.url.path}: {what.get(error.status_code, error.detail)}"
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code,
-                        headers=error.headers)
+    return JSONResponse(
+        ApiError(error.status_code, message).body(), error.status_code, headers=error.headers
+    )
 
 
 def _models(service: Service, name: str | None) -> Response:
-    card = {"id": service.name, "object": "model", "created": service.created,
-            "owned_by": "encdec"}
+    card = {"id": service.name, "object": "model", "created": service.created, "owned_by": "encdec"}
     if name is None:
         return JSONResponse({"object": "list", "data": [card]})
     if name != service.name:
-        return _error(ApiError(404, f"no model {name!r}; this server has {service.name!r}",
-                               param="model", code="model_not_found"))
+        return _error(
+            ApiError(
+                404,
+                f"no model {name!r}; this server has {service.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        )
     return JSONResponse(card)
 
 
@@ -98,9 +106,15 @@ def _health(service: Service) -> Response:
     """Whether requests are taken: what a load balancer wants to know."""
     engine = service.engine
     state = "failed" if engine.broken else "closing" if engine.closing else "ok"
-    return JSONResponse({
-        "status": state, "slots": engine.plan.slots, "active": engine.active,
-        "waiting": engine.waiting}, 200 if state == "ok" else 503)
+    return JSONResponse(
+        {
+            "status": state,
+            "slots": engine.plan.slots,
+            "active": engine.active,
+            "waiting": engine.waiting,
+        },
+        200 if state == "ok" else 503,
+    )
 
 
 def _ended(service: Service) -> ApiError:
@@ -109,11 +123,17 @@ def _ended(service: Service) -> ApiError:
 
 def _failed(failure: str, service: Service) -> ApiError:
     if failure == "timeout":
-        return ApiError(504, f"no answer within {service.timeout_seconds:g} s", kind="timeout",
-                        code="timeout")
+        return ApiError(
+            504, f"no answer within {service.timeout_seconds:g} s", kind="timeout", code="timeout"
+        )
     if failure == "shutdown":
-        return ApiError(503, "the server is shutting down", kind="server_error",
-                        code="shutting_down", headers={"Retry-After": "5", "Connection": "close"})
+        return ApiError(
+            503,
+            "the server is shutting down",
+            kind="server_error",
+            code="shutting_down",
+            headers={"Retry-After": "5", "Connection": "close"},
+        )
     return ApiError(500, "the model failed; see the server's log", kind="server_error")
 
 
@@ -147,7 +167,8 @@ class _Completions:
             raise _ended(service)
         body = await self._body(Request(scope, receive))
         completion = parse_completion(
-            body, model=service.name, prompts=service.engine.prompts, limits=service.limits)
+            body, model=service.name, prompts=service.engine.prompts, limits=service.limits
+        )
         async with self._running(completion) as (ticket, news):
             shaper = Shaper(service.name, service.engine.prompts.vocabulary, completion)
             make = self._stream if completion.stream else self._whole
@@ -165,8 +186,11 @@ class _Completions:
 
     async def _body(self, request: Request) -> bytes:
         most = self._service.max_body_bytes
-        too_long = ApiError(413, f"the body is longer than {most:,} bytes; wanted at most that",
-                            headers={"Connection": "close"})
+        too_long = ApiError(
+            413,
+            f"the body is longer than {most:,} bytes; wanted at most that",
+            headers={"Connection": "close"},
+        )
         if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
             raise too_long
         parts, size = [], 0
@@ -178,8 +202,11 @@ class _Completions:
                         raise too_long
                     parts.append(part)
         except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s",
-                           headers={"Connection": "close"}) from None
+            raise ApiError(
+                408,
+                f"the body did not arrive within {BODY_SECONDS:g} s",
+                headers={"Connection": "close"},
+            ) from None
         return b"".join(parts)
 
     @contextlib.asynccontextmanager
@@ -193,15 +220,22 @@ class _Completions:
                 loop.call_soon_threadsafe(news.put_nowait, update)
 
         ticket = Ticket(
-            completion.inputs, completion.settings, deliver, stream=completion.stream,
-            timeout_seconds=service.timeout_seconds)
+            completion.inputs,
+            completion.settings,
+            deliver,
+            stream=completion.stream,
+            timeout_seconds=service.timeout_seconds,
+        )
         try:
             service.engine.submit(ticket)
         except Busy as busy:
             raise ApiError(
-                429, f"the queue is full; try again in {busy.retry_seconds} s",
-                kind="rate_limit_error", code="rate_limit_exceeded",
-                headers={"Retry-After": str(busy.retry_seconds)}) from None
+                429,
+                f"the queue is full; try again in {busy.retry_seconds} s",
+                kind="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(busy.retry_seconds)},
+            ) from None
         except Closing:
             raise _ended(service) from None
         try:
@@ -209,8 +243,15 @@ class _Completions:
         finally:
             service.engine.cancel(ticket)
 
-    async def _whole(self, completion: Completion, shaper: Shaper, news: asyncio.Queue,
-                     scope: Scope, receive: Receive, send: Send) -> None:
+    async def _whole(
+        self,
+        completion: Completion,
+        shaper: Shaper,
+        news: asyncio.Queue,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         count = len(completion.inputs) * completion.settings.samples
         choices: list[dict[str, Any] | None] = [None] * count
         tokens = 0
@@ -219,12 +260,20 @@ class _Completions:
             if isinstance(update, str):
                 raise _failed(update, self._service)
             choices[update.index] = shaper.choice(
-                update.index, update.text, update.tokens, update.log_probs, update.finish)
+                update.index, update.text, update.tokens, update.log_probs, update.finish
+            )
             tokens += len(update.tokens)
         await JSONResponse(shaper.body(choices, tokens))(scope, receive, send)
 
-    async def _stream(self, completion: Completion, shaper: Shaper, news: asyncio.Queue,
-                      scope: Scope, receive: Receive, send: Send) -> None:
+    async def _stream(
+        self,
+        completion: Completion,
+        shaper: Shaper,
+        news: asyncio.Queue,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         """Server-sent events; they begin with the first news, so that failures before have a
         status of their own."""
         count = len(completion.inputs) * completion.settings.samples
@@ -232,8 +281,13 @@ class _Completions:
         begun = False
 
         async def event(data: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(),
-                        "more_body": more})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": f"data: {data}\n\n".encode(),
+                    "more_body": more,
+                }
+            )
 
         dump = lambda value: json.dumps(value, ensure_ascii=False)
         while count:
@@ -246,11 +300,24 @@ class _Completions:
                 return
             if not begun:
                 begun = True
-                await send({"type": "http.response.start", "status": 200, "headers": [
-                    (b"content-type", b"text/event-stream; charset=utf-8"),
-                    (b"cache-control", b"no-cache")]})
-            choice = shaper.choice(update.index, update.text, update.tokens, update.log_probs,
-                                   update.finish, before[update.index])
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": 200,
+                        "headers": [
+                            (b"content-type", b"text/event-stream; charset=utf-8"),
+                            (b"cache-control", b"no-cache"),
+                        ],
+                    }
+                )
+            choice = shaper.choice(
+                update.index,
+                update.text,
+                update.tokens,
+                update.log_probs,
+                update.finish,
+                before[update.index],
+            )
             before[update.index] += update.tokens
             count -= update.finish is not None
             if update.text or update.finish or choice["logprobs"]:

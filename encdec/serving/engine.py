@@ -21,7 +21,7 @@ from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat, TextStream, find_stop
 from encdec.model import ModelConfig
-from encdec.serving.metrics import Metrics
+from encdec.serving.prometheus_metrics import Metrics
 from encdec.serving.slots import (
     Prefilled,
     SlotPlan,
@@ -82,8 +82,13 @@ class Ticket:
     """
 
     def __init__(
-        self, inputs: Sequence[Sequence[int]], settings: GenerationSettings,
-        deliver: Callable[[Update | Failure], None], *, stream: bool, timeout_seconds: float,
+        self,
+        inputs: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        deliver: Callable[[Update | Failure], None],
+        *,
+        stream: bool,
+        timeout_seconds: float,
     ):
         self.inputs, self.settings, self.deliver, self.stream = inputs, settings, deliver, stream
         self.arrived = time.monotonic()
@@ -124,21 +129,31 @@ class Engine:
     """
 
     def __init__(
-        self, config: ModelConfig, params: Any, prompts: PromptFormat, *, max_tokens: int,
-        slots: int = 16, max_queue: int = 256, metrics: Metrics | None = None,
+        self,
+        config: ModelConfig,
+        params: Any,
+        prompts: PromptFormat,
+        *,
+        max_tokens: int,
+        slots: int = 16,
+        max_queue: int = 256,
+        metrics: Metrics | None = None,
         dtype: str | None = None,
     ):
         vocabulary = prompts.vocabulary
         if vocabulary.size > config.vocab_size:
             raise ConfigError(
                 f"the vocabulary has {vocabulary.size:,} ids and the model's table "
-                f"{config.vocab_size:,}; give the vocabulary that the model was trained with")
+                f"{config.vocab_size:,}; give the vocabulary that the model was trained with"
+            )
         self.config, self._params = ready_for_decoding(config, params, dtype)
         self.prompts, self.max_tokens, self.max_queue = prompts, max_tokens, max_queue
         everything = Choosing(vocabulary.size, True, True, True, True)
         self.plan = SlotPlan(
-            DecodingPlan(everything, max_tokens, prompts.decoder_start_id), slots,
-            prompts.max_input_tokens)
+            DecodingPlan(everything, max_tokens, prompts.decoder_start_id),
+            slots,
+            prompts.max_input_tokens,
+        )
         self.metrics = metrics or Metrics()
         self.metrics.slots.set(slots)
         self.metrics.watch(lambda: self.active, lambda: self.waiting)
@@ -181,16 +196,19 @@ class Engine:
         settings = self._settings(GenerationSettings(), 0, 0)
         for width in widths:
             prefilled = read_compiled(
-                self.config, self.plan, self._params, np.zeros((1, width), np.int32), np.int32(1))
+                self.config, self.plan, self._params, np.zeros((1, width), np.int32), np.int32(1)
+            )
         # An answer of no tokens: nothing is left behind.
         settings = settings.replace(limit_R=settings.limit_R * 0)
         self._decoding = insert_compiled(
-            self.config, self.plan, self._decoding, np.int32(0), prefilled, settings)
+            self.config, self.plan, self._decoding, np.int32(0), prefilled, settings
+        )
         self._release(np.zeros(self.plan.slots, bool))
         # Once for the program, once for what its results look like on the device.
         for _ in range(2):
             self._decoding = advance_compiled(
-                self.config, self.plan.decoding, self._params, self._decoding, np.int32(1))
+                self.config, self.plan.decoding, self._params, self._decoding, np.int32(1)
+            )
         jax.block_until_ready(self._decoding)
         return len(widths) + 3
 
@@ -204,8 +222,11 @@ class Engine:
             Busy: the queue has no room for them.
             Closing: no more requests are taken.
         """
-        answers = [_Answer(ticket, place, sample) for place in range(len(ticket.inputs))
-                   for sample in range(ticket.settings.samples)]
+        answers = [
+            _Answer(ticket, place, sample)
+            for place in range(len(ticket.inputs))
+            for sample in range(ticket.settings.samples)
+        ]
         with self._wakeup:
             if self._closing or self.broken:
                 raise Closing
@@ -319,9 +340,13 @@ class Engine:
             if ticket.stream or ticket.settings.stop:
                 answer.pieces = TextStream(self.prompts.vocabulary, ticket.settings.stop)
             self._decoding = insert_compiled(
-                self.config, self.plan, self._decoding, np.int32(row),
+                self.config,
+                self.plan,
+                self._decoding,
+                np.int32(row),
                 self._prefilled(ticket, answer.place),
-                self._settings(ticket.settings, answer.place, answer.sample))
+                self._settings(ticket.settings, answer.place, answer.sample),
+            )
 
     def _prefilled(self, ticket: Ticket, place: int) -> Prefilled:
         """The input, read; once for all samples of it."""
@@ -331,7 +356,8 @@ class Engine:
             tokens_1xS = np.zeros((1, width), np.int32)
             tokens_1xS[0, : len(ids)] = ids
             prefilled = read_compiled(
-                self.config, self.plan, self._params, tokens_1xS, np.int32(len(ids)))
+                self.config, self.plan, self._params, tokens_1xS, np.int32(len(ids))
+            )
             self._read = ticket, place, prefilled
             self.metrics.input_tokens.inc(len(ids))
         return self._read[2]
@@ -340,15 +366,20 @@ class Engine:
         """Of one row: the key is that of ``Generator``'s answer to input ``number``."""
         limit = min(settings.max_tokens or self.max_tokens, self.max_tokens)
         return settings_of_answers(
-            settings, np.array([number], np.uint32), np.array([sample], np.uint32),
-            np.array([limit], np.int32), self.prompts.vocabulary.eos_id)
+            settings,
+            np.array([number], np.uint32),
+            np.array([sample], np.uint32),
+            np.array([limit], np.int32),
+            self.prompts.vocabulary.eos_id,
+        )
 
     def _advance(self) -> None:
         """As many steps as fit between two looks."""
         begin = time.perf_counter()
         steps = int(min(MOST_STEPS, max(1, LOOK_SECONDS / self._step_seconds)))
         self._decoding = advance_compiled(
-            self.config, self.plan.decoding, self._params, self._decoding, np.int32(steps))
+            self.config, self.plan.decoding, self._params, self._decoding, np.int32(steps)
+        )
         jax.block_until_ready(self._decoding.counts_R)
         taken = (time.perf_counter() - begin) / steps
         self._step_seconds += 0.2 * (taken - self._step_seconds)
@@ -358,15 +389,20 @@ class Engine:
         """Tells of what is new, and frees the slots of finished answers."""
         decoding = self._decoding
         # Copies: the buffers themselves are given over to the next steps.
-        counts_R, finished_R, tokens_RxN, log_probs_RxN = map(np.array, (
-            decoding.counts_R, decoding.finished_R, decoding.tokens_RxN, decoding.log_probs_RxN))
+        counts_R, finished_R, tokens_RxN, log_probs_RxN = map(
+            np.array,
+            (decoding.counts_R, decoding.finished_R, decoding.tokens_RxN, decoding.log_probs_RxN),
+        )
         free_R = np.zeros(len(self._rows), bool)
         for row, answer in enumerate(self._rows):
             if answer is not None and not answer.ticket.ended:
                 count = counts_R[row]
                 free_R[row] = self._tell(
-                    answer, tokens_RxN[row, :count], log_probs_RxN[row, :count],
-                    bool(finished_R[row]))
+                    answer,
+                    tokens_RxN[row, :count],
+                    log_probs_RxN[row, :count],
+                    bool(finished_R[row]),
+                )
         if free_R.any():
             self._release(free_R)
 
@@ -386,15 +422,20 @@ class Engine:
             finished = find_stop(text, ticket.settings.stop) is not None
         end, finish = len(ids), None
         if finished:
-            made = generation_of(
-                self.prompts.vocabulary, ids, log_probs, ticket.settings.stop)
+            made = generation_of(self.prompts.vocabulary, ids, log_probs, ticket.settings.stop)
             end, finish = len(made.tokens), made.finish
             piece = piece if ticket.stream else made.text
         if finished or (ticket.stream and (piece or end > answer.seen)):
             start = answer.seen if ticket.stream else 0
-            ticket.deliver(Update(
-                answer.index, piece, ids[start:end].tolist(), log_probs[start:end].tolist(),
-                finish))
+            ticket.deliver(
+                Update(
+                    answer.index,
+                    piece,
+                    ids[start:end].tolist(),
+                    log_probs[start:end].tolist(),
+                    finish,
+                )
+            )
         if finished:
             seconds = now - ticket.arrived
             self._answer_seconds += 0.1 * (seconds - self._answer_seconds)

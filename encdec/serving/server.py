@@ -32,8 +32,10 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
         bound.close()
-        raise ConfigError(f"--host={host} --port={port} cannot be had: {error}; give another "
-                          "(port 0: any that is free)") from None
+        raise ConfigError(
+            f"--host={host} --port={port} cannot be had: {error}; give another "
+            "(port 0: any that is free)"
+        ) from None
     return bound
 
 
@@ -50,9 +52,15 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, service: Service, grace_seconds: float):
-        super().__init__(uvicorn.Config(
-            make_app(service), log_level="warning", access_log=False, lifespan="off",
-            timeout_graceful_shutdown=round(FLUSH_SECONDS)))
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=round(FLUSH_SECONDS),
+            )
+        )
         self._service, self._grace_seconds = service, grace_seconds
         self._ending: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,8 +88,10 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.02)
         left = engine.active + engine.waiting
         if left:
-            print(f"encdec: {left} answers were not finished within {self._grace_seconds:g} s",
-                  file=sys.stderr)
+            print(
+                f"encdec: {left} answers were not finished within {self._grace_seconds:g} s",
+                file=sys.stderr,
+            )
         await asyncio.get_running_loop().run_in_executor(None, engine.stop)
         self.should_exit = True
 

@@ -54,14 +54,16 @@ def read(
     Its memory comes at the width of a slot, so that there is one program to insert it.
     """
     logits_1xV, memory = prefill(
-        config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0)
+        config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
+    )
 
     source, cache = memory.source, memory.cache
     if source is not None:
         missing = plan.longest_input - source.mask_BxS.shape[1]
         source = source.replace(
             cross_kv=widen(config, source.cross_kv, plan.longest_input),
-            mask_BxS=jnp.pad(source.mask_BxS, ((0, 0), (0, missing))))
+            mask_BxS=jnp.pad(source.mask_BxS, ((0, 0), (0, missing))),
+        )
     else:
         cache = widen(config, cache, 1 + plan.longest_input)
     return Prefilled(logits_1xV, memory.replace(source=source, cache=cache))
@@ -73,9 +75,17 @@ def empty(config: ModelConfig, plan: SlotPlan, params: Params) -> Decoding:
     lengths = jax.ShapeDtypeStruct((plan.slots,), jnp.int32)
     _, memory = jax.eval_shape(
         lambda params, tokens, lengths: prefill(
-            config, params, tokens, lengths, start_id=plan.decoding.start_id,
-            room=plan.decoding.room),
-        params, tokens, lengths)
+            config,
+            params,
+            tokens,
+            lengths,
+            start_id=plan.decoding.start_id,
+            room=plan.decoding.room,
+        ),
+        params,
+        tokens,
+        lengths,
+    )
     memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
     return _blank(plan, memory, greedy_rows(plan.slots, 0))
 
@@ -83,15 +93,23 @@ def empty(config: ModelConfig, plan: SlotPlan, params: Params) -> Decoding:
 def _blank(plan: SlotPlan, memory: Memory, settings: RowSettings) -> Decoding:
     rows, room = settings.limit_R.shape[0], plan.decoding.room
     return Decoding(
-        memory=memory, last_R=jnp.zeros(rows, jnp.int32),
+        memory=memory,
+        last_R=jnp.zeros(rows, jnp.int32),
         tokens_RxN=jnp.zeros((rows, room), jnp.int32),
         log_probs_RxN=jnp.zeros((rows, room), jnp.float32),
-        counts_R=jnp.zeros(rows, jnp.int32), finished_R=settings.limit_R <= 0, settings=settings)
+        counts_R=jnp.zeros(rows, jnp.int32),
+        finished_R=settings.limit_R <= 0,
+        settings=settings,
+    )
 
 
 def insert(
-    config: ModelConfig, plan: SlotPlan, decoding: Decoding, slot: jax.Array,
-    prefilled: Prefilled, settings: RowSettings,
+    config: ModelConfig,
+    plan: SlotPlan,
+    decoding: Decoding,
+    slot: jax.Array,
+    prefilled: Prefilled,
+    settings: RowSettings,
 ) -> Decoding:
     """Puts what was read into a slot and chooses its first token; the others are not touched.
 
@@ -112,7 +130,8 @@ def insert(
         # The part may be shorter: what the slot held there before is never read, because a
         # position is read only after it was written.
         return jax.lax.dynamic_update_slice(
-            whole, part.astype(whole.dtype), (slot,) + (0,) * (whole.ndim - 1))
+            whole, part.astype(whole.dtype), (slot,) + (0,) * (whole.ndim - 1)
+        )
 
     return jax.tree.map(write, decoding, row)
 
@@ -137,6 +156,5 @@ def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
 
 # The compiled forms; the batch is given over to the result.
 read_compiled = jax.jit(read, static_argnames=("config", "plan"))
-insert_compiled = jax.jit(
-    insert, static_argnames=("config", "plan"), donate_argnames=("decoding",))
+insert_compiled = jax.jit(insert, static_argnames=("config", "plan"), donate_argnames=("decoding",))
 release_compiled = jax.jit(release, donate_argnames=("decoding",))

@@ -41,8 +41,10 @@ def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> l
         steps = saved_steps(workdir)[-last:]
         if len(steps) < last:
             have = ", ".join(map(str, steps)) or "none"
-            raise CheckpointError(f"{workdir} has {len(steps)} checkpoints ({have}), fewer than "
-                                  f"--last={last}; train with --config.checkpoint.keep={last}")
+            raise CheckpointError(
+                f"{workdir} has {len(steps)} checkpoints ({have}), fewer than "
+                f"--last={last}; train with --config.checkpoint.keep={last}"
+            )
     if len(set(steps)) < 2:
         raise ConfigError(f"--steps is {','.join(map(str, steps))}; wanted two or more")
     return [latest_step(workdir, step) for step in sorted(set(steps))]
@@ -71,14 +73,21 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
         else:
             jax.tree.map(lambda a, b: np.add(a, b, out=a), total, values)
     mean = jax.tree.map(
-        lambda x, dtype: jax.numpy.asarray((x / len(steps)).astype(dtype)), total, dtypes)
+        lambda x, dtype: jax.numpy.asarray((x / len(steps)).astype(dtype)), total, dtypes
+    )
     target.mkdir(parents=True, exist_ok=True)
     with ocp.CheckpointManager(
-        target.resolve() / CHECKPOINTS_FOLDER, item_names=("params", FINGERPRINTS),
+        target.resolve() / CHECKPOINTS_FOLDER, item_names=("params", FINGERPRINTS)
     ) as manager:
-        manager.save(steps[-1], args=ocp.args.Composite(**{
-            "params": ocp.args.StandardSave(mean),
-            FINGERPRINTS: ocp.args.JsonSave({"params": fingerprints(mean)})}))
+        manager.save(
+            steps[-1],
+            args=ocp.args.Composite(
+                **{
+                    "params": ocp.args.StandardSave(mean),
+                    FINGERPRINTS: ocp.args.JsonSave({"params": fingerprints(mean)}),
+                }
+            ),
+        )
     copy_vocabulary(workdir, target)
     description["averaged"] = {"workdir": os.fspath(workdir), "steps": list(steps)}
     partial = target / (CONFIG_FILE + ".partial")
@@ -89,11 +98,14 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
 def main(argv: list[str]) -> int:
     """``encdec average --checkpoint=DIR --last=K --out=DIR``."""
     parser = argparse.ArgumentParser(
-        prog="encdec average", allow_abbrev=False,
+        prog="encdec average",
+        allow_abbrev=False,
         description="Averages the parameters of a run's checkpoints. The result generates, is "
-        "evaluated, exported and started from (--config.init_from) like any other model.")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR",
-                        help="work directory of `encdec train`")
+        "evaluated, exported and started from (--config.init_from) like any other model.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="work directory of `encdec train`"
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--last", type=int, metavar="K", help="the last K checkpoints")
     which.add_argument("--steps", metavar="A,B,...", help="the checkpoints of these steps")
@@ -102,8 +114,9 @@ def main(argv: list[str]) -> int:
     try:
         named = [int(step) for step in options.steps.split(",")] if options.steps else []
     except ValueError:
-        raise ConfigError(f"--steps is {options.steps!r}; wanted numbers, as in 8000,9000,10000"
-                          ) from None
+        raise ConfigError(
+            f"--steps is {options.steps!r}; wanted numbers, as in 8000,9000,10000"
+        ) from None
     steps = chosen_steps(options.checkpoint, options.last, named)
     average(options.checkpoint, steps, options.out)
     print(f"the mean of steps {', '.join(f'{step:,}' for step in steps)} lies in {options.out}")

@@ -33,20 +33,20 @@ from encdec.train.fingerprint import fingerprints, mismatches
 from encdec.train.processes import any_process, from_first, wait_for_all
 from encdec.train.sharding import path_name
 from encdec.train.state import TrainState
-from encdec.train.workdir import (
-    CHECKPOINTS_FOLDER,
-    PARAMS_FOLDER,
-    model_config_of,
-    read_config,
-)
+from encdec.train.workdir import CHECKPOINTS_FOLDER, PARAMS_FOLDER, model_config_of, read_config
 
 DAMAGED_FOLDER = "damaged"
 FINGERPRINTS = "fingerprints"
 _STATE = ("params", "optimizer")
 # Reasons for which a whole checkpoint may be unreadable for the moment: no sign of damage.
 _PASSING = (PermissionError, ConnectionError, TimeoutError, MemoryError)
-_PASSING_CODES = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED",
-                  "UNAUTHENTICATED")
+_PASSING_CODES = (
+    "PERMISSION_DENIED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+)
 
 Say = Callable[[str], None]
 
@@ -59,8 +59,11 @@ class Checkpoints:
     """The checkpoints of one work directory. All processes call the same methods."""
 
     def __init__(
-        self, workdir: epath.PathLike, config: CheckpointConfig = CheckpointConfig(),
-        losses: Mapping[int, float] | None = None, say: Say = print,
+        self,
+        workdir: epath.PathLike,
+        config: CheckpointConfig = CheckpointConfig(),
+        losses: Mapping[int, float] | None = None,
+        say: Say = print,
     ):
         """
         Args:
@@ -94,9 +97,14 @@ class Checkpoints:
         items = {"params": state.params, "optimizer": state.opt_state}
         prints = {name: fingerprints(tree) for name, tree in items.items()}
         # Forced: whether a checkpoint is due is the loop's decision.
-        self._manager.save(step, force=True, args=ocp.args.Composite(
-            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-            **{FINGERPRINTS: ocp.args.JsonSave(prints)}))
+        self._manager.save(
+            step,
+            force=True,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                **{FINGERPRINTS: ocp.args.JsonSave(prints)},
+            ),
+        )
 
     def prepare(self, state: TrainState) -> None:
         """Compiles what saving needs, so that a save in a machine's last seconds is a short one."""
@@ -127,7 +135,8 @@ class Checkpoints:
             seen = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is whole ({seen}); restore one from a copy, "
-                "or give another --workdir to begin anew")
+                "or give another --workdir to begin anew"
+            )
         return None
 
     def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
@@ -135,8 +144,10 @@ class Checkpoints:
             return
         for step, why in damaged.items():
             self._say(f"checkpoint {step:,} is damaged: {why}")
-        self._say(f"going back to checkpoint {good:,}, the last that is whole; the damaged ones "
-                  f"are moved to {self.directory.parent / DAMAGED_FOLDER}")
+        self._say(
+            f"going back to checkpoint {good:,}, the last that is whole; the damaged ones "
+            f"are moved to {self.directory.parent / DAMAGED_FOLDER}"
+        )
         if not jax.process_index():
             folder = self.directory.parent / DAMAGED_FOLDER
             folder.mkdir(exist_ok=True)
@@ -172,9 +183,9 @@ def kept_steps(
     if not config.keep:
         return set(steps)
     ordered = sorted(steps)
-    best = sorted((losses[step], step) for step in ordered if step in losses)[:config.keep_best]
+    best = sorted((losses[step], step) for step in ordered if step in losses)[: config.keep_best]
     periodic = [s for s in ordered if config.keep_every and s % config.keep_every == 0]
-    return {*ordered[-config.keep:], *(step for _, step in best), *periodic}
+    return {*ordered[-config.keep :], *(step for _, step in best), *periodic}
 
 
 @dataclasses.dataclass
@@ -210,19 +221,24 @@ def _read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]
             items[name] = handler.restore(folder / name, args=ocp.args.StandardRestore(tree))
     except Exception as error:  # orbax raises whatever its storage raised
         trouble = error
-    if any_process(any(
-        isinstance(error, _PASSING) or any(code in str(error) for code in _PASSING_CODES)
-        for error in _causes(trouble)
-    )):
+    if any_process(
+        any(
+            isinstance(error, _PASSING) or any(code in str(error) for code in _PASSING_CODES)
+            for error in _causes(trouble)
+        )
+    ):
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read now: {_short(trouble)}; try again") from trouble
+            f"checkpoint {folder} cannot be read now: {_short(trouble)}; try again"
+        ) from trouble
     if any_process(trouble is not None):
         raise Damaged(_short(trouble)) from trouble
     for name, tree in items.items() if prints else ():
         if wrong := mismatches(fingerprints(tree), prints[name]):
-            raise Damaged(f"{name} {wrong[0]}" + (
-                f" and {len(wrong) - 1} more are" if len(wrong) > 1 else " is")
-                + " not what was saved (fingerprints differ)")
+            raise Damaged(
+                f"{name} {wrong[0]}"
+                + (f" and {len(wrong) - 1} more are" if len(wrong) > 1 else " is")
+                + " not what was saved (fingerprints differ)"
+            )
     return items
 
 
@@ -284,13 +300,16 @@ def load_params_for_inference(
     step = latest_step(workdir, step)
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract, shardings)
+        abstract,
+        shardings,
+    )
     try:
         items = _read_whole(directory / str(step), {"params": placed})
     except Damaged as error:
         others = ", ".join(str(s) for s in saved_steps(workdir) if s != step) or "none"
-        raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {error}; other "
-                              f"steps there: {others}") from error
+        raise CheckpointError(
+            f"checkpoint {directory / str(step)} is damaged: {error}; other steps there: {others}"
+        ) from error
     return config, items["params"], step
 
 
@@ -310,18 +329,19 @@ def latest_step(workdir: epath.PathLike, step: int | None = None) -> int:
     if not steps or (step is not None and step not in steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         have = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{workdir} has not got {wanted} (there are: {have}); train first, "
-                              "or give one of these steps")
+        raise CheckpointError(
+            f"{workdir} has not got {wanted} (there are: {have}); train first, "
+            "or give one of these steps"
+        )
     return steps[-1] if step is None else step
 
 
-def _read_imported(
-    workdir: epath.PathLike, step: int | None, abstract: Any, shardings: Any
-) -> Any:
+def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, shardings: Any) -> Any:
     """Parameters that were imported: each device reads its part of the mapped files."""
     if step:
-        raise CheckpointError(f"{workdir} holds an imported model, which has no checkpoint {step};"
-                              " leave --step out")
+        raise CheckpointError(
+            f"{workdir} holds an imported model, which has no checkpoint {step}; leave --step out"
+        )
     try:
         tensors = safetensors.open_directory(pathlib.Path(workdir) / PARAMS_FOLDER)
     except DataError as error:
@@ -332,9 +352,12 @@ def _read_imported(
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != leaf.shape:
             seen = "missing" if tensor is None else f"of shape {tensor.shape}"
-            raise CheckpointError(f"parameter {name} in {workdir} is {seen}; wanted {leaf.shape}: "
-                                  "run encdec import again")
+            raise CheckpointError(
+                f"parameter {name} in {workdir} is {seen}; wanted {leaf.shape}: "
+                "run encdec import again"
+            )
         return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: tensor[index].astype(leaf.dtype))
+            leaf.shape, sharding, lambda index: tensor[index].astype(leaf.dtype)
+        )
 
     return jax.tree_util.tree_map_with_path(read, abstract, shardings)

@@ -16,7 +16,8 @@ _WHOLE_PRODUCTS = {
 }
 
 BY_DEVICE_KIND: Mapping[str, Mapping[str, str]] = {
-    kind: _WHOLE_PRODUCTS for kind in ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")}
+    kind: _WHOLE_PRODUCTS for kind in ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
+}
 
 
 def compiler_options(device_kind: str) -> dict[str, str]:

@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args, get_type_hints
 import ml_collections
 from ml_collections import config_dict
 
-from encdec.distill.losses import AlphaSchedule, Divergence, Tail
 from encdec.errors import ConfigError
 from encdec.model import ModelConfig, preset
+from encdec.train.distillation_losses import AlphaSchedule, Divergence, Tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DistillConfig:
     """The objective is alpha x the teacher's divergence + (1 - alpha) x cross entropy on gold."""
 
     teacher: str = ""  # directory made by `encdec score` on data.records; empty: no distillation
-    loss: Divergence = "forward_kl"  # see encdec/distill/losses.py
+    loss: Divergence = "forward_kl"  # see encdec/train/distillation_losses.py
     alpha: float = 0.9  # weight of the teacher, in [0, 1]
     alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises to alpha, "learning_rate" falls
     warmup_steps: int = 0  # of alpha, with alpha_schedule "warmup"
@@ -147,8 +147,17 @@ class RunConfig:
 # Fields that may change when a run is continued: they say where and how it runs and what it
 # reports, not which function of the data it computes. Records and teachers are compared by
 # content instead.
-OPERATIONAL = ("data.records", "data.eval_records", "distill.teacher", "log_every",
-               "loss.vocab_tile", "mesh.", "eval.", "checkpoint.", "profile.")
+OPERATIONAL = (
+    "data.records",
+    "data.eval_records",
+    "distill.teacher",
+    "log_every",
+    "loss.vocab_tile",
+    "mesh.",
+    "eval.",
+    "checkpoint.",
+    "profile.",
+)
 
 
 def parse_config(config: RunConfig | Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
@@ -180,8 +189,11 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     full = ml_collections.ConfigDict(to_dict(RunConfig()))
     hints = get_type_hints(ModelConfig)
     for field in dataclasses.fields(ModelConfig):
-        kind = type(get_args(hints[field.name])[0]) if get_args(hints[field.name]) else (
-            hints[field.name])
+        kind = (
+            type(get_args(hints[field.name])[0])
+            if get_args(hints[field.name])
+            else (hints[field.name])
+        )
         full.model_overrides[field.name] = config_dict.placeholder(kind)
     _check_names(config.to_dict(), full)
     try:
@@ -206,7 +218,8 @@ def unknown_field(name: str, names: list[str]) -> ConfigError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     # `lerning_rate` is nearer to `optimizer.learning_rate` than the whole paths show.
     leaf = difflib.get_close_matches(
-        name.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.75)
+        name.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.75
+    )
     if leaf:
         near = [n for n in names if n.rsplit(".", 1)[-1] == leaf[0]]
         near = difflib.get_close_matches(name, near, n=1, cutoff=0.0)
@@ -244,8 +257,9 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     hints = get_type_hints(kind)
     for name in values:
         if name not in hints:
-            raise unknown_field(prefix + name, field_names(ml_collections.ConfigDict(
-                to_dict(RunConfig()))))
+            raise unknown_field(
+                prefix + name, field_names(ml_collections.ConfigDict(to_dict(RunConfig())))
+            )
     arguments = {}
     for name, value in values.items():
         hint = hints[name]
@@ -266,8 +280,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"config.{name} is {value!r}; wanted one of "
-                              f"{', '.join(map(repr, choices))}{hint_text}")
+            raise ConfigError(
+                f"config.{name} is {value!r}; wanted one of "
+                f"{', '.join(map(repr, choices))}{hint_text}"
+            )
         return value
     if hint is float and type(value) is int:
         return float(value)
@@ -290,8 +306,11 @@ def _check_values(run: RunConfig) -> None:
 
     for name in ("batch_size", "accumulation", "steps", "log_every"):
         require(getattr(run, name) > 0, name, "a positive number")
-    require(run.batch_size % run.accumulation == 0, "batch_size",
-            f"a multiple of config.accumulation = {run.accumulation}")
+    require(
+        run.batch_size % run.accumulation == 0,
+        "batch_size",
+        f"a multiple of config.accumulation = {run.accumulation}",
+    )
     require(0 <= run.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
     optimizer, schedule = run.optimizer, run.schedule
     require(optimizer.learning_rate > 0, "optimizer.learning_rate", "a positive number")
@@ -301,10 +320,16 @@ def _check_values(run: RunConfig) -> None:
     for name in ("b1", "b2", "momentum"):
         require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", "a number in [0, 1)")
     require(0 < optimizer.decay_rate < 1, "optimizer.decay_rate", "a number in (0, 1)")
-    require(0 <= schedule.warmup_steps < run.steps, "schedule.warmup_steps",
-            f"0 or more, and less than config.steps = {run.steps}")
-    require(schedule.name != "rsqrt" or schedule.warmup_steps > 0, "schedule.warmup_steps",
-            "1 or more with the rsqrt schedule, whose decay starts from it")
+    require(
+        0 <= schedule.warmup_steps < run.steps,
+        "schedule.warmup_steps",
+        f"0 or more, and less than config.steps = {run.steps}",
+    )
+    require(
+        schedule.name != "rsqrt" or schedule.warmup_steps > 0,
+        "schedule.warmup_steps",
+        "1 or more with the rsqrt schedule, whose decay starts from it",
+    )
     for name in ("final_fraction", "decay_fraction"):
         require(0 <= getattr(schedule, name) <= 1, f"schedule.{name}", "a fraction in [0, 1]")
     require(run.loss.z_loss >= 0, "loss.z_loss", "0 (off) or a positive number")
@@ -314,32 +339,56 @@ def _check_values(run: RunConfig) -> None:
     require(0 <= distill.alpha <= 1, "distill.alpha", "a weight in [0, 1]")
     require(distill.temperature > 0, "distill.temperature", "a positive number")
     require(0 < distill.beta < 1, "distill.beta", "a share between 0 and 1")
-    require(distill.alpha_schedule != "warmup" or distill.warmup_steps > 0,
-            "distill.warmup_steps", "1 or more with config.distill.alpha_schedule = 'warmup'")
-    for name in ("distill.warmup_steps", "eval.every", "eval.batches", "eval.batch_size",
-                 "eval.patience", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
-                 "checkpoint.keep_every", "profile.first_step"):
+    require(
+        distill.alpha_schedule != "warmup" or distill.warmup_steps > 0,
+        "distill.warmup_steps",
+        "1 or more with config.distill.alpha_schedule = 'warmup'",
+    )
+    for name in (
+        "distill.warmup_steps",
+        "eval.every",
+        "eval.batches",
+        "eval.batch_size",
+        "eval.patience",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.keep_best",
+        "checkpoint.keep_every",
+        "profile.first_step",
+    ):
         group, field = name.split(".")
         require(getattr(getattr(run, group), field) >= 0, name, "0 or a positive number")
-    require(not run.eval.patience or bool(run.eval.every and run.data.eval_records),
-            "eval.patience", "0, or config.eval.every and config.data.eval_records beside it")
+    require(
+        not run.eval.patience or bool(run.eval.every and run.data.eval_records),
+        "eval.patience",
+        "0, or config.eval.every and config.data.eval_records beside it",
+    )
     keeps_best = run.checkpoint.keep_best or not run.checkpoint.keep
-    require(not run.checkpoint.keep_best
-            or bool(run.eval.every and run.checkpoint.every and run.data.eval_records)
-            and run.checkpoint.every % run.eval.every == 0, "checkpoint.keep_best",
-            "0, or config.data.eval_records with config.checkpoint.every a multiple of "
-            f"config.eval.every = {run.eval.every}, so that checkpoints have a held-out loss")
+    require(
+        not run.checkpoint.keep_best
+        or bool(run.eval.every and run.checkpoint.every and run.data.eval_records)
+        and run.checkpoint.every % run.eval.every == 0,
+        "checkpoint.keep_best",
+        "0, or config.data.eval_records with config.checkpoint.every a multiple of "
+        f"config.eval.every = {run.eval.every}, so that checkpoints have a held-out loss",
+    )
     # The best of them is `patience` evaluations old when the run ends.
-    require(not run.eval.patience or not run.checkpoint.keep
-            or run.checkpoint.every == run.eval.every
-            and (keeps_best or run.checkpoint.keep > run.eval.patience), "checkpoint.keep",
-            f"0 (all), or more than config.eval.patience = {run.eval.patience}, or "
-            "config.checkpoint.keep_best beside it, with config.checkpoint.every equal to "
-            "config.eval.every, so that the best is kept")
+    require(
+        not run.eval.patience
+        or not run.checkpoint.keep
+        or run.checkpoint.every == run.eval.every
+        and (keeps_best or run.checkpoint.keep > run.eval.patience),
+        "checkpoint.keep",
+        f"0 (all), or more than config.eval.patience = {run.eval.patience}, or "
+        "config.checkpoint.keep_best beside it, with config.checkpoint.every equal to "
+        "config.eval.every, so that the best is kept",
+    )
     require(run.profile.steps > 0, "profile.steps", "a positive number")
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     for name, size in zip(("data", "fsdp", "tensor"), sizes):
         require(size == -1 or size > 0, f"mesh.{name}", "a positive number, or -1 for the rest")
     if sizes.count(-1) > 1:
-        raise ConfigError(f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}; "
-                          "wanted -1 on at most one axis")
+        raise ConfigError(
+            f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}; "
+            "wanted -1 on at most one axis"
+        )

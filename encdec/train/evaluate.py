@@ -22,9 +22,15 @@ class Evaluator:
     def __init__(self, program: Program, run: RunConfig, model: ModelConfig, records: Records):
         self._program, self._card = program, records.card
         self._batches = open_batches(
-            records, model, program.batch_sharding, run.eval.batch_size or run.micro_batch_size,
+            records,
+            model,
+            program.batch_sharding,
+            run.eval.batch_size or run.micro_batch_size,
             # The first rows may all come from one source; a sample has to be drawn.
-            shuffle=run.eval.batches > 0, seed=0, repeat=False)
+            shuffle=run.eval.batches > 0,
+            seed=0,
+            repeat=False,
+        )
         self._steps = min(run.eval.batches or len(self._batches), len(self._batches))
 
     def __call__(

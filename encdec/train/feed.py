@@ -33,7 +33,8 @@ def host_slice(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     if held != size or start % size or rows % size:
         raise ConfigError(
             f"process {jax.process_index()} holds rows {sorted(slices)} of {rows}, which are no "
-            "contiguous equal part; order config.mesh so that data and fsdp span processes")
+            "contiguous equal part; order config.mesh so that data and fsdp span processes"
+        )
     return start // size, rows // size
 
 
@@ -42,13 +43,17 @@ def open_batches(
 ) -> Batches:
     """The batches of this process, in the layout of the model's architecture."""
     index, count = host_slice(sharding, rows)
-    return Batches(records, global_batch=rows, layout=model.architecture, host_index=index,
-                   host_count=count, **options)
+    return Batches(
+        records,
+        global_batch=rows,
+        layout=model.architecture,
+        host_index=index,
+        host_count=count,
+        **options,
+    )
 
 
-def to_devices(
-    batch: dict[str, Any], sharding: NamedSharding, rows: int
-) -> dict[str, jax.Array]:
+def to_devices(batch: dict[str, Any], sharding: NamedSharding, rows: int) -> dict[str, jax.Array]:
     """This process's part of a global batch of ``rows``, as global arrays."""
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)  # all fields at once: half the host's time

@@ -41,14 +41,17 @@ def fingerprints(tree: Any) -> dict[str, str]:
     sums = np.stack([_distinct(leaf, sums) for (_, leaf), sums in zip(leaves, partial)])
     if any(not leaf.is_fully_addressable for _, leaf in leaves):
         sums = sum_over_processes(sums)
-    return {path_name(path): "".join(f"{int(part):08x}" for part in pair)
-            for (path, _), pair in zip(leaves, sums)}
+    return {
+        path_name(path): "".join(f"{int(part):08x}" for part in pair)
+        for (path, _), pair in zip(leaves, sums)
+    }
 
 
 def mismatches(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
     """Names whose fingerprints differ, or that only one of the two has."""
-    return sorted(name for name in found.keys() | wanted.keys()
-                  if found.get(name) != wanted.get(name))
+    return sorted(
+        name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+    )
 
 
 def _by_device(leaf: jax.Array) -> jax.Array:
@@ -77,8 +80,10 @@ def _whole(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _split(mesh: jax.sharding.Mesh, spec: PartitionSpec, ndim: int) -> Any:
-    axes = [() if part is None else part if isinstance(part, tuple) else (part,)
-            for part in (*spec, *[None] * (ndim - len(spec)))]
+    axes = [
+        () if part is None else part if isinstance(part, tuple) else (part,)
+        for part in (*spec, *[None] * (ndim - len(spec)))
+    ]
 
     def local(x: jax.Array) -> jax.Array:
         shape, start = [], []
@@ -90,9 +95,15 @@ def _split(mesh: jax.sharding.Mesh, spec: PartitionSpec, ndim: int) -> Any:
             start.append(jax.lax.axis_index(names) * size if names else 0)
         return _digest(x, tuple(shape), tuple(start))[None]
 
-    return jax.jit(jax.shard_map(
-        local, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(mesh.axis_names),
-        check_vma=False))
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=PartitionSpec(mesh.axis_names),
+            check_vma=False,
+        )
+    )
 
 
 def _digest(x: jax.Array, shape: tuple[int, ...], start: tuple[Any, ...]) -> jax.Array:
@@ -100,7 +111,7 @@ def _digest(x: jax.Array, shape: tuple[int, ...], start: tuple[Any, ...]) -> jax
     bits = _as_uint32(x)
     place = jnp.zeros(bits.shape, jnp.uint32)
     # Eight-byte elements have become pairs along one axis more.
-    shape, start = (*shape, *bits.shape[x.ndim:]), (*start, *(0,) * (bits.ndim - x.ndim))
+    shape, start = (*shape, *bits.shape[x.ndim :]), (*start, *(0,) * (bits.ndim - x.ndim))
     stride = 1
     for axis in reversed(range(bits.ndim)):
         # Modulo 2^32: beyond that many elements places repeat, which only swaps could hide in.
@@ -108,9 +119,12 @@ def _digest(x: jax.Array, shape: tuple[int, ...], start: tuple[Any, ...]) -> jax
         index += jnp.asarray(start[axis], jnp.uint32)
         place += index * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    return jnp.stack([
-        jnp.sum(_mixed(bits ^ (place * jnp.uint32(a)), jnp.uint32(b)), dtype=jnp.uint32)
-        for a, b in _SEEDS])
+    return jnp.stack(
+        [
+            jnp.sum(_mixed(bits ^ (place * jnp.uint32(a)), jnp.uint32(b)), dtype=jnp.uint32)
+            for a, b in _SEEDS
+        ]
+    )
 
 
 def _mixed(x: jax.Array, salt: jax.Array) -> jax.Array:

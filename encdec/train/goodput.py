@@ -18,7 +18,10 @@ class Goodput:
     """
 
     def __init__(
-        self, entered: float, started: float, before: Mapping[str, float] | None = None,
+        self,
+        entered: float,
+        started: float,
+        before: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.time,
     ):
         """
@@ -29,8 +32,7 @@ class Goodput:
             clock: gives unix time.
         """
         self._entered, self._started, self._clock = entered, min(entered, started), clock
-        self._seconds = {part: (before or {}).get(f"goodput/{part}_seconds", 0.0)
-                         for part in PARTS}
+        self._seconds = {part: (before or {}).get(f"goodput/{part}_seconds", 0.0) for part in PARTS}
         self._before = sum(self._seconds.values())
 
     def add(self, part: str, seconds: float) -> None:
@@ -49,8 +51,11 @@ class Goodput:
         wall = max(self._clock() - self._started, 1e-9)
         lost = max(0.0, wall - sum(self._seconds.values()))
         parts = {f"goodput/{part}_seconds": seconds for part, seconds in self._seconds.items()}
-        return {"goodput/share": self._seconds["step"] / wall, **parts,
-                "goodput/lost_seconds": lost}
+        return {
+            "goodput/share": self._seconds["step"] / wall,
+            **parts,
+            "goodput/lost_seconds": lost,
+        }
 
 
 def last_report(rows: Iterable[Mapping[str, float]], step: int) -> Mapping[str, float] | None:

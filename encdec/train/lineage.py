@@ -38,12 +38,16 @@ def lineage(workdir: str | os.PathLike[str], step: int) -> Lineage:
         return Lineage(None, None)
     run, data = content["run"], content["data"]
     flops = step * training_flops(
-        model_config_of(content), data["inputs_length"], data["targets_length"],
-        batch_size=run["batch_size"])
+        model_config_of(content),
+        data["inputs_length"],
+        data["targets_length"],
+        batch_size=run["batch_size"],
+    )
     before = _before(content)
     return Lineage(
         None if before.training_flops is None else flops + before.training_flops,
-        None if before.seeds is None else (run["seed"], *before.seeds))
+        None if before.seeds is None else (run["seed"], *before.seeds),
+    )
 
 
 def _before(content: dict[str, Any]) -> Lineage:

@@ -13,12 +13,12 @@ import numpy as np
 from etils import epath
 
 from encdec.data.records import DatasetCard, Records, open_records
-from encdec.distill.losses import check_divergence
-from encdec.distill.teacher import TeacherRows, open_teacher
+from encdec.data.teacher_rows import TeacherRows, open_teacher
 from encdec.errors import ConfigError, DataError, NonFiniteError, Preempted
 from encdec.model import ModelConfig, parameter_count
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.config import RunConfig, parse_config
+from encdec.train.distillation_losses import check_divergence
 from encdec.train.evaluate import Evaluator
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.goodput import Goodput, last_report
@@ -90,8 +90,10 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     model = run.model_config()
     require_local("--workdir", workdir)
     if not run.data.records:
-        raise ConfigError("config.data.records is empty; wanted a directory written by "
-                          "`encdec prepare`: --config.data.records=DIR")
+        raise ConfigError(
+            "config.data.records is empty; wanted a directory written by "
+            "`encdec prepare`: --config.data.records=DIR"
+        )
     records = open_records(run.data.records)
     eval_records = open_records(run.data.eval_records) if run.data.eval_records else None
     check_records(model, records.card, eval_records.card if eval_records else None)
@@ -101,8 +103,12 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     mesh = make_mesh(run.mesh)
     program = build_program(run, model, mesh, records.card.targets_length)
     description = describe_run(
-        run, model, records.card, eval_records.card if eval_records else None,
-        teacher.fingerprint if teacher else None)
+        run,
+        model,
+        records.card,
+        eval_records.card if eval_records else None,
+        teacher.fingerprint if teacher else None,
+    )
     resumes = check_workdir(workdir, description)
     if run.init_from and not resumes:
         check_source(run.init_from, records.card)
@@ -117,11 +123,13 @@ def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:
         raise ConfigError(
             f"config.distill.temperature is {run.distill.temperature}, but {run.distill.teacher} "
             f"was scored at {stored.temperature}; set the field to that, or score with "
-            f"--temperature={run.distill.temperature}")
+            f"--temperature={run.distill.temperature}"
+        )
     if stored.method == "full" and run.loss.vocab_tile:
         raise ConfigError(
             f"config.loss.vocab_tile is {run.loss.vocab_tile}, but the teacher's rows are full, "
-            "which need all scores at once; set it to 0, or score with --method=sampled")
+            "which need all scores at once; set it to 0, or score with --method=sampled"
+        )
 
 
 def check_records(model: ModelConfig, card: DatasetCard, eval_card: DatasetCard | None) -> None:
@@ -131,7 +139,8 @@ def check_records(model: ModelConfig, card: DatasetCard, eval_card: DatasetCard 
         raise DataError(
             f"the records' vocabulary has {size:,} ids, but the model's table only "
             f"{model.vocab_size:,} rows; set --config.model_overrides.vocab_size={size} or more, "
-            "or prepare with a smaller vocabulary")
+            "or prepare with a smaller vocabulary"
+        )
     if eval_card is None:
         return
     for name, pick in (
@@ -143,11 +152,15 @@ def check_records(model: ModelConfig, card: DatasetCard, eval_card: DatasetCard 
         if pick(card) != pick(eval_card):
             raise DataError(
                 f"held-out records have {name} {pick(eval_card)}, the training records "
-                f"{pick(card)}; prepare both alike")
+                f"{pick(card)}; prepare both alike"
+            )
 
 
 def train(
-    config: Any, workdir: epath.PathLike, *, stop_at: int | None = None,
+    config: Any,
+    workdir: epath.PathLike,
+    *,
+    stop_at: int | None = None,
     on_report: OnReport | None = None,
 ) -> Summary:
     """Trains a model, or continues where the work directory's last checkpoint ends.
@@ -187,10 +200,16 @@ def train(
         writer = make_writer(workdir, start, console)
         closing.callback(writer.close)
         reports = _Reports(job, checkpoints, writer, stop, on_report, goodput)
-        done = _run_steps(job, workdir, state, start, stop, checkpoints, reports, console, losses,
-                          notice)
-    return Summary(str(workdir), done, reports.last("train/"), reports.last("eval/"),
-                   time.monotonic() - started)
+        done = _run_steps(
+            job, workdir, state, start, stop, checkpoints, reports, console, losses, notice
+        )
+    return Summary(
+        str(workdir),
+        done,
+        reports.last("train/"),
+        reports.last("eval/"),
+        time.monotonic() - started,
+    )
 
 
 def _begin(
@@ -220,8 +239,15 @@ def _earlier_rows(workdir: epath.PathLike, start: int) -> list[dict[str, float]]
 
 
 def _run_steps(
-    job: Job, workdir: epath.PathLike, state: TrainState, start: int, stop: int,
-    checkpoints: Checkpoints, reports: _Reports, console: Console, losses: dict[int, float],
+    job: Job,
+    workdir: epath.PathLike,
+    state: TrainState,
+    start: int,
+    stop: int,
+    checkpoints: Checkpoints,
+    reports: _Reports,
+    console: Console,
+    losses: dict[int, float],
     notice: Notice,
 ) -> int:
     """The loop itself: steps ``start + 1`` ... ``stop``, and what is due after each.
@@ -232,11 +258,16 @@ def _run_steps(
         Preempted: the machine will be taken away; everything is saved.
     """
     run, program = job.run, job.program
-    evaluator = (
-        Evaluator(program, run, job.model, job.eval_records) if job.eval_records else None)
-    batches = open_batches(job.records, job.model, program.batch_sharding, run.batch_size,
-                           seed=run.seed, shuffle=run.data.shuffle,
-                           columns=[job.teacher] if job.teacher else [])
+    evaluator = Evaluator(program, run, job.model, job.eval_records) if job.eval_records else None
+    batches = open_batches(
+        job.records,
+        job.model,
+        program.batch_sharding,
+        run.batch_size,
+        seed=run.seed,
+        shuffle=run.data.shuffle,
+        columns=[job.teacher] if job.teacher else [],
+    )
 
     def save(step: int, t: float) -> None:
         reports.settle()  # a state is saved only when its metrics are known to be finite
@@ -257,27 +288,44 @@ def _run_steps(
         if step and checkpoints.latest() != step:
             save(step, 0.0)
         checkpoints.wait()
-        raise Preempted(f"the machine is being taken away: step {step:,} is saved in "
-                        f"{checkpoints.directory}; the same command goes on from there")
+        raise Preempted(
+            f"the machine is being taken away: step {step:,} is saved in "
+            f"{checkpoints.directory}; the same command goes on from there"
+        )
 
     def patience_ended() -> bool:
         return out_of_patience([losses[step] for step in sorted(losses)], run.eval.patience)
 
     actions = [
         periodic_actions.PeriodicCallback(
-            every_steps=run.checkpoint.every or None, on_steps=[stop], callback_fn=save)]
+            every_steps=run.checkpoint.every or None, on_steps=[stop], callback_fn=save
+        )
+    ]
     if evaluator:
-        actions.append(periodic_actions.PeriodicCallback(
-            every_steps=run.eval.every or None, on_steps=[run.steps], callback_fn=evaluate))
+        actions.append(
+            periodic_actions.PeriodicCallback(
+                every_steps=run.eval.every or None, on_steps=[run.steps], callback_fn=evaluate
+            )
+        )
     if run.profile.first_step and not jax.process_index():
-        actions.append(periodic_actions.Profile(
-            logdir=epath.Path(workdir) / "profile", first_profile=run.profile.first_step,
-            num_profile_steps=run.profile.steps, profile_duration_ms=None, every_secs=None))
+        actions.append(
+            periodic_actions.Profile(
+                logdir=epath.Path(workdir) / "profile",
+                first_profile=run.profile.first_step,
+                num_profile_steps=run.profile.steps,
+                profile_duration_ms=None,
+                every_secs=None,
+            )
+        )
 
     # A finished run is evaluated again, to say how good it is; another where its last process
     # ended between saving and evaluating.
-    due = start == run.steps or run.eval.every and start % run.eval.every == 0 and (
-        start not in losses)
+    due = (
+        start == run.steps
+        or run.eval.every
+        and start % run.eval.every == 0
+        and (start not in losses)
+    )
     if evaluator and start and due:
         evaluate(start, 0.0)
     if start < stop and notice.reached():
@@ -318,13 +366,25 @@ class _Reports:
     """Metrics of steps on their way from the devices to the writers, one step behind."""
 
     def __init__(
-        self, job: Job, checkpoints: Checkpoints, writer: metric_writers.MetricWriter, stop: int,
-        on_report: OnReport | None, goodput: Goodput,
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        writer: metric_writers.MetricWriter,
+        stop: int,
+        on_report: OnReport | None,
+        goodput: Goodput,
     ):
         card = job.records.card
-        self.window = Window(Cost.of(
-            job.model, job.run.batch_size, card.inputs_length, card.targets_length,
-            list(job.program.mesh.devices.flat)), goodput)
+        self.window = Window(
+            Cost.of(
+                job.model,
+                job.run.batch_size,
+                card.inputs_length,
+                card.targets_length,
+                list(job.program.mesh.devices.flat),
+            ),
+            goodput,
+        )
         self.goodput = goodput
         self._job, self._checkpoints, self._writer = job, checkpoints, writer
         self._stop, self._on_report = stop, on_report
@@ -367,11 +427,15 @@ class _Reports:
             return
         self._checkpoints.wait()
         good = self._checkpoints.latest()
-        where = (f"the last good checkpoint is step {good} in {self._checkpoints.directory}"
-                 if good is not None else "no checkpoint had been saved yet")
+        where = (
+            f"the last good checkpoint is step {good} in {self._checkpoints.directory}"
+            if good is not None
+            else "no checkpoint had been saved yet"
+        )
         raise NonFiniteError(
             f"step {step}: {', '.join(bad)}; {where}. A lower config.optimizer.learning_rate, a "
-            "longer warmup or config.loss.z_loss=1e-4 may help")
+            "longer warmup or config.loss.z_loss=1e-4 may help"
+        )
 
 
 def _introduce(job: Job, console: Console) -> None:
@@ -381,7 +445,8 @@ def _introduce(job: Job, console: Console) -> None:
     console.say(
         f"{job.run.model}: {parameter_count(job.program.abstract_state.params):,} parameters, "
         f"{job.run.steps:,} steps of {job.run.batch_size} rows, {jax.device_count()} x {device} "
-        f"({mesh})")
+        f"({mesh})"
+    )
     if job.teacher:
         console.say(job.teacher.describe())
     for item in job.program.unsharded:

@@ -11,12 +11,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.distill.losses import (
-    distillation_losses,
-    picked_logits,
-    sparse_losses,
-)
 from encdec.train.config import DistillConfig, LossConfig
+from encdec.train.distillation_losses import distillation_losses, picked_logits, sparse_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +20,7 @@ class Teaching:
     """What a teacher knows of a batch's targets, and how much it counts.
 
     Attributes:
-        fields: the batch's teacher_* fields; see ``encdec.distill.teacher.Teacher.fields``.
+        fields: the batch's teacher_* fields; see ``encdec.data.teacher_rows.Teacher.fields``.
         config: which divergence.
         alpha: scalar weight of the divergence; cross entropy gets the rest.
     """
@@ -100,7 +96,8 @@ def target_losses(
     divergence_BxT = None
     if 0 < config.vocab_tile < vocab_size:
         (log_normaliser, target_logits, largest, mean), student = _tiled_statistics(
-            head, hidden_BxTxM, targets_BxT, config.vocab_tile, vocab_size, teaching)
+            head, hidden_BxTxM, targets_BxT, config.vocab_tile, vocab_size, teaching
+        )
         if teaching:
             divergence_BxT = sparse_losses(*student, teaching.fields, **_kind(teaching.config))
     else:
@@ -110,7 +107,8 @@ def target_losses(
         largest, mean = jnp.max(logits_BxTxV, axis=-1), jnp.mean(logits_BxTxV, axis=-1)
         if teaching:
             divergence_BxT = distillation_losses(
-                logits_BxTxV, teaching.fields, **_kind(teaching.config))
+                logits_BxTxV, teaching.fields, **_kind(teaching.config)
+            )
     cross_entropy = log_normaliser - target_logits
     objective = cross_entropy
     if config.label_smoothing:
@@ -125,19 +123,33 @@ def target_losses(
     teacher = None
     if teaching:
         teacher = TeacherSums(total(divergence_BxT), total(teaching.fields["teacher_entropy"]))
-    return LossSums(total(objective), total(cross_entropy), total(z_loss), total(correct),
-                    jnp.sum(weights_BxT, dtype=jnp.float32), teacher)
+    return LossSums(
+        total(objective),
+        total(cross_entropy),
+        total(z_loss),
+        total(correct),
+        jnp.sum(weights_BxT, dtype=jnp.float32),
+        teacher,
+    )
 
 
 def _kind(config: DistillConfig) -> dict[str, Any]:
-    """The arguments of the functions in ``encdec.distill.losses``."""
-    return {"divergence": config.loss, "temperature": config.temperature, "beta": config.beta,
-            "tail": config.tail}
+    """The arguments of the functions in ``encdec.train.distillation_losses``."""
+    return {
+        "divergence": config.loss,
+        "temperature": config.temperature,
+        "beta": config.beta,
+        "tail": config.tail,
+    }
 
 
 def _tiled_statistics(
-    head: Callable[..., jax.Array], hidden_BxTxM: jax.Array, targets_BxT: jax.Array, tile: int,
-    vocab_size: int, teaching: Teaching | None,
+    head: Callable[..., jax.Array],
+    hidden_BxTxM: jax.Array,
+    targets_BxT: jax.Array,
+    tile: int,
+    vocab_size: int,
+    teaching: Teaching | None,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """(log-normaliser, target's logit, largest logit, mean logit), each [B, T], tile by tile.
 
@@ -155,21 +167,34 @@ def _tiled_statistics(
         inside = (targets >= start) & (targets < stop)
         place = jnp.clip(targets - start, 0, stop - start - 1)
         target = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
-        found = (jax.nn.logsumexp(logits, axis=-1), jnp.where(inside, target, 0.0),
-                 jnp.max(logits, axis=-1), jnp.sum(logits, axis=-1))
+        found = (
+            jax.nn.logsumexp(logits, axis=-1),
+            jnp.where(inside, target, 0.0),
+            jnp.max(logits, axis=-1),
+            jnp.sum(logits, axis=-1),
+        )
         if not teaching:
             return found
         logits = logits / teaching.config.temperature
-        return (*found, picked_logits(logits, teaching.fields, start),
-                jax.nn.logsumexp(logits, axis=-1))
+        return (
+            *found,
+            picked_logits(logits, teaching.fields, start),
+            jax.nn.logsumexp(logits, axis=-1),
+        )
 
-    parts = [statistics(hidden_BxTxM, targets_BxT, start, min(start + tile, vocab_size))
-             for start in range(0, vocab_size, tile)]
+    parts = [
+        statistics(hidden_BxTxM, targets_BxT, start, min(start + tile, vocab_size))
+        for start in range(0, vocab_size, tile)
+    ]
     normalisers, targets, largest, sums, *student = (jnp.stack(part) for part in zip(*parts))
     if student:
         student = jnp.sum(student[0], axis=0), jax.nn.logsumexp(student[1], axis=0)
-    return (jax.nn.logsumexp(normalisers, axis=0), jnp.sum(targets, axis=0),
-            jnp.max(largest, axis=0), jnp.sum(sums, axis=0) / vocab_size), tuple(student)
+    return (
+        jax.nn.logsumexp(normalisers, axis=0),
+        jnp.sum(targets, axis=0),
+        jnp.max(largest, axis=0),
+        jnp.sum(sums, axis=0) / vocab_size,
+    ), tuple(student)
 
 
 def loss_positions(
@@ -194,10 +219,10 @@ def loss_positions(
     # Rank among the loss-bearing positions; the others go to a place that is dropped.
     rank_BxN = jnp.where(bearing_BxN, jnp.cumsum(bearing_BxN, axis=1) - 1, count)
     places_BxN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), rank_BxN.shape)
-    put = lambda rank, place: (
-        jnp.full((count,), length, jnp.int32).at[rank].set(place, mode="drop"))
+    put = lambda rank, place: jnp.full((count,), length, jnp.int32).at[rank].set(place, mode="drop")
     index_BxT = jax.vmap(put)(rank_BxN, places_BxN)
     take = lambda x: jnp.take_along_axis(
-        x, index_BxT.reshape(index_BxT.shape + (1,) * (x.ndim - 2)), axis=1, mode="clip")
+        x, index_BxT.reshape(index_BxT.shape + (1,) * (x.ndim - 2)), axis=1, mode="clip"
+    )
     weights_BxT = jnp.where(index_BxT < length, take(weights_BxN), 0.0)
     return take(hidden_BxNxM), take(batch["decoder_target_tokens"]), weights_BxT

@@ -124,7 +124,8 @@ class Window:
             }
             if self._cost.peak:
                 report["train/mfu"] = model_flops_utilisation(
-                    self._cost.step_flops, step_seconds, self._cost.peak)
+                    self._cost.step_flops, step_seconds, self._cost.peak
+                )
         self._reset()
         return report | self._goodput.report()
 
@@ -223,9 +224,14 @@ class Console(_ScalarWriter):
             )
 
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TimeElapsedColumn(), TimeRemainingColumn(),
-                console=RichConsole(file=self._stream), transient=True)
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=RichConsole(file=self._stream),
+                transient=True,
+            )
             self._task = self._bar.add_task(what, total=steps, completed=start_step)
             self._bar.start()
 
@@ -243,8 +249,11 @@ class Console(_ScalarWriter):
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         parts = [f"step {step:,}/{self._steps:,}"]
-        parts += [f"{label} {form(float(scalars[name]))}"
-                  for name, label, form in _SHOWN if name in scalars]
+        parts += [
+            f"{label} {form(float(scalars[name]))}"
+            for name, label, form in _SHOWN
+            if name in scalars
+        ]
         if "train/step_seconds" in scalars and not self._bar and step < self._steps:
             parts.append(f"left {_duration(scalars['train/step_seconds'] * (self._steps - step))}")
         self.say("  ".join(parts))
@@ -285,8 +294,10 @@ def make_writer(
     if jax.process_index():
         return metric_writers.MultiWriter([])
     workdir = epath.Path(workdir)
-    files = metric_writers.AsyncMultiWriter([
-        JsonLinesWriter(workdir / METRICS_FILE, start_step),
-        SummaryWriter(os.fspath(workdir / TENSORBOARD_FOLDER), start_step + 1),
-    ])
+    files = metric_writers.AsyncMultiWriter(
+        [
+            JsonLinesWriter(workdir / METRICS_FILE, start_step),
+            SummaryWriter(os.fspath(workdir / TENSORBOARD_FOLDER), start_step + 1),
+        ]
+    )
     return metric_writers.MultiWriter([files, console])

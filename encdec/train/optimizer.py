@@ -49,8 +49,9 @@ def make_schedule(run: RunConfig) -> optax.Schedule:
     if not warmup:
         return decay
     first = peak / warmup
-    return optax.join_schedules([optax.linear_schedule(first, peak + first, warmup), decay],
-                                [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(first, peak + first, warmup), decay], [warmup]
+    )
 
 
 def make_optimizer(run: RunConfig, logical_axes: Tree) -> optax.GradientTransformation:
@@ -73,24 +74,34 @@ def _update_rule(
     if config.name == "adafactor":
         return optax.chain(
             # 64, a head's width, so that attention kernels [M, H, D] are factored, too.
-            optax.scale_by_factored_rms(
-                decay_rate=config.decay_rate, min_dim_size_to_factor=64),
+            optax.scale_by_factored_rms(decay_rate=config.decay_rate, min_dim_size_to_factor=64),
             # With scanned layers a block is the stack of all layers' copies of a parameter.
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(config.weight_decay, decay_mask),
             optax.scale_by_learning_rate(schedule),
         )
-    adamw = optax.adamw(schedule, config.b1, config.b2, config.eps,
-                        weight_decay=config.weight_decay, mask=_masked_like(decay_mask))
+    adamw = optax.adamw(
+        schedule,
+        config.b1,
+        config.b2,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=_masked_like(decay_mask),
+    )
     if config.name == "adamw":
         return adamw
     dimensions = muon_dimensions(logical_axes)
     muon = optax.contrib.muon(
-        schedule, beta=config.momentum, weight_decay=config.weight_decay,
-        consistent_rms=_MUON_RMS, muon_weight_dimension_numbers=_masked_like(dimensions))
+        schedule,
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        consistent_rms=_MUON_RMS,
+        muon_weight_dimension_numbers=_masked_like(dimensions),
+    )
     is_spec = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
-    labels = jax.tree.map(lambda spec: "adamw" if spec is None else "muon", dimensions,
-                          is_leaf=is_spec)
+    labels = jax.tree.map(
+        lambda spec: "adamw" if spec is None else "muon", dimensions, is_leaf=is_spec
+    )
     return optax.partition({"muon": muon, "adamw": adamw}, labels)
 
 
@@ -121,14 +132,20 @@ def muon_dimensions(logical_axes: Tree) -> Tree:
 
 def _map_axes(function: Any, logical_axes: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(
-        lambda path, axes: function(path[-1].key, axes), logical_axes,
-        is_leaf=lambda x: isinstance(x, tuple))
+        lambda path, axes: function(path[-1].key, axes),
+        logical_axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 def _masked_like(tree: Tree) -> Any:
     """``tree`` as a function of parameters of which ``optax.partition`` may have masked some."""
-    flat = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers))}
+    flat = {
+        path: leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+        )
+    }
 
     def select(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(lambda path, _: flat[path], params)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from encdec.distill.teacher import PAIR_FIELDS
+from encdec.data.teacher_rows import PAIR_FIELDS
 from encdec.errors import ConfigError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
 from encdec.train.compiler_options import compiler_options
@@ -33,8 +33,13 @@ from encdec.train.state import TrainState, create_state
 from encdec.train.step import make_eval_step, make_train_step
 
 ENCODER_FIELDS = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions")
-DECODER_FIELDS = ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights",
-                  "decoder_segment_ids", "decoder_positions")
+DECODER_FIELDS = (
+    "decoder_input_tokens",
+    "decoder_target_tokens",
+    "decoder_loss_weights",
+    "decoder_segment_ids",
+    "decoder_positions",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +75,13 @@ def check_batch(run: RunConfig, mesh_shards: int, eval_rows: bool = False) -> No
             f"config.batch_size is {run.batch_size}, in {run.accumulation} micro-batches of "
             f"{run.micro_batch_size}; wanted a multiple of {wanted} = {mesh_shards} data shards "
             f"(mesh.data x mesh.fsdp) x {run.accumulation} (accumulation): for example "
-            f"{max(wanted, run.batch_size // wanted * wanted)}")
+            f"{max(wanted, run.batch_size // wanted * wanted)}"
+        )
     if eval_rows and run.eval.batch_size % mesh_shards:
-        raise ConfigError(f"config.eval.batch_size is {run.eval.batch_size}; wanted a multiple of "
-                          f"the {mesh_shards} data shards (mesh.data x mesh.fsdp)")
+        raise ConfigError(
+            f"config.eval.batch_size is {run.eval.batch_size}; wanted a multiple of "
+            f"the {mesh_shards} data shards (mesh.data x mesh.fsdp)"
+        )
 
 
 def build_program(
@@ -105,10 +113,13 @@ def build_program(
     state = jax.eval_shape(create)
     everywhere = NamedSharding(mesh, PartitionSpec())
     state_shardings = TrainState(
-        everywhere, shardings, like_params(state.opt_state, params, shardings, mesh))
+        everywhere, shardings, like_params(state.opt_state, params, shardings, mesh)
+    )
     abstract_state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state, state_shardings)
+        state,
+        state_shardings,
+    )
     batch_sharding = NamedSharding(mesh, fitted.spec(("batch",)))
 
     return Program(
@@ -116,17 +127,27 @@ def build_program(
         mesh=mesh,
         init=jax.jit(create, out_shardings=state_shardings),
         train_step=jax.jit(
-            on_mesh(make_train_step(
-                model, optimizer, run, targets_length,
-                compute_params(run.mesh, model_config.dtype, fitted, mesh, axes)), mesh, fitted),
+            on_mesh(
+                make_train_step(
+                    model,
+                    optimizer,
+                    run,
+                    targets_length,
+                    compute_params(run.mesh, model_config.dtype, fitted, mesh, axes),
+                ),
+                mesh,
+                fitted,
+            ),
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, everywhere),
             donate_argnums=0,
-            compiler_options=compiler_options(mesh.devices.flat[0].device_kind)),
+            compiler_options=compiler_options(mesh.devices.flat[0].device_kind),
+        ),
         eval_step=jax.jit(
             on_mesh(make_eval_step(model, targets_length), mesh, fitted),
             in_shardings=(shardings, batch_sharding),
-            out_shardings=everywhere),
+            out_shardings=everywhere,
+        ),
         abstract_state=abstract_state,
         batch_sharding=batch_sharding,
         unsharded=tuple(unsharded),
@@ -152,6 +173,7 @@ def abstract_batch(
         name: jax.ShapeDtypeStruct(
             (rows, length),
             jnp.float32 if name in floats else jnp.int32,
-            sharding=program.batch_sharding)
+            sharding=program.batch_sharding,
+        )
         for name, length in lengths.items()
     }

@@ -47,24 +47,30 @@ class ShardingRules:
         places, taken = [], {}
         for axis in axes:
             if axis is not None and axis not in _rule_names():
-                raise ConfigError(f"no sharding rule for the logical axis {axis!r}; "
-                                  f"wanted one of {', '.join(_rule_names())}")
+                raise ConfigError(
+                    f"no sharding rule for the logical axis {axis!r}; "
+                    f"wanted one of {', '.join(_rule_names())}"
+                )
             mesh_axes = getattr(self, axis) if axis is not None else ()
             for mesh_axis in mesh_axes:
                 if mesh_axis in taken:
                     raise ConfigError(
                         f"sharding rules split both {taken[mesh_axis]!r} and {axis!r} of an array "
                         f"with axes {tuple(axes)} over the mesh axis {mesh_axis!r}; wanted each "
-                        "mesh axis at most once in an array: change one of the two rules")
+                        "mesh axis at most once in an array: change one of the two rules"
+                    )
                 taken[mesh_axis] = axis
             places.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes or (None,))[0])
         return PartitionSpec(*places)
 
     def without(self, mesh_axis: str) -> ShardingRules:
         """The same rules, but nothing is split over ``mesh_axis``."""
-        return ShardingRules(**{
-            name: tuple(axis for axis in getattr(self, name) if axis != mesh_axis)
-            for name in _rule_names()})
+        return ShardingRules(
+            **{
+                name: tuple(axis for axis in getattr(self, name) if axis != mesh_axis)
+                for name in _rule_names()
+            }
+        )
 
     def parameter_spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """``spec`` of a parameter: norms' scales and the like stay whole along the model's width,
@@ -96,8 +102,9 @@ class ShardingRules:
             odd = sorted({n for n in lengths if n % shards})
             if odd:
                 changes[axis] = ()
-                reasons[axis] = (f"length {odd[0]} is not divisible by {shards} "
-                                 f"({' x '.join(mesh_axes)})")
+                reasons[axis] = (
+                    f"length {odd[0]} is not divisible by {shards} ({' x '.join(mesh_axes)})"
+                )
         return dataclasses.replace(self, **changes), reasons
 
 
@@ -128,12 +135,16 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
     wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
     if -1 in sizes:
         if device_count % known:
-            raise ConfigError(f"config.mesh is {wanted}, but {device_count} devices are not "
-                              f"divisible by {known}; change config.mesh")
+            raise ConfigError(
+                f"config.mesh is {wanted}, but {device_count} devices are not "
+                f"divisible by {known}; change config.mesh"
+            )
         sizes[sizes.index(-1)] = device_count // known
     elif known != device_count:
-        raise ConfigError(f"config.mesh is {wanted} = {known} devices, but there are "
-                          f"{device_count}; set one axis to -1, or change config.mesh")
+        raise ConfigError(
+            f"config.mesh is {wanted} = {known} devices, but there are "
+            f"{device_count}; set one axis to -1, or change config.mesh"
+        )
     return tuple(sizes)
 
 
@@ -150,15 +161,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(devices))
     types = (AxisType.Auto,) * 3
     # Other kinds of devices have this number, too (GPUs count nodes), but no such network.
-    slices = len({getattr(device, "slice_index", 0) for device in devices
-                  if device.platform == "tpu"})
+    slices = len(
+        {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    )
     if slices <= 1:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     if shape[0] % slices:
         raise ConfigError(
             f"config.mesh has {shape[0]} along data, but there are {slices} slices, each of which "
             f"holds whole copies; set config.mesh.data to a multiple of {slices} (or to -1, and "
-            "config.mesh.fsdp to at most the devices of a slice)")
+            "config.mesh.fsdp to at most the devices of a slice)"
+        )
     within = (shape[0] // slices, *shape[1:])
     places = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
     return Mesh(places, MESH_AXES, axis_types=types)
@@ -195,11 +208,15 @@ def param_shardings(
     fitted, reasons = rules.fitted(sizes, mesh)
     unsharded = [
         Unsharded(path_name(path), name, reasons[name])
-        for (path, _), names in zip(leaves, axes) for name in names if name in reasons
+        for (path, _), names in zip(leaves, axes)
+        for name in names
+        if name in reasons
     ]
     shardings = jax.tree.map(
-        lambda names: NamedSharding(mesh, fitted.parameter_spec(names)), logical_axes,
-        is_leaf=is_axes)
+        lambda names: NamedSharding(mesh, fitted.parameter_spec(names)),
+        logical_axes,
+        is_leaf=is_axes,
+    )
     return shardings, fitted, unsharded
 
 
@@ -224,14 +241,14 @@ def compute_params(
 
     def prepare(names: tuple[str | None, ...], master: jax.Array) -> jax.Array:
         matrix = "embed" in names and set(names) - {"embed", "layers"}
-        kept, whole = (
-            NamedSharding(mesh, r.parameter_spec(names)) for r in (rules, whole_rules))
+        kept, whole = (NamedSharding(mesh, r.parameter_spec(names)) for r in (rules, whole_rules))
         small = matrix and config.reduce_dtype == "bfloat16"
         cast = jnp.dtype(dtype) if small else master.dtype
         return _computed(master, kept, whole, cast)
 
     return lambda params: jax.tree.map(
-        prepare, logical_axes, params, is_leaf=lambda x: isinstance(x, tuple))
+        prepare, logical_axes, params, is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -254,15 +271,16 @@ def _computed_backward(kept, whole, dtype, master, gradient):
 _computed.defvjp(_computed_forward, _computed_backward)
 
 
-def on_mesh(
-    function: Callable[..., Any], mesh: Mesh, rules: ShardingRules
-) -> Callable[..., Any]:
+def on_mesh(function: Callable[..., Any], mesh: Mesh, rules: ShardingRules) -> Callable[..., Any]:
     """The function, traced where logical axis names have a meaning; for ``jax.jit``."""
+
     def traced(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), (
-            nn.logical_axis_rules(rules.pairs())
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            nn.logical_axis_rules(rules.pairs()),
         ):
             return function(*arguments)
+
     traced.__name__ = getattr(function, "__name__", "traced")
     return traced
 
@@ -287,10 +305,8 @@ def on_each_shard(gradient: Callable[..., Any]) -> Callable[..., Any]:
             with nn.logical_axis_rules(rules):
                 return gradient(params, rows, jax.random.fold_in(key, shard), *more)
 
-        split = jax.tree.map(
-            lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:]), batch)
-        return jax.vmap(one, spmd_axis_name=None if mesh.empty else axes)(
-            split, jnp.arange(shards))
+        split = jax.tree.map(lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:]), batch)
+        return jax.vmap(one, spmd_axis_name=None if mesh.empty else axes)(split, jnp.arange(shards))
 
     return apart
 
@@ -301,7 +317,8 @@ def keep_apart(x_NxP: jax.Array) -> jax.Array:
     if mesh.empty:
         return x_NxP
     return jax.lax.with_sharding_constraint(
-        x_NxP, PartitionSpec(ShardingRules().batch, *(unset,) * (x_NxP.ndim - 1)))
+        x_NxP, PartitionSpec(ShardingRules().batch, *(unset,) * (x_NxP.ndim - 1))
+    )
 
 
 def summed_over_shards(x_NxP: jax.Array) -> jax.Array:
@@ -320,8 +337,10 @@ def like_params(abstract_tree: Any, abstract_params: Any, shardings: Any, mesh: 
     known = {
         tuple(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(abstract_params), jax.tree.leaves(shardings),
-            strict=True)
+            jax.tree_util.tree_leaves_with_path(abstract_params),
+            jax.tree.leaves(shardings),
+            strict=True,
+        )
     }
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -337,5 +356,6 @@ def like_params(abstract_tree: Any, abstract_params: Any, shardings: Any, mesh: 
 
 def path_name(path: Sequence[Any]) -> str:
     """``a/b/c`` for a tree path."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-                    for key in path)
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )

@@ -27,9 +27,7 @@ class TrainState:
     opt_state: Any
 
 
-def create_state(
-    model: Model, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
+def create_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
     params = init_params(model, jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from encdec.distill.losses import alpha_schedule
 from encdec.model import Model
 from encdec.train.config import DistillConfig, LossConfig, RunConfig
+from encdec.train.distillation_losses import alpha_schedule
 from encdec.train.losses import LossSums, Teaching, loss_positions, target_losses
 from encdec.train.optimizer import make_schedule
 from encdec.train.sharding import keep_apart, on_each_shard, summed_over_shards
@@ -72,8 +72,9 @@ def batch_metrics(
         fields = {name: x for name, x in batch.items() if name.startswith("teacher_")}
         teaching = Teaching(fields, distill, alpha)
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden = model.apply({"params": params}, batch, deterministic=dropout_key is None, rngs=rngs,
-                         method="hidden")
+    hidden = model.apply(
+        {"params": params}, batch, deterministic=dropout_key is None, rngs=rngs, method="hidden"
+    )
     target_tokens = jnp.sum(batch["decoder_loss_weights"] > 0, dtype=jnp.int32)
     if model.config.is_encoder_decoder:
         targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
@@ -84,13 +85,17 @@ def batch_metrics(
         hidden, targets, weights = loss_positions(hidden, batch, targets_length)
     head = lambda x, *tile: model.apply({"params": params}, x, *tile, method="logits")
     return Metrics(
-        target_losses(head, hidden, targets, weights, loss, model.config.vocab_size,
-                      teaching),
-        source_tokens, target_tokens)
+        target_losses(head, hidden, targets, weights, loss, model.config.vocab_size, teaching),
+        source_tokens,
+        target_tokens,
+    )
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, run: RunConfig, targets_length: int,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    run: RunConfig,
+    targets_length: int,
     computed: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """``train_step(state, batch) -> (state, metrics)``: pure, to be jitted and donated.
@@ -103,14 +108,18 @@ def make_train_step(
 
     schedule = make_schedule(run)
     distill = run.distill
-    alphas = alpha_schedule(distill.alpha_schedule, distill.alpha, distill.warmup_steps, schedule,
-                            run.optimizer.learning_rate)
+    alphas = alpha_schedule(
+        distill.alpha_schedule,
+        distill.alpha,
+        distill.warmup_steps,
+        schedule,
+        run.optimizer.learning_rate,
+    )
 
     def objective(
         params: Any, batch: Batch, key: jax.Array, alpha: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        metrics = batch_metrics(
-            model, params, batch, run.loss, targets_length, key, distill, alpha)
+        metrics = batch_metrics(model, params, batch, run.loss, targets_length, key, distill, alpha)
         return metrics.losses.objective, metrics
 
     gradient = jax.grad(objective, has_aux=True)
@@ -120,39 +129,64 @@ def make_train_step(
         key = step_key(run.seed, state.step)
         params, to_masters = jax.vjp(computed, state.params)
         sums, metrics = (
-            gradient(params, batch, key, alpha) if run.accumulation == 1 else
-            _accumulated(gradient, params, batch, key, alpha, run.accumulation,
-                         apart=run.mesh.gather == "step"))
-        sums, = to_masters(sums)
+            gradient(params, batch, key, alpha)
+            if run.accumulation == 1
+            else _accumulated(
+                gradient,
+                params,
+                batch,
+                key,
+                alpha,
+                run.accumulation,
+                apart=run.mesh.gather == "step",
+            )
+        )
+        (sums,) = to_masters(sums)
         # A batch without any target is no reason to divide by zero: its gradient is zero.
         count = jnp.maximum(metrics.losses.weight, 1.0)
         gradients = jax.tree.map(lambda g: g / count, sums)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), StepMetrics(
-            metrics, optax.global_norm(gradients), optax.global_norm(params),
-            jnp.asarray(schedule(state.step), jnp.float32), alpha)
+            metrics,
+            optax.global_norm(gradients),
+            optax.global_norm(params),
+            jnp.asarray(schedule(state.step), jnp.float32),
+            alpha,
+        )
 
     return train_step
 
 
 def _accumulated(
-    gradient: Callable[..., tuple[Any, Metrics]], params: Any, batch: Batch, key: jax.Array,
-    alpha: jax.Array | None, pieces: int, apart: bool,
+    gradient: Callable[..., tuple[Any, Metrics]],
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    alpha: jax.Array | None,
+    pieces: int,
+    apart: bool,
 ) -> tuple[Any, Metrics]:
     """Gradients and metrics of a batch in micro-batches, added up in float32.
 
     Every device adds up what its own rows give, and the sums go over the network once. Not so
     where parameters stay split over devices (``apart`` False): whole sums would not fit there.
     """
-    one, place, summed = (on_each_shard(gradient), keep_apart, summed_over_shards) if apart else (
-        gradient, lambda x: x, lambda x: x)
+    one, place, summed = (
+        (on_each_shard(gradient), keep_apart, summed_over_shards)
+        if apart
+        else (gradient, lambda x: x, lambda x: x)
+    )
     micro_batches = jax.tree.map(lambda x: _split(x, pieces), batch)
-    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(
-        x.dtype, jnp.floating) else x.dtype
+    wide = lambda x: (
+        jnp.promote_types(x.dtype, jnp.float32)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x.dtype
+    )
     zeros = jax.tree.map(
         lambda x: place(jnp.zeros(x.shape, wide(x))),
-        jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], micro_batches), key, alpha))
+        jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], micro_batches), key, alpha),
+    )
 
     def add(sums: Any, piece: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, micro_batch = piece

@@ -55,16 +55,20 @@ class SummaryWriter:
         metadata = scalar_metadata.create_summary_metadata("", "")
         for key, value in scalars.items():
             tensor = tensor_pb2.TensorProto(
-                dtype=types_pb2.DT_FLOAT, float_val=[float(np.asarray(value))],
-                tensor_shape=tensor_shape_pb2.TensorShapeProto())
+                dtype=types_pb2.DT_FLOAT,
+                float_val=[float(np.asarray(value))],
+                tensor_shape=tensor_shape_pb2.TensorShapeProto(),
+            )
             self._summary(step, key, tensor, metadata)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         metadata = text_metadata.create_summary_metadata("", "")
         for key, value in texts.items():
             tensor = tensor_pb2.TensorProto(
-                dtype=types_pb2.DT_STRING, string_val=[value.encode()],
-                tensor_shape=tensor_shape_pb2.TensorShapeProto())
+                dtype=types_pb2.DT_STRING,
+                string_val=[value.encode()],
+                tensor_shape=tensor_shape_pb2.TensorShapeProto(),
+            )
             self._summary(step, key, tensor, metadata)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
@@ -84,8 +88,11 @@ class SummaryWriter:
 
     def _summary(self, step: int, tag: str, tensor: Any, metadata: Any) -> None:
         value = summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
-        self._write(event_pb2.Event(
-            wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=[value])))
+        self._write(
+            event_pb2.Event(
+                wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=[value])
+            )
+        )
 
     def _write(self, event: event_pb2.Event) -> None:
         self._records.write(event.SerializeToString())

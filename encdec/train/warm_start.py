@@ -38,9 +38,11 @@ class Origin:
     initialised: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (f"starting from {self.source}, step {self.step}: "
-                f"{len(self.taken)} parameters taken, {len(self.left)} left, "
-                f"{len(self.initialised)} drawn anew ({REPORT_FILE})")
+        return (
+            f"starting from {self.source}, step {self.step}: "
+            f"{len(self.taken)} parameters taken, {len(self.left)} left, "
+            f"{len(self.initialised)} drawn anew ({REPORT_FILE})"
+        )
 
     def write(self, workdir: epath.PathLike) -> None:
         """Every name, in the work directory; process 0 alone."""
@@ -64,7 +66,8 @@ def check_source(workdir: str, card: DatasetCard) -> None:
             f"config.init_from={workdir} was trained with vocabulary fingerprint "
             f"{vocabulary['fingerprint'][:16]}, the records have "
             f"{card.vocabulary.fingerprint[:16]}; prepare the records with "
-            f"--vocabulary={workdir}")
+            f"--vocabulary={workdir}"
+        )
 
 
 def start_from(state: TrainState, workdir: str) -> tuple[TrainState, Origin]:
@@ -89,14 +92,14 @@ def start_from(state: TrainState, workdir: str) -> tuple[TrainState, Origin]:
             return leaf
         taken.append(name)
         values = np.asarray(found, leaf.dtype)
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: values[index])
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
 
     params = jax.tree_util.tree_map_with_path(pick, state.params)
     left += [f"{name}: no such parameter in the run" for name in there]
     if not taken:
         raise CheckpointError(
             f"config.init_from={workdir} has no parameter of the run's names and shapes; set "
-            "config.model and its overrides (scan_layers too) as they were there")
+            "config.model and its overrides (scan_layers too) as they were there"
+        )
     origin = Origin(workdir, step, tuple(taken), tuple(left), tuple(initialised))
     return state.replace(params=params), origin

@@ -36,7 +36,10 @@ _OPEN_ENDED = ("rsqrt", "constant")
 
 
 def describe_run(
-    run: RunConfig, model: ModelConfig, card: DatasetCard, eval_card: DatasetCard | None,
+    run: RunConfig,
+    model: ModelConfig,
+    card: DatasetCard,
+    eval_card: DatasetCard | None,
     teacher_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """The content of ``config.json``: the run, its model in full, and its data by content."""
@@ -70,15 +73,18 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(
             f"{workdir} has no {CONFIG_FILE}, so it is no work directory of a training run; give "
-            "the directory that `encdec train --workdir=` wrote")
+            "the directory that `encdec train --workdir=` wrote"
+        )
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore it from a copy") from None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format_version {version}; this encdec reads "
-                              f"{FORMAT_VERSION}: use the version that wrote it")
+        raise CheckpointError(
+            f"{path} has format_version {version}; this encdec reads "
+            f"{FORMAT_VERSION}: use the version that wrote it"
+        )
     return content
 
 
@@ -98,10 +104,15 @@ def require_local(name: str, path: epath.PathLike) -> epath.Path:
     if not address:
         return epath.Path(path)
     bucket, rest = address[2] or "BUCKET", address[3]
-    mount = f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}" if address[1] == "gs" else (
-        "its provider's file system")
-    raise ConfigError(f"{name}={os.fspath(path)} is an address; wanted a directory: mount the "
-                      f"bucket ({mount}) and give /mnt/{bucket}/{rest}".rstrip("/"))
+    mount = (
+        f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}"
+        if address[1] == "gs"
+        else ("its provider's file system")
+    )
+    raise ConfigError(
+        f"{name}={os.fspath(path)} is an address; wanted a directory: mount the "
+        f"bucket ({mount}) and give /mnt/{bucket}/{rest}".rstrip("/")
+    )
 
 
 def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bool:
@@ -115,24 +126,30 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
         raise CheckpointError(f"{workdir} is a file; give a directory as --workdir")
     if not (workdir / CONFIG_FILE).exists():
         if (workdir / CHECKPOINTS_FOLDER).exists():
-            raise CheckpointError(f"{workdir} holds checkpoints but no {CONFIG_FILE}; restore the "
-                                  "file, or give another --workdir")
+            raise CheckpointError(
+                f"{workdir} holds checkpoints but no {CONFIG_FILE}; restore the "
+                "file, or give another --workdir"
+            )
         return False
     content = read_config(workdir)
     if "averaged" in content:
-        raise CheckpointError(f"{workdir} holds an average of checkpoints, without an optimizer's "
-                              f"state; start from it: --config.init_from={workdir} with another "
-                              "--workdir")
+        raise CheckpointError(
+            f"{workdir} holds an average of checkpoints, without an optimizer's "
+            f"state; start from it: --config.init_from={workdir} with another "
+            "--workdir"
+        )
     # As JSON on both sides: it has lists alone, where Python tells tuples apart.
     old, new = _identity(content), _identity(json.loads(json.dumps(description)))
     names = differences(old, new)
     if names:
         shown = "; ".join(
             f"{name} is {_value(old, name)!r} there and {_value(new, name)!r} here"
-            for name in names)
+            for name in names
+        )
         raise CheckpointError(
             f"{workdir} holds another run: {shown}. Set these fields as they were to continue it, "
-            "or give another --workdir")
+            "or give another --workdir"
+        )
     return True
 
 
@@ -147,14 +164,21 @@ def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
     model = {k: v for k, v in model.items() if k not in _EXECUTION}
     data = {"fingerprint": description["data"]["fingerprint"]}
     teacher = {"fingerprint": description["data"].get("teacher_fingerprint")}
-    return {"config": _without(run, OPERATIONAL), "model": model, "records": data,
-            "teacher": teacher}
+    return {
+        "config": _without(run, OPERATIONAL),
+        "model": model,
+        "records": data,
+        "teacher": teacher,
+    }
 
 
 def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` over ``defaults``, group by group."""
-    groups = {k: _over(defaults[k], v) for k, v in values.items()
-              if isinstance(v, Mapping) and isinstance(defaults.get(k), Mapping)}
+    groups = {
+        k: _over(defaults[k], v)
+        for k, v in values.items()
+        if isinstance(v, Mapping) and isinstance(defaults.get(k), Mapping)
+    }
     return {**defaults, **values, **groups}
 
 
@@ -223,9 +247,13 @@ def parameter_table(program: Program) -> str:
         split = ", ".join("-" if part is None else str(part) for part in place.sharding.spec)
         rows.append((path_name(path), str(leaf.shape), f"{leaf.size:,}", ", ".join(names), split))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-             for row in rows]
-    lines += ["", f"total {parameter_count(params):,} parameters",
-              f"mesh {dict(program.mesh.shape)}"]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
+    lines += [
+        "",
+        f"total {parameter_count(params):,} parameters",
+        f"mesh {dict(program.mesh.shape)}",
+    ]
     lines += [f"not split: {item}" for item in program.unsharded]
     return "\n".join(lines) + "\n"

@@ -90,12 +90,7 @@ def records(make_records):
     # Ids from 0: a real token may be 0.
     sources, targets = random_pairs(np.random.default_rng(0), 90, 30, 12, low=0)
     return make_records(
-        sources,
-        targets,
-        inputs_length=40,
-        targets_length=16,
-        rows_per_shard=9,
-        decoder_start_id=7,
+        sources, targets, inputs_length=40, targets_length=16, rows_per_shard=9, decoder_start_id=7
     )
 
 
@@ -156,8 +151,7 @@ def test_decoder_only_layout_holds_the_same_segments(records):
                 joined["decoder_positions"][row][here], np.arange(len(tokens))
             )
             np.testing.assert_array_equal(
-                joined["decoder_loss_weights"][row][here],
-                [0] * len(source) + [1] * len(target),
+                joined["decoder_loss_weights"][row][here], [0] * len(source) + [1] * len(target)
             )
 
 

@@ -132,8 +132,14 @@ def test_passes_repeat_the_documents_with_new_noise(tmp_path):
     rows = [{"text": f"document {number} " * 20} for number in range(30)]
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     options = dict(
-        vocabulary=VOCABULARY, text=[path], objective=SpanCorruption(), inputs_length=64,
-        targets_length=32, packing="none", workers=1, block_bytes=2000,
+        vocabulary=VOCABULARY,
+        text=[path],
+        objective=SpanCorruption(),
+        inputs_length=64,
+        targets_length=32,
+        packing="none",
+        workers=1,
+        block_bytes=2000,
     )
 
     def examples(name, **more):
@@ -157,8 +163,11 @@ def test_passes_repeat_the_documents_with_new_noise(tmp_path):
     assert same(first, once) == 1 and same(second, first) < 0.4
     assert prepare(out=tmp_path / "some", passes=3, max_examples=4, **options).documents == 12
     with pytest.raises(ConfigError, match="CausalLM draws no noise"):
-        prepare(out=tmp_path / "no", passes=2, **{**options, "objective": CausalLM(),
-                                                  "inputs_length": 0})
+        prepare(
+            out=tmp_path / "no",
+            passes=2,
+            **{**options, "objective": CausalLM(), "inputs_length": 0},
+        )
 
 
 def test_too_few_sentinels_or_tokens_are_refused_with_the_number_wanted(tmp_path):
@@ -232,7 +241,10 @@ def test_every_objective_in_gin_prepares(tmp_path, name):
     assert encdec(["prepare", *arguments, f"--out={out}", "--text", str(text)]) == 0
     card = read_card(out)
     assert card.objective["name"].lower() in {
-        "prefixlm", "spancorruption", "mixtureofdenoisers", "causallm"
+        "prefixlm",
+        "spancorruption",
+        "mixtureofdenoisers",
+        "causallm",
     }
     if name == "ul2_t5gemma2":
         assert [d["rate"] for d in card.objective["denoisers"]] == [1, 1, 1, 1, 4]

@@ -47,16 +47,24 @@ def _one_by_one(pieces, length, learned):
 def _stored(rows, dtype):
     return [
         encode_row(*([np.array(side, np.int64) for side in sides] for sides in zip(*pairs)), dtype)
-        if pairs else b""
+        if pairs
+        else b""
         for pairs in rows
     ]
 
 
-DECODER = {"decoder_input_tokens": "input", "decoder_target_tokens": "target",
-           "decoder_loss_weights": "weights", "decoder_segment_ids": "segment",
-           "decoder_positions": "position"}
-ENCODER = {"encoder_input_tokens": "target", "encoder_segment_ids": "segment",
-           "encoder_positions": "position"}
+DECODER = {
+    "decoder_input_tokens": "input",
+    "decoder_target_tokens": "target",
+    "decoder_loss_weights": "weights",
+    "decoder_segment_ids": "segment",
+    "decoder_positions": "position",
+}
+ENCODER = {
+    "encoder_input_tokens": "target",
+    "encoder_segment_ids": "segment",
+    "encoder_positions": "position",
+}
 
 
 @settings(max_examples=120, deadline=None)
@@ -71,8 +79,11 @@ def test_both_layouts_equal_a_loop_over_positions(rows, dtype):
         found = [
             (pairs, ENCODER, _one_by_one(sources, S, nothing)),
             (pairs, DECODER, _one_by_one(targets, T, nothing)),
-            (joined, DECODER, _one_by_one(
-                [s + t for s, t in row], S + T, [len(source) for source in sources])),
+            (
+                joined,
+                DECODER,
+                _one_by_one([s + t for s, t in row], S + T, [len(source) for source in sources]),
+            ),
         ]
         for fields, names, expected in found:
             for name, key in names.items():
@@ -89,5 +100,7 @@ def test_rows_that_contradict_their_lengths_are_refused(convert):
         with pytest.raises(DataError, match=r"does not match its \d+ segment lengths"):
             convert([row, broken], **options)
     with pytest.raises(DataError, match=r"holds 9\d* tokens, its card allows"):
-        convert([encode_row([np.arange(90)], [np.arange(9)], "uint16")],
-                **{**options, "inputs_length": 95 if convert is encoder_decoder_features else 2})
+        convert(
+            [encode_row([np.arange(90)], [np.arange(9)], "uint16")],
+            **{**options, "inputs_length": 95 if convert is encoder_decoder_features else 2},
+        )

@@ -18,9 +18,7 @@ from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import TRAINING_TEXT, write_jsonl
 
-tokenizers = pytest.importorskip(
-    "tokenizers", reason="Hugging Face vocabularies need encdec[hf]"
-)
+tokenizers = pytest.importorskip("tokenizers", reason="Hugging Face vocabularies need encdec[hf]")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +106,15 @@ def test_a_vocabulary_that_loses_characters_is_told_with_an_example(tmp_path, ca
     text = tmp_path / "words.txt"
     text.write_text("plain words, no braces (at all). " * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "lossy"), vocab_size=40, minloglevel=2,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False,
+        input=str(text),
+        model_prefix=str(tmp_path / "lossy"),
+        vocab_size=40,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
     )
     vocabulary = load_vocabulary(tmp_path / "lossy.model")
     assert "{" in lost_characters(vocabulary) and "," not in lost_characters(vocabulary)

@@ -36,9 +36,11 @@ def three(make_records):
         sources, targets = random_pairs(np.random.default_rng(count), count, 9, 5)
         for source in sources:
             source[0] = count
-        parts.append(make_records(
-            sources, targets, inputs_length=16, targets_length=8, packing="none", name=name
-        ))
+        parts.append(
+            make_records(
+                sources, targets, inputs_length=16, targets_length=8, packing="none", name=name
+            )
+        )
     return parts
 
 
@@ -151,8 +153,10 @@ def test_wrong_mixtures_are_refused(three, make_records):
     with pytest.raises(DataError, match=r"nowhere does not exist"):
         open_records(f"{a}=1,nowhere=1")
     for text, message in (
-        ("a=1,b", "every part a rate"), ("a=x,b=1", "'x' is no number"),
-        ("a=1,,b=1", "empty part"), ("a,b;heat=2", "temperature=NUMBER"),
+        ("a=1,b", "every part a rate"),
+        ("a=x,b=1", "'x' is no number"),
+        ("a=1,,b=1", "empty part"),
+        ("a,b;heat=2", "temperature=NUMBER"),
         ("a=1,b=2;temperature=2", "every part a rate"),
     ):
         with pytest.raises(ConfigError, match=message):

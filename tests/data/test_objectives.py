@@ -64,9 +64,7 @@ def test_prefix_lm_gives_every_document_back_in_order(documents, split, seed, le
         for source, target in zip(encoded.sources, encoded.targets)
         for token in [*source, *target]
     ]
-    expected = [
-        token for text in documents if text for token in [*VOCABULARY.encode(text), 1]
-    ]
+    expected = [token for text in documents if text for token in [*VOCABULARY.encode(text), 1]]
     if not encoded.dropped["tail_of_one_token"]:
         assert rebuilt == expected
     assert len(rebuilt) == len(expected) - encoded.dropped["tail_of_one_token"]

@@ -50,9 +50,11 @@ def _put(path, rows):
 @pytest.mark.parametrize("name", PAPER_TASKS)
 def test_a_task_reads_its_own_fields_or_ready_pairs(tmp_path, name):
     task = PAPER_TASKS[name]
-    ready = {"text": "t"} if task.objective.document_fields == ("text",) else {
-        "source": "s", "target": "t", "targets": ["t"]
-    }
+    ready = (
+        {"text": "t"}
+        if task.objective.document_fields == ("text",)
+        else {"source": "s", "target": "t", "targets": ["t"]}
+    )
     _put(tmp_path / name / "train.jsonl", [ROWS[name], ready])
     first, second = _documents(name, tmp_path)
     assert second == tuple(ready[field] for field in task.objective.document_fields)
@@ -63,7 +65,8 @@ def test_a_task_reads_its_own_fields_or_ready_pairs(tmp_path, name):
         assert source.endswith("\n") and source.count("###") >= 2
         assert all(
             value in source or value == target
-            for value in ROWS[name].values() if isinstance(value, str)
+            for value in ROWS[name].values()
+            if isinstance(value, str)
         )
     card = prepare(
         out=tmp_path / "out", vocabulary="bytes", task=name, data_dir=str(tmp_path), workers=1
@@ -80,7 +83,9 @@ def test_squad_has_the_published_prompt_and_unanswerable_questions(tmp_path):
     ]
     _put(tmp_path / "dev" / "squad_v2.0_part.jsonl", rows)
     assert _documents("squad_v2", tmp_path, "validation") == [
-        (SQUAD, "I"), (SQUAD, "unanswerable"), (SQUAD, "I"),
+        (SQUAD, "I"),
+        (SQUAD, "unanswerable"),
+        (SQUAD, "I"),
     ]
     article = {"context": "It was I.", "qas": [{"question": "Who?", "answers": [], "id": "1"}]}
     official = tmp_path / "squad_v2" / "train-v2.0.json.gz"
@@ -106,9 +111,12 @@ def test_all_references_reach_evaluation_and_the_first_reaches_training(tmp_path
     bound = tasks.register(task)
     try:
         dataset = bound.get_dataset(
-            {"inputs": 512, "targets": 16}, split="validation", shuffle=False)
-        targets = [bound.postprocess_fn(" I ", example=example, is_target=True)
-                   for example in dataset.as_numpy_iterator()]
+            {"inputs": 512, "targets": 16}, split="validation", shuffle=False
+        )
+        targets = [
+            bound.postprocess_fn(" I ", example=example, is_target=True)
+            for example in dataset.as_numpy_iterator()
+        ]
         assert targets == [list(references) for references in expected]
         assert bound.postprocess_fn(" I ", example={}, is_target=False) == "I"
         measured = bound.metric_fns[0](targets, ["it was I", "I"])
@@ -203,7 +211,8 @@ def test_metrics_by_hand():
     assert metrics.band_error(["6.5", "7"], ["Band 6", "good"]) == {"band_error": 4.75}
     assert metrics.squad([""], [""])["f1"] == 100.0
     assert metrics.bleu(["a b c d e", ["x", "a b c d"]], ["a b c d e", "a b c d"]) == {
-        "bleu": pytest.approx(100.0)}
+        "bleu": pytest.approx(100.0)
+    }
     # Precisions 4/5, 3/4, 2/3, 1/2 of 1- to 4-grams, no brevity penalty.
     half = metrics.bleu(["int a ; return a"], ["int a ; return b"])["bleu"]
     assert half == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
@@ -234,8 +243,12 @@ def test_seqio_registers_every_task_with_splits_and_metrics(tmp_path):
 @pytest.mark.corpora
 def test_the_real_files_are_found_and_have_the_published_prompts(corpora):
     splits = {
-        "code_java2cs": "train", "code_refine_small": "validation", "xsum": "train",
-        "ielts_band": "train", "ielts_feedback": "validation", "squad_v2": "validation",
+        "code_java2cs": "train",
+        "code_refine_small": "validation",
+        "xsum": "train",
+        "ielts_band": "train",
+        "ielts_feedback": "validation",
+        "squad_v2": "validation",
     }
     for name, split in splits.items():
         task = PAPER_TASKS[name]

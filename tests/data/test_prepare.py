@@ -358,9 +358,7 @@ def test_missing_flags_are_named(capsys):
 
 def test_stdlib_tasks_prepare(tmp_path):
     for name in ("stdlib_code_summarization", "stdlib_text"):
-        card = prepare(
-            out=tmp_path / name, vocabulary="bytes", task=name, split="test", **LENGTHS
-        )
+        card = prepare(out=tmp_path / name, vocabulary="bytes", task=name, split="test", **LENGTHS)
         assert card.task == name and card.rows > 20
         assert card.origin["corpus"] == "Python standard library"
     assert text_task("stdlib_text").splits == ("train", "validation", "test")

@@ -41,9 +41,7 @@ def test_token_dtype_widens_only_where_it_must():
 @pytest.fixture
 def records(make_records):
     sources, targets = random_pairs(np.random.default_rng(0), 60, 30, 10)
-    return make_records(
-        sources, targets, inputs_length=32, targets_length=16, rows_per_shard=7
-    )
+    return make_records(sources, targets, inputs_length=32, targets_length=16, rows_per_shard=7)
 
 
 def test_rows_are_read_in_the_order_asked_across_shards(records):

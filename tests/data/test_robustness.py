@@ -29,7 +29,12 @@ def _malformed(draw: random.Random) -> bytes:
         GOOD.replace(b"source", b"sauce", 1),
         json.dumps({**json.loads(GOOD), field: value}).encode(),
         json.dumps({**json.loads(GOOD), "targets": draw.choice([[], "t", [1], None])}).encode(),
-        b"", b"   ", b"null", b"[]", b'"text"', b"nan",
+        b"",
+        b"   ",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"nan",
         b"\0" * draw.randrange(1, 9),
         GOOD.replace(b"some", b"so\0me"),
         b"[" * 100_000,
@@ -115,10 +120,13 @@ print(kills, runs)
 def test_twenty_kills_at_random_moments_change_no_byte(tmp_path):
     draw = random.Random(2)
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(
-        json.dumps({"source": "s" * draw.randrange(1, 300), "target": "t" * draw.randrange(40)})
-        + "\n" for _ in range(4000)
-    ))
+    path.write_text(
+        "".join(
+            json.dumps({"source": "s" * draw.randrange(1, 300), "target": "t" * draw.randrange(40)})
+            + "\n"
+            for _ in range(4000)
+        )
+    )
     command = [sys.executable, "-c", KILLS, str(path), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

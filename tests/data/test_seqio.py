@@ -68,9 +68,7 @@ def test_eight_fields_equal_seqios_packed_converter(make_records, seed, start_id
 
 def test_unpacked_rows_equal_seqios_packed_converter_on_one_example(make_records):
     sources, targets = random_pairs(np.random.default_rng(2), 2, 20, 9)
-    records = make_records(
-        sources, targets, inputs_length=48, targets_length=24, packing="none"
-    )
+    records = make_records(sources, targets, inputs_length=48, targets_length=24, packing="none")
     batch = Batches(records, global_batch=2, shuffle=False)[0]
     for row in range(2):
         (expected,) = _seqio_rows(
@@ -168,10 +166,7 @@ def test_supervised_examples_equal_seqios_own_preprocessors(tmp_path, model_path
     feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True, dtype=tf.int32)
     features = {"inputs": feature, "targets": feature}
     dataset = tf.data.Dataset.from_tensor_slices(
-        {
-            "inputs": [row["source"] for row in rows],
-            "targets": [row["target"] for row in rows],
-        }
+        {"inputs": [row["source"] for row in rows], "targets": [row["target"] for row in rows]}
     )
     dataset = seqio.preprocessors.tokenize(dataset, features, copy_pretokenized=False)
     dataset = seqio.preprocessors.append_eos_after_trim(dataset, features, lengths)

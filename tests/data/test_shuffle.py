@@ -8,13 +8,7 @@ from grain.experimental import index_shuffle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from encdec.data.shuffle import (
-    KEPT_ROWS,
-    _whole_order,
-    epoch_order_seed,
-    permuted,
-    shuffled_rows,
-)
+from encdec.data.shuffle import KEPT_ROWS, _whole_order, epoch_order_seed, permuted, shuffled_rows
 
 
 @settings(max_examples=60, deadline=None)

@@ -50,9 +50,9 @@ left
 
 
 def test_functions_are_cut_from_their_docstrings():
-    found = {name: (source, target) for name, source, target in (
-        stdlib.functions_with_summary(MODULE)
-    )}
+    found = {
+        name: (source, target) for name, source, target in (stdlib.functions_with_summary(MODULE))
+    }
     assert set(found) == {"first", "second"}
     assert found["first"] == (
         "@decorated\ndef first(a,\n          b=1):\n    # a comment that stays\n    return a + b\n",

@@ -19,29 +19,60 @@ from encdec.data.vocabulary import load_vocabulary
 from encdec.data.wordwise import word_encoder
 from tests.data.conftest import TRAINING_TEXT
 
-PIECES = ["the", " ", "  ", "\u2581", "\n", "\t", "\r\n", "(x)", "7", "42", "don't", "a.b",
-          "\u201d", "\u65e5\u672c", "\U0001f600", "\u0301", "\0", "</s>", "<0x0A>", "self", "=",
-          "\xa0"]
+PIECES = [
+    "the",
+    " ",
+    "  ",
+    "\u2581",
+    "\n",
+    "\t",
+    "\r\n",
+    "(x)",
+    "7",
+    "42",
+    "don't",
+    "a.b",
+    "\u201d",
+    "\u65e5\u672c",
+    "\U0001f600",
+    "\u0301",
+    "\0",
+    "</s>",
+    "<0x0A>",
+    "self",
+    "=",
+    "\xa0",
+]
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=25).map("".join)
 
 
 def _models(folder):
     """Models by how they were trained, each with whether word by word is exact."""
+
     def train(name, **options):
         path = folder / f"{name}.model"
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter((TRAINING_TEXT * 20).split("\n")), model_prefix=str(path)[:-6],
-            minloglevel=2, hard_vocab_limit=False, **{
-                "vocab_size": 420, "model_type": "bpe", "byte_fallback": True,
-                "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options
+            sentence_iterator=iter((TRAINING_TEXT * 20).split("\n")),
+            model_prefix=str(path)[:-6],
+            minloglevel=2,
+            hard_vocab_limit=False,
+            **{
+                "vocab_size": 420,
+                "model_type": "bpe",
+                "byte_fallback": True,
+                "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False,
+                **options,
             },
         )
         return path.read_bytes()
 
     return {
         "dummy prefix": (train("prefix"), True),
-        "joined scripts": (train("joined", split_by_unicode_script=False, split_by_number=False),
-                           True),
+        "joined scripts": (
+            train("joined", split_by_unicode_script=False, split_by_number=False),
+            True,
+        ),
         "unigram": (train("unigram", model_type="unigram"), False),
         "no bytes": (train("unknown", byte_fallback=False, vocab_size=90), False),
         "normalized": (train("nfkc", normalization_rule_name="nmt_nfkc"), False),
@@ -60,8 +91,18 @@ def models(tmp_path_factory, model_path):
     }
 
 
-NAMES = ["ours", "dummy prefix", "joined scripts", "unigram", "no bytes", "normalized", "squeezed",
-         "over spaces", "user pieces", "suffix"]
+NAMES = [
+    "ours",
+    "dummy prefix",
+    "joined scripts",
+    "unigram",
+    "no bytes",
+    "normalized",
+    "squeezed",
+    "over spaces",
+    "user pieces",
+    "suffix",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,6 +173,7 @@ def test_real_text_by_mistrals_vocabulary(corpora):
             rows = [json.loads(line) for line in itertools.islice(lines, 60)]
         keys = ("source", "target", "text")
         texts = [row[key][:20_000] for row in rows for key in keys if key in row]
-        for ids, plain in zip(map(vocabulary._words.encode, texts),
-                              vocabulary.encode_by_library(texts)):
+        for ids, plain in zip(
+            map(vocabulary._words.encode, texts), vocabulary.encode_by_library(texts)
+        ):
             np.testing.assert_array_equal(ids, plain)

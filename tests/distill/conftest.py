@@ -22,8 +22,15 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def teacher(records, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A decoder-only model that has begun to learn, so that its distributions are not flat."""
     workdir = tmp_path_factory.mktemp("teacher") / "work"
-    train(small_run(records, model="test-dec", steps=12,
-                    model_overrides={"init_std": 0.1, "scan_layers": False}), workdir)
+    train(
+        small_run(
+            records,
+            model="test-dec",
+            steps=12,
+            model_overrides={"init_std": 0.1, "scan_layers": False},
+        ),
+        workdir,
+    )
     return workdir
 
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 
 from encdec.data.records import open_records
-from encdec.distill.cost import (
-    describe_cost,
-    describe_student,
-    scoring_cost,
-    student_cost,
-)
-from encdec.distill.sparse_logits import SparseFormat
+from encdec.data.sparse_logits import SparseFormat
+from encdec.distill.cost import describe_cost, describe_student, scoring_cost, student_cost
 from encdec.model import preset
 from encdec.model.flops import training_flops
 
@@ -47,8 +42,19 @@ def test_a_teacher_costs_its_student_next_to_nothing(records):
 def test_the_calculator_needs_no_scoring(records, teacher, tmp_path, capsys):
     from encdec.cli import main
 
-    assert main(["score", f"--teacher={teacher}", f"--records={records}", "--dry_run",
-                 f"--out={tmp_path / 'out'}", "--student=330m"]) == 0
+    assert (
+        main(
+            [
+                "score",
+                f"--teacher={teacher}",
+                f"--records={records}",
+                "--dry_run",
+                f"--out={tmp_path / 'out'}",
+                "--student=330m",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "FLOPs of the teacher, once" in said and "a student 330m" in said
     with pytest.raises(SystemExit):

@@ -23,18 +23,26 @@ GREEDY = GenerationSettings()
 @pytest.fixture(scope="module")
 def student(records, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("student") / "work"
-    train(small_run(records, model="test", steps=12,
-                    model_overrides={"scan_layers": False, "init_std": 0.1}), workdir)
+    train(
+        small_run(
+            records, model="test", steps=12, model_overrides={"scan_layers": False, "init_std": 0.1}
+        ),
+        workdir,
+    )
     return workdir
 
 
 def pairs_of(directory):
     """Every (source, target) of a records directory as tuples of ids, sorted."""
     opened = open_records(directory)
-    rows = [decode_row(data, opened.card.token_dtype)
-            for data in opened.read(np.arange(len(opened)))]
-    return sorted((tuple(s.tolist()), tuple(t.tolist()))
-                  for sources, targets in rows for s, t in zip(sources, targets))
+    rows = [
+        decode_row(data, opened.card.token_dtype) for data in opened.read(np.arange(len(opened)))
+    ]
+    return sorted(
+        (tuple(s.tolist()), tuple(t.tolist()))
+        for sources, targets in rows
+        for s, t in zip(sources, targets)
+    )
 
 
 def contents(directory):
@@ -66,7 +74,8 @@ def test_an_interrupted_rollout_ends_in_the_same_bytes(records, student, tmp_pat
         raise Stopped
 
     make = lambda out, **more: rollout(
-        student, records, out, settings=drawn, rows=40, block_rows=16, **more)
+        student, records, out, settings=drawn, rows=40, block_rows=16, **more
+    )
     make(tmp_path / "whole")
     for _ in range(2):
         with pytest.raises(Stopped):
@@ -87,25 +96,45 @@ def test_an_interrupted_rollout_ends_in_the_same_bytes(records, student, tmp_pat
 def test_a_round_gold_and_written_by_student_and_teacher(records, student, teacher, tmp_path):
     """Answers of both, scored by the teacher, in one mixture with gold targets."""
     for name, writer in (("on-policy", student), ("sequence", teacher)):
-        assert main(["distill", "rollout", f"--writer={writer}", f"--records={records}",
-                     f"--out={tmp_path / name}", "--rows=20", "--temperature=0", "--top_k=0"]) == 0
+        assert (
+            main(
+                [
+                    "distill",
+                    "rollout",
+                    f"--writer={writer}",
+                    f"--records={records}",
+                    f"--out={tmp_path / name}",
+                    "--rows=20",
+                    "--temperature=0",
+                    "--top_k=0",
+                ]
+            )
+            == 0
+        )
     parts = [records, tmp_path / "on-policy", tmp_path / "sequence"]
     columns = []
     for number, part in enumerate(parts):
         columns.append(tmp_path / f"scored-{number}")
         score(teacher, part, columns[-1], draws=10)
-    job = prepare_job(small_run(
-        f"{parts[0]}=2,{parts[1]}=1,{parts[2]}=1",
-        distill={"teacher": ",".join(map(str, columns))}), tmp_path / "work")
+    job = prepare_job(
+        small_run(
+            f"{parts[0]}=2,{parts[1]}=1,{parts[2]}=1",
+            distill={"teacher": ",".join(map(str, columns))},
+        ),
+        tmp_path / "work",
+    )
     assert job.records.shares == (0.5, 0.25, 0.25)
     assert len(job.teacher.parts) == 3
 
 
-@pytest.mark.parametrize("changes, error, message", [
-    ({"settings": GenerationSettings(temperature=1.0, samples=2)}, ConfigError, "samples is 2"),
-    ({"writer": "/nowhere"}, CheckpointError, "/nowhere"),
-    ({"block_rows": 0}, ConfigError, "block_rows is 0"),
-])
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"settings": GenerationSettings(temperature=1.0, samples=2)}, ConfigError, "samples is 2"),
+        ({"writer": "/nowhere"}, CheckpointError, "/nowhere"),
+        ({"block_rows": 0}, ConfigError, "block_rows is 0"),
+    ],
+)
 def test_what_cannot_work_is_refused(changes, error, message, records, student, tmp_path):
     with pytest.raises(error, match=message):
         rollout(**({"writer": student, "records": records, "out": tmp_path / "out"} | changes))

@@ -8,8 +8,8 @@ import pytest
 
 from encdec.cli import main
 from encdec.data.records import read_card
+from encdec.data.teacher_rows import read_teacher_card
 from encdec.distill.rounds import Shares, distill_in_rounds
-from encdec.distill.teacher import read_teacher_card
 from encdec.errors import ConfigError
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import parse_config
@@ -19,15 +19,29 @@ from tests.train.conftest import small_run
 
 @pytest.mark.slow
 def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teacher, tmp_path):
-    run = parse_config(small_run(
-        records, model="test", steps=4, checkpoint={"every": 4}, eval={"every": 0},
-        model_overrides={"scan_layers": False, "init_std": 0.1}))
+    run = parse_config(
+        small_run(
+            records,
+            model="test",
+            steps=4,
+            checkpoint={"every": 4},
+            eval={"every": 0},
+            model_overrides={"scan_layers": False, "init_std": 0.1},
+        )
+    )
     said = []
 
     def go():
         return distill_in_rounds(
-            run, teacher, tmp_path, 2, shares=Shares(1, 0.5, 2), scoring={"draws": 8}, rows=16,
-            say=said.append)
+            run,
+            teacher,
+            tmp_path,
+            2,
+            shares=Shares(1, 0.5, 2),
+            scoring={"draws": 8},
+            rows=16,
+            say=said.append,
+        )
 
     students = go()
     assert [path.parent.name for path in students] == ["round-000", "round-001", "round-002"]
@@ -53,10 +67,15 @@ def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teac
         jax.tree.map(np.testing.assert_array_equal, load_params_for_inference(path)[1], params)
 
 
-@pytest.mark.parametrize("shares, message", [
-    ({"gold": 0, "teacher": 0}, "both 0"), ({"student": 0}, "nothing to alternate"),
-    ({"gold": -1}, "share of gold targets is -1"), ({"gold": float("nan")}, "is nan"),
-])
+@pytest.mark.parametrize(
+    "shares, message",
+    [
+        ({"gold": 0, "teacher": 0}, "both 0"),
+        ({"student": 0}, "nothing to alternate"),
+        ({"gold": -1}, "share of gold targets is -1"),
+        ({"gold": float("nan")}, "is nan"),
+    ],
+)
 def test_shares_without_sense_are_refused(shares, message):
     with pytest.raises(ConfigError, match=message):
         Shares(**shares)
@@ -64,7 +83,8 @@ def test_shares_without_sense_are_refused(shares, message):
 
 def test_bad_settings_are_refused_before_anything_is_written(records, teacher, tmp_path):
     refuse = lambda run, rounds=1: distill_in_rounds(
-        parse_config(run), teacher, tmp_path / "out", rounds)
+        parse_config(run), teacher, tmp_path / "out", rounds
+    )
     with pytest.raises(ConfigError, match=r"--rounds is 0"):
         refuse(small_run(records), 0)
     with pytest.raises(ConfigError, match=r"config.data.records is empty"):
@@ -77,6 +97,8 @@ def test_bad_settings_are_refused_before_anything_is_written(records, teacher, t
 def test_the_command_names_what_it_wants(capsys):
     assert main(["distill", "laps"]) == ConfigError.exit_code
     assert "wanted `encdec distill rollout` or `rounds`" in capsys.readouterr().err
-    assert main(["distill", "rollout", "--writer=a", "--records=b", "--out=c",
-                 "--config.steps=3"]) == ConfigError.exit_code
+    assert (
+        main(["distill", "rollout", "--writer=a", "--records=b", "--out=c", "--config.steps=3"])
+        == ConfigError.exit_code
+    )
     assert "trains nothing" in capsys.readouterr().err

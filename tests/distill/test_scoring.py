@@ -18,10 +18,10 @@ import pytest
 
 from encdec.cli import main
 from encdec.data.records import decode_row, open_records
+from encdec.data.teacher_rows import open_teacher, read_teacher_card
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.distill.scorers import longest_segment, scoring_model
 from encdec.distill.scoring import score
-from encdec.distill.teacher import open_teacher, read_teacher_card
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
@@ -46,8 +46,11 @@ def alone(teacher, start_id):
 
     @jax.jit
     def forward(tokens, segments, positions):
-        batch = {"decoder_input_tokens": tokens, "decoder_segment_ids": segments,
-                 "decoder_positions": positions}
+        batch = {
+            "decoder_input_tokens": tokens,
+            "decoder_segment_ids": segments,
+            "decoder_positions": positions,
+        }
         return jax.nn.log_softmax(model.apply({"params": params}, batch)[..., :259])
 
     def one(source, target):
@@ -77,17 +80,20 @@ def test_packed_rows_are_scored_as_each_text_alone(records, teacher, full):
         assert (got[len(wanted) :] == 0).all()
         entropy = -(np.exp(wanted) * wanted).sum(1)
         np.testing.assert_allclose(
-            full.fields([number])["teacher_entropy"][0, : len(wanted)], entropy, rtol=1e-3)
+            full.fields([number])["teacher_entropy"][0, : len(wanted)], entropy, rtol=1e-3
+        )
     assert several > 4
 
 
 def test_the_mesh_changes_nothing(records, teacher, full, tmp_path):
-    score(teacher, records, tmp_path / "split", method="full", mesh=MeshConfig(2, 2, 2),
-          batch_rows=4)
+    score(
+        teacher, records, tmp_path / "split", method="full", mesh=MeshConfig(2, 2, 2), batch_rows=4
+    )
     split = open_teacher(tmp_path / "split", open_records(records))
     rows = np.arange(42)
-    np.testing.assert_allclose(split.fields(rows)["teacher_log_probs"],
-                               full.fields(rows)["teacher_log_probs"], atol=1e-5)
+    np.testing.assert_allclose(
+        split.fields(rows)["teacher_log_probs"], full.fields(rows)["teacher_log_probs"], atol=1e-5
+    )
 
 
 def test_draws_follow_the_teacher_and_the_seed(records, teacher, full, scored, tmp_path):
@@ -100,8 +106,11 @@ def test_draws_follow_the_teacher_and_the_seed(records, teacher, full, scored, t
         fields = open_teacher(directory, open_records(records)).fields(rows)
         weights = np.zeros(exact.shape)
         for row in rows:
-            np.add.at(weights[row], (fields["teacher_positions"][row], fields["teacher_ids"][row]),
-                      fields["teacher_weights"][row])
+            np.add.at(
+                weights[row],
+                (fields["teacher_positions"][row], fields["teacher_ids"][row]),
+                fields["teacher_weights"][row],
+            )
         return weights
 
     score(teacher, records, tmp_path / "other", draws=20, seed=1)
@@ -142,7 +151,11 @@ def test_killed_at_any_moment_the_shards_end_byte_identical(records, teacher, tm
     def start(out):
         return subprocess.Popen(
             [sys.executable, "-m", "encdec", *command(teacher, records, out, *small)],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def finish(out):
         process = start(out)
@@ -181,13 +194,33 @@ def test_two_processes_of_four_devices_score_as_one_process(records, teacher, fu
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "4"}
     out = tmp_path / "two"
-    processes = [subprocess.Popen(
-        [sys.executable, "-m", "encdec", *command(
-            teacher, records, out, "--method=full", "--shard_rows=10", "--batch_rows=8",
-            "--fsdp=2", "--distributed", f"--coordinator=localhost:{port}", "--num_processes=2",
-            f"--process_id={index}")],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for index in range(2)]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "encdec",
+                *command(
+                    teacher,
+                    records,
+                    out,
+                    "--method=full",
+                    "--shard_rows=10",
+                    "--batch_rows=8",
+                    "--fsdp=2",
+                    "--distributed",
+                    f"--coordinator=localhost:{port}",
+                    "--num_processes=2",
+                    f"--process_id={index}",
+                ),
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
     try:
         said = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -199,7 +232,8 @@ def test_two_processes_of_four_devices_score_as_one_process(records, teacher, fu
     assert [shard.rows for shard in card.shards] == [10, 10, 10, 10, 2]
     got = open_teacher(out, open_records(records)).fields(rows)
     np.testing.assert_allclose(
-        got["teacher_log_probs"], full.fields(rows)["teacher_log_probs"], atol=1e-5)
+        got["teacher_log_probs"], full.fields(rows)["teacher_log_probs"], atol=1e-5
+    )
     assert card.tokens == open_records(records).card.target_tokens
 
 
@@ -245,8 +279,12 @@ def test_damaged_shards_are_refused(records, scored, tmp_path):
 
 
 def test_texts_too_long_for_the_teacher_are_refused(records, teacher, tmp_path):
-    longer = write_records(tmp_path / "long", [[("a" * 40, "b" * 20)], [("a", "b")]],
-                           inputs_length=60, targets_length=30)
+    longer = write_records(
+        tmp_path / "long",
+        [[("a" * 40, "b" * 20)], [("a", "b")]],
+        inputs_length=60,
+        targets_length=30,
+    )
     assert longest_segment(open_records(longer)) == 62
     with pytest.raises(DataError, match=r"has 62 tokens.*right for 36.*--max_length=62"):
         scoring_model(teacher, open_records(longer))

@@ -9,12 +9,12 @@ import pytest
 
 from encdec.cli import main
 from encdec.data.records import decode_row, open_records
+from encdec.data.teacher_rows import open_teacher, read_teacher_card
 from encdec.data.vocabulary import load_vocabulary
 from encdec.distill.scoring import score
-from encdec.distill.teacher import open_teacher, read_teacher_card
 from encdec.distill.torch_scorer import _by_length, torch_model
 from encdec.errors import ConfigError, DataError
-from encdec.interop.command import main as import_main
+from encdec.interop.import_command import main as import_main
 from tests.train.conftest import random_pairs, write_records
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
@@ -24,8 +24,16 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: encdec[
 # Three families that encdec import does not know, each with positions of another kind.
 UNKNOWN = {
     "gpt2": ("GPT2", dict(n_embd=32, n_layer=2, n_head=2, n_positions=40)),
-    "gpt_neox": ("GPTNeoX", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                 intermediate_size=64, max_position_embeddings=40)),
+    "gpt_neox": (
+        "GPTNeoX",
+        dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=40,
+        ),
+    ),
     "bloom": ("Bloom", dict(hidden_size=32, n_layer=2, n_head=2)),
 }
 
@@ -33,8 +41,11 @@ UNKNOWN = {
 def write_tokenizer(directory):
     """A byte-level tokenizer.json with an EOS, ids 0 to 257."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {piece: i for i, piece in enumerate(["<pad>", "</s>", *alphabet])}, []))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {piece: i for i, piece in enumerate(["<pad>", "</s>", *alphabet])}, []
+        )
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     directory.mkdir(parents=True, exist_ok=True)
@@ -44,10 +55,12 @@ def write_tokenizer(directory):
 def save_model(directory, kind, settings):
     """A random model with 264 ids and its tokenizer."""
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=264, bos_token_id=1, eos_token_id=1, initializer_range=0.3, **settings)
+        vocab_size=264, bos_token_id=1, eos_token_id=1, initializer_range=0.3, **settings
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM" if kind != "GPT2" else "GPT2LMHeadModel")(
-        config).eval()
+        config
+    ).eval()
     model.save_pretrained(directory)
     write_tokenizer(directory)
     return model
@@ -57,8 +70,9 @@ def save_model(directory, kind, settings):
 def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torch")
     write_tokenizer(folder)
-    return write_records(folder / "records", random_pairs(11, 0),
-                         load_vocabulary(folder / "tokenizer.json"))
+    return write_records(
+        folder / "records", random_pairs(11, 0), load_vocabulary(folder / "tokenizer.json")
+    )
 
 
 @pytest.mark.parametrize("family", UNKNOWN)
@@ -66,9 +80,21 @@ def test_packed_rows_are_scored_as_transformers_scores_each_text(family, records
     model = save_model(tmp_path / "hf", *UNKNOWN[family])
     with pytest.raises(DataError, match="can be imported"):
         import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
-    assert main(["score", "--backend=torch", f"--teacher={tmp_path / 'hf'}",
-                 f"--records={records}", f"--out={tmp_path / 'out'}", "--method=full",
-                 "--batch_rows=4", "--shard_rows=6"]) == 0
+    assert (
+        main(
+            [
+                "score",
+                "--backend=torch",
+                f"--teacher={tmp_path / 'hf'}",
+                f"--records={records}",
+                f"--out={tmp_path / 'out'}",
+                "--method=full",
+                "--batch_rows=4",
+                "--shard_rows=6",
+            ]
+        )
+        == 0
+    )
     opened = open_records(records)
     fields = open_teacher(tmp_path / "out", opened).fields(np.arange(11))
     several = 0
@@ -94,9 +120,17 @@ def test_packed_rows_are_scored_as_transformers_scores_each_text(family, records
 def test_a_model_that_both_know_is_scored_alike(records, tmp_path):
     """The same weights imported and run by torch: the same distributions, and the same draws but
     for those that lie on a rounding's edge."""
-    save_model(tmp_path / "hf", "Llama", dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64))
+    save_model(
+        tmp_path / "hf",
+        "Llama",
+        dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        ),
+    )
     import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])  # with its tokenizer.json
     fields = {}
     for name, teacher, backend in (("jax", "ours", "jax"), ("torch", "hf", "torch")):
@@ -104,14 +138,20 @@ def test_a_model_that_both_know_is_scored_alike(records, tmp_path):
             out = tmp_path / f"{name}-{method}"
             score(tmp_path / teacher, records, out, method=method, backend=backend, seed=3)
             fields[name, method] = open_teacher(out, open_records(records)).fields(np.arange(11))
-    np.testing.assert_allclose(fields["torch", "full"]["teacher_log_probs"],
-                               fields["jax", "full"]["teacher_log_probs"], atol=1e-4)
+    np.testing.assert_allclose(
+        fields["torch", "full"]["teacher_log_probs"],
+        fields["jax", "full"]["teacher_log_probs"],
+        atol=1e-4,
+    )
 
     def dense(found):
         weights = np.zeros((11, found["teacher_entropy"].shape[1], 264))
         for row in range(11):
-            np.add.at(weights[row], (found["teacher_positions"][row], found["teacher_ids"][row]),
-                      found["teacher_weights"][row])
+            np.add.at(
+                weights[row],
+                (found["teacher_positions"][row], found["teacher_ids"][row]),
+                found["teacher_weights"][row],
+            )
         return weights
 
     ours, theirs = dense(fields["jax", "sampled"]), dense(fields["torch", "sampled"])
@@ -121,8 +161,9 @@ def test_a_model_that_both_know_is_scored_alike(records, tmp_path):
 
 def test_a_killed_scoring_goes_on_and_ends_in_the_same_bytes(records, tmp_path):
     save_model(tmp_path / "hf", *UNKNOWN["gpt2"])
-    make = lambda out, **more: score(tmp_path / "hf", records, out, backend="torch", draws=9,
-                                     batch_rows=2, shard_rows=4, **more)
+    make = lambda out, **more: score(
+        tmp_path / "hf", records, out, backend="torch", draws=9, batch_rows=2, shard_rows=4, **more
+    )
 
     class Stopped(Exception):
         pass
@@ -135,8 +176,9 @@ def test_a_killed_scoring_goes_on_and_ends_in_the_same_bytes(records, tmp_path):
     with pytest.raises(Stopped):
         make(tmp_path / "stopped", progress=stop)
     make(tmp_path / "stopped")
-    contents = lambda name: {path.name: path.read_bytes()
-                             for path in (tmp_path / name).iterdir() if path.is_file()}
+    contents = lambda name: {
+        path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()
+    }
     assert contents("stopped") == contents("whole")
 
 
@@ -145,14 +187,30 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
     opened = open_records(records)
     model = torch_model(tmp_path / "hf", opened)
     assert model.start_id == 1
-    assert main(["score", "--backend=torch", f"--teacher={tmp_path / 'hf'}", "--dry_run",
-                 f"--records={records}", f"--out={tmp_path / 'out'}"]) == 0
+    assert (
+        main(
+            [
+                "score",
+                "--backend=torch",
+                f"--teacher={tmp_path / 'hf'}",
+                "--dry_run",
+                f"--records={records}",
+                f"--out={tmp_path / 'out'}",
+            ]
+        )
+        == 0
+    )
     assert "FLOPs of the teacher" in capsys.readouterr().out
     words = write_records(tmp_path / "words", random_pairs(3, 0))
     with pytest.raises(DataError, match=f"prepare with --vocabulary={tmp_path}/hf/tokenizer.json"):
         torch_model(tmp_path / "hf", open_records(words))
-    longer = write_records(tmp_path / "long", [[("a" * 40, "b" * 20)]], opened.vocabulary(),
-                           inputs_length=60, targets_length=30)
+    longer = write_records(
+        tmp_path / "long",
+        [[("a" * 40, "b" * 20)]],
+        opened.vocabulary(),
+        inputs_length=60,
+        targets_length=30,
+    )
     with pytest.raises(DataError, match=r"has 62 tokens.*right for 40"):
         torch_model(tmp_path / "hf", open_records(longer))
     for changes, error, message in (

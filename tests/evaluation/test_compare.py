@@ -8,7 +8,7 @@ import math
 import pytest
 
 from encdec.errors import ConfigError, DataError
-from encdec.evaluation.command import main
+from encdec.evaluation.evaluate_command import main
 from encdec.evaluation.judge import CACHE, Judge
 from encdec.evaluation.likelihood import CALIBRATION_BINS, Likelihood, LikelihoodFiles
 from encdec.evaluation.predictions import Example, Prediction, PredictionFiles
@@ -22,11 +22,18 @@ def evaluation(tmp_path):
         folder = tmp_path / name
         references = [[text] for text in references or REFERENCES]
         examples = [Example(f"s{index}", tuple(texts)) for index, texts in enumerate(references)]
-        PredictionFiles(folder / task, {}, examples).append(0, {
-            index: Prediction(text, 1, "eos", False) for index, text in enumerate(answers)})
-        (folder / "report.json").write_text(json.dumps({
-            "tasks": {task: {"examples": len(answers)}}, "judge": judge,
-            "model": {"run": name, "checkpoint": f"runs/{name}"}}))
+        PredictionFiles(folder / task, {}, examples).append(
+            0, {index: Prediction(text, 1, "eos", False) for index, text in enumerate(answers)}
+        )
+        (folder / "report.json").write_text(
+            json.dumps(
+                {
+                    "tasks": {task: {"examples": len(answers)}},
+                    "judge": judge,
+                    "model": {"run": name, "checkpoint": f"runs/{name}"},
+                }
+            )
+        )
         return folder
 
     return write
@@ -38,8 +45,18 @@ REFERENCES = [f"the fox number {i} runs" for i in range(30)]
 def test_a_better_model_is_seen_and_noise_is_not(evaluation, tmp_path, capsys):
     worse = evaluation("worse", ["the fox"] * 30)
     better = evaluation("better", REFERENCES)
-    assert main(["compare", f"--first=A={worse}", f"--second=B={better}",
-                 f"--out={tmp_path / 'out'}", "--resamples=100"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                f"--first=A={worse}",
+                f"--second=B={better}",
+                f"--out={tmp_path / 'out'}",
+                "--resamples=100",
+            ]
+        )
+        == 0
+    )
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     rows = {row["score"]: row for row in content["rows"]}
     row = rows["rougeL"]
@@ -47,23 +64,47 @@ def test_a_better_model_is_seen_and_noise_is_not(evaluation, tmp_path, capsys):
     assert row["low"] > 0 and row["p_value"] < 0.001 and row["examples"] == 30
     assert "| xsum | rougeL |" in capsys.readouterr().out
     # One model answers the even examples, the other the odd ones: no difference to speak of.
-    halves = [evaluation(f"half{h}", [
-        text if i % 2 == h else "" for i, text in enumerate(REFERENCES)]) for h in (0, 1)]
-    main(["compare", f"--first=A={halves[0]}", f"--second=B={halves[1]}",
-          f"--out={tmp_path / 'same'}", "--resamples=100"])
-    [row] = [row for row in json.loads((tmp_path / "same" / "comparison.json").read_text())["rows"]
-             if row["score"] == "rougeL"]
+    halves = [
+        evaluation(f"half{h}", [text if i % 2 == h else "" for i, text in enumerate(REFERENCES)])
+        for h in (0, 1)
+    ]
+    main(
+        [
+            "compare",
+            f"--first=A={halves[0]}",
+            f"--second=B={halves[1]}",
+            f"--out={tmp_path / 'same'}",
+            "--resamples=100",
+        ]
+    )
+    [row] = [
+        row
+        for row in json.loads((tmp_path / "same" / "comparison.json").read_text())["rows"]
+        if row["score"] == "rougeL"
+    ]
     assert row["low"] < 0 < row["high"] and row["p_value"] > 0.5
 
 
 def test_seeds_are_averaged_example_by_example(evaluation, tmp_path):
     wrong = evaluation("wrong", [""] * 30)
-    seeds = [evaluation(f"seed{h}", [
-        text if i % 2 == h else "" for i, text in enumerate(REFERENCES)]) for h in (0, 1)]
-    main(["compare", f"--first=A={wrong}", f"--second=B={seeds[0]},{seeds[1]}",
-          f"--out={tmp_path / 'out'}", "--resamples=100"])
-    [row] = [row for row in json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
-             if row["score"] == "rougeL"]
+    seeds = [
+        evaluation(f"seed{h}", [text if i % 2 == h else "" for i, text in enumerate(REFERENCES)])
+        for h in (0, 1)
+    ]
+    main(
+        [
+            "compare",
+            f"--first=A={wrong}",
+            f"--second=B={seeds[0]},{seeds[1]}",
+            f"--out={tmp_path / 'out'}",
+            "--resamples=100",
+        ]
+    )
+    [row] = [
+        row
+        for row in json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+        if row["score"] == "rougeL"
+    ]
     # Every example is right with one of two seeds: 50 each, and nothing to resample.
     assert row["difference"] == row["low"] == row["high"] == 50
 
@@ -80,8 +121,9 @@ def test_other_examples_are_refused(evaluation, tmp_path):
 
 
 def rows_of(first, second, out):
-    main(["compare", f"--first=A={first}", f"--second=B={second}", f"--out={out}",
-          "--resamples=100"])
+    main(
+        ["compare", f"--first=A={first}", f"--second=B={second}", f"--out={out}", "--resamples=100"]
+    )
     return {row["score"]: row for row in json.loads((out / "comparison.json").read_text())["rows"]}
 
 
@@ -105,8 +147,9 @@ def test_scores_of_the_whole_set_have_p_values_too(evaluation, tmp_path):
     # The better model is surer of every reference but the last, which it has not.
     bins = ((30.0, 20.0, 25.0), *[(0.0, 0.0, 0.0)] * (CALIBRATION_BINS - 1))
     for folder, nats, count in ((better, 1.0, 29), (worse, 2.0, 30), (again, 2.0, 30)):
-        LikelihoodFiles(folder / "code_java2cs").append(0, {
-            index: Likelihood(nats + index / 100, 3, 12, bins) for index in range(count)})
+        LikelihoodFiles(folder / "code_java2cs").append(
+            0, {index: Likelihood(nats + index / 100, 3, 12, bins) for index in range(count)}
+        )
     rows = rows_of(worse, better, tmp_path / "out")
     assert rows["bleu"]["p_value"] < 0.001 and rows["bleu"]["difference"] > 50
     assert rows["perplexity"]["examples"] == rows["bits_per_byte"]["examples"] == 29
@@ -128,11 +171,18 @@ def test_bands_have_a_p_value_of_kappa(evaluation, tmp_path):
 def test_one_judges_opinions_are_compared(evaluation, tmp_path):
     folders = []
     for name, numbers in (("bad", "3x"), ("good", "78")):
-        judge = Judge("local", "wise", tmp_path / name / CACHE, lambda prompt, numbers=numbers:
-                      numbers[int(prompt.split("###Input\ns")[1].split("\n")[0]) % 2])
+        judge = Judge(
+            "local",
+            "wise",
+            tmp_path / name / CACHE,
+            lambda prompt, numbers=numbers: numbers[
+                int(prompt.split("###Input\ns")[1].split("\n")[0]) % 2
+            ],
+        )
         folders.append(evaluation(name, [name] * 30, judge=judge.describe()))
-        judge.opinions([Example(f"s{i}", (text,)) for i, text in enumerate(REFERENCES)],
-                       [name] * 30)
+        judge.opinions(
+            [Example(f"s{i}", (text,)) for i, text in enumerate(REFERENCES)], [name] * 30
+        )
     row = rows_of(*folders, tmp_path / "out")["judge"]
     # The first model has an opinion of every other example only.
     assert (row["examples"], row["first"], row["second"]) == (15, 30, 70)

@@ -8,12 +8,20 @@ import pytest
 
 from encdec.data.text_tasks import TEXT_TASKS
 from encdec.errors import ConfigError
-from encdec.train.command import load_config
 from encdec.train.config import parse_config
+from encdec.train.train_command import load_config
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "finetune.py"
-TASKS = ("squad_v2", "ielts_feedback", "ielts_band", "code_java2cs", "code_refine_small",
-         "code_refine_medium", "xsum", "dialogsum")
+TASKS = (
+    "squad_v2",
+    "ielts_feedback",
+    "ielts_band",
+    "code_java2cs",
+    "code_refine_small",
+    "code_refine_medium",
+    "xsum",
+    "dialogsum",
+)
 RECORDS = ["--config.data.records=train", "--config.data.eval_records=dev"]
 
 
@@ -21,9 +29,17 @@ RECORDS = ["--config.data.records=train", "--config.data.eval_records=dev"]
 @pytest.mark.parametrize("model", ["330m", "330m-dec-flops"])
 def test_every_task_of_the_paper_for_both_architectures(task, model):
     assert task in TEXT_TASKS
-    run = parse_config(load_config(f"{CONFIG}:{task}", [
-        *RECORDS, f"--config.model={model}", "--config.init_from=runs/pre",
-        "--config.distill.teacher=rows"]))
+    run = parse_config(
+        load_config(
+            f"{CONFIG}:{task}",
+            [
+                *RECORDS,
+                f"--config.model={model}",
+                "--config.init_from=runs/pre",
+                "--config.distill.teacher=rows",
+            ],
+        )
+    )
     assert run.eval.patience == 3 and run.checkpoint.keep > run.eval.patience
     assert run.eval.every == run.checkpoint.every < run.steps
     assert run.distill.alpha == 0.9 and run.init_from == "runs/pre"
@@ -34,5 +50,9 @@ def test_it_says_what_it_wants():
         load_config(f"{CONFIG}:squad")
     with pytest.raises(ConfigError, match="config.eval.patience is 3; wanted 0, or .*eval_records"):
         parse_config(load_config(f"{CONFIG}:xsum", RECORDS[:1]))
-    assert parse_config(load_config(
-        f"{CONFIG}:xsum", [*RECORDS[:1], "--config.eval.patience=0"])).eval.patience == 0
+    assert (
+        parse_config(
+            load_config(f"{CONFIG}:xsum", [*RECORDS[:1], "--config.eval.patience=0"])
+        ).eval.patience
+        == 0
+    )

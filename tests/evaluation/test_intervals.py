@@ -31,8 +31,7 @@ def test_a_mean_has_the_interval_of_the_normal_law():
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng, hits = np.random.default_rng(2), 0
     for _ in range(200):
-        found = intervals.bootstrap(
-            mean_of(rng.binomial(1, 0.3, 100)), 100, resamples=200)
+        found = intervals.bootstrap(mean_of(rng.binomial(1, 0.3, 100)), 100, resamples=200)
         hits += found.low <= 0.3 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -42,8 +41,10 @@ def test_pairing_finds_what_single_intervals_hide():
     first = rng.normal(0, 10, 200)
     second = first + rng.normal(0.5, 1, 200)
     assert intervals.compare(mean_of(first), mean_of(second), 200).low > 0
-    assert intervals.randomisation_test(
-        first[:, None], second[:, None], lambda sums: sums[:, 0]) < 0.01
+    assert (
+        intervals.randomisation_test(first[:, None], second[:, None], lambda sums: sums[:, 0])
+        < 0.01
+    )
     alone = intervals.bootstrap(mean_of(first), 200)
     assert alone.high - alone.low > 2
 
@@ -52,37 +53,60 @@ def test_randomisation_equals_the_exact_test_and_is_level_in_noise():
     total = lambda sums: sums[:, 0]
     # All 2^5 sign flips of (1, 2, 3, 4, 5): two reach |sum| = 15.
     exact = intervals.randomisation_test(
-        np.zeros((5, 1)), np.array([[1], [2], [3], [4], [5]]), total, trials=20_000)
+        np.zeros((5, 1)), np.array([[1], [2], [3], [4], [5]]), total, trials=20_000
+    )
     assert exact == pytest.approx(2 / 32, abs=0.01)
     rng = np.random.default_rng(4)
-    small = [intervals.randomisation_test(*rng.normal(size=(2, 50, 1)), total, trials=500) < 0.05
-             for _ in range(200)]
+    small = [
+        intervals.randomisation_test(*rng.normal(size=(2, 50, 1)), total, trials=500) < 0.05
+        for _ in range(200)
+    ]
     assert np.mean(small) < 0.1
     with pytest.raises(ValueError, match="same examples"):
         intervals.randomisation_test(np.ones((1, 1)), np.ones((2, 1)), total)
 
 
-REFERENCES = ["the cat sat on the mat today", "a dog ran in the park all day",
-              "we go home now then", "one two three four five six",
-              "red and blue make violet paint", "so it goes on for us",
-              "no more words are left here"]
-FIRST = ["the cat sat on a mat today", "a dog ran in a park day", "we go home", "one two six",
-         "red and blue", "so it goes on for us", "words are here"]
-SECOND = ["the cat on the mat", "a dog ran in the park all day", "we go home now then",
-          "one two three four five six", "red and green make violet paint", "so it went on",
-          "no more words are left here"]
+REFERENCES = [
+    "the cat sat on the mat today",
+    "a dog ran in the park all day",
+    "we go home now then",
+    "one two three four five six",
+    "red and blue make violet paint",
+    "so it goes on for us",
+    "no more words are left here",
+]
+FIRST = [
+    "the cat sat on a mat today",
+    "a dog ran in a park day",
+    "we go home",
+    "one two six",
+    "red and blue",
+    "so it goes on for us",
+    "words are here",
+]
+SECOND = [
+    "the cat on the mat",
+    "a dog ran in the park all day",
+    "we go home now then",
+    "one two three four five six",
+    "red and green make violet paint",
+    "so it went on",
+    "no more words are left here",
+]
 
 
 def test_swaps_within_a_corpus_score_equal_all_of_them_counted_by_the_library():
     """p of BLEU against every one of the 2^7 swaps, each scored by sacrebleu from the texts."""
+
     def corpus_bleu(texts):
-        return sacrebleu.corpus_bleu(
-            texts, [REFERENCES], tokenize="none", force=True).score
+        return sacrebleu.corpus_bleu(texts, [REFERENCES], tokenize="none", force=True).score
 
     differences = []
     for swaps in itertools.product((False, True), repeat=len(FIRST)):
-        sides = [[pair[swap ^ side] for pair, swap in zip(zip(FIRST, SECOND), swaps)]
-                 for side in (False, True)]
+        sides = [
+            [pair[swap ^ side] for pair, swap in zip(zip(FIRST, SECOND), swaps)]
+            for side in (False, True)
+        ]
         differences.append(abs(corpus_bleu(sides[1]) - corpus_bleu(sides[0])))
     exact = np.mean(np.array(differences) >= differences[0] - 1e-9)
     wanted = [[text] for text in REFERENCES]

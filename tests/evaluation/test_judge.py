@@ -10,7 +10,7 @@ import time
 import pytest
 
 from encdec.errors import ConfigError
-from encdec.evaluation.command import main
+from encdec.evaluation.evaluate_command import main
 from encdec.evaluation.judge import (
     CACHE,
     Judge,
@@ -73,20 +73,43 @@ def test_opinions_are_given_kept_or_missing_but_never_zero(server, tmp_path):
     assert judge.opinions(EXAMPLES, ANSWERS) == [75, None, None, 75]
     assert [one[0] for one in asked] == ["slow", "slow"]
     asked.clear()
-    assert kept_opinions(tmp_path, judge.describe(), EXAMPLES, ANSWERS) == [
-        75, None, None, 75]
+    assert kept_opinions(tmp_path, judge.describe(), EXAMPLES, ANSWERS) == [75, None, None, 75]
     assert asked == []
 
 
-@pytest.mark.parametrize("reply, opinion", [
-    ("0", 0), (" 10 ", 100), ("7/10.", 70), ("7.5 / 10", 75), ("Score: 8", 80), ("**7**", 70),
-    ("7 out of 10", 70), ("**Score:** 6.5/10", 65), ("The final score is 9.", 90),
-    ("number: 3", 30), ("`4`", 40), ("8 points", 80), ("(5)", 50),
-    ("I would give it 7 out of 10, since a detail is missing.", 70), ("It earns **9**/10!", 90),
-    ("11", None), ("7 or 8", None), ("", None), ("-3", None), ("Score: -3", None), ("7-8", None),
-    ("8/100", None), ("7,5", None), ("I cannot judge answer 3", None), ("1e1", None),
-    ("7/10 or 8/10", None), ("12 out of 10", None), ("2 mistakes: 7 out of 10", None),
-])
+@pytest.mark.parametrize(
+    "reply, opinion",
+    [
+        ("0", 0),
+        (" 10 ", 100),
+        ("7/10.", 70),
+        ("7.5 / 10", 75),
+        ("Score: 8", 80),
+        ("**7**", 70),
+        ("7 out of 10", 70),
+        ("**Score:** 6.5/10", 65),
+        ("The final score is 9.", 90),
+        ("number: 3", 30),
+        ("`4`", 40),
+        ("8 points", 80),
+        ("(5)", 50),
+        ("I would give it 7 out of 10, since a detail is missing.", 70),
+        ("It earns **9**/10!", 90),
+        ("11", None),
+        ("7 or 8", None),
+        ("", None),
+        ("-3", None),
+        ("Score: -3", None),
+        ("7-8", None),
+        ("8/100", None),
+        ("7,5", None),
+        ("I cannot judge answer 3", None),
+        ("1e1", None),
+        ("7/10 or 8/10", None),
+        ("12 out of 10", None),
+        ("2 mistakes: 7 out of 10", None),
+    ],
+)
 def test_replies(reply, opinion):
     assert parse_opinion(reply) == opinion
 
@@ -122,10 +145,19 @@ def model_that_writes(tmp_path_factory):
         raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
         raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         transformers.PreTrainedTokenizerFast(
-            tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=4, n_positions=128, n_embd=4, n_layer=1, n_head=1, eos_token_id=1,
-            bos_token_id=1))
+            tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>"
+        ).save_pretrained(folder)
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=4,
+                n_positions=128,
+                n_embd=4,
+                n_layer=1,
+                n_head=1,
+                eos_token_id=1,
+                bos_token_id=1,
+            )
+        )
         with torch.no_grad():
             # The last norm gives one direction for the word, and the next for the end after it.
             model.transformer.wte.weight.copy_(torch.eye(4))

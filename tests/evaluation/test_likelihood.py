@@ -36,8 +36,11 @@ def test_it_is_what_cached_decoding_says_of_its_own_answers(run, request):
     model, generator = likelihood_model(request.getfixturevalue(run), devices=jax.devices())
     sources = [source for source, _ in LEARNED] + OTHERS
     answers = [answer[0] for answer in generator.generate(sources)]
-    ended = [(source, answer) for source, answer in zip(sources, answers)
-             if answer.finish == "eos" and answer.text]
+    ended = [
+        (source, answer)
+        for source, answer in zip(sources, answers)
+        if answer.finish == "eos" and answer.text
+    ]
     assert len(ended) >= 4
     examples = [Example(source, (answer.text,)) for source, answer in ended]
     found = model.of(examples)
@@ -51,22 +54,26 @@ def test_it_is_what_cached_decoding_says_of_its_own_answers(run, request):
         assert confidence == pytest.approx(np.exp(answer.log_probs).sum(), rel=1e-3)
 
 
-def test_mixed_lengths_in_a_batch_equal_one_at_a_time(encoder_decoder_run):  # noqa: F811
+def test_mixed_lengths_in_a_batch_equal_one_at_a_time(encoder_decoder_run):
     model, _ = likelihood_model(encoder_decoder_run, batch_rows=8)
-    examples = [Example("one fish", ("not at all",)), Example("a", ("b" * 20,)),
-                Example("and a tortoise", ("slow",))]
+    examples = [
+        Example("one fish", ("not at all",)),
+        Example("a", ("b" * 20,)),
+        Example("and a tortoise", ("slow",)),
+    ]
     together = model.of(examples)
     for example, one in zip(examples, together):
         assert one.nats == pytest.approx(model.of([example])[0].nats, rel=1e-4)
 
 
-def test_long_texts_are_read_a_few_at_a_time(encoder_decoder_run, monkeypatch):  # noqa: F811
+def test_long_texts_are_read_a_few_at_a_time(encoder_decoder_run, monkeypatch):
     model, _ = likelihood_model(encoder_decoder_run, batch_rows=8, devices=jax.devices()[:2])
     examples = [Example("one fish", (answer,)) for answer in ("b" * 30, "slow", "not", "at all")]
     together, sizes = model.of(examples), []
     batch = model._batch
-    monkeypatch.setattr(model, "_batch", lambda pairs, size: sizes.append(size) or batch(
-        pairs, size))
+    monkeypatch.setattr(
+        model, "_batch", lambda pairs, size: sizes.append(size) or batch(pairs, size)
+    )
     monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", 100)
     assert [one.tokens for one in model.of(examples)] == [one.tokens for one in together]
     assert sizes[0] == 2 and sum(sizes) == 2 + 4  # a row for each device at least

@@ -45,8 +45,10 @@ def official_squad(golds, prediction):
         return 2 * precision * recall / (precision + recall)
 
     golds = [gold for gold in golds if normal(gold)] or [""]
-    return (max(int(normal(g) == normal(prediction)) for g in golds),
-            max(f1(g, prediction) for g in golds))
+    return (
+        max(int(normal(g) == normal(prediction)) for g in golds),
+        max(f1(g, prediction) for g in golds),
+    )
 
 
 def test_squad_by_hand():
@@ -66,8 +68,14 @@ def check_against_official(questions):
     for i, texts in enumerate(references):
         text = (texts or ["something"])[-1]
         words = text.split()
-        predictions.append([text, " ".join(words[: max(1, len(words) // 2)]) + " the end",
-                            (references[i - 1] or [""])[0], ""][i % 4])
+        predictions.append(
+            [
+                text,
+                " ".join(words[: max(1, len(words) // 2)]) + " the end",
+                (references[i - 1] or [""])[0],
+                "",
+            ][i % 4]
+        )
     truth = np.array([official_squad(r, p) for r, p in zip(references, predictions)])
     shown = [text or "unanswerable" for text in predictions]
     found = by_name(scores.squad_v2(references, shown))
@@ -94,18 +102,20 @@ def test_rouge_equals_the_librarys():
     found = by_name(scores.rouge(REFERENCES, PREDICTIONS))
     scorer = rouge_scorer.RougeScorer(list(scores.ROUGE), use_stemmer=False)
     for name in scores.ROUGE:
-        truth = [max(scorer.score(r, p)[name].fmeasure for r in rs)
-                 for rs, p in zip(REFERENCES, PREDICTIONS)]
+        truth = [
+            max(scorer.score(r, p)[name].fmeasure for r in rs)
+            for rs, p in zip(REFERENCES, PREDICTIONS)
+        ]
         np.testing.assert_allclose(found[name].parts_ExK[:, 0], 100 * np.array(truth))
 
 
 def test_bleu_equals_the_librarys_on_every_sample():
     [score] = scores.bleu(REFERENCES, PREDICTIONS)
     for sample in ([0, 1, 2], [0, 0, 1], [1, 1, 2], [0]):
-        references = [[REFERENCES[i][0] for i in sample],
-                      [REFERENCES[i][-1] for i in sample]]
+        references = [[REFERENCES[i][0] for i in sample], [REFERENCES[i][-1] for i in sample]]
         truth = sacrebleu.corpus_bleu(
-            [PREDICTIONS[i] for i in sample], references, tokenize="none", force=True)
+            [PREDICTIONS[i] for i in sample], references, tokenize="none", force=True
+        )
         assert score.statistic(np.array(sample)) == pytest.approx(truth.score)
 
 
@@ -115,7 +125,8 @@ def test_bleu_equals_the_librarys_whatever_is_missing():
     for i in range(0, 120, 2):
         [score] = scores.bleu([[texts[i] or "a"]], [texts[i + 1]])
         truth = sacrebleu.corpus_bleu(
-            [texts[i + 1]], [[texts[i] or "a"]], tokenize="none", force=True)
+            [texts[i + 1]], [[texts[i] or "a"]], tokenize="none", force=True
+        )
         assert value(score) == pytest.approx(truth.score), (texts[i], texts[i + 1])
 
 
@@ -147,7 +158,8 @@ def test_kappa_equals_scikit_learns():
     sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn not installed")
     first, second = np.array([1, 2, 3, 4, 4, 0]), np.array([1, 3, 3, 2, 4, 1])
     assert kappa(first, second) == pytest.approx(
-        sklearn_metrics.cohen_kappa_score(first, second, weights="quadratic"))
+        sklearn_metrics.cohen_kappa_score(first, second, weights="quadratic")
+    )
 
 
 def test_a_band_that_is_missing_is_never_a_good_one():

@@ -58,7 +58,8 @@ def test_the_score_is_of_all_examples_and_of_the_best_reference():
     assert score.statistic(np.arange(3)) == pytest.approx(100 * (total + 3 + 7) / (total + 14))
     assert score.statistic(np.array([2, 2])) == 100
     assert [one.name for one in scores.score_task("code_java2cs", references, answers)][-1] == (
-        "syntax_match")
+        "syntax_match"
+    )
 
 
 def test_without_grammars_the_score_is_said_to_be_missing(monkeypatch):
@@ -66,5 +67,6 @@ def test_without_grammars_the_score_is_said_to_be_missing(monkeypatch):
     names = [one.name for one in scores.score_task("code_java2cs", [[METHOD]], [METHOD])]
     assert "bleu" in names and "syntax_match" not in names
     assert scores.not_measured("code_java2cs") == [
-        "syntax_match of c_sharp: pip install encdec[code]"]
+        "syntax_match of c_sharp: pip install encdec[code]"
+    ]
     assert scores.not_measured("xsum") == []

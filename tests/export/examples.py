@@ -19,32 +19,77 @@ MODELS: dict[str, ModelConfig] = {
     # One table for both stacks and a head of its own: what transformers does not tie.
     "untied head": TINY.replace(tie_embeddings=False),
     "unrolled": TINY.replace(
-        scan_layers=False, mlp_gated=True, mlp_activation="silu", qk_norm=True, post_norms=True,
-        attention_logit_cap=5.0, final_logit_cap=8.0, norm_plus_one=True, embedding_scale=True,
-        tie_embeddings=False, share_embeddings=False, rope_scaling="linear", rope_factor=2.0,
-        norm_cast="after_scale", attention_scale=0.3),
+        scan_layers=False,
+        mlp_gated=True,
+        mlp_activation="silu",
+        qk_norm=True,
+        post_norms=True,
+        attention_logit_cap=5.0,
+        final_logit_cap=8.0,
+        norm_plus_one=True,
+        embedding_scale=True,
+        tie_embeddings=False,
+        share_embeddings=False,
+        rope_scaling="linear",
+        rope_factor=2.0,
+        norm_cast="after_scale",
+        attention_scale=0.3,
+    ),
     # T5Gemmas: as near as ours come, and with everything that is folded into weights.
     "t5gemma": TINY.replace(
-        kv_pairing="grouped", qkv_bias=False, attention_out_bias=False, mlp_bias=False,
-        mlp_gated=True, post_norms=True, norm_plus_one=True, embedding_scale=True,
-        norm_cast="after_scale", encoder_positions="from_zero", tie_embeddings=True),
+        kv_pairing="grouped",
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        mlp_gated=True,
+        post_norms=True,
+        norm_plus_one=True,
+        embedding_scale=True,
+        norm_cast="after_scale",
+        encoder_positions="from_zero",
+        tie_embeddings=True,
+    ),
     "t5gemma folded": TINY.replace(
-        scan_layers=False, mlp_bias=False, attention_out_bias=False, mlp_gated=True,
-        post_norms=True, attention_scale=0.5, attention_logit_cap=6.0, final_logit_cap=9.0,
-        mlp_activation="silu"),
+        scan_layers=False,
+        mlp_bias=False,
+        attention_out_bias=False,
+        mlp_gated=True,
+        post_norms=True,
+        attention_scale=0.5,
+        attention_logit_cap=6.0,
+        final_logit_cap=9.0,
+        mlp_activation="silu",
+    ),
     "llama": TINY.replace(
-        architecture="decoder_only", encoder_layers=0, decoder_layers=2, mlp_gated=True,
-        mlp_activation="silu", norm_plus_one=True, embedding_scale=True, attention_scale=0.5,
-        attention_out_bias=False, rope_scaling="ntk", rope_factor=2.0, rope_max_length=4,
-        rope_length=40),
+        architecture="decoder_only",
+        encoder_layers=0,
+        decoder_layers=2,
+        mlp_gated=True,
+        mlp_activation="silu",
+        norm_plus_one=True,
+        embedding_scale=True,
+        attention_scale=0.5,
+        attention_out_bias=False,
+        rope_scaling="ntk",
+        rope_factor=2.0,
+        rope_max_length=4,
+        rope_length=40,
+    ),
 }
 # For graphs alone: no format but ONNX has all of "windowed".
 MODELS_OF_GRAPHS = MODELS | {
     "stretched": TINY.replace(
-        rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=40),
+        rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=40
+    ),
     "windowed": MODELS["llama"].replace(
-        scan_layers=False, attention_window=5, global_layer_every=2, local_rope_theta=100.0,
-        qk_norm=True, final_logit_cap=9.0)}
+        scan_layers=False,
+        attention_window=5,
+        global_layer_every=2,
+        local_rope_theta=100.0,
+        qk_norm=True,
+        final_logit_cap=9.0,
+    ),
+}
 PROMPTS = PromptFormat(ByteVocabulary(5), decoder_start_id=START, max_input_tokens=64)
 
 
@@ -62,8 +107,11 @@ def batch(config: ModelConfig, source: np.ndarray, target: np.ndarray) -> dict[s
     places = lambda x: np.tile(np.arange(x.shape[1]), (len(x), 1))
     fields = {}
     for side, tokens in (("encoder", source), ("decoder", target)):
-        fields |= {f"{side}_input_tokens": tokens, f"{side}_segment_ids": np.ones_like(tokens),
-                   f"{side}_positions": places(tokens)}
+        fields |= {
+            f"{side}_input_tokens": tokens,
+            f"{side}_segment_ids": np.ones_like(tokens),
+            f"{side}_positions": places(tokens),
+        }
     if not config.is_encoder_decoder:
         fields = {k: v for k, v in fields.items() if k.startswith("decoder_")}
     return fields

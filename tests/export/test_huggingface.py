@@ -17,7 +17,7 @@ from encdec.export import huggingface, tokenizer
 from encdec.inference.decoding import ready_for_decoding
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
-from encdec.interop.command import main as import_main
+from encdec.interop.import_command import main as import_main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
 from tests.export.examples import MODELS, PROMPTS, batch, pair
@@ -27,8 +27,14 @@ from tests.inference.test_decoding import run
 torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
 transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
 
-FAMILIES = {"paper": "encdec", "untied head": "encdec", "unrolled": "encdec",
-            "t5gemma": "t5gemma", "t5gemma folded": "t5gemma", "llama": "llama"}
+FAMILIES = {
+    "paper": "encdec",
+    "untied head": "encdec",
+    "unrolled": "encdec",
+    "t5gemma": "t5gemma",
+    "t5gemma folded": "t5gemma",
+    "llama": "llama",
+}
 
 
 def logits(config, params, fields):
@@ -41,13 +47,18 @@ def exported(request, tmp_path_factory):
     """Name, directory, and the model as transformers loads it."""
     out = tmp_path_factory.mktemp("export") / "hf"
     family, reasons = huggingface.write(
-        out, *pair(request.param), PROMPTS, targets_length=12, dtype="float32")
+        out, *pair(request.param), PROMPTS, targets_length=12, dtype="float32"
+    )
     assert family == FAMILIES[request.param]
     assert bool(reasons) == (family == "encdec")
-    auto = (transformers.AutoModelForCausalLM if family == "llama"
-            else transformers.AutoModelForSeq2SeqLM)
+    auto = (
+        transformers.AutoModelForCausalLM
+        if family == "llama"
+        else transformers.AutoModelForSeq2SeqLM
+    )
     model = auto.from_pretrained(
-        out, trust_remote_code=family == "encdec", attn_implementation="eager", dtype="float32")
+        out, trust_remote_code=family == "encdec", attn_implementation="eager", dtype="float32"
+    )
     return request.param, out, model.eval()
 
 
@@ -58,8 +69,11 @@ def test_logits_are_ours(exported):
     source, target = rng.integers(3, 259, (2, 9)), rng.integers(3, 259, (2, 7))
     with torch.no_grad():
         if config.is_encoder_decoder:
-            theirs = model(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target),
-                           attention_mask=torch.ones(2, 9, dtype=torch.long)).logits
+            theirs = model(
+                input_ids=torch.tensor(source),
+                decoder_input_ids=torch.tensor(target),
+                attention_mask=torch.ones(2, 9, dtype=torch.long),
+            ).logits
         else:
             theirs = model(torch.tensor(target)).logits
     ours = logits(config, params, batch(config, source, target))
@@ -85,7 +99,10 @@ def test_greedy_answers_are_ours(exported):
     fed = []
     hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, named: fed.append(
-            named.get("input_ids", args[0] if args else None).shape[1]), with_kwargs=True)
+            named.get("input_ids", args[0] if args else None).shape[1]
+        ),
+        with_kwargs=True,
+    )
     with torch.no_grad():
         theirs = model.generate(**inputs, do_sample=False, max_new_tokens=12, num_beams=1)
     hook.remove()
@@ -104,15 +121,27 @@ def test_a_t5gemma_comes_back_as_it_went(name, tmp_path):
     rng = np.random.default_rng(2)
     fields = batch(config, rng.integers(3, 259, (2, 9)), rng.integers(3, 259, (2, 7)))
     np.testing.assert_allclose(
-        logits(config, params, fields), logits(*pair(name), fields), atol=1e-4, rtol=1e-4)
+        logits(config, params, fields), logits(*pair(name), fields), atol=1e-4, rtol=1e-4
+    )
 
 
 def random_t5gemma(directory):
-    stack = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=20,
-                 query_pre_attn_scalar=24, max_position_embeddings=64, initializer_range=0.2)
+    stack = dict(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=20,
+        query_pre_attn_scalar=24,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     config = transformers.T5GemmaConfig(
-        encoder=stack | {"num_hidden_layers": 3}, decoder=stack, vocab_size=96)
+        encoder=stack | {"num_hidden_layers": 3}, decoder=stack, vocab_size=96
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.T5GemmaForConditionalGeneration(config).eval()
@@ -138,10 +167,17 @@ def test_t5gemmas_are_imported(tmp_path):
     # Greedy, each with its own cache.
     with torch.no_grad():
         theirs = model.generate(
-            torch.tensor(source), do_sample=False, max_new_tokens=7, use_cache=True,
-            decoder_start_token_id=START, eos_token_id=None, pad_token_id=0)
-    answers, _ = run(*ready_for_decoding(config, params), source.tolist(), rows(2, 7),
-                     plan(config, 7))
+            torch.tensor(source),
+            do_sample=False,
+            max_new_tokens=7,
+            use_cache=True,
+            decoder_start_token_id=START,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    answers, _ = run(
+        *ready_for_decoding(config, params), source.tolist(), rows(2, 7), plan(config, 7)
+    )
     assert [tokens for tokens, _ in answers] == theirs[:, 1:].tolist()
 
 
@@ -163,11 +199,19 @@ def test_wrong_tensors_are_named(tmp_path):
 
 def test_what_no_family_has_is_refused_by_field(tmp_path):
     config, params = pair("llama")
-    for change, named in (({"mlp_gated": False}, "mlp_gated is False"),
-                          ({"qk_norm": True}, "qk_norm is True")):
+    for change, named in (
+        ({"mlp_gated": False}, "mlp_gated is False"),
+        ({"qk_norm": True}, "qk_norm is True"),
+    ):
         with pytest.raises(ConfigError, match=named):
-            huggingface.write(tmp_path / "x", config.replace(**change), params, PROMPTS,
-                              targets_length=8, dtype="float32")
+            huggingface.write(
+                tmp_path / "x",
+                config.replace(**change),
+                params,
+                PROMPTS,
+                targets_length=8,
+                dtype="float32",
+            )
     assert not (tmp_path / "x").exists()
 
 
@@ -176,8 +220,14 @@ TEXTS = ("def add(a, b):\n    return a + b", "  Two  spaces, é ü 漢字 ", "x"
 
 def assert_same_ids(vocabulary, folder):
     folder.mkdir(exist_ok=True)
-    tokenizer.write(folder, vocabulary, inputs_eos=True, start_id=0,
-                    architecture="encoder_decoder", max_length=512)
+    tokenizer.write(
+        folder,
+        vocabulary,
+        inputs_eos=True,
+        start_id=0,
+        architecture="encoder_decoder",
+        max_length=512,
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
         ids = vocabulary.encode(text)

@@ -9,12 +9,12 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import CheckpointError, ConfigError
-from encdec.evaluation.command import main as evaluate_main
+from encdec.evaluation.evaluate_command import main as evaluate_main
 from encdec.export import litert_export, quality
-from encdec.export.command import main
+from encdec.export.export_command import main
 from encdec.export.quantise import four_bits, in_blocks, nibbles
-from encdec.inference.command import main as generate_main
 from encdec.inference.exported import ExportedGenerator
+from encdec.inference.generate_command import main as generate_main
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
 from encdec.interop.importing import write_model
@@ -36,15 +36,23 @@ def export(tmp_path_factory):
     done = {}
     vocabulary = tmp_path_factory.mktemp("vocabulary")
     spec = PROMPTS.vocabulary.save(vocabulary)
-    content = {"format_version": 1, "data": {
-        "vocabulary": spec.to_dict(), "decoder_start_id": START, "inputs_eos": True,
-        "inputs_length": 64, "targets_length": 12}}
+    content = {
+        "format_version": 1,
+        "data": {
+            "vocabulary": spec.to_dict(),
+            "decoder_start_id": START,
+            "inputs_eos": True,
+            "inputs_length": 64,
+            "targets_length": 12,
+        },
+    }
 
     def make(name, precision="float32"):
         if (name, precision) not in done:
             out = tmp_path_factory.mktemp("litert")
-            size = litert_export.write(out, *pair(name), precision=precision, content=content,
-                                       vocabulary_from=vocabulary)
+            size = litert_export.write(
+                out, *pair(name), precision=precision, content=content, vocabulary_from=vocabulary
+            )
             done[name, precision] = LitertModel(out, threads=1), size
         return done[name, precision]
 
@@ -53,8 +61,9 @@ def export(tmp_path_factory):
 
 def pairs(count=3):
     rng = np.random.default_rng(4)
-    return [(rng.integers(3, 259, 5 + 4 * i), rng.integers(3, 259, 4 + 2 * i))
-            for i in range(count)]
+    return [
+        (rng.integers(3, 259, 5 + 4 * i), rng.integers(3, 259, 4 + 2 * i)) for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma folded", "stretched"])
@@ -94,7 +103,8 @@ def test_four_bits_are_the_nearest_levels_of_the_best_scale():
     assert levels.min() >= -7 and levels.max() <= 7 and scales.shape == (5, 3, 1)
     np.testing.assert_array_equal(scales, scales.astype(np.float16).astype(np.float32))
     error = lambda scales: np.square(
-        np.clip(np.rint(blocks / scales), -7, 7) * scales - blocks).sum(-1)
+        np.clip(np.rint(blocks / scales), -7, 7) * scales - blocks
+    ).sum(-1)
     found = np.square(levels * scales - blocks).sum(-1)
     np.testing.assert_allclose(found, error(scales), rtol=1e-6)
     widest = np.abs(blocks).max(-1, keepdims=True) / 7
@@ -118,8 +128,14 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     records = write_records(tmp_path / "records", [[("one fish", "red"), ("two", "blue")]] * 2)
     config, params = pair("paper")
     write_model(
-        tmp_path / "run", config.replace(scan_layers=False), unroll_params(params, config),
-        source={"format": "test"}, vocabulary=ByteVocabulary(), start_id=START, max_length=64)
+        tmp_path / "run",
+        config.replace(scan_layers=False),
+        unroll_params(params, config),
+        source={"format": "test"},
+        vocabulary=ByteVocabulary(),
+        start_id=START,
+        max_length=64,
+    )
     out = tmp_path / "int8"
     arguments = [f"--checkpoint={tmp_path / 'run'}", "--format=litert", f"--out={out}"]
     assert main([*arguments, "--precision=int8", f"--check={records}", "--check_pairs=3"]) == 0
@@ -131,8 +147,18 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     task.parent.mkdir(parents=True)
     task.write_text('{"source": "two", "target": "blue"}\n' * 2)
     scored = tmp_path / "scored"
-    assert evaluate_main([f"--checkpoint={out}", "--tasks=xsum", f"--out={scored}",
-                          f"--data_dir={tmp_path / 'tasks'}", "--resamples=10"]) == 0
+    assert (
+        evaluate_main(
+            [
+                f"--checkpoint={out}",
+                "--tasks=xsum",
+                f"--out={scored}",
+                f"--data_dir={tmp_path / 'tasks'}",
+                "--resamples=10",
+            ]
+        )
+        == 0
+    )
     report = json.loads((scored / "report.json").read_text())
     assert report["model"]["name"] == "litert int8"
     (out / "decoder.tflite").unlink()
@@ -140,12 +166,21 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         LitertModel(out)
 
 
-@pytest.mark.parametrize("name, changes, message", [
-    ("paper", {"cross_attention_rope": "from_zero"}, "cross_attention_rope is 'from_zero'"),
-    ("llama", {}, "architecture is 'decoder_only'"),
-])
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("paper", {"cross_attention_rope": "from_zero"}, "cross_attention_rope is 'from_zero'"),
+        ("llama", {}, "architecture is 'decoder_only'"),
+    ],
+)
 def test_what_the_graphs_cannot_express_is_refused_by_field(name, changes, message, tmp_path):
     config, params = pair(name)
     with pytest.raises(ConfigError, match=message):
-        litert_export.write(tmp_path / "x", config.replace(**changes), params,
-                            precision="float32", content={}, vocabulary_from=tmp_path)
+        litert_export.write(
+            tmp_path / "x",
+            config.replace(**changes),
+            params,
+            precision="float32",
+            content={},
+            vocabulary_from=tmp_path,
+        )

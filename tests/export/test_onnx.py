@@ -10,8 +10,8 @@ import pytest
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.export import onnx_export, quality
-from encdec.export.command import main
-from encdec.inference.command import main as generate_main
+from encdec.export.export_command import main
+from encdec.inference.generate_command import main as generate_main
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
 from encdec.interop.importing import write_model
@@ -35,22 +35,29 @@ def content(tmp_path_factory):
     """A work directory's vocabulary, and what its config.json says of the data."""
     folder = tmp_path_factory.mktemp("vocabulary")
     spec = PROMPTS.vocabulary.save(folder)
-    return folder, {"format_version": 1, "data": {
-        "vocabulary": spec.to_dict(), "decoder_start_id": START, "inputs_eos": True,
-        "inputs_length": 64, "targets_length": 12}}
+    return folder, {
+        "format_version": 1,
+        "data": {
+            "vocabulary": spec.to_dict(),
+            "decoder_start_id": START,
+            "inputs_eos": True,
+            "inputs_length": 64,
+            "targets_length": 12,
+        },
+    }
 
 
 def export(name, content, out, precision="float32"):
     folder, values = content
-    onnx_export.write(out, *pair(name), precision=precision, content=values,
-                      vocabulary_from=folder)
+    onnx_export.write(out, *pair(name), precision=precision, content=values, vocabulary_from=folder)
     return OnnxModel(out, threads=1)
 
 
 def pairs(count=3):
     rng = np.random.default_rng(4)
-    return [(rng.integers(3, 259, 5 + 4 * i), rng.integers(3, 259, 4 + 2 * i))
-            for i in range(count)]
+    return [
+        (rng.integers(3, 259, 5 + 4 * i), rng.integers(3, 259, 4 + 2 * i)) for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
@@ -96,8 +103,9 @@ def test_quantised_graphs_are_the_quantised_model(name, content, tmp_path):
         model = export(name, content, tmp_path / precision, precision)
         found = quality.measure(model, *pair(name), pairs(), START)
         assert abs(found.loss / found.reference_loss - 1) < most, found
-        sizes[precision] = sum(path.stat().st_size for path in
-                               (tmp_path / precision).glob("*.data"))
+        sizes[precision] = sum(
+            path.stat().st_size for path in (tmp_path / precision).glob("*.data")
+        )
     assert sizes["int4"] <= sizes["int8"] < sizes["float32"] / 2
 
 
@@ -106,8 +114,14 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     records = write_records(tmp_path / "records", [[("one fish", "red"), ("two", "blue")]] * 2)
     config, params = pair("paper")
     write_model(
-        tmp_path / "run", config.replace(scan_layers=False), unroll_params(params, config),
-        source={"format": "test"}, vocabulary=ByteVocabulary(), start_id=START, max_length=64)
+        tmp_path / "run",
+        config.replace(scan_layers=False),
+        unroll_params(params, config),
+        source={"format": "test"},
+        vocabulary=ByteVocabulary(),
+        start_id=START,
+        max_length=64,
+    )
     out = tmp_path / "int8"
     arguments = [f"--checkpoint={tmp_path / 'run'}", "--format=onnx", f"--out={out}"]
     assert main([*arguments, "--precision=int8", f"--check={records}", "--check_pairs=3"]) == 0
@@ -131,5 +145,10 @@ def test_what_the_graphs_cannot_express_is_refused_by_field(content, tmp_path):
     folder, values = content
     with pytest.raises(ConfigError, match="cross_attention_rope is 'from_zero'"):
         onnx_export.write(
-            tmp_path / "x", config.replace(cross_attention_rope="from_zero"), params,
-            precision="float32", content=values, vocabulary_from=folder)
+            tmp_path / "x",
+            config.replace(cross_attention_rope="from_zero"),
+            params,
+            precision="float32",
+            content=values,
+            vocabulary_from=folder,
+        )

@@ -19,25 +19,47 @@ _SMALL = ("--inputs=256", "--targets=128", "--config.batch_size=32")
 STEPS: dict[str, tuple[str, ...]] = {
     "micro-8m": (f"--config={CONFIG}:micro-8m", "--topology=v5e:4x4", *_SMALL),
     "micro-8m-dec, state split": (
-        f"--config={CONFIG}:micro-8m-dec", "--topology=v5e:4x4", *_SMALL,
-        "--config.mesh.data=1", "--config.mesh.fsdp=-1",
-        "--config.model_overrides.dtype=bfloat16", "--config.model_overrides.remat=attention"),
+        f"--config={CONFIG}:micro-8m-dec",
+        "--topology=v5e:4x4",
+        *_SMALL,
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=-1",
+        "--config.model_overrides.dtype=bfloat16",
+        "--config.model_overrides.remat=attention",
+    ),
     # The paper's model with its masks and the MLP's dropout. That on attention's probabilities is
     # off: no fused kernel has it.
-    "330m": (f"--config={CONFIG}:330m", "--topology=v5e:4x4", "--rows=16",
-             "--config.mesh.data=1", "--config.mesh.fsdp=-1",
-             "--config.model_overrides.attention_dropout=0.0",
-             "--config.model_overrides.remat=dots"),
+    "330m": (
+        f"--config={CONFIG}:330m",
+        "--topology=v5e:4x4",
+        "--rows=16",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=-1",
+        "--config.model_overrides.attention_dropout=0.0",
+        "--config.model_overrides.remat=dots",
+    ),
 }
 # Of the report: what identifies the step, and what is guarded.
-_KEPT = ("topology", "model", "model_overrides", "mesh", "batch_size", "inputs", "targets",
-         "memory_bytes", "compute_seconds", "pallas_roofline_seconds",
-         "collective_exposed_seconds", "step_seconds", "mfu")
+_KEPT = (
+    "topology",
+    "model",
+    "model_overrides",
+    "mesh",
+    "batch_size",
+    "inputs",
+    "targets",
+    "memory_bytes",
+    "compute_seconds",
+    "pallas_roofline_seconds",
+    "collective_exposed_seconds",
+    "step_seconds",
+    "mfu",
+)
 
 
 def compiled_report(name: str) -> dict[str, Any]:
     """The report of one of ``STEPS``, compiled now."""
-    from encdec.hardware.command import main
+    from encdec.hardware.compile_command import main
 
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "report.json"

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from encdec.errors import ConfigError
 from encdec.hardware import topology
-from encdec.hardware.command import main
 from encdec.hardware.compile import (
     Compiled,
     CompiledStep,
@@ -24,20 +23,22 @@ from encdec.hardware.compile import (
     nearest_fit,
     smaller,
 )
+from encdec.hardware.compile_command import main
 from encdec.hardware.decode import CompiledDecoding
 from encdec.hardware.predict import Collective, Prediction
 from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
 from encdec.model import preset
 from encdec.model.chips import find_chip
-from encdec.train.command import load_config
 from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
 from encdec.train.config import MeshConfig, RunConfig, parse_config
 from encdec.train.sharding import make_mesh
+from encdec.train.train_command import load_config
 
 CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed")
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
+)
 
 
 def test_names():
@@ -90,8 +91,13 @@ def test_nearest_fit_tries_remat_before_batches():
     variant, step = nearest_fit(smaller(run), attempt)
     assert (variant.batch_size, step) == (16, "compiled")
     assert tried == [("full", 64), ("full", 32), ("full", 16)]
-    assert nearest_fit(smaller(dataclasses.replace(run, batch_size=32)), lambda r: attempt(
-        dataclasses.replace(r, batch_size=64))) is None
+    assert (
+        nearest_fit(
+            smaller(dataclasses.replace(run, batch_size=32)),
+            lambda r: attempt(dataclasses.replace(r, batch_size=64)),
+        )
+        is None
+    )
     assert [r.batch_size for r in smaller(RunConfig(batch_size=6))] == [6, 3]
     assert [r.batch_size for r in halved(RunConfig(batch_size=24, accumulation=4))] == [12]
 
@@ -151,9 +157,12 @@ def test_search_keeps_the_tensor_axis_and_splits_the_state_within_slices():
 
 def part(**changes) -> dict:
     traffic = Collective("x", "all-gather", 2e6, 4, 0.002, 0.001, "")
-    return {"memory": Memory(1 << 30, 2 << 30, 3 << 30, 4 << 30, 0, 0, 16 << 30),
-            "prediction": Prediction(0.1, 0.0, (traffic,), (), (), {"custom-call Eigh": 2}),
-            "compile_seconds": 1.0, "text": "HloModule"} | changes
+    return {
+        "memory": Memory(1 << 30, 2 << 30, 3 << 30, 4 << 30, 0, 0, 16 << 30),
+        "prediction": Prediction(0.1, 0.0, (traffic,), (), (), {"custom-call Eigh": 2}),
+        "compile_seconds": 1.0,
+        "text": "HloModule",
+    } | changes
 
 
 @pytest.fixture
@@ -166,13 +175,21 @@ def compiler(monkeypatch):
         if run.batch_size > room[topology.name] * len(topology.devices):
             raise DoesNotFit(f"{topology.name} is full.")
         return CompiledStep(
-            **part(), run=run, topology=topology, mesh=(len(topology.devices), 1, 1),
-            inputs=inputs, targets=targets, model_flops=1e12 * run.batch_size, unsharded=())
+            **part(),
+            run=run,
+            topology=topology,
+            mesh=(len(topology.devices), 1, 1),
+            inputs=inputs,
+            targets=targets,
+            model_flops=1e12 * run.batch_size,
+            unsharded=(),
+        )
 
     def compile_decoding(run, topology, inputs, targets, compiler_options):
         compile_step(run, topology, inputs, targets, compiler_options)
-        return CompiledDecoding(run, topology, (4, 1, 1), inputs, targets, Compiled(**part()),
-                                Compiled(**part()), ())
+        return CompiledDecoding(
+            run, topology, (4, 1, 1), inputs, targets, Compiled(**part()), Compiled(**part()), ()
+        )
 
     monkeypatch.setattr("encdec.hardware.compile.compile_step", compile_step)
     monkeypatch.setattr("encdec.hardware.decode.compile_decoding", compile_decoding)
@@ -203,8 +220,11 @@ def test_a_searchs_report_holds_what_was_tried(compiler, tmp_path):
     assert best["mfu"] >= max(o["mfu"] for o in others)
     assert 1 + len(others) + len(best["does_not_fit"]) == len(compiler)
     assert best["does_not_fit"][0] == {
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "remat": "none", "batch_size": 32,
-        "reason": "v5e:2x4 is full."}
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "remat": "none",
+        "batch_size": 32,
+        "reason": "v5e:2x4 is full.",
+    }
 
 
 @needs_compiler
@@ -230,7 +250,7 @@ def test_the_figures_are_written_after_each_topology(compiler, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("encdec.hardware.report.compare", interrupted)
+        patch.setattr("encdec.hardware.compile_report.compare", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compile_for("v5e:2x2,v5e:4x4", "--config.batch_size=16", f"--json={file}")
     assert [report["topology"] for report in written[0]] == ["v5e:2x2", "v5e:4x4"]
@@ -241,8 +261,14 @@ def test_decoding_reports_memory_collectives_and_the_nearest_fit(compiler, tmp_p
     file = tmp_path / "report.json"
     assert compile_for("v5e:2x2", "--what=decode", "--rows=8", f"--json={file}") == 0
     said = capsys.readouterr().out
-    for words in ("keys and values given", "activations", "Collectives of prefill",
-                  "Collectives of a later token", "all-gather of 4", "2 custom-call Eigh"):
+    for words in (
+        "keys and values given",
+        "activations",
+        "Collectives of prefill",
+        "Collectives of a later token",
+        "all-gather of 4",
+        "2 custom-call Eigh",
+    ):
         assert words in said, said
     (report,) = json.loads(file.read_text())
     for name in ("prefill", "step"):
@@ -257,7 +283,11 @@ def test_configs_of_shaped_models_carry_the_fast_settings(model, remat):
     run = parse_config(load_config(f"{CONFIG}:{model}", []))
     config = run.model_config()
     assert (config.remat, config.scan_layers, run.mesh.data, run.mesh.fsdp) == (
-        remat, False, -1, 16)
+        remat,
+        False,
+        -1,
+        16,
+    )
     assert config.d_model % run.mesh.fsdp == 0
     assert parse_config(load_config(f"{CONFIG}:330m", [])).model_config() == preset("330m")
 
@@ -279,8 +309,19 @@ def test_a_prediction_above_the_peak_rate_is_refused():
 @pytest.mark.parametrize("model", ["test", "test-dec"])
 def test_compiles_the_real_step_and_reports(model, tmp_path, capsys):
     file = tmp_path / "report.json"
-    assert main([f"--config={CONFIG}:{model}", "--topology=v5e:2x2", "--inputs=128",
-                 "--targets=128", "--config.batch_size=8", f"--json={file}"]) == 0
+    assert (
+        main(
+            [
+                f"--config={CONFIG}:{model}",
+                "--topology=v5e:2x2",
+                "--inputs=128",
+                "--targets=128",
+                "--config.batch_size=8",
+                f"--json={file}",
+            ]
+        )
+        == 0
+    )
     (report,) = json.loads(file.read_text())
     memory = report["memory_bytes"]
     names = ("parameters", "optimizer", "batch", "temporary", "outputs", "code")
@@ -288,8 +329,12 @@ def test_compiles_the_real_step_and_reports(model, tmp_path, capsys):
     # AdamW's two moments and a step count beside the parameters, all whole on every device.
     assert 2 * memory["parameters"] <= memory["optimizer"] <= 2 * memory["parameters"] + 64
     assert 0 < report["mfu"] < 1
-    assert report["step_seconds"] == pytest.approx(sum(report[k] for k in (
-        "compute_seconds", "pallas_roofline_seconds", "collective_exposed_seconds")))
+    assert report["step_seconds"] == pytest.approx(
+        sum(
+            report[k]
+            for k in ("compute_seconds", "pallas_roofline_seconds", "collective_exposed_seconds")
+        )
+    )
     assert not report["unknown_loops"]
     reduced = report["collectives"]["all-reduce of 4"]
     assert reduced["bytes"] >= memory["parameters"] / 2  # every gradient, bfloat16 at least
@@ -306,16 +351,31 @@ def test_slices_are_joined_by_sums_of_gradients_alone(tmp_path):
     with pytest.raises(ConfigError, match="config.mesh.data to a multiple of 2"):
         make_mesh(MeshConfig(data=1, fsdp=-1), two.devices)
     file = tmp_path / "report.json"
-    assert main([f"--config={CONFIG}:test", "--topology=v5e:2x2*2", "--inputs=128",
-                 "--targets=128", "--config.batch_size=16", "--config.mesh.data=-1",
-                 "--config.mesh.fsdp=4", f"--json={file}"]) == 0
+    assert (
+        main(
+            [
+                f"--config={CONFIG}:test",
+                "--topology=v5e:2x2*2",
+                "--inputs=128",
+                "--targets=128",
+                "--config.batch_size=16",
+                "--config.mesh.data=-1",
+                "--config.mesh.fsdp=4",
+                f"--json={file}",
+            ]
+        )
+        == 0
+    )
     (report,) = json.loads(file.read_text())
     assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     # Parameters are gathered within a slice; what goes over all devices or across is summed.
     kinds = set(report["collectives"])
     assert "all-gather of 4" in kinds
     assert {kind for kind in kinds if not kind.endswith("of 4")} <= {
-        "all-reduce of 2", "all-reduce of 8", "reduce-scatter of 8"}
+        "all-reduce of 2",
+        "all-reduce of 8",
+        "reduce-scatter of 8",
+    }
 
 
 @pytest.mark.slow
@@ -324,8 +384,18 @@ def test_compiles_generation_a_layer_and_the_calibration(tmp_path, capsys):
     file = tmp_path / "report.json"
 
     def report(*arguments):
-        assert main([f"--config={CONFIG}:test", "--topology=v5e:2x2", "--config.batch_size=8",
-                     f"--json={file}", *arguments]) == 0
+        assert (
+            main(
+                [
+                    f"--config={CONFIG}:test",
+                    "--topology=v5e:2x2",
+                    "--config.batch_size=8",
+                    f"--json={file}",
+                    *arguments,
+                ]
+            )
+            == 0
+        )
         return json.loads(file.read_text())[0]
 
     decoding = report("--what=decode", "--inputs=128", "--targets=32")
@@ -334,7 +404,8 @@ def test_compiles_generation_a_layer_and_the_calibration(tmp_path, capsys):
         assert 0 < memory["parameters"] < memory["peak"] < memory["limit"]
     assert 0 < decoding["step"]["seconds"] < decoding["prefill"]["seconds"]
     assert decoding["seconds"] == pytest.approx(
-        decoding["prefill"]["seconds"] + 31 * decoding["step"]["seconds"])
+        decoding["prefill"]["seconds"] + 31 * decoding["step"]["seconds"]
+    )
     layer = report("--what=layer", "--inputs=128", "--config.model_overrides.dtype=bfloat16")
     assert layer["rows"] == 2 and 0 < layer["share_of_peak"] < 1
     calibration = report("--what=calibrate")

@@ -17,11 +17,24 @@ from tests.hardware.record import FILE, STEPS, compiled_report, read_recorded
 
 RECORDED = read_recorded() if FILE.exists() else {}
 REPORT = {
-    "topology": "v5e:4x4", "model": "330m", "batch_size": 128, "inputs": 1024, "targets": 256,
-    "step_seconds": 0.2, "compute_seconds": 0.15, "pallas_roofline_seconds": 0.02,
+    "topology": "v5e:4x4",
+    "model": "330m",
+    "batch_size": 128,
+    "inputs": 1024,
+    "targets": 256,
+    "step_seconds": 0.2,
+    "compute_seconds": 0.15,
+    "pallas_roofline_seconds": 0.02,
     "collective_exposed_seconds": 0.03,
-    "memory_bytes": {"peak": 8 << 30, "parameters": 1 << 30, "optimizer": 2 << 30, "batch": 0,
-                     "temporary": 5 << 30, "outputs": 0, "code": 0},
+    "memory_bytes": {
+        "peak": 8 << 30,
+        "parameters": 1 << 30,
+        "optimizer": 2 << 30,
+        "batch": 0,
+        "temporary": 5 << 30,
+        "outputs": 0,
+        "code": 0,
+    },
 }
 
 
@@ -38,8 +51,9 @@ def test_small_changes_and_improvements_pass():
 
 
 def test_what_grew_is_named_most_first():
-    (slower,) = growth(changed(step_seconds=0.208, compute_seconds=0.151,
-                               collective_exposed_seconds=0.037), REPORT)
+    (slower,) = growth(
+        changed(step_seconds=0.208, compute_seconds=0.151, collective_exposed_seconds=0.037), REPORT
+    )
     assert slower.startswith("slower: the step takes 208.000 ms instead of 200.000, +4.0 %")
     assert slower.index("collective_exposed_seconds 37") < slower.index("compute_seconds 151")
     assert "pallas" not in slower
@@ -54,12 +68,15 @@ def test_different_steps_are_not_compared():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed")
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_no_step_is_slower_or_fatter_than_recorded(name):
     compiler = importlib.metadata.version("libtpu")
     if compiler != RECORDED["compiler"]:
-        pytest.skip(f"recorded with libtpu {RECORDED['compiler']}, this is {compiler}; record "
-                    "anew: python -m tests.hardware.record")
+        pytest.skip(
+            f"recorded with libtpu {RECORDED['compiler']}, this is {compiler}; record "
+            "anew: python -m tests.hardware.record"
+        )
     grown = growth(compiled_report(name), RECORDED["steps"][name])
     assert not grown, f"{name}: {' '.join(grown)} (if it must be: python -m tests.hardware.record)"

@@ -26,8 +26,12 @@ class Chip:
 
 
 def topology(sides=(2, 2), kind="v5e", slices=1):
-    chips = [Chip(x, y, 0, slice_index=s)
-             for s in range(slices) for y in range(sides[1]) for x in range(sides[0])]
+    chips = [
+        Chip(x, y, 0, slice_index=s)
+        for s in range(slices)
+        for y in range(sides[1])
+        for x in range(sides[0])
+    ]
     return Topology("test", generation_named(kind), sides, slices, tuple(chips))
 
 
@@ -60,13 +64,16 @@ def test_collectives_by_bytes_links_and_group(module):
     # Two open sides: one link each way out of a corner; three quarters leave, twice; four hops.
     wanted = 256 * 256 * 2 * 1.5 / (2 * 45e9) + 4e-6
     assert reduced.seconds == reduced.exposed_seconds == pytest.approx(wanted)
-    assert prediction.step_seconds == pytest.approx(
-        prediction.compute_seconds + reduced.seconds)
+    assert prediction.step_seconds == pytest.approx(prediction.compute_seconds + reduced.seconds)
 
 
 def test_source_lines_prefer_the_package(module):
-    products = [i for body in module.computations.values() for i in body
-                if i.opcode == "fusion" and "dot_general" in i.op_name]
+    products = [
+        i
+        for body in module.computations.values()
+        for i in body
+        if i.opcode == "fusion" and "dot_general" in i.op_name
+    ]
     assert products
     for i in products:
         assert module.source(i, "/src/prog") in ("prog/fixture.py:10", "prog/fixture.py:11")
@@ -84,8 +91,12 @@ def program(*lines):
 def test_asynchronous_collectives_hide_behind_what_lies_between():
     cycles = 150_300_000  # 0.1 s of the 1.503 GHz clock
     work = line("f32[8]{0}", "fusion", f'%p), backend_config={{"estimated_cycles":"{cycles}"}}')
-    start = line("(f32[1000000000]{0}, f32[1000000000]{0})", "all-reduce-start",
-                 "%p), replica_groups={{0,1,2,3}}", "start")
+    start = line(
+        "(f32[1000000000]{0}, f32[1000000000]{0})",
+        "all-reduce-start",
+        "%p), replica_groups={{0,1,2,3}}",
+        "start",
+    )
     done = line("f32[1000000000]{0}", "all-reduce-done", "%start), metadata={}", "done")
     hidden = predict(program(start, work, done), topology())
     (reduced,) = hidden.collectives
@@ -113,8 +124,15 @@ def fused_program(*channels, cycles=75_150_000):
         for phase in ("start", "carry", "done"):
             bodies += GATHER.format(n=f"{phase}.{channel}", channel=channel)
             estimate = f', backend_config={{"estimated_cycles":"{cycles}"}}'
-            lines.append(line("f32[8]{0}", "fusion", f"%p), kind=kCustom, calls=%part.{phase}."
-                              f"{channel}{estimate if phase == 'carry' else ''}", phase + channel))
+            lines.append(
+                line(
+                    "f32[8]{0}",
+                    "fusion",
+                    f"%p), kind=kCustom, calls=%part.{phase}."
+                    f"{channel}{estimate if phase == 'carry' else ''}",
+                    phase + channel,
+                )
+            )
     return hlo.parse(bodies + "\n".join(["ENTRY %main (p: f32[]) -> f32[] {", *lines, "}"]))
 
 
@@ -128,7 +146,8 @@ def test_collectives_fused_with_computation_count_once_and_wait_for_the_links():
     # With half the computation the rest of each shows.
     two = predict(fused_program("1", "2", cycles=37_575_000), topology())
     assert [c.exposed_seconds for c in two.collectives] == pytest.approx(
-        [wire - 0.025] * 2, rel=1e-2)
+        [wire - 0.025] * 2, rel=1e-2
+    )
     assert two.step_seconds == pytest.approx(2 * wire, rel=1e-2)
 
 
@@ -136,9 +155,14 @@ def test_asynchronous_collectives_share_the_links():
     """Two started together: the second waits for the first, behind 0.1 s of computation."""
     work = line("f32[8]{0}", "fusion", '%p), backend_config={"estimated_cycles":"150300000"}')
     pair = lambda n: (
-        line("(f32[1000000000]{0}, f32[1000000000]{0})", "all-reduce-start",
-             "%p), replica_groups={{0,1,2,3}}", f"s{n}"),
-        line("f32[1000000000]{0}", "all-reduce-done", f"%s{n}), metadata={{}}", f"d{n}"))
+        line(
+            "(f32[1000000000]{0}, f32[1000000000]{0})",
+            "all-reduce-start",
+            "%p), replica_groups={{0,1,2,3}}",
+            f"s{n}",
+        ),
+        line("f32[1000000000]{0}", "all-reduce-done", f"%s{n}), metadata={{}}", f"d{n}"),
+    )
     (start_1, done_1), (start_2, done_2) = pair(1), pair(2)
     wire = 4e9 * 1.5 / 90e9 + 4e-6
     together = predict(program(start_1, start_2, work, done_1, done_2), topology())
@@ -146,21 +170,40 @@ def test_asynchronous_collectives_share_the_links():
     assert together.exposed_seconds == pytest.approx(2 * wire - 0.1, rel=1e-2)
 
 
-@pytest.mark.parametrize("shape, opcode, operands, wanted", [
-    ("f32[1000]{0:T(1024)}", "all-reduce", "%p", 4000),
-    ("(f32[1000]{0:T(1024)}, /*index=1*/f32[500]{0})", "all-reduce", "%p, %p", 6000),
-    ("(f32[1000]{0}, f32[500]{0})", "all-reduce-start", "%p, %p", 6000),
-    ("(bf16[100]{0}, bf16[400]{0})", "all-gather-start", "%p", 800),
-    ("((bf16[100]{0:T(8,128)(2,1)}, f32[10]{0}), (bf16[400]{0}, f32[40]{0}), u32[], u32[])",
-     "all-gather-start", "%p, %p", 960),
-    ("(bf16[100]{0}, f32[10,2]{1,0}, bf16[400]{0}, f32[40,2]{1,0})", "all-gather-start",
-     "%p, %p", 1120),
-    ("((f32[400]{0}, f32[40]{0}), (f32[100]{0}, f32[10]{0}))", "reduce-scatter-start", "%p, %p",
-     1760),
-    ("f32[100]{0}", "reduce-scatter", "%p", 1600),
-    ("(f32[100]{0}, f32[100]{0}, u32[]{:S(2)}, u32[]{:S(2)})", "collective-permute-start", "%p",
-     400),
-])
+@pytest.mark.parametrize(
+    "shape, opcode, operands, wanted",
+    [
+        ("f32[1000]{0:T(1024)}", "all-reduce", "%p", 4000),
+        ("(f32[1000]{0:T(1024)}, /*index=1*/f32[500]{0})", "all-reduce", "%p, %p", 6000),
+        ("(f32[1000]{0}, f32[500]{0})", "all-reduce-start", "%p, %p", 6000),
+        ("(bf16[100]{0}, bf16[400]{0})", "all-gather-start", "%p", 800),
+        (
+            "((bf16[100]{0:T(8,128)(2,1)}, f32[10]{0}), (bf16[400]{0}, f32[40]{0}), u32[], u32[])",
+            "all-gather-start",
+            "%p, %p",
+            960,
+        ),
+        (
+            "(bf16[100]{0}, f32[10,2]{1,0}, bf16[400]{0}, f32[40,2]{1,0})",
+            "all-gather-start",
+            "%p, %p",
+            1120,
+        ),
+        (
+            "((f32[400]{0}, f32[40]{0}), (f32[100]{0}, f32[10]{0}))",
+            "reduce-scatter-start",
+            "%p, %p",
+            1760,
+        ),
+        ("f32[100]{0}", "reduce-scatter", "%p", 1600),
+        (
+            "(f32[100]{0}, f32[100]{0}, u32[]{:S(2)}, u32[]{:S(2)})",
+            "collective-permute-start",
+            "%p",
+            400,
+        ),
+    ],
+)
 def test_a_collective_handles_all_its_arrays(shape, opcode, operands, wanted):
     start = line(shape, opcode, f"{operands}), channel_id=1", "start")
     done = line("f32[1]{0}", opcode.replace("start", "done"), "%start), metadata={}", "done")
@@ -172,45 +215,74 @@ def test_a_collective_handles_all_its_arrays(shape, opcode, operands, wanted):
 def test_a_collective_whose_end_lies_elsewhere_is_not_hidden():
     """The loop's body starts what the next turn, or nobody, waits for."""
     work = line("f32[8]{0}", "fusion", '%p), backend_config={"estimated_cycles":"150300000"}')
-    start = line("(f32[1000000000]{0}, f32[1000000000]{0})", "all-reduce-start",
-                 "%p), replica_groups={{0,1,2,3}}", "start")
-    loop = line("f32[8]{0}", "while", "%p), condition=%c, body=%body, backend_config="
-                '{"known_trip_count":{"n":"3"}}', "loop")
+    start = line(
+        "(f32[1000000000]{0}, f32[1000000000]{0})",
+        "all-reduce-start",
+        "%p), replica_groups={{0,1,2,3}}",
+        "start",
+    )
+    loop = line(
+        "f32[8]{0}",
+        "while",
+        '%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}',
+        "loop",
+    )
     body = "\n".join(["%body (p: f32[8]) -> f32[8] {", start, work, "}", ""])
-    prediction = predict(hlo.parse(
-        body + "\n".join(["ENTRY %main (p: f32[]) -> f32[] {", loop, "}"])), topology())
+    prediction = predict(
+        hlo.parse(body + "\n".join(["ENTRY %main (p: f32[]) -> f32[] {", loop, "}"])), topology()
+    )
     (reduced,) = prediction.collectives
     assert reduced.bytes == 3 * 4e9
-    assert reduced.exposed_seconds == reduced.seconds == pytest.approx(
-        3 * 4e9 * 1.5 / 90e9, rel=1e-3)
+    assert (
+        reduced.exposed_seconds == reduced.seconds == pytest.approx(3 * 4e9 * 1.5 / 90e9, rel=1e-3)
+    )
 
 
 @pytest.mark.parametrize("start, turns", [(0, 20), (1, 19)])
 def test_a_loop_with_a_turn_peeled_off_runs_once_less(start, turns):
-    text = "\n".join([
-        "%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {",
-        line("f32[8]{0}", "fusion", '%b), backend_config={"estimated_cycles":"1503"}', "work"), "}",
-        "", "%c (q: (s32[], f32[8])) -> pred[] {",
-        "  %q = (s32[], f32[8]) parameter(0)", "  %limit = s32[] constant(20)",
-        "  %i = s32[] get-tuple-element(%q), index=0",
-        "  ROOT %less = pred[] compare(%i, %limit), direction=LT", "}",
-        "", "ENTRY %main (p: f32[8]) -> f32[8] {", "  %p = f32[8] parameter(0)",
-        f"  %first = s32[] constant({start})", "  %begin = s32[] copy(%first)",
-        "  %carried = (s32[], f32[8]) tuple(%begin, %p)",
-        "  %loop = (s32[], f32[8]) while(%carried), condition=%c, body=%body", "}"])
+    text = "\n".join(
+        [
+            "%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {",
+            line("f32[8]{0}", "fusion", '%b), backend_config={"estimated_cycles":"1503"}', "work"),
+            "}",
+            "",
+            "%c (q: (s32[], f32[8])) -> pred[] {",
+            "  %q = (s32[], f32[8]) parameter(0)",
+            "  %limit = s32[] constant(20)",
+            "  %i = s32[] get-tuple-element(%q), index=0",
+            "  ROOT %less = pred[] compare(%i, %limit), direction=LT",
+            "}",
+            "",
+            "ENTRY %main (p: f32[8]) -> f32[8] {",
+            "  %p = f32[8] parameter(0)",
+            f"  %first = s32[] constant({start})",
+            "  %begin = s32[] copy(%first)",
+            "  %carried = (s32[], f32[8]) tuple(%begin, %p)",
+            "  %loop = (s32[], f32[8]) while(%carried), condition=%c, body=%body",
+            "}",
+        ]
+    )
     prediction = predict(hlo.parse(text), topology())
     assert prediction.compute_seconds == pytest.approx(turns * 1e-6, rel=1e-2)
 
 
 def test_what_has_no_estimate_is_listed():
     target = lambda name: f'%p), custom_call_target="{name}", api_version=API'
-    prediction = predict(program(
-        line("f32[8]{0}", "custom-call", target("Eigh"), "a"),
-        line("f32[8]{0}", "custom-call", target("Eigh"), "b"),
-        line("f32[8]{0}", "custom-call",
-             target("Timed") + ', backend_config={"estimated_cycles":"1503"}', "c"),
-        line("f32[8]{0}", "sort", "%p), dimensions={0}", "d"),
-        line("f32[8]{0}", "copy", "%p), metadata={}", "e")), topology())
+    prediction = predict(
+        program(
+            line("f32[8]{0}", "custom-call", target("Eigh"), "a"),
+            line("f32[8]{0}", "custom-call", target("Eigh"), "b"),
+            line(
+                "f32[8]{0}",
+                "custom-call",
+                target("Timed") + ', backend_config={"estimated_cycles":"1503"}',
+                "c",
+            ),
+            line("f32[8]{0}", "sort", "%p), dimensions={0}", "d"),
+            line("f32[8]{0}", "copy", "%p), metadata={}", "e"),
+        ),
+        topology(),
+    )
     assert prediction.unestimated == {"custom-call Eigh": 2, "sort": 1}
     assert prediction.compute_seconds == pytest.approx(1e-6, rel=1e-2)
 
@@ -218,9 +290,13 @@ def test_what_has_no_estimate_is_listed():
 def test_kernels_take_the_longer_of_flops_and_bytes():
     q, k = "bf16[16,6,1024,128]{3,2,1,0}", "bf16[16,3,1024,128]{3,2,1,0}"
     operands = [line(q, "parameter", "0)", "q"), line(k, "parameter", "1)", "k")]
-    call = line(q, "custom-call", '%q, %k), custom_call_target="tpu_custom_call", '
-                'metadata={op_name="encoder/full/splash_mha_fwd_segmented"}, '
-                'frontend_attributes={kernel_metadata={"block_q_dkv": 512}}')
+    call = line(
+        q,
+        "custom-call",
+        '%q, %k), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="encoder/full/splash_mha_fwd_segmented"}, '
+        'frontend_attributes={kernel_metadata={"block_q_dkv": 512}}',
+    )
     prediction = predict(program(*operands, call), topology())
     flops = 4 * 16 * 6 * 1024 * 1024 * 128
     assert prediction.pallas_seconds == pytest.approx(flops / 197e12)
@@ -230,21 +306,25 @@ def test_kernels_take_the_longer_of_flops_and_bytes():
     assert backward.pallas_seconds == pytest.approx(2.5 * flops / 197e12)
     # Heads 64 wide fill half of the matrix unit: half the FLOPs take as long.
     narrow = predict(
-        program(*(text.replace(",128]", ",64]") for text in (*operands, call))), topology())
+        program(*(text.replace(",128]", ",64]") for text in (*operands, call))), topology()
+    )
     assert narrow.pallas_seconds == pytest.approx(flops / 197e12)
     other = predict(program(*operands, call.replace("splash_mha_fwd", "other")), topology())
     moved = (2 * 16 * 6 + 16 * 3) * 1024 * 128 * 2
     assert other.pallas_seconds == pytest.approx(moved / 819e9)
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ("replica_groups={{0,2},{1,3}}", [0, 2]),
-    ("replica_groups=[2,2]<=[4]", [0, 1]),
-    ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
-    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
-    ("source_target_pairs={{0,1},{1,0}}", [0, 1]),
-    ("channel_id=1", [0, 1, 2, 3, 4, 5, 6, 7]),
-])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,2]<=[4]", [0, 1]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
+        ("source_target_pairs={{0,1},{1,0}}", [0, 1]),
+        ("channel_id=1", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
 def test_replica_groups(text, wanted):
     assert replica_group(text, 8) == wanted
 
@@ -268,10 +348,14 @@ def test_text_without_entry_is_refused():
 def test_instructions_over_several_lines_lose_nothing():
     """Pallas metadata goes over lines that start like the end of a computation."""
     work = line("f32[8]{0}", "fusion", '%p), backend_config={"estimated_cycles":"1503"}', "after")
-    kernel = line("bf16[4,8,1024,128]{3,2,1,0}", "custom-call",
-                  '%q, %q), custom_call_target="tpu_custom_call", frontend_attributes='
-                  '{kernel_metadata={\n"xprof_metadata":"{}"\n}}, '
-                  'metadata={op_name="full/splash_mha_fwd"}', "kernel")
+    kernel = line(
+        "bf16[4,8,1024,128]{3,2,1,0}",
+        "custom-call",
+        '%q, %q), custom_call_target="tpu_custom_call", frontend_attributes='
+        '{kernel_metadata={\n"xprof_metadata":"{}"\n}}, '
+        'metadata={op_name="full/splash_mha_fwd"}',
+        "kernel",
+    )
     q = line("bf16[4,8,1024,128]{3,2,1,0}", "parameter", "0)", "q")
     module = program(q, kernel, work)
     assert module.by_name["kernel"].op_name == "full/splash_mha_fwd"

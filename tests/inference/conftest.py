@@ -10,9 +10,7 @@ from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from tests.train.conftest import small_run, write_records
 
-LEARNED = [
-    ("one fish", "red."), ("two fish", "blue"), ("a hare", "x"), ("and a tortoise", "slow"),
-]
+LEARNED = [("one fish", "red."), ("two fish", "blue"), ("a hare", "x"), ("and a tortoise", "slow")]
 
 
 def overfit(name: str, folder: pathlib.Path) -> pathlib.Path:
@@ -20,9 +18,16 @@ def overfit(name: str, folder: pathlib.Path) -> pathlib.Path:
     overrides = {"vocab_size": 264, "d_model": 64}
     if name == "decoder_only":
         overrides |= {"architecture": name, "encoder_layers": 0, "decoder_layers": 2}
-    train(small_run(
-        records, steps=120, log_every=10, model_overrides=overrides,
-        optimizer={"learning_rate": 5e-3}), folder / "run")
+    train(
+        small_run(
+            records,
+            steps=120,
+            log_every=10,
+            model_overrides=overrides,
+            optimizer={"learning_rate": 5e-3},
+        ),
+        folder / "run",
+    )
     assert read_metrics(folder / "run")[-1]["train/loss"] < 0.01
     return folder / "run"
 

@@ -15,10 +15,16 @@ from encdec.model import ModelConfig, abstract_params, build_model, preset
 CONFIGS = {
     # Heads apart from the embeddings: tied ones make random models repeat their input.
     "encoder_decoder": preset(
-        "test", vocab_size=264, encoder_layers=1, decoder_layers=1, tie_embeddings=False),
+        "test", vocab_size=264, encoder_layers=1, decoder_layers=1, tie_embeddings=False
+    ),
     "decoder_only": preset(
-        "test", vocab_size=264, architecture="decoder_only", encoder_layers=0, decoder_layers=1,
-        tie_embeddings=False),
+        "test",
+        vocab_size=264,
+        architecture="decoder_only",
+        encoder_layers=0,
+        decoder_layers=1,
+        tie_embeddings=False,
+    ),
 }
 WIDTH = 48  # of the full passes' rows, whatever is in them
 START = 2  # not the padding id, so that a mix-up shows
@@ -44,12 +50,22 @@ def plan(config, room, **choosing) -> DecodingPlan:
 
 def rows(count, limit, **values) -> RowSettings:
     """Settings of ``count`` rows; greedy unless ``values`` say otherwise."""
-    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
-             "no_repeat_ngram": 0, "limit": 0, "eos": NO_EOS}
-    dtypes = {name: np.float32 if type(value) is float else np.int32
-              for name, value in plain.items()}
-    fields = {f"{name}_R": np.broadcast_to(np.asarray(value, dtypes[name]), (count,))
-              for name, value in (plain | {"limit": limit} | values).items()}
+    plain = {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram": 0,
+        "limit": 0,
+        "eos": NO_EOS,
+    }
+    dtypes = {
+        name: np.float32 if type(value) is float else np.int32 for name, value in plain.items()
+    }
+    fields = {
+        f"{name}_R": np.broadcast_to(np.asarray(value, dtypes[name]), (count,))
+        for name, value in (plain | {"limit": limit} | values).items()
+    }
     return RowSettings(**fields, keys_R=jax.random.split(jax.random.key(0), count))
 
 
@@ -84,7 +100,8 @@ def next_log_probs(config, params, source, answers) -> np.ndarray:
         return {
             f"{side}_input_tokens": np.pad(tokens, padding),
             f"{side}_segment_ids": np.pad(np.ones_like(tokens), padding),
-            f"{side}_positions": np.pad(np.tile(np.arange(tokens.shape[1]), (count, 1)), padding)}
+            f"{side}_positions": np.pad(np.tile(np.arange(tokens.shape[1]), (count, 1)), padding),
+        }
 
     batch = fields("decoder", rows)
     if config.is_encoder_decoder:

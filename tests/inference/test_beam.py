@@ -32,13 +32,16 @@ def every_answer(config, params, source, length, alpha):
 
 def search(config, params, alpha, limit, beams, room, **changes):
     settings = {"start_id": START, "eos_id": EOS, "vocabulary_size": V} | changes
-    return beam_search(config, params, *padded(INPUTS), alpha, limit, beams=beams, room=room,
-                       **settings)
+    return beam_search(
+        config, params, *padded(INPUTS), alpha, limit, beams=beams, room=room, **settings
+    )
 
 
 def answers_of(found, row):
-    return [tuple(np.array(tokens)[:count].tolist())
-            for tokens, count in zip(found.tokens_BxKxN[row], found.counts_BxK[row])]
+    return [
+        tuple(np.array(tokens)[:count].tolist())
+        for tokens, count in zip(found.tokens_BxKxN[row], found.counts_BxK[row])
+    ]
 
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
@@ -51,7 +54,8 @@ def test_wide_beams_find_the_best_of_all_answers(name, alpha):
         wanted = every_answer(config, params, source, length, alpha)
         got = answers_of(found, row)
         np.testing.assert_allclose(
-            found.scores_BxK[row], [score for _, score in wanted[:beams]], rtol=1e-4, atol=1e-5)
+            found.scores_BxK[row], [score for _, score in wanted[:beams]], rtol=1e-4, atol=1e-5
+        )
         assert set(got) == {answer for answer, _ in wanted[:beams]}
         assert got[0] == wanted[0][0]
         # Token log-probabilities add up to the score.
@@ -71,20 +75,32 @@ def test_alpha_favours_longer_answers_and_the_limit_may_be_lower_than_the_room()
         assert kept.sum() == len(wanted) == 1 + 3 * V
         assert answers_of(low, row)[0] == wanted[0][0]
         np.testing.assert_allclose(
-            np.array(low.scores_BxK[row])[kept], [score for _, score in wanted], rtol=1e-4)
+            np.array(low.scores_BxK[row])[kept], [score for _, score in wanted], rtol=1e-4
+        )
 
 
 def test_narrow_beams_keep_what_they_promise():
     config, params = model("decoder_only", scan_layers=False)
     inputs = ([5, 9, 30, 4, 77], [8, 3])
-    found = beam_search(config, params, *padded(inputs), 0.0, 7, beams=4, room=7,
-                        start_id=START, eos_id=-1, vocabulary_size=264)
+    found = beam_search(
+        config,
+        params,
+        *padded(inputs),
+        0.0,
+        7,
+        beams=4,
+        room=7,
+        start_id=START,
+        eos_id=-1,
+        vocabulary_size=264,
+    )
     for row, source in enumerate(inputs):
         best = answers_of(found, row)[0]
         assert len(best) == 7 and len(set(answers_of(found, row))) == 4
         # Its score is the answer's own, by a full pass over it.
         full = next_log_probs(config, params, source, [best])[0]
         np.testing.assert_allclose(
-            found.log_probs_BxKxN[row, 0], full[np.arange(7), best], rtol=1e-4, atol=1e-5)
+            found.log_probs_BxKxN[row, 0], full[np.arange(7), best], rtol=1e-4, atol=1e-5
+        )
         # No promise in general, but so it is here: better than the greedy answer.
         assert found.scores_BxK[row, 0] > sum(greedy(config, params, source, 7)[1]) - 1e-4

@@ -30,7 +30,8 @@ def run(config, params, inputs, settings, plan, steps=None):
     for count in steps or [plan.room]:
         decoding = advance_compiled(config, plan, params, decoding, count)
     tokens, log_probs, counts = map(
-        np.array, (decoding.tokens_RxN, decoding.log_probs_RxN, decoding.counts_R))
+        np.array, (decoding.tokens_RxN, decoding.log_probs_RxN, decoding.counts_R)
+    )
     for row, count in enumerate(counts):
         assert not tokens[row, count:].any() and not log_probs[row, count:].any()
     return [(t[:n].tolist(), p[:n]) for t, p, n in zip(tokens, log_probs, counts)], decoding
@@ -65,9 +66,9 @@ def test_eos_and_limits_end_rows_while_others_go_on(name):
     eos = next(t for t in full[0][1:] if t not in full[1][:3] and t != full[0][0])
     limits = [NEW, 3, 0]
     answers, decoding = run(
-        config, params, INPUTS, rows(3, limits, eos=eos), plan(config, NEW), steps=[1, 1, 3, 20])
-    assert [tokens for tokens, _ in answers] == [
-        full[0][: full[0].index(eos) + 1], full[1][:3], []]
+        config, params, INPUTS, rows(3, limits, eos=eos), plan(config, NEW), steps=[1, 1, 3, 20]
+    )
+    assert [tokens for tokens, _ in answers] == [full[0][: full[0].index(eos) + 1], full[1][:3], []]
     assert bool(decoding.finished_R.all())
     # The room bounds rows whose limit is larger, and nothing happens after the end.
     answers, _ = run(config, params, INPUTS, rows(3, 100), plan(config, NEW), steps=[50])
@@ -92,7 +93,8 @@ def test_an_answer_depends_on_its_key_alone():
 def test_rows_are_taken_from_every_part_of_the_memory(scanned):
     config = CONFIGS["encoder_decoder"].replace(scan_layers=scanned)
     fill = lambda tree: jax.tree.map(
-        lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape), tree)
+        lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape), tree
+    )
     source = Source(fill(init_cache(config, 3, 4)), np.eye(3, 4) > 0)
     memory = Memory(fill(init_cache(config, 3, 5)), source, jnp.array([4, 5, 6]))
     taken = take_rows(config, memory, jnp.array([2, 0, 2, 1]))
@@ -110,7 +112,8 @@ def test_parameters_cast_beforehand_change_nothing():
     assert same["decoder"]["final_norm"]["scale"].dtype == jnp.float32
     first, wanted = (
         start_compiled(config, plan(config, 1), weights, *padded(INPUTS), rows(3, 1))
-        for config, weights in ((kept, same), (config, params)))
+        for config, weights in ((kept, same), (config, params))
+    )
     np.testing.assert_array_equal(first.tokens_RxN, wanted.tokens_RxN)
     np.testing.assert_array_equal(first.log_probs_RxN, wanted.log_probs_RxN)
     config, params = ready_for_decoding(config, params)

@@ -50,7 +50,8 @@ def single():
 
 def same(first, second):
     assert [[a.tokens for a in made] for made in first] == [
-        [a.tokens for a in made] for made in second]
+        [a.tokens for a in made] for made in second
+    ]
     for a, b in zip(first, second):
         for x, y in zip(a, b):
             np.testing.assert_allclose(x.log_probs, y.log_probs, atol=1e-4)
@@ -81,8 +82,7 @@ def test_greedy_answers_are_those_of_full_passes_whatever_the_batch(generator):
 def test_a_stretched_rope_gives_the_same_answers_in_any_bucket(name):
     """Beyond rope_max_length, whatever the rows' width and the room for new tokens."""
     config, params = printing_model(name)
-    config = config.replace(
-        rope_scaling="ntk", rope_factor=4.0, rope_max_length=8, rope_length=48)
+    config = config.replace(rope_scaling="ntk", rope_factor=4.0, rope_max_length=8, rope_length=48)
     generator = Generator(config, params, PROMPTS, max_tokens=6, batch_rows=4)
     together = generator.generate(TEXTS)
     same([generator.generate([text])[0] for text in TEXTS[:1]], together[:1])
@@ -95,8 +95,14 @@ def test_a_stretched_rope_gives_the_same_answers_in_any_bucket(name):
 def test_rows_and_parameters_are_split_over_a_mesh(generator):
     """Four devices: two copies of the parameters, each over two."""
     name = generator.config.architecture
-    spread = Generator(*printing_model(name), PROMPTS, max_tokens=12, batch_rows=4,
-                       devices=jax.devices()[:4], tensor=2)
+    spread = Generator(
+        *printing_model(name),
+        PROMPTS,
+        max_tokens=12,
+        batch_rows=4,
+        devices=jax.devices()[:4],
+        tensor=2,
+    )
     kernel = spread._params["decoder"]["layers_0"]["mlp"]["up"]["kernel"]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 2}
     assert len(kernel.addressable_shards) == 4
@@ -110,8 +116,9 @@ def test_shapes_are_few(single):
     shapes = set()
     for rows in range(1, 17):
         for length in range(1, 513):
-            inputs = [PreparedInput(i, i, [5] * (length if i == 0 else 1), False)
-                      for i in range(rows)]
+            inputs = [
+                PreparedInput(i, i, [5] * (length if i == 0 else 1), False) for i in range(rows)
+            ]
             shapes.add(single._arrays(inputs)[0].shape)
     assert len(shapes) == 5 * 11
 
@@ -147,8 +154,9 @@ def test_streams_join_to_what_generate_gives(generator, steps):
     wanted = generator.generate([TEXTS[0]], settings)[0][0].text
     assert "".join(parts) == wanted and len(parts) > 1
     stop = dataclasses.replace(settings, stop=[wanted[4:6]])
-    assert "".join(generator.stream(TEXTS[0], stop, steps=steps)) == wanted[: wanted.find(
-        wanted[4:6])]
+    assert (
+        "".join(generator.stream(TEXTS[0], stop, steps=steps)) == wanted[: wanted.find(wanted[4:6])]
+    )
 
 
 def test_beams_return_the_best_in_order(single):
@@ -181,7 +189,8 @@ def test_a_trained_model_says_what_it_learned(run, request):
     generator = load_generator(request.getfixturevalue(run))
     answers = generator.generate([source for source, _ in LEARNED])
     assert [(made[0].text, made[0].finish) for made in answers] == [
-        (target, "eos") for _, target in LEARNED]
+        (target, "eos") for _, target in LEARNED
+    ]
     assert min(p for made in answers for p in made[0].log_probs) > -0.2
 
 
@@ -214,8 +223,10 @@ def test_settings_that_cannot_be_name_themselves(settings, message):
 
 
 def test_bad_inputs_are_refused_before_anything_is_done(single):
-    for texts, message in ((["fine", "  "], "input 1 is empty"),
-                           (["x" * 40], "the input has 41 tokens, and the model takes 40")):
+    for texts, message in (
+        (["fine", "  "], "input 1 is empty"),
+        (["x" * 40], "the input has 41 tokens, and the model takes 40"),
+    ):
         with pytest.raises(DataError, match=message):
             single.generate(texts)
         with pytest.raises(DataError, match=message.replace("input 1", "the input")):
@@ -223,12 +234,20 @@ def test_bad_inputs_are_refused_before_anything_is_done(single):
     with pytest.raises(ConfigError, match="samples is 2 and beams is 1"):
         single.stream("x", GenerationSettings(temperature=1.0, samples=2))
     shorter = Generator(
-        *printing_model("encoder_decoder"), dataclasses.replace(PROMPTS, max_input_tokens=9))
-    cut, same_start = (made for made, in shorter.generate(
-        ["x" * 20, "x" * 8], GenerationSettings(max_tokens=12), truncate=True))
+        *printing_model("encoder_decoder"), dataclasses.replace(PROMPTS, max_input_tokens=9)
+    )
+    cut, same_start = (
+        made
+        for (made,) in shorter.generate(
+            ["x" * 20, "x" * 8], GenerationSettings(max_tokens=12), truncate=True
+        )
+    )
     assert cut.truncated and not same_start.truncated and cut.tokens == same_start.tokens
-    for ids, message in (([], "input 1 has no tokens"), ([3, 264], "tokens from 3 to 264"),
-                         ([-1], "tokens from -1 to -1; the model has 0 to 263")):
+    for ids, message in (
+        ([], "input 1 has no tokens"),
+        ([3, 264], "tokens from 3 to 264"),
+        ([-1], "tokens from -1 to -1; the model has 0 to 263"),
+    ):
         with pytest.raises(DataError, match=message):
             single.generate_from_tokens([[5], ids])
     config, params = model("decoder_only")

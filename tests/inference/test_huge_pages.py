@@ -36,14 +36,14 @@ def test_memory_written_since_is_moved_with_its_contents():
     assert huge_bytes() >= min(moved, size) - (4 << 20)
     assert moved < size + (8 << 20)
     for kept in (area, other):
-        np.testing.assert_array_equal(
-            np.frombuffer(kept, np.int64), np.arange(len(kept) // 8))
+        np.testing.assert_array_equal(np.frombuffer(kept, np.int64), np.arange(len(kept) // 8))
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_arrays_are_moved_with_their_contents():
     tree = jax.block_until_ready(
-        {"a": jnp.arange(2**23, dtype=jnp.float32), "b": (jnp.ones((3, 2**20)),)})
+        {"a": jnp.arange(2**23, dtype=jnp.float32), "b": (jnp.ones((3, 2**20)),)}
+    )
     moved = arrays_onto_huge_pages(tree)
     if not moved:
         pytest.skip("this kernel does not move memory onto huge pages")

@@ -21,11 +21,7 @@ from encdec.inference.decoding import (
 )
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import build_model, check_params, for_decoding, preset
-from encdec.model.attention import (
-    dot_product_attention,
-    heads_first,
-    heads_first_attention,
-)
+from encdec.model.attention import dot_product_attention, heads_first, heads_first_attention
 from encdec.model.layers import FEW_ROWS, kernel_in_parts, product_by_parts
 from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
 from tests.export.examples import batch, pair
@@ -74,7 +70,8 @@ def test_attention_by_blocks_of_queries_computes_the_same(name, parts):
     plain = two_steps(*for_decoding(config, params))
     config, params = for_decoding(config.replace(attention_block=4), params, parts)
     lowered = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room")).lower(
-        config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2)
+        config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2
+    )
     assert "stablehlo.while" in lowered.as_text()  # blocks after one another
     np.testing.assert_allclose(two_steps(config, params), plain, atol=3e-5)
 
@@ -88,14 +85,15 @@ def test_causal_blocks_read_no_keys_behind_their_span(length):
     k, v = draw(size=(2, 2, length, config.num_kv_heads, config.head_dim)).astype(np.float32)
     places = np.arange(length)
     mask = np.tile(places[:, None] >= places, (2, 1, 1)) & (places != 3)
-    attend = jax.jit(lambda k, v: heads_first_attention(
-        config, q, *heads_first((k, v)), mask, causal=True))
+    attend = jax.jit(
+        lambda k, v: heads_first_attention(config, q, *heads_first((k, v)), mask, causal=True)
+    )
     wanted = dot_product_attention(config, q, k, v, mask)
     np.testing.assert_allclose(attend(k, v), wanted, atol=1e-5)
     half = length // 2 + 2  # a span of the eighth part ends at most 6 places before
     k[:, half:] = v[:, half:] = np.nan
     found = attend(k, v)
-    np.testing.assert_allclose(found[:, :half - 6], wanted[:, :half - 6], atol=1e-5)
+    np.testing.assert_allclose(found[:, : half - 6], wanted[:, : half - 6], atol=1e-5)
     assert np.isnan(found[:, half:]).all()
 
 
@@ -103,14 +101,16 @@ def test_causal_blocks_read_no_keys_behind_their_span(length):
 def test_cached_steps_in_parts_are_the_full_forward_pass(name):
     config, params = for_decoding(*pair(name), 2)
     answer = np.array([[START, 7, 9, 11, 3]], np.int32)
-    prompt = answer if config.is_encoder_decoder else np.concatenate(
-        [answer[:, :1], TOKENS[:1], answer[:, 1:]], axis=1)
+    prompt = (
+        answer
+        if config.is_encoder_decoder
+        else np.concatenate([answer[:, :1], TOKENS[:1], answer[:, 1:]], axis=1)
+    )
     fields = batch(config, TOKENS[:1], prompt)
     model = build_model(config)
     hidden = model.apply({"params": params}, fields, method="hidden")
     whole = model.apply({"params": params}, hidden, method="logits")[0, -5:]
-    logits, memory = PREFILL(
-        config, params, TOKENS[:1], jnp.array([9]), start_id=START, room=4)
+    logits, memory = PREFILL(config, params, TOKENS[:1], jnp.array([9]), start_id=START, room=4)
     steps = [logits[0]]
     for token in answer[0, 1:]:
         logits, memory = STEP(config, params, memory, jnp.array([token]))
@@ -126,10 +126,11 @@ def test_a_step_copies_no_cache(name):
     plan, settings = DecodingPlan(Choosing(config.vocab_size), room, START), greedy_rows(1, room)
     begun = start_compiled(config, plan, params, TOKENS[:1], lengths, settings)
     width = jax.tree.leaves(begun.memory.cache)[0].shape[-1]
-    text = advance_compiled.lower(
-        config, plan, params, begun, jnp.int32(5)).compile().as_text()
-    kept = re.compile(rf"f32\[1,{config.num_kv_heads},({config.head_dim},{width}|{width},"
-                      rf"{config.head_dim})\]")
+    text = advance_compiled.lower(config, plan, params, begun, jnp.int32(5)).compile().as_text()
+    kept = re.compile(
+        rf"f32\[1,{config.num_kv_heads},({config.head_dim},{width}|{width},"
+        rf"{config.head_dim})\]"
+    )
     lines = [line for line in text.splitlines() if kept.search(line)]
     assert any("dynamic-update-slice" in line for line in lines)
     assert not [line for line in lines if re.search(r"= \S+ copy\(", line)]
@@ -142,11 +143,18 @@ def test_a_server_s_slots_hold_what_was_kept_in_parts(name):
     plan = SlotPlan(DecodingPlan(Choosing(config.vocab_size), 3, START), 2, 12)
     prefilled = read_compiled(config, plan, params, TOKENS[:1], jnp.array(9))
     running = insert_compiled(
-        config, plan, empty(config, plan, params), jnp.array(1), prefilled, greedy_rows(1, 3))
+        config, plan, empty(config, plan, params), jnp.array(1), prefilled, greedy_rows(1, 3)
+    )
     running = advance_compiled(config, plan.decoding, params, running, jnp.int32(2))
-    alone = advance_compiled(config, plan.decoding, params, start_compiled(
-        config, plan.decoding, params, TOKENS[:1], jnp.array([9]), greedy_rows(1, 3)),
-        jnp.int32(2))
+    alone = advance_compiled(
+        config,
+        plan.decoding,
+        params,
+        start_compiled(
+            config, plan.decoding, params, TOKENS[:1], jnp.array([9]), greedy_rows(1, 3)
+        ),
+        jnp.int32(2),
+    )
     assert running.tokens_RxN[1].tolist() == alone.tokens_RxN[0].tolist()
     np.testing.assert_allclose(running.log_probs_RxN[1], alone.log_probs_RxN[0], atol=3e-5)
 
@@ -159,7 +167,8 @@ def test_large_models_on_cpus_get_them_by_themselves(monkeypatch):
     ready, parts = ready_for_decoding(config, params)
     assert ready.kernel_parts == 2 and ready.encoder_dtype == ""  # it was trained in float32
     np.testing.assert_allclose(
-        two_steps(ready, parts), two_steps(*for_decoding(config, params)), atol=3e-5)
+        two_steps(ready, parts), two_steps(*for_decoding(config, params)), atol=3e-5
+    )
     # A batch split over devices keeps kernels whole.
     monkeypatch.setattr(decoding, "one_device", lambda params: False)
     assert ready_for_decoding(config, params)[0].kernel_parts == 0

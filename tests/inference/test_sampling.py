@@ -19,12 +19,16 @@ choose_compiled = jax.jit(choose, static_argnames="choosing")
 def draw(logits=LOGITS, count=DRAWS, vocabulary_size=8, answers=None, **settings):
     """``count`` independent draws from the same logits, and their log-probabilities."""
     choosing = Choosing(
-        vocabulary_size, sampled=True, truncated=True,
-        penalised="repetition_penalty" in settings)
+        vocabulary_size, sampled=True, truncated=True, penalised="repetition_penalty" in settings
+    )
     answers = np.zeros((count, 1), np.int32) if answers is None else answers
     lengths = np.full(count, answers.shape[1] if "repetition_penalty" in settings else 0)
-    return map(np.array, choose_compiled(
-        np.tile(logits, (count, 1)), choosing, rows(count, 9, **settings), answers, lengths))
+    return map(
+        np.array,
+        choose_compiled(
+            np.tile(logits, (count, 1)), choosing, rows(count, 9, **settings), answers, lengths
+        ),
+    )
 
 
 def expected(temperature=1.0, top_k=0, top_p=1.0):
@@ -77,8 +81,12 @@ def test_the_statistical_test_can_fail():
 
 def test_rows_differ_in_their_settings():
     count = 4
-    tokens, _ = draw(count=count, temperature=[0.0, 1.0, 0.0, 1.0], top_k=[0, 1, 5, 0],
-                     top_p=[1.0, 1.0, 0.1, 1e-6])
+    tokens, _ = draw(
+        count=count,
+        temperature=[0.0, 1.0, 0.0, 1.0],
+        top_k=[0, 1, 5, 0],
+        top_p=[1.0, 1.0, 0.1, 1e-6],
+    )
     np.testing.assert_array_equal(tokens, 0)
 
 
@@ -87,15 +95,15 @@ def test_truncation_equals_sorting(top_k, top_p):
     rng = np.random.default_rng(0)
     scores = rng.normal(0, 3, (5, 1000)).astype(np.float32)
     scores[:, 7] = -np.inf
-    got = np.array(jax.jit(truncate)(
-        scores, jnp.full(5, top_k), jnp.full(5, top_p, jnp.float32)))
+    got = np.array(jax.jit(truncate)(scores, jnp.full(5, top_k), jnp.full(5, top_p, jnp.float32)))
     for row, result in zip(scores, got):
         order = np.argsort(-row)[: top_k or None]
         p = np.exp(row[order].astype(np.float64))
         p /= p.sum()
         keep = order[np.cumsum(p) - p < top_p]
-        np.testing.assert_array_equal(np.flatnonzero(result > -np.inf),
-                                      np.sort(keep[row[keep] > -np.inf]))
+        np.testing.assert_array_equal(
+            np.flatnonzero(result > -np.inf), np.sort(keep[row[keep] > -np.inf])
+        )
         np.testing.assert_array_equal(result[keep], row[keep])
 
 
@@ -105,7 +113,8 @@ def test_ids_beyond_the_vocabulary_are_never_chosen():
     tokens, _ = draw(logits, vocabulary_size=6, temperature=1.0)
     assert tokens.max() == 5
     greedy, _ = choose_compiled(
-        logits[None], Choosing(6), rows(1, 9), np.zeros((1, 4), np.int32), np.zeros(1, int))
+        logits[None], Choosing(6), rows(1, 9), np.zeros((1, 4), np.int32), np.zeros(1, int)
+    )
     assert int(greedy[0]) == 0
 
 
@@ -114,17 +123,27 @@ def test_repetition_penalty_lowers_what_was_said():
     answers = np.array([[0, 2, 2, 1]], np.int32)
 
     def chosen(penalty, count, logits=logits):
-        return int(choose_compiled(
-            logits[None], Choosing(4, penalised=True), rows(1, 9, repetition_penalty=penalty),
-            answers, np.array([count]))[0][0])
+        return int(
+            choose_compiled(
+                logits[None],
+                Choosing(4, penalised=True),
+                rows(1, 9, repetition_penalty=penalty),
+                answers,
+                np.array([count]),
+            )[0][0]
+        )
 
     assert chosen(1.0, 3) == 0
     assert chosen(2.0, 3) == 1  # 2.0 / 2 < 1.5; place 3 of the answers is not written yet
     assert chosen(2.0, 4) == 0  # now 1 is lowered too: 1.0 against 0.75
     assert chosen(2.0, 4, logits - 8.0) == 3  # negative scores are multiplied
     assert chosen(2.0, 0) == 0
-    tokens, _ = draw(count=DRAWS, temperature=1.0, repetition_penalty=1.5,
-                     answers=np.tile(np.array([[0, 3]], np.int32), (DRAWS, 1)))
+    tokens, _ = draw(
+        count=DRAWS,
+        temperature=1.0,
+        repetition_penalty=1.5,
+        answers=np.tile(np.array([[0, 3]], np.int32), (DRAWS, 1)),
+    )
     p = LOGITS.astype(np.float64)
     p[[0, 3]] = np.where(p[[0, 3]] > 0, p[[0, 3]] / 1.5, p[[0, 3]] * 1.5)
     p = np.exp(p) / np.exp(p).sum()
@@ -153,9 +172,13 @@ def test_rows_get_what_they_ask_for_whatever_else_is_compiled_in_or_asked_for():
     logits = rng.normal(0, 2, (6, 50)).astype(np.float32)
     answers, counts = rng.integers(0, 50, (6, 9)), np.array([9, 8, 9, 4, 9, 9])
     answers[:, 5:] = answers[:, :4]
-    each = {"temperature": [0.0, 0.0, 1.0, 1.0, 1.0, 0.0], "top_k": [0, 0, 0, 5, 0, 0],
-            "top_p": [1.0, 1.0, 1.0, 1.0, 0.5, 1.0], "no_repeat_ngram": [0, 3, 0, 0, 2, 0],
-            "repetition_penalty": [1.0, 1.0, 1.0, 1.7, 1.0, 3.0]}
+    each = {
+        "temperature": [0.0, 0.0, 1.0, 1.0, 1.0, 0.0],
+        "top_k": [0, 0, 0, 5, 0, 0],
+        "top_p": [1.0, 1.0, 1.0, 1.0, 0.5, 1.0],
+        "no_repeat_ngram": [0, 3, 0, 0, 2, 0],
+        "repetition_penalty": [1.0, 1.0, 1.0, 1.7, 1.0, 3.0],
+    }
     everything = Choosing(50, sampled=True, truncated=True, penalised=True, ngrams=True)
     settings = rows(6, 9, **each)
     together = choose_compiled(logits, everything, settings, answers, counts)
@@ -163,11 +186,15 @@ def test_rows_get_what_they_ask_for_whatever_else_is_compiled_in_or_asked_for():
         one = jax.tree.map(lambda x, row=row: x[row : row + 1], settings)
         get = lambda name, row=row: each[name][row]
         least = Choosing(
-            50, get("temperature") > 0, get("top_k") > 0 or get("top_p") < 1,
-            get("repetition_penalty") != 1, get("no_repeat_ngram") > 0)
+            50,
+            get("temperature") > 0,
+            get("top_k") > 0 or get("top_p") < 1,
+            get("repetition_penalty") != 1,
+            get("no_repeat_ngram") > 0,
+        )
         for choosing in (least, everything):
             alone = choose_compiled(
-                logits[row : row + 1], choosing, one, answers[row : row + 1],
-                counts[row : row + 1])
+                logits[row : row + 1], choosing, one, answers[row : row + 1], counts[row : row + 1]
+            )
             np.testing.assert_array_equal(alone[0][0], together[0][row])
             np.testing.assert_array_equal(alone[1][0], together[1][row])

@@ -22,8 +22,13 @@ def pieces(tmp_path_factory) -> SentencePieceVocabulary:
     prefix = tmp_path_factory.mktemp("vocabulary") / "small"
     text = pathlib.Path(__file__).read_text().splitlines()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(prefix), vocab_size=400,
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(text),
+        model_prefix=str(prefix),
+        vocab_size=400,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return SentencePieceVocabulary(prefix.with_suffix(".model").read_bytes())
 
 
@@ -34,9 +39,15 @@ def streamed(vocabulary, ids, stop=()):
     return parts
 
 
-@pytest.mark.parametrize("text", [
-    "a stream of text", "gr\u00f6\u00dfer, \u5927\u304d\u3044 \U0001f680!", "  two  spaces",
-    "tab\tx"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a stream of text",
+        "gr\u00f6\u00dfer, \u5927\u304d\u3044 \U0001f680!",
+        "  two  spaces",
+        "tab\tx",
+    ],
+)
 def test_streams_join_to_the_text_and_show_no_half_character(text, pieces):
     for vocabulary in (BYTES, pieces):
         ids = vocabulary.encode(text)
@@ -102,7 +113,11 @@ def test_what_the_vocabulary_cannot_write_is_named(tmp_path):
     prefix = tmp_path / "small"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(pathlib.Path(__file__).read_text().splitlines()),
-        model_prefix=str(prefix), vocab_size=200, hard_vocab_limit=False, minloglevel=2)
+        model_prefix=str(prefix),
+        vocab_size=200,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     vocabulary = SentencePieceVocabulary(prefix.with_suffix(".model").read_bytes())
     strict = PromptFormat(vocabulary, keep_unknown=False)
     with pytest.raises(DataError, match="input 2 has '\u00fc' at place 4, .*--keep_unknown"):
@@ -110,8 +125,11 @@ def test_what_the_vocabulary_cannot_write_is_named(tmp_path):
     ids, _ = PromptFormat(vocabulary).encode("big \u00fcber")
     assert vocabulary.unk_id in ids
     assert strict.encode("big")[0] == PromptFormat(vocabulary).encode("big")[0]
-    for ids, message in (([], "has no tokens"), ([3, vocabulary.size], "has the token 2"),
-                         ([-1], "the token -1, and the vocabulary has ids from 0")):
+    for ids, message in (
+        ([], "has no tokens"),
+        ([3, vocabulary.size], "has the token 2"),
+        ([-1], "the token -1, and the vocabulary has ids from 0"),
+    ):
         with pytest.raises(DataError, match=message):
             strict.fit(ids)
 

@@ -13,8 +13,8 @@ import pytest
 
 from encdec import safetensors
 from encdec.errors import CheckpointError, ConfigError, DataError
-from encdec.interop.command import main
 from encdec.interop.huggingface import read_config
+from encdec.interop.import_command import main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.workdir import read_config as read_workdir
@@ -22,34 +22,68 @@ from encdec.train.workdir import read_config as read_workdir
 torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
 transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
 
-SIZE = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-            initializer_range=0.2)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0,
-            "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 3.0],
-            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "original_max_position_embeddings": 32}
-GEMMA3_ROPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+SIZE = dict(
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 3.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 32,
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 MODELS = {
     "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 130_000.0}}),
+    "smollm2": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 130_000.0},
+        },
+    ),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
     "mistral with a window": ("Mistral", {"sliding_window": 6, "head_dim": 12}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
-    "phi3.5": ("Phi3", {"pad_token_id": 0, "rope_parameters": LONGROPE,
-                        "original_max_position_embeddings": 32}),
+    "phi3.5": (
+        "Phi3",
+        {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2.5 tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "gemma": ("Gemma", {"head_dim": 16}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24}),
-    "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 5, "rope_parameters": GEMMA3_ROPE,
-                              "num_hidden_layers": 7, "query_pre_attn_scalar": 24}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "rope_parameters": GEMMA3_ROPE,
+            "num_hidden_layers": 7,
+            "query_pre_attn_scalar": 24,
+        },
+    ),
 }
 LENGTH = 24  # beyond every window
 
@@ -71,8 +105,11 @@ def save_model(directory, name, changes=None, **save):
 
 def our_logits(directory, tokens):
     config, params, _ = load_params_for_inference(directory)
-    batch = {"decoder_input_tokens": tokens, "decoder_segment_ids": np.ones_like(tokens),
-             "decoder_positions": np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))}
+    batch = {
+        "decoder_input_tokens": tokens,
+        "decoder_segment_ids": np.ones_like(tokens),
+        "decoder_positions": np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)),
+    }
     apply = jax.jit(lambda params, batch: build_model(config).apply({"params": params}, batch))
     return np.asarray(apply(params, batch))
 
@@ -93,13 +130,24 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 def test_settings_of_transformers_4_mean_the_same(tmp_path):
     """rope_theta, rope_scaling and the window's pattern stood elsewhere."""
     for name, old in {
-        "llama3": {"rope_theta": 500_000.0, "rope_scaling": {
-            k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
-        "phi3.5": {"rope_theta": 10_000.0, "rope_scaling": {
-            "type": "longrope", "short_factor": LONGROPE["short_factor"],
-            "long_factor": LONGROPE["long_factor"]}},
-        "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {
-            "rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 6},
+        "llama3": {
+            "rope_theta": 500_000.0,
+            "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+        },
+        "phi3.5": {
+            "rope_theta": 10_000.0,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": LONGROPE["short_factor"],
+                "long_factor": LONGROPE["long_factor"],
+            },
+        },
+        "gemma3": {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window_pattern": 6,
+        },
         "gemma2": {"rope_theta": 1e4},
     }.items():
         directory = tmp_path / name
@@ -113,15 +161,24 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
         assert read_config(directory) == new
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "mamba"}, "model_type 'mamba'; can be imported: llama"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
-    ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention",
-                                           "full_attention"], "model_type": "gemma2",
-      "hidden_activation": "gelu_pytorch_tanh"}, "equal distances"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'; can be imported: llama"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
+        (
+            {
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "model_type": "gemma2",
+                "hidden_activation": "gelu_pytorch_tanh",
+            },
+            "equal distances",
+        ),
+    ],
+)
 def test_what_our_model_cannot_be_is_refused_by_name(change, message, tmp_path):
     save_model(tmp_path, "llama2")
     path = tmp_path / "config.json"
@@ -131,33 +188,72 @@ def test_what_our_model_cannot_be_is_refused_by_name(change, message, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
-LLAMA = {"model_type": "llama", "vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "intermediate_size": 96}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
 STACK = {"vocab_size": 96, "hidden_size": 48}
 
 
-@pytest.mark.parametrize("content, message", [
-    *(({k: v for k, v in LLAMA.items() if k != key}, f"has no {key}") for key in LLAMA
-      if key != "model_type"),
-    (LLAMA | {"hidden_size": None}, "has no hidden_size"),
-    (LLAMA | {"num_attention_heads": 0}, "num_attention_heads 0, wanted a positive whole number"),
-    (LLAMA | {"num_key_value_heads": 0}, "num_key_value_heads 0, wanted a positive whole number"),
-    (LLAMA | {"hidden_size": "48"}, "hidden_size '48', wanted a positive whole number"),
-    (LLAMA | {"num_hidden_layers": True}, "num_hidden_layers True"),
-    ([], "holds a JSON list, wanted an object"),
-    ({"model_type": "gemma3"}, "has no text_config"),
-    ({"model_type": "gemma3", "text_config": []}, r"text_config \[\], wanted an object"),
-    ({"model_type": "gemma3", "text_config": {}}, "has no hidden_size"),
-    (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope scaling 'linear', has no factor"),
-    (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
-    (LLAMA | {"rope_scaling": {"rope_type": "longrope"}}, "has no short_factor"),
-    ({"model_type": "t5gemma", "encoder": STACK, "decoder": STACK | {"num_attention_heads": 0}},
-     "num_attention_heads"),
-    ({"model_type": "t5gemma", "encoder": STACK | {"num_hidden_layers": "x"}, "decoder": STACK},
-     "encoder, has num_hidden_layers 'x', wanted a positive whole number"),
-    ({"model_type": "t5gemma", "encoder": STACK | {"rope_scaling": {"type": "linear"}},
-      "decoder": STACK}, "encoder, has no factor"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        *(
+            ({k: v for k, v in LLAMA.items() if k != key}, f"has no {key}")
+            for key in LLAMA
+            if key != "model_type"
+        ),
+        (LLAMA | {"hidden_size": None}, "has no hidden_size"),
+        (
+            LLAMA | {"num_attention_heads": 0},
+            "num_attention_heads 0, wanted a positive whole number",
+        ),
+        (
+            LLAMA | {"num_key_value_heads": 0},
+            "num_key_value_heads 0, wanted a positive whole number",
+        ),
+        (LLAMA | {"hidden_size": "48"}, "hidden_size '48', wanted a positive whole number"),
+        (LLAMA | {"num_hidden_layers": True}, "num_hidden_layers True"),
+        ([], "holds a JSON list, wanted an object"),
+        ({"model_type": "gemma3"}, "has no text_config"),
+        ({"model_type": "gemma3", "text_config": []}, r"text_config \[\], wanted an object"),
+        ({"model_type": "gemma3", "text_config": {}}, "has no hidden_size"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope scaling 'linear', has no factor"),
+        (
+            LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "has no low_freq_factor",
+        ),
+        (LLAMA | {"rope_scaling": {"rope_type": "longrope"}}, "has no short_factor"),
+        (
+            {
+                "model_type": "t5gemma",
+                "encoder": STACK,
+                "decoder": STACK | {"num_attention_heads": 0},
+            },
+            "num_attention_heads",
+        ),
+        (
+            {
+                "model_type": "t5gemma",
+                "encoder": STACK | {"num_hidden_layers": "x"},
+                "decoder": STACK,
+            },
+            "encoder, has num_hidden_layers 'x', wanted a positive whole number",
+        ),
+        (
+            {
+                "model_type": "t5gemma",
+                "encoder": STACK | {"rope_scaling": {"type": "linear"}},
+                "decoder": STACK,
+            },
+            "encoder, has no factor",
+        ),
+    ],
+)
 def test_what_a_config_lacks_is_named_with_its_file(content, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=rf"{tmp_path}/config\.json.*{message}"):
@@ -178,23 +274,31 @@ def test_broken_downloads_are_refused_and_leave_nothing(tmp_path):
         main(arguments)
     files[1].write_bytes(whole)
     config = tmp_path / "hf" / "config.json"
-    config.write_text(config.read_text().replace('"num_hidden_layers": 3',
-                                                 '"num_hidden_layers": 2'))
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
+    )
     with pytest.raises(DataError, match="without a place in the model: model.layers.2"):
         main(arguments)
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 64'))
-    with pytest.raises(DataError, match=r"misshapen: model.embed_tokens.weight \(96, 48\), wanted "
-                       r"\(96, 64\)"):
+    with pytest.raises(
+        DataError,
+        match=r"misshapen: model.embed_tokens.weight \(96, 48\), wanted "
+        r"\(96, 64\)",
+    ):
         main(arguments)
     with pytest.raises(DataError, match="does not exist"):
         main([str(tmp_path / "nothing"), "--out=x"])
     assert not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("name, lost, fused", [
-    ("llama2", "self_attn.k_proj.weight", ""),
-    ("qwen3", "self_attn.q_norm.weight", ""),
-    ("phi3", "self_attn.qkv_proj.weight", "self_attn.qkv_proj[q].weight (48, 48)")])
+@pytest.mark.parametrize(
+    "name, lost, fused",
+    [
+        ("llama2", "self_attn.k_proj.weight", ""),
+        ("qwen3", "self_attn.q_norm.weight", ""),
+        ("phi3", "self_attn.qkv_proj.weight", "self_attn.qkv_proj[q].weight (48, 48)"),
+    ],
+)
 def test_all_that_is_wrong_is_named_at_once(name, lost, fused, tmp_path):
     save_model(tmp_path / "hf", name)
     path = next((tmp_path / "hf").glob("*.safetensors"))
@@ -223,7 +327,8 @@ def test_dtypes_and_names_are_kept(tmp_path):
         assert config.param_dtype == stored and step == 0
         table = np.asarray(params["embedder"]["embedding"], np.float32)
         np.testing.assert_array_equal(
-            table, model.model.embed_tokens.weight.detach().float().numpy())
+            table, model.model.embed_tokens.weight.detach().float().numpy()
+        )
     content = read_workdir(tmp_path / "float32")
     assert content["imported"]["name"] == "little"
     assert content["imported"]["family"] == "qwen2" and content["imported"]["max_length"] == 64
@@ -250,10 +355,12 @@ def test_parameters_are_read_where_the_mesh_wants_them(tmp_path):
     model = build_model(config)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     shardings, _, _ = param_shardings(
-        ShardingRules(), mesh, abstract_params(model), logical_axes(model))
+        ShardingRules(), mesh, abstract_params(model), logical_axes(model)
+    )
     _, split, _ = load_params_for_inference(tmp_path / "ours", shardings=shardings)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
-                 whole, split)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, split
+    )
     kernel = split["decoder"]["layers_0"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     path = next((tmp_path / "ours" / "params").iterdir())
@@ -266,9 +373,11 @@ def test_parameters_are_read_where_the_mesh_wants_them(tmp_path):
 def test_files_are_readable_by_the_safetensors_library(tmp_path):
     library = pytest.importorskip("safetensors.numpy", reason="needs safetensors: encdec[hf]")
     random = np.random.default_rng(0)
-    tensors = {"a": random.normal(size=(3, 5)).astype(np.float32),
-               "b": random.normal(size=(4, 2)).astype(np.float16).T,
-               "c": np.arange(7)}
+    tensors = {
+        "a": random.normal(size=(3, 5)).astype(np.float32),
+        "b": random.normal(size=(4, 2)).astype(np.float16).T,
+        "c": np.arange(7),
+    }
     written = safetensors.write_directory(tmp_path, tensors, file_bytes=60)
     assert len(written) == 3
     theirs = {}
@@ -283,14 +392,17 @@ def test_files_are_readable_by_the_safetensors_library(tmp_path):
 @pytest.mark.slow
 def test_a_large_model_passes_through_little_memory(tmp_path):
     """300 MB of weights in six files, with at most 80 MB (one file is 50) of memory of its own."""
-    save_model(tmp_path / "hf", "llama2", dict(hidden_size=512, intermediate_size=2048,
-                                               vocab_size=8000, num_hidden_layers=16),
-               max_shard_size="50MB")
+    save_model(
+        tmp_path / "hf",
+        "llama2",
+        dict(hidden_size=512, intermediate_size=2048, vocab_size=8000, num_hidden_layers=16),
+        max_shard_size="50MB",
+    )
     size = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
     assert size > 280e6
     code = (
         "import re, sys, threading, time\n"
-        "from encdec.interop import command, huggingface, importing\n"
+        "from encdec.interop import import_command as command, huggingface, importing\n"
         "own = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "import encdec.data.vocabulary, encdec.safetensors\n"
         "peak, start, done = [0], own(), False\n"
@@ -299,8 +411,13 @@ def test_a_large_model_passes_through_little_memory(tmp_path):
         "        peak[0] = max(peak[0], own()); time.sleep(0.001)\n"
         "thread = threading.Thread(target=watch); thread.start()\n"
         "command.main(sys.argv[1:]); done = True; thread.join()\n"
-        "print('PEAK', peak[0] - start)\n")
+        "print('PEAK', peak[0] - start)\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"],
-        capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert int(done.stdout.split("PEAK")[1]) < 80_000, done.stdout

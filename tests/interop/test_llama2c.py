@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from encdec.errors import DataError
-from encdec.interop.command import main
+from encdec.interop.import_command import main
 from encdec.model import build_model, init_cache
 from encdec.train.checkpoints import load_params_for_inference
 
@@ -23,8 +23,12 @@ def greedy(directory, tokens: int) -> list[int]:
     @jax.jit
     def step(token, position, cache):
         hidden, cache = model.apply(
-            {"params": params}, token[None, None], position[None, None], cache,
-            method="decode_cached")
+            {"params": params},
+            token[None, None],
+            position[None, None],
+            cache,
+            method="decode_cached",
+        )
         logits = model.apply({"params": params}, hidden[0, 0], method="logits")
         return jnp.argmax(logits), cache
 
@@ -39,10 +43,15 @@ def greedy(directory, tokens: int) -> list[int]:
 def test_the_tiny_story_teller_tells_its_golden_story(corpora, tmp_path):
     folder = corpora / "stories260k"
     main([str(folder / "stories260K.bin"), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
-    golden = next(line.removeprefix("greedy: ") for line in
-                  (folder / "GOLDEN.txt").read_text().splitlines() if line.startswith("greedy: "))
-    pieces = [ast.literal_eval(line.split("\t")[2])
-              for line in (folder / "tok512.tsv").read_text().splitlines()]
+    golden = next(
+        line.removeprefix("greedy: ")
+        for line in (folder / "GOLDEN.txt").read_text().splitlines()
+        if line.startswith("greedy: ")
+    )
+    pieces = [
+        ast.literal_eval(line.split("\t")[2])
+        for line in (folder / "tok512.tsv").read_text().splitlines()
+    ]
     text = "".join(pieces[token] for token in greedy(tmp_path / "ours", 80))
     assert text.strip().startswith(golden.strip()[:150])
 
@@ -52,8 +61,22 @@ def test_halves_and_neighbours_rotate_alike(tmp_path):
     random = np.random.default_rng(0)
     M, F, L, H, K, V, longest = 16, 24, 2, 4, 2, 11, 20
     D = M // H
-    shapes = [(V, M), (L, M), (L, M, M), (L, K * D, M), (L, K * D, M), (L, M, M), (L, M),
-              (L, F, M), (L, M, F), (L, F, M), (M,), (longest, D // 2), (longest, D // 2), (V, M)]
+    shapes = [
+        (V, M),
+        (L, M),
+        (L, M, M),
+        (L, K * D, M),
+        (L, K * D, M),
+        (L, M, M),
+        (L, M),
+        (L, F, M),
+        (L, M, F),
+        (L, F, M),
+        (M,),
+        (longest, D // 2),
+        (longest, D // 2),
+        (V, M),
+    ]
     weights = [random.normal(0, 0.5, shape).astype(np.float32) for shape in shapes]
     path = tmp_path / "model.bin"
     header = np.array([M, F, L, H, K, -V, longest], "<i4").tobytes()
@@ -61,8 +84,11 @@ def test_halves_and_neighbours_rotate_alike(tmp_path):
     main([str(path), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
     config, params, _ = load_params_for_inference(tmp_path / "ours")
     tokens = random.integers(0, V, 7)
-    batch = {"decoder_input_tokens": tokens[None], "decoder_segment_ids": np.ones((1, 7), int),
-             "decoder_positions": np.arange(7)[None]}
+    batch = {
+        "decoder_input_tokens": tokens[None],
+        "decoder_segment_ids": np.ones((1, 7), int),
+        "decoder_positions": np.arange(7)[None],
+    }
     got = build_model(config).apply({"params": params}, batch)[0]
 
     embedding, norm1, wq, wk, wv, wo, norm2, w1, w2, w3, last, _, _, head = weights
@@ -92,8 +118,11 @@ def test_halves_and_neighbours_rotate_alike(tmp_path):
 
 def test_a_file_that_is_no_such_model_is_refused(tmp_path):
     path = tmp_path / "model.bin"
-    for data, message in ((b"\1" * 20, "header"), (b"\0" * 64, "header"),
-                          (np.array([8, 8, 1, 2, 1, 9, 4], "<i4").tobytes() + b"\0" * 40, "asks")):
+    for data, message in (
+        (b"\1" * 20, "header"),
+        (b"\0" * 64, "header"),
+        (np.array([8, 8, 1, 2, 1, 9, 4], "<i4").tobytes() + b"\0" * 40, "asks"),
+    ):
         path.write_bytes(data)
         with pytest.raises(DataError, match=message):
             main([str(path), "--from=llama2c", f"--out={tmp_path / 'ours'}"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from encdec.errors import ConfigError, DataError
-from encdec.interop.command import main
+from encdec.interop.import_command import main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
 from tests.export.examples import batch
@@ -95,8 +95,17 @@ def forward(state, source, target):
 def test_logits_are_the_published_models(tmp_path):
     state = {name: x.bfloat16() for name, x in random_state().items()}  # as released
     torch.save({"model_state_dict": state, "step": 7}, tmp_path / "model.pt")
-    assert main([str(tmp_path / "model.pt"), "--from=mu", f"--head_dim={D}",
-                 f"--out={tmp_path / 'ours'}"]) == 0
+    assert (
+        main(
+            [
+                str(tmp_path / "model.pt"),
+                "--from=mu",
+                f"--head_dim={D}",
+                f"--out={tmp_path / 'ours'}",
+            ]
+        )
+        == 0
+    )
     config, params, _ = load_params_for_inference(tmp_path / "ours")
     assert config.param_dtype == "bfloat16" and config.tie_embeddings
     assert (config.num_heads, config.num_kv_heads, config.kv_pairing) == (H, K, "tiled")
@@ -129,8 +138,12 @@ def test_a_head_has_a_width(tmp_path):
 
 def test_wrong_checkpoints_are_named(tmp_path):
     whole = random_state()
-    arguments = [str(tmp_path / "model.pt"), "--from=mu", f"--head_dim={D}",
-                 f"--out={tmp_path / 'ours'}"]
+    arguments = [
+        str(tmp_path / "model.pt"),
+        "--from=mu",
+        f"--head_dim={D}",
+        f"--out={tmp_path / 'ours'}",
+    ]
 
     def refused(content, message):
         torch.save(content, tmp_path / "model.pt")
@@ -141,7 +154,9 @@ def test_wrong_checkpoints_are_named(tmp_path):
     part = {k: v for k, v in whole.items() if k != "transformer.e.1.ln2.weight"}
     part["transformer.e.0.extra"] = part["transformer.ln_f.weight"]
     part["transformer.h.1.mlp.fc2.bias"] = torch.zeros(3)
-    refused({"model_state_dict": part},
-            r"missing: transformer.e.1.ln2.weight \(24,\).*model: transformer.e.0.extra.*"
-            r"misshapen: transformer.h.1.mlp.fc2.bias \(3,\), wanted \(24,\)")
+    refused(
+        {"model_state_dict": part},
+        r"missing: transformer.e.1.ln2.weight \(24,\).*model: transformer.e.0.extra.*"
+        r"misshapen: transformer.h.1.mlp.fc2.bias \(3,\), wanted \(24,\)",
+    )
     refused({"model_state_dict": {}}, "no matrix transformer.wte.weight")

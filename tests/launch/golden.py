@@ -9,9 +9,12 @@ FOLDER = pathlib.Path(__file__).with_suffix("")
 ROOT = str(pathlib.Path(__file__).resolve().parents[2])
 
 AWKWARD = [
-    "--config.data.eval_records=/mnt/a b/c's \"d\"", "--config.model=$(touch /tmp/x) `id` $HOME",
-    "--config.init_from=*?[a-z]{1,2}~!#;&|<>\\", "--config.optimizer.learning_rate=1e-3",
-    "--config.distill.teacher=", "--config.model=größer ✓ %s %%",
+    '--config.data.eval_records=/mnt/a b/c\'s "d"',
+    "--config.model=$(touch /tmp/x) `id` $HOME",
+    "--config.init_from=*?[a-z]{1,2}~!#;&|<>\\",
+    "--config.optimizer.learning_rate=1e-3",
+    "--config.distill.teacher=",
+    "--config.model=größer ✓ %s %%",
 ]
 
 

@@ -22,12 +22,33 @@ def manifest(*more: str, train=TRAIN) -> dict:
     return gke.manifest(gke.parse(["jobset", *BASE, *more, "--", *train]))
 
 
-@pytest.mark.parametrize("name, arguments", [
-    ("jobset", ["jobset", *BASE, "--bucket=my-bucket", "--spot", "--service_account=trainer",
-                "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache"]),
-    ("xpk", ["xpk", *BASE, "--cluster=pods", "--project=my-project", "--zone=us-west4-a",
-             "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache"]),
-])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        (
+            "jobset",
+            [
+                "jobset",
+                *BASE,
+                "--bucket=my-bucket",
+                "--spot",
+                "--service_account=trainer",
+                "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache",
+            ],
+        ),
+        (
+            "xpk",
+            [
+                "xpk",
+                *BASE,
+                "--cluster=pods",
+                "--project=my-project",
+                "--zone=us-west4-a",
+                "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache",
+            ],
+        ),
+    ],
+)
 def test_dry_runs_are_golden(name, arguments, capsys):
     assert gke.main([*arguments, "--dry-run", "--", *TRAIN]) == 0
     check_golden(f"gke-{name}.txt", capsys.readouterr().out)
@@ -37,7 +58,8 @@ def test_the_other_actions(capsys):
     assert gke.main(["xpk-attach", "--cluster=pods", "--bucket=my_bucket=/data", "--dry-run"]) == 0
     assert capsys.readouterr().out == (
         "xpk storage attach my-bucket --type=gcsfuse --cluster=pods --bucket=my_bucket "
-        "--mount-point=/data --readonly=false --size=1 --auto-mount=true\n")
+        "--mount-point=/data --readonly=false --size=1 --auto-mount=true\n"
+    )
     for action in ("status", "logs", "delete"):
         assert gke.main([action, "--name=run1", "--dry-run"]) == 0
         assert capsys.readouterr().out.startswith("kubectl ")
@@ -52,17 +74,25 @@ def test_yaml_reads_back_what_was_meant():
 
 def expanded(argument: str) -> str:
     """What Kubernetes makes of an argument, with no variable set but HOME."""
-    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[0] == "$$" else (
-        "/root" if m[1] == "HOME" else m[0]), argument)
+    return re.sub(
+        r"\$\$|\$\(([^)]*)\)",
+        lambda m: "$" if m[0] == "$$" else ("/root" if m[1] == "HOME" else m[0]),
+        argument,
+    )
 
 
 def test_arguments_reach_the_container_unchanged():
     train = [*TRAIN, *AWKWARD, "--config.model=$(HOME)"]
-    pod = manifest("--env=Y=$(HOME)", train=train)["spec"]["replicatedJobs"][0]["template"][
-        "spec"]["template"]["spec"]
+    pod = manifest("--env=Y=$(HOME)", train=train)["spec"]["replicatedJobs"][0]["template"]["spec"][
+        "template"
+    ]["spec"]
     container = pod["containers"][0]
     assert [expanded(a) for a in container["command"]] == [
-        "encdec", "train", *train, "--distributed"]
+        "encdec",
+        "train",
+        *train,
+        "--distributed",
+    ]
     assert expanded(container["env"][0]["value"]) == "$(HOME)"
 
 
@@ -72,7 +102,10 @@ def test_xpks_script_reads_the_arguments_back():
     script = expanded(command.removeprefix("--command="))
     read = subprocess.run(
         ["bash", "-c", "encdec() { printf '%s\\0' \"$@\"; }; " + script],
-        capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")[:-1]
     assert read == ["train", *train, "--distributed"] == shlex.split(script)[1:]
 
 
@@ -90,21 +123,28 @@ def action_for(content: dict, message: str, reason: str = "PodFailurePolicy") ->
 def test_each_end_of_a_pod_has_its_answer():
     content = manifest()
     job = content["spec"]["replicatedJobs"][0]["template"]["spec"]
-    codes = next(rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"]
-                 if "onExitCodes" in rule)
+    codes = next(
+        rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule
+    )
     assert codes["containerName"] == job["template"]["spec"]["containers"][0]["name"]
     # The words of the Job controller (kubernetes/pkg/controller/job/pod_failure_policy.go).
-    message = ("Container train for pod default/run1-slice-0-0-x failed with exit code {} "
-               "matching FailJob rule at index 1")
+    message = (
+        "Container train for pod default/run1-slice-0-0-x failed with exit code {} "
+        "matching FailJob rule at index 1"
+    )
     for code in FINAL_CODES:
         assert code in codes["values"]
         assert action_for(content, message.format(code)) == "FailJobSet"
     assert PREEMPTED in codes["values"]
-    for words in (message.format(PREEMPTED), "Pod default/x has condition DisruptionTarget "
-                  "matching FailJob rule at index 0"):
+    for words in (
+        message.format(PREEMPTED),
+        "Pod default/x has condition DisruptionTarget matching FailJob rule at index 0",
+    ):
         assert action_for(content, words) == "RestartJobSetAndIgnoreMaxRestarts"
-    assert action_for(content, "Job has reached the specified backoff limit",
-                      "BackoffLimitExceeded") == "RestartJobSet"
+    assert (
+        action_for(content, "Job has reached the specified backoff limit", "BackoffLimitExceeded")
+        == "RestartJobSet"
+    )
     assert job["backoffLimit"] == 0  # or the pod alone would be replaced
     # Kubernetes' own conditions for a pod failure policy.
     assert job["template"]["spec"]["restartPolicy"] == "Never"
@@ -112,9 +152,11 @@ def test_each_end_of_a_pod_has_its_answer():
 
 
 def test_shapes():
-    for text, hosts, chips, label in (("v5e:2x2", 1, "4", "tpu-v5-lite-podslice"),
-                                      ("v5p:4x4x4", 16, "4", "tpu-v5p-slice"),
-                                      ("v6e:1x1", 1, "1", "tpu-v6e-slice")):
+    for text, hosts, chips, label in (
+        ("v5e:2x2", 1, "4", "tpu-v5-lite-podslice"),
+        ("v5p:4x4x4", 16, "4", "tpu-v5p-slice"),
+        ("v6e:1x1", 1, "1", "tpu-v6e-slice"),
+    ):
         options = gke.parse(["jobset", "--name=a", f"--slice={text}", "--image=i", "--", *TRAIN])
         job = gke.manifest(options)["spec"]["replicatedJobs"][0]["template"]["spec"]
         pod = job["template"]["spec"]
@@ -125,21 +167,26 @@ def test_shapes():
 
 def test_it_is_given_to_kubectl(tmp_path, monkeypatch):
     fake = tmp_path / "kubectl"
-    fake.write_text(f"#!{sys.executable}\nimport pathlib, sys\n"
-                    f"pathlib.Path({str(tmp_path / 'got')!r}).write_text(sys.stdin.read())\n"
-                    "sys.exit(0 if sys.argv[1:] == ['apply', '--filename=-'] else 9)\n")
+    fake.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\n"
+        f"pathlib.Path({str(tmp_path / 'got')!r}).write_text(sys.stdin.read())\n"
+        "sys.exit(0 if sys.argv[1:] == ['apply', '--filename=-'] else 9)\n"
+    )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert gke.main(["jobset", *BASE, "--", *TRAIN]) == 0
     assert yaml.safe_load((tmp_path / "got").read_text()) == manifest()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["jobset", "--name=Run_1", "--slice=v5e:4x4", "--image=i", "--", *TRAIN], "lower-case"),
-    (["jobset", "--name=a", "--slice=v5e:4x4", "--", *TRAIN], "wants --image"),
-    (["xpk", *BASE, "--", *TRAIN], "wants --cluster"),
-    (["jobset", *BASE], "arguments of `encdec train`"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["jobset", "--name=Run_1", "--slice=v5e:4x4", "--image=i", "--", *TRAIN], "lower-case"),
+        (["jobset", "--name=a", "--slice=v5e:4x4", "--", *TRAIN], "wants --image"),
+        (["xpk", *BASE, "--", *TRAIN], "wants --cluster"),
+        (["jobset", *BASE], "arguments of `encdec train`"),
+    ],
+)
 def test_mistakes_are_refused(arguments, words, capsys):
     with pytest.raises(SystemExit):
         gke.main(arguments)

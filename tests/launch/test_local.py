@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from encdec.train.command import _parser as train_parser
-from encdec.train.command import split_overrides
+from encdec.train.train_command import _parser as train_parser
+from encdec.train.train_command import split_overrides
 
 PATH = pathlib.Path(__file__).resolve().parents[2] / "launch" / "local.py"
 TRAIN = ["--config=configs/pretrain.py:330m", "--workdir=runs/a b", "--config.steps=3"]
@@ -57,8 +57,12 @@ def test_gpus_are_dealt_out(local):
 
 def test_all_succeed_and_every_line_names_its_process(local, capfd):
     run = [
-        local.Command((sys.executable, "-c", "import os; print('hello', os.environ['N'])"),
-                      {"N": str(10 + index)}) for index in range(2)]
+        local.Command(
+            (sys.executable, "-c", "import os; print('hello', os.environ['N'])"),
+            {"N": str(10 + index)},
+        )
+        for index in range(2)
+    ]
     assert local.supervise(run) == 0
     assert sorted(capfd.readouterr().out.splitlines()) == ["[0] hello 10", "[1] hello 11"]
 
@@ -71,10 +75,14 @@ def test_a_failure_stops_the_others_and_gives_its_code(local):
 
 def test_a_process_that_will_not_leave_is_killed(local, tmp_path):
     ready = tmp_path / "ready"
-    stubborn = ("import signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-                f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)")
-    failing = (f"import pathlib, time\nwhile not pathlib.Path({str(ready)!r}).exists(): "
-               "time.sleep(0.05)\nraise SystemExit(5)")
+    stubborn = (
+        "import signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+    )
+    failing = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(ready)!r}).exists(): "
+        "time.sleep(0.05)\nraise SystemExit(5)"
+    )
     start = time.monotonic()
     assert local.supervise(script(local, stubborn, failing), grace_seconds=1) == 5
     assert time.monotonic() - start < 30

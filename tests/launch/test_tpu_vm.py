@@ -21,16 +21,41 @@ from launch.slices import Slices
 from tests.launch.golden import AWKWARD, check_golden
 
 BASE = ["--name=run1", "--project=my-project", "--zone=us-west4-a", "--slice=v5e:4x4"]
-TRAIN = ["--config=configs/pretrain.py:330m", "--workdir=/mnt/my-bucket/runs/330m",
-         "--config.steps=3", "--config.data.records=/mnt/my-bucket/a=3,/mnt/my-bucket/b=1"]
+TRAIN = [
+    "--config=configs/pretrain.py:330m",
+    "--workdir=/mnt/my-bucket/runs/330m",
+    "--config.steps=3",
+    "--config.data.records=/mnt/my-bucket/a=3,/mnt/my-bucket/b=1",
+]
 
 
-@pytest.mark.parametrize("name, arguments", [
-    ("babysit", ["babysit", *BASE, "--spot", "--bucket=my-bucket",
-                 "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache"]),
-    ("babysit-two-slices", ["babysit", "--name=run2", "--zone=us-east5-a", "--slice=v5p:4x4x4*2",
-                            "--reserved", "--bucket=gs://data=/data", "--bucket=runs"]),
-])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        (
+            "babysit",
+            [
+                "babysit",
+                *BASE,
+                "--spot",
+                "--bucket=my-bucket",
+                "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache",
+            ],
+        ),
+        (
+            "babysit-two-slices",
+            [
+                "babysit",
+                "--name=run2",
+                "--zone=us-east5-a",
+                "--slice=v5p:4x4x4*2",
+                "--reserved",
+                "--bucket=gs://data=/data",
+                "--bucket=runs",
+            ],
+        ),
+    ],
+)
 def test_dry_runs_are_golden(name, arguments, capsys):
     assert tpu_vm.main([*arguments, "--dry-run", "--", *TRAIN]) == 0
     check_golden(f"tpu_vm-{name}.txt", capsys.readouterr().out)
@@ -45,16 +70,22 @@ def test_single_steps_are_the_same_commands(capsys):
         assert capsys.readouterr().out in together, action
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "slices have 2 sides"),
-    (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "no slice"),
-    (["create", "--name=a", "--zone=z", "--slice=tpu7x:2x2x1"], "GKE only"),
-    (["run", *BASE], "arguments of `encdec train`"),
-    (["run", *BASE, "--", "--config=c.py"], "--workdir is missing"),
-    (["run", *BASE, "--", "--workdir=runs/a"], "every machine shares"),
-    (["run", *BASE, "--", "--workdir=gs://b/a"], "wanted --workdir=/DIR"),
-    (["run", *BASE, "--", "--workdir=/w", "--config.data.records=gs://b/r"], "mount its bucket"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "slices have 2 sides"),
+        (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "no slice"),
+        (["create", "--name=a", "--zone=z", "--slice=tpu7x:2x2x1"], "GKE only"),
+        (["run", *BASE], "arguments of `encdec train`"),
+        (["run", *BASE, "--", "--config=c.py"], "--workdir is missing"),
+        (["run", *BASE, "--", "--workdir=runs/a"], "every machine shares"),
+        (["run", *BASE, "--", "--workdir=gs://b/a"], "wanted --workdir=/DIR"),
+        (
+            ["run", *BASE, "--", "--workdir=/w", "--config.data.records=gs://b/r"],
+            "mount its bucket",
+        ),
+    ],
+)
 def test_mistakes_are_refused_before_anything_runs(arguments, words, capsys):
     with pytest.raises(SystemExit) as error:
         tpu_vm.main([*arguments, "--dry-run"] if "--" not in arguments else arguments)
@@ -78,16 +109,27 @@ READY = Memory(ready=True)
 
 
 def test_from_nothing_to_training():
-    seen = [Seen(None), Seen("WAITING_FOR_RESOURCES"), Seen("PROVISIONING"),
-            ACTIVE("absent", "absent"), ACTIVE("running", "running"),
-            ACTIVE("exited 0", "exited 0")]
+    seen = [
+        Seen(None),
+        Seen("WAITING_FOR_RESOURCES"),
+        Seen("PROVISIONING"),
+        ACTIVE("absent", "absent"),
+        ACTIVE("running", "running"),
+        ACTIVE("exited 0", "exited 0"),
+    ]
     memory, actions = Memory(), []
     for look in seen:
         decision = decide(look, memory)
         memory = decision.memory
         actions.append(decision.action)
-    assert actions == [Action.CREATE, Action.WAIT, Action.WAIT, Action.SET_UP, Action.WAIT,
-                       Action.FINISH]
+    assert actions == [
+        Action.CREATE,
+        Action.WAIT,
+        Action.WAIT,
+        Action.SET_UP,
+        Action.WAIT,
+        Action.FINISH,
+    ]
     assert decision.code == 0
 
 
@@ -99,10 +141,21 @@ def test_a_preempted_slice_is_deleted_requested_anew_and_set_up_again():
     assert decide(ACTIVE("absent"), decision.memory).action is Action.SET_UP
 
 
-@pytest.mark.parametrize("code, action", [
-    (0, Action.FINISH), (2, Action.FINISH), (3, Action.FINISH), (4, Action.FINISH),
-    (5, Action.FINISH), (75, Action.START), (1, Action.START), (134, Action.START),
-    (137, Action.START), (143, Action.START)])
+@pytest.mark.parametrize(
+    "code, action",
+    [
+        (0, Action.FINISH),
+        (2, Action.FINISH),
+        (3, Action.FINISH),
+        (4, Action.FINISH),
+        (5, Action.FINISH),
+        (75, Action.START),
+        (1, Action.START),
+        (134, Action.START),
+        (137, Action.START),
+        (143, Action.START),
+    ],
+)
 def test_exit_codes(code, action):
     decision = decide(ACTIVE(*[f"exited {code}"] * 4), READY)
     assert decision.action is action
@@ -271,9 +324,13 @@ def cloud(tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
     mounts = "import os, sys; print('mounted', *sys.argv[1:], file=sys.stderr)"
-    for name, text in {"gcloud": GCLOUD, "uv": UV, "gcsfuse": mounts,
-                       "sudo": "import subprocess, sys; sys.exit(0)",
-                       "mountpoint": "import sys; sys.exit(1)"}.items():
+    for name, text in {
+        "gcloud": GCLOUD,
+        "uv": UV,
+        "gcsfuse": mounts,
+        "sudo": "import subprocess, sys; sys.exit(0)",
+        "mountpoint": "import sys; sys.exit(1)",
+    }.items():
         path = programs / name
         path.write_text(f"#!{sys.executable}\n{text}")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -284,8 +341,11 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_HOSTS", "4")
     # The sources are whatever was committed last; a small file stands for them.
     (tmp_path / "constraints.txt").write_text("")
-    monkeypatch.setattr(tpu_vm, "archive", lambda tarball: [
-        "tar", "-czf", tarball, "-C", str(tmp_path), "constraints.txt"])
+    monkeypatch.setattr(
+        tpu_vm,
+        "archive",
+        lambda tarball: ["tar", "-czf", tarball, "-C", str(tmp_path), "constraints.txt"],
+    )
     return tmp_path
 
 
@@ -294,8 +354,7 @@ def run_babysitter(*more: str, train=TRAIN) -> int:
 
 
 def starts(root: pathlib.Path, host: int) -> list[list[str]]:
-    return [json.loads(line)
-            for line in (root / f"started{host}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (root / f"started{host}.jsonl").read_text().splitlines()]
 
 
 def test_a_run_is_seen_through_crash_and_preemption(cloud, monkeypatch, capfd):
@@ -314,12 +373,20 @@ def test_a_run_is_seen_through_crash_and_preemption(cloud, monkeypatch, capfd):
         return code
 
     monkeypatch.setattr(tpu_vm, "act", act)
-    assert run_babysitter("--bucket=my-bucket", "--env=SETTING=a b", "--delete",
-                          train=[*TRAIN, *AWKWARD]) == 0
+    assert (
+        run_babysitter(
+            "--bucket=my-bucket", "--env=SETTING=a b", "--delete", train=[*TRAIN, *AWKWARD]
+        )
+        == 0
+    )
     said = capfd.readouterr()
-    for words in ("no such slice: request", "training crashed with exit code 134: start",
-                  "the slice is SUSPENDING: wait", "it was preempted: delete",
-                  "training is done: finish"):
+    for words in (
+        "no such slice: request",
+        "training crashed with exit code 134: start",
+        "the slice is SUSPENDING: wait",
+        "it was preempted: delete",
+        "training is done: finish",
+    ):
         assert words in said.out, said.out
     assert "mounted --implicit-dirs my-bucket /mnt/my-bucket" in said.err
     calls = verbs(cloud)
@@ -358,8 +425,20 @@ def test_a_second_babysitter_takes_over_what_runs(cloud, monkeypatch):
 def test_a_healthy_slice_is_left_alone(cloud, monkeypatch, capfd, shape, hosts):
     monkeypatch.setenv("FAKE_HOSTS", str(hosts))
     monkeypatch.setenv("FAKE_CODES", "[0]")
-    assert tpu_vm.main(["babysit", "--name=a", "--zone=z", f"--slice={shape}",
-                        "--poll_seconds=0.01", "--", *TRAIN]) == 0
+    assert (
+        tpu_vm.main(
+            [
+                "babysit",
+                "--name=a",
+                "--zone=z",
+                f"--slice={shape}",
+                "--poll_seconds=0.01",
+                "--",
+                *TRAIN,
+            ]
+        )
+        == 0
+    )
     assert verbs(cloud).count("create") == 1 and "delete" not in verbs(cloud)
     assert "cannot be reached" not in capfd.readouterr().out
 
@@ -381,10 +460,11 @@ sys.exit(137)
 
 def test_a_host_that_rebooted_in_place_gets_its_mounts_back(cloud, monkeypatch):
     mounted = "pathlib.Path(os.environ['FAKE_ROOT'], 'mounted' + os.environ['FAKE_HOST'])"
-    for name, text in {"gcsfuse": f"{mounted}.touch()",
-                       "mountpoint": f"sys.exit(not {mounted}.exists())"}.items():
-        (cloud / "bin" / name).write_text(
-            f"#!{sys.executable}\nimport os, pathlib, sys\n{text}\n")
+    for name, text in {
+        "gcsfuse": f"{mounted}.touch()",
+        "mountpoint": f"sys.exit(not {mounted}.exists())",
+    }.items():
+        (cloud / "bin" / name).write_text(f"#!{sys.executable}\nimport os, pathlib, sys\n{text}\n")
     monkeypatch.setenv("FAKE_ENCDEC", REBOOTED)
     assert run_babysitter("--bucket=my-bucket") == 0
     assert verbs(cloud).count("scp") == 1
@@ -421,8 +501,12 @@ def _until(true) -> None:
 
 def worker(home: pathlib.Path, *arguments: str, **environment: str):
     return subprocess.run(
-        ["bash", str(tpu_vm.WORKER), *arguments], capture_output=True, text=True, timeout=60,
-        env=os.environ | {"ENCDEC_HOME": str(home)} | environment)
+        ["bash", str(tpu_vm.WORKER), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"ENCDEC_HOME": str(home)} | environment,
+    )
 
 
 def test_a_host_saves_on_stop_and_gives_the_code(tmp_path):
@@ -432,7 +516,8 @@ def test_a_host_saves_on_stop_and_gives_the_code(tmp_path):
     program.write_text(
         f"#!{sys.executable}\nimport pathlib, signal, sys, time\n"
         "def save(*_):\n    time.sleep(0.3); print('saved', flush=True); sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n")
+        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
     program.chmod(0o755)
     assert worker(tmp_path, "state").stdout == "encdec-state: absent\n"
     assert worker(tmp_path, "start").returncode == 0
@@ -442,8 +527,9 @@ def test_a_host_saves_on_stop_and_gives_the_code(tmp_path):
     assert worker(tmp_path, "start").returncode == 0  # a second start changes nothing
     assert (tmp_path / "pid").read_text() == first
     # As at the machine's end: the signal comes to the wrapper as well.
-    wrapper = subprocess.run(["ps", "-o", "ppid=", "-p", first.strip()], capture_output=True,
-                             text=True).stdout.strip()
+    wrapper = subprocess.run(
+        ["ps", "-o", "ppid=", "-p", first.strip()], capture_output=True, text=True
+    ).stdout.strip()
     subprocess.run(["kill", "-TERM", wrapper], check=True)
     assert worker(tmp_path, "stop").returncode == 0
     _until(lambda: (tmp_path / "exit").exists())
@@ -469,8 +555,10 @@ def test_what_is_typed_for_the_hosts_is_what_they_read():
     options = tpu_vm.parse(["run", *BASE, "--env=X=$(id) 'y'", "--", *TRAIN, *AWKWARD])
     command = tpu_vm.Pod(options).start()[-1][-1].removeprefix("--command=")
     read = subprocess.run(
-        ["bash", "-c", "env() { printf '%s\\0' \"$@\"; }; " + command], capture_output=True,
-        text=True, check=True).stdout.split("\0")[:-1]
-    assert read == ["X=$(id) 'y'", "bash", "worker.sh", "start", *TRAIN, *AWKWARD,
-                    "--distributed"]
+        ["bash", "-c", "env() { printf '%s\\0' \"$@\"; }; " + command],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")[:-1]
+    assert read == ["X=$(id) 'y'", "bash", "worker.sh", "start", *TRAIN, *AWKWARD, "--distributed"]
     assert shlex.split(command)[1:] == read

@@ -47,8 +47,11 @@ def variant(name: str, peer: str):
     config = preset("test", **VARIANTS[name])
     if peer:
         config = config.replace(
-            architecture="decoder_only", encoder_layers=0, decoder_layers=config.num_layers,
-            share_embeddings=True)
+            architecture="decoder_only",
+            encoder_layers=0,
+            decoder_layers=config.num_layers,
+            share_embeddings=True,
+        )
     return config
 
 
@@ -84,11 +87,15 @@ def products_of(function, *arguments) -> float:
 
 def batch_of(config, inputs: int, targets: int, rows: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
     length = targets if config.is_encoder_decoder else inputs + targets
-    shapes = {f"decoder_{name}": (rows, length) for name in
-              ("input_tokens", "target_tokens", "segment_ids", "positions")}
+    shapes = {
+        f"decoder_{name}": (rows, length)
+        for name in ("input_tokens", "target_tokens", "segment_ids", "positions")
+    }
     if config.is_encoder_decoder:
-        shapes |= {f"encoder_{name}": (rows, inputs) for name in
-                   ("input_tokens", "segment_ids", "positions")}
+        shapes |= {
+            f"encoder_{name}": (rows, inputs)
+            for name in ("input_tokens", "segment_ids", "positions")
+        }
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
 
 
@@ -106,13 +113,16 @@ def scores_sum(config, targets: int, params, batch):
 def count_by_part(config) -> dict[str, int]:
     """Sizes of the real model's parameters, sorted by their names."""
     parts = dict.fromkeys(
-        ("embedding", "encoder", "decoder", "head", "cross_attention", "norms", "biases"), 0)
+        ("embedding", "encoder", "decoder", "head", "cross_attention", "norms", "biases"), 0
+    )
     leaves = jax.tree_util.tree_flatten_with_path(abstract_params(build_model(config)))[0]
     for path, leaf in leaves:
         names, size = [key.key for key in path], math.prod(leaf.shape)
         parts[names[-1] if names[0].endswith("embedder") else names[0]] += size
-        if any(name in ("encoder_attention", "cross_attention_norm", "cross_attention_post_norm")
-               for name in names):
+        if any(
+            name in ("encoder_attention", "cross_attention_norm", "cross_attention_post_norm")
+            for name in names
+        ):
             parts["cross_attention"] += size
         if names[-1] in ("scale", "bias"):
             parts["norms" if names[-1] == "scale" else "biases"] += size
@@ -224,7 +234,8 @@ def cached_step(config, new: int, capacity: int, source):
 
     def step(params, tokens, positions, cache, source):
         hidden, cache = model.apply(
-            {"params": params}, tokens, positions, cache, source, method="decode_cached")
+            {"params": params}, tokens, positions, cache, source, method="decode_cached"
+        )
         return model.apply({"params": params}, hidden[:, -1:], method="logits"), cache
 
     cache = jax.eval_shape(lambda: init_cache(config, 1, capacity))
@@ -302,7 +313,8 @@ def test_peers_cost_the_same_within_half_a_percent(name):
     ratio = count_parameters(parameters).total / count_parameters(config).total
     assert ratio == pytest.approx(1, abs=MATCH)
     flops = match_decoder_only(
-        config, by="training_flops", inputs=512, targets=512, mlp_multiple=multiple)
+        config, by="training_flops", inputs=512, targets=512, mlp_multiple=multiple
+    )
     ratio = training_flops(flops, 512, 512) / training_flops(config, 512, 512)
     assert ratio == pytest.approx(1, abs=MATCH)
     for peer in (parameters, flops):
@@ -320,9 +332,11 @@ def test_every_named_peer_is_within_tolerance():
         config = preset(name)
         peer, other = preset(f"{name}-dec"), preset(f"{name}-dec-flops")
         assert count_parameters(peer).total == pytest.approx(
-            count_parameters(config).total, rel=TOLERANCE)
+            count_parameters(config).total, rel=TOLERANCE
+        )
         assert training_flops(other, 1024, 256) == pytest.approx(
-            training_flops(config, 1024, 256), rel=TOLERANCE)
+            training_flops(config, 1024, 256), rel=TOLERANCE
+        )
 
 
 def test_a_peer_that_cannot_be_is_refused():

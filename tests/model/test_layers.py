@@ -29,12 +29,15 @@ def test_rope_by_product_gives_the_same_numbers(dtype):
     assert rotated.dtype == gradient.dtype == dtype
     exact = dict(rtol=1e-6, atol=1e-6) if dtype == "float32" else dict(rtol=8e-3, atol=8e-3)
     np.testing.assert_array_equal(rotated, wanted)
-    np.testing.assert_allclose(gradient.astype(np.float32), wanted_gradient.astype(np.float32),
-                               **exact)
+    np.testing.assert_allclose(
+        gradient.astype(np.float32), wanted_gradient.astype(np.float32), **exact
+    )
     # A rotation keeps lengths, and its gradient is the rotation back.
     np.testing.assert_allclose(
         jnp.linalg.norm(rotated.astype(jnp.float32), axis=-1),
-        jnp.linalg.norm(x.astype(jnp.float32), axis=-1), rtol=1e-2)
+        jnp.linalg.norm(x.astype(jnp.float32), axis=-1),
+        rtol=1e-2,
+    )
     back = jax.vjp(lambda x: apply_rope(x, table, by_product=True), x)[1](rotated)[0]
     np.testing.assert_allclose(back.astype(np.float32), x.astype(np.float32), atol=3e-2)
 
@@ -43,25 +46,33 @@ def test_a_products_gradient_has_its_kernels_dtype_unrounded():
     """Of a bfloat16 product with a float32 kernel: 1 + 2^-10, which bfloat16 cannot hold."""
     x = jnp.array([[1.0], [2.0**-10]], jnp.bfloat16)
     gradient = lambda kernel: jax.grad(
-        lambda k: product("bm,mf->bf", x, k).astype(jnp.float32).sum())(kernel)
+        lambda k: product("bm,mf->bf", x, k).astype(jnp.float32).sum()
+    )(kernel)
     wide = gradient(jnp.ones((1, 1), jnp.float32))
     assert wide.dtype == jnp.float32 and wide[0, 0] == 1 + 2.0**-10
     narrow = gradient(jnp.ones((1, 1), jnp.bfloat16))
     assert narrow.dtype == jnp.bfloat16 and narrow[0, 0] == 1
 
 
-@pytest.mark.parametrize("equation, shapes", [
-    ("btm,mhd->bthd", ((2, 3, 4), (4, 5, 6))), ("bthd,hdm->btm", ((2, 3, 5, 6), (5, 6, 4))),
-    ("btm,mkgd->btkgd", ((2, 3, 4), (4, 2, 3, 5))), ("btm,cmf->cbtf", ((2, 3, 4), (2, 4, 5))),
-])
+@pytest.mark.parametrize(
+    "equation, shapes",
+    [
+        ("btm,mhd->bthd", ((2, 3, 4), (4, 5, 6))),
+        ("bthd,hdm->btm", ((2, 3, 5, 6), (5, 6, 4))),
+        ("btm,mkgd->btkgd", ((2, 3, 4), (4, 2, 3, 5))),
+        ("btm,cmf->cbtf", ((2, 3, 4), (2, 4, 5))),
+    ],
+)
 def test_mixed_products_equal_einsum(equation, shapes):
     rng = np.random.default_rng(1)
     x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     half = x.astype(jnp.bfloat16)
     value = lambda f: jax.value_and_grad(
-        lambda x, k: jnp.sum(jnp.sin(f(x, k).astype(jnp.float32))), argnums=(0, 1))
+        lambda x, k: jnp.sum(jnp.sin(f(x, k).astype(jnp.float32))), argnums=(0, 1)
+    )
     wanted, (dx, dk) = value(lambda x, k: jnp.einsum(equation, x, k))(
-        half.astype(jnp.float32), kernel.astype(jnp.bfloat16).astype(jnp.float32))
+        half.astype(jnp.float32), kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    )
     got, (mixed_dx, mixed_dk) = value(lambda x, k: product(equation, x, k))(half, kernel)
     scale = float(jnp.abs(wanted)) + 1
     np.testing.assert_allclose(got, wanted, atol=0.05 * scale)

@@ -15,10 +15,19 @@ from encdec.model.positions import apply_rope, rope_table
 from tests.model.test_models import apply, make
 
 LOCAL = preset("test").replace(
-    architecture="decoder_only", encoder_layers=0, decoder_layers=3, kv_pairing="grouped",
-    scan_layers=False, attention_window=3, global_layer_every=2, rope_theta=1e5,
-    local_rope_theta=50.0, rope_scaling="per_pair", rope_divisors=(1.0, 2.0, 3.5, 8.0),
-    rope_magnitude=1.2)
+    architecture="decoder_only",
+    encoder_layers=0,
+    decoder_layers=3,
+    kv_pairing="grouped",
+    scan_layers=False,
+    attention_window=3,
+    global_layer_every=2,
+    rope_theta=1e5,
+    local_rope_theta=50.0,
+    rope_scaling="per_pair",
+    rope_divisors=(1.0, 2.0, 3.5, 8.0),
+    rope_magnitude=1.2,
+)
 
 
 def test_a_token_sees_as_far_as_the_windows_of_its_layers_reach():
@@ -27,15 +36,18 @@ def test_a_token_sees_as_far_as_the_windows_of_its_layers_reach():
         config = LOCAL.replace(decoder_layers=2, global_layer_every=every)
         model, params, _ = make(config)
         length = 9
-        batch = {"decoder_input_tokens": jnp.arange(length)[None],
-                 "decoder_segment_ids": jnp.ones((1, length), jnp.int32),
-                 "decoder_positions": jnp.arange(length)[None]}
+        batch = {
+            "decoder_input_tokens": jnp.arange(length)[None],
+            "decoder_segment_ids": jnp.ones((1, length), jnp.int32),
+            "decoder_positions": jnp.arange(length)[None],
+        }
         table = params["embedder"]["embedding"]
 
         def last(rows, batch=batch, model=model, params=params, table=table):
-            embedder = {"embedding": table.at[:len(rows)].set(rows)}
-            return model.apply({"params": params | {"embedder": embedder}}, batch,
-                               method="hidden")[0, -1].sum()
+            embedder = {"embedding": table.at[: len(rows)].set(rows)}
+            return model.apply({"params": params | {"embedder": embedder}}, batch, method="hidden")[
+                0, -1
+            ].sum()
 
         seen = np.abs(jax.jit(jax.grad(last))(table[:length])).sum(-1) > 0
         assert seen.tolist() == [place >= length - 1 - reach for place in range(length)]
@@ -46,8 +58,9 @@ def test_packed_segments_and_cached_decoding_agree_with_the_full_pass():
     packed = apply(model, params, batch, method="hidden")
     for number in (1, 2):
         mask = batch["decoder_segment_ids"][0] == number
-        alone = apply(model, params, {name: x[:, mask] for name, x in batch.items()},
-                      method="hidden")
+        alone = apply(
+            model, params, {name: x[:, mask] for name, x in batch.items()}, method="hidden"
+        )
         np.testing.assert_allclose(alone, packed[:, mask], rtol=1e-5, atol=1e-5)
         tokens = batch["decoder_input_tokens"][:, mask]
         positions = batch["decoder_positions"][:, mask]
@@ -55,8 +68,13 @@ def test_packed_segments_and_cached_decoding_agree_with_the_full_pass():
         got, start = [], 0
         for count in [2] + [1] * (tokens.shape[1] - 2):
             piece = slice(start, start + count)
-            hidden, cache = model.apply({"params": params}, tokens[:, piece], positions[:, piece],
-                                        cache, method="decode_cached")
+            hidden, cache = model.apply(
+                {"params": params},
+                tokens[:, piece],
+                positions[:, piece],
+                cache,
+                method="decode_cached",
+            )
             got.append(hidden)
             start += count
         np.testing.assert_allclose(np.concatenate(got, 1), alone, rtol=1e-4, atol=1e-5)
@@ -71,26 +89,39 @@ def test_pairs_are_rotated_each_at_its_own_speed():
         first, second = x[0, 1, 0, pair], x[0, 1, 0, pair + 4]
         np.testing.assert_allclose(
             got[0, 1, 0, [pair, pair + 4]],
-            1.2 * np.array([first * np.cos(turn) - second * np.sin(turn),
-                            second * np.cos(turn) + first * np.sin(turn)]), rtol=2e-5, atol=1e-6)
+            1.2
+            * np.array(
+                [
+                    first * np.cos(turn) - second * np.sin(turn),
+                    second * np.cos(turn) + first * np.sin(turn),
+                ]
+            ),
+            rtol=2e-5,
+            atol=1e-6,
+        )
     np.testing.assert_allclose(got[0, 0], 1.2 * x[0, 0], rtol=1e-6)
     # Local layers: a base of their own, neither divisors nor magnitude.
-    plain = LOCAL.replace(rope_theta=50.0, rope_scaling="none", rope_divisors=(),
-                          rope_magnitude=1.0)
-    np.testing.assert_array_equal(rope_table(LOCAL, jnp.array(positions), local=True),
-                                  rope_table(plain, jnp.array(positions)))
+    plain = LOCAL.replace(
+        rope_theta=50.0, rope_scaling="none", rope_divisors=(), rope_magnitude=1.0
+    )
+    np.testing.assert_array_equal(
+        rope_table(LOCAL, jnp.array(positions), local=True), rope_table(plain, jnp.array(positions))
+    )
 
 
 def test_the_configuration_survives_json():
     assert ModelConfig.from_dict(json.loads(json.dumps(LOCAL.to_dict()))) == LOCAL
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"scan_layers": True}, "set scan_layers=False"),
-    ({"rope_divisors": (1.0,)}, "wanted 4 numbers, one a rotated pair"),
-    ({"rope_scaling": "none"}, "none unless rope_scaling is 'per_pair'"),
-    ({"attention_window": 0}, "0 without an attention_window"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"scan_layers": True}, "set scan_layers=False"),
+        ({"rope_divisors": (1.0,)}, "wanted 4 numbers, one a rotated pair"),
+        ({"rope_scaling": "none"}, "none unless rope_scaling is 'per_pair'"),
+        ({"attention_window": 0}, "0 without an attention_window"),
+    ],
+)
 def test_settings_at_odds_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         LOCAL.replace(**changes)

@@ -31,12 +31,21 @@ VARIANTS = {
     "paper": preset("test"),
     "decoder_only": SMALL.replace(**DECODER_ONLY),
     "gemma": SMALL.replace(
-        mlp_gated=True, qkv_bias=False, attention_out_bias=False, mlp_bias=False, post_norms=True,
-        norm_plus_one=True, embedding_scale=True, attention_logit_cap=50.0, final_logit_cap=30.0,
-        qk_norm=True, tie_embeddings=False, cross_attention_rope="continued"),
+        mlp_gated=True,
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        post_norms=True,
+        norm_plus_one=True,
+        embedding_scale=True,
+        attention_logit_cap=50.0,
+        final_logit_cap=30.0,
+        qk_norm=True,
+        tie_embeddings=False,
+        cross_attention_rope="continued",
+    ),
     "from_zero_cross": SMALL.replace(cross_attention_rope="from_zero", scan_layers=False),
-    "ntk": SMALL.replace(
-        rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=12),
+    "ntk": SMALL.replace(rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=12),
     "linear": SMALL.replace(rope_scaling="linear", rope_factor=4.0, attention_scale=0.5),
 }
 
@@ -44,7 +53,8 @@ VARIANTS = {
 def apply(model, params, *args, **kwargs):
     """``model.apply`` in one compiled program, much quicker than one for each operation."""
     return jax.jit(lambda params, args: model.apply({"params": params}, *args, **kwargs))(
-        params, args)
+        params, args
+    )
 
 
 def make(config, seed=0, std=0.3):
@@ -77,7 +87,9 @@ def test_causal_by_gradient_and_bidirectional_encoder(config):
             # The head must not see the changed rows: only the path through the inputs counts.
             hidden = model.apply(
                 {"params": params | {"embedder": params["embedder"] | {"embedding": new}}},
-                varied, method="hidden")
+                varied,
+                method="hidden",
+            )
             return hidden[0].sum(-1)
 
         return np.abs(np.asarray(jax.jit(jax.jacobian(logits))(table[ids]))).sum(-1)
@@ -128,11 +140,13 @@ def test_scan_unroll_and_remat_give_the_same_gradients(name):
     value, wanted = gradients(config, params)
     others = [
         gradients(config.replace(remat=remat), params)
-        for remat in (("dots", "attention", "full") if name == "paper" else ("full",))]
+        for remat in (("dots", "attention", "full") if name == "paper" else ("full",))
+    ]
     others.append(gradients(config.replace(fuse_projections=True), params))
     for remat in ("none", "full") if name == "paper" else ("none",):
         loss, unrolled = gradients(
-            config.replace(remat=remat, scan_layers=False), unroll_params(params, config))
+            config.replace(remat=remat, scan_layers=False), unroll_params(params, config)
+        )
         others.append((loss, scan_params(unrolled, config)))
     # Some gradients are zero but for rounding, such as cross-attention's key biases, which add the
     # same to all scores of a query.
@@ -141,14 +155,20 @@ def test_scan_unroll_and_remat_give_the_same_gradients(name):
         np.testing.assert_allclose(other, value, rtol=1e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(
-                a, b, rtol=1e-3, atol=2e-5 * float(np.abs(b).max()) + 1e-7 * largest),
-            gradient, wanted)
+                a, b, rtol=1e-3, atol=2e-5 * float(np.abs(b).max()) + 1e-7 * largest
+            ),
+            gradient,
+            wanted,
+        )
 
 
 @pytest.mark.parametrize(
     "config, unrolled",
-    [(config, unrolled) for name, config in VARIANTS.items() for unrolled in (
-        (False, True) if name in ("paper", "decoder_only") else (name == "gemma",))],
+    [
+        (config, unrolled)
+        for name, config in VARIANTS.items()
+        for unrolled in ((False, True) if name in ("paper", "decoder_only") else (name == "gemma",))
+    ],
 )
 def test_cached_decoding_equals_the_full_pass(config, unrolled):
     """Rows of different lengths, decoded a few tokens at a time, against teacher forcing."""
@@ -172,11 +192,17 @@ def test_cached_decoding_equals_the_full_pass(config, unrolled):
     source = None
     if config.is_encoder_decoder:
         source = apply(
-            model, params, batch["encoder_input_tokens"], batch["encoder_segment_ids"],
-            batch["encoder_positions"], method="source")
+            model,
+            params,
+            batch["encoder_input_tokens"],
+            batch["encoder_segment_ids"],
+            batch["encoder_positions"],
+            method="source",
+        )
     cache = init_cache(config, 2, capacity)
-    step = jax.jit(lambda params, *args: model.apply(
-        {"params": params}, *args, method="decode_cached"))
+    step = jax.jit(
+        lambda params, *args: model.apply({"params": params}, *args, method="decode_cached")
+    )
     got, start = [], 0
     for count in (3, 1, 1, 3, 1):
         piece = slice(start, start + count)
@@ -204,19 +230,24 @@ def test_tiled_and_grouped_pairing_are_permutations_of_each_other():
     permuted = jax.tree_util.tree_map_with_path(permute, params)
     wanted = apply(model, params, batch)
     np.testing.assert_allclose(
-        apply(build_model(tiled), permuted, batch), wanted, rtol=1e-5, atol=1e-5)
+        apply(build_model(tiled), permuted, batch), wanted, rtol=1e-5, atol=1e-5
+    )
     assert not np.allclose(apply(build_model(tiled), params, batch), wanted, atol=1e-2)
 
 
 def test_dropout_is_random_and_off_when_deterministic():
     config = SMALL.replace(attention_dropout=0.5, mlp_dropout=0.5, residual_dropout=0.5)
     model, params, batch = make(config)
-    run = jax.jit(lambda key: model.apply(
-        {"params": params}, batch, deterministic=False, rngs={"dropout": jax.random.key(key)}))
+    run = jax.jit(
+        lambda key: model.apply(
+            {"params": params}, batch, deterministic=False, rngs={"dropout": jax.random.key(key)}
+        )
+    )
     assert np.array_equal(run(0), run(0))
     assert not np.allclose(run(0), run(1))
     np.testing.assert_array_equal(
-        apply(model, params, batch), apply(build_model(SMALL), params, batch))
+        apply(model, params, batch), apply(build_model(SMALL), params, batch)
+    )
 
 
 def test_bfloat16_compute_stays_near_float32():
@@ -236,7 +267,10 @@ def test_the_papers_model_has_its_parameters_and_axes():
     assert parameter_count(params["embedder"]) == 32_899_072
     jax.tree.map(
         lambda leaf, axes: pytest.fail(f"{leaf} {axes}") if len(leaf.shape) != len(axes) else None,
-        params, logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+        params,
+        logical_axes(model),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 @pytest.mark.parametrize("name", ["330m", "test"])
@@ -257,13 +291,13 @@ def test_presets_build_and_peers_match():
         base = name.removesuffix("-dec-flops").removesuffix("-dec")
         assert config.is_encoder_decoder == (base == name)
         if name.endswith("-dec"):
-            sizes = [
-                parameter_count(abstract_params(build_model(preset(n)))) for n in (name, base)]
+            sizes = [parameter_count(abstract_params(build_model(preset(n)))) for n in (name, base)]
             assert abs(sizes[0] / sizes[1] - 1) < 0.01, name
         if "-tpu" in name:
             assert config.head_dim == 128
             assert all(
-                getattr(config, f) % 128 == 0 for f in ("vocab_size", "d_model", "mlp_dim")), name
+                getattr(config, f) % 128 == 0 for f in ("vocab_size", "d_model", "mlp_dim")
+            ), name
     assert preset("330m-third").encoder_layers == 10 and preset("330m-third").decoder_layers == 20
     assert preset("330m-half").encoder_layers == preset("330m-half").decoder_layers == 15
 
@@ -283,8 +317,9 @@ def test_presets_build_and_peers_match():
     ],
 )
 def test_bad_configurations_name_the_field_and_the_mend(changes, message):
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")
-                       .replace("[", r"\[")):
+    with pytest.raises(
+        ConfigError, match=message.replace("(", r"\(").replace(")", r"\)").replace("[", r"\[")
+    ):
         SMALL.replace(**changes)
     with pytest.raises(ConfigError, match="did you mean '330m-tpu'"):
         preset("330m-tpo")

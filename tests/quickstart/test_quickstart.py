@@ -9,8 +9,9 @@ import pytest
 
 from encdec.data.records import read_card
 from encdec.model.flops import training_flops
-from encdec.quickstart import command, report
-from encdec.quickstart.report import ModelReport, QuickstartReport, Timing
+from encdec.quickstart import quickstart_command as command
+from encdec.quickstart import quickstart_report as report
+from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
 from tests.train.conftest import random_pairs, write_records
 
 TIMES = [Timing(512, 0.02, 0.05, 1000.0), Timing(1024, 0.03, 0.06, 900.0)]
@@ -18,23 +19,55 @@ TIMES = [Timing(512, 0.02, 0.05, 1000.0), Timing(1024, 0.03, 0.06, 900.0)]
 
 def model(title, loss, timings=(), uncached=()):
     return ModelReport(
-        title=title, layers="4 + 2", parameters=1_000_000, training_flops=1e13,
-        training_seconds=100.0, curve=[(1e12, loss + 1), (1e13, loss)], loss=loss,
-        bits_per_byte=loss / 2, rouge_l=4 * loss, timings=list(timings), uncached=list(uncached),
-        memory_bytes=2**23, samples=[f"{title} says"])
+        title=title,
+        layers="4 + 2",
+        parameters=1_000_000,
+        training_flops=1e13,
+        training_seconds=100.0,
+        curve=[(1e12, loss + 1), (1e13, loss)],
+        loss=loss,
+        bits_per_byte=loss / 2,
+        rouge_l=4 * loss,
+        timings=list(timings),
+        uncached=list(uncached),
+        memory_bytes=2**23,
+        samples=[f"{title} says"],
+    )
 
 
 @pytest.fixture(scope="module")
 def found():
-    models = [model("encoder-decoder", 4.0, TIMES), model("decoder-only", 5.0, TIMES, TIMES),
-              model("distilled encoder-decoder", 3.9)]
-    data = {"task": "t", "train_examples": 10, "held_out_examples": 3, "target_tokens_seen": 5000,
-            "timed_new_tokens": 32}
-    teacher = {"name": "decoder-only", "draws": 50, "alpha": 0.5, "tokens": 1000,
-               "bytes_per_token": 30.25, "ids_per_token": 15.0, "entropy": 3.0,
-               "scoring_seconds": 7.0}
-    return QuickstartReport(models, data, teacher, [("def f(): pass", "Do nothing.")], "machine",
-                            "2026-01-01", "encdec quickstart")
+    models = [
+        model("encoder-decoder", 4.0, TIMES),
+        model("decoder-only", 5.0, TIMES, TIMES),
+        model("distilled encoder-decoder", 3.9),
+    ]
+    data = {
+        "task": "t",
+        "train_examples": 10,
+        "held_out_examples": 3,
+        "target_tokens_seen": 5000,
+        "timed_new_tokens": 32,
+    }
+    teacher = {
+        "name": "decoder-only",
+        "draws": 50,
+        "alpha": 0.5,
+        "tokens": 1000,
+        "bytes_per_token": 30.25,
+        "ids_per_token": 15.0,
+        "entropy": 3.0,
+        "scoring_seconds": 7.0,
+    }
+    return QuickstartReport(
+        models,
+        data,
+        teacher,
+        [("def f(): pass", "Do nothing.")],
+        "machine",
+        "2026-01-01",
+        "encdec quickstart",
+    )
 
 
 def test_every_model_has_its_column_and_the_twin_is_timed_once(found):
@@ -51,7 +84,12 @@ def test_every_model_has_its_column_and_the_twin_is_timed_once(found):
 def test_the_page_and_its_pictures_are_written(found, tmp_path):
     paths = report.write(found, tmp_path, 512)
     assert {path.name for path in paths} == {
-        "report.md", "report.json", "samples.txt", "loss.png", "inference.png"}
+        "report.md",
+        "report.json",
+        "samples.txt",
+        "loss.png",
+        "inference.png",
+    }
     page = (tmp_path / "report.md").read_text()
     assert "30.2 bytes a token" in page and "0.5 x the divergence from the decoder-only" in page
     assert "distilled encoder-decoder: distilled encoder-decoder says" in page
@@ -66,8 +104,9 @@ def test_the_three_runs_differ_in_what_they_should_alone(tmp_path):
     cards = {split: read_card(tmp_path / "data" / split) for split in ("train", "test")}
     runs = command.make_runs(tmp_path, cards, 40, seed=3)
     ours, peer = runs["encoder_decoder"], runs["decoder_only"]
-    flops = [training_flops(run.model_config(), command.INPUTS, command.TARGETS)
-             for run in runs.values()]
+    flops = [
+        training_flops(run.model_config(), command.INPUTS, command.TARGETS) for run in runs.values()
+    ]
     assert flops[1] / flops[0] == pytest.approx(1, abs=0.03)
     assert ours.data == peer.data and ours.optimizer == peer.optimizer and ours.steps == peer.steps
     student = command.distilled_run(ours, tmp_path)

@@ -10,12 +10,21 @@ from encdec.scaling.results import describe
 
 
 def ladder(
-    law: Law, noise: float = 0.0, seed: int = 0, sizes: int = 5, budgets: int = 5,
-    shares: tuple[float, ...] = (0.6,), flops_factor: float = 6.0,
+    law: Law,
+    noise: float = 0.0,
+    seed: int = 0,
+    sizes: int = 5,
+    budgets: int = 5,
+    shares: tuple[float, ...] = (0.6,),
+    flops_factor: float = 6.0,
 ) -> Observations:
     """A grid of sizes and budgets; each of ``shares`` is an encoder's part of the parameters."""
-    n, d, share = (x.ravel() for x in np.meshgrid(
-        np.geomspace(3e5, 3e7, sizes), np.geomspace(1e6, 1e9, budgets), np.array(shares)))
+    n, d, share = (
+        x.ravel()
+        for x in np.meshgrid(
+            np.geomspace(3e5, 3e7, sizes), np.geomspace(1e6, 1e9, budgets), np.array(shares)
+        )
+    )
     random = np.random.default_rng(seed)
     runs = Observations(n, d, np.ones_like(n), share * n, (1 - share) * n, flops_factor * n * d)
     loss = law.predict(runs) * np.exp(noise * random.standard_normal(len(runs)))
@@ -42,9 +51,16 @@ def planned_rows(plan: Plan, laws: dict[str, Law], noise: float = 0.004) -> list
             count = run.parameters.total
             loss = law.loss(count, run.target_tokens * done) * np.exp(shift)
             loss *= 1.03 if done < 1 else 1.0  # the schedule has not ended yet
-            rows.append(describe(run) | {
-                "step": step, "final": step == run.steps, "flops": run.flops * done,
-                "source_tokens": run.source_tokens * done,
-                "target_tokens": run.target_tokens * done,
-                "loss": float(loss), "bits_per_byte": float(loss) / 2})
+            rows.append(
+                describe(run)
+                | {
+                    "step": step,
+                    "final": step == run.steps,
+                    "flops": run.flops * done,
+                    "source_tokens": run.source_tokens * done,
+                    "target_tokens": run.target_tokens * done,
+                    "loss": float(loss),
+                    "bits_per_byte": float(loss) / 2,
+                }
+            )
     return rows

@@ -12,13 +12,14 @@ import pytest
 from encdec.cli import main
 from encdec.errors import DataError
 from encdec.scaling import compiled
-from encdec.scaling.command import load_ladder
 from encdec.scaling.compiled import StepFigures, read_kept, step_figures
 from encdec.scaling.ladder import parse_ladder, plan
+from encdec.scaling.scaling_command import load_ladder
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed")
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
+)
 
 
 class FakeCompiler:
@@ -100,12 +101,15 @@ def test_the_bill_is_steps_times_seconds_times_chips(paper, monkeypatch, capsys)
     assert "ed-2of3_330m_5_s0" not in text
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--compiled=x"], "--compiled keeps what --topology compiles"),
-    (["--topology=v5e:4x4", "--chip=v5e"], "give one"),
-    (["--topology=v9:4x4"], "v5e:4x4"),
-    (["--only=dec_330m_6_s0"], "did you mean"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compiled=x"], "--compiled keeps what --topology compiles"),
+        (["--topology=v5e:4x4", "--chip=v5e"], "give one"),
+        (["--topology=v9:4x4"], "v5e:4x4"),
+        (["--only=dec_330m_6_s0"], "did you mean"),
+    ],
+)
 def test_contradictions_are_refused(options, message, capsys):
     assert main(["scaling", "plan", f"--ladder={LADDERS}:paper", *options]) == 2
     assert message in capsys.readouterr().err
@@ -130,17 +134,36 @@ def test_agrees_with_encdec_compile(tmp_path, capsys):
         "    return ConfigDict(dict(sizes=dict(tiny=dict(preset='test')), inputs=128,\n"
         "        targets=128, splits=('2/3',), decoder_only=False,\n"
         "        budgets=dict(kind='rows', values=(400.0,), min_steps=5),\n"
-        "        batch=dict(rows=8, reference_rows=400, smallest=8, largest=8)))\n")
+        "        batch=dict(rows=8, reference_rows=400, smallest=8, largest=8)))\n"
+    )
     assert main(["scaling", "plan", f"--ladder={config}", "--topology=v5e:2x2", "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]
     report = tmp_path / "report.json"
     pretrain = pathlib.Path(LADDERS).with_name("pretrain.py")
-    overrides = [f"--config.model_overrides.{k}={v}" for k, v in {
-        name: run["model"][name] for name in ("encoder_layers", "decoder_layers")}.items()]
-    assert main(["compile", f"--config={pretrain}:test", "--topology=v5e:2x2", "--inputs=128",
-                 "--targets=128", "--config.batch_size=8", *overrides,
-                 "--config.optimizer.weight_decay=0.1", "--config.schedule.warmup_steps=1",
-                 f"--config.steps={run['steps']}", f"--json={report}"]) == 0
+    overrides = [
+        f"--config.model_overrides.{k}={v}"
+        for k, v in {
+            name: run["model"][name] for name in ("encoder_layers", "decoder_layers")
+        }.items()
+    ]
+    assert (
+        main(
+            [
+                "compile",
+                f"--config={pretrain}:test",
+                "--topology=v5e:2x2",
+                "--inputs=128",
+                "--targets=128",
+                "--config.batch_size=8",
+                *overrides,
+                "--config.optimizer.weight_decay=0.1",
+                "--config.schedule.warmup_steps=1",
+                f"--config.steps={run['steps']}",
+                f"--json={report}",
+            ]
+        )
+        == 0
+    )
     (wanted,) = json.loads(report.read_text())
     found = run["compiled"]
     assert found["limit_bytes"] == wanted["memory_bytes"]["limit"]

@@ -11,19 +11,34 @@ from encdec.scaling.distillation import DistillationLaw, fit_distillation
 from encdec.scaling.fit import Law, Observations
 from encdec.scaling.ladder import parse_ladder, plan, run_config
 from encdec.scaling.plots import draw_all, label_of
-from encdec.scaling.report import as_json, sections
 from encdec.scaling.results import describe
+from encdec.scaling.scaling_report import as_json, sections
 
 SUPERVISED = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)
-PLANTED = DistillationLaw(SUPERVISED, {
-    "c0": 2.5, "c1": 30.0, "d1": 1.3, "f1": 0.1, "A": 2200.0, "alpha": 0.32, "B": 24000.0,
-    "beta": 0.64, "gamma": 0.76})
+PLANTED = DistillationLaw(
+    SUPERVISED,
+    {
+        "c0": 2.5,
+        "c1": 30.0,
+        "d1": 1.3,
+        "f1": 0.1,
+        "A": 2200.0,
+        "alpha": 0.32,
+        "B": 24000.0,
+        "beta": 0.64,
+        "gamma": 0.76,
+    },
+)
 TEACHERS = (2.0, 2.2, 2.4, 2.7, 3.0)
 
 
 def students(noise: float = 0.0, teachers=TEACHERS, sizes: int = 4, budgets: int = 4):
-    n, d, teacher = (x.ravel() for x in np.meshgrid(
-        np.geomspace(1e8, 3e9, sizes), np.geomspace(1e9, 1e11, budgets), np.array(teachers)))
+    n, d, teacher = (
+        x.ravel()
+        for x in np.meshgrid(
+            np.geomspace(1e8, 3e9, sizes), np.geomspace(1e9, 1e11, budgets), np.array(teachers)
+        )
+    )
     loss = PLANTED.loss(n, d, teacher)
     loss = loss * np.exp(noise * np.random.default_rng(0).standard_normal(len(n)))
     return Observations(n, d, loss), teacher
@@ -77,23 +92,33 @@ def test_refuses_what_cannot_determine_it():
     few = np.array([0, 4, 8, 9, 13, 17, 18, 22, 26])
     assert "9 distilled runs; the 9 constants" in refused(runs.select(few), teacher[few])
     assert "1 of 27 distilled runs is not known" in refused(
-        runs, np.where(np.arange(27) == 3, 0.0, teacher))
+        runs, np.where(np.arange(27) == 3, 0.0, teacher)
+    )
     below = runs.loss.copy()
     below[5] = teacher[5] - 0.01
     assert "1 of 27 students have a lower loss than their teacher" in refused(
-        runs.replace_loss(below), teacher)
+        runs.replace_loss(below), teacher
+    )
     below[5] = np.nan
     assert "loss is not a positive finite number" in refused(runs.replace_loss(below), teacher)
 
 
 LADDER = {
     "sizes": {size: {"preset": f"micro-{size}"} for size in ("300k", "1m", "3m")},
-    "inputs": 128, "targets": 32, "splits": ("2/3",),
+    "inputs": 128,
+    "targets": 32,
+    "splits": ("2/3",),
     "budgets": {"values": (1.6e11, 5e11, 1.6e12), "min_steps": 5},
     "batch": {"rows": 4, "reference_rows": 1000, "smallest": 4, "largest": 64},
-    "distilled": {"series": ("ed-2of3",), "teachers": {
-        "kd": {"rows": "scored/a", "loss": 3.0}, "b": {"rows": "scored/b", "loss": 3.3},
-        "c": {"rows": "scored/c", "loss": 3.6}, "unused": {"rows": "", "loss": 0.0}}},
+    "distilled": {
+        "series": ("ed-2of3",),
+        "teachers": {
+            "kd": {"rows": "scored/a", "loss": 3.0},
+            "b": {"rows": "scored/b", "loss": 3.3},
+            "c": {"rows": "scored/c", "loss": 3.6},
+            "unused": {"rows": "", "loss": 0.0},
+        },
+    },
 }
 
 
@@ -101,7 +126,12 @@ def test_distilled_runs_repeat_plain_ones_with_a_teacher():
     found = plan(parse_ladder(LADDER))
     by_name = {run.name: run for run in found.runs}
     assert {run.series for run in found.runs} == {
-        "ed-2of3", "dec", "ed-2of3+kd", "ed-2of3+b", "ed-2of3+c"}
+        "ed-2of3",
+        "dec",
+        "ed-2of3+kd",
+        "ed-2of3+b",
+        "ed-2of3+c",
+    }
     plain, taught = by_name["ed-2of3_1m_1.6e12_s0"], by_name["ed-2of3+b_1m_1.6e12_s0"]
     same = ("model", "batch_size", "steps", "learning_rate", "seed", "flops", "target_tokens")
     assert all(getattr(plain, name) == getattr(taught, name) for name in same)
@@ -112,13 +142,19 @@ def test_distilled_runs_repeat_plain_ones_with_a_teacher():
     assert describe(taught)["teacher_loss"] == 3.3 and "teacher_loss" not in describe(plain)
 
 
-@pytest.mark.parametrize(("distilled", "message"), [
-    ({"series": ("ed-1of2",)}, "wanted series of the ladder: ed-2of3, dec"),
-    ({"series": ("dec",), "teachers": {"kd": {"rows": ""}}}, "no teacher has rows"),
-    ({"series": ("dec",), "teachers": {"a_b": {"rows": "x"}}}, "without '_'"),
-    ({"series": ("dec",), "teachers": {"a": {"dir": "x"}}}, "'rows': DIR"),
-    ({"series": ("dec",), "teachers": {"a": {"rows": "x", "loss": -1.0}}}, "nats a target token"),
-])
+@pytest.mark.parametrize(
+    ("distilled", "message"),
+    [
+        ({"series": ("ed-1of2",)}, "wanted series of the ladder: ed-2of3, dec"),
+        ({"series": ("dec",), "teachers": {"kd": {"rows": ""}}}, "no teacher has rows"),
+        ({"series": ("dec",), "teachers": {"a_b": {"rows": "x"}}}, "without '_'"),
+        ({"series": ("dec",), "teachers": {"a": {"dir": "x"}}}, "'rows': DIR"),
+        (
+            {"series": ("dec",), "teachers": {"a": {"rows": "x", "loss": -1.0}}},
+            "nats a target token",
+        ),
+    ],
+)
 def test_impossible_teachers_are_refused(distilled, message):
     with pytest.raises(ConfigError, match=message):
         parse_ladder({**LADDER, "distilled": distilled})
@@ -135,9 +171,17 @@ def rows() -> list[dict]:
         worth = {0.0: 1.0, 3.0: 4.0, 3.3: 3.0, 3.6: 2.0}[run.teacher_loss]
         loss = plain.loss(run.parameters.total, worth * run.target_tokens)
         loss *= np.exp(0.003 * random.standard_normal()) * (1.02 if run.series == "dec" else 1)
-        rows.append(describe(run) | {
-            "step": run.steps, "final": True, "flops": run.flops, "loss": float(loss),
-            "source_tokens": run.source_tokens, "target_tokens": run.target_tokens})
+        rows.append(
+            describe(run)
+            | {
+                "step": run.steps,
+                "final": True,
+                "flops": run.flops,
+                "loss": float(loss),
+                "source_tokens": run.source_tokens,
+                "target_tokens": run.target_tokens,
+            }
+        )
     return rows
 
 

@@ -9,12 +9,7 @@ import pytest
 
 from encdec.errors import DataError
 from encdec.scaling.fit import Law, Observations, _Problem, fit_law, residuals
-from encdec.scaling.intervals import (
-    Interval,
-    bootstrap,
-    constant_intervals,
-    hold_out_largest,
-)
+from encdec.scaling.intervals import Interval, bootstrap, constant_intervals, hold_out_largest
 from tests.scaling.synthetic import ladder, random_law
 
 PLANTED = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)

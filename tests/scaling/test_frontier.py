@@ -82,7 +82,8 @@ def test_draws_say_how_sure_the_comparison_is():
     assert found.share_first_ahead > 0.95
     assert (found.ratio_band[0] <= found.ratio).all() and (found.ratio <= found.ratio_band[1]).all()
     true = Frontier(LAW, Cost(6.0, 1.0)).flops(found.losses) / (
-        Frontier(better, Cost(6.0, 1.0)).flops(found.losses))
+        Frontier(better, Cost(6.0, 1.0)).flops(found.losses)
+    )
     inside = (found.ratio_band[0] <= true) & (true <= found.ratio_band[1])
     assert inside.mean() > 0.8
     assert (band(firsts, found.flops)[0] <= found.first_loss).all()

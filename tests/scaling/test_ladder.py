@@ -14,9 +14,9 @@ from encdec.cli import main
 from encdec.errors import ConfigError
 from encdec.model import config as model_config
 from encdec.model.flops import count_parameters, training_flops
-from encdec.scaling.command import load_ladder, split_ladder_overrides
 from encdec.scaling.ladder import parse_ladder, plan, run_config
 from encdec.scaling.matching import MATCHES
+from encdec.scaling.scaling_command import load_ladder, split_ladder_overrides
 from encdec.train.config import RunConfig
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")
@@ -42,13 +42,17 @@ def test_rungs_are_matched_as_asked(name, match):
             equal = {
                 # By the tested formula and from the model itself, not by the plan's own sums.
                 "flops": training_flops(
-                    run.model, run.inputs, run.targets, batch_size=run.batch_size) * run.steps,
+                    run.model, run.inputs, run.targets, batch_size=run.batch_size
+                )
+                * run.steps,
                 "parameters": count_parameters(run.model).total,
                 "data": (run.rows, run.source_tokens, run.target_tokens),
             }
             wanted = {
-                "flops": reference.flops, "parameters": reference.parameters.total,
-                "data": (reference.rows, reference.source_tokens, reference.target_tokens)}
+                "flops": reference.flops,
+                "parameters": reference.parameters.total,
+                "data": (reference.rows, reference.source_tokens, reference.target_tokens),
+            }
             for what in match.split("+"):
                 if what == "data":
                     assert equal[what] == wanted[what], run.name
@@ -104,8 +108,11 @@ def test_a_later_field_of_models_changes_no_digest(monkeypatch):
     run = planned("micro").runs[0]
     monkeypatch.setitem(model_config._HINTS, "novelty", bool)
     later = dataclasses.make_dataclass(
-        "Later", [("novelty", bool, dataclasses.field(default=False))], bases=(type(run.model),),
-        frozen=True)
+        "Later",
+        [("novelty", bool, dataclasses.field(default=False))],
+        bases=(type(run.model),),
+        frozen=True,
+    )
     same = dataclasses.replace(run, model=later(**run.model.to_dict()))
     assert same.digest == run.digest
     other = dataclasses.replace(run, model=later(**run.model.to_dict(), novelty=True))
@@ -118,14 +125,17 @@ def test_rungs_that_are_too_short_are_named():
     assert min(run.steps for run in found.runs) >= 100
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"match": "everything"}, "ladder.match is 'everything'; wanted one of flops"),
-    ({"splits": "('2/3','3/5')"}, "6 layers cannot be split 3/5"),
-    ({"splits": "('2/3','4/3')"}, "split is '4/3'"),
-    ({"budgets.values": "(-1.0,)"}, "positive numbers"),
-    ({"budgets.min_steps": "100000000"}, "no rung is left"),
-    ({"seeds.sizes": "('2m',)"}, "sizes of the ladder: 1m, 300k"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"match": "everything"}, "ladder.match is 'everything'; wanted one of flops"),
+        ({"splits": "('2/3','3/5')"}, "6 layers cannot be split 3/5"),
+        ({"splits": "('2/3','4/3')"}, "split is '4/3'"),
+        ({"budgets.values": "(-1.0,)"}, "positive numbers"),
+        ({"budgets.min_steps": "100000000"}, "no rung is left"),
+        ({"seeds.sizes": "('2m',)"}, "sizes of the ladder: 1m, 300k"),
+    ],
+)
 def test_impossible_ladders_are_refused(fields, message):
     with pytest.raises(ConfigError, match="(?s)" + message.replace("(", r"\(")):
         planned("micro", **fields)
@@ -165,16 +175,26 @@ def test_records_turn_slots_into_tokens(records):
     from encdec.data.records import read_card
 
     card = read_card(records)
-    ladder = parse_ladder({
-        "sizes": {"tiny": {"preset": "test", "vocab_size": 264}}, "inputs": 24, "targets": 12,
-        "splits": ("2/3",), "budgets": {"kind": "rows", "values": (320.0,), "min_steps": 10}})
+    ladder = parse_ladder(
+        {
+            "sizes": {"tiny": {"preset": "test", "vocab_size": 264}},
+            "inputs": 24,
+            "targets": 12,
+            "splits": ("2/3",),
+            "budgets": {"kind": "rows", "values": (320.0,), "min_steps": 10},
+        }
+    )
     run = plan(ladder, card).runs[0]
     assert run.rows == 320
     assert run.target_tokens == pytest.approx(3.2 * card.target_tokens)
     assert run.epochs == pytest.approx(3.2)
     assert math.isnan(plan(ladder).runs[0].epochs)
-    tight = parse_ladder({**_plain(ladder), "budgets": {
-        "kind": "rows", "values": (320.0,), "min_steps": 10, "max_epochs": 3.0}})
+    tight = parse_ladder(
+        {
+            **_plain(ladder),
+            "budgets": {"kind": "rows", "values": (320.0,), "min_steps": 10, "max_epochs": 3.0},
+        }
+    )
     with pytest.raises(ConfigError, match="reads its records 3.2 times"):
         plan(tight, card)
     with pytest.raises(ConfigError, match=r"24 \+ 12 tokens, the ladder 1024"):
@@ -182,6 +202,10 @@ def test_records_turn_slots_into_tokens(records):
 
 
 def _plain(ladder) -> dict:
-    return {"sizes": dict(ladder.sizes), "inputs": ladder.inputs, "targets": ladder.targets,
-            "splits": ladder.splits,
-            "budgets": {"kind": "rows", "values": (320.0,), "min_steps": 10}}
+    return {
+        "sizes": dict(ladder.sizes),
+        "inputs": ladder.inputs,
+        "targets": ladder.targets,
+        "splits": ladder.splits,
+        "budgets": {"kind": "rows", "values": (320.0,), "min_steps": 10},
+    }

@@ -27,8 +27,13 @@ from encdec.scaling.run import Workdir, run_plan
 from encdec.scaling.score import score_plan, task_examples, with_intervals
 
 LADDER = {
-    "name": "tiny", "sizes": {"tiny": {"preset": "test", "vocab_size": 264}}, "inputs": 24,
-    "targets": 12, "splits": ("2/3",), "match": "parameters+data", "evaluations": 2,
+    "name": "tiny",
+    "sizes": {"tiny": {"preset": "test", "vocab_size": 264}},
+    "inputs": 24,
+    "targets": 12,
+    "splits": ("2/3",),
+    "match": "parameters+data",
+    "evaluations": 2,
     "budgets": {"kind": "rows", "values": (64.0, 128.0), "min_steps": 4},
     "batch": {"rows": 8, "reference_rows": 64, "largest": 8},
     "run": {"log_every": 4, "checkpoint": {"every": 4}, "mesh": {"data": 1}},
@@ -38,8 +43,11 @@ STEPS = {"64": 8, "128": 16}
 
 
 def tiny(records: pathlib.Path, eval_records: pathlib.Path, **changes) -> Plan:
-    return plan(parse_ladder({
-        **LADDER, "records": str(records), "eval_records": str(eval_records), **changes}))
+    return plan(
+        parse_ladder(
+            {**LADDER, "records": str(records), "eval_records": str(eval_records), **changes}
+        )
+    )
 
 
 class FakeTraining:
@@ -58,8 +66,18 @@ class FakeTraining:
         with open(path / "metrics.jsonl", "a") as file:
             for step in (config.steps // 2, config.steps):
                 if step <= last:
-                    file.write(json.dumps({"step": step, "time": 0.0, "eval/loss": 2.0 - step / 99,
-                                           "eval/bits_per_byte": 1.5, "eval/accuracy": 0.1}) + "\n")
+                    file.write(
+                        json.dumps(
+                            {
+                                "step": step,
+                                "time": 0.0,
+                                "eval/loss": 2.0 - step / 99,
+                                "eval/bits_per_byte": 1.5,
+                                "eval/accuracy": 0.1,
+                            }
+                        )
+                        + "\n"
+                    )
 
 
 def rows_of(directory: pathlib.Path) -> list[dict]:
@@ -171,8 +189,9 @@ def test_another_ladder_or_plan_is_refused(tmp_path, records, eval_records):
     outcome = run_plan(tiny(records, eval_records, run=elsewhere), tmp_path, train=FakeTraining())
     assert len(outcome.done_before) == 4
     with pytest.raises(CheckpointError, match="run is"):
-        run_plan(tiny(records, eval_records, run={**LADDER["run"], "loss": {"z_loss": 0.1}}),
-                 tmp_path)
+        run_plan(
+            tiny(records, eval_records, run={**LADDER["run"], "loss": {"z_loss": 0.1}}), tmp_path
+        )
     # ... more budgets only add runs ...
     more = {**LADDER["budgets"], "values": (64.0, 128.0, 192.0)}
     train = FakeTraining()
@@ -195,14 +214,25 @@ def test_a_run_in_other_hands_is_left_alone(tmp_path, records, eval_records):
     assert outcome.busy == (name,) and name not in train.trained
 
 
-def command(directory: pathlib.Path, records: pathlib.Path, eval_records: pathlib.Path,
-            *more: str) -> list[str]:
+def command(
+    directory: pathlib.Path, records: pathlib.Path, eval_records: pathlib.Path, *more: str
+) -> list[str]:
     config = directory.parent / "tiny.py"
-    config.write_text("from ml_collections import ConfigDict\n"
-                      f"def get_config(): return ConfigDict({LADDER!r})\n")
-    return [sys.executable, "-m", "encdec", "scaling", "run", f"--ladder={config}",
-            f"--ladder.records={records}", f"--ladder.eval_records={eval_records}",
-            f"--workdir={directory}", *more]
+    config.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({LADDER!r})\n"
+    )
+    return [
+        sys.executable,
+        "-m",
+        "encdec",
+        "scaling",
+        "run",
+        f"--ladder={config}",
+        f"--ladder.records={records}",
+        f"--ladder.eval_records={eval_records}",
+        f"--workdir={directory}",
+        *more,
+    ]
 
 
 def losses(directory: pathlib.Path) -> dict[tuple[str, int], float]:
@@ -220,14 +250,23 @@ def undisturbed(tmp_path_factory, records, eval_records) -> pathlib.Path:
     """The tiny ladder, really trained, as tasks of an array job and then collected."""
     directory = tmp_path_factory.mktemp("undisturbed") / "ladder"
     listing = subprocess.run(
-        command(directory, records, eval_records, "--print_jobs"), capture_output=True, text=True,
-        check=True, env=ENVIRONMENT).stdout.splitlines()
+        command(directory, records, eval_records, "--print_jobs"),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
+    ).stdout.splitlines()
     assert len(listing) == 4 and all("--only=" in line for line in listing)
-    subprocess.run(command(directory, records, eval_records, "--index=0"), check=True,
-                   capture_output=True, env=ENVIRONMENT)
+    subprocess.run(
+        command(directory, records, eval_records, "--index=0"),
+        check=True,
+        capture_output=True,
+        env=ENVIRONMENT,
+    )
     assert len({row["run"] for row in rows_of(directory)}) == 1
-    subprocess.run(command(directory, records, eval_records), check=True, capture_output=True,
-                   env=ENVIRONMENT)
+    subprocess.run(
+        command(directory, records, eval_records), check=True, capture_output=True, env=ENVIRONMENT
+    )
     return directory
 
 
@@ -244,8 +283,13 @@ def test_the_ladder_is_trained_and_recorded(undisturbed):
 @pytest.mark.slow
 def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
     found = plan(tiny(records, eval_records).ladder, read_card(records))
-    task = TextTask("pairs", lambda split, bad: iter([("ab", "ba"), ("hello", "x"), ("q", "q")]),
-                    SequenceToSequence(), dict, metrics=(rouge_l,))
+    task = TextTask(
+        "pairs",
+        lambda split, bad: iter([("ab", "ba"), ("hello", "x"), ("q", "q")]),
+        SequenceToSequence(),
+        dict,
+        metrics=(rouge_l,),
+    )
     examples = task_examples(task, "validation", 2)
     assert examples == [("ab", ("ba",)), ("hello", ("x",))]
     first = score_plan(found, undisturbed, task, examples)
@@ -255,8 +299,10 @@ def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
     scored = {row["run"]: row["scores"] for row in rows_of(undisturbed) if "scores" in row}
     assert len(scored) == 4
     generator = load_generator(Workdir(undisturbed).run_directory("dec_tiny_128_s0"))
-    answers = [generator.generate([source], GenerationSettings(max_tokens=12))[0][0].text
-               for source, _ in examples]
+    answers = [
+        generator.generate([source], GenerationSettings(max_tokens=12))[0][0].text
+        for source, _ in examples
+    ]
     assert scored["dec_tiny_128_s0"] == rouge_l(["ba", "x"], answers)
 
 
@@ -264,8 +310,9 @@ def test_scores_have_intervals_where_they_are_means():
     def longest(references, predictions):  # of the whole set, no mean over examples
         return {"longest": float(max(map(len, predictions)))}
 
-    task = TextTask("pairs", lambda split, bad: iter(()), SequenceToSequence(), dict,
-                    metrics=(rouge_l, longest))
+    task = TextTask(
+        "pairs", lambda split, bad: iter(()), SequenceToSequence(), dict, metrics=(rouge_l, longest)
+    )
     examples = [(str(i), ("a b c d",)) for i in range(200)]
     answers = ["a b c d" if i % 4 else "x" for i in range(200)]
     found = with_intervals(task, examples, answers)
@@ -281,21 +328,40 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
     """A run of the ladder teaches: scored rows, the series once more, rows of both in one file."""
     teacher = Workdir(undisturbed).run_directory("dec_tiny_128_s0")
     scored = tmp_path / "scored"
-    subprocess.run([sys.executable, "-m", "encdec", "score", f"--teacher={teacher}",
-                    f"--records={records}", f"--out={scored}"], check=True, capture_output=True,
-                   env=ENVIRONMENT)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "encdec",
+            "score",
+            f"--teacher={teacher}",
+            f"--records={records}",
+            f"--out={scored}",
+        ],
+        check=True,
+        capture_output=True,
+        env=ENVIRONMENT,
+    )
     directory = tmp_path / "ladder"
     loss = losses(undisturbed)["dec_tiny_128_s0", 16]
-    subprocess.run(command(
-        directory, records, eval_records, "--ladder.distilled.series=('ed-2of3',)",
-        f"--ladder.distilled.teachers.kd.rows={scored}",
-        f"--ladder.distilled.teachers.kd.loss={loss}",
-        "--only=ed-2of3_tiny_128_s0", "--only=ed-2of3+kd_tiny_128_s0"), check=True,
-        capture_output=True, env=ENVIRONMENT)
+    subprocess.run(
+        command(
+            directory,
+            records,
+            eval_records,
+            "--ladder.distilled.series=('ed-2of3',)",
+            f"--ladder.distilled.teachers.kd.rows={scored}",
+            f"--ladder.distilled.teachers.kd.loss={loss}",
+            "--only=ed-2of3_tiny_128_s0",
+            "--only=ed-2of3+kd_tiny_128_s0",
+        ),
+        check=True,
+        capture_output=True,
+        env=ENVIRONMENT,
+    )
     final = {row["run"]: row for row in rows_of(directory) if row["final"]}
     plain, taught = final["ed-2of3_tiny_128_s0"], final["ed-2of3+kd_tiny_128_s0"]
-    assert plain["loss"] == pytest.approx(
-        losses(undisturbed)["ed-2of3_tiny_128_s0", 16], rel=1e-6)
+    assert plain["loss"] == pytest.approx(losses(undisturbed)["ed-2of3_tiny_128_s0", 16], rel=1e-6)
     assert taught["loss"] != plain["loss"] and taught["teacher_loss"] == loss
     assert taught["flops"] == plain["flops"]
     with open(Workdir(directory).run_directory("ed-2of3+kd_tiny_128_s0") / "metrics.jsonl") as file:
@@ -317,8 +383,9 @@ def test_killed_at_any_moment_and_restarted(tmp_path, records, eval_records, und
     arguments = command(directory, records, eval_records)
     moments = random.Random(0)
     for _ in range(4):
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        )
         before = len(rows_of(directory)) + len(list(directory.glob("runs/*/checkpoints/*")))
         # From the next sign of progress on, so that even a slow machine gets ahead.
         deadline = time.monotonic() + 120

@@ -12,14 +12,22 @@ from encdec.scaling.rungs import loss_rungs, score_rungs, t_interval
 
 
 def row(series: str, size: str, budget: float, seed: int, loss: float, parameters: int = 100):
-    return {"series": series, "size": size, "budget": budget, "seed": seed, "loss": loss,
-            "flops": budget, "parameters": parameters}
+    return {
+        "series": series,
+        "size": size,
+        "budget": budget,
+        "seed": seed,
+        "loss": loss,
+        "flops": budget,
+        "parameters": parameters,
+    }
 
 
 ROWS = [
     *(row("ed-2of3", "big", 1e12, seed, loss, 900) for seed, loss in enumerate((4.0, 4.2, 4.1))),
     *(row("dec", "big", 1e12, seed, loss, 700) for seed, loss in enumerate((4.3, 4.4, 4.5))),
-    row("ed-2of3", "small", 1e12, 0, 5.0), row("dec", "small", 1e12, 0, 4.5),
+    row("ed-2of3", "small", 1e12, 0, 5.0),
+    row("dec", "small", 1e12, 0, 4.5),
     row("ed-2of3", "small", 1e11, 0, 6.0),
 ]
 
@@ -27,7 +35,10 @@ ROWS = [
 def test_series_are_compared_in_pairs_of_seeds():
     small_first, small, big = loss_rungs(ROWS, "nats_per_token")
     assert [(r.size, r.budget) for r in (small_first, small, big)] == [
-        ("small", 1e11), ("small", 1e12), ("big", 1e12)]
+        ("small", 1e11),
+        ("small", 1e12),
+        ("big", 1e12),
+    ]
     cell = big.cells["ed-2of3"]
     assert (cell.mean, cell.deviation) == (pytest.approx(4.1), pytest.approx(0.1))
     assert cell.ahead == pytest.approx(0.3)

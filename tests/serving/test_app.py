@@ -63,10 +63,12 @@ def test_completions(server):
     assert body["usage"]["completion_tokens"] == sum(len(one.tokens) for (one,) in made)
     assert body["usage"]["prompt_tokens"] == 6 + 23
     drawn = post(client, prompt=texts, n=3, seed=7, temperature=1.2, top_k=30, max_tokens=9)
-    wanted = generator().generate(texts, GenerationSettings(
-        samples=3, seed=7, temperature=1.2, top_k=30, max_tokens=9))
+    wanted = generator().generate(
+        texts, GenerationSettings(samples=3, seed=7, temperature=1.2, top_k=30, max_tokens=9)
+    )
     assert [choice["text"] for choice in drawn.json()["choices"]] == [
-        one.text for made in wanted for one in made]
+        one.text for made in wanted for one in made
+    ]
 
 
 def test_streams_join_to_the_whole(server):
@@ -80,8 +82,9 @@ def test_streams_join_to_the_whole(server):
     for index, choice in enumerate(whole["choices"]):
         parts = [part["choices"][0] for part in pieces if part["choices"][0]["index"] == index]
         assert "".join(part["text"] for part in parts) == choice["text"]
-        assert [part["finish_reason"] for part in parts] == [
-            None] * (len(parts) - 1) + [choice["finish_reason"]]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [
+            choice["finish_reason"]
+        ]
         for field, wanted in choice["logprobs"].items():
             if wanted is not None:
                 assert [x for part in parts for x in part["logprobs"][field]] == wanted
@@ -128,6 +131,7 @@ def test_wrong_requests_get_a_reason_in_openais_shape(server):
 
 def test_a_full_queue_says_when_to_come_again():
     with slow_server(max_queue=1) as (url, service, _), httpx.Client(base_url=url) as client:
+
         def ask():
             assert client.post("/v1/completions", json=LONG, timeout=60).status_code == 200
 
@@ -153,8 +157,12 @@ def test_a_client_that_goes_frees_its_slot(stream, monkeypatch):
             body = json.dumps(LONG | {"stream": stream}).encode()
             host, port = url.removeprefix("http://").split(":")
             connection = socket.create_connection((host, int(port)))
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
-                               + str(len(body)).encode() + b"\r\n\r\n" + body)
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
+                + str(len(body)).encode()
+                + b"\r\n\r\n"
+                + body
+            )
             until(lambda: service.engine.active)
             if stream:
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
@@ -167,8 +175,10 @@ def test_a_client_that_goes_frees_its_slot(stream, monkeypatch):
 
 def test_overdue_requests_get_504_or_an_event(monkeypatch):
     monkeypatch.setattr(SlowEngine, "seconds", 0.6)  # 3.6 s for the whole answer
-    with slow_server(timeout_seconds=1.5) as (url, service, _), (
-            httpx.Client(base_url=url, timeout=60)) as client:
+    with (
+        slow_server(timeout_seconds=1.5) as (url, service, _),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         late = client.post("/v1/completions", json=LONG)
         assert late.status_code == 504 and late.json()["error"]["type"] == "timeout"
         parts = client.post("/v1/completions", json=LONG | {"stream": True}).text.split("\n\n")
@@ -178,6 +188,7 @@ def test_overdue_requests_get_504_or_an_event(monkeypatch):
 
 def test_the_end_finishes_what_runs_and_refuses_what_comes():
     with slow_server() as (url, service, server):
+
         async def scene():
             async with httpx.AsyncClient(base_url=url, timeout=60) as client:
                 ask = lambda: asyncio.ensure_future(client.post("/v1/completions", json=LONG))
@@ -202,6 +213,7 @@ def test_the_end_finishes_what_runs_and_refuses_what_comes():
 def test_the_end_waits_no_longer_than_it_was_told(monkeypatch):
     monkeypatch.setattr(SlowEngine, "seconds", 0.5)
     with slow_server(grace_seconds=0.1) as (url, service, server):
+
         async def scene():
             async with httpx.AsyncClient(base_url=url, timeout=60) as client:
                 running = asyncio.ensure_future(client.post("/v1/completions", json=LONG))

@@ -42,8 +42,9 @@ def submit(engine, text, settings, *, stream=False, timeout=60.0):
     """The ticket, and where its news arrive."""
     news = queue.Queue()
     ids = PROMPTS.encode(text)[0]
-    ticket = Ticket([ids], GenerationSettings(**settings), news.put, stream=stream,
-                    timeout_seconds=timeout)
+    ticket = Ticket(
+        [ids], GenerationSettings(**settings), news.put, stream=stream, timeout_seconds=timeout
+    )
     engine.submit(ticket)
     return ticket, news
 
@@ -55,8 +56,12 @@ def answers(ticket, news):
         update = news.get(timeout=60)
         assert isinstance(update, Update), update
         tokens, log_probs, text, _ = made[update.index]
-        made[update.index] = (tokens + update.tokens, log_probs + update.log_probs,
-                              text + update.text, update.finish)
+        made[update.index] = (
+            tokens + update.tokens,
+            log_probs + update.log_probs,
+            text + update.text,
+            update.finish,
+        )
     assert news.empty()
     return made
 
@@ -91,7 +96,8 @@ def test_answers_are_those_alone_and_those_of_the_generator(engine):
 
 def test_stop_strings_end_an_answer_and_free_its_slot(engine):
     free = generator(engine.config.architecture).generate(
-        ["short"], GenerationSettings(max_tokens=12))[0][0]
+        ["short"], GenerationSettings(max_tokens=12)
+    )[0][0]
     stop = free.text[4:6]
     for stream in (False, True):
         ticket, news = submit(engine, "short", {"stop": [stop]}, stream=stream)

@@ -21,8 +21,11 @@ def kinds() -> list[dict]:
     """Forty requests of all sorts."""
     made = []
     for number in range(40):
-        fields = {"prompt": f"request {number} " + "word " * (number % 5), "max_tokens": 16,
-                  "temperature": 0}
+        fields = {
+            "prompt": f"request {number} " + "word " * (number % 5),
+            "max_tokens": 16,
+            "temperature": 0,
+        }
         if number % 2:
             fields |= {"temperature": 0.5 + number / 20, "seed": number}
         if number % 3 == 1 and number % 2:
@@ -57,8 +60,12 @@ async def ask_and_go(url: str, fields: dict, rng: random.Random) -> None:
     host, port = url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps(fields | {"stream": rng.random() < 0.5}).encode()
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
-                 + str(len(body)).encode() + b"\r\n\r\n" + body)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
+        + str(len(body)).encode()
+        + b"\r\n\r\n"
+        + body
+    )
     await writer.drain()
     await asyncio.sleep(rng.random())
     writer.transport.abort()
@@ -73,7 +80,8 @@ def test_a_thousand_requests_at_once(name):
         pytest.skip(f"this machine allows {hard} open files, and {wanted} are needed")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     service = make_service(
-        make_engine(name, slots=16, max_queue=4 * REQUESTS), timeout_seconds=SECONDS)
+        make_engine(name, slots=16, max_queue=4 * REQUESTS), timeout_seconds=SECONDS
+    )
     rng = random.Random(0)
 
     async def scene(url: str) -> None:
@@ -99,6 +107,7 @@ def test_a_thousand_requests_at_once(name):
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     total = lambda name: sum(float(value) for key, value in values.items() if key.startswith(name))
     assert total('encdec_http_requests_total{route="/v1/completions",status="200"}') >= (
-        REQUESTS + len(kinds()))
+        REQUESTS + len(kinds())
+    )
     assert total('encdec_http_requests_total{route="/v1/completions",status="5') == 0
     assert total("encdec_slots_active") == total("encdec_answers_waiting") == 0

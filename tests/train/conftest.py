@@ -34,20 +34,35 @@ def write_records(
     dtype = token_dtype(spec.size, inputs_length, targets_length)
     ids = lambda text: np.array(vocabulary.encode(text) + [spec.eos_id])
     rows = [([ids(s) for s, _ in row], [ids(t) for _, t in row]) for row in pairs]
-    shard = write_shard(directory / "rows-00000-of-00001.arrayrecord",
-                        (encode_row(s, t, dtype) for s, t in rows))
+    shard = write_shard(
+        directory / "rows-00000-of-00001.arrayrecord", (encode_row(s, t, dtype) for s, t in rows)
+    )
     source_tokens = sum(len(x) for sources, _ in rows for x in sources)
     target_tokens = sum(len(x) for _, targets in rows for x in targets)
     slots = len(rows) * (inputs_length + targets_length)
     DatasetCard(
-        task="test", split="train", vocabulary=spec, inputs_length=inputs_length,
-        targets_length=targets_length, packing="first_fit", inputs_eos=True, objective={}, seed=0,
-        decoder_start_id=0, token_dtype=dtype, rows=len(rows), origin={},
-        examples=sum(map(len, pairs)), documents=sum(map(len, pairs)),
-        source_tokens=source_tokens, target_tokens=target_tokens,
+        task="test",
+        split="train",
+        vocabulary=spec,
+        inputs_length=inputs_length,
+        targets_length=targets_length,
+        packing="first_fit",
+        inputs_eos=True,
+        objective={},
+        seed=0,
+        decoder_start_id=0,
+        token_dtype=dtype,
+        rows=len(rows),
+        origin={},
+        examples=sum(map(len, pairs)),
+        documents=sum(map(len, pairs)),
+        source_tokens=source_tokens,
+        target_tokens=target_tokens,
         target_bytes=sum(len(t.encode()) for row in pairs for _, t in row),
         non_padding_share=(source_tokens + target_tokens) / slots,
-        truncated={}, dropped={}, shards=(shard,),
+        truncated={},
+        dropped={},
+        shards=(shard,),
         fingerprint=content_fingerprint([shard], spec, inputs_length, targets_length, 0),
     ).write(directory)
     return directory
@@ -62,8 +77,9 @@ def random_pairs(rows: int, seed: int) -> list[list[tuple[str, str]]]:
         source = "".join(letters[random.integers(0, len(letters), length)])
         return source, source[::-1][: max(1, length // 2)]
 
-    return [[pair(random.integers(4, 11)) for _ in range(random.integers(1, 3))]
-            for _ in range(rows)]
+    return [
+        [pair(random.integers(4, 11)) for _ in range(random.integers(1, 3))] for _ in range(rows)
+    ]
 
 
 @pytest.fixture(scope="session")

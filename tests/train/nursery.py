@@ -29,9 +29,14 @@ STEPS, EVERY = {1: 160, 2: 20}, 2  # by the number of processes
 
 def config(records: str, processes: int, every: int) -> dict:
     several = processes > 1
-    return small_run(records, steps=STEPS[processes], checkpoint={"every": every, "keep": 2},
-                     model_overrides={"scan_layers": False, "mlp_dropout": 0.1},
-                     log_every=1 if several else 7, mesh={"data": -1, "fsdp": 2} if several else {})
+    return small_run(
+        records,
+        steps=STEPS[processes],
+        checkpoint={"every": every, "keep": 2},
+        model_overrides={"scan_layers": False, "mlp_dropout": 0.1},
+        log_every=1 if several else 7,
+        mesh={"data": -1, "fsdp": 2} if several else {},
+    )
 
 
 def attempt(records: str, workdir: pathlib.Path, processes: int, every: int) -> list[int]:

@@ -23,8 +23,13 @@ from encdec.train.sharding import make_mesh
 from encdec.train.state import TrainState
 from tests.train.conftest import small_run
 
-SPECS = [PartitionSpec(), PartitionSpec("data"), PartitionSpec("fsdp", "tensor"),
-         PartitionSpec(("data", "fsdp"), None, "tensor"), PartitionSpec(None, ("tensor",))]
+SPECS = [
+    PartitionSpec(),
+    PartitionSpec("data"),
+    PartitionSpec("fsdp", "tensor"),
+    PartitionSpec(("data", "fsdp"), None, "tensor"),
+    PartitionSpec(None, ("tensor",)),
+]
 
 
 # Fingerprints.
@@ -64,19 +69,26 @@ def test_every_single_bit_counts(dtype):
 
 # What is kept.
 
-CONFIGS = st.builds(CheckpointConfig, keep=st.integers(0, 4), keep_best=st.integers(0, 3),
-                    keep_every=st.sampled_from([0, 3, 10]))
+CONFIGS = st.builds(
+    CheckpointConfig,
+    keep=st.integers(0, 4),
+    keep_best=st.integers(0, 3),
+    keep_every=st.sampled_from([0, 3, 10]),
+)
 
 
-@given(st.sets(st.integers(1, 60), min_size=1), CONFIGS,
-       st.dictionaries(st.integers(1, 60), st.floats(0, 5)))
+@given(
+    st.sets(st.integers(1, 60), min_size=1),
+    CONFIGS,
+    st.dictionaries(st.integers(1, 60), st.floats(0, 5)),
+)
 def test_newest_best_and_periodic_ones_stay(steps, config, losses):
     kept = kept_steps(list(steps), config, losses)
     assert max(steps) in kept <= steps
     if not config.keep:
         assert kept == steps
         return
-    assert set(sorted(steps)[-config.keep:]) <= kept
+    assert set(sorted(steps)[-config.keep :]) <= kept
     known = [losses[step] for step in steps if step in losses]
     if config.keep_best and known:
         assert min(known) == min(losses[step] for step in kept if step in losses)
@@ -89,23 +101,36 @@ def test_newest_best_and_periodic_ones_stay(steps, config, losses):
 def test_a_run_keeps_its_best(records, eval_records, tmp_path):
     # So high a rate that the loss rises after its first steps.
     config = small_run(
-        records, steps=12, eval={"every": 2}, optimizer={"learning_rate": 0.3},
-        schedule={"warmup_steps": 0}, data={"eval_records": str(eval_records)},
-        checkpoint={"every": 2, "keep": 1, "keep_best": 1, "keep_every": 6})
+        records,
+        steps=12,
+        eval={"every": 2},
+        optimizer={"learning_rate": 0.3},
+        schedule={"warmup_steps": 0},
+        data={"eval_records": str(eval_records)},
+        checkpoint={"every": 2, "keep": 1, "keep_best": 1, "keep_every": 6},
+    )
     train(config, tmp_path / "run")
     from encdec.train.metrics import read_metrics
 
-    losses = {row["eval/loss"]: row["step"] for row in read_metrics(tmp_path / "run")
-              if "eval/loss" in row}
+    losses = {
+        row["eval/loss"]: row["step"]
+        for row in read_metrics(tmp_path / "run")
+        if "eval/loss" in row
+    }
     kept = set(saved_steps(tmp_path / "run"))
     # A checkpoint's own loss is known only after it was saved: the best before it stays beside.
     assert {losses[min(losses)], 6, 12} <= kept and len(kept) <= 4
 
 
 def test_a_best_that_nobody_measures_is_refused(records):
-    for changes in ({"checkpoint": {"keep_best": 1}},
-                    {"checkpoint": {"keep_best": 1, "every": 5}, "eval": {"every": 10},
-                     "data": {"eval_records": "x"}}):
+    for changes in (
+        {"checkpoint": {"keep_best": 1}},
+        {
+            "checkpoint": {"keep_best": 1, "every": 5},
+            "eval": {"every": 10},
+            "data": {"eval_records": "x"},
+        },
+    ):
         with pytest.raises(ConfigError, match="config.checkpoint.keep_best is 1"):
             parse_config(small_run(records, **changes))
 
@@ -117,16 +142,20 @@ def test_a_best_that_nobody_measures_is_refused(records):
 def test_a_state_saved_on_4x2_is_read_on_other_meshes(mesh, saved_on_4x2):
     workdir, wanted = saved_on_4x2
     run = parse_config(small_run(mesh=dict(zip(("data", "fsdp", "tensor"), mesh))))
-    devices = jax.devices()[:np.prod(mesh)]
+    devices = jax.devices()[: np.prod(mesh)]
     program = build_program(run, run.model_config(), make_mesh(run.mesh, devices), 12)
     checkpoints = Checkpoints(workdir)
     state, step = checkpoints.restore(program.abstract_state)
     checkpoints.close()
     assert step == 3 and int(state.step) == 3
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)),
-                 wanted)
-    jax.tree.map(lambda x, place: x.sharding == place.sharding or pytest.fail(str(x.sharding)),
-                 state, program.abstract_state)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), wanted
+    )
+    jax.tree.map(
+        lambda x, place: x.sharding == place.sharding or pytest.fail(str(x.sharding)),
+        state,
+        program.abstract_state,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +177,12 @@ def saved_on_4x2(tmp_path_factory):
 def small_state(step: int) -> TrainState:
     random = np.random.default_rng(step)
     place = NamedSharding(jax.make_mesh((4, 2), ("data", "tensor")), PartitionSpec("data"))
-    array = lambda *shape: jax.device_put(
-        random.normal(size=shape).astype(np.float32), place)
+    array = lambda *shape: jax.device_put(random.normal(size=shape).astype(np.float32), place)
     return TrainState(
         jax.device_put(jnp.int32(step), NamedSharding(place.mesh, PartitionSpec())),
-        {"a": array(8, 40), "b": {"c": array(4)}}, (array(8, 40), {"count": array(4)}))
+        {"a": array(8, 40), "b": {"c": array(4)}},
+        (array(8, 40), {"count": array(4)}),
+    )
 
 
 def save_two(workdir: pathlib.Path) -> dict[int, TrainState]:
@@ -168,7 +198,8 @@ def restore(workdir: pathlib.Path, like: TrainState) -> tuple[TrainState, int, l
     said: list[str] = []
     checkpoints = Checkpoints(workdir, say=said.append)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
     try:
         state, step = checkpoints.restore(abstract)
         return state, step, said
@@ -187,7 +218,7 @@ def damage(path: pathlib.Path, how: str, random: np.random.Generator) -> None:
         path.unlink()
         return
     if how == "truncated":
-        content = content[:random.integers(len(content))] if content else content
+        content = content[: random.integers(len(content))] if content else content
     elif how == "bit-flipped":
         content[random.integers(len(content))] ^= 1 << random.integers(8)
     else:
@@ -201,8 +232,11 @@ def test_a_damaged_file_is_found_and_the_last_good_step_is_used(how, tmp_path):
     """Every file of a checkpoint in turn: what is trained on is, to the bit, what was saved."""
     states = save_two(tmp_path / "whole")
     random = np.random.default_rng(0)
-    names = sorted(p.relative_to(tmp_path / "whole" / "checkpoints" / "2")
-                   for p in (tmp_path / "whole" / "checkpoints" / "2").rglob("*") if p.is_file())
+    names = sorted(
+        p.relative_to(tmp_path / "whole" / "checkpoints" / "2")
+        for p in (tmp_path / "whole" / "checkpoints" / "2").rglob("*")
+        if p.is_file()
+    )
     found = []
     for name in names:
         workdir = tmp_path / "damaged"
@@ -249,6 +283,7 @@ def test_what_cannot_be_read_for_the_moment_is_not_called_damaged(tmp_path, monk
     import orbax.checkpoint as ocp
 
     for error in (PermissionError("no"), ValueError("UNAVAILABLE: try later")):
+
         def refuse(*arguments, error=error, **more):
             raise error
 
@@ -272,9 +307,7 @@ def test_unfinished_folders_are_passed_over_and_cleared_away(tmp_path):
     assert not left.exists() and saved_steps(tmp_path) == [2, 3]
 
 
-def test_a_run_goes_back_to_its_last_good_step_and_ends_in_the_same_bits(
-    records, tmp_path, capsys
-):
+def test_a_run_goes_back_to_its_last_good_step_and_ends_in_the_same_bits(records, tmp_path, capsys):
     config = small_run(records, steps=9, checkpoint={"every": 3, "keep": 3})
     train(config, tmp_path / "straight")
     train(config, tmp_path / "run", stop_at=6)
@@ -291,8 +324,9 @@ def test_a_run_goes_back_to_its_last_good_step_and_ends_in_the_same_bits(
 
 
 def test_inference_refuses_damaged_parameters(records, tmp_path):
-    train(small_run(records, steps=2, checkpoint={"every": 1}, schedule={"warmup_steps": 0}),
-          tmp_path)
+    train(
+        small_run(records, steps=2, checkpoint={"every": 1}, schedule={"warmup_steps": 0}), tmp_path
+    )
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "params" / "d")
     with pytest.raises(CheckpointError, match=r"2 is damaged: .*; other steps there: 1"):
         load_params_for_inference(tmp_path)
@@ -305,8 +339,9 @@ def test_inference_refuses_damaged_parameters(records, tmp_path):
 def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
     from encdec.cli import main
 
-    run = small_run(records, steps=4, checkpoint={"every": 1, "keep": 3},
-                    schedule={"warmup_steps": 0})
+    run = small_run(
+        records, steps=4, checkpoint={"every": 1, "keep": 3}, schedule={"warmup_steps": 0}
+    )
     train(run, tmp_path / "run")
     out = tmp_path / "mean"
     assert main(["average", f"--checkpoint={tmp_path / 'run'}", "--last=3", f"--out={out}"]) == 0
@@ -314,17 +349,36 @@ def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
     config, mean, step = load_params_for_inference(out)
     each = [load_params_for_inference(tmp_path / "run", step=s)[1] for s in (2, 3, 4)]
     assert step == 4 and config == load_params_for_inference(tmp_path / "run")[0]
-    jax.tree.map(lambda got, *of: np.testing.assert_allclose(
-        got, np.mean(np.stack(of).astype(np.float64), axis=0), rtol=1e-7, atol=0), mean, *each)
+    jax.tree.map(
+        lambda got, *of: np.testing.assert_allclose(
+            got, np.mean(np.stack(of).astype(np.float64), axis=0), rtol=1e-7, atol=0
+        ),
+        mean,
+        *each,
+    )
     # It is a model to start from, not a run to go on with.
     with pytest.raises(CheckpointError, match="config.init_from="):
         train(run, out)
-    train(small_run(records, steps=1, init_from=str(out), schedule={"warmup_steps": 0},
-                    optimizer={"learning_rate": 1e-30}), tmp_path / "next")
-    jax.tree.map(np.testing.assert_array_equal, mean,
-                 load_params_for_inference(tmp_path / "next")[1])
+    train(
+        small_run(
+            records,
+            steps=1,
+            init_from=str(out),
+            schedule={"warmup_steps": 0},
+            optimizer={"learning_rate": 1e-30},
+        ),
+        tmp_path / "next",
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, mean, load_params_for_inference(tmp_path / "next")[1]
+    )
     base = ["average", f"--checkpoint={tmp_path / 'run'}"]
-    for more, code in ((["--last=4", "--out=x"], 4), (["--steps=2,9", "--out=x"], 4),
-                       (["--last=1", "--out=x"], 2), (["--steps=2,b", "--out=x"], 2),
-                       (["--last=2", f"--out={out}"], 2), (["--last=2", "--out=gs://b/x"], 2)):
+    for more, code in (
+        (["--last=4", "--out=x"], 4),
+        (["--steps=2,9", "--out=x"], 4),
+        (["--last=1", "--out=x"], 2),
+        (["--steps=2,b", "--out=x"], 2),
+        (["--last=2", f"--out={out}"], 2),
+        (["--last=2", "--out=gs://b/x"], 2),
+    ):
         assert main([*base, *more]) == code

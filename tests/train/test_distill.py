@@ -14,9 +14,9 @@ import pytest
 from encdec.data.batches import Batches
 from encdec.data.mixing import mix_records
 from encdec.data.records import open_records
+from encdec.data.teacher_rows import open_teacher
 from encdec.distill.cost import student_cost
 from encdec.distill.scoring import score
-from encdec.distill.teacher import open_teacher
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model, init_params, preset
 from encdec.model.flops import training_flops
@@ -39,15 +39,16 @@ def records(tmp_path_factory):
     return write_records(tmp_path_factory.mktemp("records") / "distill", random_pairs(42, 0))
 
 
-def student(records, scored, **changes):  # noqa: F811
+def student(records, scored, **changes):
     distill = {"teacher": str(scored)} | changes.pop("distill", {})
     return small_run(records, **({"distill": distill} | changes))
 
 
-def batch_of(records, scored, architecture):  # noqa: F811
+def batch_of(records, scored, architecture):
     opened = open_records(records)
-    return Batches(opened, global_batch=8, layout=architecture,
-                   columns=[open_teacher(scored, opened)])[0]
+    return Batches(
+        opened, global_batch=8, layout=architecture, columns=[open_teacher(scored, opened)]
+    )[0]
 
 
 @functools.cache
@@ -57,12 +58,25 @@ def model_of(architecture, **changes):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_objective_is_what_its_definition_says(architecture, records, scored):  # noqa: F811
+def test_the_objective_is_what_its_definition_says(architecture, records, scored):
     """Token by token over the pairs as stored, in numpy and float64; both layouts."""
     batch = batch_of(records, scored, architecture)
     model, params = model_of(architecture)
-    forward = jax.jit(lambda params, batch: (model.apply({"params": params}, batch), batch_metrics(
-        model, params, batch, LossConfig(), TARGETS, None, DistillConfig("x"), jnp.float32(0.7))))
+    forward = jax.jit(
+        lambda params, batch: (
+            model.apply({"params": params}, batch),
+            batch_metrics(
+                model,
+                params,
+                batch,
+                LossConfig(),
+                TARGETS,
+                None,
+                DistillConfig("x"),
+                jnp.float32(0.7),
+            ),
+        )
+    )
     logits, metrics = forward(params, batch)
     logits, losses = np.asarray(logits, np.float64), metrics.losses
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -74,8 +88,8 @@ def test_the_objective_is_what_its_definition_says(architecture, records, scored
         divergence -= batch["teacher_entropy"][row].sum()
         for place in places:
             cross_entropy -= log_probs[row, place, batch["decoder_target_tokens"][row, place]]
-        for weight, where, token in zip(*(
-            batch[f"teacher_{name}"][row] for name in ("weights", "positions", "ids"))
+        for weight, where, token in zip(
+            *(batch[f"teacher_{name}"][row] for name in ("weights", "positions", "ids"))
         ):
             divergence -= weight * log_probs[row, places[where], token]
     assert losses.weight == tokens
@@ -85,7 +99,7 @@ def test_the_objective_is_what_its_definition_says(architecture, records, scored
     np.testing.assert_allclose(losses.objective, 0.7 * divergence + 0.3 * cross_entropy, rtol=1e-5)
 
 
-def test_vocabulary_tiles_change_neither_loss_nor_gradient(records, teacher, tmp_path):  # noqa: F811
+def test_vocabulary_tiles_change_neither_loss_nor_gradient(records, teacher, tmp_path):
     """Top-k rows, a tail, reverse KL and a temperature: everything that a tile has to bring."""
     score(teacher, records, tmp_path / "top", method="top_k", k=7, temperature=1.7)
     batch = batch_of(records, tmp_path / "top", "encoder_decoder")
@@ -94,27 +108,36 @@ def test_vocabulary_tiles_change_neither_loss_nor_gradient(records, teacher, tmp
 
     def gradients(tile):
         def objective(params):
-            metrics = batch_metrics(model, params, batch, LossConfig(0.1, 0.1, tile), TARGETS,
-                                    None, distill, jnp.float32(0.7))
+            metrics = batch_metrics(
+                model,
+                params,
+                batch,
+                LossConfig(0.1, 0.1, tile),
+                TARGETS,
+                None,
+                distill,
+                jnp.float32(0.7),
+            )
             return metrics.losses.objective, metrics.losses
+
         return jax.jit(jax.grad(objective, has_aux=True))(params)
 
     (wanted, sums), (tiled, tiled_sums) = gradients(0), gradients(100)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), sums, tiled_sums)
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale),
-                 wanted, tiled)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), wanted, tiled
+    )
 
 
-def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(
-    teacher, tmp_path  # noqa: F811
-):
+def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(teacher, tmp_path):
     """The authors' own acceptance, 0.9 KL + 0.1 CE; they allow 512 epochs, here are 256."""
     same = write_records(tmp_path / "same", [[("abcdefgh", "hgfedc")]] * 4)
     score(teacher, same, tmp_path / "scored", method="full")
     run = parse_config(student(same, tmp_path / "scored", batch_size=4, steps=256))
     program = build_program(
-        run, run.model_config(), make_mesh(run.mesh, jax.devices()[:1]), TARGETS)
+        run, run.model_config(), make_mesh(run.mesh, jax.devices()[:1]), TARGETS
+    )
     opened = open_records(same)
     batch = Batches(opened, global_batch=4, columns=[open_teacher(tmp_path / "scored", opened)])[0]
     batch, state = jax.device_put(batch, program.batch_sharding), program.init()
@@ -127,23 +150,33 @@ def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(
     assert losses.cross_entropy / losses.weight > 0.3
 
 
-def test_the_run_reports_resumes_and_refuses_another_teacher(
-    records, scored, teacher, tmp_path  # noqa: F811
-):
-    run = student(records, scored, steps=4, log_every=1, accumulation=1,
-                  distill={"alpha_schedule": "warmup", "warmup_steps": 4})
+def test_the_run_reports_resumes_and_refuses_another_teacher(records, scored, teacher, tmp_path):
+    run = student(
+        records,
+        scored,
+        steps=4,
+        log_every=1,
+        accumulation=1,
+        distill={"alpha_schedule": "warmup", "warmup_steps": 4},
+    )
     train(run, tmp_path / "whole")
     train(run, tmp_path / "work", stop_at=2)
     train(run, tmp_path / "work")
     whole, work = (read_metrics(tmp_path / name) for name in ("whole", "work"))
-    timing = ("time", "train/step_seconds", "train/source_tokens_per_second",
-              "train/target_tokens_per_second")
+    timing = (
+        "time",
+        "train/step_seconds",
+        "train/source_tokens_per_second",
+        "train/target_tokens_per_second",
+    )
     plain = lambda lines: [
         {k: v for k, v in x.items() if k not in timing and not k.startswith("goodput/")}
-        for x in lines]
+        for x in lines
+    ]
     assert plain(whole) == plain(work)
-    np.testing.assert_allclose([x["train/alpha"] for x in whole],
-                               [0.225, 0.45, 0.675, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(
+        [x["train/alpha"] for x in whole], [0.225, 0.45, 0.675, 0.9], rtol=1e-6
+    )
     for line in whole:
         soft = line["train/alpha"] * line["train/distill_loss"]
         hard = (1 - line["train/alpha"]) * line["train/loss"]
@@ -151,27 +184,41 @@ def test_the_run_reports_resumes_and_refuses_another_teacher(
         assert line["train/teacher_entropy"] > 0
     score(teacher, records, tmp_path / "others", draws=20, seed=1)
     with pytest.raises(CheckpointError, match="teacher.fingerprint"):
-        train(student(records, tmp_path / "others", steps=4, distill=run["distill"] | {
-            "teacher": str(tmp_path / "others")}), tmp_path / "work")
+        train(
+            student(
+                records,
+                tmp_path / "others",
+                steps=4,
+                distill=run["distill"] | {"teacher": str(tmp_path / "others")},
+            ),
+            tmp_path / "work",
+        )
 
 
-@pytest.mark.parametrize("changes, error, message", [
-    ({"distill": {"loss": "reverse_kl"}}, ConfigError, "--method=top_k"),
-    ({"distill": {"temperature": 2.0}}, ConfigError, "was scored at 1.0.*--temperature=2.0"),
-    ({"distill": {"teacher": "/nowhere"}}, DataError, "/nowhere does not exist"),
-    ({"distill": {"alpha": 1.5}}, ConfigError, "config.distill.alpha is 1.5"),
-    ({"distill": {"alpha_schedule": "warmup"}}, ConfigError, "config.distill.warmup_steps is 0"),
-    ({"distill": {"loss": "forward"}}, ConfigError, "'forward_kl'"),
-])
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"distill": {"loss": "reverse_kl"}}, ConfigError, "--method=top_k"),
+        ({"distill": {"temperature": 2.0}}, ConfigError, "was scored at 1.0.*--temperature=2.0"),
+        ({"distill": {"teacher": "/nowhere"}}, DataError, "/nowhere does not exist"),
+        ({"distill": {"alpha": 1.5}}, ConfigError, "config.distill.alpha is 1.5"),
+        (
+            {"distill": {"alpha_schedule": "warmup"}},
+            ConfigError,
+            "config.distill.warmup_steps is 0",
+        ),
+        ({"distill": {"loss": "forward"}}, ConfigError, "'forward_kl'"),
+    ],
+)
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    changes, error, message, records, scored, tmp_path  # noqa: F811
+    changes, error, message, records, scored, tmp_path
 ):
     with pytest.raises(error, match=message):
         prepare_job(student(records, scored, **changes), tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 
-def test_a_mixture_has_a_teacher_for_each_part(records, scored, teacher, tmp_path):  # noqa: F811
+def test_a_mixture_has_a_teacher_for_each_part(records, scored, teacher, tmp_path):
     other = write_records(tmp_path / "other", random_pairs(10, 9))
     score(teacher, other, tmp_path / "other-scored", draws=9)
     mixture = mix_records([records, other], [1, 1])
@@ -192,21 +239,41 @@ def test_a_mixture_has_a_teacher_for_each_part(records, scored, teacher, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_learn_as_one_device(records, scored, tmp_path):  # noqa: F811
+def test_two_processes_of_four_devices_learn_as_one_device(records, scored, tmp_path):
     def arguments(name):
-        return [f"--config={REPOSITORY}/configs/distill.py:test", f"--workdir={tmp_path / name}",
-                f"--config.data.records={records}", f"--config.distill.teacher={scored}",
-                "--config.model_overrides.vocab_size=264", "--config.batch_size=16",
-                "--config.accumulation=2", "--config.steps=3", "--config.schedule.warmup_steps=1",
-                "--config.log_every=1", "--config.model_overrides.scan_layers=false"]
+        return [
+            f"--config={REPOSITORY}/configs/distill.py:test",
+            f"--workdir={tmp_path / name}",
+            f"--config.data.records={records}",
+            f"--config.distill.teacher={scored}",
+            "--config.model_overrides.vocab_size=264",
+            "--config.batch_size=16",
+            "--config.accumulation=2",
+            "--config.steps=3",
+            "--config.schedule.warmup_steps=1",
+            "--config.log_every=1",
+            "--config.model_overrides.scan_layers=false",
+        ]
 
     finish([start(arguments("one"), devices=1)])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    finish([start([*arguments("two"), "--distributed", f"--coordinator=localhost:{port}",
-                   "--num_processes=2", f"--process_id={index}"], devices=4)
-            for index in range(2)])
+    finish(
+        [
+            start(
+                [
+                    *arguments("two"),
+                    "--distributed",
+                    f"--coordinator=localhost:{port}",
+                    "--num_processes=2",
+                    f"--process_id={index}",
+                ],
+                devices=4,
+            )
+            for index in range(2)
+        ]
+    )
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):

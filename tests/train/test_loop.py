@@ -32,10 +32,17 @@ def straight(records, eval_records, tmp_path_factory):
 
 
 def run_of(records, eval_records, **changes):
-    return small_run(records, **{
-        "data": {"eval_records": str(eval_records)}, "eval": {"every": 10},
-        "model_overrides": {"mlp_dropout": 0.1, "scan_layers": False},
-        "mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "checkpoint": {"every": 5}} | changes)
+    return small_run(
+        records,
+        **{
+            "data": {"eval_records": str(eval_records)},
+            "eval": {"every": 10},
+            "model_overrides": {"mlp_dropout": 0.1, "scan_layers": False},
+            "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+            "checkpoint": {"every": 5},
+        }
+        | changes,
+    )
 
 
 def assert_same_params(a, b):
@@ -62,16 +69,24 @@ def test_a_resumed_run_ends_in_the_same_bits(straight, records, eval_records, tm
 def test_the_work_directory_is_enough_for_inference(straight, records):
     summary, workdir = straight
     names = {path.name for path in workdir.iterdir()}
-    assert {"config.json", "model-info.txt", "vocabulary.json", "metrics.jsonl", "checkpoints",
-            "tensorboard"} <= names
+    assert {
+        "config.json",
+        "model-info.txt",
+        "vocabulary.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+    } <= names
     config, params, step = load_params_for_inference(workdir)
     assert step == 20 and config == preset(
-        "test", vocab_size=264, mlp_dropout=0.1, scan_layers=False)
+        "test", vocab_size=264, mlp_dropout=0.1, scan_layers=False
+    )
     from encdec.data.batches import Batches
     from encdec.data.records import open_records
 
-    logits = build_model(config).apply({"params": params}, Batches(open_records(records),
-                                                                  global_batch=2)[0])
+    logits = build_model(config).apply(
+        {"params": params}, Batches(open_records(records), global_batch=2)[0]
+    )
     assert np.isfinite(logits).all()
     assert "total 46,464 parameters" in (workdir / "model-info.txt").read_text()
 
@@ -82,17 +97,26 @@ def test_metrics_are_complete(straight):
     assert [x["step"] for x in lines if "train/loss" in x] == [5, 10, 15, 20]
     assert [x["step"] for x in lines if "eval/loss" in x] == [10, 20]
     last = {k: v for line in lines for k, v in line.items()}
-    for name in ("train/loss", "train/source_tokens_per_second", "train/gradient_norm",
-                 "train/target_tokens_per_second", "train/flops", "eval/bits_per_byte"):
+    for name in (
+        "train/loss",
+        "train/source_tokens_per_second",
+        "train/gradient_norm",
+        "train/target_tokens_per_second",
+        "train/flops",
+        "eval/bits_per_byte",
+    ):
         assert np.isfinite(last[name]) and last[name] > 0, name
     assert summary.train["train/loss"] == last["train/loss"]
     first = next(x for x in lines if "train/loss" in x)
     assert last["train/loss"] < first["train/loss"]
     # Tokens include one EOS a segment, bytes do not: letters are single bytes here.
-    tokens, segments = last["eval/target_tokens"], 120 - sum(
-        len(t) for row in random_pairs(19, 1) for _, t in row)
+    tokens, segments = (
+        last["eval/target_tokens"],
+        120 - sum(len(t) for row in random_pairs(19, 1) for _, t in row),
+    )
     np.testing.assert_allclose(
-        last["eval/loss_per_byte"] * (tokens - segments), last["eval/loss"] * tokens, rtol=1e-6)
+        last["eval/loss_per_byte"] * (tokens - segments), last["eval/loss"] * tokens, rtol=1e-6
+    )
 
 
 def test_tensorboard_reads_the_events(straight):
@@ -170,12 +194,25 @@ def test_nan_stops_naming_step_and_last_good_checkpoint(
 
 @pytest.mark.parametrize("model", ["test", "test-dec"])
 def test_four_examples_are_learnt_by_heart(model, tmp_path):
-    pairs = [[("the first", "one alpha")], [("another", "two betas")], [("a third", "gamma!")],
-             [("last of all", "delta 4")]]
+    pairs = [
+        [("the first", "one alpha")],
+        [("another", "two betas")],
+        [("a third", "gamma!")],
+        [("last of all", "delta 4")],
+    ]
     records = write_records(tmp_path / "records", pairs)
-    summary = train(small_run(
-        records, model=model, batch_size=8, steps=150, log_every=50,
-        model_overrides={"scan_layers": False}, optimizer={"learning_rate": 1e-2}), tmp_path / "w")
+    summary = train(
+        small_run(
+            records,
+            model=model,
+            batch_size=8,
+            steps=150,
+            log_every=50,
+            model_overrides={"scan_layers": False},
+            optimizer={"learning_rate": 1e-2},
+        ),
+        tmp_path / "w",
+    )
     assert summary.train["train/loss"] < 0.01 and summary.train["train/accuracy"] == 1.0
 
 
@@ -185,10 +222,16 @@ REFUSED = {
     "no records": ({"data": {"records": ""}}, ConfigError, "config.data.records"),
     "a directory that is not there": ({"data": {"records": "/nowhere"}}, DataError, "/nowhere"),
     "a vocabulary larger than the model's": (
-        {"model_overrides": {"vocab_size": 258}}, DataError, "259 ids.*258 rows.*vocab_size=259"),
+        {"model_overrides": {"vocab_size": 258}},
+        DataError,
+        "259 ids.*258 rows.*vocab_size=259",
+    ),
     "a batch that does not divide": ({"batch_size": 12}, ConfigError, "batch_size is 12.*of 8"),
     "accumulation that does not divide": (
-        {"batch_size": 16, "accumulation": 4}, ConfigError, "multiple of 32"),
+        {"batch_size": 16, "accumulation": 4},
+        ConfigError,
+        "multiple of 32",
+    ),
     "a mesh of other size": ({"mesh": {"data": 3}}, ConfigError, "there are 8"),
 }
 
@@ -220,8 +263,9 @@ def test_held_out_records_must_be_of_the_same_kind(records, tmp_path):
         train(small_run(records, data={"eval_records": str(other)}), tmp_path / "w")
 
 
-def test_another_runs_work_directory_is_left_alone(straight, records, eval_records, tmp_path,
-                                                   monkeypatch):
+def test_another_runs_work_directory_is_left_alone(
+    straight, records, eval_records, tmp_path, monkeypatch
+):
     _, workdir = straight
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     _forbid_compilation(monkeypatch)
@@ -279,11 +323,20 @@ def test_training_imports_no_tensorflow(records, tmp_path):
         print([name for name in sys.modules if name.split(".")[0].startswith("tensorflow")])
         sys.exit(code)
     """)
-    command = ["train", "--config", f"{REPOSITORY}/configs/pretrain.py:test",
-               "--workdir", str(tmp_path / "w"), f"--config.data.records={records}",
-               "--config.model_overrides.vocab_size=264", "--config.batch_size=8",
-               "--config.steps=3", "--config.schedule.warmup_steps=1", "--config.log_every=1",
-               "--config.model_overrides.scan_layers=false"]
+    command = [
+        "train",
+        "--config",
+        f"{REPOSITORY}/configs/pretrain.py:test",
+        "--workdir",
+        str(tmp_path / "w"),
+        f"--config.data.records={records}",
+        "--config.model_overrides.vocab_size=264",
+        "--config.batch_size=8",
+        "--config.steps=3",
+        "--config.schedule.warmup_steps=1",
+        "--config.log_every=1",
+        "--config.model_overrides.scan_layers=false",
+    ]
     done = run_python(script, command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
@@ -293,18 +346,30 @@ def test_training_imports_no_tensorflow(records, tmp_path):
 def test_the_command_answers_mistakes_without_a_traceback(records, tmp_path):
     from encdec.cli import main
 
-    base = ["train", f"--config={REPOSITORY}/configs/pretrain.py:test",
-            f"--workdir={tmp_path / 'w'}", f"--config.data.records={records}"]
-    for more, code in (("--config.batch_sizes=3", 2), ("--config.steps=many", 2),
-                       ("--config.model_overrides.vocab_size=100", 3)):
+    base = [
+        "train",
+        f"--config={REPOSITORY}/configs/pretrain.py:test",
+        f"--workdir={tmp_path / 'w'}",
+        f"--config.data.records={records}",
+    ]
+    for more, code in (
+        ("--config.batch_sizes=3", 2),
+        ("--config.steps=many", 2),
+        ("--config.model_overrides.vocab_size=100", 3),
+    ):
         assert main([*base, more]) == code
     assert not (tmp_path / "w").exists()
 
 
 def run_python(script: str, arguments: list[str], **environment: str):
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300,
-        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+    )
 
 
 def test_errors_are_told_apart_by_exit_code():

@@ -19,15 +19,23 @@ B, T, V = 3, 5, 11
 @pytest.fixture
 def example():
     random = np.random.default_rng(0)
-    return (random.normal(size=(B, T, V)).astype(np.float32), random.integers(0, V, (B, T)),
-            random.integers(0, 2, (B, T)).astype(np.float32))
+    return (
+        random.normal(size=(B, T, V)).astype(np.float32),
+        random.integers(0, V, (B, T)),
+        random.integers(0, 2, (B, T)).astype(np.float32),
+    )
 
 
 @pytest.mark.parametrize("z_loss, smoothing", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.1, 0.2)])
 def test_sums_follow_the_definitions(example, z_loss, smoothing):
     logits, targets, weights = example
-    sums = target_losses(lambda x: x, jnp.array(logits), jnp.array(targets), jnp.array(weights),
-                         LossConfig(z_loss, smoothing))
+    sums = target_losses(
+        lambda x: x,
+        jnp.array(logits),
+        jnp.array(targets),
+        jnp.array(weights),
+        LossConfig(z_loss, smoothing),
+    )
     cross_entropy = objective = z_total = correct = 0.0
     for b in range(B):
         for t in range(T):
@@ -56,7 +64,9 @@ def test_gathered_positions_are_the_loss_bearing_ones_in_order():
     hidden = random.normal(size=(4, length, width)).astype(np.float32)
     targets = random.integers(1, 50, (4, length))
     batch = {
-        "decoder_loss_weights": jnp.array(weights), "decoder_target_tokens": jnp.array(targets)}
+        "decoder_loss_weights": jnp.array(weights),
+        "decoder_target_tokens": jnp.array(targets),
+    }
     got_hidden, got_targets, got_weights = loss_positions(jnp.array(hidden), batch, count)
     assert got_hidden.shape == (4, count, width)
     for row in range(4):
@@ -72,25 +82,33 @@ def test_gathering_changes_neither_loss_nor_gradient():
     random = np.random.default_rng(2)
     hidden, head = random.normal(size=(2, 8, 4)), jnp.array(random.normal(size=(4, V)))
     weights = jnp.array([[0, 0, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]], jnp.float32)
-    batch = {"decoder_loss_weights": weights,
-             "decoder_target_tokens": jnp.array(random.integers(0, V, (2, 8)))}
+    batch = {
+        "decoder_loss_weights": weights,
+        "decoder_target_tokens": jnp.array(random.integers(0, V, (2, 8))),
+    }
 
     def loss(x, gather):
-        parts = loss_positions(x, batch, 3) if gather else (
-            x, batch["decoder_target_tokens"], weights)
+        parts = (
+            loss_positions(x, batch, 3) if gather else (x, batch["decoder_target_tokens"], weights)
+        )
         return target_losses(lambda h: h @ head, *parts, LossConfig(z_loss=0.1)).objective
 
     plain = jax.value_and_grad(loss)(jnp.array(hidden), False)
     gathered = jax.value_and_grad(loss)(jnp.array(hidden), True)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, gathered)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, gathered
+    )
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "final_logit_cap": 3.0}])
 def test_vocabulary_tiles_change_neither_sums_nor_gradients(architecture, changes):
-    config = preset("test", architecture=architecture, **changes, **(
-        {"encoder_layers": 0} if architecture == "decoder_only" else {}))
+    config = preset(
+        "test",
+        architecture=architecture,
+        **changes,
+        **({"encoder_layers": 0} if architecture == "decoder_only" else {}),
+    )
     model = build_model(config)
     params = jax.tree.map(lambda x: 20 * x, init_params(model, jax.random.key(0)))
     batch = packed_batch(np.random.default_rng(0), 250, (5, 3), (4, 6), 10, 12)
@@ -112,8 +130,9 @@ def test_vocabulary_tiles_change_neither_sums_nor_gradients(architecture, change
         got, sums = gradients(tile)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, wanted_sums)
         # Against the largest gradient: that of a key bias, which shifts all scores, is noise.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(
-            a, b, rtol=1e-4, atol=1e-6 * scale), got, wanted)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), got, wanted
+        )
 
 
 def test_logits_never_exist_whole_in_tiles():

@@ -15,8 +15,13 @@ from tests.train.conftest import small_run
 
 
 def schedule(name, steps=100, warmup=10, **more):
-    run = parse_config(small_run(steps=steps, optimizer={"learning_rate": 2.0}, schedule={
-        "name": name, "warmup_steps": warmup, **more}))
+    run = parse_config(
+        small_run(
+            steps=steps,
+            optimizer={"learning_rate": 2.0},
+            schedule={"name": name, "warmup_steps": warmup, **more},
+        )
+    )
     return make_schedule(run)
 
 
@@ -27,10 +32,16 @@ def test_warmup_is_linear_and_learns_from_the_first_step(name):
     np.testing.assert_allclose(rates[10], 2.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name, values", [
-    ("cosine", {55: 1.1, 100: 0.2}), ("linear", {55: 1.1, 100: 0.2}), ("rsqrt", {40: 1.0}),
-    ("wsd", {79: 2.0, 80: 2.0, 90: 1.1, 100: 0.2}), ("constant", {99: 2.0}),
-])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("cosine", {55: 1.1, 100: 0.2}),
+        ("linear", {55: 1.1, 100: 0.2}),
+        ("rsqrt", {40: 1.0}),
+        ("wsd", {79: 2.0, 80: 2.0, 90: 1.1, 100: 0.2}),
+        ("constant", {99: 2.0}),
+    ],
+)
 def test_decays(name, values):
     got = schedule(name, final_fraction=0.1)
     for step, rate in values.items():
@@ -42,8 +53,12 @@ def test_without_warmup_the_peak_comes_first():
 
 
 def optimizer_for(name, model, **changes):
-    run = parse_config(small_run(optimizer={"name": name, "clip_norm": 0.0, **changes},
-                                 schedule={"name": "constant", "warmup_steps": 0}))
+    run = parse_config(
+        small_run(
+            optimizer={"name": name, "clip_norm": 0.0, **changes},
+            schedule={"name": "constant", "warmup_steps": 0},
+        )
+    )
     return make_optimizer(run, logical_axes(model))
 
 
@@ -82,7 +97,9 @@ def test_muon_updates_scanned_and_unrolled_layers_alike():
     scanned, unrolled = build_model(config), build_model(config.replace(scan_layers=False))
     gradients = jax.tree.map(
         lambda x, key: jax.random.normal(key, x.shape),
-        abstract_params(scanned), _keys(abstract_params(scanned)))
+        abstract_params(scanned),
+        _keys(abstract_params(scanned)),
+    )
 
     def update(model, gradients):
         params = ones(model)
@@ -91,8 +108,9 @@ def test_muon_updates_scanned_and_unrolled_layers_alike():
 
     together = unroll_params(update(scanned, gradients), config)
     apart = update(unrolled, unroll_params(gradients, config))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6),
-                 together, apart)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), together, apart
+    )
     # The attention kernel's update, as the [M, H*D] matrix it is, has all directions alike.
     q = -apart["decoder"]["layers_0"]["self_attention"]["q"]["kernel"].reshape(32, 32)
     values = np.linalg.svd(np.asarray(q) - 1e-2 * 0.1, compute_uv=False)  # without the decay
@@ -108,7 +126,8 @@ def test_adafactor_keeps_far_less_than_adamw():
     model = build_model(preset("330m"))
     params = abstract_params(model)
     size = lambda name: sum(
-        x.size for x in jax.tree.leaves(jax.eval_shape(optimizer_for(name, model).init, params)))
+        x.size for x in jax.tree.leaves(jax.eval_shape(optimizer_for(name, model).init, params))
+    )
     assert size("adafactor") < 0.05 * size("adamw")
     assert size("muon") < 0.6 * size("adamw")
 

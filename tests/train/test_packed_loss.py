@@ -24,8 +24,15 @@ def records(tmp_path_factory):
     pairs = [{"source": text(12) + "a", "target": text(7) + "b"} for _ in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     for packing in ("best_fit", "greedy", "none"):
-        prepare(out=folder / packing, vocabulary="bytes", jsonl=[str(folder / "rows.jsonl")],
-                inputs_length=32, targets_length=16, packing=packing, workers=1)
+        prepare(
+            out=folder / packing,
+            vocabulary="bytes",
+            jsonl=[str(folder / "rows.jsonl")],
+            inputs_length=32,
+            targets_length=16,
+            packing=packing,
+            workers=1,
+        )
     return folder
 
 
@@ -35,13 +42,13 @@ def test_loss_on_packed_rows_is_the_sum_over_examples(records, architecture):
     config = preset("test", architecture=architecture, vocab_size=259, dtype="float32", **layers)
     model = build_model(config)
     params = jax.tree.map(lambda x: 20 * x, init_params(model, jax.random.key(0)))
-    measure = jax.jit(
-        lambda batch: batch_metrics(model, params, batch, LossConfig(), 16).losses)
+    measure = jax.jit(lambda batch: batch_metrics(model, params, batch, LossConfig(), 16).losses)
 
     def total(packing):
         """Sums over all rows, eight at a time, so that one program serves every packing."""
-        batches = Batches(open_records(records / packing), global_batch=8, layout=architecture,
-                          repeat=False)
+        batches = Batches(
+            open_records(records / packing), global_batch=8, layout=architecture, repeat=False
+        )
         sums = [jax.device_get(measure(batches[step])) for step in range(len(batches))]
         return jax.tree.map(lambda *parts: np.sum(parts, dtype=np.float64), *sums), len(batches)
 

@@ -26,7 +26,8 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 def test_two_hosts_read_one_hosts_batch_in_halves(records, layout, step):
     opened = open_records(records)
     make = lambda index, count: Batches(
-        opened, global_batch=8, layout=layout, seed=3, host_index=index, host_count=count)[step]
+        opened, global_batch=8, layout=layout, seed=3, host_index=index, host_count=count
+    )[step]
     whole, first, second = make(0, 1), make(0, 2), make(1, 2)
     for name, value in whole.items():
         np.testing.assert_array_equal(value, np.concatenate([first[name], second[name]]))
@@ -34,9 +35,17 @@ def test_two_hosts_read_one_hosts_batch_in_halves(records, layout, step):
 
 def start(arguments: list[str], devices: int) -> subprocess.Popen:
     environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([sys.executable, "-m", "encdec", "train", *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "encdec", "train", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
 
 
 def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
@@ -57,15 +66,27 @@ def start_all(arguments: list[str], count: int, devices: int) -> list[subprocess
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        start([*arguments, "--distributed", f"--coordinator=localhost:{port}",
-               f"--num_processes={count}", f"--process_id={index}"], devices=devices)
-        for index in range(count)]
+        start(
+            [
+                *arguments,
+                "--distributed",
+                f"--coordinator=localhost:{port}",
+                f"--num_processes={count}",
+                f"--process_id={index}",
+            ],
+            devices=devices,
+        )
+        for index in range(count)
+    ]
 
 
 def losses(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
-    return {(row["step"], name): row[name] for row in read_metrics(workdir)
-            for name in ("train/loss", "train/gradient_norm", "eval/loss", "eval/target_tokens")
-            if name in row}
+    return {
+        (row["step"], name): row[name]
+        for row in read_metrics(workdir)
+        for name in ("train/loss", "train/gradient_norm", "eval/loss", "eval/target_tokens")
+        if name in row
+    }
 
 
 @pytest.mark.slow
@@ -74,16 +95,27 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
 ):
     """Two processes of two devices get the machine's notice in one of them: both save the same
     step and leave. Four of two devices go on from there. One process is the measure of both."""
+
     def arguments(name: str, steps: int) -> list[str]:
         # The constant schedule leaves the number of steps open until it is known.
-        return [f"--config={REPOSITORY}/configs/pretrain.py:test", f"--workdir={tmp_path / name}",
-                f"--config.data.records={records}", f"--config.data.eval_records={eval_records}",
-                "--config.model_overrides.vocab_size=264", "--config.batch_size=8",
-                "--config.mesh.data=-1", "--config.mesh.fsdp=2", f"--config.steps={steps}",
-                "--config.schedule.name=constant", "--config.schedule.warmup_steps=1",
-                "--config.log_every=1", "--config.eval.every=20", "--config.checkpoint.every=0",
-                "--config.optimizer.learning_rate=1e-4",
-                "--config.model_overrides.scan_layers=false"]
+        return [
+            f"--config={REPOSITORY}/configs/pretrain.py:test",
+            f"--workdir={tmp_path / name}",
+            f"--config.data.records={records}",
+            f"--config.data.eval_records={eval_records}",
+            "--config.model_overrides.vocab_size=264",
+            "--config.batch_size=8",
+            "--config.mesh.data=-1",
+            "--config.mesh.fsdp=2",
+            f"--config.steps={steps}",
+            "--config.schedule.name=constant",
+            "--config.schedule.warmup_steps=1",
+            "--config.log_every=1",
+            "--config.eval.every=20",
+            "--config.checkpoint.every=0",
+            "--config.optimizer.learning_rate=1e-4",
+            "--config.model_overrides.scan_layers=false",
+        ]
 
     two = start_all(arguments("several", 100_000), 2, devices=2)
     deadline = time.monotonic() + 900
@@ -116,10 +148,17 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_it_at_once_with_its_own_code(records, tmp_path):
     """The other one is left waiting: what started them stops it."""
+
     def arguments(workdir: str) -> list[str]:
-        return [f"--config={REPOSITORY}/configs/pretrain.py:test", f"--workdir={workdir}",
-                f"--config.data.records={records}", "--config.model_overrides.vocab_size=264",
-                "--config.batch_size=8", "--config.steps=3", "--config.schedule.warmup_steps=1"]
+        return [
+            f"--config={REPOSITORY}/configs/pretrain.py:test",
+            f"--workdir={workdir}",
+            f"--config.data.records={records}",
+            "--config.model_overrides.vocab_size=264",
+            "--config.batch_size=8",
+            "--config.steps=3",
+            "--config.schedule.warmup_steps=1",
+        ]
 
     (tmp_path / "file").touch()
     with socket.socket() as free:

@@ -36,9 +36,12 @@ def test_parameters_are_put_together_once_a_step_in_the_dtype_that_travels():
     shapes = {"kernel": (3, 8, 4), "scale": (3, 8), "bias": (4,)}
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rules = ShardingRules()
-    masters = {name: jax.device_put(
-        jnp.full(shape, 1 + 2.0**-10), NamedSharding(mesh, rules.parameter_spec(axes[name])))
-        for name, shape in shapes.items()}
+    masters = {
+        name: jax.device_put(
+            jnp.full(shape, 1 + 2.0**-10), NamedSharding(mesh, rules.parameter_spec(axes[name]))
+        )
+        for name, shape in shapes.items()
+    }
     assert masters["scale"].sharding.spec == PartitionSpec(None, None)  # norms stay whole
 
     def prepared(**changes):
@@ -50,7 +53,10 @@ def test_parameters_are_put_together_once_a_step_in_the_dtype_that_travels():
     params, gradients = prepared()
     assert params["kernel"].sharding.spec == PartitionSpec(None, None, "tensor")
     assert {name: x.dtype.name for name, x in params.items()} == {
-        "kernel": "bfloat16", "scale": "float32", "bias": "float32"}
+        "kernel": "bfloat16",
+        "scale": "float32",
+        "bias": "float32",
+    }
     for name, gradient in gradients.items():
         assert gradient.dtype == jnp.float32
         assert gradient.sharding.is_equivalent_to(masters[name].sharding, gradient.ndim)
@@ -69,7 +75,8 @@ def test_what_does_not_divide_stays_whole_and_is_reported():
     model = build_model(preset("330m"))  # 6 query heads, 3 kv heads
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
     shardings, fitted, unsharded = param_shardings(
-        ShardingRules(), mesh, abstract_params(model), logical_axes(model))
+        ShardingRules(), mesh, abstract_params(model), logical_axes(model)
+    )
     q, k = (shardings["decoder"]["layers"]["self_attention"][name]["kernel"].spec for name in "qk")
     assert q == PartitionSpec(None, "fsdp", "tensor", None)
     assert k == PartitionSpec(None, "fsdp", None, None)
@@ -86,8 +93,11 @@ def test_moments_lie_where_their_parameters_lie(name):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     run = parse_config(small_run(optimizer={"name": name}, mesh=mesh))
     program = build_program(run, run.model_config(), make_mesh(run.mesh), 12)
-    params = {x.shape: x.sharding.spec for x in jax.tree.leaves(program.abstract_state.params)
-              if x.ndim > 2}
+    params = {
+        x.shape: x.sharding.spec
+        for x in jax.tree.leaves(program.abstract_state.params)
+        if x.ndim > 2
+    }
     moments = [x for x in jax.tree.leaves(program.abstract_state.opt_state) if x.shape in params]
     assert all(x.sharding.spec == params[x.shape] for x in moments)
     matrices = len([x for x in jax.tree.leaves(program.abstract_state.params) if x.ndim > 2])
@@ -95,9 +105,10 @@ def test_moments_lie_where_their_parameters_lie(name):
     assert len(moments) >= matrices
 
 
-@pytest.mark.parametrize("batch, accumulation, words", [
-    (12, 1, ["12", "multiple of 8"]), (16, 4, ["16", "4 micro-batches", "multiple of 32"]),
-])
+@pytest.mark.parametrize(
+    "batch, accumulation, words",
+    [(12, 1, ["12", "multiple of 8"]), (16, 4, ["16", "4 micro-batches", "multiple of 32"])],
+)
 def test_batches_that_do_not_split_over_the_mesh(batch, accumulation, words):
     run = parse_config(small_run(batch_size=batch, accumulation=accumulation))
     with pytest.raises(ConfigError) as error:

@@ -22,13 +22,28 @@ STEPS = 10
 
 
 @functools.cache
-def program_on(architecture: str, data: int, fsdp: int, tensor: int, accumulation: int = 1,
-               dropout: float = 0.0, scan_layers: bool = True, **mesh) -> Program:
-    run = parse_config(small_run(
-        model=ARCHITECTURES[architecture], accumulation=accumulation,
-        model_overrides={"mlp_dropout": dropout, "attention_dropout": dropout,
-                         "scan_layers": scan_layers},
-        mesh={"data": data, "fsdp": fsdp, "tensor": tensor} | mesh))
+def program_on(
+    architecture: str,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    accumulation: int = 1,
+    dropout: float = 0.0,
+    scan_layers: bool = True,
+    **mesh,
+) -> Program:
+    run = parse_config(
+        small_run(
+            model=ARCHITECTURES[architecture],
+            accumulation=accumulation,
+            model_overrides={
+                "mlp_dropout": dropout,
+                "attention_dropout": dropout,
+                "scan_layers": scan_layers,
+            },
+            mesh={"data": data, "fsdp": fsdp, "tensor": tensor} | mesh,
+        )
+    )
     mesh = make_mesh(run.mesh, jax.devices()[: data * fsdp * tensor])
     return build_program(run, run.model_config(), mesh, TARGETS)
 
@@ -57,19 +72,22 @@ def run_steps(program: Program, state, data) -> tuple[np.ndarray, list]:
 
 @functools.cache
 def on_one_device(architecture: str, records):
-    return run_steps(program_on(architecture, 1, 1, 1), start(architecture),
-                     batches(architecture, records))
+    return run_steps(
+        program_on(architecture, 1, 1, 1), start(architecture), batches(architecture, records)
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)],
-                         ids=lambda mesh: "x".join(map(str, mesh)))
+@pytest.mark.parametrize(
+    "mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda mesh: "x".join(map(str, mesh))
+)
 def test_every_mesh_gives_the_losses_of_one_device(architecture, mesh, records):
     wanted, (history, _) = on_one_device(architecture, records)
     program = program_on(architecture, *mesh)
     assert not program.unsharded
     losses, (sharded_history, _) = run_steps(
-        program, start(architecture), batches(architecture, records))
+        program, start(architecture), batches(architecture, records)
+    )
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     assert losses[-1] < losses[0]
     for a, b in zip(history, sharded_history):
@@ -80,8 +98,7 @@ def test_every_mesh_gives_the_losses_of_one_device(architecture, mesh, records):
 def test_parameters_gathered_at_every_use_give_the_same_losses(records):
     wanted, _ = on_one_device("encoder_decoder", records)
     program = program_on("encoder_decoder", 2, 4, 1, gather="use", reduce_dtype="float32")
-    losses, _ = run_steps(
-        program, start("encoder_decoder"), batches("encoder_decoder", records))
+    losses, _ = run_steps(program, start("encoder_decoder"), batches("encoder_decoder", records))
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
 
 
@@ -95,45 +112,58 @@ def test_four_micro_batches_equal_one_batch(architecture, records):
     data = batches(architecture, records)
     wanted, (_, state) = on_one_device(architecture, records)
     losses, (_, accumulated) = run_steps(
-        program_on(architecture, 1, 1, 1, accumulation=4), start(architecture), data)
+        program_on(architecture, 1, 1, 1, accumulation=4), start(architecture), data
+    )
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
-                 accumulated.params, state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
+        accumulated.params,
+        state.params,
+    )
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 1), (1, 2, 2)],
-                         ids=lambda mesh: "x".join(map(str, mesh)))
+@pytest.mark.parametrize("mesh", [(2, 2, 1), (1, 2, 2)], ids=lambda mesh: "x".join(map(str, mesh)))
 @pytest.mark.parametrize("gather", ["step", "use"])
 def test_micro_batches_on_every_mesh_equal_one_batch(mesh, gather, records):
     wanted, (history, state) = on_one_device("encoder_decoder", records)
     program = program_on("encoder_decoder", *mesh, accumulation=2, gather=gather)
     losses, (accumulated_history, accumulated) = run_steps(
-        program, start("encoder_decoder"), batches("encoder_decoder", records))
+        program, start("encoder_decoder"), batches("encoder_decoder", records)
+    )
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     for a, b in zip(history, accumulated_history):
         assert a.sums.source_tokens == b.sums.source_tokens
         assert a.sums.target_tokens == b.sums.target_tokens
         np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
-                 accumulated.params, state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4),
+        accumulated.params,
+        state.params,
+    )
 
 
 def collective_bytes(program: Program) -> tuple[float, float]:
     """Bytes that a step's collectives handle on a device, all and those within loops."""
     batch = abstract_batch(program, 8, INPUTS, TARGETS)
     text = program.train_step.lower(program.abstract_state, batch).compile().as_text()
-    found = [(e.times, e.times * shape_bytes(e.instruction.shape))
-             for body in executions(parse(text)) for e in body
-             if e.instruction.opcode.removesuffix("-start") in COLLECTIVES]
+    found = [
+        (e.times, e.times * shape_bytes(e.instruction.shape))
+        for body in executions(parse(text))
+        for e in body
+        if e.instruction.opcode.removesuffix("-start") in COLLECTIVES
+    ]
     return sum(size for _, size in found), sum(size for times, size in found if times > 1)
 
 
 def test_devices_add_up_micro_batches_before_they_talk():
     one, _ = collective_bytes(program_on("encoder_decoder", 2, 2, 1, scan_layers=False))
     two, looped = collective_bytes(
-        program_on("encoder_decoder", 2, 2, 1, accumulation=2, scan_layers=False))
-    matrices = sum(x.size for x in jax.tree.leaves(
-        program_on("encoder_decoder", 1, 1, 1).abstract_state.params))
+        program_on("encoder_decoder", 2, 2, 1, accumulation=2, scan_layers=False)
+    )
+    matrices = sum(
+        x.size
+        for x in jax.tree.leaves(program_on("encoder_decoder", 1, 1, 1).abstract_state.params)
+    )
     assert one > 4 * matrices  # gradients and parameters do travel, and it is seen
     assert two < 1.05 * one and looped < 0.01 * one
 
@@ -143,9 +173,13 @@ def test_shards_of_micro_batches_have_dropout_masks_of_their_own(records):
     batch = batches("encoder_decoder", records)[0]
     alike = {name: np.repeat(x[:1], 8, axis=0) for name, x in batch.items()}
     losses = [
-        run_steps(program_on("encoder_decoder", *mesh, accumulation=2, dropout=0.3),
-                  start("encoder_decoder"), [alike])[0][0]
-        for mesh in [(1, 1, 1), (2, 1, 1), (4, 1, 1)]]
+        run_steps(
+            program_on("encoder_decoder", *mesh, accumulation=2, dropout=0.3),
+            start("encoder_decoder"),
+            [alike],
+        )[0][0]
+        for mesh in [(1, 1, 1), (2, 1, 1), (4, 1, 1)]
+    ]
     assert len(set(losses)) == 3
 
 
@@ -186,8 +220,9 @@ def test_the_head_is_paid_per_target_token(architecture):
 
 def test_the_state_is_donated(records):
     program = program_on("encoder_decoder", 1, 1, 1)
-    state = jax.device_put(start("encoder_decoder"),
-                           jax.tree.map(lambda x: x.sharding, program.abstract_state))
+    state = jax.device_put(
+        start("encoder_decoder"), jax.tree.map(lambda x: x.sharding, program.abstract_state)
+    )
     batch = batches("encoder_decoder", records)[0]
     program.train_step(state, jax.device_put(batch, program.batch_sharding))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))

@@ -38,16 +38,23 @@ def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
     """SIGKILL while starting, between steps and in the midst of saving; one continuing run. Of
     two processes, with two devices each, one is killed and both are started again."""
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(processes),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(processes),
         "PYTHONPATH": str(REPOSITORY),
         # Everything, however quickly compiled: each start would otherwise do it again.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     nursery = [sys.executable, "-m", "tests.train.nursery", str(records)]
     run = lambda name, kills: subprocess.run(
         [*nursery, str(tmp_path / name), str(processes), str(kills), str(seed)],
-        capture_output=True, text=True, timeout=900, cwd=REPOSITORY, env=environment)
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=REPOSITORY,
+        env=environment,
+    )
     done = run("killed", kills)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
@@ -61,8 +68,14 @@ def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
     assert step == STEPS[processes]
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
     # The metrics, too, are those of one run: each step once, the same losses.
-    rows = {name: [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / name)
-                   if "train/loss" in row] for name in ("killed", "straight")}
+    rows = {
+        name: [
+            (row["step"], row["train/loss"])
+            for row in read_metrics(tmp_path / name)
+            if "train/loss" in row
+        ]
+        for name in ("killed", "straight")
+    }
     steps = [step for step, _ in rows["killed"]]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS[processes]
     whole = dict(rows["straight"])
@@ -116,13 +129,22 @@ def test_sigterm_saves_in_time_and_the_run_goes_on(records, tmp_path):
 
 
 def test_the_command_leaves_within_the_grace_period_with_a_code_of_its_own(records, tmp_path):
-    arguments = [f"--config={REPOSITORY}/configs/pretrain.py:test", f"--workdir={tmp_path}/w",
-                 f"--config.data.records={records}", "--config.model_overrides.vocab_size=264",
-                 "--config.batch_size=8", "--config.steps=1000000", "--config.log_every=5"]
+    arguments = [
+        f"--config={REPOSITORY}/configs/pretrain.py:test",
+        f"--workdir={tmp_path}/w",
+        f"--config.data.records={records}",
+        "--config.model_overrides.vocab_size=264",
+        "--config.batch_size=8",
+        "--config.steps=1000000",
+        "--config.log_every=5",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "encdec", "train", *arguments], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1"})
+        [sys.executable, "-m", "encdec", "train", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1"},
+    )
     try:
         for line in process.stdout:
             if line.startswith("step 5/"):
@@ -143,8 +165,14 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
 ):
     from encdec.train.preemption import Notice
 
-    config = small_run(records, steps=6, log_every=1, eval={"every": 3},
-                       checkpoint={"every": 0}, data={"eval_records": str(eval_records)})
+    config = small_run(
+        records,
+        steps=6,
+        log_every=1,
+        eval={"every": 3},
+        checkpoint={"every": 0},
+        data={"eval_records": str(eval_records)},
+    )
     train(config, tmp_path / "straight")
     # Three steps ask once each, the loop once before them; the fifth asker is the evaluation.
     reached = Notice.reached
@@ -154,8 +182,14 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
     assert not any("eval/loss" in row for row in read_metrics(tmp_path / "run"))
     monkeypatch.setattr(Notice, "reached", reached)
     train(config, tmp_path / "run")
-    evals = [[(row["step"], row["eval/loss"]) for row in read_metrics(tmp_path / name)
-              if "eval/loss" in row] for name in ("run", "straight")]
+    evals = [
+        [
+            (row["step"], row["eval/loss"])
+            for row in read_metrics(tmp_path / name)
+            if "eval/loss" in row
+        ]
+        for name in ("run", "straight")
+    ]
     assert evals[0] == evals[1] and [step for step, _ in evals[0]] == [3, 6]
 
 
@@ -196,16 +230,25 @@ def test_a_report_of_later_steps_is_not_gone_on_from():
 
 
 def test_a_runs_reports_add_up(records, eval_records, tmp_path):
-    run = small_run(records, steps=8, log_every=2, checkpoint={"every": 4}, eval={"every": 4},
-                    data={"eval_records": str(eval_records)})
+    run = small_run(
+        records,
+        steps=8,
+        log_every=2,
+        checkpoint={"every": 4},
+        eval={"every": 4},
+        data={"eval_records": str(eval_records)},
+    )
     train(run, tmp_path, stop_at=4)
     train(run, tmp_path)
     started = json.loads((tmp_path / "config.json").read_text())["started"]
     rows = [row for row in read_metrics(tmp_path) if "goodput/share" in row]
     assert [row["step"] for row in rows] == [2, 4, 4, 6, 8, 8]  # with the evaluations
     for row in rows:
-        parts = {name: value for name, value in row.items() if name.endswith("_seconds")
-                 and name.startswith("goodput/")}
+        parts = {
+            name: value
+            for name, value in row.items()
+            if name.endswith("_seconds") and name.startswith("goodput/")
+        }
         assert all(value >= 0 for value in parts.values())
         # Lines are stamped a little later, by the thread that writes them.
         wall = row["time"] - started
@@ -248,11 +291,11 @@ def test_addresses_are_refused_naming_the_mount(records):
 
 def test_a_source_that_is_gone_does_not_stop_a_run_that_has_begun(records, tmp_path):
     train(small_run(records, steps=1, schedule={"warmup_steps": 0}), tmp_path / "source")
-    run = small_run(records, steps=2, init_from=str(tmp_path / "source"),
-                    schedule={"warmup_steps": 0})
+    run = small_run(
+        records, steps=2, init_from=str(tmp_path / "source"), schedule={"warmup_steps": 0}
+    )
     train(run, tmp_path / "run", stop_at=1)
     (tmp_path / "source").rename(tmp_path / "moved")
     assert train(run, tmp_path / "run").step == 2
     with pytest.raises(CheckpointError, match="source"):
         train(run, tmp_path / "other")
-

@@ -35,8 +35,12 @@ def pretrained(records, tmp_path_factory):
 
 def test_a_run_starts_where_another_ended(pretrained, records, tmp_path):
     # At a learning rate of next to nothing the parameters stay what they were.
-    train(short_run(records, steps=1, init_from=str(pretrained), seed=5,
-                    optimizer={"learning_rate": 1e-30}), tmp_path / "run")
+    train(
+        short_run(
+            records, steps=1, init_from=str(pretrained), seed=5, optimizer={"learning_rate": 1e-30}
+        ),
+        tmp_path / "run",
+    )
     _, before, _ = load_params_for_inference(pretrained)
     _, after, _ = load_params_for_inference(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -67,8 +71,10 @@ def test_the_cost_is_of_the_step_that_was_taken(records, tmp_path):
 
 
 def test_what_does_not_fit_is_named(pretrained, records, tmp_path):
-    train(short_run(records, steps=1, init_from=str(pretrained), model_overrides={
-        "vocab_size": 280}), tmp_path / "run")
+    train(
+        short_run(records, steps=1, init_from=str(pretrained), model_overrides={"vocab_size": 280}),
+        tmp_path / "run",
+    )
     report = (tmp_path / "run" / "warm-start.txt").read_text()
     assert "1 left, 1 drawn anew" in report
     assert "embedder/embedding: shape (264, " in report
@@ -94,9 +100,13 @@ def test_patience_counts_evaluations_without_a_lower_loss():
 def test_a_run_ends_when_patience_does_and_keeps_its_best(records, eval_records, tmp_path):
     # A learning rate of next to nothing: no evaluation after the first is lower.
     config = small_run(
-        records, steps=50, eval={"every": 1, "patience": 2}, checkpoint={"every": 1, "keep": 3},
+        records,
+        steps=50,
+        eval={"every": 1, "patience": 2},
+        checkpoint={"every": 1, "keep": 3},
         data={"records": str(records), "eval_records": str(eval_records)},
-        optimizer={"learning_rate": 1e-30})
+        optimizer={"learning_rate": 1e-30},
+    )
     assert train(config, tmp_path / "run").step == 3
     assert saved_steps(tmp_path / "run") == [1, 2, 3]
     assert train(config, tmp_path / "run").step == 3  # and has nothing more to do
@@ -107,5 +117,10 @@ def test_patience_without_evaluations_is_refused(records):
     with pytest.raises(ConfigError, match=r"config\.eval\.patience is 2"):
         parse_config(short_run(records, eval={"patience": 2}))
     with pytest.raises(ConfigError, match=r"config\.checkpoint\.keep is 2"):
-        parse_config({"data": {"eval_records": "x"}, "eval": {"every": 5, "patience": 3},
-                      "checkpoint": {"every": 5, "keep": 2}})
+        parse_config(
+            {
+                "data": {"eval_records": "x"},
+                "eval": {"every": 5, "patience": 3},
+                "checkpoint": {"every": 5, "keep": 2},
+            }
+        )

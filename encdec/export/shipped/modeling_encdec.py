@@ -85,8 +85,13 @@ class EncdecAttention(nn.Module):
             out = torch.softmax(scores, -1).to(v.dtype) @ v
         else:
             out = nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask.to(q.dtype), scale=config.attention_scale,
-                enable_gqa=group > 1)
+                q,
+                k,
+                v,
+                attn_mask=mask.to(q.dtype),
+                scale=config.attention_scale,
+                enable_gqa=group > 1,
+            )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -110,7 +115,8 @@ class EncdecBlock(nn.Module):
         self.sublayers = ["self_attn", "cross_attn", "mlp"] if cross else ["self_attn", "mlp"]
         for name in self.sublayers:
             self.add_module(
-                name, EncdecMlp(config) if name == "mlp" else EncdecAttention(config, layer))
+                name, EncdecMlp(config) if name == "mlp" else EncdecAttention(config, layer)
+            )
             self.add_module(f"pre_{name}_norm", EncdecNorm(config, config.d_model))
             if config.post_norms:
                 self.add_module(f"post_{name}_norm", EncdecNorm(config, config.d_model))
@@ -158,8 +164,11 @@ class EncdecStack(EncdecPreTrainedModel):
 
     def embed(self, input_ids):
         x = self.embed_tokens(input_ids)
-        return x * torch.tensor(self.config.d_model**0.5, dtype=x.dtype) if (
-            self.config.embedding_scale) else x
+        return (
+            x * torch.tensor(self.config.d_model**0.5, dtype=x.dtype)
+            if (self.config.embedding_scale)
+            else x
+        )
 
     def rope(self, positions):
         frequencies = torch.tensor(self.config.rope_frequencies, device=positions.device)
@@ -178,8 +187,9 @@ class EncdecEncoder(EncdecStack):
     def __init__(self, config):
         super().__init__(config, config.encoder_layers, cross=False)
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, return_dict=True,
-                **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, return_dict=True, **kwargs
+    ):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None:
             attention_mask = torch.ones(x.shape[:2], device=x.device)
@@ -238,9 +248,20 @@ class EncdecForConditionalGeneration(EncdecPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def forward(self, input_ids=None, attention_mask=None, decoder_input_ids=None,
-                decoder_attention_mask=None, encoder_outputs=None, past_key_values=None,
-                cache=None, labels=None, use_cache=None, return_dict=True, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        encoder_outputs=None,
+        past_key_values=None,
+        cache=None,
+        labels=None,
+        use_cache=None,
+        return_dict=True,
+        **kwargs,
+    ):
         # `cache` is what transformers 5.24 made of `past_key_values`.
         cache = past_key_values if cache is None else cache
         if encoder_outputs is None:
@@ -249,17 +270,21 @@ class EncdecForConditionalGeneration(EncdecPreTrainedModel, GenerationMixin):
         if labels is not None and decoder_input_ids is None:
             start = self.config.decoder_start_token_id
             decoder_input_ids = torch.cat(
-                [torch.full_like(labels[:, :1], start), labels[:, :-1].clamp(min=0)], 1)
+                [torch.full_like(labels[:, :1], start), labels[:, :-1].clamp(min=0)], 1
+            )
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        hidden = self.decoder(decoder_input_ids, source, attention_mask, decoder_attention_mask,
-                              cache)
+        hidden = self.decoder(
+            decoder_input_ids, source, attention_mask, decoder_attention_mask, cache
+        )
         logits = self.lm_head(hidden).float()
         if cap := self.config.final_logit_cap:
             logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+                logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+            )
         return Seq2SeqLMOutput(
-            loss=loss, logits=logits, encoder_last_hidden_state=source, **{CACHE: cache})
+            loss=loss, logits=logits, encoder_last_hidden_state=source, **{CACHE: cache}
+        )

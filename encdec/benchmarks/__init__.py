@@ -1,0 +1,1 @@
+"""Measurements of every part; each compares within one run."""

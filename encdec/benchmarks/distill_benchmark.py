@@ -1,0 +1,79 @@
+"""``encdec benchmark distill``: the experiment, its table, pictures and JSON by one command."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+
+def main(argv: list[str]) -> int:
+    """Trains a teacher and students on prepared records; repeated, it goes on where it was.
+
+    Raises:
+        ConfigError, DataError: settings or records that do not fit.
+    """
+    options = _parser().parse_args(argv)
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.benchmarks.distill_experiment import Setting, run_experiment
+    from encdec.benchmarks.distill_report import write_report
+
+    setting = Setting(
+        pathlib.Path(options.work),
+        options.records,
+        options.eval_records,
+        options.teacher_records or options.records,
+        options.student,
+        options.teacher,
+        options.teacher_layers,
+        options.steps,
+        options.teacher_steps,
+        options.batch_size,
+        options.seeds,
+        options.alpha,
+        options.learning_rate,
+    )
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - begin:,.0f} s] {text}", flush=True)
+
+    run_experiment(setting, say)
+    print(write_report(setting, say, pathlib.Path(options.images or options.work)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from encdec.benchmarks.distill_experiment import Setting
+
+    parser = argparse.ArgumentParser(
+        prog="encdec benchmark distill",
+        allow_abbrev=False,
+        description="One decoder-only teacher, students of one size on gold targets alone, every "
+        "logit, draws and top-k rows, at equal steps: loss, calibration, bytes, step time.",
+    )
+    parser.add_argument("--work", required=True, metavar="DIR", help="receives runs and results")
+    parser.add_argument("--records", required=True, metavar="DIR", help="the students' records")
+    parser.add_argument("--eval_records", required=True, metavar="DIR", help="held out")
+    parser.add_argument(
+        "--teacher_records",
+        metavar="DIR",
+        help="the teacher's records, if it has more (default: the students')",
+    )
+    parser.add_argument("--images", metavar="DIR", help="where pictures go (default: --work)")
+    for name, what in (
+        ("student", "preset"),
+        ("teacher", "decoder-only preset, 4 times the student or more"),
+        ("teacher_layers", "in place of the preset's; 0 leaves it"),
+        ("steps", "of a student"),
+        ("teacher_steps", "of the teacher"),
+        ("batch_size", "rows a step"),
+        ("seeds", "students of each kind"),
+        ("alpha", "weight of the teacher"),
+        ("learning_rate", "of Muon, at the peak"),
+    ):
+        default = getattr(Setting, name)
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"{what} (default %(default)s)"
+        )
+    return parser

@@ -1,0 +1,519 @@
+"""``encdec benchmark edge``: one model through every runtime on this machine's CPU, by turns."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from encdec.benchmarks import transformers_runtime
+from encdec.benchmarks.device_rates import Busy, DeviceRates, ReadRate, measure_rates, peak_memory
+from encdec.benchmarks.generation import START_ID, GenerationTiming, Spread, cached_run
+from encdec.benchmarks.inference_benchmark import numbers
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import ConfigError
+from encdec.export import litert_export, onnx_export
+from encdec.inference.decoding import ready_for_decoding
+from encdec.inference.exported import ExportedModel, export_format, likeliest, load_exported_model
+from encdec.model import ModelConfig, build_model, init_params, preset
+from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
+
+# name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout;
+# transformers is a peer: its `generate` on our export for Hugging Face.
+PATHS = {
+    "jax": ("jax", "as generate runs it"),
+    "jax-float32": ("jax", "float32"),
+    "litert-float32": ("litert", "float32"),
+    "litert-int8": ("litert", "int8"),
+    "litert-int4": ("litert", "int4"),
+    "onnx-float32": ("onnx", "float32"),
+    "onnx-int8": ("onnx", "int8"),
+    "onnx-int4": ("onnx", "int4"),
+    **{f"transformers-{name}": ("transformers", name) for name in transformers_runtime.PRECISIONS},
+}
+# Without the peers that this machine lacks.
+DEFAULT = (
+    "jax",
+    "jax-float32",
+    "litert-int8",
+    "litert-int4",
+    "onnx-int8",
+    "transformers-float32",
+    "transformers-bfloat16",
+    "transformers-int8",
+)
+REFERENCE = "jax-float32"  # whose tokens the others' are held against
+WRITERS = {"litert": litert_export, "onnx": onnx_export}
+
+# From an input's tokens to the first new token and a state; from the state to all others.
+Run = tuple[Callable[[np.ndarray], Any], Callable[[Any, int], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One path at one input length.
+
+    Attributes:
+        timing: see ``GenerationTiming``.
+        decode_floor_share: seconds that reading the decoder's weights and caches takes at the
+            measured bandwidth, over those that the later tokens took.
+        neighbouring_floor_share: the same of each timing against the bandwidth measured directly
+            before and after its later tokens; the mean of the two counts.
+        first_token_rate: FLOP/s up to the first token, over the measured rate of a matrix product
+            in the type that this path multiplies in where JAX has it (int8: of bfloat16).
+        same_tokens: new tokens before the first that is not JAX float32's; None without it.
+
+    The first and the last hold a median of timings against the best rate of the whole run, which
+    is the machine's own limit. A virtual machine may have less for minutes, while others on its
+    host read memory, and these shares then fall though the program is the same. The share of
+    neighbouring reads says what the program makes of what there was.
+    """
+
+    timing: GenerationTiming
+    decode_floor_share: float
+    neighbouring_floor_share: Spread
+    first_token_rate: float
+    same_tokens: int | None = None
+
+
+def artefact(name: str, config: ModelConfig, params: Any, folder: pathlib.Path) -> pathlib.Path:
+    """The directory of an export, written now unless it is there."""
+    kind, precision = PATHS[name]
+    out = folder / name
+    if not (out / "config.json").is_file():
+        vocabulary = folder / "vocabulary"
+        vocabulary.mkdir(parents=True, exist_ok=True)
+        spec = ByteVocabulary().save(vocabulary).to_dict() | {"size": config.vocab_size}
+        WRITERS[kind].write(
+            out,
+            config,
+            params,
+            precision=precision,
+            vocabulary_from=vocabulary,
+            content={"format_version": 1, "data": {"vocabulary": spec}},
+        )
+    return out
+
+
+def jax_run(config: ModelConfig, params: Any, dtype: str | None, outputs: int) -> Run:
+    """Our own model: the same compiled programs that ``encdec generate`` runs."""
+    config, params = ready_for_decoding(config, params, dtype)
+    made: dict[int, Any] = {}
+
+    def first(tokens_S: np.ndarray) -> Any:
+        length = len(tokens_S)
+        if length not in made:
+            made[length] = cached_run(
+                config, params, jnp.asarray(tokens_S, jnp.int32)[None], outputs
+            )
+        return length, jax.block_until_ready(made[length][0]())
+
+    def rest(state: Any, count: int) -> Any:
+        length, decoding = state
+        return np.asarray(jax.block_until_ready(made[length][1](decoding)).tokens_RxN)
+
+    return first, rest
+
+
+def exported_run(model: ExportedModel, outputs: int) -> Run:
+    """An exported model, step by step as its generator does it."""
+
+    def first(tokens_S: np.ndarray) -> Any:
+        logits, memory = model.prefill(
+            np.asarray(tokens_S, np.int64)[None], np.array([len(tokens_S)]), START_ID, outputs
+        )
+        return memory, likeliest(logits, model.config.vocab_size)[0]
+
+    def rest(state: Any, count: int) -> Any:
+        memory, token_R = state
+        tokens = [token_R]
+        for _ in range(count - 1):
+            tokens.append(memory.greedy(tokens[-1])[0])
+        return np.stack(tokens, axis=1)
+
+    return first, rest
+
+
+def transformers_run(model: transformers_runtime.TransformersModel, outputs: int) -> Run:
+    """A peer: one call of ``generate``, halted after its first token."""
+    return (
+        lambda tokens_S: model.start(tokens_S[None], outputs),
+        lambda state, count: model.finish(state),
+    )
+
+
+def measure(
+    runs: dict[str, Run],
+    config: ModelConfig,
+    inputs: Sequence[int],
+    outputs: int,
+    repeats: int,
+    *,
+    read_rate: Callable[[], float],
+    calm: float = 1.0,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[list[tuple[GenerationTiming, tuple[float, ...], int | None]], int]:
+    """Times every path at every length, by turns, after a first round that does not count.
+
+    Args:
+        runs: the paths by name.
+        config: the model.
+        inputs: lengths of the inputs.
+        outputs: new tokens.
+        repeats: timings wanted of each path.
+        read_rate: measures the bandwidth, in bytes a second; called around every timing's later
+            tokens.
+        calm: a timing during which other processes took more than this share of the cores is
+            taken again, in as many as 8 times ``repeats`` turns; what came last then stands.
+        between: called between turns.
+
+    Returns:
+        The timings, each with the bandwidth around its repeats and ``Measured.same_tokens``; and
+        how many were taken again.
+    """
+    timings, again = [], 0
+    for length in inputs:
+        tokens = np.random.default_rng(length).integers(2, config.vocab_size, length)
+        taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
+        answers = {name: rest(first(tokens), outputs) for name, (first, rest) in runs.items()}
+        for turn in range(8 * repeats):
+            between()
+            for name, (first, rest) in runs.items():
+                if len(taken[name]) == repeats:
+                    continue
+                busy, begin = Busy(), time.perf_counter()
+                state = first(tokens)
+                first_seconds = time.perf_counter() - begin
+                before, begin = read_rate(), time.perf_counter()
+                rest(state, outputs)
+                total = first_seconds + time.perf_counter() - begin
+                around = (before + read_rate()) / 2
+                if busy.others() <= calm or turn >= 7 * repeats + len(taken[name]):
+                    taken[name].append((first_seconds, total, around))
+                else:
+                    again += 1
+        for name, times in taken.items():
+            firsts, totals, around = zip(*times)
+            timings.append(
+                (
+                    GenerationTiming(name, True, length, outputs, 1, firsts, totals),
+                    around,
+                    alike(answers[name], answers[REFERENCE]) if REFERENCE in answers else None,
+                )
+            )
+    return timings, again
+
+
+def alike(ours_1xN: np.ndarray, theirs_1xN: np.ndarray) -> int:
+    """Tokens before the first difference."""
+    same_N = np.asarray(ours_1xN)[0] == np.asarray(theirs_1xN)[0]
+    return int(np.logical_and.accumulate(same_N).sum())
+
+
+def evaluate(
+    timing: GenerationTiming,
+    around: Sequence[float],
+    config: ModelConfig,
+    rates: DeviceRates,
+    fast: DeviceRates,
+) -> Measured:
+    """Holds a timing against the formulas and the machine's rates; ``around`` is of each repeat."""
+    kind, precision = PATHS[timing.model]
+    flops = generation_flops(config, timing.input_length, timing.output_length)
+    later, precision = flops.later_tokens, precision if kind != "jax" else "float32"
+    # Four bits are for the decoder's MLPs alone.
+    mlps = (timing.output_length - 1) * config.decoder_layers * mlp_weights(config)
+    others = later.decoder / 2 + later.head / 2 - mlps
+    weights = mlps * BYTES_PER_VALUE[precision] + others * max(BYTES_PER_VALUE[precision], 1.0)
+    cache = (timing.output_length - 1) * cache_bytes(
+        config,
+        timing.input_length,
+        max(1, timing.output_length // 2),
+        dtype="bfloat16" if precision == "bfloat16" else "float32",
+    )
+    taken = timing.total.median - timing.first_token.median
+    reduced = PATHS[timing.model][1] not in ("float32",)
+    rate = (fast if reduced else rates).flops_per_second
+    neighbouring = Spread.of(
+        [
+            (weights + cache) / rate / (total - first)
+            for rate, first, total in zip(around, timing.first_token_seconds, timing.total_seconds)
+        ]
+    )
+    return Measured(
+        timing,
+        (weights + cache) / rates.bytes_per_second / taken,
+        neighbouring,
+        flops.first_token.total / timing.first_token.median / rate,
+    )
+
+
+def chosen_paths(names: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
+    """The paths to run, and a line for each of the default's that this machine cannot.
+
+    Raises:
+        ConfigError: an unknown path, or one asked for that cannot run here.
+    """
+    chosen, left_out = [], []
+    for name in names or DEFAULT:
+        if name not in PATHS:
+            raise ConfigError(f"--paths has {name!r}; wanted some of {', '.join(PATHS)}")
+        kind, precision = PATHS[name]
+        reason = transformers_runtime.missing(precision) if kind == "transformers" else ""
+        if reason and names:
+            raise ConfigError(f"--paths has {name}, but {reason}")
+        if reason:
+            left_out.append(f"{name} is left out: {reason}")
+        else:
+            chosen.append(name)
+    return tuple(chosen), left_out
+
+
+def peak_bytes(arguments: Sequence[str]) -> int:
+    """Peak memory of a process of its own that loads one path and generates once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "encdec", "benchmark", "edge", "--peak", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout.split()[-1])
+
+
+def main(argv: list[str]) -> int:
+    """Exports the model where it is not yet, times every path, prints a table, writes JSON.
+
+    Raises:
+        ConfigError: an unknown model or path, or a number that cannot be.
+    """
+    options = _parser().parse_args(argv)
+    config = preset(options.model)
+    paths, left_out = chosen_paths(options.paths)
+    if not config.is_encoder_decoder:
+        raise ConfigError(f"--model={options.model} is decoder-only; wanted an encoder-decoder")
+    if options.repeats < 1 or options.outputs < 2:
+        raise ConfigError(
+            f"repeats is {options.repeats} and outputs {options.outputs}; wanted at least 1 and 2"
+        )
+    folder = pathlib.Path(options.artefacts) / options.model
+    if options.peak:
+        print(_peak(options, config, folder))
+        return 0
+    draw = jax.jit(init_params, static_argnums=0)
+    params = draw(build_model(config), jax.random.key(0))
+    runs = {name: _run(name, config, params, folder, options.outputs) for name in paths}
+    if options.export_only:
+        return 0
+    del params
+    console = Console(width=None if Console().is_terminal else 180)
+    known: dict[str, list[DeviceRates]] = {"float32": [], "bfloat16": []}
+
+    def measure_machine() -> None:
+        for dtype, found in known.items():
+            found.append(measure_rates(dtype, tries=3))
+
+    reading, busy = ReadRate(), Busy()
+    timings, again = measure(
+        runs,
+        config,
+        options.inputs,
+        options.outputs,
+        options.repeats,
+        calm=options.calm,
+        read_rate=lambda: reading.best(2),
+        between=measure_machine,
+    )
+    others = busy.others()
+    del runs
+    rates, fast = (
+        DeviceRates(
+            max(one.bytes_per_second for one in found), max(one.flops_per_second for one in found)
+        )
+        for found in known.values()
+    )
+    median_rate = statistics.median(one.bytes_per_second for one in known["float32"])
+    found = [
+        dataclasses.replace(evaluate(timing, around, config, rates, fast), same_tokens=same)
+        for timing, around, same in timings
+    ]
+    peaks = (
+        {}
+        if options.no_memory
+        else {
+            name: peak_bytes(
+                [
+                    f"--model={options.model}",
+                    f"--paths={name}",
+                    f"--artefacts={options.artefacts}",
+                    f"--inputs={max(options.inputs)}",
+                    f"--outputs={options.outputs}",
+                ]
+            )
+            for name in paths
+        }
+    )
+    console.print(
+        f"{platform.processor() or platform.machine()}, batch 1: {rates.bytes_per_second / 1e9:.1f}"
+        f" GB/s read (median {median_rate / 1e9:.1f}), {rates.flops_per_second / 1e9:.0f} GFLOP/s "
+        f"float32 and {fast.flops_per_second / 1e9:.0f} bfloat16; other processes took "
+        f"{others:.0%} of the cores meanwhile, {again} timings were taken again"
+    )
+    console.print(_table(found, peaks, options.outputs))
+    for line in left_out:
+        console.print(line, highlight=False)
+    if options.out:
+        pathlib.Path(options.out).mkdir(parents=True, exist_ok=True)
+        (pathlib.Path(options.out) / "edge.json").write_text(
+            json.dumps(
+                {
+                    "model": options.model,
+                    "rates": dataclasses.asdict(rates),
+                    "others": others,
+                    "median_bytes_per_second": median_rate,
+                    "taken_again": again,
+                    "calm": options.calm,
+                    "bfloat16_flops_per_second": fast.flops_per_second,
+                    "peak_bytes": peaks,
+                    "measured": [
+                        {
+                            "path": one.timing.model,
+                            "inputs": one.timing.input_length,
+                            "outputs": one.timing.output_length,
+                            "first_token_seconds": dataclasses.asdict(one.timing.first_token),
+                            "total_seconds": dataclasses.asdict(one.timing.total),
+                            "tokens_per_second": dataclasses.asdict(one.timing.tokens_per_second),
+                            "decode_floor_share": one.decode_floor_share,
+                            "neighbouring_floor_share": dataclasses.asdict(
+                                one.neighbouring_floor_share
+                            ),
+                            "first_token_rate": one.first_token_rate,
+                            "same_tokens": one.same_tokens,
+                        }
+                        for one in found
+                    ],
+                },
+                indent=2,
+            )
+            + "\n"
+        )
+    return 0
+
+
+def _run(name: str, config: ModelConfig, params: Any, folder: pathlib.Path, outputs: int) -> Run:
+    kind, precision = PATHS[name]
+    if kind == "jax":
+        return jax_run(config, params, "float32" if precision == "float32" else None, outputs)
+    if kind == "transformers":
+        exported = transformers_runtime.artefact(config, params, folder)
+        return transformers_run(
+            transformers_runtime.TransformersModel(exported, precision), outputs
+        )
+    path = artefact(name, config, params, folder)
+    assert export_format(path) == kind
+    return exported_run(load_exported_model(path), outputs)
+
+
+def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path) -> int:
+    (name,) = options.paths
+    params = None
+    if PATHS[name][0] == "jax":
+        params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
+    first, rest = _run(name, config, params, folder, options.outputs)
+    rest(first(np.full(max(options.inputs), 5)), options.outputs)
+    return peak_memory()
+
+
+def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Table:
+    table = Table(title=f"Medians (quartiles), {outputs} tokens out", title_justify="left")
+    names = (
+        "path",
+        "in",
+        "first token, ms",
+        "tokens/s",
+        "total, s",
+        "of matmul rate",
+        "of read floor",
+        "of reads beside it",
+        "peak memory",
+        "same tokens",
+    )
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
+    for one in found:
+        timing = one.timing
+        peak = peaks.get(timing.model)
+        table.add_row(
+            timing.model,
+            str(timing.input_length),
+            timing.first_token.shown(1e3, 0),
+            timing.tokens_per_second.shown(1, 1),
+            timing.total.shown(1, 3),
+            f"{one.first_token_rate:.0%}",
+            f"{one.decode_floor_share:.0%}",
+            one.neighbouring_floor_share.shown(100, 0) + " %",
+            f"{peak / 2**20:,.0f} MiB" if peak else "",
+            "" if one.same_tokens is None else f"{one.same_tokens} of {outputs}",
+        )
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec benchmark edge",
+        allow_abbrev=False,
+        description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
+        "models of the same parameters, transformers' generate among them, by turns in one run. "
+        '"same tokens" counts those before the first that JAX float32 chose otherwise. '
+        "Parameters are drawn anew: their values change no time.",
+    )
+    parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
+    parser.add_argument(
+        "--paths",
+        type=lambda text: tuple(text.split(",")),
+        metavar="A,B",
+        help=f"of {', '.join(PATHS)} ({','.join(DEFAULT)}; of transformers' those "
+        "that this machine can run)",
+    )
+    parser.add_argument(
+        "--inputs", type=numbers, default=(512,), metavar="N,N", help="input tokens (512)"
+    )
+    parser.add_argument("--outputs", type=int, default=64, help="new tokens (64)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
+    parser.add_argument(
+        "--calm",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="take a timing again during which other processes took more than "
+        "this share of the cores (1: never)",
+    )
+    parser.add_argument(
+        "--artefacts",
+        default="runs/edge",
+        metavar="DIR",
+        help="exports are kept and found here (runs/edge)",
+    )
+    parser.add_argument("--export_only", action="store_true", help="write exports, time nothing")
+    parser.add_argument(
+        "--no_memory",
+        action="store_true",
+        help="leave the peak memory out, for which each path runs once more in a "
+        "process of its own",
+    )
+    parser.add_argument("--out", metavar="DIR", help="write edge.json there")
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    return parser

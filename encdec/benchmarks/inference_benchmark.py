@@ -1,0 +1,510 @@
+"""``encdec benchmark inference``: an encoder-decoder against its decoder-only peers, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from encdec.benchmarks import transformers_runtime
+from encdec.benchmarks.device_rates import DeviceRates, measure_rates
+from encdec.benchmarks.generation import GenerationTiming, time_generation
+from encdec.benchmarks.generation_memory import measure_peaks, peaks_by_process
+from encdec.errors import ConfigError
+from encdec.model import ModelConfig, build_model, init_params, preset
+from encdec.model.flops import (
+    BYTES_PER_VALUE,
+    cache_bytes,
+    count_parameters,
+    generation_flops,
+    weight_bytes,
+)
+from encdec.model.peers import match_decoder_only
+
+PEERS = {"parameters": "parameters", "flops": "training_flops"}
+OURS = "encoder-decoder"
+# The encoder-decoder by transformers' `generate`; the precision, or None for that of --dtype.
+RUNTIMES = {"transformers": None, "transformers-bfloat16": "bfloat16"}
+# arXiv 2501.16273, abstract: of the encoder-decoder against decoder-only models of its size.
+PAPER = {
+    "first token": "-47 %",
+    "tokens a second": "4.7x",
+    "memory": "-11 to -16 %",
+    "FLOPs": "-22 %",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model at one setting: what was timed, and what the formulas say of it.
+
+    Attributes:
+        timing: see ``GenerationTiming``.
+        flops: of one generation, all rows.
+        memory_bytes: weights and cache, computed.
+        cache_bytes: of that, keys and values.
+        bytes_moved: of weights and cache read in one generation; weights count once a pass.
+        first_token_rate: FLOP/s up to the first token, over the machine's measured rate.
+        decode_floor_share: seconds that reading weights and cache for each later token takes at
+            the measured bandwidth, over those that it took; 0 for uncached generation.
+        peak_bytes: of a process (of the device's memory, on an accelerator) that holds this model
+            alone and generates; 0 where it was not measured.
+    """
+
+    timing: GenerationTiming
+    flops: float
+    memory_bytes: int
+    cache_bytes: int
+    bytes_moved: float
+    first_token_rate: float
+    decode_floor_share: float
+    peak_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        timing = self.timing
+        return {
+            "model": timing.model,
+            "cached": timing.cached,
+            "batch": timing.batch,
+            "inputs": timing.input_length,
+            "outputs": timing.output_length,
+            "first_token_seconds": dataclasses.asdict(timing.first_token),
+            "total_seconds": dataclasses.asdict(timing.total),
+            "tokens_per_second": dataclasses.asdict(timing.tokens_per_second),
+            "flops": self.flops,
+            "memory_bytes": self.memory_bytes,
+            "cache_bytes": self.cache_bytes,
+            "bytes_moved": self.bytes_moved,
+            "first_token_rate": self.first_token_rate,
+            "decode_floor_share": self.decode_floor_share,
+            "peak_bytes": self.peak_bytes,
+            "same_tokens": timing.same_tokens,
+        }
+
+
+def evaluate(
+    timing: GenerationTiming, config: ModelConfig, rates: DeviceRates, dtype: str
+) -> Measured:
+    """Holds a timing against the formulas and the machine's rates."""
+    rows, inputs, outputs = timing.batch, timing.input_length, timing.output_length
+    flops = generation_flops(config, inputs, outputs, cached=timing.cached)
+    first = rows * flops.first_token.total / timing.first_token.median
+    # A weight that a token passes through costs two FLOPs and is read once for all rows.
+    later, share = flops.later_tokens, 0.0
+    held = weight_bytes(config, dtype)
+    if timing.cached:
+        read = (later.decoder + later.head) / 2 * BYTES_PER_VALUE[dtype]
+        read += (outputs - 1) * cache_bytes(
+            config, inputs, max(1, outputs // 2), batch_size=rows, dtype=dtype
+        )
+        taken = timing.total.median - timing.first_token.median
+        share = read / rates.bytes_per_second / taken
+    else:
+        read = (outputs - 1) * held
+    cache = cache_bytes(config, inputs, outputs, batch_size=rows, dtype=dtype)
+    return Measured(
+        timing,
+        rows * flops.total,
+        held + cache * timing.cached,
+        cache * timing.cached,
+        held + read,
+        first / rates.flops_per_second,
+        share,
+    )
+
+
+def measure(
+    configs: Mapping[str, ModelConfig],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    batches: Sequence[int],
+    *,
+    repeats: int = 5,
+    uncached_inputs: Sequence[int] | None = None,
+    dtype: str = "float32",
+    precisions: Mapping[str, str] | None = None,
+    folder: pathlib.Path | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> tuple[DeviceRates, list[Measured]]:
+    """Times every model at every setting, by turns, with freshly drawn parameters.
+
+    The values of parameters change no time. ``precisions`` are those of RUNTIMES that run OURS,
+    whose export lies in ``folder``. Raises ConfigError for a setting that cannot be.
+    """
+    draw = jax.jit(init_params, static_argnums=0)
+    models = {
+        name: (config, draw(build_model(config), jax.random.key(0)))
+        for name, config in configs.items()
+    }
+    loaded = {
+        name: transformers_runtime.TransformersModel(
+            transformers_runtime.artefact(*models[OURS], folder), precision, torch_device()
+        )
+        for name, precision in (precisions or {}).items()
+    }
+    runtimes = {name: _runtime(model) for name, model in loaded.items()}
+    dtypes = dict.fromkeys(configs, dtype) | dict(precisions or {})
+    rates = measure_rates(dtype)
+    found = []
+    for batch in batches:
+        for output in outputs:
+            timings = time_generation(
+                models,
+                inputs,
+                output,
+                batch=batch,
+                repeats=repeats,
+                uncached_lengths=uncached_inputs,
+                dtype=dtype,
+                runtimes=runtimes,
+                on_progress=on_progress,
+            )
+            found += [
+                evaluate(
+                    timing, configs.get(timing.model, configs[OURS]), rates, dtypes[timing.model]
+                )
+                for timing in timings
+            ]
+    return rates, found
+
+
+def _runtime(model: transformers_runtime.TransformersModel) -> Callable[..., Any]:
+    """What ``time_generation`` asks of a runtime."""
+    return lambda tokens_BxS, count: (lambda: model.start(tokens_BxS, count), model.finish)
+
+
+def torch_device() -> str:
+    """torch's name of the kind of device that JAX uses."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
+def ratios(found: Sequence[Measured]) -> list[dict[str, Any]]:
+    """The encoder-decoder against each peer at each setting, as the paper states its claims."""
+    settings = lambda one: (one.timing.batch, one.timing.output_length, one.timing.input_length)
+    ours = {settings(one): one for one in found if one.timing.model == OURS}
+    rows = []
+    for one in found:
+        if one.timing.model == OURS:
+            continue
+        mine = ours[settings(one)]
+        rows.append(
+            {
+                "peer": one.timing.model,
+                "cached": one.timing.cached,
+                "batch": one.timing.batch,
+                "inputs": one.timing.input_length,
+                "outputs": one.timing.output_length,
+                "first token": mine.timing.first_token.median / one.timing.first_token.median - 1,
+                "tokens a second": mine.timing.tokens_per_second.median
+                / one.timing.tokens_per_second.median,
+                "memory": mine.memory_bytes / one.memory_bytes - 1,
+                "peak memory": mine.peak_bytes / one.peak_bytes - 1 if one.peak_bytes else None,
+                "FLOPs": mine.flops / one.flops - 1,
+            }
+        )
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Times, prints two tables, and writes JSON and pictures.
+
+    Raises:
+        ConfigError: an unknown model or peer, or a length that cannot be.
+    """
+    options = _parser().parse_args(argv)
+    console = Console(width=None if Console().is_terminal else 200)
+    configs, precisions = _models(options), _precisions(options)
+    for length in options.uncached_inputs or ():
+        if length not in options.inputs:
+            raise ConfigError(
+                f"--uncached_inputs has {length}; wanted some of --inputs, "
+                f"{','.join(map(str, options.inputs))}"
+            )
+    progress = lambda text: console.print(text, style="dim", highlight=False)
+    peaks, settings = {}, list(itertools.product(options.batches, options.inputs, options.outputs))
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not options.no_memory:  # before this process takes much of an accelerator's memory
+            progress("memory, each model in a process of its own")
+            peaks = measure_peaks(configs, settings, options.dtype)
+            peaks |= _peaks_of_runtimes(configs[OURS], precisions, folder, settings)
+        rates, found = measure(
+            configs,
+            options.inputs,
+            options.outputs,
+            options.batches,
+            repeats=options.repeats,
+            uncached_inputs=options.uncached_inputs,
+            dtype=options.dtype,
+            precisions=precisions,
+            folder=folder,
+            on_progress=progress,
+        )
+    found = [
+        dataclasses.replace(
+            one,
+            peak_bytes=peaks.get(
+                (
+                    one.timing.model,
+                    (one.timing.batch, one.timing.input_length, one.timing.output_length),
+                ),
+                0,
+            )
+            if one.timing.cached
+            else 0,
+        )
+        for one in found
+    ]
+    console.print(
+        f"{jax.devices()[0].device_kind}, {platform.machine()}: "
+        f"{rates.bytes_per_second / 1e9:.1f} GB/s read, "
+        f"{rates.flops_per_second / 1e9:.0f} GFLOP/s in a matrix product, "
+        f"{options.dtype}",
+        highlight=False,
+    )
+    console.print(_measured_table(found, configs))
+    console.print(_ratio_table(ratios(found)))
+    if options.out:
+        for path in write(found, rates, configs, pathlib.Path(options.out), options.dtype):
+            console.print(str(path), highlight=False)
+    return 0
+
+
+def write(
+    found: Sequence[Measured],
+    rates: DeviceRates,
+    configs: Mapping[str, ModelConfig],
+    folder: pathlib.Path,
+    dtype: str,
+) -> list[pathlib.Path]:
+    """inference.json and, as PNG and SVG, time against input length for each batch and output."""
+    from encdec.benchmarks.generation_plot import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "inference.json"
+    report.write_text(
+        json.dumps(
+            {
+                "device": jax.devices()[0].device_kind,
+                "machine": platform.machine(),
+                "dtype": dtype,
+                "bytes_per_second": rates.bytes_per_second,
+                "flops_per_second": rates.flops_per_second,
+                "models": {name: config.to_dict() for name, config in configs.items()},
+                "paper": PAPER,
+                "ratios": ratios(found),
+                "measured": [one.to_dict() for one in found],
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    return [report, *draw([one.timing for one in found], folder)]
+
+
+def _precisions(options: argparse.Namespace) -> dict[str, str]:
+    """Of each of RUNTIMES that was asked for; both libraries will have to share a GPU's memory.
+
+    Raises:
+        ConfigError: one that cannot run here.
+    """
+    found = {peer: RUNTIMES[peer] or options.dtype for peer in options.peers if peer in RUNTIMES}
+    if found:  # JAX would take three quarters of a GPU's memory when it is first used
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    for peer, precision in found.items():
+        if why := transformers_runtime.missing(precision, torch_device()):
+            raise ConfigError(f"--peers has {peer!r}, but {why}")
+    return found
+
+
+def _peaks_of_runtimes(
+    config: ModelConfig,
+    precisions: Mapping[str, str],
+    folder: pathlib.Path,
+    settings: Sequence[tuple[int, int, int]],
+) -> dict[tuple[str, tuple[int, int, int]], int]:
+    """As ``measure_peaks`` has it, of transformers."""
+    if not precisions:
+        return {}
+    params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
+    directory = transformers_runtime.artefact(config, params, folder)
+    return {
+        (name, setting): peak
+        for name, precision in precisions.items()
+        for setting, peak in peaks_by_process(
+            "encdec.benchmarks.transformers_runtime",
+            name,
+            settings,
+            {"directory": str(directory), "precision": precision, "device": torch_device()},
+        ).items()
+    }
+
+
+def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
+    ours = preset(options.model)
+    if not ours.is_encoder_decoder:
+        raise ConfigError(
+            f"--model={options.model} is decoder-only; wanted an encoder-decoder, "
+            "whose peers are found"
+        )
+    longest = max(options.inputs), max(options.outputs)
+    return {OURS: ours} | {
+        f"decoder-only, equal {peer}": match_decoder_only(
+            ours, by=PEERS[peer], inputs=longest[0], targets=longest[1]
+        )
+        for peer in options.peers
+        if peer in PEERS
+    }
+
+
+def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> Table:
+    table = Table(title="Medians (quartiles)", title_justify="left")
+    names = (
+        "model",
+        "parameters",
+        "batch",
+        "in",
+        "out",
+        "first token, ms",
+        "tokens/s",
+        "memory",
+        "peak memory",
+        "read, GB",
+        "GFLOP",
+        "of matmul rate",
+        "of read floor",
+    )
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
+    for one in found:
+        timing = one.timing
+        table.add_row(
+            timing.model + ("" if timing.cached else ", no cache"),
+            f"{count_parameters(configs.get(timing.model, configs[OURS])).total / 1e6:.1f}M",
+            str(timing.batch),
+            str(timing.input_length),
+            str(timing.output_length),
+            timing.first_token.shown(1e3),
+            timing.tokens_per_second.shown(),
+            f"{one.memory_bytes / 2**20:,.0f} MiB",
+            f"{one.peak_bytes / 2**20:,.0f} MiB" if one.peak_bytes else "",
+            f"{one.bytes_moved / 1e9:,.1f}",
+            f"{one.flops / 1e9:,.1f}",
+            f"{one.first_token_rate:.0%}",
+            f"{one.decode_floor_share:.0%}" if timing.cached else "",
+        )
+    return table
+
+
+def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="The encoder-decoder against each peer", title_justify="left")
+    measures = ("first token", "tokens a second", "memory", "peak memory", "FLOPs")
+    for place, name in enumerate(("peer", "batch", "in", "out", *measures)):
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
+    for row in rows:
+        table.add_row(
+            row["peer"] + ("" if row["cached"] else ", no cache"),
+            str(row["batch"]),
+            str(row["inputs"]),
+            str(row["outputs"]),
+            f"{row['first token']:+.0%}",
+            f"{row['tokens a second']:.2f}x",
+            f"{row['memory']:+.0%}",
+            "" if row["peak memory"] is None else f"{row['peak memory']:+.0%}",
+            f"{row['FLOPs']:+.0%}",
+        )
+    table.add_section()
+    table.add_row(
+        "the paper (lengths, batch not stated)",
+        "",
+        "",
+        "",
+        *(PAPER.get(name, "") for name in measures),
+    )
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec benchmark inference",
+        allow_abbrev=False,
+        description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
+        "parameters and of equal training FLOPs, cached and uncached, by turns in one run; "
+        "parameters are drawn anew, since their values change no time.",
+    )
+    parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
+    parser.add_argument(
+        "--peers",
+        type=_names,
+        default=("parameters", "flops"),
+        metavar="A,B",
+        help="decoder-only models of equal parameters or flops; transformers "
+        "and transformers-bfloat16: the encoder-decoder by transformers' generate, "
+        "in --dtype or in bfloat16 (parameters,flops)",
+    )
+    for name, default, text in (
+        ("inputs", (128, 512, 2048), "input tokens"),
+        ("outputs", (64,), "new tokens"),
+        ("batches", (1,), "rows"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=numbers,
+            default=default,
+            metavar="N,N",
+            help=f"{text} ({','.join(map(str, default))})",
+        )
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of weights, cache and products (float32)",
+    )
+    parser.add_argument(
+        "--uncached_inputs",
+        type=lambda text: numbers(text) if text else (),
+        metavar="N,N",
+        help="those of --inputs at which decoder-only models "
+        "generate without a cache, too, which takes the longer the longer they "
+        "are (all; empty: none)",
+    )
+    parser.add_argument(
+        "--no_memory",
+        action="store_true",
+        help="leave the peak memory out, for which each model runs once more in a "
+        "process of its own; what weights and cache take is always computed",
+    )
+    parser.add_argument("--out", metavar="DIR", help="write JSON and pictures there")
+    return parser
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Positive numbers, separated by commas."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{text!r} is no list of numbers; wanted for example 128,512") from None
+    if min(numbers) < 1:
+        raise ConfigError(f"{text!r} has a number below 1; wanted positive ones")
+    return numbers
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in PEERS | RUNTIMES:
+            raise ConfigError(f"--peers has {name!r}; wanted some of {', '.join(PEERS | RUNTIMES)}")
+    return names

@@ -1,0 +1,111 @@
+"""``encdec data table``: prepares files one after another and states each in a Markdown table."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import os
+import pathlib
+import platform
+import re
+import time
+
+from encdec.data.prepare import available_cores, prepare
+from encdec.data.readers import BadRows, Fault, check_files, parse_row, read_lines
+from encdec.data.records import DatasetCard
+from encdec.data.vocabulary import load_vocabulary
+
+COLUMNS = (
+    "file",
+    "examples",
+    "row",
+    "rows",
+    "source tokens",
+    "target tokens",
+    "padding",
+    "truncated",
+    "seconds",
+    "MB",
+)
+
+
+def split_lengths(file: str, inputs_length: int, targets_length: int) -> tuple[str, int, int]:
+    """A file and its lengths: "a.jsonl:2048+128" has its own, "a.jsonl" the defaults."""
+    if found := re.fullmatch(r"(.+):(\d+)\+(\d+)", file):
+        return found[1], int(found[2]), int(found[3])
+    return file, inputs_length, targets_length
+
+
+def is_raw_text(path: pathlib.Path) -> bool:
+    """Whether a file is for pretraining: plain text, or JSONL whose first row has `text`."""
+    if not path.name.removesuffix(".gz").endswith(".jsonl"):
+        return True
+    first = list(itertools.islice(read_lines(path, BadRows(1)), 1))
+    row = parse_row(first[0][1], ("text",)) if first else None
+    return row is not None and not isinstance(row, Fault)
+
+
+def table_row(name: str, card: DatasetCard, seconds: float) -> str:
+    """One line: truncation is the share of all tokens that were cut off."""
+    tokens = card.source_tokens + card.target_tokens
+    cut = card.truncated.get("source_tokens", 0) + card.truncated.get("target_tokens", 0)
+    size = sum(shard.bytes for shard in card.shards)
+    cells = (
+        name,
+        f"{card.examples:,}",
+        f"{card.inputs_length} + {card.targets_length}",
+        f"{card.rows:,}",
+        f"{card.source_tokens:,}",
+        f"{card.target_tokens:,}",
+        f"{100 * (1 - card.non_padding_share):.1f} %",
+        f"{100 * cut / (tokens + cut):.1f} %",
+        f"{seconds:.1f}",
+        f"{size / 1e6:.2f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """The flags of ``encdec data table``."""
+    flags.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE[:S+T]",
+        help="JSONL of pairs or text, or text; S+T for other lengths than the flags'",
+    )
+    flags.add_argument("--vocabulary", required=True, help="a .model, tokenizer.json or 'bytes'")
+    flags.add_argument("--out", required=True, metavar="DIR", help="one directory a file below it")
+    flags.add_argument("--inputs_length", type=int, default=1024)
+    flags.add_argument("--targets_length", type=int, default=256)
+    flags.add_argument("--max_bad_rows", type=int, default=0)
+    flags.set_defaults(run=print_table)
+
+
+def print_table(given: argparse.Namespace) -> int:
+    """Prepare every file and print the table; DataError as of `prepare`."""
+    jobs = [split_lengths(file, given.inputs_length, given.targets_length) for file in given.files]
+    check_files([file for file, _, _ in jobs])
+    vocabulary = load_vocabulary(given.vocabulary)
+    print(
+        f"{vocabulary.size:,} ids; {datetime.date.today()}, {available_cores()} cores "
+        f"({platform.machine()}, load {os.getloadavg()[0]:.1f} at the start), "
+        f"Python {platform.python_version()}\n"
+    )
+    print(f"| {' | '.join(COLUMNS)} |")
+    print(f"|---|{'---:|' * (len(COLUMNS) - 1)}", flush=True)
+    for file, inputs_length, targets_length in jobs:
+        path = pathlib.Path(file)
+        name = path.name.split(".jsonl")[0].removesuffix(".txt")
+        started = time.perf_counter()
+        card = prepare(
+            out=pathlib.Path(given.out) / path.parent.name / name,
+            vocabulary=vocabulary,
+            inputs_length=inputs_length,
+            targets_length=targets_length,
+            max_bad_rows=given.max_bad_rows,
+            **{"text" if is_raw_text(path) else "jsonl": [str(path)]},
+        )
+        seconds = time.perf_counter() - started
+        print(table_row(f"{path.parent.name}/{name}", card, seconds), flush=True)
+    return 0

@@ -1,0 +1,195 @@
+"""``encdec distill``: what goes round between a student and its teacher."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from encdec.errors import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """``encdec distill rollout --writer=DIR ...`` or ``encdec distill rounds --teacher=DIR ...``.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see ``encdec.distill.rollout.rollout`` and
+            ``encdec.distill.rounds.distill_in_rounds``.
+    """
+    from encdec.train.train_command import split_overrides
+
+    if argv and argv[0] not in ("rollout", "rounds", "-h", "--help"):
+        raise ConfigError(f"unknown part {argv[0]!r}; wanted `encdec distill rollout` or `rounds`")
+    overrides, rest = split_overrides(argv)
+    options = _parser().parse_args(rest)
+    if overrides and options.function is not _rounds:
+        raise ConfigError(
+            f"{overrides[0]} means nothing to `encdec distill rollout`, which trains nothing"
+        )
+    return options.function(options, overrides)
+
+
+def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.distill.rollout import Written, rollout
+
+    begin = time.monotonic()
+
+    def progress(written: Written) -> None:
+        rate = written.target_tokens / (time.monotonic() - begin)
+        print(
+            f"{written.rows:,} rows, {written.examples:,} answers, {rate:,.0f} tokens/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    card = rollout(
+        options.writer,
+        options.records,
+        options.out,
+        settings=_settings(options),
+        step=options.step,
+        rows=options.rows,
+        batch_rows=options.batch_rows,
+        progress=progress,
+    )
+    unfinished = card.truncated.get("answers_without_eos", 0)
+    print(
+        f"{card.examples:,} answers in {card.rows:,} rows, {card.target_tokens:,} target tokens, "
+        f"{unfinished:,} of them cut at their length, in {options.out}"
+    )
+    return 0
+
+
+def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
+    from encdec.distill.rounds import Shares, distill_in_rounds
+    from encdec.train.config import parse_config
+    from encdec.train.train_command import load_config
+
+    shares = Shares(options.gold, options.teacher_written, options.student_written)
+    run = parse_config(load_config(options.config, overrides))
+    students = distill_in_rounds(
+        run,
+        options.teacher,
+        options.workdir,
+        options.rounds,
+        shares=shares,
+        settings=_settings(options),
+        rows=options.rows,
+        batch_rows=options.batch_rows,
+        scoring={
+            "method": options.method,
+            "draws": options.draws,
+            "k": options.k,
+            "temperature": run.distill.temperature,
+        },
+    )
+    print(f"the student of the last round: {students[-1]}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    from encdec.inference.settings import GenerationSettings
+
+    return GenerationSettings(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="encdec distill", allow_abbrev=False)
+    parts = parser.add_subparsers(required=True, metavar="{rollout,rounds}")
+    part = parts.add_parser(
+        "rollout",
+        allow_abbrev=False,
+        help="answer the sources of records with a model",
+        description="Writes records with a model's own answers: a student's, for a teacher to "
+        "score (on-policy), or a teacher's (sequence-level distillation).",
+    )
+    part.set_defaults(function=_rollout)
+    part.add_argument(
+        "--writer",
+        required=True,
+        metavar="DIR",
+        help="work directory of encdec train or encdec import",
+    )
+    part.add_argument("--records", required=True, metavar="DIR", help="whose sources are answered")
+    part.add_argument("--out", required=True, metavar="DIR", help="the records to write")
+    part.add_argument("--step", type=int, help="the writer's checkpoint (default: the last)")
+    _writing_options(part)
+
+    part = parts.add_parser(
+        "rounds",
+        allow_abbrev=False,
+        help="the student writes, the teacher scores, it learns",
+        description="On-policy distillation: trains a student on gold targets, and then again and "
+        "again on a mixture with what it wrote itself. The same command continues after a stop.",
+        epilog="Example: encdec distill rounds --config=configs/distill.py:330m --rounds=3 "
+        "--teacher=teacher --workdir=runs/rounds --config.data.records=data/train",
+    )
+    part.set_defaults(function=_rounds)
+    part.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="of every round's training; any field by --config.FIELD=VALUE",
+    )
+    part.add_argument(
+        "--teacher",
+        required=True,
+        metavar="DIR",
+        help="work directory of encdec train or encdec import",
+    )
+    part.add_argument("--workdir", required=True, metavar="DIR", help="receives everything")
+    part.add_argument(
+        "--rounds", type=int, required=True, metavar="N", help="after the first student"
+    )
+    for name, default in (("gold", 1.0), ("teacher_written", 0.0), ("student_written", 1.0)):
+        part.add_argument(
+            f"--{name}",
+            type=float,
+            default=default,
+            metavar="RATE",
+            help="share of such targets (default %(default)s)",
+        )
+    part.add_argument(
+        "--method",
+        choices=("sampled", "top_k", "full"),
+        default="sampled",
+        help="what is kept of the teacher (default %(default)s)",
+    )
+    part.add_argument("--draws", type=int, default=50, help="of sampled (default %(default)s)")
+    part.add_argument("--k", type=int, default=12, help="of top_k (default %(default)s)")
+    _writing_options(part)
+    return parser
+
+
+def _writing_options(part: argparse.ArgumentParser) -> None:
+    part.add_argument(
+        "--temperature",
+        type=float,
+        default=0.9,
+        help="of drawing; 0 is greedy (default %(default)s)",
+    )
+    part.add_argument("--top_k", type=int, default=128, help="0 is off (default %(default)s)")
+    part.add_argument("--top_p", type=float, default=1.0, help="1 is off (default %(default)s)")
+    part.add_argument("--seed", type=int, default=0, help="of drawing (default %(default)s)")
+    part.add_argument(
+        "--max_tokens",
+        type=int,
+        metavar="N",
+        help="of an answer (default: the records' targets_length)",
+    )
+    part.add_argument("--rows", type=int, help="answer these many rows (default: all)")
+    part.add_argument(
+        "--batch_rows",
+        type=int,
+        default=64,
+        metavar="N",
+        help="texts answered together (default %(default)s)",
+    )

@@ -1,0 +1,66 @@
+"""``encdec evaluate table``: evaluations of many models as the paper's table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+from encdec.errors import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """``encdec evaluate table --model='NAME=DIR,DIR' ... --out=DIR``.
+
+    Raises:
+        ConfigError: a --model without a name or directory.
+        DataError: a directory without a finished evaluation, or one that counts twice.
+    """
+    options = _parser().parse_args(argv)
+    from encdec.evaluation.evaluation_report import check_distinct, read_report
+    from encdec.evaluation.results_table import PAPER, table, table_markdown
+
+    models: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for given in options.model:
+        name, _, folders = given.partition("=")
+        if not name or not folders:
+            raise ConfigError(
+                f"--model={given}; wanted NAME=DIR,DIR with a name of the paper's "
+                f"({', '.join(PAPER)}) or any other"
+            )
+        models.setdefault(name, []).extend(
+            (folder, read_report(folder)) for folder in folders.split(",")
+        )
+    for evaluations in models.values():
+        check_distinct(evaluations)
+    content = table(
+        {name: [report for _, report in evaluations] for name, evaluations in models.items()}
+    )
+    text = table_markdown(content)
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / "table.md").write_text(text)
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec evaluate table",
+        allow_abbrev=False,
+        description="Lays evaluations out as the paper's Table 1, its figures in a table apart.",
+        epilog="Example: encdec evaluate table --model='DEC=runs/dec/squad,runs/dec/xsum' "
+        "--model='ED 2/3-1/3=runs/ed/squad,runs/ed/xsum' --out=runs/table",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="NAME=DIR,DIR",
+        help="a row and the --out directories of its evaluations: one for each "
+        "task and seed, or with several tasks in one",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="receives table.md and .json")
+    return parser

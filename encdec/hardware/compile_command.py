@@ -1,0 +1,327 @@
+"""``encdec compile``: what a run would cost on a TPU pod, from a machine without one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from encdec.errors import ConfigError
+from encdec.train.config import RunConfig, parse_config
+from encdec.train.train_command import load_config, split_overrides
+
+
+def main(argv: list[str]) -> int:
+    """Compiles a run for topologies and reports memory, time and cost; or ``table``.
+
+    Raises:
+        ConfigError: an unknown topology, a config that does not divide on one of them, a file
+            that cannot be written (all before anything is compiled), or one that does not fit:
+            then the message is the compiler's reason and the nearest setting that fits.
+    """
+    if argv and argv[0] == "table":
+        from encdec.hardware.compile_table import main as table
+
+        return table(argv[1:])
+    overrides, rest = split_overrides(argv)
+    options = _parser().parse_args(rest)
+    run = parse_config(load_config(options.config, overrides))
+    if options.search and options.what != "train":
+        raise ConfigError(f"--search looks for training settings; --what is {options.what!r}")
+    for flag in ("json", "hlo"):
+        _check_writable(flag, getattr(options, flag))
+    # Before jax starts: no accelerator of this machine is wanted.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from encdec.hardware import compile_report as report
+    from encdec.hardware.compile import DoesNotFit
+    from encdec.hardware.topology import find_topology
+
+    kind = _kinds(options)[options.what]
+    topologies = [find_topology(name) for name in options.topology]
+    plans = [_plan(run, topology, options, kind) for topology in topologies]
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    found: list[Any] = []
+    reports: list[dict[str, Any]] = []
+    unfit: list[str] = []  # one of several topologies that is too small hides none of the others
+    for topology, (here, meshes) in zip(topologies, plans):
+        attempt = functools.partial(kind.compile, topology=topology)
+        try:
+            if options.search:
+                divides = functools.partial(_divides, kind, topology)
+                searched = _search(here, attempt, divides, options.search, meshes, console)
+                found.append(searched.steps[0])
+                reports += report.searched_as_json(searched)
+            else:
+                found.append(_fit(here, attempt, kind.smaller))
+                reports.append(kind.as_json(found[-1]))
+            kind.show(found[-1], console)
+            if options.hlo:
+                pathlib.Path(options.hlo).write_text(report.text_of(found[-1]))
+        except DoesNotFit as error:
+            unfit.append(f"{topology.name}: {error}")
+        if options.json:
+            pathlib.Path(options.json).write_text(json.dumps(reports, indent=2) + "\n")
+    if len(found) > 1:
+        kind.compare(found, console)
+    if unfit:
+        raise DoesNotFit(" ".join(unfit))
+    return 0
+
+
+class _Kind(NamedTuple):
+    """What a value of --what means."""
+
+    compile: Callable[..., Any]  # (run, topology)
+    check: Callable[..., None]  # (run, topology) -> ConfigError if something does not divide
+    smaller: Callable[[RunConfig], list[RunConfig]] | None  # to try where a run does not fit
+    show: Callable[[Any, Console], None]
+    compare: Callable[[list[Any], Console], None]
+    as_json: Callable[[Any], dict[str, Any]]
+
+
+def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
+    from encdec.hardware import compile_report as report
+    from encdec.hardware.compile import calibrate, check_step, compile_step, halved, smaller
+    from encdec.hardware.decode import check_decoding, compile_decoding
+    from encdec.hardware.layer import compile_layer
+
+    chosen = dict(option.split("=", 1) for option in options.option)
+    lengths = {"inputs": options.inputs, "targets": options.targets, "compiler_options": chosen}
+    on_one_chip = lambda run, topology: None  # nothing is split
+    return {
+        "train": _Kind(
+            functools.partial(compile_step, **lengths),
+            check_step,
+            smaller,
+            report.show,
+            report.compare,
+            report.as_json,
+        ),
+        "decode": _Kind(
+            functools.partial(compile_decoding, **lengths),
+            check_decoding,
+            halved,
+            report.show_decoding,
+            report.compare_decoding,
+            report.decoding_as_json,
+        ),
+        "layer": _Kind(
+            lambda run, topology: compile_layer(
+                run, topology, options.inputs, options.layers, chosen
+            ),
+            on_one_chip,
+            None,
+            report.show_layer,
+            report.compare_layers,
+            report.layer_as_json,
+        ),
+        "calibrate": _Kind(
+            lambda run, topology: calibrate(topology, chosen),
+            on_one_chip,
+            None,
+            report.show_calibration,
+            report.compare_calibrations,
+            report.calibration_as_json,
+        ),
+    }
+
+
+def _plan(
+    run: RunConfig, topology: Any, options: argparse.Namespace, kind: _Kind
+) -> tuple[RunConfig, list[Any]]:
+    """The run with the rows that it has on a topology, and the meshes to search there.
+
+    Raises:
+        ConfigError: the run, or the run with one of those meshes, does not divide.
+    """
+    from encdec.hardware.search import search_meshes
+
+    devices = len(topology.devices)
+    if options.rows:
+        run = dataclasses.replace(run, batch_size=options.rows * devices * run.accumulation)
+    meshes = (
+        search_meshes(run.mesh, devices, topology.slices)
+        if "mesh" in (options.search or ())
+        else [run.mesh]
+    )
+    for mesh in meshes:
+        try:
+            kind.check(dataclasses.replace(run, mesh=mesh), topology)
+        except ConfigError as error:
+            raise ConfigError(f"{topology.name}: {error}") from None
+    return run, meshes
+
+
+def _divides(kind: _Kind, topology: Any, run: RunConfig) -> bool:
+    try:
+        kind.check(run, topology)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_writable(flag: str, file: str | None) -> None:
+    """Raises ConfigError if a file cannot be written; leaves no trace and changes none."""
+    if not file:
+        return
+    path = pathlib.Path(file)
+    there = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"--{flag}={file} cannot be written: {error.strerror}; wanted a file in "
+            "a folder that exists"
+        ) from None
+    if not there:
+        path.unlink()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec compile",
+        allow_abbrev=False,
+        description="Compiles the training step, or generation, for TPU topologies, on a machine "
+        "without any, and predicts memory, time, MFU and chip-hours.",
+        epilog="Any field of the config is set by --config.FIELD=VALUE, the mesh too: "
+        "--config.mesh.fsdp=4. `encdec compile table REPORT.json ...` lays saved reports side by "
+        "side. docs/pod.md explains the method and its limits.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        type=lambda x: x.split(","),
+        help="e.g. v5e:4x4, v5p:2x2x4, v5e:16x16*2 (two slices); several "
+        "separated by commas give one table",
+    )
+    parser.add_argument(
+        "--inputs",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="source tokens a row (%(default)s)",
+    )
+    parser.add_argument(
+        "--targets",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="target tokens a row (%(default)s)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=_positive,
+        metavar="N",
+        help="rows on each device, in place of config.batch_size: the fair way to "
+        "compare topologies of different sizes",
+    )
+    parser.add_argument(
+        "--what",
+        choices=("train", "decode", "layer", "calibrate"),
+        default="train",
+        help="the training step; prefill and decode step, with "
+        "batch_size rows; layers alone, forward and backward on one chip, to try "
+        "things quickly; or one large product and one large sum, which calibrate "
+        "the estimates",
+    )
+    parser.add_argument(
+        "--layers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="with --what=layer: how many (%(default)s)",
+    )
+    parser.add_argument(
+        "--search",
+        nargs="?",
+        const="batch,remat,mesh",
+        metavar="OVER",
+        type=_searched,
+        help="find the fastest that fits, over batch (the config's, doubled while "
+        "it fits or halved until it does), remat and mesh (copies, and shards of "
+        "the state); all three by default",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_option,
+        help="compiler option for this compilation only",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the figures here, too, after each topology; of a search, those "
+        "of all that fits, the fastest first",
+    )
+    parser.add_argument("--hlo", metavar="FILE", help="write the last compiled program here")
+    return parser
+
+
+def _searched(text: str) -> tuple[str, ...]:
+    over = tuple(text.split(","))
+    wrong = [name for name in over if name not in ("batch", "remat", "mesh")]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of batch, remat, mesh")
+    return over
+
+
+def _option(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number of 1 or more")
+    return int(text)
+
+
+def _fit(run: RunConfig, attempt, smaller: Callable[[RunConfig], list[RunConfig]] | None):
+    """Compiles ``run``; if it does not fit, says what does."""
+    from encdec.hardware.compile import DoesNotFit, nearest_fit
+
+    try:
+        return attempt(run)
+    except DoesNotFit as error:
+        if smaller is None:
+            raise
+        found = nearest_fit(smaller(run), attempt)
+        if found is None:
+            raise DoesNotFit(
+                f"{error} Nothing smaller was found that fits; shard the parameters "
+                "(--config.mesh.fsdp=-1 --config.mesh.data=1)"
+            ) from None
+        variant, compiled = found
+        remat = variant.model_config().remat
+        changed = (
+            ""
+            if remat == run.model_config().remat
+            else (f" --config.model_overrides.remat={remat}")
+        )
+        raise DoesNotFit(
+            f"it does not fit: {error} The nearest that does: --config.batch_size="
+            f"{variant.batch_size}{changed} (predicted {compiled.tokens_per_second:,.0f} "
+            "tokens/s)"
+        ) from None
+
+
+def _search(run: RunConfig, attempt, divides, over, meshes, console: Console):
+    from encdec.hardware.compile_report import compare
+    from encdec.hardware.search import search
+
+    searched = search(run, attempt, divides, over, meshes, console)
+    compare(list(searched.steps), console)
+    return searched

@@ -1,0 +1,193 @@
+"""``encdec compile table``: reports of several compilations as one table and a scaling curve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from encdec.errors import ConfigError, DataError
+
+GIB = 2**30
+COLUMNS = (
+    "model",
+    "topology",
+    "rows a chip",
+    "layers",
+    "remat",
+    "peak GiB a chip",
+    "step ms",
+    "kernels ms",
+    "collectives not hidden ms",
+    "MFU %",
+    "MFU %, kernels at half roofline",
+    "tokens/s",
+    "chip-hours a billion tokens",
+)
+# Okabe and Ito's colours, told apart by marker too.
+_LOOKS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+)
+
+
+def main(argv: list[str]) -> int:
+    """``encdec compile table REPORT.json ... [--plot=FILE.png]``.
+
+    Raises:
+        DataError: a file that ``encdec compile --json`` did not write for a training step.
+        ConfigError: nothing to plot.
+    """
+    options = _parser().parse_args(argv)
+    reports = [report for file in options.reports for report in read_reports(file)]
+    print(markdown(reports))
+    if options.plot:
+        curves = weak_scaling(reports)
+        if not curves:
+            raise ConfigError(
+                "--plot: no model was compiled for two sizes of one kind of slice "
+                "with the same rows a device; add reports (encdec compile --rows=N "
+                "--topology=v5e:4x4,v5e:16x16 --json=FILE)"
+            )
+        plot(curves, pathlib.Path(options.plot))
+    return 0
+
+
+def read_reports(file: str) -> list[dict[str, Any]]:
+    """What ``encdec compile --json`` wrote.
+
+    Raises:
+        DataError: there is no such file, or it is none of these.
+    """
+    try:
+        reports = json.loads(pathlib.Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file} cannot be read as a report: {error}; wanted what encdec compile "
+            "--json=FILE wrote"
+        ) from error
+    wanted = {"topology", "devices", "model", "mfu", "step_seconds", "token_budget"}
+    if not isinstance(reports, list) or any(
+        not isinstance(one, dict) or not wanted <= one.keys() for one in reports
+    ):
+        raise DataError(
+            f"{file} holds no reports of training steps; wanted what encdec compile "
+            "--json=FILE wrote (without --what)"
+        )
+    return reports
+
+
+def markdown(reports: Sequence[dict[str, Any]]) -> str:
+    """One line a report, in the order given."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * 2 + "|---:" * (len(COLUMNS) - 2) + "|"]
+    for one in reports:
+        memory = one["memory_bytes"]
+        cells = (
+            one["model"],
+            one["topology"],
+            _rows(one),
+            "scanned" if one["scan_layers"] else "unrolled",
+            one["remat"],
+            f"{memory['peak'] / GIB:.1f} of {memory['limit'] / GIB:.1f}",
+            f"{1e3 * one['step_seconds']:.1f}",
+            f"{1e3 * one['pallas_roofline_seconds']:.1f}",
+            f"{1e3 * one['collective_exposed_seconds']:.1f}",
+            f"{100 * one['mfu']:.1f}",
+            f"{100 * one['mfu_if_pallas_at_half_roofline']:.1f}",
+            f"{one['tokens_per_second']:,.0f}",
+            f"{one['chip_hours'] / one['token_budget'] * 1e9:.1f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rows(report: dict[str, Any]) -> str:
+    """Of a device in a step: "16", or "8 x 4" for eight micro-batches of four."""
+    rows, pieces = report["batch_size"] / report["devices"], report.get("accumulation", 1)
+    return f"{rows:g}" if pieces == 1 else f"{pieces} x {rows / pieces:g}"
+
+
+def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """How a device's rate holds as slices grow with the same rows on each device.
+
+    Returns:
+        By model, kind of chip and rows a device, all settings but the mesh alike: (devices,
+        tokens/s of a device over that on the fewest devices), ascending; only where there are
+        two sizes. Of several meshes, as a search leaves them, the fastest counts.
+    """
+    groups: dict[tuple, dict[int, float]] = {}
+    for one in reports:
+        devices = one["devices"]
+        kind, rows = one["topology"].split(":")[0], _rows(one)
+        key = (
+            one["model"],
+            kind,
+            rows,
+            one["inputs"],
+            one["targets"],
+            json.dumps(one["model_overrides"], sort_keys=True),
+        )
+        rates = groups.setdefault(key, {})
+        rates[devices] = max(rates.get(devices, 0.0), one["tokens_per_second"] / devices)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for (model, kind, rows, inputs, targets, changes), rates in groups.items():
+        if len(rates) < 2:
+            continue
+        name = f"{model}, {kind}, {rows} rows of {inputs} + {targets} tokens a device"
+        if name in curves:
+            name += f", {changes}"
+        curves[name] = [(n, rates[n] / rates[min(rates)]) for n in sorted(rates)]
+    return curves
+
+
+def plot(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None:
+    """Draws ``weak_scaling``'s curves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, (name, points) in enumerate(curves.items()):
+        colour, marker = _LOOKS[place % len(_LOOKS)]
+        axes.plot(
+            *zip(*((n, 100 * share) for n, share in points)),
+            color=colour,
+            marker=marker,
+            label=name,
+        )
+    sizes = sorted({n for points in curves.values() for n, _ in points})
+    axes.set(
+        xlabel="devices", ylabel="tokens/s of a device, % of the smallest slice's", xscale="log"
+    )
+    axes.set_xticks(sizes, [str(n) for n in sizes], minor=False)
+    axes.set_xticks([], minor=True)
+    lowest = min(share for points in curves.values() for _, share in points)
+    axes.set_ylim(
+        min(90, 100 * lowest - 2),
+        max(102, *(100 * share + 1 for points in curves.values() for _, share in points)),
+    )
+    axes.axhline(95, color="0.6", linestyle=":", linewidth=1)
+    axes.grid(True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.suptitle("Weak scaling by prediction", x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec compile table",
+        allow_abbrev=False,
+        description="Reports of training steps (encdec compile --json=FILE) as one Markdown table, "
+        "and how a device's rate holds as slices grow.",
+    )
+    parser.add_argument("reports", nargs="+", metavar="REPORT.json")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the weak scaling curves")
+    return parser

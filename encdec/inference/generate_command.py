@@ -1,0 +1,311 @@
+"""``encdec generate``: text from a trained model, for a prompt, a file or standard input."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from encdec.errors import ConfigError
+from encdec.inference.progress import Progress
+from encdec.inference.settings import GenerationSettings, check_numbers
+
+if TYPE_CHECKING:
+    from encdec.inference.generator import Generator
+
+# Inputs between two writes of the output file: enough for batches of like lengths.
+WINDOW_BATCHES = 8
+
+# Settings that are flags of the same name: (name, type, help).
+_FLAGS = (
+    ("max_tokens", int, "new tokens at most (default: as long as the training targets)"),
+    ("temperature", float, "0 is greedy (default); above 0, tokens are drawn"),
+    ("top_k", int, "draw from the k likeliest tokens only"),
+    ("top_p", float, "draw from the likeliest tokens that together reach this probability"),
+    ("repetition_penalty", float, "above 1, tokens of the answer become less likely to return"),
+    ("no_repeat_ngram", int, "no n-gram of this length comes twice in an answer"),
+    ("seed", int, "of drawing (default 0)"),
+    ("samples", int, "answers to each input"),
+    ("beams", int, "hypotheses of beam search; 1 is none (default)"),
+    ("length_penalty", float, "alpha of beam search; above 0 favours longer answers (default 0.6)"),
+)
+
+
+def main(argv: list[str]) -> int:
+    """``encdec generate --checkpoint=DIR TEXT ...``, or ``--file=IN --out=OUT``.
+
+    Raises:
+        ConfigError: settings that cannot be.
+        DataError: inputs that are missing, empty or too long.
+        CheckpointError: no trained model there.
+    """
+    options = _parser().parse_args(argv)
+    settings = _settings(options)
+    _check(options)
+    # Imported late: a mistake in the command line is answered at once.
+    use_compilation_cache()
+    from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
+    from encdec.inference.files import ResumableOutput, read_inputs
+    from encdec.inference.generator import Generator, read_prompt_format
+    from encdec.train.checkpoints import load_params_for_inference
+    from encdec.train.workdir import CONFIG_FILE
+
+    prompts, max_tokens = read_prompt_format(
+        options.checkpoint, max_input_tokens=options.max_input_tokens
+    )
+    prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
+    texts = options.text if options.file is None else read_inputs(options.file, options.format)
+    for number, text in enumerate(texts):
+        name = "the input" if len(texts) == 1 else f"input {number}"
+        prompts.encode(text, truncate=options.truncate, name=name)
+    generating = {"max_tokens": max_tokens, "batch_rows": options.batch_rows}
+    if export_format(options.checkpoint):
+        if options.step is not None:
+            raise ConfigError(
+                f"{options.checkpoint} is an export, which has no checkpoints; leave --step out"
+            )
+        for name in ("devices", "tensor"):
+            if (value := getattr(options, name)) > 1:
+                raise ConfigError(
+                    f"{name} is {value}, but {options.checkpoint} is an export, "
+                    "which runs on this machine's CPU as a whole; leave it out, or "
+                    "generate with the work directory"
+                )
+        step, generator = (
+            0,
+            ExportedGenerator(load_exported_model(options.checkpoint), prompts, **generating),
+        )
+    else:
+        config, params, step = load_params_for_inference(options.checkpoint, options.step)
+        import jax
+
+        if options.devices > (there := jax.local_device_count()):
+            raise ConfigError(f"devices is {options.devices}, but there are {there} here")
+        generator = Generator(
+            config,
+            params,
+            prompts,
+            **generating,
+            devices=jax.local_devices()[: options.devices],
+            tensor=options.tensor,
+        )
+    output = None
+    if options.out:
+        run = (pathlib.Path(options.checkpoint) / CONFIG_FILE).read_bytes()
+        output = ResumableOutput(
+            pathlib.Path(options.out),
+            {
+                "run": hashlib.sha256(run).hexdigest(),
+                "step": step,
+                "max_input_tokens": prompts.max_input_tokens,
+                "truncate": options.truncate,
+                "logprobs": options.logprobs,
+                **dataclasses.asdict(settings),
+                "stop": list(settings.stop),
+            },
+            texts,
+        )
+        if (done := output.done()) == len(texts):
+            print(f"{options.out} holds all {done:,} answers already", file=sys.stderr)
+            return 0
+    if output:
+        _write_file(generator, settings, options, output, texts, done)
+    elif options.json or options.logprobs or options.file is not None:
+        for rows in _answer(generator, settings, options, texts, 0):
+            for row in rows:
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+    else:
+        _print_texts(generator, settings, options, texts)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec generate",
+        allow_abbrev=False,
+        description="Generates text with a trained model, from texts given here or in a file.",
+        epilog="Example: encdec generate --checkpoint=runs/mine --beams=4 'def add(a, b): ...'",
+    )
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="an input")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="work directory of `encdec train`, or what `encdec export "
+        "--format=litert` or `--format=onnx` wrote",
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+    parser.add_argument(
+        "--file",
+        metavar="IN",
+        help="inputs, one a line: JSONL with the field 'source', or text; - is standard input",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "text"),
+        help="of --file (default: as its name ends; text for -)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="OUT.jsonl",
+        help="receives the answers; the same command continues it after a stop",
+    )
+    for name, kind, text in _FLAGS:
+        parser.add_argument(f"--{name}", type=kind, help=text, metavar="N" if kind is int else "X")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="a string that ends an answer; may be given several times",
+    )
+    parser.add_argument(
+        "--max_input_tokens",
+        type=int,
+        metavar="N",
+        help="longest input allowed (default: the longest in training)",
+    )
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="cut the end of longer inputs instead of refusing them",
+    )
+    parser.add_argument(
+        "--keep_unknown",
+        action="store_true",
+        help="read what the vocabulary cannot write as its unknown token instead of refusing it",
+    )
+    parser.add_argument(
+        "--batch_rows",
+        type=int,
+        default=16,
+        metavar="N",
+        help="answers made together at most (default %(default)s)",
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the rows (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices over which each copy of the model is split (default %(default)s)",
+    )
+    parser.add_argument(
+        "--logprobs", action="store_true", help="JSON lines with every token's log-probability"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> GenerationSettings:
+    given = {name: getattr(options, name) for name, _, _ in _FLAGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    return GenerationSettings(**given, stop=options.stop or ())
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.file is None and not options.text:
+        raise ConfigError("no input; give a text, or --file=IN (- for standard input)")
+    if options.file is not None and options.text:
+        raise ConfigError(
+            f"both --file={options.file} and {len(options.text)} texts are given; "
+            "leave one of the two out"
+        )
+    if options.out and options.file is None:
+        raise ConfigError(
+            f"--out={options.out} goes with --file; for texts given here, redirect "
+            "the output of --json"
+        )
+    # An input is one token at least, and its EOS.
+    check_numbers(options, max_input_tokens=2, batch_rows=1, devices=1, tensor=1)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second call starts at once."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "encdec" / "jax"))
+
+
+def _answer(
+    generator: Generator,
+    settings: GenerationSettings,
+    options: argparse.Namespace,
+    texts: Sequence[str],
+    done: int,
+    progress: Progress | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """Output rows a window of inputs at a time, in order, from input ``done`` on."""
+    from encdec.inference.files import rows_of
+
+    window = WINDOW_BATCHES * options.batch_rows
+    for begin in range(done, len(texts), window):
+        part = texts[begin : begin + window]
+        answers = generator.generate(
+            part, settings, truncate=options.truncate, first_number=begin, on_batch=progress
+        )
+        yield [
+            row
+            for number, (text, made) in enumerate(zip(part, answers), begin)
+            for row in rows_of(number, text, made, log_probs=options.logprobs)
+        ]
+
+
+def _write_file(
+    generator: Generator,
+    settings: GenerationSettings,
+    options: argparse.Namespace,
+    output: Any,
+    texts: Sequence[str],
+    done: int,
+) -> None:
+    if done:
+        print(
+            f"{options.out}: {done:,} of {len(texts):,} inputs are answered already",
+            file=sys.stderr,
+        )
+    truncated = 0
+    output.begin()
+    with Progress("generate", len(texts), done) as progress:
+        for rows in _answer(generator, settings, options, texts, done, progress):
+            output.append(rows)
+            truncated += sum(
+                row.get("source_truncated", False) for row in rows if not row["sample"]
+            )
+    cut = f"; {truncated:,} inputs were cut" if truncated else ""
+    print(f"{options.out}: {len(texts):,} inputs answered, {progress.rate()}{cut}", file=sys.stderr)
+
+
+def _print_texts(
+    generator: Generator,
+    settings: GenerationSettings,
+    options: argparse.Namespace,
+    texts: Sequence[str],
+) -> None:
+    """Plain texts; a single answer on a terminal appears as it is made."""
+    single = len(texts) == settings.samples == 1
+    if single and settings.beams == 1 and sys.stdout.isatty():
+        for piece in generator.stream(texts[0], settings, truncate=options.truncate):
+            print(piece, end="", flush=True)
+        print()
+        return
+    answers = generator.generate(texts, settings, truncate=options.truncate)
+    for number, made in enumerate(answers):
+        for sample, answer in enumerate(made):
+            if not single:
+                label = f" {sample}" if settings.samples > 1 else ""
+                print(f"--- {number}{label}")
+            print(answer.text)

@@ -1,0 +1,146 @@
+"""``encdec import``: a model from elsewhere becomes one of ours."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+from typing import TYPE_CHECKING
+
+from encdec.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from encdec.data.vocabulary import Vocabulary
+
+
+def main(argv: list[str]) -> int:
+    """``encdec import --from=hf DIR --out=DIR``.
+
+    Raises:
+        ConfigError: the output is taken, or the model has a setting that ours cannot express.
+        DataError: files that are missing, cut short or do not belong together.
+    """
+    options = _parser().parse_args(argv)
+    if options.head_dim < 1:
+        raise ConfigError(f"head_dim is {options.head_dim}; wanted 1 or more, the width of a head")
+    source, out = pathlib.Path(options.source), pathlib.Path(options.out)
+    if not source.exists():
+        raise DataError(f"{source} does not exist; give what was downloaded")
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.data.vocabulary import load_vocabulary
+    from encdec.interop.importing import free_bytes, write_model
+
+    started = time.monotonic()
+    vocabulary = load_vocabulary(options.vocabulary) if options.vocabulary else None
+    if options.format == "hf":
+        from encdec import safetensors
+        from encdec.interop import huggingface, t5gemma
+
+        seq2seq = t5gemma.is_t5gemma(source)
+        found = (t5gemma if seq2seq else huggingface).read_config(source)
+        tensors = safetensors.open_directory(source)
+        if seq2seq:
+            model, params = t5gemma.convert(found.model, tensors)
+        else:
+            model, params = found.model, huggingface.convert(found.model, found.family, tensors)
+        if vocabulary is None:
+            vocabulary = _vocabulary_beside(source)
+        family, start_id, longest = found.family, found.start_id, found.max_length
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        if (free := free_bytes(out)) < needed:
+            raise DataError(f"{out} has room for {free:,} bytes; the model needs about {needed:,}")
+    elif options.format == "mu":
+        from encdec.interop import mu
+
+        tensors = mu.read_tensors(source)
+        model = mu.read_config(tensors, options.head_dim)
+        params = mu.convert(model, tensors)
+        family, start_id, longest = "mu", mu.START_ID, mu.MAX_LENGTH
+    else:
+        from encdec.interop import llama2c
+
+        model, params, longest = llama2c.read_model(source)
+        family, start_id = "llama2.c", llama2c.START_ID
+    stored = write_model(
+        out,
+        model,
+        params,
+        source={
+            "format": options.format,
+            "family": family,
+            "name": options.name or source.resolve().name,
+        },
+        vocabulary=vocabulary,
+        start_id=start_id,
+        max_length=longest,
+        param_dtype=options.param_dtype,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{family}: {stored.num_layers} layers, width {stored.d_model}, "
+        f"{stored.vocab_size:,} ids, up to {longest:,} tokens, {stored.param_dtype}, in {out} "
+        f"({time.monotonic() - started:.1f} s)"
+    )
+    if vocabulary is None:
+        print(
+            "The model's vocabulary is unknown here, so it cannot score records or generate "
+            "text; import it again with --vocabulary=FILE"
+        )
+    return 0
+
+
+def _vocabulary_beside(source: pathlib.Path) -> Vocabulary | None:
+    """What lies beside a Hugging Face model, where it can be read here."""
+    from encdec.data.vocabulary import load_vocabulary, vocabulary_file
+
+    file = vocabulary_file(source)
+    try:
+        return load_vocabulary(file) if file else None
+    except ConfigError as error:  # a package is missing: the model is of use without it
+        print(error)
+        return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec import",
+        allow_abbrev=False,
+        description="Turns a model from elsewhere into a work directory that score, generate and "
+        "describe read.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="PATH",
+        help="directory with config.json and *.safetensors (hf), the paper's "
+        "model.pt (mu), or a .bin file (llama2c)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="format",
+        choices=("hf", "mu", "llama2c"),
+        default="hf",
+        help="what PATH is (default %(default)s)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="FILE",
+        help="the model's vocabulary, as for prepare (default: PATH's "
+        "tokenizer.model or tokenizer.json, if there is one)",
+    )
+    parser.add_argument(
+        "--head_dim",
+        type=int,
+        default=64,
+        metavar="N",
+        help="mu: width of a head, which a model.pt does not tell (default "
+        "%(default)s, the release's)",
+    )
+    parser.add_argument(
+        "--param_dtype",
+        choices=("float32", "bfloat16"),
+        help="of the stored parameters (default: as they are; float16 becomes float32)",
+    )
+    parser.add_argument("--name", help="what cards call the model (default: PATH's last part)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
+    return parser

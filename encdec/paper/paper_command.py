@@ -1,0 +1,141 @@
+"""``encdec paper``: pretrain, fine-tune, distil, evaluate, and lay out the paper's table."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from encdec.errors import ConfigError
+
+_OVERRIDE = re.compile(r"--?config\.([^=]+)=.*", re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """``encdec paper --config=configs/paper.py:SIZE --data_dir=DIR --text=FILE --work=DIR``.
+
+    Raises:
+        ConfigError: settings that cannot be, or a work directory of other ones.
+        DataError: text or examples that are not there.
+    """
+    overrides = [argument for argument in argv if _OVERRIDE.fullmatch(argument)]
+    options = _parser().parse_args([a for a in argv if a not in overrides])
+    config = load_config(options.config, overrides)
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.data.records import write_json
+    from encdec.evaluation.results_table import table_markdown
+    from encdec.paper.setting import parse_setting, table_rows
+
+    setting = parse_setting(config.to_dict())
+    columns = _chosen("columns", options.columns, [column.name for column in setting.columns])
+    rows = _chosen("rows", options.rows, list(table_rows(setting)))
+    work = pathlib.Path(options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    identity = json.loads(json.dumps(setting.identity()))
+    path = work / "setting.json"
+    if path.is_file() and json.loads(path.read_text()) != identity:
+        raise ConfigError(
+            f"{work} holds an experiment with other settings; give another --work, "
+            f"or those of {path}"
+        )
+    write_json(path, identity)
+    import jax
+
+    from encdec.paper.corpora import Corpora
+    from encdec.paper.runs import Experiment
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Seeds run the same programs, and so do tasks with the same rows.
+        jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    say = lambda text: print(f"paper: {text}", file=sys.stderr, flush=True)
+    corpora = Corpora(setting, work, options.data_dir, options.text)
+    corpora.make(say)
+    print(table_markdown(Experiment(setting, work, corpora, columns, rows, say).run()))
+    return 0
+
+
+def _chosen(flag: str, given: str | None, names: Sequence[str]) -> list[str]:
+    chosen = given.split(",") if given else []
+    if unknown := sorted(set(chosen) - set(names)):
+        raise ConfigError(f"--{flag} names {unknown[0]!r}; there are {', '.join(names)}")
+    return chosen
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The ConfigDict of ``FILE.py[:SIZE]`` with overrides applied.
+
+    Raises:
+        ConfigError: no such file, size or field, or a value that is not of the field's type.
+    """
+    from encdec.train.config import field_names
+    from encdec.train.train_command import read_config_file
+
+    config = read_config_file(source)
+    names = field_names(config)
+    for override in overrides:
+        name = _OVERRIDE.fullmatch(override)[1]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {', '.join(names)}"
+            raise ConfigError(f"the experiment has no field {name!r}{hint}")
+    values = flags.FlagValues()
+    command = ["encdec paper", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
+        values(command)
+    except flags.Error as error:
+        raise ConfigError(str(error).removeprefix("flag --")) from None
+    return values.config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec paper",
+        allow_abbrev=False,
+        description="Rebuilds the paper's Table 1: pretrains DEC and ED at three splits at equal "
+        "FLOPs, fine-tunes them on four tasks, distils, evaluates. Repeated, it goes on where it "
+        "was.",
+        epilog="Any field of the config is set by --config.FIELD=VALUE. Example: encdec paper "
+        "--config=configs/paper.py:laptop --data_dir=data --text=data/books.jsonl "
+        "--work=runs/paper",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:SIZE]",
+        help="configs/paper.py:laptop or :gpu, or one of your own",
+    )
+    parser.add_argument(
+        "--data_dir",
+        required=True,
+        metavar="DIR",
+        help="holds the tasks' files, see `encdec data list`",
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="to pretrain on; may be repeated",
+    )
+    parser.add_argument("--work", required=True, metavar="DIR", help="receives everything")
+    parser.add_argument(
+        "--columns", metavar="A,B", help="work on these columns alone (default: all)"
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="A,B",
+        help="work on these students alone, such as 'DEC,ED 2/3-1/3'; processes "
+        "may share rows and columns out once the pretraining is done",
+    )
+    return parser

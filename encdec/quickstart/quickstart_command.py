@@ -1,0 +1,411 @@
+"""``encdec quickstart``: from the machine's own Python library to trained, compared models."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import os
+import pathlib
+import platform
+import shlex
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from encdec.benchmarks.generation import time_generation
+from encdec.data.corpora.stdlib import stdlib_examples, stdlib_text
+from encdec.data.prepare import prepare
+from encdec.data.prepare_command import ProgressLine
+from encdec.data.records import DatasetCard, read_card
+from encdec.data.teacher_rows import TeacherCard
+from encdec.data.vocab_command import train_vocabulary
+from encdec.distill.score_command import ScoringProgress
+from encdec.distill.scoring import score
+from encdec.errors import ConfigError
+from encdec.inference.generator import Generator, load_generator
+from encdec.inference.settings import GenerationSettings
+from encdec.model import ModelConfig, preset
+from encdec.model.flops import cache_bytes, count_parameters, training_flops, weight_bytes
+from encdec.model.peers import match_decoder_only
+from encdec.quickstart import quickstart_report as reports
+from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
+from encdec.train.checkpoints import load_params_for_inference
+from encdec.train.config import RunConfig, parse_config
+from encdec.train.loop import train
+from encdec.train.metrics import read_metrics
+
+TASK = "stdlib_code_summarization"
+# Row lengths, tokens. Attention between the packed functions of a row is masked but computed, so
+# rows are as short as the longest functions allow: about one in seven is shortened.
+INPUTS, TARGETS = 256, 48
+BATCH_SIZE = 8  # rows of an optimizer step; small, because steps are what a short run lacks
+STEPS = 600  # about two passes over the functions
+OPTIMIZER, LEARNING_RATE = "muon", 1e-2  # in 120 steps as far as AdamW (2e-3) in 240
+ALPHA = 0.5  # of the teacher, which is no better than its student is
+NEW_TOKENS = 32  # generated for Rouge and for the timings
+TIMED_INPUTS = (128, 256, 512, 1024, 2048)  # tokens
+TABLE_INPUTS = 512  # the input length whose timings stand in the table
+TITLES = {
+    "encoder_decoder": "encoder-decoder",
+    "decoder_only": "decoder-only",
+    "distilled": "distilled encoder-decoder",
+}
+PARTS = 5
+
+_console = Console()
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="encdec quickstart",
+        description="Prepare the Python standard library as a corpus of functions and their "
+        "summaries, train an encoder-decoder and a decoder-only peer at equal training FLOPs on "
+        "the same examples, distil a second encoder-decoder from the peer, compare quality and "
+        "speed. A second call goes on where the first ended.",
+    )
+    result.add_argument("--workdir", default="runs/quickstart", help="where all of it goes")
+    result.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each model")
+    result.add_argument("--seed", type=int, default=0, help="of parameters and the rows' order")
+    result.add_argument(
+        "--max_examples",
+        type=int,
+        default=None,
+        help="use only so many functions, for a quick look",
+    )
+    return result
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.steps < 10:
+        raise ConfigError(f"--steps is {arguments.steps}; wanted at least 10")
+    if arguments.max_examples is not None and arguments.max_examples < 8:
+        raise ConfigError(f"--max_examples is {arguments.max_examples}; wanted at least 8")
+    started = time.monotonic()
+    workdir = pathlib.Path(arguments.workdir)
+    _say(1, "Data: functions of this machine's Python library and their summaries")
+    cards = prepare_data(workdir, arguments.max_examples)
+    _say(2, "Training: two models, the same rows, equal FLOPs")
+    runs = make_runs(workdir, cards, arguments.steps, arguments.seed)
+    train_seconds = {name: train_one(workdir / name, run) for name, run in runs.items()}
+    _say(3, "Distillation: the decoder-only model's draws on every row, once; a student of them")
+    teacher, seconds = score_rows(workdir)
+    runs["distilled"] = distilled_run(runs["encoder_decoder"], workdir)
+    train_seconds["distilled"] = train_one(workdir / "distilled", runs["distilled"])
+    _say(4, "Quality: loss and Rouge-L on held-out functions")
+    held_out = stdlib_examples("test")[: arguments.max_examples]
+    summaries = {name: summarise(load_generator(str(workdir / name)), held_out) for name in runs}
+    _say(5, "Speed: first token and whole answers, by input length")
+    timings = time_models({name: workdir / name for name in ("encoder_decoder", "decoder_only")})
+    samples = pick_samples(held_out)
+    models = [
+        model_report(
+            name,
+            workdir / name,
+            runs[name],
+            cards,
+            train_seconds[name],
+            held_out,
+            summaries[name],
+            timings.get(name),
+            samples,
+        )
+        for name in runs
+    ]
+    command = shlex.join(["encdec", "quickstart", *argv])
+    result = QuickstartReport(
+        models,
+        describe_data(cards, workdir / "encoder_decoder"),
+        describe_teacher(teacher, seconds),
+        [(held_out[i]["source"], held_out[i]["target"]) for i in samples],
+        f"{os.cpu_count()} x {cpu_name()}, jax {jax.__version__}",
+        datetime.date.today().isoformat(),
+        command,
+    )
+    paths = reports.write(result, workdir, TABLE_INPUTS)
+    show(result, paths, workdir, time.monotonic() - started)
+    return 0
+
+
+def prepare_data(workdir: pathlib.Path, max_examples: int | None) -> Mapping[str, DatasetCard]:
+    """Vocabulary and records, made unless they are there already."""
+    vocabulary = workdir / "vocabulary.model"
+    if not vocabulary.exists():
+        size = preset("quickstart").vocab_size
+        _console.print(f"training a vocabulary of {size:,} pieces on the library's source")
+        train_vocabulary(stdlib_text("train"), vocabulary, size=size)
+    cards = {}
+    for split in ("train", "test"):
+        out = workdir / "data" / split
+        if not (out / "dataset.json").exists():
+            progress = ProgressLine()
+            prepare(
+                out=out,
+                vocabulary=vocabulary,
+                task=TASK,
+                split=split,
+                inputs_length=INPUTS,
+                targets_length=TARGETS,
+                max_examples=max_examples,
+                progress=progress,
+            )
+            progress.close()
+        card = cards[split] = read_card(out)
+        _console.print(
+            f"{split}: {card.examples:,} functions in {card.rows:,} rows, {card.source_tokens:,} "
+            f"source and {card.target_tokens:,} target tokens, "
+            f"{card.non_padding_share:.1%} of the places filled; shortened {card.truncated}"
+        )
+    return cards
+
+
+def make_runs(
+    workdir: pathlib.Path, cards: Mapping[str, DatasetCard], steps: int, seed: int
+) -> dict[str, RunConfig]:
+    """The two runs: alike but for the model, whose training FLOPs per row are equal."""
+    ours = preset("quickstart")
+    peer = match_decoder_only(ours, by="training_flops", inputs=INPUTS, targets=TARGETS)
+    runs = {}
+    for config in (ours, peer):
+        base = preset("quickstart" if config is ours else "quickstart-dec")
+        changes = {k: v for k, v in config.to_dict().items() if v != getattr(base, k)}
+        runs[config.architecture] = parse_config(
+            {
+                "model": "quickstart" if config is ours else "quickstart-dec",
+                "model_overrides": changes,
+                "batch_size": BATCH_SIZE,
+                "steps": steps,
+                "seed": seed,
+                "log_every": 60,
+                "data": {
+                    "records": str(workdir / "data" / "train"),
+                    "eval_records": str(workdir / "data" / "test"),
+                },
+                "optimizer": {
+                    "name": OPTIMIZER,
+                    "learning_rate": LEARNING_RATE,
+                    "weight_decay": 0.1,
+                },
+                "schedule": {"name": "cosine", "warmup_steps": max(1, steps // 10)},
+                "loss": {"z_loss": 1e-4},
+                "eval": {"every": max(1, steps // 8)},
+                "checkpoint": {"every": max(1, steps // 2), "keep": 1},
+            }
+        )
+    flops = [training_flops(c, INPUTS, TARGETS, batch_size=BATCH_SIZE) for c in (ours, peer)]
+    _console.print(
+        f"training FLOPs a step: {flops[0]:.4g} and {flops[1]:.4g} "
+        f"(ratio {flops[1] / flops[0]:.4f})"
+    )
+    return runs
+
+
+def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
+    """The decoder-only model's draws on every training row, made unless they are there already.
+
+    Returns the card, and the seconds it took (0 where it was done before).
+    """
+    out = workdir / "teacher"
+    done = (out / "teacher.json").exists()
+    records = workdir / "data" / "train"
+    progress = ScoringProgress(str(records))
+    begin = time.monotonic()
+    card = score(workdir / "decoder_only", records, out, progress=progress)
+    progress.close()
+    seconds = 0.0 if done else time.monotonic() - begin
+    _console.print(
+        f"{card.tokens:,} target tokens scored: {card.format.draws} draws in "
+        f"{card.bytes_per_token:.1f} bytes a token, {card.pairs / card.tokens:.1f} ids a token"
+    )
+    return card, seconds
+
+
+def distilled_run(run: RunConfig, workdir: pathlib.Path) -> RunConfig:
+    """The encoder-decoder's run, with the teacher's draws beside its targets."""
+    return dataclasses.replace(
+        run, distill=dataclasses.replace(run.distill, teacher=str(workdir / "teacher"), alpha=ALPHA)
+    )
+
+
+def train_one(workdir: pathlib.Path, run: RunConfig) -> float:
+    """Trains, or continues, one model; returns the seconds that its training steps took."""
+    config = run.model_config()
+    title = TITLES["distilled" if run.distill.teacher else config.architecture]
+    _console.print(
+        f"\n{title}: {layers_text(config)} layers, {count_parameters(config).total:,} parameters",
+        style="bold",
+    )
+    train(run, workdir)
+    seconds = [m["train/step_seconds"] for m in read_metrics(workdir) if "train/step_seconds" in m]
+    return sum(seconds) / len(seconds) * run.steps
+
+
+def summarise(generator: Generator, examples: list[dict[str, Any]]) -> list[str]:
+    """Greedy summaries of held-out functions, shortened to the row's length as in training."""
+    answers = generator.generate(
+        [example["source"] for example in examples],
+        GenerationSettings(max_tokens=NEW_TOKENS),
+        truncate=True,
+    )
+    return [answer[0].text for answer in answers]
+
+
+def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, list[Timing]]]:
+    """Generation by both models in turn, cached, and by the decoder-only uncached as well."""
+    measured = time_generation(
+        {name: load_params_for_inference(path)[:2] for name, path in workdirs.items()},
+        TIMED_INPUTS,
+        NEW_TOKENS,
+        repeats=3,
+        on_progress=lambda text: _console.print(text, style="dim", highlight=False),
+    )
+    result = {name: {"cached": [], "uncached": []} for name in workdirs}
+    for one in measured:
+        result[one.model]["cached" if one.cached else "uncached"].append(
+            Timing(
+                one.input_length,
+                one.first_token.median,
+                one.total.median,
+                one.tokens_per_second.median,
+            )
+        )
+    return result
+
+
+def rouge_l(predictions: list[str], examples: list[dict[str, Any]]) -> float:
+    """Mean Rouge-L F-measure times 100 (the rouge-score package, with stemming)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [
+        scorer.score_multi(example["targets"], text)["rougeL"].fmeasure
+        for text, example in zip(predictions, examples, strict=True)
+    ]
+    return 100 * sum(scores) / len(scores)
+
+
+def model_report(
+    name: str,
+    workdir: pathlib.Path,
+    run: RunConfig,
+    cards: Mapping[str, DatasetCard],
+    train_seconds: float,
+    examples: list[dict[str, Any]],
+    summaries: list[str],
+    timings: dict[str, list[Timing]] | None,
+    samples: list[int],
+) -> ModelReport:
+    """Puts one model's figures together from its work directory and what was measured.
+
+    ``timings`` is None of a model whose twin was timed.
+    """
+    config = run.model_config()
+    step_flops = training_flops(config, INPUTS, TARGETS, batch_size=run.batch_size)
+    evaluations = [m for m in read_metrics(workdir) if "eval/loss" in m]
+    timings = timings or {"cached": [], "uncached": []}
+    return ModelReport(
+        title=TITLES[name],
+        layers=layers_text(config),
+        parameters=count_parameters(config).total,
+        training_flops=step_flops * run.steps,
+        training_seconds=train_seconds,
+        curve=[(m["step"] * step_flops, m["eval/loss"]) for m in evaluations],
+        loss=evaluations[-1]["eval/loss"],
+        bits_per_byte=evaluations[-1]["eval/bits_per_byte"],
+        rouge_l=rouge_l(summaries, examples),
+        timings=timings["cached"],
+        uncached=timings["uncached"],
+        memory_bytes=weight_bytes(config) + cache_bytes(config, TIMED_INPUTS[-1], NEW_TOKENS),
+        samples=[summaries[i] for i in samples],
+    )
+
+
+def describe_data(cards: Mapping[str, DatasetCard], workdir: pathlib.Path) -> dict[str, Any]:
+    """The figures of the data that the report quotes."""
+    lines = [m for m in read_metrics(workdir) if "train/target_tokens_per_second" in m]
+    rate = [m["train/target_tokens_per_second"] * m["train/step_seconds"] for m in lines]
+    steps = max(m["step"] for m in lines)
+    return {
+        "task": cards["train"].task,
+        "train_examples": cards["train"].examples,
+        "held_out_examples": cards["test"].examples,
+        "target_tokens_seen": round(sum(rate) / len(rate) * steps),
+        "timed_new_tokens": NEW_TOKENS,
+    }
+
+
+def describe_teacher(card: TeacherCard, seconds: float) -> dict[str, Any]:
+    """The figures of the distillation that the report quotes."""
+    return {
+        "name": TITLES["decoder_only"],
+        "draws": card.format.draws,
+        "alpha": ALPHA,
+        "tokens": card.tokens,
+        "bytes_per_token": card.bytes_per_token,
+        "ids_per_token": card.pairs / card.tokens,
+        "entropy": card.entropy,
+        "scoring_seconds": seconds,
+    }
+
+
+def pick_samples(examples: list[dict[str, Any]], count: int = 3) -> list[int]:
+    """Short functions, evenly spread over the held-out modules: they are read on a terminal."""
+    short = [i for i, example in enumerate(examples) if example["source"].count("\n") <= 12]
+    return [short[(2 * k + 1) * len(short) // (2 * count)] for k in range(count)]
+
+
+def layers_text(config: ModelConfig) -> str:
+    if config.is_encoder_decoder:
+        return f"{config.encoder_layers} + {config.decoder_layers}"
+    return str(config.decoder_layers)
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def show(
+    result: QuickstartReport, paths: list[pathlib.Path], workdir: pathlib.Path, seconds: float
+) -> None:
+    """The table, the ratios, the samples, and where everything lies."""
+    header, *rows = reports.table(result, TABLE_INPUTS)
+    shown = Table(title="Equal training FLOPs, the same examples", title_justify="left")
+    for place, title in enumerate(header):
+        shown.add_column(title, justify="right" if place else "left")
+    for row in rows:
+        shown.add_row(*row)
+    _console.print()
+    _console.print(shown)
+    for line in reports.ratios(result, TABLE_INPUTS):
+        _console.print(line, highlight=False)
+    _console.print("\nWhat they write about functions they never saw:\n", style="bold")
+    _console.print(reports.samples_text(result), markup=False, highlight=False)
+    for path in paths:
+        _console.print(f"{path}", highlight=False)
+    _console.print(
+        f"{workdir}/data: records; {workdir}/teacher: the draws; {workdir}/encoder_decoder, "
+        "decoder_only and distilled: checkpoints, metrics, TensorBoard",
+        highlight=False,
+    )
+    _console.print(
+        f"\nDone in {seconds / 60:.1f} minutes. Ask the model about a function of yours:\n"
+        f"  encdec generate --checkpoint={workdir}/encoder_decoder "
+        "\"$(printf 'def add(a, b):\\n    return a + b\\n')\"",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _say(number: int, text: str) -> None:
+    _console.print(f"\n[{number}/{PARTS}] {text}", style="bold cyan", markup=False)

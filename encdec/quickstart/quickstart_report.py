@@ -1,0 +1,271 @@
+"""What the quickstart found, as a table, two pictures and a few texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+# Okabe and Ito's colours, told apart by readers with any kind of colour vision; each line has
+# a marker of its own as well, for print in grey.
+COLOURS = {
+    "encoder-decoder": "#0072B2",
+    "decoder-only": "#D55E00",
+    "distilled encoder-decoder": "#009E73",
+}
+UNCACHED_COLOUR = "#999999"
+PICTURES = ("loss.png", "inference.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Generation at one input length: medians over repeats.
+
+    Attributes:
+        inputs: source tokens.
+        first_token_seconds: from the tokenised source to the first new token.
+        total_seconds: to the last new token.
+        tokens_per_second: of the tokens after the first.
+    """
+
+    inputs: int
+    first_token_seconds: float
+    total_seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """One model's figures.
+
+    Attributes:
+        title: "encoder-decoder", "decoder-only" or "distilled encoder-decoder".
+        layers: as text, "4 + 2".
+        parameters: number of parameters.
+        training_flops: of the whole run, by formula.
+        training_seconds: wall time of the training steps, compilation and evaluation left out.
+        curve: (training FLOPs, held-out loss per target token) at every evaluation.
+        loss: nats per held-out target token.
+        bits_per_byte: of held-out target text.
+        rouge_l: mean F-measure over held-out functions, 0 to 100.
+        timings: cached generation by input length; none of a model whose twin was timed.
+        uncached: the same with the whole sequence read again for every token.
+        memory_bytes: weights and cache while generating from the longest input.
+        samples: generated summaries, in the order of ``QuickstartReport.samples``.
+    """
+
+    title: str
+    layers: str
+    parameters: int
+    training_flops: float
+    training_seconds: float
+    curve: list[tuple[float, float]]
+    loss: float
+    bits_per_byte: float
+    rouge_l: float
+    timings: list[Timing]
+    uncached: list[Timing]
+    memory_bytes: int
+    samples: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartReport:
+    """The models, what they were trained on, and sample functions as (source, reference).
+
+    The first two are compared at equal cost; the third is the first, distilled from the second,
+    and ``teacher`` describes that.
+    """
+
+    models: list[ModelReport]
+    data: dict[str, Any]
+    teacher: dict[str, Any]
+    samples: list[tuple[str, str]]
+    machine: str
+    date: str
+    command: str
+
+
+def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
+    """Rows of the comparison, the header first; timings are those at ``at_inputs`` tokens."""
+    models = report.models
+    timing = [next((t for t in m.timings if t.inputs == at_inputs), None) for m in models]
+    shown = lambda text: tuple(text(t) if t else "the same model" for t in timing)
+    target_tokens = report.data["target_tokens_seen"]
+    rows = [
+        ("", *(m.title for m in models)),
+        ("layers", *(m.layers for m in models)),
+        ("parameters", *(f"{m.parameters:,}" for m in models)),
+        ("training FLOPs", *(f"{m.training_flops:.3g}" for m in models)),
+        ("training time", *(f"{m.training_seconds:.0f} s" for m in models)),
+        (
+            "target tokens a second, training",
+            *(f"{target_tokens / m.training_seconds:,.0f}" for m in models),
+        ),
+        ("held-out loss, nats a target token", *(f"{m.loss:.4f}" for m in models)),
+        ("held-out bits a byte", *(f"{m.bits_per_byte:.4f}" for m in models)),
+        ("Rouge-L on held-out functions", *(f"{m.rouge_l:.2f}" for m in models)),
+        (
+            f"first token, {at_inputs} tokens in",
+            *shown(lambda t: f"{1e3 * t.first_token_seconds:.1f} ms"),
+        ),
+        ("tokens a second, cached", *shown(lambda t: f"{t.tokens_per_second:,.0f}")),
+        ("weights and cache", *(f"{m.memory_bytes / 2**20:.1f} MiB" for m in models)),
+    ]
+    return rows
+
+
+def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
+    """The comparison in sentences, as measured, whoever is ahead."""
+    ours, peer, distilled = report.models
+    times = [next(t for t in m.timings if t.inputs == at_inputs) for m in (ours, peer)]
+
+    def against(name: str, a: float, b: float, lower_is_better: bool) -> str:
+        ahead = "encoder-decoder" if (a < b) == lower_is_better else "decoder-only"
+        return f"{name}: {a / b:.3f} of the decoder-only figure ({ahead} ahead)"
+
+    return [
+        against("held-out loss", ours.loss, peer.loss, True),
+        against("Rouge-L", ours.rouge_l, max(peer.rouge_l, 1e-9), False),
+        against(
+            "first-token latency", times[0].first_token_seconds, times[1].first_token_seconds, True
+        ),
+        against("tokens a second", times[0].tokens_per_second, times[1].tokens_per_second, False),
+        f"distilled, over the same model on gold targets alone: {distilled.loss / ours.loss:.3f} "
+        f"of its held-out loss, {distilled.rouge_l / max(ours.rouge_l, 1e-9):.3f} of its Rouge-L, "
+        f"{distilled.training_seconds / ours.training_seconds:.3f} of its training time",
+    ]
+
+
+def teaching(report: QuickstartReport) -> str:
+    """What the distilled model learned from, as a paragraph."""
+    teacher = report.teacher
+    return (
+        f"The distilled model differs from the first in its loss alone: {teacher['alpha']:g} x the "
+        f"divergence from the {teacher['name']} model, of which {teacher['draws']} draws a token "
+        f"were stored ({teacher['tokens']:,} tokens, {teacher['ids_per_token']:.1f} ids and "
+        f"{teacher['bytes_per_token']:.1f} bytes a token), and {1 - teacher['alpha']:g} x the "
+        "cross entropy of gold targets. A teacher worth its name is larger than its student and "
+        "has read more; see docs/distillation.md."
+    )
+
+
+def write(report: QuickstartReport, folder: pathlib.Path, at_inputs: int) -> list[pathlib.Path]:
+    """Writes report.json, report.md, samples.txt and both pictures; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("report.md", "report.json", "samples.txt", *PICTURES)]
+    paths[0].write_text(markdown(report, at_inputs))
+    paths[1].write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    paths[2].write_text(samples_text(report))
+    draw_loss(report, paths[3])
+    draw_inference(report, paths[4])
+    return paths
+
+
+def markdown(report: QuickstartReport, at_inputs: int) -> str:
+    """The report as a page: table, ratios, pictures, samples."""
+    header, *rows = table(report, at_inputs)
+    cells = lambda row: "| " + " | ".join(row) + " |"
+    lines = [
+        "# Quickstart: an encoder-decoder, its decoder-only peer at equal training FLOPs, and a "
+        "distilled student",
+        "",
+        f"`{report.command}`, {report.machine}, {report.date}.",
+        "",
+        f"Task: {report.data['task']}; {report.data['train_examples']:,} functions to learn from, "
+        f"{report.data['held_out_examples']:,} held out (other modules). One run each, one seed: "
+        "read small differences as noise.",
+        "",
+        cells(header),
+        "|" + " --- |" * len(header),
+        *(cells(row) for row in rows),
+        "",
+        *(f"- {line}" for line in ratios(report, at_inputs)),
+        "",
+        teaching(report),
+        "",
+        *(f"![{name}]({name})" for name in PICTURES),
+        "",
+        "```",
+        samples_text(report).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def samples_text(report: QuickstartReport) -> str:
+    """Held-out functions with their docstring and what each model makes of them."""
+    parts = []
+    for number, (source, reference) in enumerate(report.samples):
+        parts.append(source.rstrip() + "\n")
+        parts.append(f"  written by its author: {reference}\n")
+        parts += [f"  {m.title:>25}: {m.samples[number]}\n" for m in report.models]
+        parts.append("\n")
+    return "".join(parts)
+
+
+def _axes(xlabel: str, ylabel: str, title: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_loss(report: QuickstartReport, path: pathlib.Path) -> None:
+    """Held-out loss against training FLOPs; of the distilled model without its teacher's."""
+    figure, axes = _axes(
+        "training FLOPs (model FLOPs, by formula)",
+        "held-out loss (nats per target token)",
+        "Loss against training compute",
+    )
+    for model, marker in zip(report.models, "osD"):
+        axes.plot(
+            *zip(*model.curve),
+            marker=marker,
+            color=COLOURS[model.title],
+            label=f"{model.title}, {model.parameters / 1e6:.1f}M parameters",
+        )
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def draw_inference(report: QuickstartReport, path: pathlib.Path) -> None:
+    """Time to a whole answer against input length; decoder-only with and without a cache."""
+    figure, axes = _axes(
+        "input length (tokens)",
+        f"seconds for {report.data['timed_new_tokens']} new tokens, batch 1",
+        "Inference time against input length",
+    )
+    for model, marker in zip([m for m in report.models if m.timings], "os"):
+        colour = COLOURS[model.title]
+        axes.plot(
+            [t.inputs for t in model.timings],
+            [t.total_seconds for t in model.timings],
+            marker=marker,
+            color=colour,
+            label=f"{model.title}, cached",
+        )
+        if model.uncached:
+            axes.plot(
+                [t.inputs for t in model.uncached],
+                [t.total_seconds for t in model.uncached],
+                marker="^",
+                linestyle="--",
+                color=UNCACHED_COLOUR,
+                label=f"{model.title}, without a cache",
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([t.inputs for t in report.models[0].timings])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,395 @@
+"""``encdec scaling {plan,run,score,fit,plot}``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import pathlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from encdec.errors import ConfigError, DataError, EncdecError
+
+_OVERRIDE = re.compile(r"--?(?:no)?ladder\.([^=]+)(=.*)?", re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """Plans, runs, scores, fits or plots a ladder of runs.
+
+    Raises:
+        ConfigError: a ladder that cannot be planned.
+        DataError: results that cannot be fitted, with the reason.
+        CheckpointError: a directory of another ladder.
+    """
+    overrides, rest = split_ladder_overrides(argv)
+    options = _parser().parse_args(rest)
+    if overrides and not hasattr(options, "ladder"):
+        raise ConfigError(
+            f"{overrides[0]} means nothing to `encdec scaling {options.action}`, "
+            "which reads results; use it with plan, run and score"
+        )
+    return options.function(options, overrides)
+
+
+def split_ladder_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts ``--ladder.FIELD=VALUE`` from all other arguments."""
+    overrides = [a for a in argv if _OVERRIDE.fullmatch(a)]
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override} has no value; wanted {override}=VALUE")
+    return overrides, [a for a in argv if a not in overrides]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec scaling",
+        allow_abbrev=False,
+        description="Scaling curves: a ladder of runs planned, run, scored, fitted, plotted.",
+    )
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="{plan,run,score,fit,plot}"
+    )
+
+    plan = _action(actions, "plan", _plan, "show every run of a ladder and the total bill")
+    _ladder_options(plan)
+    plan.add_argument("--chip", metavar="NAME", help="predict chip-hours on this chip, e.g. v5e")
+    plan.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="model FLOPs utilisation taken for it (%(default)s); `encdec compile` "
+        "predicts it for a topology",
+    )
+    plan.add_argument(
+        "--flops_per_second",
+        type=float,
+        metavar="RATE",
+        help="instead of chip and MFU: model FLOP/s that one machine reaches",
+    )
+    plan.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="compile every step for this TPU topology, e.g. v5e:16x16, as `encdec "
+        "compile` does, and predict memory and chip-hours; minutes a distinct step",
+    )
+    plan.add_argument(
+        "--compiled",
+        metavar="FILE",
+        help="keep the compiled steps' figures here, and read them again",
+    )
+    plan.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="plan this run alone (may be repeated)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    run = _action(actions, "run", _run, "do what is not done yet, and record it")
+    _ladder_options(run)
+    run.add_argument("--workdir", required=True, metavar="DIR", help="the ladder's directory")
+    which = run.add_mutually_exclusive_group()
+    which.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="do this run alone (may be repeated)",
+    )
+    which.add_argument(
+        "--index",
+        type=int,
+        metavar="I",
+        help="do the plan's run number I alone, as a task of an array job",
+    )
+    which.add_argument(
+        "--collect",
+        action="store_true",
+        help="train nothing; record what lies in the runs' directories",
+    )
+    which.add_argument(
+        "--print_jobs",
+        action="store_true",
+        help="train nothing; print one command for each run that is not done",
+    )
+
+    score = _action(
+        actions,
+        "score",
+        _score,
+        "generate answers with every finished run and measure a task's metrics",
+    )
+    _ladder_options(score)
+    score.add_argument("--workdir", required=True, metavar="DIR", help="the ladder's directory")
+    score.add_argument(
+        "--task", required=True, metavar="TASK", help="a task with metrics, see `encdec data list`"
+    )
+    score.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
+    score.add_argument("--split", default="validation", help="of the task (%(default)s)")
+    score.add_argument("--examples", type=int, metavar="N", help="its first N (all)")
+
+    fit = _action(actions, "fit", _fit, "fit laws and compare the architectures")
+    _fit_options(fit)
+    fit.add_argument("--json", metavar="FILE", help="write everything to this file too")
+
+    plot = _action(actions, "plot", _plot, "draw the curves and write the report")
+    _fit_options(plot)
+    plot.add_argument(
+        "--out",
+        metavar="DIR",
+        help="for the figures and report.html (default: `curves` beside the results)",
+    )
+    return parser
+
+
+def _action(actions: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    parser = actions.add_parser(
+        name, help=text, description=text.capitalize() + ".", allow_abbrev=False
+    )
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _ladder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ladder",
+        required=True,
+        metavar="FILE.py[:NAME]",
+        help="config file and its argument, e.g. configs/scaling.py:micro; any "
+        "field by --ladder.FIELD=VALUE",
+    )
+
+
+def _fit_options(parser: argparse.ArgumentParser) -> None:
+    from encdec.scaling.results import LOSSES, PARAMETERS, TOKENS
+
+    parser.add_argument(
+        "--results", required=True, metavar="PATH", help="a ladder's directory, or a results file"
+    )
+    parser.add_argument(
+        "--tokens", choices=TOKENS, default="target", help="which tokens are D (%(default)s)"
+    )
+    parser.add_argument(
+        "--parameters",
+        choices=PARAMETERS,
+        default="total",
+        help="which parameters are N (%(default)s)",
+    )
+    parser.add_argument(
+        "--loss", choices=sorted(LOSSES), default="nats_per_token", help="unit of L (%(default)s)"
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=200,
+        metavar="N",
+        help="bootstrap draws for intervals; 0: none (%(default)s)",
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="leave this run out, e.g. one that diverged (may be repeated)",
+    )
+
+
+def load_ladder(source: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The ConfigDict of ``FILE.py[:NAME]`` with overrides applied.
+
+    Raises:
+        ConfigError: no such file, ladder or field, or a value that is not of the field's type.
+    """
+    from encdec.scaling.ladder import complete
+    from encdec.train.config import field_names
+    from encdec.train.train_command import read_config_file
+
+    try:
+        config = complete(read_config_file(source))
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    names = field_names(config)
+    for override in overrides:
+        name = _OVERRIDE.fullmatch(override)[1]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"the ladder has no field {name!r}{hint}")
+    values = flags.FlagValues()
+    command = ["encdec scaling", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("ladder", config, flag_values=values, sys_argv=command)
+        values(command)
+    except flags.Error as error:
+        raise ConfigError(str(error).removeprefix("flag --")) from None
+    except ValueError as error:
+        # ml_collections reads dotted names as Python does: a part that starts with a digit is none.
+        raise ConfigError(
+            f"{' '.join(overrides)}: {error}; change such a field in a config file of your own"
+        ) from None
+    return values.ladder
+
+
+def _planned(options: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    from encdec.data.records import read_card
+    from encdec.scaling.ladder import parse_ladder, plan
+
+    ladder = parse_ladder(load_ladder(options.ladder, overrides))
+    return plan(ladder, read_card(ladder.records) if ladder.records else None)
+
+
+def _console() -> Console:
+    # Where the width is not known, as in a pipe, a wide table is better than a folded one.
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from encdec.model.chips import chip_named
+    from encdec.scaling.compiled import step_figures
+    from encdec.scaling.plan_table import as_json, show
+
+    if options.chip and options.flops_per_second:
+        raise ConfigError("--chip and --flops_per_second are two ways to say one thing; give one")
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu={options.mfu}; wanted a share in (0, 1]")
+    if options.compiled and not options.topology:
+        raise ConfigError("--compiled keeps what --topology compiles; give both, or neither")
+    if options.topology and (options.chip or options.flops_per_second):
+        raise ConfigError(
+            "--topology predicts the rate that --chip and --flops_per_second assume; give one"
+        )
+    rate, machine = options.flops_per_second, "machine"
+    if options.chip:
+        chip = chip_named(options.chip)
+        rate, machine = options.mfu * chip.bf16_flops, chip.name
+    plan = _planned(options, overrides)
+    if options.only:
+        plan = dataclasses.replace(plan, runs=tuple(plan.named(name) for name in options.only))
+    figures = None
+    if options.topology:
+        figures = step_figures(
+            plan.ladder,
+            plan.runs,
+            options.topology,
+            options.compiled,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    if options.json:
+        print(json.dumps(as_json(plan, rate, figures), indent=2))
+    else:
+        show(plan, rate, machine, _console(), figures)
+    return 0
+
+
+def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from encdec.scaling.run import Workdir, index_of, run_plan
+
+    plan = _planned(options, overrides)
+    place = Workdir(options.workdir)
+    if options.collect or options.print_jobs:
+        done = place.gather(plan)
+        if options.collect:
+            print(
+                f"{len(done)} of {len(plan.runs)} runs are done; recorded in {place.results.path}"
+            )
+            return 0
+        base = [
+            "encdec",
+            "scaling",
+            "run",
+            f"--ladder={options.ladder}",
+            *overrides,
+            f"--workdir={options.workdir}",
+        ]
+        for run in plan.runs:
+            if run.name not in done:
+                print(shlex.join([*base, f"--only={run.name}"]))
+        return 0
+    only = options.only if options.index is None else [index_of(plan, options.index).name]
+    outcome = run_plan(plan, options.workdir, only=only)
+    if outcome.busy:
+        print(f"{len(outcome.busy)} runs are in other hands: {', '.join(outcome.busy)}")
+    if outcome.failed:
+        raise RunsFailed(
+            f"{len(outcome.failed)} runs failed: {', '.join(outcome.failed)}; the same command "
+            "tries them again, all others are recorded"
+        )
+    print(f"recorded in {place.results.path}")
+    return 0
+
+
+def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from encdec.data.text_tasks import text_task
+    from encdec.scaling.score import score_plan, task_examples
+
+    if options.examples is not None and options.examples < 1:
+        raise ConfigError(f"--examples={options.examples}; wanted a positive number")
+    plan = _planned(options, overrides)
+    task = text_task(options.task, options.data_dir)
+    score_plan(plan, options.workdir, task, task_examples(task, options.split, options.examples))
+    return 0
+
+
+class RunsFailed(EncdecError):
+    """Some runs of a ladder could not be finished."""
+
+    exit_code = 6
+
+
+def _analysed(options: argparse.Namespace) -> Any:
+    from encdec.scaling.analysis import Choices, analyse
+    from encdec.scaling.results import RESULTS_FILE, ResultsFile
+
+    path = pathlib.Path(options.results)
+    path = path / RESULTS_FILE if path.is_dir() else path
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist; wanted a directory of `encdec scaling run "
+            "--workdir=`, or its results file"
+        )
+    if options.draws < 0:
+        raise ConfigError(f"--draws={options.draws}; wanted 0 or more")
+    rows = ResultsFile(path).read()
+    unknown = sorted(set(options.skip) - {row["run"] for row in rows})
+    if unknown:
+        raise DataError(f"--skip={unknown[0]}: {path} has no such run")
+    rows = [row for row in rows if row["run"] not in options.skip]
+    choices = Choices(options.tokens, options.parameters, options.loss, options.draws)
+    return path, analyse(rows, choices)
+
+
+def _fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from encdec.scaling.scaling_report import as_json, show
+
+    _, analysis = _analysed(options)
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(as_json(analysis), indent=2) + "\n")
+    show(analysis, _console())
+    return 0
+
+
+def _plot(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from encdec.scaling.plots import draw_all
+    from encdec.scaling.scaling_report import write_html
+
+    path, analysis = _analysed(options)
+    out = pathlib.Path(options.out) if options.out else path.parent / "curves"
+    out.mkdir(parents=True, exist_ok=True)
+    figures = draw_all(analysis, out)
+    report = write_html(analysis, figures, out / "report.html")
+    for figure in figures:
+        print(figure.path)
+    print(report)
+    return 0

@@ -1,0 +1,194 @@
+"""``encdec serve``: a trained model over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import pathlib
+import time
+
+from encdec.errors import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """``encdec serve --checkpoint=DIR``: until SIGTERM or Ctrl-C.
+
+    Raises:
+        ConfigError: flags out of range, an address that is taken, packages that are missing.
+        CheckpointError: no trained model there.
+        DataError: its vocabulary is missing or another one.
+    """
+    options = _parser().parse_args(argv)
+    _check(options)
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.inference.exported import export_format
+    from encdec.inference.generate_command import use_compilation_cache
+    from encdec.inference.generator import read_prompt_format
+    from encdec.serving.app import Service
+    from encdec.serving.engine import Engine
+    from encdec.serving.protocol import Limits
+    from encdec.serving.server import address, bind, run
+    from encdec.serving.slots import slot_bytes
+    from encdec.train.checkpoints import load_params_for_inference
+
+    use_compilation_cache()
+    bound = bind(options.host, options.port)
+    if exported := export_format(options.checkpoint):
+        raise ConfigError(
+            f"{options.checkpoint} is an export ({exported}), whose cache has no "
+            "slots to share; serve the work directory that it was made from"
+        )
+    prompts, trained_for = read_prompt_format(
+        options.checkpoint, max_input_tokens=options.max_input_tokens
+    )
+    prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
+    max_tokens = options.max_tokens or trained_for
+    config, params, step = load_params_for_inference(options.checkpoint, options.step)
+    engine = Engine(
+        config,
+        params,
+        prompts,
+        max_tokens=max_tokens,
+        slots=options.slots,
+        max_queue=options.max_queue,
+    )
+    begin = time.perf_counter()
+    if options.warm_up:
+        programs = engine.warm_up()
+        print(f"{programs} programs ready in {time.perf_counter() - begin:.1f} s", flush=True)
+    name = options.name or pathlib.Path(options.checkpoint).resolve().name
+    service = Service(
+        engine,
+        name,
+        Limits(max_tokens, min(trained_for, max_tokens), options.max_answers),
+        options.timeout_seconds,
+        options.max_body_bytes,
+    )
+    megabytes = slot_bytes(engine.config, engine.plan) / 1e6
+    print(
+        f"{name}, step {step:,}: {options.slots} slots of {prompts.max_input_tokens:,} tokens in "
+        f"and {max_tokens:,} out, {megabytes:,.1f} MB each",
+        flush=True,
+    )
+    print(f"listening on {address(bound)}", flush=True)
+    run(service, bound, options.grace_seconds)
+    print("ended", flush=True)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (
+        ("slots", 1),
+        ("max_queue", 0),
+        ("max_tokens", 1),
+        ("max_input_tokens", 2),
+        ("max_body_bytes", 1),
+        ("max_answers", 1),
+        ("port", 0),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}; wanted {least} or more")
+    if not options.timeout_seconds > 0:
+        raise ConfigError(f"timeout_seconds is {options.timeout_seconds}; wanted more than 0")
+    if not options.grace_seconds >= 0:
+        raise ConfigError(f"grace_seconds is {options.grace_seconds}; wanted 0 or more")
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"encdec serve needs {package}; install it with pip install 'encdec[serve]'"
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec serve",
+        allow_abbrev=False,
+        description="Serves a trained model over HTTP, in OpenAI's completions protocol, with "
+        "continuous batching.",
+        epilog="Example: encdec serve --checkpoint=runs/mine --port=8000; curl "
+        'http://127.0.0.1:8000/v1/completions -d \'{"prompt": "...", "temperature": 0}\'',
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="work directory of `encdec train` or `encdec import`",
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+    parser.add_argument("--name", help="of the model (default: the directory's)")
+    parser.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="0 takes any that is free (default %(default)s)",
+    )
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=16,
+        metavar="N",
+        help="answers made at once (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max_queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="answers that may wait for a slot; more get 429 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max_input_tokens",
+        type=int,
+        metavar="N",
+        help="longest input (default: the longest in training)",
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=int,
+        metavar="N",
+        help="new tokens at most (default: as long as the training targets)",
+    )
+    parser.add_argument(
+        "--max_answers",
+        type=int,
+        default=64,
+        metavar="N",
+        help="answers to one request: prompts times n (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max_body_bytes",
+        type=int,
+        default=1 << 20,
+        metavar="N",
+        help="longest request (default %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout_seconds",
+        type=float,
+        default=120.0,
+        metavar="X",
+        help="until a request is given up (default %(default)s)",
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=float,
+        default=30.0,
+        metavar="X",
+        help="for running requests when the server ends (default %(default)s)",
+    )
+    parser.add_argument(
+        "--keep_unknown",
+        action="store_true",
+        help="read what the vocabulary cannot write as its unknown token instead of refusing it",
+    )
+    parser.add_argument(
+        "--no_warm_up",
+        dest="warm_up",
+        action="store_false",
+        help="compile programs when they are first needed",
+    )
+    return parser

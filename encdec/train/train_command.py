@@ -1,0 +1,205 @@
+"""``encdec train``: reads a config file with overrides, and trains."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from encdec.errors import ConfigError, EncdecError, Preempted
+from encdec.train.config import complete, field_names, unknown_field
+
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
+_NUMBER = re.compile(r"-[0-9.]")
+
+
+def main(argv: list[str]) -> int:
+    """``encdec train --config=FILE.py[:ARGUMENT] --workdir=DIR [--config.FIELD=VALUE ...]``."""
+    overrides, rest = split_overrides(argv)
+    options = _parser().parse_args(rest)
+    config = load_config(options.config, overrides)
+    join_processes(options)
+    # Imported late: a mistake in the command line is answered at once.
+    import jax
+
+    from encdec.train.loop import train
+
+    try:
+        summary = train(config, options.workdir, stop_at=options.stop_at)
+    except Preempted:
+        raise  # all processes leave together, so each can wait for the others
+    except Exception as error:
+        if jax.distributed.is_initialized():
+            leave_at_once(error)
+        raise
+    if not jax.process_index():
+        print(
+            f"{summary.step:,} steps done in {summary.seconds:,.1f} s; checkpoint, metrics.jsonl "
+            f"and TensorBoard events lie in {summary.workdir}"
+        )
+    return 0
+
+
+def leave_at_once(error: Exception) -> None:
+    """Ends this process without the last meeting with the others, which may never come to it.
+
+    An error may be one process's own, such as a shard that only it reads. The others then wait
+    for it in a step, and it for them at its end, for minutes. An error that is no mistake of the
+    user's is a bug: it keeps its traceback and gives 1.
+    """
+    code = 1
+    if isinstance(error, EncdecError):
+        code = error.exit_code
+        print(f"encdec: error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec train",
+        allow_abbrev=False,
+        description="Trains a model on records, or resumes the run of the work directory.",
+        epilog="Any field of the config is set by --config.FIELD=VALUE, for example "
+        "--config.batch_size=64 --config.optimizer.name=muon.",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARGUMENT]",
+        help="config file and its argument, e.g. configs/pretrain.py:330m",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="receives checkpoints, metrics and all that inference needs",
+    )
+    parser.add_argument(
+        "--stop_at",
+        type=int,
+        metavar="STEP",
+        help="stop and save at this step; the same command continues later",
+    )
+    add_process_options(parser)
+    return parser
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``join_processes``."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes; on TPU pods, Slurm and GKE they find each "
+        "other, elsewhere the next three options say how",
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
+    parser.add_argument("--process_id", type=int, metavar="I", help="this process, from 0")
+
+
+def join_processes(options: argparse.Namespace) -> None:
+    """Makes this process one of several, if the command line says so."""
+    if not options.distributed:
+        return
+    import jax
+
+    jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts ``--config.FIELD=VALUE`` (or with a space) from all other arguments."""
+    overrides, rest, waits = [], [], False
+    for argument in argv:
+        match = _OVERRIDE.fullmatch(argument)
+        if match:
+            overrides.append(argument)
+            waits = match[3] is None
+        elif waits and (not argument.startswith("-") or _NUMBER.match(argument)):
+            overrides[-1] += "=" + argument
+            waits = False
+        else:
+            rest.append(argument)
+            waits = False
+    return overrides, rest
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The ConfigDict of ``FILE.py[:ARGUMENT]`` with all fields present and overrides applied.
+
+    Raises:
+        ConfigError: no such file, a file without ``get_config``, an unknown field (naming the
+            nearest), or a value that is not of the field's type.
+    """
+    config = complete(read_config_file(source))
+    names = field_names(config)
+    for override in overrides:
+        name = _OVERRIDE.fullmatch(override)[2]
+        if name not in names:
+            raise unknown_field(name, names)
+        if any(other.startswith(name + ".") for other in names):
+            raise ConfigError(
+                f"config.{name} is a group of fields; set one of them, for example "
+                f"--config.{next(n for n in names if n.startswith(name + '.'))}=..."
+            )
+    # A registry of its own: the process's own absl flags are not this run's business.
+    values = flags.FlagValues()
+    command = ["encdec train", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
+    try:
+        left = values(command)
+    except flags.Error as error:
+        raise ConfigError(_readable(str(error))) from None
+    if left[1:]:
+        raise ConfigError(f"unexpected arguments {left[1:]}; wanted --config.FIELD=VALUE")
+    return values.config
+
+
+def _readable(message: str) -> str:
+    """absl's complaint in this project's words: which field, the value, the type wanted."""
+    match = re.match(r"flag --(?:no)?(config\S*?)=(.*?): (.*)", message, re.DOTALL)
+    if not match:
+        return message
+    return f"{match[1]} is {match[2]!r}; {match[3].strip()}"
+
+
+def read_config_file(source: str) -> ml_collections.ConfigDict:
+    name, _, argument = source.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"config file {name} does not exist; wanted for example "
+            "--config=configs/pretrain.py:330m"
+        )
+    spec = importlib.util.spec_from_file_location(f"encdec_config_{path.stem}", path)
+    if spec is None:
+        raise ConfigError(f"config file {name} is no Python file; wanted FILE.py[:ARGUMENT]")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"config file {name}: {error}") from None
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"config file {name} has no get_config(); it must return a ConfigDict")
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise ConfigError(f"config file {source}: {error}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"get_config() in {name} returned {type(config).__name__}; wanted an "
+            "ml_collections.ConfigDict"
+        )
+    return config

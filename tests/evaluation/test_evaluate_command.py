@@ -1,0 +1,315 @@
+"""``encdec evaluate`` on models that learned four answers: scores, resuming, sharing, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from encdec.data.vocabulary import load_vocabulary
+from encdec.errors import ConfigError, DataError
+from encdec.evaluation.evaluate_command import main
+from encdec.evaluation.loading import chosen_step
+from encdec.evaluation.predictions import PredictionFiles, open_windows
+from encdec.interop.importing import write_model
+from encdec.train.checkpoints import load_params_for_inference
+from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
+
+# The last one is answered wrongly, and one right answer is the second reference.
+WANTED = [["red."], ["green", "blue"], ["x"], ["quick"]]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "xsum").mkdir()
+    with open(folder / "xsum" / "validation.jsonl", "w") as file:
+        for (source, _), texts in zip(LEARNED, WANTED):
+            file.write(json.dumps({"source": source, "target": texts[0], "targets": texts}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def evaluate(encoder_decoder_run, data_dir, tmp_path):
+    def call(*more, out="out", checkpoint=encoder_decoder_run):
+        assert (
+            main(
+                [
+                    f"--checkpoint={checkpoint}",
+                    "--tasks=xsum",
+                    f"--data_dir={data_dir}",
+                    f"--out={tmp_path / out}",
+                    "--batch_rows=2",
+                    "--resamples=50",
+                    *more,
+                ]
+            )
+            == 0
+        )
+        return tmp_path / out
+
+    return call
+
+
+def rows_of(out):
+    lines = [
+        line
+        for path in sorted((out / "xsum").glob("predictions-*.jsonl"))
+        for line in path.read_bytes().splitlines()
+    ]
+    return sorted((json.loads(line) for line in lines), key=lambda row: row["index"])
+
+
+def test_scores_and_reports(evaluate, capsys):
+    out = evaluate()
+    report = json.loads((out / "report.json").read_text())
+    task = report["tasks"]["xsum"]
+    assert task["examples"] == 4 and task["sources_cut"] == 0
+    # Three references are what the model learned by heart, and the fourth is not.
+    assert task["scores"]["perplexity"]["value"] > 1 and task["scores"]["bits_per_byte"]
+    assert 0 <= task["scores"]["calibration_error"]["value"] <= 100
+    assert task["not_measured"] == []
+    rouge = task["scores"]["rougeL"]
+    assert rouge["value"] == pytest.approx(75) and rouge["low"] <= 75 <= rouge["high"]
+    assert report["model"]["parameters"] > 0 and report["decoding"]["kind"] == "greedy"
+    assert report["judge"] is None and "No judge was asked" in (out / "report.md").read_text()
+    assert "| xsum | rougeL | 75.00 |" in capsys.readouterr().out
+    assert [row["prediction"] for row in rows_of(out)] == [text for _, text in LEARNED]
+
+
+def test_decoder_only_models_too(evaluate, decoder_only_run):
+    rows = rows_of(evaluate(checkpoint=decoder_only_run))
+    assert [row["prediction"] for row in rows] == [text for _, text in LEARNED]
+
+
+def test_what_is_there_is_not_made_again(evaluate, monkeypatch):
+    out = evaluate()
+    before = json.loads((out / "report.json").read_text())
+    monkeypatch.setattr("encdec.inference.generator.Generator.generate", None)
+    monkeypatch.setattr(
+        "encdec.evaluation.likelihood.LikelihoodModel.of", lambda self, examples, on_batch: []
+    )
+    evaluate()
+    assert json.loads((out / "report.json").read_text()) == before
+    with pytest.raises(ConfigError, match="made with temperature = 0.0, and now it is 0.5"):
+        evaluate("--temperature=0.5")
+
+
+def test_a_line_cut_short_is_made_again(evaluate):
+    out = evaluate()
+    path = out / "xsum" / "predictions-00000.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    evaluate()
+    assert rows_of(out) == [json.loads(line) for line in whole.splitlines()]
+    path.write_bytes(whole.replace(b"one fish", b"two fish"))
+    with pytest.raises(DataError, match="answers another source than example 0"):
+        evaluate()
+
+
+def test_processes_share_the_windows_out(evaluate, monkeypatch):
+    alone = rows_of(evaluate())
+    monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 1)
+    out = evaluate("--shard=1/2", out="two")
+    assert len(rows_of(out)) == 2 and not (out / "report.json").exists()
+    evaluate("--shard=0/2", out="two")
+    assert rows_of(out) == alone
+    report = json.loads((out / "report.json").read_text())
+    assert report["tasks"]["xsum"]["scores"]["rougeL"]["value"] == pytest.approx(75)
+    assert open_windows(5, {0, 3}, 0, 2) == [range(2, 3), range(4, 5)]
+
+
+def test_processes_that_finish_tasks_in_another_order_leave_a_report(
+    encoder_decoder_run, data_dir, tmp_path, monkeypatch
+):
+    shutil.copytree(data_dir / "xsum", tmp_path / "data" / "xsum")
+    shutil.copytree(data_dir / "xsum", tmp_path / "data" / "dialogsum")
+    monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 1)
+    call = lambda shard: main(
+        [
+            f"--checkpoint={encoder_decoder_run}",
+            "--tasks=xsum,dialogsum",
+            "--batch_rows=2",
+            f"--data_dir={tmp_path / 'data'}",
+            f"--out={tmp_path / 'out'}",
+            "--resamples=20",
+            "--no_likelihood",
+            f"--shard={shard}/2",
+        ]
+    )
+    append, calls = PredictionFiles.append, []
+
+    def interrupted(self, shard, made):
+        append(self, shard, made)
+        calls.append((self.directory.name, shard))
+        if calls[-1:] == [("dialogsum", 0)] and ("xsum", 1) not in calls:
+            call(1)  # the other process begins when this one is at its last task
+
+    monkeypatch.setattr(PredictionFiles, "append", interrupted)
+    assert call(0) == 0
+    assert {name for name, shard in calls if shard == 1} == {"xsum", "dialogsum"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [part["examples"] for part in report["tasks"].values()] == [4, 4]
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_device_equal_one_of_eight(
+    evaluate, data_dir, encoder_decoder_run, tmp_path
+):
+    assert len(jax.devices()) == 8
+    alone = rows_of(evaluate("--batch_rows=8"))
+    code = (
+        "import encdec.evaluation.predictions as p; p.WINDOW = 1\n"
+        "from encdec.cli import main; raise SystemExit(main({}))"
+    )
+    processes = []
+    for shard in range(2):
+        command = [
+            "evaluate",
+            f"--checkpoint={encoder_decoder_run}",
+            "--tasks=xsum",
+            f"--data_dir={data_dir}",
+            f"--out={tmp_path / 'two'}",
+            "--resamples=50",
+            f"--shard={shard}/2",
+        ]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code.format(command)],
+                env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert rows_of(tmp_path / "two") == alone
+    assert len(list((tmp_path / "two" / "xsum").glob("predictions-*.jsonl"))) == 2
+    both = [
+        json.loads((tmp_path / name / "report.json").read_text())["tasks"]["xsum"]
+        for name in ("out", "two")
+    ]
+    assert both[0]["scores"].keys() == both[1]["scores"].keys()
+    for name, score in both[0]["scores"].items():
+        assert both[1]["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-3), name
+
+
+def test_sources_that_are_too_long(evaluate):
+    with pytest.raises(DataError, match="1 of 4 sources are longer than the 9 tokens"):
+        evaluate("--max_input_tokens=9", "--too_long=refuse", "--limit=4")
+    out = evaluate("--max_input_tokens=9", "--too_long=skip", out="skip")
+    task = json.loads((out / "report.json").read_text())["tasks"]["xsum"]
+    assert task["sources_skipped"] == 1
+    rows = rows_of(out)
+    assert [row["finish"] == "skipped" for row in rows] == [
+        len(source) + 1 > 9 for source, _ in LEARNED
+    ]
+    out = evaluate("--max_input_tokens=9", out="cut")
+    assert [row["source_cut"] for row in rows_of(out)] == [
+        len(source) + 1 > 9 for source, _ in LEARNED
+    ]
+
+
+def test_empty_sources_are_named_skipped_and_counted(evaluate, tmp_path, capsys):
+    folder = tmp_path / "data" / "xsum"
+    folder.mkdir(parents=True)
+    with open(folder / "validation.jsonl", "w") as file:
+        for source, target in [*LEARNED[:2], (" \n", "red."), *LEARNED[2:]]:
+            file.write(json.dumps({"source": source, "target": target}) + "\n")
+    out = evaluate(f"--data_dir={folder.parent}")
+    assert "xsum: the sources of 1 examples are empty and skipped, with an empty answer: 2\n" in (
+        capsys.readouterr().err
+    )
+    task = json.loads((out / "report.json").read_text())["tasks"]["xsum"]
+    assert task["sources_empty"] == task["sources_skipped"] == task["empty_answers"] == 1
+    assert task["scores"]["exact_match" if "exact_match" in task["scores"] else "rougeL"][
+        "value"
+    ] == pytest.approx(80)
+    assert task["scores"]["perplexity"]["examples"] == 4
+    assert (
+        "Empty sources of xsum, skipped with an empty answer: 1" in (out / "report.md").read_text()
+    )
+    assert [row["prediction"] for row in rows_of(out)] == [
+        *(text for _, text in LEARNED[:2]),
+        "",
+        *(text for _, text in LEARNED[2:]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--limit=-1", "limit is -1; wanted 1 or more"),
+        ("--limit=0", "limit is 0; wanted 1 or more"),
+        ("--batch_rows=0", "batch_rows is 0; wanted 1 or more"),
+        ("--max_input_tokens=0", "max_input_tokens is 0; wanted 2 or more"),
+        ("--max_input_tokens=1", "max_input_tokens is 1; wanted 2 or more"),
+        ("--resamples=0", "resamples is 0; wanted 1 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_named(flag, message, evaluate):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(flag)
+
+
+def test_bad_rows_are_named_without_a_flag_that_is_not_there(evaluate, tmp_path):
+    (tmp_path / "data" / "xsum").mkdir(parents=True)
+    (tmp_path / "data" / "xsum" / "validation.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"validation\.jsonl:1: no ") as caught:
+        evaluate(f"--data_dir={tmp_path / 'data'}")
+    assert "max_bad_rows" not in str(caught.value)
+
+
+def test_an_imported_model_is_evaluated_too(evaluate, encoder_decoder_run, tmp_path):
+    config, params, _ = load_params_for_inference(encoder_decoder_run)
+    write_model(
+        tmp_path / "imported",
+        config,
+        jax.tree.map(np.asarray, params),
+        source={"format": "hf", "family": "t5", "name": "theirs"},
+        vocabulary=load_vocabulary("bytes"),
+        start_id=0,
+        max_length=48,
+    )
+    report = json.loads((evaluate(checkpoint=tmp_path / "imported") / "report.json").read_text())
+    assert report["model"]["name"] == "theirs" and report["model"]["training_flops"] is None
+
+
+def test_a_task_without_data_names_the_command(encoder_decoder_run, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"put it at squad_v2/validation\.jsonl"):
+        main(
+            [
+                f"--checkpoint={encoder_decoder_run}",
+                "--tasks=squad_v2",
+                f"--data_dir={tmp_path}",
+                f"--out={tmp_path / 'out'}",
+            ]
+        )
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="build it with `tfds build squad/v2.0`"):
+        main(
+            [f"--checkpoint={encoder_decoder_run}", "--tasks=squad_v2", f"--out={tmp_path / 'out'}"]
+        )
+    with pytest.raises(ConfigError, match="--shard is '2/2'"):
+        main(["--checkpoint=x", "--tasks=xsum", "--out=y", "--shard=2/2"])
+
+
+def test_the_best_step_has_the_least_held_out_loss(encoder_decoder_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(encoder_decoder_run, run)
+    with pytest.raises(ConfigError, match="has a held-out loss"):
+        chosen_step(run, "best")
+    last = chosen_step(run, "120")
+    with open(run / "metrics.jsonl", "a") as file:
+        for step, loss in ((60, 0.5), (last, 0.7)):
+            file.write(json.dumps({"step": step, "eval/loss": loss}) + "\n")
+    # Of step 60 there is no checkpoint left.
+    assert chosen_step(run, "best") == 120

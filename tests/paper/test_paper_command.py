@@ -1,0 +1,135 @@
+"""``encdec paper`` on a tiny corpus: the whole table, resuming, what is equal and what counted."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from encdec.errors import ConfigError, DataError
+from encdec.model.flops import training_flops
+from encdec.paper.corpora import Corpora, evenly
+from encdec.paper.paper_command import load_config, main
+from encdec.paper.setting import TEACHER, model_of, parse_setting, slug, table_rows
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "configs" / "paper.py"
+TINY = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("paper", {path!r})
+paper = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(paper)
+
+def get_config():
+    config = paper.laptop()
+    config.model, config.teacher, config.teacher_layers = "test", "micro-1m-dec", 2
+    config.splits, config.distilled = ("2/3",), ("ED 2/3-1/3",)
+    config.vocabulary, config.vocabulary_bytes, config.seeds = 340, 100_000, 1
+    config.optimizer.name = "adamw"  # compiles sooner
+    config.pretrain.inputs, config.pretrain.targets, config.pretrain.steps = 32, 8, 3
+    config.pretrain.batch_size = 8  # the tests have eight devices
+    config.pretrain.document_bytes, config.pretrain.held_out_every = 60, 3
+    config.columns = type(config)()
+    config.columns.code = paper.column(("code_java2cs",), 64, 32, 8, 3, "skip", 10, 3)
+    return config
+"""
+SENTENCE = "the quick brown fox jumps over the lazy dog and runs through the old wood"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "config.py").write_text(TINY.format(path=str(CONFIG)))
+    words = SENTENCE.split()
+    with open(folder / "text.jsonl", "w") as file:
+        for i in range(9):
+            file.write(json.dumps({"text": " ".join(words[i:] + words[:i]) * 3}) + "\n")
+    for split, count in (("train", 40), ("validation", 8)):
+        path = folder / "data" / split / "code_java2cs.jsonl"
+        path.parent.mkdir(parents=True)
+        with open(path, "w") as file:
+            for i in range(count):
+                # Every fourth is too long for a row.
+                text = f"int {words[i % 9]}() {{return {i};}}" * (9 if i % 4 == 0 else 1)
+                file.write(json.dumps({"source": text, "target": text.upper()[:40]}) + "\n")
+    return folder
+
+
+def arguments(inputs, work, *more):
+    return [
+        f"--config={inputs / 'config.py'}",
+        f"--data_dir={inputs / 'data'}",
+        f"--text={inputs / 'text.jsonl'}",
+        f"--work={work}",
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_the_whole_table_and_again(inputs, tmp_path, capsys, monkeypatch):
+    assert main(arguments(inputs, tmp_path)) == 0
+    content = json.loads((tmp_path / "table.json").read_text())
+    measured = {row["model"] for row in content["rows"] if "code_java2cs" in row["ours"]}
+    assert measured == {TEACHER, "DEC", "ED 2/3-1/3", "ED 2/3-1/3+KD"}
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["code_java2cs"]["validation"] == {"found": 8, "too_long": 2, "taken": 3}
+    # Two of 40 are held out; the tenth of 38 that is too long is not among them.
+    assert counts["code_java2cs"]["train"] == {"found": 38, "too_long": 10, "taken": 10}
+    assert counts["pretrain"]["train_documents"] == 6
+    assert counts["pretrain"]["train_bytes"] == 6 * 60
+    report = json.loads(
+        (tmp_path / "runs" / "ed-2of3-code-kd-0" / "evaluation" / "report.json").read_text()
+    )
+    assert report["tasks"]["code_java2cs"]["examples"] == 3
+    assert report["model"]["training_flops"] > 0
+    before = (tmp_path / "table.md").read_text()
+    assert before in capsys.readouterr().out
+    monkeypatch.setattr("encdec.paper.runs.train", None)
+    monkeypatch.setattr("encdec.paper.runs.evaluate", None)
+    monkeypatch.setattr("encdec.paper.runs.score", None)
+    assert main(arguments(inputs, tmp_path)) == 0
+    assert (tmp_path / "table.md").read_text() == before
+    with pytest.raises(ConfigError, match="holds an experiment with other settings"):
+        main(arguments(inputs, tmp_path, "--config.pretrain.steps=4"))
+
+
+@pytest.mark.parametrize("size", ["laptop", "gpu"])
+def test_students_cost_the_same_and_the_teacher_is_larger(size):
+    setting = parse_setting(load_config(f"{CONFIG}:{size}").to_dict())
+    shape = setting.pretrain["inputs"], setting.pretrain["targets"]
+    assert list(table_rows(setting)) == ["DEC", "ED 2/3-1/3", "ED 1/2-1/2", "ED 1/3-2/3"]
+    costs = [training_flops(model_of(setting, row), *shape) for row in table_rows(setting)]
+    assert max(costs) / min(costs) < 1.01
+    assert [slug(row) for row in (*table_rows(setting), TEACHER)] == [
+        "dec",
+        "ed-2of3",
+        "ed-1of2",
+        "ed-1of3",
+        "teacher",
+    ]
+
+
+def test_mistakes_are_named_before_anything_is_run(inputs, tmp_path):
+    config = f"{CONFIG}:laptop"
+    with pytest.raises(ConfigError, match="wanted at least 4 times as many"):
+        parse_setting(load_config(config, ["--config.teacher_layers=1"]).to_dict())
+    with pytest.raises(ConfigError, match="did you mean 'pretrain.steps'"):
+        load_config(config, ["--config.pretrain.step=1"])
+    with pytest.raises(ConfigError, match="wanted 'skip' or 'cut'"):
+        parse_setting(load_config(config, ["--config.columns.code.too_long=drop"]).to_dict())
+    with pytest.raises(ConfigError, match="the paper has not"):
+        parse_setting({**load_config(config).to_dict(), "splits": ("1/6",)})
+    with pytest.raises(ConfigError, match="--columns names 'x'; there are code"):
+        main(arguments(inputs, tmp_path, "--columns=x"))
+    setting = parse_setting(load_config(str(inputs / "config.py")).to_dict())
+    with pytest.raises(DataError, match="give files with --text=FILE"):
+        Corpora(setting, tmp_path / "work", str(inputs / "data"), []).make(print)
+    with pytest.raises(DataError, match=r"put it at code_java2cs/train\.jsonl"):
+        Corpora(setting, tmp_path / "work", str(tmp_path), [str(inputs / "text.jsonl")]).make(print)
+
+
+def test_evenly():
+    pairs = [(str(i), ()) for i in range(10)]
+    assert [int(source) for source, _ in evenly(pairs, 4)] == [0, 2, 5, 7]
+    assert evenly(pairs, 0) == pairs == evenly(pairs, 11)

@@ -1,0 +1,121 @@
+"""``encdec serve`` as a process: from a work directory to SIGTERM."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import jax
+import numpy as np
+import pytest
+
+from encdec import cli
+from encdec.interop.importing import write_model
+from encdec.model import unroll_params
+from tests.inference.test_generator import PROMPTS, printing_model
+from tests.serving.examples import generator
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A random model as `encdec import` would leave it."""
+    config, params = printing_model("encoder_decoder")
+    params = jax.tree.map(np.asarray, unroll_params(params, config))
+    out = tmp_path_factory.mktemp("serve") / "model"
+    write_model(
+        out,
+        config.replace(scan_layers=False),
+        params,
+        source={"name": "random"},
+        vocabulary=PROMPTS.vocabulary,
+        start_id=PROMPTS.decoder_start_id,
+        max_length=80,
+    )
+    return out
+
+
+@pytest.mark.slow
+def test_a_process_serves_and_ends_in_order(workdir):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "encdec",
+            "serve",
+            f"--checkpoint={workdir}",
+            "--port=0",
+            "--slots=2",
+            "--max_tokens=2000",
+            "--name=mine",
+            "--grace_seconds=300",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert "programs ready" in lines[0] and "2 slots of 40 tokens in and 2,000 out" in lines[1]
+        url = lines[2].split()[-1]
+        # The model is an import, whose inputs end without EOS.
+        ids = PROMPTS.encode("short")[0][:-1]
+        answer = httpx.post(
+            f"{url}/v1/completions",
+            timeout=60,
+            json={"prompt": "short", "temperature": 0, "max_tokens": 8, "model": "mine"},
+        )
+        wanted = generator().generate_from_tokens([ids])[0][0]
+        assert answer.json()["choices"][0]["text"] == wanted.text[:8]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            # Long enough to be caught running.
+            running = pool.submit(
+                httpx.post,
+                f"{url}/v1/completions",
+                timeout=120,
+                json={
+                    "prompt": "short",
+                    "temperature": 3.0,
+                    "seed": 1,
+                    "max_tokens": 2000,
+                    "n": 16,
+                },
+            )
+            while httpx.get(f"{url}/healthz").json()["active"] == 0 and not running.done():
+                pass
+            process.send_signal(signal.SIGTERM)
+            assert running.result().status_code == 200
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and out == "ended\n" and "Traceback" not in err, err
+    finally:
+        process.kill()
+
+
+def test_mistakes_are_named_at_once(workdir, capsys):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    for argv, code, message in (
+        (["--slots=0"], 2, "slots is 0; wanted 1 or more"),
+        (["--max_queue=-1"], 2, "max_queue is -1; wanted 0 or more"),
+        (["--timeout_seconds=0"], 2, "timeout_seconds is 0.0; wanted more than 0"),
+        (["--grace_seconds=nan"], 2, "grace_seconds is nan"),
+        ([f"--port={port}"], 2, f"--port={port} cannot be had"),
+        (["--port=99999"], 2, "--port=99999 cannot be had"),
+        (["--port=0", "--checkpoint=/nowhere"], 4, "/nowhere has no config.json"),
+        (["--port=0", "--step=3"], 4, "3"),
+    ):
+        assert cli.main(["serve", f"--checkpoint={workdir}", *argv]) == code, argv
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+    taken.close()
+
+
+def test_exported_graphs_are_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"format_version": 1, "export": {"format": "onnx"}}')
+    assert cli.main(["serve", f"--checkpoint={tmp_path}", "--port=0"]) == 2
+    assert "serve the work directory that it was made from" in capsys.readouterr().err
