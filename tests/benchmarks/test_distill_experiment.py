@@ -26,6 +26,7 @@ from encdec.errors import ConfigError
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.loop import train
+from tests.distill.conftest import records, teacher  # noqa: F401
 from tests.train.conftest import small_run
 
 
