@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,7 +44,11 @@ _WITHIN = re.compile(r"(?<![\d.,-])(\d+(?:\.\d+)?)" + _MARKS + _OF_TEN, re.IGNOR
 CACHE = "judge"  # folder of its replies, in the output directory
 REPLY_TOKENS = 8  # of a local model; a number takes fewer
 
-# A prompt to the model's reply. Raises OSError, HTTPException or ValueError where there is none.
+# Statuses after which the same request may succeed: time-outs, conflicts, limits; and all from 500.
+_PASSING_STATUSES = (408, 409, 425, 429)
+
+# A prompt to the model's reply. Raises OSError, HTTPException or ValueError where there is none
+# yet, and ConfigError where there will never be one.
 Ask = Callable[[str], str]
 
 
@@ -78,8 +83,12 @@ class Judge:
     def opinions(
         self, examples: Sequence[Example], predictions: Sequence[str]
     ) -> list[float | None]:
-        """0 to 100 for each prediction; None where the judge timed out or replied
-        without an opinion."""
+        """0 to 100 for each prediction; None where the judge timed out, was busy, or replied
+        without an opinion.
+
+        Raises:
+            ConfigError: the judge refuses such requests; the other ones are not sent.
+        """
         prompts = [
             self.template.format(
                 source=example.source, reference=example.references[0], answer=text
@@ -87,7 +96,11 @@ class Judge:
             for example, text in zip(examples, predictions, strict=True)
         ]
         with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(self._opinion, prompts))
+            try:
+                return list(pool.map(self._opinion, prompts))
+            except ConfigError:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _opinion(self, prompt: str) -> float | None:
         key = hashlib.sha256(json.dumps([self.endpoint, self.model, prompt]).encode()).hexdigest()
@@ -122,6 +135,9 @@ def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float
         model: name that the address knows.
         api_key: sent as a bearer token where it is not empty.
         timeout_seconds: of one request.
+
+    What it returns raises ConfigError for a status by which the address refuses the request
+    (404 for another model or path, 401 for a wrong key, 400): asked again it would be the same.
     """
 
     def ask(prompt: str) -> str:
@@ -132,8 +148,13 @@ def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float
         request = urllib.request.Request(
             address.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
         )
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
-            content = json.load(response)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
+                content = json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code in _PASSING_STATUSES or error.code >= 500:
+                raise
+            raise ConfigError(_refusal(request.full_url, model, error)) from None
         try:
             reply = content["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
@@ -143,6 +164,20 @@ def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float
         return reply
 
     return ask
+
+
+def _refusal(url: str, model: str, error: urllib.error.HTTPError) -> str:
+    """What a judge's refusal says, with the reason that it gives itself."""
+    text = error.read(2000).decode("utf-8", "replace")
+    try:
+        text = json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    reason = " ".join(str(text).split())[:300]
+    return (
+        f"the judge {model!r} at {url} answers {error.code} {error.reason}"
+        f"{f': {reason}' if reason else ''}; check --judge_endpoint, --judge_model and the key"
+    )
 
 
 def local_model(directory: str) -> Ask:

@@ -456,6 +456,11 @@ def read_prompt_format(
         DataError: its vocabulary is missing or another one.
     """
     data = read_config(workdir)["data"]
+    if data["vocabulary"] is None:
+        raise DataError(
+            f"{workdir} was imported without a vocabulary, so it reads and writes token ids only; "
+            "import the model again with --vocabulary=FILE (its .model or tokenizer.json) for text"
+        )
     vocabulary = load_vocabulary(data["vocabulary"], directory=workdir)
     prompts = PromptFormat(
         vocabulary,

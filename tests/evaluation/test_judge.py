@@ -77,6 +77,36 @@ def test_opinions_are_given_kept_or_missing_but_never_zero(server, tmp_path):
     assert asked == []
 
 
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 429, 500])
+def test_a_judge_that_refuses_is_an_error_at_once(status, tmp_path):
+    asked = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"message": "no model \'nope\' here"}}')
+
+        def log_message(self, *arguments):
+            pass
+
+    stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{stub.server_address[1]}"
+    judge = Judge(
+        address, "nope", tmp_path, endpoint(address, "nope"), pause_seconds=0.001, workers=1
+    )
+    if status in (429, 500):
+        assert judge.opinions(EXAMPLES[:1], ["good"]) == [None] and len(asked) == 3
+    else:
+        with pytest.raises(ConfigError, match=rf"answers {status} .*: no model 'nope' here; check"):
+            judge.opinions(EXAMPLES, ANSWERS)
+        assert len(asked) <= 2  # the one, and perhaps the next that had begun
+    assert not list(tmp_path.glob("*.json"))
+    stub.shutdown()
+
+
 @pytest.mark.parametrize(
     "reply, opinion",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import signal
 import socket
@@ -113,6 +114,19 @@ def test_mistakes_are_named_at_once(workdir, capsys):
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
     taken.close()
+
+
+def test_a_model_without_vocabulary_is_refused_by_name(workdir, tmp_path, capsys):
+    for name in ("config.json", "params"):
+        (tmp_path / name).symlink_to(workdir / name)
+    content = json.loads((workdir / "config.json").read_text())
+    content["data"]["vocabulary"] = None
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for command in (["serve", "--port=0"], ["generate", "text"]):
+        assert cli.main([*command, f"--checkpoint={tmp_path}"]) == 3
+        error = capsys.readouterr().err
+        assert "import the model again with --vocabulary=FILE" in error and "None" not in error
 
 
 def test_exported_graphs_are_refused(tmp_path, capsys):
