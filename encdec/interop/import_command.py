@@ -21,7 +21,11 @@ def main(argv: list[str]) -> int:
         DataError: files that are missing, cut short or do not belong together.
     """
     options = _parser().parse_args(argv)
-    if options.head_dim < 1:
+    if options.head_dim is not None and options.format != "mu":
+        raise ConfigError(
+            f"--head_dim={options.head_dim} goes with --from=mu; the other formats tell it"
+        )
+    if options.head_dim is not None and options.head_dim < 1:
         raise ConfigError(f"head_dim is {options.head_dim}; wanted 1 or more, the width of a head")
     source, out = pathlib.Path(options.source), pathlib.Path(options.out)
     if not source.exists():
@@ -52,10 +56,10 @@ def main(argv: list[str]) -> int:
     elif options.format == "mu":
         from encdec.interop import mu
 
-        tensors = mu.read_tensors(source)
-        model = mu.read_config(tensors, options.head_dim)
+        tensors, settings = mu.read_checkpoint(source)
+        model, longest = mu.read_config(tensors, settings, options.head_dim)
         params = mu.convert(model, tensors)
-        family, start_id, longest = "mu", mu.START_ID, mu.MAX_LENGTH
+        family, start_id = "mu", mu.START_ID
     else:
         from encdec.interop import llama2c
 
@@ -131,10 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--head_dim",
         type=int,
-        default=64,
         metavar="N",
-        help="mu: width of a head, which a model.pt does not tell (default "
-        "%(default)s, the release's)",
+        help="mu: width of a head, for a model.pt without model_config (default 64, the release's)",
     )
     parser.add_argument(
         "--param_dtype",

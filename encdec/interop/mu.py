@@ -1,9 +1,10 @@
 """The paper's authors' PyTorch checkpoint as our encoder-decoder.
 
-A file of theirs is a dict with ``model_state_dict``; names are those of their public release
-(microsoft/encoder-decoder-slm). What names and shapes do not tell is as published: heads 64 wide
-and tiled, RoPE of base 10,000 in self-attention alone, encoder positions centred, norms that leave
-float32 before they are scaled, an ungated tanh-GELU MLP.
+A file of theirs is a dict with ``model_state_dict`` and, as their training saves it,
+``model_config``; names are those of their public release (microsoft/encoder-decoder-slm). Every
+field of the latter is obeyed or refused. What no file tells is as published: RoPE in
+self-attention alone, encoder positions centred, norms that leave float32 before they are scaled,
+an ungated tanh-GELU MLP.
 """
 
 from __future__ import annotations
@@ -21,19 +22,38 @@ from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
 from encdec.model import ModelConfig
 
 START_ID = 1  # BOS of their tokenizer
-MAX_LENGTH = 2048  # 1,024 source tokens and as many of ours; they trained on 1,024 and 256
-HEAD_DIM = 64
+HEAD_DIM = 64  # of the release, which has no model_config
+# Their fields with their defaults, which a field that is absent takes.
+FIELDS: dict[str, Any] = {
+    "n_encoder_layer": 20,
+    "n_decoder_layer": 10,
+    "n_embd": 1024,
+    "qkv_embd": 384,
+    "is_interleaved": False,
+    "hidden_dim": 4096,
+    "n_head": 6,
+    "n_kv_head": 3,
+    "block_size": 1024,
+    "dropout": 0.1,
+    "rope_theta": 10_000,
+    "rope_factor": 1.0,
+    "pad_token_id": 0,
+    "vocab_size": 32_128,
+}
 _ATTENTION = ("q_linear", "k_linear", "v_linear", "out_linear")
 MLP = "transformer.h.0.mlp.fc1"
 STACKS = (("encoder", "e"), ("decoder", "h"))
 
 
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors of a checkpoint, read as weights alone: nothing in the file is executed.
+def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """Tensors of a checkpoint and its ``model_config``, None where it has none.
+
+    The file is read as weights alone: nothing in it is executed.
 
     Raises:
         ConfigError: torch is not installed.
-        DataError: the file holds more than weights, is damaged or has no ``model_state_dict``.
+        DataError: the file holds more than weights, is damaged or has no ``model_state_dict``, or
+            its ``model_config`` is no dict.
     """
     try:
         import torch
@@ -55,7 +75,14 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} has no 'model_state_dict' of tensors (it has {seen}); give the "
             "model.pt of the release"
         )
-    return {name.removeprefix("module."): _numpy(x) for name, x in state.items()}
+    settings = content.get("model_config")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise DataError(
+            f"{path} has model_config {settings!r}, wanted a dict of the model's fields; give the "
+            "file as their training wrote it"
+        )
+    tensors = {name.removeprefix("module."): _numpy(x) for name, x in state.items()}
+    return tensors, None if settings is None else dict(settings)
 
 
 def _numpy(tensor: object) -> np.ndarray:
@@ -67,11 +94,23 @@ def _numpy(tensor: object) -> np.ndarray:
     return tensor.numpy()
 
 
-def read_config(tensors: Mapping[str, np.ndarray], head_dim: int = HEAD_DIM) -> ModelConfig:
-    """The model that the tensors' names and shapes describe.
+def read_config(
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any] | None = None,
+    head_dim: int | None = None,
+) -> tuple[ModelConfig, int]:
+    """The model that a checkpoint describes, and the longest source and target together.
+
+    Args:
+        tensors: of the checkpoint.
+        settings: its ``model_config``. Without one, names and shapes tell the sizes, and the rest
+            is as in the release.
+        head_dim: width of a head where ``settings`` does not tell it; by default the release's.
 
     Raises:
-        DataError: tensors that say the sizes are missing, or sizes at odds with ``head_dim``.
+        ConfigError: ``head_dim`` is not what ``settings`` say.
+        DataError: tensors that say the sizes are missing or at odds with ``settings``, or a field
+            of ``settings`` that our model cannot express.
     """
     layers = {
         stack: len(
@@ -93,6 +132,16 @@ def read_config(tensors: Mapping[str, np.ndarray], head_dim: int = HEAD_DIM) -> 
                 "give the model.pt of the release"
             )
         sizes[what] = tensors[name].shape[axis]
+    given = _checked(settings, layers, sizes) if settings is not None else dict(FIELDS)
+    if settings is not None:
+        width = given["qkv_embd"] // given["n_head"]
+        if head_dim not in (None, width):
+            raise ConfigError(
+                f"--head_dim={head_dim}, but the checkpoint's model_config says {width} "
+                f"(qkv_embd {given['qkv_embd']}, n_head {given['n_head']}); leave --head_dim out"
+            )
+        head_dim = width
+    head_dim = head_dim or HEAD_DIM
     if sizes["queries"] % head_dim or sizes["keys"] % head_dim or not all(layers.values()):
         raise DataError(
             f"the checkpoint has {layers} layers, queries {sizes['queries']} and keys "
@@ -100,7 +149,9 @@ def read_config(tensors: Mapping[str, np.ndarray], head_dim: int = HEAD_DIM) -> 
         )
     head = tensors.get("lm_head.weight")
     tied = head is None or np.array_equal(head, tensors["transformer.wte.weight"])
-    return ModelConfig(
+    longest = given["block_size"]
+    stretched = given["rope_factor"] > 1
+    model = ModelConfig(
         vocab_size=sizes["vocabulary"],
         encoder_layers=layers["encoder"],
         decoder_layers=layers["decoder"],
@@ -109,15 +160,78 @@ def read_config(tensors: Mapping[str, np.ndarray], head_dim: int = HEAD_DIM) -> 
         num_kv_heads=sizes["keys"] // head_dim,
         head_dim=head_dim,
         mlp_dim=sizes["mlp"],
-        kv_pairing="tiled",
+        # What they call interleaved is which key head a query head reads, not the rotation.
+        kv_pairing="grouped" if given["is_interleaved"] else "tiled",
         qkv_bias="transformer.h.0.causal_attn.q_linear.bias" in tensors,
         attention_out_bias="transformer.h.0.causal_attn.out_linear.bias" in tensors,
         mlp_bias=f"{MLP}.bias" in tensors,
         encoder_positions="centred",
         norm_cast="before_scale",
         tie_embeddings=tied,
+        rope_theta=float(given["rope_theta"]),
+        # Theirs stretches with each sequence longer than block_size: up to there the two are one.
+        rope_scaling="ntk" if stretched else "none",
+        rope_factor=float(given["rope_factor"]) if stretched else 1.0,
+        rope_max_length=longest,
+        rope_length=longest if stretched else 0,
+        attention_dropout=float(given["dropout"]),
+        mlp_dropout=float(given["dropout"]),
         scan_layers=False,
     )
+    return model, 2 * longest
+
+
+def _checked(
+    settings: Mapping[str, Any], layers: Mapping[str, int], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Every field of a ``model_config``, each of its type and at one with the tensors.
+
+    Raises:
+        DataError: a field that is not known, of another type, at odds with the tensors, or that
+            our model cannot express.
+    """
+    refuse = lambda key, why: DataError(
+        f"the checkpoint's model_config has {key} {given[key]!r}, {why}; this model cannot be "
+        "imported"
+    )
+    given = dict(settings)
+    if unknown := sorted(set(given) - set(FIELDS)):
+        raise refuse(unknown[0], f"which is none of {', '.join(FIELDS)}")
+    given = FIELDS | given
+    if given["qkv_embd"] is None:
+        given["qkv_embd"] = given["n_embd"]
+    for key, default in FIELDS.items():
+        value = given[key]
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise refuse(key, "wanted true or false")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise refuse(key, "wanted a number")
+        elif isinstance(default, int) and key != "rope_theta" and value != int(value):
+            raise refuse(key, "wanted a whole number")
+        elif key not in ("dropout", "pad_token_id", "rope_factor") and value <= 0:
+            raise refuse(key, "wanted a positive number")
+    if given["pad_token_id"] != 0:
+        raise refuse("pad_token_id", "an id that it never reads; ours is 0")
+    if not 0 <= given["dropout"] < 1:
+        raise refuse("dropout", "wanted a rate in [0, 1)")
+    if given["qkv_embd"] % given["n_head"]:
+        raise refuse("n_head", f"wanted a divisor of qkv_embd {given['qkv_embd']}")
+    if given["n_head"] % given["n_kv_head"]:
+        raise refuse("n_kv_head", f"wanted a divisor of n_head {given['n_head']}")
+    found = {
+        "n_encoder_layer": layers["encoder"],
+        "n_decoder_layer": layers["decoder"],
+        "n_embd": sizes["width"],
+        "qkv_embd": sizes["queries"],
+        "n_kv_head": sizes["keys"] * given["n_head"] // given["qkv_embd"],
+        "hidden_dim": sizes["mlp"],
+        "vocab_size": sizes["vocabulary"],
+    }
+    for key, value in found.items():
+        if given[key] != value:
+            raise refuse(key, f"but its tensors have {value}")
+    return given
 
 
 def layout(config: ModelConfig) -> list[Entry]:

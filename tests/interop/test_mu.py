@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from encdec.errors import ConfigError, DataError
+from encdec.interop import mu
 from encdec.interop.import_command import main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
@@ -43,7 +46,7 @@ def random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def forward(state, source, target):
+def forward(state, source, target, *, theta=10_000, interleaved=False):
     """Logits by the published facts alone, without batching tricks or masks of padding."""
     get = lambda name: state[f"transformer.{name}.weight"].float()
 
@@ -54,7 +57,7 @@ def forward(state, source, target):
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * get(name)
 
     def turn(x, positions):
-        angles = positions[:, None] * 10_000.0 ** (-torch.arange(0, D, 2) / D)
+        angles = positions[:, None] * theta ** (-torch.arange(0, D, 2) / D)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         first, second = x[..., : D // 2], x[..., D // 2 :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -65,12 +68,13 @@ def forward(state, source, target):
         if positions is not None:
             q, k = turn(q, positions), turn(k, positions)
         rows = []
-        for head in range(H):  # query head h reads kv head h mod K
-            scores = torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, head % K]) / D**0.5
+        for head in range(H):  # query head h reads kv head h mod K, or its group's
+            read = head // (H // K) if interleaved else head % K
+            scores = torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, read]) / D**0.5
             if causal:
                 later = torch.ones(scores.shape[1:]).triu(1).bool()
                 scores = scores.masked_fill(later, -torch.inf)
-            rows.append(scores.softmax(-1) @ v[:, :, head % K])
+            rows.append(scores.softmax(-1) @ v[:, :, read])
         return dense(torch.cat(rows, -1), f"{name}.out_linear")
 
     def mlp(x, name):
@@ -92,31 +96,82 @@ def forward(state, source, target):
     return norm(x, "ln_f") @ get("wte").T
 
 
-def test_logits_are_the_published_models(tmp_path):
+SETTINGS = {  # as their training saves them beside the weights
+    "n_encoder_layer": 2,
+    "n_decoder_layer": 2,
+    "n_embd": M,
+    "qkv_embd": H * D,
+    "is_interleaved": False,
+    "hidden_dim": MLP,
+    "n_head": H,
+    "n_kv_head": K,
+    "block_size": 64,
+    "dropout": 0.1,
+    "rope_theta": 10_000,
+    "rope_factor": 1.0,
+    "pad_token_id": 0,
+    "vocab_size": V,
+}
+
+
+@pytest.mark.parametrize(
+    "settings, differs",
+    [
+        (None, {}),
+        (SETTINGS | {"is_interleaved": True, "rope_theta": 50}, {"interleaved": True, "theta": 50}),
+        # Up to block_size the stretched rotation is the plain one; qkv_embd null is n_embd.
+        (SETTINGS | {"rope_factor": 4.0, "qkv_embd": None}, {}),
+    ],
+)
+def test_logits_are_the_published_models(settings, differs, tmp_path):
     state = {name: x.bfloat16() for name, x in random_state().items()}  # as released
-    torch.save({"model_state_dict": state, "step": 7}, tmp_path / "model.pt")
-    assert (
-        main(
-            [
-                str(tmp_path / "model.pt"),
-                "--from=mu",
-                f"--head_dim={D}",
-                f"--out={tmp_path / 'ours'}",
-            ]
-        )
-        == 0
-    )
+    content = {"model_state_dict": state, "step": 7}
+    arguments = [str(tmp_path / "model.pt"), "--from=mu", f"--out={tmp_path / 'ours'}"]
+    if settings:
+        content["model_config"] = settings
+    else:
+        arguments.append(f"--head_dim={D}")
+    torch.save(content, tmp_path / "model.pt")
+    assert main(arguments) == 0
     config, params, _ = load_params_for_inference(tmp_path / "ours")
     assert config.param_dtype == "bfloat16" and config.tie_embeddings
-    assert (config.num_heads, config.num_kv_heads, config.kv_pairing) == (H, K, "tiled")
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (H, K, D)
+    assert config.kv_pairing == ("grouped" if differs else "tiled")
+    assert config.attention_dropout == config.mlp_dropout == 0.1
     assert (config.encoder_positions, config.norm_cast) == ("centred", "before_scale")
+    stored = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert stored["imported"]["max_length"] == (128 if settings else 2048)
     rng = np.random.default_rng(0)
     source, target = rng.integers(1, V, (2, 9)), rng.integers(1, V, (2, 6))
-    wanted = forward(state, torch.tensor(source), torch.tensor(target)).numpy()
+    wanted = forward(state, torch.tensor(source), torch.tensor(target), **differs).numpy()
     model = build_model(config.replace(dtype="float32"))
     got = jax.jit(lambda p, b: model.apply({"params": p}, b))(params, batch(config, source, target))
     assert np.ptp(wanted) > 1
     np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        *(
+            ({key: SETTINGS[key] + 1}, f"model_config has {key} {SETTINGS[key] + 1}, but its")
+            for key in ("n_encoder_layer", "n_decoder_layer", "n_embd", "hidden_dim", "vocab_size")
+        ),
+        ({"n_kv_head": 6}, "n_kv_head 6, but its tensors have 3"),
+        ({"n_kv_head": 4}, "n_kv_head 4, wanted a divisor of n_head 6"),
+        ({"qkv_embd": 48}, "qkv_embd 48, but its tensors have 24"),
+        ({"n_head": 5}, "n_head 5, wanted a divisor of qkv_embd 24"),
+        ({"pad_token_id": 3}, "pad_token_id 3, an id that it never reads"),
+        ({"dropout": 1}, r"dropout 1, wanted a rate in \[0, 1\)"),
+        ({"rope_theta": "big"}, "rope_theta 'big', wanted a number"),
+        ({"block_size": 0}, "block_size 0, wanted a positive number"),
+        ({"is_interleaved": 1}, "is_interleaved 1, wanted true or false"),
+        ({"window": 8}, "window 8, which is none of n_encoder_layer"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_obeyed_or_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        mu.read_config({k: x.numpy() for k, x in random_state().items()}, SETTINGS | change)
 
 
 def test_nothing_in_the_file_is_executed(tmp_path):
@@ -134,6 +189,10 @@ def test_a_head_has_a_width(tmp_path):
     torch.save({"model_state_dict": random_state()}, tmp_path / "model.pt")
     with pytest.raises(ConfigError, match="head_dim is 0; wanted 1 or more"):
         main([str(tmp_path / "model.pt"), "--from=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
+    with pytest.raises(ConfigError, match="--head_dim=8, but .* says 4"):
+        mu.read_config({k: x.numpy() for k, x in random_state().items()}, SETTINGS, 8)
+    with pytest.raises(ConfigError, match="--head_dim=4 goes with --from=mu"):
+        main([str(tmp_path), "--head_dim=4", f"--out={tmp_path / 'x'}"])
 
 
 def test_wrong_checkpoints_are_named(tmp_path):
@@ -151,6 +210,7 @@ def test_wrong_checkpoints_are_named(tmp_path):
             main(arguments)
 
     refused({"weights": whole}, "no 'model_state_dict' of tensors")
+    refused({"model_state_dict": whole, "model_config": 3}, "model_config 3, wanted a dict")
     part = {k: v for k, v in whole.items() if k != "transformer.e.1.ln2.weight"}
     part["transformer.e.0.extra"] = part["transformer.ln_f.weight"]
     part["transformer.h.1.mlp.fc2.bias"] = torch.zeros(3)
