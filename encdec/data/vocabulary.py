@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -336,6 +337,21 @@ def load_vocabulary(
             name=str(path),
         )
     return SentencePieceVocabulary(path.read_bytes(), extra_ids or 0, name=str(path))
+
+
+def recorded_vocabulary(content: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]:
+    """The vocabulary's spec in a work directory's ``config.json``, where a text is needed.
+
+    Raises:
+        DataError: the model was imported without one.
+    """
+    spec = content["data"]["vocabulary"]
+    if spec is None:
+        raise DataError(
+            f"the model in {workdir} was imported without its vocabulary, so it reads and writes "
+            f"no text; import it again with --vocabulary=FILE --overwrite --out={workdir}"
+        )
+    return spec
 
 
 def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:

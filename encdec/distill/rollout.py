@@ -35,7 +35,7 @@ from encdec.data.records import (
     write_shard,
 )
 from encdec.data.teacher_rows import short
-from encdec.data.vocabulary import CARD_FILE
+from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import Generator, load_generator
 from encdec.inference.settings import GenerationSettings
@@ -161,8 +161,7 @@ def _check(
         )
     if block_rows < 1:
         raise ConfigError(f"block_rows is {block_rows}; wanted 1 or more")
-    vocabulary = read_config(writer)["data"]["vocabulary"]
-    seen = vocabulary["fingerprint"] if vocabulary else "unknown"
+    seen = recorded_vocabulary(read_config(writer), writer)["fingerprint"]
     if seen != records.card.vocabulary.fingerprint:
         raise DataError(
             f"the writer in {writer} has the vocabulary {short(seen)}, the records in "

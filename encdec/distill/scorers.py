@@ -24,7 +24,7 @@ from encdec.data.mixing import MixedRecords
 from encdec.data.records import Records
 from encdec.data.sparse_logits import SparseFormat
 from encdec.data.teacher_rows import short
-from encdec.data.vocabulary import VocabularySpec
+from encdec.data.vocabulary import VocabularySpec, recorded_vocabulary
 from encdec.distill.draw import Kept, keep
 from encdec.errors import ConfigError, DataError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
@@ -108,12 +108,7 @@ def scoring_model(
     """
     content = read_config(workdir)
     config, data = model_config_of(content), content["data"]
-    vocabulary = data["vocabulary"]
-    if vocabulary is None:
-        raise DataError(
-            f"the vocabulary of the teacher in {workdir} is unknown; import it again "
-            "with --vocabulary=FILE"
-        )
+    vocabulary = recorded_vocabulary(content, workdir)
     check_records(records, workdir, VocabularySpec(**vocabulary), str(workdir))
     _check_lengths(content, records, max_length, workdir)
     imported = content.get("imported")

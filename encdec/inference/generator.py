@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from encdec.data.vocabulary import Vocabulary, load_vocabulary
+from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.beam import beam_search
 from encdec.inference.decoding import (
@@ -455,13 +455,9 @@ def read_prompt_format(
         CheckpointError: it is no work directory.
         DataError: its vocabulary is missing or another one.
     """
-    data = read_config(workdir)["data"]
-    if data["vocabulary"] is None:
-        raise DataError(
-            f"{workdir} was imported without a vocabulary, so it reads and writes token ids only; "
-            "import the model again with --vocabulary=FILE (its .model or tokenizer.json) for text"
-        )
-    vocabulary = load_vocabulary(data["vocabulary"], directory=workdir)
+    content = read_config(workdir)
+    data, vocabulary = content["data"], recorded_vocabulary(content, workdir)
+    vocabulary = load_vocabulary(vocabulary, directory=workdir)
     prompts = PromptFormat(
         vocabulary,
         data["decoder_start_id"],

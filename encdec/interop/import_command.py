@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     if vocabulary is None:
         print(
             "The model's vocabulary is unknown here, so it cannot score records or generate "
-            "text; import it again with --vocabulary=FILE"
+            f"text; import it again with --vocabulary=FILE --overwrite --out={out}"
         )
     return 0
 

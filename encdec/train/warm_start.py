@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from encdec.data.records import DatasetCard
+from encdec.data.vocabulary import recorded_vocabulary
 from encdec.errors import CheckpointError, DataError
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.sharding import path_name
@@ -60,7 +61,7 @@ def check_source(workdir: str, card: DatasetCard) -> None:
     Raises:
         CheckpointError: it is no work directory.
     """
-    vocabulary = read_config(workdir)["data"]["vocabulary"]
+    vocabulary = recorded_vocabulary(read_config(workdir), workdir)
     if vocabulary["fingerprint"] != card.vocabulary.fingerprint:
         raise DataError(
             f"config.init_from={workdir} was trained with vocabulary fingerprint "

@@ -8,11 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from encdec.distill.scorers import scoring_model
 from encdec.errors import ConfigError, DataError
+from encdec.export.export_command import main as export
+from encdec.inference.generate_command import main as generate
+from encdec.inference.generator import load_generator
 from encdec.interop import mu
 from encdec.interop.import_command import main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
+from encdec.train.warm_start import check_source
 from tests.export.examples import batch
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
@@ -220,3 +225,27 @@ def test_wrong_checkpoints_are_named(tmp_path):
         r"misshapen: transformer.h.1.mlp.fc2.bias \(3,\), wanted \(24,\)",
     )
     refused({"model_state_dict": {}}, "no matrix transformer.wte.weight")
+
+
+def test_a_model_without_vocabulary_says_how_to_get_one(tmp_path):
+    torch.save(
+        {"model_state_dict": random_state(), "model_config": SETTINGS}, tmp_path / "model.pt"
+    )
+    out = f"--out={tmp_path / 'ours'}"
+    main([str(tmp_path / "model.pt"), "--from=mu", out])
+    needs_text = (
+        lambda: load_generator(tmp_path / "ours"),
+        lambda: check_source(str(tmp_path / "ours"), None),
+        lambda: scoring_model(tmp_path / "ours", None),
+        lambda: export([f"--checkpoint={tmp_path / 'ours'}", "--format=hf", f"--out={tmp_path}/x"]),
+        lambda: generate([f"--checkpoint={tmp_path / 'ours'}", "a text"]),
+    )
+    for use in needs_text:
+        with pytest.raises(DataError, match=f"with --vocabulary=FILE --overwrite {out}"):
+            use()
+    words = {"</s>": 0, "<unk>": 1, "a": 2}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    arguments = [str(tmp_path / "model.pt"), "--from=mu", out, "--overwrite"]
+    main([*arguments, f"--vocabulary={tmp_path / 'tokenizer.json'}"])
+    assert load_generator(tmp_path / "ours").prompts.encode("a")[0] == [2]
