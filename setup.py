@@ -35,6 +35,7 @@ REQUIRES = [
     "threadpoolctl>=3.5,<4",
     # Preparing data, metrics, TensorBoard: never imported by training or inference.
     "gin-config>=0.5,<0.6",
+    "pyarrow>=17,<27",  # text in zstd; tensorflow-datasets brings it
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.4,<3",
     "seqio>=0.0.19,<0.1",

@@ -12,8 +12,9 @@ import re
 import time
 
 from encdec.data.prepare import available_cores, prepare
-from encdec.data.readers import BadRows, Fault, check_files, parse_row, read_lines
+from encdec.data.readers import BadRows, Fault, check_files, is_jsonl, parse_row, read_lines
 from encdec.data.records import DatasetCard
+from encdec.data.text_files import plain_name
 from encdec.data.vocabulary import load_vocabulary
 
 COLUMNS = (
@@ -39,7 +40,7 @@ def split_lengths(file: str, inputs_length: int, targets_length: int) -> tuple[s
 
 def is_raw_text(path: pathlib.Path) -> bool:
     """Whether a file is for pretraining: plain text, or JSONL whose first row has `text`."""
-    if not path.name.removesuffix(".gz").endswith(".jsonl"):
+    if not is_jsonl(path):
         return True
     first = list(itertools.islice(read_lines(path, BadRows(1)), 1))
     row = parse_row(first[0][1], ("text",)) if first else None
@@ -96,7 +97,7 @@ def print_table(given: argparse.Namespace) -> int:
     print(f"|---|{'---:|' * (len(COLUMNS) - 1)}", flush=True)
     for file, inputs_length, targets_length in jobs:
         path = pathlib.Path(file)
-        name = path.name.split(".jsonl")[0].removesuffix(".txt")
+        name = pathlib.Path(plain_name(path)).stem
         started = time.perf_counter()
         card = prepare(
             out=pathlib.Path(given.out) / path.parent.name / name,

@@ -135,7 +135,7 @@ def configured_eos(path: pathlib.Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        token: Any = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token: Any = json.loads(config.read_text(encoding="utf-8-sig")).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{config} is not readable JSON: {error}") from error
     return token.get("content") if isinstance(token, dict) else token

@@ -8,7 +8,6 @@ own fields, or `source` and `target` with the prompt already made.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
 import json
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 from encdec.data import metrics
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.data.readers import BadRows, Fault, check_fields, parse_row, read_lines, with_references
+from encdec.data.text_files import ENDINGS, BrokenStream, open_lines, plain_name
 from encdec.errors import DataError
 
 UNANSWERABLE = "unanswerable"
@@ -27,7 +27,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test",),
 }
-ENDINGS = (".jsonl", ".jsonl.gz")
+COMPRESSED = ("", *ENDINGS)
 
 Row = dict[str, Any]
 PAIRS = SequenceToSequence()
@@ -65,7 +65,7 @@ class PaperTask:
         """Files of a split below `data_dir`, in the first layout that has any; else none.
 
         Layouts: TASK/SPLIT.jsonl, TASK/SPLIT-*.jsonl, SPLIT/TASK.jsonl, SPLIT/TASK[._-]*.jsonl,
-        TASK-SPLIT.jsonl, each also .gz, and the data set's official files in TASK/.
+        TASK-SPLIT.jsonl, each also compressed, and the data set's official files in TASK/.
         """
         root = pathlib.Path(data_dir)
         for spelled in SPLIT_NAMES[split]:
@@ -77,13 +77,15 @@ class PaperTask:
                 f"{self.name}-{spelled}",
             ]
             for stem in stems:
-                if found := sorted(p for end in ENDINGS for p in root.glob(stem + end)):
+                if found := sorted(
+                    p for end in COMPRESSED for p in root.glob(f"{stem}.jsonl{end}")
+                ):
                     return found
             if self.squad_json and (
                 found := sorted(
                     p
-                    for end in (".json", ".json.gz")
-                    for p in root.glob(f"{self.name}/{spelled}-v2.0*{end}")
+                    for end in COMPRESSED
+                    for p in root.glob(f"{self.name}/{spelled}-v2.0*.json{end}")
                 )
             ):
                 return found
@@ -101,14 +103,13 @@ class PaperTask:
         if not files:
             raise DataError(
                 f"no {split} split of {self.name} below {data_dir}; put it at "
-                f"{self.name}/{split}.jsonl or {split}/{self.name}.jsonl (also .gz) with the "
+                f"{self.name}/{split}.jsonl or {split}/{self.name}.jsonl (also compressed) with the "
                 f"fields {', '.join(self.fields)}, or source and target"
             )
-        if self.pairs and not files[0].name.endswith(ENDINGS):
-            return self._read_pairs(files, bad_rows)
-        if files[0].name.endswith((".json", ".json.gz")):
-            return self._read_squad(files)
-        return self._read_jsonl(files, bad_rows)
+        kind = pathlib.Path(plain_name(files[0])).suffix
+        if kind == ".jsonl":
+            return self._read_jsonl(files, bad_rows)
+        return self._read_squad(files) if kind == ".json" else self._read_pairs(files, bad_rows)
 
     def _read_jsonl(self, files: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
         for path in files:
@@ -154,13 +155,12 @@ class PaperTask:
     def _read_squad(self, files: Sequence[pathlib.Path]) -> Iterator[Document]:
         for path in files:
             try:
-                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                    articles = json.load(file)["data"]
+                articles = json.loads(b"".join(open_lines(path)))["data"]
                 for article in articles:
                     for paragraph in article["paragraphs"]:
                         for question in paragraph["qas"]:
                             yield self.document({**question, "context": paragraph["context"]})
-            except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+            except (ValueError, KeyError, TypeError, BrokenStream) as error:
                 message = f"{path} is not in SQuAD's format ({error!r}); copy it again"
                 raise DataError(message) from error
 

@@ -53,6 +53,7 @@ def prepare(
     jsonl: Sequence[str] = (),
     text: Sequence[str] = (),
     data_dir: str | None = None,
+    documents: str | None = None,
     split: str = "train",
     inputs_length: int = 1024,
     targets_length: int = 256,
@@ -74,7 +75,8 @@ def prepare(
     """Write a records directory from one of `task`, `jsonl` files or `text` files.
 
     `passes` over the same documents follow one another, each with noise of its own.
-    `data_dir` is where a named task's files lie. Lengths are tokens a row; `max_examples` bounds
+    `data_dir` is where a named task's files lie; `documents` says what one is in plain `text`:
+    `readers.text_documents`. Lengths are tokens a row; `max_examples` bounds
     the documents read, `block_bytes` the text of a shard, `workers` the processes (default: the
     cores at hand). The result does not depend on `workers`. `objective` replaces the
     task's own; `notes` are files (name to text) to lie beside the records;
@@ -85,7 +87,7 @@ def prepare(
     """
     check_local(out)
     out = pathlib.Path(out)
-    source = choose_task(task, jsonl, text, data_dir)
+    source = choose_task(task, jsonl, text, data_dir, documents)
     loaded = load_vocabulary(vocabulary, extra_ids=extra_ids)
     recipe = Recipe(objective or source.objective, inputs_length, targets_length, packing, seed)
     _check_objective(recipe, source, loaded)
@@ -149,7 +151,9 @@ def choose_task(
     jsonl: Sequence[str],
     text: Sequence[str],
     data_dir: str | None = None,
+    documents: str | None = None,
 ) -> TextTask:
+    """The task that is named, or made of files; ConfigError unless exactly one is given."""
     given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
     if len(given) != 1:
         raise ConfigError(
@@ -157,10 +161,14 @@ def choose_task(
         )
     if data_dir is not None and not task:
         raise ConfigError(f"--data_dir={data_dir} goes with --task; files are named in full")
+    if documents is not None and not text:
+        raise ConfigError(
+            f"--documents={documents} says what a document is in the files of --text; leave it out"
+        )
     if jsonl:
         return jsonl_task(jsonl)
     if text:
-        return text_files_task(text)
+        return text_files_task(text, documents=documents)
     return task if isinstance(task, TextTask) else task_or_mixture(str(task), data_dir)
 
 

@@ -18,6 +18,7 @@ from encdec.data.lossless import lossless_warning
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
 from encdec.data.prepare import BAD_ROWS_FILE, choose_task, prepare
+from encdec.data.readers import DOCUMENTS
 from encdec.data.records import DatasetCard
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import load_vocabulary
@@ -78,10 +79,15 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--task", help=f"a task or mixture by name: {tasks}")
     flags.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
     flags.add_argument(
-        "--jsonl", nargs="+", metavar="FILE", help="JSONL with source and target, also .gz"
+        "--jsonl", nargs="+", metavar="FILE", help="JSONL with source and target, also compressed"
     )
     flags.add_argument(
         "--text", nargs="+", metavar="FILE", help="text files, or JSONL with text, for pretraining"
+    )
+    flags.add_argument(
+        "--documents",
+        help=f"what a document is in a plain text file: {', '.join(DOCUMENTS)} (files); a row of "
+        "JSONL always is one",
     )
     flags.add_argument("--objective", help=f"what to learn from the text: {', '.join(OBJECTIVES)}")
     flags.add_argument("--vocabulary", help="a .model, a tokenizer.json, or 'bytes'")
@@ -131,11 +137,11 @@ def main(argv: list[str]) -> int:
         if name not in settings:
             raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
     chosen = [settings.pop(name, None) for name in ("task", "jsonl", "text")]
-    data_dir = settings.pop("data_dir", None)
-    if chosen[0] in MIXTURES and not chosen[1] and not chosen[2]:
+    data_dir, documents = (settings.pop(name, None) for name in ("data_dir", "documents"))
+    if chosen[0] in MIXTURES and not any((*chosen[1:], documents)):
         task = task_or_mixture(chosen[0], data_dir, **mixture())
     else:
-        task = choose_task(chosen[0], chosen[1] or (), chosen[2] or (), data_dir)
+        task = choose_task(chosen[0], chosen[1] or (), chosen[2] or (), data_dir, documents)
     extra_ids = settings.pop("extra_ids", None)
     vocabulary = load_vocabulary(settings.pop("vocabulary"), extra_ids=extra_ids)
     if warning := lossless_warning(vocabulary):
@@ -246,6 +252,7 @@ def bound_settings(
     jsonl: Sequence[str] | None = None,
     text: Sequence[str] | None = None,
     data_dir: str | None = None,
+    documents: str | None = None,
     vocabulary: str | None = None,
     extra_ids: int | None = None,
     out: str | None = None,
@@ -274,8 +281,10 @@ def report(card: DatasetCard, seconds: float) -> str:
     """What was written and what was left out, for people."""
     tokens = card.source_tokens + card.target_tokens
     size = sum(shard.bytes for shard in card.shards)
+    of = card.origin.get("documents")
+    kind = f" (--documents={of})" if of else ""
     lines = [
-        f"{card.task}, split {card.split}: {card.documents:,} documents, {card.examples:,} "
+        f"{card.task}, split {card.split}: {card.documents:,} documents{kind}, {card.examples:,} "
         f"examples, {card.rows:,} rows of {card.inputs_length} + {card.targets_length} tokens",
         f"tokens: {card.source_tokens:,} source, {card.target_tokens:,} target "
         f"({card.target_bytes:,} target bytes); {100 * (1 - card.non_padding_share):.1f} % padding",

@@ -1,28 +1,28 @@
 """Local files to documents, every fault named by file and line.
 
 A fault is a bad row: it is counted and, beyond the number allowed, stops the preparation before
-anything is published. gzip is told by the name's ``.gz``.
+anything is published. Compressions and byte order marks: ``text_files``.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import gzip
-import io
 import json
 import pathlib
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from encdec.data.objectives import Document
-from encdec.errors import DataError
+from encdec.data.text_files import JSONL_ENDINGS, BrokenStream, open_lines, plain_name
+from encdec.errors import ConfigError, DataError
 
 # Enough to mend a file by; the count goes on.
 NAMED_BAD_ROWS = 10_000
 # A plain text file is cut at a line's end about here, so that files of any size stream.
 DOCUMENT_BYTES = 1 << 20
-READ_BYTES = 1 << 20
+# What a document is in a plain text file; a row of JSONL always is one.
+DOCUMENTS = ("files", "lines", "paragraphs")
 
 
 @dataclasses.dataclass
@@ -81,18 +81,34 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
 
 
 def read_lines(path: pathlib.Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line with its end); a truncated gzip is one bad row at its end."""
+    """(line number from 1, line in UTF-8 with its end); a broken stream is one bad row at its end.
+
+    Raises DataError for a file that holds no text: `text_files.open_lines`.
+    """
     number = 0
-    with _open(path) as file:
-        try:
-            for number, line in enumerate(file, 1):
-                yield number, line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            bad_rows.add(
-                f"{path}:{number + 1}", f"the gzip stream breaks off ({error})", "copy it again"
-            )
-    if number == 0:
-        bad_rows.add(f"{path}:1", "the file is empty", "give a file with text in it")
+    try:
+        for number, line in enumerate(open_lines(path), 1):
+            yield number, line
+    except BrokenStream as error:
+        bad_rows.add(f"{path}:{number + 1}", str(error), "copy it again")
+    else:
+        if number == 0:
+            bad_rows.add(f"{path}:1", "the file is empty", "give a file with text in it")
+
+
+def is_jsonl(path: str | pathlib.Path) -> bool:
+    """Whether a file holds a JSON object a row: by its name, else by its first line.
+
+    That line must have a field that is read here, so that text with braces remains text.
+    """
+    if plain_name(path).endswith(JSONL_ENDINGS):
+        return True
+    first = next(read_lines(pathlib.Path(path), BadRows(1)), (1, b""))[1]
+    try:
+        row = json.loads(first) if first.lstrip().startswith(b"{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and ("text" in row or {"source", "target"} <= row.keys())
 
 
 def read_jsonl(
@@ -109,6 +125,8 @@ def read_jsonl(
 
 def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
     """One JSONL line as a checked row, or what is wrong with it."""
+    # Files with a mark each, put one after another, have marks inside.
+    line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
         return Fault("the line is empty", "delete the line")
     try:
@@ -180,35 +198,46 @@ def with_references(source: str, target: str, references: Sequence[str]) -> Docu
     return source, target, *others
 
 
-def text_documents(paths: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
-    """(text,) of every document: a plain text file is one, a ``.jsonl`` has one in `text` a row."""
+def text_documents(
+    paths: Sequence[pathlib.Path], bad_rows: BadRows, documents: str = "files"
+) -> Iterator[Document]:
+    """(text,) of every document: each row's `text` in JSONL, in plain text as `documents` says.
+
+    "files": a file is one, cut at a line's end after each DOCUMENT_BYTES. "lines": each line
+    without its end. "paragraphs": lines between blank ones. Blank lines are no documents.
+    """
+    if documents not in DOCUMENTS:
+        raise ConfigError(f"documents is {documents!r}; wanted one of {', '.join(DOCUMENTS)}")
     for path in paths:
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
+        if is_jsonl(path):
             for row in read_jsonl(path, ("text",), bad_rows):
                 yield (row["text"],)
         else:
-            yield from _plain_documents(path, bad_rows)
+            for text in _plain_documents(path, bad_rows, documents):
+                yield (text,)
 
 
-def _plain_documents(path: pathlib.Path, bad_rows: BadRows) -> Iterator[Document]:
+def _plain_documents(path: pathlib.Path, bad_rows: BadRows, documents: str) -> Iterator[str]:
     held: list[str] = []
     size = 0
     for number, line in read_lines(path, bad_rows):
         try:
-            held.append(line.decode("utf-8"))
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             fault = _bad_utf8(line, error)
             bad_rows.add(f"{path}:{number}", fault.reason, fault.mend)
-        size += len(line)
-        if size >= DOCUMENT_BYTES:
-            yield ("".join(held),)
+            continue
+        blank = documents != "files" and not text.strip()
+        if not blank:
+            held.append(text)
+            size += len(line)
+        if blank or documents == "lines" or size >= DOCUMENT_BYTES:
+            yield from _joined(held, documents)
             held, size = [], 0
-    if held:
-        yield ("".join(held),)
+    yield from _joined(held, documents)
 
 
-def _open(path: pathlib.Path) -> BinaryIO:
-    if not path.name.endswith(".gz"):
-        return open(path, "rb")
-    # gzip's own line reading is Python code; a buffer in front of it is not.
-    return io.BufferedReader(gzip.open(path, "rb"), READ_BYTES)
+def _joined(lines: list[str], documents: str) -> Iterator[str]:
+    if lines:
+        text = "".join(lines)
+        yield text if documents == "files" else text.removesuffix("\n").removesuffix("\r")

@@ -61,7 +61,7 @@ class TextTask:
 
 
 def jsonl_task(files: Sequence[str], objective: Objective | None = None) -> TextTask:
-    """The user's own JSONL (`source`, `target`, optional `targets`, also .gz)."""
+    """The user's own JSONL (`source`, `target`, optional `targets`)."""
     paths = readers.check_files(files)
     return TextTask(
         "jsonl",
@@ -71,14 +71,30 @@ def jsonl_task(files: Sequence[str], objective: Objective | None = None) -> Text
     )
 
 
-def text_files_task(files: Sequence[str], objective: Objective | None = None) -> TextTask:
-    """Plain text files, or JSONL with a `text` field, for pretraining."""
+def text_files_task(
+    files: Sequence[str], objective: Objective | None = None, documents: str | None = None
+) -> TextTask:
+    """Plain text files, or JSONL with a `text` field, for pretraining.
+
+    `documents` says what one is in a plain file (default "files"): `readers.text_documents`.
+    ConfigError where no file is plain and `documents` is given.
+    """
     paths = readers.check_files(files)
+    origin: dict[str, Any] = {"files": [path.name for path in paths]}
+    if not all(map(readers.is_jsonl, paths)):
+        origin["documents"] = documents or readers.DOCUMENTS[0]
+    elif documents:
+        raise ConfigError(
+            f"--documents={documents} says what a document is in plain text, and all files are "
+            "JSONL, where each row is one; leave it out"
+        )
     return TextTask(
         "text",
-        lambda split, bad_rows: readers.text_documents(paths, bad_rows),
+        lambda split, bad_rows: readers.text_documents(
+            paths, bad_rows, documents or readers.DOCUMENTS[0]
+        ),
         objective or PrefixLM(),
-        lambda: {"files": [path.name for path in paths]},
+        lambda: origin,
     )
 
 

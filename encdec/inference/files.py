@@ -12,6 +12,7 @@ from typing import Any
 
 from encdec.data.appended import append_rows, whole_lines, write_whole
 from encdec.data.readers import BadRows, Fault, check_files, parse_row, read_lines
+from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, BrokenStream, plain_name, utf8_lines
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import Generation
 
@@ -23,15 +24,15 @@ def read_inputs(path: str, file_format: str | None = None) -> list[str]:
     """The texts of a file, one a line; ``-`` is standard input.
 
     Args:
-        path: JSONL with the field ``source``, or plain text; ``.gz`` is read too.
+        path: JSONL with the field ``source``, or plain text, compressed or not.
         file_format: "jsonl" or "text"; by default as the file's name ends, text for ``-``.
 
     Raises:
         DataError: no such file, a line that is empty, not UTF-8 or without ``source``.
     """
     if file_format is None:
-        name = path.removesuffix(".gz")
-        file_format = "jsonl" if name.endswith((".jsonl", ".json")) else "text"
+        named = plain_name(path).endswith((*JSONL_ENDINGS, ".json"))
+        file_format = "jsonl" if named else "text"
     texts = []
     for number, line in _lines(path):
         where = f"{'standard input' if path == STDIN else path}:{number}"
@@ -42,7 +43,7 @@ def read_inputs(path: str, file_format: str | None = None) -> list[str]:
             text = row["source"]
         else:
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at byte "
@@ -60,8 +61,10 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     if path != STDIN:
         yield from read_lines(check_files([path])[0], BadRows())
         return
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        yield number, line.rstrip(b"\r\n")
+    try:
+        yield from enumerate(utf8_lines(sys.stdin.buffer, "standard input"), 1)
+    except BrokenStream as error:
+        raise DataError(f"standard input: {error}") from None
 
 
 def rows_of(
@@ -119,9 +122,10 @@ class ResumableOutput:
             ConfigError: other settings or another model made the file.
             DataError: it answers other inputs, or is no file of answers.
         """
-        if self.path.name.endswith(".gz"):
+        if self.path.suffix in ENDINGS:
             raise ConfigError(
-                f"--out={self.path} cannot be continued when compressed; give a name without .gz"
+                f"--out={self.path} cannot be continued when compressed; give a name without "
+                f"{self.path.suffix}"
             )
         if not self.path.parent.is_dir():
             raise ConfigError(

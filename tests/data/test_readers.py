@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from encdec.data import readers
 from encdec.data.readers import BadRows, Fault, pair_documents, parse_row, text_documents
-from encdec.errors import DataError
+from encdec.data.text_tasks import text_files_task
+from encdec.errors import ConfigError, DataError
 
 GOOD = b'{"source": "a", "target": "b"}'
 
@@ -71,6 +72,9 @@ def test_gzip_is_read_and_a_truncated_one_named(tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl.gz:\d+: the gzip stream breaks off"):
         list(pair_documents([path], BadRows()))
     path.write_bytes(b"no gzip at all")
+    with pytest.raises(DataError, match=r"rows.jsonl.gz is named as compressed with gzip"):
+        list(pair_documents([path], BadRows()))
+    path.write_bytes(data[:9])
     with pytest.raises(DataError, match=r"rows.jsonl.gz:1: the gzip stream breaks off"):
         list(pair_documents([path], BadRows()))
 
@@ -109,6 +113,29 @@ def test_text_files_are_documents_and_long_ones_are_cut_at_line_ends(tmp_path, m
     plain.write_bytes(b"fine\n\xe9t\xe9\nfine\n")
     with pytest.raises(DataError, match=r"a.txt:2: invalid UTF-8: byte 0xe9 at byte 0"):
         list(text_documents([plain], BadRows()))
+
+
+def test_a_document_is_a_file_a_line_or_a_paragraph(tmp_path, monkeypatch):
+    plain = tmp_path / "a.txt"
+    plain.write_text("one\r\n two\n \n\nthree\nfour", newline="")
+
+    def read(documents):
+        return [text for (text,) in text_documents([plain], BadRows(), documents)]
+
+    assert read("files") == ["one\r\n two\n \n\nthree\nfour"]
+    assert read("lines") == ["one", " two", "three", "four"]
+    assert read("paragraphs") == ["one\r\n two", "three\nfour"]
+    monkeypatch.setattr(readers, "DOCUMENT_BYTES", 5)
+    assert read("paragraphs") == ["one", " two", "three", "four"]
+    with pytest.raises(ConfigError, match=r"documents is 'words'; wanted one of files, lines, par"):
+        read("words")
+    assert text_files_task([str(plain)]).origin()["documents"] == "files"
+    assert text_files_task([str(plain)], documents="lines").origin()["documents"] == "lines"
+    rows = tmp_path / "b.jsonl"
+    rows.write_text('{"text": "a\\n\\nb"}\n')
+    assert "documents" not in text_files_task([str(rows)]).origin()
+    with pytest.raises(ConfigError, match=r"--documents=lines .* all files are JSONL"):
+        text_files_task([str(rows)], documents="lines")
 
 
 encoded_text = st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
