@@ -103,7 +103,7 @@ class PaperTask:
         if not files:
             raise DataError(
                 f"no {split} split of {self.name} below {data_dir}; put it at "
-                f"{self.name}/{split}.jsonl or {split}/{self.name}.jsonl (also compressed) with the "
+                f"{self.name}/{split}.jsonl or {split}/{self.name}.jsonl (or compressed) with the "
                 f"fields {', '.join(self.fields)}, or source and target"
             )
         kind = pathlib.Path(plain_name(files[0])).suffix
