@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import encdec
 from encdec.errors import ConfigError, EncdecError
+from encdec.storage import storage_error
 
 # name: (module:function, what it does). The function takes the arguments after the name and
 # returns an exit code or None. To add a command, add its line.
@@ -89,6 +90,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     ),
 }
 
+KEPT = (
+    "What was finished is kept and nothing half-written passes for whole: "
+    "run the same command again."
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -108,8 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe shows itself here, not when Python exits
         return code
     except EncdecError as error:
-        print(f"encdec: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
     except KeyboardInterrupt:
         print("encdec: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -118,6 +122,18 @@ def main(argv: list[str] | None = None) -> int:
         # goes nowhere from now on, or Python would complain when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except Exception as error:
+        # A full disk or a missing right is no bug of the program's: one line instead of the
+        # traceback of whichever library met it.
+        refusal = storage_error(error, KEPT)
+        if refusal is None:
+            raise
+        return _told(refusal)
+
+
+def _told(error: EncdecError) -> int:
+    print(f"encdec: error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def benchmark(argv: list[str]) -> int:

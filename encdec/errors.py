@@ -1,4 +1,4 @@
-"""Errors a user can mend, each kind with an exit code of its own.
+"""Errors that a user can fix, each kind with an exit code of its own.
 
 The command line prints the message alone, without a traceback, and exits with ``exit_code``,
 so that a launcher can tell a wrong config from a preemption without reading logs.
@@ -6,7 +6,7 @@ so that a launcher can tell a wrong config from a preemption without reading log
 
 
 class EncdecError(Exception):
-    """Base of all errors that name what was seen, what is wanted and how to mend it."""
+    """Base of all errors that name what was seen, what is expected and how to fix it."""
 
     exit_code = 1
 
@@ -33,6 +33,12 @@ class NonFiniteError(EncdecError):
     """Training met a NaN or an infinity."""
 
     exit_code = 5
+
+
+class StorageError(EncdecError):
+    """The operating system refused to read or write: disk full, quota, permission, read-only."""
+
+    exit_code = 7  # 6 is a ladder with failed runs, see launch/slurm.py
 
 
 class Preempted(EncdecError):

@@ -3,7 +3,7 @@
     queued -> provisioning -> active -> suspended or failed -> deleted -> created anew
 
 On an active slice: set up, started, running, and by the exit code finished (0), started again
-(75, preempted: everything is saved; or a crash, a limited number of times), or given up (2 to 5:
+(75, preempted: everything is saved; or a crash, a limited number of times), or given up (2 to 7:
 configuration, data, checkpoint, NaN, which would only happen again).
 """
 

@@ -12,8 +12,16 @@ from collections.abc import Sequence
 from launch.slices import Slices
 
 # Exit codes of `encdec` after which the same command would only fail again: configuration, data,
-# checkpoint, NaN or infinity. 75 says that the machine was taken away and everything is saved.
-FINAL_CODES = {2: "configuration", 3: "data", 4: "checkpoint", 5: "NaN or infinity"}
+# checkpoint, NaN or infinity, storage that refuses. 75 says that the machine was taken away and
+# everything is saved.
+
+FINAL_CODES = {
+    2: "configuration",
+    3: "data",
+    4: "checkpoint",
+    5: "NaN or infinity",
+    7: "storage: disk full, quota, permission or read-only",
+}
 PREEMPTED = 75
 
 

@@ -28,6 +28,7 @@ from encdec.data.text_tasks import TextTask
 from encdec.data.vocab_command import task_texts, train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import DataError
+from encdec.storage import local_path
 
 PREPARE_GOAL = 0.80
 READ_GOAL_TOKENS_PER_SECOND = 3e6
@@ -195,9 +196,11 @@ def _flags(name: str) -> argparse.ArgumentParser:
 def _prepare_flags() -> argparse.ArgumentParser:
     flags = _flags("prepare")
     flags.add_argument("--task", help="a task by name (stdlib_text)")
-    flags.add_argument("--jsonl", nargs="+", metavar="FILE")
-    flags.add_argument("--text", nargs="+", metavar="FILE")
-    flags.add_argument("--vocabulary", help="a .model; trained on the text if left out")
+    flags.add_argument("--jsonl", type=local_path, nargs="+", metavar="FILE")
+    flags.add_argument("--text", type=local_path, nargs="+", metavar="FILE")
+    flags.add_argument(
+        "--vocabulary", type=local_path, help="a .model; trained on the text if left out"
+    )
     flags.add_argument("--inputs_length", type=int, default=1024)
     flags.add_argument("--targets_length", type=int, default=256)
     flags.add_argument("--megabytes", type=float, default=8.0, help="text measured (8)")
@@ -250,11 +253,14 @@ def prepare_main(argv: list[str]) -> int:
 def read_main(argv: list[str]) -> int:
     """``encdec benchmark data``: reading shuffled batches of records."""
     flags = _flags("data")
-    flags.add_argument("--records", metavar="DIR", help="made of the standard library if left out")
+    flags.add_argument(
+        "--records", type=local_path, metavar="DIR", help="made of the standard library if left out"
+    )
     flags.add_argument("--batch", type=int, default=64)
     flags.add_argument("--steps", type=int, default=50)
     flags.add_argument(
         "--compile_report",
+        type=local_path,
         metavar="FILE",
         help="hold reading against this step, of encdec compile --json (the 330m of docs/pod.md)",
     )

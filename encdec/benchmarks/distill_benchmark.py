@@ -6,6 +6,8 @@ import argparse
 import pathlib
 import time
 
+from encdec.storage import local_path
+
 
 def main(argv: list[str]) -> int:
     """Trains a teacher and students on prepared records; repeated, it goes on where it was.
@@ -52,15 +54,24 @@ def _parser() -> argparse.ArgumentParser:
         description="One decoder-only teacher, students of one size on gold targets alone, every "
         "logit, draws and top-k rows, at equal steps: loss, calibration, bytes, step time.",
     )
-    parser.add_argument("--work", required=True, metavar="DIR", help="receives runs and results")
-    parser.add_argument("--records", required=True, metavar="DIR", help="the students' records")
-    parser.add_argument("--eval_records", required=True, metavar="DIR", help="held out")
+    parser.add_argument(
+        "--work", type=local_path, required=True, metavar="DIR", help="receives runs and results"
+    )
+    parser.add_argument(
+        "--records", type=local_path, required=True, metavar="DIR", help="the students' records"
+    )
+    parser.add_argument(
+        "--eval_records", type=local_path, required=True, metavar="DIR", help="held out"
+    )
     parser.add_argument(
         "--teacher_records",
+        type=local_path,
         metavar="DIR",
         help="the teacher's records, if it has more (default: the students')",
     )
-    parser.add_argument("--images", metavar="DIR", help="where pictures go (default: --work)")
+    parser.add_argument(
+        "--images", type=local_path, metavar="DIR", help="where pictures go (default: --work)"
+    )
     for name, what in (
         ("student", "preset"),
         ("teacher", "decoder-only preset, 4 times the student or more"),

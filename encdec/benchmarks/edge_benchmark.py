@@ -31,6 +31,7 @@ from encdec.inference.decoding import ready_for_decoding
 from encdec.inference.exported import ExportedModel, export_format, likeliest, load_exported_model
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
+from encdec.storage import local_path
 
 # name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout;
 # transformers is a peer: its `generate` on our export for Hugging Face.
@@ -503,6 +504,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--artefacts",
+        type=local_path,
         default="runs/edge",
         metavar="DIR",
         help="exports are kept and found here (runs/edge)",
@@ -514,6 +516,6 @@ def _parser() -> argparse.ArgumentParser:
         help="leave the peak memory out, for which each path runs once more in a "
         "process of its own",
     )
-    parser.add_argument("--out", metavar="DIR", help="write edge.json there")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="write edge.json there")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     return parser

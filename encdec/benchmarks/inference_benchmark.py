@@ -32,6 +32,7 @@ from encdec.model.flops import (
     weight_bytes,
 )
 from encdec.model.peers import match_decoder_only
+from encdec.storage import local_path
 
 PEERS = {"parameters": "parameters", "flops": "training_flops"}
 OURS = "encoder-decoder"
@@ -487,7 +488,9 @@ def _parser() -> argparse.ArgumentParser:
         help="leave the peak memory out, for which each model runs once more in a "
         "process of its own; what weights and cache take is always computed",
     )
-    parser.add_argument("--out", metavar="DIR", help="write JSON and pictures there")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="write JSON and pictures there"
+    )
     return parser
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 
 ALONE, AT_ONCE = "one after the other", "at once"
 
@@ -234,5 +235,5 @@ def _parser() -> argparse.ArgumentParser:
     add("tokens_to", 64, "longest answer")
     add("rounds", 3, "passes of each kind")
     add("seed", 0, "of the requests")
-    parser.add_argument("--out", metavar="FILE.json", help="receives the numbers")
+    parser.add_argument("--out", type=local_path, metavar="FILE.json", help="receives the numbers")
     return parser

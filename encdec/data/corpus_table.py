@@ -16,6 +16,7 @@ from encdec.data.readers import BadRows, Fault, check_files, is_jsonl, parse_row
 from encdec.data.records import DatasetCard
 from encdec.data.text_files import plain_name
 from encdec.data.vocabulary import load_vocabulary
+from encdec.storage import local_path
 
 COLUMNS = (
     "file",
@@ -71,12 +72,17 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     """The flags of ``encdec data table``."""
     flags.add_argument(
         "files",
+        type=local_path,
         nargs="+",
         metavar="FILE[:S+T]",
         help="JSONL of pairs or text, or text; S+T for other lengths than the flags'",
     )
-    flags.add_argument("--vocabulary", required=True, help="a .model, tokenizer.json or 'bytes'")
-    flags.add_argument("--out", required=True, metavar="DIR", help="one directory a file below it")
+    flags.add_argument(
+        "--vocabulary", type=local_path, required=True, help="a .model, tokenizer.json or 'bytes'"
+    )
+    flags.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="one directory a file below it"
+    )
     flags.add_argument("--inputs_length", type=int, default=1024)
     flags.add_argument("--targets_length", type=int, default=256)
     flags.add_argument("--max_bad_rows", type=int, default=0)

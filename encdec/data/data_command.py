@@ -22,6 +22,7 @@ from encdec.data.text_tasks import EMBEDDED_TASKS
 from encdec.data.verify import SAMPLE_ROWS, verify_records
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.storage import local_path
 
 STYLES = ("cyan", "green", "magenta", "yellow", "blue", "red")
 SHOWN_TOKENS = 400
@@ -37,13 +38,19 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="encdec data", description=__doc__)
     commands = flags.add_subparsers(metavar="list | show | verify | table", required=True)
     listing = commands.add_parser("list", help="every task and mixture, and where its data is")
-    listing.add_argument("--data_dir", metavar="DIR", help="look for files below this directory")
+    listing.add_argument(
+        "--data_dir", type=local_path, metavar="DIR", help="look for files below this directory"
+    )
     listing.set_defaults(run=list_tasks)
     show = commands.add_parser("show", help="examples of a task, or rows of a records directory")
-    show.add_argument("what", metavar="TASK|DIR")
-    show.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
+    show.add_argument("what", type=local_path, metavar="TASK|DIR")
+    show.add_argument(
+        "--data_dir", type=local_path, metavar="DIR", help="where the task's files lie"
+    )
     show.add_argument("--split", default="train")
-    show.add_argument("--vocabulary", default="bytes", help="a .model or tokenizer.json (bytes)")
+    show.add_argument(
+        "--vocabulary", type=local_path, default="bytes", help="a .model or tokenizer.json (bytes)"
+    )
     show.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end")
     show.add_argument("--objective", help="another objective than the task's own")
     show.add_argument("--inputs_length", type=int, default=1024)
@@ -51,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--count", type=int, default=3, help="examples, or rows of records (3)")
     show.set_defaults(run=show_examples)
     verify = commands.add_parser("verify", help="check a records directory against its card")
-    verify.add_argument("directory", metavar="DIR")
+    verify.add_argument("directory", type=local_path, metavar="DIR")
     verify.add_argument("--full", action="store_true", help="read every row, not a sample")
     verify.add_argument(
         "--rows", type=int, default=SAMPLE_ROWS, help=f"rows of the sample ({SAMPLE_ROWS})"

@@ -26,10 +26,11 @@ from encdec.data.blocks import Block, Counts, Recipe, cut_blocks, make_card, sha
 from encdec.data.mixing import task_or_mixture
 from encdec.data.objectives import Document, Objective, describe_objective
 from encdec.data.readers import BadRows
-from encdec.data.records import DatasetCard, Shard, check_local, file_sha256, read_card
+from encdec.data.records import DatasetCard, Shard, file_sha256, read_card
 from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import ConfigError, DataError, EncdecError
+from encdec.storage import local
 
 # Small enough that two cores share a corpus of some megabytes, large enough that the last,
 # half-full rows of a block do not matter (about a thousand rows).
@@ -85,8 +86,7 @@ def prepare(
     Raises DataError for bad input, after removing what this call wrote; a call that is killed
     can be repeated and goes on.
     """
-    check_local(out)
-    out = pathlib.Path(out)
+    out = pathlib.Path(local("--out", out))
     source = choose_task(task, jsonl, text, data_dir, documents)
     loaded = load_vocabulary(vocabulary, extra_ids=extra_ids)
     recipe = Recipe(objective or source.objective, inputs_length, targets_length, packing, seed)

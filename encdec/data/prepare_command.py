@@ -23,6 +23,7 @@ from encdec.data.records import DatasetCard
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LOG_SECONDS = 10.0
@@ -77,12 +78,22 @@ def parser() -> argparse.ArgumentParser:
     )
     tasks = ", ".join([*TEXT_TASKS, *MIXTURES])
     flags.add_argument("--task", help=f"a task or mixture by name: {tasks}")
-    flags.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
     flags.add_argument(
-        "--jsonl", nargs="+", metavar="FILE", help="JSONL with source and target, also compressed"
+        "--data_dir", type=local_path, metavar="DIR", help="where the task's files lie"
     )
     flags.add_argument(
-        "--text", nargs="+", metavar="FILE", help="text files, or JSONL with text, for pretraining"
+        "--jsonl",
+        type=local_path,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL with source and target, also compressed",
+    )
+    flags.add_argument(
+        "--text",
+        type=local_path,
+        nargs="+",
+        metavar="FILE",
+        help="text files, or JSONL with text, for pretraining",
     )
     flags.add_argument(
         "--documents",
@@ -90,9 +101,13 @@ def parser() -> argparse.ArgumentParser:
         "JSONL always is one",
     )
     flags.add_argument("--objective", help=f"what to learn from the text: {', '.join(OBJECTIVES)}")
-    flags.add_argument("--vocabulary", help="a .model, a tokenizer.json, or 'bytes'")
+    flags.add_argument(
+        "--vocabulary", type=local_path, help="a .model, a tokenizer.json, or 'bytes'"
+    )
     flags.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end (0)")
-    flags.add_argument("--out", metavar="DIR", help="the records directory to write")
+    flags.add_argument(
+        "--out", type=local_path, metavar="DIR", help="the records directory to write"
+    )
     flags.add_argument("--split", help="train, validation or test (train)")
     flags.add_argument("--inputs_length", type=int, help="source tokens a row (1024)")
     flags.add_argument("--targets_length", type=int, help="target tokens a row (256)")
@@ -110,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         help="prepare on Apache Beam with its flags, e.g. '--runner=DirectRunner'",
     )
     flags.add_argument("--overwrite", action="store_true", help="replace existing records")
-    flags.add_argument("--gin_file", action="append", default=[], metavar="FILE")
+    flags.add_argument("--gin_file", type=local_path, action="append", default=[], metavar="FILE")
     flags.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING")
     return flags
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import DataError
+from encdec.storage import local
 
 FORMAT_VERSION = 1
 READ_THREADS = 16
@@ -104,19 +105,9 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def check_local(directory: str | os.PathLike[str]) -> None:
-    """DataError for an address such as gs://...: ArrayRecord opens local and mounted paths."""
-    if found := re.match(r"([a-z][a-z0-9]*):/+(.*)", str(directory)):
-        raise DataError(
-            f"{directory} is an address, not a path; mount the bucket (gcsfuse BUCKET /mnt/BUCKET) "
-            f"and give /mnt/{found[2]}"
-        )
-
-
 def read_card(directory: str | pathlib.Path) -> DatasetCard:
     """The card of a records directory; DataError where it is missing, broken or too new."""
-    check_local(directory)
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(local("the records directory", directory))
     path = directory / CARD_FILE
     if not directory.is_dir():
         raise DataError(

@@ -21,6 +21,7 @@ from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.storage import local_path
 
 # SentencePiece leaves out training lines above 4192 bytes.
 CHUNK_BYTES = 4000
@@ -148,15 +149,21 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="encdec vocab", description="Train a vocabulary.")
     tasks = ", ".join(TEXT_TASKS)
     flags.add_argument("--task", action="append", help=f"train on a task's text: {tasks}")
-    flags.add_argument("--jsonl", nargs="+", metavar="FILE", help="JSONL with source and target")
-    flags.add_argument("--text", nargs="+", metavar="FILE", help="text, or JSONL with text")
+    flags.add_argument(
+        "--jsonl", type=local_path, nargs="+", metavar="FILE", help="JSONL with source and target"
+    )
+    flags.add_argument(
+        "--text", type=local_path, nargs="+", metavar="FILE", help="text, or JSONL with text"
+    )
     flags.add_argument("--split", default="train", help="the task's split (train)")
     flags.add_argument("--size", type=int, default=8192, help="ids, with 259 for bytes (8192)")
     flags.add_argument("--model_type", choices=MODEL_TYPES, default="bpe")
     flags.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text used (100 MiB)")
     flags.add_argument("--seed", type=int, default=0, help="seed of the sample (0)")
     flags.add_argument("--max_bad_rows", type=int, default=0)
-    flags.add_argument("--out", required=True, metavar="FILE", help="the .model file to write")
+    flags.add_argument(
+        "--out", type=local_path, required=True, metavar="FILE", help="the .model file to write"
+    )
     flags.add_argument("--overwrite", action="store_true")
     return flags
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 
 
 def main(argv: list[str]) -> int:
@@ -114,12 +115,21 @@ def _parser() -> argparse.ArgumentParser:
     part.set_defaults(function=_rollout)
     part.add_argument(
         "--writer",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="work directory of encdec train or encdec import",
     )
-    part.add_argument("--records", required=True, metavar="DIR", help="whose sources are answered")
-    part.add_argument("--out", required=True, metavar="DIR", help="the records to write")
+    part.add_argument(
+        "--records",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="whose sources are answered",
+    )
+    part.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="the records to write"
+    )
     part.add_argument("--step", type=int, help="the writer's checkpoint (default: the last)")
     _writing_options(part)
 
@@ -135,17 +145,21 @@ def _parser() -> argparse.ArgumentParser:
     part.set_defaults(function=_rounds)
     part.add_argument(
         "--config",
+        type=local_path,
         required=True,
         metavar="FILE.py[:ARG]",
         help="of every round's training; any field by --config.FIELD=VALUE",
     )
     part.add_argument(
         "--teacher",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="work directory of encdec train or encdec import",
     )
-    part.add_argument("--workdir", required=True, metavar="DIR", help="receives everything")
+    part.add_argument(
+        "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
+    )
     part.add_argument(
         "--rounds", type=int, required=True, metavar="N", help="after the first student"
     )

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 from encdec.train.train_command import add_process_options, join_processes
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--teacher",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="work directory of encdec train or encdec import; with "
@@ -165,13 +167,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--vocabulary",
+        type=local_path,
         metavar="FILE",
         help="of a torch teacher (default: the tokenizer.model or tokenizer.json in its directory)",
     )
     parser.add_argument(
-        "--records", required=True, metavar="DIR", help="directory of encdec prepare"
+        "--records",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="directory of encdec prepare",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="receives the shards")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", required=True, help="receives the shards"
+    )
     parser.add_argument(
         "--method",
         default="sampled",

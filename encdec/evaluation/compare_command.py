@@ -8,6 +8,7 @@ import pathlib
 
 from encdec.errors import ConfigError
 from encdec.inference.settings import check_numbers
+from encdec.storage import local_path
 
 
 def main(argv: list[str]) -> int:
@@ -63,5 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the bootstrap (default %(default)s)",
     )
-    parser.add_argument("--out", metavar="DIR", help="receives comparison.md and .json")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="receives comparison.md and .json"
+    )
     return parser

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from encdec.errors import ConfigError, DataError
 from encdec.inference.progress import Progress
 from encdec.inference.settings import GenerationSettings, check_numbers
+from encdec.storage import local_path
 
 if TYPE_CHECKING:
     from encdec.evaluation.judge import Judge
@@ -231,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",
@@ -243,11 +245,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks", required=True, metavar="A,B", help="names, see `encdec data list`"
     )
-    parser.add_argument("--data_dir", metavar="DIR", help="holds the tasks' files")
+    parser.add_argument("--data_dir", type=local_path, metavar="DIR", help="holds the tasks' files")
     parser.add_argument("--split", default="validation", help="default %(default)s")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N examples only")
     parser.add_argument(
         "--out",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="receives predictions, report.json and report.md",

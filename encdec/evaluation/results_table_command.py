@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 
 
 def main(argv: list[str]) -> int:
@@ -62,5 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a row and the --out directories of its evaluations: one for each "
         "task and seed, or with several tasks in one",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="receives table.md and .json")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="receives table.md and .json"
+    )
     return parser

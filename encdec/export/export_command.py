@@ -7,6 +7,7 @@ import pathlib
 import time
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 from encdec.train.workdir import model_config_of, read_config
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",
@@ -118,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
         "litert: graphs for LiteRT, the fastest on a CPU; `encdec generate` runs "
         "both",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.train_command import load_config, split_overrides
 
@@ -195,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config.mesh.fsdp=4. `encdec compile table REPORT.json ...` lays saved reports side by "
         "side. docs/pod.md explains the method and its limits.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    parser.add_argument("--config", type=local_path, required=True, metavar="FILE.py[:ARGUMENT]")
     parser.add_argument(
         "--topology",
         required=True,
@@ -261,11 +262,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json",
+        type=local_path,
         metavar="FILE",
         help="write the figures here, too, after each topology; of a search, those "
         "of all that fits, the fastest first",
     )
-    parser.add_argument("--hlo", metavar="FILE", help="write the last compiled program here")
+    parser.add_argument(
+        "--hlo", type=local_path, metavar="FILE", help="write the last compiled program here"
+    )
     return parser
 
 

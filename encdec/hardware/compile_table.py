@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError, DataError
+from encdec.storage import local_path
 
 GIB = 2**30
 COLUMNS = (
@@ -188,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Reports of training steps (encdec compile --json=FILE) as one Markdown table, "
         "and how a device's rate holds as slices grow.",
     )
-    parser.add_argument("reports", nargs="+", metavar="REPORT.json")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the weak scaling curves")
+    parser.add_argument("reports", type=local_path, nargs="+", metavar="REPORT.json")
+    parser.add_argument(
+        "--plot", type=local_path, metavar="FILE.png", help="draw the weak scaling curves"
+    )
     return parser

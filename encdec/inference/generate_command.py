@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from encdec.errors import ConfigError
 from encdec.inference.progress import Progress
 from encdec.inference.settings import GenerationSettings, check_numbers
+from encdec.storage import local_path
 
 if TYPE_CHECKING:
     from encdec.inference.generator import Generator
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("text", nargs="*", metavar="TEXT", help="an input")
     parser.add_argument(
         "--checkpoint",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train`, or what `encdec export "
@@ -143,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
     parser.add_argument(
         "--file",
+        type=local_path,
         metavar="IN",
         help="inputs, one a line: JSONL with the field 'source', or text; - is standard input",
     )
@@ -153,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
+        type=local_path,
         metavar="OUT.jsonl",
         help="receives the answers; the same command continues it after a stop",
     )

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from encdec.errors import ConfigError, DataError
+from encdec.storage import local_path
 
 if TYPE_CHECKING:
     from encdec.data.vocabulary import Vocabulary
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
+        type=local_path,
         metavar="PATH",
         help="directory with config.json and *.safetensors (hf), the paper's "
         "model.pt (mu), or a .bin file (llama2c)",
@@ -125,9 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         default="hf",
         help="what PATH is (default %(default)s)",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
+    )
     parser.add_argument(
         "--vocabulary",
+        type=local_path,
         metavar="FILE",
         help="the model's vocabulary, as for prepare (default: PATH's "
         "tokenizer.model or tokenizer.json, if there is one)",

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 
 _OVERRIDE = re.compile(r"--?config\.([^=]+)=.*", re.DOTALL)
 
@@ -111,24 +112,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
+        type=local_path,
         required=True,
         metavar="FILE.py[:SIZE]",
         help="configs/paper.py:laptop or :gpu, or one of your own",
     )
     parser.add_argument(
         "--data_dir",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="holds the tasks' files, see `encdec data list`",
     )
     parser.add_argument(
         "--text",
+        type=local_path,
         action="append",
         default=[],
         metavar="FILE",
         help="to pretrain on; may be repeated",
     )
-    parser.add_argument("--work", required=True, metavar="DIR", help="receives everything")
+    parser.add_argument(
+        "--work", type=local_path, required=True, metavar="DIR", help="receives everything"
+    )
     parser.add_argument(
         "--columns", metavar="A,B", help="work on these columns alone (default: all)"
     )

@@ -34,6 +34,7 @@ from encdec.model.flops import cache_bytes, count_parameters, training_flops, we
 from encdec.model.peers import match_decoder_only
 from encdec.quickstart import quickstart_report as reports
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
+from encdec.storage import local_path
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.loop import train
@@ -68,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         "the same examples, distil a second encoder-decoder from the peer, compare quality and "
         "speed. A second call goes on where the first ended.",
     )
-    result.add_argument("--workdir", default="runs/quickstart", help="where all of it goes")
+    result.add_argument(
+        "--workdir", type=local_path, default="runs/quickstart", help="where all of it goes"
+    )
     result.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each model")
     result.add_argument("--seed", type=int, default=0, help="of parameters and the rows' order")
     result.add_argument(

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from encdec.errors import ConfigError, DataError, EncdecError
+from encdec.storage import local_path
 
 _OVERRIDE = re.compile(r"--?(?:no)?ladder\.([^=]+)(=.*)?", re.DOTALL)
 
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--compiled",
+        type=local_path,
         metavar="FILE",
         help="keep the compiled steps' figures here, and read them again",
     )
@@ -99,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = _action(actions, "run", _run, "do what is not done yet, and record it")
     _ladder_options(run)
-    run.add_argument("--workdir", required=True, metavar="DIR", help="the ladder's directory")
+    run.add_argument(
+        "--workdir", type=local_path, required=True, metavar="DIR", help="the ladder's directory"
+    )
     which = run.add_mutually_exclusive_group()
     which.add_argument(
         "--only",
@@ -132,22 +136,29 @@ def _parser() -> argparse.ArgumentParser:
         "generate answers with every finished run and measure a task's metrics",
     )
     _ladder_options(score)
-    score.add_argument("--workdir", required=True, metavar="DIR", help="the ladder's directory")
+    score.add_argument(
+        "--workdir", type=local_path, required=True, metavar="DIR", help="the ladder's directory"
+    )
     score.add_argument(
         "--task", required=True, metavar="TASK", help="a task with metrics, see `encdec data list`"
     )
-    score.add_argument("--data_dir", metavar="DIR", help="where the task's files lie")
+    score.add_argument(
+        "--data_dir", type=local_path, metavar="DIR", help="where the task's files lie"
+    )
     score.add_argument("--split", default="validation", help="of the task (%(default)s)")
     score.add_argument("--examples", type=int, metavar="N", help="its first N (all)")
 
     fit = _action(actions, "fit", _fit, "fit laws and compare the architectures")
     _fit_options(fit)
-    fit.add_argument("--json", metavar="FILE", help="write everything to this file too")
+    fit.add_argument(
+        "--json", type=local_path, metavar="FILE", help="write everything to this file too"
+    )
 
     plot = _action(actions, "plot", _plot, "draw the curves and write the report")
     _fit_options(plot)
     plot.add_argument(
         "--out",
+        type=local_path,
         metavar="DIR",
         help="for the figures and report.html (default: `curves` beside the results)",
     )
@@ -165,6 +176,7 @@ def _action(actions: Any, name: str, function: Any, text: str) -> argparse.Argum
 def _ladder_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ladder",
+        type=local_path,
         required=True,
         metavar="FILE.py[:NAME]",
         help="config file and its argument, e.g. configs/scaling.py:micro; any "
@@ -176,7 +188,11 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     from encdec.scaling.results import LOSSES, PARAMETERS, TOKENS
 
     parser.add_argument(
-        "--results", required=True, metavar="PATH", help="a ladder's directory, or a results file"
+        "--results",
+        type=local_path,
+        required=True,
+        metavar="PATH",
+        help="a ladder's directory, or a results file",
     )
     parser.add_argument(
         "--tokens", choices=TOKENS, default="target", help="which tokens are D (%(default)s)"

@@ -9,6 +9,7 @@ import pathlib
 import time
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 
 
 def main(argv: list[str]) -> int:
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",

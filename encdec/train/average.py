@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
+from encdec.storage import local, local_path
 from encdec.train.checkpoints import (
     FINGERPRINTS,
     latest_step,
@@ -25,7 +26,7 @@ from encdec.train.checkpoints import (
     saved_steps,
 )
 from encdec.train.fingerprint import fingerprints
-from encdec.train.workdir import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config, require_local
+from encdec.train.workdir import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
 
 
 def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> list[int]:
@@ -60,7 +61,7 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
         ConfigError: ``out`` is not empty.
         CheckpointError: a checkpoint is missing or damaged.
     """
-    target = pathlib.Path(require_local("--out", out))
+    target = pathlib.Path(local("--out", out))
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"--out={out} is not empty; give another directory")
     description = read_config(workdir)
@@ -104,12 +105,18 @@ def main(argv: list[str]) -> int:
         "evaluated, exported and started from (--config.init_from) like any other model.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="work directory of `encdec train`"
+        "--checkpoint",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="work directory of `encdec train`",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--last", type=int, metavar="K", help="the last K checkpoints")
     which.add_argument("--steps", metavar="A,B,...", help="the checkpoints of these steps")
-    parser.add_argument("--out", required=True, metavar="DIR", help="receives the model")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="receives the model"
+    )
     options = parser.parse_args(argv)
     try:
         named = [int(step) for step in options.steps.split(",")] if options.steps else []

@@ -14,6 +14,7 @@ Imported models have no steps: their parameters lie as safetensors in WORKDIR/pa
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +165,19 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def kept_state(workdir: epath.PathLike) -> str:
+    """What of a run is safe, as a sentence; read from names alone, for storage that refuses."""
+    try:
+        names = os.listdir(os.path.join(workdir, CHECKPOINTS_FOLDER))
+    except OSError:
+        names = []
+    # Orbax gives a checkpoint its number when all of it is written.
+    steps = [int(name) for name in names if name.isdigit()]
+    if not steps:
+        return "No checkpoint was complete: the same command begins at step 0."
+    return f"Checkpoint {max(steps):,} is whole: the same command goes on from there."
 
 
 class _Manager(ocp.CheckpointManager):

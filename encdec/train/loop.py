@@ -16,6 +16,7 @@ from encdec.data.records import DatasetCard, Records, open_records
 from encdec.data.teacher_rows import TeacherRows, open_teacher
 from encdec.errors import ConfigError, DataError, NonFiniteError, Preempted
 from encdec.model import ModelConfig, parameter_count
+from encdec.storage import local
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.distillation_losses import check_divergence
@@ -38,7 +39,6 @@ from encdec.train.workdir import (
     describe_run,
     note_source,
     notes,
-    require_local,
     write_workdir,
 )
 
@@ -88,7 +88,7 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     """
     run = parse_config(config)
     model = run.model_config()
-    require_local("--workdir", workdir)
+    local("--workdir", workdir)
     if not run.data.records:
         raise ConfigError(
             "config.data.records is empty; wanted a directory written by "

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from encdec.errors import ConfigError, EncdecError, Preempted
+from encdec.storage import local_path, refusals_explained
 from encdec.train.config import complete, field_names, unknown_field
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
@@ -31,10 +32,12 @@ def main(argv: list[str]) -> int:
     # Imported late: a mistake in the command line is answered at once.
     import jax
 
+    from encdec.train.checkpoints import kept_state
     from encdec.train.loop import train
 
     try:
-        summary = train(config, options.workdir, stop_at=options.stop_at)
+        with refusals_explained(lambda: kept_state(options.workdir)):
+            summary = train(config, options.workdir, stop_at=options.stop_at)
     except Preempted:
         raise  # all processes leave together, so each can wait for the others
     except Exception as error:
@@ -77,12 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
+        type=local_path,
         required=True,
         metavar="FILE.py[:ARGUMENT]",
         help="config file and its argument, e.g. configs/pretrain.py:330m",
     )
     parser.add_argument(
         "--workdir",
+        type=local_path,
         required=True,
         metavar="DIR",
         help="receives checkpoints, metrics and all that inference needs",

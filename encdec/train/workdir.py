@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ from etils import epath
 
 from encdec.data.records import DatasetCard, Records
 from encdec.data.vocabulary import copy_vocabulary
-from encdec.errors import CheckpointError, ConfigError
+from encdec.errors import CheckpointError
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
+from encdec.storage import local
 from encdec.train.config import OPERATIONAL, RunConfig, differences, to_dict
 from encdec.train.program import Program
 from encdec.train.sharding import path_name
@@ -93,35 +93,13 @@ def model_config_of(content: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict(content["model"])
 
 
-def require_local(name: str, path: epath.PathLike) -> epath.Path:
-    """The path, if it is one of this machine's file system.
-
-    Raises:
-        ConfigError: an address such as gs://BUCKET/DIR. Files are mapped, appended to and renamed
-            as a file system does it, so a bucket has to be mounted.
-    """
-    address = re.match(r"([a-z][a-z0-9+.-]+)://([^/]*)/?(.*)", os.fspath(path))
-    if not address:
-        return epath.Path(path)
-    bucket, rest = address[2] or "BUCKET", address[3]
-    mount = (
-        f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}"
-        if address[1] == "gs"
-        else ("its provider's file system")
-    )
-    raise ConfigError(
-        f"{name}={os.fspath(path)} is an address; wanted a directory: mount the "
-        f"bucket ({mount}) and give /mnt/{bucket}/{rest}".rstrip("/")
-    )
-
-
 def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bool:
     """Whether ``workdir`` holds this very run; False where it holds none yet.
 
     Raises:
         CheckpointError: it holds another run; every field that differs is named.
     """
-    workdir = require_local("--workdir", workdir)
+    workdir = epath.Path(local("--workdir", workdir))
     if workdir.exists() and not workdir.is_dir():
         raise CheckpointError(f"{workdir} is a file; give a directory as --workdir")
     if not (workdir / CONFIG_FILE).exists():

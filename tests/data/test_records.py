@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, encode_row, open_records, read_card, token_dtype
-from encdec.errors import DataError
+from encdec.errors import ConfigError, DataError
 from tests.data.conftest import random_pairs
 
 ids = st.lists(st.integers(0, 65535), max_size=20)
@@ -69,9 +69,9 @@ def test_directory_without_a_card_is_said_to_be_unfinished(records):
 
 
 def test_addresses_are_refused_with_the_mount(tmp_path):
-    with pytest.raises(DataError, match="gs://bucket/x is an address.*give /mnt/bucket/x"):
+    with pytest.raises(ConfigError, match="gs://bucket/x, an address.*give /mnt/bucket/x"):
         open_records("gs://bucket/x")
-    with pytest.raises(DataError, match="mount the bucket"):
+    with pytest.raises(ConfigError, match="mount the bucket"):
         prepare(out="gs://bucket/x", vocabulary="bytes", task="stdlib_text")
 
 

@@ -1,0 +1,197 @@
+"""Paths as users write them, and the operating system's refusals said in one line.
+
+A full disk reaches Python as an ``OSError``, as a ``ValueError`` of tensorstore or as a
+``RuntimeError`` of ArrayRecord, often as the cause of another error. ``storage_error`` finds it
+wherever it is and names the path and the remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from encdec.errors import ConfigError, EncdecError, StorageError
+
+_SPACE = "free some space there"
+_RIGHTS = "allow this user to use it, or name another path"
+# errno: (what it is called, what libraries write for it in their own errors, remedy)
+_REFUSALS: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: ("No space left on device", f"{_SPACE}, or name a path on another disk"),
+    errno.EDQUOT: ("Disk quota exceeded", f"{_SPACE} or raise the quota, or name another path"),
+    errno.EFBIG: ("File too large", "raise the limit on file sizes (ulimit -f)"),
+    errno.EROFS: ("Read-only file system", "name a path that can be written"),
+    errno.EACCES: ("Permission denied", _RIGHTS),
+    errno.EPERM: ("Operation not permitted", _RIGHTS),
+    errno.EIO: ("Input/output error", "check the disk or the mount"),
+    errno.ESTALE: ("Stale file handle", "mount the network file system again"),
+    errno.ENAMETOOLONG: ("File name too long", "choose a shorter path"),
+    errno.EMFILE: ("Too many open files", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("Too many open files in system", "raise the system's limit"),
+    errno.ENOTDIR: ("Not a directory", "name a directory"),
+    errno.EISDIR: ("Is a directory", "name a file"),
+    errno.ELOOP: ("Too many levels of symbolic links", "name another path"),
+    errno.ENXIO: ("No such device or address", "name another path"),
+}
+_TEXTS = re.compile("|".join(re.escape(name) for name, _ in _REFUSALS.values()))
+_NUMBERS = {name: number for number, (name, _) in _REFUSALS.items()}
+_PATH = re.compile(r"(?<![\w/])/[^\s'\"`:;,\])>]+")
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://?([^/]*)/?(.*)")
+_MOUNTS = {
+    "gs": "gcsfuse --implicit-dirs {bucket} /mnt/{bucket}",
+    "s3": "mount-s3 {bucket} /mnt/{bucket}",
+}
+
+
+def storage_error(error: BaseException, safe: str = "") -> StorageError | None:
+    """The refusal by the operating system behind ``error``; None where there is none.
+
+    Args:
+        error: an exception; its causes, contexts and the members of groups are searched.
+        safe: a sentence on what is not lost and how to go on.
+    """
+    found = [refusal for refusal in map(_refusal, _causes(error)) if refusal]
+    if not found:
+        return None
+    number, path = next((refusal for refusal in found if refusal[1]), found[0])
+    name, remedy = _REFUSALS[number]
+    place = f"{path}: " if path else ""
+    return StorageError(f"{place}{name.lower()}; {remedy}.{' ' * bool(safe)}{safe}")
+
+
+@contextlib.contextmanager
+def refusals_explained(safe: Callable[[], str]) -> Iterator[None]:
+    """Raises a refusal within the block as ``StorageError``; ``safe()`` is asked only then.
+
+    Orbax writes in threads, which report a refusal to the block *and* print it, one traceback for
+    each array; they are left out, and so is what its closed event loop says to late callbacks.
+    """
+    restore = _silence_threads()
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, EncdecError) or storage_error(error) is None:
+            restore()
+            raise
+        # What threads still have to say is left out until the process ends.
+        raise storage_error(error, safe()) from error
+    else:
+        restore()
+
+
+def _silence_threads() -> Callable[[], None]:
+    """Leaves refusals out of what threads print; returns how to undo it."""
+    hooks = threading.excepthook, sys.excepthook, sys.unraisablehook
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+
+    def is_noise(error: BaseException | None) -> bool:
+        return error is not None and (
+            storage_error(error) is not None or str(error) == "Event loop is closed"
+        )
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and is_noise(record.exc_info[1]))
+
+    def hook(original: Callable[..., None], which: Callable[..., Any]) -> Callable[..., None]:
+        return lambda *values: None if is_noise(which(*values)) else original(*values)
+
+    threading.excepthook = hook(hooks[0], lambda arguments: arguments.exc_value)
+    sys.excepthook = hook(hooks[1], lambda kind, value, trace: value)
+    sys.unraisablehook = hook(hooks[2], lambda arguments: arguments.exc_value)
+    for log in logs:
+        log.addFilter(keep)
+
+    def restore() -> None:
+        for log in logs:
+            log.removeFilter(keep)
+        threading.excepthook, sys.excepthook, sys.unraisablehook = hooks
+
+    return restore
+
+
+def user_path(name: str, text: str | os.PathLike[str]) -> str:
+    """A path as a user wrote it, with ``~`` expanded.
+
+    Raises:
+        ConfigError: an empty path (an unset variable of the shell, as a rule), or a ``~`` that
+            names no home directory; ``name`` is the flag or field.
+    """
+    path = os.fspath(text)
+    if not path.strip():
+        raise ConfigError(
+            f"{name} is empty; expected a path. Is a variable of the shell unset? "
+            "The current folder is written '.'"
+        )
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{name} is {path!r}, but there is no home directory {path.split('/')[0]!r}; "
+            f"write the path in full, or './{path}' for a file of that name"
+        )
+    return expanded
+
+
+def local(name: str, text: str | os.PathLike[str]) -> str:
+    """``user_path`` of a file or directory on this machine.
+
+    Raises:
+        ConfigError: also for an address such as gs://BUCKET/DIR. Files are mapped, appended to and
+            renamed as a file system does it, so a bucket has to be mounted.
+    """
+    path = user_path(name, text)
+    address = _ADDRESS.match(path)
+    if not address or os.path.exists(path):
+        return path
+    scheme, bucket, rest = address[1], address[2] or "BUCKET", address[3]
+    mount = _MOUNTS.get(scheme, "its provider's file system").format(bucket=bucket)
+    raise ConfigError(
+        f"{name} is {path}, an address; expected a path on this machine: mount the bucket "
+        f"({mount}) and give /mnt/{bucket}/{rest}".rstrip("/")
+    )
+
+
+def local_path(text: str) -> str:
+    """``argparse`` type of ``local``: every flag that names a file or directory has it."""
+    try:
+        return local("the path", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that led to it, nearest first, each once."""
+    waiting, seen = [error], set()
+    while waiting:
+        cause = waiting.pop(0)
+        if id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        members = cause.exceptions if isinstance(cause, BaseExceptionGroup) else ()
+        waiting += [next_ for next_ in (cause.__cause__, cause.__context__, *members) if next_]
+
+
+def _refusal(error: BaseException) -> tuple[int, str] | None:
+    """(errno, path or "") where this one error is a refusal."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        names = [name for name in (error.filename2, error.filename) if name]
+        return error.errno, os.fsdecode(names[0]) if names else _path_in(str(error))
+    if isinstance(error, EncdecError) or not isinstance(error, Exception):
+        return None
+    text = str(error)
+    match = _TEXTS.search(text)
+    return (_NUMBERS[match[0]], _path_in(text)) if match else None
+
+
+def _path_in(text: str) -> str:
+    found = _PATH.search(text)
+    return found[0] if found else ""
