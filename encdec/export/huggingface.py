@@ -76,11 +76,13 @@ def write(
     values, tensors = rewrite(config, params)
     vocabulary = prompts.vocabulary
     ids = {
-        "pad_token_id": vocabulary.pad_id,
+        "pad_token_id": tokenizer.pad_id(vocabulary),
         "eos_token_id": vocabulary.eos_id,
         "bos_token_id": prompts.decoder_start_id,
     }
     generation = ids | {"max_new_tokens": targets_length}
+    if surplus := list(range(vocabulary.size, config.vocab_size)):
+        generation["suppress_tokens"] = surplus  # rows of the table that are no ids
     if config.is_encoder_decoder:
         generation["decoder_start_token_id"] = prompts.decoder_start_id
         ids["decoder_start_token_id"] = prompts.decoder_start_id
@@ -98,14 +100,7 @@ def write(
             "weight_map": weight_map,
         },
     )
-    tokenizer.write(
-        out,
-        vocabulary,
-        inputs_eos=prompts.inputs_eos,
-        start_id=prompts.decoder_start_id,
-        architecture=config.architecture,
-        max_length=prompts.max_input_tokens,
-    )
+    tokenizer.write(out, prompts, config.architecture)
     if family == "encdec":
         for file in SHIPPED.glob("*_encdec.py"):
             shutil.copyfile(file, out / file.name)

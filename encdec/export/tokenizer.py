@@ -1,70 +1,96 @@
-"""Vocabularies as the files that transformers' AutoTokenizer reads."""
+"""Vocabularies as the files that transformers' AutoTokenizer reads, with the framing of prompts.
+
+``tokenizer(text)`` gives the ids that ``encdec generate`` feeds: with the start token of a
+decoder-only model, the prefix, and the EOS that ends inputs where the model was trained so.
+``tokenizer(source, target)`` of a decoder-only model is a whole training text. What differs
+between inputs and labels (``text_target``) needs the tokenizer class that is shipped along, which
+transformers takes with ``trust_remote_code=True`` alone.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
 import pathlib
+import shutil
 from typing import Any
 
 from encdec.data.records import write_json
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import ConfigError
+from encdec.inference.text import INCOMPLETE, PromptFormat
+from encdec.model.config import Architecture
 
+SHIPPED = pathlib.Path(__file__).parent / "shipped"
 SPACE = "\u2581"
+LABELS_CLASS = "tokenization_encdec.EncdecTokenizer"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
-def write(
-    out: pathlib.Path,
-    vocabulary: Vocabulary,
-    *,
-    inputs_eos: bool,
-    start_id: int,
-    architecture: str,
-    max_length: int,
-) -> None:
-    """Writes tokenizer files that give the ids of our prompts.
+def write(out: pathlib.Path, prompts: PromptFormat, architecture: Architecture) -> None:
+    """Writes tokenizer files that give the ids of our prompts and labels.
 
     Raises:
         ConfigError: a SentencePiece model that is neither a unigram nor a BPE model.
     """
-    common: dict[str, Any] = {
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "right" if architecture == "encoder_decoder" else "left",
+    vocabulary, start_id = prompts.vocabulary, prompts.decoder_start_id
+    content = tokenizer_content(vocabulary)
+    names = {
+        "eos_token": _piece(content, vocabulary.eos_id),
+        "pad_token": _piece(content, pad_id(vocabulary)),
+        "bos_token": _piece(content, start_id),
     }
-    if isinstance(vocabulary, ByteVocabulary):
-        write_json(
-            out / "tokenizer_config.json",
-            common | {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids},
-        )
-        return
-    if isinstance(vocabulary, SentencePieceVocabulary):
-        content = sentencepiece_content(vocabulary)
-    else:
-        content = json.loads(vocabulary._model_bytes())
-    pieces = {
-        name: ids
-        for name, ids in (
-            ("eos_token", vocabulary.eos_id),
-            ("pad_token", vocabulary.pad_id),
-            ("bos_token", start_id),
-        )
-    }
-    names = {name: _piece(content, token) for name, token in pieces.items()}
-    around = (
-        ("", names["eos_token"] if inputs_eos else "")
-        if architecture == "encoder_decoder"
-        else (names["bos_token"], "")
+    if vocabulary.unk_id is not None:
+        names["unk_token"] = _piece(content, vocabulary.unk_id)
+    decoder_only = architecture == "decoder_only"
+    before = [start_id] * decoder_only + list(prompts.inputs_prefix)
+    after = [vocabulary.eos_id] * prompts.inputs_eos
+    # A pair is what a decoder-only model is trained on: source, then target, then EOS.
+    pair_end = [vocabulary.eos_id] if decoder_only else after
+    pieces = {token: _piece(content, token) for token in {*before, *after, *pair_end}}
+    content["post_processor"] = _template(
+        [pieces[i] for i in before],
+        [pieces[i] for i in after],
+        [pieces[i] for i in pair_end],
+        {piece: token for token, piece in pieces.items()},
+        middle=decoder_only,
     )
-    ids = {names["eos_token"]: vocabulary.eos_id, names["bos_token"]: start_id}
-    content["post_processor"] = _template(*around, ids)
     write_json(out / "tokenizer.json", content)
-    write_json(
-        out / "tokenizer_config.json",
-        common | names | {"tokenizer_class": "PreTrainedTokenizerFast"},
-    )
+    settings = names | {
+        # The start token comes in front of what max_input_tokens counts.
+        "model_max_length": prompts.max_input_tokens + decoder_only,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left" if decoder_only else "right",
+        # Text never becomes a special token, whatever it spells.
+        "split_special_tokens": True,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    if before or not after:  # labels are ids and EOS
+        shutil.copyfile(SHIPPED / "tokenization_encdec.py", out / "tokenization_encdec.py")
+        settings["auto_map"] = {"AutoTokenizer": [None, LABELS_CLASS]}
+    write_json(out / "tokenizer_config.json", settings)
+
+
+def pad_id(vocabulary: Vocabulary) -> int:
+    """What others pad with: 0 as here, or EOS where 0 is a piece of text that they would hide."""
+    text = vocabulary.byte_lengths[0] > 0 and vocabulary.unk_id != vocabulary.pad_id
+    return vocabulary.eos_id if text else vocabulary.pad_id
+
+
+def tokenizer_content(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The content of a tokenizer.json, without a template of special tokens.
+
+    Raises:
+        ConfigError: a SentencePiece model that is neither a unigram nor a BPE model.
+    """
+    if isinstance(vocabulary, ByteVocabulary):
+        return _bytes_content(vocabulary)
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        return sentencepiece_content(vocabulary)
+    content = json.loads(vocabulary._model_bytes())
+    for token in range(vocabulary.base_size, vocabulary.size):
+        content.setdefault("added_tokens", []).append(_added(token, _extra(vocabulary, token)))
+    return content | {"truncation": None, "padding": None}
 
 
 def _piece(content: dict[str, Any], token: int) -> str:
@@ -77,17 +103,70 @@ def _piece(content: dict[str, Any], token: int) -> str:
     return pieces[token][0]
 
 
-def _template(before: str, after: str, ids: dict[str, int]) -> dict[str, Any]:
-    special = lambda name: [{"SpecialToken": {"id": name, "type_id": 0}}] if name else []
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+def _template(
+    before: list[str], after: list[str], pair_end: list[str], ids: dict[str, int], *, middle: bool
+) -> dict[str, Any]:
+    """A text between special tokens, and two texts: with ``after`` between them too."""
+    special = lambda names: [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    text = lambda name: [{"Sequence": {"id": name, "type_id": 0}}]
+    between = special(after) if middle else []
     return {
         "type": "TemplateProcessing",
-        "single": special(before) + text + special(after),
-        "pair": special(before) + text + [{"Sequence": {"id": "B", "type_id": 0}}] + special(after),
+        "single": special(before) + text("A") + special(after),
+        "pair": special(before) + text("A") + between + text("B") + special(pair_end),
         "special_tokens": {
-            name: {"id": name, "ids": [ids[name]], "tokens": [name]}
-            for name in {before, after} - {""}
+            name: {"id": name, "ids": [token], "tokens": [name]} for name, token in ids.items()
         },
+    }
+
+
+def _extra(vocabulary: Vocabulary, token: int) -> str:
+    return f"<extra_id_{vocabulary.size - 1 - token}>"
+
+
+def _added(token: int, name: str, special: bool = True) -> dict[str, Any]:
+    return {
+        "id": token,
+        "content": name,
+        "special": special,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level tokenizers: itself where it is
+    printable, and one from U+0100 on elsewhere."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _bytes_content(vocabulary: ByteVocabulary) -> dict[str, Any]:
+    """Plain bytes as byte-level BPE without merges; incomplete characters decode to nothing."""
+    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    vocab |= {x: vocabulary.offset + byte for byte, x in enumerate(_byte_characters())}
+    added = [_added(token, name) for name, token in list(vocab.items())[: vocabulary.offset]]
+    for token in range(vocabulary.base_size, vocabulary.size):
+        vocab[_extra(vocabulary, token)] = token
+        added.append(_added(token, _extra(vocabulary, token)))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    nothing = {"type": "Replace", "pattern": {"String": INCOMPLETE}, "content": ""}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level | {"trim_offsets": False},
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [byte_level | {"trim_offsets": False}, nothing],
+        },
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
     }
 
 
@@ -110,7 +189,7 @@ def sentencepiece_content(vocabulary: SentencePieceVocabulary) -> dict[str, Any]
     ]
     vocab = [[piece.piece, piece.score] for piece in model.pieces]
     for token in range(vocabulary.base_size, vocabulary.size):
-        name = f"<extra_id_{vocabulary.size - 1 - token}>"
+        name = _extra(vocabulary, token)
         vocab.append([name, 0.0])
         added.append((token, name, True))
     spec = model.normalizer_spec
@@ -136,18 +215,7 @@ def sentencepiece_content(vocabulary: SentencePieceVocabulary) -> dict[str, Any]
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": name,
-                "special": is_special,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-            }
-            for i, name, is_special in added
-        ],
+        "added_tokens": [_added(*one) for one in added],
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
         "post_processor": None,
@@ -162,10 +230,18 @@ def _model(model: Any, vocab: list[list[Any]]) -> dict[str, Any]:
     kinds = type(model.pieces[0])
     fallback = any(piece.type == kinds.BYTE for piece in model.pieces)
     if model.trainer_spec.model_type == _UNIGRAM:
+        # Text that spells a control piece or a byte's is no such piece: the letters always win.
+        text = {
+            piece.piece
+            for piece in model.pieces
+            if piece.type in (kinds.NORMAL, kinds.USER_DEFINED)
+        }
+        least = min(score for _, score in vocab) - 1.0
+        never = least * (1 + max(len(piece) for piece, _ in vocab if piece not in text))
         return {
             "type": "Unigram",
             "unk_id": model.trainer_spec.unk_id,
-            "vocab": vocab,
+            "vocab": [[piece, score if piece in text else never] for piece, score in vocab],
             "byte_fallback": fallback,
         }
     ids = {piece: number for number, (piece, _) in enumerate(vocab)}

@@ -463,6 +463,7 @@ def read_prompt_format(
         data["decoder_start_id"],
         data["inputs_eos"],
         max_input_tokens or data["inputs_length"],
+        inputs_prefix=tuple(data.get("inputs_prefix", ())),
     )
     return prompts, data["targets_length"]
 

@@ -20,7 +20,8 @@ class PromptFormat:
         vocabulary: of the model.
         decoder_start_id: the decoder's first input.
         inputs_eos: whether inputs end with EOS.
-        max_input_tokens: longest input allowed, EOS included.
+        inputs_prefix: ids in front of every input's tokens, as imported models may want them.
+        max_input_tokens: longest input allowed, prefix and EOS included.
         keep_unknown: read what the vocabulary cannot write as its unknown token, instead of
             refusing the text.
     """
@@ -30,6 +31,12 @@ class PromptFormat:
     inputs_eos: bool = True
     max_input_tokens: int = 512
     keep_unknown: bool = True
+    inputs_prefix: tuple[int, ...] = ()
+
+    @property
+    def added(self) -> int:
+        """How many tokens an input has beside those of its text."""
+        return len(self.inputs_prefix) + self.inputs_eos
 
     def encode(
         self, text: str, *, truncate: bool = False, name: str = "the input"
@@ -74,16 +81,16 @@ class PromptFormat:
             raise DataError(
                 f"{name} has the token {wrong}, and the vocabulary has ids from 0 to {size - 1}"
             )
-        room = self.max_input_tokens - self.inputs_eos
+        room = self.max_input_tokens - self.added
         cut = len(ids) > room
         if cut and not truncate:
             raise DataError(
-                f"{name} has {len(ids) + self.inputs_eos:,} tokens, and the model takes "
+                f"{name} has {len(ids) + self.added:,} tokens, and the model takes "
                 f"{self.max_input_tokens:,}; shorten it, cut its end with --truncate, or allow "
                 "more than the model was trained on with --max_input_tokens"
             )
-        ids = list(ids[:room])
-        return ([*ids, self.vocabulary.eos_id] if self.inputs_eos else ids), cut
+        end = [self.vocabulary.eos_id] * self.inputs_eos
+        return [*self.inputs_prefix, *ids[:room], *end], cut
 
     def _unknown_part(self, text: str) -> str:
         """The first character that the vocabulary cannot write, and its place."""

@@ -62,6 +62,7 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "llama": TINY.replace(
         architecture="decoder_only",
+        tie_embeddings=False,  # tied ones repeat what they read last, which is EOS
         encoder_layers=0,
         decoder_layers=2,
         mlp_gated=True,
@@ -90,7 +91,8 @@ MODELS_OF_GRAPHS = MODELS | {
         final_logit_cap=9.0,
     ),
 }
-PROMPTS = PromptFormat(ByteVocabulary(5), decoder_start_id=START, max_input_tokens=64)
+# One id less than the models have rows.
+PROMPTS = PromptFormat(ByteVocabulary(4), decoder_start_id=START, max_input_tokens=64)
 
 
 @functools.cache
