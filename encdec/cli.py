@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import encdec
 from encdec.errors import ConfigError, EncdecError
+from encdec.startup import use_compilation_cache
 from encdec.storage import storage_error
 
 # name: (module:function, what it does). The function takes the arguments after the name and
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     gives 130; every other exception is a bug and keeps its traceback.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    use_compilation_cache()
     try:
         if arguments and arguments[0] in ("-V", "--version"):
             print(f"encdec {encdec.__version__}")

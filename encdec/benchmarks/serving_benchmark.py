@@ -73,7 +73,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Pass]]:
     import jax
 
     from encdec.data.vocabulary import ByteVocabulary
-    from encdec.inference.generate_command import use_compilation_cache
     from encdec.inference.text import PromptFormat
     from encdec.model import build_model, init_params, preset
     from encdec.serving.app import Service
@@ -81,7 +80,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Pass]]:
     from encdec.serving.protocol import Limits
     from encdec.serving.server import running
 
-    use_compilation_cache()
     config = preset(options.model)
     # Random weights say anything; an EOS among it is one in thousands.
     params = init_params(build_model(config), jax.random.key(options.seed))

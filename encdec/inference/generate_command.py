@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,7 +49,6 @@ def main(argv: list[str]) -> int:
     settings = _settings(options)
     _check(options)
     # Imported late: a mistake in the command line is answered at once.
-    use_compilation_cache()
     from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
     from encdec.inference.files import ResumableOutput, read_inputs
     from encdec.inference.generator import Generator, read_prompt_format
@@ -233,15 +231,6 @@ def _check(options: argparse.Namespace) -> None:
         )
     # An input is one token at least, and its EOS.
     check_numbers(options, max_input_tokens=2, batch_rows=1, devices=1, tensor=1)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second call starts at once."""
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:
-        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(folder / "encdec" / "jax"))
 
 
 def _answer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import pathlib
 import re
 import sys
@@ -49,15 +48,9 @@ def main(argv: list[str]) -> int:
             f"or those of {path}"
         )
     write_json(path, identity)
-    import jax
-
     from encdec.paper.corpora import Corpora
     from encdec.paper.runs import Experiment
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Seeds run the same programs, and so do tasks with the same rows.
-        jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     say = lambda text: print(f"paper: {text}", file=sys.stderr, flush=True)
     corpora = Corpora(setting, work, options.data_dir, options.text)
     corpora.make(say)

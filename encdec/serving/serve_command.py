@@ -24,7 +24,6 @@ def main(argv: list[str]) -> int:
     _check(options)
     # Imported late: a mistake in the command line is answered at once.
     from encdec.inference.exported import export_format
-    from encdec.inference.generate_command import use_compilation_cache
     from encdec.inference.generator import read_prompt_format
     from encdec.serving.app import Service
     from encdec.serving.engine import Engine
@@ -33,7 +32,6 @@ def main(argv: list[str]) -> int:
     from encdec.serving.slots import slot_bytes
     from encdec.train.checkpoints import load_params_for_inference
 
-    use_compilation_cache()
     bound = bind(options.host, options.port)
     if exported := export_format(options.checkpoint):
         raise ConfigError(
