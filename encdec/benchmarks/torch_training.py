@@ -18,12 +18,7 @@ from torch import nn
 
 from encdec.export import equivalents, huggingface
 from encdec.export.shipped.configuration_encdec import EncdecConfig
-from encdec.export.shipped.modeling_encdec import (
-    EncdecBlock,
-    EncdecForConditionalGeneration,
-    EncdecNorm,
-    EncdecStack,
-)
+from encdec.export.shipped.modeling_encdec import EncdecForConditionalGeneration, EncdecStack
 from encdec.inference.decoding import cores
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_theirs
 from encdec.model import ModelConfig
