@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from encdec.inference import beam
 from encdec.inference.beam import beam_search
+from encdec.inference.decoding import Memory
 from tests.inference.examples import START, greedy, model, next_log_probs, padded
 
 V, EOS = 4, 1
@@ -104,3 +109,55 @@ def test_narrow_beams_keep_what_they_promise():
         )
         # No promise in general, but so it is here: better than the greedy answer.
         assert found.scores_BxK[row, 0] > sum(greedy(config, params, source, 7)[1]) - 1e-4
+
+
+@pytest.fixture
+def chain(monkeypatch):
+    """A model whose next token depends on the last alone: its parameters are log-probabilities."""
+    memory = Memory(jnp.zeros(()), None, jnp.zeros((), jnp.int32))
+    first = lambda config, params, *source, **more: (params[START][None], memory)
+    after = lambda config, params, memory, last_R: (params[last_R], memory)
+    monkeypatch.setattr(beam, "prefill", first)
+    monkeypatch.setattr(beam, "decode_step", after)
+    monkeypatch.setattr(beam, "take_rows", lambda config, memory, rows: memory)
+
+
+def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monkeypatch):
+    """With a length penalty, longer answers may still overtake: the search ends with what the
+    same search finds that goes on to the limit."""
+    limit, random = 12, np.random.default_rng(0)
+    tables = random.dirichlet([0.4] * V, (60, V)).astype(np.float32)
+    # Two poor short answers, and a long one that gains on them by its length alone.
+    tables[0] = [
+        [0.97, 0.01, 0.01, 0.01],
+        [0.25] * 4,
+        [0.25, 0.45, 0, 0.3],
+        [0.02, 0.95, 0.01, 0.02],
+    ]
+    settings = dict(beams=2, room=limit, start_id=START, eos_id=EOS, vocabulary_size=V)
+    run = functools.partial(
+        beam_search.__wrapped__,
+        None,
+        tokens_BxS=np.zeros((1, 1), np.int32),
+        lengths_B=None,
+        alpha=0.6,
+        limit=limit,
+        **settings,
+    )
+    early = jax.jit(lambda params: run(params))
+    found = [early(np.log(table + 1e-9)) for table in tables]
+
+    ends, loop = [], jax.lax.while_loop
+
+    def to_the_limit(undecided, step, search):
+        jax.debug.callback(lambda n: ends.append(int(n)), loop(undecided, step, search).count)
+        return loop(lambda search: search.count < limit, step, search)
+
+    monkeypatch.setattr(jax.lax, "while_loop", to_the_limit)
+    whole = jax.jit(lambda params: run(params))
+    for table, first in zip(tables, found):
+        full = whole(np.log(table + 1e-9))
+        np.testing.assert_array_equal(first.tokens_BxKxN, full.tokens_BxKxN)
+        np.testing.assert_allclose(first.scores_BxK, full.scores_BxK, rtol=1e-5)
+    jax.effects_barrier()
+    assert len(ends) == len(tables) and 0.2 < np.mean(np.array(ends) < limit) < 1, ends

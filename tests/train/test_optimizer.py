@@ -132,14 +132,35 @@ def test_adafactor_keeps_far_less_than_adamw():
     assert size("muon") < 0.6 * size("adamw")
 
 
-def test_clipping_bounds_the_gradient():
-    model = build_model(preset("test"))
-    run = parse_config(small_run(optimizer={"name": "adafactor", "clip_norm": 1.0}))
-    clip = make_optimizer(run, logical_axes(model))
-    params = ones(model)
-    state = clip.init(params)
-    large = jax.tree.map(lambda x: 100 * jnp.ones_like(x), params)
-    unit = optax.clip_by_global_norm(1.0).update(large, None)[0]
-    a = clip.update(large, state, params)[0]
-    b = clip.update(unit, state, params)[0]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-8), a, b)
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_gradients_are_clipped_by_their_global_norm_before_the_rule(name):
+    """A small gradient, then a large one: the rule remembers the first at its own scale.
+
+    What it is given in place of the second is the second at a norm of 1; clipping after the rule,
+    each array by itself, or not at all, gives other updates.
+    """
+    axes = {"a": {"kernel": ("embed", "mlp")}, "b": {"bias": ("mlp",)}}
+    params = {"a": {"kernel": jnp.ones((6, 8))}, "b": {"bias": jnp.ones(8)}}
+    first, second = (
+        jax.tree.map(lambda x, k: jax.random.normal(jax.random.key(k), x.shape), params, keys)
+        for keys in ({"a": {"kernel": 0}, "b": {"bias": 1}}, {"a": {"kernel": 2}, "b": {"bias": 3}})
+    )
+    scaled = lambda tree, norm: jax.tree.map(lambda x: x * norm / optax.global_norm(tree), tree)
+    small, large, unit = scaled(first, 0.1), scaled(second, 100.0), scaled(second, 1.0)
+
+    def last_update(clip_norm, *gradients):
+        run = parse_config(
+            small_run(
+                optimizer={"name": name, "clip_norm": clip_norm, "learning_rate": 2.0},
+                schedule={"name": "constant", "warmup_steps": 0},
+            )
+        )
+        optimizer = make_optimizer(run, axes)
+        state = optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(updates)])
+
+    clipped = last_update(1.0, small, large)
+    np.testing.assert_allclose(clipped, last_update(0.0, small, unit), rtol=1e-4)
+    assert np.abs(clipped - last_update(0.0, small, large)).max() > 0.05

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -120,6 +121,44 @@ def test_four_micro_batches_equal_one_batch(architecture, records):
         accumulated.params,
         state.params,
     )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_gradient_is_of_the_mean_over_target_tokens(architecture, records):
+    """Its norm, from the model's logits, by nothing of the step's own code."""
+    params = start(architecture).params
+    batch, fields = batches(architecture, records)[0], batches("encoder_decoder", records)[0]
+    model = program_on(architecture, 1, 1, 1).model
+
+    def cross_entropy(params):
+        logs = jax.nn.log_softmax(model.apply({"params": params}, batch))
+        picked = jnp.take_along_axis(logs, batch["decoder_target_tokens"][..., None], axis=-1)
+        return -(picked[..., 0] * batch["decoder_loss_weights"]).sum()
+
+    total, gradient = jax.value_and_grad(cross_entropy)(params)
+    tokens = (fields["decoder_segment_ids"] > 0).sum()
+    assert tokens < 0.8 * fields["decoder_segment_ids"].size  # padding would show
+    norm = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(gradient)))
+    seen = on_one_device(architecture, records)[1][0][0]
+    np.testing.assert_allclose(seen.gradient_norm, norm / tokens, rtol=1e-4)
+    np.testing.assert_allclose(seen.sums.losses.cross_entropy, total, rtol=1e-5)
+
+
+# Loss, gradient norm and parameter norm of ten steps' first and last. Other numbers mean that
+# training has changed: in a change that means to, copy the new ones from the message.
+GOLDEN = {
+    "encoder_decoder": [[5.54063, 3.55431, 17.53337], [2.48031, 1.20652, 19.88785]],
+    "decoder_only": [[5.52338, 4.46521, 15.59313], [2.42158, 1.13830, 18.19511]],
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_golden_steps(architecture, records):
+    losses, (history, _) = on_one_device(architecture, records)
+    seen = [
+        [losses[i], float(history[i].gradient_norm), float(history[i].param_norm)] for i in (0, -1)
+    ]
+    np.testing.assert_allclose(seen, GOLDEN[architecture], rtol=1e-3, err_msg=f"now {seen}")
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1), (1, 2, 2)], ids=lambda mesh: "x".join(map(str, mesh)))
