@@ -19,6 +19,9 @@ def get_config(model: str = "330m") -> ConfigDict:
     config.steps = 100_000  # optimizer steps of the whole run (our choice)
     config.seed = 0  # of initial parameters, dropout and the rows' order
     config.init_from = ""  # work directory to take parameters from; empty: drawn ones
+    config.init_architecture = "refuse"  # where its model differs; or "source", "run"
+    config.init_partial = ""  # names of parameters that may be drawn or left, as in "encoder/*"
+    config.init_grow = False  # draw the rows that its vocabulary tables lack
     config.log_every = 50  # steps between lines of metrics
 
     config.data = ConfigDict()

@@ -8,6 +8,7 @@ for the vocabulary needs no remapping when an objective asks for them.
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -107,6 +108,14 @@ class Vocabulary(abc.ABC):
         digest.update(f"{self.kind}\n{self.extra_ids}\n".encode())
         digest.update(self._model_bytes())
         return digest.hexdigest()
+
+    def with_extra_ids(self, extra_ids: int) -> Vocabulary:
+        """The same vocabulary with another number of extra ids."""
+        other = copy.copy(self)
+        Vocabulary.__init__(other, extra_ids)
+        for name in ("byte_lengths",):  # cached, one number an id
+            other.__dict__.pop(name, None)
+        return other
 
     def extra_id(self, number: int) -> int:
         """Id of extra id `number`; number 0 is the vocabulary's last id, as in T5."""
@@ -299,8 +308,8 @@ def load_vocabulary(
     """Load a vocabulary from "bytes", a ``.model`` or ``tokenizer.json`` file, a directory
     holding one, or a spec.
 
-    `directory` is where a spec's file lies. `extra_ids` is for "bytes" and files (default 0, or
-    'PATH+100' in the string); specs carry their own.
+    `directory` is where a spec's file lies. `extra_ids` is for "bytes", files (default 0, or
+    'PATH+100' in the string) and directories, to whose own it may add; specs carry their own.
 
     Raises DataError where the file is missing or is not what the spec's fingerprint says.
     """
@@ -318,9 +327,15 @@ def load_vocabulary(
     if text == "bytes":
         return ByteVocabulary(extra_ids or 0)
     if path.is_dir():
-        if extra_ids:
-            raise DataError(f"{path} states its own extra ids; leave --extra_ids={extra_ids} out")
-        return _from_spec(_spec_in_directory(path), path)
+        vocabulary = _from_spec(_spec_in_directory(path), path)
+        if extra_ids is None or extra_ids == vocabulary.extra_ids:
+            return vocabulary
+        if extra_ids < vocabulary.extra_ids:
+            raise DataError(
+                f"--extra_ids={extra_ids}, but {path} has {vocabulary.extra_ids} already; give "
+                "that number or more, or leave it out"
+            )
+        return vocabulary.with_extra_ids(extra_ids)
     if not path.is_file():
         raise DataError(
             f"vocabulary {text} not found; give the path of a .model or tokenizer.json, 'bytes', "

@@ -24,6 +24,7 @@ from encdec.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_file
 from encdec.distill.draw import Kept, keep
 from encdec.distill.scorers import check_longest, check_records
 from encdec.errors import ConfigError, DataError
+from encdec.pretrained import load_causal_model
 
 BATCH_ROWS = 8
 BATCH_TOKENS = 4096  # padded, in one forward pass: its logits lie in memory whole
@@ -161,16 +162,9 @@ class TorchScorer:
 
     def load(self) -> None:
         import torch
-        import transformers
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = (
-            transformers.AutoModelForCausalLM.from_pretrained(
-                self._teacher.directory, local_files_only=True, dtype="auto"
-            )
-            .eval()
-            .to(device)
-        )
+        self._model = load_causal_model(self._teacher.directory, dtype="auto").eval().to(device)
 
     def score(self, numbers: np.ndarray) -> Kept:
         card = self._records.card

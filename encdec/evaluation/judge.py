@@ -18,6 +18,7 @@ from typing import Any
 
 from encdec.errors import ConfigError
 from encdec.evaluation.predictions import Example
+from encdec.pretrained import load_causal_model
 
 PROMPT = (
     "Judge an answer by its reference. Give one number from 0 (wrong) to 10 (as good as the "
@@ -198,7 +199,7 @@ def local_model(directory: str) -> Ask:
         ) from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+        model = load_causal_model(directory)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--judge_model={directory} is no causal model of Hugging Face's ({error})"

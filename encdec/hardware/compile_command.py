@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
     from encdec.hardware import compile_report as report
     from encdec.hardware.compile import DoesNotFit
     from encdec.hardware.topology import find_topology
+    from encdec.train.warm_start import with_source_model
 
+    run = with_source_model(run)
     kind = _kinds(options)[options.what]
     topologies = [find_topology(name) for name in options.topology]
     plans = [_plan(run, topology, options, kind) for topology in topologies]

@@ -361,6 +361,14 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
     except DataError as error:
         raise CheckpointError(f"{error}; or run encdec import again") from error
 
+    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    if extra := sorted(tensors.keys() - names):
+        shown = ", ".join(extra[:6]) + f" and {len(extra) - 6} more" * (len(extra) > 6)
+        raise CheckpointError(
+            f"{workdir} holds parameters that its configuration has no place for: {shown}; run "
+            "encdec import again"
+        )
+
     def read(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         name = path_name(path)
         tensor = tensors.get(name)

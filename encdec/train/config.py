@@ -124,6 +124,13 @@ class RunConfig:
     steps: int = 10_000  # optimizer steps of the whole run
     seed: int = 0  # of the initial parameters, dropout and the rows' order
     init_from: str = ""  # work directory whose parameters the run starts from; empty: drawn ones
+    # Where the architecture differs from that of the source: stop, take the source's over in place
+    # of the preset's, or keep the run's (a longer context, say)
+    init_architecture: Literal["refuse", "source", "run"] = "refuse"
+    # Parameters that may be drawn, or left behind in the source: patterns of names with unrolled
+    # layers, as in "encoder/*,*/layers_3/*"; empty: none
+    init_partial: str = ""
+    init_grow: bool = False  # draw the rows that the source's vocabulary tables lack
     log_every: int = 50  # steps between two lines of metrics
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -312,6 +319,12 @@ def _check_values(run: RunConfig) -> None:
         f"a multiple of config.accumulation = {run.accumulation}",
     )
     require(0 <= run.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
+    for name in ("init_architecture", "init_partial", "init_grow"):
+        require(
+            bool(run.init_from) or getattr(run, name) == getattr(RunConfig(), name),
+            name,
+            f"{getattr(RunConfig(), name)!r} without config.init_from",
+        )
     optimizer, schedule = run.optimizer, run.schedule
     require(optimizer.learning_rate > 0, "optimizer.learning_rate", "a positive number")
     require(optimizer.eps > 0, "optimizer.eps", "a positive number")

@@ -32,7 +32,7 @@ from encdec.train.sharding import make_mesh
 from encdec.train.state import TrainState
 from encdec.train.step import StepMetrics
 from encdec.train.tensorboard import metric_writers, periodic_actions
-from encdec.train.warm_start import check_source, start_from
+from encdec.train.warm_start import StartPlan, plan_start, start_from, with_source_model
 from encdec.train.workdir import (
     STARTED_NOTE,
     check_workdir,
@@ -75,6 +75,7 @@ class Job:
     teacher: TeacherRows | None
     program: Program
     description: dict[str, Any]
+    start: StartPlan | None  # of a run that begins from another's parameters
 
 
 def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
@@ -86,9 +87,9 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
             shards that do not belong to them.
         CheckpointError: a work directory that holds another run.
     """
-    run = parse_config(config)
-    model = run.model_config()
     local("--workdir", workdir)
+    run = with_source_model(parse_config(config), workdir)
+    model = run.model_config()
     if not run.data.records:
         raise ConfigError(
             "config.data.records is empty; wanted a directory written by "
@@ -110,9 +111,8 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
         teacher.fingerprint if teacher else None,
     )
     resumes = check_workdir(workdir, description)
-    if run.init_from and not resumes:
-        check_source(run.init_from, records.card)
-    return Job(run, model, records, eval_records, teacher, program, description)
+    start = plan_start(run, model, records.card) if run.init_from and not resumes else None
+    return Job(run, model, records, eval_records, teacher, program, description, start)
 
 
 def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:
@@ -222,7 +222,8 @@ def _begin(
         return restored
     state = job.program.init()
     if job.run.init_from:
-        state, origin = start_from(state, job.run.init_from)
+        start = job.start or plan_start(job.run, job.model, job.records.card)
+        state, origin = start_from(state, start, job.model)
         origin.write(workdir)
         note_source(workdir, source_note(job.run.init_from, origin.step))
         console.say(str(origin))

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from encdec import safetensors
 from encdec.cli import main
 from encdec.data.records import decode_row, open_records
 from encdec.data.teacher_rows import open_teacher, read_teacher_card
@@ -15,6 +16,7 @@ from encdec.distill.scoring import score
 from encdec.distill.torch_scorer import _by_length, torch_model
 from encdec.errors import ConfigError, DataError
 from encdec.interop.import_command import main as import_main
+from encdec.pretrained import load_causal_model
 from tests.train.conftest import random_pairs, write_records
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
@@ -229,6 +231,20 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
     (tmp_path / "hf" / "tokenizer.json").unlink()
     with pytest.raises(DataError, match="--vocabulary=FILE"):
         torch_model(tmp_path / "hf", opened)
+
+
+def test_weights_that_the_files_lack_are_not_drawn(tmp_path):
+    """As the second teacher's, a judge's weights: transformers would warn, and go on."""
+    save_model(tmp_path / "hf", *UNKNOWN["gpt2"])
+    assert load_causal_model(tmp_path / "hf") is not None
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = safetensors.open_file(file)
+    kept = {name: x.copy() for name, x in tensors.items() if "h.1.mlp" not in name}
+    file.unlink()
+    (name,) = safetensors.write_directory(tmp_path / "hf", kept, metadata={"format": "pt"})
+    (tmp_path / "hf" / name).rename(file)
+    with pytest.raises(DataError, match=r"lack.* transformer.h.1.mlp"):
+        load_causal_model(tmp_path / "hf")
 
 
 def test_texts_of_like_length_go_together_within_the_bound():

@@ -26,6 +26,7 @@ def write_records(
     vocabulary: Vocabulary | None = None,
     inputs_length: int = INPUTS,
     targets_length: int = TARGETS,
+    start_id: int = 0,
 ) -> pathlib.Path:
     """A records directory whose rows hold the given (source, target) texts as segments."""
     vocabulary = vocabulary or ByteVocabulary()
@@ -50,7 +51,7 @@ def write_records(
         inputs_eos=True,
         objective={},
         seed=0,
-        decoder_start_id=0,
+        decoder_start_id=start_id,
         token_dtype=dtype,
         rows=len(rows),
         origin={},
@@ -63,7 +64,7 @@ def write_records(
         truncated={},
         dropped={},
         shards=(shard,),
-        fingerprint=content_fingerprint([shard], spec, inputs_length, targets_length, 0),
+        fingerprint=content_fingerprint([shard], spec, inputs_length, targets_length, start_id),
     ).write(directory)
     return directory
 

@@ -1,0 +1,39 @@
+"""Models of transformers, read from a directory: whole, or refused."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from encdec.errors import DataError
+
+
+def load_causal_model(directory: str | os.PathLike[str], **options: Any) -> Any:
+    """``AutoModelForCausalLM.from_pretrained`` of a local directory.
+
+    transformers draws weights that the files lack, with a warning alone; here that is an error.
+
+    Args:
+        directory: of the model.
+        options: for ``from_pretrained``.
+
+    Raises:
+        DataError: weights are missing, or of another shape than the configuration says.
+        OSError, ValueError: from transformers, where there is no such model.
+    """
+    import transformers
+
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, output_loading_info=True, **options
+    )
+    missing = sorted(found["missing_keys"])
+    misshapen = sorted(str(key[0]) for key in found.get("mismatched_keys", ()))
+    if missing or misshapen:
+        names = missing + misshapen
+        shown = ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
+        raise DataError(
+            f"the weights in {directory} lack, or have in another shape, {shown}; transformers "
+            f"{transformers.__version__} would draw them at random: give the model's complete "
+            "directory, or a version of transformers that knows it"
+        )
+    return model
