@@ -126,7 +126,7 @@ def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Descr
 
 def _preset_like(config: ModelConfig) -> str | None:
     for name in preset_names():
-        if "-dec" in name and preset(name) == config:
+        if "-dec" in name and preset(name).replace(execution=config.execution) == config:
             return name
     return None
 

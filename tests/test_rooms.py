@@ -10,10 +10,11 @@ import sys
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "encdec"
 
 # Each room, or single file of one, and the rooms it may import; docs/design.md explains them.
-ALL_MAY_IMPORT = {"errors", "storage", "startup"}
+ALL_MAY_IMPORT = {"errors", "machine", "startup", "storage"}
 MAY_IMPORT = {
     "errors": set(),
     "storage": {"errors"},
+    "machine": set(),
     "model": {"errors"},
     "data": {"errors"},
     "safetensors": {"errors"},

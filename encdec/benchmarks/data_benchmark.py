@@ -21,13 +21,14 @@ import numpy as np
 from encdec.data.batches import Batches
 from encdec.data.features import LAYOUTS
 from encdec.data.objectives import ENCODE_BATCH, Document
-from encdec.data.prepare import available_cores, choose_task, prepare
+from encdec.data.prepare import choose_task, prepare
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, open_records
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocab_command import task_texts, train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import DataError
+from encdec.machine import available_cores
 from encdec.storage import local_path
 
 PREPARE_GOAL = 0.80

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.decoding import cores
 from encdec.inference.huge_pages import arrays_onto_huge_pages
+from encdec.machine import available_cores
 
 # Far beyond any cache of a CPU.
 _READ_BYTES = 512 * 2**20
@@ -60,7 +60,7 @@ class ReadRate:
         self._ways = []
         # One product is spread over the cores or not, by its size and XLA's version; several run
         # at the same time.
-        for parts in {1, cores()} if on_cpu else {1}:
+        for parts in {1, available_cores()} if on_cpu else {1}:
             pieces = [jnp.ones((rows // parts, width), dtype) for _ in range(parts)]
             if on_cpu:  # as decoding lays its weights
                 arrays_onto_huge_pages(jax.block_until_ready(pieces))

@@ -27,8 +27,8 @@ from encdec.benchmarks.inference_benchmark import numbers
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 from encdec.export import litert_export, onnx_export
-from encdec.inference.decoding import ready_for_decoding
 from encdec.inference.exported import ExportedModel, export_format, likeliest, load_exported_model
+from encdec.inference.ready import ready_for_decoding
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
 from encdec.storage import local_path

@@ -14,13 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from encdec.errors import ConfigError
-from encdec.inference.decoding import (
-    Decoding,
-    DecodingPlan,
-    advance_compiled,
-    ready_for_decoding,
-    start_compiled,
-)
+from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled, start_compiled
+from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import ModelConfig, build_model
 

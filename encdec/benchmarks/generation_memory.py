@@ -75,7 +75,7 @@ def _peaks(config: ModelConfig, settings: Sequence[Setting], dtype: str) -> list
 
     from encdec.benchmarks.device_rates import peak_memory
     from encdec.benchmarks.generation import cached_run
-    from encdec.inference.decoding import ready_for_decoding
+    from encdec.inference.ready import ready_for_decoding
     from encdec.model import build_model, init_params
 
     params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))

@@ -24,8 +24,9 @@ from encdec.benchmarks.generation import START_ID
 from encdec.benchmarks.generation_memory import Setting, forget_peak
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.export import huggingface
-from encdec.inference.decoding import cores, cpu_has_bfloat16
+from encdec.inference.ready import cpu_has_bfloat16
 from encdec.inference.text import PromptFormat
+from encdec.machine import available_cores
 from encdec.model import ModelConfig
 
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -153,7 +154,7 @@ class TransformersModel:
     def _work(self) -> None:
         import torch
 
-        torch.set_num_threads(cores())  # OpenMP keeps it for each thread
+        torch.set_num_threads(available_cores())  # OpenMP keeps it for each thread
         while True:
             answer, generate = self._calls.get()
             answer.run(generate)

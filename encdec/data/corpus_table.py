@@ -11,11 +11,12 @@ import platform
 import re
 import time
 
-from encdec.data.prepare import available_cores, prepare
+from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, Fault, check_files, is_jsonl, parse_row, read_lines
 from encdec.data.records import DatasetCard
 from encdec.data.text_files import plain_name
 from encdec.data.vocabulary import load_vocabulary
+from encdec.machine import available_cores
 from encdec.storage import local_path
 
 COLUMNS = (

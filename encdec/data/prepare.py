@@ -30,6 +30,7 @@ from encdec.data.records import DatasetCard, Shard, file_sha256, read_card
 from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import ConfigError, DataError, EncdecError
+from encdec.machine import available_cores
 from encdec.storage import local
 
 # Small enough that two cores share a corpus of some megabytes, large enough that the last,
@@ -139,11 +140,6 @@ def prepare(
             (directory / name).write_text(content)
         card.write(directory)
     return card
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_task(

@@ -298,7 +298,7 @@ def nearest_fit(
 
 def smaller(run: RunConfig) -> list[RunConfig]:
     """Variants whose training step needs less memory: full remat, then batches halved."""
-    if run.model_config().remat == "full":
+    if run.model_config().execution.remat == "full":
         return halved(run)
     full = with_remat(run, "full")
     return [full, *halved(full)]

@@ -311,10 +311,10 @@ def _fit(run: RunConfig, attempt, smaller: Callable[[RunConfig], list[RunConfig]
                 "(--config.mesh.fsdp=-1 --config.mesh.data=1)"
             ) from None
         variant, compiled = found
-        remat = variant.model_config().remat
+        remat = variant.model_config().execution.remat
         changed = (
             ""
-            if remat == run.model_config().remat
+            if remat == run.model_config().execution.remat
             else (f" --config.model_overrides.remat={remat}")
         )
         raise DoesNotFit(

@@ -55,8 +55,8 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
         "accumulation": run.accumulation,
         "inputs": step.inputs,
         "targets": step.targets,
-        "scan_layers": config.scan_layers,
-        "remat": config.remat,
+        "scan_layers": config.execution.scan_layers,
+        "remat": config.execution.remat,
         **_figures(step),
         "model_flops": step.model_flops,
         "step_seconds": step.step_seconds,
@@ -82,7 +82,7 @@ def searched_as_json(searched: Searched) -> list[dict[str, Any]]:
                 "mesh": dict(
                     zip(("data", "fsdp", "tensor"), (run.mesh.data, run.mesh.fsdp, run.mesh.tensor))
                 ),
-                "remat": run.model_config().remat,
+                "remat": run.model_config().execution.remat,
                 "batch_size": run.batch_size,
                 "reason": reason,
             }
@@ -97,12 +97,12 @@ def show(step: CompiledStep, console: Console) -> None:
     run = step.run
     config = run.model_config()
     mesh = " x ".join(f"{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), step.mesh))
-    layers = "scanned" if config.scan_layers else "unrolled"
+    layers = "scanned" if config.execution.scan_layers else "unrolled"
     pieces = f" in {run.accumulation} micro-batches" if run.accumulation > 1 else ""
     console.print(
         f"[bold]{escape(run.model)}[/] on {step.topology.name}, {len(step.topology.devices)} "
         f"devices, {mesh}; {run.batch_size} rows of {step.inputs} + {step.targets} tokens{pieces}; "
-        f"layers {layers}, remat {config.remat}; compiled in {step.compile_seconds:.0f} s"
+        f"layers {layers}, remat {config.execution.remat}; compiled in {step.compile_seconds:.0f} s"
     )
     console.print(_memory_table({"GiB a device": step.memory}, TRAINING_PARTS))
     console.print(_time_table(step))

@@ -48,7 +48,7 @@ def search(
     Raises:
         DoesNotFit: nothing fits.
     """
-    remats = ("none", *REMAT_POLICIES) if "remat" in over else (run.model_config().remat,)
+    remats = ("none", *REMAT_POLICIES) if "remat" in over else (run.model_config().execution.remat,)
     steps: list[CompiledStep] = []
     unfit: list[tuple[RunConfig, str]] = []
 
@@ -62,7 +62,7 @@ def search(
             said = "does not fit"
         console.print(
             f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat "
-            f"{variant.model_config().remat}, {variant.batch_size} rows: {said}"
+            f"{variant.model_config().execution.remat}, {variant.batch_size} rows: {said}"
         )
         return said != "does not fit"
 

@@ -10,23 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import pathlib
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.huge_pages import arrays_onto_huge_pages
 from encdec.inference.sampling import Choosing, RowSettings, choose
-from encdec.model import ModelConfig, build_model, for_decoding, init_cache
+from encdec.model import ModelConfig, build_model, init_cache
 
 Params = Any
-# Weights of the MLP's kernels from which a CPU's cores gain by reading parts of one at once.
-LARGE_KERNEL = 2**20
-# Queries at once on a CPU: of 32 to 512, the fastest at 2,048 keys in both types.
-ATTENTION_BLOCK = 128
 
 
 @flax.struct.dataclass
@@ -80,66 +73,6 @@ class DecodingPlan:
     choosing: Choosing
     room: int
     start_id: int
-
-
-def ready_for_decoding(
-    config: ModelConfig, params: Params, dtype: str | None = None
-) -> tuple[ModelConfig, Params]:
-    """The model in the layout and type in which one-token steps are fastest.
-
-    Args:
-        config: the model.
-        params: its parameters.
-        dtype: of the computation; by default float32 on CPUs, whose one-row bfloat16 products
-            read memory at a small fraction of its speed, and the model's own elsewhere. A large
-            model that was trained in bfloat16 still encodes in it, where the CPU has it.
-    """
-    on_cpu, trained = jax.default_backend() == "cpu", config.dtype
-    as_trained = dtype is None and trained == "bfloat16"
-    if dtype is None:
-        dtype = "float32" if on_cpu else trained
-    large = config.d_model * config.mlp_dim >= LARGE_KERNEL
-    parts = cores() if on_cpu and large and dtype == "float32" and one_device(params) else 0
-    block = ATTENTION_BLOCK if on_cpu else 0
-    config, params = for_decoding(config.replace(dtype=dtype, attention_block=block), params, parts)
-    cast = jax.jit(_cast_kernels, static_argnums=1)
-    if dtype != config.param_dtype:
-        params = cast(params, dtype)
-    if parts and as_trained and config.is_encoder_decoder and cpu_has_bfloat16():
-        config = config.replace(encoder_dtype="bfloat16")
-        params = params | {"encoder": cast(params["encoder"], "bfloat16")}
-    if parts:
-        arrays_onto_huge_pages(jax.block_until_ready(params))
-    return config, params
-
-
-def _cast_kernels(params: Params, dtype: str) -> Params:
-    """Norms multiply in float32; everything else is cast where it is used, so casting it
-    beforehand changes nothing but the bytes read."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), params
-    )
-
-
-def cores() -> int:
-    """CPU cores that this process may use, up to 8: more readers than that gain nothing."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return min(len(affinity(0)) if affinity else os.cpu_count() or 1, 8)
-
-
-def one_device(params: Params) -> bool:
-    """Whether all parameters lie whole on the same device."""
-    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-    return all(len(x.sharding.device_set) == 1 for x in leaves)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers; where it does not, they are slower."""
-    try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def prefill(
@@ -210,7 +143,9 @@ def decode_step(
 
 def take_rows(config: ModelConfig, memory: Memory, rows_R: jax.Array) -> Memory:
     """The memory of the given rows, in that order; rows may come several times."""
-    stacked = functools.partial(jnp.take, indices=rows_R, axis=1 if config.scan_layers else 0)
+    stacked = functools.partial(
+        jnp.take, indices=rows_R, axis=1 if config.execution.scan_layers else 0
+    )
     source = memory.source
     if source is not None:
         source = source.replace(

@@ -15,13 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.beam import beam_search
-from encdec.inference.decoding import (
-    Decoding,
-    DecodingPlan,
-    advance_compiled,
-    ready_for_decoding,
-    start_compiled,
-)
+from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled, start_compiled
+from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat, TextStream, find_stop, tokens_to_stop

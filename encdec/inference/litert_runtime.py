@@ -14,6 +14,7 @@ import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.huge_pages import NewMemory
+from encdec.machine import available_cores
 from encdec.train.workdir import model_config_of, read_config
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class LitertModel:
     def __init__(self, directory: str | os.PathLike[str], threads: int = 0):
         directory = pathlib.Path(directory)
         self.config = model_config_of(read_config(directory))
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or available_cores()
         self._encoder = _Graph(directory / ENCODER_FILE, threads)
         self.decoder = _Graph(directory / DECODER_FILE, threads)
         if "first" not in self.decoder.inputs:

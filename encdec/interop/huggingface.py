@@ -18,7 +18,7 @@ import numpy as np
 
 from encdec.errors import DataError
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
-from encdec.model import ModelConfig
+from encdec.model import ExecutionConfig, ModelConfig
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -217,7 +217,7 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
         "tie_embeddings": bool(given("tie_word_embeddings", False)),
         "attention_logit_cap": _cap(values, family, "attn_logit_softcapping"),
         "final_logit_cap": _cap(values, family, "final_logit_softcapping"),
-        "scan_layers": False,
+        "execution": ExecutionConfig(scan_layers=False),
     }
     if scalar := given("query_pre_attn_scalar"):
         fields["attention_scale"] = float(scalar) ** -0.5

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.model import ModelConfig
+from encdec.model import ExecutionConfig, ModelConfig
 
 START_ID = 1  # BOS of its tokenizers
 
@@ -72,7 +72,7 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
         norm_eps=1e-5,
         norm_cast="before_scale",
         tie_embeddings=tied,
-        scan_layers=False,
+        execution=ExecutionConfig(scan_layers=False),
         dtype="float32",
     )
     embedder = {"embedding": tensors["embedding"]}

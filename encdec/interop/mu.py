@@ -19,7 +19,7 @@ import numpy as np
 
 from encdec.errors import ConfigError, DataError
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
-from encdec.model import ModelConfig
+from encdec.model import ExecutionConfig, ModelConfig
 
 START_ID = 1  # BOS of their tokenizer
 HEAD_DIM = 64  # of the release, which has no model_config
@@ -176,7 +176,7 @@ def read_config(
         rope_length=longest if stretched else 0,
         attention_dropout=float(given["dropout"]),
         mlp_dropout=float(given["dropout"]),
-        scan_layers=False,
+        execution=ExecutionConfig(scan_layers=False),
     )
     return model, 2 * longest
 

@@ -16,7 +16,7 @@ import numpy as np
 from encdec.errors import DataError
 from encdec.interop.huggingface import ACTIVATIONS, Imported, required
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
-from encdec.model import ModelConfig
+from encdec.model import ExecutionConfig, ModelConfig
 
 MODEL_TYPE = "t5gemma"
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -177,7 +177,7 @@ def read_config(directory: pathlib.Path) -> Imported:
         embedding_scale=True,
         share_embeddings=False,
         tie_embeddings=bool(values.get("tie_word_embeddings", True)),
-        scan_layers=False,
+        execution=ExecutionConfig(scan_layers=False),
         **rope,
     )
     longest = min(

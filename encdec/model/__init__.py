@@ -14,9 +14,12 @@ from encdec.model.build import (
 )
 from encdec.model.cache import init_cache
 from encdec.model.config import ModelConfig
+from encdec.model.cpu_layout import shard_for_cpu
+from encdec.model.execution import ExecutionConfig
 from encdec.model.presets import preset, preset_names
 
 __all__ = [
+    "ExecutionConfig",
     "Model",
     "ModelConfig",
     "abstract_params",
@@ -30,5 +33,6 @@ __all__ = [
     "preset",
     "preset_names",
     "scan_params",
+    "shard_for_cpu",
     "unroll_params",
 ]

@@ -11,9 +11,9 @@ from flax import linen as nn
 
 from encdec.errors import ConfigError
 from encdec.model.config import ModelConfig
+from encdec.model.cpu_layout import cpu_model
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
-from encdec.model.layers import kernel_in_parts
 
 Model = EncoderDecoder | DecoderOnly
 Params = dict[str, Any]
@@ -34,6 +34,8 @@ _FIELDS = {
 
 def build_model(config: ModelConfig) -> Model:
     """The flax.linen module of ``config``; it holds no parameters."""
+    if config.execution.for_cpu:
+        return cpu_model(config)
     return EncoderDecoder(config) if config.is_encoder_decoder else DecoderOnly(config)
 
 
@@ -90,54 +92,12 @@ def scan_params(params: Params, config: ModelConfig) -> Params:
     return result
 
 
-def for_decoding(
-    config: ModelConfig, params: Params, kernel_parts: int = 0
-) -> tuple[ModelConfig, Params]:
-    """The same model as one-token steps are fastest: unrolled, nothing fused, without remat.
-
-    ``kernel_parts`` lays the decoder's kernels out as ``ModelConfig.kernel_parts`` says.
-    """
-    if config.scan_layers:
+def for_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model as one-token steps are fastest: unrolled, nothing fused, without remat."""
+    if config.execution.scan_layers:
         params = unroll_params(params, config)
-    # Fused, every step of decoding would copy the weights side by side.
-    config = config.replace(scan_layers=False, remat="none", fuse_projections=False)
-    if not kernel_parts or config.kernel_parts:
-        return config, params
-    config = config.replace(kernel_parts=kernel_parts)
-    embedder = dict(params["embedder"])
-    if not config.tie_embeddings:
-        embedder["head"] = embedder["head"].T
-    return config, params | {
-        "embedder": embedder,
-        "decoder": _kernels_in_parts(kernel_parts, params["decoder"]),
-    }
-
-
-def _kernels_in_parts(parts: int, params: Params) -> Params:
-    """A subtree with every ``kernel`` as ``kernel_in_parts`` has it, those of self-attention's
-    queries, keys and values joined."""
-    result = {}
-    for name, value in params.items():
-        if name == "self_attention":
-            flat = [
-                {k: x.reshape(-1, x.shape[-2] * x.shape[-1]) for k, x in value[part].items()}
-                for part in "qkv"
-            ]
-            joined = {k: jnp.concatenate([one[k] for one in flat], axis=1) for k in flat[0]}
-            if "bias" in joined:
-                joined["bias"] = joined["bias"][0]
-            value = {k: v for k, v in value.items() if k not in ("q", "k", "v")}
-            value["qkv"] = joined
-        if isinstance(value, dict):
-            result[name] = _kernels_in_parts(parts, value)
-            if "kernel" in value:
-                kernel = value["kernel"]
-                # Only attention's output sums over two dimensions, heads and head width.
-                width = kernel.shape[0] if name != "o" else kernel.shape[0] * kernel.shape[1]
-                result[name]["kernel"] = kernel_in_parts(kernel.reshape(width, -1).T, parts)
-        else:
-            result[name] = value
-    return result
+    # Fused, every step of decoding would concatenate the weights again.
+    return config.replace(scan_layers=False, remat="none", fuse_projections=False), params
 
 
 def check_params(params: Params, config: ModelConfig) -> None:
@@ -146,13 +106,15 @@ def check_params(params: Params, config: ModelConfig) -> None:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
-    wanted, seen = flat(abstract_params(build_model(config))), flat(params)
-    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - seen.keys())]
-    problems += [f"extra {name} {seen[name]}" for name in sorted(seen.keys() - wanted.keys())]
+    expected, seen = flat(abstract_params(build_model(config))), flat(params)
+    problems = [
+        f"missing {name} {expected[name]}" for name in sorted(expected.keys() - seen.keys())
+    ]
+    problems += [f"extra {name} {seen[name]}" for name in sorted(seen.keys() - expected.keys())]
     problems += [
-        f"{name} has shape {seen[name]}, wanted {wanted[name]}"
-        for name in sorted(wanted.keys() & seen.keys())
-        if wanted[name] != seen[name]
+        f"{name} has shape {seen[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & seen.keys())
+        if expected[name] != seen[name]
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from encdec.model.attention import AttentionInputs, heads_first, window_mask
+from encdec.model.attention import AttentionInputs, window_mask
 from encdec.model.config import ModelConfig
 from encdec.model.positions import rope_table
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """The order of axes in cached keys and in cached values: batch, slots, kv heads, head width."""
+
+    keys: str = "BSKD"
+    values: str = "BSKD"
+
+    @property
+    def token_axes(self) -> tuple[int, int]:
+        """The axis of tokens in keys and in values, from the end."""
+        return self.keys.index("S") - 4, self.values.index("S") - 4
+
+
+# As the products of a decoder in shards read them without a copy (``cpu_layout``).
+HEADS_FIRST = CacheLayout("BKDS", "BKSD")
+
+
+def cache_layout(config: ModelConfig) -> CacheLayout:
+    return HEADS_FIRST if config.execution.cpu_shards else CacheLayout()
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Any:
@@ -18,33 +40,29 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Any:
     Returns:
         (keys, values), each [L, B, capacity, K, D] in the compute dtype when layers are scanned;
         a tuple of one such pair per layer, without the L, when they are unrolled (so that a
-        decoding loop can update each in place). See ``KeyValues`` for their other layout.
+        decoding loop can update each in place). ``cache_layout`` has the order of the axes.
     """
-    shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
-    empty = jnp.zeros(shape, jnp.dtype(config.dtype))
-    if config.scan_layers:
-        stacked = jnp.zeros((config.decoder_layers, *shape), empty.dtype)
-        return stacked, jnp.zeros_like(stacked)
-    pair = heads_first((empty, empty)) if config.kernel_parts else (empty, empty)
-    return tuple(tuple(jnp.zeros_like(x) for x in pair) for _ in range(config.decoder_layers))
-
-
-def token_axes(config: ModelConfig) -> tuple[int, int]:
-    """The axis of tokens in keys and in values, from the end."""
-    return (-1, -2) if config.kernel_parts else (-3, -3)
+    sizes = {"B": batch_size, "S": capacity, "K": config.num_kv_heads, "D": config.head_dim}
+    layout, layers = cache_layout(config), config.decoder_layers
+    shapes = [tuple(sizes[axis] for axis in axes) for axes in (layout.keys, layout.values)]
+    empty = lambda *stacked: tuple(
+        jnp.zeros((*stacked, *shape), jnp.dtype(config.dtype)) for shape in shapes
+    )
+    return empty(layers) if config.execution.scan_layers else tuple(empty() for _ in range(layers))
 
 
 def widen(config: ModelConfig, key_values: Any, width: int) -> Any:
-    """A cache, or the keys and values of a source, filled up with zeros to ``width`` tokens."""
+    """A cache, or the keys and values of a source, padded with zeros to ``width`` tokens."""
 
     def wider(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, 0)] * x.ndim
         padding[axis] = (0, width - x.shape[axis])
         return jnp.pad(x, padding)
 
-    if config.scan_layers:
-        return tuple(map(wider, key_values, token_axes(config)))
-    return tuple(tuple(map(wider, pair, token_axes(config))) for pair in key_values)
+    axes = cache_layout(config).token_axes
+    if config.execution.scan_layers:
+        return tuple(map(wider, key_values, axes))
+    return tuple(tuple(map(wider, pair, axes)) for pair in key_values)
 
 
 def cached_self_attention(
@@ -59,7 +77,7 @@ def cached_self_attention(
     ``local`` gives those of layers that read the attention window alone; ``from_start`` says that
     the tokens are the first of their rows, in order.
     """
-    capacity = jax.tree.leaves(cache)[0].shape[token_axes(config)[0]]
+    capacity = jax.tree.leaves(cache)[0].shape[cache_layout(config).token_axes[0]]
     mask_BxNxC = jnp.arange(capacity) <= positions_BxN[..., None]
     if local:
         mask_BxNxC &= window_mask(positions_BxN, jnp.arange(capacity), config.attention_window)

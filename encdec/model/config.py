@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from encdec.errors import ConfigError
+from encdec.model.execution import EXECUTION_FIELDS, ExecutionConfig, check_types
 
 Architecture = Literal["encoder_decoder", "decoder_only"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of an encoder-decoder or a decoder-only language model.
+    """Architecture of an encoder-decoder or a decoder-only language model, and how it is run.
 
     Letters used for shapes all over the project: B batch, S source length, T target length,
     L layers, M ``d_model``, H ``num_heads``, K ``num_kv_heads``, D ``head_dim``, F ``mlp_dim``,
@@ -42,8 +44,6 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every query and key head before RoPE
     attention_scale: float = 0.0  # multiplies the scores; 0 means 1 / sqrt(head_dim)
     attention_logit_cap: float = 0.0  # cap * tanh(scores / cap); 0 switches it off
-    # Which implementation computes attention; auto: splash on TPU, cuDNN on NVIDIA, else XLA
-    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     attention_window: int = 0  # local layers read this many tokens back, self included; 0: all
     global_layer_every: int = 0  # with a window: every n-th layer reads all; 0: none does
 
@@ -82,24 +82,14 @@ class ModelConfig:
     residual_dropout: float = 0.0  # on the attention sublayers' outputs and the embeddings
     init_std: float = 0.02  # every matrix is drawn from N(0, init_std); biases start at 0
 
-    # Execution: changes speed and memory, never the function computed (up to rounding)
+    # Precision
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master parameters
-    scan_layers: bool = True  # compile one layer and loop, or unroll all
-    # What the backward pass computes again: nothing, what is cheap, the MLP too, or everything
-    remat: Literal["none", "dots", "attention", "full"] = "none"
-    # One product for queries, keys and values, and one for gate and up
-    fuse_projections: bool = False
-    # Of the encoder, in inference; products then add up in float32. "": dtype
-    encoder_dtype: Literal["", "bfloat16"] = ""
-    # In plain XLA without dropout: queries whose scores are held at once; 0: all of them
-    attention_block: int = 0
-    # Decoder kernels as [parts, out / parts, in], parts that cores read at once, and keys and
-    # values heads first, as one-row products read them; 0: as trained
-    kernel_parts: int = 0
+
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _check_values(self)
 
     @property
@@ -124,65 +114,64 @@ class ModelConfig:
         return self.encoder_layers + self.decoder_layers
 
     @property
-    def float32_sums(self) -> bool:
-        """Whether products of bfloat16 numbers are asked for in float32 and rounded after."""
-        return self.encoder_dtype == self.dtype == "bfloat16"
-
-    @property
     def scores_scale(self) -> float:
         return self.attention_scale or self.head_dim**-0.5
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with ``changes``; an unknown field raises ConfigError with the nearest name."""
+        """A copy with ``changes`` to fields of the model or, by their names, of its execution.
+
+        Raises:
+            ConfigError: an unknown field, with the nearest name, or a value that does not fit.
+        """
         names = [field.name for field in dataclasses.fields(self)]
+        how = {name: changes.pop(name) for name in EXECUTION_FIELDS if name in changes}
         for name in changes:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
+                near = difflib.get_close_matches(name, [*names, *EXECUTION_FIELDS], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"ModelConfig has no field {name!r}{hint}")
+        if how:
+            execution = changes.get("execution", self.execution)
+            changes["execution"] = dataclasses.replace(execution, **how)
         return dataclasses.replace(self, **changes)
 
+    def changes_from(self, other: ModelConfig) -> dict[str, Any]:
+        """What ``other.replace`` needs to become this model: fields that differ, by name."""
+        mine, theirs = _flat(self), _flat(other)
+        return {name: value for name, value in mine.items() if value != theirs.get(name)}
+
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, with those of ``execution`` in a group of their own."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Inverse of ``to_dict``; fields that are absent take their defaults."""
-        return cls().replace(**values)
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Inverse of ``to_dict``; fields that are absent take their defaults.
+
+        Also reads what earlier versions wrote, which had the fields of ``execution`` next to those
+        of the model, and among them ``kernel_parts`` = 0.
+
+        Raises:
+            ConfigError: an unknown field, or a value that does not fit.
+        """
+        flat = {**values, **values.get("execution", {})}
+        flat.pop("execution", None)
+        if flat.get("kernel_parts") == 0:
+            del flat["kernel_parts"]
+        return cls().replace(**flat)
 
 
-_HINTS: dict[str, Any] = {}
-
-
-def _check_types(config: ModelConfig) -> None:
-    if not _HINTS:
-        _HINTS.update(get_type_hints(ModelConfig))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), _HINTS[field.name]
-        choices = get_args(hint)
-        if choices:
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint_text = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(
-                    f"ModelConfig.{field.name} is {value!r}; wanted one of "
-                    f"{', '.join(map(repr, choices))}{hint_text}"
-                )
-        elif hint is float and type(value) is int:
-            object.__setattr__(config, field.name, float(value))
-        elif hint is tuple and type(value) is list:  # as JSON gives it
-            object.__setattr__(config, field.name, tuple(map(float, value)))
-        elif type(value) is not hint:
-            raise ConfigError(
-                f"ModelConfig.{field.name} is {value!r} ({type(value).__name__}); "
-                f"wanted {hint.__name__}"
-            )
+def _flat(config: ModelConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    return values | values.pop("execution")
 
 
 def _check_values(config: ModelConfig) -> None:
-    def require(condition: bool, field: str, wanted: str) -> None:
+    def require(condition: bool, field: str, expected: str) -> None:
         if not condition:
-            raise ConfigError(f"ModelConfig.{field} is {getattr(config, field)!r}; wanted {wanted}")
+            raise ConfigError(
+                f"ModelConfig.{field} is {getattr(config, field)!r}; expected {expected}"
+            )
 
     positive = (
         "vocab_size",
@@ -201,13 +190,6 @@ def _check_values(config: ModelConfig) -> None:
         require(getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "mlp_dropout", "residual_dropout"):
         require(0 <= getattr(config, field) < 1, field, "a rate in [0, 1)")
-    require(config.attention_block >= 0, "attention_block", "0 (all queries at once) or a number")
-    require(config.kernel_parts >= 0, "kernel_parts", "0 (as trained) or a number of parts")
-    require(
-        not (config.kernel_parts and config.scan_layers),
-        "kernel_parts",
-        "0 with scan_layers=True; for_decoding sets both",
-    )
     for field in (
         "attention_logit_cap",
         "final_logit_cap",
@@ -269,7 +251,7 @@ def _check_values(config: ModelConfig) -> None:
     if config.attention_window:
         require(not config.is_encoder_decoder, "attention_window", "0 in an encoder-decoder")
         require(
-            not config.scan_layers,
+            not config.execution.scan_layers,
             "attention_window",
             "0 with scan_layers=True, which runs every layer alike; set scan_layers=False",
         )

@@ -21,10 +21,12 @@ class DecoderOnly(nn.Module):
     """Maps a packed batch of the five ``decoder_*`` record fields to next-token logits."""
 
     config: ModelConfig
+    embedder_type = Embedder
+    decoder_type = Stack
 
     def setup(self) -> None:
-        self.embedder = Embedder(self.config)
-        self.decoder = Stack(self.config, self.config.decoder_layers)
+        self.embedder = self.embedder_type(self.config)
+        self.decoder = self.decoder_type(self.config, self.config.decoder_layers)
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """Logits [B, T, V] float32 of the next token at every position."""

@@ -37,17 +37,19 @@ class EncoderDecoder(nn.Module):
     """Maps a packed batch of record fields to target logits; see ``encdec.data.records``."""
 
     config: ModelConfig
+    embedder_type = Embedder
+    decoder_type = Stack
 
     def setup(self) -> None:
         config = self.config
-        self.embedder = Embedder(config)
+        self.embedder = self.embedder_type(config)
         if not config.share_embeddings:
-            self.encoder_embedder = Embedder(config.replace(kernel_parts=0), head_too=False)
-        self.encoder = Stack(
-            config.replace(dtype=config.encoder_dtype or config.dtype, kernel_parts=0),
-            config.encoder_layers,
-        )
-        self.decoder = Stack(config, config.decoder_layers, cross_attention=True)
+            self.encoder_embedder = Embedder(config, with_head=False)
+        self.encoder = self.make_encoder()
+        self.decoder = self.decoder_type(config, config.decoder_layers, cross_attention=True)
+
+    def make_encoder(self) -> Stack:
+        return Stack(self.config, self.config.encoder_layers)
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """Logits [B, T, V] float32 of the next target token at every decoder position."""
@@ -70,9 +72,12 @@ class EncoderDecoder(nn.Module):
         inputs = LayerInputs(
             packed_attention(segments_BxS, segments_BxS, rope, rope), deterministic=deterministic
         )
+        return self.encoder(self.embed_source(tokens_BxS), inputs)[0]
+
+    def embed_source(self, tokens_BxS: jax.Array) -> jax.Array:
+        """The encoder's input embeddings [B, S, M]."""
         embed = self.embedder if self.config.share_embeddings else self.encoder_embedder
-        x_BxSxM = embed(tokens_BxS).astype(self.config.encoder_dtype or self.config.dtype)
-        return self.encoder(x_BxSxM, inputs)[0].astype(self.config.dtype)
+        return embed(tokens_BxS)
 
     def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """The decoder's normed output [B, T, M] under teacher forcing, on packed rows."""

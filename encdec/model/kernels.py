@@ -45,7 +45,7 @@ def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str
     Raises:
         ConfigError: a kernel that cannot run there, or cannot drop out, was asked for by name.
     """
-    kernel, where = config.attention_kernel, platform()
+    kernel, where = config.execution.attention_kernel, platform()
     if kernel == "xla" or not segments:
         return "xla"
     if kernel == "auto":
@@ -55,19 +55,19 @@ def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str
         return "xla" if dropout or capped or not half else fused
     if dropout:
         raise ConfigError(
-            f"ModelConfig.attention_kernel is {kernel!r}, which has no dropout on attention "
+            f"ExecutionConfig.attention_kernel is {kernel!r}, which has no dropout on attention "
             f"probabilities, and attention_dropout is {config.attention_dropout}; wanted "
             "attention_dropout=0.0, or attention_kernel='xla' or 'auto'"
         )
     if kernel == "cudnn":
         if where not in ("gpu", "cuda"):
             raise ConfigError(
-                f"ModelConfig.attention_kernel is 'cudnn' on {where}; wanted an NVIDIA GPU, or "
+                f"ExecutionConfig.attention_kernel is 'cudnn' on {where}; wanted an NVIDIA GPU, or "
                 "attention_kernel='auto'"
             )
         if config.attention_logit_cap or config.dtype != "bfloat16":
             raise ConfigError(
-                "ModelConfig.attention_kernel is 'cudnn', which caps no scores and takes no "
+                "ExecutionConfig.attention_kernel is 'cudnn', which caps no scores and takes no "
                 f"{config.dtype}; wanted attention_logit_cap=0 and dtype='bfloat16', or "
                 "attention_kernel='xla'"
             )

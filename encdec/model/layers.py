@@ -8,7 +8,6 @@ Parameters are stored in ``config.param_dtype`` and cast to ``config.dtype`` whe
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from encdec.model.config import ModelConfig
 
-# Names under which remat policies find what is dear to compute again, or small.
+# Checkpoint names for values that are expensive to recompute, or cheap to keep.
 NORM_FACTOR, MLP_HIDDEN = "norm_factor", "mlp_hidden"
-
-# As many as are multiplied as ``product_by_parts`` says: of 64 it took 0.75 of the other's time, of
-# 512 1.2.
-FEW_ROWS = 64
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
@@ -98,91 +93,29 @@ class Projection(nn.Module):
     bias_dims: int = 0  # the bias spans the kernel's last ``bias_dims`` dimensions; 0 for none
 
     def setup(self) -> None:
-        config = self.config
-        init, shape = nn.initializers.normal(config.init_std), self.shape
-        if config.kernel_parts:
-            width = math.prod(shape[: self._summed()])
-            shape = parts_shape(math.prod(shape) // width, width, config.kernel_parts)
-        else:
-            init = nn.with_logical_partitioning(init, self.axes)
-        self.kernel = self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
+        self.kernel = self.make_kernel()
         if self.bias_dims:
-            init = nn.with_logical_partitioning(
-                nn.initializers.zeros_init(), self.axes[-self.bias_dims :]
-            )
-            self.bias = self.param(
-                "bias", init, self.shape[-self.bias_dims :], jnp.dtype(config.param_dtype)
-            )
+            axes, shape = self.axes[-self.bias_dims :], self.shape[-self.bias_dims :]
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+            self.bias = self.param("bias", init, shape, jnp.dtype(self.config.param_dtype))
+
+    def make_kernel(self) -> jax.Array:
+        init = nn.initializers.normal(self.config.init_std)
+        init = nn.with_logical_partitioning(init, self.axes)
+        return self.param("kernel", init, self.shape, jnp.dtype(self.config.param_dtype))
 
     def weights(self) -> tuple[jax.Array, jax.Array | None]:
         """Kernel, for ``product``, and bias (None without) in the compute dtype."""
         bias = self.bias.astype(jnp.dtype(self.config.dtype)) if self.bias_dims else None
         return self.kernel, bias
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        if config.kernel_parts:
-            y = self._by_parts(x)
-        elif config.float32_sums:
-            y = jnp.einsum(
-                self.equation, x, self.kernel.astype(dtype), preferred_element_type=jnp.float32
-            ).astype(dtype)
-        else:
-            y = product(self.equation, x, self.kernel)
-        return y + self.bias.astype(dtype) if self.bias_dims else y
+        y = self.multiplied(x)
+        return y + self.bias.astype(jnp.dtype(self.config.dtype)) if self.bias_dims else y
 
-    def _by_parts(self, x: jax.Array) -> jax.Array:
-        """The same product with the kernel as ``kernel_in_parts`` lays it out."""
-        summed = self._summed()
-        into = self.shape[summed:]
-        x = x.reshape(*x.shape[: x.ndim - summed], -1)
-        y = product_by_parts(x, self.kernel.astype(x.dtype), math.prod(into))
-        return y.reshape(*y.shape[:-1], *into)
-
-    def _summed(self) -> int:
-        """How many dimensions the product sums over; the kernel begins with them."""
-        operands, result = self.equation.split("->")
-        return len(set(operands.split(",")[1]) - set(result))
-
-
-def parts_shape(out: int, width: int, parts: int) -> tuple[int, int, int]:
-    """The shape of ``kernel_in_parts``."""
-    return parts, -(-out // parts), width
-
-
-def kernel_in_parts(kernel_OxI: jax.Array, parts: int) -> jax.Array:
-    """[P, ceil(O / P), I]: an [out, in] kernel cut into parts of equally many rows, the last one
-    filled up with zeros."""
-    out, width = kernel_OxI.shape
-    shape = parts_shape(out, width, parts)
-    return jnp.pad(kernel_OxI, ((0, shape[0] * shape[1] - out), (0, 0))).reshape(shape)
-
-
-def product_by_parts(
-    x: jax.Array, kernel_PxRxI: jax.Array, out: int, dtype: Any = None
-) -> jax.Array:
-    """``x [..., I]`` times a kernel of ``kernel_in_parts``: [..., out], in ``dtype`` or theirs.
-
-    XLA's CPU compiler gives a matrix-vector product of up to 2 MiB to one core, and runs thunks
-    beside each other only where more than eight are ready; but it spreads the rows of a batched
-    product over the cores, whatever their size. So one row is multiplied as a batch of parts. A
-    few rows are, too, and as columns at the kernel's right, which took a third of the time of the
-    kernel at theirs.
-    """
-    parts, rows, width = kernel_PxRxI.shape
-    count = math.prod(x.shape[:-1])
-    multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
-    if count == 1:
-        copies_PxI = jnp.broadcast_to(x.reshape(width), (parts, width))
-        y = multiply("pi,pri->pr", copies_PxI, kernel_PxRxI).reshape(*x.shape[:-1], -1)
-    elif count <= FEW_ROWS:
-        copies_PxIxN = jnp.broadcast_to(x.reshape(count, width).T, (parts, width, count))
-        y_PxRxN = multiply("pri,pin->prn", kernel_PxRxI, copies_PxIxN)
-        y = y_PxRxN.reshape(parts * rows, count).T.reshape(*x.shape[:-1], -1)
-    else:
-        y = multiply("...i,oi->...o", x, kernel_PxRxI.reshape(parts * rows, width))
-    return y[..., :out]
+    def multiplied(self, x: jax.Array) -> jax.Array:
+        """The product without the bias."""
+        return product(self.equation, x, self.kernel)
 
 
 class RMSNorm(nn.Module):
@@ -220,27 +153,26 @@ class Mlp(nn.Module):
     """Position-wise MLP, plain or gated: ``down(act(gate(x)) * up(x))``."""
 
     config: ModelConfig
+    projection_type = Projection
 
     @nn.compact
     def __call__(self, x_BxTxM: jax.Array) -> jax.Array:
         config = self.config
         into = functools.partial(
-            Projection,
+            self.projection_type,
             config,
             "btm,mf->btf",
             (config.d_model, config.mlp_dim),
             ("embed", "mlp"),
             bias_dims=int(config.mlp_bias),
         )
-        activation, save = (
-            ACTIVATIONS[config.mlp_activation],
-            (lambda x: checkpoint_name(x, MLP_HIDDEN)),
-        )
+        activation = ACTIVATIONS[config.mlp_activation]
+        save = lambda x: checkpoint_name(x, MLP_HIDDEN)
         if config.mlp_gated:
             gate, up = into(name="gate"), into(name="up")
-            if config.fuse_projections:
+            if config.execution.fuse_projections:
                 kernels, biases = zip(gate.weights(), up.weights())
-                # Side by side on a new first axis, which is taken apart without a copy.
+                # Stacked along a new first axis, so that splitting the result copies nothing.
                 both = product("btm,cmf->cbtf", x_BxTxM, jnp.stack(kernels))
                 if config.mlp_bias:
                     both = both + jnp.stack(biases)[:, None, None]
@@ -251,7 +183,7 @@ class Mlp(nn.Module):
         else:
             hidden_BxTxF = activation(save(into(name="up")(x_BxTxM)))
         hidden_BxTxF = nn.with_logical_constraint(hidden_BxTxF, ("batch", "length", "mlp"))
-        return Projection(
+        return self.projection_type(
             config,
             "btf,fm->btm",
             (config.mlp_dim, config.d_model),
@@ -262,29 +194,24 @@ class Mlp(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Token embedding and vocabulary head, tied or apart; without ``head_too``, a table alone."""
+    """Token embedding and vocabulary head, tied or separate."""
 
     config: ModelConfig
-    head_too: bool = True
+    with_head: bool = True  # False: the table alone
 
     def setup(self) -> None:
-        config = self.config
-        init, dtype = nn.initializers.normal(config.init_std), jnp.dtype(config.param_dtype)
-        self.embedding = self.param(
-            "embedding",
-            nn.with_logical_partitioning(init, ("vocab", "embed")),
-            (config.vocab_size, config.d_model),
-            dtype,
-        )
-        if self.head_too and not config.tie_embeddings:
-            # Decoding reads it as [out, in], as all its kernels.
-            turn = -1 if config.kernel_parts else 1
-            self.head = self.param(
-                "head",
-                nn.with_logical_partitioning(init, ("embed", "vocab")[::turn]),
-                (config.d_model, config.vocab_size)[::turn],
-                dtype,
-            )
+        shape = (self.config.vocab_size, self.config.d_model)
+        self.embedding = self.table("embedding", shape, ("vocab", "embed"))
+        if self.with_head and not self.config.tie_embeddings:
+            self.head = self.make_head()
+
+    def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), axes)
+        return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+
+    def make_head(self) -> jax.Array:
+        shape = (self.config.d_model, self.config.vocab_size)
+        return self.table("head", shape, ("embed", "vocab"))
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Embeddings [B, T, M] in the compute dtype."""
@@ -297,25 +224,17 @@ class Embedder(nn.Module):
     def logits(self, hidden: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
         """Vocabulary scores [..., V], float32 whatever the compute dtype.
 
-        ``start`` and ``stop`` give those of a part of the vocabulary alone.
+        ``start`` and ``stop`` select a range of the vocabulary.
         """
-        dtype = jnp.dtype(self.config.dtype)
-        parts, count = self.config.kernel_parts, math.prod(hidden.shape[:-1])
-        if self.config.tie_embeddings or parts:
-            table = self.embedding if self.config.tie_embeddings else self.head
-            table, equation = table[start:stop], "...m,vm->...v"
-            if parts and count > 1 and len(table) % parts == 0:  # one row: see its size
-                table_PxRxM = table.reshape(parts, -1, table.shape[1]).astype(dtype)
-                return self._capped(
-                    product_by_parts(hidden.astype(dtype), table_PxRxM, len(table), jnp.float32)
-                )
+        hidden = hidden.astype(jnp.dtype(self.config.dtype))
+        scores, cap = self.scores(hidden, start, stop), self.config.final_logit_cap
+        return cap * jnp.tanh(scores / cap) if cap else scores
+
+    def scores(self, hidden: jax.Array, start: int, stop: int | None) -> jax.Array:
+        """Logits before their cap; ``hidden`` is in the compute dtype."""
+        if self.config.tie_embeddings:
+            table, equation = self.embedding[start:stop], "...m,vm->...v"
         else:
             table, equation = self.head[:, start:stop], "...m,mv->...v"
-        logits = jnp.einsum(
-            equation, hidden.astype(dtype), table.astype(dtype), preferred_element_type=jnp.float32
-        )
-        return self._capped(logits)
-
-    def _capped(self, logits: jax.Array) -> jax.Array:
-        cap = self.config.final_logit_cap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        table = table.astype(hidden.dtype)
+        return jnp.einsum(equation, hidden, table, preferred_element_type=jnp.float32)

@@ -55,16 +55,19 @@ class Block(nn.Module):
 
     config: ModelConfig
     cross_attention: bool = False
+    self_attention_type = Attention
+    cross_attention_type = Attention
+    mlp_type = Mlp
 
     def setup(self) -> None:
         config = self.config
         self.self_attention_norm = RMSNorm(config)
-        self.self_attention = Attention(config, of_itself=True)
+        self.self_attention = self.self_attention_type(config)
         if self.cross_attention:
             self.cross_attention_norm = RMSNorm(config)
-            self.encoder_attention = Attention(config)
+            self.encoder_attention = self.cross_attention_type(config)
         self.mlp_norm = RMSNorm(config)
-        self.mlp = Mlp(config)
+        self.mlp = self.mlp_type(config)
         if config.post_norms:
             self.self_attention_post_norm = RMSNorm(config)
             if self.cross_attention:
@@ -125,15 +128,16 @@ class Stack(nn.Module):
     config: ModelConfig
     num_layers: int
     cross_attention: bool = False
+    block_type = Block
 
     def setup(self) -> None:
-        config, block = self.config, Block
-        if config.remat != "none":
+        config, block, how = self.config, self.block_type, self.config.execution
+        if how.remat != "none":
             # CSE cannot undo remat across the iterations of a scan, so its barrier is left out.
             block = nn.remat(
-                block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers
+                block, policy=REMAT_POLICIES[how.remat], prevent_cse=not how.scan_layers
             )
-        if config.scan_layers:
+        if how.scan_layers:
             lifted = {
                 "variable_axes": {"params": 0},
                 "split_rngs": {"params": True, "dropout": True},
@@ -154,7 +158,7 @@ class Stack(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Runs all layers; returns the normed activations [B, T, M] and the updated cache."""
         x_BxTxM = self.embedding_dropout(x_BxTxM, deterministic=inputs.deterministic)
-        if self.config.scan_layers:
+        if self.config.execution.scan_layers:
             x_BxTxM, cache = self.layers(x_BxTxM, inputs, cross_kv, cache)
         else:
             nothing = (None,) * self.num_layers
@@ -171,6 +175,6 @@ class Stack(nn.Module):
 
     def cross_key_values(self, inputs: LayerInputs) -> Any:
         """Every layer's cross-attention keys and values, made once per source."""
-        if self.config.scan_layers:
+        if self.config.execution.scan_layers:
             return self.layers.cross_key_values(None, inputs)[1]
         return tuple(layer.cross_key_values(None, inputs)[1] for layer in self.layers)

@@ -196,7 +196,7 @@ def run_config(
     return parse_config(
         {
             "model": name,
-            "model_overrides": {k: v for k, v in model.to_dict().items() if v != getattr(base, k)},
+            "model_overrides": model.changes_from(base),
             "init_from": init_from,
             "batch_size": batch_size,
             "steps": steps,

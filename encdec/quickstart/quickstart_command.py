@@ -176,7 +176,7 @@ def make_runs(
     runs = {}
     for config in (ours, peer):
         base = preset("quickstart" if config is ours else "quickstart-dec")
-        changes = {k: v for k, v in config.to_dict().items() if v != getattr(base, k)}
+        changes = config.changes_from(base)
         runs[config.architecture] = parse_config(
             {
                 "model": "quickstart" if config is ours else "quickstart-dec",

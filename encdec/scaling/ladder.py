@@ -201,18 +201,13 @@ class PlannedRun:
         # Where a teacher's rows lie may change; training compares their content.
         del content["name"], content["epochs"], content["teacher"], content["teacher_loss"]
         # Fields at their defaults are left out, so that a later field of models changes no digest.
-        content["model"] = {
-            field.name: content["model"][field.name]
-            for field in dataclasses.fields(self.model)
-            if getattr(self.model, field.name) != field.default
-        }
+        content["model"] = self.model.changes_from(type(self.model)())
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def overrides(self) -> dict[str, Any]:
         """The model as changes to its preset, for a run's ``model_overrides``."""
-        base = preset(self.preset).to_dict()
-        return {name: value for name, value in self.model.to_dict().items() if value != base[name]}
+        return self.model.changes_from(preset(self.preset))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from encdec.errors import ConfigError
-from encdec.inference.decoding import DecodingPlan, advance_compiled, ready_for_decoding
+from encdec.inference.decoding import DecodingPlan, advance_compiled
 from encdec.inference.generator import bucket, generation_of, settings_of_answers
+from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat, TextStream, find_stop

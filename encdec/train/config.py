@@ -17,7 +17,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from encdec.errors import ConfigError
-from encdec.model import ModelConfig, preset
+from encdec.model import ExecutionConfig, ModelConfig, preset
+from encdec.model.execution import INFERENCE_FIELDS, field_types
 from encdec.train.distillation_losses import AlphaSchedule, Divergence, Tail
 
 
@@ -191,17 +192,14 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Adds the fields that a config file left out, so that each can be overridden.
 
-    Every field of ModelConfig appears under ``model_overrides``; None means the preset's value.
+    Every field of ModelConfig and of its ExecutionConfig appears under ``model_overrides``, but
+    for those that inference chooses; None means the preset's value.
     """
     full = ml_collections.ConfigDict(to_dict(RunConfig()))
-    hints = get_type_hints(ModelConfig)
-    for field in dataclasses.fields(ModelConfig):
-        kind = (
-            type(get_args(hints[field.name])[0])
-            if get_args(hints[field.name])
-            else (hints[field.name])
-        )
-        full.model_overrides[field.name] = config_dict.placeholder(kind)
+    for name, hint in {**field_types(ModelConfig), **field_types(ExecutionConfig)}.items():
+        if name != "execution" and name not in INFERENCE_FIELDS:
+            kind = type(get_args(hint)[0]) if get_args(hint) else hint
+            full.model_overrides[name] = config_dict.placeholder(kind)
     _check_names(config.to_dict(), full)
     try:
         full.update(config)
@@ -222,6 +220,11 @@ def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str
 
 def unknown_field(name: str, names: list[str]) -> ConfigError:
     """The error for a field that does not exist, with the nearest that does."""
+    if name.rsplit(".", 1)[-1] in (*INFERENCE_FIELDS, "kernel_parts"):
+        return ConfigError(
+            f"the run's configuration has no field {name!r}: inference chooses it for the machine "
+            "that it runs on; leave it out"
+        )
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     # `lerning_rate` is nearer to `optimizer.learning_rate` than the whole paths show.
     leaf = difflib.get_close_matches(
@@ -276,6 +279,8 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
             arguments[name] = _build(hint, value, f"{prefix}{name}.")
         elif name == "model_overrides":
             arguments[name] = {k: v for k, v in value.items() if v is not None}
+            for chosen in arguments[name].keys() & {*INFERENCE_FIELDS}:
+                raise unknown_field(f"{name}.{chosen}", [])
         else:
             arguments[name] = _typed(prefix + name, value, hint)
     return kind(**arguments)

@@ -28,8 +28,6 @@ STARTED_NOTE = "started"
 SOURCE_NOTE = "started_from"  # in the config: the checkpoint that the first parameters came from
 PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
 
-# Fields of ModelConfig that change speed and memory, but neither parameters nor results.
-_EXECUTION = ("remat", "attention_kernel", "attention_block")
 # These schedules give every step its learning rate whatever the run's length, so that a finished
 # run may be made longer.
 _OPEN_ENDED = ("rsqrt", "constant")
@@ -138,8 +136,9 @@ def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
     run.pop("model"), run.pop("model_overrides")
     if run["schedule"]["name"] in _OPEN_ENDED:
         run.pop("steps")
-    model = _over(ModelConfig().to_dict(), description["model"])
-    model = {k: v for k, v in model.items() if k not in _EXECUTION}
+    # How the model is run may change, unless parameters are then stored in another layout.
+    model = model_config_of(description).to_dict()
+    model["scan_layers"] = model.pop("execution")["scan_layers"]
     data = {"fingerprint": description["data"]["fingerprint"]}
     teacher = {"fingerprint": description["data"].get("teacher_fingerprint")}
     return {

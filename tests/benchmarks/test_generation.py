@@ -9,7 +9,7 @@ import pytest
 from encdec.benchmarks import generation as benchmark
 from encdec.benchmarks.generation import GenerationTiming, Spread, time_generation
 from encdec.errors import ConfigError
-from encdec.inference.decoding import ready_for_decoding
+from encdec.inference.ready import ready_for_decoding
 from tests.inference.examples import model
 
 

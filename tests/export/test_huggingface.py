@@ -9,8 +9,8 @@ import pytest
 from encdec import safetensors
 from encdec.errors import ConfigError, DataError
 from encdec.export import huggingface
-from encdec.inference.decoding import ready_for_decoding
 from encdec.inference.generator import Generator
+from encdec.inference.ready import ready_for_decoding
 from encdec.inference.settings import GenerationSettings
 from encdec.interop.import_command import main as import_main
 from encdec.model import build_model

@@ -83,7 +83,7 @@ def test_nearest_fit_tries_remat_before_batches():
     tried = []
 
     def attempt(variant):
-        tried.append((variant.model_config().remat, variant.batch_size))
+        tried.append((variant.model_config().execution.remat, variant.batch_size))
         if variant.batch_size > 16:
             raise DoesNotFit("too large")
         return "compiled"
@@ -115,7 +115,7 @@ def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits():
     tried = []
 
     def attempt(run):
-        remat, shards = run.model_config().remat, run.mesh.fsdp
+        remat, shards = run.model_config().execution.remat, run.mesh.fsdp
         tried.append((shards, remat, run.batch_size))
         if run.batch_size > room[remat] * (2 if shards > 1 else 1):
             raise DoesNotFit("out of memory")
@@ -171,7 +171,7 @@ def compiler(monkeypatch):
     room, compiled = {"v5e:2x2": 8, "v5e:2x4": 1, "v5e:4x4": 8}, []
 
     def compile_step(run, topology, inputs, targets, compiler_options):
-        compiled.append((topology.name, run.batch_size, run.model_config().remat))
+        compiled.append((topology.name, run.batch_size, run.model_config().execution.remat))
         if run.batch_size > room[topology.name] * len(topology.devices):
             raise DoesNotFit(f"{topology.name} is full.")
         return CompiledStep(
@@ -282,7 +282,7 @@ def test_decoding_reports_memory_collectives_and_the_nearest_fit(compiler, tmp_p
 def test_configs_of_shaped_models_carry_the_fast_settings(model, remat):
     run = parse_config(load_config(f"{CONFIG}:{model}", []))
     config = run.model_config()
-    assert (config.remat, config.scan_layers, run.mesh.data, run.mesh.fsdp) == (
+    assert (config.execution.remat, config.execution.scan_layers, run.mesh.data, run.mesh.fsdp) == (
         remat,
         False,
         -1,

@@ -9,13 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from encdec.inference.decoding import (
-    Memory,
-    advance_compiled,
-    ready_for_decoding,
-    start_compiled,
-    take_rows,
-)
+from encdec.inference.decoding import Memory, advance_compiled, start_compiled, take_rows
+from encdec.inference.ready import ready_for_decoding
 from encdec.model import init_cache
 from encdec.model.encoder_decoder import Source
 from tests.inference.examples import CONFIGS, greedy, model, padded, plan, rows
@@ -48,7 +43,7 @@ def test_greedy_equals_full_passes_in_a_batch_of_mixed_lengths(name, layout):
     config, params = model(name)
     if layout == "unrolled":
         config, params = ready_for_decoding(config, params)
-        assert not config.scan_layers
+        assert not config.execution.scan_layers
     answers, decoding = run(config, params, INPUTS, rows(3, NEW), plan(config, NEW))
     assert bool(decoding.finished_R.all())
     for source, (tokens, log_probs) in zip(INPUTS, answers):

@@ -306,14 +306,14 @@ def test_presets_build_and_peers_match():
     "changes, message",
     [
         ({"d_modle": 8}, "did you mean 'd_model'"),
-        ({"d_model": "8"}, "d_model is '8' (str); wanted int"),
-        ({"num_kv_heads": 3}, "num_kv_heads is 3; wanted a divisor of num_heads = 4"),
+        ({"d_model": "8"}, "d_model is '8' (str); expected int"),
+        ({"num_kv_heads": 3}, "num_kv_heads is 3; expected a divisor of num_heads = 4"),
         ({"mlp_activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
-        ({"mlp_dropout": 1.0}, "mlp_dropout is 1.0; wanted a rate in [0, 1)"),
-        ({"encoder_layers": 0}, "encoder_layers is 0; wanted at least 1"),
-        ({"head_dim": 7}, "head_dim is 7; wanted an even number"),
+        ({"mlp_dropout": 1.0}, "mlp_dropout is 1.0; expected a rate in [0, 1)"),
+        ({"encoder_layers": 0}, "encoder_layers is 0; expected at least 1"),
+        ({"head_dim": 7}, "head_dim is 7; expected an even number"),
         ({"rope_factor": 2.0}, "set rope_scaling"),
-        ({"scan_layers": 1}, "scan_layers is 1 (int); wanted bool"),
+        ({"scan_layers": 1}, "scan_layers is 1 (int); expected bool"),
     ],
 )
 def test_bad_configurations_name_the_field_and_the_mend(changes, message):
@@ -328,6 +328,7 @@ def test_bad_configurations_name_the_field_and_the_mend(changes, message):
 def test_config_survives_a_round_trip_and_params_are_checked():
     config = VARIANTS["gemma"]
     assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig().replace(**config.changes_from(ModelConfig())) == config
     params = init_params(build_model(SMALL), jax.random.key(0))
     check_params(params, SMALL)
     del params["encoder"]["final_norm"]
@@ -337,4 +338,15 @@ def test_config_survives_a_round_trip_and_params_are_checked():
     text = str(caught.value)
     assert "missing encoder/final_norm/scale (32,)" in text
     assert "extra decoder/surplus (3,)" in text
-    assert "embedder/embedding has shape (256, 32), wanted (300, 32)" in text
+    assert "embedder/embedding has shape (256, 32), expected (300, 32)" in text
+
+
+def test_configs_of_earlier_versions_are_read():
+    """They had the fields of execution next to the model's, and one that inference now chooses."""
+    config = VARIANTS["gemma"].replace(scan_layers=False, remat="dots")
+    values = config.to_dict()
+    old = values | values.pop("execution") | {"kernel_parts": 0}
+    del old["cpu_shards"], old["accumulate_in_float32"]
+    assert ModelConfig.from_dict(old) == config
+    with pytest.raises(ConfigError, match="no field 'kernel_parts'"):  # parameters in that layout
+        ModelConfig.from_dict(old | {"kernel_parts": 2})

@@ -50,6 +50,7 @@ def test_defaults_survive_the_round_trip():
         ({"model": "330"}, ["'330'", "330m"]),
         ({"model_overrides": {"d_modle": 32}}, ["d_modle", "d_model"]),
         ({"model_overrides": {"d_model": "wide"}}, ["d_model", "wide", "int"]),
+        ({"model_overrides": {"cpu_shards": 2}}, ["model_overrides.cpu_shards", "inference"]),
     ],
 )
 def test_bad_values_name_themselves_and_what_is_wanted(values, words):
@@ -75,7 +76,7 @@ def test_overrides_of_every_type():
     run = parse_config(config)
     assert (run.model, run.batch_size, run.optimizer.learning_rate) == ("test", 16, 1.0)
     assert run.data.shuffle is False and run.data.records == "a=b"
-    assert run.model_config().dtype == "bfloat16" and not run.model_config().scan_layers
+    assert run.model_config().dtype == "bfloat16" and not run.model_config().execution.scan_layers
 
 
 def test_overrides_may_follow_a_space():
@@ -94,6 +95,7 @@ def test_overrides_may_follow_a_space():
             ["optimizer.learning_rat", "optimizer.learning_rate"],
         ),
         ("--config.model_overrides.d_modell=8", ["d_modell", "model_overrides.d_model"]),
+        ("--config.model_overrides.kernel_parts=2", ["kernel_parts", "inference chooses it"]),
         ("--config.batch_size=many", ["config.batch_size", "'many'"]),
         ("--config.steps=1e3", ["config.steps", "'1e3'"]),
         ("--config.optimizer.learning_rate=fast", ["config.optimizer.learning_rate", "'fast'"]),

@@ -291,6 +291,17 @@ def test_fields_newer_than_a_work_directory_take_their_defaults(straight, tmp_pa
     del older["run"]["loss"]["label_smoothing"], older["model"]["qk_norm"]
     (tmp_path / "config.json").write_text(json.dumps(older))
     assert check_workdir(tmp_path, description)
+    # Written before execution was a group of its own; how a model is run may change.
+    older["model"] |= older["model"].pop("execution") | {"kernel_parts": 0}
+    del older["model"]["cpu_shards"], older["model"]["accumulate_in_float32"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    execution = description["model"]["execution"]
+    execution |= {"remat": "full", "fuse_projections": True}
+    assert check_workdir(tmp_path, description)
+    execution["scan_layers"] = not execution["scan_layers"]
+    with pytest.raises(CheckpointError, match="model.scan_layers is False there and True here"):
+        check_workdir(tmp_path, description)
+    execution["scan_layers"] = not execution["scan_layers"]
     description["model"]["qk_norm"] = True
     with pytest.raises(CheckpointError, match="model.qk_norm is False there and True here"):
         check_workdir(tmp_path, description)

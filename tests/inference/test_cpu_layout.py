@@ -10,19 +10,25 @@ import numpy as np
 import pytest
 
 from encdec.errors import ConfigError
-from encdec.inference import decoding
+from encdec.inference import ready
 from encdec.inference.decoding import (
     DecodingPlan,
     advance_compiled,
     decode_step,
     prefill,
-    ready_for_decoding,
     start_compiled,
 )
+from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
-from encdec.model import build_model, check_params, for_decoding, preset
-from encdec.model.attention import dot_product_attention, heads_first, heads_first_attention
-from encdec.model.layers import FEW_ROWS, kernel_in_parts, product_by_parts
+from encdec.model import build_model, check_params, for_decoding, preset, shard_for_cpu
+from encdec.model.attention import dot_product_attention
+from encdec.model.cpu_layout import (
+    FEW_ROWS,
+    attention_in_blocks,
+    heads_first,
+    product_by_shards,
+    sharded_kernel,
+)
 from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
 from tests.export.examples import batch, pair
 from tests.inference.examples import START
@@ -47,7 +53,7 @@ def test_kernels_in_parts_compute_the_same(name, rows):
     sizes that do not divide."""
     config, params = pair(name)
     plain = two_steps(*for_decoding(config, params), rows)
-    config, params = for_decoding(config, params, 3)
+    config, params = shard_for_cpu(*for_decoding(config, params), 3)
     down = params["decoder"]["layers_0"]["mlp"]["down"]
     assert down["kernel"].shape == (3, 11, 128) and not down["kernel"][2, 10].any()
     check_params(params, config)
@@ -58,17 +64,19 @@ def test_kernels_in_parts_compute_the_same(name, rows):
 def test_products_by_parts_are_products_for_any_number_of_rows(shape):
     draw = np.random.default_rng(0).normal
     x, kernel = draw(size=(*shape, 6)).astype(np.float32), draw(size=(11, 6)).astype(np.float32)
-    found = product_by_parts(jnp.array(x), kernel_in_parts(jnp.array(kernel), 3), 11)
+    found = product_by_shards(jnp.array(x), sharded_kernel(jnp.array(kernel), 3), 11)
     np.testing.assert_allclose(found, x @ kernel.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma", "windowed"])
-@pytest.mark.parametrize("parts", [0, 3])
-def test_attention_by_blocks_of_queries_computes_the_same(name, parts):
+@pytest.mark.parametrize("shards", [0, 3])
+def test_attention_by_blocks_of_queries_computes_the_same(name, shards):
     """Nine inputs in three blocks; ten of a decoder-only model, so that the last is filled up."""
     config, params = pair(name)
     plain = two_steps(*for_decoding(config, params))
-    config, params = for_decoding(config.replace(attention_block=4), params, parts)
+    config, params = for_decoding(config.replace(attention_block=4), params)
+    if shards:
+        config, params = shard_for_cpu(config, params, shards)
     lowered = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room")).lower(
         config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2
     )
@@ -86,7 +94,7 @@ def test_causal_blocks_read_no_keys_behind_their_span(length):
     places = np.arange(length)
     mask = np.tile(places[:, None] >= places, (2, 1, 1)) & (places != 3)
     attend = jax.jit(
-        lambda k, v: heads_first_attention(config, q, *heads_first((k, v)), mask, causal=True)
+        lambda k, v: attention_in_blocks(config, q, *heads_first((k, v)), mask, causal=True)
     )
     wanted = dot_product_attention(config, q, k, v, mask)
     np.testing.assert_allclose(attend(k, v), wanted, atol=1e-5)
@@ -99,7 +107,7 @@ def test_causal_blocks_read_no_keys_behind_their_span(length):
 
 @pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
 def test_cached_steps_in_parts_are_the_full_forward_pass(name):
-    config, params = for_decoding(*pair(name), 2)
+    config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
     answer = np.array([[START, 7, 9, 11, 3]], np.int32)
     prompt = (
         answer
@@ -121,7 +129,7 @@ def test_cached_steps_in_parts_are_the_full_forward_pass(name):
 @pytest.mark.parametrize("name", ["unrolled", "windowed"])
 def test_a_step_copies_no_cache(name):
     """What is kept has a width that nothing else in the program has."""
-    config, params = for_decoding(*pair(name), 2)
+    config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
     room, lengths = 37, jnp.array([9])
     plan, settings = DecodingPlan(Choosing(config.vocab_size), room, START), greedy_rows(1, room)
     begun = start_compiled(config, plan, params, TOKENS[:1], lengths, settings)
@@ -139,7 +147,7 @@ def test_a_step_copies_no_cache(name):
 @pytest.mark.parametrize("name", ["paper", "windowed"])
 def test_a_server_s_slots_hold_what_was_kept_in_parts(name):
     """Read at a narrow width, inserted into a wider slot, and gone on from there."""
-    config, params = for_decoding(*pair(name), 2)
+    config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
     plan = SlotPlan(DecodingPlan(Choosing(config.vocab_size), 3, START), 2, 12)
     prefilled = read_compiled(config, plan, params, TOKENS[:1], jnp.array(9))
     running = insert_compiled(
@@ -161,42 +169,44 @@ def test_a_server_s_slots_hold_what_was_kept_in_parts(name):
 
 def test_large_models_on_cpus_get_them_by_themselves(monkeypatch):
     config, params = pair("paper")
-    assert ready_for_decoding(config, params)[0].kernel_parts == 0
-    monkeypatch.setattr(decoding, "LARGE_KERNEL", 1)
-    monkeypatch.setattr(decoding, "cores", lambda: 2)
-    ready, parts = ready_for_decoding(config, params)
-    assert ready.kernel_parts == 2 and ready.encoder_dtype == ""  # it was trained in float32
+    assert ready_for_decoding(config, params)[0].execution.cpu_shards == 0
+    monkeypatch.setattr(ready, "LARGE_KERNEL", 1)
+    monkeypatch.setattr(ready, "available_cores", lambda: 2)
+    made, kernels = ready_for_decoding(config, params)
+    how = made.execution
+    assert how.cpu_shards == 2 and how.encoder_dtype == ""  # it was trained in float32
     np.testing.assert_allclose(
-        two_steps(ready, parts), two_steps(*for_decoding(config, params)), atol=3e-5
+        two_steps(made, kernels), two_steps(*for_decoding(config, params)), atol=3e-5
     )
     # A batch split over devices keeps kernels whole.
-    monkeypatch.setattr(decoding, "one_device", lambda params: False)
-    assert ready_for_decoding(config, params)[0].kernel_parts == 0
+    monkeypatch.setattr(ready, "on_one_device", lambda params: False)
+    assert ready_for_decoding(config, params)[0].execution.cpu_shards == 0
 
 
 def test_a_model_of_bfloat16_encodes_in_it_where_the_cpu_can(monkeypatch):
     config, params = pair("paper")
     config = config.replace(dtype="bfloat16")
-    monkeypatch.setattr(decoding, "LARGE_KERNEL", 1)
+    monkeypatch.setattr(ready, "LARGE_KERNEL", 1)
     plain = two_steps(*ready_for_decoding(config, params, "float32"))
     for able, dtype in ((True, "bfloat16"), (False, "")):
-        monkeypatch.setattr(decoding, "cpu_has_bfloat16", lambda able=able: able)
-        ready, parts = ready_for_decoding(config, params)
-        assert (ready.dtype, ready.encoder_dtype) == ("float32", dtype)
-        kernels = jax.tree.leaves(parts["encoder"]["layers_0"]["mlp"]["up"])
-        assert {x.dtype.name for x in kernels} == {dtype or "float32"}
-        apart = np.abs(two_steps(ready, parts) - plain).max() / np.abs(plain).max()
+        monkeypatch.setattr(ready, "cpu_has_bfloat16", lambda able=able: able)
+        made, kernels = ready_for_decoding(config, params)
+        assert (made.dtype, made.execution.encoder_dtype) == ("float32", dtype)
+        up = jax.tree.leaves(kernels["encoder"]["layers_0"]["mlp"]["up"])
+        assert {x.dtype.name for x in up} == {dtype or "float32"}
+        apart = np.abs(two_steps(made, kernels) - plain).max() / np.abs(plain).max()
         assert apart < (0.02 if able else 1e-5)
 
 
 def test_inference_on_cpus_attends_by_blocks_and_training_does_not():
     config, params = pair("paper")
-    assert config.attention_block == 0
-    assert ready_for_decoding(config, params)[0].attention_block == decoding.ATTENTION_BLOCK > 0
+    assert config.execution.attention_block == 0
+    made = ready_for_decoding(config, params)[0].execution
+    assert made.attention_block == ready.ATTENTION_BLOCK > 0
     with pytest.raises(ConfigError, match="attention_block is -1"):
         config.replace(attention_block=-1)
 
 
-def test_parts_need_unrolled_layers():
-    with pytest.raises(ConfigError, match="kernel_parts is 2; wanted 0 with scan_layers=True"):
-        preset("test", kernel_parts=2, scan_layers=True)
+def test_shards_need_unrolled_layers():
+    with pytest.raises(ConfigError, match="cpu_shards is 2 with scan_layers=True; expected 0"):
+        preset("test", cpu_shards=2, scan_layers=True)

@@ -1,0 +1,76 @@
+"""From a trained model to the layout and types in which this machine generates fastest."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+
+from encdec.inference.huge_pages import arrays_onto_huge_pages
+from encdec.machine import available_cores
+from encdec.model import ModelConfig, for_decoding, shard_for_cpu
+
+Params = Any
+# Weights of the MLP's kernels from which it pays that a CPU's cores read shards of one in parallel.
+LARGE_KERNEL = 2**20
+# Queries at once on a CPU: of 32 to 512, the fastest at 2,048 keys in both types.
+ATTENTION_BLOCK = 128
+MOST_SHARDS = 8  # more concurrent readers than that gain nothing
+
+
+def ready_for_decoding(
+    config: ModelConfig, params: Params, dtype: str | None = None
+) -> tuple[ModelConfig, Params]:
+    """The model in the layout and type in which one-token steps are fastest.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        dtype: of the computation; by default float32 on CPUs, whose one-row bfloat16 products
+            read memory at a small fraction of its speed, and the model's own elsewhere. A large
+            model that was trained in bfloat16 still encodes in it, where the CPU has it.
+    """
+    on_cpu, trained = jax.default_backend() == "cpu", config.dtype
+    as_trained = dtype is None and trained == "bfloat16"
+    if dtype is None:
+        dtype = "float32" if on_cpu else trained
+    config, params = for_decoding(config.replace(dtype=dtype), params)
+    large = config.d_model * config.mlp_dim >= LARGE_KERNEL
+    sharded = on_cpu and large and dtype == "float32" and on_one_device(params)
+    if on_cpu:
+        config = config.replace(attention_block=ATTENTION_BLOCK, attention_kernel="xla")
+    if sharded and not config.execution.cpu_shards:
+        config, params = shard_for_cpu(config, params, min(available_cores(), MOST_SHARDS))
+    cast = jax.jit(_cast_kernels, static_argnums=1)
+    if dtype != config.param_dtype:
+        params = cast(params, dtype)
+    if sharded and as_trained and config.is_encoder_decoder and cpu_has_bfloat16():
+        config = config.replace(encoder_dtype="bfloat16")
+        params = params | {"encoder": cast(params["encoder"], "bfloat16")}
+    if sharded:
+        arrays_onto_huge_pages(jax.block_until_ready(params))
+    return config, params
+
+
+def _cast_kernels(params: Params, dtype: str) -> Params:
+    """Norms multiply in float32; everything else is cast where it is used, so casting it
+    beforehand changes nothing but the bytes read."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), params
+    )
+
+
+def on_one_device(params: Params) -> bool:
+    """Whether every parameter is on a single device, whole."""
+    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    return all(len(x.sharding.device_set) == 1 for x in leaves)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers; where it does not, they are slower."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

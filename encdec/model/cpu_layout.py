@@ -1,0 +1,464 @@
+"""Models laid out for inference on CPUs: the same functions, computed as XLA's CPU compiler does
+them fastest.
+
+``build_model`` takes these modules when ``ExecutionConfig`` asks for them, which
+``encdec.inference.ready`` does. There are two layouts:
+
+* In blocks (``attention_block``): parameters as trained; many queries attend block after block,
+  and an encoder may compute in another dtype than the decoder (``encoder_dtype``).
+* In shards (``cpu_shards``), besides: every decoder kernel [in, out] is kept as [shards,
+  out / shards, in], one kernel makes the queries, keys and values of self-attention, a separate
+  head is kept as [V, M], and keys and values are kept heads first. ``shard_for_cpu`` converts
+  parameters.
+
+Both are for inference: there is no dropout on attention probabilities.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from encdec.errors import ConfigError
+from encdec.model.attention import Attention, AttentionInputs, KeyValues, dot_product_attention
+from encdec.model.config import ModelConfig
+from encdec.model.decoder_only import DecoderOnly
+from encdec.model.encoder_decoder import EncoderDecoder
+from encdec.model.layers import Embedder, Mlp, Projection
+from encdec.model.positions import Rotation
+from encdec.model.stacks import Block, Stack
+
+# Groups of query blocks that causal attention compiles for, each with another number of keys.
+CAUSAL_SPANS = 8
+# Up to this many rows are multiplied by shards: at 64 rows that takes 0.75x the time of the plain
+# product, at 512 rows 1.2x.
+FEW_ROWS = 64
+
+
+def heads_first(key_values: KeyValues) -> KeyValues:
+    """Keys and values [B, S, K, D] as [B, K, D, S] and [B, K, S, D]."""
+    k_BxSxKxD, v_BxSxKxD = key_values
+    return k_BxSxKxD.transpose(0, 2, 3, 1), v_BxSxKxD.swapaxes(1, 2)
+
+
+def attention_in_blocks(
+    config: ModelConfig,
+    q_BxTxHxD: jax.Array,
+    k_BxKxDxS: jax.Array,
+    v_BxKxSxD: jax.Array,
+    mask_BxTxS: jax.Array,
+    causal: bool = False,
+) -> jax.Array:
+    """``dot_product_attention`` of keys and values from ``heads_first``; returns [B, T, H, D].
+
+    Queries are multiplied by ``config.scores_scale`` already. Both products are batched over key
+    heads, each with the N = T * H / K queries that read it, and take their operands in the order
+    of axes that XLA's CPU compiler needs: it copies neither keys nor values.
+
+    More than ``attention_block`` queries are processed in blocks: the scores of all of them, four
+    bytes for each query, key and head, would be written to memory and read again at every step of
+    the softmax. ``causal`` says that the mask hides every key that comes after its query's place:
+    blocks are then grouped into up to ``CAUSAL_SPANS`` spans, and each span only multiplies keys
+    up to its own end: with eight spans that is 9/16 of the full work (1/2 is the minimum).
+    """
+    attend = functools.partial(_attend_block, config)
+    (batch, length), limit = q_BxTxHxD.shape[:2], config.execution.attention_block
+    if not limit or length <= limit:
+        return attend(q_BxTxHxD, k_BxKxDxS, v_BxKxSxD, mask_BxTxS)
+    count = -(-length // limit)
+    block = -(-length // count)  # blocks of equal size need the least padding
+
+    def blocks_first(x: jax.Array) -> jax.Array:
+        """[B, T, ...] as [count, B, block, ...]; padding queries are zeros that read nothing."""
+        fill = ((0, 0), (0, count * block - length)) + ((0, 0),) * (x.ndim - 2)
+        return jnp.pad(x, fill).reshape(batch, count, block, *x.shape[2:]).swapaxes(0, 1)
+
+    blocks = blocks_first(q_BxTxHxD), blocks_first(mask_BxTxS)
+    spans = min(count, CAUSAL_SPANS) if causal else 1
+    ends = [count * (i + 1) // spans for i in range(spans)]
+    outs = []
+    for first, last in zip([0, *ends], ends):
+        # Not a slice by ``last * block`` when nothing is hidden: keys may be more than queries.
+        seen = min(last * block, k_BxKxDxS.shape[-1]) if causal else k_BxKxDxS.shape[-1]
+        k, v = k_BxKxDxS[..., :seen], v_BxKxSxD[:, :, :seen]
+        outs.append(
+            jax.lax.map(
+                lambda part, k=k, v=v, seen=seen: attend(part[0], k, v, part[1][..., :seen]),
+                tuple(x[first:last] for x in blocks),
+            )
+        )
+    out = jnp.concatenate(outs)
+    return out.swapaxes(0, 1).reshape(batch, count * block, *out.shape[3:])[:, :length]
+
+
+def _attend_block(
+    config: ModelConfig,
+    q_BxTxHxD: jax.Array,
+    k_BxKxDxS: jax.Array,
+    v_BxKxSxD: jax.Array,
+    mask_BxTxS: jax.Array,
+    own: KeyValues | None = None,
+) -> jax.Array:
+    """Attention of one block.
+
+    ``own`` holds the key and value [B, 1, K, D] of a single query (T = 1) itself, which it reads
+    in addition to the others.
+    """
+    batch, length, heads, dim = q_BxTxHxD.shape
+    kv_heads, group = k_BxKxDxS.shape[1], heads // k_BxKxDxS.shape[1]
+    grouped = config.kv_pairing == "grouped"
+    split, pair = ((kv_heads, group), "kg") if grouped else ((group, kv_heads), "gk")
+    q = q_BxTxHxD.reshape(batch, length, *split, dim)
+    q_BxKxNxD = jnp.einsum(f"bt{pair}d->bkgtd", q).reshape(batch, kv_heads, group * length, dim)
+    cap = config.attention_logit_cap
+    capped = lambda scores: cap * jnp.tanh(scores / cap) if cap else scores
+    scores = capped(
+        jnp.einsum("bknd,bkds->bkns", q_BxKxNxD, k_BxKxDxS, preferred_element_type=jnp.float32)
+    )
+    scores = scores.reshape(batch, kv_heads, group, length, -1)
+    scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    if own is not None:
+        own_score_BxKxNx1 = capped(
+            jnp.einsum("bknd,bukd->bknu", q_BxKxNxD, own[0], preferred_element_type=jnp.float32)
+        )
+        highest = jnp.maximum(highest, own_score_BxKxNx1[:, :, :, None])
+    # Divide the D numbers of each output by the sum, rather than the S probabilities.
+    weights = jnp.exp(scores - highest)
+    sums_BxKxNx1 = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, group * length, 1)
+    weights = weights.astype(v_BxKxSxD.dtype).reshape(batch, kv_heads, group * length, -1)
+    out = jnp.einsum("bkns,bksd->bknd", weights, v_BxKxSxD, preferred_element_type=jnp.float32)
+    if own is not None:
+        own_weight_BxKxNx1 = jnp.exp(own_score_BxKxNx1 - highest[..., 0])
+        sums_BxKxNx1 += own_weight_BxKxNx1
+        out += own_weight_BxKxNx1 * own[1].swapaxes(1, 2).astype(jnp.float32)
+    out = (out / sums_BxKxNx1).astype(v_BxKxSxD.dtype)
+    out = jnp.einsum(f"bkgtd->bt{pair}d", out.reshape(batch, kv_heads, group, length, dim))
+    return out.reshape(batch, length, heads, dim)
+
+
+def sharded_shape(out: int, width: int, shards: int) -> tuple[int, int, int]:
+    """The shape of ``sharded_kernel``."""
+    return shards, -(-out // shards), width
+
+
+def sharded_kernel(kernel_OxI: jax.Array, shards: int) -> jax.Array:
+    """[P, ceil(O / P), I]: an [out, in] kernel cut into P shards of equally many rows, the last
+    one padded with zeros."""
+    out, width = kernel_OxI.shape
+    shape = sharded_shape(out, width, shards)
+    return jnp.pad(kernel_OxI, ((0, shape[0] * shape[1] - out), (0, 0))).reshape(shape)
+
+
+def product_by_shards(
+    x: jax.Array, kernel_PxRxI: jax.Array, out: int, dtype: Any = None
+) -> jax.Array:
+    """``x [..., I]`` times a ``sharded_kernel``: [..., out], in ``dtype`` or theirs.
+
+    XLA's CPU compiler runs a matrix-vector product of up to 2 MiB on one core, and runs thunks
+    concurrently only where more than eight are ready; but it spreads the rows of a batched
+    product over the cores, whatever their size. So one row is multiplied as a batch of shards. So
+    are a few rows, as columns to the right of the kernel, which takes a third of the time of the
+    kernel to the right of them.
+    """
+    shards, rows, width = kernel_PxRxI.shape
+    count = math.prod(x.shape[:-1])
+    multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    if count == 1:
+        copies_PxI = jnp.broadcast_to(x.reshape(width), (shards, width))
+        y = multiply("pi,pri->pr", copies_PxI, kernel_PxRxI).reshape(*x.shape[:-1], -1)
+    elif count <= FEW_ROWS:
+        copies_PxIxN = jnp.broadcast_to(x.reshape(count, width).T, (shards, width, count))
+        y_PxRxN = multiply("pri,pin->prn", kernel_PxRxI, copies_PxIxN)
+        y = y_PxRxN.reshape(shards * rows, count).T.reshape(*x.shape[:-1], -1)
+    else:
+        y = multiply("...i,oi->...o", x, kernel_PxRxI.reshape(shards * rows, width))
+    return y[..., :out]
+
+
+class CpuProjection(Projection):
+    """May add up products of bfloat16 numbers in float32 (``accumulate_in_float32``)."""
+
+    def multiplied(self, x: jax.Array) -> jax.Array:
+        if not self.config.execution.accumulate_in_float32:
+            return super().multiplied(x)
+        kernel = self.kernel.astype(x.dtype)
+        y = jnp.einsum(self.equation, x, kernel, preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+
+class ShardedProjection(Projection):
+    """The same product with a ``sharded_kernel``."""
+
+    def make_kernel(self) -> jax.Array:
+        width, config = math.prod(self.shape[: self._summed()]), self.config
+        shape = sharded_shape(math.prod(self.shape) // width, width, config.execution.cpu_shards)
+        init = nn.initializers.normal(config.init_std)
+        return self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
+
+    def multiplied(self, x: jax.Array) -> jax.Array:
+        summed = self._summed()
+        into = self.shape[summed:]
+        x = x.reshape(*x.shape[: x.ndim - summed], -1)
+        y = product_by_shards(x, self.kernel.astype(x.dtype), math.prod(into))
+        return y.reshape(*y.shape[:-1], *into)
+
+    def _summed(self) -> int:
+        """How many dimensions the product sums over; the kernel begins with them."""
+        operands, result = self.equation.split("->")
+        return len(set(operands.split(",")[1]) - set(result))
+
+
+class CpuAttention(Attention):
+    """More than ``attention_block`` queries attend in blocks."""
+
+    projection_type = CpuProjection
+
+    def attend(
+        self,
+        q_BxTxHxD: jax.Array,
+        key_values: KeyValues,
+        inputs: AttentionInputs,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        config, how = self.config, self.config.execution
+        _refuse_dropout(config, dropout_key)
+        if 0 < how.attention_block < q_BxTxHxD.shape[1] or how.accumulate_in_float32:
+            return attention_in_blocks(
+                config, q_BxTxHxD, *heads_first(key_values), inputs.mask_BxTxS, inputs.causal
+            )
+        return dot_product_attention(config, q_BxTxHxD, *key_values, inputs.mask_BxTxS)
+
+
+class ShardedAttention(Attention):
+    """Attention whose keys and values are kept heads first."""
+
+    projection_type = ShardedProjection
+
+    def attend(
+        self,
+        q_BxTxHxD: jax.Array,
+        key_values: KeyValues,
+        inputs: AttentionInputs,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        _refuse_dropout(self.config, dropout_key)
+        return attention_in_blocks(
+            self.config, q_BxTxHxD, *key_values, inputs.mask_BxTxS, inputs.causal
+        )
+
+
+class ShardedCrossAttention(ShardedAttention):
+    def key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
+        """Keys [B, K, D, S] (normed and rotated) and values [B, K, S, D] of a sequence."""
+        return heads_first(super().key_values(x_BxSxM, rope))
+
+
+class ShardedSelfAttention(ShardedAttention):
+    """Queries, keys and values come from one kernel, which holds them one after the other."""
+
+    def make_projections(self) -> None:
+        config = self.config
+        width = config.attention_width + 2 * config.kv_width
+        self.qkv = ShardedProjection(
+            config, "btm,mf->btf", (config.d_model, width), ("embed", "heads"), int(config.qkv_bias)
+        )
+
+    def projected(self, x_BxTxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config = self.config
+        cuts = (config.attention_width, config.attention_width + config.kv_width)
+        parts = jnp.split(self.qkv(x_BxTxM), cuts, axis=-1)
+        return tuple(x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts)
+
+    def written(self, cache: KeyValues, new: KeyValues, slots_BxT: jax.Array) -> KeyValues:
+        """The cache with new keys and values [B, T, K, D] in their slots."""
+        rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
+        keys, values = (x.astype(old.dtype) for x, old in zip(new, cache))
+        return (
+            cache[0].at[rows_Bx1, :, :, slots_BxT].set(keys),
+            cache[1].at[rows_Bx1, :, slots_BxT].set(values),
+        )
+
+    def __call__(
+        self,
+        x_BxTxM: jax.Array,
+        inputs: AttentionInputs,
+        *,
+        key_values: KeyValues | None = None,
+        cache: KeyValues | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """``Attention.__call__``, without keys and values made before."""
+        q, k, v = self.projected(x_BxTxM)
+        q, new = self._query(q, inputs.q_rope), (self._key(k, inputs.kv_rope), v)
+        if cache is not None and q.shape[1] == 1:
+            return self._step(q, new, cache, inputs)
+        if cache is None:
+            key_values = heads_first(new)
+        else:
+            cache = key_values = self.written(cache, new, inputs.slots_BxT)
+        return self.o(self.attend(q, key_values, inputs)), cache
+
+    def _step(
+        self, q_Bx1xHxD: jax.Array, new: KeyValues, cache: KeyValues, inputs: AttentionInputs
+    ) -> tuple[jax.Array, KeyValues]:
+        """One new token: it reads the cache as it was and itself, and is written afterwards.
+
+        XLA's CPU compiler writes in place only what is not read later; in the other order it
+        copied every layer's cache at every step. Adding ``0 * out`` creates the data dependency
+        that makes the write wait for the read.
+        """
+        k_Bx1xKxD, v_Bx1xKxD = (x.astype(old.dtype) for x, old in zip(new, cache))
+        places_S = jnp.arange(inputs.mask_BxTxS.shape[-1])
+        others_Bx1xS = inputs.mask_BxTxS & (places_S != inputs.slots_BxT[..., None])
+        out = _attend_block(self.config, q_Bx1xHxD, *cache, others_Bx1xS, (k_Bx1xKxD, v_Bx1xKxD))
+        wait = 0 * out[:, :, :1, :1]
+        cache = self.written(cache, (k_Bx1xKxD + wait, v_Bx1xKxD + wait), inputs.slots_BxT)
+        return self.o(out), cache
+
+
+def _refuse_dropout(config: ModelConfig, key: jax.Array | None) -> None:
+    if key is not None:
+        raise ConfigError(
+            f"ModelConfig.attention_dropout is {config.attention_dropout} in a model laid out for "
+            "inference on CPUs, which has no dropout on attention probabilities; expected "
+            "attention_block=0, or attention_dropout=0.0"
+        )
+
+
+class CpuMlp(Mlp):
+    projection_type = CpuProjection
+
+
+class ShardedMlp(Mlp):
+    projection_type = ShardedProjection
+
+
+class CpuBlock(Block):
+    self_attention_type = CpuAttention
+    cross_attention_type = CpuAttention
+    mlp_type = CpuMlp
+
+
+class ShardedBlock(Block):
+    self_attention_type = ShardedSelfAttention
+    cross_attention_type = ShardedCrossAttention
+    mlp_type = ShardedMlp
+
+
+class CpuStack(Stack):
+    block_type = CpuBlock
+
+
+class ShardedStack(Stack):
+    block_type = ShardedBlock
+
+
+class ShardedEmbedder(Embedder):
+    """The head is kept as [V, M], and multiplied by shards."""
+
+    def make_head(self) -> jax.Array:
+        shape = (self.config.vocab_size, self.config.d_model)
+        return self.table("head", shape, ("vocab", "embed"))
+
+    def scores(self, hidden: jax.Array, start: int, stop: int | None) -> jax.Array:
+        table = self.embedding if self.config.tie_embeddings else self.head
+        table, shards = table[start:stop].astype(hidden.dtype), self.config.execution.cpu_shards
+        # A single row reads the table at full speed without shards, because of its size.
+        if math.prod(hidden.shape[:-1]) > 1 and len(table) % shards == 0:
+            table_PxRxM = table.reshape(shards, -1, table.shape[1])
+            return product_by_shards(hidden, table_PxRxM, len(table), jnp.float32)
+        return jnp.einsum("...m,vm->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+class CpuEncoderDecoder(EncoderDecoder):
+    """Its encoder may compute in another dtype, of whose products the sums are float32."""
+
+    decoder_type = CpuStack
+
+    def make_encoder(self) -> Stack:
+        config, dtype = self.config, self.config.execution.encoder_dtype
+        if dtype:
+            config = config.replace(dtype=dtype, accumulate_in_float32=True)
+        return CpuStack(config, config.encoder_layers)
+
+    def embed_source(self, tokens_BxS: jax.Array) -> jax.Array:
+        dtype = self.config.execution.encoder_dtype or self.config.dtype
+        return super().embed_source(tokens_BxS).astype(dtype)
+
+    def encode(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """The encoder's normed output [B, S, M] in the decoder's dtype."""
+        return super().encode(*args, **kwargs).astype(self.config.dtype)
+
+
+class ShardedEncoderDecoder(CpuEncoderDecoder):
+    embedder_type = ShardedEmbedder
+    decoder_type = ShardedStack
+
+
+class CpuDecoderOnly(DecoderOnly):
+    decoder_type = CpuStack
+
+
+class ShardedDecoderOnly(DecoderOnly):
+    embedder_type = ShardedEmbedder
+    decoder_type = ShardedStack
+
+
+def cpu_model(config: ModelConfig) -> EncoderDecoder | DecoderOnly:
+    """The module of ``config`` in the layout that its ``execution`` names."""
+    if config.execution.cpu_shards:
+        kinds = ShardedEncoderDecoder, ShardedDecoderOnly
+    else:
+        kinds = CpuEncoderDecoder, CpuDecoderOnly
+    return kinds[0 if config.is_encoder_decoder else 1](config)
+
+
+def shard_for_cpu(
+    config: ModelConfig, params: dict[str, Any], shards: int
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """An unrolled model with its decoder's kernels and its head in shards.
+
+    Args:
+        config: the model, with ``scan_layers`` False.
+        params: its parameters, not in shards.
+        shards: as many as cores read in parallel.
+    """
+    config = config.replace(cpu_shards=shards)
+    embedder = dict(params["embedder"])
+    if not config.tie_embeddings:
+        embedder["head"] = embedder["head"].T
+    decoder = _with_sharded_kernels(shards, params["decoder"])
+    return config, params | {"embedder": embedder, "decoder": decoder}
+
+
+def _with_sharded_kernels(shards: int, params: dict[str, Any]) -> dict[str, Any]:
+    """A subtree with every ``kernel`` as ``sharded_kernel`` has it, those of self-attention's
+    queries, keys and values concatenated."""
+    result = {}
+    for name, value in params.items():
+        if name == "self_attention":
+            flat = [
+                {k: x.reshape(-1, x.shape[-2] * x.shape[-1]) for k, x in value[part].items()}
+                for part in "qkv"
+            ]
+            joined = {k: jnp.concatenate([one[k] for one in flat], axis=1) for k in flat[0]}
+            if "bias" in joined:
+                joined["bias"] = joined["bias"][0]
+            value = {k: v for k, v in value.items() if k not in ("q", "k", "v")}
+            value["qkv"] = joined
+        if isinstance(value, dict):
+            result[name] = _with_sharded_kernels(shards, value)
+            if "kernel" in value:
+                kernel = value["kernel"]
+                # Only attention's output sums over two dimensions, heads and head width.
+                width = kernel.shape[0] if name != "o" else kernel.shape[0] * kernel.shape[1]
+                result[name]["kernel"] = sharded_kernel(kernel.reshape(width, -1).T, shards)
+        else:
+            result[name] = value
+    return result

@@ -1,0 +1,98 @@
+"""How a model is run: choices of speed and memory that do not change the function it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from typing import Any, Literal, get_args, get_type_hints
+
+from encdec.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How a model is compiled and run; results are equal up to rounding under every choice.
+
+    The first group is chosen by whoever trains, by name among ``config.model_overrides``. The
+    second is chosen by ``encdec.inference.ready`` for the machine at hand and is never stored.
+
+    Raises:
+        ConfigError: a value of the wrong type, out of range, or in conflict with another field.
+    """
+
+    # Compile one layer and loop over stacked parameters, or compile every layer. The only choice
+    # that changes the tree of parameters (``scan_params`` and ``unroll_params`` convert it).
+    scan_layers: bool = True
+    # What the backward pass recomputes: nothing, cheap values, the MLP as well, or everything
+    remat: Literal["none", "dots", "attention", "full"] = "none"
+    # auto: splash on TPU, cuDNN on NVIDIA GPUs, else XLA
+    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    # One matrix product for queries, keys and values, and one for gate and up
+    fuse_projections: bool = False
+
+    # Chosen for inference on CPUs; see encdec/model/cpu_layout.py
+    attention_block: int = 0  # queries whose scores are held at once; 0: all of them
+    cpu_shards: int = 0  # shards of each decoder kernel that cores read in parallel; 0: as trained
+    encoder_dtype: Literal["", "bfloat16"] = ""  # of the encoder's computation; "": the model's
+    accumulate_in_float32: bool = False  # sums of bfloat16 products
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("attention_block", "cpu_shards"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"ExecutionConfig.{name} is {getattr(self, name)}; expected 0 (off) or a "
+                    "positive number"
+                )
+        if self.cpu_shards and self.scan_layers:
+            raise ConfigError(
+                f"ExecutionConfig.cpu_shards is {self.cpu_shards} with scan_layers=True; expected "
+                "0, or scan_layers=False: shard_for_cpu takes unrolled layers"
+            )
+        if self.attention_block and self.attention_kernel not in ("auto", "xla"):
+            raise ConfigError(
+                f"ExecutionConfig.attention_kernel is {self.attention_kernel!r} with "
+                f"attention_block={self.attention_block}; expected 'auto' or 'xla': blocks of "
+                "queries are computed by XLA"
+            )
+
+    @property
+    def for_cpu(self) -> bool:
+        """Whether the modules of ``encdec.model.cpu_layout`` run the model."""
+        return bool(self.attention_block or self.cpu_shards or self.encoder_dtype)
+
+
+EXECUTION_FIELDS = tuple(field.name for field in dataclasses.fields(ExecutionConfig))
+# Chosen by inference for a machine; refused in a run's configuration.
+INFERENCE_FIELDS = ("attention_block", "cpu_shards", "encoder_dtype", "accumulate_in_float32")
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    """The type hints of a config dataclass by field."""
+    return get_type_hints(kind)
+
+
+def check_types(config: Any) -> None:
+    """Raises ConfigError for a field whose value is not of its type; ints become floats, and
+    lists of numbers tuples, where a field is one."""
+    kind = type(config).__name__
+    for name, hint in field_types(type(config)).items():
+        value, choices = getattr(config, name), get_args(hint)
+        if choices:
+            if value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint_text = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(
+                    f"{kind}.{name} is {value!r}; expected one of "
+                    f"{', '.join(map(repr, choices))}{hint_text}"
+                )
+        elif hint is float and type(value) is int:
+            object.__setattr__(config, name, float(value))
+        elif hint is tuple and type(value) is list:  # as JSON gives it
+            object.__setattr__(config, name, tuple(map(float, value)))
+        elif type(value) is not hint:
+            raise ConfigError(
+                f"{kind}.{name} is {value!r} ({type(value).__name__}); expected {hint.__name__}"
+            )
