@@ -19,8 +19,8 @@ from torch import nn
 from encdec.export import equivalents, huggingface
 from encdec.export.shipped.configuration_encdec import EncdecConfig
 from encdec.export.shipped.modeling_encdec import EncdecForConditionalGeneration, EncdecStack
-from encdec.inference.decoding import cores
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_theirs
+from encdec.machine import available_cores
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
 from encdec.train.config import OptimizerConfig
@@ -134,7 +134,7 @@ class TorchStep:
         device: str = "cpu",
     ) -> None:
         if device == "cpu":
-            torch.set_num_threads(cores())
+            torch.set_num_threads(available_cores())
         self._module = module.to(device)
         self._optimizers = _optimizers(module, optimizer, device)
         self._clip = optimizer.clip_norm
