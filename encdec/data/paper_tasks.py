@@ -14,13 +14,12 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from encdec.data import metrics
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.data.readers import BadRows, Fault, check_fields, parse_row, read_lines, with_references
 from encdec.data.text_files import ENDINGS, BrokenStream, open_lines, plain_name
 from encdec.errors import DataError
+from encdec.metrics.text import UNANSWERABLE
 
-UNANSWERABLE = "unanswerable"
 # How files spell the three splits.
 SPLIT_NAMES = {
     "train": ("train",),
@@ -39,7 +38,8 @@ class PaperTask:
 
     `fields` are the row's own keys that `document` turns into a document. `splits` are the
     official ones with their examples (None: not fixed). `tfds` is its tensorflow-datasets name;
-    `pairs` names the two parallel files of a split, "{split}" standing for its name.
+    `pairs` names the two parallel files of a split, "{split}" standing for its name. `metrics` are
+    names of `encdec.metrics.registry`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class PaperTask:
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     pairs: tuple[str, str] | None = None
     squad_json: bool = False
-    metrics: tuple[metrics.Metric, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def origin(self, data_dir: str | None) -> dict[str, Any]:
         """Where the rows come from, for the card."""
@@ -220,7 +220,7 @@ _REFINE = _prompted(
     "Fix the bug in the following Java method.", [("Buggy", "buggy")], "Fixed", "fixed"
 )
 _ESSAY = [("Task", "task"), ("Essay", "essay")]
-_CODE = (metrics.bleu, metrics.exact_match, metrics.rouge_l)
+_CODE = ("bleu", "bleu_codexglue", "chrf", "exact_match", "rouge")
 
 PAPER_TASKS: dict[str, PaperTask] = {
     task.name: task
@@ -251,7 +251,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             {"train": 130_319, "validation": 11_873},
             tfds="squad/v2.0",
             squad_json=True,
-            metrics=(metrics.squad, metrics.rouge_l),
+            metrics=("squad_v2", "rouge"),
         ),
         PaperTask(
             "xsum",
@@ -265,7 +265,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             ),
             {"train": 204_045, "validation": 11_332, "test": 11_334},
             tfds="xsum",
-            metrics=(metrics.rouge_l,),
+            metrics=("rouge", "rouge_stemmed"),
         ),
         PaperTask(
             "dialogsum",
@@ -278,7 +278,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
                 "summary",
             ),
             {"train": 12_460, "validation": 500, "test": 1_500},
-            metrics=(metrics.rouge_l,),
+            metrics=("rouge", "rouge_stemmed"),
         ),
         PaperTask(
             "code_java2cs",
@@ -287,7 +287,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             _prompted("Translate the following Java method to C#.", [("Java", "java")], "C#", "cs"),
             {"train": 10_300, "validation": 500, "test": 1_000},
             pairs=("{split}.java-cs.txt.java", "{split}.java-cs.txt.cs"),
-            metrics=_CODE,
+            metrics=(*_CODE, "syntax_c_sharp"),
         ),
         PaperTask(
             "code_refine_small",
@@ -296,7 +296,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             _REFINE,
             {"train": 46_680, "validation": 5_835, "test": 5_835},
             pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
-            metrics=_CODE,
+            metrics=(*_CODE, "syntax_java"),
         ),
         PaperTask(
             "code_refine_medium",
@@ -305,7 +305,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             _REFINE,
             {"train": 52_364, "validation": 6_545, "test": 6_545},
             pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
-            metrics=_CODE,
+            metrics=(*_CODE, "syntax_java"),
         ),
         PaperTask(
             "ielts_band",
@@ -313,7 +313,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             ("task", "essay", "band"),
             _prompted("Give the IELTS band of the following essay.", _ESSAY, "Band", "band"),
             {"train": None, "validation": None},
-            metrics=(metrics.exact_match, metrics.band_error),
+            metrics=("bands", "exact_match"),
         ),
         PaperTask(
             "ielts_feedback",
@@ -323,7 +323,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
                 "Comment as an IELTS examiner on the following essay.", _ESSAY, "Comment", "comment"
             ),
             {"train": None, "validation": None},
-            metrics=(metrics.rouge_l,),
+            metrics=("rouge",),
         ),
     )
 }

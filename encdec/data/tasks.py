@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from encdec.data.metrics import Metric
 from encdec.data.mixing import MIXTURES
 from encdec.data.objectives import Objective
 from encdec.data.quiet import quiet_stderr
@@ -20,6 +19,7 @@ from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import DataError
+from encdec.metrics.registry import metric_named
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with quiet_stderr():
@@ -138,13 +138,14 @@ def postprocess(
     return text.strip()
 
 
-def seqio_metric(metric: Metric) -> Callable[..., dict[str, float]]:
+def seqio_metric(name: str) -> Callable[..., dict[str, float]]:
     """A metric as seqio calls it: (targets, predictions), by those names."""
+    metric = metric_named(name)
 
     def measured(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         return metric(targets, predictions)
 
-    measured.__name__ = metric.__name__
+    measured.__name__ = name
     return measured
 
 
@@ -170,7 +171,7 @@ def register(
         preprocessors=[objective_preprocessor(task.objective, vocabulary, seed)],
         output_features={"inputs": feature, "targets": feature},
         postprocess_fn=postprocess,
-        metric_fns=[seqio_metric(metric) for metric in task.metrics],
+        metric_fns=[seqio_metric(name) for name in task.metrics],
     )
 
 

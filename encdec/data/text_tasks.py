@@ -14,7 +14,6 @@ from typing import Any
 
 from encdec.data import readers
 from encdec.data.corpora import stdlib
-from encdec.data.metrics import Metric, rouge_l
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.errors import ConfigError, DataError
@@ -28,7 +27,8 @@ class TextTask:
     """Documents of some splits and the objective that makes examples of them.
 
     `origin` tells the card where the text came from. A task without `splits` takes any name.
-    `read` may give a pair more texts than the objective wants: further references for the metrics.
+    `read` may give a pair more texts than the objective wants: further references for the
+    `metrics`, which are names of `encdec.metrics.registry`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class TextTask:
     objective: Objective
     origin: Callable[[], dict[str, Any]]
     splits: tuple[str, ...] = ()
-    metrics: tuple[Metric, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def documents(self, split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         """Documents of a split in order; DataError where the split or a row is bad."""
@@ -127,7 +127,7 @@ EMBEDDED_TASKS: dict[str, TextTask] = {
         SequenceToSequence(),
         stdlib.origin,
         stdlib.SPLITS,
-        (rouge_l,),
+        ("exact_match", "rouge", "rouge_stemmed"),
     ),
     "stdlib_text": TextTask("stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS),
 }

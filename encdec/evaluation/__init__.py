@@ -1,1 +1,6 @@
-"""Evaluation: predictions of a checkpoint on tasks, scores with intervals, reports, the table."""
+"""Trained models on tasks with references: answers, scores with intervals, comparisons, a table."""
+
+# The metrics under the name by which scripts know them.
+from encdec.metrics import text as scores
+
+__all__ = ["scores"]

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from encdec.data.text_tasks import TEXT_TASKS
 from encdec.errors import DataError
 from encdec.evaluation.evaluation_report import check_distinct, read_report, shown
-from encdec.evaluation.intervals import TRIALS, Statistic, compare, randomisation_test
+from encdec.evaluation.examples import Example
 from encdec.evaluation.judge import kept_opinions
 from encdec.evaluation.likelihood import Likelihood, LikelihoodFiles, likelihood_scores
-from encdec.evaluation.predictions import Example, read_answers
-from encdec.evaluation.scores import Score, mean_score, score_task
+from encdec.evaluation.predictions import read_answers
+from encdec.metrics.intervals import TRIALS, Statistic, compare, randomisation_test
+from encdec.metrics.registry import DEFAULT, score_texts
+from encdec.metrics.score import Score, mean_score
 
 
 def compare_evaluations(
@@ -50,9 +53,7 @@ def compare_evaluations(
                 f"examples of {task}; evaluate both with the same data, --split and "
                 "--limit"
             )
-        scored = [
-            [{score.name: score for score in one} for one in side] for side in _scores(task, read)
-        ]
+        scored = [[{score.name: score for score in one} for one in side] for side in _scores(read)]
         for name in scored[0][0]:
             if all(name in one for side in scored for one in side):
                 rows.append(
@@ -89,6 +90,7 @@ class _Evaluation:
         likelihoods: of the references, by the example's index; without the skipped ones.
         opinions: of the judge, by the example's index.
         judge: who that was, as the report describes it; None where nobody was asked.
+        metrics: what it was scored with.
     """
 
     examples: tuple[Example, ...]
@@ -96,6 +98,7 @@ class _Evaluation:
     likelihoods: Mapping[int, Likelihood]
     opinions: Mapping[int, float]
     judge: Mapping[str, str] | None
+    metrics: tuple[str, ...]
 
 
 def _read(folder: pathlib.Path, task: str, report: Mapping[str, Any]) -> _Evaluation:
@@ -118,10 +121,16 @@ def _read(folder: pathlib.Path, task: str, report: Mapping[str, Any]) -> _Evalua
         {index: one for index, one in LikelihoodFiles(folder / task).read().items() if one.tokens},
         {index: one for index, one in enumerate(opinions) if one is not None},
         judge,
+        tuple(report["tasks"][task].get("metrics") or _metrics_of(task)),
     )
 
 
-def _scores(task: str, sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
+def _metrics_of(task: str) -> tuple[str, ...]:
+    """Of a task that a report of an earlier version does not say them of."""
+    return TEXT_TASKS[task].metrics if task in TEXT_TASKS else DEFAULT
+
+
+def _scores(sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
     """Each evaluation's scores, made again from what it left.
 
     Likelihoods and opinions are of the examples of which all evaluations have one; opinions only
@@ -135,7 +144,9 @@ def _scores(task: str, sides: Sequence[Sequence[_Evaluation]]) -> list[list[list
     one_judge = all(one.judge == everyone[0].judge for one in everyone)
 
     def scores(one: _Evaluation) -> list[Score]:
-        found = score_task(task, [example.references for example in one.examples], one.texts)
+        found = score_texts(
+            one.metrics, [example.references for example in one.examples], one.texts
+        )
         found += likelihood_scores([one.likelihoods[index] for index in shared[0]])
         if one_judge:
             found += mean_score("judge", [one.opinions[index] for index in shared[1]])

@@ -8,6 +8,7 @@ import pathlib
 
 from encdec.errors import ConfigError
 from encdec.inference.settings import check_numbers
+from encdec.modules import import_modules
 from encdec.storage import local_path
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
         if not name or not folders:
             raise ConfigError(f"--{flag}={getattr(options, flag)}; wanted NAME=DIR,DIR")
         sides[flag] = name, folders.split(",")
+    import_modules(options.module)
     from encdec.evaluation.compare import compare_evaluations, compare_markdown
 
     (first, firsts), (second, seconds) = sides.values()
@@ -63,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         default=1000,
         metavar="N",
         help="of the bootstrap (default %(default)s)",
+    )
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Python module that registers metrics of yours; may be repeated",
     )
     parser.add_argument(
         "--out", type=local_path, metavar="DIR", help="receives comparison.md and .json"

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import itertools
-import os
-import pathlib
-import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
-from encdec.errors import ConfigError, DataError
-from encdec.inference.progress import Progress
-from encdec.inference.settings import GenerationSettings, check_numbers
+from encdec.errors import ConfigError
+from encdec.evaluation.settings import EvaluationSettings
+from encdec.inference.settings import GenerationSettings
+from encdec.metrics.registry import METRICS
+from encdec.modules import import_modules
 from encdec.storage import local_path
-
-if TYPE_CHECKING:
-    from encdec.evaluation.judge import Judge
-    from encdec.evaluation.likelihood import Likelihood
-    from encdec.evaluation.predictions import Example, Prediction, Sources
-
-NAMED = 10  # examples that a line on standard error lists
 
 
 def main(argv: list[str]) -> int:
@@ -42,181 +29,61 @@ def main(argv: list[str]) -> int:
 
         return compare(argv[1:])
     options = _parser().parse_args(argv)
-    settings = GenerationSettings(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        beams=options.beams,
-        length_penalty=options.length_penalty,
-        seed=options.seed,
-    )
-    shard, shards = _shard(options.shard)
-    # An input is one token at least, and its EOS.
-    check_numbers(options, limit=1, batch_rows=1, max_input_tokens=2, resamples=1)
-    _check_judge(options)
+    import_modules(options.module)
+    settings = _settings(options)
     # Imported late: a mistake in the command line is answered at once.
-    tasks = {name: _examples(name, options) for name in options.tasks.split(",")}
-    from encdec.evaluation.evaluation_report import write_report
-    from encdec.evaluation.likelihood import LikelihoodFiles, measure
-    from encdec.evaluation.loading import load_models
-    from encdec.evaluation.predictions import (
-        PredictionFiles,
-        check_sources,
-        check_vocabulary,
-        open_windows,
-        predict,
-    )
+    from encdec.evaluation.examples import load_examples
 
-    generator, references, model = load_models(options)
-    sources = {
-        name: check_sources(generator.prompts, examples, options.too_long)
-        for name, examples in tasks.items()
-    }
-    lost = {
-        name: check_vocabulary(generator.prompts.vocabulary, examples, name)
-        for name, examples in tasks.items()
-    }
-    out, judge = pathlib.Path(options.out), _judge(options)
-    files = {
-        name: (
-            PredictionFiles(out / name, _identity(options, model, settings, examples), examples),
-            LikelihoodFiles(out / name),
-        )
-        for name, examples in tasks.items()
-    }
-    how = {"too_long": options.too_long, "shard": shard, "shards": shards}
-    for name, examples in tasks.items():
-        answers, likelihoods = files[name]
-        done = set(answers.read())
-        _introduce(name, examples, len(done), sources[name], options)
-        open_examples = sum(map(len, open_windows(len(examples), done, shard, shards)))
-        with Progress(name, open_examples) as progress:
-            predict(generator, answers, examples, settings, on_batch=progress, **how)
-        if references:
-            windows = open_windows(len(examples), set(likelihoods.read()), shard, shards)
-            with Progress(f"{name}, references", sum(map(len, windows))) as progress:
-                measure(references, likelihoods, examples, on_batch=progress, **how)
-    # Only now: processes may finish the tasks in any order, and the last one sees them all.
-    found = {
-        name: (answers.read(), likelihoods.read() if references else None)
-        for name, (answers, likelihoods) in files.items()
-    }
-    if not _is_complete(tasks, found):
-        return 0
-    reports = {
-        name: _task_report(name, examples, *found[name], judge, options.resamples)
-        | {"sources_empty": len(sources[name].empty), "references_not_writable": lost[name]}
-        for name, examples in tasks.items()
-    }
-    write_report(
-        out,
-        {
-            "model": model,
-            "decoding": _decoding(settings, options),
-            "tasks": reports,
-            "resamples": options.resamples,
-            "judge": judge and judge.describe(),
-        },
-    )
-    print((out / "report.md").read_text())
+    tasks = load_examples(settings)
+    from encdec.evaluation.evaluate import evaluate
+    from encdec.evaluation.evaluation_report import markdown
+
+    report = evaluate(settings, tasks)
+    if report:
+        print(markdown(report))
     return 0
 
 
-def _introduce(
-    name: str, examples: Sequence[Example], done: int, sources: Sources, options: argparse.Namespace
-) -> None:
-    """Says what is to be done of a task, and which sources cannot be read as they are."""
-    print(
-        f"{name}: {len(examples):,} examples, {done:,} answered already, "
-        f"{len(sources.long):,} sources too long ({options.too_long})",
-        file=sys.stderr,
+def _settings(options: argparse.Namespace) -> EvaluationSettings:
+    if not options.tasks and not options.jsonl:
+        raise ConfigError("nothing to evaluate on; give --tasks=A,B or --jsonl=FILE")
+    shard, shards = _shard(options.shard)
+    return EvaluationSettings(
+        checkpoint=options.checkpoint,
+        out=options.out,
+        tasks=_names(options.tasks),
+        data_dir=options.data_dir,
+        split=options.split,
+        jsonl=tuple(options.jsonl),
+        source_field=options.source_field,
+        target_field=options.target_field,
+        metrics=_names(options.metrics),
+        limit=options.limit,
+        step=options.step,
+        too_long=options.too_long,
+        max_input_tokens=options.max_input_tokens,
+        generation=GenerationSettings(
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            beams=options.beams,
+            length_penalty=options.length_penalty,
+            seed=options.seed,
+        ),
+        batch_rows=options.batch_rows,
+        shard=shard,
+        shards=shards,
+        shuffle_sources=options.shuffle_sources,
+        likelihood=not options.no_likelihood,
+        resamples=options.resamples,
+        judge_endpoint=options.judge_endpoint or "",
+        judge_model=options.judge_model or "",
     )
-    if sources.empty:
-        more = ", ..." if len(sources.empty) > NAMED else ""
-        print(
-            f"{name}: the sources of {len(sources.empty):,} examples are empty and skipped, with "
-            f"an empty answer: {', '.join(map(str, sources.empty[:NAMED]))}{more}",
-            file=sys.stderr,
-        )
 
 
-def _is_complete(
-    tasks: Mapping[str, Sequence[Example]],
-    found: Mapping[str, tuple[Mapping[int, Any], Mapping[int, Any] | None]],
-) -> bool:
-    """Whether nothing is missing of any task; says what is."""
-    complete = True
-    for name, examples in tasks.items():
-        have = min(len(part) for part in found[name] if part is not None)
-        if have < len(examples):
-            complete = False
-            print(
-                f"{name}: {have:,} of {len(examples):,} done; the call that finds all "
-                "of them writes the report",
-                file=sys.stderr,
-            )
-    return complete
-
-
-def _task_report(
-    name: str,
-    examples: Sequence[Example],
-    found: Mapping[int, Prediction],
-    given: Mapping[int, Likelihood] | None,
-    judge: Judge | None,
-    resamples: int,
-) -> dict[str, Any]:
-    """All of one task's scores, the judge's and the likelihood's too where they were asked for."""
-    from encdec.evaluation.evaluation_report import task_report
-    from encdec.evaluation.likelihood import likelihood_scores
-    from encdec.evaluation.scores import mean_score, not_measured, score_task
-
-    texts = [found[index].text for index in range(len(examples))]
-    scores = score_task(name, [example.references for example in examples], texts)
-    if given is not None:
-        scores += likelihood_scores([given[index] for index in range(len(examples))])
-    missing = None
-    if judge:
-        opinions = [one for one in judge.opinions(examples, texts) if one is not None]
-        scores += mean_score("judge", opinions)
-        missing = len(texts) - len(opinions)
-    report = task_report(scores, examples, found, resamples)
-    return report | {"judge_missing": missing, "not_measured": not_measured(name)}
-
-
-def _check_judge(options: argparse.Namespace) -> None:
-    if bool(options.judge_endpoint) and not options.judge_model:
-        raise ConfigError(
-            f"--judge_endpoint is {options.judge_endpoint!r} and --judge_model "
-            "empty; wanted the name of a model that the endpoint knows"
-        )
-    if options.judge_model and not options.judge_endpoint:
-        if not pathlib.Path(options.judge_model, "config.json").is_file():
-            raise ConfigError(
-                f"--judge_model is {options.judge_model!r}, which holds no config.json; wanted a "
-                "Hugging Face model's directory, or --judge_endpoint=URL beside a name"
-            )
-
-
-def _judge(options: argparse.Namespace) -> Judge | None:
-    from encdec.evaluation.judge import CACHE, Judge, endpoint, local_model
-
-    if not options.judge_model:
-        return None
-    cache = pathlib.Path(options.out) / CACHE
-    if options.judge_endpoint:
-        return Judge(
-            options.judge_endpoint,
-            options.judge_model,
-            cache,
-            endpoint(
-                options.judge_endpoint, options.judge_model, os.environ.get("OPENAI_API_KEY", "")
-            ),
-        )
-    return Judge(
-        "local", options.judge_model, cache, local_model(options.judge_model), attempts=1, workers=1
-    )
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -242,11 +109,52 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N|best",
         help="checkpoint (default: the last; best: of least held-out loss)",
     )
-    parser.add_argument(
-        "--tasks", required=True, metavar="A,B", help="names, see `encdec data list`"
-    )
+    parser.add_argument("--tasks", default="", metavar="A,B", help="names, see `encdec data list`")
     parser.add_argument("--data_dir", type=local_path, metavar="DIR", help="holds the tasks' files")
     parser.add_argument("--split", default="validation", help="default %(default)s")
+    parser.add_argument(
+        "--jsonl",
+        type=local_path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="your own examples, one JSON object a line; may be repeated, each a task called "
+        "like the file",
+    )
+    parser.add_argument(
+        "--source_field", default="source", metavar="NAME", help="of --jsonl (default %(default)s)"
+    )
+    parser.add_argument(
+        "--target_field",
+        default="target",
+        metavar="NAME",
+        help="of --jsonl (default %(default)s); further references are a list in targets",
+    )
+    parser.add_argument(
+        "--metrics",
+        default="",
+        metavar="A,B",
+        help="instead of the tasks' own, and for files (default exact_match,rouge): "
+        + ", ".join(METRICS)
+        + ", or one of their scores, such as rougeL_stemmed",
+    )
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Python module to import first, which registers metrics of yours "
+        "(docs/evaluation.md); may be repeated",
+    )
+    parser.add_argument(
+        "--shuffle_sources",
+        nargs="?",
+        const=0,
+        type=int,
+        metavar="SEED",
+        help="answer a second time with the sources permuted among the examples, and report "
+        "these scores next to the plain ones (seed 0 unless given)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N examples only")
     parser.add_argument(
         "--out",
@@ -323,47 +231,3 @@ def _shard(text: str) -> tuple[int, int]:
     if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
         raise ConfigError(f"--shard is {text!r}; wanted I/N with I from 0 to N - 1")
     return int(shard), int(shards)
-
-
-def _examples(name: str, options: argparse.Namespace) -> list[Example]:
-    from encdec.data.readers import BadRows
-    from encdec.data.text_tasks import text_task
-    from encdec.evaluation.predictions import Example
-
-    found = text_task(name, options.data_dir).examples(options.split, BadRows())
-    examples = [Example(*one) for one in itertools.islice(found, options.limit)]
-    if not examples:
-        raise DataError(f"the {options.split} split of {name} is empty; give another --split")
-    return examples
-
-
-def _identity(
-    options: argparse.Namespace,
-    model: dict[str, Any],
-    settings: GenerationSettings,
-    examples: Sequence[Example],
-) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.source, example.references)).encode())
-    return {
-        "run": model["run"],
-        "step": model["step"],
-        "too_long": options.too_long,
-        "max_input_tokens": model["max_input_tokens"],
-        "examples": digest.hexdigest(),
-        **dataclasses.asdict(settings),
-        "stop": list(settings.stop),
-    }
-
-
-def _decoding(settings: GenerationSettings, options: argparse.Namespace) -> dict[str, Any]:
-    kind = "beam" if settings.beams > 1 else "sampled" if settings.temperature else "greedy"
-    return {
-        "kind": kind,
-        **dataclasses.asdict(settings),
-        "stop": list(settings.stop),
-        "too_long": options.too_long,
-        "split": options.split,
-        "limit": options.limit,
-    }

@@ -13,7 +13,9 @@ from typing import Any
 from encdec.data.appended import write_whole
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, Prediction
-from encdec.evaluation.scores import Score
+from encdec.metrics.intervals import Interval, compare
+from encdec.metrics.registry import metric_named
+from encdec.metrics.score import Score
 
 REPORT_FILE = "report.json"
 
@@ -36,14 +38,35 @@ def task_report(
         "scores": {},
     }
     for score in scores:
-        interval = score.interval(resamples)
-        report["scores"][score.name] = {
-            "value": _plain(interval.value),
-            "low": _plain(interval.low),
-            "high": _plain(interval.high),
+        report["scores"][score.name] = _bounds(score.interval(resamples)) | {
+            "examples": score.count
+        }
+    report["remarks"] = sorted({score.remark for score in scores if score.remark})
+    return report
+
+
+def shuffled_report(
+    plain: Sequence[Score], shuffled: Sequence[Score], resamples: int
+) -> dict[str, Any]:
+    """Of each score that with shuffled sources, and what shuffling changes, paired by example.
+
+    No difference where skipped sources leave other numbers of examples.
+    """
+    before, report = {score.name: score for score in plain}, {}
+    for score in shuffled:
+        first = before[score.name]
+        difference = Interval(math.nan, math.nan)
+        if first.count == score.count:
+            difference = compare(first.statistic, score.statistic, score.count, resamples=resamples)
+        report[score.name] = _bounds(score.interval(resamples)) | {
             "examples": score.count,
+            "difference": _bounds(difference),
         }
     return report
+
+
+def _bounds(interval: Interval) -> dict[str, float | None]:
+    return {name: _plain(getattr(interval, name)) for name in ("value", "low", "high")}
 
 
 def _plain(value: float) -> float | None:
@@ -146,6 +169,13 @@ def markdown(report: Mapping[str, Any]) -> str:
         for task, part in report["tasks"].items()
         for one in part.get("not_measured", ())
     ]
+    lines += [
+        f"\nOn {task}: {one}." for task, part in report["tasks"].items() for one in part["remarks"]
+    ]
+    lines += _shuffled_table(report["tasks"])
+    lines += ["", "How the scores are computed:", ""]
+    names = dict.fromkeys(name for part in report["tasks"].values() for name in part["metrics"])
+    lines += [f"- {name}: {metric_named(name).convention}" for name in names]
     judge = report["judge"]
     lines += [
         "",
@@ -156,6 +186,39 @@ def markdown(report: Mapping[str, Any]) -> str:
         + ", ".join(f"{task} {part['judge_missing']:,}" for task, part in report["tasks"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
+    """Scores with each example's source taken from another; nothing where none was asked for."""
+    passes = {
+        task: part["shuffled_sources"] for task, part in tasks.items() if "shuffled_sources" in part
+    }
+    if not passes:
+        return []
+    lines = [
+        "",
+        "The same references, each with the source of another example: a model that reads its "
+        "source loses most of its score, and one that does not keeps it. Differences are paired "
+        "by example.",
+        "",
+        "| task | score | own | shuffled | 95 % interval | difference | 95 % interval |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for task, part in passes.items():
+        for name, score in part["scores"].items():
+            own, other = tasks[task]["scores"][name], score["difference"]
+            lines.append(
+                f"| {task} | {name} | {shown(own['value'])} | {shown(score['value'])} | "
+                f"{shown(score['low'])} to {shown(score['high'])} | {shown(other['value'])} | "
+                f"{shown(other['low'])} to {shown(other['high'])} |"
+            )
+    lines += [
+        f"\nOf {task} {part['sources_kept']:,} examples kept a source of the same text, since more "
+        "than half of them have it."
+        for task, part in passes.items()
+        if part["sources_kept"]
+    ]
+    return lines
 
 
 def shown(value: float | None) -> str:

@@ -23,9 +23,9 @@ from encdec.data.features import decoder_only_features, encoder_decoder_features
 from encdec.data.records import encode_row
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
-from encdec.evaluation.scores import Score, ratio_score
 from encdec.inference.generator import bucket
 from encdec.inference.text import PromptFormat
+from encdec.metrics.score import Score, bits_per_byte, ratio_score
 from encdec.model import ModelConfig, build_model
 from encdec.train.losses import loss_positions
 
@@ -270,6 +270,10 @@ def likelihood_scores(found: Sequence[Likelihood]) -> list[Score]:
 
     return [
         dataclasses.replace(mean_nats, of_sums=lambda sums: np.exp(mean_nats.of_sums(sums))),
-        *ratio_score("bits_per_byte", nats, [one.text_bytes for one in kept], 1 / math.log(2)),
+        Score(
+            "bits_per_byte",
+            np.array([(one.nats, one.text_bytes) for one in kept], np.float64),
+            lambda sums: bits_per_byte(*sums.T),
+        ),
         Score("calibration_error", bins_ExK, calibration),
     ]

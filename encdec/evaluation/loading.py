@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from typing import Any
 
@@ -21,24 +20,40 @@ from encdec.train.workdir import read_config
 
 
 def load_models(
-    options: argparse.Namespace,
+    checkpoint: str,
+    *,
+    step: str | None = None,
+    max_input_tokens: int | None = None,
+    batch_rows: int = 16,
+    likelihood: bool = True,
 ) -> tuple[Generator, LikelihoodModel | None, dict[str, Any]]:
-    """What answers and what reads references, on all devices of this process; about the model."""
-    prompts, max_tokens = read_prompt_format(
-        options.checkpoint, max_input_tokens=options.max_input_tokens
-    )
-    content = read_config(options.checkpoint)
+    """What answers and what reads references, on all devices of this process; about the model.
+
+    Args:
+        checkpoint: a work directory, or an export, which reads no references.
+        step: a number or "best"; None: the last.
+        max_input_tokens: longest source; None: the longest in training.
+        batch_rows: texts at a time.
+        likelihood: whether references are to be read.
+    """
+    content = read_config(checkpoint)
     if "export" in content:
-        return _load_export(options, content)
-    config, params, step = load_params_for_inference(
-        options.checkpoint, chosen_step(options.checkpoint, options.step)
-    )
+        if step is not None:
+            raise ConfigError(
+                f"{checkpoint} is an export, which has no checkpoints; leave --step out"
+            )
+        generator = load_exported_generator(
+            checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows
+        )
+        return generator, None, _about_export(checkpoint, content, generator)
+    prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
+    config, params, read_step = load_params_for_inference(checkpoint, chosen_step(checkpoint, step))
     # An imported model has no run of ours behind it.
     run = content.get("run") or {"model": content["imported"]["name"], "seed": 0}
-    behind = lineage(options.checkpoint, step)
+    behind = lineage(checkpoint, read_step)
     model = {
-        "checkpoint": str(options.checkpoint),
-        "step": step,
+        "checkpoint": str(checkpoint),
+        "step": read_step,
         "name": run["model"],
         "architecture": config.architecture,
         "encoder_layers": config.encoder_layers,
@@ -55,52 +70,34 @@ def load_models(
         params,
         prompts,
         max_tokens=max_tokens,
-        batch_rows=options.batch_rows,
+        batch_rows=batch_rows,
         devices=jax.local_devices(),
     )
-    references = (
-        None
-        if options.no_likelihood
-        else LikelihoodModel(
-            config, params, prompts, batch_rows=options.batch_rows, devices=jax.local_devices()
+    reader = None
+    if likelihood:
+        reader = LikelihoodModel(
+            config, params, prompts, batch_rows=batch_rows, devices=jax.local_devices()
         )
-    )
-    return generator, references, model
+    return generator, reader, model
 
 
-def _load_export(
-    options: argparse.Namespace, content: dict[str, Any]
-) -> tuple[Generator, None, dict[str, Any]]:
-    """The same of a directory that ``encdec export`` wrote, which reads no references.
-
-    Its training is not known to it.
-    """
-    if options.step is not None:
-        raise ConfigError(
-            f"{options.checkpoint} is an export, which has no checkpoints; leave --step out"
-        )
-    generator = load_exported_generator(
-        options.checkpoint, max_input_tokens=options.max_input_tokens, batch_rows=options.batch_rows
-    )
+def _about_export(checkpoint: str, content: dict[str, Any], generator: Generator) -> dict[str, Any]:
+    """The same of a directory that ``encdec export`` wrote; its training is not known to it."""
     config, export = generator.config, content["export"]
-    return (
-        generator,
-        None,
-        {
-            "checkpoint": str(options.checkpoint),
-            "step": 0,
-            "name": f"{export['format']} {export['precision']}",
-            "architecture": config.architecture,
-            "encoder_layers": config.encoder_layers,
-            "decoder_layers": config.decoder_layers,
-            "parameters": count_parameters(config).total,
-            "training_flops": None,
-            "seed": 0,
-            "seeds": None,
-            "max_input_tokens": generator.prompts.max_input_tokens,
-            "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
-        },
-    )
+    return {
+        "checkpoint": str(checkpoint),
+        "step": 0,
+        "name": f"{export['format']} {export['precision']}",
+        "architecture": config.architecture,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "parameters": count_parameters(config).total,
+        "training_flops": None,
+        "seed": 0,
+        "seeds": None,
+        "max_input_tokens": generator.prompts.max_input_tokens,
+        "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
+    }
 
 
 def chosen_step(workdir: str, step: str | None) -> int | None:

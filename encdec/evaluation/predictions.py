@@ -15,24 +15,17 @@ from typing import Any, Literal
 from encdec.data.appended import append_rows, whole_lines, write_whole
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.evaluation.examples import Example
+from encdec.evaluation.settings import TooLong
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 
-TooLong = Literal["refuse", "cut", "skip"]
 # Whatever the batch, so that the same windows are found again and drawing does not change.
 WINDOW = 128
 SETTINGS_FILE = "settings.json"
 
 OnBatch = Callable[[int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A source and all its references."""
-
-    source: str
-    references: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +132,12 @@ def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, P
                     "the file, or give another --out"
                 ) from None
             yield f"{path}:{number}", *made
+
+
+def read_texts(directory: pathlib.Path) -> list[str]:
+    """A task's answers in the order of its examples."""
+    answers = {index: prediction.text for _, index, _, prediction in read_answers(directory)}
+    return [answers[index] for index in sorted(answers)]
 
 
 def open_windows(count: int, done: set[int], shard: int, shards: int) -> list[range]:

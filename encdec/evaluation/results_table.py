@@ -7,10 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
-from encdec.evaluation.intervals import Interval
+from encdec.metrics.intervals import Interval, t_interval
 
 # The paper's columns: (task, our score, heading).
 COLUMNS = (
@@ -91,11 +88,8 @@ def cell(reports: Sequence[Mapping[str, Any]], task: str, score: str) -> Cell | 
     if len(held) == 1:
         found = held[0][1]
         bound = lambda value: math.nan if value is None else value
-        return Cell(Interval(found["value"], bound(found["low"]), bound(found["high"])), seeds)
-    values = np.array([found["value"] for _, found in held])
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    mean = float(values.mean())
-    return Cell(Interval(mean, mean - half, mean + half), seeds)
+        return Cell(Interval(bound(found["low"]), bound(found["high"]), found["value"]), seeds)
+    return Cell(t_interval([found["value"] for _, found in held]), seeds)
 
 
 def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

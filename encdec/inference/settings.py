@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -116,8 +115,8 @@ class GenerationSettings:
                 )
 
 
-def check_numbers(options: argparse.Namespace, **least: int) -> None:
-    """Raises ConfigError for a number of the command line below its least; None is no number."""
+def check_numbers(options: object, **least: int) -> None:
+    """Raises ConfigError for a number among the attributes below its least; None is no number."""
     for name, wanted in least.items():
         value = getattr(options, name)
         if value is not None and value < wanted:

@@ -16,11 +16,12 @@ import jax
 
 from encdec.data.records import write_json
 from encdec.distill.scoring import score
-from encdec.evaluation.evaluate_command import main as evaluate
+from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.loading import chosen_step
 from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.results_table import table, table_markdown
+from encdec.evaluation.settings import EvaluationSettings
 from encdec.paper.corpora import Corpora, Say
 from encdec.paper.setting import TEACHER, Column, Setting, run_config, slug, table_rows
 from encdec.train.config import RunConfig
@@ -166,15 +167,15 @@ class Experiment:
         if (out / REPORT_FILE).is_file():
             return
         evaluate(
-            [
-                f"--checkpoint={folder}",
-                "--step=best",
-                f"--tasks={','.join(column.tasks)}",
-                f"--data_dir={self._corpora.tasks_dir}",
-                f"--out={out}",
-                f"--batch_rows={WINDOW}",
-                f"--too_long={column.too_long}",
-            ]
+            EvaluationSettings(
+                checkpoint=str(folder),
+                step="best",
+                tasks=column.tasks,
+                data_dir=str(self._corpora.tasks_dir),
+                out=str(out),
+                batch_rows=WINDOW,
+                too_long=column.too_long,
+            )
         )
         jax.clear_caches()
         self.write_table()

@@ -10,7 +10,7 @@ import pathlib
 import platform
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from encdec.benchmarks.generation import time_generation
-from encdec.data.corpora.stdlib import stdlib_examples, stdlib_text
+from encdec.data.corpora.stdlib import stdlib_text
 from encdec.data.prepare import prepare
 from encdec.data.prepare_command import ProgressLine
 from encdec.data.records import DatasetCard, read_card
@@ -27,7 +27,10 @@ from encdec.data.vocab_command import train_vocabulary
 from encdec.distill.score_command import ScoringProgress
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
-from encdec.inference.generator import Generator, load_generator
+from encdec.evaluation.evaluate import evaluate
+from encdec.evaluation.examples import Example, Examples, of_task
+from encdec.evaluation.predictions import read_texts
+from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.model import ModelConfig, preset
 from encdec.model.flops import cache_bytes, count_parameters, training_flops, weight_bytes
@@ -41,6 +44,7 @@ from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 
 TASK = "stdlib_code_summarization"
+METRIC = "rougeL_stemmed"  # as published summarization has it
 # Row lengths, tokens. Attention between the packed functions of a row is masked but computed, so
 # rows are as short as the longest functions allow: about one in seven is shortened.
 INPUTS, TARGETS = 256, 48
@@ -101,11 +105,12 @@ def main(argv: list[str]) -> int:
     runs["distilled"] = distilled_run(runs["encoder_decoder"], workdir)
     train_seconds["distilled"] = train_one(workdir / "distilled", runs["distilled"])
     _say(4, "Quality: loss and Rouge-L on held-out functions")
-    held_out = stdlib_examples("test")[: arguments.max_examples]
-    summaries = {name: summarise(load_generator(str(workdir / name)), held_out) for name in runs}
+    held_out = of_task(TASK, None, "test", (METRIC,), arguments.max_examples)
+    summaries = {name: summarise(workdir / name, held_out) for name in runs}
     _say(5, "Speed: first token and whole answers, by input length")
     timings = time_models({name: workdir / name for name in ("encoder_decoder", "decoder_only")})
-    samples = pick_samples(held_out)
+    examples = held_out.examples
+    samples = pick_samples(examples)
     models = [
         model_report(
             name,
@@ -113,8 +118,7 @@ def main(argv: list[str]) -> int:
             runs[name],
             cards,
             train_seconds[name],
-            held_out,
-            summaries[name],
+            *summaries[name],
             timings.get(name),
             samples,
         )
@@ -125,7 +129,7 @@ def main(argv: list[str]) -> int:
         models,
         describe_data(cards, workdir / "encoder_decoder"),
         describe_teacher(teacher, seconds),
-        [(held_out[i]["source"], held_out[i]["target"]) for i in samples],
+        [(examples[i].source, examples[i].references[0]) for i in samples],
         f"{os.cpu_count()} x {cpu_name()}, jax {jax.__version__}",
         datetime.date.today().isoformat(),
         command,
@@ -248,14 +252,23 @@ def train_one(workdir: pathlib.Path, run: RunConfig) -> float:
     return sum(seconds) / len(seconds) * run.steps
 
 
-def summarise(generator: Generator, examples: list[dict[str, Any]]) -> list[str]:
-    """Greedy summaries of held-out functions, shortened to the row's length as in training."""
-    answers = generator.generate(
-        [example["source"] for example in examples],
-        GenerationSettings(max_tokens=NEW_TOKENS),
-        truncate=True,
+def summarise(workdir: pathlib.Path, held_out: Examples) -> tuple[float, list[str]]:
+    """Rouge-L (stemmed) of greedy summaries of held-out functions, and the summaries.
+
+    Functions are shortened to the row's length as in training.
+    """
+    out = workdir / "evaluation"
+    report = evaluate(
+        EvaluationSettings(
+            checkpoint=str(workdir),
+            out=str(out),
+            generation=GenerationSettings(max_tokens=NEW_TOKENS),
+            likelihood=False,
+        ),
+        [held_out],
     )
-    return [answer[0].text for answer in answers]
+    score = report["tasks"][TASK]["scores"][METRIC]["value"]
+    return score, read_texts(out / TASK)
 
 
 def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, list[Timing]]]:
@@ -280,25 +293,13 @@ def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, lis
     return result
 
 
-def rouge_l(predictions: list[str], examples: list[dict[str, Any]]) -> float:
-    """Mean Rouge-L F-measure times 100 (the rouge-score package, with stemming)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [
-        scorer.score_multi(example["targets"], text)["rougeL"].fmeasure
-        for text, example in zip(predictions, examples, strict=True)
-    ]
-    return 100 * sum(scores) / len(scores)
-
-
 def model_report(
     name: str,
     workdir: pathlib.Path,
     run: RunConfig,
     cards: Mapping[str, DatasetCard],
     train_seconds: float,
-    examples: list[dict[str, Any]],
+    rouge_l: float,
     summaries: list[str],
     timings: dict[str, list[Timing]] | None,
     samples: list[int],
@@ -320,7 +321,7 @@ def model_report(
         curve=[(m["step"] * step_flops, m["eval/loss"]) for m in evaluations],
         loss=evaluations[-1]["eval/loss"],
         bits_per_byte=evaluations[-1]["eval/bits_per_byte"],
-        rouge_l=rouge_l(summaries, examples),
+        rouge_l=rouge_l,
         timings=timings["cached"],
         uncached=timings["uncached"],
         memory_bytes=weight_bytes(config) + cache_bytes(config, TIMED_INPUTS[-1], NEW_TOKENS),
@@ -356,9 +357,9 @@ def describe_teacher(card: TeacherCard, seconds: float) -> dict[str, Any]:
     }
 
 
-def pick_samples(examples: list[dict[str, Any]], count: int = 3) -> list[int]:
+def pick_samples(examples: Sequence[Example], count: int = 3) -> list[int]:
     """Short functions, evenly spread over the held-out modules: they are read on a terminal."""
-    short = [i for i, example in enumerate(examples) if example["source"].count("\n") <= 12]
+    short = [i for i, example in enumerate(examples) if example.source.count("\n") <= 12]
     return [short[(2 * k + 1) * len(short) // (2 * count)] for k in range(count)]
 
 

@@ -48,7 +48,7 @@ class ModelReport:
         curve: (training FLOPs, held-out loss per target token) at every evaluation.
         loss: nats per held-out target token.
         bits_per_byte: of held-out target text.
-        rouge_l: mean F-measure over held-out functions, 0 to 100.
+        rouge_l: Rouge-L with stemming (``rougeL_stemmed``) over held-out functions, 0 to 100.
         timings: cached generation by input length; none of a model whose twin was timed.
         uncached: the same with the whole sequence read again for every token.
         memory_bytes: weights and cache while generating from the longest input.
@@ -105,7 +105,7 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
         ),
         ("held-out loss, nats a target token", *(f"{m.loss:.4f}" for m in models)),
         ("held-out bits a byte", *(f"{m.bits_per_byte:.4f}" for m in models)),
-        ("Rouge-L on held-out functions", *(f"{m.rouge_l:.2f}" for m in models)),
+        ("Rouge-L (stemmed) on held-out functions", *(f"{m.rouge_l:.2f}" for m in models)),
         (
             f"first token, {at_inputs} tokens in",
             *shown(lambda t: f"{1e3 * t.first_token_seconds:.1f} ms"),
@@ -127,7 +127,7 @@ def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
 
     return [
         against("held-out loss", ours.loss, peer.loss, True),
-        against("Rouge-L", ours.rouge_l, max(peer.rouge_l, 1e-9), False),
+        against("Rouge-L (stemmed)", ours.rouge_l, max(peer.rouge_l, 1e-9), False),
         against(
             "first-token latency", times[0].first_token_seconds, times[1].first_token_seconds, True
         ),

@@ -8,16 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.metrics.intervals import Interval
 from encdec.scaling.distillation import DistillationLaw, fit_distillation
 from encdec.scaling.fit import Form, Law, Observations, fit_law, residuals
 from encdec.scaling.frontier import Comparison, Cost, Frontier, compare, fit_cost
-from encdec.scaling.intervals import (
-    HeldOut,
-    Interval,
-    bootstrap,
-    constant_intervals,
-    hold_out_largest,
-)
+from encdec.scaling.intervals import HeldOut, constant_intervals, hold_out_largest, refitted_draws
 from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
 from encdec.scaling.results import LOSSES, Row, final_rows, metrics_of, observations, seed_noise
 from encdec.scaling.rungs import Rung, loss_rungs, score_rungs
@@ -258,7 +253,7 @@ def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -
     draws, reason = [], ""
     if choices.draws:
         try:
-            draws = bootstrap(runs, law, choices.draws)
+            draws = refitted_draws(runs, law, choices.draws)
         except DataError as error:
             reason = f"no intervals: {error}"
     return dataclasses.replace(

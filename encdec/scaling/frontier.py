@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.metrics.intervals import LEVEL, Interval
 from encdec.scaling.fit import Law, Observations
-from encdec.scaling.intervals import LEVEL, Interval
 
 _GRID_POINTS = 400
 

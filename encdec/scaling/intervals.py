@@ -7,34 +7,13 @@ import dataclasses
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.metrics.intervals import LEVEL, Interval
 from encdec.scaling.fit import Form, Law, Observations, check, fit_law
 
-LEVEL = 0.95
 _MOST_REDRAWS = 20  # of one sample, before the ladder is called too small to bootstrap
 
 
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """Percentiles of bootstrap draws that leave out equal shares on both sides."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: np.ndarray, level: float = LEVEL) -> Interval:
-        """Of finite ``values``; NaN where there are none."""
-        values = np.asarray(values, np.float64)
-        values = values[~np.isnan(values)]
-        if not values.size:
-            return cls(float("nan"), float("nan"))
-        tail = 50 * (1 - level)
-        return cls(*(float(x) for x in np.percentile(values, [tail, 100 - tail])))
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-
-def bootstrap(runs: Observations, law: Law, draws: int = 200, seed: int = 0) -> list[Law]:
+def refitted_draws(runs: Observations, law: Law, draws: int = 200, seed: int = 0) -> list[Law]:
     """Laws fitted to runs drawn anew with replacement.
 
     Whole runs are drawn, not residuals: with a Huber delta of 1e-3 the fit passes through as many

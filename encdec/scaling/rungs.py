@@ -7,9 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
 
-from encdec.scaling.intervals import LEVEL, Interval
+from encdec.metrics.intervals import Interval, t_interval
 from encdec.scaling.matching import DECODER_ONLY
 from encdec.scaling.results import LOSSES, Row
 
@@ -103,15 +102,3 @@ def _cell(mine: dict[int, float], other: dict[int, float], sign: float) -> Cell:
     both = [sign * (mine[seed] - other[seed]) for seed in mine if seed in other]
     ahead = float(np.mean(both)) if both else math.nan
     return Cell(tuple(mine.values()), ahead, t_interval(both))
-
-
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Student's interval of a mean; NaN with fewer than two values."""
-    if len(values) < 2:
-        return Interval(math.nan, math.nan)
-    half = (
-        stats.t.ppf((1 + level) / 2, len(values) - 1)
-        * np.std(values, ddof=1)
-        / math.sqrt(len(values))
-    )
-    return Interval(float(np.mean(values) - half), float(np.mean(values) + half))

@@ -347,14 +347,14 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from encdec.data.text_tasks import text_task
-    from encdec.scaling.score import score_plan, task_examples
+    from encdec.evaluation.examples import of_task
+    from encdec.scaling.score import score_plan
 
     if options.examples is not None and options.examples < 1:
         raise ConfigError(f"--examples={options.examples}; wanted a positive number")
     plan = _planned(options, overrides)
-    task = text_task(options.task, options.data_dir)
-    score_plan(plan, options.workdir, task, task_examples(task, options.split, options.examples))
+    task = of_task(options.task, options.data_dir, options.split, limit=options.examples)
+    score_plan(plan, options.workdir, task)
     return 0
 
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from encdec.metrics.intervals import Interval
 from encdec.scaling.analysis import Analysis, Distillation, Fitted
 from encdec.scaling.frontier import Comparison
-from encdec.scaling.intervals import Interval
 from encdec.scaling.plan_table import short
 from encdec.scaling.plots import Drawn, label_of
 from encdec.scaling.rungs import Cell, Rung

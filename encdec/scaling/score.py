@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
+import jax
 
-from encdec.data.readers import BadRows
-from encdec.data.text_tasks import TextTask
-from encdec.errors import DataError
-from encdec.inference.generator import load_generator
+from encdec.data.appended import write_whole
+from encdec.evaluation.evaluate import evaluate
+from encdec.evaluation.examples import Examples
+from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.settings import GenerationSettings
-from encdec.scaling.intervals import Interval
 from encdec.scaling.ladder import Plan
 from encdec.scaling.results import SCORES_FILE
 from encdec.scaling.run import Workdir
 
-Example = tuple[str, tuple[str, ...]]
-
-
-def task_examples(task: TextTask, split: str, limit: int | None = None) -> list[Example]:
-    """(source, references) of a split, the first ``limit`` of them.
-
-    Raises:
-        DataError: the task has no pairs, no metrics, or no such split.
-    """
-    if not task.metrics:
-        raise DataError(
-            f"--task={task.name} has no metrics; wanted one of `encdec data list` that names some"
-        )
-    examples = list(itertools.islice(task.examples(split, BadRows()), limit))
-    if not examples:
-        raise DataError(f"split {split!r} of {task.name} is empty")
-    return examples
+EVALUATION = "evaluation"  # folder of a run's work directory
 
 
 def score_plan(
-    plan: Plan,
-    workdir: str | os.PathLike,
-    task: TextTask,
-    examples: Sequence[Example],
-    say: Callable[[str], None] = print,
+    plan: Plan, workdir: str | os.PathLike, task: Examples, say: Callable[[str], None] = print
 ) -> list[str]:
     """Scores every finished run that has no scores yet; returns their names.
 
@@ -55,8 +32,7 @@ def score_plan(
     Args:
         plan: of the ladder in ``workdir``.
         workdir: the ladder's directory.
-        task: gives the metrics.
-        examples: (source, references) that no run was trained on.
+        task: examples that no run was trained on, and the metrics.
         say: takes lines of progress.
     """
     place = Workdir(workdir)
@@ -69,7 +45,7 @@ def score_plan(
     ]
     say(
         f"{len(finished)} of {len(plan.runs)} runs are finished; {len(todo)} to score on "
-        f"{len(examples)} examples of {task.name}"
+        f"{len(task.examples)} examples of {task.name}"
     )
     done = []
     for number, run in enumerate(todo, 1):
@@ -77,9 +53,9 @@ def score_plan(
             if not mine:
                 say(f"{run.name}: another process is at it")
                 continue
-            answers = _answers(place.run_directory(run.name), run.targets, examples)
-            scores = with_intervals(task, examples, answers)
-            _write(place.run_directory(run.name) / SCORES_FILE, scores)
+            folder = place.run_directory(run.name)
+            scores = _scores(folder, run.targets, task)
+            write_whole(folder / SCORES_FILE, json.dumps(scores) + "\n")
         text = ", ".join(f"{name} {value['value']:.2f}" for name, value in scores.items())
         say(f"[{number}/{len(todo)}] {run.name}: {text}")
         done.append(run.name)
@@ -87,40 +63,20 @@ def score_plan(
     return done
 
 
-def _answers(directory: pathlib.Path, tokens: int, examples: Sequence[Example]) -> list[str]:
-    import jax
-
+def _scores(directory: pathlib.Path, tokens: int, task: Examples) -> dict[str, dict[str, float]]:
+    """Each score as {"value", "low", "high"}, as far as it is defined."""
     jax.clear_caches()  # each run's shape is its own; dozens of programs would stay in memory
-    generator = load_generator(directory)
-    answers = generator.generate(
-        [source for source, _ in examples], GenerationSettings(max_tokens=tokens), truncate=True
+    settings = EvaluationSettings(
+        checkpoint=str(directory),
+        out=str(directory / EVALUATION),
+        generation=GenerationSettings(max_tokens=tokens),
+        likelihood=False,
     )
-    return [answer[0].text for answer in answers]
-
-
-def with_intervals(
-    task: TextTask, examples: Sequence[Example], answers: Sequence[str], draws: int = 1000
-) -> dict[str, dict[str, float]]:
-    """The task's metrics as {"value", "low", "high"}, with 95 % bootstrap intervals over examples.
-
-    A metric that is no mean over examples (a corpus BLEU) has a value alone.
-    """
-    references = [found for _, found in examples]
-    scores = {}
-    for metric in task.metrics:
-        whole = metric(references, answers)
-        single = [metric([wanted], [text]) for wanted, text in zip(references, answers)]
-        for name, value in whole.items():
-            scores[name] = {"value": float(value)}
-            each = np.array([one.get(name, math.nan) for one in single], np.float64)
-            if len(each) > 1 and math.isclose(each.mean(), value, rel_tol=1e-6, abs_tol=1e-9):
-                drawn = np.random.default_rng(0).integers(0, len(each), (draws, len(each)))
-                interval = Interval.of(each[drawn].mean(1))
-                scores[name] |= {"low": interval.low, "high": interval.high}
-    return scores
-
-
-def _write(path: pathlib.Path, scores: dict[str, dict[str, float]]) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(scores) + "\n")
-    os.replace(partial, path)
+    report = evaluate(settings, [task])
+    return {
+        name: {
+            bound: score[bound] for bound in ("value", "low", "high") if score[bound] is not None
+        }
+        for name, score in report["tasks"][task.name]["scores"].items()
+        if score["value"] is not None
+    }

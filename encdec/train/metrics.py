@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from encdec.metrics.score import bits_per_byte
 from encdec.model import ModelConfig
 from encdec.model.chips import peak_flops
 from encdec.model.flops import model_flops_utilisation, training_flops
@@ -146,7 +147,7 @@ def eval_report(sums: Metrics, target_bytes: int, target_tokens: int) -> dict[st
     return {
         "eval/loss": float(losses.cross_entropy) / weight,
         "eval/loss_per_byte": per_byte,
-        "eval/bits_per_byte": per_byte / math.log(2),
+        "eval/bits_per_byte": bits_per_byte(float(losses.cross_entropy), max(text_bytes, 1.0)),
         "eval/accuracy": float(losses.correct) / weight,
         "eval/target_tokens": tokens,
     }

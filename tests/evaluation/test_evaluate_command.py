@@ -14,9 +14,14 @@ import pytest
 
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.evaluation.evaluate import evaluate as evaluate_examples
 from encdec.evaluation.evaluate_command import main
+from encdec.evaluation.evaluation_report import read_report
+from encdec.evaluation.examples import Example, Examples
 from encdec.evaluation.loading import chosen_step
 from encdec.evaluation.predictions import PredictionFiles, open_windows
+from encdec.evaluation.settings import EvaluationSettings
+from encdec.inference.generator import Generation
 from encdec.interop.importing import write_model
 from encdec.train.checkpoints import load_params_for_inference
 from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
@@ -244,9 +249,101 @@ def test_empty_sources_are_named_skipped_and_counted(evaluate, tmp_path, capsys)
     ]
 
 
+def constant(self, texts, settings, *, truncate, first_number, on_batch):
+    return [[Generation("red.", [1, 2], [0.0, 0.0], "eos", 0.0)] for _ in texts]
+
+
+def test_shuffled_sources_take_the_score_of_a_model_that_reads_and_no_others(
+    evaluate, monkeypatch, capsys
+):
+    out = evaluate("--shuffle_sources")
+    report = json.loads((out / "report.json").read_text())["tasks"]["xsum"]
+    own, shuffled = report["scores"], report["shuffled_sources"]
+    assert own["rougeL"]["value"] == pytest.approx(75) and shuffled["sources_kept"] == 0
+    assert shuffled["scores"]["rougeL"]["value"] == 0
+    difference = shuffled["scores"]["rougeL"]["difference"]
+    assert difference["value"] == -75 and difference["low"] <= -75 <= difference["high"] < 0
+    # What it was taught is less likely after another's source.
+    assert shuffled["scores"]["bits_per_byte"]["difference"]["value"] > 0.1
+    assert "| xsum | rougeL | 75.00 | 0.00 |" in capsys.readouterr().out
+    plain = evaluate(out="plain")
+    assert rows_of(plain) == rows_of(out)
+    assert json.loads((plain / "report.json").read_text())["tasks"]["xsum"]["scores"] == own
+    monkeypatch.setattr("encdec.inference.generator.Generator.generate", constant)
+    out = evaluate("--shuffle_sources=3", "--no_likelihood", out="constant")
+    report = json.loads((out / "report.json").read_text())["tasks"]["xsum"]
+    for name, score in report["scores"].items():
+        other = report["shuffled_sources"]["scores"][name]
+        assert other["value"] == score["value"] and other["difference"]["low"] == 0
+    assert report["scores"]["rougeL"]["value"] == 25
+
+
+def test_files_of_the_users_own_need_no_task(encoder_decoder_run, tmp_path, capsys, monkeypatch):
+    """Fields by flag, metrics by name, one of them from a module; every reference counts."""
+    with open(tmp_path / "mine.v2.jsonl", "w") as file:
+        for (source, _), texts in zip(LEARNED, WANTED):
+            row = {"question": source, "answer": texts[0], "targets": texts}
+            file.write(json.dumps(row) + "\n")
+    (tmp_path / "my_metrics.py").write_text(
+        "from encdec.metrics.registry import METRICS, register\n"
+        "from encdec.metrics.score import Metric, mean_score\n"
+        "def length(references, predictions):\n"
+        "    return mean_score('letters', [len(text) for text in predictions])\n"
+        "if 'letters' not in METRICS:\n"
+        "    register(Metric('letters', 'letters of an answer', length, ('letters',)))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    call = [
+        f"--checkpoint={encoder_decoder_run}",
+        "--jsonl=mine.v2.jsonl",
+        "--source_field=question",
+        "--target_field=answer",
+        "--module=my_metrics",
+        "--batch_rows=2",
+        "--resamples=20",
+        "--no_likelihood",
+    ]
+    assert main([*call, "--metrics=exact_match,rougeL_stemmed,letters", "--out=out"]) == 0
+    task = json.loads((tmp_path / "out" / "report.json").read_text())["tasks"]["mine"]
+    assert list(task["scores"]) == ["exact_match", "rougeL_stemmed", "letters"]
+    assert task["scores"]["exact_match"]["value"] == 75
+    assert task["scores"]["letters"]["value"] == np.mean([len(text) for _, text in LEARNED])
+    assert "- letters: letters of an answer" in capsys.readouterr().out
+    # Compared by the same metrics, which the report names.
+    main(["compare", "--first=A=out", "--second=B=out", "--module=my_metrics", "--resamples=9"])
+    assert "| mine | letters |" in capsys.readouterr().out
+    refusals = {
+        "--metrics=rouge_k": "no metric 'rouge_k'",
+        "--module=nothing": "--module=nothing cannot be imported",
+        "--split=test": "--split is 'test', which belongs to --tasks",
+        "--jsonl=nothing.jsonl": "nothing.jsonl not found",
+        "--target_field=reply": "mine.v2.jsonl:1: no 'reply'",
+    }
+    for flag, message in refusals.items():
+        with pytest.raises((ConfigError, DataError), match=message):
+            main([*call, flag, "--out=never"])
+    with pytest.raises(ConfigError, match="nothing to evaluate on; give --tasks=A,B or --jsonl"):
+        main([call[0], "--out=never"])
+    with pytest.raises(ConfigError, match="--source_field is 'x', which belongs to --jsonl"):
+        main([call[0], "--tasks=xsum", "--source_field=x", "--out=never"])
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_call_from_python_gives_the_report(encoder_decoder_run, tmp_path):
+    examples = tuple(Example(source, tuple(texts)) for (source, _), texts in zip(LEARNED, WANTED))
+    settings = EvaluationSettings(
+        str(encoder_decoder_run), str(tmp_path), batch_rows=2, resamples=20, likelihood=False
+    )
+    report = evaluate_examples(settings, [Examples("four", examples, ("exact_match",))])
+    assert report["tasks"]["four"]["scores"]["exact_match"]["value"] == 75
+    assert read_report(tmp_path) == report
+
+
 @pytest.mark.parametrize(
     "flag, message",
     [
+        ("--shuffle_sources=-1", "shuffle_sources is -1; wanted 0 or more"),
         ("--limit=-1", "limit is -1; wanted 1 or more"),
         ("--limit=0", "limit is 0; wanted 1 or more"),
         ("--batch_rows=0", "batch_rows is 0; wanted 1 or more"),

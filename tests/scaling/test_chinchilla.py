@@ -9,7 +9,7 @@ import pytest
 
 from encdec.scaling.fit import Law, Observations, _Problem, fit_law
 from encdec.scaling.frontier import Frontier, fit_cost
-from encdec.scaling.intervals import bootstrap, constant_intervals
+from encdec.scaling.intervals import constant_intervals, refitted_draws
 
 # arXiv 2404.10102: the refit and its standard errors, on 240 of 245 runs; five outliers, the runs
 # with the fewest tokens a parameter, are left out there.
@@ -47,7 +47,7 @@ def test_no_published_constants_fit_better(runs):
 
 
 def test_published_constants_lie_in_our_intervals(runs):
-    found = constant_intervals(bootstrap(runs, fit_law(runs), draws=100))
+    found = constant_intervals(refitted_draws(runs, fit_law(runs), draws=100))
     for name, value in REFIT.items():
         assert value in found[name], name
     # The refit's own finding: the constants first published are not among those that fit.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from encdec.errors import DataError
+from encdec.metrics.intervals import Interval
 from encdec.scaling.fit import Law, Observations, _Problem, fit_law, residuals
-from encdec.scaling.intervals import Interval, bootstrap, constant_intervals, hold_out_largest
+from encdec.scaling.intervals import constant_intervals, hold_out_largest, refitted_draws
 from tests.scaling.synthetic import ladder, random_law
 
 PLANTED = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)
@@ -67,7 +68,7 @@ def test_planted_exponents_lie_in_their_intervals():
         planted = random_law(seed)
         runs = ladder(planted, noise=0.005, seed=seed)
         law = fit_law(runs)
-        intervals = constant_intervals(bootstrap(runs, law, draws=50, seed=seed))
+        intervals = constant_intervals(refitted_draws(runs, law, draws=50, seed=seed))
         for name in inside:
             inside[name] += planted.constants()[name] in intervals[name]
     assert min(inside.values()) >= 90, inside
@@ -77,7 +78,7 @@ def test_intervals_narrow_with_less_noise():
     widths = []
     for noise in (0.01, 0.001):
         runs = ladder(PLANTED, noise=noise)
-        found = constant_intervals(bootstrap(runs, fit_law(runs), draws=30))["alpha"]
+        found = constant_intervals(refitted_draws(runs, fit_law(runs), draws=30))["alpha"]
         widths.append(found.high - found.low)
     assert widths[1] < widths[0] / 3
 

@@ -8,7 +8,7 @@ import pytest
 from encdec.errors import DataError
 from encdec.scaling.fit import Law, fit_law
 from encdec.scaling.frontier import Cost, Frontier, band, compare, fit_cost
-from encdec.scaling.intervals import bootstrap
+from encdec.scaling.intervals import refitted_draws
 from tests.scaling.synthetic import ladder
 
 LAW = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)
@@ -73,7 +73,7 @@ def test_draws_say_how_sure_the_comparison_is():
         runs = ladder(law, noise=0.003, seed=seed)
         best = fit_law(runs)
         cost = fit_cost(runs)
-        draws = [Frontier(draw, cost) for draw in bootstrap(runs, best, 40, seed)]
+        draws = [Frontier(draw, cost) for draw in refitted_draws(runs, best, 40, seed)]
         return Frontier(best, cost), draws
 
     better = Law("total", 1.7, 340.0, 350.0, (0.34,), 0.28)

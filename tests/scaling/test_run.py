@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,17 +13,16 @@ import time
 
 import pytest
 
-from encdec.data.metrics import rouge_l
-from encdec.data.objectives import SequenceToSequence
 from encdec.data.records import read_card
-from encdec.data.text_tasks import TextTask, text_task
 from encdec.errors import CheckpointError, DataError, NonFiniteError
+from encdec.evaluation.examples import Example, Examples
 from encdec.inference.generator import load_generator
 from encdec.inference.settings import GenerationSettings
+from encdec.metrics.registry import metric_named
 from encdec.scaling.ladder import Plan, parse_ladder, plan
 from encdec.scaling.results import ResultsFile, collect
 from encdec.scaling.run import Workdir, run_plan
-from encdec.scaling.score import score_plan, task_examples, with_intervals
+from encdec.scaling.score import score_plan
 
 LADDER = {
     "name": "tiny",
@@ -283,44 +281,22 @@ def test_the_ladder_is_trained_and_recorded(undisturbed):
 @pytest.mark.slow
 def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
     found = plan(tiny(records, eval_records).ladder, read_card(records))
-    task = TextTask(
-        "pairs",
-        lambda split, bad: iter([("ab", "ba"), ("hello", "x"), ("q", "q")]),
-        SequenceToSequence(),
-        dict,
-        metrics=(rouge_l,),
-    )
-    examples = task_examples(task, "validation", 2)
-    assert examples == [("ab", ("ba",)), ("hello", ("x",))]
-    first = score_plan(found, undisturbed, task, examples)
+    task = Examples("pairs", (Example("ab", ("ba",)), Example("hello", ("x",))), ("rougeL",))
+    first = score_plan(found, undisturbed, task)
     assert sorted(first) == sorted(run.name for run in found.runs)
-    assert score_plan(found, undisturbed, task, examples) == []
+    assert score_plan(found, undisturbed, task) == []
     # The score is that of the answers which each model gives to one input at a time.
-    scored = {row["run"]: row["scores"] for row in rows_of(undisturbed) if "scores" in row}
-    assert len(scored) == 4
+    rows = {row["run"]: row for row in rows_of(undisturbed) if "scores" in row}
+    assert len(rows) == 4
     generator = load_generator(Workdir(undisturbed).run_directory("dec_tiny_128_s0"))
     answers = [
-        generator.generate([source], GenerationSettings(max_tokens=12))[0][0].text
-        for source, _ in examples
+        generator.generate([one.source], GenerationSettings(max_tokens=12))[0][0].text
+        for one in task.examples
     ]
-    assert scored["dec_tiny_128_s0"] == rouge_l(["ba", "x"], answers)
-
-
-def test_scores_have_intervals_where_they_are_means():
-    def longest(references, predictions):  # of the whole set, no mean over examples
-        return {"longest": float(max(map(len, predictions)))}
-
-    task = TextTask(
-        "pairs", lambda split, bad: iter(()), SequenceToSequence(), dict, metrics=(rouge_l, longest)
-    )
-    examples = [(str(i), ("a b c d",)) for i in range(200)]
-    answers = ["a b c d" if i % 4 else "x" for i in range(200)]
-    found = with_intervals(task, examples, answers)
-    assert found["longest"] == {"value": 7.0}
-    score = found["rouge_l"]
-    assert score["value"] == pytest.approx(75.0)
-    # The binomial's own interval: 75 +- 1.96 * 100 * sqrt(0.75 * 0.25 / 200).
-    assert (score["low"], score["high"]) == (pytest.approx(69, abs=1), pytest.approx(81, abs=1))
+    row = rows["dec_tiny_128_s0"]
+    assert row["scores"] == metric_named("rougeL")(["ba", "x"], answers)
+    low, high = row["score_intervals"]["rougeL"]
+    assert low <= row["scores"]["rougeL"] <= high
 
 
 @pytest.mark.slow
@@ -366,14 +342,6 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
     assert taught["flops"] == plain["flops"]
     with open(Workdir(directory).run_directory("ed-2of3+kd_tiny_128_s0") / "metrics.jsonl") as file:
         assert any("train/distill_loss" in line for line in file)
-
-
-def test_tasks_that_cannot_be_scored_are_refused():
-    with pytest.raises(DataError, match=r"raw text"):
-        task_examples(dataclasses.replace(text_task("stdlib_text"), metrics=(rouge_l,)), "test")
-    silent = TextTask("mine", lambda split, bad: iter([("a", "b")]), SequenceToSequence(), dict)
-    with pytest.raises(DataError, match=r"no metrics"):
-        task_examples(silent, "validation")
 
 
 @pytest.mark.slow

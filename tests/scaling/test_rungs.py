@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from encdec.scaling.rungs import loss_rungs, score_rungs, t_interval
+from encdec.metrics.intervals import t_interval
+from encdec.scaling.rungs import loss_rungs, score_rungs
 
 
 def row(series: str, size: str, budget: float, seed: int, loss: float, parameters: int = 100):

@@ -6,7 +6,10 @@ import collections
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
+
+from encdec.metrics.score import Score, ratio_score
 
 # A language and the package with its grammar, which the extra "code" brings.
 GRAMMARS = {"java": "tree_sitter_java", "c_sharp": "tree_sitter_c_sharp"}
@@ -52,3 +55,27 @@ def syntax_match(reference: str, answer: str, language: str) -> tuple[int, int]:
     """(subtrees of the reference that the answer has, each counted as often; all of them)."""
     wanted, found = subtrees(reference, language), subtrees(answer, language)
     return (wanted & found).total(), wanted.total()
+
+
+def code_syntax(
+    language: str, references: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> list[Score]:
+    """CodeBLEU's syntax match over all examples, 0 to 100.
+
+    Of several references the one that is matched best counts.
+    """
+    counts = [
+        max(
+            (syntax_match(one, text, language) for one in texts),
+            key=lambda pair: pair[0] / max(pair[1], 1),
+        )
+        for texts, text in zip(references, predictions, strict=True)
+    ]
+    return ratio_score(
+        "syntax_match", [matched for matched, _ in counts], [total for _, total in counts], 100
+    )
+
+
+def missing_grammar(language: str) -> str:
+    """What to install for a language's syntax match; "" where it is there."""
+    return "" if can_parse(language) else f"syntax_match of {language}: pip install encdec[code]"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from encdec.evaluation import intervals, scores
+from encdec.metrics import intervals
+from encdec.metrics import text as scores
 
 
 def mean_of(values):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,15 +16,47 @@ ScoreOfSums = Callable[[np.ndarray], np.ndarray]
 
 RESAMPLES = 1000
 TRIALS = 10_000
+LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A score with its 95 % percentile bootstrap interval over examples."""
+    """Where a quantity is likely to be, with its estimate where there is one (else NaN)."""
 
-    value: float
     low: float
     high: float
+    value: float = math.nan
+
+    @classmethod
+    def of(cls, values: np.ndarray, level: float = LEVEL, value: float = math.nan) -> Interval:
+        """Percentiles of draws that leave out equal shares on both sides.
+
+        Draws that are not defined are left out; with fewer than two left, the bounds are NaN.
+        """
+        values = np.asarray(values, np.float64)
+        values = values[np.isfinite(values)]
+        if values.size < 2:
+            return cls(math.nan, math.nan, value)
+        tail = (1 - level) / 2
+        return cls(*(float(x) for x in np.quantile(values, (tail, 1 - tail))), value)
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Student's interval of a mean; its bounds are NaN with fewer than two values."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    if len(values) < 2:
+        return Interval(math.nan, math.nan, mean)
+    from scipy import stats  # takes half a second
+
+    half = (
+        stats.t.ppf((1 + level) / 2, len(values) - 1)
+        * np.std(values, ddof=1)
+        / math.sqrt(len(values))
+    )
+    return Interval(mean - float(half), mean + float(half), mean)
 
 
 def bootstrap(
@@ -37,11 +70,7 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     value = statistic(np.arange(count))
     drawn = np.array([statistic(rng.integers(0, count, count)) for _ in range(resamples)])
-    drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) < 2:
-        return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return Interval(value, float(low), float(high))
+    return Interval.of(drawn, value=value)
 
 
 def compare(

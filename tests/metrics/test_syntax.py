@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from encdec.evaluation import scores
-from encdec.evaluation.syntax import GRAMMARS, can_parse, subtrees, syntax_match
+from encdec.data.paper_tasks import PAPER_TASKS
+from encdec.metrics.registry import not_measured, score_texts
+from encdec.metrics.syntax import GRAMMARS, can_parse, code_syntax, subtrees, syntax_match
 
 if not all(map(can_parse, GRAMMARS)):
     pytest.skip("tree-sitter is not installed: pip install encdec[code]", allow_module_level=True)
@@ -53,20 +54,22 @@ def test_java_too():
 def test_the_score_is_of_all_examples_and_of_the_best_reference():
     references = [[METHOD, "int x;"], [METHOD], [METHOD]]
     answers = ["int y;", "public int F(int a){return a;}", METHOD]
-    [score] = scores.code_syntax("c_sharp", references, answers)
+    [score] = code_syntax("c_sharp", references, answers)
     total = sum(subtrees("int x;", "c_sharp").values())
     assert score.statistic(np.arange(3)) == pytest.approx(100 * (total + 3 + 7) / (total + 14))
     assert score.statistic(np.array([2, 2])) == 100
-    assert [one.name for one in scores.score_task("code_java2cs", references, answers)][-1] == (
-        "syntax_match"
-    )
+    assert [
+        one.name for one in score_texts(PAPER_TASKS["code_java2cs"].metrics, references, answers)
+    ][-1] == ("syntax_match")
 
 
 def test_without_grammars_the_score_is_said_to_be_missing(monkeypatch):
-    monkeypatch.setattr("encdec.evaluation.syntax.can_parse", lambda language: False)
-    names = [one.name for one in scores.score_task("code_java2cs", [[METHOD]], [METHOD])]
+    monkeypatch.setattr("encdec.metrics.syntax.can_parse", lambda language: False)
+    names = [
+        one.name for one in score_texts(PAPER_TASKS["code_java2cs"].metrics, [[METHOD]], [METHOD])
+    ]
     assert "bleu" in names and "syntax_match" not in names
-    assert scores.not_measured("code_java2cs") == [
+    assert not_measured(PAPER_TASKS["code_java2cs"].metrics) == [
         "syntax_match of c_sharp: pip install encdec[code]"
     ]
-    assert scores.not_measured("xsum") == []
+    assert not_measured(("rouge",)) == []

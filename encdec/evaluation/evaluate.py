@@ -1,0 +1,268 @@
+"""A checkpoint's answers to examples, scored and reported: what ``encdec evaluate`` does.
+
+Answers and likelihoods are kept as they are made, so that a call goes on where another stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from encdec.evaluation.evaluation_report import shuffled_report, task_report, write_report
+from encdec.evaluation.examples import Example, Examples, load_examples, with_shuffled_sources
+from encdec.evaluation.judge import CACHE, Judge, endpoint, local_model
+from encdec.evaluation.likelihood import (
+    Likelihood,
+    LikelihoodFiles,
+    LikelihoodModel,
+    likelihood_scores,
+    measure,
+)
+from encdec.evaluation.loading import load_models
+from encdec.evaluation.predictions import (
+    Prediction,
+    PredictionFiles,
+    Sources,
+    check_sources,
+    check_vocabulary,
+    open_windows,
+    predict,
+)
+from encdec.evaluation.settings import EvaluationSettings
+from encdec.inference.generator import Generator
+from encdec.inference.progress import Progress
+from encdec.metrics.registry import not_measured, score_texts
+from encdec.metrics.score import Score, mean_score
+
+NAMED = 10  # examples that a line on standard error lists
+SHUFFLED = "shuffled_sources"  # folder, in the task's
+
+
+def evaluate(
+    settings: EvaluationSettings, tasks: Sequence[Examples] | None = None
+) -> dict[str, Any] | None:
+    """Answers what has no answer yet, scores all answers, and writes report.json and report.md.
+
+    Args:
+        settings: of the evaluation.
+        tasks: examples instead of those that the settings name.
+
+    Returns:
+        The report, plain values; None where other processes (``settings.shards``) are not done.
+
+    Raises:
+        ConfigError: an output directory of other settings, or no such metric.
+        DataError: a task without data, or sources that are too long and refused.
+        CheckpointError: no trained model there.
+    """
+    tasks = load_examples(settings) if tasks is None else tasks
+    generator, reader, model = load_models(
+        settings.checkpoint,
+        step=settings.step,
+        max_input_tokens=settings.max_input_tokens,
+        batch_rows=settings.batch_rows,
+        likelihood=settings.likelihood,
+    )
+    out = pathlib.Path(settings.out)
+    passes: dict[str, list[_Pass]] = {}
+    for task in tasks:
+        versions = [(task.name, out / task.name, task.examples)]
+        if settings.shuffle_sources is not None:
+            sources = with_shuffled_sources(task.examples, settings.shuffle_sources)
+            versions.append((f"{task.name}, sources shuffled", out / task.name / SHUFFLED, sources))
+        passes[task.name] = [_Pass(*one, generator, reader, settings) for one in versions]
+    # All of them are checked before the first file is written.
+    everything = [one for found in passes.values() for one in found]
+    for one in everything:
+        one.open(model)
+    for one in everything:
+        one.make()
+    # Only now: processes may finish the tasks in any order, and the last one sees them all.
+    if not all([one.is_whole() for one in everything]):
+        return None
+    judge = _judge(settings)
+    report = {
+        "model": model,
+        "decoding": _decoding(settings),
+        "tasks": {task.name: _report(task, passes[task.name], judge, settings) for task in tasks},
+        "resamples": settings.resamples,
+        "judge": judge and judge.describe(),
+    }
+    write_report(out, report)
+    return report
+
+
+class _Pass:
+    """One set of examples, answered once.
+
+    Args:
+        name: for people.
+        directory: receives answers and likelihoods.
+        examples: all of them.
+        generator: answers.
+        reader: reads references; None where nothing is to.
+        settings: of the evaluation.
+
+    Raises:
+        DataError: sources that are too long and refused, or references that the vocabulary
+            cannot write.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: pathlib.Path,
+        examples: Sequence[Example],
+        generator: Generator,
+        reader: LikelihoodModel | None,
+        settings: EvaluationSettings,
+    ):
+        self.name, self.examples, self._directory = name, examples, directory
+        self._generator, self._reader, self._settings = generator, reader, settings
+        self.sources = check_sources(generator.prompts, examples, settings.too_long)
+        self.not_writable = check_vocabulary(generator.prompts.vocabulary, examples, name)
+
+    def open(self, model: Mapping[str, Any]) -> None:
+        """Claims the directory, or refuses one that holds answers of other settings."""
+        identity = _identity(self._settings, model, self.examples)
+        self._answers = PredictionFiles(self._directory, identity, self.examples)
+        self._likelihoods = LikelihoodFiles(self._directory)
+
+    def make(self) -> None:
+        """Makes what is missing of this process's share."""
+        settings, count = self._settings, len(self.examples)
+        how = {"too_long": settings.too_long, "shard": settings.shard, "shards": settings.shards}
+        left = lambda done: sum(map(len, open_windows(count, done, how["shard"], how["shards"])))
+        done = set(self._answers.read())
+        _introduce(self.name, count, len(done), self.sources, settings.too_long)
+        with Progress(self.name, left(done)) as progress:
+            predict(
+                self._generator,
+                self._answers,
+                self.examples,
+                settings.generation,
+                on_batch=progress,
+                **how,
+            )
+        if self._reader:
+            read = left(set(self._likelihoods.read()))
+            with Progress(f"{self.name}, references", read) as progress:
+                measure(self._reader, self._likelihoods, self.examples, on_batch=progress, **how)
+
+    def is_whole(self) -> bool:
+        """Whether nothing is missing; says what is."""
+        self.found: Mapping[int, Prediction] = self._answers.read()
+        self._given: Mapping[int, Likelihood] | None = (
+            self._likelihoods.read() if self._reader else None
+        )
+        have = min(len(part) for part in (self.found, self._given) if part is not None)
+        if have < len(self.examples):
+            print(
+                f"{self.name}: {have:,} of {len(self.examples):,} done; the call that finds all "
+                "of them writes the report",
+                file=sys.stderr,
+            )
+        return have >= len(self.examples)
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.found[index].text for index in range(len(self.examples))]
+
+    def scores(self, metrics: Sequence[str]) -> list[Score]:
+        """The metrics', and the likelihood's where it was asked for."""
+        scores = score_texts(metrics, [one.references for one in self.examples], self.texts)
+        if self._given is not None:
+            scores += likelihood_scores([self._given[index] for index in range(len(self.examples))])
+        return scores
+
+
+def _report(
+    task: Examples, passes: Sequence[_Pass], judge: Judge | None, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """All of one task's scores, the judge's and those of shuffled sources where asked for."""
+    plain, *shuffled = passes
+    scores = plain.scores(task.metrics)
+    missing = None
+    if judge:
+        opinions = [one for one in judge.opinions(plain.examples, plain.texts) if one is not None]
+        missing = len(plain.texts) - len(opinions)
+        judged = mean_score("judge", opinions)
+    else:
+        judged = []
+    report = task_report([*scores, *judged], plain.found, settings.resamples) | {
+        "metrics": list(task.metrics),
+        "judge_missing": missing,
+        "not_measured": not_measured(task.metrics),
+        "sources_empty": len(plain.sources.empty),
+        "references_not_writable": plain.not_writable,
+    }
+    for one in shuffled:
+        kept = sum(a.source == b.source for a, b in zip(plain.examples, one.examples))
+        report["shuffled_sources"] = {
+            "seed": settings.shuffle_sources,
+            "sources_kept": kept,
+            "scores": shuffled_report(scores, one.scores(task.metrics), settings.resamples),
+        }
+    return report
+
+
+def _introduce(name: str, count: int, done: int, sources: Sources, too_long: str) -> None:
+    """Says what is to be done of a task, and which sources cannot be read as they are."""
+    print(
+        f"{name}: {count:,} examples, {done:,} answered already, "
+        f"{len(sources.long):,} sources too long ({too_long})",
+        file=sys.stderr,
+    )
+    if sources.empty:
+        more = ", ..." if len(sources.empty) > NAMED else ""
+        print(
+            f"{name}: the sources of {len(sources.empty):,} examples are empty and skipped, with "
+            f"an empty answer: {', '.join(map(str, sources.empty[:NAMED]))}{more}",
+            file=sys.stderr,
+        )
+
+
+def _judge(settings: EvaluationSettings) -> Judge | None:
+    address, model = settings.judge_endpoint, settings.judge_model
+    if not model:
+        return None
+    cache = pathlib.Path(settings.out) / CACHE
+    if address:
+        ask = endpoint(address, model, os.environ.get("OPENAI_API_KEY", ""))
+        return Judge(address, model, cache, ask)
+    return Judge("local", model, cache, local_model(model), attempts=1, workers=1)
+
+
+def _identity(
+    settings: EvaluationSettings, model: Mapping[str, Any], examples: Sequence[Example]
+) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.source, example.references)).encode())
+    return {
+        "run": model["run"],
+        "step": model["step"],
+        "too_long": settings.too_long,
+        "max_input_tokens": model["max_input_tokens"],
+        "examples": digest.hexdigest(),
+        **dataclasses.asdict(settings.generation),
+        "stop": list(settings.generation.stop),
+    }
+
+
+def _decoding(settings: EvaluationSettings) -> dict[str, Any]:
+    generation = settings.generation
+    kind = "beam" if generation.beams > 1 else "sampled" if generation.temperature else "greedy"
+    return {
+        "kind": kind,
+        **dataclasses.asdict(generation),
+        "stop": list(generation.stop),
+        "too_long": settings.too_long,
+        "split": settings.split,
+        "limit": settings.limit,
+    }

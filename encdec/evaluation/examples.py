@@ -1,0 +1,140 @@
+"""What a model is evaluated on: examples of tasks and of the user's own files, with metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+from encdec.data.readers import BadRows, check_files, read_jsonl, with_references
+from encdec.data.text_tasks import text_task
+from encdec.errors import DataError
+from encdec.evaluation.settings import EvaluationSettings
+from encdec.metrics.registry import DEFAULT
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A source and all its references."""
+
+    source: str
+    references: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The examples of a task, or of a file, and the metrics that they are scored with.
+
+    Attributes:
+        name: in reports, and of the folder of its predictions.
+        examples: one at least.
+        metrics: names of ``encdec.metrics.registry``.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    metrics: tuple[str, ...] = DEFAULT
+
+
+def load_examples(settings: EvaluationSettings) -> list[Examples]:
+    """The examples of all tasks and files that the settings name.
+
+    Raises:
+        DataError: no such task or file, a bad row, nothing in it, or two files of one name.
+    """
+    data = (settings.data_dir, settings.split, settings.metrics, settings.limit)
+    found = [of_task(name, *data) for name in settings.tasks]
+    found += [_of_file(path, settings) for path in _files(settings.jsonl)]
+    names = [one.name for one in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(
+                f"{names.count(name)} of the tasks and files are called {name}; rename a file, or "
+                "evaluate them by calls of their own"
+            )
+    return found
+
+
+def _files(paths: Sequence[str]) -> list[pathlib.Path]:
+    return check_files(paths) if paths else []
+
+
+def of_task(
+    name: str,
+    data_dir: str | None,
+    split: str,
+    metrics: Sequence[str] = (),
+    limit: int | None = None,
+) -> Examples:
+    """The first ``limit`` examples of a task's split, with its own metrics unless others are named.
+
+    Raises:
+        DataError: no such task, split or file, raw text, a bad row, or nothing in it.
+    """
+    task = text_task(name, data_dir)
+    return _examples(
+        name,
+        f"the {split} split of {name} is empty; give another --split",
+        itertools.starmap(Example, task.examples(split, BadRows())),
+        metrics or task.metrics,
+        limit,
+    )
+
+
+def _of_file(path: pathlib.Path, settings: EvaluationSettings) -> Examples:
+    fields = (settings.source_field, settings.target_field)
+
+    def read() -> Iterator[Example]:
+        for row in read_jsonl(path, fields, BadRows()):
+            source, *references = with_references(
+                *(row[field] for field in fields), row.get("targets", ())
+            )
+            yield Example(source, tuple(references))
+
+    name = path.name.split(".")[0] or path.name
+    return _examples(name, f"{path} has no rows", read(), settings.metrics, settings.limit)
+
+
+def _examples(
+    name: str, empty: str, examples: Iterable[Example], metrics: Sequence[str], limit: int | None
+) -> Examples:
+    kept = tuple(itertools.islice(examples, limit))
+    if not kept:
+        raise DataError(empty)
+    return Examples(name, kept, tuple(metrics) or DEFAULT)
+
+
+def with_shuffled_sources(examples: Sequence[Example], seed: int = 0) -> tuple[Example, ...]:
+    """The same references in the same order, each with the source of another example.
+
+    The sources are permuted, so that their texts and lengths are the same set; the permutation
+    follows from the sources and the seed alone. No example keeps its own source, nor one of the
+    same text as far as that can be: of a text that more than half of the examples have, the
+    surplus keeps it.
+
+    Raises:
+        DataError: all sources are one text.
+    """
+    places: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        places.setdefault(example.source, []).append(index)
+    if len(places) < 2:
+        raise DataError(
+            f"--shuffle_sources wants at least two different sources; there are {len(places)} in "
+            f"{len(examples):,} examples"
+        )
+    draw = random.Random(seed)
+    groups = list(places.values())
+    draw.shuffle(groups)
+    # Equal texts next to each other, in groups of which none is longer than the first: moved on by
+    # that length, each lands outside of its own group, unless there is no other place left.
+    groups.sort(key=len, reverse=True)
+    order = [index for group in groups for index in draw.sample(group, len(group))]
+    step = len(groups[0])
+    given = {to: order[(place + step) % len(order)] for place, to in enumerate(order)}
+    return tuple(
+        dataclasses.replace(example, source=examples[given[index]].source)
+        for index, example in enumerate(examples)
+    )

@@ -1,0 +1,109 @@
+"""What is evaluated and how, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from encdec.errors import ConfigError
+from encdec.inference.settings import GenerationSettings, check_numbers
+from encdec.metrics.intervals import RESAMPLES
+from encdec.metrics.registry import metric_named
+
+TooLong = Literal["refuse", "cut", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """One evaluation of one checkpoint.
+
+    Attributes:
+        checkpoint: work directory of `encdec train` or `encdec import`, or an export.
+        out: receives predictions and reports; what is there of the same settings is used.
+        tasks: names, see `encdec data list`.
+        data_dir: holds the tasks' files.
+        split: of the tasks.
+        jsonl: files of the user's own, each a task called like the file.
+        source_field, target_field: fields of these files; further references are in `targets`.
+        metrics: names of ``encdec.metrics.registry`` instead of a task's own; files without any
+            have exact match and Rouge.
+        limit: the first examples only; None: all.
+        step: checkpoint, a number or "best"; None: the last.
+        too_long: sources longer than the model reads are refused, cut, or skipped.
+        max_input_tokens: longest source; None: the longest in training.
+        generation: how to answer.
+        batch_rows: answers made together at most.
+        shard, shards: this process, of those that share the examples out.
+        shuffle_sources: seed of a second pass with the sources permuted among the examples; None:
+            no such pass.
+        likelihood: whether references are read for perplexity, bits a byte and calibration.
+        resamples: of the bootstrap.
+        judge_endpoint, judge_model: a language model that is asked for its opinion; "": none.
+
+    Raises:
+        ConfigError: a value out of range, or no such metric.
+    """
+
+    checkpoint: str
+    out: str
+    tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
+    split: str = "validation"
+    jsonl: tuple[str, ...] = ()
+    source_field: str = "source"
+    target_field: str = "target"
+    metrics: tuple[str, ...] = ()
+    limit: int | None = None
+    step: str | None = None
+    too_long: TooLong = "cut"
+    max_input_tokens: int | None = None
+    generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
+    batch_rows: int = 16
+    shard: int = 0
+    shards: int = 1
+    shuffle_sources: int | None = None
+    likelihood: bool = True
+    resamples: int = RESAMPLES
+    judge_endpoint: str = ""
+    judge_model: str = ""
+
+    def __post_init__(self) -> None:
+        # An input is one token at least, and its EOS.
+        check_numbers(self, limit=1, batch_rows=1, max_input_tokens=2, resamples=1)
+        check_numbers(self, shuffle_sources=0)
+        if not 0 <= self.shard < self.shards:
+            raise ConfigError(
+                f"--shard is '{self.shard}/{self.shards}'; wanted I/N with I from 0 to N - 1"
+            )
+        for name in self.metrics:
+            metric_named(name)
+        self._check_examples()
+        self._check_judge()
+
+    def _check_examples(self) -> None:
+        """Refuses settings of tasks where there are none, and those of files likewise."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for there, kind, names in (
+            (self.tasks, "tasks", ("data_dir", "split")),
+            (self.jsonl, "jsonl", ("source_field", "target_field")),
+        ):
+            for name in names if not there else ():
+                if (value := getattr(self, name)) != defaults[name]:
+                    raise ConfigError(
+                        f"--{name} is {value!r}, which belongs to --{kind}, and there is none; "
+                        f"add --{kind}=..., or leave --{name} out"
+                    )
+
+    def _check_judge(self) -> None:
+        if self.judge_endpoint and not self.judge_model:
+            raise ConfigError(
+                f"--judge_endpoint is {self.judge_endpoint!r} and --judge_model "
+                "empty; wanted the name of a model that the endpoint knows"
+            )
+        if self.judge_model and not self.judge_endpoint:
+            if not pathlib.Path(self.judge_model, "config.json").is_file():
+                raise ConfigError(
+                    f"--judge_model is {self.judge_model!r}, which holds no config.json; wanted a "
+                    "Hugging Face model's directory, or --judge_endpoint=URL beside a name"
+                )

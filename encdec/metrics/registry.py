@@ -1,0 +1,157 @@
+"""All metrics by name, each with its convention; a task, a command or a file names them.
+
+To add one, write a function of (references, predictions) that gives scores and enter it below; or,
+from a module of your own, ``register(Metric("mine", "how it is computed", function, ("mine",)))``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Sequence
+
+from encdec.errors import ConfigError
+from encdec.metrics import syntax, text
+from encdec.metrics.score import Metric, Score
+
+# What a task without metrics of its own, or a plain file, is scored with.
+DEFAULT = ("exact_match", "rouge")
+
+_BEST = "F1 of the best reference, mean over examples (Lin 2004, package rouge-score)"
+_ASCII = "words of a to z and digits, lower case"
+
+
+def _rouge_names(suffix: str = "") -> tuple[str, ...]:
+    return tuple(name + suffix for name in text.ROUGE)
+
+
+def _syntax(language: str) -> Metric:
+    return Metric(
+        f"syntax_{language}",
+        "CodeBLEU's syntax match: subtrees of the reference that the answer has, over all "
+        "examples (Ren et al. 2020, section 3.2)",
+        functools.partial(syntax.code_syntax, language),
+        ("syntax_match",),
+        functools.partial(syntax.missing_grammar, language),
+    )
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "exact_match",
+            "share equal to a reference but for white space at the ends, as CodeXGLUE's evaluators",
+            text.exact_match,
+            ("exact_match",),
+        ),
+        Metric(
+            "squad_v2",
+            "SQuAD 2.0's official evaluator (Rajpurkar et al. 2018); 'unanswerable' is no answer",
+            text.squad_v2,
+            tuple(f"{part}{name}" for name in ("em", "f1") for part in text.SQUAD_PARTS),
+        ),
+        Metric(
+            "rouge",
+            f"{_BEST}; {_ASCII}; no stemming; Lsum takes lines as sentences. The convention of "
+            "this project's tables; the paper (arXiv 2501.16273) states none",
+            text.rouge,
+            _rouge_names(),
+        ),
+        Metric(
+            "rouge_stemmed",
+            f"{_BEST}; {_ASCII}; Porter's stemmer. The convention of published summarization "
+            "(ROUGE-1.5.5 -m): DialogSum's baseline script and XSum's figures",
+            text.rouge_stemmed,
+            _rouge_names("_stemmed"),
+        ),
+        Metric(
+            "rouge_unicode",
+            f"{_BEST}; words of every script, of scripts without spaces each character, case "
+            "folded; no stemming",
+            text.rouge_unicode,
+            _rouge_names("_unicode"),
+        ),
+        Metric(
+            "bleu",
+            "corpus BLEU-4 over words as white space parts them, mteval's smoothing: sacrebleu "
+            "with tokenize none",
+            text.bleu,
+            ("bleu",),
+        ),
+        Metric(
+            "bleu_codexglue",
+            "corpus BLEU-4 over words as white space parts them, one added to the counts of every "
+            "order: CodeXGLUE's evaluators of translation and refinement",
+            text.bleu_codexglue,
+            ("bleu_codexglue",),
+        ),
+        Metric(
+            "chrf",
+            "chrF2 of each example by sacrebleu, mean over examples: not the corpus chrF",
+            text.chrf,
+            ("mean_chrf",),
+        ),
+        _syntax("java"),
+        _syntax("c_sharp"),
+        Metric(
+            "bands",
+            "IELTS bands: mean absolute error, no number from 0 to 9 counting as 9 off, and "
+            "quadratic weighted kappa over half bands (Cohen 1968)",
+            text.bands,
+            ("band_error", "band_missing", "kappa"),
+        ),
+    )
+}
+
+
+def register(metric: Metric) -> Metric:
+    """Enters a metric, so that tasks and ``--metrics`` may name it; returns it.
+
+    Raises:
+        ConfigError: another metric has its name.
+    """
+    if METRICS.setdefault(metric.name, metric) is not metric:
+        raise ConfigError(f"there is a metric {metric.name!r} already; give yours another name")
+    return metric
+
+
+def metric_named(name: str) -> Metric:
+    """A metric by its own name, or by that of one of its scores, which it then gives alone.
+
+    Raises:
+        ConfigError: there is none, or several give a score of that name.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    giving = [metric for metric in METRICS.values() if name in metric.gives]
+    if len(giving) == 1:
+        return giving[0].only(name)
+    if giving:
+        names = ", ".join(metric.name for metric in giving)
+        raise ConfigError(f"{name!r} is a score of several metrics; name one of {names}")
+    scores = [score for metric in METRICS.values() for score in metric.gives]
+    near = difflib.get_close_matches(name, [*METRICS, *scores], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"there is no metric {name!r}; there are {', '.join(METRICS)}{hint}")
+
+
+def score_texts(
+    metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> list[Score]:
+    """All scores of the metrics named, a score that two of them give once.
+
+    Raises:
+        ConfigError: no such metric.
+    """
+    found = {
+        score.name: score
+        for name in metrics or DEFAULT
+        for score in metric_named(name).scores(references, predictions)
+    }
+    return list(found.values())
+
+
+def not_measured(metrics: Sequence[str]) -> list[str]:
+    """Metrics that this installation cannot give, each with what to install."""
+    return [needs for name in metrics or DEFAULT if (needs := metric_named(name).needs())]

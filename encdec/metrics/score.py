@@ -1,0 +1,145 @@
+"""What a metric is: scores that are functions of sums over examples, and its convention in words.
+
+Every score is a function of sums over the examples, so that one bootstrap and one randomisation
+test serve them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from encdec.metrics.intervals import RESAMPLES, Interval, ScoreOfSums, bootstrap
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One named score of a set of predictions.
+
+    Attributes:
+        name: for example ``f1`` or ``has_answer_f1``.
+        parts_ExK: what each of its examples adds to the sums: fewer examples than all for SQuAD's
+            two halves.
+        of_sums: the score of each row of sums.
+        remark: what a reader of the value must know of these texts; often nothing.
+    """
+
+    name: str
+    parts_ExK: np.ndarray
+    of_sums: ScoreOfSums
+    remark: str = ""
+
+    @property
+    def count(self) -> int:
+        """Examples it is taken over."""
+        return len(self.parts_ExK)
+
+    def statistic(self, indices: np.ndarray) -> float:
+        """The score of the examples at these places, which may return."""
+        return float(self.of_sums(self.parts_ExK[indices].sum(axis=0)[None])[0])
+
+    @property
+    def value(self) -> float:
+        """The score of all examples."""
+        return self.statistic(np.arange(self.count))
+
+    def interval(self, resamples: int = RESAMPLES) -> Interval:
+        return bootstrap(self.statistic, self.count, resamples=resamples)
+
+
+# References of each example, and the predictions, to scores.
+Scorer = Callable[[Sequence[Sequence[str]], Sequence[str]], list[Score]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric under its name.
+
+    Attributes:
+        name: by which tasks and commands ask for it.
+        convention: how it is computed, and where that way is published.
+        scorer: gives its scores.
+        gives: the names of these scores.
+        needs: what must be installed and is not; "" where nothing is missing.
+    """
+
+    name: str
+    convention: str
+    scorer: Scorer
+    gives: tuple[str, ...]
+    needs: Callable[[], str] = lambda: ""
+
+    def scores(
+        self, references: Sequence[str | Sequence[str]], predictions: Sequence[str]
+    ) -> list[Score]:
+        """Scores of predictions; nothing of no example, or where the installation cannot.
+
+        Args:
+            references: of each example, one text or all of them.
+            predictions: one text each.
+
+        Raises:
+            ValueError: other numbers of both.
+        """
+        if len(references) != len(predictions):
+            raise ValueError(f"{len(references)} references but {len(predictions)} predictions")
+        if not predictions or self.needs():
+            return []
+        texts = [(one,) if isinstance(one, str) else tuple(one) for one in references]
+        return self.scorer(texts, predictions)
+
+    def __call__(
+        self, references: Sequence[str | Sequence[str]], predictions: Sequence[str]
+    ) -> dict[str, float]:
+        """The scores' values by name, as seqio's metric functions give them."""
+        return {score.name: score.value for score in self.scores(references, predictions)}
+
+    def only(self, name: str) -> Metric:
+        """This metric with one of its scores alone."""
+        pick = lambda *texts: [score for score in self.scorer(*texts) if score.name == name]
+        return dataclasses.replace(self, name=name, scorer=pick, gives=(name,))
+
+
+def mean_score(name: str, values: Sequence[float], remark: str = "") -> list[Score]:
+    """A mean over examples; no score of no example."""
+    return ratio_score(name, values, np.ones(len(values)), remark=remark)
+
+
+def ratio_score(
+    name: str,
+    above_E: Sequence[float],
+    below_E: Sequence[float],
+    scale: float = 1.0,
+    remark: str = "",
+) -> list[Score]:
+    """``scale`` times one sum over another, NaN where that is 0; no score of no example."""
+    if not len(above_E):
+        return []
+    parts_Ex2 = np.stack([np.asarray(above_E, np.float64), np.asarray(below_E, np.float64)], 1)
+
+    def ratio(sums_Nx2: np.ndarray) -> np.ndarray:
+        above, below = sums_Nx2.T
+        with np.errstate(invalid="ignore"):
+            return scale * above / np.where(below > 0, below, np.nan)
+
+    return [Score(name, parts_Ex2, ratio, remark)]
+
+
+def best_of(
+    score: Callable[[str, str], float],
+    references: Sequence[Sequence[str]],
+    predictions: Sequence[str],
+) -> list[float]:
+    """Of each example the best score of (reference, prediction) over its references."""
+    return [
+        max(score(one, text) for one in texts)
+        for texts, text in zip(references, predictions, strict=True)
+    ]
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """Minus the log of text's probability, EOS included, in bits a byte of its UTF-8."""
+    return nats / text_bytes / math.log(2)
