@@ -12,7 +12,7 @@ from typing import Any
 
 from encdec.data.appended import write_whole
 from encdec.errors import DataError
-from encdec.evaluation.predictions import Example, Prediction
+from encdec.evaluation.predictions import Prediction
 from encdec.metrics.intervals import Interval, compare
 from encdec.metrics.registry import metric_named
 from encdec.metrics.score import Score
@@ -21,13 +21,10 @@ REPORT_FILE = "report.json"
 
 
 def task_report(
-    scores: Sequence[Score],
-    examples: Sequence[Example],
-    found: Mapping[int, Prediction],
-    resamples: int,
+    scores: Sequence[Score], found: Mapping[int, Prediction], resamples: int
 ) -> dict[str, Any]:
     """Plain values of one task: scores with intervals, and what happened to its examples."""
-    made = [found[index] for index in range(len(examples))]
+    made = list(found.values())
     report: dict[str, Any] = {
         "examples": len(made),
         "sources_cut": sum(one.cut for one in made),

@@ -172,8 +172,8 @@ def table_markdown(content: Mapping[str, Any]) -> str:
     lines = [
         "## Measured here",
         "",
-        "Rouge-L, 0 to 100, with 95 % intervals: over seeds where a cell has several (n), else "
-        "over examples. A dash was not measured. "
+        "Rouge-L without stemming, 0 to 100, with 95 % intervals: over seeds where a cell has "
+        "several (n), else over examples. A dash was not measured. "
         + (
             "A judge's opinions have a table of their own."
             if content["judges"]

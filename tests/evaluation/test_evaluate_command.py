@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -162,49 +159,6 @@ def test_processes_that_finish_tasks_in_another_order_leave_a_report(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [part["examples"] for part in report["tasks"].values()] == [4, 4]
     assert not list((tmp_path / "out").glob("*.partial"))
-
-
-@pytest.mark.slow
-def test_two_processes_of_one_device_equal_one_of_eight(
-    evaluate, data_dir, encoder_decoder_run, tmp_path
-):
-    assert len(jax.devices()) == 8
-    alone = rows_of(evaluate("--batch_rows=8"))
-    code = (
-        "import encdec.evaluation.predictions as p; p.WINDOW = 1\n"
-        "from encdec.cli import main; raise SystemExit(main({}))"
-    )
-    processes = []
-    for shard in range(2):
-        command = [
-            "evaluate",
-            f"--checkpoint={encoder_decoder_run}",
-            "--tasks=xsum",
-            f"--data_dir={data_dir}",
-            f"--out={tmp_path / 'two'}",
-            "--resamples=50",
-            f"--shard={shard}/2",
-        ]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code.format(command)],
-                env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    assert rows_of(tmp_path / "two") == alone
-    assert len(list((tmp_path / "two" / "xsum").glob("predictions-*.jsonl"))) == 2
-    both = [
-        json.loads((tmp_path / name / "report.json").read_text())["tasks"]["xsum"]
-        for name in ("out", "two")
-    ]
-    assert both[0]["scores"].keys() == both[1]["scores"].keys()
-    for name, score in both[0]["scores"].items():
-        assert both[1]["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-3), name
 
 
 def test_sources_that_are_too_long(evaluate):

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from encdec.data.records import read_card
+from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, DataError, NonFiniteError
 from encdec.evaluation.examples import Example, Examples
 from encdec.inference.generator import load_generator
@@ -303,38 +304,13 @@ def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
 def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path):
     """A run of the ladder teaches: scored rows, the series once more, rows of both in one file."""
     teacher = Workdir(undisturbed).run_directory("dec_tiny_128_s0")
-    scored = tmp_path / "scored"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "encdec",
-            "score",
-            f"--teacher={teacher}",
-            f"--records={records}",
-            f"--out={scored}",
-        ],
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-    )
+    score(teacher, records, tmp_path / "scored")
     directory = tmp_path / "ladder"
     loss = losses(undisturbed)["dec_tiny_128_s0", 16]
-    subprocess.run(
-        command(
-            directory,
-            records,
-            eval_records,
-            "--ladder.distilled.series=('ed-2of3',)",
-            f"--ladder.distilled.teachers.kd.rows={scored}",
-            f"--ladder.distilled.teachers.kd.loss={loss}",
-            "--only=ed-2of3_tiny_128_s0",
-            "--only=ed-2of3+kd_tiny_128_s0",
-        ),
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-    )
+    teachers = {"kd": {"rows": str(tmp_path / "scored"), "loss": loss}}
+    taught = {"series": ("ed-2of3",), "teachers": teachers}
+    names = ["ed-2of3_tiny_128_s0", "ed-2of3+kd_tiny_128_s0"]
+    run_plan(tiny(records, eval_records, distilled=taught), directory, only=names)
     final = {row["run"]: row for row in rows_of(directory) if row["final"]}
     plain, taught = final["ed-2of3_tiny_128_s0"], final["ed-2of3+kd_tiny_128_s0"]
     assert plain["loss"] == pytest.approx(losses(undisturbed)["ed-2of3_tiny_128_s0", 16], rel=1e-6)
@@ -346,11 +322,11 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_restarted(tmp_path, records, eval_records, undisturbed):
-    """Kill -9, four times at moments spread over the whole ladder, and then left to finish."""
+    """Kill -9, twice at moments spread over the whole ladder, and then left to finish."""
     directory = tmp_path / "ladder"
     arguments = command(directory, records, eval_records)
     moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen(
             arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
         )
