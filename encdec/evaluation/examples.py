@@ -12,7 +12,7 @@ from encdec.data.readers import BadRows, check_files, read_jsonl, with_reference
 from encdec.data.text_tasks import text_task
 from encdec.errors import DataError
 from encdec.evaluation.settings import EvaluationSettings
-from encdec.metrics.registry import DEFAULT
+from encdec.metrics.registry import DEFAULT, metric_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,18 @@ class Examples:
         name: in reports, and of the folder of its predictions.
         examples: one at least.
         metrics: names of ``encdec.metrics.registry``.
+
+    Raises:
+        ConfigError: no such metric.
     """
 
     name: str
     examples: tuple[Example, ...]
     metrics: tuple[str, ...] = DEFAULT
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            metric_named(name)
 
 
 def load_examples(settings: EvaluationSettings) -> list[Examples]:

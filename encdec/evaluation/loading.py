@@ -61,7 +61,7 @@ def load_models(
         "parameters": parameter_count(params),
         "training_flops": behind.training_flops,
         "seed": run["seed"],
-        "seeds": behind.seeds,
+        "seeds": behind.seeds and list(behind.seeds),
         "max_input_tokens": prompts.max_input_tokens,
         "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
     }

@@ -105,5 +105,5 @@ class EvaluationSettings:
             if not pathlib.Path(self.judge_model, "config.json").is_file():
                 raise ConfigError(
                     f"--judge_model is {self.judge_model!r}, which holds no config.json; wanted a "
-                    "Hugging Face model's directory, or --judge_endpoint=URL beside a name"
+                    "Hugging Face model's directory, or --judge_endpoint=URL with a name"
                 )

@@ -146,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         "--data_dir", type=local_path, metavar="DIR", help="where the task's files lie"
     )
     score.add_argument("--split", default="validation", help="of the task (%(default)s)")
+    score.add_argument(
+        "--metrics",
+        default="",
+        metavar="A,B",
+        help="instead of the task's own, see `encdec evaluate --help`; such as rougeL",
+    )
     score.add_argument("--examples", type=int, metavar="N", help="its first N (all)")
 
     fit = _action(actions, "fit", _fit, "fit laws and compare the architectures")
@@ -353,7 +359,8 @@ def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.examples is not None and options.examples < 1:
         raise ConfigError(f"--examples={options.examples}; wanted a positive number")
     plan = _planned(options, overrides)
-    task = of_task(options.task, options.data_dir, options.split, limit=options.examples)
+    metrics = tuple(name for name in options.metrics.split(",") if name)
+    task = of_task(options.task, options.data_dir, options.split, metrics, options.examples)
     score_plan(plan, options.workdir, task)
     return 0
 

@@ -307,10 +307,21 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
     score(teacher, records, tmp_path / "scored")
     directory = tmp_path / "ladder"
     loss = losses(undisturbed)["dec_tiny_128_s0", 16]
-    teachers = {"kd": {"rows": str(tmp_path / "scored"), "loss": loss}}
-    taught = {"series": ("ed-2of3",), "teachers": teachers}
-    names = ["ed-2of3_tiny_128_s0", "ed-2of3+kd_tiny_128_s0"]
-    run_plan(tiny(records, eval_records, distilled=taught), directory, only=names)
+    subprocess.run(
+        command(
+            directory,
+            records,
+            eval_records,
+            "--ladder.distilled.series=('ed-2of3',)",
+            f"--ladder.distilled.teachers.kd.rows={tmp_path / 'scored'}",
+            f"--ladder.distilled.teachers.kd.loss={loss}",
+            "--only=ed-2of3_tiny_128_s0",
+            "--only=ed-2of3+kd_tiny_128_s0",
+        ),
+        check=True,
+        capture_output=True,
+        env=ENVIRONMENT,
+    )
     final = {row["run"]: row for row in rows_of(directory) if row["final"]}
     plain, taught = final["ed-2of3_tiny_128_s0"], final["ed-2of3+kd_tiny_128_s0"]
     assert plain["loss"] == pytest.approx(losses(undisturbed)["ed-2of3_tiny_128_s0", 16], rel=1e-6)
