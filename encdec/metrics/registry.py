@@ -60,8 +60,8 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "rouge_stemmed",
-            f"{_BEST}; {_ASCII}; Porter's stemmer. The convention of published summarization "
-            "(ROUGE-1.5.5 -m): DialogSum's baseline script and XSum's figures",
+            f"{_BEST}; {_ASCII}; Porter's stemmer. The convention of DialogSum's baseline "
+            "script, and of most published summarization",
             text.rouge_stemmed,
             _rouge_names("_stemmed"),
         ),
