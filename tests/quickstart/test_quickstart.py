@@ -1,17 +1,20 @@
-"""The quickstart's report, from figures made up; and the runs that it compares."""
+"""The quickstart's report, from figures made up; the runs that it compares; its scores."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from encdec.data.records import read_card
+from encdec.evaluation.examples import Example, Examples
 from encdec.model.flops import training_flops
 from encdec.quickstart import quickstart_command as command
 from encdec.quickstart import quickstart_report as report
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
+from tests.inference.conftest import LEARNED, encoder_decoder_run  # noqa: F401
 from tests.train.conftest import random_pairs, write_records
 
 TIMES = [Timing(512, 0.02, 0.05, 1000.0), Timing(1024, 0.03, 0.06, 900.0)]
@@ -113,3 +116,12 @@ def test_the_three_runs_differ_in_what_they_should_alone(tmp_path):
     assert student.distill.teacher == str(tmp_path / "teacher")
     assert student.distill.alpha == command.ALPHA and student.distill.loss == "forward_kl"
     assert dataclasses.replace(student, distill=ours.distill) == ours
+
+
+def test_held_out_functions_are_summarised_and_scored(encoder_decoder_run, tmp_path):
+    shutil.copytree(encoder_decoder_run, tmp_path / "run")
+    examples = [Example(source, (target,)) for source, target in [*LEARNED[:3], ("a hare", "y")]]
+    held_out = Examples(command.TASK, tuple(examples), (command.METRIC,))
+    score, summaries = command.summarise(tmp_path / "run", held_out)
+    assert score == 75 and summaries == [*(target for _, target in LEARNED[:3]), "x"]
+    assert command.summarise(tmp_path / "run", held_out) == (score, summaries)
