@@ -73,6 +73,11 @@ class Batches:
                     f"the records hold {records.card.objective['name']} without sources; train a "
                     "decoder-only model on them, or prepare with another objective"
                 )
+        if not repeat and not getattr(records, "by_rows", True):
+            raise ConfigError(
+                "every row of a mixture is read once, which leaves no choice to its rates; leave "
+                "them out (DIR,DIR), or evaluate the parts one by one"
+            )
         self.records = records
         self.global_batch = global_batch
         self.seed = seed

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from encdec.data.losses import Losses, count_losses
 from encdec.data.objectives import Document, Encoded, Objective, describe_objective
 from encdec.data.packing import pack
 from encdec.data.records import (
@@ -86,6 +87,7 @@ class Counts:
     target_bytes: int = 0
     truncated: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    lost: Losses = dataclasses.field(default_factory=Losses)
 
     def add(self, other: Counts) -> None:
         for field in dataclasses.fields(self):
@@ -99,12 +101,12 @@ class Counts:
     def to_dict(self) -> dict[str, Any]:
         # dataclasses.asdict cannot rebuild a Counter.
         counters = {name: dict(getattr(self, name)) for name in ("truncated", "dropped")}
-        return {**vars(self), **counters}
+        return {**vars(self), **counters, "lost": dataclasses.asdict(self.lost)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Counts:
         counters = {name: collections.Counter(content[name]) for name in ("truncated", "dropped")}
-        return cls(**{**content, **counters})
+        return cls(**{**content, **counters, "lost": Losses(**content["lost"])})
 
 
 def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[Block]:
@@ -153,6 +155,8 @@ def build_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> tuple[l
     """Rows of a block and the count of what became of its documents."""
     encoded = encode_block(recipe, vocabulary, block)
     rows = pack_rows(recipe, encoded.sources, encoded.targets, vocabulary)
+    # Further references are no text that is learned.
+    fields = len(recipe.objective.document_fields)
     counts = Counts(
         documents=len(block.documents),
         rows=len(rows),
@@ -162,6 +166,11 @@ def build_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> tuple[l
         target_bytes=encoded.target_bytes,
         truncated=encoded.truncated,
         dropped=encoded.dropped,
+        lost=count_losses(
+            vocabulary,
+            [text for document in block.documents for text in document[:fields]],
+            [*encoded.sources, *encoded.targets],
+        ),
     )
     return rows, counts
 
@@ -221,6 +230,7 @@ def make_card(
         non_padding_share=counts.tokens / (counts.rows * sum(lengths)),
         truncated=dict(sorted(counts.truncated.items())),
         dropped=dict(sorted(counts.dropped.items())),
+        lost=counts.lost.to_card(),
         shards=tuple(shards),
         fingerprint=content_fingerprint(shards, spec, *lengths, decoder_start_id),
     )

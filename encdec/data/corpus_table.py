@@ -9,8 +9,10 @@ import os
 import pathlib
 import platform
 import re
+import sys
 import time
 
+from encdec.data.losses import Losses
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, Fault, check_files, is_jsonl, parse_row, read_lines
 from encdec.data.records import DatasetCard
@@ -116,4 +118,6 @@ def print_table(given: argparse.Namespace) -> int:
         )
         seconds = time.perf_counter() - started
         print(table_row(f"{path.parent.name}/{name}", card, seconds), flush=True)
+        if lost := Losses(**card.lost):
+            print(f"table: {path}: the vocabulary loses {lost.describe()}", file=sys.stderr)
     return 0

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from encdec.data import corpus_table as table
+from encdec.data.losses import Losses
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.data.readers import BadRows
@@ -24,6 +25,11 @@ from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.storage import local_path
 
+# Flags of `show` that say how a task becomes examples, and mean nothing for finished rows.
+OF_TASKS = (
+    *("data_dir", "split", "vocabulary", "extra_ids", "objective"),
+    *("inputs_length", "targets_length"),
+)
 STYLES = ("cyan", "green", "magenta", "yellow", "blue", "red")
 SHOWN_TOKENS = 400
 
@@ -47,22 +53,18 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--data_dir", type=local_path, metavar="DIR", help="where the task's files lie"
     )
-    show.add_argument("--split", default="train")
-    show.add_argument(
-        "--vocabulary", type=local_path, default="bytes", help="a .model or tokenizer.json (bytes)"
-    )
+    show.add_argument("--split", help="train, validation or test (train)")
+    show.add_argument("--vocabulary", type=local_path, help="a .model or tokenizer.json (bytes)")
     show.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end")
     show.add_argument("--objective", help="another objective than the task's own")
-    show.add_argument("--inputs_length", type=int, default=1024)
-    show.add_argument("--targets_length", type=int, default=256)
+    show.add_argument("--inputs_length", type=int, help="source tokens a row (1024)")
+    show.add_argument("--targets_length", type=int, help="target tokens a row (256)")
     show.add_argument("--count", type=int, default=3, help="examples, or rows of records (3)")
     show.set_defaults(run=show_examples)
     verify = commands.add_parser("verify", help="check a records directory against its card")
     verify.add_argument("directory", type=local_path, metavar="DIR")
     verify.add_argument("--full", action="store_true", help="read every row, not a sample")
-    verify.add_argument(
-        "--rows", type=int, default=SAMPLE_ROWS, help=f"rows of the sample ({SAMPLE_ROWS})"
-    )
+    verify.add_argument("--rows", type=int, help=f"rows of the sample ({SAMPLE_ROWS})")
     verify.set_defaults(run=verify_directory)
     table.add_flags(commands.add_parser("table", help="prepare files, with a table of them"))
     return flags
@@ -117,22 +119,32 @@ def show_examples(given: argparse.Namespace) -> int:
         raise ConfigError(f"--count={given.count}; wanted 1 or more")
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     if (pathlib.Path(given.what) / CARD_FILE).is_file():
+        for name in OF_TASKS:
+            if (value := getattr(given, name)) is not None:
+                raise ConfigError(
+                    f"--{name}={value} is for tasks, and {given.what} is a records directory, "
+                    "which was prepared with its own; leave it out"
+                )
         _show_rows(console, given)
         return 0
     # gin and its bindings come with the objectives; showing records needs neither.
     from encdec.data.prepare_command import choose_objective
 
     task = task_or_mixture(given.what, given.data_dir)
-    vocabulary = load_vocabulary(given.vocabulary, extra_ids=given.extra_ids)
+    vocabulary = load_vocabulary(given.vocabulary or "bytes", extra_ids=given.extra_ids)
     objective = choose_objective(given.objective, task)
     if objective.document_fields != task.objective.document_fields:
         raise ConfigError(
             f"{given.objective} reads {' and '.join(objective.document_fields)}, but {task.name} "
             f"has {' and '.join(task.objective.document_fields)}"
         )
-    lengths = given.inputs_length * objective.has_source, given.targets_length
+    inputs_length = 1024 if given.inputs_length is None else given.inputs_length
+    targets_length = 256 if given.targets_length is None else given.targets_length
+    if given.inputs_length and not objective.has_source:
+        raise ConfigError(f"--inputs_length={inputs_length}, but {given.objective} has no sources")
+    lengths = inputs_length * objective.has_source, targets_length
     objective.check(vocabulary, *lengths)
-    documents = itertools.islice(task.documents(given.split, BadRows()), given.count)
+    documents = itertools.islice(task.documents(given.split or "train", BadRows()), given.count)
     shown = 0
     for number, document in enumerate(documents):
         encoded = objective.encode([document], number, vocabulary, *lengths, 0)
@@ -167,10 +179,15 @@ def _show_example(console: Console, vocabulary: Vocabulary, segment: int, source
 
 def verify_directory(given: argparse.Namespace) -> int:
     """Print what is wrong with a records directory; DataError if anything is."""
+    if given.full and given.rows is not None:
+        raise ConfigError(f"--rows={given.rows} is a sample, and --full reads all; give one")
+    rows = SAMPLE_ROWS if given.rows is None else given.rows
+    if rows < 1:
+        raise ConfigError(f"--rows={rows}; wanted 1 or more")
     started = time.perf_counter()
     verdict = verify_records(
         given.directory,
-        sample_rows=None if given.full else given.rows,
+        sample_rows=None if given.full else rows,
         progress=lambda what: print(f"verify: {what}", file=sys.stderr),
     )
     if verdict.faults:
@@ -184,4 +201,7 @@ def verify_directory(given: argparse.Namespace) -> int:
         f"{given.directory}: sound; {card.rows:,} rows of {card.task}, {len(card.shards)} shards, "
         f"{verdict.rows_read:,} rows read, {time.perf_counter() - started:.1f} s"
     )
+    print(f"lost by the vocabulary: {Losses(**card.lost).describe()}")
+    if verdict.unknown_ids:
+        print(f"unknown ids in the rows that were read: {verdict.unknown_ids:,}")
     return 0

@@ -84,7 +84,9 @@ class HuggingFaceVocabulary(Vocabulary):
 
     @property
     def unk_id(self) -> int | None:
-        return self._ids.get(self._content.get("model", {}).get("unk_token"))
+        model = self._content.get("model", {})
+        # Unigram models name it by its number, all others by its text.
+        return model.get("unk_id", self._ids.get(model.get("unk_token")))
 
     @property
     def fingerprint(self) -> str:
@@ -104,6 +106,10 @@ class HuggingFaceVocabulary(Vocabulary):
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        ids = [part.tolist() for part in batch]
+        return self._tokenizer.decode_batch(ids, skip_special_tokens=False)
 
     def _model_bytes(self) -> bytes:
         return self._model

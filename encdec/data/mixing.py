@@ -1,9 +1,10 @@
 """Mixtures by rate: of records directories as they are read, of tasks as they are prepared.
 
-At reading time the stream of rows is cut into blocks of BLOCK places; every block gives each part
-its share of places and shuffles them. So a row's place follows from its position alone, as
-`Batches` wants it, and rates hold exactly in every block. Each part is shuffled anew in each of
-its own epochs, whatever the others do.
+At reading time the stream of rows is cut into blocks of BLOCK places, or of more where a share is
+too small for that; every block gives each part its share of places and shuffles them. So a row's
+place follows from its position alone, as `Batches` wants it, and rates hold in every block, to
+PRECISION of each share. Each part is shuffled again in each of its own epochs, whatever the others
+do.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from encdec.data.objectives import Document
 from encdec.data.readers import BadRows
-from encdec.data.records import DatasetCard, Records, open_records
+from encdec.data.records import DatasetCard, Records, open_directory
 from encdec.data.shuffle import epoch_order_seed, permuted, shuffled_rows
 from encdec.data.text_tasks import TextTask, text_task
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.storage import user_path
 
 BLOCK = 10_000
+LARGEST_BLOCK = 10_000_000_000
+# How far, relative to a part's share, the share that is read may be from the one that was asked.
+PRECISION = 0.01
+LEAST_SHARE = 1e-8
 # The paper's four kinds of task, and its silence on pretraining data filled by two corpora.
 MIXTURES: dict[str, tuple[str, ...]] = {
     "paper_tasks": ("squad_v2", "xsum", "code_java2cs", "ielts_band"),
@@ -50,7 +56,14 @@ def mixing_rates(
     """
     if temperature <= 0:
         raise ConfigError(f"the mixture's temperature is {temperature}; wanted more than 0")
+    if maximum is not None and maximum < 1:
+        raise ConfigError(f"the mixture's maximum is {maximum}; wanted 1 example or more")
     if rates is not None:
+        if temperature != 1 or maximum is not None:
+            raise ConfigError(
+                f"the mixture has rates and also temperature {temperature}, maximum {maximum}, "
+                "which are for mixing by size; give one or the other"
+            )
         weights = np.asarray(rates, np.float64)
         if len(weights) != len(sizes) or not np.all(np.isfinite(weights) & (weights > 0)):
             raise ConfigError(
@@ -62,21 +75,45 @@ def mixing_rates(
     return weights / weights.sum()
 
 
-def block_quotas(shares: Sequence[float], block: int = BLOCK) -> np.ndarray:
-    """Places of each part in a block, by largest remainders, at least one."""
-    exact = np.asarray(shares) * block
-    quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
-    by_remainder = np.argsort(np.floor(exact) - exact, kind="stable")
-    for part in itertools.islice(itertools.cycle(by_remainder), max(block - quotas.sum(), 0)):
-        quotas[part] += 1
-    quotas[quotas.argmax()] += block - quotas.sum()
+def block_quotas(shares: Sequence[float]) -> np.ndarray:
+    """Places, int64, of each part in a block, by largest remainders.
+
+    Their sum is the block: BLOCK, or the smallest power of ten times it in which every share is
+    kept to PRECISION of itself. ConfigError, naming the least share, where none is large enough.
+    """
+    if min(shares) < LEAST_SHARE:
+        raise ConfigError(
+            f"a part of the mixture has a share of {min(shares):.3g} of the rows; the least one is "
+            f"{LEAST_SHARE:g}: raise its rate, or leave the part out"
+        )
+    block = BLOCK
+    while True:
+        quotas = _largest_remainders(np.asarray(shares), block)
+        error = np.abs(quotas / block / np.asarray(shares) - 1).max()
+        if error <= PRECISION or block == LARGEST_BLOCK:
+            return quotas
+        block *= 10
+
+
+def _largest_remainders(shares: np.ndarray, block: int) -> np.ndarray:
+    exact = shares * block
+    quotas = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(quotas - exact, kind="stable")
+    quotas[by_remainder[: block - quotas.sum()]] += 1
     return quotas
 
 
 @functools.lru_cache(maxsize=16)
-def _block_order(block: int, seed: int) -> np.ndarray:
-    order_seed = epoch_order_seed(seed, f"mixture block {block}")
+def _whole_order(order_seed: int) -> np.ndarray:
     return permuted(np.arange(BLOCK), BLOCK, order_seed)
+
+
+def _in_order(places: np.ndarray, size: int, block: int, seed: int) -> np.ndarray:
+    """Where `places` of block number `block`, of `size` places, lie after shuffling it."""
+    order_seed = epoch_order_seed(seed, f"mixture block {block}")
+    if size == BLOCK:
+        return _whole_order(order_seed)[places]
+    return permuted(places, size, order_seed)
 
 
 class MixedRecords:
@@ -88,7 +125,13 @@ class MixedRecords:
 
     def __init__(self, parts: Sequence[Records], shares: Sequence[float]):
         self.parts = tuple(parts)
-        self.shares = tuple(float(share) for share in shares)
+        self._quotas = block_quotas(shares)
+        self._ends = np.cumsum(self._quotas)
+        self._block = int(self._ends[-1])
+        self.shares = tuple(map(float, shares))
+        # Quotas are whole numbers: what is read differs by up to PRECISION.
+        self.read_shares = tuple(float(quota) / self._block for quota in self._quotas)
+        self.by_rows = np.allclose(shares, [len(p) / sum(map(len, parts)) for p in parts])
         first = self.parts[0]
         self.directory = first.directory
         for part in self.parts[1:]:
@@ -99,20 +142,18 @@ class MixedRecords:
                         f"records cannot be mixed: {name} is {mine} in {first.directory} but "
                         f"{other} in {part.directory}; prepare them alike"
                     )
-        self.card = _mixed_card(self.parts, self.shares)
+        self.card = _mixed_card(self.parts, self.shares, self.read_shares, self._block)
         self._offsets = np.cumsum([0] + [len(part) for part in self.parts])
-        self._quotas = block_quotas(self.shares)
-        self._ends = np.cumsum(self._quotas)
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
     def rows_at(self, positions: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """Numbers, int64, of the rows at positions of the endless stream."""
-        blocks, places = np.divmod(np.asarray(positions, np.int64), BLOCK)
+        blocks, places = np.divmod(np.asarray(positions, np.int64), self._block)
         for block in np.unique(blocks):
             where = blocks == block
-            places[where] = _block_order(int(block), seed)[places[where]]
+            places[where] = _in_order(places[where], self._block, int(block), seed)
         part_of = np.searchsorted(self._ends, places, side="right")
         result = np.empty_like(places)
         for part in np.unique(part_of):
@@ -148,10 +189,14 @@ _MUST_AGREE: dict[str, Callable[[DatasetCard], object]] = {
 }
 
 
-def _mixed_card(parts: Sequence[Records], shares: Sequence[float]) -> DatasetCard:
+def _mixed_card(
+    parts: Sequence[Records], shares: Sequence[float], read_shares: Sequence[float], block: int
+) -> DatasetCard:
     cards = [part.card for part in parts]
     first = cards[0]
-    content = [(card.fingerprint, share) for card, share in zip(cards, shares)]
+    # Shares as asked for: the fingerprints of runs that are under way rest on them.
+    content: list[Any] = [(card.fingerprint, share) for card, share in zip(cards, shares)]
+    content += [block] * (block != BLOCK)
     sums = ("rows", "examples", "documents", "source_tokens", "target_tokens", "target_bytes")
     totals = {name: sum(getattr(card, name) for card in cards) for name in sums}
     tokens = totals["source_tokens"] + totals["target_tokens"]
@@ -166,7 +211,7 @@ def _mixed_card(parts: Sequence[Records], shares: Sequence[float]) -> DatasetCar
             "share": share,
             "fingerprint": card.fingerprint,
         }
-        for card, share in zip(cards, shares)
+        for card, share in zip(cards, read_shares)
     ]
     return dataclasses.replace(
         first,
@@ -178,6 +223,7 @@ def _mixed_card(parts: Sequence[Records], shares: Sequence[float]) -> DatasetCar
         non_padding_share=tokens / (totals["rows"] * (first.inputs_length + first.targets_length)),
         truncated={},
         dropped={},
+        lost={},
         shards=(),
         fingerprint=hashlib.sha256(json.dumps(["mixture", content]).encode()).hexdigest(),
         **totals,
@@ -192,39 +238,49 @@ def mix_records(
     maximum: int | None = None,
 ) -> MixedRecords:
     """Open several records directories as a mixture; rates as in `mixing_rates`, by rows."""
-    parts = [open_records(directory) for directory in directories]
+    if len(directories) < 2:
+        raise ConfigError(f"a mixture of {list(directories)}; wanted two directories or more")
+    parts = [open_directory(directory) for directory in directories]
     sizes = [len(part) for part in parts]
     shares = mixing_rates(sizes, rates, temperature=temperature, maximum=maximum)
     return MixedRecords(parts, shares)
 
 
 def parse_mixture(text: str) -> tuple[list[str], list[float] | None, float]:
-    """Directories, explicit rates or None, temperature of "A=3,B=1" or "A,B;temperature=2"."""
+    """Directories, explicit rates or None, temperature of "A=3,B=1" or "A,B;temperature=2".
+
+    A part that exists under the whole of its name has no rate, whatever the name holds.
+    """
     body, _, setting = text.partition(";")
     temperature = 1.0
     if setting:
-        found = re.fullmatch(r"\s*temperature\s*=\s*([0-9.]+)\s*", setting)
+        found = re.fullmatch(r"\s*temperature\s*=\s*(\S+)\s*", setting)
         if not found:
             raise ConfigError(f"mixture {text!r}: wanted ;temperature=NUMBER, got ;{setting}")
-        temperature = float(found[1])
-    names, rates = [], []
-    for part in body.split(","):
-        name, equals, rate = part.strip().rpartition("=")
-        if not equals:
-            name, rate = part.strip(), ""
-        try:
-            rates.append(float(rate) if rate else None)
-        except ValueError:
-            raise ConfigError(f"mixture {text!r}: the rate {rate!r} is no number") from None
-        names.append(name)
-    if not all(names):
-        raise ConfigError(f"mixture {text!r} has an empty part; write DIR=RATE,DIR=RATE")
-    given = [rate is not None for rate in rates]
-    if any(given) and (not all(given) or setting):
+        temperature = _number(found[1], "temperature", text)
+    names: list[str] = []
+    rates: list[float | None] = []
+    for part in map(str.strip, body.split(",")):
+        name, equals, rate = part.rpartition("=")
+        if not equals or pathlib.Path(user_path("a part of the mixture", part or "?")).exists():
+            name, equals = part, ""
+        if not name:
+            raise ConfigError(f"mixture {text!r} has an empty part; write DIR=RATE,DIR=RATE")
+        names.append(user_path("a part of the mixture", name))
+        rates.append(_number(rate, "rate", text) if equals else None)
+    given = [rate for rate in rates if rate is not None]
+    if given and (len(given) < len(rates) or setting):
         raise ConfigError(
             f"mixture {text!r}: give every part a rate, or none of them and a temperature"
         )
-    return names, rates if all(given) else None, temperature
+    return names, given or None, temperature
+
+
+def _number(text: str, what: str, mixture: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"mixture {mixture!r}: the {what} {text!r} is no number") from None
 
 
 def task_or_mixture(
@@ -237,6 +293,11 @@ def task_or_mixture(
 ) -> TextTask:
     """A task or a mixture by name, over the files below `data_dir` if given."""
     if name not in MIXTURES:
+        if rates is not None or temperature != 1 or maximum is not None:
+            raise ConfigError(
+                f"mixture.rates, .temperature and .maximum are for {', '.join(MIXTURES)}, and the "
+                f"task is {name}; leave them out"
+            )
         return text_task(name, data_dir)
     tasks = [text_task(part, data_dir) for part in MIXTURES[name]]
     return mixed_task(name, tasks, rates, temperature=temperature, maximum=maximum)

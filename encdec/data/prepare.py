@@ -67,6 +67,7 @@ def prepare(
     passes: int = 1,
     max_examples: int | None = None,
     max_bad_rows: int = 0,
+    lossless: bool = False,
     block_bytes: int = BLOCK_BYTES,
     workers: int | None = None,
     overwrite: bool = False,
@@ -79,7 +80,8 @@ def prepare(
     `passes` over the same documents follow one another, each with noise of its own.
     `data_dir` is where a named task's files lie; `documents` says what one is in plain `text`:
     `readers.text_documents`. Lengths are tokens a row; `max_examples` bounds
-    the documents read, `block_bytes` the text of a shard, `workers` the processes (default: the
+    the documents read, `lossless` refuses a vocabulary that loses any of their text (DataError),
+    `block_bytes` the text of a shard, `workers` the processes (default: the
     cores at hand). The result does not depend on `workers`. `objective` replaces the
     task's own; `notes` are files (name to text) to lie beside the records;
     `writer` writes the blocks in place of this machine's processes (`beam_prepare`).
@@ -97,6 +99,11 @@ def prepare(
         raise ConfigError(
             f"passes is {passes}, but {type(recipe.objective).__name__} draws no noise: every pass "
             "would repeat the first; leave --passes out and train for more epochs"
+        )
+    if seed and not recipe.objective.is_random:
+        raise ConfigError(
+            f"seed is {seed}, but {type(recipe.objective).__name__} draws nothing by it; leave "
+            "--seed out"
         )
     bad_rows = BadRows(max_bad_rows)
     job = {
@@ -119,6 +126,12 @@ def prepare(
         blocks = cut_blocks(documents, block_bytes)
         for shard, block_counts in write(recipe, directory, loaded, blocks):
             counts.add(block_counts)
+            if lossless and counts.lost:
+                raise DataError(
+                    f"the vocabulary does not give this text back: {counts.lost.describe()}; take "
+                    "one that does (encdec vocab trains one, 'bytes' is one), or leave "
+                    "--lossless out"
+                )
             if shard:
                 shards.append(shard)
             if progress:

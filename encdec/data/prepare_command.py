@@ -6,6 +6,7 @@ import argparse
 import difflib
 import itertools
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import gin
 from encdec.data.blocks import Counts
 from encdec.data.denoising import SETTINGS, Denoiser, MixtureOfDenoisers, SpanCorruption
-from encdec.data.lossless import lossless_warning
+from encdec.data.losses import Losses
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
 from encdec.data.prepare import BAD_ROWS_FILE, choose_task, prepare
@@ -40,8 +41,14 @@ class ProgressLine:
         self.started = time.perf_counter()
         self.shown = self.started if not self.terminal else 0.0
         self.width = 0
+        self.warned = False
 
     def __call__(self, counts: Counts) -> None:
+        if counts.lost and not self.warned:
+            # At once: hours of preparing may follow.
+            self.close()
+            self.stream.write(f"prepare: warning: {loss_warning(counts.lost)}\n")
+            self.warned = True
         now = time.perf_counter()
         if now - self.shown < (TERMINAL_SECONDS if self.terminal else LOG_SECONDS):
             return
@@ -65,6 +72,14 @@ class ProgressLine:
         if self.terminal and self.width:
             self.stream.write("\r" + " " * self.width + "\r")
             self.stream.flush()
+
+
+def loss_warning(lost: Losses) -> str:
+    """What the vocabulary loses and what to do about it."""
+    return (
+        f"this vocabulary does not give all text back: {lost.describe()}. Take one with byte "
+        "fallback and without normalisation (encdec vocab trains one); --lossless refuses others"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,6 +132,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--passes", type=int, help="times over the text, each with new noise (1)")
     flags.add_argument("--max_examples", type=int, help="read no more than this many rows")
     flags.add_argument("--max_bad_rows", type=int, help="bad rows to leave out and count (0)")
+    flags.add_argument(
+        "--lossless",
+        action="store_true",
+        help="refuse a vocabulary that does not give all text back (warn)",
+    )
     flags.add_argument("--block_bytes", type=int, help="text of a shard (4 MiB)")
     flags.add_argument("--workers", type=int, help="processes (all cores)")
     flags.add_argument(
@@ -141,6 +161,22 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
         raise ConfigError(f"gin: {error}") from error
 
 
+def refuse_unused(bindings: Sequence[str]) -> None:
+    """ConfigError for a binding of something that this preparation does not use.
+
+    Bindings in files are for several commands; one that is typed is meant for this one.
+    """
+    used = set(re.findall(r"^([\w./]+)\.\w+ =", gin.operative_config_str(), re.MULTILINE))
+    used |= {name.rpartition(".")[2] for name in used}
+    for binding in bindings:
+        bound = re.match(r"\s*([\w./]+)\.(\w+)\s*=", binding)
+        if bound and bound[1] not in used:
+            raise ConfigError(
+                f"--gin_bindings={binding!r} binds {bound[1]}, which is not used here; used are "
+                f"{', '.join(sorted(name for name in used if '.' not in name))}"
+            )
+
+
 def main(argv: list[str]) -> int:
     """Parse the flags, prepare, print the report."""
     given = vars(parser().parse_args(argv))
@@ -153,17 +189,21 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
     chosen = [settings.pop(name, None) for name in ("task", "jsonl", "text")]
     data_dir, documents = (settings.pop(name, None) for name in ("data_dir", "documents"))
-    if chosen[0] in MIXTURES and not any((*chosen[1:], documents)):
+    if isinstance(chosen[0], str) and not any((*chosen[1:], documents)):
         task = task_or_mixture(chosen[0], data_dir, **mixture())
     else:
         task = choose_task(chosen[0], chosen[1] or (), chosen[2] or (), data_dir, documents)
     extra_ids = settings.pop("extra_ids", None)
     vocabulary = load_vocabulary(settings.pop("vocabulary"), extra_ids=extra_ids)
-    if warning := lossless_warning(vocabulary):
-        print(f"prepare: warning: {warning}", file=sys.stderr)
     settings["objective"] = choose_objective(settings.get("objective"), task)
+    refuse_unused(bindings)
     notes = {"operative_config.gin": gin.operative_config_str()}
     if beam_options is not None:
+        if "workers" in settings:
+            raise ConfigError(
+                f"--workers={settings['workers']} is for this machine's processes, and with "
+                "--beam_options Beam's runner has its own; leave one out"
+            )
         from encdec.data.beam_prepare import BeamWriter
 
         settings["writer"] = BeamWriter(beam_options)
@@ -281,6 +321,7 @@ def bound_settings(
     passes: int | None = None,
     max_examples: int | None = None,
     max_bad_rows: int | None = None,
+    lossless: bool | None = None,
     block_bytes: int | None = None,
     workers: int | None = None,
     overwrite: bool | None = None,
@@ -311,4 +352,5 @@ def report(card: DatasetCard, seconds: float) -> str:
     for what, counts in (("truncated", card.truncated), ("dropped", card.dropped)):
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         lines.append(f"{what}: {shown or 'nothing'}")
+    lines.append(f"lost by the vocabulary: {Losses(**card.lost).describe()}")
     return "\n".join(lines)

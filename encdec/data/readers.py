@@ -16,6 +16,7 @@ from typing import Any
 from encdec.data.objectives import Document
 from encdec.data.text_files import JSONL_ENDINGS, BrokenStream, open_lines, plain_name
 from encdec.errors import ConfigError, DataError
+from encdec.storage import local
 
 # Enough to mend a file by; the count goes on.
 NAMED_BAD_ROWS = 10_000
@@ -71,7 +72,7 @@ class Fault:
 
 def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
     """The paths, each one an existing file; DataError for the first that is not."""
-    files = [pathlib.Path(path) for path in paths]
+    files = [pathlib.Path(local("an input file", path)) for path in paths]
     if not files:
         raise DataError("no input file given")
     for file in files:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import DataError
-from encdec.storage import local
+from encdec.storage import local, user_path
 
 FORMAT_VERSION = 1
 READ_THREADS = 16
@@ -49,8 +48,9 @@ class DatasetCard:
 
     Lengths are tokens per packed row. Token counts include EOS and exclude padding;
     `target_bytes` are the UTF-8 bytes of text the target tokens stand for. `truncated` counts
-    examples and tokens cut off, `dropped` what was left out, by reason. `origin` says where the
-    text came from (file names, Python's version).
+    examples and tokens cut off, `dropped` what was left out, by reason; `lost` is what the
+    vocabulary cannot write (`losses.Losses`; empty in cards of before it was counted).
+    `origin` says where the text came from (file names, Python's version).
     """
 
     task: str
@@ -77,6 +77,7 @@ class DatasetCard:
     shards: tuple[Shard, ...]
     fingerprint: str
     format_version: int = FORMAT_VERSION
+    lost: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
@@ -142,7 +143,7 @@ def _card_from_dict(content: Any, path: pathlib.Path) -> DatasetCard:
             near = difflib.get_close_matches(key, names, 1)
             hint = f"; nearest known field: {near[0]}" if near else ""
             raise DataError(f"{path} has the unknown field {key!r}{hint}")
-    if missing := names - set(values):
+    if missing := names - set(values) - {"lost"}:
         raise DataError(f"{path} lacks {sorted(missing)}; prepare again")
     try:
         values["vocabulary"] = VocabularySpec(**values["vocabulary"])
@@ -325,21 +326,33 @@ class Records(ShardedRows):
         return load_vocabulary(self.card.vocabulary, directory=self.directory)
 
 
+def open_directory(directory: str | pathlib.Path) -> Records:
+    """Open one records directory; errors as `open_records`."""
+    directory = pathlib.Path(local("the records directory", directory))
+    records = Records(directory, read_card(directory))
+    records.check_files()
+    return records
+
+
 def open_records(directory: str | pathlib.Path) -> Records:
     """Open a records directory written by ``encdec prepare``, or a mixture of several.
 
     A mixture is "A=3,B=1" (rates), "A,B" (proportional to their rows) or "A,B;temperature=2"; it
-    is a `mixing.MixedRecords` and reads as one directory does.
+    is a `mixing.MixedRecords` and reads as one directory does. What exists as a directory is one,
+    and so is what names no second part.
 
     Raises DataError where the directory, its card or a shard is missing, or a shard's size is
     not what the card says.
     """
-    text = str(directory)
-    if not pathlib.Path(text).exists() and ("," in text or re.search(r"=[0-9.]+$", text)):
-        from encdec.data.mixing import mix_records, parse_mixture
+    text = user_path("the records directory", str(directory))
+    if "," not in text or pathlib.Path(text).exists():
+        return open_directory(text)
+    from encdec.data.mixing import mix_records, parse_mixture
 
-        names, rates, temperature = parse_mixture(text)
-        return mix_records(names, rates, temperature=temperature)
-    records = Records(directory, read_card(directory))
-    records.check_files()
-    return records
+    names, rates, temperature = parse_mixture(text)
+    if missing := [name for name in names if not pathlib.Path(name).is_dir()]:
+        raise DataError(
+            f"{text} is no directory, and as a mixture (DIR=RATE,DIR=RATE) its part {missing[0]} "
+            "does not exist; give a directory written by encdec prepare, or several"
+        )
+    return mix_records(names, rates, temperature=temperature)

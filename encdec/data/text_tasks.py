@@ -17,6 +17,7 @@ from encdec.data.corpora import stdlib
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.errors import ConfigError, DataError
+from encdec.storage import local
 
 # (split, bad rows) to documents.
 ReadDocuments = Callable[[str, readers.BadRows], Iterator[Document]]
@@ -150,6 +151,7 @@ def text_task(name: str, data_dir: str | None = None) -> TextTask:
         return TEXT_TASKS[name]
     if name not in PAPER_TASKS:
         raise ConfigError(f"task {name} brings its own text; leave --data_dir={data_dir} out")
+    data_dir = local("--data_dir", data_dir)
     if not pathlib.Path(data_dir).is_dir():
         raise DataError(f"--data_dir={data_dir} is no directory; give the one that holds {name}")
     return bind_paper_task(PAPER_TASKS[name], data_dir)

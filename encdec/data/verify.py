@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from encdec.data.losses import Losses, count_unknown
 from encdec.data.records import (
     DatasetCard,
     Records,
@@ -27,9 +28,13 @@ READ_ROWS = 512
 
 @dataclasses.dataclass
 class Verdict:
-    """What was found: `faults` are sentences, each naming what is wrong and where."""
+    """What was found: `faults` are sentences, each naming what is wrong and where.
+
+    `unknown_ids` are those in the rows that were read, which are no fault of the records.
+    """
 
     rows_read: int = 0
+    unknown_ids: int = 0
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -109,13 +114,16 @@ def _check_rows(
             if fault := _row_fault(stored, card, vocabulary, totals):
                 verdict.faults.append(f"row {number}: {fault}")
                 return
-    verdict.rows_read = count
+    verdict.rows_read, verdict.unknown_ids = count, totals["unknown_ids"]
     if everything:
-        for name in ("examples", "source_tokens", "target_tokens"):
-            if totals[name] != getattr(card, name):
+        names = ("examples", "source_tokens", "target_tokens")
+        stated = {name: getattr(card, name) for name in names}
+        if Losses(**card.lost).texts:
+            stated["unknown_ids"] = card.lost["unknown_ids"]
+        for name, value in stated.items():
+            if totals[name] != value:
                 verdict.faults.append(
-                    f"dataset.json states {getattr(card, name):,} {name}, the rows hold "
-                    f"{totals[name]:,}"
+                    f"dataset.json states {value:,} {name}, the rows hold {totals[name]:,}"
                 )
 
 
@@ -140,4 +148,5 @@ def _row_fault(
     totals["examples"] += len(targets)
     totals["source_tokens"] += lengths[0]
     totals["target_tokens"] += lengths[1]
+    totals["unknown_ids"] += count_unknown(vocabulary, [*sources, *targets])
     return None

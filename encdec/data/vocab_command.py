@@ -21,7 +21,7 @@ from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.storage import local_path
+from encdec.storage import local_path, user_path
 
 # SentencePiece leaves out training lines above 4192 bytes.
 CHUNK_BYTES = 4000
@@ -52,14 +52,16 @@ def train_vocabulary(
     """
     import sentencepiece
 
-    out = pathlib.Path(out)
+    out = pathlib.Path(user_path("--out", out))
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type is {model_type!r}; wanted one of {', '.join(MODEL_TYPES)}")
     if not isinstance(size, int) or size < SMALLEST:
         raise ConfigError(f"size is {size!r}; wanted {SMALLEST} or more, 259 ids being bytes")
+    if sample_bytes < CHUNK_BYTES:
+        raise ConfigError(f"sample_bytes is {sample_bytes}; wanted {CHUNK_BYTES} or more")
     if out.is_dir() or (out.exists() and not overwrite):
         raise DataError(f"{out} exists; give another --out, or --overwrite to replace a file")
-    chunks = _sample(_chunks(texts), max(1, sample_bytes // CHUNK_BYTES), seed)
+    chunks = _sample(_chunks(texts), sample_bytes // CHUNK_BYTES, seed)
     if not chunks:
         raise DataError("no text to train a vocabulary on; give files or a task that hold some")
     model = io.BytesIO()
@@ -155,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--text", type=local_path, nargs="+", metavar="FILE", help="text, or JSONL with text"
     )
-    flags.add_argument("--split", default="train", help="the task's split (train)")
+    flags.add_argument("--split", help="the task's split (train)")
     flags.add_argument("--size", type=int, default=8192, help="ids, with 259 for bytes (8192)")
     flags.add_argument("--model_type", choices=MODEL_TYPES, default="bpe")
     flags.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text used (100 MiB)")
@@ -176,11 +178,13 @@ def main(argv: list[str]) -> int:
         sources.append(choose_task(None, flags.jsonl, ()))
     if flags.text:
         sources.append(choose_task(None, (), flags.text))
+    if flags.split is not None and not flags.task:
+        raise ConfigError(f"--split={flags.split} goes with --task; files have no splits")
     if not sources:
         raise ConfigError("give text to train on with --task, --jsonl or --text")
     started = time.perf_counter()
     train_vocabulary(
-        task_texts(sources, flags.split, flags.max_bad_rows),
+        task_texts(sources, flags.split or "train", flags.max_bad_rows),
         flags.out,
         size=flags.size,
         model_type=flags.model_type,

@@ -24,6 +24,7 @@ import numpy as np
 
 from encdec.data.wordwise import WordEncoder, word_encoder
 from encdec.errors import DataError
+from encdec.storage import user_path
 
 SPEC_FILE = "vocabulary.json"
 MODEL_FILE = "vocabulary.model"
@@ -149,6 +150,10 @@ class Vocabulary(abc.ABC):
         if plain:
             parts.append(self._decode_plain(plain))
         return "".join(parts)
+
+    def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """Texts of ids as `encode_batch` gives them: no EOS, no extra ids."""
+        return [self._decode_plain(ids.tolist()) for ids in batch]
 
     def piece(self, token: int) -> str:
         """How one id is shown to people."""
@@ -283,6 +288,9 @@ class SentencePieceVocabulary(Vocabulary):
     def _decode_plain(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
+    def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        return self._processor.decode([ids.tolist() for ids in batch], num_threads=1)
+
     def _model_bytes(self) -> bytes:
         return self._model
 
@@ -313,17 +321,25 @@ def load_vocabulary(
 
     Raises DataError where the file is missing or is not what the spec's fingerprint says.
     """
-    if isinstance(source, Vocabulary):
-        return source
     if isinstance(source, dict):
         source = _spec_from_dict(source, "the vocabulary's spec")
-    if isinstance(source, VocabularySpec):
+    if isinstance(source, Vocabulary | VocabularySpec):
+        if extra_ids not in (None, source.extra_ids):
+            raise DataError(
+                f"extra_ids is {extra_ids}, but the vocabulary at hand has {source.extra_ids}; "
+                "load it with as many as are wanted"
+            )
+        if isinstance(source, Vocabulary):
+            return source
         return _from_spec(source, pathlib.Path(directory or "."))
-    text = str(source)
+    text = user_path("the vocabulary", str(source))
     path = pathlib.Path(text)
     if not path.exists() and (match := re.fullmatch(r"(.+)\+(\d+)", text)):
-        text, path = match[1], pathlib.Path(match[1])
-        extra_ids = int(match[2]) if extra_ids is None else extra_ids
+        if extra_ids not in (None, int(match[2])):
+            raise DataError(
+                f"{text} has {match[2]} extra ids and --extra_ids={extra_ids}; give one"
+            )
+        text, path, extra_ids = match[1], pathlib.Path(match[1]), int(match[2])
     if text == "bytes":
         return ByteVocabulary(extra_ids or 0)
     if path.is_dir():

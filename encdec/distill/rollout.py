@@ -265,6 +265,7 @@ def _card(
         non_padding_share=(total.source_tokens + total.target_tokens) / slots,
         truncated={"answers_without_eos": total.unfinished} if total.unfinished else {},
         dropped={},
+        lost={},
         shards=tuple(shards),
         fingerprint=content_fingerprint(
             shards, card.vocabulary, card.inputs_length, card.targets_length, card.decoder_start_id

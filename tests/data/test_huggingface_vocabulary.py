@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encdec.data.lossless import CODE, lossless_warning, lost_characters
+from encdec.data.losses import count_losses
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records
-from encdec.data.vocab_command import train_vocabulary
-from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
+from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import TRAINING_TEXT, write_jsonl
 
 tokenizers = pytest.importorskip("tokenizers", reason="Hugging Face vocabularies need encdec[hf]")
+
+CODE = "if (a < b) {\n\treturn ~c;  // \u00e9\n}\n"
 
 
 @pytest.fixture(scope="module")
@@ -95,50 +96,17 @@ def test_broken_files_and_a_missing_package_are_named(json_path, tmp_path, monke
         load_vocabulary(json_path)
 
 
-def test_lossless_vocabularies_earn_no_warning(json_path, model_path):
-    for vocabulary in (ByteVocabulary(), load_vocabulary(json_path), load_vocabulary(model_path)):
-        assert lossless_warning(vocabulary) is None
-
-
-def test_a_vocabulary_that_loses_characters_is_told_with_an_example(tmp_path, capsys):
-    import sentencepiece
-
-    text = tmp_path / "words.txt"
-    text.write_text("plain words, no braces (at all). " * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(tmp_path / "lossy"),
-        vocab_size=40,
-        minloglevel=2,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-    )
-    vocabulary = load_vocabulary(tmp_path / "lossy.model")
-    assert "{" in lost_characters(vocabulary) and "," not in lost_characters(vocabulary)
-    warning = lossless_warning(vocabulary)
-    assert "'{'" in warning and repr(CODE) in warning and "byte fallback" in warning
-    from encdec.cli import main as encdec
-
-    path = write_jsonl(tmp_path / "a.jsonl", [{"source": "plain", "target": "words"}])
-    command = ["prepare", "--jsonl", str(path), f"--out={tmp_path / 'out'}"]
-    assert encdec([*command, f"--vocabulary={tmp_path / 'lossy.model'}"]) == 0
-    assert "prepare: warning: this vocabulary does not give all text" in capsys.readouterr().err
-    assert train_vocabulary is not None
-
-
 @pytest.mark.corpora
 def test_real_vocabularies(corpora):
     folder = corpora / "tokenizers"
     llama = load_vocabulary(folder / "mu_vision_tokenizer.json")
-    assert (llama.eos_id, llama.size) == (2, 32_011) and lossless_warning(llama) is None
+    assert (llama.eos_id, llama.size) == (2, 32_011)
     mistral = load_vocabulary(folder / "mistral_v1_32000.model")
-    assert lossless_warning(mistral) is None
+    for vocabulary in (llama, mistral):
+        assert not count_losses(vocabulary, [CODE], [])
     ids = llama.encode(CODE)
     assert llama.decode(ids) == CODE
     # The dummy prefix is one byte that no text has.
     assert llama.byte_lengths[ids].sum() == len(CODE.encode()) + 1
-    t5 = lost_characters(load_vocabulary(folder / "t5_spiece_32100.model"))
-    assert set("{}<~^\\\n") <= set(t5)
+    t5 = count_losses(load_vocabulary(folder / "t5_spiece_32100.model"), ["a{}<~^\\\n b,"], [])
+    assert t5.characters == dict.fromkeys("{}<~^\\\n", 1)

@@ -19,6 +19,7 @@ from encdec.data.mixing import (
     mixed_task,
     mixing_rates,
     parse_mixture,
+    task_or_mixture,
 )
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows
@@ -55,13 +56,46 @@ def test_rates_proportional_by_temperature_and_explicit():
     with pytest.raises(ConfigError, match=r"temperature is 0"):
         mixing_rates([1, 1], temperature=0)
 
+    with pytest.raises(ConfigError, match=r"has rates and also temperature 2.0"):
+        mixing_rates([1, 1], [1, 4], temperature=2.0)
+    with pytest.raises(ConfigError, match=r"has rates and also .* maximum 5"):
+        mixing_rates([1, 1], [1, 4], maximum=5)
+    with pytest.raises(ConfigError, match=r"maximum is 0"):
+        mixing_rates([1, 1], maximum=0)
+
 
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=9))
-def test_quotas_fill_a_block_and_keep_the_shares(weights):
+def test_quotas_fill_a_block_and_keep_every_share(weights):
     shares = np.asarray(weights) / sum(weights)
     quotas = block_quotas(shares)
-    assert quotas.sum() == BLOCK and quotas.min() >= 1
-    assert np.abs(quotas - shares * BLOCK).max() <= len(shares)
+    block = int(quotas.sum())
+    assert block in {BLOCK * 10**power for power in range(7)}
+    assert np.abs(quotas / block / shares - 1).max() <= mixing.PRECISION
+    assert np.abs(quotas - shares * block).max() <= 1
+
+
+def test_small_rates_are_read_or_refused(monkeypatch):
+    records = _rows_only(monkeypatch, (1500, 40), [1, 2e-5])
+    assert records.read_shares[1] == pytest.approx(2e-5, rel=0.01)
+    batches = Batches(records, global_batch=50_000, seed=1)
+    _, parts = _parts(records, batches, 20)
+    # 20 are expected of a million; drawn without regard to the block they would be 20 +- 4.5.
+    assert 4 <= (parts == 1).sum() <= 40
+    later = Batches(records, global_batch=24, seed=1)
+    # Position 50,000,000,000 is place 8 of its batch of 24.
+    found = later.row_numbers(10**6 * 50_000 // 24)[8:]
+    np.testing.assert_array_equal(found, batches.row_numbers(10**6)[:16])
+    with pytest.raises(ConfigError, match=r"share of 1e-09 of the rows; the least one is 1e-08"):
+        _rows_only(monkeypatch, (1500, 40), [1, 1e-9])
+
+
+def test_small_rates_keep_every_place_of_a_block(monkeypatch):
+    monkeypatch.setattr(mixing, "BLOCK", 10)
+    records = _rows_only(monkeypatch, (1500, 40), [499, 1])
+    block = sum(records._quotas)
+    assert block == 1000 and records.read_shares[1] == 0.002
+    _, parts = _parts(records, Batches(records, global_batch=block, seed=1), 3)
+    assert parts.reshape(3, block).sum(1).tolist() == [2, 2, 2]
 
 
 def _parts(records, batches, steps):
@@ -82,7 +116,7 @@ class _Part:
 
 def _rows_only(monkeypatch, sizes, rates):
     monkeypatch.setattr(mixing, "_MUST_AGREE", {})
-    monkeypatch.setattr(mixing, "_mixed_card", lambda parts, shares: None)
+    monkeypatch.setattr(mixing, "_mixed_card", lambda *given: None)
     monkeypatch.setattr(_Part, "directory", ".", raising=False)
     return MixedRecords([_Part(size) for size in sizes], mixing_rates(sizes, rates))
 
@@ -150,18 +184,41 @@ def test_wrong_mixtures_are_refused(three, make_records):
     other = make_records(sources, targets, inputs_length=24, targets_length=8, name="wide")
     with pytest.raises(ConfigError, match=r"inputs_length is 16 in .* but 24 in .*wide"):
         open_records(f"{a}=1,{other.directory}=1")
-    with pytest.raises(DataError, match=r"nowhere does not exist"):
+    with pytest.raises(DataError, match=r"as a mixture .* part nowhere does not exist"):
         open_records(f"{a}=1,nowhere=1")
+    # A path that is missing is a path, whatever its name holds.
+    with pytest.raises(DataError, match=r"directory /nowhere/lr=3 does not exist"):
+        open_records("/nowhere/lr=3")
+    with pytest.raises(ConfigError, match=r"share of 1e-09"):
+        open_records(f"{a}=1,{three[1].directory}=1e-9")
+    rated = open_records(f"{a}=1,{three[1].directory}=2")
+    with pytest.raises(ConfigError, match=r"read once, which leaves no choice to its rates"):
+        Batches(rated, global_batch=8, repeat=False)
+    with pytest.raises(ConfigError, match=r"mixture.rates, .* the task is xsum"):
+        task_or_mixture("xsum", rates=[1])
     for text, message in (
         ("a=1,b", "every part a rate"),
         ("a=x,b=1", "'x' is no number"),
         ("a=1,,b=1", "empty part"),
         ("a,b;heat=2", "temperature=NUMBER"),
         ("a=1,b=2;temperature=2", "every part a rate"),
+        ("a,b;temperature=1.2.3", "the temperature '1.2.3' is no number"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_mixture(text)
-    assert parse_mixture("a=1,b=2.5") == (["a", "b"], [1.0, 2.5], 1.0)
+    assert parse_mixture("a=1,b=2.5e-6") == (["a", "b"], [1.0, 2.5e-6], 1.0)
+
+
+def test_paths_in_mixtures_are_the_users(three, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = tmp_path / "lr=3"
+    three[0].directory.rename(named)
+    other = f"~/{three[1].directory.name}"
+    assert len(open_records("~/lr=3")) == 7
+    assert open_records(f"{named},{other}").shares == (7 / 47, 40 / 47)
+    assert open_records(f"~/lr=3=1,{other}=3").shares == (0.25, 0.75)
+    with pytest.raises(ConfigError, match=r"is empty"):
+        open_records("")
 
 
 def _task(tmp_path, name, count):
