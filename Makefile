@@ -1,6 +1,7 @@
 # make quickstart   environment, installation, then the whole story on this machine
 # make test         environment with the test tools, then every test
 # make lint         the style checks of ruff.toml
+# make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 or 3.12)
 # ENV=...           where the environment lies (default .venv)
@@ -26,7 +27,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test lint clean
+.PHONY: quickstart install test lint lm-eval clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(ENV)/.installed
@@ -39,6 +40,16 @@ test: $(TESTED)
 
 lint: $(TESTED)
 	$(BIN)/ruff check .
+
+lm-eval: $(TESTED) $(ENV)-lm-eval/.installed
+	ENCDEC_LM_EVAL=$(ENV)-lm-eval/bin/python $(BIN)/python -m pytest tests/serving/test_harness.py
+
+# Its hundred packages are none of ours, and their versions not ours to pin.
+$(ENV)-lm-eval/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(ENV)-lm-eval
+	$(ENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check \
+		"lm-eval[api]>=0.4.9,<0.5"
+	@touch $@
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

@@ -47,6 +47,7 @@ REQUIRES = [
 
 SERVE = [
     "httpx>=0.27,<1",  # for `encdec benchmark serving`
+    "jinja2>=3.1,<4",  # for chat templates
     "prometheus-client>=0.20,<1",
     "starlette>=0.46,<2",
     "uvicorn>=0.34,<1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -19,6 +20,24 @@ from encdec.errors import ConfigError, DataError
 # How published tokenizers name the token that ends a text, where nothing says it.
 EOS_TOKENS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>")
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """The byte that each character of byte-level BPE stands for (GPT-2's table): printable
+    characters of Latin-1 for themselves, the other bytes in order from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
+
+
+BYTE_OF_LETTER = _byte_of_letter()
+
+
+def _each_replaced(letter: str) -> str:
+    """U+FFFD for a byte that is no part of a character (an escaped surrogate)."""
+    return "\ufffd" if "\udc80" <= letter <= "\udcff" else letter
 
 
 class HuggingFaceVocabulary(Vocabulary):
@@ -104,8 +123,49 @@ class HuggingFaceVocabulary(Vocabulary):
         shown = self._tokenizer.id_to_token(token) if token < self.base_size else None
         return super().piece(token) if shown is None else shown
 
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        names = {token: name for name, token in self._ids.items()}
+        added = self._content.get("added_tokens", ())
+        special = {token["content"]: token["id"] for token in added if token.get("special")}
+        return {names[self.eos_id]: self.eos_id} | special
+
+    def token_bytes(self, token: int) -> bytes | None:
+        piece = self._tokenizer.id_to_token(token) if token < self.base_size else None
+        if piece is None or piece in self.special_tokens:
+            return None
+        if BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        if self._byte_level and all(letter in BYTE_OF_LETTER for letter in piece):
+            return bytes(BYTE_OF_LETTER[letter] for letter in piece)
+        return None
+
     def _decode_plain(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        """The library's text, save that bytes which are no character do not take with them the
+        characters before them, as in SentencePiece: what a text begins with stays as it grows."""
+        if not self._has_byte_pieces or self._tokenizer.decoder is None:
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
+        pieces: list[str] = []
+        for is_bytes, run in itertools.groupby(
+            filter(None, map(self._tokenizer.id_to_token, ids)),
+            lambda piece: BYTE_PIECE.fullmatch(piece) is not None,
+        ):
+            if is_bytes:
+                data = bytes(int(piece[3:5], 16) for piece in run)
+                pieces.append("".join(map(_each_replaced, data.decode("utf-8", "surrogateescape"))))
+            else:
+                pieces += run
+        return self._tokenizer.decoder.decode(pieces)
+
+    @functools.cached_property
+    def _has_byte_pieces(self) -> bool:
+        return any(map(BYTE_PIECE.fullmatch, self._ids))
+
+    @functools.cached_property
+    def _byte_level(self) -> bool:
+        """Whether it is byte-level BPE, which writes every byte as one character."""
+        parts = [self._content.get("decoder"), self._content.get("pre_tokenizer")]
+        return '"ByteLevel"' in json.dumps(parts)
 
     def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
         ids = [part.tolist() for part in batch]
@@ -116,10 +176,6 @@ class HuggingFaceVocabulary(Vocabulary):
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        # Byte-level BPE writes every byte as one character.
-        byte_level = '"ByteLevel"' in json.dumps(
-            [self._content.get("decoder"), self._content.get("pre_tokenizer")]
-        )
         added = {token["content"]: token for token in self._content.get("added_tokens", ())}
         lengths = np.zeros(self.size, np.int32)
         for piece, token in self._ids.items():
@@ -128,7 +184,7 @@ class HuggingFaceVocabulary(Vocabulary):
                 lengths[token] = 0 if special else len(piece.encode("utf-8"))
             elif BYTE_PIECE.fullmatch(piece):
                 lengths[token] = 1
-            elif byte_level:
+            elif self._byte_level:
                 lengths[token] = len(piece)
             else:
                 lengths[token] = len(piece.replace("\u2581", " ").encode("utf-8"))

@@ -29,6 +29,7 @@ from encdec.storage import user_path
 SPEC_FILE = "vocabulary.json"
 MODEL_FILE = "vocabulary.model"
 CARD_FILE = "dataset.json"
+EOS_NAME = "</s>"  # where a vocabulary has no name of its own for it
 # A word encoder takes a tenth of a second to make; prompts do without.
 WORDWISE_CHARACTERS = 1 << 16
 
@@ -155,6 +156,39 @@ class Vocabulary(abc.ABC):
         """Texts of ids as `encode_batch` gives them: no EOS, no extra ids."""
         return [self._decode_plain(ids.tolist()) for ids in batch]
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Names of control tokens that text never encodes to, EOS first, and their ids."""
+        return {EOS_NAME: self.eos_id}
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens stand for these tokens."""
+        names = self.special_tokens
+        pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+        parts = re.split(f"({pattern})", text)
+        ids: list[int] = []
+        for place, part in enumerate(parts):
+            if place % 2:
+                ids.append(names[part])
+            elif part:
+                ids += self.encode(part)
+        return ids
+
+    def decode_marked(self, ids: Iterable[int]) -> str:
+        """Text of all ids, with EOS by its name; ``encode_marked`` reads it."""
+        name = next(iter(self.special_tokens))
+        parts: list[list[int]] = [[]]
+        for token in ids:
+            if token == self.eos_id:
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        return name.join(map(self.decode, parts))
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes that an id stands for where it may be a part of a character; None elsewhere."""
+        return None
+
     def piece(self, token: int) -> str:
         """How one id is shown to people."""
         return repr(self.decode([token]))[1:-1] if token != self.eos_id else "</s>"
@@ -203,6 +237,10 @@ class ByteVocabulary(Vocabulary):
         data = bytes(token - self.offset for token in ids if token >= self.offset)
         return data.decode("utf-8", errors="ignore")
 
+    def token_bytes(self, token: int) -> bytes | None:
+        known = self.offset <= token < self.base_size
+        return bytes([token - self.offset]) if known else None
+
     def _model_bytes(self) -> bytes:
         return b""
 
@@ -248,6 +286,16 @@ class SentencePieceVocabulary(Vocabulary):
     def unk_id(self) -> int | None:
         token = self._processor.unk_id()
         return None if token < 0 else token
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        ids = [self.eos_id, *filter(self._processor.is_control, range(self.base_size))]
+        return {self._processor.id_to_piece(token): token for token in ids}
+
+    def token_bytes(self, token: int) -> bytes | None:
+        if token >= self.base_size or not self._processor.is_byte(token):
+            return None
+        return bytes([int(self._processor.id_to_piece(token)[3:5], 16)])
 
     @property
     def bos_id(self) -> int | None:

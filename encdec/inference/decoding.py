@@ -16,7 +16,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.sampling import Choosing, RowSettings, choose
+from encdec.inference.sampling import Choosing, RowSettings, choose, likeliest
 from encdec.model import ModelConfig, build_model, init_cache
 
 Params = Any
@@ -39,13 +39,15 @@ class Memory:
 
 @flax.struct.dataclass
 class Decoding:
-    """Answers under way; N is the room for new tokens.
+    """Answers under way; N is the room for new tokens, K the number of alternatives kept.
 
     Attributes:
         memory: what the decoder remembers.
         last_R: int32, the token chosen last, not yet fed to the decoder.
         tokens_RxN: int32, the answers, EOS included, then zeros.
         log_probs_RxN: float32, the model's log-probability of each of these tokens, then zeros.
+        likeliest_RxNxK: int32, the likeliest tokens of each place, if any row asks for its own.
+        likeliest_log_probs_RxNxK: float32, the model's log-probabilities of them.
         counts_R: int32, tokens in each answer.
         finished_R: bool.
         settings: the rows' settings.
@@ -55,6 +57,8 @@ class Decoding:
     last_R: jax.Array
     tokens_RxN: jax.Array
     log_probs_RxN: jax.Array
+    likeliest_RxNxK: jax.Array
+    likeliest_log_probs_RxNxK: jax.Array
     counts_R: jax.Array
     finished_R: jax.Array
     settings: RowSettings
@@ -97,6 +101,28 @@ def prefill(
     Returns:
         Logits [B, V] float32 of each row's first new token, and the memory.
     """
+    hidden_BxPxM, memory = read_inputs(
+        config, params, tokens_BxS, lengths_B, start_id=start_id, room=room
+    )
+    ends_B = memory.slots_R - 1
+    hidden_BxM = jnp.take_along_axis(hidden_BxPxM, ends_B[:, None, None], axis=1)[:, 0]
+    logits_BxV = build_model(config).apply({"params": params}, hidden_BxM, method="logits")
+    return logits_BxV, memory
+
+
+def read_inputs(
+    config: ModelConfig,
+    params: Params,
+    tokens_BxS: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    start_id: int,
+    room: int,
+) -> tuple[jax.Array, Memory]:
+    """As ``prefill``, with the hidden states [B, P, M] of every place that the decoder read.
+
+    P is 1, the start token, in an encoder-decoder, and 1 + S in a decoder-only model.
+    """
     model, (batch, width) = build_model(config), tokens_BxS.shape
     start_Bx1 = jnp.full((batch, 1), start_id, jnp.int32)
     places_BxS = jnp.tile(jnp.arange(width, dtype=jnp.int32), (batch, 1))
@@ -119,9 +145,7 @@ def prefill(
         from_start=True,
         method="decode_cached",
     )
-    hidden_BxM = jnp.take_along_axis(hidden_BxPxM, ends_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = model.apply({"params": params}, hidden_BxM, method="logits")
-    return logits_BxV, Memory(cache, source, ends_B.astype(jnp.int32) + 1)
+    return hidden_BxPxM, Memory(cache, source, ends_B.astype(jnp.int32) + 1)
 
 
 def decode_step(
@@ -174,16 +198,23 @@ def start(
     if rows != batch:
         rows_R = jnp.repeat(jnp.arange(batch), rows // batch)
         logits_RxV, memory = logits_RxV[rows_R], take_rows(config, memory, rows_R)
-    decoding = Decoding(
+    return append(plan, blank(plan, memory, settings), logits_RxV)
+
+
+def blank(plan: DecodingPlan, memory: Memory, settings: RowSettings) -> Decoding:
+    """Answers without tokens to inputs that were read."""
+    rows, room, kept = settings.limit_R.shape[0], plan.room, plan.choosing.alternatives
+    return Decoding(
         memory=memory,
         last_R=jnp.zeros(rows, jnp.int32),
-        tokens_RxN=jnp.zeros((rows, plan.room), jnp.int32),
-        log_probs_RxN=jnp.zeros((rows, plan.room), jnp.float32),
+        tokens_RxN=jnp.zeros((rows, room), jnp.int32),
+        log_probs_RxN=jnp.zeros((rows, room), jnp.float32),
+        likeliest_RxNxK=jnp.zeros((rows, room, kept), jnp.int32),
+        likeliest_log_probs_RxNxK=jnp.zeros((rows, room, kept), jnp.float32),
         counts_R=jnp.zeros(rows, jnp.int32),
         finished_R=settings.limit_R <= 0,
         settings=settings,
     )
-    return append(plan, decoding, logits_RxV)
 
 
 def advance(
@@ -208,7 +239,7 @@ def advance(
 
 
 def append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> Decoding:
-    """Chooses a token for every unfinished row and writes it down."""
+    """Chooses a token for every unfinished row, or takes the one given, and writes it down."""
     counts_R, settings = decoding.counts_R, decoding.settings
     chosen_R, log_probs_R = choose(
         logits_RxV, plan.choosing, settings, decoding.tokens_RxN, counts_R
@@ -216,8 +247,10 @@ def append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> Dec
     running_R = ~decoding.finished_R
     rows_R = jnp.arange(counts_R.shape[0])
     places_R = jnp.where(running_R, counts_R, plan.room)  # out of range, so dropped
+    if plan.choosing.alternatives:
+        decoding = _keep_likeliest(plan.choosing, decoding, logits_RxV, places_R)
+    ended_R = (chosen_R == settings.eos_R) & (counts_R >= settings.given_R)
     counts_R = counts_R + running_R
-    ended_R = chosen_R == settings.eos_R
     ended_R |= counts_R >= jnp.minimum(settings.limit_R, plan.room)
     return decoding.replace(
         last_R=jnp.where(running_R, chosen_R, decoding.last_R),
@@ -225,6 +258,25 @@ def append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> Dec
         log_probs_RxN=decoding.log_probs_RxN.at[rows_R, places_R].set(log_probs_R, mode="drop"),
         counts_R=counts_R,
         finished_R=decoding.finished_R | ended_R,
+    )
+
+
+def _keep_likeliest(
+    choosing: Choosing, decoding: Decoding, logits_RxV: jax.Array, places_R: jax.Array
+) -> Decoding:
+    """Writes down the likeliest tokens of the places; zeros while no row asks for them."""
+    rows_R, shape = jnp.arange(places_R.shape[0]), (places_R.shape[0], choosing.alternatives)
+    # What the condition gives is small; the whole arrays would be copied at every step.
+    ids_RxK, log_probs_RxK = jax.lax.cond(
+        jnp.any(decoding.settings.alternatives_R > 0),
+        lambda logits_RxV: likeliest(logits_RxV, choosing),
+        lambda _: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)),
+        logits_RxV,
+    )
+    write = lambda whole, part: whole.at[rows_R, places_R].set(part, mode="drop")
+    return decoding.replace(
+        likeliest_RxNxK=write(decoding.likeliest_RxNxK, ids_RxK),
+        likeliest_log_probs_RxNxK=write(decoding.likeliest_log_probs_RxNxK, log_probs_RxK),
     )
 
 

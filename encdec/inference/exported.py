@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
-from encdec.inference.decoding import Decoding, DecodingPlan, append
+from encdec.inference.decoding import Decoding, DecodingPlan, append, blank
 from encdec.inference.generator import (
     Generation,
     Generator,
@@ -132,16 +132,7 @@ class ExportedGenerator(Generator):
         logits, memory = self._model.prefill(tokens_BxS, lengths_B, plan.start_id, plan.room)
         memory.repeat(settings.samples)
         rows = row_settings(settings, inputs, len(inputs), limit, vocabulary.eos_id)
-        count = len(inputs) * settings.samples
-        decoding = Decoding(
-            memory=None,
-            last_R=jnp.zeros(count, jnp.int32),
-            tokens_RxN=jnp.zeros((count, plan.room), jnp.int32),
-            log_probs_RxN=jnp.zeros((count, plan.room), jnp.float32),
-            counts_R=jnp.zeros(count, jnp.int32),
-            finished_R=jnp.asarray(rows.limit_R <= 0),
-            settings=jax.tree.map(jnp.array, rows),
-        )
+        decoding = blank(plan, None, jax.tree.map(jnp.array, rows))
         logits = np.repeat(logits, settings.samples, axis=0)
         decoding = append_compiled(plan, decoding, logits)
         greedy = choosing == Choosing(vocabulary.size)

@@ -19,7 +19,7 @@ from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled, 
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat, TextStream, find_stop, tokens_to_stop
+from encdec.inference.text import PromptFormat, TextStream, find_stop, text_after, tokens_to_stop
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import MeshConfig
@@ -323,7 +323,9 @@ class Generator:
                 break
         vocabulary = self.prompts.vocabulary
         made = [
-            generation_of(vocabulary, tokens[row, : counts[row]], log_probs[row], stop)
+            generation_of(
+                vocabulary, tokens[row, : counts[row]].tolist(), log_probs[row].tolist(), stop
+            )
             for row in range(rows)
         ]
         return [made[i : i + settings.samples] for i in range(0, rows, settings.samples)]
@@ -349,8 +351,8 @@ class Generator:
             [
                 generation_of(
                     self.prompts.vocabulary,
-                    found.tokens_BxKxN[row, beam, : found.counts_BxK[row, beam]],
-                    found.log_probs_BxKxN[row, beam],
+                    found.tokens_BxKxN[row, beam, : found.counts_BxK[row, beam]].tolist(),
+                    found.log_probs_BxKxN[row, beam].tolist(),
                     (),
                     float(found.scores_BxK[row, beam]),
                 )
@@ -363,21 +365,24 @@ class Generator:
 
 def generation_of(
     vocabulary: Vocabulary,
-    ids: np.ndarray,
-    log_probs: np.ndarray,
+    tokens: list[int],
+    log_probs: list[float],
     stop: Sequence[str],
     score: float | None = None,
+    context: Sequence[int] = (),
 ) -> Generation:
-    """The answer that these tokens make, ended at the first stop string among them."""
-    tokens = ids.tolist()
+    """The answer that these tokens make, ended at the first stop string among them.
+
+    ``context`` are tokens of the same text that come before them.
+    """
     finish = "eos" if tokens and tokens[-1] == vocabulary.eos_id else "length"
-    count = tokens_to_stop(vocabulary, tokens, stop)
+    count = tokens_to_stop(vocabulary, tokens, stop, context)
     if count is not None:
         tokens, finish = tokens[:count], "stop"
-    text = vocabulary.decode(tokens)
+    text = text_after(vocabulary, context, tokens)
     if finish == "stop":
         text = text[: find_stop(text, stop)]
-    return Generation(text, tokens, log_probs[: len(tokens)].tolist(), finish, score)
+    return Generation(text, tokens, log_probs[: len(tokens)], finish, score)
 
 
 def choosing_of(settings: GenerationSettings, vocabulary_size: int) -> Choosing:
@@ -387,8 +392,11 @@ def choosing_of(settings: GenerationSettings, vocabulary_size: int) -> Choosing:
         vocabulary_size,
         sampled,
         sampled and (settings.top_k > 0 or settings.top_p < 1),
-        settings.repetition_penalty != 1,
+        settings.repetition_penalty != 1
+        or settings.presence_penalty != 0
+        or settings.frequency_penalty != 0,
         settings.no_repeat_ngram > 0,
+        biases=len(settings.logit_bias),
     )
 
 
@@ -415,15 +423,41 @@ def settings_of_answers(
     samples_R: np.ndarray,
     limits_R: np.ndarray,
     eos_id: int,
+    *,
+    biases: int | None = None,
+    given: int = 0,
+    alternatives: int = 0,
 ) -> RowSettings:
-    """Rows of answers, each known by its input's number and its own among that input's samples."""
-    fill = lambda value, dtype: np.full(len(limits_R), value, dtype)
+    """Rows of answers, each known by its input's number and its own among that input's samples.
+
+    Args:
+        settings: of all of them.
+        numbers_R: of the inputs, uint32.
+        samples_R: among the input's samples, uint32.
+        limits_R: tokens at most, int32.
+        eos_id: ends an answer.
+        biases: places for them in the program; as many as the settings have where it is None.
+        given: tokens with which every answer begins.
+        alternatives: above 0, the likeliest tokens of each place are kept.
+    """
+    rows = len(limits_R)
+    fill = lambda value, dtype: np.full(rows, value, dtype)
+    places = len(settings.logit_bias) if biases is None else biases
+    bias_ids, bias_values = np.full(places, -1, np.int32), np.zeros(places, np.float32)
+    for place, (token, bias) in enumerate(settings.logit_bias):
+        bias_ids[place], bias_values[place] = token, bias
     return RowSettings(
         temperature_R=fill(settings.temperature, np.float32),
         top_k_R=fill(settings.top_k, np.int32),
         top_p_R=fill(settings.top_p, np.float32),
         repetition_penalty_R=fill(settings.repetition_penalty, np.float32),
+        presence_penalty_R=fill(settings.presence_penalty, np.float32),
+        frequency_penalty_R=fill(settings.frequency_penalty, np.float32),
+        bias_ids_RxB=np.tile(bias_ids, (rows, 1)),
+        biases_RxB=np.tile(bias_values, (rows, 1)),
         no_repeat_ngram_R=fill(settings.no_repeat_ngram, np.int32),
+        given_R=fill(given, np.int32),
+        alternatives_R=fill(alternatives, np.int32),
         limit_R=limits_R,
         eos_R=fill(eos_id, np.int32),
         keys_R=_keys(np.uint32(settings.seed), numbers_R, samples_R),

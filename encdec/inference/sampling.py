@@ -22,8 +22,10 @@ class Choosing:
         vocabulary_size: ids from here on are never chosen (a model's table may be padded).
         sampled: rows may have a temperature above 0; otherwise every row is greedy.
         truncated: rows may have a top-k or top-p; needs ``sampled``.
-        penalised: rows may have a repetition penalty.
+        penalised: rows may have a repetition, presence or frequency penalty.
         ngrams: rows may forbid n-grams to come twice.
+        biases: B, tokens of a row whose scores may be moved.
+        alternatives: K, likeliest tokens that are kept of each place.
     """
 
     vocabulary_size: int
@@ -31,6 +33,8 @@ class Choosing:
     truncated: bool = False
     penalised: bool = False
     ngrams: bool = False
+    biases: int = 0
+    alternatives: int = 0
 
 
 @flax.struct.dataclass
@@ -42,8 +46,15 @@ class RowSettings:
         top_k_R: int32; only the k likeliest tokens; 0 is off.
         top_p_R: float32; of these, the likeliest that together reach this mass; 1 is off.
         repetition_penalty_R: float32; 1 is off.
+        presence_penalty_R: float32; taken from the scores of tokens in the answer; 0 is off.
+        frequency_penalty_R: float32; the same for each time that a token is in it; 0 is off.
+        bias_ids_RxB: int32; tokens whose scores are moved, -1 for none.
+        biases_RxB: float32; by how much.
         no_repeat_ngram_R: int32; no n-gram of this length comes twice in the answer; 0 is off.
-        limit_R: int32; tokens at most; 0 for a row that only fills the batch.
+        given_R: int32; tokens with which the answer begins: they are there already and are not
+            chosen.
+        alternatives_R: int32; above 0, the likeliest tokens of each place are kept.
+        limit_R: int32; tokens at most, with those given; 0 for a row that only fills the batch.
         eos_R: int32; the token that ends the answer; ``NO_EOS`` for none.
         keys_R: random keys; token i of a row is drawn with ``fold_in(key, i)``, so that it depends
             neither on the batch's other rows nor on how the loop is cut.
@@ -53,13 +64,19 @@ class RowSettings:
     top_k_R: jax.Array
     top_p_R: jax.Array
     repetition_penalty_R: jax.Array
+    presence_penalty_R: jax.Array
+    frequency_penalty_R: jax.Array
+    bias_ids_RxB: jax.Array
+    biases_RxB: jax.Array
     no_repeat_ngram_R: jax.Array
+    given_R: jax.Array
+    alternatives_R: jax.Array
     limit_R: jax.Array
     eos_R: jax.Array
     keys_R: jax.Array
 
 
-def greedy_rows(count: int, limit: int) -> RowSettings:
+def greedy_rows(count: int, limit: int, biases: int = 0) -> RowSettings:
     """Rows that take the likeliest token until they have ``limit``."""
     fill = lambda value, dtype: jnp.full(count, value, dtype)
     return RowSettings(
@@ -67,7 +84,13 @@ def greedy_rows(count: int, limit: int) -> RowSettings:
         top_k_R=fill(0, jnp.int32),
         top_p_R=fill(1, jnp.float32),
         repetition_penalty_R=fill(1, jnp.float32),
+        presence_penalty_R=fill(0, jnp.float32),
+        frequency_penalty_R=fill(0, jnp.float32),
+        bias_ids_RxB=jnp.full((count, biases), -1, jnp.int32),
+        biases_RxB=jnp.zeros((count, biases), jnp.float32),
         no_repeat_ngram_R=fill(0, jnp.int32),
+        given_R=fill(0, jnp.int32),
+        alternatives_R=fill(0, jnp.int32),
         limit_R=fill(limit, jnp.int32),
         eos_R=fill(NO_EOS, jnp.int32),
         keys_R=jax.random.split(jax.random.key(0), count),
@@ -90,7 +113,8 @@ def choose(
         logits_RxV: float32.
         choosing: what is compiled in.
         settings: the rows' settings.
-        tokens_RxN: each row's answer so far, in its first ``counts_R`` places.
+        tokens_RxN: each row's answer so far, in its first ``counts_R`` places; behind it the rest
+            of the tokens given, if any are left.
         counts_R: tokens in each row's answer.
     """
     size = logits_RxV.shape[-1]
@@ -101,6 +125,17 @@ def choose(
         scores = _where_asked(
             settings.repetition_penalty_R != 1,
             lambda scores: _penalise(scores, settings.repetition_penalty_R, tokens_RxN, counts_R),
+            scores,
+        )
+        scores = _where_asked(
+            (settings.presence_penalty_R != 0) | (settings.frequency_penalty_R != 0),
+            lambda scores: _lower(scores, settings, tokens_RxN, counts_R),
+            scores,
+        )
+    if choosing.biases:
+        scores = _where_asked(
+            jnp.any(settings.bias_ids_RxB >= 0, axis=-1),
+            lambda scores: _bias(scores, settings),
             scores,
         )
     if choosing.ngrams:
@@ -123,8 +158,27 @@ def choose(
             ),
             chosen_R,
         )
-    picked = jnp.take_along_axis(logits_RxV, chosen_R[:, None], axis=-1)[:, 0]
-    return chosen_R.astype(jnp.int32), picked - jax.nn.logsumexp(logits_RxV, axis=-1)
+    places_R = jnp.minimum(counts_R, tokens_RxN.shape[1] - 1)
+    given_R = jnp.take_along_axis(tokens_RxN, places_R[:, None], axis=1)[:, 0]
+    chosen_R = jnp.where(counts_R < settings.given_R, given_R, chosen_R)
+    return chosen_R.astype(jnp.int32), log_probs_of(logits_RxV, chosen_R)
+
+
+def log_probs_of(logits_RxV: jax.Array, tokens_R: jax.Array) -> jax.Array:
+    """The log-probability of one token in each row, float32 [R]."""
+    picked = jnp.take_along_axis(logits_RxV, tokens_R[:, None], axis=-1)[:, 0]
+    return picked - jax.nn.logsumexp(logits_RxV, axis=-1)
+
+
+def likeliest(logits_RxV: jax.Array, choosing: Choosing) -> tuple[jax.Array, jax.Array]:
+    """The K likeliest tokens of the vocabulary, int32 [R, K], and their log-probabilities.
+
+    The first one's is exactly that of ``log_probs_of`` where it is the one asked for.
+    """
+    total_R = jax.nn.logsumexp(logits_RxV, axis=-1)
+    known = logits_RxV[:, : choosing.vocabulary_size]
+    values_RxK, ids_RxK = jax.lax.top_k(known, choosing.alternatives)
+    return ids_RxK.astype(jnp.int32), values_RxK - total_R[:, None]
 
 
 def _where_asked(
@@ -201,6 +255,28 @@ def _penalise(
     penalty = penalty_R[:, None]
     lowered = jnp.where(scores_RxV > 0, scores_RxV / penalty, scores_RxV * penalty)
     return jnp.where(seen, lowered, scores_RxV)
+
+
+def _lower(
+    scores_RxV: jax.Array, settings: RowSettings, tokens_RxN: jax.Array, counts_R: jax.Array
+) -> jax.Array:
+    """OpenAI's presence and frequency penalties, over the answer and not the input:
+    https://platform.openai.com/docs/advanced-usage#frequency-and-presence-penalties"""
+    size = scores_RxV.shape[-1]
+    rows = jnp.arange(tokens_RxN.shape[0])[:, None]
+    there = jnp.arange(tokens_RxN.shape[1]) < counts_R[:, None]
+    times = jnp.zeros_like(scores_RxV)
+    times = times.at[rows, jnp.where(there, tokens_RxN, size)].add(1, mode="drop")
+    presence, frequency = settings.presence_penalty_R, settings.frequency_penalty_R
+    return scores_RxV - presence[:, None] * (times > 0) - frequency[:, None] * times
+
+
+def _bias(scores_RxV: jax.Array, settings: RowSettings) -> jax.Array:
+    """Scores moved by each row's own biases."""
+    size = scores_RxV.shape[-1]
+    rows = jnp.arange(scores_RxV.shape[0])[:, None]
+    ids = jnp.where(settings.bias_ids_RxB >= 0, settings.bias_ids_RxB, size)
+    return scores_RxV.at[rows, ids].add(settings.biases_RxB, mode="drop")
 
 
 def repeating_tokens(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from encdec.errors import ConfigError
 
+MOST_BIASES = 300  # as in OpenAI's API
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
@@ -20,6 +22,9 @@ class GenerationSettings:
         top_k: draw from the k likeliest tokens only; 0 is off.
         top_p: draw from the likeliest tokens that together reach this mass; 1 is off.
         repetition_penalty: above 1, tokens already in the answer become less likely.
+        presence_penalty: taken from the scores of tokens already in the answer; 0 is off.
+        frequency_penalty: the same for each time that a token is in it already; 0 is off.
+        logit_bias: tokens and what is added to their scores, at most MOST_BIASES.
         no_repeat_ngram: no n-gram of this length comes twice in an answer; 0 is off.
         seed: of drawing; the same input, number and seed give the same answer in any batch.
         samples: answers to each input.
@@ -36,6 +41,9 @@ class GenerationSettings:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Sequence[tuple[int, float]] = ()
     no_repeat_ngram: int = 0
     seed: int = 0
     samples: int = 1
@@ -45,6 +53,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "logit_bias", tuple(map(tuple, self.logit_bias)))
         for name in ("max_tokens", "top_k", "no_repeat_ngram", "seed", "samples", "beams"):
             value = getattr(self, name)
             if type(value) is not int and not (name == "max_tokens" and value is None):
@@ -65,6 +74,11 @@ class GenerationSettings:
             0.01 <= self.repetition_penalty <= 100,
             "from 0.01 to 100; 1 is off",
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, -2 <= getattr(self, name) <= 2, "from -2 to 2; 0 is off")
+        self._require("logit_bias", len(self.logit_bias) <= MOST_BIASES, f"at most {MOST_BIASES}")
+        if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise ConfigError(f"logit_bias is {dict(self.logit_bias)}; wanted -100 to 100 each")
         self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram < 2**31, "0 (off) or a length")
         self._require("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         self._require("samples", self.samples >= 1, "1 or more")
@@ -91,6 +105,9 @@ class GenerationSettings:
             "top_k": 0,
             "top_p": 1.0,
             "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logit_bias": (),
             "no_repeat_ngram": 0,
             "stop": (),
         }

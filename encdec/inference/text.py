@@ -73,14 +73,7 @@ class PromptFormat:
         Raises:
             DataError: no tokens, one that the vocabulary has not, or too many.
         """
-        if not ids:
-            raise DataError(f"{name} has no tokens; give at least one")
-        size = self.vocabulary.size
-        wrong = next((i for i in ids if not 0 <= i < size), None)
-        if wrong is not None:
-            raise DataError(
-                f"{name} has the token {wrong}, and the vocabulary has ids from 0 to {size - 1}"
-            )
+        self.check_tokens(ids, name)
         room = self.max_input_tokens - self.added
         cut = len(ids) > room
         if cut and not truncate:
@@ -91,6 +84,17 @@ class PromptFormat:
             )
         end = [self.vocabulary.eos_id] * self.inputs_eos
         return [*self.inputs_prefix, *ids[:room], *end], cut
+
+    def check_tokens(self, ids: Sequence[int], name: str = "the input") -> None:
+        """Raises DataError for no tokens, or one that the vocabulary has not."""
+        if not ids:
+            raise DataError(f"{name} has no tokens; give at least one")
+        size = self.vocabulary.size
+        wrong = next((i for i in ids if not 0 <= i < size), None)
+        if wrong is not None:
+            raise DataError(
+                f"{name} has the token {wrong}, and the vocabulary has ids from 0 to {size - 1}"
+            )
 
     def _unknown_part(self, text: str) -> str:
         """The first character that the vocabulary cannot write, and its place."""
@@ -107,24 +111,54 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
     return min(places) if places else None
 
 
-def tokens_to_stop(vocabulary: Vocabulary, ids: Sequence[int], stop: Sequence[str]) -> int | None:
+def text_after(vocabulary: Vocabulary, context: Sequence[int], ids: Sequence[int]) -> str:
+    """What ``ids`` add to the text of the tokens before them."""
+    if not len(context):
+        return vocabulary.decode(ids)
+    before = vocabulary.decode(context).rstrip(INCOMPLETE)
+    return vocabulary.decode([*context, *ids])[len(before) :]
+
+
+def tokens_to_stop(
+    vocabulary: Vocabulary, ids: Sequence[int], stop: Sequence[str], context: Sequence[int] = ()
+) -> int | None:
     """How many tokens it takes until the text holds a stop string; None where it never does."""
-    if not stop or find_stop(vocabulary.decode(ids), stop) is None:
+    holds = lambda n: find_stop(text_after(vocabulary, context, ids[:n]), stop) is not None
+    if not stop or not holds(len(ids)):
         return None
-    return next(
-        n for n in range(1, len(ids) + 1) if find_stop(vocabulary.decode(ids[:n]), stop) is not None
-    )
+    return next(n for n in range(1, len(ids) + 1) if holds(n))
+
+
+# Tokens before a token on which the text that it adds may depend: a character has 4 bytes at
+# most, and decoders treat the beginning of a text alone differently.
+WINDOW = 16
+
+
+def piece_after(vocabulary: Vocabulary, before: Sequence[int], token: int) -> str:
+    """The text that a token adds behind those before it.
+
+    A token that completes a character adds all of it, and those that began it add nothing.
+    Text that another token may still change (bytes of an incomplete character) is not counted.
+    """
+    begin = max(0, len(before) - WINDOW)
+    while begin and not vocabulary.decode(before[begin:]).strip():
+        begin = max(0, begin - WINDOW)
+    window = list(before[begin:])
+    settled = vocabulary.decode(window).rstrip(INCOMPLETE)
+    return vocabulary.decode([*window, token]).rstrip(INCOMPLETE)[len(settled) :]
 
 
 class TextStream:
     """Tokens to text piece by piece: what it gave out is never taken back.
 
     Text that may still change (the bytes of an incomplete character) or turn out to be a stop
-    string is held back until it is settled.
+    string is held back until it is settled. ``context`` are tokens of the same text before them.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()):
-        self._vocabulary = vocabulary
+    def __init__(
+        self, vocabulary: Vocabulary, stop: Sequence[str] = (), context: Sequence[int] = ()
+    ):
+        self._vocabulary, self._context = vocabulary, list(context)
         self._stop = tuple(stop)
         self._given = 0
         self.stopped = False
@@ -133,7 +167,7 @@ class TextStream:
         """The new settled text, given all tokens so far; with ``last``, all that is left."""
         if self.stopped:
             return ""
-        text = self._vocabulary.decode(ids)
+        text = text_after(self._vocabulary, self._context, ids)
         place = find_stop(text, self._stop)
         if place is not None:
             text, self.stopped = text[:place], True

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,9 +16,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from encdec.serving.engine import Busy, Closing, Engine, Ticket, Update
+from encdec.errors import DataError
+from encdec.serving.answers import Shaper, best
+from encdec.serving.chat import ChatTemplate
+from encdec.serving.engine import Busy, Closing, Engine
 from encdec.serving.prometheus_metrics import CONTENT_TYPE
-from encdec.serving.protocol import ApiError, Completion, Limits, Shaper, parse_completion
+from encdec.serving.prompts import PromptReader
+from encdec.serving.protocol import (
+    ApiError,
+    Completion,
+    Limits,
+    check_model,
+    parse_chat,
+    parse_completion,
+    read_body,
+    typed,
+)
+from encdec.serving.tickets import Ticket, Update
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
 
@@ -35,6 +48,7 @@ class Service:
         timeout_seconds: from a request's arrival until it is given up.
         max_body_bytes: longest body of a request.
         created: when the server began, seconds since 1970.
+        template: of chats.
     """
 
     engine: Engine
@@ -43,6 +57,11 @@ class Service:
     timeout_seconds: float = 120.0
     max_body_bytes: int = 1 << 20
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    template: ChatTemplate = dataclasses.field(default_factory=ChatTemplate)
+
+    @property
+    def reader(self) -> PromptReader:
+        return PromptReader(self.engine.prompts, self.engine.config.is_encoder_decoder)
 
 
 def make_app(service: Service) -> Starlette:
@@ -58,20 +77,37 @@ def make_app(service: Service) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(service.engine.metrics.text(), media_type=CONTENT_TYPE)
 
+    async def tokenizer(request: Request) -> Response:
+        return _tokenizer(service)
+
+    async def tokenize(request: Request) -> Response:
+        return await _tokenize(service, request)
+
+    async def detokenize(request: Request) -> Response:
+        return await _detokenize(service, request)
+
     return Starlette(
         routes=[
             Route("/v1/completions", _Completions(service), methods=["POST"]),
+            Route("/v1/chat/completions", _Completions(service, chat=True), methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", models, methods=["GET"]),
+            Route("/tokenizer_info", tokenizer, methods=["GET"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
             Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _no_route, Exception: _fault},
+        exception_handlers={HTTPException: _no_route, ApiError: _refuse, Exception: _fault},
     )
 
 
 def _error(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _refuse(request: Request, error: ApiError) -> JSONResponse:
+    return _error(error)
 
 
 async def _fault(request: Request, error: Exception) -> JSONResponse:
@@ -100,6 +136,88 @@ def _models(service: Service, name: str | None) -> Response:
             )
         )
     return JSONResponse(card)
+
+
+def _tokenizer(service: Service) -> Response:
+    """What clients that count tokens by this server want to know; the names are those of vLLM's
+    route."""
+    form = service.engine.prompts
+    vocabulary = form.vocabulary
+    names = {token: name for name, token in vocabulary.special_tokens.items()}
+    return JSONResponse(
+        {
+            "tokenizer_class": vocabulary.kind,
+            "vocab_size": vocabulary.size,
+            "model_max_length": form.max_input_tokens,
+            "eos_token": names[vocabulary.eos_id],
+            "bos_token": None,
+            "pad_token": names.get(vocabulary.pad_id),
+            "chat_template": service.template.source,
+        }
+    )
+
+
+async def _tokenize(service: Service, request: Request) -> Response:
+    """Ids of a text; the names of special tokens in it stand for them, and none are added."""
+    values = read_body(await _read(request, service.max_body_bytes))
+    check_model(values, service.name)
+    text = typed(values, "prompt", str, "")
+    try:
+        ids = service.engine.prompts.vocabulary.encode_marked(text)
+    except UnicodeEncodeError:
+        raise ApiError(
+            400, "the prompt has half a character (a lone surrogate)", param="prompt"
+        ) from None
+    return JSONResponse(
+        {
+            "count": len(ids),
+            "max_model_len": service.engine.prompts.max_input_tokens,
+            "tokens": list(map(int, ids)),
+        }
+    )
+
+
+async def _detokenize(service: Service, request: Request) -> Response:
+    """The text of ids, special tokens by name."""
+    values = read_body(await _read(request, service.max_body_bytes))
+    check_model(values, service.name)
+    ids = typed(values, "tokens", list, [])
+    if not all(type(token) is int for token in ids):
+        raise ApiError(400, "tokens has what is no whole number", param="tokens")
+    try:
+        return JSONResponse({"prompt": service.engine.prompts.vocabulary.decode_marked(ids)})
+    except DataError as error:
+        raise ApiError(400, str(error), param="tokens") from None
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is longer than ``most`` bytes, or does not arrive.
+    """
+    too_long = ApiError(
+        413,
+        f"the body is longer than {most:,} bytes; wanted at most that",
+        headers={"Connection": "close"},
+    )
+    if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
+        raise too_long
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise too_long
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the body did not arrive within {BODY_SECONDS:g} s",
+            headers={"Connection": "close"},
+        ) from None
+    return b"".join(parts)
 
 
 def _health(service: Service) -> Response:
@@ -138,10 +256,11 @@ def _failed(failure: str, service: Service) -> ApiError:
 
 
 class _Completions:
-    """POST /v1/completions, an ASGI application of its own: it must see clients go."""
+    """POST /v1/completions or /v1/chat/completions, an ASGI application of its own: it must see
+    clients go."""
 
-    def __init__(self, service: Service):
-        self._service = service
+    def __init__(self, service: Service, *, chat: bool = False):
+        self._service, self._chat = service, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 499  # as nginx logs a client that went away
@@ -165,10 +284,12 @@ class _Completions:
         service = self._service
         if service.engine.closing:
             raise _ended(service)
-        body = await self._body(Request(scope, receive))
-        completion = parse_completion(
-            body, model=service.name, prompts=service.engine.prompts, limits=service.limits
-        )
+        body = await _read(Request(scope, receive), service.max_body_bytes)
+        known = {"model": service.name, "reader": service.reader, "limits": service.limits}
+        if self._chat:
+            completion = parse_chat(body, template=service.template, **known)
+        else:
+            completion = parse_completion(body, **known)
         async with self._running(completion) as (ticket, news):
             shaper = Shaper(service.name, service.engine.prompts.vocabulary, completion)
             make = self._stream if completion.stream else self._whole
@@ -184,31 +305,6 @@ class _Completions:
                     task.cancel()
                 await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _body(self, request: Request) -> bytes:
-        most = self._service.max_body_bytes
-        too_long = ApiError(
-            413,
-            f"the body is longer than {most:,} bytes; wanted at most that",
-            headers={"Connection": "close"},
-        )
-        if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
-            raise too_long
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > most:
-                        raise too_long
-                    parts.append(part)
-        except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body did not arrive within {BODY_SECONDS:g} s",
-                headers={"Connection": "close"},
-            ) from None
-        return b"".join(parts)
-
     @contextlib.asynccontextmanager
     async def _running(self, completion: Completion) -> AsyncIterator[tuple[Ticket, asyncio.Queue]]:
         """The request in the engine; leaving frees whatever it still holds there."""
@@ -220,11 +316,15 @@ class _Completions:
                 loop.call_soon_threadsafe(news.put_nowait, update)
 
         ticket = Ticket(
-            completion.inputs,
+            completion.prompts,
             completion.settings,
             deliver,
             stream=completion.stream,
             timeout_seconds=service.timeout_seconds,
+            samples=completion.samples,
+            max_tokens=completion.max_tokens,
+            alternatives=bool(completion.log_probs),
+            score_prompts=completion.echo and completion.log_probs is not None,
         )
         try:
             service.engine.submit(ticket)
@@ -252,17 +352,19 @@ class _Completions:
         receive: Receive,
         send: Send,
     ) -> None:
-        count = len(completion.inputs) * completion.settings.samples
-        choices: list[dict[str, Any] | None] = [None] * count
-        tokens = 0
+        count = len(completion.prompts) * completion.samples
+        updates: list[Update] = []
         for _ in range(count):
             update = await news.get()
             if isinstance(update, str):
                 raise _failed(update, self._service)
-            choices[update.index] = shaper.choice(
-                update.index, update.text, update.tokens, update.log_probs, update.finish
-            )
-            tokens += len(update.tokens)
+            updates.append(update)
+        updates.sort(key=lambda update: update.index)
+        choices = []
+        for begin in range(0, count, completion.samples):
+            choices += best(updates[begin : begin + completion.samples], completion.keep)
+        choices = [shaper.choice(update) | {"index": place} for place, update in enumerate(choices)]
+        tokens = sum(len(update.tokens) for update in updates)
         await JSONResponse(shaper.body(choices, tokens))(scope, receive, send)
 
     async def _stream(
@@ -276,9 +378,8 @@ class _Completions:
     ) -> None:
         """Server-sent events; they begin with the first news, so that failures before have a
         status of their own."""
-        count = len(completion.inputs) * completion.settings.samples
-        before: list[list[int]] = [[] for _ in range(count)]
-        begun = False
+        count = len(completion.prompts) * completion.samples
+        tokens, begun = 0, False
 
         async def event(data: str, more: bool = True) -> None:
             await send(
@@ -310,20 +411,12 @@ class _Completions:
                         ],
                     }
                 )
-            choice = shaper.choice(
-                update.index,
-                update.text,
-                update.tokens,
-                update.log_probs,
-                update.finish,
-                before[update.index],
-            )
-            before[update.index] += update.tokens
+            tokens += len(update.tokens)
             count -= update.finish is not None
-            if update.text or update.finish or choice["logprobs"]:
-                await event(dump(shaper.body([choice], None)))
+            if choice := shaper.choice(update):
+                await event(dump(shaper.body([choice])))
         if completion.include_usage:
-            await event(dump(shaper.body([], sum(map(len, before)))))
+            await event(dump(shaper.body([], tokens)))
         await event("[DONE]", more=False)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,24 +17,26 @@ from encdec.inference.decoding import DecodingPlan, advance_compiled
 from encdec.inference.generator import bucket, generation_of, settings_of_answers
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat, TextStream, find_stop
+from encdec.inference.settings import MOST_BIASES, GenerationSettings
+from encdec.inference.text import PromptFormat, TextStream, find_stop, text_after
 from encdec.model import ModelConfig
 from encdec.serving.prometheus_metrics import Metrics
+from encdec.serving.prompts import Prompt
+from encdec.serving.protocol import MOST_LOG_PROBS
 from encdec.serving.slots import (
     Prefilled,
     SlotPlan,
     empty,
     insert_compiled,
+    read_and_score_compiled,
     read_compiled,
     release_compiled,
 )
+from encdec.serving.tickets import Answer, Failure, Scored, Ticket, Update
 
-# Between two looks at the answers: long against the cost of a look, short against a reader.
-LOOK_SECONDS = 0.01
+# Between two polls of the answers: long against the cost of one, short against a reader.
+POLL_SECONDS = 0.01
 MOST_STEPS = 32
-
-Failure = Literal["timeout", "shutdown", "error"]
 
 
 class Busy(Exception):
@@ -49,67 +49,6 @@ class Busy(Exception):
 
 class Closing(Exception):
     """The server takes no more requests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """News of one answer.
-
-    Attributes:
-        index: which answer of the request.
-        text: what is new of it.
-        tokens: ids that are new.
-        log_probs: the model's log-probabilities of these.
-        finish: why it ended, or None while it grows.
-    """
-
-    index: int
-    text: str
-    tokens: list[int]
-    log_probs: list[float]
-    finish: str | None = None
-
-
-class Ticket:
-    """A request's place in the engine.
-
-    Args:
-        inputs: its prompts, as tokens.
-        settings: the same for all prompts, with ``samples`` answers each.
-        deliver: called on the engine's thread, with an ``Update`` or, once and then nothing more,
-            with why it failed.
-        stream: deliver text as it grows; otherwise only whole answers.
-        timeout_seconds: from now until it is given up.
-    """
-
-    def __init__(
-        self,
-        inputs: Sequence[Sequence[int]],
-        settings: GenerationSettings,
-        deliver: Callable[[Update | Failure], None],
-        *,
-        stream: bool,
-        timeout_seconds: float,
-    ):
-        self.inputs, self.settings, self.deliver, self.stream = inputs, settings, deliver, stream
-        self.arrived = time.monotonic()
-        self.deadline = self.arrived + timeout_seconds
-        self.ended = False  # cancelled or failed: nobody waits any more
-
-
-@dataclasses.dataclass
-class _Answer:
-    """One answer to be made, waiting or in a slot."""
-
-    ticket: Ticket
-    place: int  # of its prompt in the request
-    sample: int
-    seen: int = 0  # tokens looked at
-    pieces: TextStream | None = None
-
-    @property
-    def index(self) -> int:
-        return self.place * self.ticket.settings.samples + self.sample
 
 
 class Engine:
@@ -149,7 +88,15 @@ class Engine:
             )
         self.config, self._params = ready_for_decoding(config, params, dtype)
         self.prompts, self.max_tokens, self.max_queue = prompts, max_tokens, max_queue
-        everything = Choosing(vocabulary.size, True, True, True, True)
+        everything = Choosing(
+            vocabulary.size,
+            sampled=True,
+            truncated=True,
+            penalised=True,
+            ngrams=True,
+            biases=MOST_BIASES,
+            alternatives=min(MOST_LOG_PROBS, vocabulary.size),
+        )
         self.plan = SlotPlan(
             DecodingPlan(everything, max_tokens, prompts.decoder_start_id),
             slots,
@@ -159,13 +106,14 @@ class Engine:
         self.metrics.slots.set(slots)
         self.metrics.watch(lambda: self.active, lambda: self.waiting)
         self._decoding = empty(self.config, self.plan, self._params)
-        self._rows: list[_Answer | None] = [None] * slots
-        self._queue: collections.deque[_Answer] = collections.deque()
-        self._read: tuple[Ticket, int, Prefilled] | None = None  # the input read last
+        self._rows: list[Answer | None] = [None] * slots
+        self._queue: collections.deque[Answer] = collections.deque()
+        # The input read last: of which request and prompt.
+        self._read: tuple[Ticket, int, Prefilled, Scored | None] | None = None
         self._wakeup = threading.Condition()
         self._closing = self._stopping = False
         self.broken: str | None = None
-        self._step_seconds = LOOK_SECONDS
+        self._step_seconds = POLL_SECONDS
         self._answer_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="encdec-engine", daemon=True)
 
@@ -192,26 +140,39 @@ class Engine:
         return sorted({min(bucket(n), longest) for n in range(1, longest + 1)})
 
     def warm_up(self) -> int:
-        """Compiles every program, before ``start``; returns how many."""
+        """Compiles every program, before ``start``; returns how many.
+
+        Requests of every width go through the same steps as later ones, twice: a program is
+        compiled again where its arguments come from another program, and may then lie otherwise.
+        """
         widths = self.widths()
-        settings = self._settings(GenerationSettings(), 0, 0)
-        for width in widths:
-            prefilled = read_compiled(
-                self.config, self.plan, self._params, np.zeros((1, width), np.int32), np.int32(1)
-            )
-        # An answer of no tokens: nothing is left behind.
-        settings = settings.replace(limit_R=settings.limit_R * 0)
-        self._decoding = insert_compiled(
-            self.config, self.plan, self._decoding, np.int32(0), prefilled, settings
+        scores = not self.config.is_encoder_decoder
+        served, self.metrics = self.metrics, Metrics()
+        for width in 2 * widths:
+            for scored in {False, scores}:
+                self._answer_now(width, scored)
+        self.metrics, self._read = served, None
+        self._step_seconds, self._answer_seconds = POLL_SECONDS, 1.0
+        return len(widths) * (1 + scores) + 3
+
+    def _answer_now(self, width: int, score_prompts: bool) -> None:
+        """Answers one request of a width without the thread."""
+        failures: list[Update | Failure] = []
+        ticket = Ticket(
+            [Prompt([0] * width)],
+            GenerationSettings(),
+            failures.append,
+            stream=False,
+            timeout_seconds=math.inf,
+            max_tokens=min(2, self.max_tokens),
+            score_prompts=score_prompts,
         )
-        self._release(np.zeros(self.plan.slots, bool))
-        # Once for the program, once for what its results look like on the device.
-        for _ in range(2):
-            self._decoding = advance_compiled(
-                self.config, self.plan.decoding, self._params, self._decoding, np.int32(1)
-            )
-        jax.block_until_ready(self._decoding)
-        return len(widths) + 3
+        self._queue.append(Answer(ticket, 0, 0))
+        while not self.idle:
+            self._expire()
+            self._fill()
+            self._advance()
+            self._poll()
 
     def start(self) -> None:
         self._thread.start()
@@ -224,9 +185,9 @@ class Engine:
             Closing: no more requests are taken.
         """
         answers = [
-            _Answer(ticket, place, sample)
-            for place in range(len(ticket.inputs))
-            for sample in range(ticket.settings.samples)
+            Answer(ticket, place, sample)
+            for place in range(len(ticket.prompts))
+            for sample in range(ticket.samples)
         ]
         with self._wakeup:
             if self._closing or self.broken:
@@ -243,7 +204,7 @@ class Engine:
         return max(1, min(60, math.ceil(rounds * self._answer_seconds / 2)))
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody waits for this request any more: its slots become free at the next look."""
+        """Nobody waits for this request any more: its slots become free at the next poll."""
         with self._wakeup:
             ticket.ended = True
             self._wakeup.notify()
@@ -271,11 +232,11 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._sweep()
-                self._admit()
+                self._expire()
+                self._fill()
                 if self.active:
                     self._advance()
-                    self._look()
+                    self._poll()
             self._fail_all("shutdown")
         except BaseException as error:
             logging.getLogger("encdec").exception("the engine failed")
@@ -304,7 +265,7 @@ class Engine:
             self.metrics.answers.labels(failure).inc()
             ticket.deliver(failure)
 
-    def _sweep(self) -> None:
+    def _expire(self) -> None:
         """Drops what nobody waits for any more, and what is overdue."""
         now = time.monotonic()
         with self._wakeup:
@@ -327,7 +288,7 @@ class Engine:
         for row in np.flatnonzero(free_R):
             self._rows[row] = None
 
-    def _admit(self) -> None:
+    def _fill(self) -> None:
         """Fills free slots from the queue, in order."""
         for row, taken in enumerate(self._rows):
             if taken is not None:
@@ -337,47 +298,70 @@ class Engine:
                     return
                 answer = self._queue.popleft()
                 self._rows[row] = answer
-            ticket = answer.ticket
-            if ticket.stream or ticket.settings.stop:
-                answer.pieces = TextStream(self.prompts.vocabulary, ticket.settings.stop)
+            ticket, prompt = answer.ticket, answer.prompt
+            if ticket.stream:
+                answer.text = TextStream(
+                    self.prompts.vocabulary, ticket.settings.stop, prompt.context
+                )
+            prefilled, answer.input_scores = self._prefilled(ticket, answer.place)
+            begun_N = np.zeros(self.max_tokens, np.int32)
+            begun_N[: len(prompt.begun)] = prompt.begun
             self._decoding = insert_compiled(
                 self.config,
                 self.plan,
                 self._decoding,
                 np.int32(row),
-                self._prefilled(ticket, answer.place),
-                self._settings(ticket.settings, answer.place, answer.sample),
+                prefilled,
+                begun_N,
+                self._settings(answer),
             )
 
-    def _prefilled(self, ticket: Ticket, place: int) -> Prefilled:
-        """The input, read; once for all samples of it."""
+    def _prefilled(self, ticket: Ticket, place: int) -> tuple[Prefilled, Scored | None]:
+        """The input, read and if asked for scored; once for all samples of it."""
         if self._read is None or self._read[0] is not ticket or self._read[1] != place:
-            ids = ticket.inputs[place]
+            ids = ticket.prompts[place].ids
             width = min(bucket(len(ids)), self.plan.longest_input)
             tokens_1xS = np.zeros((1, width), np.int32)
             tokens_1xS[0, : len(ids)] = ids
-            prefilled = read_compiled(
-                self.config, self.plan, self._params, tokens_1xS, np.int32(len(ids))
-            )
-            self._read = ticket, place, prefilled
+            arguments = (self.config, self.plan, self._params, tokens_1xS, np.int32(len(ids)))
+            scored = None
+            if ticket.score_prompts and not self.config.is_encoder_decoder:
+                prefilled, scores = read_and_score_compiled(*arguments)
+                own, begin = ticket.prompts[place].own, ticket.prompts[place].before
+                arrays = (
+                    scores.log_probs_S,
+                    scores.likeliest_SxK,
+                    scores.likeliest_log_probs_SxK,
+                )
+                scored = _scored(
+                    np.array(own, np.int32),
+                    *(np.array(array)[begin : begin + len(own)] for array in arrays),
+                )
+            else:
+                prefilled = read_compiled(*arguments)
+            self._read = ticket, place, prefilled, scored
             self.metrics.input_tokens.inc(len(ids))
-        return self._read[2]
+        return self._read[2], self._read[3]
 
-    def _settings(self, settings: GenerationSettings, number: int, sample: int) -> RowSettings:
-        """Of one row: the key is that of ``Generator``'s answer to input ``number``."""
-        limit = min(settings.max_tokens or self.max_tokens, self.max_tokens)
+    def _settings(self, answer: Answer) -> RowSettings:
+        """Of one row: the key is that of ``Generator``'s answer to the input of that number."""
+        ticket, given = answer.ticket, len(answer.prompt.begun)
+        asked = self.max_tokens if ticket.max_tokens is None else ticket.max_tokens
         return settings_of_answers(
-            settings,
-            np.array([number], np.uint32),
-            np.array([sample], np.uint32),
-            np.array([limit], np.int32),
+            ticket.settings,
+            np.array([answer.place], np.uint32),
+            np.array([answer.sample], np.uint32),
+            np.array([min(given + asked, self.max_tokens)], np.int32),
             self.prompts.vocabulary.eos_id,
+            biases=self.plan.decoding.choosing.biases,
+            given=given,
+            alternatives=int(ticket.alternatives),
         )
 
     def _advance(self) -> None:
-        """As many steps as fit between two looks."""
+        """As many steps as fit between two polls."""
         begin = time.perf_counter()
-        steps = int(min(MOST_STEPS, max(1, LOOK_SECONDS / self._step_seconds)))
+        steps = int(min(MOST_STEPS, max(1, POLL_SECONDS / self._step_seconds)))
         self._decoding = advance_compiled(
             self.config, self.plan.decoding, self._params, self._decoding, np.int32(steps)
         )
@@ -386,62 +370,98 @@ class Engine:
         self._step_seconds += 0.2 * (taken - self._step_seconds)
         self.metrics.steps.inc(steps)
 
-    def _look(self) -> None:
-        """Tells of what is new, and frees the slots of finished answers."""
+    def _poll(self) -> None:
+        """Delivers what is new of every answer, and frees the slots of finished ones."""
         decoding = self._decoding
         # Copies: the buffers themselves are given over to the next steps.
         counts_R, finished_R, tokens_RxN, log_probs_RxN = map(
             np.array,
             (decoding.counts_R, decoding.finished_R, decoding.tokens_RxN, decoding.log_probs_RxN),
         )
+        ids_RxNxK = values_RxNxK = None
+        if any(answer and answer.ticket.alternatives for answer in self._rows):
+            ids_RxNxK = np.array(decoding.likeliest_RxNxK)
+            values_RxNxK = np.array(decoding.likeliest_log_probs_RxNxK)
         free_R = np.zeros(len(self._rows), bool)
         for row, answer in enumerate(self._rows):
-            if answer is not None and not answer.ticket.ended:
-                count = counts_R[row]
-                free_R[row] = self._tell(
-                    answer,
-                    tokens_RxN[row, :count],
-                    log_probs_RxN[row, :count],
-                    bool(finished_R[row]),
-                )
+            if answer is None or answer.ticket.ended:
+                continue
+            count, ticket = int(counts_R[row]), answer.ticket
+            if answer.seen <= len(answer.prompt.begun) < count:
+                self.metrics.first_token.observe(time.monotonic() - ticket.arrived)
+            if not (finished_R[row] or ticket.stream or ticket.settings.stop):
+                answer.seen = count
+                continue
+            arrays = [tokens_RxN, log_probs_RxN]
+            if ticket.alternatives:
+                arrays += [ids_RxNxK, values_RxNxK]
+            made = _scored(*(array[row, :count] for array in arrays))
+            free_R[row] = self._deliver(answer, made, bool(finished_R[row]))
         if free_R.any():
             self._release(free_R)
 
-    def _tell(
-        self, answer: _Answer, ids: np.ndarray, log_probs: np.ndarray, finished: bool
-    ) -> bool:
+    def _deliver(self, answer: Answer, made: Scored, finished: bool) -> bool:
         """Delivers what is new of one answer; whether it has ended."""
-        ticket, now = answer.ticket, time.monotonic()
-        if not answer.seen and len(ids):
-            self.metrics.first_token.observe(now - ticket.arrived)
+        ticket, now, prompt = answer.ticket, time.monotonic(), answer.prompt
+        given = len(prompt.begun)
+        ids, log_probs = made.tokens[given:], made.log_probs[given:]
+        seen = max(0, answer.seen - given)
         piece = ""
-        if answer.pieces and ticket.stream:
-            piece = answer.pieces.push(ids.tolist(), last=finished)
-            finished |= answer.pieces.stopped
-        elif answer.pieces and not finished:
-            text = self.prompts.vocabulary.decode(ids)
+        if answer.text:
+            piece = answer.text.push(ids, last=finished)
+            finished |= answer.text.stopped
+        elif ticket.settings.stop and not finished:
+            text = text_after(self.prompts.vocabulary, prompt.context, ids)
             finished = find_stop(text, ticket.settings.stop) is not None
         end, finish = len(ids), None
         if finished:
-            made = generation_of(self.prompts.vocabulary, ids, log_probs, ticket.settings.stop)
-            end, finish = len(made.tokens), made.finish
-            piece = piece if ticket.stream else made.text
-        if finished or (ticket.stream and (piece or end > answer.seen)):
-            start = answer.seen if ticket.stream else 0
+            whole = generation_of(
+                self.prompts.vocabulary, ids, log_probs, ticket.settings.stop, None, prompt.context
+            )
+            end, finish = len(whole.tokens), whole.finish
+            piece = piece if ticket.stream else whole.text
+        if finished or (ticket.stream and (piece or end > seen)):
+            start = seen if ticket.stream else 0
             ticket.deliver(
                 Update(
                     answer.index,
                     piece,
-                    ids[start:end].tolist(),
-                    log_probs[start:end].tolist(),
+                    ids[start:end],
+                    log_probs[start:end],
                     finish,
+                    made.likeliest[given + start : given + end],
+                    None if answer.begun else self._prompt_scores(answer, made),
                 )
             )
+            answer.begun = True
         if finished:
             seconds = now - ticket.arrived
             self._answer_seconds += 0.1 * (seconds - self._answer_seconds)
             self.metrics.duration.observe(seconds)
             self.metrics.answers.labels(finish).inc()
             self.metrics.output_tokens.inc(end)
-        answer.seen = end
+        answer.seen = given + end
         return finished
+
+    def _prompt_scores(self, answer: Answer, made: Scored) -> Scored | None:
+        """What the model thinks of the prompt's tokens: those it read, or those given to it."""
+        if not answer.ticket.score_prompts:
+            return None
+        given = len(answer.prompt.begun)
+        begun = Scored(made.tokens[:given], made.log_probs[:given], made.likeliest[:given])
+        return answer.input_scores or begun
+
+
+def _scored(
+    tokens_N: np.ndarray,
+    log_probs_N: np.ndarray,
+    ids_NxK: np.ndarray | None = None,
+    values_NxK: np.ndarray | None = None,
+) -> Scored:
+    """Arrays as lists."""
+    likeliest = []
+    if ids_NxK is not None:
+        likeliest = [
+            list(zip(*pair)) for pair in zip(ids_NxK.tolist(), values_NxK.tolist(), strict=True)
+        ]
+    return Scored(tokens_N.tolist(), log_probs_N.tolist(), likeliest)

@@ -1,7 +1,7 @@
-"""OpenAI's completions protocol: requests checked and translated, answers in its shapes.
+"""OpenAI's protocols: requests checked and translated.
 
-https://platform.openai.com/docs/api-reference/completions; what our models cannot do is refused
-by name, never ignored.
+https://platform.openai.com/docs/api-reference/completions and .../chat; what our models cannot do
+is refused by name, never ignored. Where OpenAI accepts a value that asks for nothing, so do we.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import dataclasses
 import difflib
 import json
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.serving.chat import ChatTemplate
+from encdec.serving.prompts import Prompt, PromptReader
 
 # Fields of ours beside OpenAI's are those of ``encdec generate``.
-_FIELDS = (
+_SHARED = (
     "model",
-    "prompt",
     "max_tokens",
     "temperature",
     "top_p",
@@ -33,21 +31,46 @@ _FIELDS = (
     "stream",
     "stream_options",
     "logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
     "repetition_penalty",
     "no_repeat_ngram",
     "truncate",
     "user",
 )
+_TEXT_FIELDS = (*_SHARED, "prompt", "echo", "best_of")
+_CHAT_FIELDS = (*_SHARED, "messages", "max_completion_tokens", "top_logprobs")
 # OpenAI's that we have not, with the values that ask for nothing.
-_ABSENT: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+_TEXT_ABSENT: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
+_CHAT_ABSENT: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
 }
-_OUR_NAMES = {"n": "samples"}  # GenerationSettings' names, where they differ
+_STREAM_OPTIONS = {"include_usage": (True, False), "include_obfuscation": (False,)}
+MOST_LOG_PROBS = 5  # of other tokens at a place, as OpenAI's completions; compiled in
+_NUMBERS = (
+    "top_k",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram",
+)
+# Below it, drawing is greedy save where tokens are as good as equal.
+LEAST_TEMPERATURE = 0.01
 
 
 class ApiError(Exception):
@@ -107,27 +130,130 @@ class Completion:
     """A request, checked.
 
     Attributes:
-        inputs: its prompts as the model reads them, EOS included.
-        settings: for all of them.
+        prompts: as the model reads them.
+        settings: of all answers.
+        samples: answers to each prompt that are made.
+        keep: of these, the answers that are given, the likeliest.
+        max_tokens: new tokens of an answer at most.
         stream: whether the answer comes piece by piece.
         include_usage: a stream ends with the number of tokens.
-        log_probs: whether log-probabilities come with the answers.
+        log_probs: how many of the likeliest tokens come with each token and its own
+            log-probability; None for neither.
+        echo: the answers' texts begin with their prompts.
+        is_chat: asked for in the protocol of chats.
     """
 
-    inputs: list[list[int]]
+    prompts: list[Prompt]
     settings: GenerationSettings
+    samples: int
+    keep: int
+    max_tokens: int
     stream: bool
     include_usage: bool
-    log_probs: bool
+    log_probs: int | None
+    echo: bool = False
+    is_chat: bool = False
 
 
 def parse_completion(
-    body: bytes, *, model: str, prompts: PromptFormat, limits: Limits
+    body: bytes, *, model: str, reader: PromptReader, limits: Limits
 ) -> Completion:
-    """The request in a body.
+    """The request in a body of /v1/completions.
 
     Raises:
         ApiError: anything in it that cannot be answered as asked.
+    """
+    values = read_body(body)
+    _check_names(values, _TEXT_FIELDS, _TEXT_ABSENT)
+    check_model(values, model)
+    echo = typed(values, "echo", bool, False)
+    log_probs = typed(values, "logprobs", int, None)
+    _check_log_probs("logprobs", log_probs)
+    prompts = _prompts(values, reader, marked=echo)
+    if echo and log_probs is not None and reader.is_encoder_decoder:
+        _check_split(prompts, reader)
+    keep = _count(values, "n", 1)
+    samples = _count(values, "best_of", keep)
+    if samples < keep:
+        raise ApiError(
+            400, f"best_of is {samples}; wanted n, which is {keep}, or more", param="best_of"
+        )
+    return _completion(values, limits, prompts, keep, samples, log_probs, echo=echo)
+
+
+def parse_chat(
+    body: bytes, *, model: str, reader: PromptReader, limits: Limits, template: ChatTemplate
+) -> Completion:
+    """The request in a body of /v1/chat/completions.
+
+    Raises:
+        ApiError: anything in it that cannot be answered as asked.
+    """
+    values = read_body(body)
+    _check_names(values, _CHAT_FIELDS, _CHAT_ABSENT)
+    check_model(values, model)
+    if "max_completion_tokens" in values:
+        values["max_tokens"] = values.pop("max_completion_tokens")
+    asked = typed(values, "logprobs", bool, False)
+    others = typed(values, "top_logprobs", int, None)
+    if others is not None and not asked:
+        raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
+    _check_log_probs("top_logprobs", others)
+    if "messages" not in values:
+        raise ApiError(400, "the request has no messages; wanted an array", param="messages")
+    truncate = typed(values, "truncate", bool, False)
+    try:
+        prompt = template.prompt(values["messages"], reader, truncate=truncate)
+    except DataError as error:
+        raise ApiError(400, _without_flags(str(error)), param="messages") from None
+    keep = _count(values, "n", 1)
+    return _completion(
+        values, limits, [prompt], keep, keep, (others or 0) if asked else None, is_chat=True
+    )
+
+
+def _completion(
+    values: Mapping[str, Any],
+    limits: Limits,
+    prompts: list[Prompt],
+    keep: int,
+    samples: int,
+    log_probs: int | None,
+    **kind: bool,
+) -> Completion:
+    """What is alike in both protocols."""
+    if (answers := len(prompts) * samples) > limits.max_answers:
+        name = "n" if samples == keep else "best_of"
+        raise ApiError(
+            400,
+            f"the request asks for {answers} answers ({len(prompts)} prompts, {name} = "
+            f"{samples}); wanted at most {limits.max_answers}",
+            param=name,
+        )
+    stream = typed(values, "stream", bool, False)
+    if stream and samples != keep:
+        raise ApiError(
+            400, f"best_of is {samples}, n is {keep}: no stream can choose", param="best_of"
+        )
+    include_usage = _include_usage(values, stream)
+    return Completion(
+        prompts,
+        _settings(values),
+        samples,
+        keep,
+        _max_tokens(values, prompts, limits),
+        stream,
+        include_usage,
+        log_probs,
+        **kind,
+    )
+
+
+def read_body(body: bytes) -> dict[str, Any]:
+    """The fields of a body that are not null.
+
+    Raises:
+        ApiError: it is no JSON object.
     """
     try:
         values = json.loads(body)
@@ -135,8 +261,11 @@ def parse_completion(
         raise ApiError(400, f"the body is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise ApiError(400, f"the body is {_kind(values)}; wanted an object")
-    values = {name: value for name, value in values.items() if value is not None}
-    _check_names(values)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_model(values: Mapping[str, Any], model: str) -> None:
+    """Raises ApiError for another model than this server's."""
     asked = values.get("model", model)
     if asked != model:
         raise ApiError(
@@ -145,49 +274,61 @@ def parse_completion(
             param="model",
             code="model_not_found",
         )
-    settings = _settings(values, limits)
-    inputs = _inputs(values, prompts)
-    if (answers := len(inputs) * settings.samples) > limits.max_answers:
-        raise ApiError(
-            400,
-            f"the request asks for {answers} answers ({len(inputs)} prompts, n = "
-            f"{settings.samples}); wanted at most {limits.max_answers}",
-            param="n",
-        )
-    options = _typed(values, "stream_options", dict, {})
-    stream = _typed(values, "stream", bool, False)
-    if options and not stream:
-        raise ApiError(
-            400, "stream_options is for stream = true; leave it out", param="stream_options"
-        )
-    log_probs = _typed(values, "logprobs", int, None)
-    if log_probs not in (None, 0):
-        raise ApiError(
-            400,
-            f"logprobs is {log_probs}; wanted 0, which gives each token's own "
-            "log-probability: those of other tokens are not kept",
-            param="logprobs",
-        )
-    return Completion(
-        inputs, settings, stream, bool(options.get("include_usage", False)), log_probs is not None
-    )
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
+def _check_names(
+    values: Mapping[str, Any], known: Sequence[str], absent: Mapping[str, tuple[Any, ...]]
+) -> None:
     for name, value in values.items():
-        if name in _ABSENT:
-            if value not in _ABSENT[name]:
+        if name in absent:
+            if value not in absent[name]:
                 raise ApiError(
                     400,
                     f"{name} is {value!r}, and this server has no {name}; leave it out",
                     param=name,
                 )
-        elif name not in _FIELDS:
-            near = difflib.get_close_matches(name, _FIELDS, n=1)
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ApiError(
-                400, f"unknown field {name!r}{hint} (known: {', '.join(_FIELDS)})", param=name
+                400, f"unknown field {name!r}{hint} (known: {', '.join(known)})", param=name
             )
+
+
+def _check_log_probs(name: str, value: int | None) -> None:
+    if value is not None and not 0 <= value <= MOST_LOG_PROBS:
+        raise ApiError(400, f"{name} is {value}; wanted 0 to {MOST_LOG_PROBS}", param=name)
+
+
+def _check_split(prompts: Sequence[Prompt], reader: PromptReader) -> None:
+    eos = reader.format.vocabulary.eos_id
+    for number, prompt in enumerate(prompts):
+        if eos not in prompt.own:
+            name = next(iter(reader.format.vocabulary.special_tokens))
+            raise ApiError(
+                400,
+                f"prompt {number} is to be echoed with log-probabilities, and an encoder-decoder "
+                "gives its input none; put EOS between input and answer: the token "
+                f"{eos}, in texts {name}",
+                param="prompt",
+            )
+
+
+def _include_usage(values: Mapping[str, Any], stream: bool) -> bool:
+    options = typed(values, "stream_options", dict, {})
+    if options and not stream:
+        raise ApiError(
+            400, "stream_options is for stream = true; leave it out", param="stream_options"
+        )
+    for name, value in options.items():
+        field = f"stream_options.{name}"
+        if name not in _STREAM_OPTIONS:
+            known = ", ".join(_STREAM_OPTIONS)
+            raise ApiError(400, f"unknown field {field!r} (known: {known})", param=field)
+        if value is not None and value not in _STREAM_OPTIONS[name] or type(value) is int:
+            wanted = " or ".join(str(one).lower() for one in _STREAM_OPTIONS[name])
+            raise ApiError(400, f"{field} is {value!r}; wanted {wanted}", param=field)
+    return bool(options.get("include_usage", False))
 
 
 def _kind(value: Any) -> str:
@@ -202,64 +343,108 @@ def _kind(value: Any) -> str:
     }[type(value)]
 
 
-def _typed(values: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+def typed(values: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+    """A field of one kind; raises ApiError for another."""
     value = values.get(name, default)
     if value is default or type(value) is kind:
         return value
-    wanted = {dict: "an object", bool: "true or false", int: "a whole number"}[kind]
+    wanted = {
+        dict: "an object",
+        bool: "true or false",
+        int: "a whole number",
+        list: "an array",
+        str: "a text",
+    }[kind]
     raise ApiError(400, f"{name} is {value!r}; wanted {wanted}", param=name)
 
 
-def _settings(values: Mapping[str, Any], limits: Limits) -> GenerationSettings:
-    """Sampling settings; the defaults are OpenAI's, so temperature is 1."""
-    given: dict[str, Any] = {"temperature": 1.0, "max_tokens": limits.default_max_tokens}
-    for name in (
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "n",
-        "seed",
-        "repetition_penalty",
-        "no_repeat_ngram",
-    ):
-        if name not in values:
-            continue
-        value = values[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ApiError(400, f"{name} is {value!r}; wanted a number", param=name)
-        given[_OUR_NAMES.get(name, name)] = value
-    given.setdefault("seed", secrets.randbits(32))
-    stop = values.get("stop", [])
-    given["stop"] = [stop] if isinstance(stop, str) else stop
-    if not isinstance(given["stop"], list):
-        raise ApiError(400, f"stop is {stop!r}; wanted a string or an array of them", param="stop")
-    try:
-        settings = GenerationSettings(**given)
-    except (ConfigError, OverflowError) as error:
-        message = str(error)
-        name = message.split()[0]
-        theirs = next((k for k, v in _OUR_NAMES.items() if v == name), name)
-        raise ApiError(400, message.replace(name, theirs, 1), param=theirs) from None
-    if settings.max_tokens > limits.max_tokens:
+def _number(values: Mapping[str, Any], name: str, default: float) -> int | float:
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ApiError(400, f"{name} is {value!r}; wanted a number", param=name)
+    return value
+
+
+def _count(values: Mapping[str, Any], name: str, default: int) -> int:
+    value = typed(values, name, int, default)
+    if value < 1:
+        raise ApiError(400, f"{name} is {value}; wanted 1 or more", param=name)
+    return value
+
+
+def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Limits) -> int:
+    """More than the server gives is cut down to that: the answer then ends as "length"."""
+    asked = _number(values, "max_tokens", limits.default_max_tokens)
+    if type(asked) is not int or asked < 0:
+        wanted = "a whole number" if type(asked) is not int else "0 or more"
+        raise ApiError(400, f"max_tokens is {asked!r}; wanted {wanted}", param="max_tokens")
+    begun = max(len(prompt.begun) for prompt in prompts)
+    room = limits.max_tokens - begun
+    if room < min(asked, 1):
         raise ApiError(
             400,
-            f"max_tokens is {settings.max_tokens:,}; this server gives at most "
-            f"{limits.max_tokens:,}",
-            param="max_tokens",
+            f"{begun:,} tokens follow EOS in the prompt, and answers of this server have "
+            f"{limits.max_tokens:,} at most, with {min(asked, 1)} that is asked for; start it with "
+            "a greater max_tokens, or shorten them",
+            param="prompt",
         )
+    return min(asked, room)
+
+
+def _settings(values: Mapping[str, Any]) -> GenerationSettings:
+    """Sampling settings; the defaults are OpenAI's, so temperature is 1.
+
+    As there, settings of drawing are no mistake where nothing is drawn: temperature 0, or so
+    little that only the likeliest token is left, and top_p 0, which leaves that token alone.
+    """
+    temperature, top_p = _number(values, "temperature", 1.0), _number(values, "top_p", 1.0)
+    given = {name: _number(values, name, 0) for name in _NUMBERS if name in values}
+    seed = values.get("seed", secrets.randbits(32))
+    if type(seed) is not int:
+        raise ApiError(400, f"seed is {seed!r}; wanted a whole number", param="seed")
+    stop = values.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list):
+        raise ApiError(400, f"stop is {stop!r}; wanted a string or an array of them", param="stop")
+    greedy = 0 <= temperature < LEAST_TEMPERATURE or top_p == 0
+    try:
+        settings = GenerationSettings(
+            temperature=1.0 if 0 <= temperature < LEAST_TEMPERATURE else temperature,
+            top_p=1.0 if top_p == 0 else top_p,
+            seed=seed % 2**32,
+            stop=stop,
+            logit_bias=_logit_bias(values),
+            **given,
+        )
+    except (ConfigError, OverflowError) as error:
+        raise ApiError(400, str(error), param=str(error).split()[0]) from None
+    if greedy:
+        settings = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=0)
     return settings
 
 
-def _inputs(values: Mapping[str, Any], prompts: PromptFormat) -> list[list[int]]:
-    """The prompts: a text, tokens, or an array of either; EOS is added where the model wants it."""
+def _logit_bias(values: Mapping[str, Any]) -> list[tuple[int, float]]:
+    biases = []
+    for token, bias in typed(values, "logit_bias", dict, {}).items():
+        if not token.isascii() or not token.isdigit():
+            raise ApiError(400, f"logit_bias has {token!r}; wanted token ids", param="logit_bias")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise ApiError(
+                400, f"logit_bias of {token} is {bias!r}; wanted a number", param="logit_bias"
+            )
+        biases.append((int(token[:12]), bias))
+    return biases
+
+
+def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -> list[Prompt]:
+    """The prompts: a text, tokens, or an array of either."""
     if "prompt" not in values:
         raise ApiError(
             400,
             "the request has no prompt; wanted a text, or an array of texts or of tokens",
             param="prompt",
         )
-    prompt, truncate = values["prompt"], _typed(values, "truncate", bool, False)
+    prompt, truncate = values["prompt"], typed(values, "truncate", bool, False)
     is_tokens = lambda x: isinstance(x, list) and all(type(i) is int for i in x)
     if isinstance(prompt, str) or (prompt and is_tokens(prompt)):
         prompt = [prompt]
@@ -270,25 +455,18 @@ def _inputs(values: Mapping[str, Any], prompts: PromptFormat) -> list[list[int]]
             "wanted a text, or an array of texts or of tokens",
             param="prompt",
         )
-    inputs = []
+    prompts = []
     for number, part in enumerate(prompt):
         name = "the prompt" if len(prompt) == 1 else f"prompt {number}"
+        if not isinstance(part, str) and not is_tokens(part):
+            raise ApiError(
+                400, f"{name} is {_kind(part)}; wanted a text or an array of tokens", param="prompt"
+            )
         try:
-            if isinstance(part, str):
-                ids, _ = prompts.encode(part, truncate=truncate, name=name)
-            elif is_tokens(part):
-                ends = bool(part) and prompts.inputs_eos and part[-1] == prompts.vocabulary.eos_id
-                ids, _ = prompts.fit(part[:-1] if ends else part, truncate=truncate, name=name)
-            else:
-                raise ApiError(
-                    400,
-                    f"{name} is {_kind(part)}; wanted a text or an array of tokens",
-                    param="prompt",
-                )
+            prompts.append(reader.read(part, marked=marked, truncate=truncate, name=name))
         except DataError as error:
             raise ApiError(400, _without_flags(str(error)), param="prompt") from None
-        inputs.append(ids)
-    return inputs
+    return prompts
 
 
 def _without_flags(message: str) -> str:
@@ -301,53 +479,3 @@ def _without_flags(message: str) -> str:
         "; leave it out, or have the model read it as its unknown token with --keep_unknown",
         "; leave it out",
     )
-
-
-class Shaper:
-    """Answers of one request in OpenAI's shapes."""
-
-    def __init__(self, model: str, vocabulary: Vocabulary, completion: Completion):
-        self._model, self._vocabulary, self._completion = model, vocabulary, completion
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def choice(
-        self,
-        index: int,
-        text: str,
-        tokens: Sequence[int],
-        log_probs: Sequence[float],
-        finish: str | None,
-        before: Sequence[int] = (),
-    ) -> dict[str, Any]:
-        """One choice or a piece of it; ``before`` are the tokens that came before the piece."""
-        kept = None
-        if self._completion.log_probs:
-            whole = [*before, *tokens]
-            kept = {
-                "tokens": [self._vocabulary.piece(token) for token in tokens],
-                "token_logprobs": [round(value, 6) for value in log_probs],
-                "top_logprobs": None,
-                "text_offset": [
-                    len(self._vocabulary.decode(whole[: len(before) + i]))
-                    for i in range(len(tokens))
-                ],
-            }
-        reason = "length" if finish == "length" else "stop" if finish else None
-        return {"text": text, "index": index, "logprobs": kept, "finish_reason": reason}
-
-    def body(self, choices: Sequence[dict[str, Any]], output_tokens: int | None) -> dict[str, Any]:
-        """A response or, without a number of tokens, a piece of a stream."""
-        body = self._head | {"choices": list(choices)}
-        if output_tokens is not None:
-            inputs = sum(map(len, self._completion.inputs))
-            body["usage"] = {
-                "prompt_tokens": inputs,
-                "completion_tokens": output_tokens,
-                "total_tokens": inputs + output_tokens,
-            }
-        return body

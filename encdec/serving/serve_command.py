@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     from encdec.inference.exported import export_format
     from encdec.inference.generator import read_prompt_format
     from encdec.serving.app import Service
+    from encdec.serving.chat import find_template
     from encdec.serving.engine import Engine
     from encdec.serving.protocol import Limits
     from encdec.serving.server import address, bind, run
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
         options.checkpoint, max_input_tokens=options.max_input_tokens
     )
     prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
+    template = find_template(options.checkpoint, options.chat_template)
     max_tokens = options.max_tokens or trained_for
     config, params, step = load_params_for_inference(options.checkpoint, options.step)
     engine = Engine(
@@ -63,6 +65,7 @@ def main(argv: list[str]) -> int:
         Limits(max_tokens, min(trained_for, max_tokens), options.max_answers),
         options.timeout_seconds,
         options.max_body_bytes,
+        template=template,
     )
     megabytes = slot_bytes(engine.config, engine.plan) / 1e6
     print(
@@ -93,7 +96,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"timeout_seconds is {options.timeout_seconds}; wanted more than 0")
     if not options.grace_seconds >= 0:
         raise ConfigError(f"grace_seconds is {options.grace_seconds}; wanted 0 or more")
-    for package in ("starlette", "uvicorn", "prometheus_client"):
+    for package in ("jinja2", "starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"encdec serve needs {package}; install it with pip install 'encdec[serve]'"
@@ -104,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec serve",
         allow_abbrev=False,
-        description="Serves a trained model over HTTP, in OpenAI's completions protocol, with "
+        description="Serves a trained model over HTTP, in OpenAI's protocols, with "
         "continuous batching.",
         epilog="Example: encdec serve --checkpoint=runs/mine --port=8000; curl "
         'http://127.0.0.1:8000/v1/completions -d \'{"prompt": "...", "temperature": 0}\'',
@@ -118,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
     parser.add_argument("--name", help="of the model (default: the directory's)")
+    parser.add_argument(
+        "--chat_template",
+        metavar="FILE",
+        help="Jinja that makes one text of a chat's messages (default: the checkpoint's own "
+        "chat_template.jinja or tokenizer_config.json; without any, one message is the input)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
     parser.add_argument(
         "--port",

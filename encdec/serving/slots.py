@@ -15,9 +15,17 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.decoding import Decoding, DecodingPlan, Memory, append, prefill
-from encdec.inference.sampling import RowSettings, greedy_rows
-from encdec.model import ModelConfig, init_cache
+from encdec.inference.decoding import (
+    Decoding,
+    DecodingPlan,
+    Memory,
+    append,
+    blank,
+    prefill,
+    read_inputs,
+)
+from encdec.inference.sampling import RowSettings, greedy_rows, likeliest, log_probs_of
+from encdec.model import ModelConfig, build_model, init_cache
 from encdec.model.cache import widen
 
 Params = Any
@@ -46,6 +54,25 @@ class Prefilled:
     memory: Memory
 
 
+@flax.struct.dataclass
+class InputScores:
+    """What a decoder-only model thinks of each token of an input, from those before it.
+
+    Attributes:
+        log_probs_S: float32, of the tokens.
+        likeliest_SxK: int32, the likeliest tokens in their places.
+        likeliest_log_probs_SxK: float32, of these.
+    """
+
+    log_probs_S: jax.Array
+    likeliest_SxK: jax.Array
+    likeliest_log_probs_SxK: jax.Array
+
+
+# Places of an input whose logits are there at once: a long input's would take gigabytes.
+SCORED_AT_ONCE = 64
+
+
 def read(
     config: ModelConfig, plan: SlotPlan, params: Params, tokens_1xS: jax.Array, length: jax.Array
 ) -> Prefilled:
@@ -57,6 +84,32 @@ def read(
         config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
     )
 
+    return Prefilled(logits_1xV, _as_wide_as_a_slot(config, plan, memory))
+
+
+def read_and_score(
+    config: ModelConfig, plan: SlotPlan, params: Params, tokens_1xS: jax.Array, length: jax.Array
+) -> tuple[Prefilled, InputScores]:
+    """As ``read``, with the scores of the input's own tokens; for decoder-only models."""
+    hidden_1xPxM, memory = read_inputs(
+        config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
+    )
+    model = build_model(config)
+    logits_of = lambda hidden: model.apply({"params": params}, hidden[None], method="logits")
+
+    def score(place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden_M, token = place
+        logits_1xV = logits_of(hidden_M)
+        ids_1xK, log_probs_1xK = likeliest(logits_1xV, plan.decoding.choosing)
+        return log_probs_of(logits_1xV, token[None])[0], ids_1xK[0], log_probs_1xK[0]
+
+    # The state after a place is what foretells the next token; the start token is place 0.
+    scores = jax.lax.map(score, (hidden_1xPxM[0, :-1], tokens_1xS[0]), batch_size=SCORED_AT_ONCE)
+    logits_1xV = logits_of(hidden_1xPxM[0, length])
+    return Prefilled(logits_1xV, _as_wide_as_a_slot(config, plan, memory)), InputScores(*scores)
+
+
+def _as_wide_as_a_slot(config: ModelConfig, plan: SlotPlan, memory: Memory) -> Memory:
     source, cache = memory.source, memory.cache
     if source is not None:
         missing = plan.longest_input - source.mask_BxS.shape[1]
@@ -66,7 +119,7 @@ def read(
         )
     else:
         cache = widen(config, cache, 1 + plan.longest_input)
-    return Prefilled(logits_1xV, memory.replace(source=source, cache=cache))
+    return memory.replace(source=source, cache=cache)
 
 
 def empty(config: ModelConfig, plan: SlotPlan, params: Params) -> Decoding:
@@ -87,20 +140,7 @@ def empty(config: ModelConfig, plan: SlotPlan, params: Params) -> Decoding:
         lengths,
     )
     memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
-    return _blank(plan, memory, greedy_rows(plan.slots, 0))
-
-
-def _blank(plan: SlotPlan, memory: Memory, settings: RowSettings) -> Decoding:
-    rows, room = settings.limit_R.shape[0], plan.decoding.room
-    return Decoding(
-        memory=memory,
-        last_R=jnp.zeros(rows, jnp.int32),
-        tokens_RxN=jnp.zeros((rows, room), jnp.int32),
-        log_probs_RxN=jnp.zeros((rows, room), jnp.float32),
-        counts_R=jnp.zeros(rows, jnp.int32),
-        finished_R=settings.limit_R <= 0,
-        settings=settings,
-    )
+    return blank(plan.decoding, memory, greedy_rows(plan.slots, 0, plan.decoding.choosing.biases))
 
 
 def insert(
@@ -109,6 +149,7 @@ def insert(
     decoding: Decoding,
     slot: jax.Array,
     prefilled: Prefilled,
+    begun_N: jax.Array,
     settings: RowSettings,
 ) -> Decoding:
     """Puts what was read into a slot and chooses its first token; the others are not touched.
@@ -119,9 +160,10 @@ def insert(
         decoding: the batch.
         slot: which row.
         prefilled: what ``read`` gave; may be inserted several times.
+        begun_N: int32, tokens with which the answer begins, in its first ``given_R`` places.
         settings: of one row.
     """
-    row = _blank(plan, prefilled.memory, settings)
+    row = blank(plan.decoding, prefilled.memory, settings).replace(tokens_RxN=begun_N[None])
     row = append(plan.decoding, row, prefilled.logits_1xV)
 
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -139,11 +181,16 @@ def insert(
 def release(decoding: Decoding, free_R: jax.Array) -> Decoding:
     """Ends these rows, and has them ask for nothing that costs time."""
     settings, rows = decoding.settings, decoding.counts_R.shape[0]
-    idle = greedy_rows(rows, 0)
-    quiet = lambda field: jnp.where(free_R, getattr(idle, field), getattr(settings, field))
-    names = ("temperature_R", "top_k_R", "top_p_R", "repetition_penalty_R", "no_repeat_ngram_R")
-    settings = settings.replace(**{name: quiet(name) for name in names})
-    return decoding.replace(finished_R=decoding.finished_R | free_R, settings=settings)
+    keys_R = settings.keys_R
+    idle = greedy_rows(rows, 0, settings.bias_ids_RxB.shape[1]).replace(keys_R=None)
+    settings = jax.tree.map(
+        lambda quiet, now: jnp.where(free_R[(...,) + (None,) * (now.ndim - 1)], quiet, now),
+        idle,
+        settings.replace(keys_R=None),
+    )
+    return decoding.replace(
+        finished_R=decoding.finished_R | free_R, settings=settings.replace(keys_R=keys_R)
+    )
 
 
 def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
@@ -156,5 +203,6 @@ def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
 
 # The compiled forms; the batch is given over to the result.
 read_compiled = jax.jit(read, static_argnames=("config", "plan"))
+read_and_score_compiled = jax.jit(read_and_score, static_argnames=("config", "plan"))
 insert_compiled = jax.jit(insert, static_argnames=("config", "plan"), donate_argnames=("decoding",))
 release_compiled = jax.jit(release, donate_argnames=("decoding",))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from encdec.inference.decoding import DecodingPlan
-from encdec.inference.sampling import NO_EOS, Choosing, RowSettings
+from encdec.inference.sampling import Choosing, RowSettings, greedy_rows
 from encdec.model import ModelConfig, abstract_params, build_model, preset
 
 CONFIGS = {
@@ -50,23 +50,19 @@ def plan(config, room, **choosing) -> DecodingPlan:
 
 def rows(count, limit, **values) -> RowSettings:
     """Settings of ``count`` rows; greedy unless ``values`` say otherwise."""
-    plain = {
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram": 0,
-        "limit": 0,
-        "eos": NO_EOS,
-    }
-    dtypes = {
-        name: np.float32 if type(value) is float else np.int32 for name, value in plain.items()
-    }
-    fields = {
-        f"{name}_R": np.broadcast_to(np.asarray(value, dtypes[name]), (count,))
-        for name, value in (plain | {"limit": limit} | values).items()
-    }
-    return RowSettings(**fields, keys_R=jax.random.split(jax.random.key(0), count))
+    plain, values = greedy_rows(count, 0), {"limit": limit} | values
+    fields = {f"{name}_R": value for name, value in values.items() if f"{name}_R" in vars(plain)}
+    fields |= {name: value for name, value in values.items() if name in vars(plain)}
+    assert len(fields) == len(values), values
+    return plain.replace(
+        **{
+            name: np.broadcast_to(
+                np.asarray(value, getattr(plain, name).dtype),
+                (count,) if name.endswith("_R") else np.shape(value),
+            )
+            for name, value in fields.items()
+        }
+    )
 
 
 def padded(inputs) -> tuple[np.ndarray, np.ndarray]:

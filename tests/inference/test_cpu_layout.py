@@ -151,7 +151,13 @@ def test_a_server_s_slots_hold_what_was_kept_in_parts(name):
     plan = SlotPlan(DecodingPlan(Choosing(config.vocab_size), 3, START), 2, 12)
     prefilled = read_compiled(config, plan, params, TOKENS[:1], jnp.array(9))
     running = insert_compiled(
-        config, plan, empty(config, plan, params), jnp.array(1), prefilled, greedy_rows(1, 3)
+        config,
+        plan,
+        empty(config, plan, params),
+        jnp.array(1),
+        prefilled,
+        jnp.zeros(3, jnp.int32),
+        greedy_rows(1, 3),
     )
     running = advance_compiled(config, plan.decoding, params, running, jnp.int32(2))
     alone = advance_compiled(

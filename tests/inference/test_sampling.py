@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from encdec.inference.sampling import Choosing, choose, repeating_tokens, truncate
+from encdec.inference.sampling import (
+    Choosing,
+    choose,
+    likeliest,
+    log_probs_of,
+    repeating_tokens,
+    truncate,
+)
 from tests.inference.examples import rows
 
 LOGITS = np.log(np.array([0.30, 0.25, 0.18, 0.12, 0.08, 0.04, 0.02, 0.01], np.float32)) + 3.0
@@ -198,3 +205,48 @@ def test_rows_get_what_they_ask_for_whatever_else_is_compiled_in_or_asked_for():
             )
             np.testing.assert_array_equal(alone[0][0], together[0][row])
             np.testing.assert_array_equal(alone[1][0], together[1][row])
+
+
+def test_presence_and_frequency_penalties_and_biases_move_scores():
+    """By their definitions, one row each, beside a row that asks for nothing."""
+    answers = np.array([[0, 0, 1, 7], [0, 0, 1, 7], [0, 0, 1, 7], [0, 0, 1, 7]], np.int32)
+    presence, frequency = np.array([0.0, 0.6, 0.0, 0.0]), np.array([0.0, 0.0, 0.2, 0.0])
+    settings = rows(4, 9, presence_penalty=presence, frequency_penalty=frequency)
+    bias_ids = np.full((4, 3), -1, np.int32)
+    biases = np.zeros((4, 3), np.float32)
+    bias_ids[3, :2], biases[3, :2] = [5, 0], [2.5, -100]
+    settings = settings.replace(bias_ids_RxB=bias_ids, biases_RxB=biases)
+    chosen, log_probs = choose_compiled(
+        np.tile(LOGITS, (4, 1)),
+        Choosing(8, penalised=True, biases=3),
+        settings,
+        answers,
+        np.full(4, 3),  # the token in the last place is not there yet
+    )
+    counts = np.bincount([0, 0, 1], minlength=8)
+    wanted = [
+        np.argmax(LOGITS - p * (counts > 0) - f * counts) for p, f in zip(presence, frequency)
+    ]
+    wanted[3] = 5
+    assert chosen.tolist() == wanted == [0, 2, 1, 5]
+    # The model's own, whatever moved the choice.
+    np.testing.assert_allclose(log_probs, (LOGITS - np.log(np.exp(LOGITS).sum()))[wanted], 1e-5)
+
+
+def test_tokens_that_are_given_are_not_chosen():
+    answers = np.array([[6, 3, 0], [6, 3, 0]], np.int32)
+    chosen, log_probs = choose_compiled(
+        np.tile(LOGITS, (2, 1)), Choosing(8), rows(2, 9, given=2), answers, np.array([1, 2])
+    )
+    assert chosen.tolist() == [3, 0]
+    np.testing.assert_allclose(
+        log_probs, (LOGITS - np.log(np.exp(LOGITS).sum()))[[3, 0]], rtol=1e-5
+    )
+
+
+def test_the_likeliest_tokens_are_the_vocabularys():
+    logits = np.concatenate([LOGITS, [99.0]])[None]  # a place of the table that is no token
+    ids, log_probs = likeliest(logits, Choosing(8, alternatives=3))
+    assert ids.tolist() == [[0, 1, 2]]
+    assert log_probs[0, 0] == log_probs_of(logits, jnp.array([0]))[0]
+    np.testing.assert_allclose(log_probs[0], LOGITS[:3] - 99, atol=1e-4)

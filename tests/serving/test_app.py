@@ -9,8 +9,10 @@ import socket
 import threading
 
 import httpx
+import jax
 import pytest
 
+from encdec.data.vocabulary import ByteVocabulary
 from encdec.inference.settings import GenerationSettings
 from encdec.serving.server import running
 from tests.serving.examples import (
@@ -71,14 +73,17 @@ def test_completions(server):
     ]
 
 
-def test_streams_join_to_the_whole(server):
+@pytest.mark.parametrize("more", [{"logprobs": 0}, {"logprobs": 3, "echo": True, "stop": "e"}])
+def test_streams_join_to_the_whole(server, more):
     client, _ = server
-    fields = {"prompt": ["short", "x"], "logprobs": 0, "max_tokens": 16} | GREEDY
+    prompts = ["short", "x"] if "echo" not in more else ["short</s>", "x</s>y"]
+    fields = {"prompt": prompts, "max_tokens": 15} | more | GREEDY
     whole = post(client, **fields).json()
     response = post(client, stream=True, stream_options={"include_usage": True}, **fields)
     assert response.headers["content-type"].startswith("text/event-stream")
     *pieces, usage, done = events(response.text)
     assert done == "[DONE]" and usage["choices"] == [] and usage["usage"] == whole["usage"]
+    assert all(part["usage"] is None for part in pieces)  # as OpenAI's
     for index, choice in enumerate(whole["choices"]):
         parts = [part["choices"][0] for part in pieces if part["choices"][0]["index"] == index]
         assert "".join(part["text"] for part in parts) == choice["text"]
@@ -88,7 +93,117 @@ def test_streams_join_to_the_whole(server):
         for field, wanted in choice["logprobs"].items():
             if wanted is not None:
                 assert [x for part in parts for x in part["logprobs"][field]] == wanted
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
     assert len({part["id"] for part in pieces}) == 1
+
+
+def test_settings_are_obeyed(server):
+    client, _ = server
+    ask = lambda **fields: post(client, prompt="short", **fields).json()["choices"]
+    text = lambda **fields: ask(**fields)[0]["text"]
+    greedy = text(**GREEDY)
+    assert text(temperature=0.001) == text(top_p=0) == text(temperature=0, top_p=0.3) == greedy
+    assert [one["text"] for one in ask(n=2, **GREEDY)] == [greedy] * 2
+    code = ByteVocabulary().encode("~")[0]
+    assert text(logit_bias={str(code): 100}, max_tokens=4, **GREEDY) == "~~~~"
+    mixed = {str(code): 40, str(code - 1): 39.5}
+    assert text(logit_bias=mixed, max_tokens=4, **GREEDY) == "~~~~"
+    penalised = text(logit_bias=mixed, frequency_penalty=2, max_tokens=4, **GREEDY)
+    assert sorted(penalised) == sorted("~~}}")
+    [nothing] = ask(max_tokens=0, **GREEDY)
+    assert (nothing["text"], nothing["finish_reason"]) == ("", "length")
+    [most] = ask(max_tokens=10_000, logit_bias={"1": -100}, **GREEDY)
+    assert len(most["text"]) == 16 and most["finish_reason"] == "length"
+    drawn = {"temperature": 1.5, "seed": 3, "logprobs": 0}
+    mean = lambda one: sum(one["logprobs"]["token_logprobs"]) / len(one["logprobs"]["tokens"])
+    every = sorted(ask(n=5, **drawn), key=mean, reverse=True)
+    chosen = ask(n=2, best_of=5, **drawn)
+    assert [one["text"] for one in chosen] == [one["text"] for one in every[:2]]
+    assert [one["index"] for one in chosen] == [0, 1]
+
+
+def test_chats(server):
+    client, service = server
+    fields = {"messages": [{"role": "user", "content": "short"}], "model": NAME} | GREEDY
+    whole = client.post(
+        "/v1/chat/completions", json=fields | {"logprobs": True, "top_logprobs": 2}
+    ).json()
+    [choice], plain = whole["choices"], post(client, prompt="short", **GREEDY).json()
+    text = plain["choices"][0]["text"]
+    assert whole["object"] == "chat.completion" and whole["usage"] == plain["usage"]
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+    kept = choice["logprobs"]["content"]
+    assert "".join(one["token"] for one in kept) == text
+    assert bytes(byte for one in kept for byte in one["bytes"]) == text.encode()
+    assert all(len(one["top_logprobs"]) == 2 for one in kept)
+    response = client.post(
+        "/v1/chat/completions",
+        json=fields | {"stream": True, "stream_options": {"include_usage": True}},
+    )
+    *pieces, usage, done = events(response.text)
+    assert done == "[DONE]" and usage["usage"] == whole["usage"]
+    deltas = [piece["choices"][0]["delta"] for piece in pieces]
+    assert deltas[0]["role"] == "assistant" and not any("role" in one for one in deltas[1:])
+    assert "".join(delta["content"] for delta in deltas) == text
+    assert {piece["object"] for piece in pieces} == {"chat.completion.chunk"}
+    assert pieces[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
+def test_openais_own_client(server):
+    openai = pytest.importorskip("openai", reason="the client is not installed")
+    client = openai.OpenAI(base_url=f"{server[0].base_url}/v1", api_key="x", max_retries=0)
+    made = client.completions.create(model=NAME, prompt="short", temperature=0, logprobs=2)
+    assert "".join(made.choices[0].logprobs.tokens) == made.choices[0].text
+    chat = {"model": NAME, "temperature": 0, "messages": [{"role": "user", "content": "short"}]}
+    whole = client.chat.completions.create(**chat, logprobs=True, top_logprobs=1)
+    assert whole.choices[0].message.content == made.choices[0].text
+    stream = client.chat.completions.create(**chat, stream=True)
+    parts = [part.choices[0].delta.content for part in stream]
+    assert "".join(parts) == made.choices[0].text
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=NAME, prompt="short", suffix="x")
+    assert caught.value.param == "suffix"
+
+
+@contextlib.contextmanager
+def compilations():
+    """Programs that XLA compiles meanwhile, as JAX itself counts them."""
+    counted = []
+
+    def note(event: str, seconds: float, **more) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(more)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield counted
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_everything_is_compiled_before_it_listens(name):
+    engine = make_engine(name, slots=3, max_tokens=14)  # of no other test, so nothing is there
+    with compilations() as before:
+        engine.warm_up()
+    assert len(before) >= len(engine.widths()) + 3
+    with running(make_service(engine)) as (url, _), httpx.Client(base_url=url) as client:
+        with compilations() as after:
+            for fields in (
+                {"prompt": "short", "temperature": 0},
+                {"prompt": ["x" * 15, "x" * 20, "x" * 30, "x" * 39], "temperature": 0},
+                {"prompt": "x", "temperature": 1.3, "top_k": 5, "top_p": 0.5, "seed": 1, "n": 4},
+                {"prompt": "x", "presence_penalty": 1, "repetition_penalty": 2},
+                {"prompt": "x", "no_repeat_ngram": 2, "logit_bias": {"70": 3}, "stop": "e"},
+                {"prompt": "x", "logprobs": 5, "stream": True, "best_of": 1},
+                {"prompt": "x</s>yz", "echo": True, "logprobs": 1, "max_tokens": 1},
+                {"prompt": "y" * 30 + "</s>z", "echo": True, "logprobs": 5, "max_tokens": 0},
+            ):
+                response = post(client, **fields)
+                assert response.status_code == 200, response.text
+            chat = {"messages": [{"role": "user", "content": "x"}]}
+            assert client.post("/v1/chat/completions", json=chat).status_code == 200
+    assert after == []
 
 
 def test_the_other_routes(server):
@@ -99,6 +214,11 @@ def test_the_other_routes(server):
     assert health.status_code == 200 and health.json()["status"] == "ok"
     assert client.get("/v1/models").json()["data"][0]["id"] == NAME
     assert client.get(f"/v1/models/{NAME}").json()["object"] == "model"
+    info = client.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["chat_template"]) == ("</s>", None)
+    ids = client.post("/tokenize", json={"prompt": "é</s>b"}).json()["tokens"]
+    assert ids == [*ByteVocabulary().encode("é"), 1, *ByteVocabulary().encode("b")]
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "é</s>b"}
     text = client.get("/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values['encdec_http_requests_total{route="/v1/completions",status="200"}']) >= 1
@@ -114,6 +234,10 @@ def test_wrong_requests_get_a_reason_in_openais_shape(server):
         (post(client, prompt="x" * 60), 400, "prompt", "has 61 tokens"),
         (post(client, prompt=[264]), 400, "prompt", "the token 264"),
         (post(client, prompt="x", top_p=3), 400, "top_p", "wanted above 0"),
+        (post(client, prompt="x", suffix="y"), 400, "suffix", "this server has no suffix"),
+        (client.post("/v1/chat/completions", json={}), 400, "messages", "no messages"),
+        (client.post("/detokenize", json={"tokens": [999]}), 400, "tokens", "id 999"),
+        (client.post("/tokenize", content=b"{"), 400, None, "no JSON"),
         (post(client, prompt="x", model="other"), 404, "model", "this server has"),
         (post(client, prompt="x" * 6000), 413, None, "longer than 5,000 bytes"),
         (client.post("/v1/completions", content=iter([b"y" * 3000] * 3)), 413, None, "longer"),

@@ -11,8 +11,10 @@ from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
-from encdec.serving.engine import Busy, Closing, Ticket, Update
+from encdec.serving.engine import Busy, Closing
+from encdec.serving.prompts import PromptReader
 from encdec.serving.slots import slot_bytes
+from encdec.serving.tickets import Ticket, Update
 from tests.inference.examples import model
 from tests.inference.test_generator import PROMPTS
 from tests.serving.examples import SlowEngine, generator, make_engine, until
@@ -27,6 +29,12 @@ CASES = [
     ("repeat repeat repeat", {"repetition_penalty": 4.0, "max_tokens": 16}),
     ("mixed", {"temperature": 0.8, "no_repeat_ngram": 2, "repetition_penalty": 1.5, "seed": 8}),
     ("y" * 39, {"max_tokens": 1}),
+    ("short", {"presence_penalty": 1.5, "frequency_penalty": -0.5, "max_tokens": 16}),
+    ("x", {"temperature": 1.1, "logit_bias": [(70, 4.0), (71, -100.0)], "seed": 2}),
+    ("mixed", {"max_tokens": 6, "alternatives": True}),
+    # The answer has begun, and the prompt is scored.
+    ([70, 71, 1, 72, 73, 74], {"max_tokens": 5, "alternatives": True, "score_prompts": True}),
+    ("a text of twenty bytes", {"max_tokens": 0, "score_prompts": True}),
 ]
 
 
@@ -38,29 +46,40 @@ def engine(request):
     engine.stop()
 
 
+OF_TICKETS = ("max_tokens", "alternatives", "score_prompts")
+
+
 def submit(engine, text, settings, *, stream=False, timeout=60.0):
     """The ticket, and where its news arrive."""
     news = queue.Queue()
-    ids = PROMPTS.encode(text)[0]
+    reader = PromptReader(PROMPTS, engine.config.is_encoder_decoder)
     ticket = Ticket(
-        [ids], GenerationSettings(**settings), news.put, stream=stream, timeout_seconds=timeout
+        [reader.read(text, marked=False, name="the prompt")],
+        GenerationSettings(**{k: v for k, v in settings.items() if k not in OF_TICKETS}),
+        news.put,
+        stream=stream,
+        timeout_seconds=timeout,
+        **{k: v for k, v in settings.items() if k in OF_TICKETS},
     )
     engine.submit(ticket)
     return ticket, news
 
 
 def answers(ticket, news):
-    """Tokens, log-probabilities, text and end of each answer of a finished ticket."""
-    made = [([], [], "", None)] * ticket.settings.samples
-    while any(finish is None for *_, finish in made):
+    """Tokens, log-probabilities, text and end of each answer of a finished ticket, and what came
+    with them."""
+    made = [([], [], "", None, [], None)] * ticket.samples
+    while any(answer[3] is None for answer in made):
         update = news.get(timeout=60)
         assert isinstance(update, Update), update
-        tokens, log_probs, text, _ = made[update.index]
+        tokens, log_probs, text, _, likeliest, prompt = made[update.index]
         made[update.index] = (
             tokens + update.tokens,
             log_probs + update.log_probs,
             text + update.text,
             update.finish,
+            likeliest + update.likeliest,
+            prompt or update.prompt,
         )
     assert news.empty()
     return made
@@ -73,7 +92,7 @@ def test_answers_are_those_alone_and_those_of_the_generator(engine):
     for (text, settings), made in list(zip(CASES, alone))[:4]:  # each compiles programs there
         settings = GenerationSettings(**{"max_tokens": 16} | settings)
         wanted = generator(name).generate([text], settings)[0]
-        for (tokens, log_probs, said, finish), one in zip(made, wanted, strict=True):
+        for (tokens, log_probs, said, finish, *_), one in zip(made, wanted, strict=True):
             assert (tokens, said, finish) == (one.tokens, one.text, one.finish)
             np.testing.assert_allclose(log_probs, one.log_probs, atol=1e-4)
     # Thrice the cases at once, in another order, some of them streamed, some gone midway.
@@ -101,7 +120,7 @@ def test_stop_strings_end_an_answer_and_free_its_slot(engine):
     stop = free.text[4:6]
     for stream in (False, True):
         ticket, news = submit(engine, "short", {"stop": [stop]}, stream=stream)
-        tokens, _, text, finish = answers(ticket, news)[0]
+        tokens, _, text, finish, *_ = answers(ticket, news)[0]
         assert finish == "stop" and text == free.text[: free.text.find(stop)]
         assert tokens == free.tokens[: len(tokens)] and len(tokens) < len(free.tokens)
 
@@ -119,7 +138,7 @@ def test_limits_of_the_queue_and_the_end():
     with pytest.raises(Closing):
         submit(engine, "x", {})
     for ticket, news in tickets:
-        assert len(answers(ticket, news)) == ticket.settings.samples
+        assert len(answers(ticket, news)) == ticket.samples
     until(lambda: not engine._thread.is_alive())
 
 

@@ -30,6 +30,8 @@ def kinds() -> list[dict]:
             fields |= {"temperature": 0.5 + number / 20, "seed": number}
         if number % 3 == 1 and number % 2:
             fields |= {"top_k": 20, "n": 2}
+        if number % 4 == 1:
+            fields |= {"presence_penalty": 1.0, "logit_bias": {"80": 2}}
         if number % 5 == 2:
             fields |= {"no_repeat_ngram": 2}
         if number % 7 == 3:

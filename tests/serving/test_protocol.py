@@ -8,24 +8,29 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.inference.text import PromptFormat
-from encdec.serving.protocol import ApiError, Limits, Shaper, parse_completion
+from encdec.serving.chat import ChatTemplate
+from encdec.serving.prompts import PromptReader
+from encdec.serving.protocol import ApiError, Limits, parse_chat, parse_completion
 
 PROMPTS = PromptFormat(ByteVocabulary(), max_input_tokens=20)
+READER = PromptReader(PROMPTS, is_encoder_decoder=True)
 LIMITS = Limits(max_tokens=50, default_max_tokens=30, max_answers=6)
 
 
-def parse(**fields):
-    return parse_completion(
-        json.dumps(fields).encode(), model="mine", prompts=PROMPTS, limits=LIMITS
-    )
+def parse(reader=READER, **fields):
+    return parse_completion(json.dumps(fields).encode(), model="mine", reader=reader, limits=LIMITS)
+
+
+def inputs(completion):
+    return [prompt.ids for prompt in completion.prompts]
 
 
 def test_defaults_are_openais_and_the_models():
     made = parse(prompt="abc")
-    assert made.inputs == [PROMPTS.encode("abc")[0]]
-    assert (made.settings.temperature, made.settings.top_p, made.settings.samples) == (1.0, 1.0, 1)
-    assert made.settings.max_tokens == 30
-    assert (made.stream, made.log_probs, made.include_usage) == (False, False, False)
+    assert inputs(made) == [PROMPTS.encode("abc")[0]]
+    assert (made.settings.temperature, made.settings.top_p, made.samples) == (1.0, 1.0, 1)
+    assert made.max_tokens == 30
+    assert (made.stream, made.log_probs, made.include_usage) == (False, None, False)
     assert parse(prompt="abc").settings.seed != made.settings.seed  # drawn anew
     # What asks for nothing is let pass, as clients send it.
     assert parse(
@@ -57,21 +62,78 @@ def test_fields_become_settings():
         stream_options={"include_usage": True},
         repetition_penalty=1.2,
         no_repeat_ngram=3,
+        presence_penalty=-1,
+        frequency_penalty=0.5,
+        logit_bias={"5": -100, "6": 1.5},
     )
     settings = made.settings
     assert (settings.temperature, settings.top_p, settings.top_k) == (0.5, 0.9, 7)
-    assert (settings.samples, settings.seed, settings.stop) == (3, 4, ("x", "yz"))
+    assert (made.samples, settings.seed, settings.stop) == (3, 4, ("x", "yz"))
     assert (settings.repetition_penalty, settings.no_repeat_ngram) == (1.2, 3)
-    assert settings.max_tokens == 9 and made.stream and made.log_probs and made.include_usage
-    assert len(made.inputs) == 2
+    assert (settings.presence_penalty, settings.frequency_penalty) == (-1, 0.5)
+    assert settings.logit_bias == ((5, -100), (6, 1.5))
+    assert made.max_tokens == 9 and made.stream and made.log_probs == 0 and made.include_usage
+    assert len(made.prompts) == 2
     assert parse(prompt="a", stop="x").settings.stop == ("x",)
 
 
 def test_tokens_are_prompts_too():
     ids = PROMPTS.encode("abc")[0]
-    assert parse(prompt=ids[:-1]).inputs == parse(prompt=ids).inputs == [ids]  # with EOS or without
-    assert parse(prompt=[ids, ids[:-1]]).inputs == [ids, ids]
-    assert parse(prompt="x" * 30, truncate=True).inputs[0][-1] == 1
+    assert inputs(parse(prompt=ids[:-1])) == inputs(parse(prompt=ids)) == [ids]  # EOS or not
+    assert inputs(parse(prompt=[ids, ids[:-1]])) == [ids, ids]
+    assert inputs(parse(prompt="x" * 30, truncate=True))[0][-1] == 1
+
+
+def test_what_asks_for_the_likeliest_token_is_greedy_and_nothing_is_refused_for_it():
+    for fields in (
+        {"temperature": 0, "top_p": 0.5, "top_k": 3, "n": 2},
+        {"temperature": 0.001},
+        {"temperature": 1.5, "top_p": 0},
+    ):
+        made = parse(prompt="a", **fields)
+        settings = made.settings
+        assert (settings.temperature, settings.top_p, settings.top_k) == (0, 1, 0)
+        assert made.samples == fields.get("n", 1)
+    assert parse(prompt="a", temperature=0.02, top_p=0.5).settings.temperature == 0.02
+    # Any integer is a seed; ours have 32 bits.
+    assert parse(prompt="a", seed=-1).settings.seed == 2**32 - 1
+    assert parse(prompt="a", seed=2**40 + 7).settings.seed == 7
+    # Answers are shorter, and then end as "length".
+    assert parse(prompt="a", max_tokens=100_000).max_tokens == 50
+    assert parse(prompt="a", max_tokens=0).max_tokens == 0
+    made = parse(prompt="a", n=2, best_of=5)
+    assert (made.keep, made.samples) == (2, 5)
+    assert parse(prompt="a", stream=True, stream_options={"include_obfuscation": False})
+
+
+def test_eos_in_a_prompt_divides_input_and_answer():
+    encode, decoder_only = ByteVocabulary().encode, PromptReader(PROMPTS, False)
+    ids = [*encode("ab"), 1, *encode("cde")]
+    (prompt,) = parse(prompt=ids).prompts
+    assert (prompt.ids, prompt.begun) == ([*encode("ab"), 1], encode("cde"))
+    assert prompt.own == ids and prompt.context == encode("cde")
+    # The last one: an input may hold others, as examples before the question.
+    (prompt,) = parse(prompt=[70, 1, 71, 1, 72]).prompts
+    assert (prompt.ids, prompt.begun) == ([70, 1, 71, 1], [72])
+    (prompt,) = parse(prompt=[1, 72]).prompts
+    assert (prompt.ids, prompt.begun) == ([1], [72])
+    (prompt,) = parse(decoder_only, prompt=ids).prompts
+    assert (prompt.ids, prompt.begun, prompt.context) == (ids, [], encode("cde"))
+    # In texts the name of EOS is a text like any other, save where the prompt is echoed.
+    assert 1 not in parse(prompt="ab</s>cde").prompts[0].own
+    assert parse(prompt="ab</s>cde", echo=True).prompts[0].own == ids
+    assert parse(prompt="ab", echo=True, logprobs=1, reader=decoder_only).prompts[0].own == ids[:2]
+    # What stands in front of every input is read, and is none of the prompt's own.
+    front = PromptReader(PromptFormat(ByteVocabulary(), inputs_prefix=(9,)), True)
+    (prompt,) = parse(front, prompt=ids).prompts
+    assert (prompt.ids, prompt.own, prompt.before) == ([9, *ids[:3]], ids, 1)
+    front = PromptReader(front.format, False)
+    for tokens, read in ((ids, [9, *ids]), (ids[:2], [9, *ids[:2], 1])):
+        (prompt,) = parse(front, prompt=tokens).prompts
+        assert (prompt.ids, prompt.own, prompt.before) == (read, tokens, 1)
+    free = PromptReader(PromptFormat(ByteVocabulary(), inputs_eos=False), False)
+    (prompt,) = parse(free, prompt="ab", echo=True).prompts  # goes on the same text
+    assert prompt.ids == prompt.own == prompt.context == encode("ab")
 
 
 @pytest.mark.parametrize(
@@ -99,18 +161,38 @@ def test_tokens_are_prompts_too():
             "cut its end with truncate = true",
         ),
         ({"prompt": "half \ud83d"}, 400, "prompt", "lone surrogate"),
-        ({"prompt": "a", "max_tokens": 51}, 400, "max_tokens", "gives at most 50"),
-        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens is 0; wanted 1 or more"),
+        ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "is -1; wanted 0 or more"),
+        ({"prompt": [70, 1] + [71] * 50, "max_tokens": 1}, 400, "prompt", "50 tokens follow EOS"),
+        ({"prompt": "a", "seed": 1.5}, 400, "seed", "wanted a whole number"),
+        ({"prompt": "a", "logprobs": 6}, 400, "logprobs", "logprobs is 6; wanted 0 to 5"),
+        ({"prompt": "a", "echo": True, "logprobs": 1}, 400, "prompt", "put EOS between input and"),
+        ({"prompt": "a", "best_of": 2, "n": 3}, 400, "best_of", "wanted n, which is 3, or more"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of", "no stream can choose"),
+        ({"prompt": "a", "best_of": 7}, 400, "best_of", "best_of = 7"),
+        ({"prompt": "a", "frequency_penalty": 3}, 400, "frequency_penalty", "from -2 to 2"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "wanted token ids"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias", "wanted -100 to 100"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix", "this server has no suffix"),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"include_usge": True}},
+            400,
+            "stream_options.include_usge",
+            "known: include_usage",
+        ),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}},
+            400,
+            "stream_options.include_usage",
+            "wanted true or false",
+        ),
         ({"prompt": "a", "max_tokens": "9"}, 400, "max_tokens", "wanted a number"),
         ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens", "wanted a whole number"),
         ({"prompt": "a", "temperature": -1}, 400, "temperature", "temperature is -1; wanted 0"),
         ({"prompt": "a", "temperature": float("nan")}, 400, "temperature", "temperature is nan"),
         ({"prompt": "a", "temperature": True}, 400, "temperature", "wanted a number"),
         ({"prompt": "a", "top_p": 1.5}, 400, "top_p", "top_p is 1.5; wanted above 0"),
-        ({"prompt": "a", "temperature": 0, "top_p": 0.5}, 400, "top_p", "set temperature above 0"),
         ({"prompt": "a", "top_k": 10**12}, 400, "top_k", "top_k is 1000000000000; wanted 0"),
         ({"prompt": "a", "no_repeat_ngram": -1}, 400, "no_repeat_ngram", "is -1"),
-        ({"prompt": "a", "seed": -1}, 400, "seed", "seed is -1"),
         ({"prompt": "a", "n": 0}, 400, "n", "n is 0; wanted 1 or more"),
         (
             {"prompt": "a", "n": 7},
@@ -121,7 +203,6 @@ def test_tokens_are_prompts_too():
         ({"prompt": ["a", "b"], "n": 4}, 400, "n", "asks for 8 answers"),
         ({"prompt": "a", "stop": 5}, 400, "stop", "wanted a string or an array"),
         ({"prompt": "a", "stop": [""]}, 400, "stop", "strings that are not empty"),
-        ({"prompt": "a", "logprobs": 5}, 400, "logprobs", "wanted 0"),
         ({"prompt": "a", "stream": "yes"}, 400, "stream", "wanted true or false"),
         ({"prompt": "a", "stream_options": {}}, 200, None, ""),
         (
@@ -129,13 +210,6 @@ def test_tokens_are_prompts_too():
             400,
             "stream_options",
             "stream =",
-        ),
-        ({"prompt": "a", "echo": True}, 400, "echo", "echo is True, and this server has no echo"),
-        (
-            {"prompt": "a", "presence_penalty": 0.5},
-            400,
-            "presence_penalty",
-            "has no presence_penalty",
         ),
         ({"prompt": "a", "temprature": 0.5}, 400, "temprature", "did you mean 'temperature'"),
         ({"prompt": "a", "model": "other"}, 404, "model", "this server has 'mine'"),
@@ -166,27 +240,58 @@ def test_wrong_requests_are_told_what_is_wrong(fields, status, param, message):
 )
 def test_bodies_that_are_no_request(body, message):
     with pytest.raises(ApiError, match=message) as caught:
-        parse_completion(body, model="mine", prompts=PROMPTS, limits=LIMITS)
+        parse_completion(body, model="mine", reader=READER, limits=LIMITS)
     assert caught.value.status == 400
 
 
-def test_choices_tell_tokens_and_where_they_stand():
-    completion = parse(prompt="abc", logprobs=0)
-    shaper = Shaper("mine", ByteVocabulary(), completion)
-    ids = ByteVocabulary().encode("h\u00e9!")
-    choice = shaper.choice(2, "\u00e9!", ids[1:], [-0.1, -0.2, -0.3], "eos", ids[:1])
-    assert choice["finish_reason"] == "stop" and choice["index"] == 2
-    assert choice["logprobs"]["token_logprobs"] == [-0.1, -0.2, -0.3]
-    assert choice["logprobs"]["text_offset"] == [1, 1, 2]
-    assert len(choice["logprobs"]["tokens"]) == 3
-    body = shaper.body([choice], 3)
-    assert body["object"] == "text_completion" and body["id"].startswith("cmpl-")
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
-    assert shaper.choice(0, "", [], [], None)["finish_reason"] is None
-    assert shaper.choice(0, "", [], [], "length")["finish_reason"] == "length"
-    assert (
-        Shaper("mine", ByteVocabulary(), parse(prompt="a")).choice(0, "a", [100], [0.0], "stop")[
-            "logprobs"
-        ]
-        is None
+def chat(messages, template=None, reader=READER, **fields):
+    body = json.dumps({"messages": messages} | fields).encode()
+    return parse_chat(
+        body, model="mine", reader=reader, limits=LIMITS, template=ChatTemplate(template)
     )
+
+
+USER = {"role": "user", "content": "abc"}
+
+
+def test_chats_become_prompts_by_their_template():
+    assert inputs(chat([USER])) == inputs(parse(prompt="abc"))
+    parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]
+    assert inputs(chat([{"role": "user", "content": parts, "type": "text"}])) == inputs(
+        parse(prompt="abc")
+    )
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    made = chat([{"role": "system", "content": "x"}, USER], template, max_completion_tokens=3)
+    encode = ByteVocabulary().encode
+    (prompt,) = made.prompts
+    assert prompt.own == [*encode("s:x"), 1, *encode("u:abc"), 1, *encode("a:")]
+    assert (prompt.begun, made.max_tokens, made.log_probs) == (encode("a:"), 3, None)
+    assert chat([USER], logprobs=True).log_probs == 0
+    assert chat([USER], logprobs=True, top_logprobs=4).log_probs == 4
+    assert chat([USER], tools=[], response_format={"type": "text"}, store=False)
+
+
+@pytest.mark.parametrize(
+    "messages, fields, param, message",
+    [
+        ([], {}, "messages", "wanted an array of at least one"),
+        ([USER, USER], {}, "messages", "has no chat template"),
+        ([{"role": "king", "content": "a"}], {}, "messages", "role is 'king'"),
+        ([{"role": "user", "content": None}], {}, "messages", "content is None"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages", "no text"),
+        ([USER | {"tool_calls": [1]}], {}, "messages", "'tool_calls'"),
+        ([{"role": "user", "content": "\ud83d"}], {}, "messages", "lone surrogate"),
+        ([USER], {"tools": [{}]}, "tools", "this server has no tools"),
+        ([USER], {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ([USER], {"prompt": "a"}, "prompt", "unknown field"),
+    ],
+)
+def test_chats_that_are_none_are_told_why(messages, fields, param, message):
+    with pytest.raises(ApiError) as caught:
+        chat(messages, **fields)
+    assert caught.value.param == param and message in caught.value.message
+    with pytest.raises(ApiError, match="no dice"):
+        chat([USER], "{{ raise_exception('no dice') }}")

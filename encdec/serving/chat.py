@@ -1,0 +1,144 @@
+"""Chats as prompts: the template of a chat model, in Jinja as in tokenizers' own files."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+
+from encdec.errors import ConfigError, DataError
+from encdec.serving.prompts import Prompt, PromptReader
+
+TEMPLATE_FILE = "chat_template.jinja"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MESSAGE_FIELDS = ("role", "content", "name", "type")
+
+
+class ChatTemplate:
+    """How messages become one text.
+
+    Args:
+        source: Jinja with ``messages`` and ``add_generation_prompt``, as Hugging Face's chat
+            templates; None for a model without one, whose prompt is a single message as it is.
+
+    Raises:
+        ConfigError: it is no Jinja.
+    """
+
+    def __init__(self, source: str | None = None):
+        self.source = source
+        self._template = None
+        if source is not None:
+            # Sandboxed: a template comes with a model, and not from who runs the server.
+            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True
+            )
+            environment.globals["raise_exception"] = _raise
+            environment.filters["tojson"] = lambda value, **kwargs: json.dumps(
+                value, ensure_ascii=False, **kwargs
+            )
+            try:
+                self._template = environment.from_string(source)
+            except jinja2.TemplateError as error:
+                raise ConfigError(f"the chat template is no Jinja: {error}") from None
+
+    def prompt(self, messages: Any, reader: PromptReader, *, truncate: bool = False) -> Prompt:
+        """The prompt of a chat.
+
+        Raises:
+            DataError: messages that are none, or that the template refuses.
+        """
+        chat = _checked(messages)
+        if self._template is None:
+            if len(chat) != 1 or chat[0]["role"] != "user":
+                raise DataError(
+                    f"messages has {len(chat)}, by {', '.join(one['role'] for one in chat)}; this "
+                    "model has no chat template and reads one message of the user as its "
+                    "input (encdec serve takes a template with chat_template)"
+                )
+            return reader.read(
+                chat[0]["content"], marked=False, truncate=truncate, name="the message"
+            )
+        vocabulary = reader.format.vocabulary
+        names = {token: name for name, token in vocabulary.special_tokens.items()}
+        start = names.get(reader.format.decoder_start_id, "")
+        try:
+            text = self._template.render(
+                messages=chat,
+                add_generation_prompt=True,
+                bos_token=start,
+                eos_token=names[vocabulary.eos_id],
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"messages: the chat template refuses them: {error}") from None
+        ids = vocabulary.encode_marked(text)
+        # Templates begin with what stands in front of every input anyway.
+        front = list(reader.format.inputs_prefix)
+        if not (front or reader.is_encoder_decoder):
+            front = [reader.format.decoder_start_id]
+        if front and ids[: len(front)] == front:
+            ids = ids[len(front) :]
+        return reader.read(ids, marked=False, truncate=truncate, name="the chat")
+
+
+def find_template(directory: str | pathlib.Path, path: str | None) -> ChatTemplate:
+    """The template in a file, or that of a model's directory, or none.
+
+    Raises:
+        ConfigError: the file cannot be read or is no template.
+    """
+    directory = pathlib.Path(directory)
+    file = pathlib.Path(path) if path else directory / TEMPLATE_FILE
+    if path or file.is_file():
+        try:
+            return ChatTemplate(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat_template={file} cannot be read: {error}") from None
+    config = directory / "tokenizer_config.json"
+    if config.is_file():
+        try:
+            source = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{config} is no tokenizer's JSON: {error}") from None
+        if isinstance(source, str):
+            return ChatTemplate(source)
+    return ChatTemplate()
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _checked(messages: Any) -> list[dict[str, str]]:
+    """Messages of texts alone."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"messages is {messages!r}; wanted an array of at least one")
+    chat = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise DataError(f"{where} is {message!r}; wanted an object")
+        extra = {name for name, value in message.items() if value not in (None, [])}
+        if unknown := sorted(extra - set(_MESSAGE_FIELDS)):
+            raise DataError(f"{where} has {unknown[0]!r}; this server knows role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in _ROLES:
+            raise DataError(f"{where}.role is {role!r}; wanted one of {', '.join(_ROLES)}")
+        if isinstance(content, list):
+            parts = [part if isinstance(part, dict) else {} for part in content]
+            if not all(
+                part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+            ):
+                raise DataError(f"{where}.content has parts that are no text; leave them out")
+            content = "".join(part["text"] for part in parts)
+        if not isinstance(content, str):
+            raise DataError(f"{where}.content is {content!r}; wanted a text")
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(f"{where}.content has half a character (a lone surrogate)") from None
+        chat.append({"role": role, "content": content})
+    return chat

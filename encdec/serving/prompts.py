@@ -1,0 +1,100 @@
+"""Prompts of requests as the model reads them, and which of their tokens it can score.
+
+A prompt may hold an EOS token: what is before the last one is the model's input, and what is after
+it is the beginning of the answer, which the model goes on from. That is how clients that know
+completions alone (evaluation harnesses send context and continuation as one prompt) say to an
+encoder-decoder where the one ends and the other begins. Token ids hold it as an id; in texts that
+are echoed its name stands for it, as in tokenizers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from encdec.errors import DataError
+from encdec.inference.text import PromptFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        ids: what the model reads as its input, framing included.
+        begun: tokens with which the decoder's answer begins already.
+        own: the prompt's own tokens, without framing: what an echo shows.
+        context: the end of ``own`` whose text the answer's text goes on.
+        before: tokens of framing that come before ``own`` in ``ids``.
+    """
+
+    ids: list[int]
+    begun: list[int] = dataclasses.field(default_factory=list)
+    own: list[int] = dataclasses.field(default_factory=list)
+    context: list[int] = dataclasses.field(default_factory=list)
+    before: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptReader:
+    """Makes prompts of texts and tokens.
+
+    Attributes:
+        format: of the model's inputs.
+        is_encoder_decoder: the model's architecture.
+    """
+
+    format: PromptFormat
+    is_encoder_decoder: bool
+
+    def read(
+        self, part: str | Sequence[int], *, marked: bool, truncate: bool = False, name: str
+    ) -> Prompt:
+        """The prompt that a text or tokens make.
+
+        Args:
+            part: the text or its tokens.
+            marked: the names of special tokens in a text stand for them, and the answer's text is
+                to go on that of the prompt.
+            truncate: cut the end of a long input.
+            name: of the prompt, for messages.
+
+        Raises:
+            DataError: it is empty, too long, or has what the vocabulary has not.
+        """
+        vocabulary = self.format.vocabulary
+        if not isinstance(part, str):
+            return self._of_tokens(list(part), marked, truncate, name)
+        ids, _ = self.format.encode(part, truncate=truncate, name=name)
+        if marked and any(special in part for special in vocabulary.special_tokens):
+            return self._of_tokens(vocabulary.encode_marked(part), marked, truncate, name)
+        return self._undivided(ids, marked)
+
+    def _undivided(self, ids: list[int], marked: bool) -> Prompt:
+        """A framed input without a beginning of the answer."""
+        before = len(self.format.inputs_prefix)
+        own = ids[before : len(ids) - self.format.inputs_eos]
+        # Without a token between input and answer, a decoder-only model goes on the same text.
+        goes_on = marked and not (self.is_encoder_decoder or self.format.inputs_eos)
+        return Prompt(ids, own=own, context=own if goes_on else [], before=before)
+
+    def _of_tokens(self, own: list[int], marked: bool, truncate: bool, name: str) -> Prompt:
+        """See the module for what an EOS among them means."""
+        form, eos = self.format, self.format.vocabulary.eos_id
+        place = len(own) - 1 - own[::-1].index(eos) if eos in own else None
+        if place is None or not (self.is_encoder_decoder or form.inputs_eos):
+            return self._undivided(form.fit(own, truncate=truncate, name=name)[0], marked)
+        form.check_tokens(own, name)
+        source, begun, before = own[:place], own[place + 1 :], len(form.inputs_prefix)
+        if not self.is_encoder_decoder and begun:
+            # One row of tokens: the input, its EOS and the answer so far, so no EOS is added.
+            ids, _ = dataclasses.replace(form, inputs_eos=False).fit(own, name=name)
+            return Prompt(ids, own=own, context=begun, before=before)
+        if source:
+            ids, _ = form.fit(source, truncate=truncate, name=name)
+        else:
+            ids = [*form.inputs_prefix, *[eos] * form.inputs_eos]
+        if not ids:
+            raise DataError(f"{name} has no tokens before its EOS; give at least one")
+        source = ids[before : len(ids) - form.inputs_eos]
+        return Prompt(ids, begun, [*source, eos, *begun], begun, before)
