@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         raise DataError(f"{source} does not exist; give what was downloaded")
     # Imported late: a mistake in the command line is answered at once.
     from encdec.data.vocabulary import load_vocabulary
-    from encdec.interop.importing import free_bytes, write_model
+    from encdec.interop.importing import TEMPLATE_FILE, chat_template_of, free_bytes, write_model
 
     started = time.monotonic()
     vocabulary = load_vocabulary(options.vocabulary) if options.vocabulary else None
@@ -81,6 +81,9 @@ def main(argv: list[str]) -> int:
         param_dtype=options.param_dtype,
         overwrite=options.overwrite,
     )
+    template = chat_template_of(source) if options.format == "hf" else None
+    if template is not None:
+        (out / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     print(
         f"{family}: {stored.num_layers} layers, width {stored.d_model}, "
         f"{stored.vocab_size:,} ids, up to {longest:,} tokens, {stored.param_dtype}, in {out} "

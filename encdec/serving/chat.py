@@ -10,9 +10,9 @@ import jinja2
 import jinja2.sandbox
 
 from encdec.errors import ConfigError, DataError
+from encdec.interop.importing import TEMPLATE_FILE
 from encdec.serving.prompts import Prompt, PromptReader
 
-TEMPLATE_FILE = "chat_template.jinja"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGE_FIELDS = ("role", "content", "name", "type")
 
@@ -84,28 +84,19 @@ class ChatTemplate:
         return reader.read(ids, marked=False, truncate=truncate, name="the chat")
 
 
-def find_template(directory: str | pathlib.Path, path: str | None) -> ChatTemplate:
-    """The template in a file, or that of a model's directory, or none.
+def find_template(directory: str | pathlib.Path, path: str | None = None) -> ChatTemplate:
+    """The template in a file, or else that of a model's directory, or none.
 
     Raises:
         ConfigError: the file cannot be read or is no template.
     """
-    directory = pathlib.Path(directory)
-    file = pathlib.Path(path) if path else directory / TEMPLATE_FILE
-    if path or file.is_file():
-        try:
-            return ChatTemplate(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--chat_template={file} cannot be read: {error}") from None
-    config = directory / "tokenizer_config.json"
-    if config.is_file():
-        try:
-            source = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{config} is no tokenizer's JSON: {error}") from None
-        if isinstance(source, str):
-            return ChatTemplate(source)
-    return ChatTemplate()
+    file = pathlib.Path(path) if path else pathlib.Path(directory) / TEMPLATE_FILE
+    if not path and not file.is_file():
+        return ChatTemplate()
+    try:
+        return ChatTemplate(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat_template={file} cannot be read: {error}") from None
 
 
 def _raise(message: str) -> None:

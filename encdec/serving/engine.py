@@ -328,11 +328,7 @@ class Engine:
             if ticket.score_prompts and not self.config.is_encoder_decoder:
                 prefilled, scores = read_and_score_compiled(*arguments)
                 own, begin = ticket.prompts[place].own, ticket.prompts[place].before
-                arrays = (
-                    scores.log_probs_S,
-                    scores.likeliest_SxK,
-                    scores.likeliest_log_probs_SxK,
-                )
+                arrays = (scores.log_probs_S, scores.likeliest_SxK, scores.likeliest_log_probs_SxK)
                 scored = _scored(
                     np.array(own, np.int32),
                     *(np.array(array)[begin : begin + len(own)] for array in arrays),

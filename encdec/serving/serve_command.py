@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--chat_template",
         metavar="FILE",
         help="Jinja that makes one text of a chat's messages (default: the checkpoint's own "
-        "chat_template.jinja or tokenizer_config.json; without any, one message is the input)",
+        "chat_template.jinja, which an import brings along; without any, one message is the input)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
     parser.add_argument(

@@ -7,8 +7,10 @@ import json
 import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import ConfigError
 from encdec.inference.text import PromptFormat
-from encdec.serving.chat import ChatTemplate
+from encdec.interop.importing import TEMPLATE_FILE, chat_template_of
+from encdec.serving.chat import ChatTemplate, find_template
 from encdec.serving.prompts import PromptReader
 from encdec.serving.protocol import ApiError, Limits, parse_chat, parse_completion
 
@@ -272,6 +274,22 @@ def test_chats_become_prompts_by_their_template():
     assert chat([USER], logprobs=True).log_probs == 0
     assert chat([USER], logprobs=True, top_logprobs=4).log_probs == 4
     assert chat([USER], tools=[], response_format={"type": "text"}, store=False)
+
+
+def test_an_import_brings_its_template_along(tmp_path):
+    assert chat_template_of(tmp_path) is None and find_template(tmp_path).source is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "one"}))
+    assert chat_template_of(tmp_path) == "one"
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "two"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert chat_template_of(tmp_path) == "two"
+    (tmp_path / TEMPLATE_FILE).write_text("{{ messages[0].content }}")
+    assert chat_template_of(tmp_path) == find_template(tmp_path).source
+    config.write_text("{% nothing")
+    for path, message in ((config, "is no Jinja"), (tmp_path / "none", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
+            find_template(tmp_path, str(path))
 
 
 @pytest.mark.parametrize(

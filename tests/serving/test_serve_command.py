@@ -126,7 +126,7 @@ def test_a_model_without_vocabulary_is_refused_by_name(workdir, tmp_path, capsys
     for command in (["serve", "--port=0"], ["generate", "text"]):
         assert cli.main([*command, f"--checkpoint={tmp_path}"]) == 3
         error = capsys.readouterr().err
-        assert "import the model again with --vocabulary=FILE" in error and "None" not in error
+        assert "it again with --vocabulary=FILE" in error and "None" not in error
 
 
 def test_exported_graphs_are_refused(tmp_path, capsys):
