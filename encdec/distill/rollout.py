@@ -111,7 +111,7 @@ def rollout(
                 "writer": content.get("imported") or [content["run"], content["data"]],
                 "step": step,
                 "records": opened.card.fingerprint,
-                "settings": dataclasses.asdict(settings),
+                "settings": settings.to_dict(),
                 "rows": rows,
                 "batch_rows": batch_rows,
                 "block_rows": block_rows,

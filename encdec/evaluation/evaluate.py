@@ -250,8 +250,7 @@ def _identity(
         "too_long": settings.too_long,
         "max_input_tokens": model["max_input_tokens"],
         "examples": digest.hexdigest(),
-        **dataclasses.asdict(settings.generation),
-        "stop": list(settings.generation.stop),
+        **settings.generation.to_dict(),
     }
 
 
@@ -260,8 +259,7 @@ def _decoding(settings: EvaluationSettings) -> dict[str, Any]:
     kind = "beam" if generation.beams > 1 else "sampled" if generation.temperature else "greedy"
     return {
         "kind": kind,
-        **dataclasses.asdict(generation),
-        "stop": list(generation.stop),
+        **generation.to_dict(),
         "too_long": settings.too_long,
         "split": settings.split,
         "limit": settings.limit,

@@ -105,8 +105,7 @@ def main(argv: list[str]) -> int:
                 "max_input_tokens": prompts.max_input_tokens,
                 "truncate": options.truncate,
                 "logprobs": options.logprobs,
-                **dataclasses.asdict(settings),
-                "stop": list(settings.stop),
+                **settings.to_dict(),
             },
             texts,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from encdec.errors import ConfigError
 
@@ -94,6 +95,20 @@ class GenerationSettings:
             self._check_beams()
         elif self.temperature == 0:
             self._check_greedy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values that tell these settings from others.
+
+        The penalties and biases that only the server offers are left out where they are off.
+        """
+        values = dataclasses.asdict(self) | {
+            "stop": list(self.stop),
+            "logit_bias": [list(pair) for pair in self.logit_bias],
+        }
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if not values[name]:
+                del values[name]
+        return values
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

@@ -8,6 +8,7 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
+from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 from encdec.interop.importing import TEMPLATE_FILE, chat_template_of
 from encdec.serving.chat import ChatTemplate, find_template
@@ -74,6 +75,9 @@ def test_fields_become_settings():
     assert (settings.repetition_penalty, settings.no_repeat_ngram) == (1.2, 3)
     assert (settings.presence_penalty, settings.frequency_penalty) == (-1, 0.5)
     assert settings.logit_bias == ((5, -100), (6, 1.5))
+    kept = json.loads(json.dumps(settings.to_dict()))
+    assert kept == settings.to_dict() and GenerationSettings(**kept) == settings
+    assert "logit_bias" not in parse(prompt="a").settings.to_dict()
     assert made.max_tokens == 9 and made.stream and made.log_probs == 0 and made.include_usage
     assert len(made.prompts) == 2
     assert parse(prompt="a", stop="x").settings.stop == ("x",)
