@@ -5,7 +5,6 @@ Answers and likelihoods are kept as they are made, so that a call goes on where 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import pathlib
