@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     if not source.exists():
         raise DataError(f"{source} does not exist; give what was downloaded")
     # Imported late: a mistake in the command line is answered at once.
+    from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
     from encdec.data.vocabulary import load_vocabulary
     from encdec.interop.importing import TEMPLATE_FILE, chat_template_of, free_bytes, write_model
 

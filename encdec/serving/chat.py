@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
+from encdec.data.chat_template import TEMPLATE_FILE
 from encdec.errors import ConfigError, DataError
-from encdec.interop.importing import TEMPLATE_FILE
 from encdec.serving.prompts import Prompt, PromptReader
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")

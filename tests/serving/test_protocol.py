@@ -6,11 +6,11 @@ import json
 
 import pytest
 
+from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
-from encdec.interop.importing import TEMPLATE_FILE, chat_template_of
 from encdec.serving.chat import ChatTemplate, find_template
 from encdec.serving.prompts import PromptReader
 from encdec.serving.protocol import ApiError, Limits, parse_chat, parse_completion
