@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     # Imported late: a mistake in the command line is answered at once.
     from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
     from encdec.data.vocabulary import load_vocabulary
-    from encdec.interop.importing import TEMPLATE_FILE, chat_template_of, free_bytes, write_model
+    from encdec.interop.importing import free_bytes, write_model
 
     started = time.monotonic()
     vocabulary = load_vocabulary(options.vocabulary) if options.vocabulary else None
