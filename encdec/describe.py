@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from encdec.errors import ConfigError
-from encdec.model import ModelConfig, preset, preset_names
-from encdec.model.flops import (
+from encdec.cost.flops import (
     FlopCount,
     cache_bytes,
     count_parameters,
@@ -25,7 +23,9 @@ from encdec.model.flops import (
     training_flops,
     weight_bytes,
 )
-from encdec.model.peers import match_decoder_only
+from encdec.cost.peers import match_decoder_only
+from encdec.errors import ConfigError
+from encdec.model import ModelConfig, preset, preset_names
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 

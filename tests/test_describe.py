@@ -10,16 +10,16 @@ import sys
 import pytest
 from rich.console import Console
 
-from encdec.describe import architecture, describe, find_model, main, show
-from encdec.errors import CheckpointError, ConfigError
-from encdec.model import ModelConfig, preset, preset_names
-from encdec.model.flops import (
+from encdec.cost.flops import (
     cache_bytes,
     count_parameters,
     forward_flops,
     generation_flops,
     training_flops,
 )
+from encdec.describe import architecture, describe, find_model, main, show
+from encdec.errors import CheckpointError, ConfigError
+from encdec.model import ModelConfig, preset, preset_names
 from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION
 
 

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from encdec.cost.flops import count_parameters
 from encdec.data.batches import Batches
 from encdec.data.records import open_records, write_json
 from encdec.data.teacher_rows import TeacherCard, open_teacher, read_teacher_card
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.model import build_model, preset
-from encdec.model.flops import count_parameters
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.loop import train

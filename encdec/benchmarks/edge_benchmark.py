@@ -24,13 +24,13 @@ from encdec.benchmarks import transformers_runtime
 from encdec.benchmarks.device_rates import Busy, DeviceRates, ReadRate, measure_rates, peak_memory
 from encdec.benchmarks.generation import START_ID, GenerationTiming, Spread, cached_run
 from encdec.benchmarks.inference_benchmark import numbers
+from encdec.cost.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 from encdec.export import litert_export, onnx_export
 from encdec.inference.exported import ExportedModel, export_format, likeliest, load_exported_model
 from encdec.inference.ready import ready_for_decoding
 from encdec.model import ModelConfig, build_model, init_params, preset
-from encdec.model.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
 from encdec.storage import local_path
 
 # name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout;

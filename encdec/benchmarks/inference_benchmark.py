@@ -22,16 +22,16 @@ from encdec.benchmarks import transformers_runtime
 from encdec.benchmarks.device_rates import DeviceRates, measure_rates
 from encdec.benchmarks.generation import GenerationTiming, time_generation
 from encdec.benchmarks.generation_memory import measure_peaks, peaks_by_process
-from encdec.errors import ConfigError
-from encdec.model import ModelConfig, build_model, init_params, preset
-from encdec.model.flops import (
+from encdec.cost.flops import (
     BYTES_PER_VALUE,
     cache_bytes,
     count_parameters,
     generation_flops,
     weight_bytes,
 )
-from encdec.model.peers import match_decoder_only
+from encdec.cost.peers import match_decoder_only
+from encdec.errors import ConfigError
+from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.storage import local_path
 
 PEERS = {"parameters": "parameters", "flops": "training_flops"}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from encdec.cost.chips import chip_named
+from encdec.cost.flops import training_flops
 from encdec.data.records import DatasetCard
 from encdec.data.sparse_logits import SparseFormat
 from encdec.model import ModelConfig
-from encdec.model.chips import chip_named
-from encdec.model.flops import training_flops
 
 # Bytes a token beside its pairs: size and two float16, one more for top_k; see sparse_logits.
 _SCALAR_BYTES = {"sampled": 5, "top_k": 7, "full": 4}

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from encdec.cost.flops import count_parameters, forward_flops
 from encdec.data.batches import Batches
 from encdec.data.mixing import MixedRecords
 from encdec.data.records import Records
@@ -28,7 +29,6 @@ from encdec.data.vocabulary import VocabularySpec, recorded_vocabulary
 from encdec.distill.draw import Kept, keep
 from encdec.errors import ConfigError, DataError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
-from encdec.model.flops import count_parameters, forward_flops
 from encdec.train.checkpoints import latest_step, load_params_for_inference
 from encdec.train.config import MeshConfig
 from encdec.train.feed import host_slice, to_devices

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
+from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError
 from encdec.evaluation.likelihood import LikelihoodModel
 from encdec.inference.exported import load_exported_generator
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.model import parameter_count
-from encdec.model.flops import count_parameters
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.lineage import lineage
 from encdec.train.metrics import read_metrics

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError
 from encdec.hardware import hlo
 from encdec.hardware.predict import Prediction, predict
 from encdec.hardware.topology import Topology
-from encdec.model.flops import training_flops
 from encdec.train.compiler_options import compiler_options as chip_options
 from encdec.train.config import RunConfig
 from encdec.train.program import abstract_batch, build_program, check_batch

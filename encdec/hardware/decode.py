@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from encdec.cost.flops import generation_flops
 from encdec.errors import ConfigError
 from encdec.hardware.compile import Compiled, Memory, compile_lowered, device_bytes
 from encdec.hardware.topology import Topology
 from encdec.inference.decoding import decode_step, prefill
 from encdec.model import ModelConfig, abstract_params, build_model, for_decoding, logical_axes
-from encdec.model.flops import generation_flops
 from encdec.train.compiler_options import compiler_options as chip_options
 from encdec.train.config import RunConfig
 from encdec.train.sharding import ShardingRules, data_shards, make_mesh, on_mesh, param_shardings

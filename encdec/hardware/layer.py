@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from encdec.cost.flops import training_flops
 from encdec.hardware.compile import Compiled, compile_lowered, device_bytes, fields_of
 from encdec.hardware.topology import Topology
 from encdec.model import ModelConfig
 from encdec.model.attention import packed_attention
-from encdec.model.flops import training_flops
 from encdec.model.positions import rope_table
 from encdec.model.stacks import LayerInputs, Stack
 from encdec.train.compiler_options import compiler_options as chip_options

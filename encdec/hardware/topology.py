@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from encdec.cost.chips import Chip, find_chip
 from encdec.errors import ConfigError
-from encdec.model.chips import Chip, find_chip
 
 MISSING = (
     "compiling for TPUs needs the TPU compiler, libtpu, which is not installed; "
@@ -22,7 +22,7 @@ MISSING = (
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What predictions need about one kind of TPU beyond ``encdec.model.chips``.
+    """What predictions need about one kind of TPU beyond ``encdec.cost.chips``.
 
     Attributes:
         chip: peak rates of one JAX device.

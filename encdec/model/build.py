@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,19 +18,7 @@ from encdec.model.encoder_decoder import EncoderDecoder
 
 Model = EncoderDecoder | DecoderOnly
 Params = dict[str, Any]
-
-# Shapes of an example batch: parameters do not depend on them.
-_FIELDS = {
-    True: (
-        "encoder_input_tokens",
-        "encoder_segment_ids",
-        "encoder_positions",
-        "decoder_input_tokens",
-        "decoder_segment_ids",
-        "decoder_positions",
-    ),
-    False: ("decoder_input_tokens", "decoder_segment_ids", "decoder_positions"),
-}
+MODEL_FIELDS = ("input_tokens", "segment_ids", "positions")  # that a model reads of each side
 
 
 def build_model(config: ModelConfig) -> Model:
@@ -40,8 +29,9 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def _boxed_params(model: Model, key: jax.Array) -> Params:
-    fields = _FIELDS[model.config.is_encoder_decoder]
-    batch = {name: jnp.zeros((1, 2), jnp.int32) for name in fields}
+    sides = ("encoder", "decoder") if model.config.is_encoder_decoder else ("decoder",)
+    fields = [f"{side}_{name}" for side in sides for name in MODEL_FIELDS]
+    batch = {name: jnp.zeros((1, 2), jnp.int32) for name in fields}  # no parameter depends on it
     return model.init(key, batch)["params"]
 
 
@@ -52,15 +42,22 @@ def init_params(model: Model, key: jax.Array) -> Params:
 
 def abstract_params(model: Model) -> Params:
     """Shapes and dtypes of the parameters, without drawing them."""
-    return nn.unbox(jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0))))
+    return nn.unbox(_abstract_boxes(model))
 
 
 def logical_axes(model: Model) -> Params:
     """The parameters' tree with, at each leaf, a tuple of one logical axis name per dimension."""
-    boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+        lambda box: tuple(box.names),
+        _abstract_boxes(model),
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_boxes(model: Model) -> Params:
+    """Traced once a model, which takes seconds where layers are many and unrolled."""
+    return jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
 
 
 def parameter_count(params: Params) -> int:

@@ -156,7 +156,7 @@ def _named(name: str) -> ModelConfig:
         )
     if by := _PEERS[peer]:
         # Here, because the formulas know configurations and not the other way round.
-        from encdec.model.peers import match_decoder_only
+        from encdec.cost.peers import match_decoder_only
 
         multiple = 128 if bases is _TPU_BASES else 64 if config.d_model >= 512 else 8
         config = match_decoder_only(config, by=by, mlp_multiple=multiple)

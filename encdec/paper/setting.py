@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError
 from encdec.evaluation.results_table import PAPER
 from encdec.model import ModelConfig, preset
-from encdec.model.flops import count_parameters
 from encdec.scaling.matching import DECODER_ONLY, encoder_share, matched, series_name
 from encdec.train.config import RunConfig, parse_config
 

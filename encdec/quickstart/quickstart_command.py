@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from encdec.benchmarks.generation import time_generation
+from encdec.cost.flops import cache_bytes, count_parameters, training_flops, weight_bytes
+from encdec.cost.peers import match_decoder_only
 from encdec.data.corpora.stdlib import stdlib_text
 from encdec.data.prepare import prepare
 from encdec.data.prepare_command import ProgressLine
@@ -33,8 +35,6 @@ from encdec.evaluation.predictions import read_texts
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.model import ModelConfig, preset
-from encdec.model.flops import cache_bytes, count_parameters, training_flops, weight_bytes
-from encdec.model.peers import match_decoder_only
 from encdec.quickstart import quickstart_report as reports
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
 from encdec.storage import local_path

@@ -18,10 +18,10 @@ from typing import Any, get_type_hints
 
 import ml_collections
 
+from encdec.cost.flops import ParameterCount, count_parameters, training_flops
 from encdec.data.records import DatasetCard
 from encdec.errors import ConfigError
 from encdec.model import ModelConfig, preset
-from encdec.model.flops import ParameterCount, count_parameters, training_flops
 from encdec.scaling.matching import (
     DECODER_ONLY,
     MATCHES,

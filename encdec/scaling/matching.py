@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+from encdec.cost.flops import count_parameters, training_flops
+from encdec.cost.peers import MATCH, TOLERANCE, match_decoder_only
 from encdec.errors import ConfigError
 from encdec.model import ModelConfig
-from encdec.model.flops import count_parameters, training_flops
-from encdec.model.peers import MATCH, TOLERANCE, match_decoder_only
 
 Match = Literal["flops+data", "parameters+data", "flops+parameters"]
 MATCHES: tuple[str, ...] = get_args(Match)

@@ -278,7 +278,7 @@ def _console() -> Console:
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from encdec.model.chips import chip_named
+    from encdec.cost.chips import chip_named
     from encdec.scaling.compiled import step_figures
     from encdec.scaling.plan_table import as_json, show
 

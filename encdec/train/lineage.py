@@ -7,7 +7,7 @@ import os
 import pathlib
 from typing import Any
 
-from encdec.model.flops import training_flops
+from encdec.cost.flops import training_flops
 from encdec.train.checkpoints import latest_step
 from encdec.train.workdir import SOURCE_NOTE, model_config_of, read_config
 

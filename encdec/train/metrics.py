@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from etils import epath
 
+from encdec.cost.chips import peak_flops
+from encdec.cost.flops import model_flops_utilisation, training_flops
 from encdec.metrics.score import bits_per_byte
 from encdec.model import ModelConfig
-from encdec.model.chips import peak_flops
-from encdec.model.flops import model_flops_utilisation, training_flops
 from encdec.train.goodput import Goodput
 from encdec.train.step import Metrics, StepMetrics
 from encdec.train.tensorboard import SummaryWriter, metric_writers

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from encdec.data.features import DECODER_FIELDS, ENCODER_FIELDS
 from encdec.data.teacher_rows import PAIR_FIELDS
 from encdec.errors import ConfigError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
@@ -31,15 +32,6 @@ from encdec.train.sharding import (
 )
 from encdec.train.state import TrainState, create_state
 from encdec.train.step import make_eval_step, make_train_step
-
-ENCODER_FIELDS = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions")
-DECODER_FIELDS = (
-    "decoder_input_tokens",
-    "decoder_target_tokens",
-    "decoder_loss_weights",
-    "decoder_segment_ids",
-    "decoder_positions",
-)
 
 
 @dataclasses.dataclass(frozen=True)

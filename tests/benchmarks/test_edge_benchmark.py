@@ -15,9 +15,9 @@ from encdec.benchmarks import edge_benchmark
 from encdec.benchmarks.device_rates import Busy, DeviceRates, peak_memory
 from encdec.benchmarks.edge_benchmark import PATHS, evaluate, main
 from encdec.benchmarks.generation import GenerationTiming
+from encdec.cost.flops import cache_bytes, generation_flops
 from encdec.errors import ConfigError
 from encdec.model import preset
-from encdec.model.flops import cache_bytes, generation_flops
 
 for package in ("ai_edge_litert", "onnx", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs {package}: pip install encdec[litert,onnx]")

@@ -14,9 +14,9 @@ from encdec.benchmarks.device_rates import DeviceRates
 from encdec.benchmarks.generation import GenerationTiming
 from encdec.benchmarks.generation_memory import measure_peaks
 from encdec.benchmarks.inference_benchmark import OURS, evaluate, main, ratios
+from encdec.cost.flops import cache_bytes, generation_flops, weight_bytes
 from encdec.errors import ConfigError
 from encdec.model import preset
-from encdec.model.flops import cache_bytes, generation_flops, weight_bytes
 
 
 @pytest.mark.slow

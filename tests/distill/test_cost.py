@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from encdec.cost.flops import training_flops
 from encdec.data.records import open_records
 from encdec.data.sparse_logits import SparseFormat
 from encdec.distill.cost import describe_cost, describe_student, scoring_cost, student_cost
 from encdec.model import preset
-from encdec.model.flops import training_flops
 
 
 def test_bytes_and_flops_of_scoring(records):

@@ -11,6 +11,7 @@ import pathlib
 import pytest
 from rich.console import Console
 
+from encdec.cost.chips import find_chip
 from encdec.errors import ConfigError
 from encdec.hardware import topology
 from encdec.hardware.compile import (
@@ -29,7 +30,6 @@ from encdec.hardware.predict import Collective, Prediction
 from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
 from encdec.model import preset
-from encdec.model.chips import find_chip
 from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
 from encdec.train.config import MeshConfig, RunConfig, parse_config
 from encdec.train.sharding import make_mesh

@@ -7,8 +7,8 @@ import pathlib
 
 import pytest
 
+from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError, DataError
-from encdec.model.flops import training_flops
 from encdec.paper.corpora import Corpora, evenly
 from encdec.paper.paper_command import load_config, main
 from encdec.paper.setting import TEACHER, model_of, parse_setting, slug, table_rows

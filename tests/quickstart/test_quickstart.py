@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
+from encdec.cost.flops import training_flops
 from encdec.data.records import read_card
 from encdec.evaluation.examples import Example, Examples
-from encdec.model.flops import training_flops
 from encdec.quickstart import quickstart_command as command
 from encdec.quickstart import quickstart_report as report
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing

@@ -11,8 +11,8 @@ import pathlib
 import pytest
 
 from encdec.cli import main
+from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
-from encdec.model.flops import count_parameters, training_flops
 from encdec.scaling.ladder import parse_ladder, plan, run_config
 from encdec.scaling.matching import MATCHES
 from encdec.scaling.scaling_command import load_ladder, split_ladder_overrides

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from encdec.cost.flops import training_flops
 from encdec.data.batches import Batches
 from encdec.data.mixing import mix_records
 from encdec.data.records import open_records
@@ -19,7 +20,6 @@ from encdec.distill.cost import student_cost
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model, init_params, preset
-from encdec.model.flops import training_flops
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import DistillConfig, LossConfig, parse_config
 from encdec.train.loop import prepare_job, train

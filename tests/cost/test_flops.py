@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from encdec.errors import ConfigError
-from encdec.model import abstract_params, build_model, init_cache, preset
-from encdec.model.chips import CHIPS, chip_named, find_chip, peak_flops
-from encdec.model.flops import (
+from encdec.cost.chips import CHIPS, chip_named, find_chip, peak_flops
+from encdec.cost.flops import (
     cache_bytes,
     count_parameters,
     forward_flops,
@@ -21,7 +19,9 @@ from encdec.model.flops import (
     training_flops,
     weight_bytes,
 )
-from encdec.model.peers import MATCH, TOLERANCE, match_decoder_only
+from encdec.cost.peers import MATCH, TOLERANCE, match_decoder_only
+from encdec.errors import ConfigError
+from encdec.model import abstract_params, build_model, init_cache, preset
 
 SMALL = ("test", "quickstart", "micro-300k", "micro-1m", "micro-3m", "micro-8m")
 PEERS = ("", "-dec", "-dec-flops")

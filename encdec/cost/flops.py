@@ -338,6 +338,6 @@ def model_flops_utilisation(flops: float, seconds: float, peak_flops: float) -> 
     Args:
         flops: model FLOPs of the work, e.g. ``training_flops`` of the global batch.
         seconds: wall time it took.
-        peak_flops: FLOP/s of all devices together (``encdec.model.chips.peak_flops``).
+        peak_flops: FLOP/s of all devices together (``encdec.cost.chips.peak_flops``).
     """
     return flops / (seconds * peak_flops)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
 from encdec.model.config import ModelConfig
-from encdec.model.flops import count_parameters, training_flops
 
 MATCH = 0.005  # a match this close is looked for first
 TOLERANCE = 0.01  # a match worse than this is refused
