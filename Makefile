@@ -1,9 +1,10 @@
 # make quickstart   environment, installation, then the whole story on this machine
 # make test         environment with the test tools, then every test
+# make test-light   the same for an environment without TensorFlow, with its own tests
 # make lint         the style checks of ruff.toml
 # make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
 #
-# PYTHON=...        the interpreter to build .venv with (Python 3.11 or 3.12)
+# PYTHON=...        the interpreter to build .venv with (Python 3.11 to 3.14)
 # ENV=...           where the environment lies (default .venv)
 # EXTRAS=...        what is installed for tests (default: test); with test,hf,tpu also those run
 #                   that compare with PyTorch's transformers and that compile for TPUs
@@ -23,11 +24,11 @@ comma := ,
 TESTED := $(ENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 # Names may exist and yet not run (version managers install such shims), so each is tried.
-FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
-PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test lint lm-eval clean
+.PHONY: quickstart install test test-light lint lm-eval clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(ENV)/.installed
@@ -37,6 +38,9 @@ install: $(ENV)/.installed
 
 test: $(TESTED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+test-light:
+	$(MAKE) test ENV=$(ENV)-light EXTRAS=light WORKERS=0 TESTS="tests/test_without_tensorflow.py $(TESTS)"
 
 lint: $(TESTED)
 	$(BIN)/ruff check .
@@ -56,7 +60,7 @@ clean:
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(FITS)'; then \
-		echo "encdec needs Python 3.11 or 3.12 with the venv module; found: '$(PYTHON)'." >&2; \
+		echo "encdec needs Python 3.11 to 3.14 with the venv module; found: '$(PYTHON)'." >&2; \
 		echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv)," >&2; \
 		echo "or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
 		exit 1; fi

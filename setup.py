@@ -12,7 +12,10 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "encdec" / "__init__.py").read_text())[1]
+PACKAGE = ROOT / "encdec"
+VERSION = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())[1]
+NAME = re.search(r'DISTRIBUTION = "(.+)"', (PACKAGE / "packages.py").read_text())[1]
+JAX = ">=0.10.2,<0.13"
 
 REQUIRES = [
     # Models, training, inference.
@@ -22,7 +25,7 @@ REQUIRES = [
     "etils[epath]>=1.11,<2",
     "flax>=0.12,<0.13",
     "grain>=0.2.14,<0.3",
-    "jax>=0.10.2,<0.12",
+    f"jax{JAX}",
     "matplotlib>=3.9,<4",
     "ml-collections>=1.0,<2",
     "ml-dtypes>=0.5,<1",
@@ -33,13 +36,18 @@ REQUIRES = [
     "scipy>=1.15,<2",
     "sentencepiece>=0.2.3,<0.3",
     "threadpoolctl>=3.5,<4",
-    # Preparing data, metrics, TensorBoard: never imported by training or inference.
+    # Preparing data, metrics, TensorBoard.
     "gin-config>=0.5,<0.6",
     "pyarrow>=17,<27",  # text in zstd; tensorflow-datasets brings it
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.4,<3",
-    "seqio>=0.0.19,<0.1",
     "tensorboard>=2.18,<3",
+]
+
+# The registry of seqio, its mixtures and evaluation, and what tensorflow-datasets has prepared:
+# 2.4 GB that no other part needs.
+SEQIO = [
+    "seqio>=0.0.19,<0.1",
     "tensorflow>=2.18,<2.22",
     "tensorflow-datasets>=4.9.7,<5",
     "tensorflow-text>=2.18,<2.22",
@@ -53,9 +61,9 @@ SERVE = [
     "uvicorn>=0.34,<1",
 ]
 EXTRAS = {
-    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-    "cuda": ["jax[cuda13]>=0.10.2,<0.12"],  # driver 580 or newer
-    "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],  # driver 525 or newer
+    "tpu": [f"jax[tpu]{JAX}"],
+    "cuda": [f"jax[cuda13]{JAX}"],  # driver 580 or newer
+    "cuda12": [f"jax[cuda12]{JAX}"],  # driver 525 or newer
     "hf": ["safetensors>=0.5,<1", "tokenizers>=0.21,<1", "torch>=2.6,<3", "transformers>=4.57,<6"],
     # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
@@ -67,8 +75,12 @@ EXTRAS = {
         "tree-sitter-c-sharp>=0.23,<0.24",
         "tree-sitter-java>=0.23,<0.24",
     ],
+    "seqio": SEQIO,
     "serve": SERVE,
+    # For the tests of an installation without TensorFlow.
+    "light": ["pytest>=8.3,<10", "pytest-xdist>=3.6,<4"],
     "test": [
+        *SEQIO,
         *SERVE,
         "ai-edge-litert>=2.1,<3",
         "hypothesis>=6.100,<7",
@@ -99,16 +111,28 @@ def data_files(folder: str, pattern: str) -> list[tuple[str, list[str]]]:
 README = ROOT / "README.md"
 
 setup(
-    name="encdec",
+    name=NAME,
     version=VERSION,
     description="Pretrain, distil, evaluate and ship encoder-decoder small language models in JAX",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.15",
+    author="The encdec authors",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["encdec", "encdec.*"]),
-    package_data={"encdec": ["**/*.json", "**/*.txt", "**/*.model"]},
+    package_data={"encdec": ["py.typed", "**/*.json", "**/*.txt", "**/*.model"]},
     # A checkout uses configs/ and gin/ in place; a wheel brings them along.
     data_files=[*data_files("configs", "*.py"), *data_files("gin", "*.gin")],
     install_requires=REQUIRES,

@@ -28,6 +28,7 @@ from encdec.inference.ready import cpu_has_bfloat16
 from encdec.inference.text import PromptFormat
 from encdec.machine import available_cores
 from encdec.model import ModelConfig
+from encdec.packages import install_hint
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -41,7 +42,7 @@ def missing(precision: str, device: str = "cpu") -> str:
     """
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed; pip install -e '.[hf]' -c constraints.txt"
+            return f"{package} is not installed: {install_hint('hf')}"
     if device == "cuda":
         import torch
 

@@ -6,7 +6,7 @@ every runner writes the same bytes, and what a killed run finished is kept as `p
 The records directory must be a path that driver and workers share (a mounted bucket).
 
 Beam has pins of its own that contradict this repository's constraints.txt (protobuf below 7,
-pillow below 13): install it in an environment apart, ``pip install 'encdec[beam]'``.
+pillow below 13): install the extra ``beam`` of setup.py in an environment of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from encdec.data.prepare import NOTES, read_note, write_noted
 from encdec.data.records import Shard
 from encdec.data.vocabulary import Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import ConfigError
+from encdec.packages import install_hint
 
 SPOOL = "blocks"
 
@@ -40,8 +41,8 @@ class BeamWriter:
             from apache_beam.options.pipeline_options import PipelineOptions
         except ImportError as error:
             raise ConfigError(
-                "preparing on Beam needs apache-beam; install it in an environment of its own "
-                "with pip install 'encdec[beam]' (it contradicts constraints.txt)"
+                "preparing on Beam needs apache-beam, whose pins contradict constraints.txt; in an "
+                f"environment of its own: {install_hint('beam', constraints=False)}"
             ) from error
         self._beam = apache_beam
         self._options = PipelineOptions(shlex.split(options))

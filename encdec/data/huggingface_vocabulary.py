@@ -66,8 +66,8 @@ class HuggingFaceVocabulary(Vocabulary):
             import tokenizers
         except ImportError as error:
             raise ConfigError(
-                f"{name} needs the tokenizers package; install it with pip install "
-                "'encdec[hf]' (or 'tokenizers>=0.21'), or give a SentencePiece .model"
+                f"{name} needs the tokenizers package: pip install 'tokenizers>=0.21,<1'; or give "
+                "a SentencePiece .model"
             ) from error
         self._model = model
         try:

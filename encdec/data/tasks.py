@@ -20,8 +20,10 @@ from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import DataError
 from encdec.metrics.registry import metric_named
+from encdec.packages import require
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+require("seqio", "seqio", "the registry of seqio tasks (encdec.data.tasks)")
 with quiet_stderr():
     import seqio
     import tensorflow as tf

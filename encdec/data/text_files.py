@@ -189,7 +189,7 @@ def _zstd(stream: BinaryIO) -> Any:
         import pyarrow
     except ImportError as error:
         raise DataError(
-            "the file is compressed with zstd, which needs pyarrow (pip install pyarrow) to be "
+            "the file is compressed with zstd, which needs pyarrow to be "
             "read; or decompress it with unzstd"
         ) from error
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")

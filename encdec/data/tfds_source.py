@@ -8,6 +8,7 @@ from typing import Any
 
 from encdec.data.quiet import quiet_stderr
 from encdec.errors import DataError
+from encdec.packages import require
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -17,6 +18,7 @@ def tfds_rows(name: str, split: str, task: str) -> Iterator[dict[str, Any]]:
 
     DataError where the data set or the split is not there, with the commands that mend it.
     """
+    require("tensorflow_datasets", "seqio", f"the task {task} without --data_dir")
     with quiet_stderr():
         import tensorflow_datasets as tfds
 

@@ -24,6 +24,7 @@ from encdec.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_file
 from encdec.distill.draw import Kept, keep
 from encdec.distill.scorers import check_longest, check_records
 from encdec.errors import ConfigError, DataError
+from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
 
 BATCH_ROWS = 8
@@ -127,8 +128,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"--backend=torch needs torch and transformers ({error}); install them "
-            "with pip install 'encdec[hf]'"
+            f"--backend=torch needs torch and transformers ({error}): {install_hint('hf')}"
         ) from error
     return transformers
 

@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         "--judge_model",
         metavar="NAME",
         help="name that the endpoint knows; without an endpoint, directory of a "
-        "Hugging Face model to be asked on this machine (pip install encdec[hf])",
+        "Hugging Face model to be asked on this machine (the extra hf of setup.py)",
     )
     parser.add_argument(
         "--no_likelihood",

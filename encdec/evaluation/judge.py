@@ -18,6 +18,7 @@ from typing import Any
 
 from encdec.errors import ConfigError
 from encdec.evaluation.predictions import Example
+from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
 
 PROMPT = (
@@ -194,7 +195,7 @@ def local_model(directory: str) -> Ask:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"a judge on this machine needs {error.name}; pip install encdec[hf], "
+            f"a judge on this machine needs {error.name}: {install_hint('hf')}; "
             "or give --judge_endpoint=URL"
         ) from None
     try:

@@ -11,6 +11,7 @@ from encdec.errors import ConfigError
 from encdec.export import equivalents
 from encdec.inference.litert_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
+from encdec.packages import install_hint
 from encdec.train.workdir import CONFIG_FILE
 
 
@@ -62,8 +63,7 @@ def write(
         from encdec.export import litert_graph
     except ImportError as error:
         raise ConfigError(
-            "--format=litert needs the ai-edge-litert package; install it with pip "
-            "install 'encdec[litert]'"
+            f"--format=litert needs the ai-edge-litert package: {install_hint('litert')}"
         ) from error
     config, params = equivalents.on_host(config, params)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from encdec.errors import ConfigError
 from encdec.export import equivalents
 from encdec.inference.onnx_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
+from encdec.packages import install_hint
 from encdec.train.workdir import CONFIG_FILE
 
 
@@ -57,7 +58,7 @@ def write(
         from encdec.export import onnx_graph
     except ImportError as error:
         raise ConfigError(
-            "--format=onnx needs the onnx package; install it with pip install 'encdec[onnx]'"
+            f"--format=onnx needs the onnx package: {install_hint('onnx')}"
         ) from error
     config, params = equivalents.on_host(config, params)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,11 @@ from typing import Any
 
 from encdec.cost.chips import Chip, find_chip
 from encdec.errors import ConfigError
+from encdec.packages import install_hint
 
 MISSING = (
     "compiling for TPUs needs the TPU compiler, libtpu, which is not installed; "
-    "wanted: pip install 'encdec[tpu]' (it runs on machines without a TPU)"
+    f"it runs on machines without a TPU: {install_hint('tpu')}"
 )
 
 

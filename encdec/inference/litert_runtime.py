@@ -15,6 +15,7 @@ import numpy as np
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.huge_pages import NewMemory
 from encdec.machine import available_cores
+from encdec.packages import install_hint
 from encdec.train.workdir import model_config_of, read_config
 
 if TYPE_CHECKING:
@@ -204,7 +205,6 @@ def _interpreter(path: pathlib.Path, threads: int) -> Interpreter:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
         raise ConfigError(
-            "exported LiteRT models need ai-edge-litert; install it with pip install "
-            "'encdec[litert]'"
+            f"exported LiteRT models need ai-edge-litert: {install_hint('litert')}"
         ) from error
     return Interpreter(model_path=str(path), num_threads=threads)

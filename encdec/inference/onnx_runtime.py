@@ -12,6 +12,7 @@ import numpy as np
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.exported import likeliest
 from encdec.inference.huge_pages import NewMemory
+from encdec.packages import install_hint
 from encdec.train.workdir import model_config_of, read_config
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def _session(path: pathlib.Path, threads: int) -> onnxruntime.InferenceSession:
         import onnxruntime
     except ImportError as error:
         raise ConfigError(
-            "exported ONNX models need onnxruntime; install it with pip install 'encdec[onnx]'"
+            f"exported ONNX models need onnxruntime: {install_hint('onnx')}"
         ) from error
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; run encdec export again")

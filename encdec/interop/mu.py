@@ -20,6 +20,7 @@ import numpy as np
 from encdec.errors import ConfigError, DataError
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
 from encdec.model import ExecutionConfig, ModelConfig
+from encdec.packages import install_hint
 
 START_ID = 1  # BOS of their tokenizer
 HEAD_DIM = 64  # of the release, which has no model_config
@@ -59,7 +60,7 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str
         import torch
     except ImportError as error:
         raise ConfigError(
-            "--from=mu reads a PyTorch file; install torch with pip install 'encdec[hf]'"
+            f"--from=mu reads a PyTorch file and needs torch: {install_hint('hf')}"
         ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

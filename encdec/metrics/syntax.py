@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.metrics.score import Score, ratio_score
+from encdec.packages import install_hint
 
 # A language and the package with its grammar, which the extra "code" brings.
 GRAMMARS = {"java": "tree_sitter_java", "c_sharp": "tree_sitter_c_sharp"}
@@ -78,4 +79,4 @@ def code_syntax(
 
 def missing_grammar(language: str) -> str:
     """What to install for a language's syntax match; "" where it is there."""
-    return "" if can_parse(language) else f"syntax_match of {language}: pip install encdec[code]"
+    return "" if can_parse(language) else f"syntax_match of {language}: {install_hint('code')}"

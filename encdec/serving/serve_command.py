@@ -9,6 +9,7 @@ import pathlib
 import time
 
 from encdec.errors import ConfigError
+from encdec.packages import install_hint
 from encdec.storage import local_path
 
 
@@ -98,9 +99,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"grace_seconds is {options.grace_seconds}; wanted 0 or more")
     for package in ("jinja2", "starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"encdec serve needs {package}; install it with pip install 'encdec[serve]'"
-            )
+            raise ConfigError(f"encdec serve needs {package}: {install_hint('serve')}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from encdec.errors import ConfigError
 from encdec.model import preset
 
 for package in ("ai_edge_litert", "onnx", "onnxruntime"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install encdec[litert,onnx]")
+    pytest.importorskip(package, reason=f"needs {package}: the extra litert,onnx of setup.py")
 
 
 # In a process of its own: torch's threads stay with the process that has loaded it.
@@ -41,7 +41,7 @@ print(json.dumps(answers))
 
 def test_float32_paths_make_the_same_tokens(tmp_path):
     for package in ("torch", "transformers"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install encdec[hf]")
+        pytest.importorskip(package, reason=f"needs {package}: the extra hf of setup.py")
     names = ("jax-float32", "litert-float32", "onnx-float32", "transformers-float32")
     done = subprocess.run(
         [sys.executable, "-c", SAME_TOKENS, str(tmp_path), *names], capture_output=True, text=True

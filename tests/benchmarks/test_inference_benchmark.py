@@ -121,7 +121,7 @@ def test_ratios_are_of_equal_settings():
 @pytest.mark.slow
 def test_transformers_generates_beside_ours_for_every_batch_and_length(tmp_path):
     for package in ("torch", "transformers"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install encdec[hf]")
+        pytest.importorskip(package, reason=f"needs {package}: the extra hf of setup.py")
     # In a process of its own: torch's threads stay with the process that has loaded it.
     subprocess.run(
         [

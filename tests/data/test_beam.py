@@ -15,7 +15,7 @@ from tests.data.conftest import write_jsonl
 
 needs_beam = pytest.mark.skipif(
     importlib.util.find_spec("apache_beam") is None,
-    reason="apache-beam is not installed (its pins contradict constraints.txt): encdec[beam]",
+    reason="apache-beam is not installed (its pins contradict constraints.txt): the extra beam",
 )
 
 
@@ -77,5 +77,5 @@ def test_bad_input_stops_it_and_leaves_nothing(tmp_path):
 
 def test_a_missing_beam_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(ConfigError, match=r"pip install 'encdec\[beam\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e .*\[beam\]"):
         BeamWriter()

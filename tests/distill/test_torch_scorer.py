@@ -19,9 +19,9 @@ from encdec.interop.import_command import main as import_main
 from encdec.pretrained import load_causal_model
 from tests.train.conftest import random_pairs, write_records
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
-transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
-tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: encdec[hf]")
+torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
+transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
+tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: the extra hf")
 
 # Three families that encdec import does not know, each with positions of another kind.
 UNKNOWN = {

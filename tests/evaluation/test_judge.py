@@ -165,9 +165,9 @@ def test_other_json_is_no_opinion(server, tmp_path):
 @pytest.fixture(scope="module")
 def model_that_writes(tmp_path_factory):
     """Makes Hugging Face models that always write one word, whatever they are asked."""
-    torch = pytest.importorskip("torch", reason="needs encdec[hf]")
-    transformers = pytest.importorskip("transformers", reason="needs encdec[hf]")
-    tokenizers = pytest.importorskip("tokenizers", reason="needs encdec[hf]")
+    torch = pytest.importorskip("torch", reason="needs the extra hf")
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
     words = {word: number for number, word in enumerate(("<unk>", "<eos>", "7", "well"))}
 
     def make(word):

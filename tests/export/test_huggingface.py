@@ -19,8 +19,8 @@ from tests.export.examples import MODELS, PROMPTS, batch, pair
 from tests.inference.examples import START, plan, rows
 from tests.inference.test_decoding import run
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
-transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
+torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
+transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
 
 FAMILIES = {
     "paper": "encdec",

@@ -23,7 +23,7 @@ from tests.export.examples import PROMPTS, pair
 from tests.inference.examples import START
 from tests.train.conftest import write_records
 
-pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install encdec[litert]")
+pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: the extra litert of setup.py")
 
 from encdec.inference.litert_runtime import LitertMemory, LitertModel
 

@@ -20,8 +20,8 @@ from tests.export.examples import PROMPTS, pair
 from tests.inference.examples import START
 from tests.train.conftest import write_records
 
-pytest.importorskip("onnx", reason="needs onnx: pip install encdec[onnx]")
-pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install encdec[onnx]")
+pytest.importorskip("onnx", reason="needs onnx: the extra onnx of setup.py")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime: the extra onnx of setup.py")
 
 from encdec.export.quantise import eight_bits, in_blocks
 from encdec.inference.exported import ExportedGenerator

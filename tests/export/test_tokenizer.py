@@ -12,7 +12,7 @@ from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.export import tokenizer
 from encdec.inference.text import PromptFormat
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
+transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
 
 TEXTS = (
     "def add(a, b):\n    return a + b",

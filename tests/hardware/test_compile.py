@@ -73,7 +73,7 @@ def test_clocks_follow_from_peak_rates():
 def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
     find_topology.cache_clear()
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'encdec\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e .*\[tpu\]"):
         find_topology("v5e:2x2")
     find_topology.cache_clear()
 

@@ -19,8 +19,8 @@ from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.workdir import read_config as read_workdir
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
-transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
+torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
+transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
 
 SIZE = dict(
     vocab_size=96,
@@ -371,7 +371,7 @@ def test_parameters_are_read_where_the_mesh_wants_them(tmp_path):
 
 
 def test_files_are_readable_by_the_safetensors_library(tmp_path):
-    library = pytest.importorskip("safetensors.numpy", reason="needs safetensors: encdec[hf]")
+    library = pytest.importorskip("safetensors.numpy", reason="needs safetensors: the extra hf")
     random = np.random.default_rng(0)
     tensors = {
         "a": random.normal(size=(3, 5)).astype(np.float32),

@@ -20,7 +20,7 @@ from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.warm_start import check_source
 from tests.export.examples import batch
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
+torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
 F = torch.nn.functional
 
 M, H, K, D, MLP, V, LAYERS = 24, 6, 3, 4, 40, 50, {"e": 2, "h": 2}
