@@ -100,6 +100,7 @@ MAY_IMPORT = {
 # The preparing side of the data room; everything else must run without TensorFlow.
 TENSORFLOW_SIDE = {
     "encdec/data/tasks.py",
+    "encdec/data/gin_bindings.py",
     "encdec/data/prepare_command.py",
     "encdec/data/tfds_source.py",
 }

@@ -21,7 +21,8 @@ import numpy as np
 from encdec.data.batches import Batches
 from encdec.data.features import LAYOUTS
 from encdec.data.objectives import ENCODE_BATCH, Document
-from encdec.data.prepare import choose_task, prepare
+from encdec.data.prepare import prepare
+from encdec.data.prepare_settings import choose_task
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, open_records
 from encdec.data.text_tasks import TextTask

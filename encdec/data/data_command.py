@@ -128,7 +128,7 @@ def show_examples(given: argparse.Namespace) -> int:
         _show_rows(console, given)
         return 0
     # gin and its bindings come with the objectives; showing records needs neither.
-    from encdec.data.prepare_command import choose_objective
+    from encdec.data.gin_bindings import choose_objective
 
     task = task_or_mixture(given.what, given.data_dir)
     vocabulary = load_vocabulary(given.vocabulary or "bytes", extra_ids=given.extra_ids)

@@ -19,23 +19,19 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from encdec.data.blocks import Block, Counts, Recipe, cut_blocks, make_card, shard_name, write_block
-from encdec.data.mixing import task_or_mixture
 from encdec.data.objectives import Document, Objective, describe_objective
+from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, Shard, file_sha256, read_card
-from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
+from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import ConfigError, DataError, EncdecError
 from encdec.machine import available_cores
-from encdec.storage import local
 
-# Small enough that two cores share a corpus of some megabytes, large enough that the last,
-# half-full rows of a block do not matter (about a thousand rows).
-BLOCK_BYTES = 4 << 20
 NOTES = "preparing"
 # Which rows --max_bad_rows left out: a line each, with file, line and reason.
 BAD_ROWS_FILE = "bad_rows.txt"
@@ -48,85 +44,52 @@ WriteBlocks = Callable[
 
 
 def prepare(
+    settings: PrepareSettings = PrepareSettings(),
     *,
-    out: str | os.PathLike[str],
-    vocabulary: str | os.PathLike[str] | Vocabulary,
-    task: str | TextTask | None = None,
-    jsonl: Sequence[str] = (),
-    text: Sequence[str] = (),
-    data_dir: str | None = None,
-    documents: str | None = None,
-    split: str = "train",
-    inputs_length: int = 1024,
-    targets_length: int = 256,
-    objective: Objective | None = None,
-    packing: str = "best_fit",
-    extra_ids: int | None = None,
-    decoder_start_id: int = 0,
-    seed: int = 0,
-    passes: int = 1,
-    max_examples: int | None = None,
-    max_bad_rows: int = 0,
-    lossless: bool = False,
-    block_bytes: int = BLOCK_BYTES,
-    workers: int | None = None,
-    overwrite: bool = False,
     notes: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     writer: WriteBlocks | None = None,
+    **fields: Any,
 ) -> DatasetCard:
-    """Write a records directory from one of `task`, `jsonl` files or `text` files.
+    """Write a records directory as `settings` say, or with these of its `fields`.
 
-    `passes` over the same documents follow one another, each with noise of its own.
-    `data_dir` is where a named task's files lie; `documents` says what one is in plain `text`:
-    `readers.text_documents`. Lengths are tokens a row; `max_examples` bounds
-    the documents read, `lossless` refuses a vocabulary that loses any of their text (DataError),
-    `block_bytes` the text of a shard, `workers` the processes (default: the
-    cores at hand). The result does not depend on `workers`. `objective` replaces the
-    task's own; `notes` are files (name to text) to lie beside the records;
-    `writer` writes the blocks in place of this machine's processes (`beam_prepare`).
+    `notes` are files (name to text) to lie beside the records; `writer` writes the blocks in place
+    of this machine's processes (`beam_prepare`).
 
-    Raises DataError for bad input, after removing what this call wrote; a call that is killed
-    can be repeated and goes on.
+    Raises ConfigError for settings that cannot work and DataError for bad input or, if asked for
+    `lossless`, a vocabulary that loses text, after removing what this call wrote. A call that is
+    killed can be repeated and goes on.
     """
-    out = pathlib.Path(local("--out", out))
-    source = choose_task(task, jsonl, text, data_dir, documents)
-    loaded = load_vocabulary(vocabulary, extra_ids=extra_ids)
-    recipe = Recipe(objective or source.objective, inputs_length, targets_length, packing, seed)
-    _check_objective(recipe, source, loaded)
-    _check(loaded, decoder_start_id, passes, max_examples, max_bad_rows, block_bytes, workers)
-    if passes > 1 and not recipe.objective.is_random:
-        raise ConfigError(
-            f"passes is {passes}, but {type(recipe.objective).__name__} draws no noise: every pass "
-            "would repeat the first; leave --passes out and train for more epochs"
-        )
-    if seed and not recipe.objective.is_random:
-        raise ConfigError(
-            f"seed is {seed}, but {type(recipe.objective).__name__} draws nothing by it; leave "
-            "--seed out"
-        )
-    bad_rows = BadRows(max_bad_rows)
-    job = {
+    settings = dataclasses.replace(settings, **fields)
+    settings.check()
+    source = settings.text_task()
+    vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
+    recipe = Recipe(
+        _check_objective(settings, source, vocabulary),
+        settings.inputs_length,
+        settings.targets_length,
+        settings.packing,
+        settings.seed,
+    )
+    bad_rows = BadRows(settings.max_bad_rows)
+    passes = {"passes": settings.passes} if settings.passes > 1 else {}
+    job = settings.identity() | {
         "task": source.name,
-        "split": split,
-        "origin": source.origin() | ({"passes": passes} if passes > 1 else {}),
-        "vocabulary": loaded.fingerprint,
-        "recipe": {**dataclasses.asdict(recipe), "objective": describe_objective(recipe.objective)},
-        "decoder_start_id": decoder_start_id,
-        "max_examples": max_examples,
-        "block_bytes": block_bytes,
+        "origin": source.origin() | passes,
+        "vocabulary": vocabulary.fingerprint,
+        "objective": describe_objective(recipe.objective),
     }
     # Reading starts before anything is written: a wrong split or a bad first row leaves nothing.
-    documents = _peek(_passes(source, split, bad_rows, max_examples, passes))
-    with _building(out, job, overwrite) as directory:
-        loaded.save(directory)
+    documents = _peek(_passes(source, settings, bad_rows))
+    with _building(settings.directory, job, settings.overwrite) as directory:
+        vocabulary.save(directory)
         counts = Counts()
         shards: list[Shard] = []
-        write = writer or _Processes(workers or available_cores())
-        blocks = cut_blocks(documents, block_bytes)
-        for shard, block_counts in write(recipe, directory, loaded, blocks):
+        write = writer or _Processes(settings.workers or available_cores())
+        blocks = cut_blocks(documents, settings.block_bytes)
+        for shard, block_counts in write(recipe, directory, vocabulary, blocks):
             counts.add(block_counts)
-            if lossless and counts.lost:
+            if settings.lossless and counts.lost:
                 raise DataError(
                     f"the vocabulary does not give this text back: {counts.lost.describe()}; take "
                     "one that does (encdec vocab trains one, 'bytes' is one), or leave "
@@ -141,13 +104,13 @@ def prepare(
             (directory / BAD_ROWS_FILE).write_text(bad_rows.listing(), encoding="utf-8")
         card = make_card(
             recipe,
-            loaded,
+            vocabulary,
             shards,
             counts,
             task=source.name,
-            split=split,
+            split=settings.split,
             origin=job["origin"],
-            decoder_start_id=decoder_start_id,
+            decoder_start_id=settings.decoder_start_id,
         )
         for name, content in (notes or {}).items():
             (directory / name).write_text(content)
@@ -155,76 +118,44 @@ def prepare(
     return card
 
 
-def choose_task(
-    task: str | TextTask | None,
-    jsonl: Sequence[str],
-    text: Sequence[str],
-    data_dir: str | None = None,
-    documents: str | None = None,
-) -> TextTask:
-    """The task that is named, or made of files; ConfigError unless exactly one is given."""
-    given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
-    if len(given) != 1:
-        raise ConfigError(
-            f"give exactly one of --task, --jsonl and --text, got {', '.join(given) or 'none'}"
-        )
-    if data_dir is not None and not task:
-        raise ConfigError(f"--data_dir={data_dir} goes with --task; files are named in full")
-    if documents is not None and not text:
-        raise ConfigError(
-            f"--documents={documents} says what a document is in the files of --text; leave it out"
-        )
-    if jsonl:
-        return jsonl_task(jsonl)
-    if text:
-        return text_files_task(text, documents=documents)
-    return task if isinstance(task, TextTask) else task_or_mixture(str(task), data_dir)
-
-
-def _check_objective(recipe: Recipe, task: TextTask, vocabulary: Vocabulary) -> None:
-    wanted, given = recipe.objective.document_fields, task.objective.document_fields
+def _check_objective(
+    settings: PrepareSettings, task: TextTask, vocabulary: Vocabulary
+) -> Objective:
+    """The objective; ConfigError where text, vocabulary or settings do not suit it."""
+    objective = settings.objective or task.objective
+    if not isinstance(objective, Objective):
+        raise ConfigError(f"objective is {objective!r}; wanted an Objective (flags take names)")
+    name = type(objective).__name__
+    wanted, given = objective.document_fields, task.objective.document_fields
     if wanted != given:
         raise ConfigError(
-            f"{type(recipe.objective).__name__} reads documents of {' and '.join(wanted)}, but "
-            f"{task.name} has {' and '.join(given)}; choose another --objective or text"
+            f"{name} reads documents of {' and '.join(wanted)}, but {task.name} has "
+            f"{' and '.join(given)}; choose another --objective or text"
         )
-    recipe.objective.check(vocabulary, recipe.inputs_length, recipe.targets_length)
-
-
-def _check(
-    vocabulary: Vocabulary,
-    decoder_start_id: int,
-    passes: int,
-    max_examples: int | None,
-    max_bad_rows: int,
-    block_bytes: int,
-    workers: int | None,
-) -> None:
-    if not 0 <= decoder_start_id < vocabulary.size:
+    objective.check(vocabulary, settings.inputs_length, settings.targets_length)
+    if not settings.decoder_start_id < vocabulary.size:
         raise ConfigError(
-            f"decoder_start_id is {decoder_start_id}; wanted an id of the vocabulary, "
+            f"decoder_start_id is {settings.decoder_start_id}; wanted an id of the vocabulary, "
             f"0..{vocabulary.size - 1}"
         )
-    bounds = (
-        ("passes", passes, 1),
-        ("max_examples", max_examples, 1),
-        ("max_bad_rows", max_bad_rows, 0),
-        ("block_bytes", block_bytes, 1),
-        ("workers", workers, 1),
-    )
-    for name, value, least in bounds:
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}; wanted {least} or more")
+    if settings.passes > 1 and not objective.is_random:
+        raise ConfigError(
+            f"passes is {settings.passes}, but {name} draws no noise: every pass would repeat the "
+            "first; leave --passes out and train for more epochs"
+        )
+    if settings.seed and not objective.is_random:
+        raise ConfigError(
+            f"seed is {settings.seed}, but {name} draws nothing by it; leave --seed out"
+        )
+    return objective
 
 
-def _passes(
-    source: TextTask, split: str, bad_rows: BadRows, max_examples: int | None, passes: int
-) -> Iterator[Document]:
+def _passes(source: TextTask, settings: PrepareSettings, bad_rows: BadRows) -> Iterator[Document]:
     """The documents, `passes` times; their numbers go on, and with them the objective's noise."""
-    for number in range(passes):
+    for number in range(settings.passes):
         # Faults were counted on the first pass.
         faults = BadRows(sys.maxsize) if number else bad_rows
-        yield from itertools.islice(source.documents(split, faults), max_examples)
+        yield from itertools.islice(source.documents(settings.split, faults), settings.max_examples)
 
 
 def _peek(documents: Iterator[Document]) -> Iterator[Document]:

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from encdec.data.prepare import choose_task
+from encdec.data.prepare_settings import choose_task
 from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
@@ -173,11 +173,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """``encdec vocab``."""
     flags = parser().parse_args(argv)
-    sources = [choose_task(name, (), ()) for name in flags.task or ()]
+    sources = [choose_task(name) for name in flags.task or ()]
     if flags.jsonl:
-        sources.append(choose_task(None, flags.jsonl, ()))
+        sources.append(choose_task(None, jsonl=flags.jsonl))
     if flags.text:
-        sources.append(choose_task(None, (), flags.text))
+        sources.append(choose_task(None, text=flags.text))
     if flags.split is not None and not flags.task:
         raise ConfigError(f"--split={flags.split} goes with --task; files have no splits")
     if not sources:

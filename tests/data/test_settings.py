@@ -11,8 +11,14 @@ import pathlib
 import pytest
 
 from encdec.cli import main as encdec
-from encdec.data import prepare_command, vocab_command
+from encdec.data import gin_bindings, prepare_command, vocab_command
+from encdec.data.denoising import SETTINGS, MixtureOfDenoisers, SpanCorruption
+from encdec.data.objectives import PrefixLM
+from encdec.data.prepare import prepare
+from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.records import open_records
+from encdec.data.text_tasks import jsonl_task, text_files_task
+from encdec.errors import ConfigError
 from tests.data.conftest import write_jsonl
 
 
@@ -174,3 +180,34 @@ def test_paths_are_the_users_in_every_place(folder, monkeypatch, capsys):
         assert "empty" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
     json.loads((folder / "p" / "dataset.json").read_text())
+
+
+def test_a_tasks_own_objective_keeps_its_settings_where_gin_binds_none(folder):
+    own = {
+        "prefix": PrefixLM(split=0.2),
+        "denoisers": MixtureOfDenoisers(SETTINGS["ul2"]),  # which no task here has
+        "spans": SpanCorruption(density=0.3),
+    }
+    tasks = {name: text_files_task(["text.txt"], objective) for name, objective in own.items()}
+    gin_bindings.parse_gin([], [])
+    for name, task in tasks.items():
+        assert gin_bindings.choose_objective(None, task) == own[name]
+    bound = ["prefix_lm.split = 0.7", "span_corruption.mean_span = 5.0"]
+    gin_bindings.parse_gin([], bound)
+    assert gin_bindings.choose_objective(None, tasks["prefix"]) == PrefixLM(split=0.7)
+    found = gin_bindings.choose_objective(None, tasks["spans"])
+    assert found == SpanCorruption(density=0.3, mean_span=5.0)
+
+
+def test_identity_flags_and_gin_follow_from_the_fields(folder, capsys):
+    settings = PrepareSettings(seed=3, workers=5)
+    assert settings.identity()["seed"] == 3 and "workers" not in settings.identity()
+    with pytest.raises(ConfigError, match=r"--out is missing; give it, or bind prepare.out"):
+        settings.check()
+    with pytest.raises(ConfigError, match=r"block_bytes is 'big'; wanted an integer, 1 or more"):
+        PrepareSettings(out="o", vocabulary="bytes", block_bytes="big").check()
+    assert encdec(["prepare", *PAIRS, "--out=o", "--gin_bindings=prepare.lenght = 3"]) == 2
+    assert "lenght" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"task jsonl has its files already"):
+        task = jsonl_task(["pairs.jsonl"])
+        prepare(task=task, data_dir="files", out=folder / "o", vocabulary="bytes")

@@ -1,0 +1,163 @@
+"""What `prepare` is to do. Flags, gin bindings and the identity of a job follow from the fields."""
+
+# ruff: noqa: RUF009 (`_setting` gives a field, which ruff cannot see)
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from encdec.data.mixing import MIXTURES, task_or_mixture
+from encdec.data.objectives import Objective
+from encdec.data.packing import METHODS
+from encdec.data.readers import DOCUMENTS
+from encdec.data.text_tasks import TEXT_TASKS, TextTask, jsonl_task, text_files_task
+from encdec.data.vocabulary import Vocabulary
+from encdec.errors import ConfigError
+from encdec.storage import local, local_path
+
+# Small enough that two cores share a corpus of some megabytes, large enough that the last,
+# half-full rows of a block do not matter (about a thousand rows).
+BLOCK_BYTES = 4 << 20
+
+
+def _setting(
+    default: Any, about: str, *, identity: bool = False, least: int | None = None, **flag: Any
+) -> Any:
+    """A field. `identity`: it decides the bytes that are written; `least`: its smallest value."""
+    if isinstance(default, bool):
+        flag["action"] = "store_true"
+    elif least is not None:
+        flag.setdefault("type", int)
+    metadata = {"flag": {"help": about, **flag}, "identity": identity, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSettings:
+    """The settings of `prepare`; lengths are tokens a row.
+
+    In Python a `vocabulary`, `task` or `objective` may be the object itself, and `objective` None
+    is the task's own. `passes` follow one another, each with noise of its own. What is written
+    does not depend on `workers`.
+    """
+
+    task: str | TextTask | None = _setting(
+        None, f"a task or mixture by name: {', '.join([*TEXT_TASKS, *MIXTURES])}"
+    )
+    data_dir: str | None = _setting(
+        None, "where the task's files lie", type=local_path, metavar="DIR"
+    )
+    jsonl: Sequence[str] = _setting(
+        (),
+        "JSONL with source and target, also compressed",
+        type=local_path,
+        nargs="+",
+        metavar="FILE",
+    )
+    text: Sequence[str] = _setting(
+        (),
+        "text files, or JSONL with text, for pretraining",
+        type=local_path,
+        nargs="+",
+        metavar="FILE",
+    )
+    documents: str | None = _setting(
+        None,
+        f"what a document is in a plain text file: {', '.join(DOCUMENTS)} (files); a row of JSONL "
+        "always is one",
+    )
+    objective: str | Objective | None = _setting(
+        None,
+        "what to learn from the text: sequence_to_sequence, prefix_lm, span_corruption, ul2, "
+        "causal_lm",
+    )
+    vocabulary: str | os.PathLike[str] | Vocabulary | None = _setting(
+        None, "a .model, a tokenizer.json, or 'bytes'", type=local_path
+    )
+    extra_ids: int | None = _setting(None, "sentinels at the vocabulary's end (0)", least=0)
+    out: str | os.PathLike[str] | None = _setting(
+        None, "the records directory to write", type=local_path, metavar="DIR"
+    )
+    split: str = _setting("train", "train, validation or test (train)", identity=True)
+    inputs_length: int = _setting(1024, "source tokens a row (1024)", identity=True, least=0)
+    targets_length: int = _setting(256, "target tokens a row (256)", identity=True, least=2)
+    packing: str = _setting(
+        "best_fit", f"{', '.join(METHODS)}; greedy is seqio's order (best_fit)", identity=True
+    )
+    decoder_start_id: int = _setting(0, "first decoder input (0)", identity=True, least=0)
+    seed: int = _setting(0, "seed of the objective (0)", identity=True, least=0)
+    passes: int = _setting(
+        1, "times over the text, each with new noise (1)", identity=True, least=1
+    )
+    max_examples: int | None = _setting(
+        None, "read no more than this many rows", identity=True, least=1
+    )
+    max_bad_rows: int = _setting(0, "bad rows to leave out and count (0)", least=0)
+    lossless: bool = _setting(False, "refuse a vocabulary that does not give all text back (warn)")
+    block_bytes: int = _setting(BLOCK_BYTES, "text of a shard (4 MiB)", identity=True, least=1)
+    workers: int | None = _setting(None, "processes (all cores)", least=1)
+    overwrite: bool = _setting(False, "replace existing records")
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """Where the records go."""
+        return pathlib.Path(local("--out", self.out))
+
+    def check(self) -> None:
+        """ConfigError for what is missing, out of range or at odds whatever the text is."""
+        for name in ("out", "vocabulary"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if least is None or value is None:
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{field.name} is {value!r}; wanted an integer, {least} or more")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what is written, apart from text, objective and vocabulary."""
+        fields = (f for f in dataclasses.fields(self) if f.metadata["identity"])
+        return {field.name: getattr(self, field.name) for field in fields}
+
+    def text_task(self, **mixing: Any) -> TextTask:
+        """The task that is named, or made of files; `mixing` is for a mixture: `task_or_mixture`.
+
+        ConfigError unless exactly one is given.
+        """
+        return choose_task(
+            self.task, self.jsonl, self.text, self.data_dir, self.documents, **mixing
+        )
+
+
+def choose_task(
+    task: str | TextTask | None,
+    jsonl: Sequence[str] = (),
+    text: Sequence[str] = (),
+    data_dir: str | None = None,
+    documents: str | None = None,
+    **mixing: Any,
+) -> TextTask:
+    """`PrepareSettings.text_task` of these fields."""
+    given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
+    if len(given) != 1:
+        raise ConfigError(
+            f"give exactly one of --task, --jsonl and --text, got {', '.join(given) or 'none'}"
+        )
+    if data_dir is not None and not task:
+        raise ConfigError(f"--data_dir={data_dir} goes with --task; files are named in full")
+    if data_dir is not None and isinstance(task, TextTask):
+        raise ConfigError(f"data_dir is {data_dir}, but the task {task.name} has its files already")
+    if documents is not None and not text:
+        raise ConfigError(
+            f"--documents={documents} says what a document is in the files of --text; leave it out"
+        )
+    if jsonl:
+        return jsonl_task(jsonl)
+    if text:
+        return text_files_task(text, documents=documents)
+    return task if isinstance(task, TextTask) else task_or_mixture(str(task), data_dir, **mixing)
