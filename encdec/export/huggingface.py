@@ -20,7 +20,9 @@ from encdec.errors import ConfigError
 from encdec.export import equivalents, tokenizer
 from encdec.export.equivalents import Params
 from encdec.inference.text import PromptFormat
+from encdec.interop import own as own_format
 from encdec.interop import t5gemma
+from encdec.interop.framing import VOCABULARY_FOLDER
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_theirs
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_base, rope_frequencies
@@ -101,6 +103,7 @@ def write(
         },
     )
     tokenizer.write(out, prompts, config.architecture)
+    vocabulary.save(out / VOCABULARY_FOLDER)  # as it is, for the way back
     if family == "encdec":
         for file in SHIPPED.glob("*_encdec.py"):
             shutil.copyfile(file, out / file.name)
@@ -249,65 +252,10 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
 
 def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """config.json and tensors of the modelling file shipped beside them."""
-    entries = [Entry("decoder.embed_tokens.weight", "embedder/embedding")]
     # transformers ties no weights at all where the head is untied: the table is then stored twice.
     tied_tables = config.share_embeddings and config.tie_embeddings
-    if not tied_tables:
-        table = "embedder" if config.share_embeddings else "encoder_embedder"
-        entries.append(Entry("encoder.embed_tokens.weight", f"{table}/embedding"))
-    if not config.tie_embeddings:
-        entries.append(Entry("lm_head.weight", "embedder/head", "matrix"))
-    sublayers = {"self_attn": "self_attention", "cross_attn": "cross_attention", "mlp": "mlp"}
-    for stack, count in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
-        entries.append(Entry(f"{stack}.norm.weight", f"{stack}/final_norm/scale"))
-        for layer in range(count):
-            theirs, ours = f"{stack}.layers.{layer}", f"{stack}/layers_{layer}"
-            for name, our_name in sublayers.items():
-                if name == "cross_attn" and stack == "encoder":
-                    continue
-                place = {"cross_attn": "encoder_attention"}.get(name, our_name)
-                if name == "mlp":
-                    entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", _MLP)
-                else:
-                    entries += attention_entries(config, f"{theirs}.{name}", f"{ours}/{place}")
-                    if config.qk_norm:
-                        entries += [
-                            Entry(
-                                f"{theirs}.{name}.{x}_norm.weight", f"{ours}/{place}/{x}_norm/scale"
-                            )
-                            for x in "qk"
-                        ]
-                for when, suffix in (("pre", "norm"), ("post", "post_norm")):
-                    if when == "pre" or config.post_norms:
-                        entries.append(
-                            Entry(
-                                f"{theirs}.{when}_{name}_norm.weight",
-                                f"{ours}/{our_name}_{suffix}/scale",
-                            )
-                        )
-    kept = (
-        "vocab_size",
-        "encoder_layers",
-        "decoder_layers",
-        "d_model",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "mlp_dim",
-        "qkv_bias",
-        "attention_out_bias",
-        "mlp_bias",
-        "mlp_gated",
-        "norm_eps",
-        "norm_plus_one",
-        "norm_cast",
-        "post_norms",
-        "qk_norm",
-        "attention_logit_cap",
-        "final_logit_cap",
-        "embedding_scale",
-        "rope_magnitude",
-    )
+    entries = own_format.layout(config, one_table=tied_tables)
+    kept = (*own_format.FIELDS, "rope_magnitude")
     values = {name: getattr(config, name) for name in kept} | {
         "model_type": "encdec",
         "architectures": ["EncdecForConditionalGeneration"],

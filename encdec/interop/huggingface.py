@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from encdec.errors import DataError
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
+from encdec.interop.rope import read_rope, required
 from encdec.model import ExecutionConfig, ModelConfig
 
 Tensors = Mapping[str, np.ndarray]
@@ -43,6 +43,8 @@ _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 2
 FAMILIES = {
     "llama": _Family(),
     "mistral": _Family({"sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral": _Family({"sliding_window": 4096, "num_key_value_heads": 8}),
+    "granite": _Family({"attention_multiplier": 1.0}),
     "phi3": _Family({"rms_norm_eps": 1e-5}),
     "qwen2": _Family({"attention_bias": True}, out_bias=False),
     "qwen3": _Family({"head_dim": 128}, {"qk_norm": True}),
@@ -73,6 +75,47 @@ FAMILIES = {
         _GEMMA | {"post_norms": True, "qk_norm": True},
     ),
 }
+AS_TEACHER = (
+    ". As a teacher, transformers may run it as it is: encdec score --backend=torch --teacher=DIR"
+)
+# Keys that are not read because nothing of the function depends on them, by reason.
+HARMLESS = {
+    "names and files": "_name_or_path architectures auto_map dtype model_type torch_dtype "
+    "transformers_version transformers_versions tokenizer_class id2label label2id "
+    "_attn_implementation_autoset",
+    "of training alone": "attention_dropout embd_pdrop initializer_range resid_pdrop",
+    "of transformers' own running": "cache_implementation is_decoder is_encoder_decoder "
+    "output_attentions output_hidden_states pretraining_tp return_dict use_cache",
+    "of tokenizers": "pad_token_id unk_token_id",
+    "said by another key that is read": "_sliding_window_pattern hidden_act layer_types "
+    "max_window_layers original_max_position_embeddings partial_rotary_factor "
+    "rope_local_base_freq rope_scaling rope_theta sliding_window sliding_window_pattern "
+    "use_sliding_window",
+}
+
+
+class _Read(dict):
+    """A configuration that knows which of its keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.seen: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def unread(self) -> tuple[str, ...]:
+        """Keys that say something, were not asked for, and are not known to be harmless."""
+        known = self.seen.union(*(keys.split() for keys in HARMLESS.values()))
+        says = {key for key, value in self.items() if value not in (None, False, [], {})}
+        return tuple(sorted(says - known))
+
+
 # Without these there is no model; Gemma's have defaults for some.
 _SIZES = (
     "vocab_size",
@@ -101,6 +144,9 @@ class Imported:
         max_length: the longest sequence that the imported model is right for.
         start_id: what stands before the first token: BOS, else EOS.
         eos_ids: ids that end a text.
+        unread: keys that no one here asked for, and that may mean something.
+        rotated: rotated places of a head, from its first; 0: all of them.
+        multipliers: Granite's, which are folded into weights.
     """
 
     family: str
@@ -108,6 +154,17 @@ class Imported:
     max_length: int
     start_id: int
     eos_ids: tuple[int, ...]
+    unread: tuple[str, ...] = ()
+    rotated: int = 0
+    multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def model_type(directory: pathlib.Path) -> str | None:
+    """What the directory's config.json says it is; None where it says nothing readable."""
+    try:
+        return json.loads((directory / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_config(directory: pathlib.Path) -> Imported:
@@ -135,41 +192,17 @@ def read_config(directory: pathlib.Path) -> Imported:
         values = required(values, "text_config", path, dict) | {"model_type": "gemma3_text"}
     name = values.get("model_type")
     if name not in FAMILIES:
-        raise DataError(f"{path} has model_type {name!r}; can be imported: {', '.join(FAMILIES)}")
-    return _translate(name, values, path)
-
-
-def required(values: Mapping[str, Any], key: str, where: object, kind: type = int) -> Any:
-    """The value of a key that a configuration cannot do without.
-
-    Args:
-        values: the configuration.
-        key: its name.
-        where: the file, and the part of it.
-        kind: of the value; numbers (int, float) have to be positive.
-
-    Raises:
-        DataError: the key is absent or null, or its value is of another kind.
-    """
-    value = values.get(key)
-    if value is None:
         raise DataError(
-            f"{where} has no {key}; download the file again, or add what the model was made with"
+            f"{path} has model_type {name!r}; can be imported: {', '.join(FAMILIES)}{AS_TEACHER}"
         )
-    kinds = {int: int, float: (int, float)}.get(kind, kind)
-    if (
-        not isinstance(value, kinds)
-        or kind in (int, float)
-        and not (not isinstance(value, bool) and value > 0)
-    ):
-        wanted = {
-            int: "a positive whole number",
-            float: "a positive number",
-            dict: "an object",
-            list: "a list",
-        }[kind]
-        raise DataError(f"{where} has {key} {value!r}, wanted {wanted}; download the file again")
-    return value
+    values = _Read(values)
+    if values.get("quantization_config"):
+        raise DataError(
+            f"{path} has quantization_config, and weights are read as they are stored; give the "
+            f"model before it was quantised{AS_TEACHER}"
+        )
+    found = _translate(name, values, path)
+    return dataclasses.replace(found, unread=values.unread())
 
 
 def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Imported:
@@ -178,7 +211,7 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
         values[key] if values.get(key) is not None else family.defaults.get(key, default)
     )
     refuse = lambda key, value, why: DataError(
-        f"{path} has {key} {value!r}, {why}; this model cannot be imported"
+        f"{path} has {key} {value!r}, {why}; this model cannot be imported{AS_TEACHER}"
     )
     sizes = {key: required({key: given(key)}, key, path) for key in _SIZES}
     heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
@@ -191,7 +224,9 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
     if values.get("use_bidirectional_attention"):
         raise refuse("use_bidirectional_attention", True, "and we have causal attention alone")
     bias = bool(given("attention_bias", False))
-    rope, max_length = _rope(values, given, head_dim, refuse, path)
+    rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
+    if rotated and name.startswith(("qwen3", "gemma3")):
+        raise refuse("partial_rotary_factor", rotated / head_dim, "together with norms of heads")
     fields: dict[str, Any] = {
         "architecture": "decoder_only",
         "vocab_size": sizes["vocab_size"],
@@ -221,11 +256,26 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
     }
     if scalar := given("query_pre_attn_scalar"):
         fields["attention_scale"] = float(scalar) ** -0.5
+    multipliers = {}
+    if name == "granite":
+        fields["attention_scale"] = required(
+            {"attention_multiplier": given("attention_multiplier")},
+            "attention_multiplier",
+            path,
+            float,
+        )
+        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            multipliers[key] = float(required({key: given(key, 1.0)}, key, path, float))
+        split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
+        fields["tie_embeddings"] = fields["tie_embeddings"] and not split
     fields |= rope | _window(name, values, family, given, refuse, rope) | dict(family.fields)
     eos = given("eos_token_id", ())
     eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     start = given("bos_token_id", eos[0] if eos else 0)
-    return Imported(name, ModelConfig(**fields), max_length, int(start), tuple(map(int, eos)))
+    eos = tuple(map(int, eos))
+    return Imported(
+        name, ModelConfig(**fields), max_length, int(start), eos, (), rotated, multipliers
+    )
 
 
 def _cap(values: Mapping[str, Any], family: _Family, key: str) -> float:
@@ -285,78 +335,18 @@ def _window(
     return fields
 
 
-def _rope(
-    values: Mapping[str, Any],
-    given: Callable[..., Any],
-    head_dim: int,
-    refuse: Callable[..., DataError],
-    path: pathlib.Path,
-) -> tuple[dict[str, Any], int]:
-    """Our rotation fields, and the longest sequence they are right for."""
-    parameters = dict(values.get("rope_parameters") or {})
-    parameters = dict(parameters.get("full_attention", parameters))
-    scaling = parameters or dict(values.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta") or given("rope_theta", 10_000.0))
-    longest = int(given("max_position_embeddings", 8192))
-    partial = float(scaling.get("partial_rotary_factor") or given("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise refuse("partial_rotary_factor", partial, "but we rotate whole heads")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    where = f"{path}, rope scaling {kind!r},"
-    fields: dict[str, Any] = {"rope_theta": theta}
-    if kind == "default":
-        return fields, longest
-    if kind == "linear":
-        return fields | {
-            "rope_scaling": "linear",
-            "rope_factor": float(required(scaling, "factor", where, float)),
-        }, longest
-    if kind == "llama3":
-        divisors = _llama3_divisors(
-            theta,
-            head_dim,
-            {
-                key: required(scaling, key, where, float)
-                for key in (
-                    "factor",
-                    "low_freq_factor",
-                    "high_freq_factor",
-                    "original_max_position_embeddings",
-                )
-            },
-        )
-        return fields | {"rope_scaling": "per_pair", "rope_divisors": divisors}, longest
-    if kind in ("longrope", "su"):
-        original = int(
-            scaling.get("original_max_position_embeddings")
-            or given("original_max_position_embeddings", longest)
-        )
-        factor = longest / original
-        magnitude = scaling.get("attention_factor")
-        if magnitude is None:
-            magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        # Beyond the original length other divisors would hold for the whole sequence.
-        return fields | {
-            "rope_scaling": "per_pair",
-            "rope_magnitude": float(magnitude),
-            "rope_divisors": tuple(map(float, required(scaling, "short_factor", where, list))),
-        }, original
-    raise refuse("rope_scaling", kind, "not one of default, linear, llama3, longrope")
-
-
-def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
-    """Llama 3.1's rule: long waves are stretched by the factor, short ones kept, in between
-    interpolated (as in ``_compute_llama3_parameters`` of transformers)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    # Turns within the length of the original training.
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return tuple((1 / ((1 - kept) / scaling["factor"] + kept)).tolist())
-
-
-def convert(config: ModelConfig, family: str, tensors: Tensors) -> dict[str, Any]:
+def convert(
+    config: ModelConfig,
+    family: str,
+    tensors: Tensors,
+    rotated: int = 0,
+    multipliers: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Our parameter tree (unrolled) as views of the tensors, in their dtype.
+
+    Where only the first ``rotated`` places of a head turn, its places are ordered as our pairs
+    are; ``multipliers``, and a rotation's magnitude, are folded into weights, then float32. All
+    of these copy what they change.
 
     Raises:
         DataError: tensors are missing, superfluous or misshapen.
@@ -383,7 +373,43 @@ def convert(config: ModelConfig, family: str, tensors: Tensors) -> dict[str, Any
     ]
     if family == "phi3":
         tensors = _split_fused(config, prefix, tensors)
-    return to_ours(layout(config, family, prefix, head), config, tensors, ignored)
+    if multipliers and any(value != 1 for value in multipliers.values()):
+        tensors = _multiplied(config, prefix, head, tensors, multipliers)
+    params = to_ours(layout(config, family, prefix, head), config, tensors, ignored)
+    if rotated:
+        first = np.arange(config.head_dim)
+        turning, still = np.split(first, [rotated])
+        halves = [np.split(part, 2) for part in (turning, still)]
+        order = np.concatenate([halves[0][0], halves[1][0], halves[0][1], halves[1][1]])
+        for layer in range(config.decoder_layers):
+            attention = params["decoder"][f"layers_{layer}"]["self_attention"]
+            for x in "qk":
+                attention[x] = {name: value[..., order] for name, value in attention[x].items()}
+            if config.rope_magnitude != 1:  # of what turns alone, and ours multiplies all
+                back = np.ones(config.head_dim, np.float32)
+                back[rotated:] = config.rope_magnitude**-2
+                attention["q"] = {
+                    name: np.asarray(value, np.float32) * back[order]
+                    for name, value in attention["q"].items()
+                }
+    return params
+
+
+def _multiplied(
+    config: ModelConfig, prefix: str, head: str, tensors: Tensors, multipliers: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """Granite's multipliers in the weights: of embeddings, of what sublayers add, of logits."""
+    scaled = lambda x, by: np.asarray(x, np.float32) * np.float32(by)
+    changed = dict(tensors)
+    table = tensors[f"{prefix}embed_tokens.weight"]
+    if not config.tie_embeddings:
+        changed[head] = scaled(tensors.get(head, table), 1 / multipliers["logits_scaling"])
+    changed[f"{prefix}embed_tokens.weight"] = scaled(table, multipliers["embedding_multiplier"])
+    ends = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
+    for name in tensors:
+        if name.endswith(ends):
+            changed[name] = scaled(tensors[name], multipliers["residual_multiplier"])
+    return changed
 
 
 def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Entry]:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import pathlib
 import time
-from typing import TYPE_CHECKING
 
 from encdec.errors import ConfigError, DataError
 from encdec.storage import local_path
-
-if TYPE_CHECKING:
-    from encdec.data.vocabulary import Vocabulary
 
 
 def main(argv: list[str]) -> int:
@@ -34,24 +30,40 @@ def main(argv: list[str]) -> int:
     # Imported late: a mistake in the command line is answered at once.
     from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
     from encdec.data.vocabulary import load_vocabulary
+    from encdec.interop.framing import Framing
     from encdec.interop.importing import free_bytes, write_model
 
     started = time.monotonic()
     vocabulary = load_vocabulary(options.vocabulary) if options.vocabulary else None
     if options.format == "hf":
         from encdec import safetensors
-        from encdec.interop import huggingface, t5gemma
+        from encdec.interop import huggingface, own, t5gemma
+        from encdec.interop.framing import read_eos_ids, read_framing, read_vocabulary
 
-        seq2seq = t5gemma.is_t5gemma(source)
-        found = (t5gemma if seq2seq else huggingface).read_config(source)
+        family = huggingface.model_type(source)
+        seq2seq = {t5gemma.MODEL_TYPE: t5gemma, own.MODEL_TYPE: own}.get(family)
+        found = (seq2seq or huggingface).read_config(source)
         tensors = safetensors.open_directory(source)
         if seq2seq:
-            model, params = t5gemma.convert(found.model, tensors)
+            model, params = seq2seq.convert(found.model, tensors)
         else:
-            model, params = found.model, huggingface.convert(found.model, found.family, tensors)
+            model, params = (
+                found.model,
+                huggingface.convert(
+                    found.model, found.family, tensors, found.rotated, found.multipliers
+                ),
+            )
         if vocabulary is None:
-            vocabulary = _vocabulary_beside(source)
-        family, start_id, longest = found.family, found.start_id, found.max_length
+            vocabulary = read_vocabulary(source, read_eos_ids(source, found.eos_ids))
+        family, longest = found.family, found.max_length
+        if found.unread:
+            print(f"Not read from config.json, as unknown here: {', '.join(found.unread)}")
+        framing = read_framing(
+            source,
+            found.start_id,
+            vocabulary.eos_id if vocabulary else None,
+            encoder_decoder=seq2seq is not None,
+        )
         needed = sum(tensor.nbytes for tensor in tensors.values())
         if (free := free_bytes(out)) < needed:
             raise DataError(f"{out} has room for {free:,} bytes; the model needs about {needed:,}")
@@ -61,12 +73,12 @@ def main(argv: list[str]) -> int:
         tensors, settings = mu.read_checkpoint(source)
         model, longest = mu.read_config(tensors, settings, options.head_dim)
         params = mu.convert(model, tensors)
-        family, start_id = "mu", mu.START_ID
+        family, framing = "mu", Framing(mu.START_ID)
     else:
         from encdec.interop import llama2c
 
         model, params, longest = llama2c.read_model(source)
-        family, start_id = "llama2.c", llama2c.START_ID
+        family, framing = "llama2.c", Framing(llama2c.START_ID)
     stored = write_model(
         out,
         model,
@@ -77,7 +89,7 @@ def main(argv: list[str]) -> int:
             "name": options.name or source.resolve().name,
         },
         vocabulary=vocabulary,
-        start_id=start_id,
+        framing=framing,
         max_length=longest,
         param_dtype=options.param_dtype,
         overwrite=options.overwrite,
@@ -90,24 +102,17 @@ def main(argv: list[str]) -> int:
         f"{stored.vocab_size:,} ids, up to {longest:,} tokens, {stored.param_dtype}, in {out} "
         f"({time.monotonic() - started:.1f} s)"
     )
+    if vocabulary and not framing.adds_start:
+        print(
+            f"Its tokenizer puts nothing in front of a text; here every text begins with "
+            f"{vocabulary.piece(framing.start_id)} (id {framing.start_id})"
+        )
     if vocabulary is None:
         print(
             "The model's vocabulary is unknown here, so it cannot score records or generate "
             f"text; import it again with --vocabulary=FILE --overwrite --out={out}"
         )
     return 0
-
-
-def _vocabulary_beside(source: pathlib.Path) -> Vocabulary | None:
-    """What lies beside a Hugging Face model, where it can be read here."""
-    from encdec.data.vocabulary import load_vocabulary, vocabulary_file
-
-    file = vocabulary_file(source)
-    try:
-        return load_vocabulary(file) if file else None
-    except ConfigError as error:  # a package is missing: the model is of use without it
-        print(error)
-        return None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from encdec import safetensors
 from encdec.data.records import write_json
 from encdec.data.vocabulary import MODEL_FILE, SPEC_FILE, Vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.interop.framing import Framing
 from encdec.model import ModelConfig, check_params, parameter_count
 from encdec.train.sharding import path_name
 from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER
@@ -31,7 +32,7 @@ def write_model(
     *,
     source: dict[str, Any],
     vocabulary: Vocabulary | None,
-    start_id: int,
+    framing: Framing,
     max_length: int,
     param_dtype: str | None = None,
     overwrite: bool = False,
@@ -44,7 +45,7 @@ def write_model(
         params: its unrolled parameters; memory-mapped views are never held in memory as a whole.
         source: where it comes from, for the record.
         vocabulary: of the model; None where it cannot be read here.
-        start_id: id before the first token of a text.
+        framing: what stands around its texts.
         max_length: longest sequence that the model is right for.
         param_dtype: of the stored parameters; by default bfloat16 if all of them are, and
             float32 otherwise, so that nothing is lost.
@@ -93,10 +94,7 @@ def write_model(
         "model": config.to_dict(),
         "data": {
             "vocabulary": vocabulary.save(out).to_dict() if vocabulary else None,
-            "decoder_start_id": start_id,
-            "inputs_eos": False,
-            "inputs_length": max_length // 2,
-            "targets_length": max_length // 2,
+            **framing.to_dict(max_length),
         },
     }
     write_json(out / CONFIG_FILE, content)

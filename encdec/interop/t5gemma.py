@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.huggingface import ACTIVATIONS, Imported, required
+from encdec.interop.huggingface import ACTIVATIONS, Imported
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
+from encdec.interop.rope import required
 from encdec.model import ExecutionConfig, ModelConfig
 
 MODEL_TYPE = "t5gemma"
@@ -99,14 +100,6 @@ def layout(config: ModelConfig) -> list[Entry]:
                     )
                 )
     return entries
-
-
-def is_t5gemma(directory: pathlib.Path) -> bool:
-    """Whether the directory's config.json says so."""
-    try:
-        return json.loads((directory / "config.json").read_text())["model_type"] == MODEL_TYPE
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def read_config(directory: pathlib.Path) -> Imported:

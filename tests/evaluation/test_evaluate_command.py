@@ -19,6 +19,7 @@ from encdec.evaluation.loading import chosen_step
 from encdec.evaluation.predictions import PredictionFiles, open_windows
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.generator import Generation
+from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.train.checkpoints import load_params_for_inference
 from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
@@ -327,7 +328,7 @@ def test_an_imported_model_is_evaluated_too(evaluate, encoder_decoder_run, tmp_p
         jax.tree.map(np.asarray, params),
         source={"format": "hf", "family": "t5", "name": "theirs"},
         vocabulary=load_vocabulary("bytes"),
-        start_id=0,
+        framing=Framing(0),
         max_length=48,
     )
     report = json.loads((evaluate(checkpoint=tmp_path / "imported") / "report.json").read_text())

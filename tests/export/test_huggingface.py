@@ -9,7 +9,7 @@ import pytest
 from encdec import safetensors
 from encdec.errors import ConfigError, DataError
 from encdec.export import huggingface
-from encdec.inference.generator import Generator
+from encdec.inference.generator import Generator, read_prompt_format
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.settings import GenerationSettings
 from encdec.interop.import_command import main as import_main
@@ -104,17 +104,30 @@ def test_greedy_answers_are_ours(exported):
             assert tokens.decode(row[skip:], skip_special_tokens=True) == answer.text
 
 
-@pytest.mark.parametrize("name", ["t5gemma", "t5gemma folded"])
-def test_a_t5gemma_comes_back_as_it_went(name, tmp_path):
-    huggingface.write(tmp_path / "hf", *pair(name), PROMPTS, targets_length=12, dtype="float32")
-    assert import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"]) == 0
+def test_an_export_comes_back_as_it_went(exported, tmp_path):
+    """Function, vocabulary and framing; in the modelling file's format every field too."""
+    name, out, _ = exported
+    assert import_main([str(out), f"--out={tmp_path / 'ours'}"]) == 0
     config, params, _ = load_params_for_inference(tmp_path / "ours")
-    assert config.share_embeddings and config.post_norms
+    was, _ = pair(name)
     rng = np.random.default_rng(2)
     fields = batch(config, rng.integers(3, 259, (2, 9)), rng.integers(3, 259, (2, 7)))
     np.testing.assert_allclose(
         logits(config, params, fields), logits(*pair(name), fields), atol=1e-4, rtol=1e-4
     )
+    assert config.share_embeddings == was.share_embeddings
+    prompts, max_tokens = read_prompt_format(tmp_path / "ours")
+    assert prompts.vocabulary.fingerprint == PROMPTS.vocabulary.fingerprint and max_tokens == 12
+    same = ("decoder_start_id", "inputs_eos", "inputs_prefix", "max_input_tokens")
+    assert all(getattr(prompts, field) == getattr(PROMPTS, field) for field in same)
+    if FAMILIES[name] == "encdec":
+        # How heads are paired and layers stacked is another order of the same parameters.
+        layout = ("kv_pairing", "encoder_positions", "execution")
+        training = ("attention_dropout", "mlp_dropout", "residual_dropout", "init_std")
+        differ = {
+            field for field, value in was.to_dict().items() if getattr(config, field) != value
+        }
+        assert differ <= {*layout, *training}
 
 
 def random_t5gemma(directory):

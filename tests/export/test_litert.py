@@ -17,6 +17,7 @@ from encdec.inference.exported import ExportedGenerator
 from encdec.inference.generate_command import main as generate_main
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
+from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params
 from tests.export.examples import PROMPTS, pair
@@ -133,7 +134,7 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         unroll_params(params, config),
         source={"format": "test"},
         vocabulary=ByteVocabulary(),
-        start_id=START,
+        framing=Framing(START),
         max_length=64,
     )
     out = tmp_path / "int8"

@@ -51,6 +51,12 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 MODELS = {
     "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
@@ -68,6 +74,32 @@ MODELS = {
     "phi3.5": (
         "Phi3",
         {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    ),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 16}),
+    "dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "ministral": ("Ministral", {"sliding_window": 6, "head_dim": 12}),
+    "granite tied": (
+        "Granite",
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 1.7,
+        },
     ),
     "qwen2": ("Qwen2", {}),
     "qwen2.5 tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -127,6 +159,21 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_key_of_a_family_is_read_or_known_to_be_harmless(name, tmp_path):
+    """As transformers writes it in full; a key that nobody here knows is named."""
+    kind, settings = MODELS[name]
+    values = getattr(transformers, f"{kind}Config")(**(SIZE | settings)).to_dict()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    assert read_config(tmp_path).unread == ()
+    path.write_text(json.dumps(values | {"head_gates": 3, "off": None}))
+    assert "head_gates" in read_config(tmp_path).unread
+    path.write_text(json.dumps(values | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(DataError, match="before it was quantised"):
+        read_config(tmp_path)
+
+
 def test_settings_of_transformers_4_mean_the_same(tmp_path):
     """rope_theta, rope_scaling and the window's pattern stood elsewhere."""
     for name, old in {
@@ -165,8 +212,9 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
     "change, message",
     [
         ({"model_type": "mamba"}, "model_type 'mamba'; can be imported: llama"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"model_type": "smollm3"}, "score --backend=torch --teacher=DIR"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
+        ({"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
         (
             {

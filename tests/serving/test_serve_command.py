@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from encdec import cli
+from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params
 from tests.inference.test_generator import PROMPTS, printing_model
@@ -34,7 +35,7 @@ def workdir(tmp_path_factory):
         params,
         source={"name": "random"},
         vocabulary=PROMPTS.vocabulary,
-        start_id=PROMPTS.decoder_start_id,
+        framing=Framing(PROMPTS.decoder_start_id),
         max_length=80,
     )
     return out

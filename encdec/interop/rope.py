@@ -1,0 +1,153 @@
+"""Rotary positions of Hugging Face configurations as fields of ours, and checks of their values."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from encdec.errors import DataError
+
+_STILL = 1e30  # divides a frequency to where no angle differs from 0 in float32
+
+
+def required(values: Mapping[str, Any], key: str, where: object, kind: type = int) -> Any:
+    """The value of a key that a configuration cannot do without.
+
+    Args:
+        values: the configuration.
+        key: its name.
+        where: the file, and the part of it.
+        kind: of the value; numbers (int, float) have to be positive.
+
+    Raises:
+        DataError: the key is absent or null, or its value is of another kind.
+    """
+    value = values.get(key)
+    if value is None:
+        raise DataError(
+            f"{where} has no {key}; download the file again, or add what the model was made with"
+        )
+    kinds = {int: int, float: (int, float)}.get(kind, kind)
+    if (
+        not isinstance(value, kinds)
+        or kind in (int, float)
+        and not (not isinstance(value, bool) and value > 0)
+    ):
+        wanted = {
+            int: "a positive whole number",
+            float: "a positive number",
+            dict: "an object",
+            list: "a list",
+        }[kind]
+        raise DataError(f"{where} has {key} {value!r}, wanted {wanted}; download the file again")
+    return value
+
+
+def read_rope(
+    values: Mapping[str, Any],
+    given: Callable[..., Any],
+    head_dim: int,
+    refuse: Callable[..., DataError],
+    path: pathlib.Path,
+) -> tuple[dict[str, Any], int, int]:
+    """Our rotation fields, the longest sequence they are right for, and the rotated places of a
+    head where that is a part of it (else 0)."""
+    parameters = dict(values.get("rope_parameters") or {})
+    parameters = dict(parameters.get("full_attention", parameters))
+    scaling = parameters or dict(values.get("rope_scaling") or {})
+    theta = float(scaling.get("rope_theta") or given("rope_theta", 10_000.0))
+    longest = int(given("max_position_embeddings", 8192))
+    partial = float(scaling.get("partial_rotary_factor") or given("partial_rotary_factor", 1.0))
+    rotated = int(head_dim * partial)
+    if not 0 < partial <= 1 or rotated < 2 or rotated % 2:
+        raise refuse("partial_rotary_factor", partial, f"no even part of heads {head_dim} wide")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    where = f"{path}, rope scaling {kind!r},"
+    fields: dict[str, Any] = {"rope_theta": theta}
+    divisors, magnitude = np.ones(rotated // 2), 1.0
+    original = int(
+        scaling.get("original_max_position_embeddings")
+        or given("original_max_position_embeddings", longest)
+    )
+    if kind == "linear":
+        factor = float(required(scaling, "factor", where, float))
+        if partial == 1:
+            return fields | {"rope_scaling": "linear", "rope_factor": factor}, longest, 0
+        divisors = divisors * factor
+    elif kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        numbers = {
+            key: required(scaling, key, where, float)
+            for key in (*names, "original_max_position_embeddings")
+        }
+        divisors = np.array(_llama3_divisors(theta, rotated, numbers))
+    elif kind in ("longrope", "su"):
+        factor, magnitude = longest / original, scaling.get("attention_factor")
+        if magnitude is None:
+            magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        divisors = np.array(required(scaling, "short_factor", where, list), np.float64)
+        # Beyond the original length other divisors would hold for the whole sequence.
+        longest = original
+    elif kind == "yarn":
+        factor = scaling.get("factor") or longest / original
+        divisors, magnitude = _yarn(theta, rotated, float(factor), original, scaling)
+    elif kind == "dynamic":  # with each sequence longer than this another base would hold
+        pass
+    elif kind != "default":
+        kinds = "default, linear, dynamic, yarn, llama3, longrope"
+        raise refuse("rope_scaling", kind, f"not one of {kinds}")
+    if partial == 1 and kind in ("default", "dynamic"):
+        return fields, longest, 0
+    if partial < 1:  # pairs of our whole heads: first those that turn, then those that stand still
+        pairs = np.arange(head_dim // 2)
+        wanted = theta ** (-np.arange(0, rotated, 2) / rotated) / divisors
+        divisors = np.full(len(pairs), _STILL)
+        divisors[: len(wanted)] = theta ** (-2 * pairs[: len(wanted)] / head_dim) / wanted
+    return (
+        fields
+        | {
+            "rope_scaling": "per_pair",
+            "rope_magnitude": float(magnitude),
+            "rope_divisors": tuple(map(float, divisors)),
+        },
+        longest,
+        rotated if partial < 1 else 0,
+    )
+
+
+def _yarn(
+    theta: float, rotated: int, factor: float, original: int, scaling: Mapping[str, Any]
+) -> tuple[np.ndarray, float]:
+    """YaRN's divisors and magnitude (arXiv 2309.00071, section 3.2, as transformers reads them):
+    pairs that turn often in the original length are kept, slow ones stretched by the factor."""
+    fast, slow = float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1)
+    place = lambda turns: (
+        rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    )
+    low, high = place(fast), place(slow)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    high += 0.001 * (low == high)
+    stretched = np.clip((np.arange(rotated // 2) - low) / (high - low), 0, 1)
+    rule = lambda weight: 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        one, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        magnitude = rule(one) / rule(all_dim) if one and all_dim else rule(1)
+    return 1 / (stretched / factor + (1 - stretched)), float(magnitude)
+
+
+def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
+    """Llama 3.1's rule: long waves are stretched by the factor, short ones kept, in between
+    interpolated (as in ``_compute_llama3_parameters`` of transformers)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    # Turns within the length of the original training.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return tuple((1 / ((1 - kept) / scaling["factor"] + kept)).tolist())
