@@ -17,7 +17,8 @@ from encdec.interop import mu
 from encdec.interop.import_command import main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.warm_start import check_source
+from encdec.train.config import RunConfig
+from encdec.train.warm_start import plan_start
 from tests.export.examples import batch
 
 torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
@@ -235,7 +236,7 @@ def test_a_model_without_vocabulary_says_how_to_get_one(tmp_path):
     main([str(tmp_path / "model.pt"), "--from=mu", out])
     needs_text = (
         lambda: load_generator(tmp_path / "ours"),
-        lambda: check_source(str(tmp_path / "ours"), None),
+        lambda: plan_start(RunConfig(init_from=str(tmp_path / "ours")), None, None),
         lambda: scoring_model(tmp_path / "ours", None),
         lambda: export([f"--checkpoint={tmp_path / 'ours'}", "--format=hf", f"--out={tmp_path}/x"]),
         lambda: generate([f"--checkpoint={tmp_path / 'ours'}", "a text"]),
