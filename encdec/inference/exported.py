@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
+from encdec.inference.beam import Hypotheses
 from encdec.inference.decoding import Decoding, DecodingPlan, append, blank
 from encdec.inference.generator import (
-    Generation,
-    Generator,
     PreparedInput,
+    TextGenerator,
     bucket,
     choosing_of,
     read_prompt_format,
@@ -96,46 +96,33 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
     )
 
 
-class ExportedGenerator(Generator):
-    """Texts in, texts out, by another runtime; tokens are chosen as everywhere else, no beams.
+class ExportedRows:
+    """``RowDecoder`` of an exported model; tokens are chosen as everywhere else."""
 
-    Args:
-        model: the exported model.
-        prompts: how texts become inputs.
-        max_tokens: new tokens where the settings leave it open.
-        batch_rows: rows decoded together at most.
-    """
+    def __init__(self, model: ExportedModel):
+        self._model, self.config, self.rows_at_once = model, model.config, model.rows_at_once
 
-    def __init__(
+    def run(
         self,
-        model: ExportedModel,
+        inputs: Sequence[PreparedInput],
+        settings: GenerationSettings,
         prompts: PromptFormat,
-        *,
-        max_tokens: int = 128,
-        batch_rows: int = 16,
-    ):
-        self.config = model.config
-        self._model, self.prompts = model, prompts
-        self.max_tokens = max_tokens
-        self.batch_rows = min(batch_rows, model.rows_at_once or batch_rows)
-
-    def _run(
-        self, inputs: Sequence[PreparedInput], settings: GenerationSettings, steps: int
+        limit: int,
+        steps: int,
     ) -> Iterator[Decoding]:
         lengths_B = np.array([len(item.ids) for item in inputs])
         tokens_BxS = np.zeros((len(inputs), lengths_B.max()), np.int64)  # shapes are dynamic
         for row, item in enumerate(inputs):
             tokens_BxS[row, : len(item.ids)] = item.ids
-        vocabulary, limit = self.prompts.vocabulary, self._limit(settings)
-        choosing = choosing_of(settings, vocabulary.size)
-        plan = DecodingPlan(choosing, bucket(limit), self.prompts.decoder_start_id)
+        choosing = choosing_of(settings, prompts.vocabulary.size)
+        plan = DecodingPlan(choosing, bucket(limit), prompts.decoder_start_id)
         logits, memory = self._model.prefill(tokens_BxS, lengths_B, plan.start_id, plan.room)
         memory.repeat(settings.samples)
-        rows = row_settings(settings, inputs, len(inputs), limit, vocabulary.eos_id)
+        rows = row_settings(settings, inputs, len(inputs), limit, prompts.vocabulary.eos_id)
         decoding = blank(plan, None, jax.tree.map(jnp.array, rows))
         logits = np.repeat(logits, settings.samples, axis=0)
         decoding = append_compiled(plan, decoding, logits)
-        greedy = choosing == Choosing(vocabulary.size)
+        greedy = choosing == Choosing(prompts.vocabulary.size)
         if greedy:  # nothing but the memory's own step is then needed for a token
             decoding = jax.tree.map(
                 np.array, decoding.replace(settings=decoding.settings.replace(keys_R=None))
@@ -156,13 +143,39 @@ class ExportedGenerator(Generator):
                 if np.asarray(decoding.finished_R).all():
                     break
 
-    def _beam_batch(
-        self, inputs: Sequence[PreparedInput], settings: GenerationSettings
-    ) -> list[list[Generation]]:
+    def search(
+        self,
+        inputs: Sequence[PreparedInput],
+        settings: GenerationSettings,
+        prompts: PromptFormat,
+        limit: int,
+    ) -> Hypotheses:
         raise ConfigError(
             f"beams is {settings.beams}, but an exported model has no beam search; "
             "leave it out, or generate with the work directory"
         )
+
+
+class ExportedGenerator(TextGenerator):
+    """Texts in, texts out, by another runtime, without beam search.
+
+    Args:
+        model: the exported model.
+        prompts: how texts become inputs.
+        max_tokens: new tokens where the settings leave it open.
+        batch_rows: rows decoded together at most.
+    """
+
+    def __init__(
+        self,
+        model: ExportedModel,
+        prompts: PromptFormat,
+        *,
+        max_tokens: int = 128,
+        batch_rows: int = 16,
+    ):
+        rows = ExportedRows(model)
+        super().__init__(rows, prompts, max_tokens=max_tokens, batch_rows=batch_rows)
 
 
 def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndarray) -> Decoding:

@@ -17,7 +17,7 @@ from encdec.inference.settings import GenerationSettings, check_numbers
 from encdec.storage import local_path
 
 if TYPE_CHECKING:
-    from encdec.inference.generator import Generator
+    pass
 
 # Inputs between two writes of the output file: enough for batches of like lengths.
 WINDOW_BATCHES = 8
@@ -233,7 +233,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _answer(
-    generator: Generator,
+    generator: TextGenerator,
     settings: GenerationSettings,
     options: argparse.Namespace,
     texts: Sequence[str],
@@ -257,7 +257,7 @@ def _answer(
 
 
 def _write_file(
-    generator: Generator,
+    generator: TextGenerator,
     settings: GenerationSettings,
     options: argparse.Namespace,
     output: Any,
@@ -282,7 +282,7 @@ def _write_file(
 
 
 def _print_texts(
-    generator: Generator,
+    generator: TextGenerator,
     settings: GenerationSettings,
     options: argparse.Namespace,
     texts: Sequence[str],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference.beam import beam_search
+from encdec.inference.beam import Hypotheses, beam_search
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled, start_compiled
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
@@ -69,57 +69,70 @@ def bucket(length: int) -> int:
     return size
 
 
-class Generator:
-    """A model ready to generate text.
+class RowDecoder(Protocol):
+    """What runs a model for a ``TextGenerator``: rows of tokens in, rows of tokens out.
 
-    Args:
+    Attributes:
         config: the model.
-        params: its parameters, as trained (scanned or not).
-        prompts: how texts become inputs.
-        max_tokens: new tokens where the settings leave it open.
-        batch_rows: rows decoded together at most (inputs times samples or beams).
-        dtype: see ``ready_for_decoding``.
-        devices: rows are split over these; by default all are where the parameters are.
-        tensor: over so many devices each copy of the parameters is split (heads, MLP and
-            vocabulary), for models that are too large for one or to read them faster.
-
-    Raises:
-        ConfigError: the vocabulary is larger than the model's, or a number of devices that
-            ``tensor`` does not divide or leaves copies that are no power of two.
+        rows_at_once: how many inputs it reads together; 0 is any number.
     """
+
+    config: ModelConfig
+    rows_at_once: int
+
+    def run(
+        self,
+        inputs: Sequence[PreparedInput],
+        settings: GenerationSettings,
+        prompts: PromptFormat,
+        limit: int,
+        steps: int,
+    ) -> Iterator[Decoding]:
+        """The state after the first token, and then every ``steps`` tokens until all finish.
+
+        The caller may send back which rows to finish early, bool [R]. ``limit`` is the most new
+        tokens of a row.
+        """
+
+    def search(
+        self,
+        inputs: Sequence[PreparedInput],
+        settings: GenerationSettings,
+        prompts: PromptFormat,
+        limit: int,
+    ) -> Hypotheses:
+        """The best answers by beam search.
+
+        Raises:
+            ConfigError: it has no beam search.
+        """
+
+
+class CompiledRows:
+    """``RowDecoder`` of our own compiled programs; ``Generator`` explains the arguments."""
+
+    rows_at_once = 0
 
     def __init__(
         self,
         config: ModelConfig,
         params: Any,
-        prompts: PromptFormat,
-        *,
-        max_tokens: int = 128,
-        batch_rows: int = 16,
         dtype: str | None = None,
         devices: Sequence[jax.Device] = (),
         tensor: int = 1,
     ):
-        if prompts.vocabulary.size > config.vocab_size:
-            raise ConfigError(
-                f"the vocabulary has {prompts.vocabulary.size:,} ids and the model's table "
-                f"{config.vocab_size:,}; give the vocabulary that the model was trained with"
-            )
+        self.config, self.params = ready_for_decoding(config, params, dtype)
         self._rows_sharding = None
-        self.config, self._params = ready_for_decoding(config, params, dtype)
         if len(devices) > 1 or tensor > 1:
             self._spread(devices, tensor)
-        self.prompts = prompts
-        self.max_tokens = max_tokens
-        self.batch_rows = batch_rows
 
     def _spread(self, devices: Sequence[jax.Device], tensor: int) -> None:
-        """Lays the parameters out over a mesh and has rows follow."""
+        """Shards the parameters over a mesh, and rows with them."""
         copies = len(devices) // max(tensor, 1)
         if tensor < 1 or len(devices) % tensor or copies & (copies - 1):
             raise ConfigError(
                 f"{len(devices)} devices cannot share batches of rows with each copy "
-                f"of the model over tensor = {tensor} of them; wanted 1, 2, 4, 8, "
+                f"of the model over tensor = {tensor} of them; expected 1, 2, 4, 8, "
                 "... times tensor"
             )
         mesh = make_mesh(MeshConfig(data=copies, fsdp=1, tensor=tensor), devices)
@@ -127,8 +140,90 @@ class Generator:
         shardings, _, _ = param_shardings(
             ShardingRules(), mesh, abstract_params(model), logical_axes(model)
         )
-        self._params = jax.device_put(self._params, shardings)
+        self.params = jax.device_put(self.params, shardings)
         self._rows_sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    def _arrays(self, inputs: Sequence[PreparedInput]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, S] and lengths [B]; both sizes rounded up, padding rows of one pad token."""
+        rows = 1 << (len(inputs) - 1).bit_length()
+        if self._rows_sharding:
+            rows = max(rows, self._rows_sharding.mesh.shape["data"])
+        width = bucket(max(len(item.ids) for item in inputs))
+        tokens_BxS, lengths_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+        for row, item in enumerate(inputs):
+            tokens_BxS[row, : len(item.ids)] = item.ids
+            lengths_B[row] = len(item.ids)
+        if self._rows_sharding:
+            return jax.device_put((tokens_BxS, lengths_B), self._rows_sharding)
+        return tokens_BxS, lengths_B
+
+    def run(
+        self,
+        inputs: Sequence[PreparedInput],
+        settings: GenerationSettings,
+        prompts: PromptFormat,
+        limit: int,
+        steps: int,
+    ) -> Iterator[Decoding]:
+        tokens_BxS, lengths_B = self._arrays(inputs)
+        choosing = choosing_of(settings, prompts.vocabulary.size)
+        plan = DecodingPlan(choosing, bucket(limit), prompts.decoder_start_id)
+        rows = row_settings(settings, inputs, len(tokens_BxS), limit, prompts.vocabulary.eos_id)
+        decoding = start_compiled(self.config, plan, self.params, tokens_BxS, lengths_B, rows)
+        while True:
+            stop_R = yield decoding
+            if stop_R is not None:
+                decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
+            if bool(jnp.all(decoding.finished_R)):
+                return
+            decoding = advance_compiled(self.config, plan, self.params, decoding, steps)
+
+    def search(
+        self,
+        inputs: Sequence[PreparedInput],
+        settings: GenerationSettings,
+        prompts: PromptFormat,
+        limit: int,
+    ) -> Hypotheses:
+        return beam_search(
+            self.config,
+            self.params,
+            *self._arrays(inputs),
+            settings.length_penalty,
+            limit,
+            beams=settings.beams,
+            room=bucket(limit),
+            start_id=prompts.decoder_start_id,
+            eos_id=prompts.vocabulary.eos_id,
+            vocabulary_size=prompts.vocabulary.size,
+        )
+
+
+class TextGenerator:
+    """Texts in, texts out, whatever runs the model.
+
+    Args:
+        rows: what runs it.
+        prompts: how texts become inputs.
+        max_tokens: new tokens where the settings leave it open.
+        batch_rows: rows decoded together at most (inputs times samples or beams).
+
+    Raises:
+        ConfigError: the vocabulary is larger than the model's.
+    """
+
+    def __init__(
+        self, rows: RowDecoder, prompts: PromptFormat, *, max_tokens: int, batch_rows: int
+    ):
+        if prompts.vocabulary.size > rows.config.vocab_size:
+            raise ConfigError(
+                f"the vocabulary has {prompts.vocabulary.size:,} ids and the model's table "
+                f"{rows.config.vocab_size:,}; give the vocabulary that the model was trained with"
+            )
+        self._rows, self.config = rows, rows.config
+        self.prompts = prompts
+        self.max_tokens = max_tokens
+        self.batch_rows = min(batch_rows, rows.rows_at_once or batch_rows)
 
     def generate(
         self,
@@ -260,45 +355,10 @@ class Generator:
     def _limit(self, settings: GenerationSettings) -> int:
         return settings.max_tokens or self.max_tokens
 
-    def _arrays(self, inputs: Sequence[PreparedInput]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [B, S] and lengths [B]; both sizes rounded up, surplus rows of one pad token."""
-        rows = 1 << (len(inputs) - 1).bit_length()
-        if self._rows_sharding:
-            rows = max(rows, self._rows_sharding.mesh.shape["data"])
-        width = bucket(max(len(item.ids) for item in inputs))
-        tokens_BxS, lengths_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
-        for row, item in enumerate(inputs):
-            tokens_BxS[row, : len(item.ids)] = item.ids
-            lengths_B[row] = len(item.ids)
-        if self._rows_sharding:
-            return jax.device_put((tokens_BxS, lengths_B), self._rows_sharding)
-        return tokens_BxS, lengths_B
-
     def _run(
         self, inputs: Sequence[PreparedInput], settings: GenerationSettings, steps: int
     ) -> Iterator[Decoding]:
-        """The state after the first token, and then every ``steps`` tokens until all finish.
-
-        The caller may send back which rows to finish early, bool [R].
-        """
-        tokens_BxS, lengths_B = self._arrays(inputs)
-        vocabulary = self.prompts.vocabulary
-        plan = DecodingPlan(
-            choosing_of(settings, vocabulary.size),
-            bucket(self._limit(settings)),
-            self.prompts.decoder_start_id,
-        )
-        rows = row_settings(
-            settings, inputs, len(tokens_BxS), self._limit(settings), vocabulary.eos_id
-        )
-        decoding = start_compiled(self.config, plan, self._params, tokens_BxS, lengths_B, rows)
-        while True:
-            stop_R = yield decoding
-            if stop_R is not None:
-                decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
-            if bool(jnp.all(decoding.finished_R)):
-                return
-            decoding = advance_compiled(self.config, plan, self._params, decoding, steps)
+        return self._rows.run(inputs, settings, self.prompts, self._limit(settings), steps)
 
     def _batch(
         self, inputs: Sequence[PreparedInput], settings: GenerationSettings
@@ -333,19 +393,7 @@ class Generator:
     def _beam_batch(
         self, inputs: Sequence[PreparedInput], settings: GenerationSettings
     ) -> list[list[Generation]]:
-        limit = self._limit(settings)
-        found = beam_search(
-            self.config,
-            self._params,
-            *self._arrays(inputs),
-            settings.length_penalty,
-            limit,
-            beams=settings.beams,
-            room=bucket(limit),
-            start_id=self.prompts.decoder_start_id,
-            eos_id=self.prompts.vocabulary.eos_id,
-            vocabulary_size=self.prompts.vocabulary.size,
-        )
+        found = self._rows.search(inputs, settings, self.prompts, self._limit(settings))
         found = jax.tree.map(np.asarray, found)
         return [
             [
@@ -361,6 +409,41 @@ class Generator:
             ]
             for row in range(len(inputs))
         ]
+
+
+class Generator(TextGenerator):
+    """A model ready to generate text.
+
+    Args:
+        config: the model.
+        params: its parameters, as trained (scanned or not).
+        prompts: how texts become inputs.
+        max_tokens: new tokens where the settings leave it open.
+        batch_rows: rows decoded together at most (inputs times samples or beams).
+        dtype: see ``ready_for_decoding``.
+        devices: rows are split over these; by default all are where the parameters are.
+        tensor: over so many devices each copy of the parameters is split (heads, MLP and
+            vocabulary), for models that are too large for one or to read them faster.
+
+    Raises:
+        ConfigError: the vocabulary is larger than the model's, or a number of devices that
+            ``tensor`` does not divide or leaves copies that are no power of two.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        prompts: PromptFormat,
+        *,
+        max_tokens: int = 128,
+        batch_rows: int = 16,
+        dtype: str | None = None,
+        devices: Sequence[jax.Device] = (),
+        tensor: int = 1,
+    ):
+        rows = CompiledRows(config, params, dtype, devices, tensor)
+        super().__init__(rows, prompts, max_tokens=max_tokens, batch_rows=batch_rows)
 
 
 def generation_of(

@@ -103,7 +103,7 @@ def test_rows_and_parameters_are_split_over_a_mesh(generator):
         devices=jax.devices()[:4],
         tensor=2,
     )
-    kernel = spread._params["decoder"]["layers_0"]["mlp"]["up"]["kernel"]
+    kernel = spread._rows.params["decoder"]["layers_0"]["mlp"]["up"]["kernel"]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 2}
     assert len(kernel.addressable_shards) == 4
     same(spread.generate(TEXTS), generator.generate(TEXTS))
