@@ -37,7 +37,7 @@ class Memory:
     Attributes:
         parameters: master parameters.
         optimizer: the optimizer's state.
-        batch: what the step is given beside the state.
+        batch: what the step is given besides the state.
         temporary: activations, gradients and whatever else lives within the step.
         outputs: results that do not reuse the donated state's place.
         code: the program.

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--search looks for training settings; --what is {options.what!r}")
     for flag in ("json", "hlo"):
         _check_writable(flag, getattr(options, flag))
-    # Before jax starts: no accelerator of this machine is wanted.
+    # Before jax starts: no accelerator of this machine is used.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from encdec.hardware import compile_report as report
     from encdec.hardware.compile import DoesNotFit

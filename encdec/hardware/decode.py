@@ -32,7 +32,7 @@ class CompiledDecoding:
         topology: where it would run.
         mesh: devices along (data, fsdp, tensor).
         inputs: source tokens a row.
-        targets: new tokens a row, for which the cache has room.
+        targets: new tokens a row, the cache's capacity for them.
         prefill: from the inputs to the first token's logits.
         step: one token more in every row, with the cache at its full length.
         unsharded: parameters that stay whole against the rules, as text.
@@ -115,7 +115,7 @@ def compile_decoding(
         params, ids(run.batch_size, inputs), ids(run.batch_size)
     )
     first = compile_lowered(lowered, topology, mesh, compiler_options)
-    memory = jax.tree.map(  # lies as the prefill left it: rows over the devices
+    memory = jax.tree.map(  # placed as the prefill left it: rows over the devices
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), lowered.out_info[1]
     )
     further = jax.jit(

@@ -43,7 +43,7 @@ def growth(
     new, old = report["memory_bytes"], recorded["memory_bytes"]
     if new["peak"] > (1 + tolerance) * old["peak"]:
         found.append(
-            "fatter: the peak is "
+            "peak memory grew: it is "
             + _change(new["peak"], old["peak"], 2**-20, "MiB")
             + _parts(new, old, _SPACE, 2**-20, "MiB")
         )

@@ -36,7 +36,7 @@ class Instruction:
         operands: names of the instructions that it reads.
         arguments: text between the parentheses (the value, for a constant).
         attributes: text behind the operands.
-        computation: where it lies.
+        computation: the one that contains it.
     """
 
     name: str

@@ -158,7 +158,7 @@ def find_topology(name: str) -> Topology:
 
 
 def prepare_environment() -> None:
-    """Lets the TPU compiler start on a machine without a TPU, and beside another one."""
+    """Lets the TPU compiler start on a machine without a TPU, and while another one runs."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to wait for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its lock is for real devices
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # silences a warning

@@ -77,7 +77,7 @@ def beam_search(
         alpha: of ``length_penalty``, 0 or more.
         limit: new tokens at most, from 1 to ``room``.
         beams: K, hypotheses kept alive for each input, and returned.
-        room: N, new tokens that the cache has room for.
+        room: N, the cache's capacity for new tokens.
         start_id: the decoder's first input.
         eos_id: completes a hypothesis.
         vocabulary_size: ids from here on are never chosen.
@@ -93,7 +93,7 @@ def beam_search(
         jnp.zeros((batch, beams), jnp.int32),
         jnp.full((batch, beams), -jnp.inf),
     )
-    # One empty hypothesis an input; were there K, all would grow alike.
+    # One empty hypothesis an input; with K, all would grow identically.
     alive = nothing.replace(scores_BxK=nothing.scores_BxK.at[:, 0].set(0.0))
     search = _Search(
         take_rows(config, memory, rows_R), logits_BxV[rows_R], alive, nothing, jnp.int32(0)

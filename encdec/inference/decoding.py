@@ -39,7 +39,7 @@ class Memory:
 
 @flax.struct.dataclass
 class Decoding:
-    """Answers under way; N is the room for new tokens, K the number of alternatives kept.
+    """Unfinished answers; N is the capacity for new tokens, K the number of alternatives kept.
 
     Attributes:
         memory: what the decoder remembers.
@@ -66,7 +66,7 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class DecodingPlan:
-    """What is compiled into a decoding program beside the model.
+    """What is compiled into a decoding program besides the model.
 
     Attributes:
         choosing: how tokens are chosen.

@@ -35,7 +35,7 @@ class ExportedMemory(Protocol):
     """What an exported decoder remembers of every row."""
 
     def repeat(self, times: int) -> None:
-        """Every row so many times, neighbours alike."""
+        """Repeats every row so many times, copies next to each other."""
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
         """Feeds one token a row; logits [R, V] of the next."""
@@ -58,7 +58,7 @@ class ExportedModel(Protocol):
     def prefill(
         self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int
     ) -> tuple[np.ndarray, ExportedMemory]:
-        """Logits [B, V] of each row's first new token, and a memory with room for ``room`` more."""
+        """Logits [B, V] of each row's first new token, and a memory that holds ``room`` more."""
 
 
 def export_format(directory: str | os.PathLike[str]) -> str | None:

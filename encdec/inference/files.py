@@ -135,7 +135,7 @@ class ResumableOutput:
             raise ConfigError(f"--out={self.path} is a directory; give a file's name")
         if not self.path.exists():
             return 0
-        mend = "give another --out, or delete the file to begin anew"
+        mend = "give another --out, or delete the file to start over"
         if not self.settings_path.exists():
             raise DataError(
                 f"{self.path} exists, but not {self.settings_path.name}, which would "
@@ -180,7 +180,7 @@ class ResumableOutput:
         return answered, size
 
     def begin(self) -> None:
-        """Makes the file ready to be appended to: settings beside it, no incomplete answers."""
+        """Makes the file ready to be appended to: settings next to it, no incomplete answers."""
         if self.path.exists():
             os.truncate(self.path, self._complete()[1])
         else:

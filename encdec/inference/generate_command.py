@@ -17,7 +17,7 @@ from encdec.inference.settings import GenerationSettings, check_numbers
 from encdec.storage import local_path
 
 if TYPE_CHECKING:
-    pass
+    from encdec.inference.generator import TextGenerator
 
 # Inputs between two writes of the output file: enough for batches of like lengths.
 WINDOW_BATCHES = 8

@@ -469,7 +469,7 @@ def generation_of(
 
 
 def choosing_of(settings: GenerationSettings, vocabulary_size: int) -> Choosing:
-    """No more than the settings ask for."""
+    """The smallest sampler program that covers these settings."""
     sampled = settings.temperature > 0
     return Choosing(
         vocabulary_size,

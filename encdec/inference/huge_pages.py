@@ -28,7 +28,7 @@ class NewMemory:
         self._before = _blocks()
 
     def onto_huge_pages(self) -> int:
-        """Moves it, contents and addresses kept; bytes that then lie on huge pages.
+        """Moves it, contents and addresses kept; bytes that are then on huge pages.
 
         Blocks that cannot be moved, such as those never written to, stay as they are.
         """
@@ -36,10 +36,10 @@ class NewMemory:
 
 
 def arrays_onto_huge_pages(tree: Any) -> int:
-    """Moves a tree's jax arrays that lie whole on one CPU device, contents and addresses kept.
+    """Moves a tree's jax arrays that are whole on one CPU device, contents and addresses kept.
 
     Returns:
-        Bytes that then lie on huge pages: of all blocks that an array has part in.
+        Bytes that are then on huge pages, of all blocks that hold part of an array.
     """
     held: set[int] = set()
     for array in jax.tree.leaves(tree):
@@ -62,7 +62,7 @@ def _collapse(blocks: set[int]) -> int:
 
 
 def _blocks() -> set[int]:
-    """Numbers of the blocks that lie in private anonymous memory; none outside Linux."""
+    """Numbers of the blocks that are in private anonymous memory; none outside Linux."""
     found: set[int] = set()
     if not _MAPS.exists() or os.sysconf("SC_PAGE_SIZE") != 4096:
         return found

@@ -1,6 +1,6 @@
 """Exported LiteRT models, as ``encdec.inference.exported`` wants them: one row at a time.
 
-The decoder's cache lies in the interpreter's own input tensors: a step writes the new token's keys
+The decoder's cache is the interpreter's own input tensors: a step writes the new token's keys
 and values there, so that nothing is copied from one step to the next.
 """
 
@@ -63,7 +63,7 @@ class LitertModel:
     def prefill(
         self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int
     ) -> tuple[np.ndarray, LitertMemory]:
-        """Logits [1, V] of the first new token, and a memory with room for ``room`` more."""
+        """Logits [1, V] of the first new token, and a memory with capacity for ``room`` more."""
         if len(tokens_BxS) != 1:
             raise ConfigError(f"{len(tokens_BxS)} inputs at once; an exported LiteRT model reads 1")
         source = self.encode(tokens_BxS[0, : int(lengths_B[0])])
@@ -133,7 +133,7 @@ class LitertMemory:
     def _feed(self, tokens_R: np.ndarray):
         """Runs the graph for each row; its outputs are to be read before the next."""
         if self._slot >= self._capacity:
-            raise ConfigError(f"the cache holds {self._capacity} tokens; give more room")
+            raise ConfigError(f"the cache holds {self._capacity} tokens; raise its room")
         graph, heads, slot = self._graph, self._heads, self._slot
         graph.view("position")[0] = slot
         for row, token in enumerate(tokens_R):

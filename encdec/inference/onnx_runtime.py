@@ -70,7 +70,7 @@ class OnnxModel:
         source: Values,
         cache: Values,
     ) -> tuple[np.ndarray, Values]:
-        """Logits [R, W, V] of the wanted places among the new tokens, and the longer cache."""
+        """Logits [R, W, V] of the requested places among the new tokens, and the longer cache."""
         feed = {
             "tokens": tokens_RxN,
             "positions": positions_RxN,
@@ -130,7 +130,7 @@ class _Memory:
         self._keys, self._slots = keys_RxC, slots_R
 
     def repeat(self, times: int) -> None:
-        """Every row so many times, neighbours alike."""
+        """Repeats every row so many times, copies next to each other."""
         if times > 1:
             again = functools.partial(np.repeat, repeats=times, axis=0)
             self._source, self._cache = (

@@ -14,7 +14,7 @@ NO_EOS = -1  # an EOS that no token is: the answer runs to its limit
 
 @dataclasses.dataclass(frozen=True)
 class Choosing:
-    """What is compiled into a decoding program; the values lie in ``RowSettings``.
+    """What is compiled into a decoding program; ``RowSettings`` has the values.
 
     A step pays for what is compiled in only while one of its rows asks for it.
 
@@ -191,7 +191,7 @@ def _where_asked(
 def _draw(
     scores_RxV: jax.Array, choosing: Choosing, settings: RowSettings, counts_R: jax.Array
 ) -> jax.Array:
-    """A token drawn for every row; rows of temperature 0 are drawn for in vain."""
+    """A token drawn for every row; draws for greedy rows (temperature 0) are discarded."""
     temperature = settings.temperature_R[:, None]
     warmed = scores_RxV / jnp.where(temperature > 0, temperature, 1.0)
     if choosing.truncated:
@@ -228,7 +228,7 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 
 
 def _threshold(ranks_RxV: jax.Array, weights_RxV: jax.Array, wanted_R: jax.Array) -> jax.Array:
-    """The highest rank at or above which a row's weights add up to what is wanted, uint32 [R].
+    """The highest rank at or above which a row's weights add up to ``wanted_R``, uint32 [R].
 
     Found bit by bit: 32 sums over the vocabulary, where sorting it takes 20 times as long on a
     CPU (32,128 tokens).

@@ -35,7 +35,7 @@ class PromptFormat:
 
     @property
     def added(self) -> int:
-        """How many tokens an input has beside those of its text."""
+        """How many tokens an input has besides those of its text."""
         return len(self.inputs_prefix) + self.inputs_eos
 
     def encode(

@@ -28,7 +28,7 @@ def segment_mask(
     """True where a query may read a key: the same packed segment and, if causal, not later.
 
     Padding (segment 0) reads padding only, so no real token ever sees it and no row is empty
-    in self-attention. Causality is by place in the row: segments lie in order.
+    in self-attention. Causality is by place in the row: segments are in order.
 
     Returns:
         [B, T, S] bool.
@@ -40,7 +40,7 @@ def segment_mask(
 
 
 def window_mask(q_places_BxT: jax.Array, kv_places_BxS: jax.Array, window: int) -> jax.Array:
-    """True where a key lies fewer than ``window`` places before its query; [B, T, S] bool."""
+    """True where a key is fewer than ``window`` places before its query; [B, T, S] bool."""
     return q_places_BxT[..., :, None] - kv_places_BxS[..., None, :] < window
 
 
@@ -57,7 +57,7 @@ def dot_product_attention(
     Queries have been multiplied by ``config.scores_scale``.
 
     Query head h reads kv head ``h // (H/K)`` when ``kv_pairing`` is "grouped" and ``h % K`` when
-    it is "tiled": only the order in which the head axis splits differs, nothing is copied.
+    it is "tiled": only the order in which the head axis is split differs; nothing is copied.
     """
     q_BxTxHxD, k_BxSxKxD, v_BxSxKxD = named_inputs(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD)
     batch, length, heads, dim = q_BxTxHxD.shape

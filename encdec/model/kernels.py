@@ -1,7 +1,7 @@
 """Fused attention: splash (Pallas) on TPUs, cuDNN on NVIDIA GPUs, and which one is meant.
 
-Both take packed segments instead of a mask, so that scores never lie in memory, and compute what
-``encdec.model.attention.dot_product_attention`` computes.
+Both take packed segments instead of a mask, so that scores are never held in memory, and compute
+what ``encdec.model.attention.dot_product_attention`` computes.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from encdec.model.layers import MLP_HIDDEN, NORM_FACTOR, Mlp, RMSNorm
 RESIDUAL = "residual"  # the running activations between a layer's sublayers
 _saved = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
-    # Keeps what every matrix product and attention kernel gave, computes again what is cheap.
+    # Keeps what every matrix product and attention kernel gave, recomputes what is cheap.
     "dots": _saved(NORM_FACTOR, ATTENTION_INPUTS, CONTEXT, RESIDUAL, MLP_HIDDEN),
-    # The MLP's hidden activations are most of that, and take one product to make again.
+    # The MLP's hidden activations are most of that, and take one product to recompute.
     "attention": _saved(NORM_FACTOR, ATTENTION_INPUTS, CONTEXT, RESIDUAL),
     # Norms keep one number a token.
     "full": _saved(NORM_FACTOR),
@@ -28,7 +28,7 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class LayerInputs:
-    """What every layer of a stack reads beside the running activations.
+    """What every layer of a stack reads besides the running activations.
 
     Attributes:
         self_attention: mask and rotations of self-attention.
@@ -121,7 +121,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """``num_layers`` blocks and a final norm.
 
-    Scanned, parameters lie under ``layers`` with a leading layer axis, and so do caches; unrolled,
+    Scanned, parameters are under ``layers`` with a leading layer axis, and so do caches; unrolled,
     under ``layers_0``, ``layers_1``, ..., and caches are tuples with one entry per layer.
     """
 

@@ -1,6 +1,6 @@
 """Records what the TPU compiler predicts for a few steps: ``python -m tests.hardware.record``.
 
-Run it when a step is meant to have become slower or fatter, or with a new compiler, and commit
+Run it when a step is meant to have become slower or larger, or with a new compiler, and commit
 the file with the reason.
 """
 

@@ -58,7 +58,10 @@ def test_what_grew_is_named_most_first():
     assert slower.index("collective_exposed_seconds 37") < slower.index("compute_seconds 151")
     assert "pallas" not in slower
     (fatter,) = growth(changed(memory_bytes={"peak": 9 << 30, "temporary": 6 << 30}), REPORT)
-    assert "fatter: the peak is 9216.000 MiB instead of 8192.000, +12.5 %; temporary 6144" in fatter
+    assert (
+        "peak memory grew: it is 9216.000 MiB instead of 8192.000, +12.5 %; temporary 6144"
+        in fatter
+    )
 
 
 def test_different_steps_are_not_compared():
@@ -76,7 +79,7 @@ def test_no_step_is_slower_or_fatter_than_recorded(name):
     if compiler != RECORDED["compiler"]:
         pytest.skip(
             f"recorded with libtpu {RECORDED['compiler']}, this is {compiler}; record "
-            "anew: python -m tests.hardware.record"
+            "again: python -m tests.hardware.record"
         )
     grown = growth(compiled_report(name), RECORDED["steps"][name])
     assert not grown, f"{name}: {' '.join(grown)} (if it must be: python -m tests.hardware.record)"
