@@ -16,9 +16,10 @@ from encdec.hardware.compile import Compiled, Memory, compile_lowered, device_by
 from encdec.hardware.topology import Topology
 from encdec.inference.decoding import decode_step, prefill
 from encdec.model import ModelConfig, abstract_params, build_model, for_decoding, logical_axes
+from encdec.train.across_mesh import on_mesh
 from encdec.train.compiler_options import compiler_options as chip_options
 from encdec.train.config import RunConfig
-from encdec.train.sharding import ShardingRules, data_shards, make_mesh, on_mesh, param_shardings
+from encdec.train.sharding import ShardingRules, data_shards, make_mesh, param_shardings
 
 START_ID = 0  # which token it is changes no time
 

@@ -18,16 +18,15 @@ from encdec.data.features import DECODER_FIELDS, ENCODER_FIELDS
 from encdec.data.teacher_rows import PAIR_FIELDS
 from encdec.errors import ConfigError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
+from encdec.train.across_mesh import compute_params, on_mesh
 from encdec.train.compiler_options import compiler_options
 from encdec.train.config import RunConfig
 from encdec.train.optimizer import make_optimizer
 from encdec.train.sharding import (
     ShardingRules,
     Unsharded,
-    compute_params,
     data_shards,
     like_params,
-    on_mesh,
     param_shardings,
 )
 from encdec.train.state import TrainState, create_state

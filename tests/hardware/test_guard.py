@@ -1,4 +1,4 @@
-"""What the guard against slower and fatter steps says, and the recorded steps it guards.
+"""What the guard against slower and larger steps says, and the recorded steps it guards.
 
 ``recorded.json`` was written by ``python -m tests.hardware.record`` with the TPU compiler that it
 names; another compiler's figures are no one's fault here.
@@ -57,10 +57,10 @@ def test_what_grew_is_named_most_first():
     assert slower.startswith("slower: the step takes 208.000 ms instead of 200.000, +4.0 %")
     assert slower.index("collective_exposed_seconds 37") < slower.index("compute_seconds 151")
     assert "pallas" not in slower
-    (fatter,) = growth(changed(memory_bytes={"peak": 9 << 30, "temporary": 6 << 30}), REPORT)
+    (larger,) = growth(changed(memory_bytes={"peak": 9 << 30, "temporary": 6 << 30}), REPORT)
     assert (
         "peak memory grew: it is 9216.000 MiB instead of 8192.000, +12.5 %; temporary 6144"
-        in fatter
+        in larger
     )
 
 
@@ -74,7 +74,7 @@ def test_different_steps_are_not_compared():
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
 )
 @pytest.mark.parametrize("name", STEPS)
-def test_no_step_is_slower_or_fatter_than_recorded(name):
+def test_no_step_is_slower_or_larger_than_recorded(name):
     compiler = importlib.metadata.version("libtpu")
     if compiler != RECORDED["compiler"]:
         pytest.skip(
