@@ -1,4 +1,4 @@
-"""Decoding on CPUs: kernels in parts, and an encoder in bfloat16, are the same model."""
+"""Layouts for CPUs, and an encoder in bfloat16, are the same model."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def two_steps(config, params, rows=2):
     return np.stack([logits, later])
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma", "windowed"])
-def test_kernels_in_parts_compute_the_same(name, rows):
+@pytest.mark.parametrize(
+    "name, rows", [("paper", 1), ("paper", 2), ("unrolled", 1), ("t5gemma", 2), ("windowed", 1)]
+)
+def test_sharded_kernels_compute_the_same(name, rows):
     """Tied and separate heads, both MLPs, both pairings of heads, norms of queries and keys;
     sizes that do not divide."""
     config, params = pair(name)
@@ -61,15 +62,16 @@ def test_kernels_in_parts_compute_the_same(name, rows):
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (5, 2), (FEW_ROWS,), (FEW_ROWS + 1,)])
-def test_products_by_parts_are_products_for_any_number_of_rows(shape):
+def test_products_by_shards_are_products_for_any_number_of_rows(shape):
     draw = np.random.default_rng(0).normal
     x, kernel = draw(size=(*shape, 6)).astype(np.float32), draw(size=(11, 6)).astype(np.float32)
     found = product_by_shards(jnp.array(x), sharded_kernel(jnp.array(kernel), 3), 11)
     np.testing.assert_allclose(found, x @ kernel.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma", "windowed"])
-@pytest.mark.parametrize("shards", [0, 3])
+@pytest.mark.parametrize(
+    "name, shards", [("paper", 0), ("unrolled", 3), ("t5gemma", 3), ("windowed", 0)]
+)
 def test_attention_by_blocks_of_queries_computes_the_same(name, shards):
     """Nine inputs in three blocks; ten of a decoder-only model, so that the last is filled up."""
     config, params = pair(name)
@@ -106,7 +108,7 @@ def test_causal_blocks_read_no_keys_behind_their_span(length):
 
 
 @pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
-def test_cached_steps_in_parts_are_the_full_forward_pass(name):
+def test_cached_steps_in_shards_are_the_full_forward_pass(name):
     config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
     answer = np.array([[START, 7, 9, 11, 3]], np.int32)
     prompt = (
@@ -145,7 +147,7 @@ def test_a_step_copies_no_cache(name):
 
 
 @pytest.mark.parametrize("name", ["paper", "windowed"])
-def test_a_server_s_slots_hold_what_was_kept_in_parts(name):
+def test_a_server_s_slots_hold_what_was_kept_heads_first(name):
     """Read at a narrow width, inserted into a wider slot, and gone on from there."""
     config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
     plan = SlotPlan(DecodingPlan(Choosing(config.vocab_size), 3, START), 2, 12)
