@@ -30,7 +30,14 @@ def laptop() -> ConfigDict:
     config.vocabulary_bytes = 12 << 20  # of text that it is learned from
     config.seeds = 3  # of fine-tuning; pretraining has one
     config.optimizer = ConfigDict(
-        dict(name="muon", learning_rate=1e-2, weight_decay=0.1, warmup_fraction=0.1, z_loss=1e-4)
+        dict(
+            name="muon",
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            b2=0.95,
+            warmup_fraction=0.1,
+            z_loss=1e-4,
+        )
     )
     config.distill = ConfigDict(dict(alpha=0.9, draws=50))  # teacher's weight (paper's), draws
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable
 
 import encdec
 from encdec.errors import ConfigError, EncdecError
+from encdec.fields import nearest
 from encdec.startup import use_compilation_cache
 from encdec.storage import storage_error
 
@@ -155,8 +155,8 @@ def _dispatch(program: str, table: dict[str, tuple[str, str]], arguments: list[s
         return 0 if arguments else ConfigError.exit_code
     name, rest = arguments[0], arguments[1:]
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean `{program} {near[0]}`?" if near else ""
+        near = nearest(name, table)
+        hint = f"; did you mean `{program} {near}`?" if near else ""
         raise ConfigError(
             f"unknown command {name!r}{hint} (one of {', '.join(table)}; see `{program} --help`)"
         )

@@ -10,9 +10,10 @@ import sys
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "encdec"
 
 # Each room, or single file of one, and the rooms it may import; docs/design.md explains them.
-ALL_MAY_IMPORT = {"errors", "machine", "packages", "startup", "storage"}
+ALL_MAY_IMPORT = {"errors", "fields", "machine", "packages", "startup", "storage"}
 MAY_IMPORT = {
     "errors": set(),
+    "fields": {"errors"},
     "packages": {"errors"},
     "storage": {"errors"},
     "machine": set(),

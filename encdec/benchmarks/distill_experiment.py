@@ -208,10 +208,17 @@ def _config(
             "seed": seed,
             "log_every": max(1, steps // 8),
             "data": {"records": records, "eval_records": setting.eval_records},
-            "optimizer": {"name": "muon", "learning_rate": setting.learning_rate},
+            # docs/distillation.md has figures of this very recipe.
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": setting.learning_rate,
+                "weight_decay": 0.1,
+                "b2": 0.95,
+            },
+            "loss": {"z_loss": 0.0},
             "schedule": {"warmup_steps": max(1, steps // 10)},
             "checkpoint": {"every": 0},
-            "eval": {"batch_size": 4 * setting.batch_size},
+            "eval": {"every": 0, "batch_size": 4 * setting.batch_size},
         }
     )
 

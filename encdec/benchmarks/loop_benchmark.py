@@ -108,6 +108,7 @@ def measure_loop(
                 "log_every": window,
                 "data": {"records": str(records)},
                 "checkpoint": {"every": 0},
+                "loss": {"z_loss": 0.0},
             }
         )
         bare = _BareLoop(run)

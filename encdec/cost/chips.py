@@ -7,11 +7,11 @@ sparsity, which is twice what a dense matrix product can reach.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.fields import did_you_mean
 
 _GIB = 2**30
 
@@ -103,10 +103,10 @@ def chip_named(name: str) -> Chip:
     names = {chip.name.lower().removeprefix("tpu").strip(): chip for chip in CHIPS}
     chip = find_chip(name) or names.get(wanted)
     if chip is None:
-        near = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"did you mean {names[near[0]].name!r}? " if near else ""
-        known = ", ".join(chip.name for chip in CHIPS)
-        raise ConfigError(f"no chip is called {name!r}; {hint}Known are: {known}")
+        known = [chip.name for chip in CHIPS]
+        raise ConfigError(
+            f"no chip is called {name!r}{did_you_mean(wanted, known)} (known: {', '.join(known)})"
+        )
     return chip
 
 

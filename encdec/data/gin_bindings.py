@@ -6,7 +6,6 @@ Settings of `encdec prepare` itself are bound by `prepare_command`, out of `Prep
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from encdec.data.denoising import SETTINGS, Denoiser, MixtureOfDenoisers, SpanCo
 from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
 from encdec.data.text_tasks import TextTask
 from encdec.errors import ConfigError
+from encdec.fields import did_you_mean
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -122,8 +122,7 @@ def choose_objective(given: str | Objective | None, task: TextTask) -> Objective
     if given is None:
         return _with_bindings(task.objective)
     if given not in OBJECTIVES:
-        near = difflib.get_close_matches(given, OBJECTIVES, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(given, OBJECTIVES)
         raise ConfigError(f"no objective {given!r}; there are {', '.join(OBJECTIVES)}{hint}")
     return OBJECTIVES[given]()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ import numpy as np
 
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import DataError
+from encdec.fields import did_you_mean
 from encdec.storage import local, user_path
 
 FORMAT_VERSION = 1
@@ -140,9 +140,7 @@ def _card_from_dict(content: Any, path: pathlib.Path) -> DatasetCard:
     values = {key: value for key, value in content.items() if key != "packed"}
     for key in values:
         if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            hint = f"; nearest known field: {near[0]}" if near else ""
-            raise DataError(f"{path} has the unknown field {key!r}{hint}")
+            raise DataError(f"{path} has the unknown field {key!r}{did_you_mean(key, names)}")
     if missing := names - set(values) - {"lost"}:
         raise DataError(f"{path} lacks {sorted(missing)}; prepare again")
     try:

@@ -7,7 +7,6 @@ file and line and encoding in batches is not what tf.data does well.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from encdec.data.corpora import stdlib
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.errors import ConfigError, DataError
+from encdec.fields import did_you_mean
 from encdec.storage import local
 
 # (split, bad rows) to documents.
@@ -144,8 +144,7 @@ def text_task(name: str, data_dir: str | None = None) -> TextTask:
     DataError naming the nearest where there is none of that name.
     """
     if name not in TEXT_TASKS:
-        near = difflib.get_close_matches(name, TEXT_TASKS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, TEXT_TASKS)
         raise DataError(f"no task {name!r}; there are {', '.join(TEXT_TASKS)}{hint}")
     if data_dir is None:
         return TEXT_TASKS[name]

@@ -6,11 +6,11 @@ from a module of your own, ``register(Metric("mine", "how it is computed", funct
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Sequence
 
 from encdec.errors import ConfigError
+from encdec.fields import did_you_mean
 from encdec.metrics import syntax, text
 from encdec.metrics.score import Metric, Score
 
@@ -131,8 +131,7 @@ def metric_named(name: str) -> Metric:
         names = ", ".join(metric.name for metric in giving)
         raise ConfigError(f"{name!r} is a score of several metrics; name one of {names}")
     scores = [score for metric in METRICS.values() for score in metric.gives]
-    near = difflib.get_close_matches(name, [*METRICS, *scores], 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, [*METRICS, *scores])
     raise ConfigError(f"there is no metric {name!r}; there are {', '.join(METRICS)}{hint}")
 
 

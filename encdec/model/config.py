@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from encdec.errors import ConfigError
-from encdec.model.execution import EXECUTION_FIELDS, ExecutionConfig, check_types
+from encdec.fields import check_types, did_you_mean
+from encdec.model.execution import EXECUTION_FIELDS, ExecutionConfig
 
 Architecture = Literal["encoder_decoder", "decoder_only"]
 
@@ -127,8 +127,7 @@ class ModelConfig:
         how = {name: changes.pop(name) for name in EXECUTION_FIELDS if name in changes}
         for name in changes:
             if name not in names:
-                near = difflib.get_close_matches(name, [*names, *EXECUTION_FIELDS], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, [*names, *EXECUTION_FIELDS])
                 raise ConfigError(f"ModelConfig has no field {name!r}{hint}")
         if how:
             execution = changes.get("execution", self.execution)

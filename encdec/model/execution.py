@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
 from encdec.errors import ConfigError
+from encdec.fields import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,33 +65,3 @@ class ExecutionConfig:
 EXECUTION_FIELDS = tuple(field.name for field in dataclasses.fields(ExecutionConfig))
 # Chosen by inference for a machine; refused in a run's configuration.
 INFERENCE_FIELDS = ("attention_block", "cpu_shards", "encoder_dtype", "accumulate_in_float32")
-
-
-@functools.cache
-def field_types(kind: type) -> dict[str, Any]:
-    """The type hints of a config dataclass by field."""
-    return get_type_hints(kind)
-
-
-def check_types(config: Any) -> None:
-    """Raises ConfigError for a field whose value is not of its type; ints become floats, and
-    lists of numbers tuples, where a field is one."""
-    kind = type(config).__name__
-    for name, hint in field_types(type(config)).items():
-        value, choices = getattr(config, name), get_args(hint)
-        if choices:
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint_text = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(
-                    f"{kind}.{name} is {value!r}; expected one of "
-                    f"{', '.join(map(repr, choices))}{hint_text}"
-                )
-        elif hint is float and type(value) is int:
-            object.__setattr__(config, name, float(value))
-        elif hint is tuple and type(value) is list:  # as JSON gives it
-            object.__setattr__(config, name, tuple(map(float, value)))
-        elif type(value) is not hint:
-            raise ConfigError(
-                f"{kind}.{name} is {value!r} ({type(value).__name__}); expected {hint.__name__}"
-            )

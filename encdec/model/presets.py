@@ -18,11 +18,11 @@ for the laptop's scaling ladder.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.fields import did_you_mean
 from encdec.model.config import ModelConfig
 
 # The paper's choices where its release shows them; shared by all sizes so that size is all that
@@ -138,10 +138,10 @@ def preset_names() -> tuple[str, ...]:
 @functools.cache
 def _named(name: str) -> ModelConfig:
     if name not in preset_names():
-        near = difflib.get_close_matches(name, preset_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        names = preset_names()
         raise ConfigError(
-            f"no preset is called {name!r}; {hint}There are: {', '.join(preset_names())}"
+            f"no preset is called {name!r}{did_you_mean(name, names)} (there are: "
+            f"{', '.join(names)})"
         )
     peer = next(p for p in ("-dec-flops", "-dec", "") if name.endswith(p))
     rest = name.removesuffix(peer)

@@ -77,8 +77,8 @@ class Corpora:
             self._prepare(
                 "pretrain",
                 part,
-                shape["inputs"],
-                shape["targets"],
+                shape.inputs,
+                shape.targets,
                 say,
                 text=[str(self._work / "text" / f"{part}.jsonl")],
             )
@@ -121,8 +121,8 @@ class Corpora:
         found = 0
         for number, (text,) in enumerate(text_documents(check_files(self._text), BadRows())):
             found += len(text.encode())
-            excerpt = text.encode()[: shape["document_bytes"]].decode(errors="ignore")
-            held_out = number % shape["held_out_every"] == shape["held_out_every"] - 1
+            excerpt = text.encode()[: shape.document_bytes].decode(errors="ignore")
+            held_out = number % shape.held_out_every == shape.held_out_every - 1
             taken["held_out" if held_out else "train"].append(excerpt)
         for part, texts in taken.items():
             _write_lines(self._work / "text" / f"{part}.jsonl", ({"text": text} for text in texts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import pathlib
 import re
@@ -15,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from encdec.errors import ConfigError
+from encdec.fields import unknown_field
 from encdec.storage import local_path
 
 _OVERRIDE = re.compile(r"--?config\.([^=]+)=.*", re.DOTALL)
@@ -79,9 +79,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
     for override in overrides:
         name = _OVERRIDE.fullmatch(override)[1]
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {', '.join(names)}"
-            raise ConfigError(f"the experiment has no field {name!r}{hint}")
+            raise unknown_field(name, names, "the experiment")
     values = flags.FlagValues()
     command = ["encdec paper", *overrides]
     try:

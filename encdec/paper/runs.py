@@ -99,8 +99,8 @@ class Experiment:
                 row,
                 records=self._corpora.records("pretrain", "train"),
                 eval_records=self._corpora.records("pretrain", "held_out"),
-                batch_size=shape["batch_size"],
-                steps=shape["steps"],
+                batch_size=shape.batch_size,
+                steps=shape.steps,
                 seed=0,
             ),
         )
@@ -151,7 +151,7 @@ class Experiment:
                 folder,
                 self._corpora.records(column.name, "train"),
                 out,
-                draws=self._setting.distill["draws"],
+                draws=self._setting.distill.draws,
                 step=chosen_step(folder, "best"),
             )
             jax.clear_caches()

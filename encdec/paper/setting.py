@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError
 from encdec.evaluation.results_table import PAPER
+from encdec.fields import build
 from encdec.model import ModelConfig, preset
 from encdec.scaling.matching import DECODER_ONLY, encoder_share, matched, series_name
 from encdec.train.config import RunConfig, parse_config
@@ -38,6 +39,34 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerSetting:
+    """Of every run; ``warmup_fraction`` of its steps."""
+
+    name: Literal["adamw", "adafactor", "muon"]
+    learning_rate: float
+    weight_decay: float
+    b2: float
+    warmup_fraction: float
+    z_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSetting:
+    alpha: float
+    draws: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainSetting:
+    inputs: int
+    targets: int
+    batch_size: int
+    steps: int
+    document_bytes: int
+    held_out_every: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """Fields as in configs/paper.py."""
 
@@ -49,9 +78,9 @@ class Setting:
     vocabulary: int
     vocabulary_bytes: int
     seeds: int
-    optimizer: Mapping[str, Any]
-    distill: Mapping[str, Any]
-    pretrain: Mapping[str, Any]
+    optimizer: OptimizerSetting
+    distill: DistillSetting
+    pretrain: PretrainSetting
     columns: tuple[Column, ...]
 
     def identity(self) -> dict[str, Any]:
@@ -65,17 +94,14 @@ def parse_setting(values: Mapping[str, Any]) -> Setting:
     Raises:
         ConfigError: a value out of range, or models that cannot be made.
     """
-    values = dict(values)
-    columns = tuple(
-        Column(name, **{**fields, "tasks": tuple(fields["tasks"])})
-        for name, fields in values.pop("columns").items()
-    )
-    setting = Setting(
-        columns=columns,
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        },
+    words = {"label": "config", "what": "the experiment"}
+    columns = []
+    for name, column in values["columns"].items():
+        where = f"columns.{name}."
+        columns.append(build(Column, {"name": name, **column}, prefix=where, **words))
+    rest = {name: value for name, value in values.items() if name != "columns"}
+    setting = dataclasses.replace(
+        build(Setting, rest | {"columns": ()}, **words), columns=tuple(columns)
     )
     _check(setting)
     return setting
@@ -171,8 +197,8 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
         series_name(split) if split else DECODER_ONLY,
         split or setting.splits[0],
         "flops+data",
-        pretrain["inputs"],
-        pretrain["targets"],
+        pretrain.inputs,
+        pretrain.targets,
     )
 
 
@@ -204,16 +230,17 @@ def run_config(
             "log_every": max(1, steps // 10),
             "data": {"records": records, "eval_records": eval_records},
             "optimizer": {
-                "name": optimizer["name"],
-                "learning_rate": optimizer["learning_rate"],
-                "weight_decay": optimizer["weight_decay"],
+                "name": optimizer.name,
+                "learning_rate": optimizer.learning_rate,
+                "weight_decay": optimizer.weight_decay,
+                "b2": optimizer.b2,
             },
             "schedule": {
                 "name": "cosine",
-                "warmup_steps": round(optimizer["warmup_fraction"] * steps),
+                "warmup_steps": round(optimizer.warmup_fraction * steps),
             },
-            "loss": {"z_loss": optimizer["z_loss"]},
-            "distill": {"teacher": teacher, "alpha": setting.distill["alpha"]},
+            "loss": {"z_loss": optimizer.z_loss},
+            "distill": {"teacher": teacher, "alpha": setting.distill.alpha},
             "eval": {"every": every, "batch_size": batch_size},
             "checkpoint": {"every": every, "keep": EVALUATIONS + 1},
         }

@@ -197,9 +197,9 @@ def make_runs(
                     "name": OPTIMIZER,
                     "learning_rate": LEARNING_RATE,
                     "weight_decay": 0.1,
+                    "b2": 0.95,
                 },
                 "schedule": {"name": "cosine", "warmup_steps": max(1, steps // 10)},
-                "loss": {"z_loss": 1e-4},
                 "eval": {"every": max(1, steps // 8)},
                 "checkpoint": {"every": max(1, steps // 2), "keep": 1},
             }

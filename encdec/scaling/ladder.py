@@ -9,18 +9,18 @@ series are matched to it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 import ml_collections
 
 from encdec.cost.flops import ParameterCount, count_parameters, training_flops
 from encdec.data.records import DatasetCard
 from encdec.errors import ConfigError
+from encdec.fields import build, did_you_mean
 from encdec.model import ModelConfig, preset
 from encdec.scaling.matching import (
     DECODER_ONLY,
@@ -226,10 +226,8 @@ class Plan:
         """The run called ``name``; ConfigError naming the nearest if there is none."""
         names = [run.name for run in self.runs]
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"ladder {self.ladder.name!r} has no run {name!r}{hint} "
+                f"ladder {self.ladder.name!r} has no run {name!r}{did_you_mean(name, names)} "
                 "(`encdec scaling plan` lists them)"
             )
         return self.runs[names.index(name)]
@@ -242,7 +240,7 @@ def parse_ladder(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Ladde
         ConfigError: unknown field (naming the nearest), wrong type, or a value out of range.
     """
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    ladder = _build(Ladder, values, "")
+    ladder = build(Ladder, values, label="ladder", what="the ladder")
     _check(ladder)
     return ladder
 
@@ -424,42 +422,6 @@ def _learning_rate(rule: LearningRateRule, model: ModelConfig, batch: int) -> fl
     width = (rule.reference_width / model.d_model) ** rule.width_exponent
     rate = rule.peak * width * (batch / rule.reference_batch) ** rule.batch_exponent
     return float(f"{rate:.3g}")
-
-
-def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(kind)
-    arguments = {}
-    for name, value in values.items():
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = (
-                f"; did you mean {prefix + near[0]!r}?"
-                if near
-                else (f"; wanted one of {', '.join(hints)}")
-            )
-            raise ConfigError(f"the ladder has no field {prefix + name!r}{hint}")
-        arguments[name] = _typed(prefix + name, value, hints[name])
-    return kind(**arguments)
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, Mapping):
-            return _build(hint, value, name + ".")
-    elif hint in (int, str, bool):
-        if type(value) is hint:
-            return value
-    elif hint is float:
-        if type(value) in (int, float):
-            return float(value)
-    elif hint in (tuple[float, ...], tuple[str, ...]):
-        kinds = (int, float) if hint == tuple[float, ...] else (str,)
-        if isinstance(value, (list, tuple)) and all(type(item) in kinds for item in value):
-            return tuple(float(x) if hint == tuple[float, ...] else x for x in value)
-    elif isinstance(value, Mapping):
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in value.items()}
-    wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise ConfigError(f"ladder.{name} is {value!r} ({type(value).__name__}); wanted {wanted}")
 
 
 def _check(ladder: Ladder) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import pathlib
 import re
@@ -19,6 +18,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from encdec.errors import ConfigError, DataError, EncdecError
+from encdec.fields import unknown_field
 from encdec.storage import local_path
 
 _OVERRIDE = re.compile(r"--?(?:no)?ladder\.([^=]+)(=.*)?", re.DOTALL)
@@ -246,9 +246,7 @@ def load_ladder(source: str, overrides: Sequence[str]) -> ml_collections.ConfigD
     for override in overrides:
         name = _OVERRIDE.fullmatch(override)[1]
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"the ladder has no field {name!r}{hint}")
+            raise unknown_field(name, names, "the ladder")
     values = flags.FlagValues()
     command = ["encdec scaling", *overrides]
     try:

@@ -7,13 +7,13 @@ is refused by name, never ignored. Where OpenAI accepts a value that asks for no
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from encdec.errors import ConfigError, DataError
+from encdec.fields import did_you_mean
 from encdec.inference.settings import GenerationSettings
 from encdec.serving.chat import ChatTemplate
 from encdec.serving.prompts import Prompt, PromptReader
@@ -288,8 +288,7 @@ def _check_names(
                     param=name,
                 )
         elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ApiError(
                 400, f"unknown field {name!r}{hint} (known: {', '.join(known)})", param=name
             )

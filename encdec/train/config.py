@@ -1,24 +1,26 @@
 """What a run is: its typed configuration, and every check that needs neither data nor devices.
 
-A config file (``configs/*.py``) returns an ml_collections ``ConfigDict``; ``parse_config`` turns
-it into the frozen ``RunConfig`` that the training code reads. Fields that a config file leaves
-out take the defaults below, and ``complete`` adds them, so that each can be overridden from the
-command line.
+The defaults below are the recipe of pretraining: the paper's where it states one (AdamW's decay
+rates, weight decay, clipping, cosine to 0, batch of 128), ours else. A config file
+(``configs/*.py``) returns an ml_collections ``ConfigDict`` of what differs from them;
+``complete`` adds the rest, so that each field can be overridden from the command line, and
+``parse_config`` turns it into the frozen ``RunConfig`` that the training code reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import ml_collections
 from ml_collections import config_dict
 
+from encdec import fields
 from encdec.errors import ConfigError
+from encdec.fields import field_types
 from encdec.model import ExecutionConfig, ModelConfig, preset
-from encdec.model.execution import INFERENCE_FIELDS, field_types
+from encdec.model.execution import INFERENCE_FIELDS
 from encdec.train.distillation_losses import AlphaSchedule, Divergence, Tail
 
 
@@ -48,10 +50,10 @@ class MeshConfig:
 class OptimizerConfig:
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3  # at the schedule's peak
-    weight_decay: float = 0.1  # times the learning rate; matrices only, never norms and biases
+    weight_decay: float = 0.01  # times the learning rate; matrices only, never norms and biases
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
     b1: float = 0.9  # AdamW: decay of the first moment
-    b2: float = 0.95  # AdamW: decay of the second moment
+    b2: float = 0.98  # AdamW: decay of the second moment
     eps: float = 1e-8  # AdamW: added to the root of the second moment
     momentum: float = 0.95  # Muon: decay of the momentum
     decay_rate: float = 0.8  # Adafactor: second moment decays by 1 - step^-decay_rate
@@ -62,14 +64,14 @@ class ScheduleConfig:
     """Linear warmup, then a decay; fractions are of the peak or of the run, in [0, 1]."""
 
     name: Literal["cosine", "linear", "rsqrt", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0  # steps up to the peak
+    warmup_steps: float = 0.01  # up to the peak; below 1: that part of the run
     final_fraction: float = 0.0  # of the peak, at the last step (cosine, linear, wsd)
     decay_fraction: float = 0.2  # wsd: the part of the run spent decaying linearly
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    z_loss: float = 0.0  # weight of log(sum(exp(logits)))^2, which keeps logits small
+    z_loss: float = 1e-4  # weight of log(sum(exp(logits)))^2, which keeps logits small (PaLM)
     label_smoothing: float = 0.0  # probability spread evenly over the vocabulary
     vocab_tile: int = 0  # vocabulary entries scored at a time; 0: all at once
 
@@ -82,7 +84,7 @@ class DistillConfig:
     loss: Divergence = "forward_kl"  # see encdec/train/distillation_losses.py
     alpha: float = 0.9  # weight of the teacher, in [0, 1]
     alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises to alpha, "learning_rate" falls
-    warmup_steps: int = 0  # of alpha, with alpha_schedule "warmup"
+    warmup_steps: float = 0  # of alpha, with alpha_schedule "warmup"; below 1: a part of the run
     temperature: float = 1.0  # of both distributions; the one that the teacher was stored at
     beta: float = 0.5  # jensen_shannon: the teacher's share of the mixture
     tail: Tail = "merged"  # top-k rows: mass left out is one outcome, or forgotten (biased)
@@ -90,7 +92,8 @@ class DistillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    every: int = 0  # steps between evaluations; 0: only after the last step
+    # Steps between evaluations; below 1: that part of the run; 0: only after the last step
+    every: float = 0.05
     batches: int = 0  # batches evaluated each time; 0: every row once
     batch_size: int = 0  # rows; 0: as many as one training micro-batch
     patience: int = 0  # evaluations without a lower loss after which the run ends; 0: never
@@ -98,7 +101,9 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 1000  # steps between checkpoints; the last step is always saved
+    # Steps between checkpoints; below 1: that part of the run; 0: none but the last step's, which
+    # is always saved
+    every: float = 0.05
     keep: int = 2  # newest checkpoints kept; 0 keeps all
     keep_best: int = 0  # also keep so many of the lowest held-out loss; 0: none
     keep_every: int = 0  # also keep each checkpoint whose step is a multiple; 0: none
@@ -122,7 +127,7 @@ class RunConfig:
     model_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 128  # rows in one optimizer step, over all devices
     accumulation: int = 1  # micro-batches that make up one optimizer step
-    steps: int = 10_000  # optimizer steps of the whole run
+    steps: int = 100_000  # optimizer steps of the whole run
     seed: int = 0  # of the initial parameters, dropout and the rows' order
     init_from: str = ""  # work directory whose parameters the run starts from; empty: drawn ones
     # Where the architecture differs from that of the source: stop, take the source's over in place
@@ -152,6 +157,15 @@ class RunConfig:
         return self.batch_size // self.accumulation
 
 
+# Numbers of steps that may be given as a part of the run, below 1; ``parse_config`` turns them into
+# steps, so that a shorter run is one with another ``config.steps``.
+PARTS_OF_THE_RUN = (
+    "schedule.warmup_steps",
+    "distill.warmup_steps",
+    "eval.every",
+    "checkpoint.every",
+)
+
 # Fields that may change when a run is continued: they say where and how it runs and what it
 # reports, not which function of the data it computes. Records and teachers are compared by
 # content instead.
@@ -168,6 +182,9 @@ OPERATIONAL = (
 )
 
 
+WHAT = "the run's configuration"  # in messages
+
+
 def parse_config(config: RunConfig | Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
     """Checks a run's configuration and freezes it.
 
@@ -178,10 +195,46 @@ def parse_config(config: RunConfig | Mapping[str, Any] | ml_collections.ConfigDi
         config = to_dict(config)
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
-    run = _build(RunConfig, config, "")
+    overrides = config.get("model_overrides")
+    if isinstance(overrides, Mapping):
+        set_ones = {k: v for k, v in overrides.items() if v is not None}
+        for name in set_ones.keys() & {*INFERENCE_FIELDS, "kernel_parts"}:
+            raise unknown_field(f"model_overrides.{name}", [])
+        config = {**config, "model_overrides": set_ones}
+    run = _in_steps(fields.build(RunConfig, config, label="config", what=WHAT))
     _check_values(run)
     run.model_config()
     return run
+
+
+def _in_steps(run: RunConfig) -> RunConfig:
+    """The run with numbers of steps in place of parts of the run."""
+
+    def steps(name: str) -> int:
+        group, field = name.split(".")
+        value = getattr(getattr(run, group), field)
+        if 0 < value < 1:
+            return max(1, round(value * run.steps))
+        if value != int(value):
+            raise ConfigError(
+                f"config.{name} is {value!r}; expected a whole number of steps, or a part of the "
+                "run between 0 and 1"
+            )
+        return int(value)
+
+    changes: dict[str, dict[str, int]] = {}
+    for name in PARTS_OF_THE_RUN:
+        group, field = name.split(".")
+        changes.setdefault(group, {})[field] = steps(name)
+    # A warmup of one step in a run of one would leave none to decay in.
+    if 0 < run.schedule.warmup_steps < 1:
+        warmup = min(changes["schedule"]["warmup_steps"], run.steps - 1)
+        changes["schedule"]["warmup_steps"] = warmup
+    groups = {
+        group: dataclasses.replace(getattr(run, group), **values)
+        for group, values in changes.items()
+    }
+    return dataclasses.replace(run, **groups)
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
@@ -218,35 +271,14 @@ def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str
     return names
 
 
-def unknown_field(name: str, names: list[str]) -> ConfigError:
-    """The error for a field that does not exist, with the nearest that does."""
+def unknown_field(name: str, names: Sequence[str]) -> ConfigError:
+    """The error for a field that a run does not have, with the nearest that it has."""
     if name.rsplit(".", 1)[-1] in (*INFERENCE_FIELDS, "kernel_parts"):
         return ConfigError(
             f"the run's configuration has no field {name!r}: inference chooses it for the machine "
             "that it runs on; leave it out"
         )
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    # `lerning_rate` is nearer to `optimizer.learning_rate` than the whole paths show.
-    leaf = difflib.get_close_matches(
-        name.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.75
-    )
-    if leaf:
-        near = [n for n in names if n.rsplit(".", 1)[-1] == leaf[0]]
-        near = difflib.get_close_matches(name, near, n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {', '.join(names)}"
-    return ConfigError(f"the run's configuration has no field {name!r}{hint}")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the values that differ between two nested mappings."""
-    names = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            names.append(prefix + key)
-    return names
+    return fields.unknown_field(name, names, WHAT)
 
 
 def _check_names(values: Mapping[str, Any], full: ml_collections.ConfigDict) -> None:
@@ -262,59 +294,13 @@ def _check_names(values: Mapping[str, Any], full: ml_collections.ConfigDict) -> 
     visit(values, "")
 
 
-def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """Builds a config dataclass out of plain values, checking names and types on the way."""
-    hints = get_type_hints(kind)
-    for name in values:
-        if name not in hints:
-            raise unknown_field(
-                prefix + name, field_names(ml_collections.ConfigDict(to_dict(RunConfig())))
-            )
-    arguments = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise _ill_typed(prefix + name, value, "a group of fields")
-            arguments[name] = _build(hint, value, f"{prefix}{name}.")
-        elif name == "model_overrides":
-            arguments[name] = {k: v for k, v in value.items() if v is not None}
-            for chosen in arguments[name].keys() & {*INFERENCE_FIELDS}:
-                raise unknown_field(f"{name}.{chosen}", [])
-        else:
-            arguments[name] = _typed(prefix + name, value, hint)
-    return kind(**arguments)
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    choices = get_args(hint)
-    if choices:
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"config.{name} is {value!r}; wanted one of "
-                f"{', '.join(map(repr, choices))}{hint_text}"
-            )
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise _ill_typed(name, value, hint.__name__)
-    return value
-
-
-def _ill_typed(name: str, value: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"config.{name} is {value!r} ({type(value).__name__}); wanted {wanted}")
-
-
 def _check_values(run: RunConfig) -> None:
     def require(condition: bool, name: str, wanted: str) -> None:
         if not condition:
             value: Any = run
             for part in name.split("."):
                 value = getattr(value, part)
-            raise ConfigError(f"config.{name} is {value!r}; wanted {wanted}")
+            raise ConfigError(f"config.{name} is {value!r}; expected {wanted}")
 
     for name in ("batch_size", "accumulation", "steps", "log_every"):
         require(getattr(run, name) > 0, name, "a positive number")
@@ -408,5 +394,5 @@ def _check_values(run: RunConfig) -> None:
     if sizes.count(-1) > 1:
         raise ConfigError(
             f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}; "
-            "wanted -1 on at most one axis"
+            "expected -1 on at most one axis"
         )

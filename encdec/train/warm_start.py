@@ -42,21 +42,8 @@ SIZES = (
     "head_dim",
     "mlp_dim",
 )
-# Speed, memory and layout: converted where they differ.
-_EXECUTION = (
-    "attention_kernel",
-    "dtype",
-    "param_dtype",
-    "scan_layers",
-    "remat",
-    "fuse_projections",
-    "encoder_dtype",
-    "attention_block",
-    "kernel_parts",
-    "cpu_shards",
-    "accumulate_in_float32",
-    "execution",
-)
+# Precision, speed, memory and layout: converted where they differ.
+_EXECUTION = ("execution", "dtype", "param_dtype")
 # Of training alone.
 _TRAINING = ("attention_dropout", "mlp_dropout", "residual_dropout", "init_std")
 
@@ -154,11 +141,10 @@ def with_source_model(run: RunConfig, workdir: epath.PathLike | None = None) -> 
                 "set config.init_architecture='run'"
             )
     base = preset(run.model)
-    # The preset's own choices of execution may not go with the source's model.
-    execution = {"scan_layers": base.scan_layers and source.scan_layers}
+    # The preset's own choice of stacked layers may not go with the source's model.
+    execution = {"scan_layers": base.execution.scan_layers and source.execution.scan_layers}
     model = base.replace(**execution | theirs | dict(run.model_overrides))
-    before = base.to_dict()
-    changes = {k: v for k, v in model.to_dict().items() if v != before[k]}
+    changes = model.changes_from(base)
     return dataclasses.replace(run, model_overrides=changes)
 
 

@@ -14,9 +14,10 @@ from etils import epath
 from encdec.data.records import DatasetCard, Records
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError
+from encdec.fields import differences
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
 from encdec.storage import local
-from encdec.train.config import OPERATIONAL, RunConfig, differences, to_dict
+from encdec.train.config import OPERATIONAL, RunConfig, to_dict
 from encdec.train.program import Program
 from encdec.train.sharding import path_name
 

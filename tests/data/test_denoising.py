@@ -257,7 +257,7 @@ def test_objective_flag_and_own_denoisers(tmp_path, capsys):
     command = ["prepare", "--text", str(text), "--vocabulary=bytes+80", f"--out={tmp_path / 'o'}"]
     command += ["--inputs_length=64", "--targets_length=64"]
     assert encdec([*command, "--objective=span_coruption"]) == ConfigError.exit_code
-    assert "did you mean span_corruption" in capsys.readouterr().err
+    assert "did you mean 'span_corruption'" in capsys.readouterr().err
     own = "ul2.denoisers = [('X', 4, 0.3, 2), ('S', None, 0.5, 1)]"
     assert encdec([*command, "--objective=ul2", f"--gin_bindings={own}"]) == 0
     assert len(read_card(tmp_path / "o").objective["denoisers"]) == 2

@@ -162,7 +162,7 @@ def test_missing_data_is_refused_with_the_place_to_put_it(tmp_path):
         text_task("xsum", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"brings its own text"):
         text_task("stdlib_text", str(tmp_path))
-    with pytest.raises(DataError, match=r"did you mean squad_v2"):
+    with pytest.raises(DataError, match=r"did you mean 'squad_v2'"):
         text_task("squad")
 
 

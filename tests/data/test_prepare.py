@@ -208,7 +208,7 @@ def test_existing_directories_are_refused(tmp_path, jsonl):
     [
         (dict(vocabulary="nowhere.model"), DataError, "vocabulary nowhere.model not found"),
         (dict(jsonl=["nowhere.jsonl"]), DataError, "nowhere.jsonl not found"),
-        (dict(jsonl=(), task="stdlib_tekst"), DataError, "did you mean stdlib_text"),
+        (dict(jsonl=(), task="stdlib_tekst"), DataError, "did you mean 'stdlib_text'"),
         (dict(jsonl=(), task="stdlib_text", split="dev"), DataError, "split is 'dev'"),
         (dict(jsonl=()), ConfigError, "exactly one of --task, --jsonl and --text, got none"),
         (dict(task="stdlib_text"), ConfigError, "got task, jsonl"),

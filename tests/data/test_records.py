@@ -79,7 +79,7 @@ def test_addresses_are_refused_with_the_mount(tmp_path):
     "change, message",
     [
         ({"format_version": 99}, "format_version 99"),
-        ({"inputs_lenght": 3}, "unknown field 'inputs_lenght'; nearest known field: inputs_length"),
+        ({"inputs_lenght": 3}, "unknown field 'inputs_lenght'; did you mean 'inputs_length'"),
         ({"rows": None}, "lacks"),
         ({"shards": [{"name": "x"}]}, "malformed"),
     ],

@@ -97,7 +97,7 @@ def test_the_whole_table_and_again(inputs, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("size", ["laptop", "gpu"])
 def test_students_cost_the_same_and_the_teacher_is_larger(size):
     setting = parse_setting(load_config(f"{CONFIG}:{size}").to_dict())
-    shape = setting.pretrain["inputs"], setting.pretrain["targets"]
+    shape = setting.pretrain.inputs, setting.pretrain.targets
     assert list(table_rows(setting)) == ["DEC", "ED 2/3-1/3", "ED 1/2-1/2", "ED 1/3-2/3"]
     costs = [training_flops(model_of(setting, row), *shape) for row in table_rows(setting)]
     assert max(costs) / min(costs) < 1.01

@@ -102,8 +102,10 @@ def small_run(records: pathlib.Path | str = "", **changes: Any) -> dict[str, Any
         "steps": 20,
         "log_every": 5,
         "data": {"records": str(records)},
-        "optimizer": {"learning_rate": 1e-2},
+        "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1, "b2": 0.95},
         "schedule": {"warmup_steps": 2},
+        "loss": {"z_loss": 0.0},
+        "eval": {"every": 0},
         "checkpoint": {"every": 0},
     }
     for name, value in changes.items():

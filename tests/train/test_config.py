@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import textwrap
 
@@ -9,15 +10,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from encdec.errors import ConfigError
-from encdec.train.config import RunConfig, complete, differences, parse_config, to_dict
+from encdec.fields import differences
+from encdec.train.config import RunConfig, complete, field_names, parse_config, to_dict
 from encdec.train.sharding import mesh_shape
-from encdec.train.train_command import load_config, split_overrides
+from encdec.train.train_command import load_config, read_config_file, split_overrides
 
 PRETRAIN = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 
 
 def test_defaults_survive_the_round_trip():
-    assert parse_config({}) == RunConfig()
+    assert parse_config({}) == parse_config(RunConfig())
+    assert parse_config(parse_config({})) == parse_config({})
     run = parse_config({"model": "test", "optimizer": {"learning_rate": 1}})
     assert run.optimizer.learning_rate == 1.0 and type(run.optimizer.learning_rate) is float
     assert parse_config(to_dict(run)) == run
@@ -41,7 +44,7 @@ def test_defaults_survive_the_round_trip():
         ({"batch_size": 0}, ["config.batch_size", "0", "positive"]),
         ({"batch_size": 10, "accumulation": 4}, ["config.batch_size", "10", "accumulation", "4"]),
         ({"steps": 10, "schedule": {"warmup_steps": 10}}, ["schedule.warmup_steps", "10", "steps"]),
-        ({"schedule": {"name": "rsqrt"}}, ["schedule.warmup_steps", "rsqrt"]),
+        ({"schedule": {"name": "rsqrt", "warmup_steps": 0}}, ["schedule.warmup_steps", "rsqrt"]),
         ({"loss": {"label_smoothing": 1.0}}, ["loss.label_smoothing", "1.0"]),
         ({"optimizer": {"b2": 1.0}}, ["optimizer.b2", "1.0"]),
         ({"mesh": {"data": -1, "fsdp": -1}}, ["config.mesh", "-1", "one axis"]),
@@ -145,24 +148,61 @@ def test_bad_config_files(tmp_path, content, words):
         assert word in str(error.value), str(error.value)
 
 
-def test_the_shipped_config_lists_every_field():
-    full = complete(ConfigDict())
-    listed = load_config(PRETRAIN).to_dict()
-    from encdec.train.train_command import read_config_file
+CONFIGS = pathlib.Path(PRETRAIN).parent
+LESS = ["optimizer.learning_rate", "schedule.warmup_steps", "steps"]
+# All that each shipped config changes of the recipe.
+SHIPPED = {
+    "pretrain.py:330m": [],
+    "pretrain.py:330m-dec-flops": ["model"],
+    "pretrain.py:330m-tpu": ["batch_size", "mesh.fsdp", "model"]
+    + ["model_overrides.mlp_dropout", "model_overrides.remat", "model_overrides.scan_layers"],
+    "distill.py:330m": LESS,
+    "finetune.py:xsum": ["checkpoint.keep", "eval.patience", "log_every", *LESS],
+}
 
-    shipped = read_config_file(PRETRAIN).to_dict()
-    missing = [
-        name
-        for name in differences(full.to_dict(), shipped)
-        if not name.startswith("model_overrides") and _get(shipped, name) is None
+
+@pytest.mark.parametrize("source", SHIPPED)
+def test_a_shipped_config_is_the_recipe_but_for_what_it_states(source):
+    stated = read_config_file(str(CONFIGS / source)).to_dict()
+    changed = differences(to_dict(RunConfig()), load_config(str(CONFIGS / source)).to_dict())
+    overrides = [name for name in changed if name.startswith("model_overrides.")]
+    set_ones = {f"model_overrides.{name}" for name in stated.get("model_overrides", {})}
+    kept = [name for name in changed if name not in overrides or name in set_ones]
+    assert sorted(kept) == sorted(SHIPPED[source])
+    # Nothing is stated that is the default.
+    leaves = field_names(ConfigDict(stated))
+    groups = {name.rsplit(".", 1)[0] for name in leaves if "." in name}
+    assert set(leaves) - groups <= {*SHIPPED[source], "model", "mesh.data"}
+
+
+def test_a_baseline_and_its_students_train_with_the_same_losses():
+    runs = [
+        parse_config(load_config(f"{CONFIGS / name}", more))
+        for name, more in (
+            ("pretrain.py", []),
+            ("distill.py", []),
+            ("finetune.py", ["--config.eval.patience=0"]),
+        )
     ]
-    assert not missing and listed["model"] == "330m"
+    assert len({run.loss for run in runs}) == 1 and runs[0].loss.z_loss == 1e-4
+    assert len({dataclasses.replace(run.optimizer, learning_rate=1.0) for run in runs}) == 1
 
 
-def _get(values, name):
-    for part in name.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
+@pytest.mark.parametrize("name", ["pretrain.py", "distill.py", "finetune.py"])
+@pytest.mark.parametrize("steps", [1, 2, 20, 100_000])
+def test_any_number_of_steps_is_a_run(name, steps):
+    """Warmup, evaluations and checkpoints follow; those that are set in steps stay."""
+    changes = [f"--config.steps={steps}", "--config.data.eval_records=dev"]
+    run = parse_config(load_config(f"{CONFIGS / name}", changes))
+    assert 0 <= run.schedule.warmup_steps < steps or steps == 1 == run.schedule.warmup_steps + 1
+    assert run.eval.every == run.checkpoint.every == max(1, steps // 20)
+    if name == "pretrain.py" and steps == 100_000:
+        assert run.schedule.warmup_steps == 1_000
+    fixed = ["--config.eval.every=7", "--config.checkpoint.every=7"]
+    assert parse_config(load_config(f"{CONFIGS / name}", changes + fixed)).eval.every == 7
+    for field in ("eval.every", "checkpoint.every", "schedule.warmup_steps"):
+        with pytest.raises(ConfigError, match=rf"config.{field} is 2.5; expected a whole number"):
+            parse_config(load_config(f"{CONFIGS / name}", [f"--config.{field}=2.5"]))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from ml_collections import ConfigDict
 
 from encdec.data.records import Shard, content_fingerprint
 from encdec.data.sparse_logits import SparseFormat
@@ -16,8 +17,9 @@ from encdec.data.vocabulary import ByteVocabulary, VocabularySpec
 from encdec.errors import CheckpointError
 from encdec.model import ModelConfig, preset
 from encdec.scaling.ladder import PlannedRun
-from encdec.train.config import RunConfig, to_dict
+from encdec.train.config import RunConfig, complete, to_dict
 from encdec.train.workdir import FORMAT_VERSION, check_workdir
+from tests.train.test_warm_start import FUNCTION, WINDOWS
 
 SHARDS = [Shard("a", 3, 100, "aa"), Shard("b", 4, 90, "bb")]
 
@@ -155,8 +157,33 @@ FREE = (
     *("data.records", "data.eval_records", "distill.teacher", "log_every", "loss.vocab_tile"),
     *("mesh", "eval", "checkpoint", "profile"),
 )
-FREE_OF_MODEL = ("remat", "attention_kernel", "attention_block")
-MODEL_NAMES = list(ModelConfig().to_dict())
+FREE_OF_MODEL = ("remat", "attention_kernel", "fuse_projections")
+# Every field of a model that a run can set, with another value than the preset's.
+MODEL_CHANGES = (
+    {
+        "architecture": {"architecture": "decoder_only", "encoder_layers": 0},
+        "vocab_size": {"vocab_size": 300},
+        "encoder_layers": {"encoder_layers": 3},
+        "decoder_layers": {"decoder_layers": 2},
+        "d_model": {"d_model": 48},
+        "num_heads": {"num_heads": 2},
+        "num_kv_heads": {"num_kv_heads": 4},
+        "head_dim": {"head_dim": 16},
+        "mlp_dim": {"mlp_dim": 48},
+        "attention_dropout": {"attention_dropout": 0.3},
+        "mlp_dropout": {"mlp_dropout": 0.3},
+        "residual_dropout": {"residual_dropout": 0.3},
+        "init_std": {"init_std": 0.1},
+        "dtype": {"dtype": "bfloat16"},
+        "param_dtype": {"param_dtype": "bfloat16"},
+        "scan_layers": {"scan_layers": False},
+        "remat": {"remat": "full"},
+        "attention_kernel": {"attention_kernel": "xla"},
+        "fuse_projections": {"fuse_projections": True},
+    }
+    | FUNCTION
+    | WINDOWS
+)
 RUN_NAMES = [
     name for name in leaves(to_dict(RunConfig())) if name not in ("model", "model_overrides")
 ]
@@ -179,11 +206,22 @@ def test_a_work_directorys_identity_has_every_field_that_is_not_operational(name
     assert same_run(owned, changes) == free
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
-def test_a_work_directorys_identity_has_every_field_of_the_model(name, owned):
-    value = other(ModelConfig().to_dict()[name])
-    changes = changed(description(), f"model.{name}", value)
-    assert same_run(owned, changes) == (name in FREE_OF_MODEL)
+def test_every_field_of_a_model_that_a_run_can_set_is_tried():
+    assert set(MODEL_CHANGES) == set(complete(ConfigDict()).model_overrides)
+
+
+@pytest.mark.parametrize("name", MODEL_CHANGES)
+def test_a_work_directorys_identity_has_every_field_of_the_model(name, tmp_path):
+    base = preset("test-dec" if name in WINDOWS else "test")
+    if name in WINDOWS:
+        base = base.replace(attention_window=4, scan_layers=False)
+    before, after = (
+        description() | {"model": model.to_dict()}
+        for model in (base, base.replace(**MODEL_CHANGES[name]))
+    )
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    assert same_run(tmp_path, before)
+    assert same_run(tmp_path, after) == (name in FREE_OF_MODEL)
 
 
 def test_a_work_directorys_identity_has_its_data(owned):
