@@ -117,7 +117,7 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training run.
+    """One training run; ``parse_config`` makes one whose numbers of steps are steps.
 
     Raises:
         ConfigError: from ``parse_config``, before anything is computed or written.

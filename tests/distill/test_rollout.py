@@ -14,7 +14,8 @@ from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.inference.generator import load_generator
 from encdec.inference.settings import GenerationSettings
-from encdec.train.loop import prepare_job, train
+from encdec.train.job import prepare_job
+from encdec.train.loop import train
 from tests.train.conftest import TARGETS, random_pairs, small_run, write_records
 
 GREEDY = GenerationSettings()

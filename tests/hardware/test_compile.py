@@ -79,7 +79,7 @@ def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
 
 
 def test_nearest_fit_tries_remat_before_batches():
-    run = RunConfig(model="330m", batch_size=64)
+    run = parse_config({"model": "330m", "batch_size": 64})
     tried = []
 
     def attempt(variant):
@@ -121,7 +121,7 @@ def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits():
             raise DoesNotFit("out of memory")
         return Predicted(run.batch_size / 1000 - 0.001 * shards - 0.1 * (remat == "full"))
 
-    run = RunConfig(model="test", batch_size=16)
+    run = parse_config({"model": "test", "batch_size": 16})
     divides = lambda run: run.batch_size % 8 == 0
     find = lambda run, over, meshes: search(run, attempt, divides, over, meshes, quiet)
     found = find(run, ("batch", "remat"), search_meshes(run.mesh, 32))

@@ -22,7 +22,8 @@ from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model, init_params, preset
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import DistillConfig, LossConfig, parse_config
-from encdec.train.loop import prepare_job, train
+from encdec.train.job import prepare_job
+from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from encdec.train.program import abstract_batch, build_program
 from encdec.train.sharding import make_mesh

@@ -7,7 +7,7 @@ import pytest
 from encdec.data.records import open_records
 from encdec.train.config import parse_config
 from encdec.train.evaluate import Evaluator
-from encdec.train.loop import prepare_job
+from encdec.train.job import prepare_job
 from tests.train.conftest import small_run, write_records
 
 

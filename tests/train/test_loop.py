@@ -16,7 +16,7 @@ import pytest
 from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError, NonFiniteError
 from encdec.model import build_model, preset
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.loop import train
+from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
 from encdec.train.workdir import read_config
 from tests.train.conftest import random_pairs, small_run, write_records
@@ -54,7 +54,7 @@ def test_a_resumed_run_ends_in_the_same_bits(straight, records, eval_records, tm
     first = train(config, tmp_path, stop_at=10)
     assert first.step == 10
     # Reporting and checkpointing may change on the way; what is computed may not.
-    second = train(config | {"log_every": 3, "checkpoint": {"keep": 5}}, tmp_path)
+    second = train(config | {"log_every": 3, "checkpoint": {"keep": 5, "every": 0}}, tmp_path)
     assert second.step == 20
     _, wanted, _ = load_params_for_inference(straight[1])
     _, got, step = load_params_for_inference(tmp_path)
@@ -386,3 +386,20 @@ def run_python(script: str, arguments: list[str], **environment: str):
 def test_errors_are_told_apart_by_exit_code():
     codes = [kind.exit_code for kind in (ConfigError, DataError, CheckpointError, NonFiniteError)]
     assert len({EncdecError.exit_code, *codes}) == 5
+
+
+def test_hooks_are_called_between_steps_and_see_the_state(records, tmp_path):
+    seen = {"often": [], "end": []}
+
+    def often(session):
+        assert int(session.state.step) == session.step
+        seen["often"].append(session.step)
+
+    hooks = [Hook(often, every=2), Hook(lambda session: seen["end"].append(session.step))]
+    run = small_run(records, steps=5, checkpoint={"every": 2})
+    train(run, tmp_path / "run", stop_at=3, hooks=hooks)
+    train(run, tmp_path / "run", hooks=hooks)
+    assert seen == {"often": [2, 3, 4, 5], "end": [3, 5]}
+    with pytest.raises(ConfigError, match="every is -1"):
+        train(run, tmp_path / "other", hooks=[Hook(often, every=-1)])
+    assert not (tmp_path / "other").exists()

@@ -170,7 +170,8 @@ def test_fields_of_evaluation_change_its_batches(eval_records):
         run = run_of(*changes)
         program = build_program(run, run.model_config(), make_mesh(run.mesh), TARGETS)
         evaluator = Evaluator(program, run, run.model_config(), open_records(eval_records))
-        return evaluator._steps, len(evaluator._batches[0]["decoder_input_tokens"])
+        ((_, batches, steps, _, _),) = evaluator._parts
+        return steps, len(batches[0]["decoder_input_tokens"])
 
     assert shape() == (3, 8)
     assert shape({"eval.batches": 1}) == (1, 8)

@@ -20,8 +20,9 @@ from encdec.model import build_model, init_params, preset, unroll_params
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.config import parse_config
 from encdec.train.lineage import Lineage, lineage
-from encdec.train.loop import out_of_patience, train
+from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
+from encdec.train.session import out_of_patience
 from encdec.train.sharding import path_name
 from encdec.train.state import TrainState
 from encdec.train.warm_start import SIZES, architecture, plan_start, start_from, with_source_model

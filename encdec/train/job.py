@@ -1,0 +1,112 @@
+"""A run before it begins: everything that is checked first, and what passed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+
+from encdec.data.records import DatasetCard, Records, open_records
+from encdec.data.teacher_rows import TeacherRows, open_teacher
+from encdec.errors import ConfigError, DataError
+from encdec.model import ModelConfig
+from encdec.storage import local
+from encdec.train.config import RunConfig, parse_config
+from encdec.train.distillation_losses import check_divergence
+from encdec.train.program import Program, build_program
+from encdec.train.sharding import make_mesh
+from encdec.train.warm_start import StartPlan, plan_start, with_source_model
+from encdec.train.workdir import check_workdir, describe_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that passed every check; nothing has been computed or written yet."""
+
+    run: RunConfig
+    model: ModelConfig
+    records: Records
+    eval_records: Records | None
+    teacher: TeacherRows | None
+    program: Program
+    description: dict[str, Any]
+    start: StartPlan | None  # of a run that begins from another's parameters
+
+
+def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
+    """Checks configuration, records, vocabulary, teacher, mesh, batch and work directory, in order.
+
+    Raises:
+        ConfigError: a field that is unknown, ill-typed, out of range or at odds with the devices.
+        DataError: records that are missing, unfinished or do not fit the model, or a teacher's
+            shards that do not belong to them.
+        CheckpointError: a work directory that holds another run.
+    """
+    local("--workdir", workdir)
+    run = with_source_model(parse_config(config), workdir)
+    model = run.model_config()
+    if not run.data.records:
+        raise ConfigError(
+            "config.data.records is empty; wanted a directory written by "
+            "`encdec prepare`: --config.data.records=DIR"
+        )
+    records = open_records(run.data.records)
+    eval_records = open_records(run.data.eval_records) if run.data.eval_records else None
+    check_records(model, records.card, eval_records.card if eval_records else None)
+    teacher = open_teacher(run.distill.teacher, records) if run.distill.teacher else None
+    if teacher:
+        check_teacher(run, teacher)
+    mesh = make_mesh(run.mesh)
+    program = build_program(run, model, mesh, records.card.targets_length)
+    description = describe_run(
+        run,
+        model,
+        records.card,
+        eval_records.card if eval_records else None,
+        teacher.fingerprint if teacher else None,
+    )
+    resumes = check_workdir(workdir, description)
+    start = plan_start(run, model, records.card) if run.init_from and not resumes else None
+    return Job(run, model, records, eval_records, teacher, program, description, start)
+
+
+def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:
+    """Raises ConfigError unless the stored distributions can give the loss that is asked for."""
+    stored = teacher.format
+    check_divergence(run.distill.loss, stored.method)
+    if stored.temperature != run.distill.temperature:
+        raise ConfigError(
+            f"config.distill.temperature is {run.distill.temperature}, but {run.distill.teacher} "
+            f"was scored at {stored.temperature}; set the field to that, or score with "
+            f"--temperature={run.distill.temperature}"
+        )
+    if stored.method == "full" and run.loss.vocab_tile:
+        raise ConfigError(
+            f"config.loss.vocab_tile is {run.loss.vocab_tile}, but the teacher's rows are full, "
+            "which need all scores at once; set it to 0, or score with --method=sampled"
+        )
+
+
+def check_records(model: ModelConfig, card: DatasetCard, eval_card: DatasetCard | None) -> None:
+    """Raises DataError unless the records fit the model and the held-out records fit both."""
+    size = card.vocabulary.size
+    if size > model.vocab_size:
+        raise DataError(
+            f"the records' vocabulary has {size:,} ids, but the model's table only "
+            f"{model.vocab_size:,} rows; set --config.model_overrides.vocab_size={size} or more, "
+            "or prepare with a smaller vocabulary"
+        )
+    if eval_card is None:
+        return
+    for name, pick in (
+        ("vocabulary fingerprint", lambda c: c.vocabulary.fingerprint[:16]),
+        ("inputs_length", lambda c: c.inputs_length),
+        ("targets_length", lambda c: c.targets_length),
+        ("decoder_start_id", lambda c: c.decoder_start_id),
+    ):
+        if pick(card) != pick(eval_card):
+            raise DataError(
+                f"held-out records have {name} {pick(eval_card)}, the training records "
+                f"{pick(card)}; prepare both alike"
+            )

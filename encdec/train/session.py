@@ -1,0 +1,230 @@
+"""A run that is going on: its state, and what is done with it between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+
+from encdec.errors import Preempted
+from encdec.model import parameter_count
+from encdec.train.checkpoints import Checkpoints
+from encdec.train.evaluate import Evaluator
+from encdec.train.feed import on_devices, open_batches
+from encdec.train.goodput import Goodput, last_report
+from encdec.train.job import Job
+from encdec.train.lineage import source_note
+from encdec.train.metrics import METRICS_FILE, Console, make_writer, read_metrics
+from encdec.train.preemption import Notice
+from encdec.train.processes import from_first
+from encdec.train.reports import OnReport, Reports
+from encdec.train.state import TrainState
+from encdec.train.warm_start import plan_start, start_from
+from encdec.train.workdir import STARTED_NOTE, note_source, notes, write_workdir
+
+
+@dataclasses.dataclass
+class Session:
+    """Everything that a run has at hand while it goes on. All processes do the same with theirs.
+
+    Attributes:
+        job: the run, checked.
+        workdir: of the run.
+        state: after ``step`` steps; donated to the next one, so that its arrays must be copied to
+            be kept.
+        step: steps done in all.
+        stop: the step to end at.
+        checkpoints, reports, console, notice: where things go, and whether to leave.
+        evaluator: of the held-out records; None without.
+        losses: held-out loss by step, as ``checkpoints`` sees it.
+    """
+
+    job: Job
+    workdir: epath.PathLike
+    state: TrainState
+    step: int
+    stop: int
+    checkpoints: Checkpoints
+    reports: Reports
+    console: Console
+    notice: Notice
+    evaluator: Evaluator | None
+    losses: dict[int, float]
+
+    def batches(self) -> Iterable[Any]:
+        """The batches of the steps to come, on the devices."""
+        job, sharding = self.job, self.job.program.batch_sharding
+        batches = open_batches(
+            job.records,
+            job.model,
+            sharding,
+            job.run.batch_size,
+            seed=job.run.seed,
+            shuffle=job.run.data.shuffle,
+            columns=[job.teacher] if job.teacher else [],
+        )
+        return on_devices(batches, sharding, self.step, self.stop)
+
+    def save(self) -> None:
+        """Begins to save the state, once its metrics are known to be finite."""
+        self.reports.settle()
+        with self.reports.window.pause("checkpoint"):
+            self.checkpoints.save(self.step, self.state)
+
+    def evaluate(self) -> None:
+        """Reports the held-out loss.
+
+        Raises:
+            Preempted: the notice came meanwhile; the next process makes up for the evaluation.
+        """
+        self.reports.settle()
+        with self.reports.window.pause("evaluation"):
+            report = self.evaluator(self.state.params, self.notice.reached)
+        if report is None:
+            self.leave()
+        self.losses[self.step] = report["eval/loss"]
+        self.reports.write(self.step, report | self.reports.goodput.report())
+
+    def lacks_evaluation(self) -> bool:
+        """Whether the step at hand is to be evaluated before anything else.
+
+        A finished run is evaluated again, to say how good it is; another where its last process
+        ended between saving and evaluating.
+        """
+        every = self.job.run.eval.every
+        return bool(self.evaluator and self.step) and (
+            self.step == self.job.run.steps
+            or (every and self.step % every == 0 and self.step not in self.losses)
+        )
+
+    def leave_if_told(self) -> None:
+        """Saves and raises Preempted if the machine will be taken away."""
+        if self.notice.reached():
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Raises Preempted, once everything is saved."""
+        if self.step:
+            self.finish()
+        raise Preempted(
+            f"the machine is being taken away: step {self.step:,} is saved in "
+            f"{self.checkpoints.directory}; the same command goes on from there"
+        )
+
+    def finish(self) -> None:
+        """Returns when the last step is reported and saved on disk."""
+        self.reports.settle()
+        if self.checkpoints.latest() != self.step:
+            self.save()
+        self.checkpoints.wait()
+
+    def patience_ended(self) -> bool:
+        """Whether the held-out loss has not fallen for too many evaluations."""
+        losses = [self.losses[step] for step in sorted(self.losses)]
+        return out_of_patience(losses, self.job.run.eval.patience)
+
+
+@contextlib.contextmanager
+def open_session(
+    job: Job,
+    workdir: epath.PathLike,
+    *,
+    stop: int,
+    entered: float,
+    on_report: OnReport | None = None,
+) -> Iterator[Session]:
+    """A session at the last whole checkpoint, or before the first step; closed at the end.
+
+    Args:
+        job: the run.
+        workdir: receives everything.
+        stop: the step to end at.
+        entered: Unix time at which this process began with the run.
+        on_report: called with (step, numbers) at every report.
+    """
+    run = job.run
+    kept = {STARTED_NOTE: entered} | notes(workdir)
+    write_workdir(workdir, job.description | kept, job.records, job.program)
+    with contextlib.ExitStack() as closing:
+        notice = closing.enter_context(Notice())
+        console = Console(run.steps)
+        closing.callback(console.close)
+        losses: dict[int, float] = {}
+        checkpoints = Checkpoints(workdir, run.checkpoint, losses, console.say)
+        closing.callback(checkpoints.close)
+        _introduce(job, console)
+        state, start = _begin(job, workdir, checkpoints, console)
+        rows = _earlier_rows(workdir, start)
+        losses |= {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
+        goodput = Goodput(entered, kept[STARTED_NOTE], last_report(rows, start))
+        console.advance(start)
+        writer = make_writer(workdir, start, console)
+        closing.callback(writer.close)
+        reports = Reports(job, checkpoints, writer, stop, on_report, goodput)
+        evaluator = (
+            Evaluator(job.program, run, job.model, job.eval_records) if job.eval_records else None
+        )
+        yield Session(
+            job,
+            workdir,
+            state,
+            start,
+            stop,
+            checkpoints,
+            reports,
+            console,
+            notice,
+            evaluator,
+            losses,
+        )
+
+
+def _begin(
+    job: Job, workdir: epath.PathLike, checkpoints: Checkpoints, console: Console
+) -> tuple[TrainState, int]:
+    """The state to go on from, and its step: the last whole checkpoint's, or a new one."""
+    restored = checkpoints.restore(job.program.abstract_state)
+    if restored:
+        console.say(f"resuming {workdir} after step {restored[1]:,}")
+        return restored
+    state = job.program.init()
+    if job.run.init_from:
+        start = job.start or plan_start(job.run, job.model, job.records.card)
+        state, origin = start_from(state, start, job.model)
+        origin.write(workdir)
+        note_source(workdir, source_note(job.run.init_from, origin.step))
+        console.say(str(origin))
+    checkpoints.prepare(state)
+    return state, 0
+
+
+def _earlier_rows(workdir: epath.PathLike, start: int) -> list[dict[str, float]]:
+    """What ``metrics.jsonl`` says of the steps up to ``start``, the same on every process."""
+    rows = []
+    if start and not jax.process_index() and (epath.Path(workdir) / METRICS_FILE).exists():
+        rows = [row for row in read_metrics(workdir) if row["step"] <= start]
+    return from_first(rows)
+
+
+def out_of_patience(losses: Sequence[float], patience: int) -> bool:
+    """Whether the last ``patience`` held-out losses are all no lower than one before them."""
+    return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def _introduce(job: Job, console: Console) -> None:
+    """Says what is about to happen."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in job.program.mesh.shape.items())
+    device = jax.devices()[0].device_kind
+    console.say(
+        f"{job.run.model}: {parameter_count(job.program.abstract_state.params):,} parameters, "
+        f"{job.run.steps:,} steps of {job.run.batch_size} rows, {jax.device_count()} x {device} "
+        f"({mesh})"
+    )
+    if job.teacher:
+        console.say(job.teacher.describe())
+    for item in job.program.unsharded:
+        console.say(f"not split: {item}")
