@@ -10,6 +10,7 @@ rates, weight decay, clipping, cosine to 0, batch of 128), ours else. A config f
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -157,6 +158,16 @@ class RunConfig:
         return self.batch_size // self.accumulation
 
 
+# Fields that one choice alone reads: with another they keep their defaults.
+READ_WITH = {
+    "optimizer.momentum": ("optimizer.name", "muon"),
+    "optimizer.decay_rate": ("optimizer.name", "adafactor"),
+    "schedule.decay_fraction": ("schedule.name", "wsd"),
+    "distill.warmup_steps": ("distill.alpha_schedule", "warmup"),
+    "distill.beta": ("distill.loss", "jensen_shannon"),
+    "profile.steps": ("profile.first_step", None),  # any but 0
+}
+
 # Numbers of steps that may be given as a part of the run, below 1; ``parse_config`` turns them into
 # steps, so that a shorter run is one with another ``config.steps``.
 PARTS_OF_THE_RUN = (
@@ -294,13 +305,15 @@ def _check_names(values: Mapping[str, Any], full: ml_collections.ConfigDict) -> 
     visit(values, "")
 
 
+def _get(run: RunConfig, name: str) -> Any:
+    """The value of a dotted field."""
+    return functools.reduce(getattr, name.split("."), run)
+
+
 def _check_values(run: RunConfig) -> None:
     def require(condition: bool, name: str, wanted: str) -> None:
         if not condition:
-            value: Any = run
-            for part in name.split("."):
-                value = getattr(value, part)
-            raise ConfigError(f"config.{name} is {value!r}; expected {wanted}")
+            raise ConfigError(f"config.{name} is {_get(run, name)!r}; expected {wanted}")
 
     for name in ("batch_size", "accumulation", "steps", "log_every"):
         require(getattr(run, name) > 0, name, "a positive number")
@@ -315,6 +328,16 @@ def _check_values(run: RunConfig) -> None:
             bool(run.init_from) or getattr(run, name) == getattr(RunConfig(), name),
             name,
             f"{getattr(RunConfig(), name)!r} without config.init_from",
+        )
+    for name, (other, value) in READ_WITH.items():
+        seen = _get(run, other)
+        used = bool(seen) if value is None else seen == value
+        default = _get(RunConfig(), name)
+        wanted = f"config.{other} = {value!r}" if value else f"config.{other} set"
+        require(
+            used or _get(run, name) == default,
+            name,
+            f"{default!r} without {wanted}, which alone reads it",
         )
     optimizer, schedule = run.optimizer, run.schedule
     require(optimizer.learning_rate > 0, "optimizer.learning_rate", "a positive number")
