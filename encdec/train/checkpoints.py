@@ -362,11 +362,13 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
         raise CheckpointError(f"{error}; or run encdec import again") from error
 
     names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
-    if extra := sorted(tensors.keys() - names):
+    extra, missing = sorted(tensors.keys() - names), sorted(names - tensors.keys())
+    if extra:
         shown = ", ".join(extra[:6]) + f" and {len(extra) - 6} more" * (len(extra) > 6)
+        lost = f", and {', '.join(missing[:6])} is missing" if missing else ""
         raise CheckpointError(
-            f"{workdir} holds parameters that its configuration has no place for: {shown}; run "
-            "encdec import again"
+            f"{workdir} holds parameters that its configuration has no place for: {shown}{lost}; "
+            "run encdec import again"
         )
 
     def read(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
