@@ -11,7 +11,7 @@ import encdec
 from encdec.errors import ConfigError, EncdecError
 from encdec.fields import nearest
 from encdec.startup import use_compilation_cache
-from encdec.storage import storage_error
+from encdec.storage import refusals_explained
 
 # name: (module:function, what it does). The function takes the arguments after the name and
 # returns an exit code or None. To add a command, add its line.
@@ -111,7 +111,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments and arguments[0] in ("-V", "--version"):
             print(f"encdec {encdec.__version__}")
             return 0
-        code = _dispatch("encdec", COMMANDS, arguments)
+        # A full disk or a missing right is no bug of the program's: one line instead of the
+        # traceback of whichever library met it.
+        with refusals_explained(lambda: KEPT, _output(arguments)):
+            code = _dispatch("encdec", COMMANDS, arguments)
         sys.stdout.flush()  # a closed pipe shows itself here, not when Python exits
         return code
     except EncdecError as error:
@@ -124,13 +127,15 @@ def main(argv: list[str] | None = None) -> int:
         # goes nowhere from now on, or Python would complain when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except Exception as error:
-        # A full disk or a missing right is no bug of the program's: one line instead of the
-        # traceback of whichever library met it.
-        refusal = storage_error(error, KEPT)
-        if refusal is None:
-            raise
-        return _told(refusal)
+
+
+def _output(arguments: list[str]) -> str:
+    """Where a command writes, for refusals that do not say it."""
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in ("--out", "--workdir", "--work"):
+            return value if equals else "".join(arguments[number + 1 : number + 2])
+    return ""
 
 
 def _told(error: EncdecError) -> int:

@@ -12,7 +12,9 @@ import contextlib
 import errno
 import logging
 import os
+import pathlib
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from typing import Any
 
 from encdec.errors import ConfigError, EncdecError, StorageError
 
+_PARTIAL = ".partial"  # what a command has not finished writing
 _SPACE = "free some space there"
 _RIGHTS = "allow this user to use it, or name another path"
 # errno: (what it is called, what libraries write for it in their own errors, remedy)
@@ -50,24 +53,26 @@ _MOUNTS = {
 }
 
 
-def storage_error(error: BaseException, safe: str = "") -> StorageError | None:
+def storage_error(error: BaseException, safe: str = "", where: str = "") -> StorageError | None:
     """The refusal by the operating system behind ``error``; None where there is none.
 
     Args:
         error: an exception; its causes, contexts and the members of groups are searched.
         safe: a sentence on what is not lost and how to go on.
+        where: what was being written, if the error names no path.
     """
     found = [refusal for refusal in map(_refusal, _causes(error)) if refusal]
     if not found:
         return None
     number, path = next((refusal for refusal in found if refusal[1]), found[0])
     name, remedy = _REFUSALS[number]
+    path = path or where
     place = f"{path}: " if path else ""
     return StorageError(f"{place}{name.lower()}; {remedy}.{' ' * bool(safe)}{safe}")
 
 
 @contextlib.contextmanager
-def refusals_explained(safe: Callable[[], str]) -> Iterator[None]:
+def refusals_explained(safe: Callable[[], str], where: str = "") -> Iterator[None]:
     """Raises a refusal within the block as ``StorageError``; ``safe()`` is asked only then.
 
     Orbax writes in threads, which report a refusal to the block *and* print it, one traceback for
@@ -81,7 +86,7 @@ def refusals_explained(safe: Callable[[], str]) -> Iterator[None]:
             restore()
             raise
         # What threads still have to say is left out until the process ends.
-        raise storage_error(error, safe()) from error
+        raise storage_error(error, safe(), where) from error
     else:
         restore()
 
@@ -165,6 +170,40 @@ def local_path(text: str) -> str:
         return local("the path", text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def is_free(out: str | os.PathLike[str]) -> bool:
+    """Whether ``whole_directory`` may write there: missing, or a directory that holds nothing."""
+    path = pathlib.Path(out)
+    return not path.exists() or (
+        path.is_dir() and {entry.name for entry in path.iterdir()} <= {_PARTIAL}
+    )
+
+
+@contextlib.contextmanager
+def whole_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A new directory to write into, whose content becomes that of ``out`` at the end of the block.
+
+    ``out`` is free (``is_free``), and after an error or a kill it still is, so that the same
+    command can be run again. An existing directory stays (it may be a mount) and receives the
+    entries one by one; a new one appears whole.
+    """
+    target = pathlib.Path(out).absolute()
+    existed = target.is_dir()
+    partial = target / _PARTIAL if existed else target.with_name(target.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not existed:
+            os.replace(partial, target)
+            return
+        for entry in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(entry, target / entry.name)  # config.json last: it says that all is there
+        partial.rmdir()
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -15,7 +15,14 @@ import pytest
 
 from encdec import cli
 from encdec.errors import ConfigError, DataError, StorageError
-from encdec.storage import local, local_path, refusals_explained, storage_error
+from encdec.storage import (
+    is_free,
+    local,
+    local_path,
+    refusals_explained,
+    storage_error,
+    whole_directory,
+)
 from tests.train.conftest import random_pairs, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -70,10 +77,20 @@ def test_the_command_line_prints_one_line(monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device", "/full/out")
 
     monkeypatch.setattr(cli, "load", lambda target: refuse)
-    assert cli.main(["prepare"]) == StorageError.exit_code
+    assert cli.main(["prepare", "--out", "x"]) == StorageError.exit_code
     text = capsys.readouterr().err
     assert text.count("\n") == 1
     assert "/full/out: no space left" in text and "run the same command again" in text
+
+
+@pytest.mark.parametrize("flags", [["--out=/a/b"], ["--x", "--workdir", "/a/b"], ["--work=/a/b"]])
+def test_a_refusal_without_a_path_names_what_is_written(flags, monkeypatch, capsys):
+    def refuse(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "load", lambda target: refuse)
+    assert cli.main(["export", *flags]) == StorageError.exit_code
+    assert "/a/b: no space left" in capsys.readouterr().err
 
 
 def test_home_is_expanded_and_nothing_else_is_guessed(monkeypatch, tmp_path):
@@ -129,3 +146,22 @@ def test_training_on_a_full_disk_names_the_last_whole_checkpoint(tmp_path):
     last = refused.stderr.strip().splitlines()[-1]
     assert "file too large" in last and "begins at step 0" in last
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_directory_is_whole_or_still_free(existed, tmp_path):
+    out = tmp_path / "deep" / "out"
+    if existed:
+        out.mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(OSError), whole_directory(out) as partial:
+            (partial / "a").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert is_free(out)
+    with whole_directory(out) as partial:
+        (partial / "folder").mkdir()
+        (partial / "folder" / "a").write_text("all")
+        (partial / "config.json").write_text("{}")
+    assert (out / "folder" / "a").read_text() == "all" and not is_free(out)
+    assert {path.name for path in out.iterdir()} == {"folder", "config.json"}
+    assert {path.name for path in out.parent.iterdir()} == {"out"}

@@ -7,7 +7,7 @@ import pathlib
 import time
 
 from encdec.errors import ConfigError
-from encdec.storage import local_path
+from encdec.storage import is_free, local_path, whole_directory
 from encdec.train.workdir import model_config_of, read_config
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().parse_args(argv)
     out = pathlib.Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise ConfigError(f"--out={out} is not empty; give another directory")
     if options.precision not in _ALLOWED[options.format]:
         raise ConfigError(
@@ -57,29 +57,31 @@ def main(argv: list[str]) -> int:
         )
     config, params, step = load_params_for_inference(options.checkpoint, options.step)
     if options.format == "hf":
-        family, reasons = huggingface.write(
-            out,
-            config,
-            params,
-            prompts,
-            targets_length=targets_length,
-            dtype=options.precision,
-            native=not options.own,
-        )
+        with whole_directory(out) as partial:
+            family, reasons = huggingface.write(
+                partial,
+                config,
+                params,
+                prompts,
+                targets_length=targets_length,
+                dtype=options.precision,
+                native=not options.own,
+            )
         if family == "encdec":
             why = f" (no T5Gemma: {'; '.join(reasons)})" if reasons else ""
             print(f"With a modelling file of its own: load it with trust_remote_code=True{why}")
         kind = f"Hugging Face, {family}"
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     else:
-        size = writer.write(
-            out,
-            config,
-            params,
-            precision=options.precision,
-            content=content,
-            vocabulary_from=options.checkpoint,
-        )
+        with whole_directory(out) as partial:
+            size = writer.write(
+                partial,
+                config,
+                params,
+                precision=options.precision,
+                content=content,
+                vocabulary_from=options.checkpoint,
+            )
         kind = {"onnx": "ONNX", "litert": "LiteRT"}[options.format]
     print(
         f"{out}: {kind}, {options.precision}, {size:,} bytes, step {step:,} "

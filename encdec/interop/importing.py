@@ -19,6 +19,7 @@ from encdec.data.vocabulary import MODEL_FILE, SPEC_FILE, Vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.interop.framing import Framing
 from encdec.model import ModelConfig, check_params, parameter_count
+from encdec.storage import is_free, whole_directory
 from encdec.train.sharding import path_name
 from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER
 
@@ -58,7 +59,7 @@ def write_model(
         ConfigError: parameters that do not fit the configuration, or ``out`` is taken.
         DataError: the vocabulary has more ids than the model.
     """
-    if out.exists() and any(out.iterdir()):
+    if not is_free(out):
         if not overwrite:
             raise ConfigError(f"--out={out} is not empty; give another directory, or --overwrite")
         if not _is_imported(out):
@@ -79,25 +80,25 @@ def write_model(
     config = config.replace(param_dtype=param_dtype, dtype=param_dtype)
     if overwrite:
         shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     tensors = {name: _Cast(leaf, _DTYPES[param_dtype]) for name, leaf in leaves.items()}
-    files = safetensors.write_directory(out / PARAMS_FOLDER, tensors)
-    content = {
-        "format_version": FORMAT_VERSION,
-        "imported": source
-        | {
-            "max_length": max_length,
-            "parameters": parameter_count(params),
-            "files": files,
-            "fingerprint": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
-        },
-        "model": config.to_dict(),
-        "data": {
-            "vocabulary": vocabulary.save(out).to_dict() if vocabulary else None,
-            **framing.to_dict(max_length),
-        },
-    }
-    write_json(out / CONFIG_FILE, content)
+    with whole_directory(out) as partial:
+        files = safetensors.write_directory(partial / PARAMS_FOLDER, tensors)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "imported": source
+            | {
+                "max_length": max_length,
+                "parameters": parameter_count(params),
+                "files": files,
+                "fingerprint": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+            },
+            "model": config.to_dict(),
+            "data": {
+                "vocabulary": vocabulary.save(partial).to_dict() if vocabulary else None,
+                **framing.to_dict(max_length),
+            },
+        }
+        write_json(partial / CONFIG_FILE, content)
     return config
 
 

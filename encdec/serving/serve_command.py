@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="of the model (default: the directory's)")
     parser.add_argument(
         "--chat_template",
+        type=local_path,
         metavar="FILE",
         help="Jinja that makes one text of a chat's messages (default: the checkpoint's own "
         "chat_template.jinja, which an import brings along; without any, one message is the input)",

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
-from encdec.storage import local, local_path
+from encdec.storage import is_free, local, local_path, whole_directory
 from encdec.train.checkpoints import (
     FINGERPRINTS,
     latest_step,
@@ -62,7 +62,7 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
         CheckpointError: a checkpoint is missing or damaged.
     """
     target = pathlib.Path(local("--out", out))
-    if target.exists() and any(target.iterdir()):
+    if not is_free(target):
         raise ConfigError(f"--out={out} is not empty; give another directory")
     description = read_config(workdir)
     total = None
@@ -76,24 +76,22 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
     mean = jax.tree.map(
         lambda x, dtype: jax.numpy.asarray((x / len(steps)).astype(dtype)), total, dtypes
     )
-    target.mkdir(parents=True, exist_ok=True)
-    with ocp.CheckpointManager(
-        target.resolve() / CHECKPOINTS_FOLDER, item_names=("params", FINGERPRINTS)
-    ) as manager:
-        manager.save(
-            steps[-1],
-            args=ocp.args.Composite(
-                **{
-                    "params": ocp.args.StandardSave(mean),
-                    FINGERPRINTS: ocp.args.JsonSave({"params": fingerprints(mean)}),
-                }
-            ),
-        )
-    copy_vocabulary(workdir, target)
-    description["averaged"] = {"workdir": os.fspath(workdir), "steps": list(steps)}
-    partial = target / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(partial, target / CONFIG_FILE)
+    with whole_directory(target) as partial:
+        with ocp.CheckpointManager(
+            partial / CHECKPOINTS_FOLDER, item_names=("params", FINGERPRINTS)
+        ) as manager:
+            manager.save(
+                steps[-1],
+                args=ocp.args.Composite(
+                    **{
+                        "params": ocp.args.StandardSave(mean),
+                        FINGERPRINTS: ocp.args.JsonSave({"params": fingerprints(mean)}),
+                    }
+                ),
+            )
+        copy_vocabulary(workdir, partial)
+        description["averaged"] = {"workdir": os.fspath(workdir), "steps": list(steps)}
+        (partial / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def main(argv: list[str]) -> int:
