@@ -2,6 +2,8 @@
 # make test         environment with the test tools, then every test
 # make test-light   the same for an environment without TensorFlow, with its own tests
 # make lint         the style checks of ruff.toml
+# make mutants      puts known faults into a copy, one at a time: do the tests notice?
+#                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
 # make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 to 3.14)
@@ -15,6 +17,7 @@ ENV     ?= .venv
 EXTRAS  ?= test
 TESTS   ?=
 ARGS    ?=
+PACKAGE ?=
 WORKERS ?= 2
 
 BIN := $(ENV)/bin
@@ -28,7 +31,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test test-light lint lm-eval clean
+.PHONY: quickstart install test test-light lint mutants lm-eval clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(ENV)/.installed
@@ -44,6 +47,9 @@ test-light:
 
 lint: $(TESTED)
 	$(BIN)/ruff check .
+
+mutants: $(TESTED)
+	$(BIN)/python -m tests.mutants --package=$(PACKAGE) $(ARGS)
 
 lm-eval: $(TESTED) $(ENV)-lm-eval/.installed
 	ENCDEC_LM_EVAL=$(ENV)-lm-eval/bin/python $(BIN)/python -m pytest tests/serving/test_harness.py
