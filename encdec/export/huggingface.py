@@ -19,6 +19,7 @@ from encdec.data.records import write_json
 from encdec.errors import ConfigError
 from encdec.export import equivalents, tokenizer
 from encdec.export.equivalents import Params
+from encdec.export.special_ids import padding_id
 from encdec.inference.text import PromptFormat
 from encdec.interop import own as own_format
 from encdec.interop import t5gemma
@@ -31,6 +32,8 @@ SHIPPED = pathlib.Path(__file__).parent / "shipped"
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Their major versions are read alike: tests/export/test_transformers_versions.py tries each.
+TRANSFORMERS = {"least": "4.57", "tested": ["4.57.3", "5.24.0"]}
 MAX_POSITIONS = 1 << 15  # stated where a length is asked for; nothing of ours depends on it
 Need = tuple[str, bool, str]  # a field, whether it is as wanted, what is wanted
 
@@ -63,9 +66,15 @@ def write(
         ConfigError: a field that no family can express.
     """
     check(config)
+    vocabulary, start_id = prompts.vocabulary, prompts.decoder_start_id
+    pad_id = padding_id(
+        vocabulary, config.vocab_size, start_id, is_encoder_decoder=config.is_encoder_decoder
+    )
     reasons = []
     if config.is_encoder_decoder and native:
         reasons = obstacles(t5gemma_needs(config), config)
+        if pad_id == start_id:
+            reasons.append(f"no id is left for padding: the decoder starts with EOS, {start_id}")
     family = (
         "llama"
         if not config.is_encoder_decoder
@@ -76,21 +85,19 @@ def write(
     config, params = equivalents.on_host(config, params)
     rewrite = {"llama": llama, "t5gemma": to_t5gemma, "encdec": own}[family]
     values, tensors = rewrite(config, params)
-    vocabulary = prompts.vocabulary
-    ids = {
-        "pad_token_id": tokenizer.pad_id(vocabulary),
-        "eos_token_id": vocabulary.eos_id,
-        "bos_token_id": prompts.decoder_start_id,
-    }
+    ids = {"pad_token_id": pad_id, "eos_token_id": vocabulary.eos_id, "bos_token_id": start_id}
     generation = ids | {"max_new_tokens": targets_length}
     if surplus := list(range(vocabulary.size, config.vocab_size)):
         generation["suppress_tokens"] = surplus  # rows of the table that are no ids
     if config.is_encoder_decoder:
-        generation["decoder_start_token_id"] = prompts.decoder_start_id
-        ids["decoder_start_token_id"] = prompts.decoder_start_id
+        generation["decoder_start_token_id"] = start_id
+        ids["decoder_start_token_id"] = start_id
     for stack in ("encoder", "decoder"):
         if stack in values:
             values[stack] |= {k: ids[k] for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    if "encoder" in values and pad_id == vocabulary.eos_id:
+        # Inputs end with EOS, and a mask derived from it would hide that; none has the start token.
+        values["encoder"]["pad_token_id"] = start_id
     out.mkdir(parents=True, exist_ok=True)
     stored = {name: np.asarray(x).astype(_DTYPES[dtype]) for name, x in tensors.items()}
     files = safetensors.write_directory(out, stored, stem="model", metadata={"format": "pt"})
@@ -102,13 +109,15 @@ def write(
             "weight_map": weight_map,
         },
     )
-    tokenizer.write(out, prompts, config.architecture)
+    tokenizer.write(out, prompts, config.architecture, pad_id)
     vocabulary.save(out / VOCABULARY_FOLDER)  # as it is, for the way back
     if family == "encdec":
         for file in SHIPPED.glob("*_encdec.py"):
             shutil.copyfile(file, out / file.name)
     write_json(out / "generation_config.json", generation)
-    write_json(out / "config.json", values | ids | {"dtype": dtype})
+    write_json(
+        out / "config.json", values | ids | {"dtype": dtype, "transformers_versions": TRANSFORMERS}
+    )
     return family, reasons
 
 
@@ -152,6 +161,11 @@ def t5gemma_needs(config: ModelConfig) -> list[Need]:
         ("mlp_gated", config.mlp_gated, "True"),
         ("mlp_bias", not config.mlp_bias, "False"),
         ("qk_norm", not config.qk_norm, "False"),
+        (
+            "attention_logit_cap",
+            not config.attention_logit_cap,
+            "0, for transformers 4 leaves it out with its default attention",
+        ),
         ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
         (
             "num_heads",
@@ -175,6 +189,9 @@ def _common(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
+        # The same for transformers 4.
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "attention_bias": config.qkv_bias,
         "max_position_embeddings": MAX_POSITIONS,
     }
@@ -222,7 +239,7 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
         "hidden_activation": _ACTIVATIONS[config.mlp_activation],
         "query_pre_attn_scalar": config.head_dim,
         "sliding_window": MAX_POSITIONS,  # of no layer, and yet asked for
-        "attn_logit_softcapping": config.attention_logit_cap or None,
+        "attn_logit_softcapping": None,
         "final_logit_softcapping": config.final_logit_cap or None,
         "tie_word_embeddings": config.tie_embeddings,
     }
