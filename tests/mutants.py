@@ -284,7 +284,7 @@ MUTANTS = (
         "encdec/train/step.py",
         "new = one(params, micro_batch, jax.random.fold_in(key, index), alpha)",
         "new = one(params, micro_batch, jax.random.fold_in(key, 0 * index), alpha)",
-        ("tests/train/test_step.py::test_shards_of_micro_batches_have_dropout_masks_of_their_own",),
+        ("tests/train/test_step.py::test_micro_batches_have_dropout_keys_of_their_own",),
     ),
 )
 

@@ -16,6 +16,7 @@ from encdec.hardware.predict import COLLECTIVES
 from encdec.train.config import parse_config
 from encdec.train.program import Program, abstract_batch, build_program
 from encdec.train.sharding import make_mesh
+from encdec.train.step import _accumulated
 from tests.train.conftest import INPUTS, TARGETS, small_run
 
 ARCHITECTURES = {"encoder_decoder": "test", "decoder_only": "test-dec"}
@@ -220,6 +221,16 @@ def test_shards_of_micro_batches_have_dropout_masks_of_their_own(records):
         for mesh in [(1, 1, 1), (2, 1, 1), (4, 1, 1)]
     ]
     assert len(set(losses)) == 3
+
+
+def test_micro_batches_have_dropout_keys_of_their_own():
+    """Of a gradient that is nothing but what its key draws, from one row in every place."""
+    drawn = lambda params, batch, key, alpha: (jax.random.uniform(key, (5,)), batch["rows"].sum())
+    batch, params, key = {"rows": jnp.ones((4, 2))}, jnp.zeros(5), jax.random.key(3)
+    sums, _ = _accumulated(drawn, params, batch, key, None, pieces=4, apart=False)
+    keys = [jax.random.fold_in(key, index) for index in range(4)]
+    expected = sum(np.asarray(jax.random.uniform(k, (5,))) for k in keys)
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
 
 
 def test_dropout_follows_from_seed_and_step_alone(records):
