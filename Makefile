@@ -5,6 +5,7 @@
 # make mutants      puts known faults into a copy, one at a time: do the tests notice?
 #                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
 # make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
+# make transformers-4.57   an environment in ENV with that version, whose test is skipped without it
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 to 3.14)
 # ENV=...           where the environment lies (default .venv)
@@ -22,6 +23,11 @@ WORKERS ?= 2
 
 BIN := $(ENV)/bin
 
+# The other major version of transformers that exports are read with. It shares the packages of ENV,
+# torch among them, and so is made in seconds; accelerate and peft are for training what is read.
+OTHER   := $(ENV)/transformers-4.57
+OTHER_PACKAGES := transformers==4.57.3 accelerate==1.15.0 peft==0.21.2
+
 # One stamp for each choice of extras, so that another choice installs what it lacks.
 comma := ,
 TESTED := $(ENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -31,7 +37,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test test-light lint mutants lm-eval clean
+.PHONY: quickstart install test test-light lint mutants lm-eval transformers-4.57 clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(ENV)/.installed
@@ -59,6 +65,15 @@ $(ENV)-lm-eval/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(ENV)-lm-eval
 	$(ENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check \
 		"lm-eval[api]>=0.4.9,<0.5"
+	@touch $@
+
+transformers-4.57: $(OTHER)/.installed
+
+$(OTHER)/.installed: | $(TESTED)
+	$(BIN)/python -m venv $(OTHER)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(OTHER)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/env.pth"
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check $(OTHER_PACKAGES)
 	@touch $@
 
 clean:

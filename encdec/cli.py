@@ -10,7 +10,7 @@ from collections.abc import Callable
 import encdec
 from encdec.errors import ConfigError, EncdecError
 from encdec.fields import nearest
-from encdec.startup import use_compilation_cache
+from encdec.startup import keep_memory, use_compilation_cache
 from encdec.storage import refusals_explained
 
 # name: (module:function, what it does). The function takes the arguments after the name and
@@ -95,6 +95,12 @@ KEPT = (
     "What was finished is kept and nothing half-written passes for whole: "
     "run the same command again."
 )
+# Commands that take training steps, and would be given the same memory again at each.
+_TRAINING = [
+    *([name] for name in ("quickstart", "train", "distill", "paper", "scaling")),
+    *(["benchmark", name] for name in ("loop", "distill")),
+]
+
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -107,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     use_compilation_cache()
+    if arguments[:1] in _TRAINING or arguments[:2] in _TRAINING:
+        keep_memory()
     try:
         if arguments and arguments[0] in ("-V", "--version"):
             print(f"encdec {encdec.__version__}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 
@@ -18,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.files import whole_file
 
 _DTYPES = {
     "F32": np.dtype("<f4"),
@@ -147,8 +147,7 @@ def _write_file(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
     digest = hashlib.sha256()
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with whole_file(path) as partial, open(partial, "wb") as file:
 
         def put(data: bytes | memoryview) -> None:
             digest.update(data)
@@ -158,7 +157,4 @@ def _write_file(
         put(text)
         for tensor in tensors.values():
             put(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import sys
 
 # mallopt's parameters (malloc.h of glibc).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -47,6 +48,22 @@ def processor_kind() -> str:
     return f"{platform.machine()}-{digest[:12]}"
 
 
+def has_accelerator() -> bool:
+    """Whether jax may compute elsewhere than on the CPU, told without starting a backend."""
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return False
+    devices = pathlib.Path("/dev")
+    return any(any(devices.glob(name)) for name in ("nvidia[0-9]*", "accel*", "vfio/[0-9]*"))
+
+
+def _strict_accounting() -> bool:
+    """Whether Linux refuses memory beyond what it has, written to or not."""
+    try:
+        return pathlib.Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return True
+
+
 def keep_memory(reserve_bytes: int | None = None) -> bool:
     """On a CPU, keeps what a program has freed for its next call, on pages of 2 MiB.
 
@@ -57,8 +74,8 @@ def keep_memory(reserve_bytes: int | None = None) -> bool:
     pages where the system leaves that to programs (``transparent_hugepage`` is ``madvise``). What
     is never written takes no memory.
 
-    Call it before a backend starts, since threads keep the heaps that they begin with.
-    ENCDEC_KEEP_MEMORY=0 switches it off; away from glibc nothing happens.
+    Nothing happens once jax is imported, since threads keep the heaps that they begin with, where
+    an accelerator does the work, away from glibc, and with ENCDEC_KEEP_MEMORY=0.
 
     Args:
         reserve_bytes: default half of the machine's physical memory.
@@ -66,18 +83,21 @@ def keep_memory(reserve_bytes: int | None = None) -> bool:
     Returns:
         Whether it was done.
     """
-    if os.environ.get(KEEP_MEMORY, "1") == "0" or platform.libc_ver()[0] != "glibc":
+    off = os.environ.get(KEEP_MEMORY, "1") == "0" or "jax" in sys.modules or has_accelerator()
+    if off or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    options = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20))
+    # A threshold of -1 is none: what was reserved, too, would be given back at once.
+    options = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     if not all([libc.mallopt(name, value) for name, value in options]):
         return False
     size = reserve_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # The heap's end moves that far and stays; a limit on memory (ulimit) makes it less.
-    while size >= _HUGE_PAGE:
+    # The heap's end moves that far and stays; a limit on memory (ulimit) makes it less. Where the
+    # system counts what was asked for as used, nothing is reserved.
+    while size >= _HUGE_PAGE and not _strict_accounting():
         if begin := libc.malloc(size):
             first = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
             last = (begin + size) // _HUGE_PAGE * _HUGE_PAGE

@@ -6,15 +6,31 @@ import ast
 import pathlib
 import subprocess
 import sys
+from collections.abc import Container
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "encdec"
 
 # Each room, or single file of one, and the rooms it may import; docs/design.md explains them.
-ALL_MAY_IMPORT = {"errors", "fields", "machine", "packages", "startup", "storage"}
+ALL_MAY_IMPORT = {
+    "errors",
+    "fields",
+    "files",
+    "jobs",
+    "machine",
+    "packages",
+    "quiet",
+    "settings",
+    "startup",
+    "storage",
+}
 MAY_IMPORT = {
     "errors": set(),
     "fields": {"errors"},
     "packages": {"errors"},
+    "quiet": set(),
+    "files": set(),
+    "jobs": {"errors"},
+    "settings": {"errors"},
     "storage": {"errors"},
     "machine": set(),
     "model.execution": {"errors"},
@@ -143,6 +159,51 @@ def test_imports_point_downward():
             if not {parts[0], room_of(tuple(parts))} & allowed:
                 wrong.append(f"{path.relative_to(PACKAGE.parent)} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The sets of two or more nodes that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        found, todo = set(), [start]
+        while todo:
+            new = graph[todo.pop()] - found
+            found |= new
+            todo += new
+        return found
+
+    after = {node: reached(node) for node in graph}
+    rings = {
+        frozenset(other for other in after[node] if node in after[other])
+        for node in graph
+        if node in after[node]
+    }
+    return sorted(map(set, rings), key=sorted)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Late imports inside functions count, too: they only hide a circle."""
+    paths = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {name: imported_files(path, paths) - {name} for name, path in paths.items()}
+    assert graph["encdec.data.records"] >= {"encdec.data.mixing", "encdec.data.shards"}
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+
+
+def imported_files(path: pathlib.Path, files: Container[str]) -> set[str]:
+    """Which of these modules a file imports; of ``from package import name``, the module meant."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in files else node.module)
+    return {name for name in found if name in files}
 
 
 def test_tensorflow_stops_at_the_preparing_side():

@@ -55,7 +55,7 @@ def test_a_folder_given_by_the_environment_stays(monkeypatch):
 FAULTS = """
 import json, resource
 from encdec.startup import keep_memory
-kept = keep_memory(64 << 20)
+kept = keep_memory(256 << 20)
 import numpy as np
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -20,10 +20,12 @@ import numpy as np
 
 from encdec.cost.flops import count_parameters
 from encdec.data.batches import Batches
-from encdec.data.records import open_records, write_json
+from encdec.data.records import open_records
 from encdec.data.teacher_rows import TeacherCard, open_teacher, read_teacher_card
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
+from encdec.files import write_json
+from encdec.jobs import claim_settings
 from encdec.model import build_model, preset
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import RunConfig, parse_config
@@ -136,12 +138,7 @@ def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     identity = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("work", "seeds")}
     path = work / "setting.json"
-    if path.is_file() and json.loads(path.read_text()) != identity:
-        raise ConfigError(
-            f"{work} holds an experiment with other settings; give another --work, "
-            f"or those of {path}"
-        )
-    write_json(path, identity)
+    claim_settings(path, identity, holder=work, remedy=f"give another --work, or those of {path}")
     teacher = _teacher(setting, say)
     sampled = _scored(setting, SAMPLED, say)
     kinds = variants(sampled.pairs / sampled.tokens)
@@ -288,9 +285,9 @@ def _scored(setting: Setting, variant: Variant, say: Say) -> TeacherCard:
     out = setting.work / "scored" / variant.store
     out.parent.mkdir(exist_ok=True)
     card = score(
-        setting.work / "teacher",
-        setting.records,
-        out,
+        teacher=setting.work / "teacher",
+        records=setting.records,
+        out=out,
         method=variant.method,
         draws=variant.draws,
         k=variant.k,

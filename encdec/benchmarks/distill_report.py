@@ -17,8 +17,8 @@ from encdec.benchmarks.distill_experiment import (
     variants,
 )
 from encdec.benchmarks.distill_gradients import GradientError, gradient_errors
-from encdec.data.records import write_json
 from encdec.data.teacher_rows import read_teacher_card
+from encdec.files import write_json
 
 GRADIENTS_FILE, RATIOS_FILE = "gradients.json", "step_ratios.json"
 

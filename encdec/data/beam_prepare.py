@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pathlib
 import shlex
 from collections.abc import Iterator
 
 from encdec.data.blocks import Block, Counts, Recipe
-from encdec.data.prepare import NOTES, read_note, write_noted
+from encdec.data.prepare import write_noted
 from encdec.data.records import Shard
 from encdec.data.vocabulary import Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import ConfigError
+from encdec.files import write_json
+from encdec.jobs import NOTES, Notes
 from encdec.packages import install_hint
 
 SPOOL = "blocks"
@@ -48,16 +49,12 @@ class BeamWriter:
         self._options = PipelineOptions(shlex.split(options))
 
     def __call__(
-        self,
-        recipe: Recipe,
-        directory: pathlib.Path,
-        vocabulary: Vocabulary,
-        blocks: Iterator[Block],
+        self, recipe: Recipe, notes: Notes[Counts], vocabulary: Vocabulary, blocks: Iterator[Block]
     ) -> Iterator[tuple[Shard | None, Counts]]:
-        spool = directory / NOTES / SPOOL
+        spool = notes.directory / NOTES / SPOOL
         spool.mkdir(exist_ok=True)
         numbers = [_lay_down(spool, block) for block in blocks]
-        write = functools.partial(_write_laid_down, recipe, str(directory), vocabulary.spec())
+        write = functools.partial(_write_laid_down, recipe, notes, vocabulary.spec())
         with self._beam.Pipeline(options=self._options) as pipeline:
             _ = (
                 pipeline
@@ -66,27 +63,24 @@ class BeamWriter:
                 | "write shards" >> self._beam.Map(write)
             )
         for number in numbers:
-            yield read_note(directory, number)
+            yield notes.read(number)
 
 
 def _lay_down(spool: pathlib.Path, block: Block) -> int:
-    path = spool / f"{block.number:06d}.json"
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump([block.first_document, block.documents], file)
-    os.replace(partial, path)
+    write_json(spool / f"{block.number:06d}.json", [block.first_document, block.documents])
     return block.number
 
 
 @functools.lru_cache(maxsize=1)
-def _vocabulary(spec: VocabularySpec, directory: str) -> Vocabulary:
+def _vocabulary(spec: VocabularySpec, directory: pathlib.Path) -> Vocabulary:
     return load_vocabulary(spec, directory=directory)
 
 
-def _write_laid_down(recipe: Recipe, directory: str, spec: VocabularySpec, number: int) -> int:
-    root = pathlib.Path(directory)
-    with open(root / NOTES / SPOOL / f"{number:06d}.json", encoding="utf-8") as file:
-        first_document, documents = json.load(file)
+def _write_laid_down(
+    recipe: Recipe, notes: Notes[Counts], spec: VocabularySpec, number: int
+) -> int:
+    path = notes.directory / NOTES / SPOOL / f"{number:06d}.json"
+    first_document, documents = json.loads(path.read_text(encoding="utf-8"))
     block = Block(number, first_document, [tuple(document) for document in documents])
-    write_noted(recipe, root, block, _vocabulary(spec, directory))
+    write_noted(recipe, notes, block, _vocabulary(spec, notes.directory))
     return number

@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from encdec.data.records import (
 )
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.jobs import Tally
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Block:
 
 
 @dataclasses.dataclass
-class Counts:
-    """What became of some documents; counts of blocks add up."""
+class Counts(Tally):
+    """What became of some documents."""
 
     documents: int = 0
     rows: int = 0
@@ -89,11 +90,6 @@ class Counts:
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     lost: Losses = dataclasses.field(default_factory=Losses)
 
-    def add(self, other: Counts) -> None:
-        for field in dataclasses.fields(self):
-            mine, more = getattr(self, field.name), getattr(other, field.name)
-            setattr(self, field.name, mine + more)
-
     @property
     def tokens(self) -> int:
         return self.source_tokens + self.target_tokens
@@ -104,7 +100,7 @@ class Counts:
         return {**vars(self), **counters, "lost": dataclasses.asdict(self.lost)}
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Counts:
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
         counters = {name: collections.Counter(content[name]) for name in ("truncated", "dropped")}
         return cls(**{**content, **counters, "lost": Losses(**content["lost"])})
 

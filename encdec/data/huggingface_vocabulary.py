@@ -10,11 +10,11 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from encdec.data.vocabulary import Vocabulary
+from encdec.data.vocabulary_base import Vocabulary, VocabularySpec
 from encdec.errors import ConfigError, DataError
 
 # How published tokenizers name the token that ends a text, where nothing says it.
@@ -82,6 +82,10 @@ class HuggingFaceVocabulary(Vocabulary):
         if not self._ids:
             raise DataError(f"{name} has no tokens")
         self._eos_id = self._find_eos(name, eos_token) if eos_id is None else eos_id
+
+    @classmethod
+    def restore(cls, model: bytes, spec: VocabularySpec, name: str) -> Self:
+        return cls(model, spec.extra_ids, eos_id=spec.eos_id, name=name)
 
     def _find_eos(self, name: str, eos_token: str | None) -> int:
         tokens = (eos_token,) if eos_token else EOS_TOKENS

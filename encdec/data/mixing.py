@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from encdec.data.card import DatasetCard
 from encdec.data.objectives import Document
 from encdec.data.readers import BadRows
-from encdec.data.records import DatasetCard, Records, open_directory
+from encdec.data.shards import Records, open_directory
 from encdec.data.shuffle import epoch_order_seed, permuted, shuffled_rows
 from encdec.data.text_tasks import TextTask, text_task
 from encdec.data.vocabulary import Vocabulary

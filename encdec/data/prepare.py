@@ -1,7 +1,7 @@
 """``encdec prepare``: text to a records directory, all or nothing.
 
-Documents are cut into blocks, each written as one shard by any worker. Finished shards are noted
-under ``preparing/``, so that an interrupted preparation goes on where it was; the card comes last.
+Documents are cut into blocks, each written as one shard by any worker. An interrupted preparation
+goes on where it was (`encdec.jobs`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import threading
@@ -26,20 +24,21 @@ from encdec.data.blocks import Block, Counts, Recipe, cut_blocks, make_card, sha
 from encdec.data.objectives import Document, Objective, describe_objective
 from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.readers import BadRows
-from encdec.data.records import DatasetCard, Shard, file_sha256, read_card
+from encdec.data.records import DatasetCard, Shard, read_card
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, VocabularySpec, load_vocabulary
 from encdec.errors import ConfigError, DataError, EncdecError
+from encdec.files import write_text
+from encdec.jobs import DirectoryJob, Notes
 from encdec.machine import available_cores
 
-NOTES = "preparing"
 # Which rows --max_bad_rows left out: a line each, with file, line and reason.
 BAD_ROWS_FILE = "bad_rows.txt"
 
 Progress = Callable[[Counts], None]
-# (recipe, directory, vocabulary, blocks) to each block's shard and counts, in order.
+# (recipe, notes, vocabulary, blocks) to each block's shard and counts, in order.
 WriteBlocks = Callable[
-    [Recipe, pathlib.Path, Vocabulary, Iterator[Block]], Iterator[tuple[Shard | None, Counts]]
+    [Recipe, Notes[Counts], Vocabulary, Iterator[Block]], Iterator[tuple[Shard | None, Counts]]
 ]
 
 
@@ -81,27 +80,23 @@ def prepare(
     }
     # Reading starts before anything is written: a wrong split or a bad first row leaves nothing.
     documents = _peek(_passes(source, settings, bad_rows))
-    with _building(settings.directory, job, settings.overwrite) as directory:
-        vocabulary.save(directory)
-        counts = Counts()
-        shards: list[Shard] = []
-        write = writer or _Processes(settings.workers or available_cores())
-        blocks = cut_blocks(documents, settings.block_bytes)
-        for shard, block_counts in write(recipe, directory, vocabulary, blocks):
-            counts.add(block_counts)
-            if settings.lossless and counts.lost:
-                raise DataError(
-                    f"the vocabulary does not give this text back: {counts.lost.describe()}; take "
-                    "one that does (encdec vocab trains one, 'bytes' is one), or leave "
-                    "--lossless out"
-                )
-            if shard:
-                shards.append(shard)
-            if progress:
-                progress(counts)
+    building = DirectoryJob(
+        settings.directory, "preparation", job, CARD_FILE, Counts, overwrite=settings.overwrite
+    )
+    if building.finished:
+        card = read_card(settings.directory)
+        raise DataError(
+            f"{settings.directory} already holds {card.rows:,} rows of {card.task}; give another "
+            "--out, or --overwrite to replace them"
+        )
+    building.begin()
+    try:
+        counts, shards = _write_shards(
+            settings, recipe, vocabulary, documents, building.notes, writer, progress
+        )
         if bad_rows.count:
             counts.dropped["bad_rows"] = bad_rows.count
-            (directory / BAD_ROWS_FILE).write_text(bad_rows.listing(), encoding="utf-8")
+            write_text(building.directory / BAD_ROWS_FILE, bad_rows.listing())
         card = make_card(
             recipe,
             vocabulary,
@@ -112,10 +107,44 @@ def prepare(
             origin=job["origin"],
             decoder_start_id=settings.decoder_start_id,
         )
-        for name, content in (notes or {}).items():
-            (directory / name).write_text(content)
-        card.write(directory)
+    except EncdecError:
+        building.discard()
+        raise
+    for name, content in (notes or {}).items():
+        write_text(building.directory / name, content)
+    card.write(building.directory)
+    building.end()
     return card
+
+
+def _write_shards(
+    settings: PrepareSettings,
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    documents: Iterator[Document],
+    notes: Notes[Counts],
+    writer: WriteBlocks | None,
+    progress: Progress | None,
+) -> tuple[Counts, list[Shard]]:
+    """The shards of all blocks, in order, and what they come to."""
+    vocabulary.save(notes.directory)
+    counts = Counts()
+    shards: list[Shard] = []
+    write = writer or _Processes(settings.workers or available_cores())
+    blocks = cut_blocks(documents, settings.block_bytes)
+    for shard, block_counts in write(recipe, notes, vocabulary, blocks):
+        counts.add(block_counts)
+        if settings.lossless and counts.lost:
+            raise DataError(
+                f"the vocabulary does not give this text back: {counts.lost.describe()}; take "
+                "one that does (encdec vocab trains one, 'bytes' is one), or leave "
+                "--lossless out"
+            )
+        if shard:
+            shards.append(shard)
+        if progress:
+            progress(counts)
+    return counts, shards
 
 
 def _check_objective(
@@ -162,75 +191,6 @@ def _peek(documents: Iterator[Document]) -> Iterator[Document]:
     return itertools.chain(list(itertools.islice(documents, 1)), documents)
 
 
-class _building:
-    """The directory to write into: `out`, or beside it where `out` is to be replaced."""
-
-    def __init__(self, out: pathlib.Path, job: dict[str, Any], overwrite: bool):
-        self.out, self.job = out, job
-        self.finished = (out / CARD_FILE).is_file()
-        self.resumed = False
-        self.directory = out
-        notes = out / NOTES
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is a file; give another --out")
-        if self.finished and not overwrite:
-            card = read_card(out)
-            raise DataError(
-                f"{out} already holds {card.rows:,} rows of {card.task}; give another --out, or "
-                "--overwrite to replace them"
-            )
-        if self.finished:
-            self.directory = out.with_name(out.name + ".new")
-            notes = self.directory / NOTES
-        elif out.is_dir() and any(out.iterdir()) and not notes.is_dir():
-            raise DataError(
-                f"{out} is not empty and holds no records; give another --out (--overwrite "
-                "replaces records only)"
-            )
-        if notes.is_dir():
-            self._resume(notes, overwrite)
-
-    def _resume(self, notes: pathlib.Path, overwrite: bool) -> None:
-        path = notes / "job.json"
-        same = path.is_file() and json.loads(path.read_text()) == _plain(self.job)
-        if same:
-            self.resumed = True
-        elif overwrite or not path.is_file():
-            shutil.rmtree(self.directory)
-        else:
-            raise DataError(
-                f"{self.directory} holds the unfinished preparation of something else; repeat "
-                "that command, give another --out, or --overwrite to discard it"
-            )
-
-    def __enter__(self) -> pathlib.Path:
-        notes = self.directory / NOTES
-        notes.mkdir(parents=True, exist_ok=True)
-        _write_json(notes / "job.json", self.job)
-        return self.directory
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if kind is None:
-            shutil.rmtree(self.directory / NOTES)
-            if self.directory != self.out:
-                old = self.out.with_name(self.out.name + ".old")
-                os.rename(self.out, old)
-                os.rename(self.directory, self.out)
-                shutil.rmtree(old)
-        elif issubclass(kind, EncdecError) and not self.resumed:
-            shutil.rmtree(self.directory)
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
-
-
-def _plain(content: Any) -> Any:
-    return json.loads(json.dumps(content))
-
-
 class _Processes:
     """Writes blocks in order with any number of processes, a few blocks ahead."""
 
@@ -238,13 +198,9 @@ class _Processes:
         self.workers = workers
 
     def __call__(
-        self,
-        recipe: Recipe,
-        directory: pathlib.Path,
-        vocabulary: Vocabulary,
-        blocks: Iterator[Block],
+        self, recipe: Recipe, notes: Notes[Counts], vocabulary: Vocabulary, blocks: Iterator[Block]
     ) -> Iterator[tuple[Shard | None, Counts]]:
-        task = functools.partial(write_noted, recipe, directory)
+        task = functools.partial(write_noted, recipe, notes)
         first = list(itertools.islice(blocks, 2))
         blocks = itertools.chain(first, blocks)
         if self.workers == 1 or len(first) < 2:
@@ -256,7 +212,7 @@ class _Processes:
             self.workers,
             multiprocessing.get_context("spawn"),
             _start_worker,
-            (vocabulary.spec(), directory),
+            (vocabulary.spec(), notes.directory),
         )
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
@@ -284,42 +240,15 @@ def _start_worker(spec: VocabularySpec, directory: pathlib.Path) -> None:
 
 
 def write_noted(
-    recipe: Recipe, directory: pathlib.Path, block: Block, vocabulary: Vocabulary | None = None
+    recipe: Recipe, notes: Notes[Counts], block: Block, vocabulary: Vocabulary | None = None
 ) -> tuple[Shard | None, Counts]:
     """Write a block's shard and a note of it, or take the shard that is already there."""
-    note = _note_path(directory, block.number)
     digest = block.digest()
-    if note.is_file():
-        shard, counts = read_note(directory, block.number)
-        if json.loads(note.read_text())["digest"] == digest and _is_whole(directory, shard):
-            return shard, counts
-    shard, counts = write_block(recipe, vocabulary or _worker_vocabulary, block, directory)
+    found = notes.find(block.number, digest)
+    if found is not None:
+        return found
+    shard, counts = write_block(recipe, vocabulary or _worker_vocabulary, block, notes.directory)
     if shard is None:
-        (directory / shard_name(block.number)).unlink(missing_ok=True)
-    _write_json(
-        note,
-        {
-            "digest": digest,
-            "shard": dataclasses.asdict(shard) if shard else None,
-            "counts": counts.to_dict(),
-        },
-    )
+        (notes.directory / shard_name(block.number)).unlink(missing_ok=True)
+    notes.write(block.number, shard, counts, digest)
     return shard, counts
-
-
-def _note_path(directory: pathlib.Path, number: int) -> pathlib.Path:
-    return directory / NOTES / f"{number:06d}.json"
-
-
-def read_note(directory: pathlib.Path, number: int) -> tuple[Shard | None, Counts]:
-    """What a finished block left: its shard, or None where it gave no example, and counts."""
-    content = json.loads(_note_path(directory, number).read_text())
-    shard = Shard(**content["shard"]) if content["shard"] else None
-    return shard, Counts.from_dict(content["counts"])
-
-
-def _is_whole(directory: pathlib.Path, shard: Shard | None) -> bool:
-    if shard is None:
-        return True
-    path = directory / shard.name
-    return path.is_file() and file_sha256(path) == shard.sha256

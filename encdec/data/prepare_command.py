@@ -89,8 +89,7 @@ def parser() -> argparse.ArgumentParser:
         "'sequence_to_sequence.inputs_eos = False'.",
         argument_default=argparse.SUPPRESS,
     )
-    for field in dataclasses.fields(PrepareSettings):
-        flags.add_argument(f"--{field.name}", **field.metadata["flag"])
+    PrepareSettings.add_flags(flags)
     flags.add_argument(
         "--beam_options",
         metavar="FLAGS",

@@ -1,6 +1,6 @@
 """What `prepare` is to do. Flags, gin bindings and the identity of a job follow from the fields."""
 
-# ruff: noqa: RUF009 (`_setting` gives a field, which ruff cannot see)
+# ruff: noqa: RUF009 (`setting` gives a field, which ruff cannot see)
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from encdec.data import denoising  # noqa: F401 (enters its objectives)
 from encdec.data.mixing import MIXTURES, task_or_mixture
-from encdec.data.objectives import OBJECTIVES, Objective
+from encdec.data.objectives import Objective
 from encdec.data.packing import METHODS
 from encdec.data.readers import DOCUMENTS
 from encdec.data.text_tasks import TEXT_TASKS, TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError
+from encdec.settings import Settings, setting
 from encdec.storage import local, local_path
 
 # Small enough that two cores share a corpus of some megabytes, large enough that the last,
@@ -25,20 +25,8 @@ from encdec.storage import local, local_path
 BLOCK_BYTES = 4 << 20
 
 
-def _setting(
-    default: Any, about: str, *, identity: bool = False, least: int | None = None, **flag: Any
-) -> Any:
-    """A field. `identity`: it decides the bytes that are written; `least`: its smallest value."""
-    if isinstance(default, bool):
-        flag["action"] = "store_true"
-    elif least is not None:
-        flag.setdefault("type", int)
-    metadata = {"flag": {"help": about, **flag}, "identity": identity, "least": least}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclasses.dataclass(frozen=True)
-class PrepareSettings:
+class PrepareSettings(Settings):
     """The settings of `prepare`; lengths are tokens a row.
 
     In Python a `vocabulary`, `task` or `objective` may be the object itself, and `objective` None
@@ -46,60 +34,60 @@ class PrepareSettings:
     does not depend on `workers`.
     """
 
-    task: str | TextTask | None = _setting(
+    task: str | TextTask | None = setting(
         None, f"a task or mixture by name: {', '.join([*TEXT_TASKS, *MIXTURES])}"
     )
-    data_dir: str | None = _setting(
+    data_dir: str | None = setting(
         None, "where the task's files lie", type=local_path, metavar="DIR"
     )
-    jsonl: Sequence[str] = _setting(
+    jsonl: Sequence[str] = setting(
         (),
         "JSONL with source and target, also compressed",
         type=local_path,
         nargs="+",
         metavar="FILE",
     )
-    text: Sequence[str] = _setting(
+    text: Sequence[str] = setting(
         (),
         "text files, or JSONL with text, for pretraining",
         type=local_path,
         nargs="+",
         metavar="FILE",
     )
-    documents: str | None = _setting(
+    documents: str | None = setting(
         None,
         f"what a document is in a plain text file: {', '.join(DOCUMENTS)} (files); a row of JSONL "
         "always is one",
     )
-    objective: str | Objective | None = _setting(
-        None, f"what to learn from the text: {', '.join(OBJECTIVES)}"
+    objective: str | Objective | None = setting(
+        None,
+        "what to learn from the text: sequence_to_sequence, prefix_lm, span_corruption, ul2, "
+        "causal_lm",
     )
-    vocabulary: str | os.PathLike[str] | Vocabulary | None = _setting(
+    vocabulary: str | os.PathLike[str] | Vocabulary | None = setting(
         None, "a .model, a tokenizer.json, or 'bytes'", type=local_path
     )
-    extra_ids: int | None = _setting(None, "sentinels at the vocabulary's end (0)", least=0)
-    out: str | os.PathLike[str] | None = _setting(
+    extra_ids: int | None = setting(None, "sentinels at the vocabulary's end (0)", least=0)
+    out: str | os.PathLike[str] | None = setting(
         None, "the records directory to write", type=local_path, metavar="DIR"
     )
-    split: str = _setting("train", "train, validation or test (train)", identity=True)
-    inputs_length: int = _setting(1024, "source tokens a row (1024)", identity=True, least=0)
-    targets_length: int = _setting(256, "target tokens a row (256)", identity=True, least=2)
-    packing: str = _setting(
+    split: str = setting("train", "train, validation or test (train)", identity=True)
+    inputs_length: int = setting(1024, "source tokens a row (1024)", identity=True, least=0)
+    targets_length: int = setting(256, "target tokens a row (256)", identity=True, least=2)
+    packing: str = setting(
         "best_fit", f"{', '.join(METHODS)}; greedy is seqio's order (best_fit)", identity=True
     )
-    decoder_start_id: int = _setting(0, "first decoder input (0)", identity=True, least=0)
-    seed: int = _setting(0, "seed of the objective (0)", identity=True, least=0)
-    passes: int = _setting(
-        1, "times over the text, each with new noise (1)", identity=True, least=1
-    )
-    max_examples: int | None = _setting(
+    decoder_start_id: int = setting(0, "first decoder input (0)", identity=True, least=0)
+    seed: int = setting(0, "seed of the objective (0)", identity=True, least=0)
+    passes: int = setting(1, "times over the text, each with new noise (1)", identity=True, least=1)
+    max_examples: int | None = setting(
         None, "read no more than this many rows", identity=True, least=1
     )
-    max_bad_rows: int = _setting(0, "bad rows to leave out and count (0)", least=0)
-    lossless: bool = _setting(False, "refuse a vocabulary that does not give all text back (warn)")
-    block_bytes: int = _setting(BLOCK_BYTES, "text of a shard (4 MiB)", identity=True, least=1)
-    workers: int | None = _setting(None, "processes (all cores)", least=1)
-    overwrite: bool = _setting(False, "replace existing records")
+    max_bad_rows: int = setting(0, "bad rows to leave out and count (0)", least=0)
+    lossless: bool = setting(False, "refuse a vocabulary that does not give all text back (warn)")
+    block_bytes: int = setting(BLOCK_BYTES, "text of a shard (4 MiB)", identity=True, least=1)
+    workers: int | None = setting(None, "processes (all cores)", least=1)
+    overwrite: bool = setting(False, "replace existing records")
 
     @property
     def directory(self) -> pathlib.Path:
@@ -111,17 +99,7 @@ class PrepareSettings:
         for name in ("out", "vocabulary"):
             if getattr(self, name) is None:
                 raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata["least"]
-            if least is None or value is None:
-                continue
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{field.name} is {value!r}; wanted an integer, {least} or more")
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that decide what is written, apart from text, objective and vocabulary."""
-        fields = (f for f in dataclasses.fields(self) if f.metadata["identity"])
-        return {field.name: getattr(self, field.name) for field in fields}
+        super().check()
 
     def text_task(self, **mixing: Any) -> TextTask:
         """The task that is named, or made of files; `mixing` is for a mixture: `task_or_mixture`.

@@ -14,13 +14,13 @@ import numpy as np
 
 from encdec.data.mixing import MIXTURES
 from encdec.data.objectives import Objective
-from encdec.data.quiet import quiet_stderr
 from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import DataError
 from encdec.metrics.registry import metric_named
 from encdec.packages import require
+from encdec.quiet import quiet_stderr
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 require("seqio", "seqio", "the registry of seqio tasks (encdec.data.tasks)")

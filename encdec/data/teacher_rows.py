@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from encdec.data.mixing import MixedRecords
-from encdec.data.records import Records, Shard, ShardedRows, write_json
+from encdec.data.records import Records, Shard, ShardedRows
 from encdec.data.sparse_logits import SparseFormat, SparseLogits, decode_rows
 from encdec.errors import ConfigError, DataError
+from encdec.files import write_json
 
 CARD_FILE = "teacher.json"
 FORMAT_VERSION = 2
@@ -65,6 +66,15 @@ class TeacherCard:
     shards: tuple[Shard, ...]
     fingerprint: str
     format_version: int = FORMAT_VERSION
+
+    def identity(self) -> dict[str, Any]:
+        """What of the job's identity the card keeps: all but how rows were laid out."""
+        return {
+            "teacher": self.teacher,
+            "records": self.records_fingerprint,
+            "format": self.format.to_dict(),
+            "seed": self.seed,
+        }
 
     def write(self, directory: str | pathlib.Path) -> None:
         """Writes ``teacher.json``: in full or not at all."""

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from encdec.data.quiet import quiet_stderr
 from encdec.errors import DataError
 from encdec.packages import require
+from encdec.quiet import quiet_stderr
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

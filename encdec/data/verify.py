@@ -16,11 +16,11 @@ from encdec.data.records import (
     Shard,
     content_fingerprint,
     decode_row,
-    file_sha256,
     read_card,
 )
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import DataError
+from encdec.files import file_sha256
 
 SAMPLE_ROWS = 2000
 READ_ROWS = 512

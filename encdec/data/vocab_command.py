@@ -21,6 +21,7 @@ from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TEXT_TASKS, TextTask
 from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.files import write_bytes
 from encdec.storage import local_path, user_path
 
 # SentencePiece leaves out training lines above 4192 bytes.
@@ -96,9 +97,7 @@ def train_vocabulary(
         ) from error
     vocabulary = SentencePieceVocabulary(model.getvalue(), name=str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, out)
+    write_bytes(out, model.getvalue())
     return vocabulary
 
 

@@ -7,212 +7,28 @@ for the vocabulary needs no remapping when an objective asks for them.
 
 from __future__ import annotations
 
-import abc
-import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
+from encdec.data.huggingface_vocabulary import HuggingFaceVocabulary, configured_eos
+from encdec.data.vocabulary_base import SPEC_FILE, Vocabulary, VocabularySpec
 from encdec.data.wordwise import WordEncoder, word_encoder
 from encdec.errors import DataError
 from encdec.storage import user_path
 
-SPEC_FILE = "vocabulary.json"
 MODEL_FILE = "vocabulary.model"
 CARD_FILE = "dataset.json"
-EOS_NAME = "</s>"  # where a vocabulary has no name of its own for it
 # A word encoder takes a tenth of a second to make; prompts do without.
 WORDWISE_CHARACTERS = 1 << 16
-
-
-@dataclasses.dataclass(frozen=True)
-class VocabularySpec:
-    """What a card or work directory says of its vocabulary; `file` is relative to it."""
-
-    kind: str
-    size: int
-    eos_id: int
-    pad_id: int
-    extra_ids: int
-    fingerprint: str
-    file: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-class Vocabulary(abc.ABC):
-    """Text to ids and back. `size` counts the extra ids; `pad_id` is 0 as in seqio."""
-
-    kind: str
-    # Under which name a copy of the model lies beside records and checkpoints.
-    file: str | None = None
-    pad_id = 0
-
-    def __init__(self, extra_ids: int = 0):
-        if not isinstance(extra_ids, int) or extra_ids < 0:
-            raise DataError(f"extra_ids must be an integer >= 0, got {extra_ids!r}")
-        self.extra_ids = extra_ids
-
-    @property
-    @abc.abstractmethod
-    def base_size(self) -> int:
-        """Ids without the extra ids."""
-
-    @property
-    @abc.abstractmethod
-    def eos_id(self) -> int:
-        """Id that ends a text."""
-
-    @property
-    def unk_id(self) -> int | None:
-        """Id of text that the vocabulary cannot write; None where it writes every text."""
-        return None
-
-    @abc.abstractmethod
-    def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
-        """One int32 array of ids a text; on the calling thread only, read-only arrays."""
-
-    def encode_by_library(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The same by the library's own batch call alone, which benchmarks compare with."""
-        return self.encode_batch(texts)
-
-    @abc.abstractmethod
-    def _decode_plain(self, ids: list[int]) -> str:
-        """Text of ids below `base_size`."""
-
-    @abc.abstractmethod
-    def _model_bytes(self) -> bytes:
-        """What, beside the kind and the extra ids, makes two vocabularies the same."""
-
-    @functools.cached_property
-    @abc.abstractmethod
-    def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text each id stands for, int32 [size]; 0 for control and extra ids."""
-
-    @property
-    def size(self) -> int:
-        return self.base_size + self.extra_ids
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the kind, the model's bytes and the number of extra ids."""
-        digest = hashlib.sha256()
-        digest.update(f"{self.kind}\n{self.extra_ids}\n".encode())
-        digest.update(self._model_bytes())
-        return digest.hexdigest()
-
-    def with_extra_ids(self, extra_ids: int) -> Vocabulary:
-        """The same vocabulary with another number of extra ids."""
-        other = copy.copy(self)
-        Vocabulary.__init__(other, extra_ids)
-        for name in ("byte_lengths",):  # cached, one number an id
-            other.__dict__.pop(name, None)
-        return other
-
-    def extra_id(self, number: int) -> int:
-        """Id of extra id `number`; number 0 is the vocabulary's last id, as in T5."""
-        if not 0 <= number < self.extra_ids:
-            raise DataError(
-                f"extra id {number} asked for, but the vocabulary has {self.extra_ids} extra ids; "
-                f"load it with --extra_ids={number + 1} or more"
-            )
-        return self.size - 1 - number
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without EOS."""
-        return self.encode_batch([text])[0].tolist()
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first EOS; extra ids show as ``<extra_id_0>``, ..."""
-        parts: list[str] = []
-        plain: list[int] = []
-        for token in map(int, ids):
-            if token == self.eos_id:
-                break
-            if not 0 <= token < self.size:
-                raise DataError(f"id {token} lies outside the vocabulary of {self.size} ids")
-            if token < self.base_size:
-                plain.append(token)
-                continue
-            if plain:
-                parts.append(self._decode_plain(plain))
-                plain = []
-            parts.append(f"<extra_id_{self.size - 1 - token}>")
-        if plain:
-            parts.append(self._decode_plain(plain))
-        return "".join(parts)
-
-    def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
-        """Texts of ids as `encode_batch` gives them: no EOS, no extra ids."""
-        return [self._decode_plain(ids.tolist()) for ids in batch]
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Names of control tokens that text never encodes to, EOS first, and their ids."""
-        return {EOS_NAME: self.eos_id}
-
-    def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text in which the names of special tokens stand for these tokens."""
-        names = self.special_tokens
-        pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-        parts = re.split(f"({pattern})", text)
-        ids: list[int] = []
-        for place, part in enumerate(parts):
-            if place % 2:
-                ids.append(names[part])
-            elif part:
-                ids += self.encode(part)
-        return ids
-
-    def decode_marked(self, ids: Iterable[int]) -> str:
-        """Text of all ids, with EOS by its name; ``encode_marked`` reads it."""
-        name = next(iter(self.special_tokens))
-        parts: list[list[int]] = [[]]
-        for token in ids:
-            if token == self.eos_id:
-                parts.append([])
-            else:
-                parts[-1].append(token)
-        return name.join(map(self.decode, parts))
-
-    def token_bytes(self, token: int) -> bytes | None:
-        """The bytes that an id stands for where it may be a part of a character; None elsewhere."""
-        return None
-
-    def piece(self, token: int) -> str:
-        """How one id is shown to people."""
-        return repr(self.decode([token]))[1:-1] if token != self.eos_id else "</s>"
-
-    def spec(self) -> VocabularySpec:
-        return VocabularySpec(
-            kind=self.kind,
-            size=self.size,
-            eos_id=self.eos_id,
-            pad_id=self.pad_id,
-            extra_ids=self.extra_ids,
-            fingerprint=self.fingerprint,
-            file=self.file,
-        )
-
-    def save(self, directory: str | pathlib.Path) -> VocabularySpec:
-        """Write the model's copy and ``vocabulary.json`` into `directory`; return the spec."""
-        directory = pathlib.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        spec = self.spec()
-        if spec.file:
-            (directory / spec.file).write_bytes(self._model_bytes())
-        (directory / SPEC_FILE).write_text(json.dumps(spec.to_dict(), indent=2) + "\n")
-        return spec
 
 
 class ByteVocabulary(Vocabulary):
@@ -222,6 +38,10 @@ class ByteVocabulary(Vocabulary):
     offset = 3
     eos_id = 1
     base_size = offset + 256
+
+    @classmethod
+    def restore(cls, model: bytes, spec: VocabularySpec, name: str) -> Self:
+        return cls(spec.extra_ids)
 
     def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
         batch = []
@@ -273,6 +93,10 @@ class SentencePieceVocabulary(Vocabulary):
             raise DataError(f"{name} is empty; give a trained .model file (encdec vocab makes one)")
         if self._processor.eos_id() < 0:
             raise DataError(f"{name} defines no EOS piece; train it with an eos_id >= 0")
+
+    @classmethod
+    def restore(cls, model: bytes, spec: VocabularySpec, name: str) -> Self:
+        return cls(model, spec.extra_ids, name=name)
 
     @property
     def base_size(self) -> int:
@@ -355,6 +179,11 @@ class SentencePieceVocabulary(Vocabulary):
         return lengths
 
 
+KINDS: dict[str, type[Vocabulary]] = {
+    kind.kind: kind for kind in (ByteVocabulary, SentencePieceVocabulary, HuggingFaceVocabulary)
+}
+
+
 def load_vocabulary(
     source: VocabularySpec | dict[str, Any] | str | pathlib.Path | Vocabulary,
     *,
@@ -406,14 +235,8 @@ def load_vocabulary(
             f"or train one: encdec vocab --task=stdlib_text --size=8192 --out={text}"
         )
     if path.suffix == ".json":
-        # Only where asked for: it needs a package that nothing else here does.
-        from encdec.data import huggingface_vocabulary as huggingface
-
-        return huggingface.HuggingFaceVocabulary(
-            path.read_bytes(),
-            extra_ids or 0,
-            eos_token=huggingface.configured_eos(path),
-            name=str(path),
+        return HuggingFaceVocabulary(
+            path.read_bytes(), extra_ids or 0, eos_token=configured_eos(path), name=str(path)
         )
     return SentencePieceVocabulary(path.read_bytes(), extra_ids or 0, name=str(path))
 
@@ -453,28 +276,22 @@ def copy_vocabulary(source: str | pathlib.Path, target: str | pathlib.Path) -> V
 
 
 def _from_spec(spec: VocabularySpec, directory: pathlib.Path) -> Vocabulary:
-    if spec.kind == ByteVocabulary.kind:
-        vocabulary: Vocabulary = ByteVocabulary(spec.extra_ids)
-    elif spec.kind in ("sentencepiece", "huggingface"):
-        path = directory / (spec.file or MODEL_FILE)
+    kind = KINDS.get(spec.kind)
+    if kind is None:
+        *others, last = map(repr, KINDS)
+        raise DataError(
+            f"vocabulary kind {spec.kind!r} is not known; wanted {', '.join(others)} or {last}"
+        )
+    file = spec.file or kind.file
+    if file is None:
+        vocabulary = kind.restore(b"", spec, spec.kind)
+    else:
+        path = directory / file
         if not path.is_file():
             raise DataError(
                 f"vocabulary file {path} is missing; copy it back from where {directory} came from"
             )
-        content, name = path.read_bytes(), str(path)
-        if spec.kind == "sentencepiece":
-            vocabulary = SentencePieceVocabulary(content, spec.extra_ids, name=name)
-        else:
-            from encdec.data.huggingface_vocabulary import HuggingFaceVocabulary
-
-            vocabulary = HuggingFaceVocabulary(
-                content, spec.extra_ids, eos_id=spec.eos_id, name=name
-            )
-    else:
-        raise DataError(
-            f"vocabulary kind {spec.kind!r} is not known; wanted 'sentencepiece', 'huggingface' "
-            "or 'bytes'"
-        )
+        vocabulary = kind.restore(path.read_bytes(), spec, str(path))
     if vocabulary.fingerprint != spec.fingerprint:
         raise DataError(
             f"the vocabulary in {directory} has fingerprint {vocabulary.fingerprint[:16]}, but "

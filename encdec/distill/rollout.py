@@ -12,9 +12,7 @@ and its own place alone, so a killed rollout goes on and ends in the same bytes.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +29,6 @@ from encdec.data.records import (
     encode_row,
     open_records,
     read_card,
-    write_json,
     write_shard,
 )
 from encdec.data.teacher_rows import short
@@ -39,9 +36,9 @@ from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import Generator, load_generator
 from encdec.inference.settings import GenerationSettings
+from encdec.jobs import DirectoryJob, Notes, Tally, plain
 from encdec.train.workdir import read_config
 
-NOTES = "writing"
 BLOCK_ROWS = 256
 PACKING = "best_fit"
 _SEGMENTS = 1 << 12  # the most texts in a row that random keys tell apart
@@ -50,8 +47,8 @@ Progress = Callable[["Written"], None]
 
 
 @dataclasses.dataclass
-class Written:
-    """What was written; blocks add up. ``unfinished`` answers reached their length before EOS."""
+class Written(Tally):
+    """What was written; ``unfinished`` answers reached their length before EOS."""
 
     rows: int = 0
     examples: int = 0
@@ -59,10 +56,6 @@ class Written:
     target_tokens: int = 0
     target_bytes: int = 0
     unfinished: int = 0
-
-    def add(self, other: Written) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 def rollout(
@@ -105,42 +98,39 @@ def rollout(
             settings.max_tokens or opened.card.targets_length, opened.card.targets_length
         ),
     )
-    job = json.loads(
-        json.dumps(
-            {
-                "writer": content.get("imported") or [content["run"], content["data"]],
-                "step": step,
-                "records": opened.card.fingerprint,
-                "settings": settings.to_dict(),
-                "rows": rows,
-                "batch_rows": batch_rows,
-                "block_rows": block_rows,
-            }
-        )
+    identity = plain(
+        {
+            "writer": content.get("imported") or [content["run"], content["data"]],
+            "step": step,
+            "records": opened.card.fingerprint,
+            "settings": settings.to_dict(),
+            "rows": rows,
+            "batch_rows": batch_rows,
+            "block_rows": block_rows,
+        }
     )
-    out = pathlib.Path(out)
-    if (out / CARD_FILE).is_file() and read_card(out).origin.get("written") == job:
-        return read_card(out)
-    _begin(out, job)
+    job = DirectoryJob(pathlib.Path(out), "rollout", identity, CARD_FILE, Written)
+    if job.finished:
+        card = read_card(out)
+        job.check_finished(card.origin.get("written", {}), identity)
+        return card
+    job.begin()
     blocks = range(-(-rows // block_rows))
-    missing = [number for number in blocks if _note(out, number) is None]
-    total = Written()
-    for number in set(blocks) - set(missing):
-        total.add(_note(out, number)[1])
+    missing, total = job.notes.missing(blocks)
     if missing:
         generator = load_generator(
             writer, step, max_input_tokens=opened.card.inputs_length, batch_rows=batch_rows
         )
     for number in missing:
         numbers = range(number * block_rows, min((number + 1) * block_rows, rows))
-        total.add(_write_block(generator, settings, opened, out, number, numbers))
+        total.add(_write_block(generator, settings, opened, job.notes, number, numbers))
         if progress:
             progress(total)
-    opened.vocabulary().save(out)
-    notes = [_note(out, number) for number in blocks]
-    card = _card(opened.card, [shard for shard, _ in notes], total, job)
-    card.write(out)
-    shutil.rmtree(out / NOTES)
+    opened.vocabulary().save(job.directory)
+    shards = [job.notes.read(number)[0] for number in blocks]
+    card = _card(opened.card, [shard for shard in shards if shard], total, identity)
+    card.write(job.directory)
+    job.end()
     return card
 
 
@@ -170,50 +160,11 @@ def _check(
         )
 
 
-def _begin(out: pathlib.Path, job: dict[str, Any]) -> None:
-    """Notes whose job it is; DataError where ``out`` holds another or something else."""
-    path = out / NOTES / "job.json"
-    if out.is_dir() and any(out.iterdir()):
-        if (out / CARD_FILE).is_file():
-            raise DataError(
-                f"{out} already holds {read_card(out).rows:,} rows of records; give another --out"
-            )
-        if not path.is_file():
-            raise DataError(
-                f"{out} is not empty and holds no unfinished rollout; give another --out"
-            )
-        begun = json.loads(path.read_text())
-        differ = [name for name in job if begun.get(name) != job[name]]
-        if differ:
-            raise DataError(
-                f"{out} holds an unfinished rollout with another {', '.join(differ)}; "
-                "repeat that command, or give another --out"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, job)
-
-
-def _note_path(out: pathlib.Path, number: int) -> pathlib.Path:
-    return out / NOTES / f"{number:06d}.json"
-
-
-def _note(out: pathlib.Path, number: int) -> tuple[Shard, Written] | None:
-    """What a finished block left; None where it is missing."""
-    path = _note_path(out, number)
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text())
-    shard = Shard(**content["shard"])
-    file = out / shard.name
-    whole = file.is_file() and file.stat().st_size == shard.bytes
-    return (shard, Written(**content["written"])) if whole else None
-
-
 def _write_block(
     generator: Generator,
     settings: GenerationSettings,
     records: Records,
-    out: pathlib.Path,
+    notes: Notes[Written],
     number: int,
     numbers: range,
 ) -> Written:
@@ -229,7 +180,7 @@ def _write_block(
     lengths = (np.array([len(ids) for ids in side]) for side in (sources, targets))
     rows = pack(*lengths, records.card.inputs_length, records.card.targets_length, PACKING)
     shard = write_shard(
-        out / f"rows-{number:06d}.arrayrecord",
+        notes.directory / f"rows-{number:06d}.arrayrecord",
         (encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows),
     )
     written = Written(
@@ -240,21 +191,18 @@ def _write_block(
         sum(len(answer.text.encode()) for answer in answers),
         sum(answer.finish == "length" for answer in answers),
     )
-    write_json(
-        _note_path(out, number),
-        {"shard": dataclasses.asdict(shard), "written": dataclasses.asdict(written)},
-    )
+    notes.write(number, shard, written)
     return written
 
 
 def _card(
-    card: DatasetCard, shards: list[Shard], total: Written, job: dict[str, Any]
+    card: DatasetCard, shards: list[Shard], total: Written, identity: dict[str, Any]
 ) -> DatasetCard:
     slots = total.rows * (card.inputs_length + card.targets_length)
     return dataclasses.replace(
         card,
         task=f"{card.task}, written by a model",
-        origin={"written": job, "sources": card.origin},
+        origin={"written": identity, "sources": card.origin},
         packing=PACKING,
         rows=total.rows,
         examples=total.examples,

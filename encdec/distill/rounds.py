@@ -118,7 +118,7 @@ def distill_in_rounds(
 
     def scored(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
         say(f"the teacher scores {records}")
-        score(teacher, records, out, **scoring or {})
+        score(teacher=teacher, records=records, out=out, **scoring or {})
         return out
 
     def written(writer: str | pathlib.Path, out: pathlib.Path, seed: int) -> pathlib.Path:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from typing import TYPE_CHECKING
 
+from encdec.distill.scoring_settings import ScoringSettings
 from encdec.errors import ConfigError
-from encdec.storage import local_path
 from encdec.train.train_command import add_process_options, join_processes
 
 if TYPE_CHECKING:
     from encdec.data.records import Records
-    from encdec.distill.scoring import Tally
+    from encdec.distill.scoring import ScoringTally
 
 REPORT_SECONDS = 10.0
 
@@ -23,58 +24,23 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError, DataError, CheckpointError: see ``encdec.distill.scoring.score``.
     """
-    options = _parser().parse_args(argv)
-    # Imported late: a mistake in the command line is answered at once.
-    from encdec.data.records import open_records
-    from encdec.data.sparse_logits import SparseFormat
-    from encdec.distill.cost import describe_cost, describe_student, scoring_cost, student_cost
-    from encdec.distill.scoring import score
-    from encdec.model import preset
-    from encdec.train.config import MeshConfig
-
+    given = vars(_parser().parse_args(argv))
+    fields = {field.name for field in dataclasses.fields(ScoringSettings)}
+    settings = ScoringSettings(**{name: given[name] for name in fields})
+    settings.check()
+    options = argparse.Namespace(**{name: given[name] for name in given.keys() - fields})
     if options.student and not options.dry_run:
         raise ConfigError(f"--student={options.student} is for --dry_run alone")
     join_processes(options)
     if options.dry_run:
-        records = open_records(options.records)
-        fmt = SparseFormat(
-            options.method,
-            records.card.vocabulary.size,
-            options.draws,
-            options.k,
-            options.temperature,
-            options.proposal,
-        )
-        print(describe_cost(scoring_cost(_forward_flops(options, records), records.card, fmt)))
-        if options.student:
-            print(
-                describe_student(
-                    options.student, student_cost(preset(options.student), records.card)
-                )
-            )
+        _dry_run(settings, options.student)
         return 0
-    progress = ScoringProgress(options.records)
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.distill.scoring import score
+
+    progress = ScoringProgress(settings.records)
     try:
-        card = score(
-            options.teacher,
-            options.records,
-            options.out,
-            method=options.method,
-            draws=options.draws,
-            k=options.k,
-            temperature=options.temperature,
-            proposal=options.proposal,
-            step=options.step,
-            seed=options.seed,
-            batch_rows=options.batch_rows,
-            shard_rows=options.shard_rows,
-            mesh=MeshConfig(-1, options.fsdp, options.tensor),
-            max_length=options.max_length,
-            overwrite=options.overwrite,
-            progress=progress,
-            backend=options.backend,
-            vocabulary=options.vocabulary,
-        )
+        card = score(settings, progress=progress)
     finally:
         progress.close()
     import jax
@@ -84,23 +50,34 @@ def main(argv: list[str]) -> int:
             f"{card.tokens:,} tokens in {card.rows:,} rows, {card.bytes_per_token:.1f} bytes a "
             f"token, {card.pairs / max(card.tokens, 1):.1f} ids a token, the teacher's entropy "
             f"{card.entropy:.4f} nats, mass left out {card.tail:.2%}{progress.rate()}; in "
-            f"{options.out}"
+            f"{settings.out}"
         )
     return 0
 
 
-def _forward_flops(options: argparse.Namespace, records: Records) -> float:
-    if options.backend == "torch":
+def _dry_run(settings: ScoringSettings, student: str | None) -> None:
+    """Prints what scoring will cost, and what the teacher adds to a student's training."""
+    from encdec.data.records import open_records
+    from encdec.distill.cost import describe_cost, describe_student, scoring_cost, student_cost
+    from encdec.model import preset
+
+    records = open_records(settings.records)
+    fmt = settings.format(records.card.vocabulary.size)
+    print(describe_cost(scoring_cost(_forward_flops(settings, records), records.card, fmt)))
+    if student:
+        print(describe_student(student, student_cost(preset(student), records.card)))
+
+
+def _forward_flops(settings: ScoringSettings, records: Records) -> float:
+    if settings.backend == "torch":
         from encdec.distill.torch_scorer import torch_model
 
-        return torch_model(
-            options.teacher, records, options.vocabulary, options.max_length
-        ).forward_flops(records)
-    from encdec.distill.scorers import scoring_model
+        model = torch_model(settings.teacher, records, settings.vocabulary, settings.max_length)
+    else:
+        from encdec.distill.scorers import scoring_model
 
-    return scoring_model(options.teacher, records, options.step, options.max_length).forward_flops(
-        records
-    )
+        model = scoring_model(settings.teacher, records, settings.step, settings.max_length)
+    return model.forward_flops(records)
 
 
 class ScoringProgress:
@@ -110,7 +87,7 @@ class ScoringProgress:
         self._records, self._begin, self._said = records, 0.0, 0.0
         self._console, self._first, self._seen = None, None, None
 
-    def __call__(self, tally: Tally) -> None:
+    def __call__(self, tally: ScoringTally) -> None:
         now = time.monotonic()
         if self._console is None:
             from encdec.data.records import open_records
@@ -150,87 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads records once with a teacher and stores what students need of its "
         "distributions: a few bytes a target token. Repeated after a kill, it goes on.",
     )
-    parser.add_argument(
-        "--teacher",
-        type=local_path,
-        required=True,
-        metavar="DIR",
-        help="work directory of encdec train or encdec import; with "
-        "--backend=torch a Hugging Face directory",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("jax", "torch"),
-        default="jax",
-        help="torch runs a Hugging Face model as it is, for families that encdec "
-        "import does not know (default %(default)s)",
-    )
-    parser.add_argument(
-        "--vocabulary",
-        type=local_path,
-        metavar="FILE",
-        help="of a torch teacher (default: the tokenizer.model or tokenizer.json in its directory)",
-    )
-    parser.add_argument(
-        "--records",
-        type=local_path,
-        required=True,
-        metavar="DIR",
-        help="directory of encdec prepare",
-    )
-    parser.add_argument(
-        "--out", type=local_path, metavar="DIR", required=True, help="receives the shards"
-    )
-    parser.add_argument(
-        "--method",
-        default="sampled",
-        choices=("sampled", "top_k", "full"),
-        help="draws with replacement (unbiased), the likeliest ids, or everything "
-        "(default %(default)s)",
-    )
-    parser.add_argument(
-        "--draws", type=int, default=50, metavar="N", help="draws a token (default %(default)s)"
-    )
-    parser.add_argument("--k", type=int, default=12, help="ids of top_k (default %(default)s)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="of the stored distribution (default %(default)s)",
-    )
-    parser.add_argument(
-        "--proposal",
-        type=float,
-        default=1.0,
-        metavar="POWER",
-        help="draw from the distribution to this power, with importance weights "
-        "(default %(default)s: from itself)",
-    )
-    parser.add_argument("--step", type=int, help="the teacher's checkpoint (default: the last)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
-    parser.add_argument(
-        "--batch_rows",
-        type=int,
-        default=0,
-        metavar="ROWS",
-        help="in one forward pass (default: 8 a data shard)",
-    )
-    parser.add_argument(
-        "--shard_rows",
-        type=int,
-        default=1024,
-        metavar="ROWS",
-        help="in a file; what a kill may lose (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max_length",
-        type=int,
-        metavar="TOKENS",
-        help="that the teacher may read at once (default: what it was made for)",
-    )
-    parser.add_argument("--fsdp", type=int, default=1, help="shards of the teacher's parameters")
-    parser.add_argument("--tensor", type=int, default=1, help="shards of heads and MLP")
+    ScoringSettings.add_flags(parser)
     parser.add_argument(
         "--dry_run", action="store_true", help="only print what it will cost: bytes, FLOPs, hours"
     )
@@ -239,6 +136,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PRESET",
         help="with --dry_run: what the teacher adds to this student's training",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a scoring in --out")
     add_process_options(parser)
     return parser

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from encdec import safetensors
-from encdec.data.records import Records, decode_row, file_sha256
+from encdec.data.records import Records, decode_row
 from encdec.data.sparse_logits import SparseFormat
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_file
 from encdec.distill.draw import Kept, keep
 from encdec.distill.scorers import check_longest, check_records
 from encdec.errors import ConfigError, DataError
+from encdec.files import file_sha256
 from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
 

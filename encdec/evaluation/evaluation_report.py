@@ -10,9 +10,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from encdec.data.appended import write_whole
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Prediction
+from encdec.files import write_text
 from encdec.metrics.intervals import Interval, compare
 from encdec.metrics.registry import metric_named
 from encdec.metrics.score import Score
@@ -76,7 +76,7 @@ def write_report(directory: pathlib.Path, report: Mapping[str, Any]) -> None:
         (REPORT_FILE, json.dumps(report, indent=2) + "\n"),
         ("report.md", markdown(report)),
     ):
-        write_whole(directory / name, text)
+        write_text(directory / name, text)
 
 
 def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:

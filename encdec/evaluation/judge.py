@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import http.client
 import json
-import os
 import pathlib
 import re
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from encdec.errors import ConfigError
 from encdec.evaluation.predictions import Example
+from encdec.files import write_json
 from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
 
@@ -120,11 +120,8 @@ class Judge:
             # none came, the next call asks again.
             score = parse_opinion(reply)
             self.cache.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{key}.{os.getpid()}.{time.monotonic_ns()}.partial")
-            partial.write_text(
-                json.dumps({"score": score, "reply": reply, "model": self.model, "prompt": prompt})
-            )
-            os.replace(partial, path)
+            opinion = {"score": score, "reply": reply, "model": self.model, "prompt": prompt}
+            write_json(path, opinion)
             return score
         return None
 

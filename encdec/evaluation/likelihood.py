@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from encdec.data.appended import append_rows, whole_lines
 from encdec.data.features import decoder_only_features, encoder_decoder_features
 from encdec.data.records import encode_row
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
+from encdec.files import append_rows, whole_lines
 from encdec.inference.generator import bucket
 from encdec.inference.text import PromptFormat
 from encdec.metrics.score import Score, bits_per_byte, ratio_score

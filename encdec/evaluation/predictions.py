@@ -12,14 +12,15 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from encdec.data.appended import append_rows, whole_lines, write_whole
 from encdec.data.vocabulary import Vocabulary
-from encdec.errors import ConfigError, DataError
+from encdec.errors import DataError
 from encdec.evaluation.examples import Example
 from encdec.evaluation.settings import TooLong
+from encdec.files import append_rows, whole_lines
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
+from encdec.jobs import claim_settings
 
 # Whatever the batch, so that the same windows are found again and drawing does not change.
 WINDOW = 128
@@ -59,18 +60,12 @@ class PredictionFiles:
     ):
         self.directory, self._examples = directory, examples
         directory.mkdir(parents=True, exist_ok=True)
-        settings = directory / SETTINGS_FILE
-        if settings.exists():
-            before = json.loads(settings.read_text())
-            for name in sorted(before.keys() | identity.keys()):
-                if before.get(name) != identity.get(name):
-                    raise ConfigError(
-                        f"{directory} holds predictions made with {name} = {before.get(name)!r}, "
-                        f"and now it is {identity.get(name)!r}; give another --out, or delete "
-                        "the directory to begin anew"
-                    )
-            return
-        write_whole(settings, json.dumps(identity, indent=2) + "\n")
+        claim_settings(
+            directory / SETTINGS_FILE,
+            identity,
+            holder=directory,
+            remedy="give another --out, or delete the directory to start over",
+        )
 
     def read(self) -> dict[int, Prediction]:
         """All predictions there, by the example's index; an unfinished last line is left out.

@@ -15,11 +15,12 @@ import ml_dtypes
 import numpy as np
 
 from encdec import safetensors
-from encdec.data.records import write_json
 from encdec.errors import ConfigError
 from encdec.export import equivalents, tokenizer
 from encdec.export.equivalents import Params
-from encdec.export.formats import Export, Written
+from encdec.export.special_ids import padding_id
+from encdec.files import write_json
+from encdec.inference.text import PromptFormat
 from encdec.interop import own as own_format
 from encdec.interop import t5gemma
 from encdec.interop.framing import VOCABULARY_FOLDER
@@ -31,50 +32,74 @@ SHIPPED = pathlib.Path(__file__).parent / "shipped"
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Their major versions are read alike: tests/export/test_transformers_versions.py tries each.
+TRANSFORMERS = {"least": "4.57", "tested": ["4.57.3", "5.24.0"]}
 MAX_POSITIONS = 1 << 15  # stated where a length is asked for; nothing of ours depends on it
 Need = tuple[str, bool, str]  # a field, whether it is as wanted, what is wanted
 
 
-def write(out: pathlib.Path, export: Export) -> Written:
+def write(
+    out: pathlib.Path,
+    config: ModelConfig,
+    params: Any,
+    prompts: PromptFormat,
+    *,
+    targets_length: int,
+    dtype: str,
+    native: bool = True,
+) -> tuple[str, list[str]]:
     """Writes the directory; config.json comes last.
 
-    An encoder-decoder becomes a T5Gemma where it can and ``export.own`` is False; else it travels
-    with our modelling file.
+    Args:
+        out: an empty or new directory.
+        config: the model.
+        params: its parameters, scanned or not.
+        prompts: its vocabulary and how its inputs end.
+        targets_length: length of the training targets, ``generate``'s default for new tokens.
+        dtype: of the stored weights.
+        native: an encoder-decoder may become a T5Gemma; else it travels with our modelling file.
 
     Returns:
         The family, and why an encoder-decoder did not become a T5Gemma.
+
+    Raises:
+        ConfigError: a field that no family can express.
     """
-    config, params, prompts = export.config, export.params, export.prompts
+    check(config)
+    vocabulary, start_id = prompts.vocabulary, prompts.decoder_start_id
+    pad_id = padding_id(
+        vocabulary, config.vocab_size, start_id, is_encoder_decoder=config.is_encoder_decoder
+    )
     reasons = []
-    if config.is_encoder_decoder and not export.own:
+    if config.is_encoder_decoder and native:
         reasons = obstacles(t5gemma_needs(config), config)
+        if pad_id == start_id:
+            reasons.append(f"no id is left for padding: the decoder starts with EOS, {start_id}")
     family = (
         "llama"
         if not config.is_encoder_decoder
         else "t5gemma"
-        if not export.own and not reasons
+        if native and not reasons
         else "encdec"
     )
     config, params = equivalents.on_host(config, params)
     rewrite = {"llama": llama, "t5gemma": to_t5gemma, "encdec": own}[family]
     values, tensors = rewrite(config, params)
-    vocabulary = prompts.vocabulary
-    ids = {
-        "pad_token_id": tokenizer.pad_id(vocabulary),
-        "eos_token_id": vocabulary.eos_id,
-        "bos_token_id": prompts.decoder_start_id,
-    }
-    generation = ids | {"max_new_tokens": export.targets_length}
+    ids = {"pad_token_id": pad_id, "eos_token_id": vocabulary.eos_id, "bos_token_id": start_id}
+    generation = ids | {"max_new_tokens": targets_length}
     if surplus := list(range(vocabulary.size, config.vocab_size)):
         generation["suppress_tokens"] = surplus  # rows of the table that are no ids
     if config.is_encoder_decoder:
-        generation["decoder_start_token_id"] = prompts.decoder_start_id
-        ids["decoder_start_token_id"] = prompts.decoder_start_id
+        generation["decoder_start_token_id"] = start_id
+        ids["decoder_start_token_id"] = start_id
     for stack in ("encoder", "decoder"):
         if stack in values:
             values[stack] |= {k: ids[k] for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    if "encoder" in values and pad_id == vocabulary.eos_id:
+        # Inputs end with EOS, and a mask derived from it would hide that; none has the start token.
+        values["encoder"]["pad_token_id"] = start_id
     out.mkdir(parents=True, exist_ok=True)
-    stored = {name: np.asarray(x).astype(_DTYPES[export.precision]) for name, x in tensors.items()}
+    stored = {name: np.asarray(x).astype(_DTYPES[dtype]) for name, x in tensors.items()}
     files = safetensors.write_directory(out, stored, stem="model", metadata={"format": "pt"})
     weight_map = {tensor: file for file in files for tensor in safetensors.open_file(out / file)}
     write_json(
@@ -84,15 +109,16 @@ def write(out: pathlib.Path, export: Export) -> Written:
             "weight_map": weight_map,
         },
     )
-    tokenizer.write(out, prompts, config.architecture)
+    tokenizer.write(out, prompts, config.architecture, pad_id)
     vocabulary.save(out / VOCABULARY_FOLDER)  # as it is, for the way back
     if family == "encdec":
         for file in SHIPPED.glob("*_encdec.py"):
             shutil.copyfile(file, out / file.name)
     write_json(out / "generation_config.json", generation)
-    write_json(out / "config.json", values | ids | {"dtype": export.precision})
-    size = sum((out / file).stat().st_size for file in files)
-    return Written(size, family, tuple(reasons))
+    write_json(
+        out / "config.json", values | ids | {"dtype": dtype, "transformers_versions": TRANSFORMERS}
+    )
+    return family, reasons
 
 
 def check(config: ModelConfig) -> None:
@@ -135,6 +161,11 @@ def t5gemma_needs(config: ModelConfig) -> list[Need]:
         ("mlp_gated", config.mlp_gated, "True"),
         ("mlp_bias", not config.mlp_bias, "False"),
         ("qk_norm", not config.qk_norm, "False"),
+        (
+            "attention_logit_cap",
+            not config.attention_logit_cap,
+            "0, for transformers 4 leaves it out with its default attention",
+        ),
         ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
         (
             "num_heads",
@@ -158,6 +189,9 @@ def _common(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
+        # The same for transformers 4.
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "attention_bias": config.qkv_bias,
         "max_position_embeddings": MAX_POSITIONS,
     }
@@ -205,7 +239,7 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
         "hidden_activation": _ACTIVATIONS[config.mlp_activation],
         "query_pre_attn_scalar": config.head_dim,
         "sliding_window": MAX_POSITIONS,  # of no layer, and yet asked for
-        "attn_logit_softcapping": config.attention_logit_cap or None,
+        "attn_logit_softcapping": None,
         "final_logit_softcapping": config.final_logit_cap or None,
         "tie_word_embeddings": config.tie_embeddings,
     }

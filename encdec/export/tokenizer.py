@@ -15,9 +15,10 @@ import pathlib
 import shutil
 from typing import Any
 
-from encdec.data.records import write_json
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import ConfigError
+from encdec.export.special_ids import PADDING_TOKEN
+from encdec.files import write_json
 from encdec.inference.text import INCOMPLETE, PromptFormat
 from encdec.model.config import Architecture
 
@@ -27,17 +28,22 @@ LABELS_CLASS = "tokenization_encdec.EncdecTokenizer"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
-def write(out: pathlib.Path, prompts: PromptFormat, architecture: Architecture) -> None:
-    """Writes tokenizer files that give the ids of our prompts and labels.
+def write(
+    out: pathlib.Path, prompts: PromptFormat, architecture: Architecture, pad_id: int
+) -> None:
+    """Writes tokenizer files that give the ids of our prompts and labels, padded with ``pad_id``,
+    which may be the id that comes after the vocabulary's last.
 
     Raises:
         ConfigError: a SentencePiece model that is neither a unigram nor a BPE model.
     """
     vocabulary, start_id = prompts.vocabulary, prompts.decoder_start_id
     content = tokenizer_content(vocabulary)
+    if pad_id == vocabulary.size:
+        content.setdefault("added_tokens", []).append(_added(pad_id, PADDING_TOKEN))
     names = {
         "eos_token": _piece(content, vocabulary.eos_id),
-        "pad_token": _piece(content, pad_id(vocabulary)),
+        "pad_token": _piece(content, pad_id),
         "bos_token": _piece(content, start_id),
     }
     if vocabulary.unk_id is not None:
@@ -60,6 +66,8 @@ def write(out: pathlib.Path, prompts: PromptFormat, architecture: Architecture) 
         # The start token comes in front of what max_input_tokens counts.
         "model_max_length": prompts.max_input_tokens + decoder_only,
         "clean_up_tokenization_spaces": False,
+        # No token types: transformers 4 hands them to models that take none.
+        "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left" if decoder_only else "right",
         # Text never becomes a special token, whatever it spells.
         "split_special_tokens": True,
@@ -69,12 +77,6 @@ def write(out: pathlib.Path, prompts: PromptFormat, architecture: Architecture) 
         shutil.copyfile(SHIPPED / "tokenization_encdec.py", out / "tokenization_encdec.py")
         settings["auto_map"] = {"AutoTokenizer": [None, LABELS_CLASS]}
     write_json(out / "tokenizer_config.json", settings)
-
-
-def pad_id(vocabulary: Vocabulary) -> int:
-    """What others pad with: 0 as here, or EOS where 0 is a piece of text that they would hide."""
-    text = vocabulary.byte_lengths[0] > 0 and vocabulary.unk_id != vocabulary.pad_id
-    return vocabulary.eos_id if text else vocabulary.pad_id
 
 
 def tokenizer_content(vocabulary: Vocabulary) -> dict[str, Any]:

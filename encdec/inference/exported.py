@@ -197,14 +197,6 @@ def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndar
     )
 
 
-def likeliest(logits_RxV: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest of the first ``size`` tokens and its log-probability among all, both [R]."""
-    chosen_R = logits_RxV[:, :size].argmax(axis=-1)
-    rows, top_R = np.arange(len(chosen_R)), logits_RxV.max(axis=-1)
-    total_R = np.exp(logits_RxV - top_R[:, None]).sum(axis=-1)
-    return chosen_R.astype(np.int32), logits_RxV[rows, chosen_R] - top_R - np.log(total_R)
-
-
 def load_exported_generator(
     directory: str | os.PathLike[str],
     *,

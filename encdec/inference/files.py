@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from encdec.data.appended import append_rows, whole_lines, write_whole
 from encdec.data.readers import BadRows, Fault, check_files, parse_row, read_lines
 from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, BrokenStream, plain_name, utf8_lines
 from encdec.errors import ConfigError, DataError
+from encdec.files import append_rows, whole_lines, write_json
 from encdec.inference.generator import Generation
+from encdec.jobs import check_settings
 
 FORMATS = ("jsonl", "text")
 STDIN = "-"
@@ -141,13 +142,7 @@ class ResumableOutput:
                 f"{self.path} exists, but not {self.settings_path.name}, which would "
                 f"say how it was made; {mend}"
             )
-        before = json.loads(self.settings_path.read_text())
-        for name in sorted(before.keys() | self.identity.keys()):
-            if before.get(name) != self.identity.get(name):
-                raise ConfigError(
-                    f"{self.path} was made with {name} = {before.get(name)!r}, and now it is "
-                    f"{self.identity.get(name)!r}; {mend}"
-                )
+        check_settings(self.settings_path, self.identity, holder=self.path, remedy=mend)
         answered = self._complete()[0]
         if answered > len(self.sources):
             raise DataError(
@@ -184,7 +179,7 @@ class ResumableOutput:
         if self.path.exists():
             os.truncate(self.path, self._complete()[1])
         else:
-            write_whole(self.settings_path, json.dumps(self.identity, indent=2) + "\n")
+            write_json(self.settings_path, self.identity)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes all rows of some inputs, on disk when this returns."""

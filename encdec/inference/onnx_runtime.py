@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
-from encdec.inference.exported import likeliest
 from encdec.inference.huge_pages import NewMemory
+from encdec.inference.sampling import greedy_choice
 from encdec.packages import install_hint
 from encdec.train.workdir import model_config_of, read_config
 
@@ -155,7 +155,7 @@ class _Memory:
 
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
-        return likeliest(self.step(tokens_R), self._model.vocabulary_size)
+        return greedy_choice(self.step(tokens_R), self._model.vocabulary_size)
 
 
 def _held(arrays: dict[str, np.ndarray]) -> Values:

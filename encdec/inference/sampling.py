@@ -8,6 +8,7 @@ from collections.abc import Callable
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NO_EOS = -1  # an EOS that no token is: the answer runs to its limit
 
@@ -179,6 +180,14 @@ def likeliest(logits_RxV: jax.Array, choosing: Choosing) -> tuple[jax.Array, jax
     known = logits_RxV[:, : choosing.vocabulary_size]
     values_RxK, ids_RxK = jax.lax.top_k(known, choosing.alternatives)
     return ids_RxK.astype(jnp.int32), values_RxK - total_R[:, None]
+
+
+def greedy_choice(logits_RxV: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest of the first ``size`` tokens and its log-probability among all, both [R]."""
+    chosen_R = logits_RxV[:, :size].argmax(axis=-1)
+    rows, top_R = np.arange(len(chosen_R)), logits_RxV.max(axis=-1)
+    total_R = np.exp(logits_RxV - top_R[:, None]).sum(axis=-1)
+    return chosen_R.astype(np.int32), logits_RxV[rows, chosen_R] - top_R - np.log(total_R)
 
 
 def _where_asked(

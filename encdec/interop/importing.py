@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from encdec import safetensors
-from encdec.data.records import write_json
 from encdec.data.vocabulary import MODEL_FILE, SPEC_FILE, Vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.files import write_json
 from encdec.interop.framing import Framing
 from encdec.model import ModelConfig, check_params, parameter_count
 from encdec.storage import is_free, whole_directory

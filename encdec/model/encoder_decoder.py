@@ -102,7 +102,7 @@ class EncoderDecoder(nn.Module):
                 cross.mask_BxTxS, positions, source_lengths_BxT, batch["encoder_positions"]
             ).replace(segments=cross.segments),
             encoded_BxSxM,
-            deterministic,
+            deterministic=deterministic,
         )
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
 

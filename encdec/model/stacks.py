@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from encdec.model.attention import Attention, AttentionInputs, KeyValues
 from encdec.model.config import ModelConfig
-from encdec.model.kernels import ATTENTION_INPUTS, CONTEXT
+from encdec.model.kernels import ATTENTION_INPUTS, CONTEXT, platform
 from encdec.model.layers import MLP_HIDDEN, NORM_FACTOR, Mlp, RMSNorm
 
+UNROLLED = 12  # layers of a stack
 RESIDUAL = "residual"  # the running activations between a layer's sublayers
 _saved = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
@@ -133,16 +134,16 @@ class Stack(nn.Module):
     def setup(self) -> None:
         config, block, how = self.config, self.block_type, self.config.execution
         if how.remat != "none":
-            # CSE cannot undo remat across the iterations of a scan, so its barrier is left out.
-            block = nn.remat(
-                block, policy=REMAT_POLICIES[how.remat], prevent_cse=not how.scan_layers
-            )
+            # CSE cannot undo remat across the iterations of a loop, so its barrier is left out.
+            looped = how.scan_layers and unrolled(self.num_layers) == 1
+            block = nn.remat(block, policy=REMAT_POLICIES[how.remat], prevent_cse=not looped)
         if how.scan_layers:
             lifted = {
                 "variable_axes": {"params": 0},
                 "split_rngs": {"params": True, "dropout": True},
                 "length": self.num_layers,
                 "metadata_params": {nn.PARTITION_NAME: "layers"},
+                "unroll": unrolled(self.num_layers),
             }
             methods = {"__call__": lifted | {"in_axes": (nn.broadcast, 0, 0)}}
             if self.cross_attention:
@@ -178,3 +179,12 @@ class Stack(nn.Module):
         if self.config.execution.scan_layers:
             return self.layers.cross_key_values(None, inputs)[1]
         return tuple(layer.cross_key_values(None, inputs)[1] for layer in self.layers)
+
+
+def unrolled(layers: int) -> int:
+    """How many of a scan's layers are compiled one after the other.
+
+    All of them on a CPU, up to UNROLLED: its compiler neither writes a loop's gradients in place
+    nor lays out its slices as products read them. More would compile for minutes.
+    """
+    return layers if layers <= UNROLLED and platform() == "cpu" else 1

@@ -7,7 +7,6 @@ was taken. The tasks' files written here are what `encdec prepare` and `encdec e
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,11 +15,11 @@ import numpy as np
 
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
-from encdec.data.records import write_json
 from encdec.data.text_tasks import jsonl_task, text_task
 from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import DataError
+from encdec.files import whole_file, write_json
 from encdec.paper.setting import Column, Setting
 
 HELD_OUT = 0.05  # of a task's training examples, its last, for the choice of a checkpoint
@@ -206,8 +205,6 @@ def evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
 
 def _write_lines(path: pathlib.Path, rows: Iterator[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)

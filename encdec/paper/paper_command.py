@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 import sys
@@ -31,8 +30,8 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args([a for a in argv if a not in overrides])
     config = load_config(options.config, overrides)
     # Imported late: a mistake in the command line is answered at once.
-    from encdec.data.records import write_json
     from encdec.evaluation.results_table import table_markdown
+    from encdec.jobs import claim_settings
     from encdec.paper.setting import parse_setting, table_rows
 
     setting = parse_setting(config.to_dict())
@@ -40,14 +39,9 @@ def main(argv: list[str]) -> int:
     rows = _chosen("rows", options.rows, list(table_rows(setting)))
     work = pathlib.Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
-    identity = json.loads(json.dumps(setting.identity()))
+    identity = setting.identity()
     path = work / "setting.json"
-    if path.is_file() and json.loads(path.read_text()) != identity:
-        raise ConfigError(
-            f"{work} holds an experiment with other settings; give another --work, "
-            f"or those of {path}"
-        )
-    write_json(path, identity)
+    claim_settings(path, identity, holder=work, remedy=f"give another --work, or those of {path}")
     from encdec.paper.corpora import Corpora
     from encdec.paper.runs import Experiment
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-from encdec.data.records import write_json
 from encdec.distill.scoring import score
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
@@ -22,6 +21,7 @@ from encdec.evaluation.loading import chosen_step
 from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.results_table import table, table_markdown
 from encdec.evaluation.settings import EvaluationSettings
+from encdec.files import write_json
 from encdec.paper.corpora import Corpora, Say
 from encdec.paper.setting import TEACHER, Column, Setting, run_config, slug, table_rows
 from encdec.train.config import RunConfig
@@ -148,9 +148,9 @@ class Experiment:
         if not (out / "teacher.json").is_file():
             folder = self.folder(TEACHER, column.name)
             card = score(
-                folder,
-                self._corpora.records(column.name, "train"),
-                out,
+                teacher=folder,
+                records=self._corpora.records(column.name, "train"),
+                out=out,
                 draws=self._setting.distill.draws,
                 step=chosen_step(folder, "best"),
             )

@@ -222,7 +222,7 @@ def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
     records = workdir / "data" / "train"
     progress = ScoringProgress(str(records))
     begin = time.monotonic()
-    card = score(workdir / "decoder_only", records, out, progress=progress)
+    card = score(teacher=workdir / "decoder_only", records=records, out=out, progress=progress)
     progress.close()
     seconds = 0.0 if done else time.monotonic() - begin
     _console.print(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from encdec.errors import ConfigError, DataError
+from encdec.files import append_rows
 from encdec.scaling.ladder import Ladder, PlannedRun, run_config
 from encdec.train.config import RunConfig, to_dict
 
@@ -165,13 +166,7 @@ def _append(path: pathlib.Path, key: str, figures: StepFigures) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            file.seek(0)
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)  # what a crash cut short
-            file.write((json.dumps({"key": key, **values}) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_rows(path, [{"key": key, **values}])
     except OSError as error:
         raise ConfigError(f"--compiled={path} cannot be written: {error}") from None
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from encdec.errors import CheckpointError, DataError, EncdecError, Preempted
+from encdec.files import write_json
 from encdec.scaling.ladder import Ladder, Plan, PlannedRun, run_config
 from encdec.scaling.results import RESULTS_FILE, ResultsFile, collect
 from encdec.train.config import OPERATIONAL
@@ -85,9 +86,7 @@ class Workdir:
                     "they were, or give another --workdir"
                 )
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, path)
+        write_json(path, content)
 
     def gather(self, plan: Plan) -> set[str]:
         """Collects what lies in the runs' directories; returns the names of finished runs.

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import jax
 
-from encdec.data.appended import write_whole
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.examples import Examples
 from encdec.evaluation.settings import EvaluationSettings
+from encdec.files import write_text
 from encdec.inference.settings import GenerationSettings
 from encdec.scaling.ladder import Plan
 from encdec.scaling.results import SCORES_FILE
@@ -55,7 +55,7 @@ def score_plan(
                 continue
             folder = place.run_directory(run.name)
             scores = _scores(folder, run.targets, task)
-            write_whole(folder / SCORES_FILE, json.dumps(scores) + "\n")
+            write_text(folder / SCORES_FILE, json.dumps(scores) + "\n")
         text = ", ".join(f"{name} {value['value']:.2f}" for name, value in scores.items())
         say(f"[{number}/{len(todo)}] {run.name}: {text}")
         done.append(run.name)

@@ -7,7 +7,6 @@ Averaging weights along the end of a run often generalises better than its last 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
+from encdec.files import write_json
 from encdec.storage import is_free, local, local_path, whole_directory
 from encdec.train.checkpoints import (
     FINGERPRINTS,
@@ -91,7 +91,7 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
             )
         copy_vocabulary(workdir, partial)
         description["averaged"] = {"workdir": os.fspath(workdir), "steps": list(steps)}
-        (partial / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        write_json(partial / CONFIG_FILE, description)
 
 
 def main(argv: list[str]) -> int:

@@ -158,14 +158,26 @@ class RunConfig:
         return self.batch_size // self.accumulation
 
 
-# Fields that one choice alone reads: with another they keep their defaults.
-READ_WITH = {
-    "optimizer.momentum": ("optimizer.name", "muon"),
-    "optimizer.decay_rate": ("optimizer.name", "adafactor"),
-    "schedule.decay_fraction": ("schedule.name", "wsd"),
-    "distill.warmup_steps": ("distill.alpha_schedule", "warmup"),
-    "distill.beta": ("distill.loss", "jensen_shannon"),
-    "profile.steps": ("profile.first_step", None),  # any but 0
+# Fields that some choices alone read: with another they keep their defaults. No choices: any value
+# of the other field but an empty one or 0.
+READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "optimizer.b1": ("optimizer.name", ("adamw", "muon")),
+    "optimizer.b2": ("optimizer.name", ("adamw", "muon")),
+    "optimizer.eps": ("optimizer.name", ("adamw", "muon")),
+    "optimizer.momentum": ("optimizer.name", ("muon",)),
+    "optimizer.decay_rate": ("optimizer.name", ("adafactor",)),
+    "schedule.final_fraction": ("schedule.name", ("cosine", "linear", "wsd")),
+    "schedule.decay_fraction": ("schedule.name", ("wsd",)),
+    "distill.loss": ("distill.teacher", ()),
+    "distill.alpha": ("distill.teacher", ()),
+    "distill.alpha_schedule": ("distill.teacher", ()),
+    "distill.temperature": ("distill.teacher", ()),
+    "distill.tail": ("distill.teacher", ()),
+    "distill.warmup_steps": ("distill.alpha_schedule", ("warmup",)),
+    "distill.beta": ("distill.loss", ("jensen_shannon",)),
+    "eval.batches": ("data.eval_records", ()),
+    "eval.batch_size": ("data.eval_records", ()),
+    "profile.steps": ("profile.first_step", ()),
 }
 
 # Numbers of steps that may be given as a part of the run, below 1; ``parse_config`` turns them into
@@ -329,15 +341,15 @@ def _check_values(run: RunConfig) -> None:
             name,
             f"{getattr(RunConfig(), name)!r} without config.init_from",
         )
-    for name, (other, value) in READ_WITH.items():
+    for name, (other, choices) in READ_WITH.items():
         seen = _get(run, other)
-        used = bool(seen) if value is None else seen == value
+        used = seen in choices if choices else bool(seen)
         default = _get(RunConfig(), name)
-        wanted = f"config.{other} = {value!r}" if value else f"config.{other} set"
+        reader = f"config.{other} = {' or '.join(map(repr, choices))}" if choices else ""
         require(
             used or _get(run, name) == default,
             name,
-            f"{default!r} without {wanted}, which alone reads it",
+            f"{default!r} without {reader or f'config.{other} set'}, which alone reads it",
         )
     optimizer, schedule = run.optimizer, run.schedule
     require(optimizer.learning_rate > 0, "optimizer.learning_rate", "a positive number")

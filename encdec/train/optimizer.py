@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import optax
 
+from encdec.model.kernels import platform
 from encdec.train.config import OptimizerConfig, RunConfig
+from encdec.train.muon import muon
 
 Tree = Any
 
@@ -91,18 +93,26 @@ def _update_rule(
     if config.name == "adamw":
         return adamw
     dimensions = muon_dimensions(logical_axes)
-    muon = optax.contrib.muon(
+    matrices = muon(
         schedule,
         beta=config.momentum,
         weight_decay=config.weight_decay,
-        consistent_rms=_MUON_RMS,
-        muon_weight_dimension_numbers=_masked_like(dimensions),
+        rms=_MUON_RMS,
+        dimensions=_masked_like(dimensions),
+        together=_on_one_cpu,
     )
     is_spec = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
     labels = jax.tree.map(
         lambda spec: "adamw" if spec is None else "muon", dimensions, is_leaf=is_spec
     )
-    return optax.partition({"muon": muon, "adamw": adamw}, labels)
+    return optax.partition({"muon": matrices, "adamw": adamw}, labels)
+
+
+def _on_one_cpu() -> bool:
+    """Whether what is traced runs on one CPU device: stacking matrices there moves nothing between
+    devices, and accelerators do well with each layer's own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def decayed(logical_axes: Tree) -> Tree:

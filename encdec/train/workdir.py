@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from encdec.data.records import DatasetCard, Records
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError
 from encdec.fields import differences
+from encdec.files import write_json
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
 from encdec.storage import local
 from encdec.train.config import OPERATIONAL, RunConfig, to_dict
@@ -188,14 +188,7 @@ def write_workdir(
     copy_vocabulary(records.directory, workdir)
     (workdir / MODEL_INFO_FILE).write_text(parameter_table(program))
     # Last: it is what makes the directory this run's.
-    _write_config(workdir, description)
-
-
-def _write_config(workdir: epath.Path, content: Mapping[str, Any]) -> None:
-    """Whole or absent."""
-    partial = workdir / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, workdir / CONFIG_FILE)
+    write_json(workdir / CONFIG_FILE, description)
 
 
 def notes(workdir: epath.PathLike) -> dict[str, Any]:
@@ -210,7 +203,8 @@ def notes(workdir: epath.PathLike) -> dict[str, Any]:
 def note_source(workdir: epath.PathLike, note: Mapping[str, Any]) -> None:
     """Adds where the first parameters came from to the config; process 0 alone."""
     if not jax.process_index():
-        _write_config(epath.Path(workdir), read_config(workdir) | {SOURCE_NOTE: note})
+        path = epath.Path(workdir) / CONFIG_FILE
+        write_json(path, read_config(workdir) | {SOURCE_NOTE: note})
 
 
 def parameter_table(program: Program) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -198,7 +199,7 @@ def test_existing_directories_are_refused(tmp_path, jsonl):
     other.mkdir()
     (other / "thesis.txt").write_text("")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"not empty and holds no records"):
+        with pytest.raises(DataError, match=r"not empty and holds no preparation"):
             prepare(**{**options, "out": other}, overwrite=overwrite)
     assert (other / "thesis.txt").exists()
 
@@ -237,32 +238,6 @@ class _Stop(Exception):
     pass
 
 
-def test_an_interrupted_preparation_goes_on_and_ends_the_same(tmp_path, jsonl):
-    options = dict(vocabulary="bytes", jsonl=[jsonl], block_bytes=4000, workers=1, **LENGTHS)
-    prepare(out=tmp_path / "whole", **options)
-    out = tmp_path / "out"
-
-    def stop(counts):
-        if counts.documents > 150:
-            raise _Stop
-
-    with pytest.raises(_Stop):
-        prepare(out=out, **options, progress=stop)
-    with pytest.raises(DataError, match=r"did not finish"):
-        open_records(out)
-    with pytest.raises(DataError, match=r"unfinished preparation of something else"):
-        prepare(out=out, **{**options, "inputs_length": 200})
-    shards = sorted(out.glob("*.arrayrecord"))
-    times = {path: path.stat().st_mtime_ns for path in shards}
-    # A shard that was cut short must be written again, a whole one kept.
-    shards[1].write_bytes(shards[1].read_bytes()[:-10])
-    prepare(out=out, **options)
-    assert _files(out) == _files(tmp_path / "whole")
-    assert len(shards) > 3
-    for path in shards[:1] + shards[2:]:
-        assert path.stat().st_mtime_ns == times[path]
-
-
 def test_changed_input_is_not_mixed_with_finished_shards(tmp_path, jsonl):
     options = dict(vocabulary="bytes", jsonl=[jsonl], block_bytes=4000, workers=1, **LENGTHS)
 
@@ -277,32 +252,37 @@ def test_changed_input_is_not_mixed_with_finished_shards(tmp_path, jsonl):
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_and_repeated(tmp_path):
-    """kill -9 of the process; its workers must follow it."""
-    path = write_jsonl(tmp_path / "rows.jsonl", _rows(4000))
-    command = [sys.executable, "-m", "encdec", "prepare", "--jsonl", str(path)]
-    command += ["--vocabulary=bytes", "--block_bytes=30000", "--workers=2"]
-    whole = tmp_path / "whole"
-    started = time.perf_counter()
-    subprocess.run([*command, f"--out={whole}"], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
+def test_killed_workers_follow_and_the_next_call_ends_in_the_same_bytes(tmp_path):
+    """kill -9 of the process with two workers; `tests/test_jobs.py` kills at every moment."""
+    path = write_jsonl(tmp_path / "rows.jsonl", _rows(2000))
+    options = dict(vocabulary="bytes", jsonl=[str(path)], block_bytes=10_000, **LENGTHS)
+    prepare(out=tmp_path / "whole", workers=1, **options)
     out = tmp_path / "out"
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        process = subprocess.Popen(
-            [*command, f"--out={out}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(float(rng.uniform(0.2, 0.9)) * seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (out / "dataset.json").exists():
-            break
-    if not (out / "dataset.json").exists():
-        subprocess.run([*command, f"--out={out}"], check=True, capture_output=True)
-    found = _files(out)
-    assert {name for name in found if not name.startswith("preparing/")} == set(_files(whole))
-    assert all(found[name] == data for name, data in _files(whole).items())
+    code = f"from encdec.data.prepare import prepare\nprepare(out={str(out)!r}, **{options!r})"
+    guarded = f"if __name__ == '__main__':\n    import sys\n    {code.replace(chr(10), '; ')}"
+    (tmp_path / "job.py").write_text(guarded.replace("prepare(out", "prepare(workers=2, out"))
+    process = subprocess.Popen([sys.executable, tmp_path / "job.py"], start_new_session=True)
+    while process.poll() is None and not list(out.glob("*.arrayrecord")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (out / "dataset.json").exists()
+    until = time.monotonic() + 30
+    while alive := _running(process.pid):
+        assert time.monotonic() < until, f"workers {alive} outlive the process they serve"
+        time.sleep(0.05)
+    prepare(out=out, workers=1, **options)
+    assert _files(out) == _files(tmp_path / "whole")
+
+
+def _running(group: int) -> list[str]:
+    """Processes of a group that have not ended (Linux)."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(path.parent.name)
+    return found
 
 
 def test_command_reports_and_gin_binds(tmp_path, jsonl, capsys):

@@ -1,13 +1,10 @@
-"""Thousands of malformed lines, and kills at random moments, through the whole preparation."""
+"""Thousands of malformed lines, and truncated files, through the whole preparation."""
 
 from __future__ import annotations
 
-import collections
 import gzip
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 
@@ -82,60 +79,3 @@ def test_a_truncated_gzip_never_passes_for_a_whole_one(tmp_path, cut):
     with pytest.raises(DataError, match=r"rows.jsonl.gz:\d+: "):
         prepare(out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-KILLS = """
-import os, pathlib, random, signal, sys, time
-from encdec.data.prepare import prepare
-
-path, folder = sys.argv[1], pathlib.Path(sys.argv[2])
-draw = random.Random(0)
-
-def start(name):
-    # Forked before any writer's threads exist in this process.
-    pid = os.fork()
-    if pid == 0:
-        prepare(out=folder / name, vocabulary="bytes", jsonl=[path], block_bytes=20_000, workers=1)
-        os._exit(0)
-    return pid
-
-started = time.perf_counter()
-os.waitpid(start("whole"), 0)
-seconds = time.perf_counter() - started
-kills = runs = 0
-while kills < 20:
-    pid = start(f"killed{runs}")
-    time.sleep(draw.uniform(0, seconds / 2))
-    os.kill(pid, signal.SIGKILL)
-    kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    if (folder / f"killed{runs}" / "dataset.json").exists():
-        runs += 1
-if not (folder / f"killed{runs}" / "dataset.json").exists():
-    os.waitpid(start(f"killed{runs}"), 0)
-print(kills, runs)
-"""
-
-
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_no_byte(tmp_path):
-    draw = random.Random(2)
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"source": "s" * draw.randrange(1, 300), "target": "t" * draw.randrange(40)})
-            + "\n"
-            for _ in range(4000)
-        )
-    )
-    command = [sys.executable, "-c", KILLS, str(path), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == "20"
-    files = collections.defaultdict(dict)
-    for folder in ["whole", *(p.name for p in tmp_path.glob("killed*"))]:
-        if (tmp_path / folder / "dataset.json").exists():
-            for file in (tmp_path / folder).iterdir():
-                if file.is_file():
-                    files[folder][file.name] = file.read_bytes()
-    assert len(files) >= 2 and len(files["whole"]) > 10
-    assert all(found == files["whole"] for found in files.values())

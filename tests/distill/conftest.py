@@ -38,5 +38,5 @@ def teacher(records, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def scored(records, teacher, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """20 draws of every token."""
     out = tmp_path_factory.mktemp("scored") / "sampled"
-    score(teacher, records, out, draws=20, shard_rows=16)
+    score(teacher=teacher, records=records, out=out, draws=20, shard_rows=16)
     return out

@@ -65,35 +65,6 @@ def test_targets_are_the_writers_answers_to_the_same_sources(records, student, t
     assert not verify_records(tmp_path / "out").faults
 
 
-def test_an_interrupted_rollout_ends_in_the_same_bytes(records, student, tmp_path):
-    drawn = GenerationSettings(temperature=0.9, top_k=20, seed=3)
-
-    class Stopped(Exception):
-        pass
-
-    def stop(written):
-        raise Stopped
-
-    make = lambda out, **more: rollout(
-        student, records, out, settings=drawn, rows=40, block_rows=16, **more
-    )
-    make(tmp_path / "whole")
-    for _ in range(2):
-        with pytest.raises(Stopped):
-            make(tmp_path / "stopped", progress=stop)
-    with pytest.raises(DataError, match="unfinished rollout with another settings"):
-        rollout(student, records, tmp_path / "stopped", rows=40, block_rows=16, settings=GREEDY)
-    make(tmp_path / "stopped")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-    assert pairs_of(tmp_path / "whole") != pairs_of(records)
-    # Finished: the same call does nothing, another is refused.
-    before = contents(tmp_path / "whole")
-    assert make(tmp_path / "whole", progress=stop).examples == len(pairs_of(tmp_path / "whole"))
-    assert contents(tmp_path / "whole") == before
-    with pytest.raises(DataError, match="already holds"):
-        rollout(student, records, tmp_path / "whole", rows=39, block_rows=16, settings=drawn)
-
-
 def test_a_round_gold_and_written_by_student_and_teacher(records, student, teacher, tmp_path):
     """Answers of both, scored by the teacher, in one mixture with gold targets."""
     for name, writer in (("on-policy", student), ("sequence", teacher)):
@@ -116,7 +87,7 @@ def test_a_round_gold_and_written_by_student_and_teacher(records, student, teach
     columns = []
     for number, part in enumerate(parts):
         columns.append(tmp_path / f"scored-{number}")
-        score(teacher, part, columns[-1], draws=10)
+        score(teacher=teacher, records=part, out=columns[-1], draws=10)
     job = prepare_job(
         small_run(
             f"{parts[0]}=2,{parts[1]}=1,{parts[2]}=1",

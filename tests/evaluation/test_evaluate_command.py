@@ -100,7 +100,7 @@ def test_what_is_there_is_not_made_again(evaluate, monkeypatch):
     )
     evaluate()
     assert json.loads((out / "report.json").read_text()) == before
-    with pytest.raises(ConfigError, match="made with temperature = 0.0, and now it is 0.5"):
+    with pytest.raises(ConfigError, match="temperature is 0.0 there and 0.5 here"):
         evaluate("--temperature=0.5")
 
 

@@ -56,7 +56,6 @@ MODELS: dict[str, ModelConfig] = {
         mlp_gated=True,
         post_norms=True,
         attention_scale=0.5,
-        attention_logit_cap=6.0,
         final_logit_cap=9.0,
         mlp_activation="silu",
     ),

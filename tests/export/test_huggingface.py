@@ -8,7 +8,7 @@ import pytest
 
 from encdec import safetensors
 from encdec.errors import ConfigError, DataError
-from encdec.export import formats
+from encdec.export import huggingface
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.settings import GenerationSettings
@@ -41,9 +41,9 @@ def logits(config, params, fields):
 def exported(request, tmp_path_factory):
     """Name, directory, and the model as transformers loads it."""
     out = tmp_path_factory.mktemp("export") / "hf"
-    export = formats.Export(*pair(request.param), PROMPTS, targets_length=12)
-    written = formats.write("hf", out, export)
-    family, reasons = written.family, written.reasons
+    family, reasons = huggingface.write(
+        out, *pair(request.param), PROMPTS, targets_length=12, dtype="float32"
+    )
     assert family == FAMILIES[request.param]
     assert bool(reasons) == (family == "encdec")
     auto = (
@@ -209,6 +209,12 @@ def test_what_no_family_has_is_refused_by_field(tmp_path):
         ({"qk_norm": True}, "qk_norm is True"),
     ):
         with pytest.raises(ConfigError, match=named):
-            export = formats.Export(config.replace(**change), params, PROMPTS)
-            formats.write("hf", tmp_path / "x", export)
+            huggingface.write(
+                tmp_path / "x",
+                config.replace(**change),
+                params,
+                PROMPTS,
+                targets_length=8,
+                dtype="float32",
+            )
     assert not (tmp_path / "x").exists()

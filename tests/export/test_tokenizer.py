@@ -10,6 +10,7 @@ import pytest
 from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.export import tokenizer
+from encdec.export.special_ids import padding_id
 from encdec.inference.text import PromptFormat
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
@@ -53,7 +54,8 @@ def test_inputs_and_labels_are_framed_as_here(
     eos, decoder_only = vocabulary.eos_id, architecture == "decoder_only"
     start = 5 if decoder_only else 0
     prompts = PromptFormat(vocabulary, start, inputs_eos, inputs_prefix=prefix)
-    tokenizer.write(tmp_path, prompts, architecture)
+    pad = padding_id(vocabulary, vocabulary.size + 1, start, is_encoder_decoder=not decoder_only)
+    tokenizer.write(tmp_path, prompts, architecture, pad)
     plain = transformers.AutoTokenizer.from_pretrained(tmp_path)
     framed = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
     for text in TEXTS:
@@ -74,11 +76,11 @@ def test_inputs_and_labels_are_framed_as_here(
     assert plain.model_max_length == prompts.max_input_tokens + decoder_only
     long = plain("word " * 600, truncation=True)["input_ids"]
     assert long == [start] * decoder_only + prompts.encode("word " * 600, truncate=True)[0]
-    assert plain.pad_token_id == (eos if kind == "tokenizer.json" else 0)
+    assert plain.pad_token_id == pad
 
 
 def test_incomplete_characters_of_bytes_decode_to_nothing(vocabularies, tmp_path):
-    tokenizer.write(tmp_path, PromptFormat(vocabularies["bytes"]), "encoder_decoder")
+    tokenizer.write(tmp_path, PromptFormat(vocabularies["bytes"]), "encoder_decoder", pad_id=2)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = vocabularies["bytes"].encode("a\u00e9\u6f22b")
     for cut in (ids[:3], ids[:5], ids[2:], ids):
@@ -91,7 +93,7 @@ def test_a_published_vocabulary_gives_the_same_ids(corpora, tmp_path):
     if not models:
         pytest.skip("no SentencePiece model among the corpora")
     prompts = PromptFormat(load_vocabulary(models[0], extra_ids=10))
-    tokenizer.write(tmp_path, prompts, "encoder_decoder")
+    tokenizer.write(tmp_path, prompts, "encoder_decoder", pad_id=2)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert theirs(text)["input_ids"] == prompts.encode(text)[0]

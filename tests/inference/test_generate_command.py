@@ -124,7 +124,7 @@ def test_another_job_does_not_mix_into_the_file(generate, tmp_path, encoder_deco
     common = [f"--checkpoint={encoder_decoder_run}", f"--out={out}"]
     other = inputs_file(tmp_path / ".", [SOURCES[0], "another"])
     for argv, code, message in (
-        ([f"--file={other}", "--max_tokens=4"], 2, "made with max_tokens = 3, and now it is 4"),
+        ([f"--file={other}", "--max_tokens=4"], 2, "max_tokens is 3 there and 4 here"),
         ([f"--file={other}", "--max_tokens=3"], 3, "answers input 1 with source 'two fish'"),
     ):
         assert cli.main(["generate", *common, *argv]) == code

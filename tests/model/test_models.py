@@ -250,6 +250,26 @@ def test_dropout_is_random_and_off_when_deterministic():
     )
 
 
+@pytest.mark.parametrize("field", ["attention_dropout", "mlp_dropout", "residual_dropout"])
+def test_the_decoder_of_an_encoder_decoder_has_dropout_of_its_own(field):
+    model, params, batch = make(SMALL.replace(**{field: 0.5}))
+    # Without what cross-attention adds, nothing of the encoder's randomness reaches the logits.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 0 if "encoder_attention']['o" in jax.tree_util.keystr(path) else x,
+        params,
+    )
+    hidden = jax.jit(
+        lambda key: model.apply(
+            {"params": params},
+            batch,
+            deterministic=False,
+            method="hidden",
+            rngs={"dropout": jax.random.key(key)},
+        )
+    )
+    assert not np.allclose(hidden(0), hidden(1))
+
+
 def test_bfloat16_compute_stays_near_float32():
     model, params, batch = make(SMALL, std=0.1)
     low = build_model(SMALL.replace(dtype="bfloat16"))

@@ -304,7 +304,7 @@ def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
 def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path):
     """A run of the ladder teaches: scored rows, the series once more, rows of both in one file."""
     teacher = Workdir(undisturbed).run_directory("dec_tiny_128_s0")
-    score(teacher, records, tmp_path / "scored")
+    score(teacher=teacher, records=records, out=tmp_path / "scored")
     directory = tmp_path / "ladder"
     loss = losses(undisturbed)["dec_tiny_128_s0", 16]
     subprocess.run(

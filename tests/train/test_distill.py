@@ -70,7 +70,7 @@ def test_the_objective_is_what_its_definition_says(architecture, records, scored
                 model,
                 params,
                 batch,
-                LossConfig(z_loss=0.0),
+                LossConfig(),
                 TARGETS,
                 None,
                 DistillConfig("x"),
@@ -102,7 +102,9 @@ def test_the_objective_is_what_its_definition_says(architecture, records, scored
 
 def test_vocabulary_tiles_change_neither_loss_nor_gradient(records, teacher, tmp_path):
     """Top-k rows, a tail, reverse KL and a temperature: everything that a tile has to bring."""
-    score(teacher, records, tmp_path / "top", method="top_k", k=7, temperature=1.7)
+    score(
+        teacher=teacher, records=records, out=tmp_path / "top", method="top_k", k=7, temperature=1.7
+    )
     batch = batch_of(records, tmp_path / "top", "encoder_decoder")
     distill = DistillConfig("x", "reverse_kl", temperature=1.7)
     model, params = model_of("encoder_decoder")
@@ -134,7 +136,7 @@ def test_vocabulary_tiles_change_neither_loss_nor_gradient(records, teacher, tmp
 def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(teacher, tmp_path):
     """The authors' own acceptance, 0.9 KL + 0.1 CE; they allow 512 epochs, here are 256."""
     same = write_records(tmp_path / "same", [[("abcdefgh", "hgfedc")]] * 4)
-    score(teacher, same, tmp_path / "scored", method="full")
+    score(teacher=teacher, records=same, out=tmp_path / "scored", method="full")
     run = parse_config(student(same, tmp_path / "scored", batch_size=4, steps=256))
     program = build_program(
         run, run.model_config(), make_mesh(run.mesh, jax.devices()[:1]), TARGETS
@@ -183,7 +185,7 @@ def test_the_run_reports_resumes_and_refuses_another_teacher(records, scored, te
         hard = (1 - line["train/alpha"]) * line["train/loss"]
         np.testing.assert_allclose(line["train/objective"], soft + hard, rtol=1e-5)
         assert line["train/teacher_entropy"] > 0
-    score(teacher, records, tmp_path / "others", draws=20, seed=1)
+    score(teacher=teacher, records=records, out=tmp_path / "others", draws=20, seed=1)
     with pytest.raises(CheckpointError, match="teacher.fingerprint"):
         train(
             student(
@@ -221,7 +223,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 def test_a_mixture_has_a_teacher_for_each_part(records, scored, teacher, tmp_path):
     other = write_records(tmp_path / "other", random_pairs(10, 9))
-    score(teacher, other, tmp_path / "other-scored", draws=9)
+    score(teacher=teacher, records=other, out=tmp_path / "other-scored", draws=9)
     mixture = mix_records([records, other], [1, 1])
     column = open_teacher(f"{scored},{tmp_path / 'other-scored'}", mixture)
     got = column.fields([3, -1, 42 + 7])

@@ -21,8 +21,9 @@ def reports(records, eval_records, tmp_path_factory):
     directories = {"letters": str(eval_records), "other": str(other)}
 
     def report(spec, **changes):
-        run = parse_config(small_run(records, **changes))
-        opened = open_records(spec.format(**directories))
+        held_out = spec.format(**directories)
+        run = parse_config(small_run(records, data={"eval_records": held_out}, **changes))
+        opened = open_records(held_out)
         return Evaluator(job.program, run, job.model, opened)(params)
 
     return report

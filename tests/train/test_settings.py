@@ -59,7 +59,7 @@ def traced(run: RunConfig) -> str:
 # So that a run can be looked up; its model_overrides are a dict.
 RunConfig.__hash__ = lambda run: hash(repr(run))
 
-ADAFACTOR, MUON = {"optimizer.name": "adafactor"}, {"optimizer.name": "muon"}
+ADAFACTOR, MUON = {"optimizer.name": "adafactor", "optimizer.b2": 0.98}, {"optimizer.name": "muon"}
 TAUGHT = {"distill.teacher": "rows"}
 RISING = TAUGHT | {"distill.alpha_schedule": "warmup", "distill.warmup_steps": 4}
 # Field: another value, and what must be set beside it.
@@ -167,7 +167,7 @@ def test_fields_of_what_is_kept_change_it():
 
 def test_fields_of_evaluation_change_its_batches(eval_records):
     def shape(*changes):
-        run = run_of(*changes)
+        run = run_of({"data.eval_records": str(eval_records)}, *changes)
         program = build_program(run, run.model_config(), make_mesh(run.mesh), TARGETS)
         evaluator = Evaluator(program, run, run.model_config(), open_records(eval_records))
         ((_, batches, steps, _, _),) = evaluator._parts

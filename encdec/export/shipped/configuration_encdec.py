@@ -1,6 +1,27 @@
 """Configuration of encdec's encoder-decoder for transformers; see modeling_encdec.py."""
 
+import re
+
+import transformers
 from transformers import PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def check_version(least, tested, installed=transformers.__version__):
+    """Raises ImportError for versions below `least`; warns of majors newer than all `tested`."""
+    numbers = lambda version: tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers(installed) < numbers(least):
+        raise ImportError(
+            f"this model is read by transformers {least} or newer (tested with "
+            f"{', '.join(tested)}), and {installed} is installed; upgrade it: "
+            f"pip install 'transformers>={least}'"
+        )
+    if numbers(installed)[0] > max(numbers(version)[0] for version in tested):
+        logger.warning(
+            f"this model was tested with transformers {', '.join(tested)}, not with {installed}"
+        )
 
 
 class EncdecConfig(PretrainedConfig):
@@ -8,6 +29,7 @@ class EncdecConfig(PretrainedConfig):
 
     ``rope_frequencies`` are radians per position of each rotated pair of a head's halves, and
     ``rope_magnitude`` multiplies the rotated vectors. A cap of 0 is off.
+    ``transformers_versions`` says with which versions of transformers the files were tested.
     """
 
     model_type = "encdec"
@@ -15,6 +37,7 @@ class EncdecConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' own way)
     attribute_map = {  # noqa: RUF012
         "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
         "num_hidden_layers": "decoder_layers",
         "hidden_size": "d_model",
     }
@@ -47,12 +70,16 @@ class EncdecConfig(PretrainedConfig):
         tie_word_embeddings=True,
         rope_frequencies=(),
         rope_magnitude=1.0,
+        initializer_range=0.02,
         use_cache=True,
+        transformers_versions=None,
         **kwargs,
     ):
         values = dict(locals())
         for name in ("self", "kwargs", "__class__", "tie_word_embeddings"):
             values.pop(name, None)
+        if transformers_versions:
+            check_version(**transformers_versions)
         for name, value in values.items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
         kwargs.setdefault("pad_token_id", 0)

@@ -1,0 +1,148 @@
+"""Muon (arXiv 2502.16982) whose iterations take all matrices of one shape at a time.
+
+The numbers and the state are those of ``optax.contrib.muon``, which iterates on each parameter
+by itself: a model of six layers has some forty small matrices, and a product of one of them keeps
+no two cores busy.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, MuonState
+
+# Of the quintic iteration, and how often it is done: Muon's own, as optax has them.
+COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_EPS = 1e-8
+
+Tree = Any
+Dimensions = Callable[[Tree], Tree]  # of parameters: a MuonDimensionNumbers for each
+
+
+def muon(
+    schedule: optax.Schedule,
+    *,
+    beta: float,
+    weight_decay: float,
+    rms: float,
+    dimensions: Dimensions,
+    together: Callable[[], bool],
+) -> optax.GradientTransformation:
+    """``optax.contrib.muon`` with Nesterov momentum and updates of one size whatever the shape.
+
+    Args:
+        schedule: the learning rate.
+        beta: decay of the momentum.
+        weight_decay: times the learning rate.
+        rms: the updates' root mean square, before the learning rate; ``consistent_rms`` there.
+        dimensions: which dimensions are inputs and outputs.
+        together: whether matrices of equal shapes are stacked; asked while tracing. Right where
+            they lie on one device.
+    """
+    rules = optax.chain(
+        _scale_by_muon(beta, dimensions, together),
+        _scale_by_shape(rms, dimensions),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    # As optax's own: nothing here is left to AdamW, but states keep their layout on disk.
+    labels = lambda params: jax.tree.map(lambda _: "muon", params)
+    return optax.partition({"muon": rules, "adam": optax.adamw(schedule)}, labels)
+
+
+def _is_dimensions(x: Any) -> bool:
+    return isinstance(x, MuonDimensionNumbers)
+
+
+def _axes(x: jax.Array, spec: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
+    """Dimensions that hold separate matrices, inputs, and outputs."""
+    sides = [
+        tuple(axis % x.ndim for axis in (side if isinstance(side, tuple) else (side,)))
+        for side in (spec.reduction_axis, spec.output_axis)
+    ]
+    return tuple(i for i in range(x.ndim) if i not in sides[0] + sides[1]), *sides
+
+
+def _sizes(x: jax.Array, spec: MuonDimensionNumbers) -> tuple[int, ...]:
+    return tuple(math.prod(x.shape[i] for i in axes) for axes in _axes(x, spec))
+
+
+def orthogonalised(updates: Tree, specs: Tree, *, together: bool) -> Tree:
+    """Every matrix by five Newton-Schulz iterations, from its Frobenius norm."""
+    leaves, structure = jax.tree.flatten(updates)
+    dimensions = jax.tree.leaves(specs, is_leaf=_is_dimensions)
+    groups: dict[Any, list[int]] = collections.defaultdict(list)
+    matrices = []
+    for index, (x, spec) in enumerate(zip(leaves, dimensions, strict=True)):
+        order = sum(_axes(x, spec), ())
+        matrix = x.transpose(order).reshape(_sizes(x, spec))
+        if matrix.shape[1] > matrix.shape[2]:
+            matrix = matrix.swapaxes(1, 2)
+        matrices.append(matrix)
+        groups[(matrix.shape[1:], matrix.dtype) if together else index].append(index)
+    results: list[Any] = [None] * len(leaves)
+    for members in groups.values():
+        stacked = jnp.concatenate([matrices[i] for i in members])
+        done = _newton_schulz(stacked)
+        ends = [0]
+        for i in members:
+            ends.append(ends[-1] + len(matrices[i]))
+            results[i] = done[ends[-2] : ends[-1]]
+    for index, (x, spec) in enumerate(zip(leaves, dimensions, strict=True)):
+        axes, sizes = _axes(x, spec), _sizes(x, spec)
+        result = results[index]
+        if sizes[1] > sizes[2]:
+            result = result.swapaxes(1, 2)
+        order = sum(axes, ())
+        back = sorted(range(x.ndim), key=lambda i: order[i])
+        results[index] = result.reshape([x.shape[i] for i in order]).transpose(back)
+    return jax.tree.unflatten(structure, results)
+
+
+def _newton_schulz(x_NxIxO: jax.Array) -> jax.Array:
+    """Of N matrices no taller than wide."""
+    a, b, c = COEFFICIENTS
+    norm = jnp.sqrt(jnp.sum(jnp.square(x_NxIxO), axis=(1, 2), keepdims=True))
+    x = x_NxIxO / (norm + _EPS)
+    for _ in range(ITERATIONS):
+        gram = jnp.einsum("nio,njo->nij", x, x)
+        x = a * x + jnp.einsum("nij,njo->nio", b * gram + c * gram @ gram, x)
+    return x
+
+
+def _scale_by_muon(
+    beta: float, dimensions: Dimensions, together: Callable[[], bool]
+) -> optax.GradientTransformation:
+    def init(params: Tree) -> MuonState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return MuonState(jnp.zeros([], jnp.int32), zeros, jnp.asarray(COEFFICIENTS))
+
+    def update(updates: Tree, state: MuonState, params: Tree = None) -> tuple[Tree, MuonState]:
+        del params
+        momentum = jax.tree.map(lambda g, m: (1 - beta) * g + beta * m, updates, state.mu)
+        count = optax.safe_increment(state.count)
+        # Both as means over the steps so far, the momentum one step ahead.
+        ahead = 1 - beta ** optax.safe_increment(count).astype(jnp.float32)
+        now = 1 - beta ** count.astype(jnp.float32)
+        mixed = jax.tree.map(
+            lambda m, g: beta * (m / ahead) + (1 - beta) * (g / now), momentum, updates
+        )
+        updates = orthogonalised(mixed, dimensions(mixed), together=together())
+        return updates, MuonState(count, momentum, state.ns_coeffs)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_shape(rms: float, dimensions: Dimensions) -> optax.GradientTransformation:
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        del params
+        scaled = lambda x, spec: x * (rms * math.sqrt(max(_sizes(x, spec)[1:])))
+        return jax.tree.map(scaled, updates, dimensions(updates)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

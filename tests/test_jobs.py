@@ -1,0 +1,428 @@
+"""Jobs that are killed and repeated: the protocol at every system call, and each of its users."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from encdec.data.prepare import prepare
+from encdec.data.records import decode_row, read_card
+from encdec.data.teacher_rows import read_teacher_card
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.distill import rollout as rollout_module
+from encdec.distill import scoring
+from encdec.distill.scoring_settings import ScoringSettings
+from encdec.errors import ConfigError, DataError
+from encdec.evaluation.examples import Example
+from encdec.evaluation.predictions import PredictionFiles, predict
+from encdec.files import append_rows, whole_file, whole_lines, write_json
+from encdec.inference.files import ResumableOutput
+from encdec.inference.generator import Generation
+from encdec.inference.settings import GenerationSettings
+from encdec.inference.text import PromptFormat
+from encdec.jobs import NOTES, DirectoryJob, Tally, differences
+from tests.data.conftest import write_jsonl
+
+WORKER = """
+import dataclasses, os, pathlib, sys
+from encdec.files import file_sha256, write_text
+from encdec.jobs import DirectoryJob, Shard, Tally
+
+@dataclasses.dataclass
+class Count(Tally):
+    rows: int = 0
+
+def work(out, text, overwrite):
+    job = DirectoryJob(out, "copy", {"text": text}, "card.txt", Count, overwrite=overwrite)
+    if job.finished:
+        return
+    job.begin()
+    missing, total = job.notes.missing(range(2))
+    for number in missing:
+        path = job.directory / f"{number}.txt"
+        write_text(path, f"{text} {number}")
+        shard = Shard(path.name, 1, path.stat().st_size, file_sha256(path))
+        job.notes.write(number, shard, Count(1))
+        total.add(Count(1))
+    assert total.rows == 2
+    write_text(job.directory / "card.txt", text)
+    job.end()
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+def whole(text):
+    return {"card.txt": text} | {f"{number}.txt": f"{text} {number}" for number in range(2)}
+
+os.fsync = lambda file: None  # slow, and nothing here survives a power cut
+calls = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
+# What the job finds: nothing, an earlier finished job, or another one's unfinished blocks.
+for case in ("fresh", "finished", "unfinished"):
+    died = 0
+    for last in range(1000):
+        folder = pathlib.Path(sys.argv[1]) / f"{case}{last}"
+        folder.mkdir()
+        out = folder / "out"
+        if case != "fresh":
+            work(out, "old", False)
+        if case == "unfinished":
+            (out / "encdec-unfinished").mkdir()
+            (out / "card.txt").rename(out / "encdec-unfinished" / "000009.json")
+            DirectoryJob(folder / "x", "copy", {"text": "old"}, "card.txt", Count).begin()
+            (folder / "x/encdec-unfinished/job.json").rename(out / "encdec-unfinished/job.json")
+            (folder / "x/encdec-unfinished").rmdir(); (folder / "x").rmdir()
+        child = os.fork()
+        if not child:
+            left = last
+            def dying(call):
+                def counted(*args, **kwargs):
+                    global left
+                    left -= 1
+                    if left < 0:
+                        os._exit(9)
+                    return call(*args, **kwargs)
+                return counted
+            for name in calls:
+                setattr(os, name, dying(getattr(os, name)))
+            work(out, "new", True)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found = contents(folder)
+        if case == "finished" and not (out / "card.txt").is_file():
+            # Between two renames: the old contents are still there, and the new ones are whole.
+            assert (folder / "out.new/card.txt").is_file(), found
+            assert (folder / "out.new/encdec-unfinished/replaced/card.txt").is_file(), found
+        elif (out / "card.txt").is_file():
+            text = (out / "card.txt").read_text()
+            seen = {name: data for name, data in contents(out).items() if "/" not in name}
+            assert {k: v for k, v in seen.items() if not k.endswith(".partial")} == whole(text)
+        work(out, "new", True)
+        assert contents(folder) == {f"out/{k}": v for k, v in whole("new").items()}, (case, last)
+        if code == 0:
+            break
+        assert code == 9, code
+        died += 1
+    print(case, died)
+"""
+
+
+def test_a_job_killed_at_any_system_call_ends_in_the_same_bytes(tmp_path):
+    """Never without the old or the new contents, and never with a mixture of them."""
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    died = dict(line.split() for line in done.stdout.splitlines())
+    assert died.keys() == {"fresh", "finished", "unfinished"}
+    assert all(int(count) > 20 for count in died.values()), died
+
+
+def test_tallies_add_up_field_by_field():
+    tally = scoring.ScoringTally(rows=1, max_pairs=9, entropy=0.5)
+    tally.add(scoring.ScoringTally(rows=2, max_pairs=4, entropy=0.25))
+    assert (tally.rows, tally.max_pairs, tally.entropy) == (3, 9, 0.75)
+    assert scoring.ScoringTally.from_dict(json.loads(json.dumps(tally.to_dict()))) == tally
+
+
+def test_differences_are_named_where_they_are():
+    before = {"a": {"b": [1, {"c": 2}], "d": 0}, "e": 5}
+    assert differences(before, {"a": {"b": (1, {"c": 3}), "d": 0}, "f": None}) == [
+        "a.b.1.c is 2 there and 3 here",
+        "e is 5 there and None here",
+    ]
+    assert differences(before, before) == []
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "card.json"
+    write_json(path, {"a": [1]})
+    for error in (KeyboardInterrupt, DataError):
+        with pytest.raises(error), whole_file(path) as partial:
+            partial.write_text("half")
+            raise error("stopped")
+    assert json.loads(path.read_text()) == {"a": [1]} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_lines_follow_the_last_whole_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"a": "\u2028"}])
+    path.write_bytes(path.read_bytes() + b'{"a": "cut sh')
+    append_rows(path, [2])
+    assert [(n, json.loads(line)) for n, line in whole_lines(path)] == [
+        (1, {"a": "\u2028"}),
+        (2, 2),
+    ]
+
+
+def test_what_is_in_the_way_is_left_alone(tmp_path):
+    job = functools.partial(DirectoryJob, what="scoring", identity={}, card="card", tally=Tally)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is a file"):
+        job(tmp_path / "file", overwrite=True)
+    # Neither a folder that happens to have the notes' name nor a finished card of another kind.
+    (tmp_path / "mine" / NOTES).mkdir(parents=True)
+    (tmp_path / "mine" / "thesis.txt").write_text("of ten years")
+    for overwrite in (None, False, True):
+        with pytest.raises(DataError, match="not empty and holds no scoring"):
+            job(tmp_path / "mine", overwrite=overwrite)
+    # Where the new contents would be made.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "card").write_text("")
+    shutil.copytree(tmp_path / "mine", tmp_path / "out.new")
+    with pytest.raises(DataError, match="out.new is not empty"):
+        job(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out.new" / "thesis.txt").exists()
+
+
+# The users. Each fills a directory `out` from scratch or goes on, and calls `step` after a block.
+
+
+class Stopped(Exception):
+    pass
+
+
+class EchoModel:
+    """Answers every text with itself, in capital letters."""
+
+    prompts = PromptFormat(ByteVocabulary())
+
+    def generate(self, texts, settings, *, truncate, first_number, on_batch):
+        return [[self._answer(text.upper())] for text in texts]
+
+    def generate_from_tokens(self, sources, settings, *, numbers):
+        texts = [self.prompts.vocabulary.decode(ids) for ids in sources]
+        return [[self._answer(text.upper()[:20])] for text in texts]
+
+    def _answer(self, text):
+        tokens = [*self.prompts.vocabulary.encode(text), 1]
+        return Generation(text, tokens, [-1.0] * len(tokens), "eos", None, False)
+
+
+class EchoScorer:
+    """Draws of each target token: the token itself and the next id."""
+
+    batch_rows, host, hosts, writes = 2, 0, 1, True
+
+    def __init__(self, records):
+        self._records = records
+
+    def load(self):
+        pass
+
+    def score(self, numbers):
+        kept = {"tokens": np.zeros(len(numbers), np.int32)}
+        draws = np.zeros((len(numbers), 200, 4), np.int32)
+        for place, number in enumerate(numbers):
+            if number >= 0:
+                _, targets = decode_row(self._records.read([number])[0], "uint16")
+                ids = np.concatenate(targets).astype(np.int32)
+                kept["tokens"][place] = len(ids)
+                draws[place, : len(ids)] = np.stack([ids, ids, ids, ids + 1], -1)
+        scalars = np.ones(draws.shape[:2], np.float32)
+        return kept | {"draws": draws, "log_normaliser": scalars, "entropy": scalars}
+
+    fetch = staticmethod(dict)
+
+
+SOURCES = [f"text {number}" * (1 + number % 3) for number in range(40)]
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch):
+    rows = [{"source": text, "target": text[::-1]} for text in SOURCES]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = dict(vocabulary="bytes", jsonl=[str(path)], inputs_length=64, targets_length=64)
+    records = tmp_path / "records"
+    prepare(out=records, **options)
+    monkeypatch.setattr(
+        scoring, "_scorer", lambda settings, records, fmt: ({"name": "echo"}, EchoScorer(records))
+    )
+    config = {"run": {}, "data": {"vocabulary": {"fingerprint": ByteVocabulary().fingerprint}}}
+    monkeypatch.setattr(rollout_module, "read_config", lambda workdir: config)
+    monkeypatch.setattr(rollout_module, "load_generator", lambda *args, **more: EchoModel())
+    monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 4)
+
+    def prepared(out, step, overwrite=None, other=False, **more):
+        prepare(
+            out=out,
+            block_bytes=160,
+            workers=1,
+            progress=lambda counts: step(),
+            seed=0,
+            decoder_start_id=int(other),
+            overwrite=bool(overwrite),
+            **options,
+            **more,
+        )
+
+    def on_beam(out, step, **more):
+        from encdec.data.beam_prepare import BeamWriter
+
+        prepared(out, step, writer=BeamWriter(), **more)
+
+    def scored(out, step, overwrite=None, other=False):
+        settings = ScoringSettings("echo", records=records, out=out, draws=4, shard_rows=3)
+        # After every batch, which is less than a shard.
+        scoring.score(
+            settings, seed=int(other), overwrite=bool(overwrite), progress=lambda tally: step()
+        )
+
+    def rolled_out(out, step, other=False):
+        rollout_module.rollout(
+            "echo",
+            records,
+            out,
+            block_rows=1,
+            settings=GenerationSettings(seed=int(other)),
+            progress=lambda written: step(),
+        )
+
+    def generated(out, step, other=False):
+        out.mkdir(exist_ok=True)
+        output = ResumableOutput(out / "answers.jsonl", {"seed": int(other)}, SOURCES)
+        done = output.done()
+        output.begin()
+        for first in range(done, len(SOURCES), 4):
+            output.append(
+                [
+                    {"index": n, "source": SOURCES[n], "of": 2, "sample": s, "text": f"{n} {s}"}
+                    for n in range(first, first + 4)
+                    for s in range(2)
+                ]
+            )
+            step()
+
+    def predicted(out, step, other=False):
+        examples = [Example(text, (text,)) for text in SOURCES]
+        files = PredictionFiles(out, {"seed": int(other)}, examples)
+        append = files.append
+        files.append = lambda shard, made: (append(shard, made), step())
+        predict(EchoModel(), files, examples, GenerationSettings())
+
+    return {
+        "prepare": prepared,
+        "beam": on_beam,
+        "score": scored,
+        "rollout": rolled_out,
+        "generate": generated,
+        "evaluate": predicted,
+    }
+
+
+needs_beam = pytest.mark.skipif(
+    importlib.util.find_spec("apache_beam") is None, reason="the extra beam is not installed"
+)
+DIRECTORY_JOBS = ["prepare", pytest.param("beam", marks=needs_beam), "score", "rollout"]
+
+
+def contents(directory):
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def stopping(after):
+    """A step that stops the job at its n-th call."""
+    calls = iter([*[None] * after, Stopped])
+
+    def step():
+        if error := next(calls, None):
+            raise error
+
+    return step
+
+
+@pytest.mark.parametrize("user", [*DIRECTORY_JOBS, "generate", "evaluate"])
+def test_an_interrupted_job_ends_in_the_same_bytes(user, users, tmp_path):
+    call, out = users[user], tmp_path / "out"
+    steps = []
+    call(tmp_path / "whole", lambda: steps.append(None))
+    whole = contents(tmp_path / "whole")
+    assert len(steps) > 5
+    for after in (0, 2, 3):  # each time blocks are there that are not made again
+        with pytest.raises(Stopped):
+            call(out, stopping(after))
+    before = contents(out)
+    with pytest.raises(
+        (DataError, ConfigError), match=r"(seed|decoder_start_id) is 0 there and 1 here"
+    ):
+        call(out, lambda: None, other=True)
+    assert contents(out) == before
+    again = []
+    call(out, lambda: again.append(None))
+    if user != "prepare":  # which tells of the blocks that were there, too
+        assert 0 < len(again) < len(steps)
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("user", ["prepare", "score", "rollout"])
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(user, users, tmp_path):
+    call, out = users[user], tmp_path / "out"
+    call(tmp_path / "whole", lambda: None)
+    with pytest.raises(Stopped):
+        call(out, stopping(6))
+    first, second = sorted(out.glob("*.arrayrecord"))[:2]
+    times = [path.stat().st_mtime_ns for path in (first, second)]
+    data = first.read_bytes()
+    first.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
+    call(out, lambda: None)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert first.stat().st_mtime_ns != times[0] and second.stat().st_mtime_ns == times[1]
+
+
+@pytest.mark.parametrize("user", ["prepare", "score", "rollout"])
+def test_what_an_earlier_version_began_is_refused(user, users, tmp_path):
+    call, out = users[user], tmp_path / "out"
+    notes = {"prepare": "preparing", "score": "scoring", "rollout": "writing"}[user]
+    write = out / notes / "job.json"
+    write.parent.mkdir(parents=True)
+    write.write_text("{}")
+    (out / "rows-000000.arrayrecord").write_text("rows")
+    before = contents(out)
+    with pytest.raises(DataError, match=rf"earlier version of encdec began \({notes}/job.json\)"):
+        call(out, lambda: None)
+    assert contents(out) == before
+    if user != "rollout":
+        call(tmp_path / "whole", lambda: None)
+        call(out, lambda: None, overwrite=True)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("user", ["prepare", "score"])
+def test_finished_contents_stay_until_those_that_replace_them_are_whole(user, users, tmp_path):
+    call, out = users[user], tmp_path / "out"
+    call(out, lambda: None, other=True)
+    before = contents(out)
+    for after in (1, 4):
+        with pytest.raises(Stopped):
+            call(out, stopping(after), overwrite=True)
+        assert contents(out) == before
+    call(tmp_path / "whole", lambda: None)
+    call(out, lambda: None, overwrite=True)
+    assert contents(out) == contents(tmp_path / "whole") != before
+    assert not (tmp_path / "out.new").exists()
+
+
+def test_a_finished_job_is_not_done_again(users, tmp_path):
+    for user in ("score", "rollout", "generate", "evaluate"):
+        out = tmp_path / user
+        users[user](out, lambda: None)
+        before = contents(out)
+        if user in ("score", "rollout"):  # killed after the card was there
+            (out / NOTES).mkdir()
+            (out / NOTES / "job.json").write_text("{}")
+        users[user](out, stopping(0))
+        assert contents(out) == before
+        with pytest.raises((DataError, ConfigError), match="seed is 0 there and 1 here"):
+            users[user](out, stopping(0), other=True)
+        assert contents(out) == before
+    assert read_teacher_card(tmp_path / "score").rows == read_card(tmp_path / "records").rows
