@@ -85,14 +85,14 @@ MUTANTS = (
     ),
     Mutant(
         "records fingerprint ignores decoder_start_id",
-        "encdec/data/records.py",
+        "encdec/data/card.py",
         "        targets_length,\n        decoder_start_id,\n        [(shard.rows",
         "        targets_length,\n        [(shard.rows",
         ("tests/train/test_identity.py::test_the_records_fingerprint",),
     ),
     Mutant(
         "records fingerprint ignores the vocabulary",
-        "encdec/data/records.py",
+        "encdec/data/card.py",
         "        FORMAT_VERSION,\n        vocabulary.fingerprint,\n        inputs_length,",
         "        FORMAT_VERSION,\n        inputs_length,",
         ("tests/train/test_identity.py::test_the_records_fingerprint",),
