@@ -164,7 +164,7 @@ MUTANTS = (
         "encdec/model/positions.py",
         "return positions_BxS - (segment_lengths(positions_BxS, segments_BxS) - 1) // 2",
         "return positions_BxS - (positions_BxS.shape[-1] - 1) // 2",
-        ("tests/model/test_models.py::test_packed_rows_equal_their_segments_alone",),
+        ("tests/model/test_layers.py::test_centred_positions_are_of_each_segment",),
     ),
     Mutant(
         "best checkpoint: highest loss kept",
@@ -205,16 +205,16 @@ MUTANTS = (
     ),
     Mutant(
         "patience: an equal loss counts as lower",
-        "encdec/train/loop.py",
+        "encdec/train/session.py",
         "min(losses[-patience:]) >= min(losses[:-patience])",
         "min(losses[-patience:]) > min(losses[:-patience])",
         ("tests/train/test_warm_start.py::test_patience_counts_evaluations_without_a_lower_loss",),
     ),
     Mutant(
         "a resumed run reads the batch of step + 1",
-        "encdec/train/loop.py",
-        "program.batch_sharding, start, stop), start + 1",
-        "program.batch_sharding, start + (start > 0), stop + (start > 0)), start + 1",
+        "encdec/train/session.py",
+        "on_devices(batches, sharding, self.step, self.stop)",
+        "on_devices(batches, sharding, self.step + (self.step > 0), self.stop + (self.step > 0))",
         ("tests/train/test_loop.py::test_a_resumed_run_ends_in_the_same_bits",),
     ),
     Mutant(
@@ -229,7 +229,9 @@ MUTANTS = (
         "encdec/train/metrics.py",
         "text_bytes = target_bytes * tokens / max(target_tokens, 1)",
         "text_bytes = float(target_bytes)",
-        ("tests/train/test_loop.py::test_metrics_are_complete",),
+        (
+            "tests/train/test_losses.py::test_a_sample_of_the_rows_is_set_against_its_share_of_the_bytes",
+        ),
     ),
     Mutant(
         "clipping removed altogether",
