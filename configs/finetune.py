@@ -16,17 +16,10 @@ Time and loss: not measured at this size; docs/results.md has those of small mod
 
 from ml_collections import ConfigDict
 
+from encdec.data.paper_tasks import PAPER_TASKS
+
 # Passes and peaks are our choice: the paper gives only its distillation's 1e-4 and batch of 128.
-STEPS = {
-    "squad_v2": 3_000,
-    "ielts_feedback": 300,
-    "ielts_band": 300,
-    "code_java2cs": 1_000,
-    "code_refine_small": 1_500,
-    "code_refine_medium": 1_500,
-    "xsum": 4_000,
-    "dialogsum": 1_000,
-}
+STEPS = {name: task.fine_tune_steps for name, task in PAPER_TASKS.items() if task.fine_tune_steps}
 
 
 def get_config(task: str = "squad_v2") -> ConfigDict:

@@ -27,10 +27,12 @@ from encdec.benchmarks.inference_benchmark import numbers
 from encdec.cost.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
-from encdec.export import litert_export, onnx_export
+from encdec.export import formats
+from encdec.export.formats import Export
 from encdec.inference.exported import ExportedModel, export_format, load_exported_model
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import greedy_choice
+from encdec.inference.text import PromptFormat
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.storage import local_path
 
@@ -59,7 +61,6 @@ DEFAULT = (
     "transformers-int8",
 )
 REFERENCE = "jax-float32"  # whose tokens the others' are held against
-WRITERS = {"litert": litert_export, "onnx": onnx_export}
 
 # From an input's tokens to the first new token and a state; from the state to all others.
 Run = tuple[Callable[[np.ndarray], Any], Callable[[Any, int], Any]]
@@ -99,15 +100,11 @@ def artefact(name: str, config: ModelConfig, params: Any, folder: pathlib.Path) 
     if not (out / "config.json").is_file():
         vocabulary = folder / "vocabulary"
         vocabulary.mkdir(parents=True, exist_ok=True)
-        spec = ByteVocabulary().save(vocabulary).to_dict() | {"size": config.vocab_size}
-        WRITERS[kind].write(
-            out,
-            config,
-            params,
-            precision=precision,
-            vocabulary_from=vocabulary,
-            content={"format_version": 1, "data": {"vocabulary": spec}},
-        )
+        prompts = PromptFormat(ByteVocabulary())
+        spec = prompts.vocabulary.save(vocabulary).to_dict() | {"size": config.vocab_size}
+        content = {"format_version": 1, "data": {"vocabulary": spec}}
+        export = Export(config, params, prompts, precision, content, vocabulary)
+        formats.write(kind, out, export)
     return out
 
 

@@ -23,7 +23,7 @@ from encdec.benchmarks.device_rates import peak_memory
 from encdec.benchmarks.generation import START_ID
 from encdec.benchmarks.generation_memory import Setting, forget_peak
 from encdec.data.vocabulary import ByteVocabulary
-from encdec.export import huggingface
+from encdec.export import formats
 from encdec.inference.ready import cpu_has_bfloat16
 from encdec.inference.text import PromptFormat
 from encdec.machine import available_cores
@@ -58,7 +58,7 @@ def artefact(config: ModelConfig, params: Any, folder: pathlib.Path) -> pathlib.
     out = folder / "hf"
     if not (out / "config.json").is_file():
         prompts = PromptFormat(ByteVocabulary(), decoder_start_id=START_ID)
-        huggingface.write(out, config, params, prompts, targets_length=64, dtype="float32")
+        formats.write("hf", out, formats.Export(config, params, prompts, targets_length=64))
     return out
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from encdec.data.objectives import Document, Encoded, Objective, encode_texts
+from encdec.data.objectives import Document, Encoded, Objective, encode_texts, named
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError
 
@@ -255,6 +256,7 @@ class MixtureOfDenoisers(Objective):
         return encoded
 
 
+@named("span_corruption")
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(Objective):
     """T5's objective (Raffel et al. 2020, 3.1.4): 15 % of the tokens, spans of 3 on average."""
@@ -309,3 +311,26 @@ def rebuild(
     for token in kept:
         window += spans[token] if token >= vocabulary.base_size else [token]
     return window
+
+
+@named("ul2")
+def ul2(
+    denoisers: str | Sequence[Sequence[Any]] = "ul2", mode_tokens: bool = True
+) -> MixtureOfDenoisers:
+    """A mixture of denoisers: "ul2", "t5gemma2", or a list of denoisers.
+
+    A denoiser is (mode, mean_span, density, rate); mean_span None is a prefix LM.
+    """
+    if isinstance(denoisers, str):
+        if denoisers not in SETTINGS:
+            raise ConfigError(
+                f"ul2.denoisers is {denoisers!r}; wanted one of {', '.join(SETTINGS)} or a list"
+            )
+        return MixtureOfDenoisers(SETTINGS[denoisers], mode_tokens)
+    try:
+        own = tuple(Denoiser(*denoiser) for denoiser in denoisers)
+    except TypeError as error:
+        raise ConfigError(
+            f"ul2.denoisers is {denoisers!r}; wanted a list of (mode, mean_span, density, rate)"
+        ) from error
+    return MixtureOfDenoisers(own, mode_tokens)

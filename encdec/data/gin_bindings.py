@@ -6,14 +6,15 @@ Settings of `encdec prepare` itself are bound by `prepare_command`, out of `Prep
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
-from encdec.data.denoising import SETTINGS, Denoiser, MixtureOfDenoisers, SpanCorruption
-from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
+from encdec.data import denoising  # noqa: F401 (enters its objectives)
+from encdec.data.objectives import OBJECTIVES, Objective
 from encdec.data.text_tasks import TextTask
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
@@ -56,63 +57,19 @@ def mixture(
     return {"rates": rates, "temperature": temperature, "maximum": maximum}
 
 
-@gin.configurable(module="objectives")
-def sequence_to_sequence(inputs_eos: bool = True) -> SequenceToSequence:
-    """Supervised pairs, as gin binds them."""
-    return SequenceToSequence(inputs_eos=inputs_eos)
+def _bindable(name: str, make: Callable[..., Objective]) -> Callable[..., Objective]:
+    """An objective's maker whose parameters gin binds; of a class, gin would make another class."""
+
+    def bound(**settings: Any) -> Objective:
+        return make(**settings)
+
+    bound.__signature__ = inspect.signature(make)
+    return gin.external_configurable(bound, name, module="objectives")
 
 
-@gin.configurable(module="objectives")
-def prefix_lm(split: float = 0.5) -> PrefixLM:
-    """Prefix LM over raw text, as gin binds it."""
-    return PrefixLM(split=split)
-
-
-@gin.configurable(module="objectives")
-def span_corruption(density: float = 0.15, mean_span: float = 3.0) -> SpanCorruption:
-    """T5's span corruption, as gin binds it."""
-    return SpanCorruption(density=density, mean_span=mean_span)
-
-
-@gin.configurable(module="objectives")
-def ul2(
-    denoisers: str | Sequence[Sequence[Any]] = "ul2", mode_tokens: bool = True
-) -> MixtureOfDenoisers:
-    """A mixture of denoisers, as gin binds it: "ul2", "t5gemma2", or a list of denoisers.
-
-    A denoiser is (mode, mean_span, density, rate); mean_span None is a prefix LM.
-    """
-    if isinstance(denoisers, str):
-        if denoisers not in SETTINGS:
-            raise ConfigError(
-                f"ul2.denoisers is {denoisers!r}; wanted one of {', '.join(SETTINGS)} or a list"
-            )
-        return MixtureOfDenoisers(SETTINGS[denoisers], mode_tokens)
-    try:
-        own = tuple(Denoiser(*denoiser) for denoiser in denoisers)
-    except TypeError as error:
-        raise ConfigError(
-            f"ul2.denoisers is {denoisers!r}; wanted a list of (mode, mean_span, density, rate)"
-        ) from error
-    return MixtureOfDenoisers(own, mode_tokens)
-
-
-@gin.configurable(module="objectives")
-def causal_lm() -> CausalLM:
-    """Causal LM over raw text, for decoder-only models."""
-    return CausalLM()
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "sequence_to_sequence": sequence_to_sequence,
-    "prefix_lm": prefix_lm,
-    "span_corruption": span_corruption,
-    "ul2": ul2,
-    "causal_lm": causal_lm,
-}
+_BINDABLE = {name: _bindable(name, make) for name, make in OBJECTIVES.items()}
 # By which name gin binds the settings of a task's own objective; of others they stay the task's.
-_NAMES = {SequenceToSequence: "sequence_to_sequence", PrefixLM: "prefix_lm"}
-_NAMES |= {SpanCorruption: "span_corruption"}
+_NAMES = {make: name for name, make in OBJECTIVES.items() if isinstance(make, type)}
 
 
 def choose_objective(given: str | Objective | None, task: TextTask) -> Objective:
@@ -124,7 +81,7 @@ def choose_objective(given: str | Objective | None, task: TextTask) -> Objective
     if given not in OBJECTIVES:
         hint = did_you_mean(given, OBJECTIVES)
         raise ConfigError(f"no objective {given!r}; there are {', '.join(OBJECTIVES)}{hint}")
-    return OBJECTIVES[given]()
+    return _BINDABLE[given]()
 
 
 def _with_bindings(own: Objective) -> Objective:
@@ -136,7 +93,7 @@ def _with_bindings(own: Objective) -> Objective:
         for field in dataclasses.fields(own)
         if not _is_bound(f"{name}.{field.name}")
     }
-    return OBJECTIVES[name](**kept)
+    return _BINDABLE[name](**kept)
 
 
 def _is_bound(parameter: str) -> bool:

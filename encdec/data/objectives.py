@@ -11,8 +11,8 @@ import abc
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -69,6 +69,22 @@ class Objective(abc.ABC):
         """Token pairs of `documents`, the first of which is number `first_document`."""
 
 
+# What makes each objective, by the name that flags and gin files use; `denoising` enters its own.
+# gin binds its parameters by their names.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {}
+_Maker = TypeVar("_Maker", bound=Callable[..., Objective])
+
+
+def named(name: str) -> Callable[[_Maker], _Maker]:
+    """Enter a class of objectives, or a function that makes one, under a name."""
+
+    def enter(make: _Maker) -> _Maker:
+        OBJECTIVES[name] = make
+        return make
+
+    return enter
+
+
 def encode_texts(
     documents: Sequence[Document],
     first_document: int,
@@ -92,6 +108,7 @@ def describe_objective(objective: Objective) -> dict[str, Any]:
     return {"name": type(objective).__name__, **dataclasses.asdict(objective)}
 
 
+@named("sequence_to_sequence")
 @dataclasses.dataclass(frozen=True)
 class SequenceToSequence(Objective):
     """Supervised pairs: EOS after the target and, by default as in T5, after the source.
@@ -153,6 +170,7 @@ class SequenceToSequence(Objective):
         return np.append(ids[: length - 1], np.int32(vocabulary.eos_id))
 
 
+@named("prefix_lm")
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(Objective):
     """Raw text cut into windows of S + T tokens, each a source of S and a target of T tokens.
@@ -219,6 +237,7 @@ class PrefixLM(Objective):
         return pieces
 
 
+@named("causal_lm")
 @dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
     """Raw text cut into targets of T tokens, no source: next-token prediction on every token.

@@ -39,7 +39,8 @@ class PaperTask:
     `fields` are the row's own keys that `document` turns into a document. `splits` are the
     official ones with their examples (None: not fixed). `tfds` is its tensorflow-datasets name;
     `pairs` names the two parallel files of a split, "{split}" standing for its name. `metrics` are
-    names of `encdec.metrics.registry`.
+    names of `encdec.metrics.registry`. `fine_tune_steps` are the most that configs/finetune.py
+    takes (0: no fine-tuning task).
     """
 
     name: str
@@ -53,6 +54,7 @@ class PaperTask:
     pairs: tuple[str, str] | None = None
     squad_json: bool = False
     metrics: tuple[str, ...] = ()
+    fine_tune_steps: int = 0
 
     def origin(self, data_dir: str | None) -> dict[str, Any]:
         """Where the rows come from, for the card."""
@@ -251,6 +253,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             {"train": 130_319, "validation": 11_873},
             tfds="squad/v2.0",
             squad_json=True,
+            fine_tune_steps=3_000,
             metrics=("squad_v2", "rouge"),
         ),
         PaperTask(
@@ -265,6 +268,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             ),
             {"train": 204_045, "validation": 11_332, "test": 11_334},
             tfds="xsum",
+            fine_tune_steps=4_000,
             metrics=("rouge", "rouge_stemmed"),
         ),
         PaperTask(
@@ -278,6 +282,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
                 "summary",
             ),
             {"train": 12_460, "validation": 500, "test": 1_500},
+            fine_tune_steps=1_000,
             metrics=("rouge", "rouge_stemmed"),
         ),
         PaperTask(
@@ -287,6 +292,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             _prompted("Translate the following Java method to C#.", [("Java", "java")], "C#", "cs"),
             {"train": 10_300, "validation": 500, "test": 1_000},
             pairs=("{split}.java-cs.txt.java", "{split}.java-cs.txt.cs"),
+            fine_tune_steps=1_000,
             metrics=(*_CODE, "syntax_c_sharp"),
         ),
         PaperTask(
@@ -296,6 +302,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             _REFINE,
             {"train": 46_680, "validation": 5_835, "test": 5_835},
             pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
+            fine_tune_steps=1_500,
             metrics=(*_CODE, "syntax_java"),
         ),
         PaperTask(
@@ -305,6 +312,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             _REFINE,
             {"train": 52_364, "validation": 6_545, "test": 6_545},
             pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
+            fine_tune_steps=1_500,
             metrics=(*_CODE, "syntax_java"),
         ),
         PaperTask(
@@ -313,6 +321,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             ("task", "essay", "band"),
             _prompted("Give the IELTS band of the following essay.", _ESSAY, "Band", "band"),
             {"train": None, "validation": None},
+            fine_tune_steps=300,
             metrics=("bands", "exact_match"),
         ),
         PaperTask(
@@ -323,6 +332,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
                 "Comment as an IELTS examiner on the following essay.", _ESSAY, "Comment", "comment"
             ),
             {"train": None, "validation": None},
+            fine_tune_steps=300,
             metrics=("rouge",),
         ),
     )

@@ -10,8 +10,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from encdec.data import denoising  # noqa: F401 (enters its objectives)
 from encdec.data.mixing import MIXTURES, task_or_mixture
-from encdec.data.objectives import Objective
+from encdec.data.objectives import OBJECTIVES, Objective
 from encdec.data.packing import METHODS
 from encdec.data.readers import DOCUMENTS
 from encdec.data.text_tasks import TEXT_TASKS, TextTask, jsonl_task, text_files_task
@@ -60,9 +61,7 @@ class PrepareSettings(Settings):
         "always is one",
     )
     objective: str | Objective | None = setting(
-        None,
-        "what to learn from the text: sequence_to_sequence, prefix_lm, span_corruption, ul2, "
-        "causal_lm",
+        None, f"what to learn from the text: {', '.join(OBJECTIVES)}"
     )
     vocabulary: str | os.PathLike[str] | Vocabulary | None = setting(
         None, "a .model, a tokenizer.json, or 'bytes'", type=local_path

@@ -7,15 +7,12 @@ import pathlib
 import time
 
 from encdec.errors import ConfigError
+from encdec.export import formats
+from encdec.export.formats import FORMATS, Export
 from encdec.storage import is_free, local_path, whole_directory
 from encdec.train.workdir import model_config_of, read_config
 
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
-_ALLOWED = {
-    "hf": ("float32", "bfloat16"),
-    "onnx": ("float32", "int8", "int4"),
-    "litert": ("float32", "int8", "int4"),
-}
+PRECISIONS = tuple(dict.fromkeys(name for one in FORMATS.values() for name in one.precisions))
 
 
 def main(argv: list[str]) -> int:
@@ -30,25 +27,22 @@ def main(argv: list[str]) -> int:
     out = pathlib.Path(options.out)
     if not is_free(out):
         raise ConfigError(f"--out={out} is not empty; give another directory")
-    if options.precision not in _ALLOWED[options.format]:
-        raise ConfigError(
-            f"--precision={options.precision} does not go with --format="
-            f"{options.format}; wanted {' or '.join(_ALLOWED[options.format])}"
-        )
-    if options.check and options.format == "hf":
-        raise ConfigError("--check measures --format=onnx and =litert; leave it out")
+    chosen = FORMATS[options.format]
+    formats.check_precision(options.format, options.precision)
+    if options.check and not chosen.runs:
+        raise ConfigError(f"--check runs what is written, which --format={options.format} is not")
+    if options.own and options.format != "hf":
+        raise ConfigError(f"--own goes with --format=hf, not with ={options.format}; leave it out")
     if options.check_pairs < 1:
         raise ConfigError(f"check_pairs is {options.check_pairs}; wanted 1 or more")
     content = read_config(options.checkpoint)
     config, started = model_config_of(content), time.monotonic()
     # Imported late: a mistake in the command line is answered at once.
-    from encdec.export import huggingface, litert_export, onnx_export, quality
+    from encdec.export import quality
     from encdec.inference.generator import read_prompt_format
     from encdec.train.checkpoints import load_params_for_inference
 
-    writers = {"hf": huggingface, "onnx": onnx_export, "litert": litert_export}
-    writer = writers[options.format]
-    writer.check(config)
+    formats.check(options.format, config)
     prompts, targets_length = read_prompt_format(options.checkpoint)
     pairs = None
     if options.check:
@@ -56,35 +50,24 @@ def main(argv: list[str]) -> int:
             options.check, options.check_pairs, prompts.vocabulary.fingerprint
         )
     config, params, step = load_params_for_inference(options.checkpoint, options.step)
-    if options.format == "hf":
-        with whole_directory(out) as partial:
-            family, reasons = huggingface.write(
-                partial,
-                config,
-                params,
-                prompts,
-                targets_length=targets_length,
-                dtype=options.precision,
-                native=not options.own,
-            )
-        if family == "encdec":
-            why = f" (no T5Gemma: {'; '.join(reasons)})" if reasons else ""
-            print(f"With a modelling file of its own: load it with trust_remote_code=True{why}")
-        kind = f"Hugging Face, {family}"
-        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    else:
-        with whole_directory(out) as partial:
-            size = writer.write(
-                partial,
-                config,
-                params,
-                precision=options.precision,
-                content=content,
-                vocabulary_from=options.checkpoint,
-            )
-        kind = {"onnx": "ONNX", "litert": "LiteRT"}[options.format]
+    export = Export(
+        config,
+        params,
+        prompts,
+        options.precision,
+        content,
+        options.checkpoint,
+        targets_length,
+        options.own,
+    )
+    with whole_directory(out) as partial:
+        written = formats.write(options.format, partial, export)
+    if written.family == "encdec":
+        why = f" (no T5Gemma: {'; '.join(written.reasons)})" if written.reasons else ""
+        print(f"With a modelling file of its own: load it with trust_remote_code=True{why}")
+    kind = chosen.title + (f", {written.family}" if written.family else "")
     print(
-        f"{out}: {kind}, {options.precision}, {size:,} bytes, step {step:,} "
+        f"{out}: {kind}, {options.precision}, {written.bytes:,} bytes, step {step:,} "
         f"({time.monotonic() - started:.1f} s)"
     )
     if pairs:
@@ -117,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         required=True,
-        choices=tuple(_ALLOWED),
-        help="hf: a Hugging Face directory; onnx: graphs for onnxruntime; "
-        "litert: graphs for LiteRT, the fastest on a CPU; `encdec generate` runs "
-        "both",
+        choices=tuple(FORMATS),
+        help="; ".join(f"{name}: {one.about}" for name, one in FORMATS.items())
+        + "; `encdec generate` runs "
+        + ", ".join(name for name, one in FORMATS.items() if one.runs),
     )
     parser.add_argument(
         "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
@@ -129,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the weights: float32 (default), bfloat16 (hf), int8 or int4 (onnx, litert)",
+        help="of the weights (default %(default)s); "
+        + "; ".join(f"{name}: {', '.join(one.precisions)}" for name, one in FORMATS.items()),
     )
     parser.add_argument(
         "--own", action="store_true", help="hf: our modelling file even where T5Gemma would do"
@@ -137,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check",
         metavar="RECORDS",
-        help="onnx, litert: loss per token and greedy agreement with the float32 "
+        help="what `encdec generate` runs: loss per token and greedy agreement with the float32 "
         "model on these records",
     )
     parser.add_argument(

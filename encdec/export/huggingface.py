@@ -18,9 +18,9 @@ from encdec import safetensors
 from encdec.errors import ConfigError
 from encdec.export import equivalents, tokenizer
 from encdec.export.equivalents import Params
+from encdec.export.formats import Export, Written
 from encdec.export.special_ids import padding_id
 from encdec.files import write_json
-from encdec.inference.text import PromptFormat
 from encdec.interop import own as own_format
 from encdec.interop import t5gemma
 from encdec.interop.framing import VOCABULARY_FOLDER
@@ -38,40 +38,22 @@ MAX_POSITIONS = 1 << 15  # stated where a length is asked for; nothing of ours d
 Need = tuple[str, bool, str]  # a field, whether it is as wanted, what is wanted
 
 
-def write(
-    out: pathlib.Path,
-    config: ModelConfig,
-    params: Any,
-    prompts: PromptFormat,
-    *,
-    targets_length: int,
-    dtype: str,
-    native: bool = True,
-) -> tuple[str, list[str]]:
+def write(out: pathlib.Path, export: Export) -> Written:
     """Writes the directory; config.json comes last.
 
-    Args:
-        out: an empty or new directory.
-        config: the model.
-        params: its parameters, scanned or not.
-        prompts: its vocabulary and how its inputs end.
-        targets_length: length of the training targets, ``generate``'s default for new tokens.
-        dtype: of the stored weights.
-        native: an encoder-decoder may become a T5Gemma; else it travels with our modelling file.
+    An encoder-decoder becomes a T5Gemma where it can and ``export.own`` is False; else it travels
+    with our modelling file.
 
     Returns:
         The family, and why an encoder-decoder did not become a T5Gemma.
-
-    Raises:
-        ConfigError: a field that no family can express.
     """
-    check(config)
+    config, params, prompts = export.config, export.params, export.prompts
     vocabulary, start_id = prompts.vocabulary, prompts.decoder_start_id
     pad_id = padding_id(
         vocabulary, config.vocab_size, start_id, is_encoder_decoder=config.is_encoder_decoder
     )
     reasons = []
-    if config.is_encoder_decoder and native:
+    if config.is_encoder_decoder and not export.own:
         reasons = obstacles(t5gemma_needs(config), config)
         if pad_id == start_id:
             reasons.append(f"no id is left for padding: the decoder starts with EOS, {start_id}")
@@ -79,14 +61,14 @@ def write(
         "llama"
         if not config.is_encoder_decoder
         else "t5gemma"
-        if native and not reasons
+        if not export.own and not reasons
         else "encdec"
     )
     config, params = equivalents.on_host(config, params)
     rewrite = {"llama": llama, "t5gemma": to_t5gemma, "encdec": own}[family]
     values, tensors = rewrite(config, params)
     ids = {"pad_token_id": pad_id, "eos_token_id": vocabulary.eos_id, "bos_token_id": start_id}
-    generation = ids | {"max_new_tokens": targets_length}
+    generation = ids | {"max_new_tokens": export.targets_length}
     if surplus := list(range(vocabulary.size, config.vocab_size)):
         generation["suppress_tokens"] = surplus  # rows of the table that are no ids
     if config.is_encoder_decoder:
@@ -99,7 +81,7 @@ def write(
         # Inputs end with EOS, and a mask derived from it would hide that; none has the start token.
         values["encoder"]["pad_token_id"] = start_id
     out.mkdir(parents=True, exist_ok=True)
-    stored = {name: np.asarray(x).astype(_DTYPES[dtype]) for name, x in tensors.items()}
+    stored = {name: np.asarray(x).astype(_DTYPES[export.precision]) for name, x in tensors.items()}
     files = safetensors.write_directory(out, stored, stem="model", metadata={"format": "pt"})
     weight_map = {tensor: file for file in files for tensor in safetensors.open_file(out / file)}
     write_json(
@@ -116,9 +98,11 @@ def write(
             shutil.copyfile(file, out / file.name)
     write_json(out / "generation_config.json", generation)
     write_json(
-        out / "config.json", values | ids | {"dtype": dtype, "transformers_versions": TRANSFORMERS}
+        out / "config.json",
+        values | ids | {"dtype": export.precision, "transformers_versions": TRANSFORMERS},
     )
-    return family, reasons
+    size = sum((out / file).stat().st_size for file in files)
+    return Written(size, family, tuple(reasons))
 
 
 def check(config: ModelConfig) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import ConfigError
 from encdec.export import equivalents
+from encdec.export.formats import Export, Written
 from encdec.files import write_json
 from encdec.inference.litert_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
@@ -32,52 +32,36 @@ def check(config: ModelConfig) -> None:
             )
 
 
-def write(
-    out: pathlib.Path,
-    config: ModelConfig,
-    params: Any,
-    *,
-    precision: str,
-    content: dict[str, Any],
-    vocabulary_from: str | pathlib.Path,
-) -> int:
+def write(out: pathlib.Path, export: Export) -> Written:
     """Writes encoder.tflite, decoder.tflite, the vocabulary, and last config.json.
 
-    Args:
-        out: an empty or new directory.
-        config: the model.
-        params: its parameters, scanned or not.
-        precision: float32; int8 (weights by output channel, activations as they come); int4 (the
-            decoder's MLPs by blocks of 32 weights where they fit, all others in int8).
-        content: of the work directory's config.json, for ``encdec generate``.
-        vocabulary_from: the directory that holds the vocabulary.
-
-    Returns:
-        Bytes written.
+    Precisions: float32; int8 (weights by output channel, activations as they come); int4 (the
+    decoder's MLPs by blocks of 32 weights where they fit, all others in int8).
 
     Raises:
-        ConfigError: a field that the graphs cannot express, or ai-edge-litert is missing.
+        ConfigError: ai-edge-litert is missing.
     """
-    check(config)
     try:
         from encdec.export import litert_graph
     except ImportError as error:
         raise ConfigError(
             f"--format=litert needs the ai-edge-litert package: {install_hint('litert')}"
         ) from error
-    config, params = equivalents.on_host(config, params)
+    config, params = equivalents.on_host(export.config, export.params)
     out.mkdir(parents=True, exist_ok=True)
-    written = litert_graph.encoder_graph(config, params, precision).save(out / ENCODER_FILE)
-    size = content["data"]["vocabulary"]["size"]
-    written += litert_graph.decoder_graph(config, params, precision, size).save(out / DECODER_FILE)
-    copy_vocabulary(vocabulary_from, out)
-    kept = {name: content[name] for name in ("format_version", "data")}
+    written = litert_graph.encoder_graph(config, params, export.precision).save(out / ENCODER_FILE)
+    size = export.content["data"]["vocabulary"]["size"]
+    written += litert_graph.decoder_graph(config, params, export.precision, size).save(
+        out / DECODER_FILE
+    )
+    copy_vocabulary(export.directory, out)
+    kept = {name: export.content[name] for name in ("format_version", "data")}
     write_json(
         out / CONFIG_FILE,
         kept
         | {
             "model": config.to_dict(),
-            "export": {"format": "litert", "precision": precision, "bytes": written},
+            "export": {"format": "litert", "precision": export.precision, "bytes": written},
         },
     )
-    return written
+    return Written(written)

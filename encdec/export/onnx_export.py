@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import ConfigError
 from encdec.export import equivalents
+from encdec.export.formats import Export, Written
 from encdec.files import write_json
 from encdec.inference.onnx_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
@@ -24,34 +24,16 @@ def check(config: ModelConfig) -> None:
         )
 
 
-def write(
-    out: pathlib.Path,
-    config: ModelConfig,
-    params: Any,
-    *,
-    precision: str,
-    content: dict[str, Any],
-    vocabulary_from: str | pathlib.Path,
-) -> int:
+def write(out: pathlib.Path, export: Export) -> Written:
     """Writes encoder.onnx, decoder.onnx, the vocabulary, and last config.json.
 
-    Args:
-        out: an empty or new directory.
-        config: the model.
-        params: its parameters, scanned or not.
-        precision: float32; int8 (weights by column, in an encoder-decoder's decoder by blocks,
-            activations as they come); int4 (the decoder's MLPs by blocks of 32 weights, all
-            others in int8).
-        content: of the work directory's config.json, for ``encdec generate``.
-        vocabulary_from: the directory that holds the vocabulary.
-
-    Returns:
-        Bytes written.
+    Precisions: float32; int8 (weights by column, in an encoder-decoder's decoder by blocks,
+    activations as they come); int4 (the decoder's MLPs by blocks of 32 weights, all others in
+    int8).
 
     Raises:
-        ConfigError: a field that the graphs cannot express, or the onnx package is missing.
+        ConfigError: the onnx package is missing.
     """
-    check(config)
     try:
         import onnx
 
@@ -60,7 +42,7 @@ def write(
         raise ConfigError(
             f"--format=onnx needs the onnx package: {install_hint('onnx')}"
         ) from error
-    config, params = equivalents.on_host(config, params)
+    config, params = equivalents.on_host(export.config, export.params)
     out.mkdir(parents=True, exist_ok=True)
     graphs = {DECODER_FILE: onnx_graph.decoder_graph}
     if config.is_encoder_decoder:
@@ -68,27 +50,27 @@ def write(
     for name, make in graphs.items():
         # Weights lie beside the graph, which may be no larger than 2 GB.
         onnx.save_model(
-            make(config, params, precision),
+            make(config, params, export.precision),
             str(out / name),
             save_as_external_data=True,
             all_tensors_to_one_file=True,
             location=f"{name}.data",
             size_threshold=1024,
         )
-    copy_vocabulary(vocabulary_from, out)
+    copy_vocabulary(export.directory, out)
     written = sum(
         (out / f"{name}{end}").stat().st_size
         for name in graphs
         for end in ("", ".data")
         if (out / f"{name}{end}").is_file()
     )
-    kept = {name: content[name] for name in ("format_version", "data")}
+    kept = {name: export.content[name] for name in ("format_version", "data")}
     write_json(
         out / CONFIG_FILE,
         kept
         | {
             "model": config.to_dict(),
-            "export": {"format": "onnx", "precision": precision, "bytes": written},
+            "export": {"format": "onnx", "precision": export.precision, "bytes": written},
         },
     )
-    return written
+    return Written(written)

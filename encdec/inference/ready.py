@@ -10,6 +10,7 @@ import jax
 from encdec.inference.huge_pages import arrays_onto_huge_pages
 from encdec.machine import available_cores
 from encdec.model import ModelConfig, for_decoding, shard_for_cpu
+from encdec.model.coverage import unknown_fields
 
 Params = Any
 # Weights of the MLP's kernels from which it pays that a CPU's cores read shards of one in parallel.
@@ -32,13 +33,14 @@ def ready_for_decoding(
             model that was trained in bfloat16 still encodes in it, where the CPU has it.
     """
     on_cpu, trained = jax.default_backend() == "cpu", config.dtype
+    cpu_layout = on_cpu and not unknown_fields(config, "cpu")
     as_trained = dtype is None and trained == "bfloat16"
     if dtype is None:
         dtype = "float32" if on_cpu else trained
     config, params = for_decoding(config.replace(dtype=dtype), params)
     large = config.d_model * config.mlp_dim >= LARGE_KERNEL
-    sharded = on_cpu and large and dtype == "float32" and on_one_device(params)
-    if on_cpu:
+    sharded = cpu_layout and large and dtype == "float32" and on_one_device(params)
+    if cpu_layout:
         config = config.replace(attention_block=ATTENTION_BLOCK, attention_kernel="xla")
     if sharded and not config.execution.cpu_shards:
         config, params = shard_for_cpu(config, params, min(available_cores(), MOST_SHARDS))

@@ -62,6 +62,21 @@ def read_eos_ids(directory: pathlib.Path, configured: Sequence[int]) -> tuple[in
     return tuple(found) if isinstance(found, list) else (int(found),)
 
 
+def other_ends(vocabulary: Vocabulary, eos_ids: Sequence[int]) -> str:
+    """A sentence on the ids that end the source's answers and not ours; "" where there are none."""
+
+    def shown(token: int) -> str:
+        return f"{vocabulary.piece(token)} ({token})"
+
+    others = [token for token in eos_ids if token != vocabulary.eos_id]
+    if not others:
+        return ""
+    return (
+        f"Answers end at {shown(vocabulary.eos_id)} alone; the source also ends them at "
+        f"{', '.join(map(shown, others))}, which are pieces like others here"
+    )
+
+
 def read_vocabulary(directory: pathlib.Path, eos_ids: Sequence[int]) -> Vocabulary | None:
     """The vocabulary beside a model, with an EOS that ends its texts; None where there is none.
 

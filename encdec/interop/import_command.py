@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     if options.format == "hf":
         from encdec import safetensors
         from encdec.interop import huggingface, own, t5gemma
-        from encdec.interop.framing import read_eos_ids, read_framing, read_vocabulary
+        from encdec.interop.framing import other_ends, read_eos_ids, read_framing, read_vocabulary
 
         family = huggingface.model_type(source)
         seq2seq = {t5gemma.MODEL_TYPE: t5gemma, own.MODEL_TYPE: own}.get(family)
@@ -54,7 +54,10 @@ def main(argv: list[str]) -> int:
                 ),
             )
         if vocabulary is None:
-            vocabulary = read_vocabulary(source, read_eos_ids(source, found.eos_ids))
+            eos_ids = read_eos_ids(source, found.eos_ids)
+            vocabulary = read_vocabulary(source, eos_ids)
+            if vocabulary and (note := other_ends(vocabulary, eos_ids)):
+                print(note)
         family, longest = found.family, found.max_length
         if found.unread:
             print(f"Not read from config.json, as unknown here: {', '.join(found.unread)}")

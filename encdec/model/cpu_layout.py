@@ -27,6 +27,7 @@ from flax import linen as nn
 from encdec.errors import ConfigError
 from encdec.model.attention import Attention, AttentionInputs, KeyValues, dot_product_attention
 from encdec.model.config import ModelConfig
+from encdec.model.coverage import refuse_unknown
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
 from encdec.model.layers import Embedder, Mlp, Projection
@@ -412,6 +413,7 @@ class ShardedDecoderOnly(DecoderOnly):
 
 def cpu_model(config: ModelConfig) -> EncoderDecoder | DecoderOnly:
     """The module of ``config`` in the layout that its ``execution`` names."""
+    refuse_unknown(config, "cpu", "the CPU layout (ExecutionConfig.attention_block, cpu_shards)")
     if config.execution.cpu_shards:
         kinds = ShardedEncoderDecoder, ShardedDecoderOnly
     else:

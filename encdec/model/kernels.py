@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from encdec.errors import ConfigError
 from encdec.model.config import ModelConfig
+from encdec.model.coverage import refuse_unknown, unknown_fields
 
 # Query and key tiles of the splash kernel. At 1,024 keys one tile of keys holds them all, so that
 # the fused backward pass has no partial query gradients to add up.
@@ -52,7 +53,9 @@ def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str
         fused = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(where, "xla")
         half = config.dtype == "bfloat16"
         capped = config.attention_logit_cap and fused == "cudnn"
-        return "xla" if dropout or capped or not half else fused
+        unknown = unknown_fields(config, fused)
+        return "xla" if dropout or capped or unknown or not half else fused
+    refuse_unknown(config, kernel, f"ExecutionConfig.attention_kernel {kernel!r}")
     if dropout:
         raise ConfigError(
             f"ExecutionConfig.attention_kernel is {kernel!r}, which has no dropout on attention "

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encdec.data.objectives import PrefixLM, SequenceToSequence
+from encdec.data import denoising  # noqa: F401 (enters its objectives)
+from encdec.data.objectives import OBJECTIVES, PrefixLM, SequenceToSequence, describe_objective
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 
@@ -17,6 +22,31 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 def _encode(objective, documents, lengths=(16, 8), first=0, seed=0):
     return objective.encode(documents, first, VOCABULARY, *lengths, seed)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_keeps_the_contract(name):
+    """Whatever is entered under a name: what preparing, its cards and its workers count on."""
+    objective, vocabulary = OBJECTIVES[name](), ByteVocabulary(extra_ids=200)
+    inputs, targets = (96, 96) if objective.has_source else (0, 96)
+    objective.check(vocabulary, inputs, targets)
+    parts = len(objective.document_fields)
+    documents = [(f"{i} words of text " * (5 * i),) * parts for i in range(1, 5)]
+
+    def encode(documents, first=0, seed=0):
+        found = objective.encode(documents, first, vocabulary, inputs, targets, seed)
+        return [(*map(tuple, pair),) for pair in zip(found.sources, found.targets)]
+
+    pairs = encode(documents)
+    assert pairs and all(len(s) <= inputs and 0 < len(t) <= targets for s, t in pairs)
+    assert any(s for s, _ in pairs) == objective.has_source
+    # A document's examples follow from its number and the seed, whatever block it is in.
+    assert encode(documents[:3]) + encode(documents[3:], first=3) == pairs
+    assert (encode(documents, seed=1) != pairs) == objective.is_random
+    json.dumps(describe_objective(objective))
+    assert pickle.loads(pickle.dumps(objective)) == objective
+    docs = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
+    assert f"| `{name}`" in docs.read_text(encoding="utf-8"), f"{name} has no row in docs/data.md"
 
 
 @settings(max_examples=60, deadline=None)

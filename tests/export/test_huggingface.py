@@ -8,7 +8,7 @@ import pytest
 
 from encdec import safetensors
 from encdec.errors import ConfigError, DataError
-from encdec.export import huggingface
+from encdec.export import formats
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.settings import GenerationSettings
@@ -41,9 +41,9 @@ def logits(config, params, fields):
 def exported(request, tmp_path_factory):
     """Name, directory, and the model as transformers loads it."""
     out = tmp_path_factory.mktemp("export") / "hf"
-    family, reasons = huggingface.write(
-        out, *pair(request.param), PROMPTS, targets_length=12, dtype="float32"
-    )
+    export = formats.Export(*pair(request.param), PROMPTS, targets_length=12)
+    written = formats.write("hf", out, export)
+    family, reasons = written.family, written.reasons
     assert family == FAMILIES[request.param]
     assert bool(reasons) == (family == "encdec")
     auto = (
@@ -209,12 +209,6 @@ def test_what_no_family_has_is_refused_by_field(tmp_path):
         ({"qk_norm": True}, "qk_norm is True"),
     ):
         with pytest.raises(ConfigError, match=named):
-            huggingface.write(
-                tmp_path / "x",
-                config.replace(**change),
-                params,
-                PROMPTS,
-                targets_length=8,
-                dtype="float32",
-            )
+            export = formats.Export(config.replace(**change), params, PROMPTS)
+            formats.write("hf", tmp_path / "x", export)
     assert not (tmp_path / "x").exists()

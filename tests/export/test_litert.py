@@ -10,7 +10,7 @@ import pytest
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import CheckpointError, ConfigError
 from encdec.evaluation.evaluate_command import main as evaluate_main
-from encdec.export import litert_export, quality
+from encdec.export import formats, quality
 from encdec.export.export_command import main
 from encdec.export.quantise import four_bits, in_blocks, nibbles
 from encdec.inference.exported import ExportedGenerator
@@ -51,9 +51,8 @@ def export(tmp_path_factory):
     def make(name, precision="float32"):
         if (name, precision) not in done:
             out = tmp_path_factory.mktemp("litert")
-            size = litert_export.write(
-                out, *pair(name), precision=precision, content=content, vocabulary_from=vocabulary
-            )
+            export = formats.Export(*pair(name), PROMPTS, precision, content, vocabulary)
+            size = formats.write("litert", out, export).bytes
             done[name, precision] = LitertModel(out, threads=1), size
         return done[name, precision]
 
@@ -177,11 +176,6 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
 def test_what_the_graphs_cannot_express_is_refused_by_field(name, changes, message, tmp_path):
     config, params = pair(name)
     with pytest.raises(ConfigError, match=message):
-        litert_export.write(
-            tmp_path / "x",
-            config.replace(**changes),
-            params,
-            precision="float32",
-            content={},
-            vocabulary_from=tmp_path,
+        formats.write(
+            "litert", tmp_path / "x", formats.Export(config.replace(**changes), params, PROMPTS)
         )

@@ -9,7 +9,7 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.export import onnx_export, quality
+from encdec.export import formats, quality
 from encdec.export.export_command import main
 from encdec.inference.generate_command import main as generate_main
 from encdec.inference.generator import Generator
@@ -50,7 +50,7 @@ def content(tmp_path_factory):
 
 def export(name, content, out, precision="float32"):
     folder, values = content
-    onnx_export.write(out, *pair(name), precision=precision, content=values, vocabulary_from=folder)
+    formats.write("onnx", out, formats.Export(*pair(name), PROMPTS, precision, values, folder))
     return OnnxModel(out, threads=1)
 
 
@@ -141,15 +141,8 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_what_the_graphs_cannot_express_is_refused_by_field(content, tmp_path):
+def test_what_the_graphs_cannot_express_is_refused_by_field(tmp_path):
     config, params = pair("paper")
-    folder, values = content
     with pytest.raises(ConfigError, match="cross_attention_rope is 'from_zero'"):
-        onnx_export.write(
-            tmp_path / "x",
-            config.replace(cross_attention_rope="from_zero"),
-            params,
-            precision="float32",
-            content=values,
-            vocabulary_from=folder,
-        )
+        config = config.replace(cross_attention_rope="from_zero")
+        formats.write("onnx", tmp_path / "x", formats.Export(config, params, PROMPTS))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import DataError
 from encdec.export.tokenizer import tokenizer_content
-from encdec.interop.framing import read_eos_ids, read_framing, read_vocabulary
+from encdec.interop.framing import other_ends, read_eos_ids, read_framing, read_vocabulary
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
 
@@ -98,3 +99,11 @@ def test_texts_end_where_the_model_ends_them(tmp_path):
     assert read_vocabulary(tmp_path, (8, 1)).eos_id == 1
     assert read_vocabulary(tmp_path, (9,)).eos_id == 9
     assert read_eos_ids(tmp_path / "none", (9,)) == (9,)
+
+
+def test_ends_that_are_not_taken_over_are_said(tmp_path):
+    save(tmp_path, generation={"eos_token_id": [1, 8]})
+    vocabulary = read_vocabulary(tmp_path, (1, 8))
+    said = other_ends(vocabulary, (1, 8))
+    assert re.search(r"end at .* \(1\) alone; .*also ends them at .* \(8\)", said)
+    assert other_ends(vocabulary, (1,)) == ""

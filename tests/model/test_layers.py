@@ -9,7 +9,18 @@ import pytest
 
 from encdec.model import ModelConfig
 from encdec.model.layers import product, rows_of
-from encdec.model.positions import apply_rope, rope_table
+from encdec.model.positions import apply_rope, encoder_rope_positions, rope_table
+
+
+def test_centred_positions_are_of_each_segment():
+    """A model without rotated cross-attention cannot tell: RoPE reads differences alone."""
+    lengths = (3, 4, 1)  # and two of padding, which is a segment, too
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 2])[None]
+    places = np.concatenate([np.arange(n) for n in (*lengths, 2)])[None]
+    config = ModelConfig(encoder_positions="centred")
+    found = encoder_rope_positions(config, jnp.asarray(places), jnp.asarray(segments))
+    expected = np.concatenate([np.arange(n) - (n - 1) // 2 for n in (*lengths, 2)])
+    np.testing.assert_array_equal(found[0, : sum(lengths)], expected[: sum(lengths)])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

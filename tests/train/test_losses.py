@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from encdec.model import build_model, init_params, preset
 from encdec.train.config import LossConfig
 from encdec.train.losses import loss_positions, target_losses
+from encdec.train.metrics import eval_report
 from encdec.train.step import batch_metrics
 from tests.model.examples import packed_batch
 
@@ -149,3 +152,13 @@ def test_logits_never_exist_whole_in_tiles():
         return "f32[2,12,1024]" in text or "f32[24,1024]" in text
 
     assert whole(0) and not whole(128)
+
+
+def test_a_sample_of_the_rows_is_set_against_its_share_of_the_bytes():
+    """30 of 120 target tokens evaluated: 100 of the 400 bytes are theirs."""
+    losses = types.SimpleNamespace(cross_entropy=50.0, weight=25.0, correct=5.0)
+    sums = types.SimpleNamespace(losses=losses, target_tokens=30)
+    report = eval_report(sums, target_bytes=400, target_tokens=120)
+    assert report["eval/loss"] == 2.0
+    assert report["eval/loss_per_byte"] == 0.5
+    assert report["eval/bits_per_byte"] == pytest.approx(0.5 / np.log(2))

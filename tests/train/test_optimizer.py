@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ import optax
 import pytest
 
 from encdec.model import abstract_params, build_model, logical_axes, preset, unroll_params
-from encdec.train.config import parse_config
+from encdec.train.config import OptimizerConfig, parse_config
 from encdec.train.optimizer import decayed, make_optimizer, make_schedule, muon_dimensions
 from tests.train.conftest import small_run
+
+OPTIMIZERS = typing.get_args(typing.get_type_hints(OptimizerConfig)["name"])  # a new one, too
 
 
 def schedule(name, steps=100, warmup=10, **more):
@@ -66,7 +70,7 @@ def ones(model):
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract_params(model))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_only_matrices_decay(name):
     model = build_model(preset("test", qk_norm=True, tie_embeddings=False))
     params = ones(model)
@@ -132,7 +136,7 @@ def test_adafactor_keeps_far_less_than_adamw():
     assert size("muon") < 0.6 * size("adamw")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_are_clipped_by_their_global_norm_before_the_rule(name):
     """A small gradient, then a large one: the rule remembers the first at its own scale.
 
