@@ -5,10 +5,10 @@
         --config.data.records=data/train --config.distill.teacher=data/train-teacher \
         --config.data.eval_records=data/validation
 
-The paper's recipe: 0.9 x forward KL at temperature 1 + 0.1 x cross entropy, AdamW at 1e-4. All
-else is as in pretraining (encdec/train/config.py explains every field), the losses too, so that a
-student and its baseline differ by the teacher alone. Either architecture learns from a decoder-only
-teacher.
+The paper's recipe: 0.9 x forward KL at temperature 1 + 0.1 x cross entropy, AdamW at 1e-4.
+Everything else, losses included, is as in pretraining (encdec/train/config.py explains every
+field), so that a student and its baseline differ only by the teacher. Either architecture learns
+from a decoder-only teacher.
 
 Time and loss: not measured at this size.
 """
@@ -21,7 +21,7 @@ def get_config(model: str = "330m") -> ConfigDict:
     config.model = model
     config.steps = 10_000  # (our choice)
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-4  # (paper's recipe); from random parameters rather 1e-3
+    config.optimizer.learning_rate = 1e-4  # (paper's recipe); from random parameters, use 1e-3
     config.schedule = ConfigDict()
     config.schedule.warmup_steps = 0.05  # of the run (our choice)
     return config

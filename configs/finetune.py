@@ -5,10 +5,10 @@
         --config.model=330m --config.init_from=runs/330m \
         --config.data.records=data/squad_v2 --config.data.eval_records=data/squad_v2-dev
 
-For either architecture; --config.init_architecture=source takes over that of the run in init_from.
+For either architecture; --config.init_architecture=source uses that of the run in init_from.
 The run ends when the held-out loss has not fallen for `eval.patience` evaluations; `encdec evaluate
---step=best` takes the checkpoint of the lowest. With --config.distill.teacher=DIR (made by `encdec
-score` on the same records) the model also learns from a teacher. What is not set here is as in
+--step=best` uses the checkpoint with the lowest. With --config.distill.teacher=DIR (made by `encdec
+score` on the same records) the model also learns from a teacher. Fields not set here are as in
 pretraining: encdec/train/config.py explains every field.
 
 Time and loss: not measured at this size; docs/results.md has those of small models.
@@ -24,16 +24,16 @@ STEPS = {name: task.fine_tune_steps for name, task in PAPER_TASKS.items() if tas
 
 def get_config(task: str = "squad_v2") -> ConfigDict:
     if task not in STEPS:
-        raise ValueError(f"no task is called {task!r}; there are {', '.join(STEPS)}")
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(STEPS)}")
     config = ConfigDict()
-    config.steps = STEPS[task]  # at most; patience may end the run before
+    config.steps = STEPS[task]  # at most; patience may end the run earlier
     config.log_every = 20
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4  # at the peak (paper's recipe)
     config.schedule = ConfigDict()
     config.schedule.warmup_steps = 0.05  # of the run
     config.eval = ConfigDict()
-    config.eval.patience = 3  # evaluations without a lower loss that end the run; 0: none does
+    config.eval.patience = 3  # evaluations without a lower loss that end the run; 0: never
     config.checkpoint = ConfigDict()
-    config.checkpoint.keep = 4  # more than patience, so that the best is still there
+    config.checkpoint.keep = 4  # more than patience, so that the best checkpoint is kept
     return config

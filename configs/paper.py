@@ -3,9 +3,9 @@
     encdec paper --config=configs/paper.py:laptop --data_dir=DIR --work=runs/paper \
         --text=DIR/books.jsonl.gz --text=DIR/wikipedia.jsonl.gz
 
-All models read the same rows, and all students are as dear to pretrain, in FLOPs, as the
-encoder-decoder of the first split. Any field is set by --config.FIELD=VALUE. What the paper does
-not say is our choice: all numbers here but the splits, the tasks and the teacher's weight.
+All models read the same rows, and all students cost as many FLOPs to pretrain as the
+encoder-decoder of the first split. Set any field with --config.FIELD=VALUE. All numbers except the
+splits, the tasks and the teacher's weight are our choice, because the paper does not give them.
 """
 
 from ml_collections import ConfigDict
@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 def get_config(size: str = "laptop") -> ConfigDict:
     sizes = {"laptop": laptop, "gpu": gpu}
     if size not in sizes:
-        raise ValueError(f"no size is called {size!r}; there are {', '.join(sizes)}")
+        raise ValueError(f"unknown size {size!r}; known: {', '.join(sizes)}")
     return sizes[size]()
 
 
 def laptop() -> ConfigDict:
-    """Some 400,000 parameters: an hour and more of one CPU core for three seeds."""
+    """About 400,000 parameters: over an hour of one CPU core for three seeds."""
     config = ConfigDict()
     config.model = "micro-300k"  # preset of the students' reference, an encoder-decoder
     config.teacher = "quickstart-dec"  # preset, decoder-only

@@ -3,12 +3,12 @@
     encdec train --config=configs/pretrain.py:330m --workdir=runs/330m \
         --config.data.records=data/train --config.data.eval_records=data/validation
 
-Any preset serves as the argument (`encdec describe` lists them): 330m, 330m-dec, quickstart, ...
-The recipe is the defaults of encdec/train/config.py, which explains every field; any of them is set
-by --config.FIELD=VALUE, and a shorter run by --config.steps alone: warmup, evaluations and
-checkpoints are parts of the run.
+The argument is any preset (`encdec describe` lists them): 330m, 330m-dec, quickstart, ...
+The recipe is the defaults of encdec/train/config.py, which explains every field. Set any of them
+with --config.FIELD=VALUE. For a shorter run --config.steps is enough: warmup, evaluations and
+checkpoints scale with it.
 
-Time and loss: of 330m, 500m and 1b not measured (docs/pod.md has predictions).
+Time and loss: of 330m, 500m and 1b not measured (docs/prediction.md has predictions).
 """
 
 from ml_collections import ConfigDict
@@ -23,13 +23,13 @@ def get_config(model: str = "330m") -> ConfigDict:
 
 
 def _for_tpus(config: ConfigDict, model: str) -> None:
-    """What `encdec compile` predicts to be fastest on TPU pods; docs/pod.md has the figures."""
+    """The fastest settings on TPU pods as predicted by `encdec compile`; see docs/prediction.md."""
     config.batch_size = 256  # 16 rows on each of 16 chips; keep 16 a chip on larger slices
-    # AdamW's work and state are split over 16 chips, which divide every preset's width; larger
-    # slices hold copies of these. A slice of fewer chips needs --config.mesh.fsdp=-1.
+    # AdamW's work and state are sharded over 16 chips, which divides every preset's width; larger
+    # slices hold copies. A slice of fewer chips needs --config.mesh.fsdp=-1.
     config.mesh = ConfigDict(dict(data=-1, fsdp=16))
     config.model_overrides = ConfigDict()
-    config.model_overrides.scan_layers = False  # a fifth off the step; compiles for minutes
-    # At 16 rows a chip the smallest keeps all that matrix products gave, the others not the MLP's.
+    config.model_overrides.scan_layers = False  # saves a fifth of the step; compiles for minutes
+    # At 16 rows a chip the smallest keeps all outputs of matrix products, others not the MLP's.
     config.model_overrides.remat = "dots" if model.startswith("330m") else "attention"
     config.model_overrides.mlp_dropout = 0.0  # one pass over much text (our choice)

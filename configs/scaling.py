@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config(name: str = "micro") -> ConfigDict:
     ladders = {"micro": micro, "small": small, "paper": paper}
     if name not in ladders:
-        raise ValueError(f"no ladder is called {name!r}; there are {', '.join(ladders)}")
+        raise ValueError(f"unknown ladder {name!r}; known: {', '.join(ladders)}")
     ladder = common()
     ladder.name = name
     ladders[name](ladder)
@@ -28,7 +28,7 @@ def common() -> ConfigDict:
     # Size: preset and changes to it. Layers must be divisible by all splits' denominators.
     ladder.sizes = ConfigDict()
     ladder.splits = ("2/3", "1/2", "1/3")  # encoder's share of the layers; the first: reference
-    ladder.decoder_only = True  # the series "dec" beside them
+    ladder.decoder_only = True  # also run the decoder-only series "dec"
 
     # What is equal on a rung; the third always differs:
     #   flops+data        other series have another number of parameters (the paper's claim)
@@ -37,8 +37,8 @@ def common() -> ConfigDict:
     ladder.match = "flops+data"
 
     ladder.records = ""  # training records; without, plans count slots instead of tokens
-    ladder.eval_records = ""  # held-out records, which the curves are made of
-    ladder.inputs = 1024  # row lengths; must be those of the records
+    ladder.eval_records = ""  # held-out records, whose losses make the curves
+    ladder.inputs = 1024  # row lengths; must match the records
     ladder.targets = 256
 
     ladder.budgets = ConfigDict()
@@ -47,7 +47,7 @@ def common() -> ConfigDict:
     ladder.budgets.min_steps = 50  # rungs with fewer optimizer steps are left out
     ladder.budgets.max_epochs = 4.0  # rungs that read the records more often are left out
 
-    # Rows a step: rows * (rows read / reference_rows)^exponent, to a power of two in bounds.
+    # Rows per step: rows * (rows read / reference_rows)^exponent, to a power of two in bounds.
     ladder.batch = ConfigDict()
     ladder.batch.rows = 128
     ladder.batch.reference_rows = 2_000_000
@@ -65,15 +65,15 @@ def common() -> ConfigDict:
     ladder.learning_rate.batch_exponent = 0.5
 
     ladder.warmup_fraction = 0.1  # of the steps
-    ladder.evaluations = 4  # in the course of a run; only the last one is fitted
+    ladder.evaluations = 4  # evaluations per run; only the last one is fitted
 
     ladder.seeds = ConfigDict()
     ladder.seeds.count = 1  # of the rungs below
     ladder.seeds.sizes = ()  # none: all sizes
     ladder.seeds.budgets = ()  # none: all budgets
 
-    # Series run once more with a teacher: "ed-2of3+kd" beside "ed-2of3", with the same rows, steps
-    # and student. More teachers may be added under names of their own.
+    # Series repeated with a teacher: "ed-2of3+kd" in addition to "ed-2of3", with the same rows,
+    # steps and student. More teachers may be added under other names.
     ladder.distilled = ConfigDict()
     ladder.distilled.series = ()  # e.g. ("ed-2of3", "dec")
     ladder.distilled.teachers = ConfigDict(
@@ -84,10 +84,10 @@ def common() -> ConfigDict:
                 loss=0.0,
             )
         )
-    )  # the teacher's, held out, nats a target token; the distillation law wants it
+    )  # the teacher's held-out loss, nats a target token; needed by the distillation law
 
     # Fields of configs/pretrain.py that all runs share. The schedule must end with the run: a
-    # loss read in mid-schedule is too high, and more so in long runs.
+    # loss in mid-schedule is too high, and more so in long runs.
     ladder.run = ConfigDict()
     ladder.run.log_every = 20
     ladder.run.accumulation = 1  # micro-batches a step

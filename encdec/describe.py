@@ -1,4 +1,4 @@
-"""``encdec describe``: what a model is and costs, beside its decoder-only peers."""
+"""``encdec describe``: a model's architecture and cost, next to its decoder-only peers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from encdec.model import ModelConfig, preset, preset_names
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 
-# How a table names what is made equal in a peer, parts of the parameters, stages of generation.
+# Labels of tables: matched quantities of peers, parts of the parameters, stages of generation.
 _PEERS = {"parameters": "equal parameters", "training_flops": "equal training FLOPs"}
 _PARTS = {
     "embedding": "embedding",
@@ -48,35 +48,35 @@ Pick = Callable[[dict[str, Any]], float]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One column of the table: a model, what is equal in it, and its costs as plain values."""
+    """One column of the table: a model, the quantity matched, and its costs as plain values."""
 
     name: str
-    matched_by: str  # "" for the model asked for, else a key of _PEERS
+    matched_by: str  # "" for the described model, else a key of _PEERS
     config: ModelConfig
     costs: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """The model asked for, then its peers, at ``inputs`` source and ``targets`` target tokens."""
+    """The described model, then its peers, at ``inputs`` source and ``targets`` target tokens."""
 
     inputs: int
     targets: int
     models: list[Model]
-    notes: list[str]  # peers that could not be made, and why
+    notes: list[str]  # peers that could not be matched, and why
 
 
 def main(argv: list[str]) -> None:
     """Describes a preset or the model of a work directory.
 
     Raises:
-        ConfigError: unknown preset, or a length that cannot be.
-        CheckpointError: a directory that holds no run.
+        ConfigError: unknown preset, or an invalid length.
+        CheckpointError: the directory holds no run.
     """
     parser = argparse.ArgumentParser(
         prog="encdec describe",
-        description="Shows a model's architecture, parameters, FLOPs and bytes, beside the "
-        "decoder-only models with as many parameters and with the same training FLOPs.",
+        description="Shows a model's architecture, parameters, FLOPs and bytes, next to "
+        "decoder-only models with equal parameters and with equal training FLOPs.",
         epilog="presets: " + ", ".join(preset_names()),
     )
     parser.add_argument("model", metavar="PRESET", help="a preset, or a run's work directory")
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     if arguments.json:
         print(json.dumps(as_json(description), indent=2))
     else:
-        # Where the width is not known, as in a pipe, a wide table is better than a folded one.
+        # If the width is unknown, as in a pipe, a wide table is better than a wrapped one.
         show(description, Console(width=None if sys.stdout.isatty() else 150))
 
 
@@ -99,7 +99,7 @@ def find_model(name: str) -> tuple[str, ModelConfig]:
     """A model's name and configuration, from a preset or from a work directory's config.json."""
     if name in preset_names() or not epath.Path(name).is_dir():
         return name, preset(name)
-    # Here, so that describing a preset needs nothing of the training side.
+    # Imported here, so that describing a preset does not load the training packages.
     from encdec.train.workdir import model_config_of, read_config
 
     return epath.Path(name).name, model_config_of(read_config(name))
@@ -109,14 +109,14 @@ def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Descr
     """The model and, for an encoder-decoder, its peers, with their costs at the given lengths.
 
     Raises:
-        ConfigError: a length that cannot be.
+        ConfigError: an invalid length.
     """
     models, notes = [Model(name, "", config, costs(config, inputs, targets))], []
     if config.is_encoder_decoder:
         for by in _PEERS:
             try:
                 peer = match_decoder_only(config, by=by, inputs=inputs, targets=targets)
-            except ConfigError as error:  # the model alone is still worth showing
+            except ConfigError as error:  # the model is still shown alone
                 notes.append(str(error))
                 continue
             peer_name = _preset_like(peer) or "decoder-only"
@@ -161,7 +161,7 @@ def _with_total(flops: FlopCount) -> dict[str, float]:
 
 
 def as_json(description: Description) -> dict[str, Any]:
-    """What ``--json`` prints: FLOPs of one row, bytes, and every field of the configurations."""
+    """The output of ``--json``: FLOPs of one row, bytes, and every field of the configurations."""
     return {
         "inputs": description.inputs,
         "targets": description.targets,
@@ -179,7 +179,7 @@ def as_json(description: Description) -> dict[str, Any]:
 
 
 def architecture(config: ModelConfig) -> dict[str, str]:
-    """The choices of a configuration in words, without what only changes speed."""
+    """The choices of a configuration in words, without those that only change speed."""
     encoder = f"{config.encoder_layers} encoder + " if config.is_encoder_decoder else ""
     pairing = f", {config.kv_pairing}" if config.num_kv_heads < config.num_heads else ""
     rope = f"RoPE {config.rope_theta:g}"

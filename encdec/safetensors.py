@@ -59,7 +59,7 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise DataError(
-                f"tensor {name} in {path} has dtype {entry['dtype']}; wanted one of "
+                f"tensor {name} in {path} has dtype {entry['dtype']}; expected one of "
                 f"{', '.join(_DTYPES)}: take a checkpoint that is not quantised"
             )
         first, last = (start + offset for offset in entry["data_offsets"])

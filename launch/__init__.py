@@ -6,6 +6,6 @@
     python -m launch.slurm     GPU nodes, and array jobs for ladders of runs
 
 What follows ``--`` are the arguments of ``encdec train``, passed on unchanged. ``--dry-run`` prints
-what would run and starts nothing. They need nothing but Python and each its own tool (gcloud, xpk,
-kubectl, sbatch), and run from a checkout. docs/pod.md tells the story from an empty project on.
+what would run and starts nothing. They need only Python and their own tool (gcloud, xpk,
+kubectl, sbatch), and run from a checkout. docs/pod.md is a walkthrough from an empty cloud project.
 """

@@ -1,10 +1,10 @@
-"""What to do next with a queued resource and the training on it: a pure function.
+"""The next action for a queued resource and the training on it, as a pure function.
 
-    queued -> provisioning -> active -> suspended or failed -> deleted -> created anew
+    queued -> provisioning -> active -> suspended or failed -> deleted -> created again
 
 On an active slice: set up, started, running, and by the exit code finished (0), started again
 (75, preempted: everything is saved; or a crash, a limited number of times), or given up (2 to 7:
-configuration, data, checkpoint, NaN, which would only happen again).
+configuration, data, checkpoint, NaN, which would fail again).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WAITING = (
     "SUSPENDING",
     "DELETING",
 )
-UNAVAILABLE = 69  # exit code where no slice could be had or reached, as sysexits.h has it
+UNAVAILABLE = 69  # exit code if no slice could be created or reached, from sysexits.h
 
 
 class Action(enum.Enum):
@@ -39,11 +39,11 @@ class Action(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a look at the resource showed.
+    """Result of one poll of the resource.
 
     Attributes:
-        resource: its state; None: it does not exist; "UNKNOWN": nobody could say.
-        workers: what each host says: "absent", "running" or "exited CODE"; None: a host could not
+        resource: its state; None: it does not exist; "UNKNOWN": the query failed.
+        workers: state of each host: "absent", "running" or "exited CODE"; None: a host could not
             be reached.
     """
 
@@ -53,7 +53,7 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What has to be remembered between looks.
+    """State kept between polls.
 
     Attributes:
         ready: the slice was set up since it was created.
@@ -61,8 +61,8 @@ class Memory:
         refusals: requests that failed since a slice was last active.
         replaced: slices given up because their hosts could not be reached, since hosts last
             answered.
-        strange: looks in a row at which hosts disagreed or could not be reached.
-        running: looks in a row at which all ran.
+        strange: consecutive polls in which hosts disagreed or could not be reached.
+        running: consecutive polls in which all hosts ran.
     """
 
     ready: bool = False
@@ -78,8 +78,8 @@ class Limits:
     crashes: int = 5  # in a row, before it is given up
     refusals: int = 5  # in a row
     replaced: int = 5  # in a row: then it is this machine's login that fails, not the slices
-    strange: int = 5  # looks, before hosts that run are stopped, or a slice is replaced
-    settled: int = 30  # looks, after which earlier crashes are forgotten
+    strange: int = 5  # polls before hosts that run are stopped, or a slice is replaced
+    settled: int = 30  # polls after which earlier crashes are forgotten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Decision:
 
 
 def decide(seen: Seen, memory: Memory, limits: Limits = Limits()) -> Decision:
-    """The next action, why, and what to remember."""
+    """The next action, its reason, and the state to keep."""
     update = lambda **changes: dataclasses.replace(memory, **changes)
     if seen.resource is None:
-        return Decision(Action.CREATE, "there is no such slice", update(ready=False))
+        return Decision(Action.CREATE, "the slice does not exist", update(ready=False))
     if seen.resource == "SUSPENDED":
         return Decision(Action.DELETE, "it was preempted", update(ready=False))
     if seen.resource == "FAILED":
@@ -138,21 +138,21 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
     codes = [int(state.split()[1]) for state in workers if state.startswith("exited")]
     running = sum(state == "running" for state in workers)
     if running == len(workers):
-        looks = memory.running + 1
+        polls = memory.running + 1
         return Decision(
             Action.WAIT,
             "training runs",
             update(
                 ready=True,
                 strange=0,
-                running=looks,
-                crashes=0 if looks >= limits.settled else memory.crashes,
+                running=polls,
+                crashes=0 if polls >= limits.settled else memory.crashes,
             ),
         )
     if running:
         if not codes:
             return _strange("training runs on some hosts only", Action.STOP, memory, limits)
-        # They will follow: by the same signal, the same error, or for want of the others.
+        # They will follow: by the same signal, the same error, or because the others are missing.
         return _strange("training has ended on some hosts", Action.STOP, memory, limits)
     memory = update(strange=0, running=0)
     start = lambda reason, **changes: Decision(
@@ -161,7 +161,7 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
         dataclasses.replace(memory, ready=True, **changes),
     )
     if len(codes) < len(workers):
-        return start("training is not there yet")
+        return start("training has not started yet")
     code = summary(codes)
     if code == 0:
         return Decision(Action.FINISH, "training is done", memory)
@@ -169,7 +169,7 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
         return Decision(
             Action.FINISH,
             f"training ended with exit code {code} "
-            f"({FINAL_CODES[code]}); it would only happen again: see `logs`",
+            f"({FINAL_CODES[code]}); it would fail again: see `logs`",
             memory,
             code,
         )
@@ -187,7 +187,7 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
 
 
 def _strange(reason: str, then: Action, memory: Memory, limits: Limits) -> Decision:
-    """Waits a few looks for the matter to settle, then acts."""
+    """Waits a few polls for the state to settle, then acts."""
     if memory.strange < limits.strange:
         return Decision(
             Action.WAIT, reason, dataclasses.replace(memory, strange=memory.strange + 1, running=0)
@@ -195,7 +195,7 @@ def _strange(reason: str, then: Action, memory: Memory, limits: Limits) -> Decis
     ready = memory.ready and then is not Action.DELETE
     return Decision(
         then,
-        f"{reason}, {memory.strange + 1} looks in a row",
+        f"{reason}, {memory.strange + 1} polls in a row",
         dataclasses.replace(memory, strange=0, running=0, ready=ready),
     )
 
@@ -203,7 +203,7 @@ def _strange(reason: str, then: Action, memory: Memory, limits: Limits) -> Decis
 def summary(codes: Sequence[int]) -> int:
     """One exit code for all hosts: the one that explains the others.
 
-    A host that stops for a reason of its own takes the rest down, which then die by a signal.
+    A host that stops for its own reason takes the others down, which then die by a signal.
     """
     for explaining in (*FINAL_CODES, PREEMPTED):
         if explaining in codes:

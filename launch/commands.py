@@ -1,4 +1,4 @@
-"""Command lines as data: shown as a shell would read them, run without a shell."""
+"""Command lines as data: shown in shell syntax, run without a shell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from launch.slices import Slices
 
 # Exit codes of `encdec` after which the same command would only fail again: configuration, data,
-# checkpoint, NaN or infinity, storage that refuses. 75 says that the machine was taken away and
+# checkpoint, NaN or infinity, storage errors. 75 means that the machine was preempted and
 # everything is saved.
 
 FINAL_CODES = {
@@ -37,9 +37,9 @@ class Runner:
         """Runs one command to its end, whatever its exit code.
 
         Args:
-            arguments: the program and what it gets, each as it should arrive.
+            arguments: the program and its arguments, unquoted.
             stdin: text for its standard input; shown below the command.
-            quiet: keep output back, for the caller to read; without it nothing is captured.
+            quiet: capture the output for the caller instead of showing it.
         """
         if self.dry_run:
             print(shlex.join(arguments))
@@ -69,20 +69,20 @@ class Runner:
 
 
 def train_arguments(given: Sequence[str]) -> list[str]:
-    """``encdec train``'s arguments for one of several processes that find each other.
+    """``encdec train``'s arguments for one of several processes that connect to each other.
 
     Raises:
-        SystemExit: an argument that no launcher can hand on.
+        SystemExit: an argument that launchers cannot pass on.
     """
     for argument in given:
         if "\n" in argument or "\0" in argument:
             raise SystemExit(
-                f"argument {argument!r} spans lines; put such a value into a config file"
+                f"argument {argument!r} spans several lines; put such a value into a config file"
             )
     places = [a.split("=", 1)[1] for a in given if a.startswith("--workdir=")]
     if not places or not places[-1].startswith("/"):
         raise SystemExit(
-            f"--workdir is {places[-1] if places else 'missing'}; wanted "
+            f"--workdir is {places[-1] if places else 'missing'}; expected "
             "--workdir=/DIR after `--`, a directory that every machine shares, such "
             "as one in a mounted bucket"
         )
@@ -108,12 +108,12 @@ def bucket_option(text: str) -> tuple[str, str]:
     bucket, _, directory = text.removeprefix("gs://").partition("=")
     directory = directory or f"/mnt/{bucket}"
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket) or not directory.startswith("/"):
-        raise argparse.ArgumentTypeError(f"{text!r}; wanted BUCKET or BUCKET=/DIR")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected BUCKET or BUCKET=/DIR")
     return bucket, directory
 
 
 def setting_option(text: str) -> str:
     """``NAME=VALUE`` on a command line."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}; wanted NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=VALUE")
     return text

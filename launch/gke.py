@@ -7,7 +7,7 @@
 
 ``jobset`` prints the manifest with --dry-run and applies it with kubectl without. Preemptions and
 node maintenance restart it without limit, crashes ``--max_restarts`` times, and an error that
-would only happen again (configuration, data, checkpoint, NaN) ends it. The image holds encdec and
+would recur (configuration, data, checkpoint, NaN) ends it. The image contains encdec and
 its configs: launch/Dockerfile.
 """
 
@@ -36,7 +36,7 @@ CONTAINER = "train"
 
 
 def literally(argument: str) -> str:
-    """An argument that Kubernetes hands on as it is: it would fill in ``$(NAME)``.
+    """An argument escaped for Kubernetes, which would expand ``$(NAME)``.
 
     https://kubernetes.io/docs/tasks/inject-data-application/define-interdependent-environment-variables/
     """
@@ -44,7 +44,7 @@ def literally(argument: str) -> str:
 
 
 def manifest(options: argparse.Namespace) -> dict[str, Any]:
-    """The JobSet: one job a slice, one pod a host.
+    """The JobSet: one job per slice, one pod per host.
 
     Fields: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/ and
     https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice.
@@ -98,7 +98,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
     job = {
         "parallelism": slices.nodes,
         "completions": slices.nodes,
-        "backoffLimit": 0,  # one pod's end is the job's end: the others cannot go on without it
+        "backoffLimit": 0,  # a failed pod fails the job: the others cannot continue without it
         "podFailurePolicy": {
             "rules": [
                 {
@@ -123,7 +123,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "kind": "JobSet",
         "metadata": {
             "name": options.name,
-            # Each slice's pods in one node pool of their own.
+            # Each slice's pods in their own node pool.
             "annotations": {
                 "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
             },
@@ -153,7 +153,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_yaml(content: dict[str, Any]) -> str:
-    """Block YAML whose strings are JSON strings, which YAML reads as they are."""
+    """Block YAML with JSON strings, which are valid YAML."""
     return "\n".join(_lines(content)) + "\n"
 
 
@@ -192,7 +192,7 @@ def xpk_create(options: argparse.Namespace) -> list[str]:
         f"--num-slices={options.slice.count}",
         f"--docker-image={options.image}",
         f"--max-restarts={options.max_restarts}",
-        # Beside its own, 42 and 127 to 255: killed by a signal.
+        # In addition to its own codes, 42 and 127 to 255: killed by a signal.
         f"--restart-on-exit-codes={PREEMPTED}",
         f"--termination-grace-period-seconds={options.grace_seconds}",
         *(f"--env={literally(setting)}" for setting in options.env),
@@ -202,7 +202,7 @@ def xpk_create(options: argparse.Namespace) -> list[str]:
 
 
 def xpk_attach(options: argparse.Namespace) -> list[list[str]]:
-    """Mounts for all later workloads of the cluster, once a bucket."""
+    """Commands that mount each bucket in all later workloads of the cluster."""
     return [
         [
             "xpk",
@@ -238,7 +238,7 @@ ACTIONS = {
     "jobset": "apply the manifest (with --dry-run: print it)",
     "xpk": "create the workload with xpk",
     "xpk-attach": "mount the buckets in all later workloads of the cluster",
-    "status": "how the JobSet fares",
+    "status": "state of the JobSet",
     "logs": "output of the first slice's first host",
     "delete": "delete the JobSet",
     "xpk-delete": "delete the workload with xpk",
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; ``train`` holds what follows ``--``."""
+    """The options; ``train`` holds the arguments after ``--``."""
     own, train = list(argv), []
     if "--" in own:
         own, train = own[: own.index("--")], own[own.index("--") + 1 :]
@@ -302,7 +302,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ),
     )
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
-    parser.add_argument("--name", type=_name, help="of the JobSet or workload")
+    parser.add_argument("--name", type=_name, help="name of the JobSet or workload")
     parser.add_argument(
         "--slice",
         type=slices_option,
@@ -323,21 +323,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--spot", action="store_true", help="on Spot nodes")
     parser.add_argument(
-        "--service_account", help="of Kubernetes, bound to one that may read and write the buckets"
+        "--service_account", help="Kubernetes service account with access to the buckets"
     )
     parser.add_argument(
         "--max_restarts",
         type=int,
         default=10,
         metavar="N",
-        help="after crashes (%(default)s); xpk counts preemptions too",
+        help="restarts after crashes (%(default)s); xpk counts preemptions too",
     )
     parser.add_argument(
         "--grace_seconds",
         type=int,
         default=120,
         metavar="S",
-        help="from SIGTERM to SIGKILL (%(default)s)",
+        help="time from SIGTERM to SIGKILL (%(default)s)",
     )
     parser.add_argument("--cluster", help="xpk: the cluster")
     parser.add_argument("--project", help="xpk: default: gcloud's own")
@@ -353,19 +353,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     }
     for name in wanted.get(options.action, ("name",)):
         if not getattr(options, name):
-            parser.error(f"{options.action} wants --{name}")
+            parser.error(f"{options.action} needs --{name}")
     needs_run = options.action in ("jobset", "xpk")
     if needs_run and not train:
-        parser.error(f"{options.action} wants the arguments of `encdec train` after `--`")
+        parser.error(f"{options.action} needs the arguments of `encdec train` after `--`")
     options.train = train_arguments(train) if needs_run else []
     return options
 
 
 def _name(text: str) -> str:
-    # JobSet appends "-slice-0-0" and Kubernetes wants DNS labels of at most 63 characters.
+    # JobSet appends "-slice-0-0" and Kubernetes requires DNS labels of at most 63 characters.
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r}; wanted up to 40 lower-case letters, digits and hyphens, a letter first"
+            f"{text!r}; expected up to 40 lower-case letters, digits and hyphens, a letter first"
         )
     return text
 

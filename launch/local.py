@@ -1,9 +1,9 @@
-"""Trains with several processes on this machine, as a pod would with one process a host.
+"""Trains with several processes on this machine, like a pod with one process per host.
 
     python -m launch.local --processes=2 -- --config=configs/pretrain.py:330m --workdir=runs/330m
 
-What follows ``--`` are the arguments of ``encdec train``. Process 0 coordinates, on a free port of
-the loopback address. Each line of output is marked with its process. Should one process fail, the
+Arguments after ``--`` are those of ``encdec train``. Process 0 coordinates, on a free port of
+the loopback address. Each line of output is marked with its process. If one process fails, the
 others are stopped; an interrupt or a termination request is passed on to all, so that they can
 save. The exit code is that of the first process that failed.
 
@@ -24,13 +24,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-GRACE_SECONDS = 60.0  # what processes get to save and leave before they are killed
+GRACE_SECONDS = 60.0  # time that processes have to save and exit before they are killed
 POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One process: its arguments, and what is added to the environment."""
+    """One process: its arguments and additional environment variables."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
@@ -49,8 +49,8 @@ def commands(
         train: arguments of ``encdec train``.
         processes: how many.
         port: of the coordinator, on the loopback address.
-        cpu_devices: if not 0, run on the CPU with so many JAX devices a process.
-        gpus: if not 0, give so many GPUs to each process.
+        cpu_devices: if not 0, run on the CPU with this many JAX devices per process.
+        gpus: if not 0, GPUs per process.
     """
     result = []
     for index in range(processes):
@@ -100,7 +100,7 @@ def supervise(started: Sequence[Command], grace_seconds: float = GRACE_SECONDS) 
     try:
         readers = []
         for index, command in enumerate(started):
-            # A session of its own: the terminal's interrupt reaches it through stop() alone, once.
+            # Its own session: the terminal's interrupt reaches it only through stop(), once.
             process = subprocess.Popen(
                 command.arguments,
                 env=os.environ | dict(command.environment),
@@ -131,7 +131,8 @@ def _wait(
     stopping: threading.Event,
     grace_seconds: float,
 ) -> int:
-    """Waits for all; stops the rest when one fails, and kills what outstays the grace period."""
+    """Waits for all; stops the rest when one fails, and kills those that exceed the grace
+    period."""
     failure, deadline = 0, None
     while True:
         codes = [process.poll() for process in processes]
@@ -165,17 +166,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         default=0,
         metavar="N",
-        help="run on the CPU, with so many JAX devices a process",
+        help="run on the CPU, with N JAX devices per process",
     )
-    devices.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs for each process")
-    parser.add_argument("--port", type=int, default=0, help="of the coordinator; 0: a free one")
+    devices.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs per process")
+    parser.add_argument(
+        "--port", type=int, default=0, help="port of the coordinator; 0: a free one"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.add_argument(
         "train", nargs="+", metavar="ARGUMENT", help="after `--`: the arguments of `encdec train`"
     )
     options = parser.parse_args(argv)
     if options.processes < 1:
-        parser.error(f"--processes is {options.processes}; wanted 1 or more")
+        parser.error(f"--processes is {options.processes}; expected 1 or more")
     run = commands(
         options.train,
         options.processes,

@@ -1,4 +1,4 @@
-"""TPU slices as ``encdec compile`` writes them (``v5e:4x4``, ``v5p:4x4x4*2``), in Google's words.
+"""TPU slices as ``encdec compile`` writes them (``v5e:4x4``, ``v5p:4x4x4*2``), in Google's terms.
 
 Names of accelerator types, runtimes and node labels: https://cloud.google.com/tpu/docs and
 https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus.
@@ -17,7 +17,7 @@ CHIPS_PER_NODE = 4  # of every machine type below
 class _Chip:
     sides: int  # of its topologies
     type_prefix: str  # of the TPU API's accelerator types; xpk has the same
-    units: int  # that the type counts in a chip: TensorCores, or the chip itself
+    units: int  # units per chip in the accelerator type: TensorCores, or the chip itself
     runtime: str | None  # image of a TPU VM; None: only on GKE
     node_label: str  # cloud.google.com/gke-tpu-accelerator
     machine: str  # of a GKE node with four chips
@@ -59,7 +59,7 @@ class Slices:
         chip = CHIPS.get(match[1]) if match else None
         if chip is None:
             raise ValueError(
-                f"{text!r} is no slice; wanted one of {', '.join(CHIPS)} with its "
+                f"{text!r} is not a slice; expected one of {', '.join(CHIPS)} with its "
                 "sides, e.g. v5e:4x4, or v5e:16x16*2 for two slices"
             )
         sides = tuple(int(side) for side in match[2].split("x"))

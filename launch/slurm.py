@@ -1,4 +1,4 @@
-"""GPU nodes under Slurm: one process a GPU; and ladders of runs as array jobs.
+"""GPU nodes under Slurm: one process per GPU; and ladders of runs as array jobs.
 
     python -m launch.slurm train --nodes=2 --gpus_per_node=8 --time=24:00:00 \
         -- --config=configs/pretrain.py:1b --workdir=/shared/runs/1b ...
@@ -6,9 +6,9 @@
         -- --ladder=configs/scaling.py:paper --workdir=/shared/ladder ...
 
 Both print the batch script with --dry-run and give it to sbatch without. Two minutes before the
-time limit, and when Slurm preempts the job, training saves and exits with 75; the script then puts
-the job back into the queue. Crashes do so ``--max_restarts`` times; an error that would only
-happen again (configuration, data, checkpoint, NaN) does not.
+time limit, and when Slurm preempts the job, training saves and exits with 75; the script then
+requeues the job. After crashes it does so ``--max_restarts`` times; after an error that would
+recur (configuration, data, checkpoint, NaN) it does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from launch.commands import FINAL_CODES, PREEMPTED, Runner, setting_option, train_arguments
 
-# `encdec scaling run` ended with some runs failed: recorded, and the next call's business.
+# `encdec scaling run` ended with some failed runs: recorded, the next call tries them again.
 RUNS_FAILED = 6
 
 
@@ -42,8 +42,8 @@ def script(options: argparse.Namespace) -> str:
         command = shlex.join([*options.encdec, "train", *options.arguments])
         job = '"$SLURM_JOB_ID"'
         output = f"{options.logs}/%x-%j.log"
-        # A task a GPU: jax then takes for each the GPU of its number on the node. All of them
-        # have to be visible to every task, so they are asked for by node and not by task.
+        # One task per GPU: each uses the GPU of its local rank. All GPUs have to be visible to
+        # every task, so they are requested per node and not per task.
         shape = [
             f"--nodes={options.nodes}",
             f"--ntasks-per-node={options.gpus_per_node}",
@@ -56,7 +56,7 @@ def script(options: argparse.Namespace) -> str:
         f"--time={options.time}",
         *([f"--partition={options.partition}"] if options.partition else []),
         *([f"--account={options.account}"] if options.account else []),
-        # To the processes alone, not to this script, which has to see how they end.
+        # Signal only the processes, not this script, which has to see how they end.
         f"--signal=TERM@{options.grace_seconds}",
         "--requeue",
         "--open-mode=append",
@@ -75,11 +75,11 @@ def script(options: argparse.Namespace) -> str:
         f"cd {shlex.quote(options.directory)} || exit 2",
         *exports,
         "code=0",
-        "# One that fails ends the others, which would wait for it for ever.",
+        "# A failed process ends the others, which would otherwise wait for it forever.",
         f"srun --kill-on-bad-exit=1 --label {command} || code=$?",
         "case $code in",
         "0) ;;",
-        f'{final}) echo "exit code $code: it would only happen again" ;;',
+        f'{final}) echo "exit code $code: it would fail again" ;;',
         f"{PREEMPTED}) scontrol requeue {job} && exit 0 ;;",
         "*)",
         f"  if (( ${{SLURM_RESTART_COUNT:-0}} < {options.max_restarts} )); then",
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; ``arguments`` holds what follows ``--``."""
+    """The options; ``arguments`` holds the arguments after ``--``."""
     own, given = list(argv), []
     if "--" in own:
         own, given = own[: own.index("--")], own[own.index("--") + 1 :]
@@ -114,14 +114,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog="After `--`: the arguments of `encdec train`, or of `encdec scaling run`.",
     )
     parser.add_argument("action", choices=("train", "ladder"))
-    parser.add_argument("--name", default="encdec", help="of the job (%(default)s)")
+    parser.add_argument("--name", default="encdec", help="name of the job (%(default)s)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="train: (%(default)s)")
     parser.add_argument(
         "--gpus_per_node",
         type=int,
         default=1,
         metavar="N",
-        help="train: a process each; ladder: of each run (%(default)s)",
+        help="train: one process per GPU; ladder: GPUs of each run (%(default)s)",
     )
     parser.add_argument(
         "--runs",
@@ -136,7 +136,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--time",
         required=True,
-        help="limit, e.g. 24:00:00; the job goes on in another one where it ends",
+        help="time limit, e.g. 24:00:00; when it ends the job continues in another one",
     )
     parser.add_argument("--partition")
     parser.add_argument("--account")
@@ -153,15 +153,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--directory",
         default=".",
-        help="to run in; relative to where sbatch is called (%(default)s)",
+        help="working directory; relative to where sbatch is called (%(default)s)",
     )
-    parser.add_argument("--logs", default=".", metavar="DIR", help="for the output (%(default)s)")
+    parser.add_argument(
+        "--logs", default=".", metavar="DIR", help="directory of the output (%(default)s)"
+    )
     parser.add_argument(
         "--encdec",
         type=shlex.split,
         default=["encdec"],
         metavar="COMMAND",
-        help="how to call it, e.g. '/shared/venv/bin/encdec'",
+        help="command that runs encdec, e.g. '/shared/venv/bin/encdec'",
     )
     parser.add_argument(
         "--max_restarts",
@@ -175,18 +177,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=120,
         metavar="S",
-        help="before the time limit that saving begins (%(default)s)",
+        help="start saving this long before the time limit (%(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script")
     options = parser.parse_args(own)
     for name in ("nodes", "gpus_per_node", "at_once", "grace_seconds"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; wanted 1 or more")
+            parser.error(f"--{name} is {getattr(options, name)}; expected 1 or more")
     if not given:
-        parser.error("wanted the command's arguments after `--`")
+        parser.error("expected the command's arguments after `--`")
     if options.action == "ladder":
         if not options.runs or options.runs < 1:
-            parser.error(f"--runs is {options.runs}; wanted the plan's number of runs")
+            parser.error(f"--runs is {options.runs}; give the plan's number of runs")
         options.arguments = train_arguments(given)[:-1]  # each run is one process
     else:
         options.arguments = train_arguments(given)

@@ -3,9 +3,9 @@
     python -m launch.tpu_vm babysit --name=run1 --project=P --zone=Z --slice=v5e:16x16 --spot \
         --bucket=B=/mnt/B -- --config=configs/pretrain.py:1b --workdir=/mnt/B/runs/1b ...
 
-``babysit`` does all of it and goes on after preemptions until the run is done; the other actions
-are its single steps. Ended with Ctrl-C it leaves everything as it is, and the same command takes
-over again. What runs on the hosts is launch/worker.sh.
+``babysit`` does everything and continues after preemptions until the run is done; the other actions
+are its single steps. Ctrl-C leaves everything as it is, and the same command resumes. The hosts run
+launch/worker.sh.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pod:
         options, slices = self._options, self._options.slice
         chip = CHIPS[slices.chip]
         if len(slices.sides) == 3:
-            # The accelerator type alone leaves a three-dimensional slice's shape open.
+            # The accelerator type alone does not determine a three-dimensional slice's shape.
             shape = [f"--type={chip.type_prefix}", f"--topology={slices.topology}"]
         else:
             shape = [f"--accelerator-type={slices.accelerator_type}"]
@@ -71,7 +71,7 @@ class Pod:
             *(["--reserved"] if options.reserved else []),
             *([f"--valid-until-duration={options.valid_for}"] if options.valid_for else []),
             *([f"--service-account={options.service_account}"] if options.service_account else []),
-            # Buckets are read and written by the hosts' own account.
+            # The hosts' own account reads and writes the buckets.
             "--scopes=https://www.googleapis.com/auth/cloud-platform",
             *([f"--network={options.network}"] if options.network else []),
         ]
@@ -89,7 +89,7 @@ class Pod:
         return [*GCLOUD, "scp", tarball, str(WORKER), f"{self._name}:", *self._place, *EVERYWHERE]
 
     def on_workers(self, *arguments: str, where: Sequence[str] = EVERYWHERE) -> list[str]:
-        """``worker.sh ARGUMENTS`` on the hosts; the shell there reads back what is given here."""
+        """``worker.sh ARGUMENTS`` on the hosts; quoted for the shell there."""
         command = shlex.join(
             ["env", *self._options.env, "bash", "worker.sh", *arguments]
             if self._options.env
@@ -105,7 +105,7 @@ class Pod:
         ]
 
     def start(self) -> list[list[str]]:
-        """Mounts first: a host that was rebooted where it stands has lost them."""
+        """Mounts first: a rebooted host has lost its mounts."""
         return [
             *(
                 self.on_workers("mount", bucket, directory)
@@ -121,7 +121,7 @@ def archive(tarball: str) -> list[str]:
 
 
 def look(pod: Pod, run: Runner, hosts: int) -> Seen:
-    """Asks for the resource's state and, where there are hosts, for theirs."""
+    """Queries the state of the resource and, if it has hosts, of these."""
     described = run(pod.describe(), quiet=True)
     if described.returncode:
         missing = re.search(r"NOT_FOUND|not found|was not found", described.stderr)
@@ -133,14 +133,14 @@ def look(pod: Pod, run: Runner, hosts: int) -> Seen:
     workers = tuple(_STATE.findall(answer.stdout))
     if len(workers) == hosts:
         return Seen(state, workers)
-    # Before the first set-up there is no worker.sh that could answer.
+    # Before the first set-up there is no worker.sh to answer.
     if not workers and "worker.sh" in answer.stdout + answer.stderr:
         return Seen(state, ("absent",) * hosts)
     return Seen(state, None)
 
 
 def act(pod: Pod, run: Runner, decision: Decision) -> int:
-    """Does what was decided; an exit code of a tool, 0 if it went well."""
+    """Carries out a decision; returns a tool's exit code, 0 on success."""
     if decision.action is Action.CREATE:
         return run(pod.create()).returncode
     if decision.action is Action.DELETE:
@@ -168,7 +168,7 @@ def babysit(
     poll_seconds: float = POLL_SECONDS,
     delete: bool = False,
 ) -> int:
-    """Looks, decides and acts until the run is done or given up; its exit code."""
+    """Polls, decides and acts until the run is done or given up; returns its exit code."""
     memory, said = Memory(), ""
     while True:
         before, decision = memory, decide(look(pod, run, hosts), memory, limits)
@@ -201,20 +201,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pod, run, hosts, poll_seconds=options.poll_seconds, delete=options.delete
             )
         except KeyboardInterrupt:
-            print("left as it is; the same command takes over again", file=sys.stderr)
+            print("left as it is; the same command resumes", file=sys.stderr)
             return 130
     if options.action == "babysit":
-        print("# If there is no such slice:")
+        print("# If the slice does not exist:")
         run(pod.create())
-        print("# Until it is ACTIVE, every look:")
+        print("# Until it is ACTIVE, at every poll:")
         run(pod.describe())
         print("# Once on each new slice:")
         set_up(pod, run)
         print("# First, and again after a preemption or a crash:")
         run.all(pod.start())
-        print("# Every look while it is ACTIVE:")
+        print("# At every poll while it is ACTIVE:")
         run(pod.on_workers("state"))
-        print("# When it is SUSPENDED or FAILED, before it is requested anew:")
+        print("# When it is SUSPENDED or FAILED, before it is requested again:")
         return run(pod.delete()).returncode
     if options.action == "wait":
         return _wait(pod, run, options.poll_seconds)
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait(pod: Pod, run: Runner, poll_seconds: float) -> int:
-    """Until the slice is active; 0, or 1 if it will not become so."""
+    """Waits until the slice is active; 0, or 1 if it will not become active."""
     while True:
         described: subprocess.CompletedProcess[str] = run(pod.describe(), quiet=True)
         state = described.stdout.strip()
@@ -252,21 +252,21 @@ def _wait(pod: Pod, run: Runner, poll_seconds: float) -> int:
 
 
 ACTIONS = {
-    "babysit": "all of it, until the run is done",
+    "babysit": "all steps, until the run is done",
     "create": "request the slice",
-    "wait": "until it is active",
+    "wait": "wait until it is active",
     "setup": "install encdec on every host",
     "run": "mount the buckets and start `encdec train` on every host, in the background",
     "state": "whether training runs on each host, or its exit code",
-    "stop": "have training save and leave",
+    "stop": "let training save and exit",
     "logs": "the end of one host's output",
-    "status": "what Google Cloud says of the slice",
-    "delete": "give the slice back",
+    "status": "Google Cloud's description of the slice",
+    "delete": "delete the slice",
 }
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; ``train`` holds what follows ``--``."""
+    """The options; ``train`` holds the arguments after ``--``."""
     own, train = list(argv), []
     if "--" in own:
         own, train = own[: own.index("--")], own[own.index("--") + 1 :]
@@ -285,7 +285,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ),
     )
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
-    parser.add_argument("--name", required=True, help="of the queued resource and its nodes")
+    parser.add_argument("--name", required=True, help="name of the queued resource and its nodes")
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", help="default: gcloud's own")
     parser.add_argument(
@@ -297,15 +297,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     capacity = parser.add_mutually_exclusive_group()
     capacity.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
-    capacity.add_argument("--reserved", action="store_true", help="from a reservation")
+    capacity.add_argument("--reserved", action="store_true", help="use a reservation")
     parser.add_argument(
         "--valid_for",
         metavar="DURATION",
-        help="how long the request stands, e.g. 6h (default: for ever)",
+        help="how long the request is valid, e.g. 6h (default: unlimited)",
     )
     parser.add_argument("--runtime", help="image of the hosts (default: the chip's)")
     parser.add_argument("--network", help="default: the project's")
-    parser.add_argument("--service_account", help="of the hosts (default: Compute Engine's)")
+    parser.add_argument(
+        "--service_account", help="service account of the hosts (default: Compute Engine's)"
+    )
     parser.add_argument(
         "--bucket",
         action="append",
@@ -320,19 +322,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         type=setting_option,
         metavar="NAME=VALUE",
-        help="for everything that runs on the hosts (may be repeated)",
+        help="environment variable on the hosts (may be repeated)",
     )
     parser.add_argument(
         "--poll_seconds",
         type=float,
         default=POLL_SECONDS,
         metavar="S",
-        help="between looks (%(default)s)",
+        help="seconds between polls (%(default)s)",
     )
     parser.add_argument(
         "--delete",
         action="store_true",
-        help="babysit: give the slice back when the run is done or given up",
+        help="babysit: delete the slice when the run is done or given up",
     )
     parser.add_argument("--node", default="0", help="logs: of which slice (%(default)s)")
     parser.add_argument("--worker", default="0", help="logs: of which host (%(default)s)")
@@ -340,10 +342,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     options = parser.parse_args(own)
     if CHIPS[options.slice.chip].runtime is None:
-        parser.error(f"--slice: {options.slice.chip} is to be had on GKE only; see launch.gke")
+        parser.error(f"--slice: {options.slice.chip} is available on GKE only; see launch.gke")
     needs_run = options.action in ("babysit", "run")
     if needs_run and not train:
-        parser.error(f"{options.action} wants the arguments of `encdec train` after `--`")
+        parser.error(f"{options.action} needs the arguments of `encdec train` after `--`")
     options.train = train_arguments(train) if needs_run else []
     return options
 

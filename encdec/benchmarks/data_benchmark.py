@@ -54,8 +54,8 @@ class Step:
         return tokens / tokens_per_second / self.seconds
 
 
-# What ``encdec compile`` predicted (docs/pod.md). A host of a v5e slice is a ct5lp-hightpu-4t: four
-# chips, 112 cores.
+# What ``encdec compile`` predicted (docs/prediction.md). A host of a v5e slice is a
+# ct5lp-hightpu-4t: four chips, 112 cores.
 PREDICTED = Step("330m-tpu", "v5e:4x4", 0.2036, 16, 1024 + 256, 4, 112)
 
 
@@ -264,7 +264,8 @@ def read_main(argv: list[str]) -> int:
         "--compile_report",
         type=local_path,
         metavar="FILE",
-        help="hold reading against this step, of encdec compile --json (the 330m of docs/pod.md)",
+        help="compare reading with this step, of encdec compile --json (default: the "
+        "330m-tpu of docs/prediction.md)",
     )
     flags.add_argument("--chips_per_host", type=int, default=PREDICTED.chips_per_host)
     flags.add_argument("--host_cores", type=int, default=PREDICTED.host_cores)

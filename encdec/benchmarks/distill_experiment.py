@@ -122,11 +122,11 @@ def check_setting(setting: Setting) -> None:
     if teacher < TEACHER_RATIO * student:
         raise ConfigError(
             f"the teacher {setting.teacher} has {teacher:,} parameters, the student "
-            f"{student:,}; wanted at least {TEACHER_RATIO:g} times as many"
+            f"{student:,}; expected at least {TEACHER_RATIO:g} times as many"
         )
     if preset(setting.teacher).is_encoder_decoder:
         raise ConfigError(
-            f"the teacher {setting.teacher} is an encoder-decoder; wanted a "
+            f"the teacher {setting.teacher} is an encoder-decoder; expected a "
             f"decoder-only preset, for example {setting.teacher}-dec"
         )
 

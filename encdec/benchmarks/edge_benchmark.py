@@ -173,7 +173,7 @@ def measure(
         config: the model.
         inputs: lengths of the inputs.
         outputs: new tokens.
-        repeats: timings wanted of each path.
+        repeats: timings expected of each path.
         read_rate: measures the bandwidth, in bytes a second; called around every timing's later
             tokens.
         calm: a timing during which other processes took more than this share of the cores is
@@ -270,7 +270,7 @@ def chosen_paths(names: Sequence[str] | None) -> tuple[tuple[str, ...], list[str
     chosen, left_out = [], []
     for name in names or DEFAULT:
         if name not in PATHS:
-            raise ConfigError(f"--paths has {name!r}; wanted some of {', '.join(PATHS)}")
+            raise ConfigError(f"--paths has {name!r}; expected some of {', '.join(PATHS)}")
         kind, precision = PATHS[name]
         reason = transformers_runtime.missing(precision) if kind == "transformers" else ""
         if reason and names:
@@ -303,10 +303,10 @@ def main(argv: list[str]) -> int:
     config = preset(options.model)
     paths, left_out = chosen_paths(options.paths)
     if not config.is_encoder_decoder:
-        raise ConfigError(f"--model={options.model} is decoder-only; wanted an encoder-decoder")
+        raise ConfigError(f"--model={options.model} is decoder-only; expected an encoder-decoder")
     if options.repeats < 1 or options.outputs < 2:
         raise ConfigError(
-            f"repeats is {options.repeats} and outputs {options.outputs}; wanted at least 1 and 2"
+            f"repeats is {options.repeats} and outputs {options.outputs}; expected at least 1 and 2"
         )
     folder = pathlib.Path(options.artefacts) / options.model
     if options.peak:

@@ -136,7 +136,7 @@ def time_generation(
         *(("input_lengths", n, 1) for n in input_lengths),
     ):
         if value < least:
-            raise ConfigError(f"{name} is {value}; wanted {least} or more")
+            raise ConfigError(f"{name} is {value}; expected {least} or more")
     ready = {name: ready_for_decoding(*model, dtype) for name, model in models.items()}
     timings = []
     for length in input_lengths:

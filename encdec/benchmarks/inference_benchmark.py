@@ -230,7 +230,7 @@ def main(argv: list[str]) -> int:
     for length in options.uncached_inputs or ():
         if length not in options.inputs:
             raise ConfigError(
-                f"--uncached_inputs has {length}; wanted some of --inputs, "
+                f"--uncached_inputs has {length}; expected some of --inputs, "
                 f"{','.join(map(str, options.inputs))}"
             )
     progress = lambda text: console.print(text, style="dim", highlight=False)
@@ -357,7 +357,7 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
     ours = preset(options.model)
     if not ours.is_encoder_decoder:
         raise ConfigError(
-            f"--model={options.model} is decoder-only; wanted an encoder-decoder, "
+            f"--model={options.model} is decoder-only; expected an encoder-decoder, "
             "whose peers are found"
         )
     longest = max(options.inputs), max(options.outputs)
@@ -499,9 +499,9 @@ def numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{text!r} is no list of numbers; wanted for example 128,512") from None
+        raise ConfigError(f"{text!r} is no list of numbers; expected for example 128,512") from None
     if min(numbers) < 1:
-        raise ConfigError(f"{text!r} has a number below 1; wanted positive ones")
+        raise ConfigError(f"{text!r} has a number below 1; expected positive ones")
     return numbers
 
 
@@ -509,5 +509,6 @@ def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     for name in names:
         if name not in PEERS | RUNTIMES:
-            raise ConfigError(f"--peers has {name!r}; wanted some of {', '.join(PEERS | RUNTIMES)}")
+            known = ", ".join(PEERS | RUNTIMES)
+            raise ConfigError(f"--peers has {name!r}; expected some of {known}")
     return names

@@ -196,7 +196,7 @@ def loop_main(argv: list[str]) -> int:
     flags.add_argument("--json", action="store_true", help="print JSON alone")
     given = flags.parse_args(argv)
     if given.window < 2 or given.rounds < 1:
-        flags.error("wanted --window of 2 or more and --rounds of 1 or more")
+        flags.error("expected --window of 2 or more and --rounds of 1 or more")
     result = measure_loop(
         model=given.model,
         batch_size=given.batch_size or 8 * jax.device_count(),

@@ -51,11 +51,11 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     for name in ("requests", "slots", "rounds", "inputs_from", "tokens_from"):
         if getattr(options, name) < 1:
-            raise ConfigError(f"{name} is {getattr(options, name)}; wanted 1 or more")
+            raise ConfigError(f"{name} is {getattr(options, name)}; expected 1 or more")
     for low, high in (("inputs_from", "inputs_to"), ("tokens_from", "tokens_to")):
         if getattr(options, low) > getattr(options, high):
             raise ConfigError(
-                f"{high} is {getattr(options, high)}; wanted {low} = "
+                f"{high} is {getattr(options, high)}; expected {low} = "
                 f"{getattr(options, low)} or more"
             )
     rounds = measure(options)

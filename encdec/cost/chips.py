@@ -1,6 +1,6 @@
 """Peak rates of accelerators by the name that JAX gives them, for MFU and predicted step times.
 
-All figures are the makers' own and dense: NVIDIA's data sheets print bfloat16 rates with 2:4
+All figures are the manufacturers' and dense: NVIDIA's data sheets print bfloat16 rates with 2:4
 sparsity, which is twice what a dense matrix product can reach.
 """
 
@@ -18,16 +18,16 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one JAX device of this kind can do at most.
+    """Peak rates and memory of one JAX device of this kind.
 
     Attributes:
-        name: how people call it.
-        device_kinds: what ``jax.Device.device_kind`` may say.
+        name: common name.
+        device_kinds: values of ``jax.Device.device_kind``.
         bf16_flops: dense bfloat16 FLOP/s with float32 accumulation.
-        hbm_bytes: memory, nominal; the runtime keeps a part of it.
+        hbm_bytes: nominal memory; the runtime reserves a part of it.
         hbm_bytes_per_second: memory bandwidth.
         link_bytes_per_second: all ICI or NVLink links together, both directions; PCIe without.
-        source: where the maker says so.
+        source: the manufacturer's publication.
     """
 
     name: str
@@ -89,7 +89,7 @@ _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip behind a ``jax.Device.device_kind``; None where its peak is not known (a CPU)."""
+    """The chip behind a ``jax.Device.device_kind``; None if its peak is unknown (a CPU)."""
     return _BY_KIND.get(device_kind)
 
 
@@ -97,7 +97,7 @@ def chip_named(name: str) -> Chip:
     """The chip called ``name`` ("TPU v5e", "v5e", "h200") or of that device kind.
 
     Raises:
-        ConfigError: no such chip; the message lists those that are known.
+        ConfigError: unknown chip; the message lists the known ones.
     """
     wanted = name.lower().removeprefix("tpu").removeprefix("nvidia").strip()
     names = {chip.name.lower().removeprefix("tpu").strip(): chip for chip in CHIPS}
@@ -105,7 +105,7 @@ def chip_named(name: str) -> Chip:
     if chip is None:
         known = [chip.name for chip in CHIPS]
         raise ConfigError(
-            f"no chip is called {name!r}{did_you_mean(wanted, known)} (known: {', '.join(known)})"
+            f"unknown chip {name!r}{did_you_mean(wanted, known)} (known: {', '.join(known)})"
         )
     return chip
 

@@ -213,7 +213,7 @@ def _decode(
 def _check_lengths(config: ModelConfig, inputs: int, targets: int) -> None:
     if inputs < 0 or targets < 1 or (config.is_encoder_decoder and inputs < 1):
         raise ConfigError(
-            f"inputs is {inputs} and targets is {targets}; wanted at least 1 token of each "
+            f"inputs is {inputs} and targets is {targets}; expected at least 1 token of each "
             "(a decoder-only model may have 0 inputs)"
         )
 
@@ -240,7 +240,7 @@ def forward_flops(
             architectures, because training gathers the loss-bearing positions first.
 
     Raises:
-        ConfigError: a length that cannot be.
+        ConfigError: a length is invalid.
     """
     _check_lengths(config, inputs, targets)
     tokens = targets if config.is_encoder_decoder else inputs + targets
@@ -282,7 +282,7 @@ def generation_flops(
     values again; the encoder runs once in either case, and the head only for the new token.
 
     Raises:
-        ConfigError: a length that cannot be.
+        ConfigError: a length is invalid.
     """
     _check_lengths(config, inputs, targets)
     prompt = 1 if config.is_encoder_decoder else inputs + 1
@@ -305,7 +305,7 @@ def generation_flops(
 
 def _bytes_per_value(dtype: str) -> float:
     if dtype not in BYTES_PER_VALUE:
-        raise ConfigError(f"dtype is {dtype!r}; wanted one of {', '.join(BYTES_PER_VALUE)}")
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(BYTES_PER_VALUE)}")
     return BYTES_PER_VALUE[dtype]
 
 

@@ -9,10 +9,10 @@ from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
 from encdec.model.config import ModelConfig
 
-MATCH = 0.005  # a match this close is looked for first
-TOLERANCE = 0.01  # a match worse than this is refused
+MATCH = 0.005  # matches this close are preferred
+TOLERANCE = 0.01  # worse matches are refused
 
-# How much MLP width one part of mismatch is worth: a percent closer for ten percent of width.
+# Trade-off between mismatch and MLP width: one percent of match is worth ten percent of width.
 _WIDTH_PER_MISMATCH = 10.0
 
 
@@ -32,7 +32,7 @@ def match_decoder_only(
 
     Args:
         config: the encoder-decoder.
-        by: what is made equal: all parameters, or the training FLOPs of one example.
+        by: the quantity to match: all parameters, or the training FLOPs of one example.
         inputs: source tokens of that example.
         targets: its target tokens.
         mlp_multiple: the MLP's width is a multiple of this; by default 128 for models shaped for
@@ -44,7 +44,7 @@ def match_decoder_only(
     if not config.is_encoder_decoder:
         raise ConfigError("a peer is made from an encoder-decoder; this model is decoder_only")
     if by not in ("parameters", "training_flops"):
-        raise ConfigError(f"by is {by!r}; wanted 'parameters' or 'training_flops'")
+        raise ConfigError(f"by is {by!r}; expected 'parameters' or 'training_flops'")
     if mlp_multiple is None:
         shaped = config.head_dim % 128 == 0 and config.d_model % 128 == 0
         mlp_multiple = 128 if shaped else 64 if config.d_model >= 512 else 8

@@ -1,4 +1,4 @@
-"""Two models on the same examples: the difference of every score, and how sure it is."""
+"""Compares two models on the same examples: the difference of every score, with its interval."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ def _by_task(folders: Sequence[str]) -> dict[str, list[tuple[pathlib.Path, dict[
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
-    """What one evaluation left of one task.
+    """What one evaluation stored for one task.
 
     Attributes:
         examples: all of them.
         texts: the answers.
-        likelihoods: of the references, by the example's index; without the skipped ones.
+        likelihoods: of the references, by the example's index; skipped examples have none.
         opinions: of the judge, by the example's index.
-        judge: who that was, as the report describes it; None where nobody was asked.
-        metrics: what it was scored with.
+        judge: the judge, as the report describes it; None if none was asked.
+        metrics: names of its metrics.
     """
 
     examples: tuple[Example, ...]
@@ -109,7 +109,7 @@ def _read(folder: pathlib.Path, task: str, report: Mapping[str, Any]) -> _Evalua
     count = report["tasks"][task]["examples"]
     if found.keys() != set(range(count)):
         raise DataError(
-            f"{folder / task} holds the answers to {len(found):,} examples and "
+            f"{folder / task} holds the answers to {len(found):,} examples but "
             f"{folder} reports {count:,}; repeat its `encdec evaluate`"
         )
     examples, texts = zip(*(found[index] for index in range(count)))
@@ -126,15 +126,15 @@ def _read(folder: pathlib.Path, task: str, report: Mapping[str, Any]) -> _Evalua
 
 
 def _metrics_of(task: str) -> tuple[str, ...]:
-    """Of a task that a report of an earlier version does not say them of."""
+    """The metrics of a task in a report of an earlier version, which does not list them."""
     return TEXT_TASKS[task].metrics if task in TEXT_TASKS else DEFAULT
 
 
 def _scores(sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
-    """Each evaluation's scores, made again from what it left.
+    """Each evaluation's scores, computed again from its stored answers.
 
-    Likelihoods and opinions are of the examples of which all evaluations have one; opinions only
-    where all are the same judge's.
+    Likelihoods and opinions are limited to the examples that have one in all evaluations;
+    opinions count only if all come from the same judge.
     """
     everyone = [one for side in sides for one in side]
     shared = [
@@ -183,7 +183,7 @@ def _mean_of(scores: Sequence[Score]) -> Statistic:
 
 
 def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
-    """The comparison as Markdown; a difference whose interval leaves zero out is in bold."""
+    """The comparison as Markdown; a difference whose interval excludes zero is in bold."""
     first, second = names
     lines = [
         f"{second} minus {first}, with paired bootstrap intervals of 95 % over examples and "

@@ -1,4 +1,4 @@
-"""``encdec evaluate compare``: how sure the difference of two models' scores is."""
+"""``encdec evaluate compare``: differences of two models' scores, with intervals and p-values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     for flag in ("first", "second"):
         name, _, folders = getattr(options, flag).partition("=")
         if not name or not folders:
-            raise ConfigError(f"--{flag}={getattr(options, flag)}; wanted NAME=DIR,DIR")
+            raise ConfigError(f"--{flag}={getattr(options, flag)}; expected NAME=DIR,DIR")
         sides[flag] = name, folders.split(",")
     import_modules(options.module)
     from encdec.evaluation.compare import compare_evaluations, compare_markdown
@@ -57,21 +57,21 @@ def _parser() -> argparse.ArgumentParser:
             required=True,
             metavar="NAME=DIR,DIR",
             help="a name and the --out directories of its evaluations; seeds are "
-            "averaged example by example",
+            "averaged per example",
         )
     parser.add_argument(
         "--resamples",
         type=int,
         default=1000,
         metavar="N",
-        help="of the bootstrap (default %(default)s)",
+        help="number of bootstrap samples (default %(default)s)",
     )
     parser.add_argument(
         "--module",
         action="append",
         default=[],
         metavar="NAME",
-        help="Python module that registers metrics of yours; may be repeated",
+        help="Python module that registers your own metrics; may be repeated",
     )
     parser.add_argument(
         "--out", type=local_path, metavar="DIR", help="receives comparison.md and .json"

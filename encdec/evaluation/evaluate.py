@@ -1,6 +1,6 @@
 """A checkpoint's answers to examples, scored and reported: what ``encdec evaluate`` does.
 
-Answers and likelihoods are kept as they are made, so that a call goes on where another stopped.
+Answers and likelihoods are stored as they are made, so that a call resumes where another stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SHUFFLED = "shuffled_sources"  # folder, in the task's
 def evaluate(
     settings: EvaluationSettings, tasks: Sequence[Examples] | None = None
 ) -> dict[str, Any] | None:
-    """Answers what has no answer yet, scores all answers, and writes report.json and report.md.
+    """Answers the unanswered examples, scores all answers, and writes report.json and report.md.
 
     Args:
         settings: of the evaluation.
@@ -55,7 +55,7 @@ def evaluate(
         The report, plain values; None where other processes (``settings.shards``) are not done.
 
     Raises:
-        ConfigError: an output directory of other settings, or no such metric.
+        ConfigError: the output directory has other settings, or a metric is unknown.
         DataError: a task without data, or sources that are too long and refused.
         CheckpointError: no trained model there.
     """
@@ -81,7 +81,7 @@ def evaluate(
         one.open(model)
     for one in everything:
         one.make()
-    # Only now: processes may finish the tasks in any order, and the last one sees them all.
+    # Only now: processes may finish the tasks in any order, and the last one finds all of them.
     if not all([one.is_whole() for one in everything]):
         return None
     judge = _judge(settings)
@@ -97,19 +97,19 @@ def evaluate(
 
 
 class _Pass:
-    """One set of examples, answered once.
+    """One task's examples, and their answers on disk.
 
     Args:
-        name: for people.
+        name: shown in messages.
         directory: receives answers and likelihoods.
         examples: all of them.
         generator: answers.
-        reader: reads references; None where nothing is to.
+        reader: reads references; None if no likelihoods are measured.
         settings: of the evaluation.
 
     Raises:
         DataError: sources that are too long and refused, or references that the vocabulary
-            cannot write.
+            cannot express.
     """
 
     def __init__(
@@ -127,13 +127,13 @@ class _Pass:
         self.not_writable = check_vocabulary(generator.prompts.vocabulary, examples, name)
 
     def open(self, model: Mapping[str, Any]) -> None:
-        """Claims the directory, or refuses one that holds answers of other settings."""
+        """Claims the directory; raises if it holds answers of other settings."""
         identity = _identity(self._settings, model, self.examples)
         self._answers = PredictionFiles(self._directory, identity, self.examples)
         self._likelihoods = LikelihoodFiles(self._directory)
 
     def make(self) -> None:
-        """Makes what is missing of this process's share."""
+        """Answers and reads the missing examples of this process's share."""
         settings, count = self._settings, len(self.examples)
         how = {"too_long": settings.too_long, "shard": settings.shard, "shards": settings.shards}
         left = lambda done: sum(map(len, open_windows(count, done, how["shard"], how["shards"])))
@@ -154,7 +154,7 @@ class _Pass:
                 measure(self._reader, self._likelihoods, self.examples, on_batch=progress, **how)
 
     def is_whole(self) -> bool:
-        """Whether nothing is missing; says what is."""
+        """Whether all examples are done; prints how many are not."""
         self.found: Mapping[int, Prediction] = self._answers.read()
         self._given: Mapping[int, Likelihood] | None = (
             self._likelihoods.read() if self._reader else None
@@ -162,8 +162,8 @@ class _Pass:
         have = min(len(part) for part in (self.found, self._given) if part is not None)
         if have < len(self.examples):
             print(
-                f"{self.name}: {have:,} of {len(self.examples):,} done; the call that finds all "
-                "of them writes the report",
+                f"{self.name}: {have:,} of {len(self.examples):,} done; the call that completes "
+                "them writes the report",
                 file=sys.stderr,
             )
         return have >= len(self.examples)
@@ -173,7 +173,7 @@ class _Pass:
         return [self.found[index].text for index in range(len(self.examples))]
 
     def scores(self, metrics: Sequence[str]) -> list[Score]:
-        """The metrics', and the likelihood's where it was asked for."""
+        """Scores of the metrics and, if requested, of the likelihoods."""
         scores = score_texts(metrics, [one.references for one in self.examples], self.texts)
         if self._given is not None:
             scores += likelihood_scores([self._given[index] for index in range(len(self.examples))])
@@ -183,7 +183,7 @@ class _Pass:
 def _report(
     task: Examples, passes: Sequence[_Pass], judge: Judge | None, settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """All of one task's scores, the judge's and those of shuffled sources where asked for."""
+    """All of one task's scores, with the judge's and those of shuffled sources if requested."""
     plain, *shuffled = passes
     scores = plain.scores(task.metrics)
     missing = None
@@ -211,9 +211,9 @@ def _report(
 
 
 def _introduce(name: str, count: int, done: int, sources: Sources, too_long: str) -> None:
-    """Says what is to be done of a task, and which sources cannot be read as they are."""
+    """Prints how much of a task is left to do, and which sources cannot be read whole."""
     print(
-        f"{name}: {count:,} examples, {done:,} answered already, "
+        f"{name}: {count:,} examples, {done:,} already answered, "
         f"{len(sources.long):,} sources too long ({too_long})",
         file=sys.stderr,
     )

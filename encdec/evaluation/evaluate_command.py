@@ -16,9 +16,9 @@ def main(argv: list[str]) -> int:
     """``encdec evaluate --checkpoint=DIR --tasks=A,B --out=DIR``, or one of its two actions.
 
     Raises:
-        ConfigError: settings that cannot be, or an output directory of other settings.
+        ConfigError: invalid settings, or an output directory with other settings.
         DataError: a task without data, or sources that are too long and refused.
-        CheckpointError: no trained model there.
+        CheckpointError: the directory holds no trained model.
     """
     if argv and argv[0] == "table":
         from encdec.evaluation.results_table_command import main as table
@@ -91,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="encdec evaluate",
         allow_abbrev=False,
         description="Answers the examples of tasks with a trained model, and scores the answers. "
-        "The same command continues after a stop. `encdec evaluate compare --help`: how sure "
-        "the difference of two models is; `encdec evaluate table --help`: many models as the "
-        "paper's table.",
+        "Repeat the command to resume. `encdec evaluate compare --help`: how certain "
+        "the difference of two models is; `encdec evaluate table --help`: many models in the "
+        "form of the paper's table.",
         epilog="Example: encdec evaluate --checkpoint=runs/squad --tasks=squad_v2,xsum "
         "--data_dir=data --out=runs/squad/evaluation",
     )
@@ -107,10 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step",
         metavar="N|best",
-        help="checkpoint (default: the last; best: of least held-out loss)",
+        help="checkpoint (default: the last; best: lowest held-out loss)",
     )
     parser.add_argument("--tasks", default="", metavar="A,B", help="names, see `encdec data list`")
-    parser.add_argument("--data_dir", type=local_path, metavar="DIR", help="holds the tasks' files")
+    parser.add_argument(
+        "--data_dir", type=local_path, metavar="DIR", help="directory with the tasks' files"
+    )
     parser.add_argument("--split", default="validation", help="default %(default)s")
     parser.add_argument(
         "--jsonl",
@@ -118,23 +120,26 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="your own examples, one JSON object a line; may be repeated, each a task called "
+        help="your own examples, one JSON object per line; may be repeated, each a task named "
         "like the file",
     )
     parser.add_argument(
-        "--source_field", default="source", metavar="NAME", help="of --jsonl (default %(default)s)"
+        "--source_field",
+        default="source",
+        metavar="NAME",
+        help="with --jsonl (default %(default)s)",
     )
     parser.add_argument(
         "--target_field",
         default="target",
         metavar="NAME",
-        help="of --jsonl (default %(default)s); further references are a list in targets",
+        help="with --jsonl (default %(default)s); further references are a list in targets",
     )
     parser.add_argument(
         "--metrics",
         default="",
         metavar="A,B",
-        help="instead of the tasks' own, and for files (default exact_match,rouge): "
+        help="metrics instead of the tasks' own, and for files (default exact_match,rouge): "
         + ", ".join(METRICS)
         + ", or one of their scores, such as rougeL_stemmed",
     )
@@ -143,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="Python module to import first, which registers metrics of yours "
+        help="Python module to import first, which registers your own metrics "
         "(docs/evaluation.md); may be repeated",
     )
     parser.add_argument(
@@ -178,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)"
+        "--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)"
     )
     parser.add_argument("--top_k", type=int, default=0, metavar="N")
     parser.add_argument("--top_p", type=float, default=1.0, metavar="X")
@@ -190,38 +195,37 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=16,
         metavar="N",
-        help="answers made together at most (default %(default)s)",
+        help="most answers generated at once (default %(default)s)",
     )
     parser.add_argument(
         "--shard",
         default="0/1",
         metavar="I/N",
-        help="this process of N that share the examples out; the last to finish writes the report",
+        help="part I of N processes that divide the examples; the last to finish writes the report",
     )
     parser.add_argument(
         "--judge_endpoint",
         metavar="URL",
-        help="OpenAI-compatible, up to /v1: a language model's opinion of every "
-        "answer, kept in DIR/judge; its key is read from OPENAI_API_KEY",
+        help="OpenAI-compatible address up to /v1: ask its language model to judge every "
+        "answer; replies are kept in DIR/judge, the key is read from OPENAI_API_KEY",
     )
     parser.add_argument(
         "--judge_model",
         metavar="NAME",
-        help="name that the endpoint knows; without an endpoint, directory of a "
-        "Hugging Face model to be asked on this machine (the extra hf of setup.py)",
+        help="name of the endpoint's model; without an endpoint, directory of a "
+        "Hugging Face model to ask on this machine (needs the extra hf)",
     )
     parser.add_argument(
         "--no_likelihood",
         action="store_true",
-        help="leave out perplexity, bits a byte and calibration error, which read "
-        "every reference once",
+        help="skip perplexity, bits a byte and calibration error, which read every reference once",
     )
     parser.add_argument(
         "--resamples",
         type=int,
         default=1000,
         metavar="N",
-        help="of the bootstrap (default %(default)s)",
+        help="number of bootstrap samples (default %(default)s)",
     )
     return parser
 
@@ -229,5 +233,5 @@ def _parser() -> argparse.ArgumentParser:
 def _shard(text: str) -> tuple[int, int]:
     shard, _, shards = text.partition("/")
     if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
-        raise ConfigError(f"--shard is {text!r}; wanted I/N with I from 0 to N - 1")
+        raise ConfigError(f"--shard is {text!r}; expected I/N with I from 0 to N - 1")
     return int(shard), int(shards)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON for programs and Markdown for people."""
+"""Reports of evaluations, as JSON for programs and Markdown for people."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT_FILE = "report.json"
 def task_report(
     scores: Sequence[Score], found: Mapping[int, Prediction], resamples: int
 ) -> dict[str, Any]:
-    """Plain values of one task: scores with intervals, and what happened to its examples."""
+    """Plain values of one task: scores with intervals, and counts of its examples."""
     made = list(found.values())
     report: dict[str, Any] = {
         "examples": len(made),
@@ -45,9 +45,9 @@ def task_report(
 def shuffled_report(
     plain: Sequence[Score], shuffled: Sequence[Score], resamples: int
 ) -> dict[str, Any]:
-    """Of each score that with shuffled sources, and what shuffling changes, paired by example.
+    """Each score with shuffled sources, and its paired difference from the plain score.
 
-    No difference where skipped sources leave other numbers of examples.
+    No difference is given if skipped sources leave different numbers of examples.
     """
     before, report = {score.name: score for score in plain}, {}
     for score in shuffled:
@@ -71,7 +71,7 @@ def _plain(value: float) -> float | None:
 
 
 def write_report(directory: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """report.json and report.md, each whole or not at all."""
+    """Writes report.json and report.md, each atomically."""
     for name, text in (
         (REPORT_FILE, json.dumps(report, indent=2) + "\n"),
         ("report.md", markdown(report)),
@@ -96,14 +96,14 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_distinct(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Refuses evaluations of one model that would count one training as two seeds.
+    """Raises if evaluations of one model would count one training run as two seeds.
 
     Args:
         evaluations: (directory, report).
 
     Raises:
-        DataError: two of one task are the same directory, of the same run, or of two runs with
-            equal seeds all the way back, which are one experiment made twice.
+        DataError: two evaluations of one task are the same directory, the same run, or two runs
+            with equal seeds back to the first, which are one experiment made twice.
     """
     for (first, one), (second, other) in itertools.combinations(evaluations, 2):
         if not (tasks := sorted(one["tasks"].keys() & other["tasks"].keys())):
@@ -125,7 +125,7 @@ def check_distinct(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> None
             continue
         raise DataError(
             f"{first} and {second} both have {tasks[0]} and {reason}; they are not "
-            "two seeds of one model: leave one of them out, or give them two names"
+            "two seeds of one model: leave one out, or give them two names"
         )
 
 
@@ -176,17 +176,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     judge = report["judge"]
     lines += [
         "",
-        "No judge was asked; only what was measured is shown."
+        "No judge was asked."
         if judge is None
         else f"Judge: {judge['model']} at {judge['endpoint']}; prompt in report.json. Opinions "
-        "missing, and left out of the mean: "
+        "missing (left out of the mean): "
         + ", ".join(f"{task} {part['judge_missing']:,}" for task, part in report["tasks"].items()),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
-    """Scores with each example's source taken from another; nothing where none was asked for."""
+    """Table of scores with shuffled sources; empty if they were not requested."""
     passes = {
         task: part["shuffled_sources"] for task, part in tasks.items() if "shuffled_sources" in part
     }
@@ -194,8 +194,8 @@ def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
         return []
     lines = [
         "",
-        "The same references, each with the source of another example: a model that reads its "
-        "source loses most of its score, and one that does not keeps it. Differences are paired "
+        "The same references, each with the source of another example: a model that uses its "
+        "source loses most of its score, a model that ignores it does not. Differences are paired "
         "by example.",
         "",
         "| task | score | own | shuffled | 95 % interval | difference | 95 % interval |",
@@ -219,5 +219,5 @@ def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: float | None) -> str:
-    """Two decimals, or a dash for what is not there."""
+    """Two decimals, or a dash for a missing value."""
     return "–" if value is None else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: examples of tasks and of the user's own files, with metrics."""
+"""Examples to evaluate on, from tasks and the user's own files, with their metrics."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a task, or of a file, and the metrics that they are scored with.
+    """The examples of a task or file, and their metrics.
 
     Attributes:
         name: in reports, and of the folder of its predictions.
-        examples: one at least.
+        examples: at least one.
         metrics: names of ``encdec.metrics.registry``.
 
     Raises:
@@ -59,7 +59,7 @@ def load_examples(settings: EvaluationSettings) -> list[Examples]:
         if names.count(name) > 1:
             raise DataError(
                 f"{names.count(name)} of the tasks and files are called {name}; rename a file, or "
-                "evaluate them by calls of their own"
+                "evaluate them separately"
             )
     return found
 
@@ -117,9 +117,9 @@ def with_shuffled_sources(examples: Sequence[Example], seed: int = 0) -> tuple[E
     """The same references in the same order, each with the source of another example.
 
     The sources are permuted, so that their texts and lengths are the same set; the permutation
-    follows from the sources and the seed alone. No example keeps its own source, nor one of the
-    same text as far as that can be: of a text that more than half of the examples have, the
-    surplus keeps it.
+    follows from the sources and the seed alone. No example keeps its own source or gets an equal
+    text, as far as possible: if more than half of the examples have the same text, the surplus
+    keeps it.
 
     Raises:
         DataError: all sources are one text.
@@ -129,14 +129,14 @@ def with_shuffled_sources(examples: Sequence[Example], seed: int = 0) -> tuple[E
         places.setdefault(example.source, []).append(index)
     if len(places) < 2:
         raise DataError(
-            f"--shuffle_sources wants at least two different sources; there are {len(places)} in "
+            f"--shuffle_sources needs at least two different sources; there are {len(places)} in "
             f"{len(examples):,} examples"
         )
     draw = random.Random(seed)
     groups = list(places.values())
     draw.shuffle(groups)
-    # Equal texts next to each other, in groups of which none is longer than the first: moved on by
-    # that length, each lands outside of its own group, unless there is no other place left.
+    # Equal texts are adjacent, in groups of which none is longer than the first: rotated by that
+    # length, each lands outside its own group, unless no other place is left.
     groups.sort(key=len, reverse=True)
     order = [index for group in groups for index in draw.sample(group, len(group))]
     step = len(groups[0])

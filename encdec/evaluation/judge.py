@@ -1,4 +1,4 @@
-"""A language model's opinion of answers, kept on disk: over HTTP, or by a model on this machine."""
+"""A language model's opinions of answers, kept on disk: over HTTP, or a model on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = (
     "reference), and nothing else.\n###Input\n{source}\n###Reference\n{reference}\n###Answer\n"
     "{answer}\n###Number\n"
 )
-# A number alone, or behind a word such as "Score:", marked up or not, perhaps "out of 10".
+# A number alone, or after a word such as "Score:", with or without mark-up and "out of 10".
 _MARKS = r"[\s*_`\"'()\[\]#>]*"
 _OF_TEN = r"(?:/|out\s+of|of)" + _MARKS + r"10(?:\.0)?\b"
 _OPINION = re.compile(
@@ -41,7 +41,7 @@ _OPINION = re.compile(
     + _MARKS,
     re.IGNORECASE,
 )
-# Within a sentence, only with its scale.
+# Within a sentence, only with its scale ("7 out of 10").
 _WITHIN = re.compile(r"(?<![\d.,-])(\d+(?:\.\d+)?)" + _MARKS + _OF_TEN, re.IGNORECASE)
 CACHE = "judge"  # folder of its replies, in the output directory
 REPLY_TOKENS = 8  # of a local model; a number takes fewer
@@ -49,21 +49,21 @@ REPLY_TOKENS = 8  # of a local model; a number takes fewer
 # Statuses after which the same request may succeed: time-outs, conflicts, limits; and all from 500.
 _PASSING_STATUSES = (408, 409, 425, 429)
 
-# A prompt to the model's reply. Raises OSError, HTTPException or ValueError where there is none
-# yet, and ConfigError where there will never be one.
+# Maps a prompt to the model's reply. Raises OSError, HTTPException or ValueError if a later try
+# may succeed, and ConfigError if none can.
 Ask = Callable[[str], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Whom to ask, and how.
+    """A judge: the model to ask, and how to ask it.
 
     Attributes:
-        endpoint: where the model is, for the report and the cache: an address, or "local".
+        endpoint: address of the model, or "local"; part of the report and of the cache's keys.
         model: its name or directory.
-        cache: directory of replies already given; what was replied to is not asked again.
-        ask: asks it.
-        attempts: requests for one reply; then the opinion is missing.
+        cache: directory of replies; answered prompts are not asked again.
+        ask: sends a prompt.
+        attempts: requests for one reply; after these the opinion is missing.
         pause_seconds: before the second request; each further pause is twice as long.
         workers: requests at a time.
         template: of the prompt.
@@ -79,17 +79,17 @@ class Judge:
     template: str = PROMPT
 
     def describe(self) -> dict[str, str]:
-        """What the report says of it."""
+        """The judge as the report describes it."""
         return {"endpoint": self.endpoint, "model": self.model, "prompt": self.template}
 
     def opinions(
         self, examples: Sequence[Example], predictions: Sequence[str]
     ) -> list[float | None]:
-        """0 to 100 for each prediction; None where the judge timed out, was busy, or replied
+        """0 to 100 for each prediction; None if the judge timed out, was busy, or replied
         without an opinion.
 
         Raises:
-            ConfigError: the judge refuses such requests; the other ones are not sent.
+            ConfigError: the judge refuses such requests; the others are not sent.
         """
         prompts = [
             self.template.format(
@@ -116,8 +116,8 @@ class Judge:
                 reply = self.ask(prompt)
             except (OSError, http.client.HTTPException, ValueError):
                 continue
-            # A reply without an opinion is kept, too: at temperature 0 it would come again. Where
-            # none came, the next call asks again.
+            # A reply without an opinion is kept too: at temperature 0 it would be the same again.
+            # If no reply came, the next call asks again.
             score = parse_opinion(reply)
             self.cache.mkdir(parents=True, exist_ok=True)
             opinion = {"score": score, "reply": reply, "model": self.model, "prompt": prompt}
@@ -127,7 +127,7 @@ class Judge:
 
 
 def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float = 60.0) -> Ask:
-    """Asks a model behind an OpenAI-compatible address, at temperature 0.
+    """Returns an ``Ask`` for a model at an OpenAI-compatible address, at temperature 0.
 
     Args:
         address: ``/chat/completions`` follows it.
@@ -135,7 +135,7 @@ def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float
         api_key: sent as a bearer token where it is not empty.
         timeout_seconds: of one request.
 
-    What it returns raises ConfigError for a status by which the address refuses the request
+    The returned function raises ConfigError for a status that refuses the request
     (404 for another model or path, 401 for a wrong key, 400): asked again it would be the same.
     """
 
@@ -166,7 +166,7 @@ def endpoint(address: str, model: str, api_key: str = "", timeout_seconds: float
 
 
 def _refusal(url: str, model: str, error: urllib.error.HTTPError) -> str:
-    """What a judge's refusal says, with the reason that it gives itself."""
+    """The error for a judge's refusal, with the server's own reason."""
     text = error.read(2000).decode("utf-8", "replace")
     try:
         text = json.loads(text)["error"]["message"]
@@ -182,7 +182,8 @@ def _refusal(url: str, model: str, error: urllib.error.HTTPError) -> str:
 def local_model(directory: str) -> Ask:
     """Asks a Hugging Face causal model on this machine, greedily; nothing is downloaded.
 
-    A model with a chat template is asked by it. A prompt longer than the model reads has no reply.
+    A model with a chat template is asked by it. A prompt longer than the model's context has no
+    reply.
 
     Raises:
         ConfigError: transformers and torch are missing, or there is no such model.
@@ -200,7 +201,7 @@ def local_model(directory: str) -> Ask:
         model = load_causal_model(directory)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--judge_model={directory} is no causal model of Hugging Face's ({error})"
+            f"--judge_model={directory} is not a Hugging Face causal model ({error})"
         ) from None
     model.eval()
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -217,7 +218,7 @@ def local_model(directory: str) -> Ask:
             inputs = tokenizer(prompt, return_tensors="pt")
         count = inputs["input_ids"].shape[1]
         if longest and count + REPLY_TOKENS > longest:
-            raise ValueError(f"a prompt of {count} tokens, and the judge reads {longest}")
+            raise ValueError(f"a prompt of {count} tokens; the judge reads at most {longest}")
         with torch.no_grad():
             found = model.generate(
                 **inputs,
@@ -225,7 +226,7 @@ def local_model(directory: str) -> Ask:
                 max_new_tokens=REPLY_TOKENS,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
-        # Models without a chat format go on after their number.
+        # Models without a chat format continue after their number.
         lines = tokenizer.decode(found[0, count:], skip_special_tokens=True).strip().splitlines()
         return lines[0] if lines else ""
 
@@ -235,7 +236,7 @@ def local_model(directory: str) -> Ask:
 def parse_opinion(reply: str) -> float | None:
     """ "7", "7.5", "7/10", "Score: 8", "**7**" or "7 out of 10" as 0 to 100.
 
-    None where it is not plain which number is the opinion, or where that is above 10.
+    None if it is ambiguous which number is the opinion, or if it is above 10.
     """
     found = _OPINION.fullmatch(reply) or _WITHIN.search(reply)
     # In a sentence another number may be what was meant.
@@ -250,7 +251,7 @@ def kept_opinions(
     examples: Sequence[Example],
     predictions: Sequence[str],
 ) -> list[float | None]:
-    """The opinions that an evaluation left in its output directory; nobody is asked.
+    """The opinions that an evaluation stored in its output directory; no judge is asked.
 
     Args:
         directory: of ``encdec evaluate --out``.
@@ -270,4 +271,4 @@ def kept_opinions(
 
 
 def _no_one(prompt: str) -> str:
-    raise ValueError("no judge is asked here")
+    raise ValueError("stored opinions only; no judge is asked here")

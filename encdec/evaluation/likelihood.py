@@ -1,8 +1,8 @@
-"""How likely the references are: perplexity, bits a byte, and how far confidence can be trusted.
+"""Likelihood of the references: perplexity, bits a byte, and calibration error.
 
-The model reads each source and its first reference once (teacher forcing), whatever it would have
-answered itself. What is kept of an example are sums, so that every score of them, with its
-interval, is one addition a sample.
+The model reads each source and its first reference once (teacher forcing), independently of its
+own answer. Only sums are kept per example, so that every score, with its interval, is one addition
+per bootstrap sample.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from encdec.metrics.score import Score, bits_per_byte, ratio_score
 from encdec.model import ModelConfig, build_model
 from encdec.train.losses import loss_positions
 
-# Long texts are read a few at a time: attention's scores grow with the square of the length, and
-# 64 essays of 2,000 tokens took 15 GB of them.
+# Long texts are read a few at a time: attention scores grow with the square of the length; for
+# 64 essays of 2,000 tokens they took 15 GB.
 TOKENS_AT_ONCE = 2**14
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
 
@@ -40,11 +40,11 @@ class Likelihood:
     """Sums over one reference's tokens, EOS included.
 
     Attributes:
-        nats: minus the log of its probability; NaN where the example was skipped.
+        nats: negative log-probability; NaN if the example was skipped.
         tokens: how many.
         text_bytes: of the reference in UTF-8.
-        bins: CALIBRATION_BINS times (tokens, summed confidence, right ones) of the likeliest
-            token at each place, by confidence.
+        bins: CALIBRATION_BINS times (tokens, summed confidence, number correct) of the most likely
+            token at each position, by confidence.
     """
 
     nats: float
@@ -57,7 +57,7 @@ SKIPPED = Likelihood(math.nan, 0, 0, ((0.0, 0.0, 0.0),) * CALIBRATION_BINS)
 
 
 class LikelihoodFiles:
-    """One task's likelihoods in the directory of its predictions, whose settings guard them.
+    """One task's likelihoods, stored with its predictions and checked by the same settings.
 
     Args:
         directory: of the task's ``PredictionFiles``.
@@ -67,10 +67,10 @@ class LikelihoodFiles:
         self._directory = directory
 
     def read(self) -> dict[int, Likelihood]:
-        """All that are there, by the example's index; an unfinished last line is left out.
+        """All stored likelihoods, by the example's index; an unfinished last line is left out.
 
         Raises:
-            DataError: a line that is none.
+            DataError: a malformed line.
         """
         found = {}
         for path in sorted(self._directory.glob("likelihood-*.jsonl")):
@@ -86,13 +86,13 @@ class LikelihoodFiles:
                     )
                 except (ValueError, KeyError, TypeError):
                     raise DataError(
-                        f"{path}:{number} is no likelihood of this command; delete "
+                        f"{path}:{number} is not a likelihood of this command; delete "
                         "the file, or give another --out"
                     ) from None
         return found
 
     def append(self, shard: int, made: Mapping[int, Likelihood]) -> None:
-        """Writes likelihoods by the example's index; on disk on return."""
+        """Appends likelihoods by the example's index; they are on disk on return."""
         append_rows(
             self._directory / f"likelihood-{shard:05d}.jsonl",
             (
@@ -115,7 +115,7 @@ class LikelihoodModel:
         config: the model.
         params: its parameters, as trained.
         prompts: how texts become inputs; the end of long sources is cut.
-        batch_rows: examples read together at most.
+        batch_rows: most examples read at once.
         devices: rows are split over these, each with a copy of the parameters; none: the
             parameters' own.
     """
@@ -156,7 +156,7 @@ class LikelihoodModel:
             for one in examples
         ]
         found: list[Likelihood] = [SKIPPED] * len(pairs)
-        # Like lengths together.
+        # Texts of similar length together.
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         while order:
             rows = self._rows_at_once(sum(map(len, pairs[order[0]])))
@@ -174,7 +174,7 @@ class LikelihoodModel:
         return found
 
     def _rows_at_once(self, longest: int) -> int:
-        """Rows of a batch: fewer, by powers of two, where they are long, and a row a device."""
+        """Rows of a batch: fewer, by powers of two, for long texts, and at least one per device."""
         least = 1 if self._sharding is None else self._sharding.mesh.size
         rows = self._rows
         while rows % (2 * least) == 0 and rows * longest > TOKENS_AT_ONCE:
@@ -213,7 +213,7 @@ def _sums_function(config: ModelConfig) -> Callable[..., tuple[jax.Array, ...]]:
         picked = jnp.take_along_axis(log_probs_BxTxV, targets[..., None], axis=-1)[..., 0]
         confidence = jnp.exp(jnp.max(log_probs_BxTxV, axis=-1))
         right = jnp.argmax(log_probs_BxTxV, axis=-1) == targets
-        # A bin holds its upper edge, as in the paper.
+        # A bin includes its upper edge, as in the paper.
         place = jnp.clip(
             jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1
         )
@@ -236,7 +236,7 @@ def measure(
     shards: int = 1,
     on_batch: OnBatch | None = None,
 ) -> None:
-    """Measures and writes what is missing of this process's windows, as ``predict`` does."""
+    """Measures and writes the missing likelihoods of this process's windows, like ``predict``."""
     done = set(files.read())
     for window in open_windows(len(examples), done, shard, shards):
         wanted = [index for index in window if index not in done]

@@ -1,4 +1,4 @@
-"""The model that is evaluated: which checkpoint, what it answers with, what its training cost."""
+"""Loads the model to evaluate: its generator, its likelihood reader, and facts about it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def load_models(
     batch_rows: int = 16,
     likelihood: bool = True,
 ) -> tuple[Generator, LikelihoodModel | None, dict[str, Any]]:
-    """What answers and what reads references, on all devices of this process; about the model.
+    """The generator, the likelihood reader (on all devices of this process) and model facts.
 
     Args:
-        checkpoint: a work directory, or an export, which reads no references.
+        checkpoint: a work directory, or an export, which cannot read references.
         step: a number or "best"; None: the last.
         max_input_tokens: longest source; None: the longest in training.
         batch_rows: texts at a time.
-        likelihood: whether references are to be read.
+        likelihood: whether references are read.
     """
     content = read_config(checkpoint)
     if "export" in content:
@@ -48,7 +48,7 @@ def load_models(
         return generator, None, _about_export(checkpoint, content, generator)
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
     config, params, read_step = load_params_for_inference(checkpoint, chosen_step(checkpoint, step))
-    # An imported model has no run of ours behind it.
+    # An imported model has no training run.
     run = content.get("run") or {"model": content["imported"]["name"], "seed": 0}
     behind = lineage(checkpoint, read_step)
     model = {
@@ -82,7 +82,7 @@ def load_models(
 
 
 def _about_export(checkpoint: str, content: dict[str, Any], generator: Generator) -> dict[str, Any]:
-    """The same of a directory that ``encdec export`` wrote; its training is not known to it."""
+    """The same for a directory written by ``encdec export``, which does not record the training."""
     config, export = generator.config, content["export"]
     return {
         "checkpoint": str(checkpoint),
@@ -101,17 +101,17 @@ def _about_export(checkpoint: str, content: dict[str, Any], generator: Generator
 
 
 def chosen_step(workdir: str, step: str | None) -> int | None:
-    """A checkpoint's step from what --step says.
+    """The checkpoint step that --step names.
 
     Raises:
-        ConfigError: no number and not "best", or "best" of a run without held-out loss.
+        ConfigError: neither a number nor "best", or "best" of a run without held-out loss.
     """
     if step is None:
         return None
     if step.isdigit():
         return int(step)
     if step != "best":
-        raise ConfigError(f"--step is {step!r}; wanted a number, or best")
+        raise ConfigError(f"--step is {step!r}; expected a number, or best")
     saved = set(saved_steps(workdir))
     losses = [
         (row["eval/loss"], int(row["step"]))

@@ -1,7 +1,7 @@
 """Predictions of a checkpoint on a task's examples: made once, a window at a time, kept as JSONL.
 
-A window is a run of neighbouring examples. Processes share the windows out (`--shard=I/N`), each
-into a file of its own; any number of them may have written before, under any split.
+A window is a run of consecutive examples. Processes divide the windows (`--shard=I/N`) and write
+one file each; earlier files are used, whatever number of processes wrote them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 from encdec.jobs import claim_settings
 
-# Whatever the batch, so that the same windows are found again and drawing does not change.
+# Independent of the batch size, so that windows and sampled answers do not change with it.
 WINDOW = 128
 SETTINGS_FILE = "settings.json"
 
@@ -34,10 +34,10 @@ class Prediction:
     """An answer to one example.
 
     Attributes:
-        text: the answer; empty where the example was skipped.
+        text: the answer; empty if the example was skipped.
         tokens: how many the model wrote.
-        finish: "eos", "stop", "length", or "skipped" where the source was too long or empty.
-        cut: whether the source lost its end.
+        finish: "eos", "stop", "length", or "skipped" if the source was too long or empty.
+        cut: whether the end of the source was cut.
     """
 
     text: str
@@ -50,8 +50,8 @@ class PredictionFiles:
     """The predictions of one task in one directory.
 
     Args:
-        directory: made if it is not there.
-        identity: what must be equal for what lies there to be used; plain JSON values.
+        directory: created if missing.
+        identity: settings that existing predictions must share; plain JSON values.
         examples: of the task, in order.
     """
 
@@ -68,10 +68,10 @@ class PredictionFiles:
         )
 
     def read(self) -> dict[int, Prediction]:
-        """All predictions there, by the example's index; an unfinished last line is left out.
+        """All stored predictions, by the example's index; an unfinished last line is left out.
 
         Raises:
-            DataError: a line that is no prediction, or of another source.
+            DataError: a malformed line, or an answer to another source.
         """
         found = {}
         for where, index, example, prediction in read_answers(self.directory):
@@ -86,7 +86,7 @@ class PredictionFiles:
         return found
 
     def append(self, shard: int, made: Mapping[int, Prediction]) -> None:
-        """Writes predictions by the example's index; on disk on return."""
+        """Appends predictions by the example's index; they are on disk on return."""
         append_rows(
             self.directory / f"predictions-{shard:05d}.jsonl",
             (
@@ -110,7 +110,7 @@ def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, P
     An unfinished last line is left out.
 
     Raises:
-        DataError: a line that is no prediction.
+        DataError: a malformed line.
     """
     for path in sorted(directory.glob("predictions-*.jsonl")):
         for number, line in whole_lines(path):
@@ -123,7 +123,7 @@ def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, P
                 )
             except (ValueError, KeyError, TypeError):
                 raise DataError(
-                    f"{path}:{number} is no prediction of this command; delete "
+                    f"{path}:{number} is not a prediction of this command; delete "
                     "the file, or give another --out"
                 ) from None
             yield f"{path}:{number}", *made
@@ -136,17 +136,17 @@ def read_texts(directory: pathlib.Path) -> list[str]:
 
 
 def open_windows(count: int, done: set[int], shard: int, shards: int) -> list[range]:
-    """The windows of this process of which a prediction is missing."""
+    """This process's windows with missing predictions."""
     windows = [range(begin, min(begin + WINDOW, count)) for begin in range(0, count, WINDOW)]
     return [window for window in windows[shard::shards] if not done.issuperset(window)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """What of a task's sources the model cannot read as they are: indices of examples.
+    """Sources that the model cannot read unchanged, as indices of examples.
 
     Attributes:
-        long: longer than the model reads.
+        long: longer than the model's longest input.
         empty: without a token; these are skipped, with an empty answer.
     """
 
@@ -158,7 +158,7 @@ def check_sources(prompts: PromptFormat, examples: Sequence[Example], too_long: 
     """The sources that are too long or empty.
 
     Raises:
-        DataError: some are too long, and they are to be refused.
+        DataError: some are too long, and ``too_long`` is "refuse".
     """
     kinds = [kind_of_source(prompts, example.source) for example in examples]
     found = Sources(
@@ -171,14 +171,14 @@ def check_sources(prompts: PromptFormat, examples: Sequence[Example], too_long: 
         raise DataError(
             f"{len(found.long):,} of {len(examples):,} sources are longer than the "
             f"{prompts.max_input_tokens:,} tokens that the model reads; cut their end "
-            "with --too_long=cut, score them as empty answers with --too_long=skip, or allow "
+            "with --too_long=cut, count them as empty answers with --too_long=skip, or allow "
             "more than in training with --max_input_tokens"
         )
     return found
 
 
 def kind_of_source(prompts: PromptFormat, source: str) -> Literal["fits", "long", "empty"]:
-    """Whether the model can read a source whole, would lose its end, or finds nothing in it."""
+    """Whether a source fits, is too long, or is empty."""
     if not source.strip() or not (ids := prompts.vocabulary.encode(source)):
         return "empty"
     return "long" if prompts.fit(ids, truncate=True)[1] else "fits"
@@ -191,7 +191,7 @@ def is_skipped(prompts: PromptFormat, source: str, too_long: TooLong) -> bool:
 
 
 def check_vocabulary(vocabulary: Vocabulary, examples: Sequence[Example], task: str) -> int:
-    """How many first references the vocabulary cannot write, white space aside.
+    """How many first references the vocabulary cannot express, ignoring white space.
 
     Raises:
         DataError: more than half of them: the task was made for another vocabulary.
@@ -200,7 +200,7 @@ def check_vocabulary(vocabulary: Vocabulary, examples: Sequence[Example], task: 
     lost = sum(vocabulary.decode(vocabulary.encode(text)).split() != text.split() for text in texts)
     if 2 * lost > len(texts):
         raise DataError(
-            f"the checkpoint's vocabulary cannot write {lost:,} of the {len(texts):,} references "
+            f"the checkpoint's vocabulary cannot express {lost:,} of the {len(texts):,} references "
             f"of {task}; train a model on a vocabulary with byte fallback (encdec vocab)"
         )
     return lost
@@ -217,23 +217,24 @@ def predict(
     shards: int = 1,
     on_batch: OnBatch | None = None,
 ) -> None:
-    """Makes and writes what is missing of this process's windows.
+    """Makes and writes the missing predictions of this process's windows.
 
     Args:
         generator: of the checkpoint.
-        files: receive the predictions; those that are there are not made again.
+        files: receive the predictions; existing ones are kept.
         examples: of the task, all of them.
-        settings: how to generate; the first answer counts.
-        too_long: "cut" the end of long sources, or "skip" them: an empty answer, as of empty ones.
+        settings: of generation; the first answer counts.
+        too_long: "cut" the end of long sources, or "skip" them with an empty answer, like empty
+            sources.
         shard: this process, from 0.
-        shards: processes that share the windows out.
+        shards: number of processes that divide the windows.
         on_batch: called with numbers of examples and of new tokens.
     """
     done = set(files.read())
     for window in open_windows(len(examples), done, shard, shards):
         texts = [examples[index].source for index in window]
         skipped = [is_skipped(generator.prompts, text, too_long) for text in texts]
-        # Skipped sources stay in their places, so that the others' numbers do not depend on them.
+        # Skipped sources keep their positions, so that the indices of others do not depend on them.
         asked = ["." if skip else text for text, skip in zip(texts, skipped)]
         answers = generator.generate(
             asked, settings, truncate=True, first_number=window.start, on_batch=on_batch

@@ -1,4 +1,4 @@
-"""The paper's Table 1 with our models in it: its figures beside ours, never mixed."""
+"""The paper's Table 1 with our models: its figures next to ours, never mixed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = (
     ("code_java2cs", "rougeL", "CodeXGLUE"),
     ("xsum", "rougeL", "XSum"),
 )
-# What the paper has no figures of, in a table of its own: (task, our score, heading).
+# Scores without figures in the paper, in a separate table: (task, our score, heading).
 OTHERS = (
     ("squad_v2", "has_answer_f1", "SQuAD F1, answerable"),
     ("squad_v2", "f1", "SQuAD F1"),
@@ -47,7 +47,7 @@ PAPER: Mapping[str, tuple[tuple[float, float], ...]] = {
     "ED 1/2-1/2+KD": ((0.60, 0.91), (0.32, 0.45), (0.93, 0.73), (0.27, 0.20)),
     "ED 2/3-1/3+KD": ((0.69, 0.94), (0.32, 0.46), (0.93, 0.74), (0.27, 0.20)),
 }
-# Its last column, rounded there from figures of more digits.
+# Its last column, which the paper rounds from unrounded figures.
 PAPER_MEANS: Mapping[str, tuple[float, float]] = {
     "teacher": (0.61, 0.67),
     "DEC": (0.49, 0.49),
@@ -67,7 +67,7 @@ class Cell:
 
     Attributes:
         interval: of 95 %: over seeds (Student's t) where there are several, else over examples.
-        seeds: the training seeds behind it.
+        seeds: number of training seeds.
     """
 
     interval: Interval
@@ -78,7 +78,7 @@ class Cell:
 
 
 def cell(reports: Sequence[Mapping[str, Any]], task: str, score: str) -> Cell | None:
-    """The mean over the reports that hold the task's score; None where none does."""
+    """The mean over the reports that hold the task's score; None if none does."""
     held = [
         (report["model"]["seed"], report["tasks"][task]["scores"][score])
         for report in reports
@@ -126,7 +126,7 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def _judges(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Each judge that was asked, with its mean opinion of every model and task: never mixed."""
+    """Each judge's mean opinion of every model and task, one entry per judge."""
     reports = [report for found in models.values() for report in found if report.get("judge")]
     judges = []
     for judge in (report["judge"] for report in reports):
@@ -170,7 +170,8 @@ def _judges(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str,
 
 
 def table_markdown(content: Mapping[str, Any]) -> str:
-    """The table as Markdown: our Rouge-L with its interval, then the paper's in a table apart."""
+    """The table as Markdown: our Rouge-L with its interval, then the paper's in a separate
+    table."""
     headings = [heading for _, _, heading in COLUMNS]
     lines = [
         "## Measured here",
@@ -178,7 +179,7 @@ def table_markdown(content: Mapping[str, Any]) -> str:
         "Rouge-L without stemming, 0 to 100, with 95 % intervals: over seeds where a cell has "
         "several (n), else over examples. A dash was not measured. "
         + (
-            "A judge's opinions have a table of their own."
+            "A judge's opinions have a separate table."
             if content["judges"]
             else "No judge was asked."
         ),
@@ -189,7 +190,7 @@ def table_markdown(content: Mapping[str, Any]) -> str:
     for row in content["rows"]:
         cells = [_ours(row["ours"].get(task)) for task in content["columns"]]
         sizes = " / ".join(f"{value:,}" for value in row["parameters"]) or "–"
-        # One run a task: each its own cost.
+        # One run per task: each has its own cost.
         flops = [f"{value:.2e}" for value in row["training_flops"]]
         cost = "–" if not flops else flops[0] if len(flops) == 1 else f"{flops[0]} to {flops[-1]}"
         mean = "–" if row["mean"] is None else f"{row['mean']:.1f}"
@@ -220,7 +221,7 @@ def table_markdown(content: Mapping[str, Any]) -> str:
 
 
 def _other_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of the OTHERS that some model has; nothing where none has any."""
+    """A table of the OTHERS that some model has; empty if none has any."""
     headings = [
         heading for _, _, heading in OTHERS if any(heading in row["others"] for row in rows)
     ]
@@ -246,9 +247,9 @@ def _judge_table(found: Mapping[str, Any]) -> list[str]:
         "",
         f"## Opinion of {judge['model']} ({judge['endpoint']})",
         "",
-        "Mean opinion of this judge, 0 to 100, of the examples of which it gave one (those "
+        "Mean opinion of this judge, 0 to 100, over the examples with one (those "
         "without are counted), intervals as above. The prompt is this project's own, and "
-        "stands in report.json: the figures are not Ragas's, and not comparable with the "
+        "is stored in report.json: the figures are not Ragas scores, and not comparable with the "
         "paper's or another judge's.",
         "",
         "| model | " + " | ".join(tasks) + " |",

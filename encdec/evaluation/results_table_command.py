@@ -1,4 +1,4 @@
-"""``encdec evaluate table``: evaluations of many models as the paper's table."""
+"""``encdec evaluate table``: evaluations of many models in the form of the paper's table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         name, _, folders = given.partition("=")
         if not name or not folders:
             raise ConfigError(
-                f"--model={given}; wanted NAME=DIR,DIR with a name of the paper's "
+                f"--model={given}; expected NAME=DIR,DIR with a name of the paper's "
                 f"({', '.join(PAPER)}) or any other"
             )
         models.setdefault(name, []).extend(
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec evaluate table",
         allow_abbrev=False,
-        description="Lays evaluations out as the paper's Table 1, its figures in a table apart.",
+        description="Shows evaluations in the form of the paper's Table 1, its figures separately.",
         epilog="Example: encdec evaluate table --model='DEC=runs/dec/squad,runs/dec/xsum' "
         "--model='ED 2/3-1/3=runs/ed/squad,runs/ed/xsum' --out=runs/table",
     )
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME=DIR,DIR",
-        help="a row and the --out directories of its evaluations: one for each "
+        help="a row and the --out directories of its evaluations: one per "
         "task and seed, or with several tasks in one",
     )
     parser.add_argument(

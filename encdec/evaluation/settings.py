@@ -1,4 +1,4 @@
-"""What is evaluated and how, checked before anything is loaded."""
+"""Settings of an evaluation, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class EvaluationSettings:
 
     Attributes:
         checkpoint: work directory of `encdec train` or `encdec import`, or an export.
-        out: receives predictions and reports; what is there of the same settings is used.
+        out: receives predictions and reports; existing ones of the same settings are used.
         tasks: names, see `encdec data list`.
-        data_dir: holds the tasks' files.
+        data_dir: directory with the tasks' files.
         split: of the tasks.
-        jsonl: files of the user's own, each a task called like the file.
+        jsonl: the user's own files, each a task named like the file.
         source_field, target_field: fields of these files; further references are in `targets`.
         metrics: names of ``encdec.metrics.registry`` instead of a task's own; files without any
             have exact match and Rouge.
@@ -33,13 +33,13 @@ class EvaluationSettings:
         too_long: sources longer than the model reads are refused, cut, or skipped.
         max_input_tokens: longest source; None: the longest in training.
         generation: how to answer.
-        batch_rows: answers made together at most.
-        shard, shards: this process, of those that share the examples out.
+        batch_rows: most answers generated at once.
+        shard, shards: this process, and the number of processes that divide the examples.
         shuffle_sources: seed of a second pass with the sources permuted among the examples; None:
             no such pass.
         likelihood: whether references are read for perplexity, bits a byte and calibration.
-        resamples: of the bootstrap.
-        judge_endpoint, judge_model: a language model that is asked for its opinion; "": none.
+        resamples: number of bootstrap samples.
+        judge_endpoint, judge_model: a language model that judges the answers; "": none.
 
     Raises:
         ConfigError: a value out of range, or no such metric.
@@ -69,12 +69,12 @@ class EvaluationSettings:
     judge_model: str = ""
 
     def __post_init__(self) -> None:
-        # An input is one token at least, and its EOS.
+        # An input has at least one token and EOS.
         check_numbers(self, limit=1, batch_rows=1, max_input_tokens=2, resamples=1)
         check_numbers(self, shuffle_sources=0)
         if not 0 <= self.shard < self.shards:
             raise ConfigError(
-                f"--shard is '{self.shard}/{self.shards}'; wanted I/N with I from 0 to N - 1"
+                f"--shard is '{self.shard}/{self.shards}'; expected I/N with I from 0 to N - 1"
             )
         for name in self.metrics:
             metric_named(name)
@@ -82,7 +82,7 @@ class EvaluationSettings:
         self._check_judge()
 
     def _check_examples(self) -> None:
-        """Refuses settings of tasks where there are none, and those of files likewise."""
+        """Raises for settings of tasks without tasks, and for settings of files without files."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for there, kind, names in (
             (self.tasks, "tasks", ("data_dir", "split")),
@@ -91,7 +91,7 @@ class EvaluationSettings:
             for name in names if not there else ():
                 if (value := getattr(self, name)) != defaults[name]:
                     raise ConfigError(
-                        f"--{name} is {value!r}, which belongs to --{kind}, and there is none; "
+                        f"--{name} is {value!r}, which needs --{kind}; "
                         f"add --{kind}=..., or leave --{name} out"
                     )
 
@@ -99,11 +99,11 @@ class EvaluationSettings:
         if self.judge_endpoint and not self.judge_model:
             raise ConfigError(
                 f"--judge_endpoint is {self.judge_endpoint!r} and --judge_model "
-                "empty; wanted the name of a model that the endpoint knows"
+                "empty; expected the name of a model that the endpoint knows"
             )
         if self.judge_model and not self.judge_endpoint:
             if not pathlib.Path(self.judge_model, "config.json").is_file():
                 raise ConfigError(
-                    f"--judge_model is {self.judge_model!r}, which holds no config.json; wanted a "
+                    f"--judge_model is {self.judge_model!r}, which holds no config.json; give a "
                     "Hugging Face model's directory, or --judge_endpoint=URL with a name"
                 )

@@ -1,4 +1,4 @@
-"""The same function in other parameters: what a format does not know is folded into weights.
+"""The same function in other parameters: what a format cannot express is folded into weights.
 
 Each rewriting takes a configuration with its unrolled float32 parameters and returns another pair
 that computes the same, up to rounding.
@@ -20,7 +20,7 @@ Pair = tuple[ModelConfig, Params]
 
 
 def on_host(config: ModelConfig, params: Any) -> Pair:
-    """Unrolled float32 NumPy parameters, query heads beside the kv head that they read."""
+    """Unrolled float32 NumPy parameters, query heads next to the kv head that they read."""
     config, params = for_decoding(config.replace(dtype="float32", param_dtype="float32"), params)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     return group_heads(config, params)
@@ -69,7 +69,7 @@ def norms_around(config: ModelConfig, params: Params, *, plus_one: bool) -> Pair
 
 
 def scaled_embedding(config: ModelConfig, params: Params, *, scaled: bool) -> Pair:
-    """Token embeddings multiplied by sqrt(width), or not; the head is set apart for it."""
+    """Token embeddings multiplied by sqrt(width), or not; the head becomes a tensor of its own."""
     if config.embedding_scale == scaled:
         return config, params
     factor = np.float32(config.d_model ** (-0.5 if scaled else 0.5))

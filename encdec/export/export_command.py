@@ -1,4 +1,4 @@
-"""``encdec export``: a trained model in the format of another program."""
+"""``encdec export``: writes a trained model in another program's format."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def main(argv: list[str]) -> int:
     """``encdec export --checkpoint=DIR --format=hf|onnx|litert --out=DIR``.
 
     Raises:
-        ConfigError: the output is taken, or the format cannot express the model.
-        CheckpointError: no trained model there.
-        DataError: the records of ``--check`` are missing or of another vocabulary.
+        ConfigError: the output directory is in use, or the format cannot express the model.
+        CheckpointError: the directory holds no trained model.
+        DataError: the records of ``--check`` are missing or have another vocabulary.
     """
     options = _parser().parse_args(argv)
     out = pathlib.Path(options.out)
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if options.own and options.format != "hf":
         raise ConfigError(f"--own goes with --format=hf, not with ={options.format}; leave it out")
     if options.check_pairs < 1:
-        raise ConfigError(f"check_pairs is {options.check_pairs}; wanted 1 or more")
+        raise ConfigError(f"check_pairs is {options.check_pairs}; expected 1 or more")
     content = read_config(options.checkpoint)
     config, started = model_config_of(content), time.monotonic()
     # Imported late: a mistake in the command line is answered at once.
@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         + "; ".join(f"{name}: {', '.join(one.precisions)}" for name, one in FORMATS.items()),
     )
     parser.add_argument(
-        "--own", action="store_true", help="hf: our modelling file even where T5Gemma would do"
+        "--own",
+        action="store_true",
+        help="hf: our modelling file even where T5Gemma could express the model",
     )
     parser.add_argument(
         "--check",
@@ -129,6 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=64,
         metavar="N",
-        help="of --check: (source, target) pairs to read (default %(default)s)",
+        help="with --check: number of (source, target) pairs to read (default %(default)s)",
     )
     return parser

@@ -1,7 +1,7 @@
 """Trained models as Hugging Face directories: safetensors, config.json, tokenizer.
 
-Decoder-only models become Llamas. Encoder-decoders become T5Gemmas where that family has all that
-they have, and otherwise travel with a modelling file of their own (``trust_remote_code``).
+Decoder-only models become Llamas. Encoder-decoders become T5Gemmas where that family has all of
+their features, and otherwise are written with our modelling file (``trust_remote_code``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 # Their major versions are read alike: tests/export/test_transformers_versions.py tries each.
 TRANSFORMERS = {"least": "4.57", "tested": ["4.57.3", "5.24.0"]}
 MAX_POSITIONS = 1 << 15  # stated where a length is asked for; nothing of ours depends on it
-Need = tuple[str, bool, str]  # a field, whether it is as wanted, what is wanted
+Need = tuple[str, bool, str]  # a field, whether it is as expected, what is expected
 
 
 def write(out: pathlib.Path, export: Export) -> Written:
@@ -70,7 +70,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
     ids = {"pad_token_id": pad_id, "eos_token_id": vocabulary.eos_id, "bos_token_id": start_id}
     generation = ids | {"max_new_tokens": export.targets_length}
     if surplus := list(range(vocabulary.size, config.vocab_size)):
-        generation["suppress_tokens"] = surplus  # rows of the table that are no ids
+        generation["suppress_tokens"] = surplus  # rows of the table that are not ids
     if config.is_encoder_decoder:
         generation["decoder_start_token_id"] = start_id
         ids["decoder_start_token_id"] = start_id
@@ -106,7 +106,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
 
 
 def check(config: ModelConfig) -> None:
-    """Raises ConfigError where the model has what no exported format expresses."""
+    """Raises ConfigError if no exported format can express the model."""
     needs = [("cross_attention_rope", config.cross_attention_rope == "none", "'none'")]
     if not config.is_encoder_decoder:
         needs += llama_needs(config)
@@ -117,18 +117,18 @@ def check(config: ModelConfig) -> None:
 
 
 def obstacles(needs: list[Need], config: ModelConfig) -> list[str]:
-    """Each unmet need in words."""
+    """Each unmet requirement, in words."""
     return [
-        f"{field} is {getattr(config, field)!r}, wanted {wanted}"
+        f"{field} is {getattr(config, field)!r}, expected {wanted}"
         for field, met, wanted in needs
         if not met
     ]
 
 
 def llama_needs(config: ModelConfig) -> list[Need]:
-    """What a decoder-only model must be to be a Llama."""
+    """Requirements for writing a decoder-only model as a Llama."""
     return [
-        ("mlp_gated", config.mlp_gated, "True, as Llama's MLP is"),
+        ("mlp_gated", config.mlp_gated, "True, because Llama's MLP is gated"),
         ("post_norms", not config.post_norms, "False"),
         ("qk_norm", not config.qk_norm, "False"),
         ("attention_logit_cap", not config.attention_logit_cap, "0"),
@@ -139,7 +139,7 @@ def llama_needs(config: ModelConfig) -> list[Need]:
 
 
 def t5gemma_needs(config: ModelConfig) -> list[Need]:
-    """What an encoder-decoder must be to be a T5Gemma."""
+    """Requirements for writing an encoder-decoder as a T5Gemma."""
     return [
         ("post_norms", config.post_norms, "True"),
         ("mlp_gated", config.mlp_gated, "True"),
@@ -252,7 +252,7 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
 
 
 def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """config.json and tensors of the modelling file shipped beside them."""
+    """config.json and tensors of the modelling file shipped with them."""
     # transformers ties no weights at all where the head is untied: the table is then stored twice.
     tied_tables = config.share_embeddings and config.tie_embeddings
     entries = own_format.layout(config, one_table=tied_tables)

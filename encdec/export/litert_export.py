@@ -16,7 +16,7 @@ from encdec.train.workdir import CONFIG_FILE
 
 
 def check(config: ModelConfig) -> None:
-    """Raises ConfigError where the model has what the graphs do not express."""
+    """Raises ConfigError if the graphs cannot express the model."""
     for field, met, wanted in (
         (
             "architecture",
@@ -28,7 +28,7 @@ def check(config: ModelConfig) -> None:
         if not met:
             raise ConfigError(
                 f"this model cannot be exported to LiteRT: {field} is "
-                f"{getattr(config, field)!r}, wanted {wanted}"
+                f"{getattr(config, field)!r}, expected {wanted}"
             )
 
 

@@ -23,7 +23,7 @@ _TYPES = {
     "int8": Type.INT8,
     "bool": Type.BOOL,
 }
-# Versions of operators that have features used here; 1 for all others.
+# Operator versions that the features used here require; 1 for all others.
 _VERSIONS = {Operator.FULLY_CONNECTED: 9, Operator.BATCH_MATMUL: 1, Operator.GELU: 1}
 _ALIGNMENT = 64
 ANY = -1  # a dimension that the reader sets; tensors are declared with 1 there
@@ -215,7 +215,7 @@ class LitertGraph:
         return self.op(Operator.BATCH_MATMUL, (x, y), [*self.shape(x)[:-1], last], options)
 
     def reduce(self, kind: int, x: int) -> int:
-        """Over the last axis, which stays as 1."""
+        """Mean over the last axis, which is kept with size 1."""
         options = schema.ReducerOptionsT()
         options.keepDims = True
         shape = self.shape(x)
@@ -239,7 +239,7 @@ class LitertGraph:
         )
 
     def save(self, path: pathlib.Path) -> int:
-        """Writes the file; bytes written."""
+        """Writes the file and returns its size in bytes."""
         model = schema.ModelT()
         model.version, model.description = 3, "encdec"
         model.subgraphs, model.operatorCodes = [self._graph], []
@@ -249,7 +249,7 @@ class LitertGraph:
             code.version = _VERSIONS.get(kind, 1)
             model.operatorCodes.append(code)
         model.signatureDefs = [self._signature()]
-        # Offsets have the same number of bytes whatever they are, so a first packing tells the
+        # Offsets take the same number of bytes whatever their value, so a first packing gives the
         # flatbuffer's size.
         offsets = [_ALIGNMENT] * len(self._buffers)
         for _ in range(2):

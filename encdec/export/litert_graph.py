@@ -5,7 +5,7 @@ product for queries, keys and values; norm scales and the scores' scale folded i
 behind them; rotation as a product with a constant; sums as products with ones; keys laid out
 [S, D] and values [D, S], the layout that XNNPACK packs in half the time of any other tried (it
 packs the right side of a product of two activations at every call). Weights are int8 by output
-channel or int4 by block, and activations are quantised as they come, inside the operator. Source
+channel or int4 by block, and activations are quantised at run time, inside the operator. Source
 length and cache capacity are dynamic: the reader resizes inputs.
 """
 
@@ -28,7 +28,7 @@ class _Layers:
     """The model's layers in a graph; names follow the parameters' paths."""
 
     def __init__(self, config: ModelConfig, precision: Precision):
-        # Four bits are for the MLPs; all other weights are then in eight.
+        # Only the MLPs are stored in four bits; all other weights in eight.
         self.config, self.mlp_precision = config, precision
         self.precision = "int8" if precision == "int4" else precision
         self.g = LitertGraph()
@@ -43,7 +43,8 @@ class _Layers:
         *,
         precision: Precision | None = None,
     ) -> int:
-        """``x @ kernel + bias``, the kernel [in, out] stored as [out, in] in few bits."""
+        """``x @ kernel + bias``, the kernel [in, out] stored as [out, in] in the graph's
+        precision."""
         g, precision = self.g, precision or self.precision
         weights = np.ascontiguousarray(kernel.T, np.float32)
         if precision == "float32":
@@ -52,7 +53,7 @@ class _Layers:
             levels, scales = eight_bits(weights, axis=1)
             stored = g.constant(levels, name=name, quantisation=channel_scales(scales[:, 0]))
         else:
-            # XNNPACK knows whole blocks only; other weights have a scale for each output.
+            # XNNPACK supports whole blocks only; other weights have a scale for each output.
             block = BLOCK if weights.shape[1] % BLOCK == 0 else weights.shape[1]
             levels, scales = four_bits(in_blocks(weights, block))
             if block == BLOCK:
@@ -71,9 +72,9 @@ class _Layers:
         )
 
     def unscaled_norm(self, x: int) -> int:
-        """``x / rms(x)``; what reads it has the scale in its weights."""
+        """``x / rms(x)``; the scale is folded into the weights that read it."""
         g, width = self.g, self.g.shape(x)[-1]
-        # The mean is a product with a constant row, to whose bias epsilon goes.
+        # The mean is a product with a constant row whose bias is epsilon.
         row = g.constant(np.full((1, width), 1 / width, np.float32))
         mean = g.fully_connected(
             g.mul(x, x), row, g.constant(np.array([self.config.norm_eps], np.float32))
@@ -122,7 +123,7 @@ class _Layers:
     def qkv(
         self, x: int, params: Params, before: np.ndarray, names: str, path: str
     ) -> list[tuple[int, int]]:
-        """Projections of an unscaled norm's output as one, [1, heads, T, D].
+        """Several projections of an unscaled norm's output as one product, [1, heads, T, D].
 
         Returns:
             The product, and the number of heads of each projection in it.
@@ -208,7 +209,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     Outputs ``key_i`` [1, K, S, D] and ``value_i`` [1, K, D, S] float32. Positions are 0, 1, ...:
     rotated scores depend on differences alone, so centred positions make no difference.
     """
-    # It is bound by arithmetic, which int4 does not make faster.
+    # The encoder is bound by arithmetic, which int4 does not speed up.
     layers = _Layers(config, "int8" if precision == "int4" else precision)
     g, H, K, D = layers.g, config.num_heads, config.num_kv_heads, config.head_dim
     tokens = g.input("tokens", [1, ANY], "int32")
@@ -235,7 +236,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
         else:
             both = layers.rotate(g.slice(heads, 1, 0, H + K), rope)
             q, k = g.slice(both, 1, 0, H), g.slice(both, 1, H, K)
-        # The queries of a key head are rows of one product.
+        # All queries that read one key head are rows of one product.
         q = g.reshape(q, [1, K, ANY, D])
         scores = layers.capped(g.matmul(q, k, transpose_y=True), config.attention_logit_cap)
         y = g.reshape(g.matmul(g.softmax(scores), v), [1, H, ANY, D])
@@ -261,7 +262,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
 def decoder_graph(
     config: ModelConfig, params: Params, precision: Precision, vocabulary_size: int = 0
 ) -> LitertGraph:
-    """One token, the memory of those before it and of the source, to the next token.
+    """Graph of one decoder step: from a token and the caches to the next token.
 
     Inputs: token [1, 1] and position [1] int32; mask [1, 1, 1, C] float32, 0 for the first cache
     slot and those that hold a token and very negative for others; first [1, 1, 1, C], 1 for the
@@ -321,8 +322,8 @@ def decoder_graph(
         q = g.reshape(q, [1, K, group, D])
         past = g.add(capped(g.matmul(q, memory["past_key"], transpose_y=True)), mask)
         own = capped(g.matmul(q, k, transpose_y=True))
-        # The first slot's key is zero and so is its score, which leaves room for the own one:
-        # XNNPACK has no slice of the rest of a row whose length is not known beforehand.
+        # The first slot's key is zero and so is its score, which leaves its place for the token's
+        # own score: XNNPACK has no slice of the rest of a row whose length is not known beforehand.
         shares = g.softmax(g.add(past, g.mul(own, first)))
         y = g.matmul(shares, memory["past_value"], transpose_y=True)
         y = g.add(y, g.mul(g.slice(shares, 3, 0, 1), v))

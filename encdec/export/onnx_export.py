@@ -16,11 +16,11 @@ from encdec.train.workdir import CONFIG_FILE
 
 
 def check(config: ModelConfig) -> None:
-    """Raises ConfigError where the model has what the graphs do not express."""
+    """Raises ConfigError if the graphs cannot express the model."""
     if config.cross_attention_rope != "none":
         raise ConfigError(
             "this model cannot be exported to ONNX: cross_attention_rope is "
-            f"{config.cross_attention_rope!r}, wanted 'none'"
+            f"{config.cross_attention_rope!r}, expected 'none'"
         )
 
 
@@ -48,7 +48,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
     if config.is_encoder_decoder:
         graphs[ENCODER_FILE] = onnx_graph.encoder_graph
     for name, make in graphs.items():
-        # Weights lie beside the graph, which may be no larger than 2 GB.
+        # Weights are stored next to the graph, which may not exceed 2 GB.
         onnx.save_model(
             make(config, params, export.precision),
             str(out / name),

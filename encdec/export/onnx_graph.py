@@ -1,9 +1,9 @@
 """The model as ONNX graphs: an encoder, and a decoder that takes and gives its cache.
 
-Written operator by operator from the configuration, so that the graphs hold nothing but what is
-needed at run time: query, key and value projections are one product, cross-attention's keys lie
-ready transposed, and only the positions asked for meet the vocabulary head. Batch, source length,
-past length and number of new tokens are dynamic.
+Written operator by operator from the configuration, so that the graphs hold only what
+run time needs: query, key and value projections are one product, cross-attention's keys are
+stored transposed, and the vocabulary head is applied to the requested positions only. Batch, source
+length, past length and number of new tokens are dynamic.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Graph:
 
     Args:
         precision: of the weights; int4 is for the MLPs, all others are then in int8.
-        many_rows: whether products have many rows: of the two operators for int8 one is faster
+        many_rows: whether products have many rows: one of the two int8 operators is faster
             with many and the other with few.
     """
 
@@ -92,7 +92,7 @@ class Graph:
         return y if bias is None else self.op("Add", y, self.constant(bias, f"{name}.bias"))
 
     def _eight_bits(self, x: str, kernel: np.ndarray, name: str) -> str:
-        """Integer product: weights scaled by output column, activations as they come."""
+        """Integer product: weights scaled by output column, activations quantised at run time."""
         weights, scales = eight_bits(kernel, axis=0)
         if x not in self._quantised:
             self._quantised[x] = tuple(self.op("DynamicQuantizeLinear", x, outputs=3))
@@ -102,9 +102,9 @@ class Graph:
         return self.op("Mul", self.op("Cast", sums, to=TensorProto.FLOAT), scale)
 
     def _in_blocks(self, x: str, kernel: np.ndarray, name: str, bits: int) -> str:
-        """Weights scaled by block, activations quantised as they come (accuracy level 4)."""
+        """Weights scaled by block, activations quantised at run time (accuracy level 4)."""
         block = BLOCK if bits == 4 else 256
-        while block > BLOCK and len(kernel) % block:  # a last block would be filled up
+        while block > BLOCK and len(kernel) % block:  # an incomplete last block would be padded
             block //= 2
         weights = in_blocks(kernel.T, block)
         levels, scales = four_bits(weights) if bits == 4 else eight_bits(weights, axis=-1)
@@ -162,7 +162,7 @@ class _Layers:
         )
 
     def rope(self, positions: str, local: bool = False) -> tuple[str, str]:
-        """Cosines and sines [B, T, 1, D] of positions [B, T], each half's beside the other's."""
+        """Cosines and sines [B, T, 1, D] of positions [B, T], both halves next to each other."""
         g, config = self.g, self.config
         half = np.asarray(rope_frequencies(config, local), np.float32)
         magnitude = 1.0 if local and config.local_rope_theta else config.rope_magnitude
@@ -297,7 +297,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     Keys are [B, K, D, S], ready for the product, values [B, K, S, D]. Encoder positions count
     from zero, centred or not: rotated scores depend on differences alone.
     """
-    # It is bound by arithmetic, which int4 does not make faster.
+    # The encoder is bound by arithmetic, which int4 does not speed up.
     g = Graph("int8" if precision == "int4" else precision, many_rows=True)
     layers = _Layers(config, g)
     table = params["embedder" if config.share_embeddings else "encoder_embedder"]["embedding"]
@@ -335,7 +335,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
 
 
 def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> onnx.ModelProto:
-    """New tokens of every row, the keys and values so far, to logits and the longer cache.
+    """Graph of the decoder: from new tokens and the cache to logits and the longer cache.
 
     Inputs: tokens and positions [B, N]; key_positions [B, P + N], the positions of the cache and
     of the new tokens, padding at a position that is never reached; wanted [B, W], which of the N

@@ -1,4 +1,4 @@
-"""What quantisation costs: an artefact beside the float32 model, on real pairs of records."""
+"""Cost of quantisation: an export compared with the float32 model, on real pairs of records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from encdec.model import ModelConfig, build_model
 
 
 class ForcedModel(Protocol):
-    """An exported model that says what it would have written."""
+    """An exported model that gives its logits under teacher forcing."""
 
     def forced_logits(self, source: np.ndarray, target: np.ndarray, start_id: int) -> np.ndarray:
         """Logits [T, V] of every target token given those before it."""
@@ -25,14 +25,14 @@ class ForcedModel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """An artefact beside the float32 model, on the same target tokens under teacher forcing.
+    """An export compared with the float32 model: same target tokens, teacher forcing.
 
     Attributes:
         tokens: target tokens compared.
-        loss: the artefact's, nats a token.
+        loss: the export's, in nats a token.
         reference_loss: the float32 model's.
-        agreement: share of places where both find the same token likeliest.
-        largest_difference: of two logits.
+        agreement: share of positions where both have the same most likely token.
+        largest_difference: largest absolute difference of two logits.
     """
 
     tokens: int
@@ -54,14 +54,14 @@ def read_pairs(records: str, count: int, fingerprint: str) -> list[tuple[np.ndar
     """The first ``count`` (source, target) token pairs of a records directory.
 
     Raises:
-        DataError: there are no records, none with a source and a target, or their vocabulary has
-            not the ``fingerprint``.
+        DataError: there are no records, none has a source and a target, or their vocabulary does
+            not have the ``fingerprint``.
     """
     opened = open_records(records)
     if opened.card.vocabulary.fingerprint != fingerprint:
         raise DataError(
             f"{records} was made with another vocabulary than the model's; give "
-            "records of the model's own"
+            "records made with the model's vocabulary"
         )
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for row in range(len(opened)):
@@ -81,7 +81,7 @@ def measure(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
     start_id: int,
 ) -> Quality:
-    """Compares the artefact with the model, pair by pair; ``params`` in any layout."""
+    """Compares the export with the model, pair by pair; ``params`` in any layout."""
     config = config.replace(dtype="float32", remat="none", attention_kernel="xla")
     apply = jax.jit(lambda params, batch: build_model(config).apply({"params": params}, batch))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
@@ -107,7 +107,7 @@ def reference_logits(
     target: np.ndarray,
     start_id: int,
 ) -> np.ndarray:
-    """The same by our own model, in rows of few lengths."""
+    """The same from our own model, in rows of few lengths."""
     prompt = [start_id] if config.is_encoder_decoder else [start_id, *source]
     rows = {"decoder": [*prompt, *target[:-1]]}
     if config.is_encoder_decoder:

@@ -1,11 +1,11 @@
-"""Weights in few bits: levels and scales, as the export formats want them."""
+"""Quantised weights: levels and scales, as the export formats define them."""
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
 
-BLOCK = 32  # inputs that share a scale in four bits
+BLOCK = 32  # inputs that share a scale in int4
 _SHRINKING = np.linspace(1, 0.7, 7)  # tried on the scale that just fits the largest weight
 
 
@@ -18,9 +18,9 @@ def eight_bits(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def four_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 levels -7 ... 7, and float32 scales, one for each slice along the last axis.
 
-    Of a few scales the one with the least squared error: clipping the largest weights a little
-    costs less than rounding all others to coarser steps. Scales are numbers that both float16 and
-    bfloat16 have, because LiteRT's file holds the one and XNNPACK computes with the other.
+    The scale is the candidate with the least squared error: clipping the largest weights a little
+    costs less than rounding all others to coarser steps. Scales are representable in both float16
+    and bfloat16, because LiteRT's file holds the one and XNNPACK computes with the other.
 
     Returns:
         Levels of the shape of ``x``; scales, the last axis kept as 1.

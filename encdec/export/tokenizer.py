@@ -1,4 +1,4 @@
-"""Vocabularies as the files that transformers' AutoTokenizer reads, with the framing of prompts.
+"""Writes vocabularies as files that transformers' AutoTokenizer reads, with the framing of prompts.
 
 ``tokenizer(text)`` gives the ids that ``encdec generate`` feeds: with the start token of a
 decoder-only model, the prefix, and the EOS that ends inputs where the model was trained so.
@@ -202,7 +202,7 @@ def sentencepiece_content(vocabulary: SentencePieceVocabulary) -> dict[str, Any]
     if spec.remove_extra_whitespaces:
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    # No Metaspace: it leaves out the space in front where the text has one already.
+    # Not Metaspace: it omits the leading space if the text already starts with one.
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
@@ -232,7 +232,7 @@ def _model(model: Any, vocab: list[list[Any]]) -> dict[str, Any]:
     kinds = type(model.pieces[0])
     fallback = any(piece.type == kinds.BYTE for piece in model.pieces)
     if model.trainer_spec.model_type == _UNIGRAM:
-        # Text that spells a control piece or a byte's is no such piece: the letters always win.
+        # Text that spells a control or byte piece is encoded as plain characters.
         text = {
             piece.piece
             for piece in model.pieces

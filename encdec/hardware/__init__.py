@@ -1,1 +1,1 @@
-"""Accelerators that are not there: compile for them, and predict time and memory."""
+"""Compiles for accelerators that this machine does not have, and predicts time and memory."""

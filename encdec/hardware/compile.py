@@ -23,11 +23,11 @@ from encdec.train.config import RunConfig
 from encdec.train.program import abstract_batch, build_program, check_batch
 from encdec.train.sharding import data_shards, make_mesh
 
-DRAWS = 50  # of a teacher, a token: what `encdec score` keeps by default
+DRAWS = 50  # a teacher's draws per token: the default of `encdec score`
 
 
 class DoesNotFit(ConfigError):
-    """The compiler found no way to hold the program in a chip's memory; the message is its own."""
+    """The program does not fit a chip's memory; the message is the compiler's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Memory:
     Attributes:
         parameters: master parameters.
         optimizer: the optimizer's state.
-        batch: what the step is given besides the state.
-        temporary: activations, gradients and whatever else lives within the step.
-        outputs: results that do not reuse the donated state's place.
+        batch: the step's inputs other than the state.
+        temporary: activations, gradients and other values within the step.
+        outputs: results that do not reuse the donated state's memory.
         code: the program.
-        limit: what the compiler lets a program use.
+        limit: memory that the compiler lets a program use.
     """
 
     parameters: int
@@ -66,11 +66,11 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program compiled for a topology, and what is predicted of it.
+    """A program compiled for a topology, with predictions.
 
     Attributes:
         memory: of each device.
-        prediction: time.
+        prediction: of its time.
         compile_seconds: how long the compiler took here.
         text: the compiled HLO.
     """
@@ -96,7 +96,7 @@ class CompiledStep(Compiled):
         inputs: source tokens a row.
         targets: target tokens a row.
         model_flops: of one step, all devices together; rematerialisation does not count.
-        unsharded: parameters that stay whole against the rules, as text.
+        unsharded: parameters that stay unsharded against the rules, as text.
     """
 
     run: RunConfig
@@ -118,7 +118,7 @@ class CompiledStep(Compiled):
 
     @property
     def chip_hours(self) -> float:
-        """Of the run's whole token budget, ``steps`` steps."""
+        """Chip-hours of the run's whole token budget, ``steps`` steps."""
         chips = math.prod(self.topology.sides) * self.topology.slices
         return self.run.steps * self.step_seconds * chips / 3600
 
@@ -128,10 +128,10 @@ class CompiledStep(Compiled):
 
 
 def check_step(run: RunConfig, topology: Topology) -> None:
-    """Finds, without compiling, that a mesh or a batch does not divide.
+    """Checks, without compiling, that mesh and batch divide.
 
     Raises:
-        ConfigError: that.
+        ConfigError: they do not.
     """
     check_batch(run, data_shards(make_mesh(run.mesh, topology.devices)), eval_rows=True)
 
@@ -146,13 +146,13 @@ def compile_step(
     """Compiles ``run``'s training step for rows of these lengths and predicts its cost.
 
     Raises:
-        ConfigError: a mesh or a batch that does not divide.
+        ConfigError: mesh or batch do not divide.
         DoesNotFit: the compiler ran out of memory; its reason is the message.
     """
     mesh = make_mesh(run.mesh, topology.devices)
     config = run.model_config()
     program = build_program(run, config, mesh, targets)
-    # As many pairs as the draws of every token can come to; the shards of a run say how many do.
+    # The most pairs that every token's draws can give; a run's shards have the real number.
     pairs = DRAWS * targets if run.distill.teacher else 0
     batch = abstract_batch(program, run.batch_size, inputs, targets, pairs)
     compiled = compile_lowered(
@@ -186,12 +186,12 @@ SUM_SIDE = 16384  # large enough that nothing stays in on-chip memory
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What the compiler's estimates make of two programs whose limits are known.
+    """The compiler's estimates for two programs whose limits are known.
 
     Attributes:
         topology: of the one device.
-        product: of two square bfloat16 matrices, which the matrix unit limits.
-        sum: of two bfloat16 arrays of 512 MiB, which memory limits.
+        product: of two square bfloat16 matrices, limited by the matrix unit.
+        sum: of two bfloat16 arrays of 512 MiB, limited by memory.
     """
 
     topology: Topology
@@ -200,13 +200,13 @@ class Calibration:
 
     @property
     def share_of_peak(self) -> float:
-        """The product's FLOPs over what the chip could do in the estimated time."""
+        """The product's FLOPs as a share of the chip's peak over the estimated time."""
         rate = 2 * PRODUCT_SIDE**3 / self.product.step_seconds
         return rate / self.topology.generation.chip.bf16_flops
 
     @property
     def share_of_bandwidth(self) -> float:
-        """The sum's reads and writes over what memory could move in the estimated time."""
+        """The sum's reads and writes as a share of the memory's peak over the estimated time."""
         rate = 3 * 2 * SUM_SIDE**2 / self.sum.step_seconds
         return rate / self.topology.generation.chip.hbm_bytes_per_second
 
@@ -229,7 +229,7 @@ def calibrate(topology: Topology, compiler_options: dict[str, str] | None = None
 
 
 def fields_of(compiled: Compiled) -> dict[str, Any]:
-    """By name, for the kinds of compiled programs that have more."""
+    """Shardings by name, for compiled programs that have more than one."""
     return {field.name: getattr(compiled, field.name) for field in dataclasses.fields(Compiled)}
 
 
@@ -264,16 +264,16 @@ def compile_lowered(
 
 
 def checked(step: CompiledStep) -> CompiledStep:
-    """The step, unless its prediction cannot be true.
+    """The step, unless its prediction is impossible.
 
     Raises:
-        RuntimeError: more than the peak rate, so that part of the program was not counted.
+        RuntimeError: it exceeds the peak rate, so part of the program was not counted.
     """
     if not 0 < step.mfu <= 1:
         raise RuntimeError(
             f"the prediction of {1e3 * step.step_seconds:.2f} ms a step means an MFU of "
             f"{100 * step.mfu:.0f} %, which no chip reaches: part of the program was not counted. "
-            "This is a fault of encdec's reading of the compiled program, not of the run"
+            "This is a fault in how encdec reads the compiled program, not in the run"
         )
     return step
 
@@ -281,10 +281,10 @@ def checked(step: CompiledStep) -> CompiledStep:
 def nearest_fit(
     variants: Sequence[RunConfig], attempt: Callable[[RunConfig], Any], attempts: int = 6
 ) -> tuple[RunConfig, Any] | None:
-    """The first of ever smaller variants of a run that ``attempt`` can compile.
+    """The first of a sequence of smaller variants of a run that ``attempt`` can compile.
 
     Returns:
-        The variant and what ``attempt`` gave; None if none of ``attempts`` fits.
+        The variant and the result of ``attempt``; None if no variant fits.
     """
     for variant in variants[:attempts]:
         try:
@@ -305,7 +305,7 @@ def smaller(run: RunConfig) -> list[RunConfig]:
 
 
 def halved(run: RunConfig) -> list[RunConfig]:
-    """Variants of half the batch, a quarter, and so on while micro-batches come out whole."""
+    """Variants of half the batch, a quarter, and so on, while micro-batches divide evenly."""
     rows, variants = run.batch_size, []
     while rows and rows % (2 * run.accumulation) == 0:
         rows //= 2
@@ -347,7 +347,7 @@ def _no_cache() -> Iterator[None]:
 
 
 def _reason(message: str) -> str:
-    """The first sentences of the compiler's complaint, without its listing of buffers."""
+    """The first sentences of the compiler's message, without its list of buffers."""
     text = message.partition("RESOURCE_EXHAUSTED:")[2] or message
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(re.sub(r"\s+", " ", line) for line in lines[:3])

@@ -1,4 +1,4 @@
-"""``encdec compile``: what a run would cost on a TPU pod, from a machine without one."""
+"""``encdec compile``: predicts the cost of a run on a TPU pod, on a machine without one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--search looks for training settings; --what is {options.what!r}")
     for flag in ("json", "hlo"):
         _check_writable(flag, getattr(options, flag))
-    # Before jax starts: no accelerator of this machine is used.
+    # Before jax starts: this machine's accelerators are not used.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from encdec.hardware import compile_report as report
     from encdec.hardware.compile import DoesNotFit
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     found: list[Any] = []
     reports: list[dict[str, Any]] = []
-    unfit: list[str] = []  # one of several topologies that is too small hides none of the others
+    unfit: list[str] = []  # a topology that is too small does not prevent the others' reports
     for topology, (here, meshes) in zip(topologies, plans):
         attempt = functools.partial(kind.compile, topology=topology)
         try:
@@ -80,11 +80,11 @@ def main(argv: list[str]) -> int:
 
 
 class _Kind(NamedTuple):
-    """What a value of --what means."""
+    """Functions behind a value of --what."""
 
     compile: Callable[..., Any]  # (run, topology)
     check: Callable[..., None]  # (run, topology) -> ConfigError if something does not divide
-    smaller: Callable[[RunConfig], list[RunConfig]] | None  # to try where a run does not fit
+    smaller: Callable[[RunConfig], list[RunConfig]] | None  # to try if a run does not fit
     show: Callable[[Any, Console], None]
     compare: Callable[[list[Any], Console], None]
     as_json: Callable[[Any], dict[str, Any]]
@@ -140,10 +140,10 @@ def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
 def _plan(
     run: RunConfig, topology: Any, options: argparse.Namespace, kind: _Kind
 ) -> tuple[RunConfig, list[Any]]:
-    """The run with the rows that it has on a topology, and the meshes to search there.
+    """The run with its rows on a topology, and the meshes to search there.
 
     Raises:
-        ConfigError: the run, or the run with one of those meshes, does not divide.
+        ConfigError: the run does not divide, alone or with one of those meshes.
     """
     from encdec.hardware.search import search_meshes
 
@@ -181,8 +181,8 @@ def _check_writable(flag: str, file: str | None) -> None:
         path.open("a").close()
     except OSError as error:
         raise ConfigError(
-            f"--{flag}={file} cannot be written: {error.strerror}; wanted a file in "
-            "a folder that exists"
+            f"--{flag}={file} cannot be written: {error.strerror}; give a file in "
+            "an existing folder"
         ) from None
     if not there:
         path.unlink()
@@ -195,8 +195,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles the training step, or generation, for TPU topologies, on a machine "
         "without any, and predicts memory, time, MFU and chip-hours.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, the mesh too: "
-        "--config.mesh.fsdp=4. `encdec compile table REPORT.json ...` lays saved reports side by "
-        "side. docs/pod.md explains the method and its limits.",
+        "--config.mesh.fsdp=4. `encdec compile table REPORT.json ...` compares saved "
+        "reports. docs/prediction.md explains the method and its limits.",
     )
     parser.add_argument("--config", type=local_path, required=True, metavar="FILE.py[:ARGUMENT]")
     parser.add_argument(
@@ -225,16 +225,16 @@ def _parser() -> argparse.ArgumentParser:
         "--rows",
         type=_positive,
         metavar="N",
-        help="rows on each device, in place of config.batch_size: the fair way to "
-        "compare topologies of different sizes",
+        help="rows per device, instead of config.batch_size: for comparing "
+        "topologies of different sizes",
     )
     parser.add_argument(
         "--what",
         choices=("train", "decode", "layer", "calibrate"),
         default="train",
         help="the training step; prefill and decode step, with "
-        "batch_size rows; layers alone, forward and backward on one chip, to try "
-        "things quickly; or one large product and one large sum, which calibrate "
+        "batch_size rows; layers alone, forward and backward on one chip, for quick "
+        "experiments; or one large product and one large sum, which calibrate "
         "the estimates",
     )
     parser.add_argument(
@@ -242,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=1,
         metavar="N",
-        help="with --what=layer: how many (%(default)s)",
+        help="with --what=layer: number of layers (%(default)s)",
     )
     parser.add_argument(
         "--search",
@@ -250,9 +250,9 @@ def _parser() -> argparse.ArgumentParser:
         const="batch,remat,mesh",
         metavar="OVER",
         type=_searched,
-        help="find the fastest that fits, over batch (the config's, doubled while "
+        help="find the fastest variant that fits, over batch (the config's, doubled while "
         "it fits or halved until it does), remat and mesh (copies, and shards of "
-        "the state); all three by default",
+        "the state); default: all three",
     )
     parser.add_argument(
         "--option",
@@ -266,8 +266,8 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
         type=local_path,
         metavar="FILE",
-        help="write the figures here, too, after each topology; of a search, those "
-        "of all that fits, the fastest first",
+        help="also write the figures here, after each topology; after a search, those "
+        "of all variants that fit, the fastest first",
     )
     parser.add_argument(
         "--hlo", type=local_path, metavar="FILE", help="write the last compiled program here"
@@ -279,24 +279,24 @@ def _searched(text: str) -> tuple[str, ...]:
     over = tuple(text.split(","))
     wrong = [name for name in over if name not in ("batch", "remat", "mesh")]
     if wrong:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of batch, remat, mesh")
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of batch, remat, mesh")
     return over
 
 
 def _option(text: str) -> str:
     if "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=VALUE")
     return text
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of 1 or more")
     return int(text)
 
 
 def _fit(run: RunConfig, attempt, smaller: Callable[[RunConfig], list[RunConfig]] | None):
-    """Compiles ``run``; if it does not fit, says what does."""
+    """Compiles ``run``; if it does not fit, the error names the nearest variant that does."""
     from encdec.hardware.compile import DoesNotFit, nearest_fit
 
     try:

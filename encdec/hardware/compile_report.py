@@ -1,4 +1,4 @@
-"""The report of a step compiled for a topology: for people, and as JSON."""
+"""Reports of programs compiled for a topology: for people, and as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from encdec.hardware.search import Searched
 
 GIB = 2**30
 COSTLIEST = 10
-# What the parts of ``Memory`` hold, in the order of the tables.
+# Contents of the parts of ``Memory``, in the order of the tables.
 TRAINING_PARTS = {
     "parameters": "parameters",
     "optimizer": "optimizer",
@@ -34,9 +34,9 @@ TRAINING_PARTS = {
 }
 DECODING_PARTS = {
     "parameters": "weights",
-    "batch": "tokens, and the keys and values given",
+    "batch": "tokens, and input keys and values",
     "temporary": "activations",
-    "outputs": "outputs, and keys and values made",
+    "outputs": "outputs, and new keys and values",
     "code": "code",
 }
 
@@ -175,7 +175,7 @@ def _part_as_json(part: Compiled) -> dict[str, Any]:
 
 
 def _figures(part: Compiled) -> dict[str, Any]:
-    """What is known of any compiled program."""
+    """Figures common to all compiled programs."""
     p = part.prediction
     return {
         "memory_bytes": _memory_as_json(part.memory),
@@ -207,7 +207,7 @@ def show_decoding(decoding: CompiledDecoding, console: Console) -> None:
     console.print(
         f"[bold]{escape(decoding.run.model)}[/] generating on {decoding.topology.name}, "
         f"{len(decoding.topology.devices)} devices, {mesh}; {decoding.run.batch_size} rows of "
-        f"{decoding.inputs} tokens in, room for {decoding.targets}"
+        f"{decoding.inputs} input tokens, at most {decoding.targets} new ones"
     )
     parts = {"prefill": decoding.prefill, "a later token": decoding.step}
     console.print(
@@ -339,7 +339,7 @@ def compare_calibrations(found: list[Calibration], console: Console) -> None:
 
 
 def text_of(found: CompiledStep | CompiledDecoding | Calibration) -> str:
-    """The compiled program; of generation, a later token's; of a calibration, the product's."""
+    """The compiled program; for generation a later token's, for a calibration the product's."""
     if isinstance(found, Calibration):
         return found.product.text
     return found.step.text if isinstance(found, CompiledDecoding) else found.text
@@ -356,7 +356,7 @@ def _show_costs(compiled: Compiled, console: Console, title: str) -> None:
         )
     console.print(table)
     for name in compiled.prediction.unknown_loops:
-        console.print(f"note: the trip count of loop {name} is not known; it counts once")
+        console.print(f"note: the trip count of loop {name} is unknown; it is counted once")
     if unestimated := compiled.prediction.unestimated:
         listed = ", ".join(f"{n} {kind}" for kind, n in sorted(unestimated.items()))
         console.print(f"note: executions without an estimate, not counted: {listed}")
@@ -445,7 +445,7 @@ def _ms(seconds: float) -> str:
 
 
 def _short(op_name: str) -> str:
-    """The part of JAX's operation name that tells layers and direction apart."""
+    """The part of JAX's operation name that distinguishes layers and direction."""
     backward = "backward " if "transpose(" in op_name else ""
     parts = [
         p

@@ -27,7 +27,7 @@ COLUMNS = (
     "tokens/s",
     "chip-hours a billion tokens",
 )
-# Okabe and Ito's colours, told apart by marker too.
+# Okabe and Ito's colours; markers differ too.
 _LOOKS = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     """``encdec compile table REPORT.json ... [--plot=FILE.png]``.
 
     Raises:
-        DataError: a file that ``encdec compile --json`` did not write for a training step.
-        ConfigError: nothing to plot.
+        DataError: a file was not written by ``encdec compile --json`` for a training step.
+        ConfigError: there is nothing to plot.
     """
     options = _parser().parse_args(argv)
     reports = [report for file in options.reports for report in read_reports(file)]
@@ -61,31 +61,31 @@ def main(argv: list[str]) -> int:
 
 
 def read_reports(file: str) -> list[dict[str, Any]]:
-    """What ``encdec compile --json`` wrote.
+    """The reports in a file that ``encdec compile --json`` wrote.
 
     Raises:
-        DataError: there is no such file, or it is none of these.
+        DataError: the file does not exist or is not such a file.
     """
     try:
         reports = json.loads(pathlib.Path(file).read_text())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{file} cannot be read as a report: {error}; wanted what encdec compile "
-            "--json=FILE wrote"
+            f"{file} cannot be read as a report: {error}; give a file written by encdec compile "
+            "--json=FILE"
         ) from error
     wanted = {"topology", "devices", "model", "mfu", "step_seconds", "token_budget"}
     if not isinstance(reports, list) or any(
         not isinstance(one, dict) or not wanted <= one.keys() for one in reports
     ):
         raise DataError(
-            f"{file} holds no reports of training steps; wanted what encdec compile "
-            "--json=FILE wrote (without --what)"
+            f"{file} holds no reports of training steps; give a file written by encdec compile "
+            "--json=FILE (without --what)"
         )
     return reports
 
 
 def markdown(reports: Sequence[dict[str, Any]]) -> str:
-    """One line a report, in the order given."""
+    """One line per report, in the order given."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * 2 + "|---:" * (len(COLUMNS) - 2) + "|"]
     for one in reports:
         memory = one["memory_bytes"]
@@ -109,18 +109,18 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def _rows(report: dict[str, Any]) -> str:
-    """Of a device in a step: "16", or "8 x 4" for eight micro-batches of four."""
+    """Rows of a device in a step: "16", or "8 x 4" for eight micro-batches of four."""
     rows, pieces = report["batch_size"] / report["devices"], report.get("accumulation", 1)
     return f"{rows:g}" if pieces == 1 else f"{pieces} x {rows / pieces:g}"
 
 
 def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """How a device's rate holds as slices grow with the same rows on each device.
+    """Weak scaling: rate per device as slices grow with constant rows per device.
 
     Returns:
-        By model, kind of chip and rows a device, all settings but the mesh alike: (devices,
-        tokens/s of a device over that on the fewest devices), ascending; only where there are
-        two sizes. Of several meshes, as a search leaves them, the fastest counts.
+        By model, kind of chip and rows a device, all settings but the mesh equal: (devices,
+        tokens/s of a device relative to the fewest devices), ascending; only with at least
+        two sizes. Of several meshes, as after a search, the fastest counts.
     """
     groups: dict[tuple, dict[int, float]] = {}
     for one in reports:
@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="encdec compile table",
         allow_abbrev=False,
         description="Reports of training steps (encdec compile --json=FILE) as one Markdown table, "
-        "and how a device's rate holds as slices grow.",
+        "and the rate per device as slices grow.",
     )
     parser.add_argument("reports", type=local_path, nargs="+", metavar="REPORT.json")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Compiles generation for a TPU topology: reading the inputs, and one token more for every row."""
+"""Compiles generation for a TPU topology: prefill, and one decode step of all rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_ID = 0  # which token it is changes no time
 
 @dataclasses.dataclass(frozen=True)
 class CompiledDecoding:
-    """Generation compiled for a topology, and what is predicted of it.
+    """Generation compiled for a topology, with predictions.
 
     Attributes:
         run: the run whose model it is; its batch size is the number of rows.
@@ -85,7 +85,7 @@ def check_decoding(run: RunConfig, topology: Topology) -> None:
     shards = data_shards(make_mesh(run.mesh, topology.devices))
     if run.batch_size % shards:
         raise ConfigError(
-            f"config.batch_size is {run.batch_size}; wanted a multiple of {shards}, "
+            f"config.batch_size is {run.batch_size}; expected a multiple of {shards}, "
             "the mesh's data x fsdp"
         )
 
@@ -116,7 +116,7 @@ def compile_decoding(
         params, ids(run.batch_size, inputs), ids(run.batch_size)
     )
     first = compile_lowered(lowered, topology, mesh, compiler_options)
-    memory = jax.tree.map(  # placed as the prefill left it: rows over the devices
+    memory = jax.tree.map(  # sharded as by the prefill: rows over the devices
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), lowered.out_info[1]
     )
     further = jax.jit(

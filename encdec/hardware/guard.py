@@ -1,28 +1,30 @@
-"""Holds a compiled step's figures against recorded ones, and says what grew."""
+"""Compares a compiled step's figures with recorded ones, and reports what grew."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-TOLERANCE = 0.03  # the compiler's figures for one program are exact; what is allowed is our drift
+TOLERANCE = (
+    0.03  # the compiler's figures for one program are exact; this tolerates small changes of ours
+)
 
-# What explains a growth, under the figure that grew.
+# Parts that explain a growth, by the figure that grew.
 _TIME = ("compute_seconds", "pallas_roofline_seconds", "collective_exposed_seconds")
 _SPACE = ("parameters", "optimizer", "batch", "temporary", "outputs", "code")
-# Without these equal, two reports are of different things.
+# Reports that differ in these cannot be compared.
 _IDENTITY = ("topology", "model", "batch_size", "inputs", "targets")
 
 
 def growth(
     report: Mapping[str, Any], recorded: Mapping[str, Any], tolerance: float = TOLERANCE
 ) -> list[str]:
-    """Sentences on what is more than ``tolerance`` slower or larger than recorded; usually none.
+    """Sentences on figures more than ``tolerance`` slower or larger than recorded; usually none.
 
     Args:
         report: of a step, from ``encdec.hardware.compile_report.as_json``.
         recorded: an earlier one of the same model, rows and topology.
-        tolerance: as a part of the recorded figure.
+        tolerance: as a fraction of the recorded figure.
 
     Raises:
         ValueError: the two are not of the same model, rows and topology.
@@ -30,7 +32,7 @@ def growth(
     for name in _IDENTITY:
         if report[name] != recorded[name]:
             raise ValueError(
-                f"the step's {name} is {report[name]!r}, and {recorded[name]!r} was "
+                f"the step's {name} is {report[name]!r}, but {recorded[name]!r} was "
                 "recorded: they cannot be compared"
             )
     found = []
@@ -53,7 +55,7 @@ def growth(
 def _parts(
     new: Mapping[str, Any], old: Mapping[str, Any], names: tuple[str, ...], unit: float, symbol: str
 ) -> str:
-    """The parts that grew, most first."""
+    """The parts that grew, largest first."""
     grown = sorted(
         (name for name in names if new[name] > old[name]), key=lambda name: old[name] - new[name]
     )

@@ -14,7 +14,13 @@ import re
 from collections.abc import Iterator
 
 _PACKAGE = str(pathlib.Path(__file__).resolve().parents[1])
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}  # others end in their bits
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "token": 0,
+    "opaque": 0,
+}  # other types end in their number of bits
 _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(-?\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -49,7 +55,7 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate of one execution; None where it gives none."""
+        """The compiler's estimate of one execution, in cycles; None without an estimate."""
         match = _CYCLES.search(self.attributes)
         return max(0, int(match[1])) if match else None
 
@@ -104,8 +110,8 @@ class Module:
         return lines[0] if lines else ""
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a while loop's body runs: known to XLA, or by the constant that its counter is
-        compared with, less the one that it starts from (1 where the compiler peeled a turn off)."""
+        """Trip count of a while loop: XLA's own, or the constant with which its counter is
+        compared minus its start (1 if the compiler peeled off an iteration)."""
         if match := _TRIPS.search(loop.attributes):
             return int(match[1])
         condition = {i.name: i for i in self.computations.get(loop.called.get("condition", ""), ())}
@@ -117,11 +123,11 @@ class Module:
                 if i.operands[-1] in constants:
                     counter = condition.get(i.operands[0])
                     return constants[i.operands[-1]] - self._start(loop, counter)
-        # The comparison may be hidden in a fusion; loops of scans count up to their one constant.
+        # The comparison may be inside a fusion; loops of scans count up to their only constant.
         return max(constants.values()) if len(constants) == 1 else None
 
     def _start(self, loop: Instruction, counter: Instruction | None) -> int:
-        """The constant that a loop's counter, an element of the tuple it carries, starts from."""
+        """The start value of a loop's counter, an element of the tuple that it carries."""
         index = re.search(r"index=(\d+)", counter.attributes) if counter else None
         carried = self.by_name.get(loop.operands[0]) if loop.operands else None
         if index is None or carried is None or carried.opcode != "tuple":
@@ -141,10 +147,10 @@ class Execution:
 
 
 def parse(text: str) -> Module:
-    """Parses what ``jax.stages.Compiled.as_text()`` gives.
+    """Parses the text of ``jax.stages.Compiled.as_text()``.
 
     Raises:
-        ValueError: no entry computation, or estimates in the text that were not understood.
+        ValueError: there is no entry computation, or an estimate could not be parsed.
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
     tables: dict[str, list[str]] = {}
@@ -167,13 +173,12 @@ def parse(text: str) -> Module:
             tables[table].append(line)
     if entry not in computations:
         raise ValueError("the HLO text has no entry computation")
-    # A lost line would make a program look faster than it is, so none may be.
+    # A lost line would make a program look faster than it is.
     written = len(_CYCLES.findall(text))
     read = sum(i.cycles is not None for body in computations.values() for i in body)
     if read != written:
         raise ValueError(
-            f"read {read} of the {written} cycle estimates in the HLO text; its "
-            "format is not the one known here"
+            f"read {read} of the {written} cycle estimates in the HLO text; its format is unknown"
         )
     return Module(computations, entry, _frames(tables))
 
@@ -181,8 +186,8 @@ def parse(text: str) -> Module:
 def executions(module: Module) -> Iterator[tuple[Execution, ...]]:
     """Instructions with how often they run, one tuple for each computation that is scheduled.
 
-    The inside of fusions and reductions is not scheduled on its own and is left out. A loop
-    whose trip count is not known counts once (``unknown_loops`` names those).
+    Instructions inside fusions and reductions are not scheduled separately and are left out. A loop
+    with unknown trip count counts once (``unknown_loops`` names those).
     """
     waiting = [(module.entry, 1)]
     while waiting:
@@ -247,7 +252,7 @@ def _element_bytes(kind: str) -> float:
 
 
 def _joined(text: str) -> Iterator[str]:
-    """Lines, with instructions that go over several (Pallas kernels' metadata) made one again."""
+    """Lines, with instructions that span several (Pallas kernels' metadata) joined."""
     inside, pending = False, ""
     for line in text.splitlines():
         starts = re.match(r"\s+(?:ROOT )?%[\w.\-]+ = ", line)
@@ -284,7 +289,7 @@ def _instruction(line: str, computation: str) -> Instruction | None:
 
 
 def _whole_number(i: Instruction) -> int | None:
-    """The value of a whole constant; None for anything else."""
+    """The value of an integer constant; None for anything else."""
     if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments):
         return int(i.arguments)
     return None

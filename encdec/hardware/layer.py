@@ -1,7 +1,7 @@
-"""Compiles one layer, forward and backward, for one chip: seconds where a step takes minutes.
+"""Compiles one layer, forward and backward, for one chip: in seconds, where a step takes minutes.
 
-A layer's cost times the layers is most of a step. So changes to attention, MLP, remat and
-compiler options are tried here first, one at a time, and only the best ones on whole steps.
+Layers take most of a step's time. So changes to attention, MLP, remat and compiler options are
+tried here first, one at a time, and only the best ones on whole steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from encdec.train.config import RunConfig
 class CompiledLayer(Compiled):
     """Layers of the encoder (of the decoder in a decoder-only model) on one device.
 
-    The stack's final norm and the reading of its input are in the time, too.
+    The time includes the stack's final norm and reading its input.
 
     Attributes:
         run: the run whose model it is.
@@ -60,7 +60,7 @@ def compile_layer(
 ) -> CompiledLayer:
     """Compiles ``layers`` layers with the rows that ``run`` gives each device of ``topology``.
 
-    Matrices are in the compute dtype, as a step hands them to the model; nothing is split.
+    Matrices are in the compute dtype, as in a step; nothing is sharded.
     """
     config = run.model_config()
     rows = max(1, run.micro_batch_size // len(topology.devices))
@@ -121,7 +121,7 @@ def compile_layer(
 
 
 def _layer_flops(config: ModelConfig, length: int) -> float:
-    """Training FLOPs of one row in one layer: a model's less those of one with a layer fewer."""
+    """Training FLOPs of one row in one layer: the model's minus those with one layer less."""
     name = "encoder_layers" if config.is_encoder_decoder else "decoder_layers"
     inputs, targets = (length, 1) if config.is_encoder_decoder else (length - 1, 1)
     flops = lambda layers: training_flops(config.replace(**{name: layers}), inputs, targets)

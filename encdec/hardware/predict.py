@@ -1,10 +1,10 @@
 """Predicted time of a compiled TPU program: cycles, kernels by roofline, collectives over ICI.
 
-The method, whose limits docs/pod.md states:
+The method; docs/prediction.md states its limits:
 
 * an instruction takes the compiler's own estimate of cycles, times how often it runs;
-* a Pallas kernel carries no estimate and takes its roofline, the longer of its FLOPs at the peak
-  rate (of the share of the matrix unit that its head width fills) and its bytes at HBM speed;
+* a Pallas kernel has no estimate and takes its roofline, the longer of its FLOPs at the peak
+  rate (times the share of the matrix unit that its head width fills) and its bytes at HBM speed;
 * a collective takes the bytes that must leave a chip over the links that it can use, plus hops;
   synchronous ones add up; asynchronous ones go over the links one after another, each hidden
   behind what is scheduled between its start and its end (if that is nowhere in its computation,
@@ -24,8 +24,8 @@ from encdec.hardware.topology import Topology
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 PALLAS = "tpu_custom_call"
-MATRIX_UNIT_WIDTH = 128  # lanes of a vector register: a narrower head leaves some of it idle
-# Listed in the report where they carry no estimate; custom calls by their target.
+MATRIX_UNIT_WIDTH = 128  # lanes of a vector register: narrower heads leave some of them idle
+# Listed in the report if they have no estimate; custom calls by their target.
 LISTED = (
     "dot",
     "convolution",
@@ -43,7 +43,7 @@ DCN_BYTES_PER_SECOND = 6.25e9  # one chip's share of its host's network: 200 Gbi
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """One instruction's share of a step."""
+    """The time of one instruction in a step."""
 
     name: str
     kind: str  # opcode, or "pallas"
@@ -62,8 +62,8 @@ class Collective:
         kind: one of ``COLLECTIVES``.
         bytes: of the full operand or result, all executions together, on one device.
         group: devices that take part together.
-        seconds: all executions, if nothing hid them.
-        exposed_seconds: what is not hidden behind computation.
+        seconds: all executions, if not hidden.
+        exposed_seconds: time not hidden behind computation.
         source: source line.
     """
 
@@ -84,9 +84,9 @@ class Prediction:
         compute_seconds: by the compiler's cycles.
         pallas_seconds: by roofline.
         collectives: every collective.
-        costs: every instruction that takes time by cycles or roofline, dearest first.
+        costs: every instruction that takes time by cycles or roofline, the most expensive first.
         unknown_loops: loops counted once because their trip count could not be read.
-        unestimated: opcodes without an estimate that are no copies, custom calls with their
+        unestimated: opcodes other than copies without an estimate, custom calls with their
             target ("custom-call ConcatBitcast"), and how often they run.
     """
 
@@ -116,14 +116,14 @@ def predict(
     order: list[int] | None = None,
     causal_kernels: bool = True,
 ) -> Prediction:
-    """Adds up a compiled program.
+    """Adds up the predicted time of a compiled program.
 
     Args:
         module: the program of one device.
         topology: where it runs.
         order: for each device of the program its index in ``topology.devices``; default 0, 1, ...
-        causal_kernels: count attention kernels among equally many queries and keys named
-            "causal" as half, which is what their block masks leave.
+        causal_kernels: count attention kernels named "causal" with equally many queries and keys
+            as half, since their block masks skip the other half.
     """
     order = list(range(len(topology.devices))) if order is None else order
     clock = topology.generation.clock_hz
@@ -173,7 +173,7 @@ def predict(
                 else:
                     free = max(now, free) + wire
                     under_way[i.name] = free, inner, wire, times
-        # Waited for in another computation, or nowhere that is known: as if nothing hid it.
+        # Its end is in another computation or unknown: counted as not hidden.
         collectives += [
             _traffic(module, started, wire, wire, times, order)
             for _, started, wire, times in under_way.values()
@@ -195,8 +195,8 @@ def kernel_seconds(
 ) -> float:
     """Roofline of one execution of a Pallas kernel.
 
-    The kernel's own cost estimate is taken if it has one; else an attention kernel's FLOPs
-    follow from the shapes of its queries and keys, and any other kernel counts by its bytes.
+    The kernel's own cost estimate is used if it has one; else an attention kernel's FLOPs
+    follow from the shapes of its queries and keys, and for other kernels only bytes count.
     """
     chip = topology.generation.chip
     operands = [module.by_name[name].shape for name in i.operands if name in module.by_name]
@@ -235,8 +235,8 @@ def _attention_flops(
 def collective_seconds(i: hlo.Instruction, topology: Topology, order: list[int]) -> float:
     """Time of one execution on otherwise idle links.
 
-    A ring moves (n-1)/n of the full array out of every chip to gather or to scatter it, and
-    twice that to reduce it everywhere. Between slices the data-centre network takes its part.
+    A ring moves (n-1)/n of the full array out of every chip to gather or scatter it, and
+    twice that for an all-reduce. Traffic between slices uses the data-centre network.
     """
     group = [order[p] for p in replica_group(i.attributes, len(order))]
     count = len(group)
@@ -294,7 +294,7 @@ def replica_group(attributes: str, devices: int) -> list[int]:
 def _fused_parts(
     body: Sequence[hlo.Execution], inside: Sequence[hlo.Instruction | None]
 ) -> dict[str, tuple[str, str]]:
-    """First and last of the fusions that carry one collective together, by the name of each."""
+    """First and last of the fusions that together run one collective, by the name of each."""
     names: dict[str, list[str]] = {}
     for execution, inner in zip(body, inside):
         if inner is not None and execution.instruction.opcode == "fusion" and _channel(inner):
@@ -318,7 +318,7 @@ def _kind(opcode: str) -> str:
 
 
 def _collective_inside(module: hlo.Module, i: hlo.Instruction) -> hlo.Instruction | None:
-    """The collective that an instruction is, starts, or carries in its fusion."""
+    """The collective that an instruction is, starts, or contains in its fusion."""
     if _is_collective(i.opcode):
         return i
     if i.opcode in ("async-start", "fusion"):

@@ -1,4 +1,4 @@
-"""Looks for the batch, remat policy and mesh under which a training step is fastest."""
+"""Searches for the batch, remat policy and mesh with the fastest training step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from encdec.train.config import MeshConfig, RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Searched:
-    """What a search on one topology found.
+    """Result of a search on one topology.
 
     Attributes:
-        steps: every variant that fits, the highest MFU first; one at least.
-        unfit: the others, and the compiler's reasons.
+        steps: every variant that fits (at least one), the highest MFU first.
+        unfit: the others, with the compiler's reasons.
     """
 
     steps: tuple[CompiledStep, ...]
@@ -35,14 +35,15 @@ def search(
     meshes: Sequence[MeshConfig],
     console: Console,
 ) -> Searched:
-    """Tries every mesh and remat policy, doubling the batch while it fits, or halving it until.
+    """Tries every mesh and remat policy, doubling the batch while it fits, or halving it until it
+    does.
 
     Args:
         run: the run to vary.
         attempt: compiles a variant, or raises DoesNotFit.
-        divides: whether a variant's rows split over its mesh.
+        divides: whether a variant's rows divide over its mesh.
         over: which of "batch" and "remat" to vary.
-        meshes: those to try.
+        meshes: to try.
         console: gets a line for each variant.
 
     Raises:
@@ -80,25 +81,25 @@ def search(
         least = min(variant.batch_size for variant, _ in unfit)
         fewer = f", nor with fewer, tried down to {least}" if least < run.batch_size else ""
         raise DoesNotFit(
-            f"nothing fits with {run.batch_size} rows{fewer}: {unfit[0][1]} Wanted a smaller "
-            "--config.batch_size, or the state split over more devices (--config.mesh.fsdp, "
+            f"nothing fits with {run.batch_size} rows{fewer}: {unfit[0][1]} Use a smaller "
+            "--config.batch_size, or shard the state over more devices (--config.mesh.fsdp, "
             "--config.mesh.tensor)"
         )
     return Searched(tuple(sorted(steps, key=lambda step: -step.mfu)), tuple(unfit))
 
 
 def search_meshes(mesh: MeshConfig, devices: int, slices: int = 1) -> list[MeshConfig]:
-    """Copies of the model, shards of its state over all devices of a slice, and over 16 of them.
+    """Meshes with copies of the model, with its state sharded over a slice, and over 16 devices.
 
-    What ``mesh`` says of the tensor axis stays: at these sizes it never pays.
+    The tensor axis of ``mesh`` is kept: at these sizes it never pays.
 
     Raises:
-        ConfigError: the tensor axis does not divide a slice's devices.
+        ConfigError: a slice's devices are not divisible by the tensor axis.
     """
     tensor, whole = max(1, mesh.tensor), devices // slices
     if whole % tensor:
         raise ConfigError(
-            f"config.mesh.tensor is {tensor}; wanted a divisor of the {whole} devices of a slice"
+            f"config.mesh.tensor is {tensor}; expected a divisor of the {whole} devices of a slice"
         )
     rest = whole // tensor
     shards = sorted({1, rest} | ({16} if rest % 16 == 0 else set()))

@@ -1,4 +1,4 @@
-"""TPU topologies that need no TPU: their devices, clocks, links, and how to compile for them."""
+"""TPU topologies, usable without a TPU: devices, clocks, links, and how to compile for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MISSING = (
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What predictions need about one kind of TPU beyond ``encdec.cost.chips``.
+    """Facts about one kind of TPU, in addition to ``encdec.cost.chips``.
 
     Attributes:
         chip: peak rates of one JAX device.
@@ -33,7 +33,7 @@ class Generation:
         link_bytes_per_second: one ICI link, one direction.
         wraps_at: length from which a topology's side closes to a ring; on shorter sides the
             first and last chips are not linked. 3D tori close sides that are multiples of 4.
-        hbm_limit_gib: what the compiler lets a program use, from its own out-of-memory message.
+        hbm_limit_gib: memory that the compiler lets a program use, from its out-of-memory message.
     """
 
     chip: Chip
@@ -79,9 +79,8 @@ class Topology:
     def links(self, group: Sequence[int]) -> int:
         """ICI links out of a chip that a collective among these devices can drive at once.
 
-        A ring over a side that closes sends both ways; over one that does not, the traffic of
-        both directions shares what the end chips have, one link. Sides along which the group does
-        not stretch carry nothing.
+        A ring over a closed side sends both ways; on an open side both directions share the end
+        chips' only link. Sides along which the group does not extend carry nothing.
         """
         places = [tuple(self.devices[i].coords) for i in group]
         total = 0
@@ -101,12 +100,12 @@ def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
     """Generation, sides and slices of "v5e:4x4" or "v5p:2x2x4*2".
 
     Raises:
-        ConfigError: no such generation, or sides that it does not have.
+        ConfigError: unknown generation, or sides that it does not have.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
     if not match or match[1] not in _GENERATIONS:
         raise ConfigError(
-            f"topology {name!r} is not known; wanted GENERATION:SIDES with a generation of "
+            f"unknown topology {name!r}; expected GENERATION:SIDES with a generation of "
             f"{', '.join(_GENERATIONS)}, for example v5e:4x4, v5p:2x2x4, or v5e:16x16*2 for two "
             "slices"
         )
@@ -114,12 +113,12 @@ def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
     dims = _GENERATIONS[match[1]][1]
     if len(sides) != dims:
         raise ConfigError(
-            f"topology {name!r} has {len(sides)} sides; wanted {dims} for "
+            f"topology {name!r} has {len(sides)} sides; expected {dims} for "
             f"{match[1]}, for example {match[1]}:{'x'.join(['4'] * dims)}"
         )
     if 0 in sides or match[3] and int(match[3]) == 0:
         raise ConfigError(
-            f"topology {name!r} has no chips; wanted sides, and a number of slices, of 1 or more"
+            f"topology {name!r} has no chips; expected sides, and a number of slices, of 1 or more"
         )
     return match[1], sides, int(match[3] or 1)
 
@@ -146,14 +145,14 @@ def find_topology(name: str) -> Topology:
     if math.prod(sides) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if kind == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip, as on the pods
+        options["chip_config_name"] = "megacore"  # one device per chip, as on pods
     try:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, sides))}", **options
         ).devices
-    except Exception as error:  # the plug-in raises several kinds
+    except Exception as error:  # the plug-in raises several exception types
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"the TPU compiler knows no topology {name!r}: {reason}") from error
+        raise ConfigError(f"the TPU compiler does not know topology {name!r}: {reason}") from error
     return Topology(name, generation_named(kind), sides, slices, tuple(devices))
 
 

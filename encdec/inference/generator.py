@@ -324,7 +324,7 @@ class TextGenerator:
         if settings.samples > 1 or settings.beams > 1:
             raise ConfigError(
                 f"a stream shows one answer as it grows; samples is {settings.samples} and beams "
-                f"is {settings.beams}, wanted 1 and 1: use generate"
+                f"is {settings.beams}, expected 1 and 1: use generate"
             )
         return self._stream(self._encode([text], truncate, 0), settings, steps)
 

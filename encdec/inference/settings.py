@@ -58,7 +58,7 @@ class GenerationSettings:
         for name in ("max_tokens", "top_k", "no_repeat_ngram", "seed", "samples", "beams"):
             value = getattr(self, name)
             if type(value) is not int and not (name == "max_tokens" and value is None):
-                raise ConfigError(f"{name} is {value!r}; wanted a whole number")
+                raise ConfigError(f"{name} is {value!r}; expected a whole number")
         self._require(
             "max_tokens", self.max_tokens is None or 1 <= self.max_tokens < 2**31, "1 or more"
         )
@@ -79,7 +79,7 @@ class GenerationSettings:
             self._require(name, -2 <= getattr(self, name) <= 2, "from -2 to 2; 0 is off")
         self._require("logit_bias", len(self.logit_bias) <= MOST_BIASES, f"at most {MOST_BIASES}")
         if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
-            raise ConfigError(f"logit_bias is {dict(self.logit_bias)}; wanted -100 to 100 each")
+            raise ConfigError(f"logit_bias is {dict(self.logit_bias)}; expected -100 to 100 each")
         self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram < 2**31, "0 (off) or a length")
         self._require("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         self._require("samples", self.samples >= 1, "1 or more")
@@ -90,7 +90,7 @@ class GenerationSettings:
             "0 or more",
         )
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise ConfigError(f"stop is {self.stop!r}; wanted strings that are not empty")
+            raise ConfigError(f"stop is {self.stop!r}; expected strings that are not empty")
         if self.beams > 1:
             self._check_beams()
         elif self.temperature == 0:
@@ -112,7 +112,7 @@ class GenerationSettings:
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
-            raise ConfigError(f"{name} is {getattr(self, name)!r}; wanted {wanted}")
+            raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {wanted}")
 
     def _check_beams(self) -> None:
         off = {
@@ -152,4 +152,4 @@ def check_numbers(options: object, **least: int) -> None:
     for name, wanted in least.items():
         value = getattr(options, name)
         if value is not None and value < wanted:
-            raise ConfigError(f"{name} is {value}; wanted {wanted} or more")
+            raise ConfigError(f"{name} is {value}; expected {wanted} or more")

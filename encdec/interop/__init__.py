@@ -1,1 +1,1 @@
-"""Models from elsewhere, in our layout."""
+"""Other projects' models, converted to our parameter layout."""

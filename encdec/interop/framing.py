@@ -25,14 +25,14 @@ _UNBOUNDED = 10**9  # transformers writes 1e30 for a tokenizer without a longest
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """What stands around a model's texts.
+    """Special tokens around a model's texts, and their longest lengths.
 
     Attributes:
         start_id: the decoder's first input; in a decoder-only model it comes before every prompt.
         inputs_eos: whether inputs end with EOS.
         inputs_prefix: ids in front of an input's tokens (after ``start_id``).
-        inputs_length: longest input, or None where nothing says it.
-        targets_length: new tokens by default, or None.
+        inputs_length: longest input in tokens, or None if unknown.
+        targets_length: default number of new tokens, or None if unknown.
         adds_start: whether the tokenizer itself puts ``start_id`` there.
     """
 
@@ -44,7 +44,7 @@ class Framing:
     adds_start: bool = True
 
     def to_dict(self, max_length: int) -> dict[str, Any]:
-        """The fields of a work directory's ``data`` that say it."""
+        """These values as fields of ``data`` in a work directory's config.json."""
         return {
             "decoder_start_id": self.start_id,
             "inputs_eos": self.inputs_eos,
@@ -78,9 +78,9 @@ def other_ends(vocabulary: Vocabulary, eos_ids: Sequence[int]) -> str:
 
 
 def read_vocabulary(directory: pathlib.Path, eos_ids: Sequence[int]) -> Vocabulary | None:
-    """The vocabulary beside a model, with an EOS that ends its texts; None where there is none.
+    """The vocabulary stored with a model, with the EOS that ends its texts; None if it has none.
 
-    A tokenizer.model whose EOS is not the model's gives way to tokenizer.json.
+    tokenizer.json is used instead of a tokenizer.model whose EOS is not the model's.
     """
     if (directory / VOCABULARY_FOLDER / SPEC_FILE).is_file():
         return load_vocabulary(directory / VOCABULARY_FOLDER)
@@ -97,7 +97,9 @@ def read_vocabulary(directory: pathlib.Path, eos_ids: Sequence[int]) -> Vocabula
             file = directory / "tokenizer.json"
             vocabulary = HuggingFaceVocabulary(file.read_bytes(), eos_id=eos_ids[0], name=str(file))
         return vocabulary
-    except ConfigError as error:  # a package is missing: the model is of use without it
+    except (
+        ConfigError
+    ) as error:  # a package is missing: the model can be used without its vocabulary
         print(error)
         return None
 
@@ -114,7 +116,7 @@ def read_framing(
         encoder_decoder: whether prompts go into an encoder.
 
     Raises:
-        DataError: inputs end with something else than EOS.
+        DataError: inputs end with a token other than EOS.
     """
     config = _read(directory / "config.json")
     generation = _read(directory / "generation_config.json")
@@ -122,8 +124,8 @@ def read_framing(
     before, after = _around(directory, settings, config)
     if after and after != [eos_id]:
         raise DataError(
-            f"the tokenizer in {directory} ends inputs with the ids {after}, and ours end with EOS "
-            f"({eos_id}) or nothing; this model cannot be imported"
+            f"the tokenizer in {directory} ends inputs with the ids {after}; supported are EOS "
+            f"({eos_id}) and no token at all, so this model cannot be imported"
         )
     adds_start = bool(before) or encoder_decoder
     if encoder_decoder:
@@ -132,7 +134,7 @@ def read_framing(
     elif before:
         start_id, *before = before
     inputs_length = None
-    if (directory / VOCABULARY_FOLDER).is_dir():  # one of ours states what it was trained with
+    if (directory / VOCABULARY_FOLDER).is_dir():  # our own exports state their training lengths
         longest = int(min(settings.get("model_max_length") or _UNBOUNDED, _UNBOUNDED))
         if longest < _UNBOUNDED:
             inputs_length = longest - (not encoder_decoder)
@@ -186,7 +188,7 @@ def _template(processor: Mapping[str, Any] | None) -> tuple[list[int], list[int]
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; nothing where there is no such file.
+    """A JSON object; empty if the file does not exist.
 
     Raises:
         DataError: it cannot be read.

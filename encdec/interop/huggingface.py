@@ -1,8 +1,8 @@
 """Hugging Face causal language models as our decoder-only model: configuration and tensors.
 
 Families: Llama 2 and 3, SmolLM2 (``llama``), Mistral, Phi-3 and 3.5 (``phi3``), Qwen 2 and 2.5
-(``qwen2``), Qwen 3, Gemma 1, 2 and 3 (text). A setting that our model has no field for is refused
-by name. Read from ``config.json`` alone, as written by transformers 4 and 5.
+(``qwen2``), Qwen 3, Gemma 1, 2 and 3 (text). An unsupported setting is refused by name. Read from
+``config.json`` alone, as written by transformers 4 and 5.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """What a family does where its config.json says nothing.
+    """A model family's defaults and fixed settings.
 
     Attributes:
         defaults: values of absent keys, as transformers has them.
@@ -78,16 +78,16 @@ FAMILIES = {
 AS_TEACHER = (
     ". As a teacher, transformers may run it as it is: encdec score --backend=torch --teacher=DIR"
 )
-# Keys that are not read because nothing of the function depends on them, by reason.
+# Keys that are ignored because they do not change the computed function, by reason.
 HARMLESS = {
     "names and files": "_name_or_path architectures auto_map dtype model_type torch_dtype "
     "transformers_version transformers_versions tokenizer_class id2label label2id "
     "_attn_implementation_autoset",
-    "of training alone": "attention_dropout embd_pdrop initializer_range resid_pdrop",
-    "of transformers' own running": "cache_implementation is_decoder is_encoder_decoder "
+    "training only": "attention_dropout embd_pdrop initializer_range resid_pdrop",
+    "how transformers runs the model": "cache_implementation is_decoder is_encoder_decoder "
     "output_attentions output_hidden_states pretraining_tp return_dict use_cache",
     "of tokenizers": "pad_token_id unk_token_id",
-    "said by another key that is read": "_sliding_window_pattern hidden_act layer_types "
+    "implied by another key that is read": "_sliding_window_pattern hidden_act layer_types "
     "max_window_layers original_max_position_embeddings partial_rotary_factor "
     "rope_local_base_freq rope_scaling rope_theta sliding_window sliding_window_pattern "
     "use_sliding_window",
@@ -95,7 +95,7 @@ HARMLESS = {
 
 
 class _Read(dict):
-    """A configuration that knows which of its keys were asked for."""
+    """A configuration that records which of its keys were read."""
 
     def __init__(self, values: Mapping[str, Any]):
         super().__init__(values)
@@ -110,13 +110,13 @@ class _Read(dict):
         return super().__getitem__(key)
 
     def unread(self) -> tuple[str, ...]:
-        """Keys that say something, were not asked for, and are not known to be harmless."""
+        """Keys that have a value, were not read, and are not known to be harmless."""
         known = self.seen.union(*(keys.split() for keys in HARMLESS.values()))
         says = {key for key, value in self.items() if value not in (None, False, [], {})}
         return tuple(sorted(says - known))
 
 
-# Without these there is no model; Gemma's have defaults for some.
+# Required keys; Gemma has defaults for some.
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -136,17 +136,17 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What a Hugging Face config.json describes.
+    """The model that a Hugging Face config.json describes.
 
     Attributes:
         family: its model_type.
         model: our configuration, layers unrolled.
-        max_length: the longest sequence that the imported model is right for.
-        start_id: what stands before the first token: BOS, else EOS.
+        max_length: the longest sequence for which the imported model is exact.
+        start_id: the token before the first one: BOS, else EOS.
         eos_ids: ids that end a text.
-        unread: keys that no one here asked for, and that may mean something.
-        rotated: rotated places of a head, from its first; 0: all of them.
-        multipliers: Granite's, which are folded into weights.
+        unread: keys that were not read and that may matter.
+        rotated: how many of a head's first dimensions RoPE rotates; 0: all of them.
+        multipliers: Granite's multipliers, which are folded into weights.
     """
 
     family: str
@@ -160,7 +160,7 @@ class Imported:
 
 
 def model_type(directory: pathlib.Path) -> str | None:
-    """What the directory's config.json says it is; None where it says nothing readable."""
+    """The model_type in the directory's config.json; None if there is none."""
     try:
         return json.loads((directory / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -171,7 +171,7 @@ def read_config(directory: pathlib.Path) -> Imported:
     """Translates a model's config.json.
 
     Raises:
-        DataError: no such file, a family or a setting that our model cannot express.
+        DataError: the file does not exist, or the family or a setting is not supported.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -185,7 +185,7 @@ def read_config(directory: pathlib.Path) -> Imported:
         raise DataError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise DataError(
-            f"{path} holds a JSON {type(values).__name__}, wanted an object; give a "
+            f"{path} contains a JSON {type(values).__name__}, expected an object; give a "
             "Hugging Face model's directory"
         )
     if values.get("model_type") == "gemma3":  # the text model within one that also sees images
@@ -193,12 +193,12 @@ def read_config(directory: pathlib.Path) -> Imported:
     name = values.get("model_type")
     if name not in FAMILIES:
         raise DataError(
-            f"{path} has model_type {name!r}; can be imported: {', '.join(FAMILIES)}{AS_TEACHER}"
+            f"{path} has model_type {name!r}; supported: {', '.join(FAMILIES)}{AS_TEACHER}"
         )
     values = _Read(values)
     if values.get("quantization_config"):
         raise DataError(
-            f"{path} has quantization_config, and weights are read as they are stored; give the "
+            f"{path} has quantization_config, and quantised weights cannot be read; give the "
             f"model before it was quantised{AS_TEACHER}"
         )
     found = _translate(name, values, path)
@@ -222,7 +222,7 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
     if activation not in ACTIVATIONS:
         raise refuse("hidden_act", activation, f"not one of {', '.join(ACTIVATIONS)}")
     if values.get("use_bidirectional_attention"):
-        raise refuse("use_bidirectional_attention", True, "and we have causal attention alone")
+        raise refuse("use_bidirectional_attention", True, "but encdec's decoders are always causal")
     bias = bool(given("attention_bias", False))
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
     if rotated and name.startswith(("qwen3", "gemma3")):
@@ -309,9 +309,7 @@ def _window(
         return {}
     every = next((layer + 1 for layer, is_local in enumerate(local) if not is_local), 0)
     if local != [not every or (layer + 1) % every != 0 for layer in range(layers)]:
-        raise refuse(
-            "layer_types", types or local, "but global layers have to come at equal distances"
-        )
+        raise refuse("layer_types", types or local, "but global layers have to be evenly spaced")
     fields: dict[str, Any] = {"attention_window": int(window), "global_layer_every": every}
     scaled = rope.get("rope_scaling", "none") != "none"
     base = given("rope_local_base_freq")
@@ -321,14 +319,14 @@ def _window(
             raise refuse(
                 "rope_parameters",
                 parameters["sliding_attention"],
-                "but local layers cannot be scaled",
+                "but RoPE scaling of local layers is not supported",
             )
         base = parameters["sliding_attention"].get("rope_theta", base)
     elif scaled and base is None:
         raise refuse(
             "rope_scaling",
             values.get("rope_scaling") or parameters,
-            "together with sliding_window, whose layers we never scale",
+            "together with sliding_window, whose layers cannot use RoPE scaling",
         )
     if base is not None:
         fields["local_rope_theta"] = float(base)
@@ -344,21 +342,21 @@ def convert(
 ) -> dict[str, Any]:
     """Our parameter tree (unrolled) as views of the tensors, in their dtype.
 
-    Where only the first ``rotated`` places of a head turn, its places are ordered as our pairs
+    Where only the first ``rotated`` dimensions of a head rotate, they are ordered as our pairs
     are; ``multipliers``, and a rotation's magnitude, are folded into weights, then float32. All
-    of these copy what they change.
+    of these copy the tensors that they change.
 
     Raises:
-        DataError: tensors are missing, superfluous or misshapen.
+        DataError: tensors are missing, unexpected or of the wrong shape.
     """
     found = [name for name in tensors if name.endswith("embed_tokens.weight")]
     if len(found) != 1:
         raise DataError(
             f"the checkpoint has {len(found)} tensors called *embed_tokens.weight; "
-            "wanted the weights of one causal language model"
+            "expected one, as in a causal language model"
         )
     prefix = found[0].removesuffix("embed_tokens.weight")
-    # Beside the stack: "lm_head" where that is "model.", within whatever lies around both.
+    # Next to the stack: "lm_head" where that is "model.", with the same prefix as both.
     head = prefix.removesuffix("model.") + "lm_head.weight"
     head = head if head in tensors else "lm_head.weight"
     ignored = [
@@ -398,7 +396,7 @@ def convert(
 def _multiplied(
     config: ModelConfig, prefix: str, head: str, tensors: Tensors, multipliers: Mapping[str, float]
 ) -> dict[str, np.ndarray]:
-    """Granite's multipliers in the weights: of embeddings, of what sublayers add, of logits."""
+    """Weights with Granite's embedding, residual and logits multipliers folded in."""
     scaled = lambda x, by: np.asarray(x, np.float32) * np.float32(by)
     changed = dict(tensors)
     table = tensors[f"{prefix}embed_tokens.weight"]
@@ -413,7 +411,7 @@ def _multiplied(
 
 
 def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Entry]:
-    """What our parameters are called there; parts of a fused tensor as ``_split_fused`` does."""
+    """Their names of our parameters; parts of a fused tensor are named as by ``_split_fused``."""
     fused = family == "phi3"
     attention = (*(_QKV if fused else ("q_proj", "k_proj", "v_proj")), "o_proj")
     mlp = dict(zip(("gate", "up"), _GATE_UP if fused else ("gate_proj", "up_proj")))

@@ -1,4 +1,4 @@
-"""``encdec import``: a model from elsewhere becomes one of ours."""
+"""``encdec import``: converts another project's model to a work directory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def main(argv: list[str]) -> int:
     """``encdec import --from=hf DIR --out=DIR``.
 
     Raises:
-        ConfigError: the output is taken, or the model has a setting that ours cannot express.
-        DataError: files that are missing, cut short or do not belong together.
+        ConfigError: the output directory is in use, or the model has an unsupported setting.
+        DataError: files are missing, truncated or do not belong together.
     """
     options = _parser().parse_args(argv)
     if options.head_dim is not None and options.format != "mu":
         raise ConfigError(
-            f"--head_dim={options.head_dim} goes with --from=mu; the other formats tell it"
+            f"--head_dim={options.head_dim} goes with --from=mu; the other formats state it"
         )
     if options.head_dim is not None and options.head_dim < 1:
-        raise ConfigError(f"head_dim is {options.head_dim}; wanted 1 or more, the width of a head")
+        raise ConfigError(f"head_dim is {options.head_dim}; expected a head width of 1 or more")
     source, out = pathlib.Path(options.source), pathlib.Path(options.out)
     if not source.exists():
-        raise DataError(f"{source} does not exist; give what was downloaded")
+        raise DataError(f"{source} does not exist; give the downloaded file or directory")
     # Imported late: a mistake in the command line is answered at once.
     from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
     from encdec.data.vocabulary import load_vocabulary
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
                 print(note)
         family, longest = found.family, found.max_length
         if found.unread:
-            print(f"Not read from config.json, as unknown here: {', '.join(found.unread)}")
+            print(f"Unknown keys of config.json, ignored: {', '.join(found.unread)}")
         framing = read_framing(
             source,
             found.start_id,
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         )
         needed = sum(tensor.nbytes for tensor in tensors.values())
         if (free := free_bytes(out)) < needed:
-            raise DataError(f"{out} has room for {free:,} bytes; the model needs about {needed:,}")
+            raise DataError(f"{out} has {free:,} bytes free; the model needs about {needed:,}")
     elif options.format == "mu":
         from encdec.interop import mu
 
@@ -107,12 +107,12 @@ def main(argv: list[str]) -> int:
     )
     if vocabulary and not framing.adds_start:
         print(
-            f"Its tokenizer puts nothing in front of a text; here every text begins with "
+            f"Its tokenizer adds no start token; here every text begins with "
             f"{vocabulary.piece(framing.start_id)} (id {framing.start_id})"
         )
     if vocabulary is None:
         print(
-            "The model's vocabulary is unknown here, so it cannot score records or generate "
+            "The model's vocabulary could not be read, so it cannot score records or generate "
             f"text; import it again with --vocabulary=FILE --overwrite --out={out}"
         )
     return 0
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec import",
         allow_abbrev=False,
-        description="Turns a model from elsewhere into a work directory that score, generate and "
+        description="Converts another project's model to a work directory that score, generate and "
         "describe read.",
     )
     parser.add_argument(
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="format",
         choices=("hf", "mu", "llama2c"),
         default="hf",
-        help="what PATH is (default %(default)s)",
+        help="format of PATH (default %(default)s)",
     )
     parser.add_argument(
         "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
@@ -158,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--param_dtype",
         choices=("float32", "bfloat16"),
-        help="of the stored parameters (default: as they are; float16 becomes float32)",
+        help="dtype of the stored parameters (default: unchanged; float16 becomes float32)",
     )
-    parser.add_argument("--name", help="what cards call the model (default: PATH's last part)")
+    parser.add_argument("--name", help="the model's name in cards (default: PATH's last part)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     return parser

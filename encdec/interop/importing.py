@@ -44,19 +44,19 @@ def write_model(
         out: the directory; ``config.json`` is written last.
         config: the model.
         params: its unrolled parameters; memory-mapped views are never held in memory as a whole.
-        source: where it comes from, for the record.
-        vocabulary: of the model; None where it cannot be read here.
-        framing: what stands around its texts.
-        max_length: longest sequence that the model is right for.
-        param_dtype: of the stored parameters; by default bfloat16 if all of them are, and
-            float32 otherwise, so that nothing is lost.
+        source: the model's origin, kept in config.json.
+        vocabulary: of the model; None if it cannot be read.
+        framing: special tokens around its texts.
+        max_length: longest sequence for which the model is exact.
+        param_dtype: of the stored parameters; by default bfloat16 if all of them are,
+            float32 otherwise, so that no precision is lost.
         overwrite: replace what is in ``out``.
 
     Returns:
         The configuration as stored.
 
     Raises:
-        ConfigError: parameters that do not fit the configuration, or ``out`` is taken.
+        ConfigError: parameters do not fit the configuration, or ``out`` is in use.
         DataError: the vocabulary has more ids than the model.
     """
     if not is_free(out):
@@ -103,7 +103,7 @@ def write_model(
 
 
 def _is_imported(directory: pathlib.Path) -> bool:
-    """Whether this is what ``write_model`` left, finished or not: nothing else is ever removed."""
+    """Whether ``write_model`` wrote this, finished or not: nothing else is ever removed."""
     try:
         return "imported" in json.loads((directory / CONFIG_FILE).read_text())
     except (OSError, ValueError, TypeError):
@@ -112,7 +112,7 @@ def _is_imported(directory: pathlib.Path) -> bool:
 
 
 class _Cast:
-    """A tensor that takes its dtype only when it is written."""
+    """A tensor that is converted to its dtype only when it is written."""
 
     def __init__(self, tensor: np.ndarray, dtype: np.dtype):
         self._tensor, self.dtype, self.shape = tensor, dtype, tensor.shape
@@ -123,7 +123,7 @@ class _Cast:
 
 
 def free_bytes(path: pathlib.Path) -> int:
-    """Room left on the disk that ``path`` will lie on."""
+    """Free bytes on the file system that ``path`` will be on."""
     while not path.exists():
         path = path.parent
     stats = os.statvfs(path)

@@ -1,4 +1,4 @@
-"""Two names for one tensor: how parameters of ours lie in another project's checkpoint.
+"""Names and shapes of our parameters in another project's checkpoint.
 
 A layout is a list of entries, read in either direction. Kernels are [out, in] there and [in, out]
 here, with heads as an axis of their own.
@@ -18,7 +18,7 @@ from encdec.model import ModelConfig, abstract_params, build_model
 Kind = Literal["same", "matrix", "heads_in", "heads_out", "heads_bias"]
 Flat = dict[str, np.ndarray]
 
-SHOWN = 6  # names of each fault in a message
+SHOWN = 6  # how many tensor names a message lists per fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def attention_entries(
 def mlp_entries(
     config: ModelConfig, theirs: str, ours: str, names: Mapping[str, str]
 ) -> list[Entry]:
-    """Matrices of one MLP; ``names`` says what gate, up and down are called there."""
+    """Matrices of one MLP; ``names`` are theirs for gate, up and down."""
     entries = []
     for x in ("gate", "up", "down") if config.mlp_gated else ("up", "down"):
         entries.append(Entry(f"{theirs}.{names[x]}.weight", f"{ours}/{x}/kernel", "matrix"))
@@ -121,13 +121,14 @@ def to_ours(
     """Our unrolled parameters as views of their tensors.
 
     Args:
-        layout: what is called what.
+        layout: names on both sides.
         config: our model, layers unrolled.
         tensors: the checkpoint.
         ignored: names that may be there and are not read.
 
     Raises:
-        DataError: tensors are missing, superfluous or misshapen; the first of each are named.
+        DataError: tensors are missing, unexpected or of the wrong shape; the first of each are
+            named.
     """
     shapes = {
         path: leaf.shape for path, leaf in flatten(abstract_params(build_model(config))).items()
@@ -139,25 +140,21 @@ def to_ours(
         for name in sorted(set(tensors) - set(wanted) - set(ignored))
     ]
     misshapen = [
-        f"{name} {tensors[name].shape}, wanted {shape}"
+        f"{name} {tensors[name].shape}, expected {shape}"
         for name, shape in wanted.items()
         if name in tensors and tensors[name].shape != shape
     ]
     faults = [
         f"{kind}: {', '.join(names[:SHOWN])}"
         + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        for kind, names in (
-            ("missing", missing),
-            ("without a place in the model", extra),
-            ("misshapen", misshapen),
-        )
+        for kind, names in (("missing", missing), ("unexpected", extra), ("wrong shape", misshapen))
         if names
     ]
     if faults:
         raise DataError(
             "the checkpoint does not fit its configuration; tensors "
             + "; ".join(faults)
-            + ". Download it again, or take another"
+            + ". Download it again, or use another"
         )
     flat = {}
     for entry in layout:

@@ -30,7 +30,7 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
     tied, V = V > 0, abs(V)
     if min(M, F, layers, H, K, V, longest) < 1 or M % H or H % K:
         raise DataError(
-            f"{path} does not start with a llama2.c header (read {header}); wanted a "
+            f"{path} does not start with a llama2.c header (it starts with {header}); expected a "
             "legacy (version 0) float32 export"
         )
     D = M // H

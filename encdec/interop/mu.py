@@ -2,7 +2,7 @@
 
 A file of theirs is a dict with ``model_state_dict`` and, as their training saves it,
 ``model_config``; names are those of their public release (microsoft/encoder-decoder-slm). Every
-field of the latter is obeyed or refused. What no file tells is as published: RoPE in
+field of the latter is obeyed or refused. Settings that no file states are as published: RoPE in
 self-attention alone, encoder positions centred, norms that leave float32 before they are scaled,
 an ungated tanh-GELU MLP.
 """
@@ -24,7 +24,7 @@ from encdec.packages import install_hint
 
 START_ID = 1  # BOS of their tokenizer
 HEAD_DIM = 64  # of the release, which has no model_config
-# Their fields with their defaults, which a field that is absent takes.
+# Their fields with the defaults that absent fields get.
 FIELDS: dict[str, Any] = {
     "n_encoder_layer": 20,
     "n_decoder_layer": 10,
@@ -54,7 +54,7 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str
     Raises:
         ConfigError: torch is not installed.
         DataError: the file holds more than weights, is damaged or has no ``model_state_dict``, or
-            its ``model_config`` is no dict.
+            its ``model_config`` is not a dict.
     """
     try:
         import torch
@@ -79,15 +79,15 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str
     settings = content.get("model_config")
     if settings is not None and not isinstance(settings, Mapping):
         raise DataError(
-            f"{path} has model_config {settings!r}, wanted a dict of the model's fields; give the "
-            "file as their training wrote it"
+            f"{path} has model_config {settings!r}, which is not a dict of the model's fields; "
+            "give the file that their training wrote"
         )
     tensors = {name.removeprefix("module."): _numpy(x) for name, x in state.items()}
     return tensors, None if settings is None else dict(settings)
 
 
 def _numpy(tensor: object) -> np.ndarray:
-    """A view; NumPy has no bfloat16 of its own, so that passes as 16 bits."""
+    """A view; NumPy has no bfloat16, so those tensors are viewed as 16-bit integers."""
     import torch
 
     if tensor.dtype == torch.bfloat16:
@@ -104,14 +104,14 @@ def read_config(
 
     Args:
         tensors: of the checkpoint.
-        settings: its ``model_config``. Without one, names and shapes tell the sizes, and the rest
-            is as in the release.
-        head_dim: width of a head where ``settings`` does not tell it; by default the release's.
+        settings: its ``model_config``. Without one, the sizes follow from names and shapes, and the
+            rest is as in the release.
+        head_dim: width of a head where ``settings`` does not state it; by default the release's.
 
     Raises:
-        ConfigError: ``head_dim`` is not what ``settings`` say.
-        DataError: tensors that say the sizes are missing or at odds with ``settings``, or a field
-            of ``settings`` that our model cannot express.
+        ConfigError: ``head_dim`` contradicts ``settings``.
+        DataError: tensors that determine the sizes are missing or contradict ``settings``, or a
+            field of ``settings`` is not supported.
     """
     layers = {
         stack: len(
@@ -129,7 +129,7 @@ def read_config(
     ):
         if name not in tensors or tensors[name].ndim != 2:
             raise DataError(
-                f"the checkpoint has no matrix {name}, which says the model's {what}; "
+                f"the checkpoint has no matrix {name}, which determines the model's {what}; "
                 "give the model.pt of the release"
             )
         sizes[what] = tensors[name].shape[axis]
@@ -146,7 +146,7 @@ def read_config(
     if sizes["queries"] % head_dim or sizes["keys"] % head_dim or not all(layers.values()):
         raise DataError(
             f"the checkpoint has {layers} layers, queries {sizes['queries']} and keys "
-            f"{sizes['keys']} wide; wanted layers in both and multiples of {head_dim}"
+            f"{sizes['keys']} wide; expected layers in both and multiples of {head_dim}"
         )
     head = tensors.get("lm_head.weight")
     tied = head is None or np.array_equal(head, tensors["transformer.wte.weight"])
@@ -161,7 +161,7 @@ def read_config(
         num_kv_heads=sizes["keys"] // head_dim,
         head_dim=head_dim,
         mlp_dim=sizes["mlp"],
-        # What they call interleaved is which key head a query head reads, not the rotation.
+        # Their "interleaved" says which key head a query head reads, not how heads are rotated.
         kv_pairing="grouped" if given["is_interleaved"] else "tiled",
         qkv_bias="transformer.h.0.causal_attn.q_linear.bias" in tensors,
         attention_out_bias="transformer.h.0.causal_attn.out_linear.bias" in tensors,
@@ -170,7 +170,7 @@ def read_config(
         norm_cast="before_scale",
         tie_embeddings=tied,
         rope_theta=float(given["rope_theta"]),
-        # Theirs stretches with each sequence longer than block_size: up to there the two are one.
+        # Theirs rescales for each sequence longer than block_size: up to there both are the same.
         rope_scaling="ntk" if stretched else "none",
         rope_factor=float(given["rope_factor"]) if stretched else 1.0,
         rope_max_length=longest,
@@ -185,11 +185,11 @@ def read_config(
 def _checked(
     settings: Mapping[str, Any], layers: Mapping[str, int], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Every field of a ``model_config``, each of its type and at one with the tensors.
+    """Every field of a ``model_config``, checked for its type and against the tensors.
 
     Raises:
-        DataError: a field that is not known, of another type, at odds with the tensors, or that
-            our model cannot express.
+        DataError: a field is unknown, of another type, contradicts the tensors, or
+            is not supported.
     """
     refuse = lambda key, why: DataError(
         f"the checkpoint's model_config has {key} {given[key]!r}, {why}; this model cannot be "
@@ -205,21 +205,21 @@ def _checked(
         value = given[key]
         if isinstance(default, bool):
             if not isinstance(value, bool):
-                raise refuse(key, "wanted true or false")
+                raise refuse(key, "expected true or false")
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise refuse(key, "wanted a number")
+            raise refuse(key, "expected a number")
         elif isinstance(default, int) and key != "rope_theta" and value != int(value):
-            raise refuse(key, "wanted a whole number")
+            raise refuse(key, "expected a whole number")
         elif key not in ("dropout", "pad_token_id", "rope_factor") and value <= 0:
-            raise refuse(key, "wanted a positive number")
+            raise refuse(key, "expected a positive number")
     if given["pad_token_id"] != 0:
-        raise refuse("pad_token_id", "an id that it never reads; ours is 0")
+        raise refuse("pad_token_id", "but encdec's padding id is 0")
     if not 0 <= given["dropout"] < 1:
-        raise refuse("dropout", "wanted a rate in [0, 1)")
+        raise refuse("dropout", "expected a rate in [0, 1)")
     if given["qkv_embd"] % given["n_head"]:
-        raise refuse("n_head", f"wanted a divisor of qkv_embd {given['qkv_embd']}")
+        raise refuse("n_head", f"expected a divisor of qkv_embd {given['qkv_embd']}")
     if given["n_head"] % given["n_kv_head"]:
-        raise refuse("n_kv_head", f"wanted a divisor of n_head {given['n_head']}")
+        raise refuse("n_kv_head", f"expected a divisor of n_head {given['n_head']}")
     found = {
         "n_encoder_layer": layers["encoder"],
         "n_decoder_layer": layers["decoder"],
@@ -236,7 +236,7 @@ def _checked(
 
 
 def layout(config: ModelConfig) -> list[Entry]:
-    """What our parameters are called there."""
+    """Their names of our parameters."""
     entries = [Entry("transformer.wte.weight", "embedder/embedding")]
     if not config.tie_embeddings:
         entries.append(Entry("lm_head.weight", "embedder/head", "matrix"))
@@ -271,7 +271,7 @@ def convert(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str,
     """Our unrolled parameters as views of the tensors.
 
     Raises:
-        DataError: tensors are missing, superfluous or misshapen.
+        DataError: tensors are missing, unexpected or of the wrong shape.
     """
     ignored = ["lm_head.weight"] if config.tie_embeddings else []
     return to_ours(layout(config), config, tensors, ignored)

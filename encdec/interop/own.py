@@ -47,7 +47,7 @@ _LENGTH = 1 << 15  # nothing in the format depends on a length
 
 
 def layout(config: ModelConfig, *, one_table: bool) -> list[Entry]:
-    """What our parameters are called there; ``one_table``: stored once for both stacks."""
+    """Their names of our parameters; ``one_table``: one embedding table for both stacks."""
     entries = [Entry("decoder.embed_tokens.weight", "embedder/embedding")]
     if not one_table:
         table = "embedder" if config.share_embeddings else "encoder_embedder"
@@ -89,7 +89,7 @@ def read_config(directory: pathlib.Path) -> Imported:
     """Translates the config.json that ``encdec export --format=hf`` wrote.
 
     Raises:
-        DataError: a field is missing, or an activation is none of ours.
+        DataError: a field is missing, or an activation is not supported.
     """
     path = directory / "config.json"
     values = json.loads(path.read_text())
@@ -143,10 +143,10 @@ def convert(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Our configuration and its unrolled parameters, as views of the tensors.
 
-    One table serves both stacks where it is stored once, or twice alike.
+    Both stacks share one table where it is stored once, or as two equal copies.
 
     Raises:
-        DataError: tensors are missing, superfluous or misshapen.
+        DataError: tensors are missing, unexpected or of the wrong shape.
     """
     tables = [tensors.get(f"{stack}.embed_tokens.weight") for stack in ("encoder", "decoder")]
     one_table = tables[0] is None

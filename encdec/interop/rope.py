@@ -11,11 +11,11 @@ import numpy as np
 
 from encdec.errors import DataError
 
-_STILL = 1e30  # divides a frequency to where no angle differs from 0 in float32
+_STILL = 1e30  # divides a frequency so far that every angle is 0 in float32
 
 
 def required(values: Mapping[str, Any], key: str, where: object, kind: type = int) -> Any:
-    """The value of a key that a configuration cannot do without.
+    """The value of a required key of a configuration.
 
     Args:
         values: the configuration.
@@ -29,7 +29,8 @@ def required(values: Mapping[str, Any], key: str, where: object, kind: type = in
     value = values.get(key)
     if value is None:
         raise DataError(
-            f"{where} has no {key}; download the file again, or add what the model was made with"
+            f"{where} has no {key}; download the file again, or add the value that the model "
+            "was made with"
         )
     kinds = {int: int, float: (int, float)}.get(kind, kind)
     if (
@@ -43,7 +44,7 @@ def required(values: Mapping[str, Any], key: str, where: object, kind: type = in
             dict: "an object",
             list: "a list",
         }[kind]
-        raise DataError(f"{where} has {key} {value!r}, wanted {wanted}; download the file again")
+        raise DataError(f"{where} has {key} {value!r}, expected {wanted}; download the file again")
     return value
 
 
@@ -54,8 +55,8 @@ def read_rope(
     refuse: Callable[..., DataError],
     path: pathlib.Path,
 ) -> tuple[dict[str, Any], int, int]:
-    """Our rotation fields, the longest sequence they are right for, and the rotated places of a
-    head where that is a part of it (else 0)."""
+    """Our rotation fields, the longest sequence for which they are exact, and how many dimensions
+    of a head are rotated (0: all)."""
     parameters = dict(values.get("rope_parameters") or {})
     parameters = dict(parameters.get("full_attention", parameters))
     scaling = parameters or dict(values.get("rope_scaling") or {})
@@ -64,7 +65,11 @@ def read_rope(
     partial = float(scaling.get("partial_rotary_factor") or given("partial_rotary_factor", 1.0))
     rotated = int(head_dim * partial)
     if not 0 < partial <= 1 or rotated < 2 or rotated % 2:
-        raise refuse("partial_rotary_factor", partial, f"no even part of heads {head_dim} wide")
+        raise refuse(
+            "partial_rotary_factor",
+            partial,
+            f"not an even number of dimensions of heads {head_dim} wide",
+        )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     where = f"{path}, rope scaling {kind!r},"
     fields: dict[str, Any] = {"rope_theta": theta}
@@ -90,19 +95,19 @@ def read_rope(
         if magnitude is None:
             magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         divisors = np.array(required(scaling, "short_factor", where, list), np.float64)
-        # Beyond the original length other divisors would hold for the whole sequence.
+        # Beyond the original length the whole sequence would use other divisors.
         longest = original
     elif kind == "yarn":
         factor = scaling.get("factor") or longest / original
         divisors, magnitude = _yarn(theta, rotated, float(factor), original, scaling)
-    elif kind == "dynamic":  # with each sequence longer than this another base would hold
+    elif kind == "dynamic":  # the base would change with each sequence longer than this
         pass
     elif kind != "default":
         kinds = "default, linear, dynamic, yarn, llama3, longrope"
         raise refuse("rope_scaling", kind, f"not one of {kinds}")
     if partial == 1 and kind in ("default", "dynamic"):
         return fields, longest, 0
-    if partial < 1:  # pairs of our whole heads: first those that turn, then those that stand still
+    if partial < 1:  # pairs of whole heads: first the rotated ones, then those that are not rotated
         pairs = np.arange(head_dim // 2)
         wanted = theta ** (-np.arange(0, rotated, 2) / rotated) / divisors
         divisors = np.full(len(pairs), _STILL)
@@ -123,7 +128,7 @@ def _yarn(
     theta: float, rotated: int, factor: float, original: int, scaling: Mapping[str, Any]
 ) -> tuple[np.ndarray, float]:
     """YaRN's divisors and magnitude (arXiv 2309.00071, section 3.2, as transformers reads them):
-    pairs that turn often in the original length are kept, slow ones stretched by the factor."""
+    pairs with many turns in the original length are kept, slow ones stretched by the factor."""
     fast, slow = float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1)
     place = lambda turns: (
         rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))

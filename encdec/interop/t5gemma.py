@@ -51,7 +51,7 @@ _COUNTS = (
     "num_key_value_heads",
     "head_dim",
 )
-# What both stacks must have in common, because ours have one field for both.
+# Settings that both stacks must share, because ModelConfig has one field for both.
 _SHARED = (
     "vocab_size",
     "hidden_size",
@@ -68,7 +68,7 @@ _SHARED = (
 
 
 def layout(config: ModelConfig) -> list[Entry]:
-    """What our parameters are called there."""
+    """Their names of our parameters."""
     entries = [Entry("model.decoder.embed_tokens.weight", "embedder/embedding")]
     if not config.share_embeddings:
         entries.append(Entry("model.encoder.embed_tokens.weight", "encoder_embedder/embedding"))
@@ -105,18 +105,20 @@ def layout(config: ModelConfig) -> list[Entry]:
 def read_config(directory: pathlib.Path) -> Imported:
     """Translates a T5Gemma's config.json.
 
-    Layers with a sliding window read everything in ours; up to the window's length the two are
-    the same, so ``max_length`` ends there.
+    Layers with a sliding window attend to everything in our model; up to the window's length that
+    is the same, so ``max_length`` is the window's length.
 
     Raises:
-        DataError: a setting that our model cannot express.
+        DataError: a setting is not supported.
     """
     path = directory / "config.json"
     values = json.loads(path.read_text())
     stacks = {}
     for name in ("encoder", "decoder"):
         if not isinstance(values.get(name), dict):
-            raise DataError(f"{path} has no {name}; wanted a T5Gemma encoder-decoder")
+            raise DataError(
+                f"{path} has no {name}; expected a T5Gemma encoder-decoder's config.json"
+            )
         stacks[name] = _DEFAULTS | {
             k: v
             for k, v in values[name].items()
@@ -131,8 +133,7 @@ def read_config(directory: pathlib.Path) -> Imported:
             raise refuse(
                 f"encoder.{key}",
                 encoder[key],
-                f"but decoder.{key} {decoder[key]!r}: "
-                "our stacks have one width, and the like, between them",
+                f"but decoder.{key} {decoder[key]!r}: encdec has one value for both stacks",
             )
     if decoder["hidden_activation"] not in ACTIVATIONS:
         raise refuse(
@@ -145,7 +146,7 @@ def read_config(directory: pathlib.Path) -> Imported:
             required(stack, key, f"{path}, {name},")
     rope = _rope(encoder, refuse, f"{path}, encoder,")
     if rope != _rope(decoder, refuse, f"{path}, decoder,"):
-        raise refuse("rope_parameters", encoder.get("rope_parameters"), "the decoder others")
+        raise refuse("rope_parameters", encoder.get("rope_parameters"), "but the decoder's differ")
     bias = bool(decoder["attention_bias"])
     model = ModelConfig(
         vocab_size=decoder["vocab_size"],
@@ -182,7 +183,7 @@ def read_config(directory: pathlib.Path) -> Imported:
 
 
 def _window(stack: Mapping[str, Any]) -> int:
-    """Up to which length windows make no difference."""
+    """The longest sequence for which windows make no difference."""
     kinds = stack.get("layer_types")
     layers = stack["num_hidden_layers"]
     local = "sliding_attention" in kinds if kinds else layers > 0  # by default every other one
@@ -211,7 +212,7 @@ def convert(
     One table serves both stacks where theirs are equal.
 
     Raises:
-        DataError: tensors are missing, superfluous or misshapen.
+        DataError: tensors are missing, unexpected or of the wrong shape.
     """
     names = [f"model.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
     ignored = ["lm_head.out_proj.weight"] if config.tie_embeddings else []

@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap intervals, and paired tests between two models."""
+"""Uncertainty of scores: bootstrap intervals, and paired tests between two models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Of an example's indices (repeats allowed) to the score of that sample.
+# Maps indices of examples (repeats allowed) to the score of that sample.
 Statistic = Callable[[np.ndarray], float]
 
-# Of sums over examples, [N, K], to the score of each row, [N]; NaN where it is not defined.
+# Maps sums over examples, [N, K], to the score of each row, [N]; NaN where it is not defined.
 ScoreOfSums = Callable[[np.ndarray], np.ndarray]
 
 RESAMPLES = 1000
@@ -21,7 +21,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Where a quantity is likely to be, with its estimate where there is one (else NaN)."""
+    """An interval, with the point estimate if there is one (else NaN)."""
 
     low: float
     high: float
@@ -29,9 +29,9 @@ class Interval:
 
     @classmethod
     def of(cls, values: np.ndarray, level: float = LEVEL, value: float = math.nan) -> Interval:
-        """Percentiles of draws that leave out equal shares on both sides.
+        """The central percentile interval of draws.
 
-        Draws that are not defined are left out; with fewer than two left, the bounds are NaN.
+        Undefined draws are left out; with fewer than two left, the bounds are NaN.
         """
         values = np.asarray(values, np.float64)
         values = values[np.isfinite(values)]
@@ -93,14 +93,14 @@ def randomisation_test(
     """Two-sided p-value that two models' scores of a set of examples differ.
 
     Approximate randomisation (Noreen 1989; Riezler and Maxwell 2005): each trial swaps the two
-    models' outputs of every example with probability 1/2 and scores both sets anew; the p-value is
+    models' outputs of every example with probability 1/2 and scores both sets again; the p-value is
     the share of trials with a difference at least as large, the observed one counted among them.
     A swap moves an example's part of the sums, so that a trial is one row of a matrix product. A
     trial whose score is not defined counts as large.
 
     Args:
-        first_ExK: what each example adds to the sums, of the first model.
-        second_ExK: the same of the second, on the same examples.
+        first_ExK: what each example adds to the first model's sums.
+        second_ExK: the same for the second model, on the same examples.
         score_of: sums [N, K] to scores [N].
         trials: how many.
         seed: of the swaps.
@@ -111,7 +111,7 @@ def randomisation_test(
     first, second = np.asarray(first_ExK, np.float64), np.asarray(second_ExK, np.float64)
     if first.shape != second.shape:
         raise ValueError(
-            f"parts of shape {first.shape} against {second.shape}; wanted the same examples"
+            f"parts of shape {first.shape} against {second.shape}; expected the same examples"
         )
     sums_K, moves_ExK = np.stack([first.sum(axis=0), second.sum(axis=0)]), second - first
     low, high = score_of(sums_K)

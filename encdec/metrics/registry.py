@@ -14,7 +14,7 @@ from encdec.fields import did_you_mean
 from encdec.metrics import syntax, text
 from encdec.metrics.score import Metric, Score
 
-# What a task without metrics of its own, or a plain file, is scored with.
+# Metrics of plain files and of tasks that name none.
 DEFAULT = ("exact_match", "rouge")
 
 _BEST = "F1 of the best reference, mean over examples (Lin 2004, package rouge-score)"
@@ -28,7 +28,7 @@ def _rouge_names(suffix: str = "") -> tuple[str, ...]:
 def _syntax(language: str) -> Metric:
     return Metric(
         f"syntax_{language}",
-        "CodeBLEU's syntax match: subtrees of the reference that the answer has, over all "
+        "CodeBLEU's syntax match: subtrees of the reference found in the answer, over all "
         "examples (Ren et al. 2020, section 3.2)",
         functools.partial(syntax.code_syntax, language),
         ("syntax_match",),
@@ -41,7 +41,8 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(
             "exact_match",
-            "share equal to a reference but for white space at the ends, as CodeXGLUE's evaluators",
+            "share equal to a reference except for white space at the ends, as CodeXGLUE's "
+            "evaluators",
             text.exact_match,
             ("exact_match",),
         ),
@@ -96,7 +97,7 @@ METRICS: dict[str, Metric] = {
         _syntax("c_sharp"),
         Metric(
             "bands",
-            "IELTS bands: mean absolute error, no number from 0 to 9 counting as 9 off, and "
+            "IELTS bands: mean absolute error, 9 for an answer without a number from 0 to 9; "
             "quadratic weighted kappa over half bands (Cohen 1968)",
             text.bands,
             ("band_error", "band_missing", "kappa"),
@@ -106,21 +107,23 @@ METRICS: dict[str, Metric] = {
 
 
 def register(metric: Metric) -> Metric:
-    """Enters a metric, so that tasks and ``--metrics`` may name it; returns it.
+    """Registers a metric, so that tasks and ``--metrics`` may name it; returns it.
 
     Raises:
         ConfigError: another metric has its name.
     """
     if METRICS.setdefault(metric.name, metric) is not metric:
-        raise ConfigError(f"there is a metric {metric.name!r} already; give yours another name")
+        raise ConfigError(
+            f"a metric {metric.name!r} is already registered; give yours another name"
+        )
     return metric
 
 
 def metric_named(name: str) -> Metric:
-    """A metric by its own name, or by that of one of its scores, which it then gives alone.
+    """A metric by its own name, or by that of one of its scores, limited to that score.
 
     Raises:
-        ConfigError: there is none, or several give a score of that name.
+        ConfigError: there is none, or several metrics have a score of that name.
     """
     if name in METRICS:
         return METRICS[name]
@@ -132,13 +135,13 @@ def metric_named(name: str) -> Metric:
         raise ConfigError(f"{name!r} is a score of several metrics; name one of {names}")
     scores = [score for metric in METRICS.values() for score in metric.gives]
     hint = did_you_mean(name, [*METRICS, *scores])
-    raise ConfigError(f"there is no metric {name!r}; there are {', '.join(METRICS)}{hint}")
+    raise ConfigError(f"unknown metric {name!r}; known: {', '.join(METRICS)}{hint}")
 
 
 def score_texts(
     metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> list[Score]:
-    """All scores of the metrics named, a score that two of them give once.
+    """All scores of the named metrics; a score that two of them give is computed once.
 
     Raises:
         ConfigError: no such metric.
@@ -152,5 +155,5 @@ def score_texts(
 
 
 def not_measured(metrics: Sequence[str]) -> list[str]:
-    """Metrics that this installation cannot give, each with what to install."""
+    """Metrics that this installation cannot compute, each with what to install."""
     return [needs for name in metrics or DEFAULT if (needs := metric_named(name).needs())]

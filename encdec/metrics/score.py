@@ -1,4 +1,4 @@
-"""What a metric is: scores that are functions of sums over examples, and its convention in words.
+"""Metrics: scores that are functions of sums over examples, each with its convention in words.
 
 Every score is a function of sums over the examples, so that one bootstrap and one randomisation
 test serve them all.
@@ -21,10 +21,10 @@ class Score:
 
     Attributes:
         name: for example ``f1`` or ``has_answer_f1``.
-        parts_ExK: what each of its examples adds to the sums: fewer examples than all for SQuAD's
-            two halves.
+        parts_ExK: what each of its examples adds to the sums; SQuAD's two halves have fewer than
+            all examples.
         of_sums: the score of each row of sums.
-        remark: what a reader of the value must know of these texts; often nothing.
+        remark: a caveat about the value on these texts; usually "".
     """
 
     name: str
@@ -34,11 +34,11 @@ class Score:
 
     @property
     def count(self) -> int:
-        """Examples it is taken over."""
+        """Number of examples."""
         return len(self.parts_ExK)
 
     def statistic(self, indices: np.ndarray) -> float:
-        """The score of the examples at these places, which may return."""
+        """The score of the examples at these indices (repeats allowed)."""
         return float(self.of_sums(self.parts_ExK[indices].sum(axis=0)[None])[0])
 
     @property
@@ -50,20 +50,20 @@ class Score:
         return bootstrap(self.statistic, self.count, resamples=resamples)
 
 
-# References of each example, and the predictions, to scores.
+# Maps references of each example, and the predictions, to scores.
 Scorer = Callable[[Sequence[Sequence[str]], Sequence[str]], list[Score]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric under its name.
+    """A metric with its name.
 
     Attributes:
-        name: by which tasks and commands ask for it.
-        convention: how it is computed, and where that way is published.
-        scorer: gives its scores.
+        name: used by tasks and commands.
+        convention: how it is computed, and where that convention is published.
+        scorer: computes its scores.
         gives: the names of these scores.
-        needs: what must be installed and is not; "" where nothing is missing.
+        needs: what must be installed first; "" if nothing is missing.
     """
 
     name: str
@@ -75,14 +75,14 @@ class Metric:
     def scores(
         self, references: Sequence[str | Sequence[str]], predictions: Sequence[str]
     ) -> list[Score]:
-        """Scores of predictions; nothing of no example, or where the installation cannot.
+        """Scores of predictions; none without examples, or if packages are missing.
 
         Args:
-            references: of each example, one text or all of them.
-            predictions: one text each.
+            references: of each example, one text or several.
+            predictions: one text per example.
 
         Raises:
-            ValueError: other numbers of both.
+            ValueError: the numbers of references and predictions differ.
         """
         if len(references) != len(predictions):
             raise ValueError(f"{len(references)} references but {len(predictions)} predictions")
@@ -94,17 +94,17 @@ class Metric:
     def __call__(
         self, references: Sequence[str | Sequence[str]], predictions: Sequence[str]
     ) -> dict[str, float]:
-        """The scores' values by name, as seqio's metric functions give them."""
+        """The scores' values by name, as seqio's metric functions return them."""
         return {score.name: score.value for score in self.scores(references, predictions)}
 
     def only(self, name: str) -> Metric:
-        """This metric with one of its scores alone."""
+        """This metric, limited to one of its scores."""
         pick = lambda *texts: [score for score in self.scorer(*texts) if score.name == name]
         return dataclasses.replace(self, name=name, scorer=pick, gives=(name,))
 
 
 def mean_score(name: str, values: Sequence[float], remark: str = "") -> list[Score]:
-    """A mean over examples; no score of no example."""
+    """A mean over examples; None without examples."""
     return ratio_score(name, values, np.ones(len(values)), remark=remark)
 
 
@@ -115,7 +115,7 @@ def ratio_score(
     scale: float = 1.0,
     remark: str = "",
 ) -> list[Score]:
-    """``scale`` times one sum over another, NaN where that is 0; no score of no example."""
+    """``scale`` times one sum over another, NaN where that is 0; None without examples."""
     if not len(above_E):
         return []
     parts_Ex2 = np.stack([np.asarray(above_E, np.float64), np.asarray(below_E, np.float64)], 1)
@@ -133,7 +133,7 @@ def best_of(
     references: Sequence[Sequence[str]],
     predictions: Sequence[str],
 ) -> list[float]:
-    """Of each example the best score of (reference, prediction) over its references."""
+    """Each example's best score of (reference, prediction) over its references."""
     return [
         max(score(one, text) for one in texts)
         for texts, text in zip(references, predictions, strict=True)
@@ -141,5 +141,5 @@ def best_of(
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float:
-    """Minus the log of text's probability, EOS included, in bits a byte of its UTF-8."""
+    """Negative log-probability of texts, EOS included, in bits per UTF-8 byte."""
     return nats / text_bytes / math.log(2)

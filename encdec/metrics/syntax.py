@@ -12,7 +12,7 @@ from typing import Any
 from encdec.metrics.score import Score, ratio_score
 from encdec.packages import install_hint
 
-# A language and the package with its grammar, which the extra "code" brings.
+# Languages and the packages with their grammars, installed by the extra "code".
 GRAMMARS = {"java": "tree_sitter_java", "c_sharp": "tree_sitter_c_sharp"}
 CLASS = b"class C {\n"
 
@@ -34,7 +34,7 @@ def subtrees(code: str, language: str) -> collections.Counter[str]:
     """All subtrees with children of some members of a class, as S-expressions of node types.
 
     Names, values and punctuation are left out, as in CodeBLEU. The tasks' texts are methods, so
-    that they are parsed inside of a class, whose own nodes do not count.
+    they are parsed inside a class, whose own nodes are not counted.
     """
     tree = _parser(language).parse(CLASS + code.encode() + b"\n}")
     # Iteratively, since a model may write thousands of brackets; children before their parents.
@@ -53,7 +53,8 @@ def subtrees(code: str, language: str) -> collections.Counter[str]:
 
 
 def syntax_match(reference: str, answer: str, language: str) -> tuple[int, int]:
-    """(subtrees of the reference that the answer has, each counted as often; all of them)."""
+    """(number of the reference's subtrees found in the answer, with multiplicity; number of
+    all)."""
     wanted, found = subtrees(reference, language), subtrees(answer, language)
     return (wanted & found).total(), wanted.total()
 
@@ -63,7 +64,7 @@ def code_syntax(
 ) -> list[Score]:
     """CodeBLEU's syntax match over all examples, 0 to 100.
 
-    Of several references the one that is matched best counts.
+    With several references, the best match counts.
     """
     counts = [
         max(
@@ -78,5 +79,5 @@ def code_syntax(
 
 
 def missing_grammar(language: str) -> str:
-    """What to install for a language's syntax match; "" where it is there."""
+    """What to install for a language's syntax match; "" if it is installed."""
     return "" if can_parse(language) else f"syntax_match of {language}: {install_hint('code')}"

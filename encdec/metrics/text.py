@@ -33,7 +33,7 @@ BANDS = 9.0
 
 
 def exact_match(references: References, predictions: Texts) -> list[Score]:
-    """Predictions equal to a reference, white space at the ends aside."""
+    """Share of predictions equal to a reference, ignoring white space at the ends."""
     equal = lambda one, text: 100.0 * (one.strip() == text.strip())
     return mean_score("exact_match", best_of(equal, references, predictions))
 
@@ -46,9 +46,9 @@ def squad_normal_form(text: str) -> str:
 def squad_v2(references: References, predictions: Texts) -> list[Score]:
     """SQuAD 2.0's exact match and F1, of all questions and of those with and without an answer.
 
-    As the official evaluator defines them (Rajpurkar et al. 2018): references that are empty in
-    normal form are left out, a question without any is unanswerable, and there only an empty
-    prediction is right. The text "unanswerable" stands for the empty one, on both sides.
+    As the official evaluator defines them (Rajpurkar et al. 2018): references that are empty after
+    normalization are left out, a question without any is unanswerable, and its only right answer
+    is an empty prediction. The text "unanswerable" stands for the empty one, on both sides.
     """
     wanted = [_gold_answers(texts) for texts in references]
     found = [_unless_unanswerable(text) for text in predictions]
@@ -111,7 +111,7 @@ def unicode_words(text: str) -> list[str]:
     the marks on it, is a word.
     """
     words: list[str] = []
-    last = ""  # what the last character was: of a word, a "single" one, or neither
+    last = ""  # the last character's kind: in a word, a "single" one, or neither
     for character in unicodedata.normalize("NFKC", text).casefold():
         kind, single = unicodedata.category(character)[0], UNSPACED.match(character)
         if kind not in "LMN":
@@ -162,7 +162,7 @@ def _rouge(references: References, predictions: Texts, suffix: str, **options: A
 
 
 def _letters_not_read(references: References, name: str) -> str:
-    """What rouge-score's own tokenizer makes of other letters than a to z; "" where none is."""
+    """A remark on letters that rouge-score's tokenizer ignores; "" if the references have none."""
     read = re.compile("[a-z0-9]")
     foreign = lambda text: any(c.isalnum() and not c.isascii() for c in text)
     other = [texts for texts in references if any(map(foreign, texts))]
@@ -170,17 +170,19 @@ def _letters_not_read(references: References, name: str) -> str:
         return ""
     nothing = sum(not any(read.search(text.lower()) for text in texts) for texts in other)
     zero = (
-        f"; of {nothing:,} it reads nothing, so that even the same text scores 0" if nothing else ""
+        f"; {nothing:,} have no other words, so that even an identical answer scores 0"
+        if nothing
+        else ""
     )
     return (
-        f"{name} reads the letters a to z and digits alone (rouge-score's tokenizer), and "
+        f"{name} reads only the letters a to z and digits (rouge-score's tokenizer), and "
         f"{len(other):,} of {len(references):,} references have other letters{zero}. The metric "
         "rouge_unicode reads the words of every script"
     )
 
 
 def _bleu_counts(references: References, predictions: Texts) -> np.ndarray:
-    """Of each example [matches of 1- to 4-grams, n-grams, length, closest, shortest reference].
+    """Per example [matches of 1- to 4-grams, n-grams, length, closest, shortest reference].
 
     Words as white space parts them; an n-gram counts as often as the reference that has it most.
     """
@@ -202,22 +204,23 @@ def bleu(references: References, predictions: Texts) -> list[Score]:
 
 
 def _few_words(references: References) -> str:
-    """That BLEU's sequences of four words are hardly there; "" where most references have them."""
+    """A remark that few references have four words in a row; "" if most have."""
     short = sum(all(len(text.split()) < 4 for text in texts) for texts in references)
     if 2 * short < len(references):
         return ""
     return (
-        f"bleu counts up to four words in a row, as white space parts them, and {short:,} of "
+        f"bleu counts sequences of up to four words separated by white space, and {short:,} of "
         f"{len(references):,} references have fewer than four (one in scripts without spaces), so "
-        "that even the same text scores 0 where all are like that. The metric chrf reads characters"
+        "that even an identical answer scores 0 if all are so short. "
+        "The metric chrf reads characters"
     )
 
 
 def bleu_of_sums(sums_Nx10: np.ndarray) -> np.ndarray:
-    """BLEU of matches and n-grams of the orders 1 to 4, and the lengths of answer and reference.
+    """BLEU from matches and n-grams of the orders 1 to 4, and the lengths of answer and reference.
 
-    Papineni et al. 2002, smoothed as NIST's mteval does: each order without a match counts as half
-    a match, the next such as a quarter, and so on.
+    Papineni et al. 2002, smoothed as NIST's mteval does: the first order without a match counts as
+    half a match, the next as a quarter, and so on.
     """
     matches_Nx4, ngrams_Nx4 = sums_Nx10[:, :4], sums_Nx10[:, 4:8]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -293,7 +296,7 @@ def _gold_band(text: str) -> float:
         return float(text)
     except ValueError:
         raise DataError(
-            f"the metric bands met the reference {text[:40]!r}; wanted a number from 0 to 9"
+            f"the metric bands met the reference {text[:40]!r}; expected a number from 0 to 9"
         ) from None
 
 
@@ -318,7 +321,7 @@ def kappa_of_sums(sums_Nx6: np.ndarray) -> np.ndarray:
     one and the same number.
     """
     count, first, second, first_squares, second_squares, differences = sums_Nx6.T
-    # Times the count's square; whole numbers, so that 0 is 0.
+    # Multiplied by the square of the count: whole numbers, so that 0 is exact.
     expected = count * (first_squares + second_squares) - 2 * first * second
     with np.errstate(divide="ignore", invalid="ignore"):
         return 1 - count * differences / np.where(expected > 0, expected, np.nan)

@@ -59,19 +59,19 @@ def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str
     if dropout:
         raise ConfigError(
             f"ExecutionConfig.attention_kernel is {kernel!r}, which has no dropout on attention "
-            f"probabilities, and attention_dropout is {config.attention_dropout}; wanted "
+            f"probabilities, and attention_dropout is {config.attention_dropout}; expected "
             "attention_dropout=0.0, or attention_kernel='xla' or 'auto'"
         )
     if kernel == "cudnn":
         if where not in ("gpu", "cuda"):
             raise ConfigError(
-                f"ExecutionConfig.attention_kernel is 'cudnn' on {where}; wanted an NVIDIA GPU, or "
+                f"ExecutionConfig.attention_kernel is 'cudnn' on {where}; use an NVIDIA GPU, or "
                 "attention_kernel='auto'"
             )
         if config.attention_logit_cap or config.dtype != "bfloat16":
             raise ConfigError(
                 "ExecutionConfig.attention_kernel is 'cudnn', which caps no scores and takes no "
-                f"{config.dtype}; wanted attention_logit_cap=0 and dtype='bfloat16', or "
+                f"{config.dtype}; expected attention_logit_cap=0 and dtype='bfloat16', or "
                 "attention_kernel='xla'"
             )
     return kernel

@@ -1,7 +1,7 @@
 """The experiment's text: excerpts for pretraining, examples of tasks that fit, one vocabulary.
 
-Everything is chosen by rule and counted in ``counts.json``: what was there, what was too long, what
-was taken. The tasks' files written here are what `encdec prepare` and `encdec evaluate` read.
+Everything is chosen by rule and counted in ``counts.json``: available, too long, taken. The tasks'
+files written here are what `encdec prepare` and `encdec evaluate` read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from encdec.errors import DataError
 from encdec.files import whole_file, write_json
 from encdec.paper.setting import Column, Setting
 
-HELD_OUT = 0.05  # of a task's training examples, its last, for the choice of a checkpoint
+HELD_OUT = 0.05  # last training examples of a task, held out to choose a checkpoint
 HELD_OUT_MOST = 64  # examples
 SPLITS = ("train", "validation")
 COUNTS_FILE = "counts.json"
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 
 class Corpora:
-    """Files of one experiment's text below ``work``; what is there is not made again."""
+    """Files of one experiment's text below ``work``; existing files are not made again."""
 
     def __init__(self, setting: Setting, work: pathlib.Path, data_dir: str, text: Sequence[str]):
         self._setting, self._work = setting, work
@@ -46,10 +46,10 @@ class Corpora:
         return str(self._work / "records" / f"{name}-{part}")
 
     def make(self, say: Say) -> None:
-        """Writes what is missing.
+        """Writes the missing files.
 
         Raises:
-            DataError: text or a task's file is not there, or nothing of a task fits.
+            DataError: text or a task's file is missing, or no example of a task fits.
         """
         counts_path = self._work / COUNTS_FILE
         counts = json.loads(counts_path.read_text()) if counts_path.is_file() else {}
@@ -112,7 +112,7 @@ class Corpora:
         )
 
     def _write_excerpts(self) -> dict[str, Any]:
-        """The beginning of every document, into text/train.jsonl and text/held_out.jsonl."""
+        """Writes the beginning of every document to text/train.jsonl and text/held_out.jsonl."""
         if not self._text:
             raise DataError("no text to pretrain on; give files with --text=FILE")
         shape = self._setting.pretrain
@@ -135,7 +135,7 @@ class Corpora:
         }
 
     def _all_text(self) -> Iterator[str]:
-        """What the vocabulary is learned from: training text alone."""
+        """Text from which the vocabulary is learned: training text only."""
         for (text,) in text_documents([self._work / "text" / "train.jsonl"], BadRows()):
             yield text
         for column in self._setting.columns:
@@ -151,7 +151,8 @@ class Corpora:
         return list(text_task(task, self._data_dir).examples(split, BadRows()))
 
     def _split(self, column: Column, task: str) -> tuple[list[Pair], list[Pair]]:
-        """Training and held-out examples: the last ones, whose texts the first seldom share."""
+        """Training and held-out examples; held out are the last, which rarely share texts with
+        others."""
         pairs = self._examples(column, task, "train")
         held_out = min(HELD_OUT_MOST, max(1, round(HELD_OUT * len(pairs))))
         return pairs[:-held_out], pairs[-held_out:]
@@ -169,7 +170,7 @@ class Corpora:
             chosen = evenly(fitting if column.too_long == "skip" else pairs, most)
             if not chosen:
                 raise DataError(
-                    f"none of the {len(pairs):,} {part} examples of {task} fits rows of "
+                    f"none of the {len(pairs):,} {part} examples of {task} fit rows of "
                     f"{column.inputs} + {column.targets} tokens; raise "
                     f"config.columns.{column.name}.inputs and targets, or set too_long to 'cut'"
                 )

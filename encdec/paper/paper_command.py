@@ -1,4 +1,4 @@
-"""``encdec paper``: pretrain, fine-tune, distil, evaluate, and lay out the paper's table."""
+"""``encdec paper``: pretrain, fine-tune, distil, evaluate, and write the paper's table."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
     """``encdec paper --config=configs/paper.py:SIZE --data_dir=DIR --text=FILE --work=DIR``.
 
     Raises:
-        ConfigError: settings that cannot be, or a work directory of other ones.
-        DataError: text or examples that are not there.
+        ConfigError: invalid settings, or a work directory with other settings.
+        DataError: text or examples are missing.
     """
     overrides = [argument for argument in argv if _OVERRIDE.fullmatch(argument)]
     options = _parser().parse_args([a for a in argv if a not in overrides])
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 def _chosen(flag: str, given: str | None, names: Sequence[str]) -> list[str]:
     chosen = given.split(",") if given else []
     if unknown := sorted(set(chosen) - set(names)):
-        raise ConfigError(f"--{flag} names {unknown[0]!r}; there are {', '.join(names)}")
+        raise ConfigError(f"--{flag} names {unknown[0]!r}; known: {', '.join(names)}")
     return chosen
 
 
@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="encdec paper",
         allow_abbrev=False,
         description="Rebuilds the paper's Table 1: pretrains DEC and ED at three splits at equal "
-        "FLOPs, fine-tunes them on four tasks, distils, evaluates. Repeated, it goes on where it "
-        "was.",
+        "FLOPs, fine-tunes them on four tasks, distils, evaluates. Repeat the command to "
+        "resume.",
         epilog="Any field of the config is set by --config.FIELD=VALUE. Example: encdec paper "
         "--config=configs/paper.py:laptop --data_dir=data --text=data/books.jsonl "
         "--work=runs/paper",
@@ -100,14 +100,14 @@ def _parser() -> argparse.ArgumentParser:
         type=local_path,
         required=True,
         metavar="FILE.py[:SIZE]",
-        help="configs/paper.py:laptop or :gpu, or one of your own",
+        help="configs/paper.py:laptop or :gpu, or your own",
     )
     parser.add_argument(
         "--data_dir",
         type=local_path,
         required=True,
         metavar="DIR",
-        help="holds the tasks' files, see `encdec data list`",
+        help="directory with the tasks' files, see `encdec data list`",
     )
     parser.add_argument(
         "--text",
@@ -115,18 +115,16 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="to pretrain on; may be repeated",
+        help="text to pretrain on; may be repeated",
     )
     parser.add_argument(
         "--work", type=local_path, required=True, metavar="DIR", help="receives everything"
     )
-    parser.add_argument(
-        "--columns", metavar="A,B", help="work on these columns alone (default: all)"
-    )
+    parser.add_argument("--columns", metavar="A,B", help="only these columns (default: all)")
     parser.add_argument(
         "--rows",
         metavar="A,B",
-        help="work on these students alone, such as 'DEC,ED 2/3-1/3'; processes "
-        "may share rows and columns out once the pretraining is done",
+        help="only these students, such as 'DEC,ED 2/3-1/3'; processes "
+        "may divide rows and columns once the pretraining is done",
     )
     return parser

@@ -1,7 +1,7 @@
-"""All runs of the experiment in the order in which they tell most, each in a directory of its own.
+"""All runs of the experiment, the most informative first, each in its own directory.
 
-First one seed of every student on every task, then the teacher and the students that learn from
-it, then further seeds. What is finished is not run again, and the table is written after every
+First one seed of every student on every task, then the teacher and its distilled
+students, then further seeds. Finished runs are not repeated, and the table is written after every
 evaluation.
 """
 
@@ -37,9 +37,9 @@ class Experiment:
     Args:
         setting: what is run.
         work: receives everything.
-        corpora: made already.
-        columns: names of the columns to work on; empty: all. Several processes may share columns
-            and rows out once the pretraining is done.
+        corpora: already made.
+        columns: names of the columns to work on; empty: all. Several processes may divide columns
+            and rows once the pretraining is done.
         rows: names of the students to work on; empty: all.
         say: takes lines of progress.
     """
@@ -58,7 +58,7 @@ class Experiment:
         self._rows = [row for row in table_rows(setting) if not rows or row in rows]
 
     def run(self) -> dict[str, Any]:
-        """Runs what is missing and returns the table's content."""
+        """Does the missing runs and returns the table's content."""
         distilled = [row for row in self._setting.distilled if row in self._rows]
         for row in self._rows:
             self._pretrain(row)
@@ -126,7 +126,7 @@ class Experiment:
             return
         begin, cpu = time.monotonic(), time.process_time()
         summary = train(run, folder)
-        jax.clear_caches()  # programs of runs that are over
+        jax.clear_caches()  # compiled programs of finished runs
         write_json(
             folder / DONE_FILE,
             {
@@ -190,7 +190,7 @@ class Experiment:
                             yield row + DISTILLED * distilled, read_report(out)
 
     def write_table(self) -> dict[str, Any]:
-        """table.md and table.json of all evaluations that are there."""
+        """Writes table.md and table.json from all finished evaluations."""
         models: dict[str, list[dict[str, Any]]] = {}
         for name, report in self._reports():
             models.setdefault(name, []).append(report)

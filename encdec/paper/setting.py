@@ -1,4 +1,4 @@
-"""What the paper's table is made of: sizes, splits, columns, and the models that they come to."""
+"""Setting of the paper's table: sizes, splits, columns, and the models that follow from them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from encdec.train.config import RunConfig, parse_config
 
 TEACHER = "teacher"  # the row's name, and the model's
 DEC = "DEC"
-TEACHER_RATIO = 4.0  # the least size of the teacher, in students that learn from it
-EVALUATIONS = 2  # in the course of a run; a fine-tuned model's best is the one that is scored
-# Fields that decide what is run in addition, and not what a run is.
+TEACHER_RATIO = 4.0  # smallest teacher, as a multiple of its student's parameters
+EVALUATIONS = 2  # evaluations per run; a fine-tuned model's best checkpoint is evaluated
+# Fields that add runs, but do not change any run.
 GROWING = ("seeds", "distilled")
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One fine-tuning and the tasks that it is scored on; fields as in configs/paper.py."""
+    """One fine-tuning and its evaluation tasks; fields as in configs/paper.py."""
 
     name: str
     tasks: tuple[str, ...]
@@ -40,7 +40,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSetting:
-    """Of every run; ``warmup_fraction`` of its steps."""
+    """Optimization settings of every run; ``warmup_fraction`` is relative to its steps."""
 
     name: Literal["adamw", "adafactor", "muon"]
     learning_rate: float
@@ -84,15 +84,15 @@ class Setting:
     columns: tuple[Column, ...]
 
     def identity(self) -> dict[str, Any]:
-        """All that finished runs depend on, as plain values."""
+        """Everything that determines finished runs, as plain values."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in GROWING}
 
 
 def parse_setting(values: Mapping[str, Any]) -> Setting:
-    """A Setting of a config file's values.
+    """The Setting for a config file's values.
 
     Raises:
-        ConfigError: a value out of range, or models that cannot be made.
+        ConfigError: a value is out of range, or a model is impossible.
     """
     words = {"label": "config", "what": "the experiment"}
     columns = []
@@ -111,27 +111,28 @@ def _check(setting: Setting) -> None:
     rows = table_rows(setting)
     for name in setting.distilled:
         if name not in rows:
-            raise ConfigError(f"config.distilled names {name!r}; wanted some of {', '.join(rows)}")
+            known = ", ".join(rows)
+            raise ConfigError(f"config.distilled names {name!r}; expected some of {known}")
     if setting.seeds < 1:
-        raise ConfigError(f"config.seeds is {setting.seeds}; wanted 1 or more")
+        raise ConfigError(f"config.seeds is {setting.seeds}; expected 1 or more")
     for column in setting.columns:
         where = f"config.columns.{column.name}"
         if column.too_long not in ("skip", "cut"):
-            raise ConfigError(f"{where}.too_long is {column.too_long!r}; wanted 'skip' or 'cut'")
+            raise ConfigError(f"{where}.too_long is {column.too_long!r}; expected 'skip' or 'cut'")
         if column.train_file and len(column.tasks) != 1:
             raise ConfigError(
                 f"{where}.train_file is {column.train_file!r}, but the column has "
-                f"{len(column.tasks)} tasks; wanted one"
+                f"{len(column.tasks)} tasks; expected one"
             )
         if min(column.train_examples, column.validation_examples) < 0:
-            raise ConfigError(f"{where} has a negative number of examples; wanted 0 (all) or more")
+            raise ConfigError(f"{where} has a negative number of examples; expected 0 (all) or up")
     teacher = count_parameters(model_of(setting, TEACHER)).total
     for name in setting.distilled:
         student = count_parameters(model_of(setting, name)).total
         if teacher < TEACHER_RATIO * student:
             raise ConfigError(
                 f"the teacher {setting.teacher} has {teacher:,} parameters, its student {name} "
-                f"{student:,}; wanted at least {TEACHER_RATIO:g} times as many: raise "
+                f"{student:,}; expected at least {TEACHER_RATIO:g} times as many: raise "
                 "config.teacher_layers, name another config.teacher, or leave the student out of "
                 "config.distilled"
             )
@@ -148,7 +149,7 @@ def table_rows(setting: Setting) -> dict[str, str]:
     rows = {DEC: "", **{row_name(split): split for split in setting.splits}}
     if strange := [name for name in rows if name not in PAPER]:
         raise ConfigError(
-            f"config.splits gives {strange[0]!r}, which the paper has not; wanted "
+            f"config.splits gives {strange[0]!r}, which is not in the paper; expected "
             "some of 1/3, 1/2, 2/3"
         )
     return rows
@@ -162,7 +163,7 @@ def slug(row: str) -> str:
 
 
 def model_of(setting: Setting, row: str) -> ModelConfig:
-    """The model of a row: all students cost what the first split costs, in training FLOPs.
+    """The model of a row: all students match the first split's training FLOPs.
 
     Raises:
         ConfigError: no such preset, or no model of these FLOPs within 1 %.
@@ -174,7 +175,7 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
         model = preset(setting.teacher, **common)
         if model.is_encoder_decoder:
             raise ConfigError(
-                f"config.teacher is {setting.teacher}, an encoder-decoder; wanted a "
+                f"config.teacher is {setting.teacher}, an encoder-decoder; expected a "
                 "decoder-only preset"
             )
         return model
@@ -214,7 +215,7 @@ def run_config(
     init_from: str = "",
     teacher: str = "",
 ) -> RunConfig:
-    """The run of a row's model on some records, from a teacher's rows too where they are given."""
+    """The run of a row's model on records, with a teacher's rows if given."""
     model, optimizer = model_of(setting, row), setting.optimizer
     name = setting.teacher if row == TEACHER else setting.model
     base = preset(name)

@@ -1,4 +1,4 @@
-"""The whole story on one small machine: data, two models at equal cost, a student, comparisons."""
+"""The whole workflow on one small machine: data, two models at equal cost, a student, a report."""
 
 from encdec.quickstart.quickstart_command import main
 

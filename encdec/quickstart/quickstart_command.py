@@ -44,17 +44,17 @@ from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 
 TASK = "stdlib_code_summarization"
-METRIC = "rougeL_stemmed"  # as published summarization has it
+METRIC = "rougeL_stemmed"  # as in published summarization
 # Row lengths, tokens. Attention between the packed functions of a row is masked but computed, so
 # rows are as short as the longest functions allow: about one in seven is shortened.
 INPUTS, TARGETS = 256, 48
-BATCH_SIZE = 8  # rows of an optimizer step; small, because steps are what a short run lacks
+BATCH_SIZE = 8  # rows of an optimizer step; small, because a short run needs many steps
 STEPS = 600  # about two passes over the functions
-OPTIMIZER, LEARNING_RATE = "muon", 1e-2  # in 120 steps as far as AdamW (2e-3) in 240
-ALPHA = 0.5  # of the teacher, which is no better than its student is
+OPTIMIZER, LEARNING_RATE = "muon", 1e-2  # reaches in 120 steps the loss of AdamW (2e-3) in 240
+ALPHA = 0.5  # weight of the teacher, which is no better than its student
 NEW_TOKENS = 32  # generated for Rouge and for the timings
 TIMED_INPUTS = (128, 256, 512, 1024, 2048)  # tokens
-TABLE_INPUTS = 512  # the input length whose timings stand in the table
+TABLE_INPUTS = 512  # the input length of the timings in the table
 TITLES = {
     "encoder_decoder": "encoder-decoder",
     "decoder_only": "decoder-only",
@@ -71,18 +71,15 @@ def parser() -> argparse.ArgumentParser:
         description="Prepare the Python standard library as a corpus of functions and their "
         "summaries, train an encoder-decoder and a decoder-only peer at equal training FLOPs on "
         "the same examples, distil a second encoder-decoder from the peer, compare quality and "
-        "speed. A second call goes on where the first ended.",
+        "speed. Repeat the command to resume.",
     )
     result.add_argument(
-        "--workdir", type=local_path, default="runs/quickstart", help="where all of it goes"
+        "--workdir", type=local_path, default="runs/quickstart", help="directory for all results"
     )
     result.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each model")
-    result.add_argument("--seed", type=int, default=0, help="of parameters and the rows' order")
+    result.add_argument("--seed", type=int, default=0, help="seed of parameters and row order")
     result.add_argument(
-        "--max_examples",
-        type=int,
-        default=None,
-        help="use only so many functions, for a quick look",
+        "--max_examples", type=int, default=None, help="use only N functions, for a quick trial"
     )
     return result
 
@@ -90,9 +87,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.steps < 10:
-        raise ConfigError(f"--steps is {arguments.steps}; wanted at least 10")
+        raise ConfigError(f"--steps is {arguments.steps}; expected at least 10")
     if arguments.max_examples is not None and arguments.max_examples < 8:
-        raise ConfigError(f"--max_examples is {arguments.max_examples}; wanted at least 8")
+        raise ConfigError(f"--max_examples is {arguments.max_examples}; expected at least 8")
     started = time.monotonic()
     workdir = pathlib.Path(arguments.workdir)
     _say(1, "Data: functions of this machine's Python library and their summaries")
@@ -100,7 +97,10 @@ def main(argv: list[str]) -> int:
     _say(2, "Training: two models, the same rows, equal FLOPs")
     runs = make_runs(workdir, cards, arguments.steps, arguments.seed)
     train_seconds = {name: train_one(workdir / name, run) for name, run in runs.items()}
-    _say(3, "Distillation: the decoder-only model's draws on every row, once; a student of them")
+    _say(
+        3,
+        "Distillation: the decoder-only model's draws on every row, and a student trained on them",
+    )
     teacher, seconds = score_rows(workdir)
     runs["distilled"] = distilled_run(runs["encoder_decoder"], workdir)
     train_seconds["distilled"] = train_one(workdir / "distilled", runs["distilled"])
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
 
 
 def prepare_data(workdir: pathlib.Path, max_examples: int | None) -> Mapping[str, DatasetCard]:
-    """Vocabulary and records, made unless they are there already."""
+    """Vocabulary and records, made unless they exist."""
     vocabulary = workdir / "vocabulary.model"
     if not vocabulary.exists():
         size = preset("quickstart").vocab_size
@@ -166,7 +166,7 @@ def prepare_data(workdir: pathlib.Path, max_examples: int | None) -> Mapping[str
         _console.print(
             f"{split}: {card.examples:,} functions in {card.rows:,} rows, {card.source_tokens:,} "
             f"source and {card.target_tokens:,} target tokens, "
-            f"{card.non_padding_share:.1%} of the places filled; shortened {card.truncated}"
+            f"{card.non_padding_share:.1%} of the positions filled; shortened {card.truncated}"
         )
     return cards
 
@@ -174,7 +174,7 @@ def prepare_data(workdir: pathlib.Path, max_examples: int | None) -> Mapping[str
 def make_runs(
     workdir: pathlib.Path, cards: Mapping[str, DatasetCard], steps: int, seed: int
 ) -> dict[str, RunConfig]:
-    """The two runs: alike but for the model, whose training FLOPs per row are equal."""
+    """The two runs: equal except for the model, with equal training FLOPs per row."""
     ours = preset("quickstart")
     peer = match_decoder_only(ours, by="training_flops", inputs=INPUTS, targets=TARGETS)
     runs = {}
@@ -213,9 +213,9 @@ def make_runs(
 
 
 def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
-    """The decoder-only model's draws on every training row, made unless they are there already.
+    """The decoder-only model's draws on every training row, made unless they exist.
 
-    Returns the card, and the seconds it took (0 where it was done before).
+    Returns the card, and the seconds it took (0 if it existed).
     """
     out = workdir / "teacher"
     done = (out / "teacher.json").exists()
@@ -233,14 +233,14 @@ def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
 
 
 def distilled_run(run: RunConfig, workdir: pathlib.Path) -> RunConfig:
-    """The encoder-decoder's run, with the teacher's draws beside its targets."""
+    """The encoder-decoder's run, with the teacher's draws in addition to its targets."""
     return dataclasses.replace(
         run, distill=dataclasses.replace(run.distill, teacher=str(workdir / "teacher"), alpha=ALPHA)
     )
 
 
 def train_one(workdir: pathlib.Path, run: RunConfig) -> float:
-    """Trains, or continues, one model; returns the seconds that its training steps took."""
+    """Trains or resumes one model; returns the seconds of its training steps."""
     config = run.model_config()
     title = TITLES["distilled" if run.distill.teacher else config.architecture]
     _console.print(
@@ -272,7 +272,7 @@ def summarise(workdir: pathlib.Path, held_out: Examples) -> tuple[float, list[st
 
 
 def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, list[Timing]]]:
-    """Generation by both models in turn, cached, and by the decoder-only uncached as well."""
+    """Timings of generation: both models cached, and the decoder-only model uncached too."""
     measured = time_generation(
         {name: load_params_for_inference(path)[:2] for name, path in workdirs.items()},
         TIMED_INPUTS,
@@ -304,9 +304,9 @@ def model_report(
     timings: dict[str, list[Timing]] | None,
     samples: list[int],
 ) -> ModelReport:
-    """Puts one model's figures together from its work directory and what was measured.
+    """One model's figures, from its work directory and the measurements.
 
-    ``timings`` is None of a model whose twin was timed.
+    ``timings`` is None for a model of the same shape as a timed one.
     """
     config = run.model_config()
     step_flops = training_flops(config, INPUTS, TARGETS, batch_size=run.batch_size)
@@ -330,7 +330,7 @@ def model_report(
 
 
 def describe_data(cards: Mapping[str, DatasetCard], workdir: pathlib.Path) -> dict[str, Any]:
-    """The figures of the data that the report quotes."""
+    """The data's figures in the report."""
     lines = [m for m in read_metrics(workdir) if "train/target_tokens_per_second" in m]
     rate = [m["train/target_tokens_per_second"] * m["train/step_seconds"] for m in lines]
     steps = max(m["step"] for m in lines)
@@ -344,7 +344,7 @@ def describe_data(cards: Mapping[str, DatasetCard], workdir: pathlib.Path) -> di
 
 
 def describe_teacher(card: TeacherCard, seconds: float) -> dict[str, Any]:
-    """The figures of the distillation that the report quotes."""
+    """The distillation's figures in the report."""
     return {
         "name": TITLES["decoder_only"],
         "draws": card.format.draws,
@@ -358,7 +358,7 @@ def describe_teacher(card: TeacherCard, seconds: float) -> dict[str, Any]:
 
 
 def pick_samples(examples: Sequence[Example], count: int = 3) -> list[int]:
-    """Short functions, evenly spread over the held-out modules: they are read on a terminal."""
+    """Short functions, for reading on a terminal, evenly spread over the held-out modules."""
     short = [i for i, example in enumerate(examples) if example.source.count("\n") <= 12]
     return [short[(2 * k + 1) * len(short) // (2 * count)] for k in range(count)]
 
@@ -370,7 +370,7 @@ def layers_text(config: ModelConfig) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, if the system gives it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -382,7 +382,7 @@ def cpu_name() -> str:
 def show(
     result: QuickstartReport, paths: list[pathlib.Path], workdir: pathlib.Path, seconds: float
 ) -> None:
-    """The table, the ratios, the samples, and where everything lies."""
+    """Prints the table, the ratios, samples, and the paths of all results."""
     header, *rows = reports.table(result, TABLE_INPUTS)
     shown = Table(title="Equal training FLOPs, the same examples", title_justify="left")
     for place, title in enumerate(header):
@@ -393,7 +393,7 @@ def show(
     _console.print(shown)
     for line in reports.ratios(result, TABLE_INPUTS):
         _console.print(line, highlight=False)
-    _console.print("\nWhat they write about functions they never saw:\n", style="bold")
+    _console.print("\nSummaries of held-out functions:\n", style="bold")
     _console.print(reports.samples_text(result), markup=False, highlight=False)
     for path in paths:
         _console.print(f"{path}", highlight=False)
@@ -403,7 +403,7 @@ def show(
         highlight=False,
     )
     _console.print(
-        f"\nDone in {seconds / 60:.1f} minutes. Ask the model about a function of yours:\n"
+        f"\nDone in {seconds / 60:.1f} minutes. Try the model on a function of your own:\n"
         f"  encdec generate --checkpoint={workdir}/encoder_decoder "
         "\"$(printf 'def add(a, b):\\n    return a + b\\n')\"",
         markup=False,

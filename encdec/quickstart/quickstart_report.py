@@ -1,4 +1,4 @@
-"""What the quickstart found, as a table, two pictures and a few texts."""
+"""The quickstart's report: a table, two figures and sample texts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import pathlib
 from typing import Any
 
-# Okabe and Ito's colours, told apart by readers with any kind of colour vision; each line has
-# a marker of its own as well, for print in grey.
+# Okabe and Ito's colours, distinguishable with any kind of colour vision; each line also has
+# its own marker, for print in grey.
 COLOURS = {
     "encoder-decoder": "#0072B2",
     "decoder-only": "#D55E00",
@@ -49,8 +49,9 @@ class ModelReport:
         loss: nats per held-out target token.
         bits_per_byte: of held-out target text.
         rouge_l: Rouge-L with stemming (``rougeL_stemmed``) over held-out functions, 0 to 100.
-        timings: cached generation by input length; none of a model whose twin was timed.
-        uncached: the same with the whole sequence read again for every token.
+        timings: cached generation by input length; none for a model of the same shape as a timed
+            one.
+        uncached: the same, reading the whole sequence again for every token.
         memory_bytes: weights and cache while generating from the longest input.
         samples: generated summaries, in the order of ``QuickstartReport.samples``.
     """
@@ -72,7 +73,7 @@ class ModelReport:
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartReport:
-    """The models, what they were trained on, and sample functions as (source, reference).
+    """The models, their training data, and sample functions as (source, reference).
 
     The first two are compared at equal cost; the third is the first, distilled from the second,
     and ``teacher`` describes that.
@@ -88,10 +89,10 @@ class QuickstartReport:
 
 
 def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
-    """Rows of the comparison, the header first; timings are those at ``at_inputs`` tokens."""
+    """Rows of the comparison, header first; timings are at ``at_inputs`` tokens."""
     models = report.models
     timing = [next((t for t in m.timings if t.inputs == at_inputs), None) for m in models]
-    shown = lambda text: tuple(text(t) if t else "the same model" for t in timing)
+    shown = lambda text: tuple(text(t) if t else "same architecture" for t in timing)
     target_tokens = report.data["target_tokens_seen"]
     rows = [
         ("", *(m.title for m in models)),
@@ -117,7 +118,7 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
 
 
 def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
-    """The comparison in sentences, as measured, whoever is ahead."""
+    """The comparison in sentences, as measured, whichever model is ahead."""
     ours, peer, distilled = report.models
     times = [next(t for t in m.timings if t.inputs == at_inputs) for m in (ours, peer)]
 
@@ -132,27 +133,28 @@ def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
             "first-token latency", times[0].first_token_seconds, times[1].first_token_seconds, True
         ),
         against("tokens a second", times[0].tokens_per_second, times[1].tokens_per_second, False),
-        f"distilled, over the same model on gold targets alone: {distilled.loss / ours.loss:.3f} "
+        "distilled, relative to the same model on gold targets alone: "
+        f"{distilled.loss / ours.loss:.3f} "
         f"of its held-out loss, {distilled.rouge_l / max(ours.rouge_l, 1e-9):.3f} of its Rouge-L, "
         f"{distilled.training_seconds / ours.training_seconds:.3f} of its training time",
     ]
 
 
 def teaching(report: QuickstartReport) -> str:
-    """What the distilled model learned from, as a paragraph."""
+    """A paragraph on the distilled model's training."""
     teacher = report.teacher
     return (
-        f"The distilled model differs from the first in its loss alone: {teacher['alpha']:g} x the "
+        f"The distilled model differs from the first only in its loss: {teacher['alpha']:g} x the "
         f"divergence from the {teacher['name']} model, of which {teacher['draws']} draws a token "
         f"were stored ({teacher['tokens']:,} tokens, {teacher['ids_per_token']:.1f} ids and "
         f"{teacher['bytes_per_token']:.1f} bytes a token), and {1 - teacher['alpha']:g} x the "
-        "cross entropy of gold targets. A teacher worth its name is larger than its student and "
-        "has read more; see docs/distillation.md."
+        "cross entropy of gold targets. A useful teacher is larger than its student and "
+        "was trained on more data; see docs/distillation.md."
     )
 
 
 def write(report: QuickstartReport, folder: pathlib.Path, at_inputs: int) -> list[pathlib.Path]:
-    """Writes report.json, report.md, samples.txt and both pictures; returns their paths."""
+    """Writes report.json, report.md, samples.txt and both figures; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("report.md", "report.json", "samples.txt", *PICTURES)]
     paths[0].write_text(markdown(report, at_inputs))
@@ -164,7 +166,7 @@ def write(report: QuickstartReport, folder: pathlib.Path, at_inputs: int) -> lis
 
 
 def markdown(report: QuickstartReport, at_inputs: int) -> str:
-    """The report as a page: table, ratios, pictures, samples."""
+    """The report as Markdown: table, ratios, figures, samples."""
     header, *rows = table(report, at_inputs)
     cells = lambda row: "| " + " | ".join(row) + " |"
     lines = [
@@ -196,7 +198,7 @@ def markdown(report: QuickstartReport, at_inputs: int) -> str:
 
 
 def samples_text(report: QuickstartReport) -> str:
-    """Held-out functions with their docstring and what each model makes of them."""
+    """Held-out functions with their docstring and each model's summary."""
     parts = []
     for number, (source, reference) in enumerate(report.samples):
         parts.append(source.rstrip() + "\n")
@@ -221,7 +223,8 @@ def _axes(xlabel: str, ylabel: str, title: str):
 
 
 def draw_loss(report: QuickstartReport, path: pathlib.Path) -> None:
-    """Held-out loss against training FLOPs; of the distilled model without its teacher's."""
+    """Held-out loss against training FLOPs; for the distilled model, the teacher's FLOPs are not
+    included."""
     figure, axes = _axes(
         "training FLOPs (model FLOPs, by formula)",
         "held-out loss (nats per target token)",
@@ -239,7 +242,7 @@ def draw_loss(report: QuickstartReport, path: pathlib.Path) -> None:
 
 
 def draw_inference(report: QuickstartReport, path: pathlib.Path) -> None:
-    """Time to a whole answer against input length; decoder-only with and without a cache."""
+    """Time of a whole answer against input length; decoder-only with and without a cache."""
     figure, axes = _axes(
         "input length (tokens)",
         f"seconds for {report.data['timed_new_tokens']} new tokens, batch 1",

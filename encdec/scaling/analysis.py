@@ -1,4 +1,4 @@
-"""All that is said about a ladder's results: laws, intervals, held-out errors, comparisons."""
+"""Analysis of a ladder's results: laws, intervals, held-out errors, comparisons."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
 from encdec.scaling.results import LOSSES, Row, final_rows, metrics_of, observations, seed_noise
 from encdec.scaling.rungs import Rung, loss_rungs, score_rungs
 
-ENCODER_DECODER = "ed"  # all splits together, in the form "parts"
+ENCODER_DECODER = "ed"  # all splits together, with the form "parts"
 
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What counts; see ``results.observations``."""
+    """What is counted as N, D and L; see ``results.observations``."""
 
     tokens: str = "target"
     parameters: str = "total"
@@ -32,17 +32,17 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What one group of runs says.
+    """One group of runs, and the law fitted to it.
 
     Attributes:
         name: of the series, or "ed".
         runs: their arrays.
         rows: their rows, in the same order.
-        law: None where they cannot determine one.
-        reason: why not; "" if they can.
+        law: None if they do not determine one.
+        reason: why not; "" if they do.
         intervals: of the law's constants; empty without draws.
         residuals: log of observed over predicted loss.
-        held_out: extrapolation to the largest size; None where that cannot be done.
+        held_out: extrapolation to the largest size; None if impossible.
         held_out_reason: why not.
         cost: FLOPs as a function of size and tokens; None without a law of the form "total".
         draws: bootstrap laws.
@@ -62,7 +62,7 @@ class Fitted:
 
     @property
     def frontier(self) -> Frontier | None:
-        """Of the sizes that were run, so that nothing is claimed of others."""
+        """The frontier over the sizes that were run; it says nothing about others."""
         return Frontier(self.law, self.cost, self._sizes) if self.law and self.cost else None
 
     @property
@@ -76,17 +76,17 @@ class Fitted:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """What the distilled runs of one series say together, over all of its teachers.
+    """The distilled runs of one series, over all of its teachers, and the law fitted to them.
 
     Attributes:
         name: of the plain series.
         runs: arrays of all of its distilled runs.
-        teacher_loss: of each one's teacher; 0 where it is not known.
-        law: None where they cannot determine one.
-        reason: why not; "" if they can.
+        teacher_loss: of each run's teacher; 0 if unknown.
+        law: None if they do not determine one.
+        reason: why not; "" if they do.
         residuals: log of observed over predicted loss.
-        overtaken_at: by parameters, under the best teacher: tokens from which gold targets alone
-            are better, up to two decades beyond what was run; None where the teacher still helps
+        overtaken_at: by parameters, with the best teacher: tokens from which gold targets alone
+            are better, up to two decades beyond the runs; None if the teacher still helps
             there.
     """
 
@@ -104,7 +104,7 @@ class Analysis:
     """Everything about one results file.
 
     Attributes:
-        choices: what was counted as N, D and L.
+        choices: what is counted as N, D and L.
         rows: all rows, of unfinished runs too.
         series: one law per architecture and split.
         parts: one law of the form "parts" for all encoder-decoders; None if there is one split.
@@ -113,8 +113,8 @@ class Analysis:
         against_plain: distilled series against the same series on gold targets alone.
         not_compared: series and the reason.
         distillation: by plain series, where distilled runs exist.
-        rungs: losses side by side, without any law.
-        scores: the same of each downstream metric.
+        rungs: losses side by side, without a law.
+        scores: the same for each downstream metric.
         seed_noise: standard deviation of log loss between seeds, and degrees of freedom.
         unfinished: runs with evaluations but none after their last step.
     """
@@ -134,7 +134,7 @@ class Analysis:
 
 
 def analyse(rows: Sequence[Row], choices: Choices = Choices()) -> Analysis:
-    """Fits and compares whatever the rows allow; what they do not allow is said, with the reason.
+    """Fits and compares as far as the rows allow, and gives the reason for everything left out.
 
     Raises:
         DataError: no finished run, or rows that are not numbers.
@@ -142,8 +142,7 @@ def analyse(rows: Sequence[Row], choices: Choices = Choices()) -> Analysis:
     final = final_rows(rows)
     if not final:
         raise DataError(
-            f"{len(rows)} rows, and none of a finished run; run the ladder first: "
-            "encdec scaling run"
+            f"{len(rows)} rows, but no finished run; run the ladder first: encdec scaling run"
         )
     _require_numbers(final, choices)
     names = sorted({row["series"] for row in final}, key=_order)
@@ -236,7 +235,7 @@ def _distilled_law(one: Distillation, plain: Fitted | None, choices: Choices) ->
 
 
 def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -> Fitted:
-    """One group of finished runs, fitted as far as it can be."""
+    """One group of finished runs, fitted as far as possible."""
     runs = observations(
         rows, tokens=choices.tokens, parameters=choices.parameters, loss=choices.loss
     )
@@ -294,12 +293,13 @@ def _require_numbers(rows: list[Row], choices: Choices) -> None:
     if bad:
         raise DataError(
             f"the loss is not a finite number in {len(bad)} runs: "
-            f"{', '.join(bad[:5])}; leave them out by --skip=RUN, or run them again"
+            f"{', '.join(bad[:5])}; leave them out with --skip=RUN, or run them again"
         )
 
 
 def _order(name: str) -> tuple[bool, float, str]:
-    """Encoder-decoders by falling encoder share, then the others; distilled ones after theirs."""
+    """Encoder-decoders by decreasing encoder share, then others; each followed by its distilled
+    ones."""
     if not name.startswith("ed-"):
         return True, 0.0, name
     above, _, below = plain_name(name).removeprefix("ed-").partition("of")

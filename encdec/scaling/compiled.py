@@ -1,8 +1,8 @@
 """Memory and chip-hours of a plan's runs on a named topology, by compiling their real steps.
 
-A compilation takes minutes and depends on the model, the rows a step and how the run is set up, not
-on how long it lasts. So each distinct step is compiled once, and its figures can be kept in a file:
-one JSON line a step, appended, read again by the next call.
+A compilation takes minutes and depends on the model, the rows per step and the run's settings, not
+on its length. So each distinct step is compiled once, and its figures can be kept in a file:
+one JSON line per step, appended, read again by the next call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from encdec.scaling.ladder import Ladder, PlannedRun, run_config
 from encdec.train.config import RunConfig, to_dict
 
 Say = Callable[[str], None]
-# Of a run's configuration: what changes constants in its program, or nothing in it at all.
+# Fields of a run that change only constants of its program, or nothing in it.
 _NO_COST = (
     "steps",
     "seed",
@@ -40,13 +40,13 @@ _NO_COST = (
 
 @dataclasses.dataclass(frozen=True)
 class StepFigures:
-    """What ``encdec compile`` predicts of one training step on a topology.
+    """Predictions of ``encdec compile`` for one training step on a topology.
 
     Attributes:
         topology: its name.
         chips: in it.
-        peak_bytes: of one device's memory; NaN where the step does not fit.
-        limit_bytes: of it, what the compiler lets a program use; NaN likewise.
+        peak_bytes: of one device's memory; NaN if the step does not fit.
+        limit_bytes: memory that the compiler lets a program use; NaN likewise.
         step_seconds: predicted; NaN likewise.
         mfu: predicted model FLOPs utilisation; NaN likewise.
         reason: why the step does not fit; "" if it does.
@@ -78,15 +78,15 @@ def step_figures(
     """The figures of every run's step, by the run's name.
 
     Args:
-        ladder: that the runs are of.
+        ladder: the runs' ladder.
         runs: planned runs.
         topology: for example "v5e:16x16".
-        kept: a file that figures are read from and appended to; None: none is kept.
+        kept: a file from which figures are read and to which new ones are appended; None: no file.
         say: takes lines of progress.
-        compile_: ``compile_figures``, or what stands for it.
+        compile_: ``compile_figures``, or a replacement.
 
     Raises:
-        ConfigError: an unknown topology, no TPU compiler, or a batch that the mesh does not divide.
+        ConfigError: an unknown topology, no TPU compiler, or a batch not divisible by the mesh.
         DataError: a damaged file of kept figures.
     """
     if compile_ is None:
@@ -103,11 +103,11 @@ def step_figures(
 
 
 def step_key(ladder: Ladder, run: PlannedRun, topology: str) -> str:
-    """Names everything that a step's figures depend on, the compiler's version too."""
+    """A key of everything that a step's figures depend on, including the compiler's version."""
     content = {k: v for k, v in to_dict(run_config(ladder, run)).items() if k not in _NO_COST}
     content["optimizer"] = {k: v for k, v in content["optimizer"].items() if k != "learning_rate"}
     content["distill"] = bool(content["distill"]["teacher"])
-    # By the whole model: a preset may change under its name.
+    # The whole model: a preset may change while keeping its name.
     content["model"], content["model_overrides"] = run.model.to_dict(), None
     text = json.dumps(
         [content, run.inputs, run.targets, topology, _versions()], sort_keys=True, default=str
@@ -122,7 +122,7 @@ def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) ->
     from encdec.hardware.compile import DoesNotFit, compile_step
     from encdec.hardware.topology import find_topology
 
-    if not jax.config.jax_platforms:  # no accelerator of this machine is wanted
+    if not jax.config.jax_platforms:  # do not use this machine's accelerators
         jax.config.update("jax_platforms", "cpu")
     where = find_topology(topology)
     chips = math.prod(where.sides) * where.slices
@@ -131,14 +131,14 @@ def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) ->
     except DoesNotFit as error:
         return StepFigures(topology, chips, reason=str(error))
     finally:
-        jax.clear_caches()  # dozens of programs would otherwise stay in memory
+        jax.clear_caches()  # otherwise dozens of programs would stay in memory
     return StepFigures(
         topology, chips, step.memory.peak, step.memory.limit, step.step_seconds, step.mfu
     )
 
 
 def read_kept(path: str | os.PathLike) -> dict[str, StepFigures]:
-    """Figures by key; a line that a crash cut short is passed over.
+    """Figures by key; a line truncated by a crash is skipped.
 
     Raises:
         DataError: another line is damaged.
@@ -153,8 +153,8 @@ def read_kept(path: str | os.PathLike) -> dict[str, StepFigures]:
             found[key] = StepFigures(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}, line {number} is no step's figures ({error!r}); delete the "
-                "line, and its step is compiled again"
+                f"{path}, line {number} does not hold a step's figures ({error!r}); delete the "
+                "line to have its step compiled again"
             ) from None
     return found
 

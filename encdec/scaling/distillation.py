@@ -1,15 +1,15 @@
 """The law of a distilled student's loss in its teacher's loss, its own size and its data.
 
 The form of Busbridge et al. (arXiv 2502.08606, equation 8), with L_T the teacher's held-out loss,
-N and D the student's parameters and tokens, and L~ what the same student reaches on gold targets
-alone by the law fitted to the ladder's plain runs:
+N and D the student's parameters and tokens, and L~ the loss of the same student on gold targets
+alone, by the law fitted to the ladder's plain runs:
 
     L = L_T + L_T^-c0 (1 + (L_T / (d1 L~))^(1/f1))^(-c1 f1) (A / N^alpha + B / D^beta)^gamma
 
-The middle factor is a broken power law: once the teacher is as far ahead of the student as d1 says,
-a still better teacher helps differently, and may harm. With a single teacher L_T does not vary, and
-nothing of that can be known; such runs have a law of size and data of their own (``fit``), and are
-refused here.
+The middle factor is a broken power law: once the teacher's lead over the student reaches d1,
+the effect of a still better teacher changes, and may become harmful. With a single teacher L_T does
+not vary and these constants cannot be fitted; such runs are refused here and have their own law of
+size and data (``fit``).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _STARTS = {"c0": (0.0, 2.5), "c1 f1": (0.5, 5.0), "d1": (0.8, 1.3), "f1": (0.1, 
 
 @dataclasses.dataclass(frozen=True)
 class DistillationLaw:
-    """A fitted law; the constants are named as in the module.
+    """A fitted law; constants are named as in the module's docstring.
 
     Attributes:
         supervised: the law of the same students on gold targets alone, which gives L~.
         constants: by name.
-        bounds_hit: constants that ended on a bound, so that the runs do not determine them.
+        bounds_hit: constants that ended on a bound: the runs do not determine them.
     """
 
     supervised: Law
@@ -49,7 +49,8 @@ class DistillationLaw:
     def loss(
         self, parameters: np.ndarray, tokens: np.ndarray, teacher_loss: np.ndarray
     ) -> np.ndarray:
-        """Of students with ``parameters`` after ``tokens``; arrays that broadcast."""
+        """Predicted loss of students with ``parameters`` after ``tokens``; arrays that
+        broadcast."""
         c = self.constants
         teacher_loss = np.asarray(teacher_loss, np.float64)
         alone = self.supervised.loss(parameters, tokens)
@@ -68,11 +69,11 @@ class DistillationLaw:
         Args:
             parameters: of the student.
             teacher_loss: of its teacher.
-            tokens: least and most D to look at.
+            tokens: smallest and largest D to search.
 
         Returns:
-            That D; the least one looked at if the teacher helps nowhere; None if it still helps
-            at the most.
+            That D; the smallest one searched if the teacher never helps; None if it still helps
+            at the largest.
         """
         grid = np.geomspace(*tokens, 400)
         gain = self.supervised.loss(parameters, grid) - self.loss(parameters, grid, teacher_loss)
@@ -97,7 +98,7 @@ def fit_distillation(
         supervised: the law of the same architecture's plain runs, form "total".
 
     Raises:
-        DataError: runs that cannot determine the law, with the reason.
+        DataError: the runs do not determine the law; the message gives the reason.
     """
     teacher_loss = np.asarray(teacher_loss, np.float64)
     check_distilled(runs, teacher_loss)
@@ -118,14 +119,14 @@ def fit_distillation(
 
 
 def check_distilled(runs: Observations, teacher_loss: np.ndarray) -> None:
-    """Raises DataError, with the reason, for runs that cannot determine the law."""
+    """Raises DataError, with the reason, if the runs do not determine the law."""
     if len(teacher_loss) != len(runs):
         raise DataError(f"{len(teacher_loss)} teachers' losses for {len(runs)} runs")
     unknown = int(np.sum(~(np.isfinite(teacher_loss) & (teacher_loss > 0))))
     if unknown:
         raise DataError(
-            f"the teacher's loss of {unknown} of {len(runs)} distilled runs is not "
-            "known; set ladder.distilled.teachers.NAME.loss"
+            f"the teacher's loss of {unknown} of {len(runs)} distilled runs is "
+            "unknown; set ladder.distilled.teachers.NAME.loss"
         )
     for name, values in (
         ("loss", runs.loss),
@@ -135,36 +136,36 @@ def check_distilled(runs: Observations, teacher_loss: np.ndarray) -> None:
         if not (np.isfinite(values) & (values > 0)).all():
             raise DataError(
                 f"{name} is not a positive finite number in every distilled run; leave "
-                "such runs out"
+                "out the others"
             )
-    for what, values, mend in (
-        ("teacher loss{}", teacher_loss, "distil from other teachers, too"),
-        ("student size{}", runs.parameters, "distil other sizes of the ladder"),
-        ("token count{}", runs.tokens, "distil at other token budgets"),
+    for what, values, remedy in (
+        ("teacher loss{}", teacher_loss, "distil from more teachers"),
+        ("student size{}", runs.parameters, "distil more sizes of the ladder"),
+        ("token count{}", runs.tokens, "distil at more token budgets"),
     ):
         count = len(np.unique(np.round(np.log(values), 6)))
         if count < MIN_DISTINCT:
             plural = "" if count == 1 else "es" if "loss" in what else "s"
             raise DataError(
-                f"{count} {what.format(plural)}; the distillation law wants at least "
-                f"{MIN_DISTINCT}: {mend}"
+                f"{count} {what.format(plural)}; the distillation law needs at least "
+                f"{MIN_DISTINCT}: {remedy}"
             )
     if len(runs) <= len(NAMES):
         raise DataError(
             f"{len(runs)} distilled runs; the {len(NAMES)} constants of the "
-            f"distillation law want at least {len(NAMES) + 1}"
+            f"distillation law need at least {len(NAMES) + 1}"
         )
     below = int(np.sum(runs.loss <= teacher_loss))
     if below:
         raise DataError(
             f"{below} of {len(runs)} students have a lower loss than their teacher, "
-            "which this law cannot describe; leave them out by --skip=RUN, or distil "
+            "which this law cannot describe; leave them out with --skip=RUN, or distil "
             "from a better teacher"
         )
 
 
 class _Problem:
-    """Residuals of log L over theta, with sizes and tokens about their geometric means."""
+    """Residuals of log L over theta, with sizes and tokens relative to their geometric means."""
 
     def __init__(self, runs: Observations, teacher_loss: np.ndarray, supervised: Law):
         self.supervised = supervised
@@ -188,14 +189,14 @@ class _Problem:
         return -c0 * self._log_teacher - np.exp(c1 + f1) * bend + np.exp(gamma) * own
 
     def starts(self) -> list[np.ndarray]:
-        """A grid over the teacher's part; both of the student's own terms begin level."""
+        """A grid over the teacher's constants; both of the student's terms start equal."""
         alpha, beta = self.supervised.alpha, self.supervised.beta
         found = []
         for c0, product, d1, f1 in itertools.product(*_STARTS.values()):
             theta = np.array(
                 [c0, math.log(product / f1), math.log(d1), math.log(f1), 0.0, alpha, 0.0, beta, 0.0]
             )
-            # At the level at which the excess has the right mean.
+            # The level at which the mean excess loss is right.
             theta[[4, 6]] += np.mean(self._excess - self._log_excess(theta))
             found.append(np.clip(theta, _LOW + 1e-6, _HIGH - 1e-6))
         return found

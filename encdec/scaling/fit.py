@@ -4,13 +4,13 @@
     parts:  L = E + A / (N_e^alpha_e N_d^alpha_d) + B / D^beta
 
 ``total`` is Hoffmann et al.'s (arXiv 2203.15556, approach 3). ``parts`` replaces its size term by
-the one that Ghorbani et al. found for encoder-decoders (arXiv 2109.07740), whose loss depends on
-the two stacks with exponents of their own. Fitted is the Huber loss of log L with delta 1e-3, in
+the one that Ghorbani et al. found for encoder-decoders (arXiv 2109.07740), whose loss has
+a separate exponent for each stack. The fit minimizes the Huber loss of log L with delta 1e-3, in
 float64, by L-BFGS with the exact gradient.
 
-With exponents given, the law is linear in E, A and B. So a grid over the exponents alone is solved
-by non-negative least squares (variable projection), and the best of these starts are polished:
-fewer starts than a grid over all constants, and none of them far off.
+For given exponents, the law is linear in E, A and B. So a grid over the exponents alone is solved
+by non-negative least squares (variable projection), and the best starts are refined: fewer starts
+than a grid over all constants, and all of them close.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from encdec.errors import DataError
 Form = Literal["total", "parts"]
 
 HUBER_DELTA = 1e-3  # of log L, as in arXiv 2203.15556
-MIN_DISTINCT = 3  # sizes and token counts: two points of a power law leave its floor unknown
+MIN_DISTINCT = 3  # distinct sizes and token counts: two points do not determine a power law's floor
 _SIZE_NAMES = {"total": ("alpha",), "parts": ("alpha_encoder", "alpha_decoder")}
 _EXPONENT_BOUNDS = (0.0, 3.0)
 _GRID = {"total": np.geomspace(0.05, 1.5, 10), "parts": np.geomspace(0.05, 1.2, 6)}
 _POLISHED_STARTS = 8
-_SMALLEST_TERM = np.exp(-20.0)  # of the mean loss; a term this small is none
+_SMALLEST_TERM = np.exp(-20.0)  # relative to the mean loss; smaller terms count as 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Observations:
             if values.shape != np.shape(self.loss):
                 raise DataError(
                     f"{field.name} has shape {values.shape}, loss "
-                    f"{np.shape(self.loss)}; wanted one value a run"
+                    f"{np.shape(self.loss)}; expected one value a run"
                 )
             object.__setattr__(self, field.name, values)
 
@@ -75,7 +75,7 @@ class Observations:
         return len(self.loss)
 
     def select(self, index: np.ndarray) -> Observations:
-        """The runs that a mask or an array of numbers picks."""
+        """The runs selected by a mask or an array of indices."""
         return Observations(
             **{
                 name: None if values is None else values[index]
@@ -96,13 +96,13 @@ class Law:
 
     Attributes:
         form: "total" or "parts".
-        E: loss that no size and no data removes.
+        E: irreducible loss.
         A: of the size term.
         B: of the data term.
         size_exponents: (alpha,) or (alpha_encoder, alpha_decoder).
         beta: exponent of the data term.
         objective: mean Huber loss of log L at these constants.
-        bounds_hit: constants that ended on a bound, so that the data do not determine them.
+        bounds_hit: constants that ended on a bound: the data do not determine them.
     """
 
     form: Form
@@ -121,11 +121,11 @@ class Law:
 
     @property
     def alpha(self) -> float:
-        """Exponent of size at a fixed share of encoder and decoder."""
+        """Exponent of size at a fixed ratio of encoder to decoder."""
         return float(sum(self.size_exponents))
 
     def predict(self, runs: Observations) -> np.ndarray:
-        """Loss of each run by this law; its own loss is not looked at."""
+        """Loss of each run by this law; the observed loss is not used."""
         size = sum(a * np.log(n) for a, n in zip(self.size_exponents, _sizes(runs, self.form)))
         return self.E + self.A * np.exp(-size) + self.B * runs.tokens**-self.beta
 
@@ -149,10 +149,10 @@ def fit_law(
         runs: the ladder's runs.
         form: see the module.
         starts: laws to start from; by default a grid of exponents.
-        rounds: how often L-BFGS is started again where it stopped, at most.
+        rounds: maximum number of L-BFGS restarts from where it stopped.
 
     Raises:
-        DataError: runs that cannot determine the law (``check``), with the reason.
+        DataError: the runs do not determine the law (``check``); the message gives the reason.
     """
     check(runs, form)
     problem = _Problem(runs, form)
@@ -164,19 +164,20 @@ def fit_law(
 
 
 def residuals(law: Law, runs: Observations) -> np.ndarray:
-    """log of observed over predicted loss: 0.01 is a run one percent worse than the law says."""
+    """log of observed over predicted loss: 0.01 is a run one percent worse than the law
+    predicts."""
     return np.log(runs.loss) - np.log(law.predict(runs))
 
 
 def constants_of(form: Form) -> int:
-    """How many constants a law has."""
+    """Number of constants of a law."""
     return 4 + len(_SIZE_NAMES[form])
 
 
 def check(runs: Observations, form: Form) -> None:
-    """Raises DataError, with the reason, for runs that cannot determine a law."""
+    """Raises DataError, with the reason, if the runs do not determine a law."""
     if form not in _SIZE_NAMES:
-        raise DataError(f"form is {form!r}; wanted 'total' or 'parts'")
+        raise DataError(f"form is {form!r}; expected 'total' or 'parts'")
     for name, values in runs._arrays().items():
         if values is None:
             continue
@@ -191,36 +192,36 @@ def check(runs: Observations, form: Form) -> None:
     if len(runs) < wanted:
         raise DataError(
             f"{len(runs)} runs; the {constants_of(form)} constants of the form "
-            f"{form!r} want at least {wanted}: run more of the ladder"
+            f"{form!r} need at least {wanted}: run more of the ladder"
         )
     sizes = len(np.unique(runs.parameters))
     if sizes < MIN_DISTINCT:
         raise DataError(
-            f"{sizes} model size{'s' * (sizes > 1)}; an exponent of size wants at "
-            f"least {MIN_DISTINCT}: run other sizes of the ladder"
+            f"{sizes} model size{'s' * (sizes > 1)}; an exponent of size needs at "
+            f"least {MIN_DISTINCT}: run more sizes of the ladder"
         )
     budgets = len(np.unique(runs.tokens))
     if budgets < MIN_DISTINCT:
         raise DataError(
-            f"{budgets} token count{'s' * (budgets > 1)}; an exponent of data wants "
-            f"at least {MIN_DISTINCT}: run other token budgets of the ladder"
+            f"{budgets} token count{'s' * (budgets > 1)}; an exponent of data needs "
+            f"at least {MIN_DISTINCT}: run more token budgets of the ladder"
         )
     if form == "parts" and (runs.encoder_parameters is None or runs.decoder_parameters is None):
-        raise DataError("the form 'parts' wants the parameters of encoder and decoder of each run")
+        raise DataError("the form 'parts' needs the encoder and decoder parameters of each run")
     logs = [np.log(n) for n in _sizes(runs, form)] + [np.log(runs.tokens)]
-    # Correlation beyond this, and one exponent is a guess of the other.
+    # Above this correlation the two exponents cannot be separated.
     columns = [(x - x.mean()) / max(x.std(), 1e-12) for x in logs]
     smallest = np.linalg.svd(np.stack(columns, 1), compute_uv=False)[-1] / np.sqrt(len(runs))
     if smallest < 0.02:
         what = "encoder and decoder sizes or tokens" if form == "parts" else "size and tokens"
-        mend = (
+        remedy = (
             "other splits or token budgets"
             if form == "parts"
             else "several token budgets at each size"
         )
         raise DataError(
-            f"{what} grow in one fixed proportion over all runs, so that their "
-            f"exponents cannot be told apart: add {mend}"
+            f"{what} grow in a fixed proportion over all runs, so their "
+            f"exponents cannot be separated: add {remedy}"
         )
 
 
@@ -236,7 +237,7 @@ def _sizes(runs: Observations, form: Form) -> list[np.ndarray]:
 
 @functools.cache
 def _linear_algebra() -> ThreadpoolController:
-    return ThreadpoolController()  # looks through the loaded libraries, which takes milliseconds
+    return ThreadpoolController()  # scans the loaded libraries, which takes milliseconds
 
 
 class _Problem:
@@ -306,8 +307,8 @@ class _Problem:
     def polish(self, theta: np.ndarray, rounds: int) -> optimize.OptimizeResult:
         """L-BFGS from ``theta``.
 
-        Near its optimum the Huber loss with so small a delta is all corners, where a line search
-        may stop early; starting again with a fresh Hessian goes on from there.
+        Near its optimum the Huber loss with so small a delta is nearly non-smooth, so a line search
+        may stop early; a restart with a fresh Hessian continues from there.
         """
         low, high = np.log(_SMALLEST_TERM), 3.0
         bounds = [

@@ -1,8 +1,8 @@
 """The efficient frontier of a law, and one architecture's frontier against another's.
 
 FLOPs are not 6 N D for an encoder-decoder, whose two stacks read different tokens, nor at small
-sizes, where attention and the head weigh. So the price of a run is itself fitted to the ladder,
-C = k N^kappa D, and the frontier follows in closed form: at the cheapest way to a loss,
+sizes, where attention and the head are significant. So the cost of a run is also fitted to the
+ladder, C = k N^kappa D, and the frontier follows in closed form: at the lowest cost of a loss,
 
     alpha A / N^alpha = kappa beta B / D^beta.
 """
@@ -27,9 +27,9 @@ class Cost:
     """Training FLOPs C = factor * N^exponent * D.
 
     Attributes:
-        factor: k, FLOPs.
+        factor: k, in FLOPs.
         exponent: kappa; 1 where attention and head are negligible.
-        largest_error: of the ladder's runs, relative.
+        largest_error: largest relative error over the ladder's runs.
     """
 
     factor: float
@@ -47,13 +47,13 @@ def fit_cost(runs: Observations) -> Cost:
     """Least squares of log(C / D) on log N.
 
     Raises:
-        DataError: the runs carry no FLOPs, or are of one size.
+        DataError: the runs have no FLOPs, or only one size.
     """
     if runs.flops is None:
-        raise DataError("the runs carry no FLOPs; a frontier wants them")
+        raise DataError("the runs have no FLOPs; a frontier needs them")
     sizes = np.log(runs.parameters)
     if np.ptp(sizes) == 0:
-        raise DataError("all runs have one size; the price of another is not known")
+        raise DataError("all runs have one size; the cost of another is unknown")
     exponent, intercept = np.polyfit(sizes, np.log(runs.flops / runs.tokens), 1)
     cost = Cost(float(np.exp(intercept)), float(exponent))
     error = np.abs(cost.flops(runs.parameters, runs.tokens) / runs.flops - 1).max()
@@ -62,13 +62,13 @@ def fit_cost(runs: Observations) -> Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
-    """The best a law of the form "total" allows for each number of FLOPs.
+    """The lowest loss for each number of FLOPs, by a law of the form "total".
 
     Attributes:
         law: the law.
         cost: FLOPs as a function of size and tokens.
-        sizes: least and most N allowed; by default all. With the sizes of a ladder, nothing is
-            claimed of models smaller or larger than any that was run.
+        sizes: smallest and largest N allowed; default: all. With the sizes of a ladder, the
+            frontier says nothing about models smaller or larger than those that were run.
     """
 
     law: Law
@@ -84,7 +84,7 @@ class Frontier:
             best = (law.alpha * law.A / (rate * law.B) * per_token**law.beta) ** (
                 1 / (law.alpha + rate)
             )
-        return np.clip(best, *self.sizes)  # the loss has one valley, so its edge is best
+        return np.clip(best, *self.sizes)  # the loss has one minimum, so the nearest bound is best
 
     def tokens(self, flops: np.ndarray) -> np.ndarray:
         """D of the best run at ``flops``."""
@@ -97,11 +97,11 @@ class Frontier:
             return self.law.loss(size, self.cost.tokens(size, flops))
 
     def flops(self, loss: np.ndarray) -> np.ndarray:
-        """The fewest FLOPs that reach ``loss``; infinite where no data does."""
+        """The fewest FLOPs that reach ``loss``; infinite if no amount of data does."""
         law, kappa = self.law, self.cost.exponent
         above = np.asarray(loss, np.float64) - law.E
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            # At the optimum the size term is this share of what lies above E.
+            # At the optimum the size term is this share of the loss above E.
             share = kappa * law.beta / (law.alpha + kappa * law.beta)
             size = np.clip((law.A / (share * above)) ** (1 / law.alpha), *self.sizes)
             left = above - law.A * size**-law.alpha
@@ -110,7 +110,7 @@ class Frontier:
 
     @property
     def size_exponent(self) -> float:
-        """a in N_best ~ C^a, where no size is at its bound."""
+        """a in N_best ~ C^a, away from the bounds of the sizes."""
         rate = self.cost.exponent * self.law.beta
         return self.law.beta / (self.law.alpha + rate)
 
@@ -120,10 +120,10 @@ class Crossing:
     """Where two frontiers meet.
 
     Attributes:
-        flops: C at which they do; None: nowhere in the range searched.
-        interval: of C, over those draws that cross.
-        share: of the draws that cross in the range.
-        extrapolated: whether it lies outside the FLOPs that were run.
+        flops: C of the crossing; None: none in the range searched.
+        interval: of C, over the draws that cross.
+        share: fraction of draws that cross in the range.
+        extrapolated: whether it is outside the FLOPs that were run.
     """
 
     flops: float | None
@@ -137,14 +137,14 @@ class Comparison:
     """Two architectures along their frontiers; ``ratio`` above 1 means the first is cheaper.
 
     Attributes:
-        flops: FLOPs at which both frontiers are given.
+        flops: FLOPs at which both frontiers are evaluated.
         first_loss, second_loss: lowest losses there.
         first_band, second_band: their intervals, arrays [2, points]; NaN without draws.
         losses: losses that both frontiers reach within the FLOPs that were run.
         ratio: FLOPs of the second over FLOPs of the first at these losses.
         ratio_band: its interval, [2, losses].
         crossing: where the frontiers meet.
-        share_first_ahead: of the draws in which the first is lower at the largest FLOPs run.
+        share_first_ahead: fraction of draws in which the first is lower at the largest FLOPs run.
     """
 
     flops: np.ndarray
@@ -176,15 +176,14 @@ def compare(
     level: float = LEVEL,
     decades_beyond: float = 2.0,
 ) -> Comparison:
-    """Sets two frontiers side by side.
+    """Compares two frontiers.
 
     Args:
         first, second: fitted frontiers.
-        flops: least and most FLOPs that both architectures were run at.
-        first_draws, second_draws: bootstrap draws of them; they are independent, so any pairing
-            serves.
+        flops: smallest and largest FLOPs at which both architectures were run.
+        first_draws, second_draws: their bootstrap draws; independent, so any pairing is valid.
         level: of the intervals.
-        decades_beyond: how far outside ``flops`` a crossing is looked for.
+        decades_beyond: how far outside ``flops`` a crossing is searched.
     """
     if not 0 < flops[0] < flops[1]:
         raise DataError(
@@ -215,7 +214,7 @@ def compare(
 
 def _percentiles(values: np.ndarray, level: float) -> np.ndarray:
     tail = 50 * (1 - level)
-    # Infinite where a draw's floor lies above the loss; interpolating between infinities is NaN.
+    # Infinite if a draw's floor is above the loss; interpolating between infinities gives NaN.
     return np.percentile(values, [tail, 100 - tail], axis=0, method="nearest")
 
 
@@ -243,7 +242,7 @@ def _crossing(
 
 
 def _root(first: Frontier, second: Frontier, grid: np.ndarray, near: float) -> float | None:
-    """log10 C where the frontiers meet, the meeting nearest to ``near``; None if there is none."""
+    """log10 C of the crossing nearest to ``near``; None if there is none."""
     gap = first.loss(10**grid) - second.loss(10**grid)
     places = np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0)
     if not places.size:

@@ -1,4 +1,4 @@
-"""How far a fitted law can be trusted: bootstrap intervals, and the error on a size held out."""
+"""Uncertainty of a fitted law: bootstrap intervals, and the error on a held-out size."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from encdec.errors import DataError
 from encdec.metrics.intervals import LEVEL, Interval
 from encdec.scaling.fit import Form, Law, Observations, check, fit_law
 
-_MOST_REDRAWS = 20  # of one sample, before the ladder is called too small to bootstrap
+_MOST_REDRAWS = 20  # tries per sample, before the ladder is reported as too small to bootstrap
 
 
 def refitted_draws(runs: Observations, law: Law, draws: int = 200, seed: int = 0) -> list[Law]:
-    """Laws fitted to runs drawn anew with replacement.
+    """Laws fitted to runs drawn with replacement.
 
     Whole runs are drawn, not residuals: with a Huber delta of 1e-3 the fit passes through as many
-    runs as it has constants, so that residuals are too small and intervals made from them cover
-    the truth in 68 to 88 % of synthetic ladders instead of 95 %. Samples that could not determine
+    runs as it has constants, so residuals are too small and intervals made from them cover
+    the truth in 68 to 88 % of synthetic ladders instead of 95 %. Samples that do not determine
     a law (too few sizes left, for example) are drawn again.
 
     Raises:
-        DataError: nearly all samples are like that.
+        DataError: nearly all samples fail to determine a law.
     """
     random = np.random.default_rng(seed)
     laws = []
@@ -37,7 +37,7 @@ def refitted_draws(runs: Observations, law: Law, draws: int = 200, seed: int = 0
             break
         else:
             raise DataError(
-                f"{len(runs)} runs are too few to draw samples from that still determine a law; "
+                f"{len(runs)} runs are too few for bootstrap samples that determine a law; "
                 "run more of the ladder, or fit without intervals (--draws=0)"
             )
     return laws
@@ -55,7 +55,7 @@ def constant_intervals(draws: list[Law], level: float = LEVEL) -> dict[str, Inte
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Extrapolation to the largest size by a law that has not seen it.
+    """Extrapolation to the largest size by a law fitted without it.
 
     Attributes:
         parameters: N of the size held out.
@@ -86,7 +86,7 @@ def hold_out_largest(runs: Observations, form: Form = "total") -> HeldOut:
     are held out together.
 
     Raises:
-        DataError: the smaller sizes alone cannot determine a law.
+        DataError: the smaller sizes alone do not determine a law.
     """
     largest = float(runs.parameters.max())
     out = runs.parameters > 0.9 * largest

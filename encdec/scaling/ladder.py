@@ -1,4 +1,4 @@
-"""Ladders of runs: a grid of sizes, architectures and budgets, matched as asked, fully planned.
+"""Ladders of runs: a fully planned grid of sizes, architectures and budgets, matched as configured.
 
 A ladder's config file (``configs/scaling.py``) returns a ConfigDict; ``parse_ladder`` checks it,
 and ``plan`` turns it into runs. On every rung, which is one size at one budget, the reference is
@@ -40,7 +40,7 @@ _BYTES_PER_PARAMETER = 16  # float32: master, gradient, and AdamW's two moments
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
-    """How much each size is trained, as the reference of its rung.
+    """Training budgets of each size, for the reference of a rung.
 
     ``flops``: training FLOPs. ``rows``: rows read. ``tokens_per_parameter``: source and target
     tokens over all parameters.
@@ -54,7 +54,7 @@ class Budgets:
 
 @dataclasses.dataclass(frozen=True)
 class BatchRule:
-    """Rows a step: ``rows`` (reading / reference_rows)^exponent, as a power of two in bounds."""
+    """Rows per step: ``rows`` (reading / reference_rows)^exponent, as a power of two in bounds."""
 
     rows: int = 32
     reference_rows: int = 100_000
@@ -80,7 +80,7 @@ class LearningRateRule:
 
 @dataclasses.dataclass(frozen=True)
 class Seeds:
-    """Repeated runs, which show the noise between seeds."""
+    """Repeated runs, to measure the noise between seeds."""
 
     count: int = 1  # seeds of the rungs below; all others have one
     sizes: tuple[str, ...] = ()  # these sizes ...
@@ -89,18 +89,18 @@ class Seeds:
 
 @dataclasses.dataclass(frozen=True)
 class Distilled:
-    """Series that are run once more, with a teacher's stored distributions beside the gold targets.
+    """Series that are repeated with a teacher's stored distributions in addition to gold targets.
 
     ``teachers``: by name, ``rows``, a directory of ``encdec score`` on the ladder's records, and
-    ``loss``, the teacher's own on the ladder's held-out records in nats a target token (0: not
-    known). Entries without rows are passed over.
+    ``loss``, the teacher's own on the ladder's held-out records in nats per target token (0:
+    unknown). Entries without rows are skipped.
     """
 
     series: tuple[str, ...] = ()  # names, such as "ed-2of3"; none: no distilled runs
     teachers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def named(self) -> dict[str, tuple[str, float]]:
-        """(rows, loss) of each teacher that is to be used."""
+        """(rows, loss) of each teacher in use."""
         return {
             name: (str(entry["rows"]), float(entry.get("loss", 0.0)))
             for name, entry in self.teachers.items()
@@ -137,11 +137,11 @@ class PlannedRun:
 
     Attributes:
         name: of its work directory; unique in the ladder.
-        series: "ed-2of3", "dec", ...; "ed-2of3+NAME" where a teacher of that name takes part.
+        series: "ed-2of3", "dec", ...; "ed-2of3+NAME" with the teacher of that name.
         size: the rung's size.
         budget: the rung's budget, in the unit of its kind.
         seed: of parameters and row order.
-        preset: the preset that ``model`` is a variation of.
+        preset: the preset from which ``model`` is varied.
         model: the matched model.
         batch_size: rows a step.
         steps: optimizer steps.
@@ -149,11 +149,11 @@ class PlannedRun:
         warmup_steps: of them.
         eval_every: steps between evaluations.
         inputs, targets: row lengths.
-        source_tokens, target_tokens: read in all. With records given, tokens of text by the
-            card's average row; else slots, padding included.
-        epochs: over the records; NaN without them.
+        source_tokens, target_tokens: total tokens read. With records, text tokens by the card's
+            average row; else slots, padding included.
+        epochs: over the records; NaN without records.
         teacher: directory of its stored distributions; "": gold targets alone.
-        teacher_loss: its own, held out, nats a target token; 0: none, or not known.
+        teacher_loss: its held-out loss, nats per target token; 0: no teacher, or unknown.
     """
 
     name: str
@@ -182,7 +182,7 @@ class PlannedRun:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs, rows counted whole; what a teacher's scoring cost is not in them."""
+        """Training FLOPs, rows counted whole; the cost of teacher scoring is not included."""
         return training_flops(self.model, self.inputs, self.targets, batch_size=self.rows)
 
     @property
@@ -198,7 +198,7 @@ class PlannedRun:
     def digest(self) -> str:
         """Changes with anything that changes the run's outcome."""
         content = dataclasses.asdict(self)
-        # Where a teacher's rows lie may change; training compares their content.
+        # The path of a teacher's rows may change; training compares their content.
         del content["name"], content["epochs"], content["teacher"], content["teacher_loss"]
         # Fields at their defaults are left out, so that a later field of models changes no digest.
         content["model"] = self.model.changes_from(type(self.model)())
@@ -212,7 +212,8 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All runs of a ladder in the order they are done, cheapest first, and what was left out."""
+    """All runs of a ladder in the order in which they run, cheapest first, and the rungs left
+    out."""
 
     ladder: Ladder
     runs: tuple[PlannedRun, ...]
@@ -259,11 +260,11 @@ def plan(ladder: Ladder, card: DatasetCard | None = None) -> Plan:
 
     Args:
         ladder: the ladder.
-        card: of the training records. Without one, tokens are slots of the rows and the number
+        card: of the training records. Without it, tokens are slots of the rows and the number
             of rows is not checked.
 
     Raises:
-        ConfigError: a rung that cannot be matched, or records of other lengths.
+        ConfigError: a rung cannot be matched, or the records have other row lengths.
     """
     inputs, targets = ladder.inputs, ladder.targets
     if card and (card.inputs_length, card.targets_length) != (inputs, targets):
@@ -296,7 +297,7 @@ def plan(ladder: Ladder, card: DatasetCard | None = None) -> Plan:
 
 
 def run_config(ladder: Ladder, run: PlannedRun) -> RunConfig:
-    """What ``encdec train`` is given for a planned run."""
+    """The RunConfig of a planned run."""
     values = to_dict(RunConfig())
     for name, value in ladder.run.items():
         values[name] = values[name] | value if isinstance(value, Mapping) else value
@@ -354,7 +355,7 @@ def _rung(
     repeated &= not ladder.seeds.budgets or budget in ladder.seeds.budgets
     runs = []
     for series, model, teacher, teacher_loss in _with_distilled(ladder, models):
-        # With equal sizes and equal FLOPs, data has to differ.
+        # With equal sizes and equal FLOPs, the amount of data has to differ.
         share = (
             row_flops / training_flops(model, inputs, targets)
             if ladder.match == "flops+parameters"
@@ -371,7 +372,7 @@ def _rung(
         if "flops" in ladder.match and abs(flops / (rows * row_flops) - 1) > FLOPS_TOLERANCE:
             return (
                 f"{label}: {series} comes to {flops:.4g} FLOPs in whole steps, the reference "
-                f"to {rows * row_flops:.4g}, more than 1 % apart; a smaller batch mends that"
+                f"to {rows * row_flops:.4g}, more than 1 % apart; use a smaller batch"
             )
         for seed in range(ladder.seeds.count if repeated else 1):
             runs.append(
@@ -403,7 +404,7 @@ def _rung(
 def _with_distilled(
     ladder: Ladder, models: Mapping[str, ModelConfig]
 ) -> list[tuple[str, ModelConfig, str, float]]:
-    """(series, model, teacher's rows, its loss): all series, and some once more with teachers."""
+    """(series, model, teacher's rows, its loss): all series, and those repeated with teachers."""
     plain = [(series, model, "", 0.0) for series, model in models.items()]
     return plain + [
         (distilled_name(series, teacher), models[series], rows, loss)
@@ -427,7 +428,7 @@ def _learning_rate(rule: LearningRateRule, model: ModelConfig, batch: int) -> fl
 def _check(ladder: Ladder) -> None:
     def require(condition: bool, field: str, value: Any, wanted: str) -> None:
         if not condition:
-            raise ConfigError(f"ladder.{field} is {value!r}; wanted {wanted}")
+            raise ConfigError(f"ladder.{field} is {value!r}; expected {wanted}")
 
     require(bool(ladder.sizes), "sizes", dict(ladder.sizes), "at least one size")
     for size, entry in ladder.sizes.items():
@@ -515,27 +516,27 @@ def _check_distilled(ladder: Ladder) -> None:
     for series in distilled.series:
         if series not in names:
             raise ConfigError(
-                f"ladder.distilled.series has {series!r}; wanted series of the "
+                f"ladder.distilled.series has {series!r}; expected series of the "
                 f"ladder: {', '.join(names)}"
             )
     for name, entry in distilled.teachers.items():
         if not isinstance(entry, Mapping) or not set(entry) <= {"rows", "loss"}:
             raise ConfigError(
-                f"ladder.distilled.teachers.{name} is {entry!r}; wanted "
+                f"ladder.distilled.teachers.{name} is {entry!r}; expected "
                 "{'rows': DIR, 'loss': NATS}"
             )
         if {"_", "/", "+"} & set(name):
             raise ConfigError(
-                f"ladder.distilled.teachers has {name!r}; wanted names without '_', '/' and '+'"
+                f"ladder.distilled.teachers has {name!r}; expected names without '_', '/' and '+'"
             )
         if not entry.get("loss", 0.0) >= 0:
             raise ConfigError(
-                f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; wanted "
+                f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; expected "
                 "nats a target token, or 0 if it is not known"
             )
     if distilled.series and not distilled.named():
         raise ConfigError(
             f"ladder.distilled.series is {distilled.series!r}, but no teacher has "
-            "rows; wanted --ladder.distilled.teachers.NAME.rows=DIR, written by "
+            "rows; expected --ladder.distilled.teachers.NAME.rows=DIR, written by "
             "`encdec score` on the ladder's records"
         )

@@ -1,4 +1,4 @@
-"""Models of one rung: the reference's size or price in another architecture or split.
+"""Models of one rung: the reference's size or cost in another architecture or split.
 
 Of parameters N, data D and training FLOPs C, any two can be made equal between architectures, not
 all three: an encoder-decoder's tokens pass through one of two stacks, a decoder-only model's
@@ -29,12 +29,12 @@ def series_name(split: str) -> str:
 
 
 def distilled_name(series: str, teacher: str) -> str:
-    """``ed-2of3+kd``: the series once more, with the teacher called ``kd``."""
+    """``ed-2of3+kd``: the series repeated with the teacher named ``kd``."""
     return f"{series}+{teacher}"
 
 
 def plain_name(series: str) -> str:
-    """The series without a teacher that ``series`` repeats; itself if it has none."""
+    """The series without a teacher that corresponds to ``series``; itself if it has none."""
     return series.partition("+")[0]
 
 
@@ -54,7 +54,7 @@ def encoder_share(split: str) -> fractions.Fraction:
         share = fractions.Fraction(0)
     if not 0 < share < 1:
         raise ConfigError(
-            f"split is {split!r}; wanted the encoder's share of the layers, such as '2/3'"
+            f"split is {split!r}; expected the encoder's share of the layers, such as '2/3'"
         )
     return share
 
@@ -63,13 +63,13 @@ def with_split(config: ModelConfig, split: str) -> ModelConfig:
     """The same number of layers, ``split`` of them in the encoder.
 
     Raises:
-        ConfigError: the layers cannot be divided so.
+        ConfigError: the number of layers is not divisible.
     """
     layers = encoder_share(split) * config.num_layers
     if layers.denominator != 1:
         raise ConfigError(
             f"{config.num_layers} layers cannot be split {split} between encoder and decoder; "
-            f"wanted a multiple of {encoder_share(split).denominator} layers at each size"
+            f"expected a multiple of {encoder_share(split).denominator} layers at each size"
         )
     return config.replace(
         encoder_layers=int(layers), decoder_layers=config.num_layers - int(layers)
@@ -81,15 +81,15 @@ def matched(
 ) -> ModelConfig:
     """The model of ``series`` on the reference's rung.
 
-    Parameters or training FLOPs of a row are matched, as ``match`` asks, by the MLP's width (and
-    by layers too in a decoder-only model); all other widths stay, the multiples that accelerators
-    like as far as the tolerance of 1 % allows.
+    Parameters or training FLOPs of a row are matched, as ``match`` says, by the MLP's width (and,
+    in a decoder-only model, the number of layers); all other widths stay. Multiples that suit
+    accelerators are preferred within the tolerance of 1 %.
 
     Args:
-        reference: the encoder-decoder that the rung is named after.
+        reference: the rung's encoder-decoder.
         series: "dec", or an encoder-decoder's name.
-        split: the encoder's share; without effect for "dec".
-        match: what is equal.
+        split: the encoder's share; ignored for "dec".
+        match: the quantities to match.
         inputs, targets: row lengths.
 
     Raises:
@@ -118,7 +118,7 @@ def matched(
             continue
         mismatch = abs(cost(model) / wanted - 1)
         if mismatch <= TOLERANCE:
-            # A coarser multiple is worth a little of the match and of the MLP's proportion.
+            # A coarser multiple may cost a little of the match and of the MLP's proportion.
             stretch = abs(math.log(model.mlp_dim / reference.mlp_dim))
             found.append(((mismatch > MATCH, stretch + 10 * mismatch + 0.05 * rank), model))
     if not found:

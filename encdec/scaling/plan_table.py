@@ -21,7 +21,7 @@ _GIB = 2**30
 def as_json(
     plan: Plan, flops_per_second: float | None = None, figures: Figures | None = None
 ) -> dict[str, Any]:
-    """Every run with its figures, what was left out, and the bill."""
+    """Every run with its figures, the rungs left out, and the total cost."""
     return {
         "ladder": dataclasses.asdict(plan.ladder),
         "runs": [_run_json(run, flops_per_second, figures) for run in plan.runs],
@@ -34,7 +34,7 @@ def as_json(
 
 
 def chip_hours(plan: Plan, figures: Figures) -> float:
-    """Predicted, of all runs that fit."""
+    """Predicted chip-hours of all runs that fit."""
     return sum(
         figures[run.name].chip_hours(run.steps) for run in plan.runs if not figures[run.name].reason
     )
@@ -76,7 +76,7 @@ def show(
     console: Console,
     figures: Figures | None = None,
 ) -> None:
-    """Prints all runs and the total bill."""
+    """Prints all runs and the total cost."""
     ladder = plan.ladder
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("#", "run"):
@@ -117,8 +117,8 @@ def show(
     )
     if any(run.teacher for run in plan.runs):
         console.print(
-            "Series named with + have a teacher; training it and scoring records with "
-            "it (`encdec score --dry_run`) is not in the FLOPs."
+            "Series named with + have a teacher; its training and teacher scoring "
+            "(`encdec score --dry_run`) are not in the FLOPs."
         )
     if flops_per_second:
         hours = plan.flops / flops_per_second / 3600
@@ -136,17 +136,18 @@ def _show_bill(plan: Plan, figures: Figures, console: Console) -> None:
     step = next(iter(figures.values()))
     console.print(
         f"Total bill: {chip_hours(plan, figures):,.2f} chip-hours on {step.topology} ({step.chips} "
-        "chips), predicted by compiling every step (see docs/pod.md for its limits); memory is the "
+        "chips), predicted by compiling every step (see docs/prediction.md for limits); memory "
+        "is the "
         "peak of one device; evaluations, start-up and compilation not included."
     )
     for name in do_not_fit(plan, figures):
         console.print(
-            f"Does not fit, and not in the bill: {escape(name)}: {escape(figures[name].reason)}"
+            f"Does not fit, not in the total: {escape(name)}: {escape(figures[name].reason)}"
         )
     if do_not_fit(plan, figures):
         console.print(
             "Shard the parameters (--ladder.run.mesh.fsdp=-1 --ladder.run.mesh.data=1), "
-            "or take micro-batches (--ladder.run.accumulation=2)."
+            "or use micro-batches (--ladder.run.accumulation=2)."
         )
 
 

@@ -1,6 +1,6 @@
-"""The curves as figures, PNG and SVG: told apart by colour, marker and line, so in print too.
+"""The curves as figures, PNG and SVG. Series differ in colour, marker and line, also for print.
 
-Colours are Okabe and Ito's, which the common kinds of colour blindness keep apart.
+Colours are Okabe and Ito's, distinguishable with the common kinds of colour blindness.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a series is drawn; a series with a teacher is its plain one with filled markers."""
+    """Style of a series; a series with a teacher is drawn like its plain one with filled
+    markers."""
 
     colour: str
     marker: str
@@ -77,7 +78,7 @@ _PANEL = (3.4, 3.0)  # inches
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A figure on disk, as PNG at ``path`` and as SVG beside it."""
+    """A figure on disk, as PNG at ``path`` and as SVG next to it."""
 
     name: str
     title: str
@@ -112,7 +113,7 @@ def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
             "IsoFLOP valleys",
             "Loss against parameters at equal training FLOPs. Parabolas in log N join three sizes "
             "or more, and a cross marks their lowest point inside the "
-            "sizes run: a picture, not the "
+            "sizes run: an illustration, not the "
             "fit, because parabolas are biased.",
             lambda: _isoflop(analysis),
         )
@@ -205,7 +206,7 @@ def _looks(analysis: Analysis) -> dict[str, Look]:
 
 
 def label_of(name: str) -> str:
-    """``ed-2of3`` for people: encoder-decoder 2/3-1/3; with a teacher: + KD, and its name."""
+    """Label of ``ed-2of3``: encoder-decoder 2/3-1/3; with a teacher: + KD, and its name."""
     plain, _, teacher = name.partition("+")
     if teacher:
         return f"{label_of(plain)} + KD" + (f" ({teacher})" if teacher != "kd" else "")
@@ -223,7 +224,7 @@ def _save(
         figure = draw()
         FigureCanvasAgg(figure)
         figure.savefig(path, dpi=200)
-        # Without a date the same results give the same file.
+        # No date, so that equal results give equal files.
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     return Drawn(name, title, caption, path)
 
@@ -267,7 +268,7 @@ def _plain_log(axis) -> None:
 
 
 def _powers(*several: Axis) -> None:
-    """Ticks of large numbers that keep clear of each other, also on axes of about a decade."""
+    """Ticks of large numbers that do not overlap, also on axes of about a decade."""
     for axis in several:
         low, high = sorted(axis.get_view_interval())
         if high / low < 40:
@@ -283,7 +284,7 @@ def _powers(*several: Axis) -> None:
 
 
 def _hide(grid: np.ndarray, used: int) -> None:
-    """Takes away the panels beyond ``used``; those above them get the ticks' labels."""
+    """Removes unused panels; those above them get the tick labels."""
     for axes in grid.flat[used:]:
         axes.set_axis_off()
     columns = grid.shape[1]
@@ -327,7 +328,7 @@ def _loss_flops(analysis: Analysis, looks: dict) -> Figure:
                 )
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
     _powers(axes.xaxis)
-    # Early evaluations would squeeze what the figure is about.
+    # Early evaluations would compress the relevant range.
     losses = np.concatenate([one.runs.loss for one in analysis.series.values()])
     axes.set_ylim(losses.min() / 1.04, losses.max() * 1.06)
     _plain_log(axes.yaxis)
@@ -386,7 +387,7 @@ def _isoflop(analysis: Analysis) -> Figure:
 
 
 def _budget(flops: float) -> float:
-    """log10 of FLOPs in steps of a twentieth: matched runs differ by a percent."""
+    """log10 of FLOPs in steps of a twentieth: matched runs differ by up to a percent."""
     return round(20 * np.log10(flops)) / 20
 
 
@@ -463,7 +464,8 @@ def _comparison(
     looks: dict[str, Look],
     ratio_label: str,
 ) -> Figure:
-    """Frontiers on the left, FLOPs at equal loss on the right; ``others`` names each opponent."""
+    """Frontiers on the left, FLOPs at equal loss on the right; ``others`` names the compared
+    series."""
     figure, grid = _figure(2)
     left, right = grid[0]
     drawn = set()
@@ -492,7 +494,7 @@ def _comparison(
         )
     left.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
     low, high = left.get_ylim()
-    left.set_ylim(low, high * (high / low) ** (0.06 * (1 + len(drawn))))  # room for the legend
+    left.set_ylim(low, high * (high / low) ** (0.06 * (1 + len(drawn))))  # space for the legend
     _plain_log(left.yaxis)
     _powers(left.xaxis)
     left.legend(fontsize=7.5, handlelength=3.2)
@@ -508,7 +510,7 @@ def _comparison(
 
 
 def _score(analysis: Analysis, metric: str, looks: dict[str, Look]) -> Figure:
-    """One panel a size: means over seeds, bars of a standard deviation."""
+    """One panel per size: means over seeds, bars of a standard deviation."""
     rungs = analysis.scores[metric]
     sizes = list(dict.fromkeys(rung.size for rung in rungs))
     columns = min(len(sizes), 4)
@@ -522,7 +524,7 @@ def _score(analysis: Analysis, metric: str, looks: dict[str, Look]) -> Figure:
             if not cells:
                 continue
             look = looks[name]
-            # Beside each other, so that bars do not hide each other.
+            # Side by side, so that bars do not hide each other.
             flops = np.array([f for f, _ in cells]) * 1.04 ** (i - (len(looks) - 1) / 2)
             axes.errorbar(
                 flops,

@@ -1,9 +1,9 @@
 """The results file: one JSON line for every run and evaluation, appended, never rewritten.
 
-A line is written whole and flushed to the disk before the next run starts. A crash can leave at
-most one line cut short, the last; readers pass over it and the next writer cuts it off. Writers
-exclude each other by a lock on the file, and a (run, step) that is there already is not written
-again, so collecting twice changes nothing.
+A line is written whole and flushed to the disk before the next run starts. A crash can truncate at
+most the last line; readers skip it and the next writer removes it. Writers exclude each other by a
+lock on the file, and an existing (run, step) is not written again, so collecting twice changes
+nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ResultsFile:
         return self._parse(self.path.read_bytes())
 
     def append(self, rows: Iterable[Row]) -> int:
-        """Adds the rows whose (run, step, kind) is not there yet; returns how many."""
+        """Appends the rows whose (run, step, kind) is new; returns how many."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -73,14 +73,14 @@ class ResultsFile:
     def _parse(self, content: bytes) -> list[Row]:
         lines = content.split(b"\n")
         rows = []
-        for number, line in enumerate(lines[:-1], 1):  # after the last newline: cut short or empty
+        for number, line in enumerate(lines[:-1], 1):  # after the last newline: truncated or empty
             try:
                 row = json.loads(line)
                 _key(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{self.path}, line {number} is damaged ({error!r}); delete the "
-                    "line, and `encdec scaling run` collects its run again"
+                    "line to have `encdec scaling run` collect its run again"
                 ) from None
             rows.append(row)
         return rows
@@ -91,7 +91,7 @@ def _key(row: Mapping[str, Any]) -> tuple:
 
 
 def describe(run: PlannedRun) -> Row:
-    """What all rows of a run share."""
+    """Fields shared by all rows of a run."""
     count = run.parameters
     return {
         "run": run.name,
@@ -112,7 +112,7 @@ def describe(run: PlannedRun) -> Row:
 
 
 def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
-    """The evaluations, and the scores if there are any, in a run's work directory so far."""
+    """The evaluations, and any scores, in a run's work directory so far."""
     workdir = pathlib.Path(workdir)
     path = workdir / METRICS_FILE
     if not path.exists():
@@ -122,9 +122,9 @@ def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
         try:
             numbers = json.loads(line)
         except ValueError:
-            continue  # cut short by a crash; the run writes it again when it resumes
+            continue  # truncated by a crash; the run writes it again when it resumes
         if "eval/loss" in numbers:
-            # The last of equal steps: a resumed run repeats what it had not saved.
+            # The last of equal steps: a resumed run repeats steps that it had not saved.
             rows[numbers["step"]] = _row(run, numbers)
     found = list(rows.values())
     scores = workdir / SCORES_FILE
@@ -148,7 +148,7 @@ def _read_scores(path: pathlib.Path) -> Row:
         }
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DataError(
-            f"{path} is {error!r}; wanted {{metric: value}}, or {{metric: "
+            f"{path} is malformed ({error!r}); expected {{metric: value}}, or {{metric: "
             '{"value": V, "low": L, "high": H}}'
         ) from None
     return {"scores": values} | ({"score_intervals": intervals} if intervals else {})
@@ -177,7 +177,7 @@ def _row(run: PlannedRun, numbers: Mapping[str, Any]) -> Row:
 
 
 def final_rows(rows: Iterable[Row]) -> list[Row]:
-    """The last evaluation of each finished run: only there has the schedule ended."""
+    """The last evaluation of each finished run, where its schedule has ended."""
     return [row for row in rows if row["final"] and "scores" not in row]
 
 
@@ -197,8 +197,8 @@ def observations(
 
     Args:
         rows: of the results file.
-        tokens: which count as D: "target", "source" or "both".
-        parameters: which count as N: "total" or "non_embedding".
+        tokens: those counted as D: "target", "source" or "both".
+        parameters: those counted as N: "total" or "non_embedding".
         loss: its unit, "nats_per_token" or "bits_per_byte".
     """
 

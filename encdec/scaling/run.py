@@ -1,12 +1,13 @@
-"""Runs a plan: whatever is not done yet, one run after the other, safe against being killed.
+"""Runs a plan: all unfinished runs, one after the other; it can be killed and resumed.
 
-    WORKDIR/ladder.json     the ladder as first run; another one is refused
+    WORKDIR/ladder.json     the ladder as first run; a different one is refused
     WORKDIR/results.jsonl   one line per run and evaluation (``results``)
     WORKDIR/runs/NAME/      a work directory of ``encdec train``
-    WORKDIR/locks/NAME      held while NAME is being run, released by the system at any death
+    WORKDIR/locks/NAME      held while NAME is being run, released by the system if the process dies
 
-A run is done when its last step's evaluation stands in its own ``metrics.jsonl``. So nothing has
-to be written at the same moment: killed between training and recording, the next call collects.
+A run is done when its last step's evaluation is in its own ``metrics.jsonl``. So no two files have
+to be written atomically together: after a kill between training and recording, the next call
+collects the run.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from encdec.train.config import OPERATIONAL
 
 LADDER_FILE = "ladder.json"
 
-# Where the records lie may change; their content is compared by every run. More budgets, sizes,
-# seeds or teachers only add runs; the digests of old ones still hold.
+# Paths of records may change; every run compares their content. More budgets, sizes, seeds or
+# teachers only add runs; the digests of old ones stay valid.
 _FREE = ("records", "eval_records", "sizes", "budgets", "seeds", "distilled")
-# Of the runs' settings: where and how they run, not what they compute.
+# Run settings that determine where and how runs compute, not what they compute.
 _OPERATIONAL = {name.partition(".")[0] for name in OPERATIONAL if "." not in name.rstrip(".")}
 
 Say = Callable[[str], None]
@@ -40,7 +41,7 @@ Train = Callable[[Any, str], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one call did: names of runs by what became of them."""
+    """The outcome of one call: names of runs by result."""
 
     done_before: tuple[str, ...]
     done: tuple[str, ...]
@@ -59,10 +60,10 @@ class Workdir:
         return self.path / "runs" / name
 
     def claim(self, ladder: Ladder) -> None:
-        """Makes the directory this ladder's.
+        """Claims the directory for this ladder.
 
         Raises:
-            CheckpointError: it is another's; the fields that differ are named.
+            CheckpointError: it belongs to another ladder; differing fields are named.
         """
         content = json.loads(json.dumps(dataclasses.asdict(ladder)))
         path = self.path / LADDER_FILE
@@ -82,14 +83,14 @@ class Workdir:
                     f"{n} is {old.get(n)!r} there and {content[n]!r} here" for n in names
                 )
                 raise CheckpointError(
-                    f"{self.path} holds another ladder: {shown}. Set these as "
-                    "they were, or give another --workdir"
+                    f"{self.path} holds another ladder: {shown}. Restore these "
+                    "values, or give another --workdir"
                 )
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 
     def gather(self, plan: Plan) -> set[str]:
-        """Collects what lies in the runs' directories; returns the names of finished runs.
+        """Collects results from the runs' directories; returns the names of finished runs.
 
         Raises:
             DataError: a recorded run differs from the planned one of its name.
@@ -99,7 +100,7 @@ class Workdir:
             if known.get(run.name, run.digest) != run.digest:
                 raise DataError(
                     f"{self.results.path} has a run {run.name} of another plan (its model, data "
-                    "or schedule differ); set the ladder as it was, or give another --workdir"
+                    "or schedule differ); restore the ladder's settings, or give another --workdir"
                 )
         self.results.append(
             row for run in plan.runs for row in collect(run, self.run_directory(run.name))
@@ -109,7 +110,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[bool]:
-        """Whether this process now has ``name`` for itself."""
+        """Locks ``name``; false if another process holds it."""
         path = self.path / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w") as file:
@@ -135,27 +136,27 @@ def run_plan(
     say: Say = print,
     train: Train | None = None,
 ) -> Outcome:
-    """Trains what is not done, and records it.
+    """Trains the unfinished runs, and records them.
 
-    A run that fails is reported and left for the next call; the others go on. Runs that another
-    process holds are passed over.
+    A run that fails is reported and left for the next call; the others continue. Runs that another
+    process holds are skipped.
 
     Args:
         plan: of a ladder with records and held-out records.
         workdir: the ladder's directory.
-        only: names of the runs to do; none: all.
+        only: names of the runs to do; empty: all.
         say: takes lines of progress.
-        train: ``encdec.train.loop.train``, or what stands for it.
+        train: ``encdec.train.loop.train``, or a replacement.
 
     Raises:
         DataError: no records given, or results of another plan.
-        CheckpointError: the directory of another ladder.
+        CheckpointError: the directory belongs to another ladder.
     """
     ladder = plan.ladder
     for field in ("records", "eval_records"):
         if not getattr(ladder, field):
             raise DataError(
-                f"ladder.{field} is empty; wanted a directory written by `encdec "
+                f"ladder.{field} is empty; expected a directory written by `encdec "
                 f"prepare`: --ladder.{field}=DIR"
             )
     place = Workdir(workdir)
@@ -173,10 +174,10 @@ def run_plan(
     for number, run in enumerate(todo, 1):
         with place.lock(run.name) as mine:
             if not mine:
-                say(f"{run.name}: another process is at it")
+                say(f"{run.name}: another process is running it")
                 busy.append(run.name)
                 continue
-            # Another process may have finished it since the directory was read.
+            # Another process may have finished it since the results were read.
             rows = collect(run, place.run_directory(run.name))
             if not any(row["final"] for row in rows):
                 say(
@@ -194,13 +195,13 @@ def run_plan(
 
 
 def _train_one(ladder: Ladder, run: PlannedRun, place: Workdir, train: Train | None) -> str | None:
-    """Trains one run to its end; the reason if it could not."""
+    """Trains one run to its end; returns the reason of a failure, or None."""
     if train is None:
         import jax
 
         from encdec.train.loop import train
 
-        jax.clear_caches()  # dozens of programs would otherwise stay in memory
+        jax.clear_caches()  # otherwise dozens of programs would stay in memory
     try:
         train(run_config(ladder, run), str(place.run_directory(run.name)))
     except Preempted:
@@ -213,7 +214,7 @@ def _train_one(ladder: Ladder, run: PlannedRun, place: Workdir, train: Train | N
 
 
 def index_of(plan: Plan, index: int) -> PlannedRun:
-    """The run with number ``index`` of the plan, from 0, as array jobs count.
+    """The run with index ``index`` of the plan, from 0, as in array jobs.
 
     Raises:
         DataError: no such run.

@@ -1,4 +1,4 @@
-"""What each rung says by itself, without any law: series side by side, seeds as the error."""
+"""Each rung by itself, without a law: series side by side, with errors from seeds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Cell:
     """One series on one rung.
 
     Attributes:
-        values: one a seed.
-        ahead: decoder-only's value less this series', the mean over seeds that both have; of a
-            score the other way round, so that above 0 this series is better. NaN without any.
+        values: one per seed.
+        ahead: decoder-only's value minus this series' (for scores the reverse), so that above 0
+            this series is better; the mean over common seeds, NaN without any.
         interval: of ``ahead``, by Student's t over these seeds; NaN with fewer than two.
     """
 
@@ -61,7 +61,7 @@ def loss_rungs(final: Sequence[Row], loss: str) -> list[Rung]:
 
 
 def score_rungs(rows: Sequence[Row], metric: str) -> list[Rung]:
-    """A task's metric, of which more is better, of the runs that were scored."""
+    """A task's metric (higher is better) of the runs that were scored."""
     scored = [row for row in rows if metric in row.get("scores", {})]
     return _rungs(scored, lambda row: row["scores"][metric], 1.0)
 

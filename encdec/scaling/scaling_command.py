@@ -28,26 +28,26 @@ def main(argv: list[str]) -> int:
     """Plans, runs, scores, fits or plots a ladder of runs.
 
     Raises:
-        ConfigError: a ladder that cannot be planned.
-        DataError: results that cannot be fitted, with the reason.
-        CheckpointError: a directory of another ladder.
+        ConfigError: the ladder cannot be planned.
+        DataError: the results cannot be fitted; the message gives the reason.
+        CheckpointError: the directory belongs to another ladder.
     """
     overrides, rest = split_ladder_overrides(argv)
     options = _parser().parse_args(rest)
     if overrides and not hasattr(options, "ladder"):
         raise ConfigError(
-            f"{overrides[0]} means nothing to `encdec scaling {options.action}`, "
-            "which reads results; use it with plan, run and score"
+            f"{overrides[0]} has no effect on `encdec scaling {options.action}`, "
+            "which only reads results; use it with plan, run and score"
         )
     return options.function(options, overrides)
 
 
 def split_ladder_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts ``--ladder.FIELD=VALUE`` from all other arguments."""
+    """Separates ``--ladder.FIELD=VALUE`` from all other arguments."""
     overrides = [a for a in argv if _OVERRIDE.fullmatch(a)]
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(f"{override} has no value; wanted {override}=VALUE")
+            raise ConfigError(f"{override} has no value; expected {override}=VALUE")
     return overrides, [a for a in argv if a not in overrides]
 
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="action", required=True, metavar="{plan,run,score,fit,plot}"
     )
 
-    plan = _action(actions, "plan", _plan, "show every run of a ladder and the total bill")
+    plan = _action(actions, "plan", _plan, "show every run of a ladder and the total cost")
     _ladder_options(plan)
     plan.add_argument("--chip", metavar="NAME", help="predict chip-hours on this chip, e.g. v5e")
     plan.add_argument(
@@ -69,20 +69,20 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.4,
         metavar="SHARE",
-        help="model FLOPs utilisation taken for it (%(default)s); `encdec compile` "
+        help="with --chip: assumed model FLOPs utilisation (%(default)s); `encdec compile` "
         "predicts it for a topology",
     )
     plan.add_argument(
         "--flops_per_second",
         type=float,
         metavar="RATE",
-        help="instead of chip and MFU: model FLOP/s that one machine reaches",
+        help="instead of --chip and --mfu: model FLOP/s of one machine",
     )
     plan.add_argument(
         "--topology",
         metavar="NAME",
         help="compile every step for this TPU topology, e.g. v5e:16x16, as `encdec "
-        "compile` does, and predict memory and chip-hours; minutes a distinct step",
+        "compile` does, and predict memory and chip-hours; takes minutes per distinct step",
     )
     plan.add_argument(
         "--compiled",
@@ -95,11 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="plan this run alone (may be repeated)",
+        help="plan only this run (may be repeated)",
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    run = _action(actions, "run", _run, "do what is not done yet, and record it")
+    run = _action(actions, "run", _run, "train all unfinished runs and record them")
     _ladder_options(run)
     run.add_argument(
         "--workdir", type=local_path, required=True, metavar="DIR", help="the ladder's directory"
@@ -110,30 +110,30 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="do this run alone (may be repeated)",
+        help="do only this run (may be repeated)",
     )
     which.add_argument(
         "--index",
         type=int,
         metavar="I",
-        help="do the plan's run number I alone, as a task of an array job",
+        help="do only the plan's run number I, as a task of an array job",
     )
     which.add_argument(
         "--collect",
         action="store_true",
-        help="train nothing; record what lies in the runs' directories",
+        help="train nothing; record the results in the runs' directories",
     )
     which.add_argument(
         "--print_jobs",
         action="store_true",
-        help="train nothing; print one command for each run that is not done",
+        help="train nothing; print one command for each unfinished run",
     )
 
     score = _action(
         actions,
         "score",
         _score,
-        "generate answers with every finished run and measure a task's metrics",
+        "generate answers with every finished run and compute a task's metrics",
     )
     _ladder_options(score)
     score.add_argument(
@@ -143,21 +143,23 @@ def _parser() -> argparse.ArgumentParser:
         "--task", required=True, metavar="TASK", help="a task with metrics, see `encdec data list`"
     )
     score.add_argument(
-        "--data_dir", type=local_path, metavar="DIR", help="where the task's files lie"
+        "--data_dir", type=local_path, metavar="DIR", help="directory with the task's files"
     )
-    score.add_argument("--split", default="validation", help="of the task (%(default)s)")
+    score.add_argument("--split", default="validation", help="split of the task (%(default)s)")
     score.add_argument(
         "--metrics",
         default="",
         metavar="A,B",
-        help="instead of the task's own, see `encdec evaluate --help`; such as rougeL",
+        help="metrics instead of the task's own, such as rougeL; see `encdec evaluate --help`",
     )
-    score.add_argument("--examples", type=int, metavar="N", help="its first N (all)")
+    score.add_argument(
+        "--examples", type=int, metavar="N", help="use the first N examples (default: all)"
+    )
 
     fit = _action(actions, "fit", _fit, "fit laws and compare the architectures")
     _fit_options(fit)
     fit.add_argument(
-        "--json", type=local_path, metavar="FILE", help="write everything to this file too"
+        "--json", type=local_path, metavar="FILE", help="also write all numbers to this file"
     )
 
     plot = _action(actions, "plot", _plot, "draw the curves and write the report")
@@ -166,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=local_path,
         metavar="DIR",
-        help="for the figures and report.html (default: `curves` beside the results)",
+        help="for the figures and report.html (default: `curves` next to the results)",
     )
     return parser
 
@@ -201,13 +203,13 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
         help="a ladder's directory, or a results file",
     )
     parser.add_argument(
-        "--tokens", choices=TOKENS, default="target", help="which tokens are D (%(default)s)"
+        "--tokens", choices=TOKENS, default="target", help="tokens counted as D (%(default)s)"
     )
     parser.add_argument(
         "--parameters",
         choices=PARAMETERS,
         default="total",
-        help="which parameters are N (%(default)s)",
+        help="parameters counted as N (%(default)s)",
     )
     parser.add_argument(
         "--loss", choices=sorted(LOSSES), default="nats_per_token", help="unit of L (%(default)s)"
@@ -255,7 +257,7 @@ def load_ladder(source: str, overrides: Sequence[str]) -> ml_collections.ConfigD
     except flags.Error as error:
         raise ConfigError(str(error).removeprefix("flag --")) from None
     except ValueError as error:
-        # ml_collections reads dotted names as Python does: a part that starts with a digit is none.
+        # ml_collections parses dotted names as Python: no part may start with a digit.
         raise ConfigError(
             f"{' '.join(overrides)}: {error}; change such a field in a config file of your own"
         ) from None
@@ -271,7 +273,7 @@ def _planned(options: argparse.Namespace, overrides: Sequence[str]) -> Any:
 
 
 def _console() -> Console:
-    # Where the width is not known, as in a pipe, a wide table is better than a folded one.
+    # If the width is unknown, as in a pipe, a wide table is better than a wrapped one.
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
@@ -281,11 +283,11 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.scaling.plan_table import as_json, show
 
     if options.chip and options.flops_per_second:
-        raise ConfigError("--chip and --flops_per_second are two ways to say one thing; give one")
+        raise ConfigError("--chip and --flops_per_second exclude each other; give one")
     if not 0 < options.mfu <= 1:
-        raise ConfigError(f"--mfu={options.mfu}; wanted a share in (0, 1]")
+        raise ConfigError(f"--mfu={options.mfu}; expected a share in (0, 1]")
     if options.compiled and not options.topology:
-        raise ConfigError("--compiled keeps what --topology compiles; give both, or neither")
+        raise ConfigError("--compiled stores the results of --topology; give both, or neither")
     if options.topology and (options.chip or options.flops_per_second):
         raise ConfigError(
             "--topology predicts the rate that --chip and --flops_per_second assume; give one"
@@ -340,11 +342,11 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     only = options.only if options.index is None else [index_of(plan, options.index).name]
     outcome = run_plan(plan, options.workdir, only=only)
     if outcome.busy:
-        print(f"{len(outcome.busy)} runs are in other hands: {', '.join(outcome.busy)}")
+        print(f"{len(outcome.busy)} runs are held by other processes: {', '.join(outcome.busy)}")
     if outcome.failed:
         raise RunsFailed(
-            f"{len(outcome.failed)} runs failed: {', '.join(outcome.failed)}; the same command "
-            "tries them again, all others are recorded"
+            f"{len(outcome.failed)} runs failed: {', '.join(outcome.failed)}; all others are "
+            "recorded; repeat the command to try again"
         )
     print(f"recorded in {place.results.path}")
     return 0
@@ -355,7 +357,7 @@ def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.scaling.score import score_plan
 
     if options.examples is not None and options.examples < 1:
-        raise ConfigError(f"--examples={options.examples}; wanted a positive number")
+        raise ConfigError(f"--examples={options.examples}; expected a positive number")
     plan = _planned(options, overrides)
     metrics = tuple(name for name in options.metrics.split(",") if name)
     task = of_task(options.task, options.data_dir, options.split, metrics, options.examples)
@@ -377,11 +379,11 @@ def _analysed(options: argparse.Namespace) -> Any:
     path = path / RESULTS_FILE if path.is_dir() else path
     if not path.exists():
         raise DataError(
-            f"{path} does not exist; wanted a directory of `encdec scaling run "
+            f"{path} does not exist; expected a directory of `encdec scaling run "
             "--workdir=`, or its results file"
         )
     if options.draws < 0:
-        raise ConfigError(f"--draws={options.draws}; wanted 0 or more")
+        raise ConfigError(f"--draws={options.draws}; expected 0 or more")
     rows = ResultsFile(path).read()
     unknown = sorted(set(options.skip) - {row["run"] for row in rows})
     if unknown:

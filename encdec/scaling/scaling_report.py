@@ -1,4 +1,4 @@
-"""What a ladder says: tables on the terminal, JSON, and one HTML file that needs no other."""
+"""The report of a ladder: tables on the terminal, JSON, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKENS = {"target": "target tokens", "source": "source tokens", "both": "source
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A table with its title, header and a remark below it."""
+    """A table with title, header and a remark below."""
 
     title: str
     header: tuple[str, ...]
@@ -164,7 +164,7 @@ def _held_out(analysis: Analysis) -> Section:
 def _comparisons(analysis: Analysis) -> Section:
     reasons = " ".join(f"{label_of(name)}: {why}." for name, why in analysis.not_compared.items())
     remark = (
-        "At the most FLOPs that both were run at. The ratio is the FLOPs of decoder-only "
+        "At the largest FLOPs at which both were run. The ratio is the FLOPs of decoder-only "
         "over those of the encoder-decoder at equal loss; above 1 the encoder-decoder is "
         "cheaper. "
         if analysis.comparisons
@@ -188,9 +188,9 @@ def _comparisons(analysis: Analysis) -> Section:
 
 def _against_plain(analysis: Analysis) -> Section:
     remark = (
-        "At the most FLOPs that both were run at. The ratio is the FLOPs on gold targets "
+        "At the largest FLOPs at which both were run. The ratio is the FLOPs on gold targets "
         "alone over the student's with a teacher at equal loss; above 1 the teacher helps. "
-        "Training and scoring the teacher is not counted. "
+        "The teacher's training and scoring are not counted. "
         if analysis.against_plain
         else ""
     )
@@ -229,7 +229,7 @@ def _distillation(one: Distillation) -> Section:
         for n, d in one.overtaken_at.items()
     )
     remark += (
-        " Beside the best teacher, gold targets alone are better, up to two decades beyond "
+        " Compared with the best teacher, gold targets alone are better, up to two decades beyond "
         f"the tokens run, {overtaken}."
     )
     teachers = len(np.unique(one.teacher_loss))
@@ -479,13 +479,13 @@ th, td { text-align: left; padding: 0.25em 1em 0.25em 0; border-bottom: 1px soli
 def write_html(
     analysis: Analysis, figures: Sequence[Drawn], path: pathlib.Path, title: str = "Scaling curves"
 ) -> pathlib.Path:
-    """One page with all figures and tables in it; no other file, script or address is needed."""
+    """One page with all figures and tables in it; it needs no other file, script or address."""
     parts = [
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
         f"<style>{_CSS}</style></head><body><h1>{title}</h1>"
     ]
     for figure in figures:
-        # As an image, so that two drawings cannot disturb each other's names.
+        # As an image, so that the ids of two drawings cannot collide.
         content = base64.b64encode(figure.svg.read_bytes()).decode()
         parts.append(
             f"<figure><h2>{html.escape(figure.title)}</h2><img alt='{html.escape(figure.title)}' "

@@ -1,4 +1,5 @@
-"""Scores of a ladder's finished runs on a downstream task, left where ``results`` collects them."""
+"""Scores of a ladder's finished runs on a downstream task, stored where ``results`` collects
+them."""
 
 from __future__ import annotations
 
@@ -24,10 +25,10 @@ EVALUATION = "evaluation"  # folder of a run's work directory
 def score_plan(
     plan: Plan, workdir: str | os.PathLike, task: Examples, say: Callable[[str], None] = print
 ) -> list[str]:
-    """Scores every finished run that has no scores yet; returns their names.
+    """Scores every finished run without scores; returns their names.
 
-    A run generates greedily, up to the ladder's target length, with inputs cut as its training
-    rows were. The scores are written whole or not at all, then collected into the results.
+    A run generates greedily, up to the ladder's target length, with inputs cut like its training
+    rows. Scores are written atomically, then collected into the results.
 
     Args:
         plan: of the ladder in ``workdir``.
@@ -51,7 +52,7 @@ def score_plan(
     for number, run in enumerate(todo, 1):
         with place.lock(run.name) as mine:
             if not mine:
-                say(f"{run.name}: another process is at it")
+                say(f"{run.name}: another process is scoring it")
                 continue
             folder = place.run_directory(run.name)
             scores = _scores(folder, run.targets, task)
@@ -64,8 +65,8 @@ def score_plan(
 
 
 def _scores(directory: pathlib.Path, tokens: int, task: Examples) -> dict[str, dict[str, float]]:
-    """Each score as {"value", "low", "high"}, as far as it is defined."""
-    jax.clear_caches()  # each run's shape is its own; dozens of programs would stay in memory
+    """Each defined score as {"value", "low", "high"}."""
+    jax.clear_caches()  # each run has its own shapes, and programs stay in memory
     settings = EvaluationSettings(
         checkpoint=str(directory),
         out=str(directory / EVALUATION),

@@ -1,4 +1,4 @@
-"""Answers of requests in the shapes of OpenAI's protocols."""
+"""Answers to requests in the formats of OpenAI's protocols."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from encdec.serving.prompts import Prompt
 from encdec.serving.protocol import Completion
 from encdec.serving.tickets import Scored, Update
 
-LEAST_LOG_PROB = -9999.0  # JSON has no infinity; OpenAI's own least
+LEAST_LOG_PROB = -9999.0  # JSON has no infinity; OpenAI's lowest value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Piece:
     """One token as programs see it.
 
     Attributes:
-        text: the part of the answer's text that it adds; nothing for a token that ends the answer
-            or begins a character which a later token completes.
-        begin: place of the text in the whole, in characters.
-        data: the bytes that it stands for.
-        log_prob: the model's log-probability; None of what it was given as its input.
-        alternatives: the likeliest tokens in its place by the text they would add, and their
-            log-probabilities; those of the same text share the entry of the likeliest.
+        text: what it adds to the answer's text; empty for a token that ends the answer or begins
+            a character that a later token completes.
+        begin: where the text begins in the answer, in characters.
+        data: its bytes.
+        log_prob: the model's log-probability; None for tokens of the input.
+        alternatives: the most likely tokens at its position by the text they would add, and their
+            log-probabilities; tokens with the same text share the entry of the most likely one.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Piece:
 
 
 class PieceCutter:
-    """Cuts a text that grows into what each of its tokens adds.
+    """Splits a growing text into what each of its tokens adds.
 
     The pieces are slices of the text itself, so they always join to it.
     """
@@ -50,7 +50,7 @@ class PieceCutter:
         self._waiting: list[tuple[int, int, float | None, list[tuple[str, int, float]]]] = []
 
     def push(self, text: str, scored: Scored, *, last: bool) -> list[Piece]:
-        """The pieces of tokens whose text is there; with ``last``, of all that are left."""
+        """The pieces of tokens whose text is complete; with ``last``, of all that are left."""
         self._text += text
         for token, log_prob, likeliest in zip(
             scored.tokens, scored.log_probs, scored.likeliest or [[]] * len(scored.tokens)
@@ -66,8 +66,9 @@ class PieceCutter:
         return [self._piece(*waiting) for waiting in there]
 
     def _ready(self) -> int:
-        """Tokens whose text is there. Those that add nothing wait for the next one that adds: they
-        may have begun its character, and if none comes, what is shown of it instead is theirs."""
+        """Tokens whose text is complete. A token that adds no text waits for the next one that
+        does: it may have begun that character; if none comes, the replacement character is its
+        text."""
         ready, reached = 0, self._begin
         for place, (end, *_) in enumerate(self._waiting):
             if end > len(self._text):
@@ -77,7 +78,7 @@ class PieceCutter:
         return ready
 
     def _settle(self) -> None:
-        """What is left of the text belongs to the last token that has one; nothing is beyond it."""
+        """Gives the rest of the text to the last token that has any."""
         whole, eos = len(self._text), self._vocabulary.eos_id
         ends = [min(end, whole) for end, *_ in self._waiting]
         for place in reversed(range(len(ends))):
@@ -102,7 +103,7 @@ class PieceCutter:
         )
 
     def _name(self, token: int) -> str:
-        """A token that is not in the text, by what it would add to it."""
+        """A token that was not chosen, with the text that it would have added."""
         if text := piece_after(self._vocabulary, self._before, token):
             return text
         data = self._vocabulary.token_bytes(token)
@@ -121,8 +122,8 @@ def echoed(vocabulary: Vocabulary, prompt: Prompt, scored: Scored | None) -> lis
     Args:
         vocabulary: the model's.
         prompt: its own tokens, EOS by its name.
-        scored: those that the model can score, the last ones of the prompt's; of those before
-            them there is no probability, save EOS between input and answer, given for certain.
+        scored: the last tokens of the prompt, which the model can score; those before them have no
+            probability, except EOS between input and answer, which has log-probability 0.
     """
     own, eos = prompt.own, vocabulary.eos_id
     known = scored or Scored([], [], [])
@@ -155,7 +156,7 @@ def echoed(vocabulary: Vocabulary, prompt: Prompt, scored: Scored | None) -> lis
 
 
 class Shaper:
-    """Answers of one request in OpenAI's shapes, whole or piece by piece."""
+    """Answers of one request in OpenAI's formats, whole or streamed."""
 
     def __init__(self, model: str, vocabulary: Vocabulary, completion: Completion):
         self._vocabulary, self._completion = vocabulary, completion
@@ -172,7 +173,7 @@ class Shaper:
         self._shown: set[int] = set()
 
     def choice(self, update: Update) -> dict[str, Any] | None:
-        """A choice, or what is new of one; None where nothing of it can be shown yet."""
+        """A choice, or its new part; None if it has no text to show yet."""
         completion, index = self._completion, update.index
         text, pieces = update.text, []
         prompt = completion.prompts[index // completion.samples]
@@ -243,7 +244,7 @@ class Shaper:
     def body(
         self, choices: Sequence[dict[str, Any]], output_tokens: int | None = None
     ) -> dict[str, Any]:
-        """A response or, without a number of tokens, a piece of a stream."""
+        """A response or, without token counts, a chunk of a stream."""
         body = self._head | {"choices": list(choices)}
         if output_tokens is not None:
             inputs = sum(len(prompt.ids) + len(prompt.begun) for prompt in self._completion.prompts)
@@ -263,8 +264,8 @@ def _named_bytes(name: str) -> bytes:
 
 
 def best(updates: Sequence[Update], keep: int) -> list[Update]:
-    """Of whole answers to one prompt those with the highest mean log-probability a token, the best
-    first; all of them as they come where none is left out."""
+    """The whole answers to one prompt with the highest mean log-probability per token, best first;
+    if all are kept, in the order in which they were made."""
     if keep == len(updates):
         return list(updates)
     mean = lambda update: sum(update.log_probs) / max(1, len(update.log_probs))

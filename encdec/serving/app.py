@@ -39,13 +39,13 @@ BODY_SECONDS = 30.0  # for a request's body to arrive
 
 @dataclasses.dataclass
 class Service:
-    """What the routes share.
+    """State that the routes share.
 
     Attributes:
         engine: makes the answers.
         name: of the model.
         limits: of one request.
-        timeout_seconds: from a request's arrival until it is given up.
+        timeout_seconds: from a request's arrival until it is abandoned.
         max_body_bytes: longest body of a request.
         created: when the server began, seconds since 1970.
         template: of chats.
@@ -65,9 +65,9 @@ class Service:
 
 
 def make_app(service: Service) -> Starlette:
-    """The application; the engine is started and stopped by whoever made it."""
+    """The application; the caller starts and stops the engine."""
 
-    # Asynchronous all: others would each take a thread.
+    # All asynchronous: each synchronous route would occupy a thread.
     async def models(request: Request) -> Response:
         return _models(service, request.path_params.get("name"))
 
@@ -115,7 +115,7 @@ async def _fault(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
-    what = {404: "there is no such route", 405: f"the route takes no {request.method}"}
+    what = {404: "this route does not exist", 405: f"the route does not support {request.method}"}
     message = f"{request.url.path}: {what.get(error.status_code, error.detail)}"
     return JSONResponse(
         ApiError(error.status_code, message).body(), error.status_code, headers=error.headers
@@ -139,7 +139,7 @@ def _models(service: Service, name: str | None) -> Response:
 
 
 def _tokenizer(service: Service) -> Response:
-    """What clients that count tokens by this server want to know; the names are those of vLLM's
+    """Facts for clients that count tokens with this server; the names are those of vLLM's
     route."""
     form = service.engine.prompts
     vocabulary = form.vocabulary
@@ -158,7 +158,7 @@ def _tokenizer(service: Service) -> Response:
 
 
 async def _tokenize(service: Service, request: Request) -> Response:
-    """Ids of a text; the names of special tokens in it stand for them, and none are added."""
+    """Ids of a text; names of special tokens are read as these tokens, and none are added."""
     values = read_body(await _read(request, service.max_body_bytes))
     check_model(values, service.name)
     text = typed(values, "prompt", str, "")
@@ -166,7 +166,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
         ids = service.engine.prompts.vocabulary.encode_marked(text)
     except UnicodeEncodeError:
         raise ApiError(
-            400, "the prompt has half a character (a lone surrogate)", param="prompt"
+            400, "the prompt contains half a character (a lone surrogate)", param="prompt"
         ) from None
     return JSONResponse(
         {
@@ -183,7 +183,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
     check_model(values, service.name)
     ids = typed(values, "tokens", list, [])
     if not all(type(token) is int for token in ids):
-        raise ApiError(400, "tokens has what is no whole number", param="tokens")
+        raise ApiError(400, "tokens contains a value that is not a whole number", param="tokens")
     try:
         return JSONResponse({"prompt": service.engine.prompts.vocabulary.decode_marked(ids)})
     except DataError as error:
@@ -194,11 +194,11 @@ async def _read(request: Request, most: int) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: it is longer than ``most`` bytes, or does not arrive.
+        ApiError: it is longer than ``most`` bytes, or does not arrive in time.
     """
     too_long = ApiError(
         413,
-        f"the body is longer than {most:,} bytes; wanted at most that",
+        f"the body is longer than {most:,} bytes, the limit of this server",
         headers={"Connection": "close"},
     )
     if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
@@ -221,7 +221,7 @@ async def _read(request: Request, most: int) -> bytes:
 
 
 def _health(service: Service) -> Response:
-    """Whether requests are taken: what a load balancer wants to know."""
+    """Whether requests are accepted, for load balancers."""
     engine = service.engine
     state = "failed" if engine.broken else "closing" if engine.closing else "ok"
     return JSONResponse(
@@ -256,14 +256,14 @@ def _failed(failure: str, service: Service) -> ApiError:
 
 
 class _Completions:
-    """POST /v1/completions or /v1/chat/completions, an ASGI application of its own: it must see
-    clients go."""
+    """POST /v1/completions or /v1/chat/completions, an ASGI application of its own, to notice
+    clients that disconnect."""
 
     def __init__(self, service: Service, *, chat: bool = False):
         self._service, self._chat = service, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = 499  # as nginx logs a client that went away
+        status = 499  # as nginx logs a client that disconnected
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -312,7 +312,7 @@ class _Completions:
         news: asyncio.Queue[Update | str] = asyncio.Queue()
 
         def deliver(update: Update | str) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop may have ended
+            with contextlib.suppress(RuntimeError):  # the event loop may have ended
                 loop.call_soon_threadsafe(news.put_nowait, update)
 
         ticket = Ticket(
@@ -376,8 +376,8 @@ class _Completions:
         receive: Receive,
         send: Send,
     ) -> None:
-        """Server-sent events; they begin with the first news, so that failures before have a
-        status of their own."""
+        """Server-sent events; the response starts with the first update, so that earlier failures
+        get their own HTTP status."""
         count = len(completion.prompts) * completion.samples
         tokens, begun = 0, False
 

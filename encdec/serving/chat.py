@@ -1,4 +1,4 @@
-"""Chats as prompts: the template of a chat model, in Jinja as in tokenizers' own files."""
+"""Chats as prompts: a chat model's template, in Jinja as in Hugging Face tokenizer files."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _MESSAGE_FIELDS = ("role", "content", "name", "type")
 
 
 class ChatTemplate:
-    """How messages become one text.
+    """Turns messages into one text.
 
     Args:
         source: Jinja with ``messages`` and ``add_generation_prompt``, as Hugging Face's chat
-            templates; None for a model without one, whose prompt is a single message as it is.
+            templates; None for a model without one, whose prompt is a single message, unchanged.
 
     Raises:
-        ConfigError: it is no Jinja.
+        ConfigError: it is not valid Jinja.
     """
 
     def __init__(self, source: str | None = None):
         self.source = source
         self._template = None
         if source is not None:
-            # Sandboxed: a template comes with a model, and not from who runs the server.
+            # Sandboxed: a template comes with a model, not from the person who runs the server.
             environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
                 trim_blocks=True, lstrip_blocks=True
             )
@@ -43,21 +43,21 @@ class ChatTemplate:
             try:
                 self._template = environment.from_string(source)
             except jinja2.TemplateError as error:
-                raise ConfigError(f"the chat template is no Jinja: {error}") from None
+                raise ConfigError(f"the chat template is not valid Jinja: {error}") from None
 
     def prompt(self, messages: Any, reader: PromptReader, *, truncate: bool = False) -> Prompt:
         """The prompt of a chat.
 
         Raises:
-            DataError: messages that are none, or that the template refuses.
+            DataError: messages are malformed, or the template refuses them.
         """
         chat = _checked(messages)
         if self._template is None:
             if len(chat) != 1 or chat[0]["role"] != "user":
                 raise DataError(
                     f"messages has {len(chat)}, by {', '.join(one['role'] for one in chat)}; this "
-                    "model has no chat template and reads one message of the user as its "
-                    "input (encdec serve takes a template with chat_template)"
+                    "model has no chat template and takes one user message as its "
+                    "input (give encdec serve a template with --chat_template)"
                 )
             return reader.read(
                 chat[0]["content"], marked=False, truncate=truncate, name="the message"
@@ -75,7 +75,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"messages: the chat template refuses them: {error}") from None
         ids = vocabulary.encode_marked(text)
-        # Templates begin with what stands in front of every input anyway.
+        # Templates begin with the tokens that are put in front of every input anyway.
         front = list(reader.format.inputs_prefix)
         if not (front or reader.is_encoder_decoder):
             front = [reader.format.decoder_start_id]
@@ -85,10 +85,10 @@ class ChatTemplate:
 
 
 def find_template(directory: str | pathlib.Path, path: str | None = None) -> ChatTemplate:
-    """The template in a file, or else that of a model's directory, or none.
+    """The template in a file, else the one in the model's directory, else none.
 
     Raises:
-        ConfigError: the file cannot be read or is no template.
+        ConfigError: the file cannot be read or is not a template.
     """
     file = pathlib.Path(path) if path else pathlib.Path(directory) / TEMPLATE_FILE
     if not path and not file.is_file():
@@ -104,32 +104,36 @@ def _raise(message: str) -> None:
 
 
 def _checked(messages: Any) -> list[dict[str, str]]:
-    """Messages of texts alone."""
+    """Checked messages, whose contents are texts."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"messages is {messages!r}; wanted an array of at least one")
+        raise DataError(f"messages is {messages!r}; expected an array of at least one")
     chat = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, dict):
-            raise DataError(f"{where} is {message!r}; wanted an object")
+            raise DataError(f"{where} is {message!r}; expected an object")
         extra = {name for name, value in message.items() if value not in (None, [])}
         if unknown := sorted(extra - set(_MESSAGE_FIELDS)):
-            raise DataError(f"{where} has {unknown[0]!r}; this server knows role and content")
+            raise DataError(
+                f"{where} has {unknown[0]!r}; this server accepts role and content only"
+            )
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
-            raise DataError(f"{where}.role is {role!r}; wanted one of {', '.join(_ROLES)}")
+            raise DataError(f"{where}.role is {role!r}; expected one of {', '.join(_ROLES)}")
         if isinstance(content, list):
             parts = [part if isinstance(part, dict) else {} for part in content]
             if not all(
                 part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
             ):
-                raise DataError(f"{where}.content has parts that are no text; leave them out")
+                raise DataError(f"{where}.content has parts that are not text; leave them out")
             content = "".join(part["text"] for part in parts)
         if not isinstance(content, str):
-            raise DataError(f"{where}.content is {content!r}; wanted a text")
+            raise DataError(f"{where}.content is {content!r}; expected a text")
         try:
             content.encode("utf-8")
         except UnicodeEncodeError:
-            raise DataError(f"{where}.content has half a character (a lone surrogate)") from None
+            raise DataError(
+                f"{where}.content contains half a character (a lone surrogate)"
+            ) from None
         chat.append({"role": role, "content": content})
     return chat

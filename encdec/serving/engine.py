@@ -1,4 +1,4 @@
-"""The thread that owns the model: a queue of answers to be made, and the slots they are made in."""
+"""The thread that owns the model: a queue of waiting answers, and the slots that generate them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from encdec.serving.slots import (
 )
 from encdec.serving.tickets import Answer, Failure, Scored, Ticket, Update
 
-# Between two polls of the answers: long against the cost of one, short against a reader.
+# Between two polls of the answers: long compared with a poll, short for a reader.
 POLL_SECONDS = 0.01
 MOST_STEPS = 32
 
 
 class Busy(Exception):
-    """The queue has no room; ``retry_seconds`` from now it may."""
+    """The queue is full; it may have capacity in ``retry_seconds``."""
 
     def __init__(self, retry_seconds: int):
         super().__init__(f"try again in {retry_seconds} s")
@@ -48,20 +48,20 @@ class Busy(Exception):
 
 
 class Closing(Exception):
-    """The server takes no more requests."""
+    """The server accepts no more requests."""
 
 
 class Engine:
-    """Makes answers in a thread of its own.
+    """Generates answers in its own thread.
 
     Args:
         config: the model.
         params: its parameters, scanned or not.
         prompts: its vocabulary and the longest input.
-        max_tokens: new tokens at most in any answer.
-        slots: answers made at once.
+        max_tokens: most new tokens of an answer.
+        slots: answers generated at once.
         max_queue: answers that may wait for a slot.
-        metrics: what is counted.
+        metrics: counters of the server.
         dtype: see ``ready_for_decoding``.
 
     Raises:
@@ -108,7 +108,7 @@ class Engine:
         self._decoding = empty(self.config, self.plan, self._params)
         self._rows: list[Answer | None] = [None] * slots
         self._queue: collections.deque[Answer] = collections.deque()
-        # The input read last: of which request and prompt.
+        # The input read last: its request and prompt.
         self._read: tuple[Ticket, int, Prefilled, Scored | None] | None = None
         self._wakeup = threading.Condition()
         self._closing = self._stopping = False
@@ -117,33 +117,33 @@ class Engine:
         self._answer_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="encdec-engine", daemon=True)
 
-    # What other threads call.
+    # Called by other threads.
 
     @property
     def active(self) -> int:
-        """Slots with an answer in them."""
+        """Occupied slots."""
         return sum(answer is not None for answer in self._rows)
 
     @property
     def waiting(self) -> int:
-        """Answers without a slot."""
+        """Answers that wait for a slot."""
         return len(self._queue)
 
     @property
     def closing(self) -> bool:
-        """Whether requests are refused because the server ends."""
+        """Whether requests are refused because the server is shutting down."""
         return self._closing
 
     def widths(self) -> list[int]:
-        """Lengths to which inputs are padded: one program each."""
+        """Lengths to which inputs are padded, with one compiled program each."""
         longest = self.plan.longest_input
         return sorted({min(bucket(n), longest) for n in range(1, longest + 1)})
 
     def warm_up(self) -> int:
         """Compiles every program, before ``start``; returns how many.
 
-        Requests of every width go through the same steps as later ones, twice: a program is
-        compiled again where its arguments come from another program, and may then lie otherwise.
+        A request of every width is run twice: programs are compiled again when their arguments
+        come from another program, which may lay them out differently.
         """
         widths = self.widths()
         scores = not self.config.is_encoder_decoder
@@ -181,8 +181,8 @@ class Engine:
         """Queues a request, all of its answers or none.
 
         Raises:
-            Busy: the queue has no room for them.
-            Closing: no more requests are taken.
+            Busy: the queue has too little capacity left.
+            Closing: no more requests are accepted.
         """
         answers = [
             Answer(ticket, place, sample)
@@ -199,24 +199,24 @@ class Engine:
             self._wakeup.notify()
 
     def _retry_seconds(self, more: int) -> int:
-        """When so many answers may find room, from the time that answers took so far."""
+        """Estimated seconds until so many answers fit, from the time that past answers took."""
         rounds = (len(self._queue) + more) / self.plan.slots
         return max(1, min(60, math.ceil(rounds * self._answer_seconds / 2)))
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody waits for this request any more: its slots become free at the next poll."""
+        """Cancels a request: its slots become free at the next poll."""
         with self._wakeup:
             ticket.ended = True
             self._wakeup.notify()
 
     def close(self) -> None:
-        """Takes no more requests; those that are here are finished."""
+        """Accepts no more requests; those already accepted are finished."""
         with self._wakeup:
             self._closing = True
             self._wakeup.notify()
 
     def stop(self) -> None:
-        """Ends, with whatever is not finished failing as "shutdown"."""
+        """Stops; unfinished requests fail as "shutdown"."""
         with self._wakeup:
             self._closing = self._stopping = True
             self._wakeup.notify()
@@ -227,7 +227,7 @@ class Engine:
     def idle(self) -> bool:
         return not self._queue and not self.active
 
-    # What the engine's thread does.
+    # Run by the engine's thread.
 
     def _run(self) -> None:
         try:
@@ -244,7 +244,7 @@ class Engine:
             self._fail_all("error")
 
     def _wait(self) -> bool:
-        """Until there is something to do; False at the end."""
+        """Waits until there is work; False at shutdown."""
         with self._wakeup:
             while self.idle and not self._closing:
                 self._wakeup.wait()
@@ -266,7 +266,7 @@ class Engine:
             ticket.deliver(failure)
 
     def _expire(self) -> None:
-        """Drops what nobody waits for any more, and what is overdue."""
+        """Drops cancelled and overdue requests."""
         now = time.monotonic()
         with self._wakeup:
             everything = [answer for answer in [*self._rows, *self._queue] if answer]
@@ -317,7 +317,7 @@ class Engine:
             )
 
     def _prefilled(self, ticket: Ticket, place: int) -> tuple[Prefilled, Scored | None]:
-        """The input, read and if asked for scored; once for all samples of it."""
+        """The input, prefilled and (if requested) scored; once for all its samples."""
         if self._read is None or self._read[0] is not ticket or self._read[1] != place:
             ids = ticket.prompts[place].ids
             width = min(bucket(len(ids)), self.plan.longest_input)
@@ -340,7 +340,7 @@ class Engine:
         return self._read[2], self._read[3]
 
     def _settings(self, answer: Answer) -> RowSettings:
-        """Of one row: the key is that of ``Generator``'s answer to the input of that number."""
+        """Sampling settings of one row, with the key that ``Generator`` uses for that input."""
         ticket, given = answer.ticket, len(answer.prompt.begun)
         asked = self.max_tokens if ticket.max_tokens is None else ticket.max_tokens
         return settings_of_answers(
@@ -367,9 +367,9 @@ class Engine:
         self.metrics.steps.inc(steps)
 
     def _poll(self) -> None:
-        """Delivers what is new of every answer, and frees the slots of finished ones."""
+        """Delivers the new part of every answer, and frees the slots of finished ones."""
         decoding = self._decoding
-        # Copies: the buffers themselves are given over to the next steps.
+        # Copies: the buffers themselves are donated to the next steps.
         counts_R, finished_R, tokens_RxN, log_probs_RxN = map(
             np.array,
             (decoding.counts_R, decoding.finished_R, decoding.tokens_RxN, decoding.log_probs_RxN),
@@ -397,7 +397,7 @@ class Engine:
             self._release(free_R)
 
     def _deliver(self, answer: Answer, made: Scored, finished: bool) -> bool:
-        """Delivers what is new of one answer; whether it has ended."""
+        """Delivers the new part of one answer; returns whether it has ended."""
         ticket, now, prompt = answer.ticket, time.monotonic(), answer.prompt
         given = len(prompt.begun)
         ids, log_probs = made.tokens[given:], made.log_probs[given:]
@@ -440,7 +440,8 @@ class Engine:
         return finished
 
     def _prompt_scores(self, answer: Answer, made: Scored) -> Scored | None:
-        """What the model thinks of the prompt's tokens: those it read, or those given to it."""
+        """Scores of the prompt's tokens, from the encoder-side input or the forced answer
+        prefix."""
         if not answer.ticket.score_prompts:
             return None
         given = len(answer.prompt.begun)

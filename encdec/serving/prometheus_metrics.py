@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's counters, for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Counters of one server, in their own registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -28,7 +28,7 @@ class Metrics:
         self.answers = make(
             Counter, "answers", "Answers by how they ended.", labelnames=("finish",)
         )
-        self.input_tokens = make(Counter, "input_tokens", "Tokens of inputs that were read.")
+        self.input_tokens = make(Counter, "input_tokens", "Input tokens read.")
         self.output_tokens = make(Counter, "output_tokens", "Tokens generated.")
         self.steps = make(Counter, "decode_steps", "One-token steps of the whole batch.")
         self.first_token = make(
@@ -46,9 +46,9 @@ class Metrics:
         self.slots = make(Gauge, "slots", "Rows of the running batch.")
 
     def watch(self, active: Callable[[], float], waiting: Callable[[], float]) -> None:
-        """Reads what changes all the time only when it is asked for."""
+        """Sets gauges whose values are read when Prometheus asks for them."""
         for name, text, value in (
-            ("slots_active", "Rows with a request in them.", active),
+            ("slots_active", "Rows occupied by a request.", active),
             ("answers_waiting", "Answers that wait for a slot.", waiting),
         ):
             Gauge(f"encdec_{name}", text, registry=self._registry).set_function(value)

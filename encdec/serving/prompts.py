@@ -1,10 +1,10 @@
 """Prompts of requests as the model reads them, and which of their tokens it can score.
 
-A prompt may hold an EOS token: what is before the last one is the model's input, and what is after
-it is the beginning of the answer, which the model goes on from. That is how clients that know
-completions alone (evaluation harnesses send context and continuation as one prompt) say to an
-encoder-decoder where the one ends and the other begins. Token ids hold it as an id; in texts that
-are echoed its name stands for it, as in tokenizers.
+A prompt may contain an EOS token: the part before the last EOS is the model's input, and the part
+after it is the beginning of the answer, which the model continues. Clients that only know
+completions (evaluation harnesses send context and continuation as one prompt) use it to tell an
+encoder-decoder where the input ends and the answer begins. In token ids it is an id; in texts that
+are echoed, its name is read as EOS, as in tokenizers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Prompt:
 
     Attributes:
         ids: what the model reads as its input, framing included.
-        begun: tokens with which the decoder's answer begins already.
-        own: the prompt's own tokens, without framing: what an echo shows.
-        context: the end of ``own`` whose text the answer's text goes on.
+        begun: tokens with which the decoder's answer already begins.
+        own: the prompt's own tokens, without framing, as an echo shows them.
+        context: the end of ``own`` that the answer's text continues.
         before: tokens of framing that come before ``own`` in ``ids``.
     """
 
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptReader:
-    """Makes prompts of texts and tokens.
+    """Makes prompts from texts and tokens.
 
     Attributes:
         format: of the model's inputs.
@@ -50,17 +50,17 @@ class PromptReader:
     def read(
         self, part: str | Sequence[int], *, marked: bool, truncate: bool = False, name: str
     ) -> Prompt:
-        """The prompt that a text or tokens make.
+        """The prompt for a text or for tokens.
 
         Args:
             part: the text or its tokens.
-            marked: the names of special tokens in a text stand for them, and the answer's text is
-                to go on that of the prompt.
+            marked: names of special tokens in a text are read as these tokens, and the answer's
+                text continues the prompt's.
             truncate: cut the end of a long input.
-            name: of the prompt, for messages.
+            name: of the prompt, for error messages.
 
         Raises:
-            DataError: it is empty, too long, or has what the vocabulary has not.
+            DataError: it is empty, too long, or not covered by the vocabulary.
         """
         vocabulary = self.format.vocabulary
         if not isinstance(part, str):
@@ -74,12 +74,12 @@ class PromptReader:
         """A framed input without a beginning of the answer."""
         before = len(self.format.inputs_prefix)
         own = ids[before : len(ids) - self.format.inputs_eos]
-        # Without a token between input and answer, a decoder-only model goes on the same text.
+        # Without a token between input and answer, a decoder-only model continues the same text.
         goes_on = marked and not (self.is_encoder_decoder or self.format.inputs_eos)
         return Prompt(ids, own=own, context=own if goes_on else [], before=before)
 
     def _of_tokens(self, own: list[int], marked: bool, truncate: bool, name: str) -> Prompt:
-        """See the module for what an EOS among them means."""
+        """The prompt for tokens; the module's docstring explains EOS among them."""
         form, eos = self.format, self.format.vocabulary.eos_id
         place = len(own) - 1 - own[::-1].index(eos) if eos in own else None
         if place is None or not (self.is_encoder_decoder or form.inputs_eos):

@@ -1,7 +1,8 @@
 """OpenAI's protocols: requests checked and translated.
 
-https://platform.openai.com/docs/api-reference/completions and .../chat; what our models cannot do
-is refused by name, never ignored. Where OpenAI accepts a value that asks for nothing, so do we.
+https://platform.openai.com/docs/api-reference/completions and .../chat; fields that
+our models do not support are refused by name, never ignored, except with a value that has no
+effect.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from encdec.inference.settings import GenerationSettings
 from encdec.serving.chat import ChatTemplate
 from encdec.serving.prompts import Prompt, PromptReader
 
-# Fields of ours beside OpenAI's are those of ``encdec generate``.
+# Fields in addition to OpenAI's: those of ``encdec generate``.
 _SHARED = (
     "model",
     "max_tokens",
@@ -41,7 +42,7 @@ _SHARED = (
 )
 _TEXT_FIELDS = (*_SHARED, "prompt", "echo", "best_of")
 _CHAT_FIELDS = (*_SHARED, "messages", "max_completion_tokens", "top_logprobs")
-# OpenAI's that we have not, with the values that ask for nothing.
+# OpenAI fields that are not supported, with the values that have no effect.
 _TEXT_ABSENT: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
 _CHAT_ABSENT: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -61,7 +62,7 @@ _CHAT_ABSENT: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 _STREAM_OPTIONS = {"include_usage": (True, False), "include_obfuscation": (False,)}
-MOST_LOG_PROBS = 5  # of other tokens at a place, as OpenAI's completions; compiled in
+MOST_LOG_PROBS = 5  # alternatives per position, as in OpenAI's completions; compiled in
 _NUMBERS = (
     "top_k",
     "presence_penalty",
@@ -69,7 +70,7 @@ _NUMBERS = (
     "repetition_penalty",
     "no_repeat_ngram",
 )
-# Below it, drawing is greedy save where tokens are as good as equal.
+# Below this temperature sampling is greedy, except between nearly equal tokens.
 LEAST_TEMPERATURE = 0.01
 
 
@@ -78,11 +79,11 @@ class ApiError(Exception):
 
     Attributes:
         status: of HTTP.
-        message: what is wrong and what mends it.
+        message: the fault and the remedy.
         kind: OpenAI's ``type``.
         param: the field at fault.
-        code: a word for programs.
-        headers: more for the response.
+        code: machine-readable reason.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -112,11 +113,11 @@ class ApiError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     Attributes:
-        max_tokens: new tokens of an answer.
-        default_max_tokens: where the request leaves it open.
+        max_tokens: most new tokens of an answer.
+        default_max_tokens: used if the request gives no max_tokens.
         max_answers: prompts times ``n``.
     """
 
@@ -127,20 +128,20 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A request, checked.
+    """A checked request.
 
     Attributes:
         prompts: as the model reads them.
         settings: of all answers.
-        samples: answers to each prompt that are made.
-        keep: of these, the answers that are given, the likeliest.
-        max_tokens: new tokens of an answer at most.
-        stream: whether the answer comes piece by piece.
-        include_usage: a stream ends with the number of tokens.
-        log_probs: how many of the likeliest tokens come with each token and its own
-            log-probability; None for neither.
+        samples: answers generated for each prompt.
+        keep: how many of these are returned, the most likely ones.
+        max_tokens: most new tokens of an answer.
+        stream: whether the answer is streamed.
+        include_usage: whether a stream ends with token counts.
+        log_probs: how many most likely tokens are returned with each token and its
+            log-probability; None: no log-probabilities.
         echo: the answers' texts begin with their prompts.
-        is_chat: asked for in the protocol of chats.
+        is_chat: whether it is a chat completion.
     """
 
     prompts: list[Prompt]
@@ -161,7 +162,7 @@ def parse_completion(
     """The request in a body of /v1/completions.
 
     Raises:
-        ApiError: anything in it that cannot be answered as asked.
+        ApiError: a part of it is malformed or not supported.
     """
     values = read_body(body)
     _check_names(values, _TEXT_FIELDS, _TEXT_ABSENT)
@@ -176,7 +177,7 @@ def parse_completion(
     samples = _count(values, "best_of", keep)
     if samples < keep:
         raise ApiError(
-            400, f"best_of is {samples}; wanted n, which is {keep}, or more", param="best_of"
+            400, f"best_of is {samples}; expected n, which is {keep}, or more", param="best_of"
         )
     return _completion(values, limits, prompts, keep, samples, log_probs, echo=echo)
 
@@ -187,7 +188,7 @@ def parse_chat(
     """The request in a body of /v1/chat/completions.
 
     Raises:
-        ApiError: anything in it that cannot be answered as asked.
+        ApiError: a part of it is malformed or not supported.
     """
     values = read_body(body)
     _check_names(values, _CHAT_FIELDS, _CHAT_ABSENT)
@@ -200,7 +201,7 @@ def parse_chat(
         raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     _check_log_probs("top_logprobs", others)
     if "messages" not in values:
-        raise ApiError(400, "the request has no messages; wanted an array", param="messages")
+        raise ApiError(400, "the request has no messages; expected an array", param="messages")
     truncate = typed(values, "truncate", bool, False)
     try:
         prompt = template.prompt(values["messages"], reader, truncate=truncate)
@@ -221,19 +222,21 @@ def _completion(
     log_probs: int | None,
     **kind: bool,
 ) -> Completion:
-    """What is alike in both protocols."""
+    """Fields that both protocols share."""
     if (answers := len(prompts) * samples) > limits.max_answers:
         name = "n" if samples == keep else "best_of"
         raise ApiError(
             400,
             f"the request asks for {answers} answers ({len(prompts)} prompts, {name} = "
-            f"{samples}); wanted at most {limits.max_answers}",
+            f"{samples}); expected at most {limits.max_answers}",
             param=name,
         )
     stream = typed(values, "stream", bool, False)
     if stream and samples != keep:
         raise ApiError(
-            400, f"best_of is {samples}, n is {keep}: no stream can choose", param="best_of"
+            400,
+            f"best_of is {samples}, n is {keep}: a stream cannot choose the best answers",
+            param="best_of",
         )
     include_usage = _include_usage(values, stream)
     return Completion(
@@ -253,19 +256,19 @@ def read_body(body: bytes) -> dict[str, Any]:
     """The fields of a body that are not null.
 
     Raises:
-        ApiError: it is no JSON object.
+        ApiError: it is not a JSON object.
     """
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no JSON: {error}") from None
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ApiError(400, f"the body is {_kind(values)}; wanted an object")
+        raise ApiError(400, f"the body is {_kind(values)}; expected an object")
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check_model(values: Mapping[str, Any], model: str) -> None:
-    """Raises ApiError for another model than this server's."""
+    """Raises ApiError for a model other than this server's."""
     asked = values.get("model", model)
     if asked != model:
         raise ApiError(
@@ -284,7 +287,7 @@ def _check_names(
             if value not in absent[name]:
                 raise ApiError(
                     400,
-                    f"{name} is {value!r}, and this server has no {name}; leave it out",
+                    f"{name} is {value!r}, but this server does not support {name}; leave it out",
                     param=name,
                 )
         elif name not in known:
@@ -296,7 +299,7 @@ def _check_names(
 
 def _check_log_probs(name: str, value: int | None) -> None:
     if value is not None and not 0 <= value <= MOST_LOG_PROBS:
-        raise ApiError(400, f"{name} is {value}; wanted 0 to {MOST_LOG_PROBS}", param=name)
+        raise ApiError(400, f"{name} is {value}; expected 0 to {MOST_LOG_PROBS}", param=name)
 
 
 def _check_split(prompts: Sequence[Prompt], reader: PromptReader) -> None:
@@ -306,8 +309,8 @@ def _check_split(prompts: Sequence[Prompt], reader: PromptReader) -> None:
             name = next(iter(reader.format.vocabulary.special_tokens))
             raise ApiError(
                 400,
-                f"prompt {number} is to be echoed with log-probabilities, and an encoder-decoder "
-                "gives its input none; put EOS between input and answer: the token "
+                f"prompt {number} is to be echoed with log-probabilities, but an encoder-decoder "
+                "cannot score its input; put EOS between input and answer: the token "
                 f"{eos}, in texts {name}",
                 param="prompt",
             )
@@ -326,7 +329,7 @@ def _include_usage(values: Mapping[str, Any], stream: bool) -> bool:
             raise ApiError(400, f"unknown field {field!r} (known: {known})", param=field)
         if value is not None and value not in _STREAM_OPTIONS[name] or type(value) is int:
             wanted = " or ".join(str(one).lower() for one in _STREAM_OPTIONS[name])
-            raise ApiError(400, f"{field} is {value!r}; wanted {wanted}", param=field)
+            raise ApiError(400, f"{field} is {value!r}; expected {wanted}", param=field)
     return bool(options.get("include_usage", False))
 
 
@@ -343,7 +346,7 @@ def _kind(value: Any) -> str:
 
 
 def typed(values: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    """A field of one kind; raises ApiError for another."""
+    """A field of one type; raises ApiError for another."""
     value = values.get(name, default)
     if value is default or type(value) is kind:
         return value
@@ -354,37 +357,37 @@ def typed(values: Mapping[str, Any], name: str, kind: type, default: Any) -> Any
         list: "an array",
         str: "a text",
     }[kind]
-    raise ApiError(400, f"{name} is {value!r}; wanted {wanted}", param=name)
+    raise ApiError(400, f"{name} is {value!r}; expected {wanted}", param=name)
 
 
 def _number(values: Mapping[str, Any], name: str, default: float) -> int | float:
     value = values.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ApiError(400, f"{name} is {value!r}; wanted a number", param=name)
+        raise ApiError(400, f"{name} is {value!r}; expected a number", param=name)
     return value
 
 
 def _count(values: Mapping[str, Any], name: str, default: int) -> int:
     value = typed(values, name, int, default)
     if value < 1:
-        raise ApiError(400, f"{name} is {value}; wanted 1 or more", param=name)
+        raise ApiError(400, f"{name} is {value}; expected 1 or more", param=name)
     return value
 
 
 def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Limits) -> int:
-    """More than the server gives is cut down to that: the answer then ends as "length"."""
+    """Limited to what the server allows; a longer answer then ends as "length"."""
     asked = _number(values, "max_tokens", limits.default_max_tokens)
     if type(asked) is not int or asked < 0:
         wanted = "a whole number" if type(asked) is not int else "0 or more"
-        raise ApiError(400, f"max_tokens is {asked!r}; wanted {wanted}", param="max_tokens")
+        raise ApiError(400, f"max_tokens is {asked!r}; expected {wanted}", param="max_tokens")
     begun = max(len(prompt.begun) for prompt in prompts)
     room = limits.max_tokens - begun
     if room < min(asked, 1):
         raise ApiError(
             400,
-            f"{begun:,} tokens follow EOS in the prompt, and answers of this server have "
-            f"{limits.max_tokens:,} at most, with {min(asked, 1)} that is asked for; start it with "
-            "a greater max_tokens, or shorten them",
+            f"{begun:,} tokens follow EOS in the prompt and {min(asked, 1)} new is requested, "
+            "but answers of this server have at most "
+            f"{limits.max_tokens:,}; shorten them, or start the server with a greater max_tokens",
             param="prompt",
         )
     return min(asked, room)
@@ -393,18 +396,20 @@ def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Li
 def _settings(values: Mapping[str, Any]) -> GenerationSettings:
     """Sampling settings; the defaults are OpenAI's, so temperature is 1.
 
-    As there, settings of drawing are no mistake where nothing is drawn: temperature 0, or so
-    little that only the likeliest token is left, and top_p 0, which leaves that token alone.
+    As there, sampling settings are accepted in greedy requests: temperature 0, or so small that
+    only the most likely token is left, and top_p 0, which keeps that token alone.
     """
     temperature, top_p = _number(values, "temperature", 1.0), _number(values, "top_p", 1.0)
     given = {name: _number(values, name, 0) for name in _NUMBERS if name in values}
     seed = values.get("seed", secrets.randbits(32))
     if type(seed) is not int:
-        raise ApiError(400, f"seed is {seed!r}; wanted a whole number", param="seed")
+        raise ApiError(400, f"seed is {seed!r}; expected a whole number", param="seed")
     stop = values.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list):
-        raise ApiError(400, f"stop is {stop!r}; wanted a string or an array of them", param="stop")
+        raise ApiError(
+            400, f"stop is {stop!r}; expected a string or an array of them", param="stop"
+        )
     greedy = 0 <= temperature < LEAST_TEMPERATURE or top_p == 0
     try:
         settings = GenerationSettings(
@@ -426,10 +431,10 @@ def _logit_bias(values: Mapping[str, Any]) -> list[tuple[int, float]]:
     biases = []
     for token, bias in typed(values, "logit_bias", dict, {}).items():
         if not token.isascii() or not token.isdigit():
-            raise ApiError(400, f"logit_bias has {token!r}; wanted token ids", param="logit_bias")
+            raise ApiError(400, f"logit_bias has {token!r}; expected token ids", param="logit_bias")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
             raise ApiError(
-                400, f"logit_bias of {token} is {bias!r}; wanted a number", param="logit_bias"
+                400, f"logit_bias of {token} is {bias!r}; expected a number", param="logit_bias"
             )
         biases.append((int(token[:12]), bias))
     return biases
@@ -440,7 +445,7 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
     if "prompt" not in values:
         raise ApiError(
             400,
-            "the request has no prompt; wanted a text, or an array of texts or of tokens",
+            "the request has no prompt; expected a text, or an array of texts or of tokens",
             param="prompt",
         )
     prompt, truncate = values["prompt"], typed(values, "truncate", bool, False)
@@ -450,8 +455,8 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
     if not isinstance(prompt, list) or not prompt:
         raise ApiError(
             400,
-            f"prompt is {_kind(prompt)}{' without anything' * (prompt == [])}; "
-            "wanted a text, or an array of texts or of tokens",
+            f"prompt is {'an empty array' if prompt == [] else _kind(prompt)}; "
+            "expected a text, or an array of texts or of tokens",
             param="prompt",
         )
     prompts = []
@@ -459,7 +464,9 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
         name = "the prompt" if len(prompt) == 1 else f"prompt {number}"
         if not isinstance(part, str) and not is_tokens(part):
             raise ApiError(
-                400, f"{name} is {_kind(part)}; wanted a text or an array of tokens", param="prompt"
+                400,
+                f"{name} is {_kind(part)}; expected a text or an array of tokens",
+                param="prompt",
             )
         try:
             prompts.append(reader.read(part, marked=marked, truncate=truncate, name=name))
@@ -469,7 +476,7 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
 
 
 def _without_flags(message: str) -> str:
-    """A message for users of the command, for those of the server."""
+    """A message for users of the command line, reworded for clients of the server."""
     return message.replace(
         "cut its end with --truncate, or allow more than the model was trained "
         "on with --max_input_tokens",

@@ -14,12 +14,12 @@ from encdec.storage import local_path
 
 
 def main(argv: list[str]) -> int:
-    """``encdec serve --checkpoint=DIR``: until SIGTERM or Ctrl-C.
+    """``encdec serve --checkpoint=DIR``: runs until SIGTERM or Ctrl-C.
 
     Raises:
-        ConfigError: flags out of range, an address that is taken, packages that are missing.
-        CheckpointError: no trained model there.
-        DataError: its vocabulary is missing or another one.
+        ConfigError: flags out of range, an address in use, or missing packages.
+        CheckpointError: the directory holds no trained model.
+        DataError: its vocabulary is missing or is another one.
     """
     options = _parser().parse_args(argv)
     _check(options)
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     bound = bind(options.host, options.port)
     if exported := export_format(options.checkpoint):
         raise ConfigError(
-            f"{options.checkpoint} is an export ({exported}), whose cache has no "
-            "slots to share; serve the work directory that it was made from"
+            f"{options.checkpoint} is an export ({exported}), which cannot batch "
+            "requests; serve the work directory that it was made from"
         )
     prompts, trained_for = read_prompt_format(
         options.checkpoint, max_input_tokens=options.max_input_tokens
@@ -92,11 +92,11 @@ def _check(options: argparse.Namespace) -> None:
     ):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}; wanted {least} or more")
+            raise ConfigError(f"{name} is {value}; expected {least} or more")
     if not options.timeout_seconds > 0:
-        raise ConfigError(f"timeout_seconds is {options.timeout_seconds}; wanted more than 0")
+        raise ConfigError(f"timeout_seconds is {options.timeout_seconds}; expected more than 0")
     if not options.grace_seconds >= 0:
-        raise ConfigError(f"grace_seconds is {options.grace_seconds}; wanted 0 or more")
+        raise ConfigError(f"grace_seconds is {options.grace_seconds}; expected 0 or more")
     for package in ("jinja2", "starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"encdec serve needs {package}: {install_hint('serve')}")
@@ -119,28 +119,24 @@ def _parser() -> argparse.ArgumentParser:
         help="work directory of `encdec train` or `encdec import`",
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
-    parser.add_argument("--name", help="of the model (default: the directory's)")
+    parser.add_argument("--name", help="the model's name (default: the directory's)")
     parser.add_argument(
         "--chat_template",
         type=local_path,
         metavar="FILE",
-        help="Jinja that makes one text of a chat's messages (default: the checkpoint's own "
-        "chat_template.jinja, which an import brings along; without any, one message is the input)",
+        help="Jinja template that turns a chat's messages into one text (default: the checkpoint's "
+        "chat_template.jinja, which an import copies; without one, the input is a single message)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
     parser.add_argument(
-        "--port",
-        type=int,
-        default=8000,
-        metavar="N",
-        help="0 takes any that is free (default %(default)s)",
+        "--port", type=int, default=8000, metavar="N", help="0: any free port (default %(default)s)"
     )
     parser.add_argument(
         "--slots",
         type=int,
         default=16,
         metavar="N",
-        help="answers made at once (default %(default)s)",
+        help="answers generated at once (default %(default)s)",
     )
     parser.add_argument(
         "--max_queue",
@@ -159,45 +155,45 @@ def _parser() -> argparse.ArgumentParser:
         "--max_tokens",
         type=int,
         metavar="N",
-        help="new tokens at most (default: as long as the training targets)",
+        help="most new tokens (default: the length of training targets)",
     )
     parser.add_argument(
         "--max_answers",
         type=int,
         default=64,
         metavar="N",
-        help="answers to one request: prompts times n (default %(default)s)",
+        help="most answers to one request: prompts times n (default %(default)s)",
     )
     parser.add_argument(
         "--max_body_bytes",
         type=int,
         default=1 << 20,
         metavar="N",
-        help="longest request (default %(default)s)",
+        help="longest request body (default %(default)s)",
     )
     parser.add_argument(
         "--timeout_seconds",
         type=float,
         default=120.0,
         metavar="X",
-        help="until a request is given up (default %(default)s)",
+        help="time until a request is abandoned (default %(default)s)",
     )
     parser.add_argument(
         "--grace_seconds",
         type=float,
         default=30.0,
         metavar="X",
-        help="for running requests when the server ends (default %(default)s)",
+        help="time that running requests get at shutdown (default %(default)s)",
     )
     parser.add_argument(
         "--keep_unknown",
         action="store_true",
-        help="read what the vocabulary cannot write as its unknown token instead of refusing it",
+        help="read text outside the vocabulary as its unknown token instead of refusing it",
     )
     parser.add_argument(
         "--no_warm_up",
         dest="warm_up",
         action="store_false",
-        help="compile programs when they are first needed",
+        help="do not compile at start-up, but when a program is first needed",
     )
     return parser

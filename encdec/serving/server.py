@@ -1,4 +1,4 @@
-"""Running the application: sockets, signals, an orderly end."""
+"""Running the application: sockets, signals, orderly shutdown."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import uvicorn
 from encdec.errors import ConfigError
 from encdec.serving.app import Service, make_app
 
-FLUSH_SECONDS = 5.0  # for the last responses to leave
+FLUSH_SECONDS = 5.0  # to send the last responses
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, not yet listening, so that nobody waits while programs compile.
+    """A socket at the address, not yet listening, so that no client waits while programs compile.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -33,8 +33,8 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         bound.close()
         raise ConfigError(
-            f"--host={host} --port={port} cannot be had: {error}; give another "
-            "(port 0: any that is free)"
+            f"--host={host} --port={port} cannot be used: {error}; give another "
+            "(--port=0: any free one)"
         ) from None
     return bound
 
@@ -45,10 +45,10 @@ def address(bound: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that finishes what it began.
+    """Uvicorn that finishes running requests before it stops.
 
-    The first SIGTERM or SIGINT refuses new requests with 503 and lets those that are here finish,
-    for ``grace_seconds`` at most; a second one ends at once.
+    After the first SIGTERM or SIGINT new requests get 503, and accepted ones have
+    ``grace_seconds`` to finish; a second signal stops at once.
     """
 
     def __init__(self, service: Service, grace_seconds: float):
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self.end)
 
     def end(self) -> None:
-        """Begins the end, on the loop."""
+        """Begins the shutdown, on the event loop."""
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._end())
 
@@ -105,7 +105,7 @@ def run(service: Service, bound: socket.socket, grace_seconds: float) -> None:
 
 @contextlib.contextmanager
 def running(service: Service, grace_seconds: float = 5.0) -> Iterator[tuple[str, Server]]:
-    """The server in a thread, for measurements and tests: its address, and itself."""
+    """The server in a thread, for benchmarks and tests: its address, and the server."""
     bound = bind("127.0.0.1", 0)
     service.engine.start()
     server = Server(service, grace_seconds)
@@ -114,7 +114,7 @@ def running(service: Service, grace_seconds: float = 5.0) -> Iterator[tuple[str,
     try:
         while not server.started:
             if not thread.is_alive():
-                raise RuntimeError("the server ended before it began")
+                raise RuntimeError("the server stopped before it was ready")
             time.sleep(0.005)
         yield address(bound), server
     finally:

@@ -1,9 +1,9 @@
-"""Continuous batching as pure functions: rows of one running batch taken and given back.
+"""Continuous batching as pure functions: rows of one running batch are occupied and released.
 
-The batch is a ``Decoding`` of a fixed number of rows, the slots, each with room for the longest
-input and the longest answer. A request is read by itself at the width of its bucket, in a program
-of one row, and its memory is copied into a free slot while the others go on where they were. So
-what a request is answered depends neither on its neighbours nor on when it came.
+The batch is a ``Decoding`` of a fixed number of rows, the slots, each with capacity for the longest
+input and the longest answer. A request is prefilled alone at the width of its bucket, in a program
+of one row, and its keys and values are copied into a free slot while the others continue. So
+an answer depends neither on its neighbours nor on the time of arrival.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class SlotPlan:
-    """What is compiled into the server's programs beside the model.
+    """Constants compiled into the server's programs, in addition to the model.
 
     Attributes:
-        decoding: how tokens are chosen, and the room for new ones in each slot.
+        decoding: how tokens are chosen, and how many new ones fit each slot.
         slots: R, rows of the batch.
         longest_input: tokens, EOS included.
     """
@@ -48,7 +48,7 @@ class SlotPlan:
 
 @flax.struct.dataclass
 class Prefilled:
-    """An input that was read: logits [1, V] of its first new token, and the memory of it."""
+    """A prefilled input: logits [1, V] of its first new token, and its ``Memory``."""
 
     logits_1xV: jax.Array
     memory: Memory
@@ -56,11 +56,11 @@ class Prefilled:
 
 @flax.struct.dataclass
 class InputScores:
-    """What a decoder-only model thinks of each token of an input, from those before it.
+    """A decoder-only model's scores of each token of an input, given those before it.
 
     Attributes:
         log_probs_S: float32, of the tokens.
-        likeliest_SxK: int32, the likeliest tokens in their places.
+        likeliest_SxK: int32, the most likely tokens at each position.
         likeliest_log_probs_SxK: float32, of these.
     """
 
@@ -69,16 +69,16 @@ class InputScores:
     likeliest_log_probs_SxK: jax.Array
 
 
-# Places of an input whose logits are there at once: a long input's would take gigabytes.
+# Positions whose logits are in memory at once: all of a long input's would take gigabytes.
 SCORED_AT_ONCE = 64
 
 
 def read(
     config: ModelConfig, plan: SlotPlan, params: Params, tokens_1xS: jax.Array, length: jax.Array
 ) -> Prefilled:
-    """Reads one input, in the first ``length`` of its S places; S is at most the longest input.
+    """Prefills one input, the first ``length`` of S tokens; S is at most the longest input.
 
-    Its memory comes at the width of a slot, so that there is one program to insert it.
+    Its ``Memory`` has the width of a slot, so that one program inserts all inputs.
     """
     logits_1xV, memory = prefill(
         config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
@@ -123,7 +123,7 @@ def _as_wide_as_a_slot(config: ModelConfig, plan: SlotPlan, memory: Memory) -> M
 
 
 def empty(config: ModelConfig, plan: SlotPlan, params: Params) -> Decoding:
-    """A batch whose slots are all free."""
+    """A batch with all slots free."""
     tokens = jax.ShapeDtypeStruct((plan.slots, plan.longest_input), jnp.int32)
     lengths = jax.ShapeDtypeStruct((plan.slots,), jnp.int32)
     _, memory = jax.eval_shape(
@@ -152,15 +152,15 @@ def insert(
     begun_N: jax.Array,
     settings: RowSettings,
 ) -> Decoding:
-    """Puts what was read into a slot and chooses its first token; the others are not touched.
+    """Puts a prefilled input into a slot and chooses its first token; other slots do not change.
 
     Args:
         config: the model, layers unrolled.
         plan: the batch's.
         decoding: the batch.
         slot: which row.
-        prefilled: what ``read`` gave; may be inserted several times.
-        begun_N: int32, tokens with which the answer begins, in its first ``given_R`` places.
+        prefilled: the result of ``read``; may be inserted several times.
+        begun_N: int32, tokens with which the answer begins, in its first ``given_R`` positions.
         settings: of one row.
     """
     row = blank(plan.decoding, prefilled.memory, settings).replace(tokens_RxN=begun_N[None])
@@ -169,8 +169,8 @@ def insert(
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:
         if jax.dtypes.issubdtype(whole.dtype, jax.dtypes.prng_key):
             return whole.at[slot].set(part[0])
-        # The part may be shorter: what the slot held there before is never read, because a
-        # position is read only after it was written.
+        # The new part may be shorter: old values behind it are never read, because a position is
+        # read only after it was written.
         return jax.lax.dynamic_update_slice(
             whole, part.astype(whole.dtype), (slot,) + (0,) * (whole.ndim - 1)
         )
@@ -179,7 +179,7 @@ def insert(
 
 
 def release(decoding: Decoding, free_R: jax.Array) -> Decoding:
-    """Ends these rows, and has them ask for nothing that costs time."""
+    """Ends these rows, and clears settings that would cost time in later steps."""
     settings, rows = decoding.settings, decoding.counts_R.shape[0]
     keys_R = settings.keys_R
     idle = greedy_rows(rows, 0, settings.bias_ids_RxB.shape[1]).replace(keys_R=None)
@@ -194,14 +194,14 @@ def release(decoding: Decoding, free_R: jax.Array) -> Decoding:
 
 
 def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
-    """Memory of one slot's keys and values, in bytes."""
+    """Bytes of one slot's keys and values."""
     room, longest = plan.decoding.room, plan.longest_input
-    kept = (1 + room) + longest  # of cross-attention, or of the prompt: alike in size
+    kept = (1 + room) + longest  # of cross-attention, or of the prompt: equal in size
     cache = jax.eval_shape(lambda: init_cache(config, 1, kept))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
-# The compiled forms; the batch is given over to the result.
+# The compiled forms; the batch's buffers are donated to the result.
 read_compiled = jax.jit(read, static_argnames=("config", "plan"))
 read_and_score_compiled = jax.jit(read_and_score, static_argnames=("config", "plan"))
 insert_compiled = jax.jit(insert, static_argnames=("config", "plan"), donate_argnames=("decoding",))

@@ -1,4 +1,4 @@
-"""Requests in the engine: their place, the answers made for them, and the news of these."""
+"""Requests in the engine: their answers, and updates about these."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ Failure = Literal["timeout", "shutdown", "error"]
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Tokens and what the model thinks of them.
+    """Tokens and their scores by the model.
 
     Attributes:
         tokens: ids.
-        log_probs: the model's log-probabilities of these; None of what it does not foretell.
-        likeliest: the likeliest ids in the place of each, with theirs; no lists where nobody asked.
+        log_probs: their log-probabilities; None for tokens that the model does not predict.
+        likeliest: the most likely ids at each position, with log-probabilities; empty unless
+            requested.
     """
 
     tokens: list[int]
@@ -31,16 +32,16 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """News of one answer.
+    """An update about one answer.
 
     Attributes:
         index: which answer of the request.
-        text: what is new of it.
-        tokens: ids that are new.
-        log_probs: the model's log-probabilities of these.
-        finish: why it ended, or None while it grows.
+        text: its new text.
+        tokens: its new ids.
+        log_probs: log-probabilities of these.
+        finish: why it ended, or None while it is generated.
         likeliest: see ``Scored``.
-        prompt: the tokens of the prompt that the model scores, with its first news, if asked for.
+        prompt: scores of the prompt's tokens, in the first update, if requested.
     """
 
     index: int
@@ -53,18 +54,18 @@ class Update:
 
 
 class Ticket:
-    """A request's place in the engine.
+    """A request in the engine.
 
     Args:
         prompts: as the model reads them.
         settings: the same for all prompts.
-        deliver: called on the engine's thread, with an ``Update`` or, once and then nothing more,
-            with why it failed.
+        deliver: called on the engine's thread with every ``Update``, or once, as the last call,
+            with the reason of a failure.
         stream: deliver text as it grows; otherwise only whole answers.
-        timeout_seconds: from now until it is given up.
-        samples: answers to each prompt; those of the settings where it is None.
-        max_tokens: new tokens at most, 0 for none; those of the settings where it is None.
-        alternatives: whether the likeliest tokens come with each token.
+        timeout_seconds: from now until it is abandoned.
+        samples: answers to each prompt; None: as in the settings.
+        max_tokens: most new tokens, 0 for none; None: as in the settings.
+        alternatives: whether the most likely tokens are returned with each token.
         score_prompts: whether the prompts' own tokens are scored.
     """
 
@@ -87,20 +88,20 @@ class Ticket:
         self.alternatives, self.score_prompts = alternatives, score_prompts
         self.arrived = time.monotonic()
         self.deadline = self.arrived + timeout_seconds
-        self.ended = False  # cancelled or failed: nobody waits any more
+        self.ended = False  # cancelled or failed
 
 
 @dataclasses.dataclass
 class Answer:
-    """One answer to be made, waiting or in a slot."""
+    """One answer, waiting or in a slot."""
 
     ticket: Ticket
-    place: int  # of its prompt in the request
+    place: int  # index of its prompt in the request
     sample: int
-    seen: int = 0  # tokens delivered, with those given
+    seen: int = 0  # tokens delivered, forced ones included
     text: TextStream | None = None
     input_scores: Scored | None = None
-    begun: bool = False  # its first news are out
+    begun: bool = False  # its first update was delivered
 
     @property
     def index(self) -> int:

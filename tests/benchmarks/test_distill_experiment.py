@@ -91,7 +91,7 @@ def test_settings_that_compare_nothing_are_refused(records):
     )
     with pytest.raises(ConfigError, match="at least 4 times"):
         check_setting(make(teacher="test-dec", teacher_layers=0))
-    with pytest.raises(ConfigError, match=r"encoder-decoder; wanted a decoder-only"):
+    with pytest.raises(ConfigError, match=r"encoder-decoder; expected a decoder-only"):
         check_setting(make(teacher="micro-1m", teacher_layers=0))
     check_setting(make(teacher="micro-1m-dec", teacher_layers=2))
     run = student_config(make(), variants(14.0)[3], 1)

@@ -149,8 +149,8 @@ def test_what_others_take_is_a_share():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--paths=tflite"], "--paths has 'tflite'; wanted some of jax"),
-        (["--model=330m-dec"], "wanted an encoder-decoder"),
+        (["--paths=tflite"], "--paths has 'tflite'; expected some of jax"),
+        (["--model=330m-dec"], "expected an encoder-decoder"),
         (["--repeats=0"], "repeats is 0"),
     ],
 )
@@ -170,7 +170,7 @@ def test_peers_that_cannot_run_here_are_left_out_unless_asked_for(monkeypatch):
     assert left_out == ["transformers-bfloat16 is left out: no such products"]
     with pytest.raises(ConfigError, match="transformers-bfloat16, but no such products"):
         edge_benchmark.chosen_paths(["jax", "transformers-bfloat16"])
-    with pytest.raises(ConfigError, match="'torch'; wanted some of jax, .*transformers-int8"):
+    with pytest.raises(ConfigError, match="'torch'; expected some of jax, .*transformers-int8"):
         edge_benchmark.chosen_paths(["torch"])
 
 

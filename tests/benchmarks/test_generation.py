@@ -64,8 +64,8 @@ def test_rates_and_spreads_by_hand():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"output_length": 1}, "output_length is 1; wanted 2 or more"),
-        ({"input_lengths": [8, 0]}, "input_lengths is 0; wanted 1 or more"),
+        ({"output_length": 1}, "output_length is 1; expected 2 or more"),
+        ({"input_lengths": [8, 0]}, "input_lengths is 0; expected 1 or more"),
         ({"repeats": 0}, "repeats is 0"),
         ({"batch": 0}, "batch is 0"),
     ],

@@ -165,9 +165,9 @@ def test_transformers_is_refused_where_it_cannot_run(monkeypatch):
     [
         ("--inputs=4,x", "no list of numbers"),
         ("--outputs=0", "below 1"),
-        ("--uncached_inputs=7", "wanted some of --inputs"),
-        ("--peers=size", "wanted some of parameters, flops, transformers"),
-        ("--model=330m-dec", "wanted an encoder-decoder"),
+        ("--uncached_inputs=7", "expected some of --inputs"),
+        ("--peers=size", "expected some of parameters, flops, transformers"),
+        ("--model=330m-dec", "expected an encoder-decoder"),
     ],
 )
 def test_bad_settings_are_refused(argument, message):

@@ -41,8 +41,8 @@ def test_both_ways_make_the_same_tokens(tmp_path, capsys):
 
 def test_settings_that_cannot_be(capsys):
     for argv, message in (
-        (["--slots=0"], "slots is 0; wanted 1 or more"),
-        (["--tokens_from=9", "--tokens_to=8"], "wanted tokens_from = 9 or more"),
+        (["--slots=0"], "slots is 0; expected 1 or more"),
+        (["--tokens_from=9", "--tokens_to=8"], "expected tokens_from = 9 or more"),
         (["--model=nonsense"], "no preset is called"),
     ):
         assert cli.main(["benchmark", "serving", *argv]) == 2

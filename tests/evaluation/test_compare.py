@@ -114,7 +114,7 @@ def test_other_examples_are_refused(evaluation, tmp_path):
     other = evaluation("other", [""] * 30, ["another text"] * 30)
     with pytest.raises(DataError, match="answered other examples of xsum"):
         main(["compare", f"--first=A={one}", f"--second=B={other}"])
-    with pytest.raises(ConfigError, match="--second=B; wanted NAME=DIR,DIR"):
+    with pytest.raises(ConfigError, match="--second=B; expected NAME=DIR,DIR"):
         main(["compare", f"--first=A={one}", "--second=B"])
     with pytest.raises(DataError, match=r"report\.json cannot be read"):
         main(["compare", f"--first=A={one}", f"--second=B={tmp_path / 'nothing'}"])

@@ -269,9 +269,9 @@ def test_files_of_the_users_own_need_no_task(encoder_decoder_run, tmp_path, caps
     main(["compare", "--first=A=out", "--second=B=out", "--module=my_metrics", "--resamples=9"])
     assert "| mine | letters |" in capsys.readouterr().out
     refusals = {
-        "--metrics=rouge_k": "no metric 'rouge_k'",
+        "--metrics=rouge_k": "unknown metric 'rouge_k'",
         "--module=nothing": "--module=nothing cannot be imported",
-        "--split=test": "--split is 'test', which belongs to --tasks",
+        "--split=test": "--split is 'test', which needs --tasks",
         "--jsonl=nothing.jsonl": "nothing.jsonl not found",
         "--target_field=reply": "mine.v2.jsonl:1: no 'reply'",
     }
@@ -280,7 +280,7 @@ def test_files_of_the_users_own_need_no_task(encoder_decoder_run, tmp_path, caps
             main([*call, flag, "--out=never"])
     with pytest.raises(ConfigError, match="nothing to evaluate on; give --tasks=A,B or --jsonl"):
         main([call[0], "--out=never"])
-    with pytest.raises(ConfigError, match="--source_field is 'x', which belongs to --jsonl"):
+    with pytest.raises(ConfigError, match="--source_field is 'x', which needs --jsonl"):
         main([call[0], "--tasks=xsum", "--source_field=x", "--out=never"])
     assert not (tmp_path / "never").exists()
 
@@ -298,13 +298,13 @@ def test_a_call_from_python_gives_the_report(encoder_decoder_run, tmp_path):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--shuffle_sources=-1", "shuffle_sources is -1; wanted 0 or more"),
-        ("--limit=-1", "limit is -1; wanted 1 or more"),
-        ("--limit=0", "limit is 0; wanted 1 or more"),
-        ("--batch_rows=0", "batch_rows is 0; wanted 1 or more"),
-        ("--max_input_tokens=0", "max_input_tokens is 0; wanted 2 or more"),
-        ("--max_input_tokens=1", "max_input_tokens is 1; wanted 2 or more"),
-        ("--resamples=0", "resamples is 0; wanted 1 or more"),
+        ("--shuffle_sources=-1", "shuffle_sources is -1; expected 0 or more"),
+        ("--limit=-1", "limit is -1; expected 1 or more"),
+        ("--limit=0", "limit is 0; expected 1 or more"),
+        ("--batch_rows=0", "batch_rows is 0; expected 1 or more"),
+        ("--max_input_tokens=0", "max_input_tokens is 0; expected 2 or more"),
+        ("--max_input_tokens=1", "max_input_tokens is 1; expected 2 or more"),
+        ("--resamples=0", "resamples is 0; expected 1 or more"),
     ],
 )
 def test_numbers_out_of_range_are_named(flag, message, evaluate):

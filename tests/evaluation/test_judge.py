@@ -219,5 +219,5 @@ def test_a_model_on_this_machine(model_that_writes, tmp_path):
 def test_what_is_no_judge(tmp_path):
     with pytest.raises(ConfigError, match="holds no config.json"):
         main(["--checkpoint=x", "--tasks=xsum", "--out=y", f"--judge_model={tmp_path}"])
-    with pytest.raises(ConfigError, match="wanted the name of a model"):
+    with pytest.raises(ConfigError, match="expected the name of a model"):
         main(["--checkpoint=x", "--tasks=xsum", "--out=y", "--judge_endpoint=http://x"])

@@ -20,5 +20,5 @@ def test_t5s_vocabulary_writes_prose_and_no_code(corpora):
     model = (corpora / "tokenizers" / "t5_spiece_32100.model").read_bytes()
     vocabulary = SentencePieceVocabulary(model)
     assert check_vocabulary(vocabulary, CODE[2:], "prose") == 0
-    with pytest.raises(DataError, match="cannot write 2 of the 3 references of code"):
+    with pytest.raises(DataError, match="cannot express 2 of the 3 references of code"):
         check_vocabulary(vocabulary, CODE, "code")

@@ -198,8 +198,8 @@ def test_wrong_tensors_are_named(tmp_path):
         import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
     message = str(caught.value)
     assert "missing: model.decoder.layers.1.cross_attn.q_proj.weight (64, 48)" in message
-    assert "without a place in the model: model.extra (64, 48)" in message
-    assert "misshapen: model.encoder.norm.weight (7,), wanted (48,)" in message
+    assert "unexpected: model.extra (64, 48)" in message
+    assert "wrong shape: model.encoder.norm.weight (7,), expected (48,)" in message
 
 
 def test_what_no_family_has_is_refused_by_field(tmp_path):

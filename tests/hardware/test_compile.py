@@ -47,7 +47,7 @@ def test_names():
     for wrong in ("v5e", "v9:4x4", "v5e:4"):
         with pytest.raises(ConfigError, match="v5e:4x4"):
             parse_name(wrong)
-    with pytest.raises(ConfigError, match="wanted 3"):
+    with pytest.raises(ConfigError, match="expected 3"):
         parse_name("v5p:4x4")
     for empty in ("v5e:4x4*0", "v5e:0x4"):
         with pytest.raises(ConfigError, match="no chips"):
@@ -262,7 +262,7 @@ def test_decoding_reports_memory_collectives_and_the_nearest_fit(compiler, tmp_p
     assert compile_for("v5e:2x2", "--what=decode", "--rows=8", f"--json={file}") == 0
     said = capsys.readouterr().out
     for words in (
-        "keys and values given",
+        "input keys and values",
         "activations",
         "Collectives of prefill",
         "Collectives of a later token",

@@ -211,7 +211,7 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'; can be imported: llama"),
+        ({"model_type": "mamba"}, "model_type 'mamba'; supported: llama"),
         ({"model_type": "smollm3"}, "score --backend=torch --teacher=DIR"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
         ({"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
@@ -223,7 +223,7 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
                 "model_type": "gemma2",
                 "hidden_activation": "gelu_pytorch_tanh",
             },
-            "equal distances",
+            "evenly spaced",
         ),
     ],
 )
@@ -258,17 +258,17 @@ STACK = {"vocab_size": 96, "hidden_size": 48}
         (LLAMA | {"hidden_size": None}, "has no hidden_size"),
         (
             LLAMA | {"num_attention_heads": 0},
-            "num_attention_heads 0, wanted a positive whole number",
+            "num_attention_heads 0, expected a positive whole number",
         ),
         (
             LLAMA | {"num_key_value_heads": 0},
-            "num_key_value_heads 0, wanted a positive whole number",
+            "num_key_value_heads 0, expected a positive whole number",
         ),
-        (LLAMA | {"hidden_size": "48"}, "hidden_size '48', wanted a positive whole number"),
+        (LLAMA | {"hidden_size": "48"}, "hidden_size '48', expected a positive whole number"),
         (LLAMA | {"num_hidden_layers": True}, "num_hidden_layers True"),
-        ([], "holds a JSON list, wanted an object"),
+        ([], "contains a JSON list, expected an object"),
         ({"model_type": "gemma3"}, "has no text_config"),
-        ({"model_type": "gemma3", "text_config": []}, r"text_config \[\], wanted an object"),
+        ({"model_type": "gemma3", "text_config": []}, r"text_config \[\], expected an object"),
         ({"model_type": "gemma3", "text_config": {}}, "has no hidden_size"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope scaling 'linear', has no factor"),
         (
@@ -290,7 +290,7 @@ STACK = {"vocab_size": 96, "hidden_size": 48}
                 "encoder": STACK | {"num_hidden_layers": "x"},
                 "decoder": STACK,
             },
-            "encoder, has num_hidden_layers 'x', wanted a positive whole number",
+            "encoder, has num_hidden_layers 'x', expected a positive whole number",
         ),
         (
             {
@@ -325,12 +325,12 @@ def test_broken_downloads_are_refused_and_leave_nothing(tmp_path):
     config.write_text(
         config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
     )
-    with pytest.raises(DataError, match="without a place in the model: model.layers.2"):
+    with pytest.raises(DataError, match="unexpected: model.layers.2"):
         main(arguments)
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 64'))
     with pytest.raises(
         DataError,
-        match=r"misshapen: model.embed_tokens.weight \(96, 48\), wanted "
+        match=r"wrong shape: model.embed_tokens.weight \(96, 48\), expected "
         r"\(96, 64\)",
     ):
         main(arguments)
@@ -360,8 +360,8 @@ def test_all_that_is_wrong_is_named_at_once(name, lost, fused, tmp_path):
         main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
     message = str(caught.value)
     assert f"missing: model.layers.1.{fused or f'{lost} {shape}'}" in message
-    assert f"without a place in the model: model.layers.1.extra {shape}" in message
-    assert "misshapen: model.layers.2.mlp.down_proj.weight (48, 79), wanted (48, 80)" in message
+    assert f"unexpected: model.layers.1.extra {shape}" in message
+    assert "wrong shape: model.layers.2.mlp.down_proj.weight (48, 79), expected (48, 80)" in message
     assert not (tmp_path / "ours").exists()
 
 

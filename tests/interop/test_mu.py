@@ -164,14 +164,14 @@ def test_logits_are_the_published_models(settings, differs, tmp_path):
             for key in ("n_encoder_layer", "n_decoder_layer", "n_embd", "hidden_dim", "vocab_size")
         ),
         ({"n_kv_head": 6}, "n_kv_head 6, but its tensors have 3"),
-        ({"n_kv_head": 4}, "n_kv_head 4, wanted a divisor of n_head 6"),
+        ({"n_kv_head": 4}, "n_kv_head 4, expected a divisor of n_head 6"),
         ({"qkv_embd": 48}, "qkv_embd 48, but its tensors have 24"),
-        ({"n_head": 5}, "n_head 5, wanted a divisor of qkv_embd 24"),
-        ({"pad_token_id": 3}, "pad_token_id 3, an id that it never reads"),
-        ({"dropout": 1}, r"dropout 1, wanted a rate in \[0, 1\)"),
-        ({"rope_theta": "big"}, "rope_theta 'big', wanted a number"),
-        ({"block_size": 0}, "block_size 0, wanted a positive number"),
-        ({"is_interleaved": 1}, "is_interleaved 1, wanted true or false"),
+        ({"n_head": 5}, "n_head 5, expected a divisor of qkv_embd 24"),
+        ({"pad_token_id": 3}, "pad_token_id 3, but encdec's padding id is 0"),
+        ({"dropout": 1}, r"dropout 1, expected a rate in \[0, 1\)"),
+        ({"rope_theta": "big"}, "rope_theta 'big', expected a number"),
+        ({"block_size": 0}, "block_size 0, expected a positive number"),
+        ({"is_interleaved": 1}, "is_interleaved 1, expected true or false"),
         ({"window": 8}, "window 8, which is none of n_encoder_layer"),
     ],
 )
@@ -193,7 +193,7 @@ def test_nothing_in_the_file_is_executed(tmp_path):
 
 def test_a_head_has_a_width(tmp_path):
     torch.save({"model_state_dict": random_state()}, tmp_path / "model.pt")
-    with pytest.raises(ConfigError, match="head_dim is 0; wanted 1 or more"):
+    with pytest.raises(ConfigError, match="head_dim is 0; expected 1 or more"):
         main([str(tmp_path / "model.pt"), "--from=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
     with pytest.raises(ConfigError, match="--head_dim=8, but .* says 4"):
         mu.read_config({k: x.numpy() for k, x in random_state().items()}, SETTINGS, 8)
@@ -216,14 +216,14 @@ def test_wrong_checkpoints_are_named(tmp_path):
             main(arguments)
 
     refused({"weights": whole}, "no 'model_state_dict' of tensors")
-    refused({"model_state_dict": whole, "model_config": 3}, "model_config 3, wanted a dict")
+    refused({"model_state_dict": whole, "model_config": 3}, "model_config 3, which is not a dict")
     part = {k: v for k, v in whole.items() if k != "transformer.e.1.ln2.weight"}
     part["transformer.e.0.extra"] = part["transformer.ln_f.weight"]
     part["transformer.h.1.mlp.fc2.bias"] = torch.zeros(3)
     refused(
         {"model_state_dict": part},
-        r"missing: transformer.e.1.ln2.weight \(24,\).*model: transformer.e.0.extra.*"
-        r"misshapen: transformer.h.1.mlp.fc2.bias \(3,\), wanted \(24,\)",
+        r"missing: transformer.e.1.ln2.weight \(24,\).*unexpected: transformer.e.0.extra.*"
+        r"wrong shape: transformer.h.1.mlp.fc2.bias \(3,\), expected \(24,\)",
     )
     refused({"model_state_dict": {}}, "no matrix transformer.wte.weight")
 

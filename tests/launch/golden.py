@@ -24,4 +24,4 @@ def check_golden(name: str, text: str) -> None:
     path = FOLDER / name
     if os.environ.get("ENCDEC_RECORD"):
         path.write_text(text)
-    assert text == path.read_text(), f"{path} differs; ENCDEC_RECORD=1 records it anew"
+    assert text == path.read_text(), f"{path} differs; ENCDEC_RECORD=1 records it again"

@@ -182,8 +182,8 @@ def test_it_is_given_to_kubectl(tmp_path, monkeypatch):
     "arguments, words",
     [
         (["jobset", "--name=Run_1", "--slice=v5e:4x4", "--image=i", "--", *TRAIN], "lower-case"),
-        (["jobset", "--name=a", "--slice=v5e:4x4", "--", *TRAIN], "wants --image"),
-        (["xpk", *BASE, "--", *TRAIN], "wants --cluster"),
+        (["jobset", "--name=a", "--slice=v5e:4x4", "--", *TRAIN], "needs --image"),
+        (["xpk", *BASE, "--", *TRAIN], "needs --cluster"),
         (["jobset", *BASE], "arguments of `encdec train`"),
     ],
 )

@@ -179,7 +179,7 @@ def test_it_is_given_to_sbatch(tmp_path, monkeypatch):
         (["train", "--time=1"], "arguments after `--`"),
         (["train", "--time=1", "--nodes=0", "--", *TRAIN], "--nodes is 0"),
         (["train", "--time=1", "--", "--config=c.py"], "--workdir is missing"),
-        (["train", "--time=1", "--", *TRAIN, "a\nb"], "spans lines"),
+        (["train", "--time=1", "--", *TRAIN, "a\nb"], "spans several lines"),
     ],
 )
 def test_mistakes_are_refused(arguments, words, capsys):

@@ -74,12 +74,12 @@ def test_single_steps_are_the_same_commands(capsys):
     "arguments, words",
     [
         (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "slices have 2 sides"),
-        (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "no slice"),
+        (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "is not a slice"),
         (["create", "--name=a", "--zone=z", "--slice=tpu7x:2x2x1"], "GKE only"),
         (["run", *BASE], "arguments of `encdec train`"),
         (["run", *BASE, "--", "--config=c.py"], "--workdir is missing"),
         (["run", *BASE, "--", "--workdir=runs/a"], "every machine shares"),
-        (["run", *BASE, "--", "--workdir=gs://b/a"], "wanted --workdir=/DIR"),
+        (["run", *BASE, "--", "--workdir=gs://b/a"], "expected --workdir=/DIR"),
         (
             ["run", *BASE, "--", "--workdir=/w", "--config.data.records=gs://b/r"],
             "mount its bucket",
@@ -381,7 +381,7 @@ def test_a_run_is_seen_through_crash_and_preemption(cloud, monkeypatch, capfd):
     )
     said = capfd.readouterr()
     for words in (
-        "no such slice: request",
+        "the slice does not exist: request",
         "training crashed with exit code 134: start",
         "the slice is SUSPENDING: wait",
         "it was preempted: delete",

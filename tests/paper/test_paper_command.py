@@ -112,15 +112,15 @@ def test_students_cost_the_same_and_the_teacher_is_larger(size):
 
 def test_mistakes_are_named_before_anything_is_run(inputs, tmp_path):
     config = f"{CONFIG}:laptop"
-    with pytest.raises(ConfigError, match="wanted at least 4 times as many"):
+    with pytest.raises(ConfigError, match="expected at least 4 times as many"):
         parse_setting(load_config(config, ["--config.teacher_layers=1"]).to_dict())
     with pytest.raises(ConfigError, match="did you mean 'pretrain.steps'"):
         load_config(config, ["--config.pretrain.step=1"])
-    with pytest.raises(ConfigError, match="wanted 'skip' or 'cut'"):
+    with pytest.raises(ConfigError, match="expected 'skip' or 'cut'"):
         parse_setting(load_config(config, ["--config.columns.code.too_long=drop"]).to_dict())
-    with pytest.raises(ConfigError, match="the paper has not"):
+    with pytest.raises(ConfigError, match="is not in the paper"):
         parse_setting({**load_config(config).to_dict(), "splits": ("1/6",)})
-    with pytest.raises(ConfigError, match="--columns names 'x'; there are code"):
+    with pytest.raises(ConfigError, match="--columns names 'x'; known: code"):
         main(arguments(inputs, tmp_path, "--columns=x"))
     setting = parse_setting(load_config(str(inputs / "config.py")).to_dict())
     with pytest.raises(DataError, match="give files with --text=FILE"):

@@ -78,7 +78,7 @@ def test_a_torn_line_is_compiled_again_and_a_damaged_one_named(paper, tmp_path):
     assert len(again.compiled) == 1 and kept.read_bytes() == whole
     assert len(read_kept(kept)) == 3
     kept.write_text("{}\n" + whole.decode())
-    with pytest.raises(DataError, match="line 1 is no step's figures"):
+    with pytest.raises(DataError, match="line 1 does not hold a step's figures"):
         read_kept(kept)
 
 
@@ -104,7 +104,7 @@ def test_the_bill_is_steps_times_seconds_times_chips(paper, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--compiled=x"], "--compiled keeps what --topology compiles"),
+        (["--compiled=x"], "--compiled stores the results of --topology"),
         (["--topology=v5e:4x4", "--chip=v5e"], "give one"),
         (["--topology=v9:4x4"], "v5e:4x4"),
         (["--only=dec_330m_6_s0"], "did you mean"),

@@ -91,7 +91,7 @@ def test_refuses_what_cannot_determine_it():
     runs, teacher = students(teachers=(2.0, 2.4, 3.0), sizes=3, budgets=3)
     few = np.array([0, 4, 8, 9, 13, 17, 18, 22, 26])
     assert "9 distilled runs; the 9 constants" in refused(runs.select(few), teacher[few])
-    assert "1 of 27 distilled runs is not known" in refused(
+    assert "1 of 27 distilled runs is unknown" in refused(
         runs, np.where(np.arange(27) == 3, 0.0, teacher)
     )
     below = runs.loss.copy()
@@ -145,7 +145,7 @@ def test_distilled_runs_repeat_plain_ones_with_a_teacher():
 @pytest.mark.parametrize(
     ("distilled", "message"),
     [
-        ({"series": ("ed-1of2",)}, "wanted series of the ladder: ed-2of3, dec"),
+        ({"series": ("ed-1of2",)}, "expected series of the ladder: ed-2of3, dec"),
         ({"series": ("dec",), "teachers": {"kd": {"rows": ""}}}, "no teacher has rows"),
         ({"series": ("dec",), "teachers": {"a_b": {"rows": "x"}}}, "without '_'"),
         ({"series": ("dec",), "teachers": {"a": {"dir": "x"}}}, "'rows': DIR"),

@@ -62,7 +62,7 @@ def test_one_spoilt_run_hardly_moves_the_fit():
 
 @pytest.mark.slow
 def test_planted_exponents_lie_in_their_intervals():
-    """In at least 34 of 40 noisy ladders, for each exponent (38 are wanted of 95 % intervals)."""
+    """In at least 34 of 40 noisy ladders, for each exponent (38 are expected of 95 % intervals)."""
     inside = {"alpha": 0, "beta": 0}
     for seed in range(40):
         planted = random_law(seed)

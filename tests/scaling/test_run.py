@@ -175,7 +175,7 @@ def test_scores_are_collected(tmp_path, records, eval_records):
     assert scored[found.runs[1].name]["scores"] == {"f1": 0.5}
     assert scored[found.runs[1].name]["score_intervals"] == {"f1": [0.4, 0.7]}
     (Workdir(tmp_path).run_directory(found.runs[2].name) / "scores.json").write_text('["f1"]')
-    with pytest.raises(DataError, match=r"wanted \{metric: value\}"):
+    with pytest.raises(DataError, match=r"expected \{metric: value\}"):
         run_plan(found, tmp_path, train=FakeTraining())
 
 

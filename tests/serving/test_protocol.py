@@ -148,7 +148,7 @@ def test_eos_in_a_prompt_divides_input_and_answer():
         ({}, 400, "prompt", "has no prompt"),
         ({"prompt": ""}, 400, "prompt", "the prompt is empty; give a text"),
         ({"prompt": ["fine", " "]}, 400, "prompt", "prompt 1 is empty"),
-        ({"prompt": []}, 400, "prompt", "an array without anything"),
+        ({"prompt": []}, 400, "prompt", "an empty array"),
         ({"prompt": [[]]}, 400, "prompt", "the prompt has no tokens"),
         ({"prompt": {"a": 1}}, 400, "prompt", "prompt is an object"),
         ({"prompt": ["a", 5]}, 400, "prompt", "prompt 1 is a number"),
@@ -167,18 +167,18 @@ def test_eos_in_a_prompt_divides_input_and_answer():
             "cut its end with truncate = true",
         ),
         ({"prompt": "half \ud83d"}, 400, "prompt", "lone surrogate"),
-        ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "is -1; wanted 0 or more"),
+        ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "is -1; expected 0 or more"),
         ({"prompt": [70, 1] + [71] * 50, "max_tokens": 1}, 400, "prompt", "50 tokens follow EOS"),
-        ({"prompt": "a", "seed": 1.5}, 400, "seed", "wanted a whole number"),
-        ({"prompt": "a", "logprobs": 6}, 400, "logprobs", "logprobs is 6; wanted 0 to 5"),
+        ({"prompt": "a", "seed": 1.5}, 400, "seed", "expected a whole number"),
+        ({"prompt": "a", "logprobs": 6}, 400, "logprobs", "logprobs is 6; expected 0 to 5"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, 400, "prompt", "put EOS between input and"),
-        ({"prompt": "a", "best_of": 2, "n": 3}, 400, "best_of", "wanted n, which is 3, or more"),
-        ({"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of", "no stream can choose"),
+        ({"prompt": "a", "best_of": 2, "n": 3}, 400, "best_of", "expected n, which is 3, or more"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of", "a stream cannot choose"),
         ({"prompt": "a", "best_of": 7}, 400, "best_of", "best_of = 7"),
         ({"prompt": "a", "frequency_penalty": 3}, 400, "frequency_penalty", "from -2 to 2"),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "wanted token ids"),
-        ({"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias", "wanted -100 to 100"),
-        ({"prompt": "a", "suffix": "b"}, 400, "suffix", "this server has no suffix"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "expected token ids"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias", "expected -100 to 100"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix", "this server does not support suffix"),
         (
             {"prompt": "a", "stream": True, "stream_options": {"include_usge": True}},
             400,
@@ -189,27 +189,27 @@ def test_eos_in_a_prompt_divides_input_and_answer():
             {"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}},
             400,
             "stream_options.include_usage",
-            "wanted true or false",
+            "expected true or false",
         ),
-        ({"prompt": "a", "max_tokens": "9"}, 400, "max_tokens", "wanted a number"),
-        ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens", "wanted a whole number"),
-        ({"prompt": "a", "temperature": -1}, 400, "temperature", "temperature is -1; wanted 0"),
+        ({"prompt": "a", "max_tokens": "9"}, 400, "max_tokens", "expected a number"),
+        ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens", "expected a whole number"),
+        ({"prompt": "a", "temperature": -1}, 400, "temperature", "temperature is -1; expected 0"),
         ({"prompt": "a", "temperature": float("nan")}, 400, "temperature", "temperature is nan"),
-        ({"prompt": "a", "temperature": True}, 400, "temperature", "wanted a number"),
-        ({"prompt": "a", "top_p": 1.5}, 400, "top_p", "top_p is 1.5; wanted above 0"),
-        ({"prompt": "a", "top_k": 10**12}, 400, "top_k", "top_k is 1000000000000; wanted 0"),
+        ({"prompt": "a", "temperature": True}, 400, "temperature", "expected a number"),
+        ({"prompt": "a", "top_p": 1.5}, 400, "top_p", "top_p is 1.5; expected above 0"),
+        ({"prompt": "a", "top_k": 10**12}, 400, "top_k", "top_k is 1000000000000; expected 0"),
         ({"prompt": "a", "no_repeat_ngram": -1}, 400, "no_repeat_ngram", "is -1"),
-        ({"prompt": "a", "n": 0}, 400, "n", "n is 0; wanted 1 or more"),
+        ({"prompt": "a", "n": 0}, 400, "n", "n is 0; expected 1 or more"),
         (
             {"prompt": "a", "n": 7},
             400,
             "n",
-            "asks for 7 answers (1 prompts, n = 7); wanted at most 6",
+            "asks for 7 answers (1 prompts, n = 7); expected at most 6",
         ),
         ({"prompt": ["a", "b"], "n": 4}, 400, "n", "asks for 8 answers"),
-        ({"prompt": "a", "stop": 5}, 400, "stop", "wanted a string or an array"),
+        ({"prompt": "a", "stop": 5}, 400, "stop", "expected a string or an array"),
         ({"prompt": "a", "stop": [""]}, 400, "stop", "strings that are not empty"),
-        ({"prompt": "a", "stream": "yes"}, 400, "stream", "wanted true or false"),
+        ({"prompt": "a", "stream": "yes"}, 400, "stream", "expected true or false"),
         ({"prompt": "a", "stream_options": {}}, 200, None, ""),
         (
             {"prompt": "a", "stream_options": {"include_usage": True}},
@@ -236,12 +236,12 @@ def test_wrong_requests_are_told_what_is_wrong(fields, status, param, message):
 @pytest.mark.parametrize(
     "body, message",
     [
-        (b"", "no JSON"),
-        (b"{", "no JSON"),
-        (b"\xff", "no JSON"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
         (b"[1]", "an array"),
         (b"3", "a number"),
-        (b"[" * 100_000, "no JSON"),
+        (b"[" * 100_000, "not valid JSON"),
     ],
 )
 def test_bodies_that_are_no_request(body, message):
@@ -291,7 +291,7 @@ def test_an_import_brings_its_template_along(tmp_path):
     (tmp_path / TEMPLATE_FILE).write_text("{{ messages[0].content }}")
     assert chat_template_of(tmp_path) == find_template(tmp_path).source
     config.write_text("{% nothing")
-    for path, message in ((config, "is no Jinja"), (tmp_path / "none", "cannot be read")):
+    for path, message in ((config, "is not valid Jinja"), (tmp_path / "none", "cannot be read")):
         with pytest.raises(ConfigError, match=message):
             find_template(tmp_path, str(path))
 
@@ -299,14 +299,14 @@ def test_an_import_brings_its_template_along(tmp_path):
 @pytest.mark.parametrize(
     "messages, fields, param, message",
     [
-        ([], {}, "messages", "wanted an array of at least one"),
+        ([], {}, "messages", "expected an array of at least one"),
         ([USER, USER], {}, "messages", "has no chat template"),
         ([{"role": "king", "content": "a"}], {}, "messages", "role is 'king'"),
         ([{"role": "user", "content": None}], {}, "messages", "content is None"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages", "no text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages", "not text"),
         ([USER | {"tool_calls": [1]}], {}, "messages", "'tool_calls'"),
         ([{"role": "user", "content": "\ud83d"}], {}, "messages", "lone surrogate"),
-        ([USER], {"tools": [{}]}, "tools", "this server has no tools"),
+        ([USER], {"tools": [{}]}, "tools", "this server does not support tools"),
         ([USER], {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ([USER], {"prompt": "a"}, "prompt", "unknown field"),
     ],
