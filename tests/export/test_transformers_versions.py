@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from encdec.export import huggingface
+from encdec.export import formats, huggingface
 from encdec.model import build_model
 from tests.export.examples import MODELS, PROMPTS, pair
 
@@ -59,9 +59,8 @@ def exports(tmp_path_factory) -> dict[str, pathlib.Path]:
     made = {}
     for name in MODELS:
         made[name] = tmp_path_factory.mktemp("exports") / name.replace(" ", "_")
-        huggingface.write(
-            made[name], *pair(name), STARTS_WITH_PADDING, targets_length=12, dtype="float32"
-        )
+        export = formats.Export(*pair(name), STARTS_WITH_PADDING, targets_length=12)
+        formats.write("hf", made[name], export)
         np.savez(made[name] / "reference.npz", **reference(name))
     return made
 
