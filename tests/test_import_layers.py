@@ -1,0 +1,234 @@
+"""Import layers: packages import downward only, and TensorFlow stays in the preparing part."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+from collections.abc import Container
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "encdec"
+
+# Each package, or single file of one, and the packages it may import; docs/design.md explains them.
+ALL_MAY_IMPORT = {
+    "errors",
+    "fields",
+    "files",
+    "jobs",
+    "machine",
+    "packages",
+    "quiet",
+    "settings",
+    "startup",
+    "storage",
+}
+MAY_IMPORT = {
+    "errors": set(),
+    "fields": {"errors"},
+    "packages": {"errors"},
+    "quiet": set(),
+    "files": set(),
+    "jobs": {"errors"},
+    "settings": {"errors"},
+    "storage": {"errors"},
+    "machine": set(),
+    "model.execution": {"errors"},
+    "model.config": {"errors", "model.execution"},
+    "cost": {"errors", "model.config"},
+    "model": {"errors", "cost"},
+    "modules": {"errors"},
+    "metrics": {"errors"},
+    "data": {"errors", "metrics"},
+    "safetensors": {"errors"},
+    "startup": set(),
+    "pretrained": {"errors"},
+    "train": {"errors", "cost", "model", "metrics", "data", "safetensors"},
+    "inference": {"errors", "model", "data", "train"},
+    "serving": {"errors", "model", "data", "train", "inference"},
+    "distill": {
+        "errors",
+        "cost",
+        "model",
+        "data",
+        "train",
+        "inference",
+        "safetensors",
+        "pretrained",
+    },
+    "evaluation": {
+        "errors",
+        "modules",
+        "cost",
+        "model",
+        "metrics",
+        "data",
+        "train",
+        "inference",
+        "pretrained",
+    },
+    "interop": {"errors", "model", "data", "train", "safetensors"},
+    "export": {"errors", "model", "data", "train", "inference", "interop", "safetensors"},
+    # Travels with exports; run by the library that loads them, in torch.
+    "export.shipped": set(),
+    "describe": {"errors", "cost", "model", "train"},
+    "hardware": {"errors", "cost", "model", "train", "inference"},
+    "scaling": {
+        "errors",
+        "cost",
+        "model",
+        "metrics",
+        "data",
+        "train",
+        "inference",
+        "evaluation",
+        "hardware",
+    },
+    "benchmarks": {
+        "errors",
+        "cost",
+        "model",
+        "data",
+        "train",
+        "inference",
+        "serving",
+        "distill",
+        "evaluation",
+        "interop",
+        "export",
+        "safetensors",
+    },
+    "quickstart": {
+        "errors",
+        "cost",
+        "model",
+        "data",
+        "train",
+        "inference",
+        "distill",
+        "evaluation",
+        "benchmarks",
+    },
+    "paper": {"errors", "cost", "model", "data", "train", "distill", "evaluation", "scaling"},
+    "cli": set(),  # and, by name and only when called, every command
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+# The preparing side of the data package; everything else must run without TensorFlow.
+TENSORFLOW_SIDE = {
+    "encdec/data/tasks.py",
+    "encdec/data/gin_bindings.py",
+    "encdec/data/prepare_command.py",
+    "encdec/data/tfds_source.py",
+}
+# Travels with exports and imports torch, which is no requirement here.
+NOT_IMPORTED_HERE = "encdec/export/shipped/"
+TENSORFLOW_PACKAGES = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Dotted names of everything that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            if node.module == "encdec":
+                names.update(f"encdec.{alias.name}" for alias in node.names)
+    return names
+
+
+def package_of(parts: tuple[str, ...]) -> str:
+    """The package of a module, given the parts of its name after ``encdec``."""
+    file = ".".join(parts[:2])
+    return file if file in MAY_IMPORT else parts[0]
+
+
+def test_imports_point_downward():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        package = package_of(path.relative_to(PACKAGE).with_suffix("").parts)
+        assert package in MAY_IMPORT, f"{path} is in no known package; add it to MAY_IMPORT"
+        for name in imports(path):
+            first, *parts = name.split(".")
+            if first != "encdec" or not parts or package_of(tuple(parts)) == package:
+                continue
+            # A package may import all of its own files; one listed separately only its entry.
+            allowed = (
+                MAY_IMPORT[package] | ALL_MAY_IMPORT | ({package} - {package_of(tuple(parts))})
+            )
+            if not {parts[0], package_of(tuple(parts))} & allowed:
+                wrong.append(f"{path.relative_to(PACKAGE.parent)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The sets of two or more nodes that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        found, todo = set(), [start]
+        while todo:
+            new = graph[todo.pop()] - found
+            found |= new
+            todo += new
+        return found
+
+    after = {node: reached(node) for node in graph}
+    rings = {
+        frozenset(other for other in after[node] if node in after[other])
+        for node in graph
+        if node in after[node]
+    }
+    return sorted(map(set, rings), key=sorted)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Late imports inside functions count, too: they only hide a circle."""
+    paths = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {name: imported_files(path, paths) - {name} for name, path in paths.items()}
+    assert graph["encdec.data.records"] >= {"encdec.data.mixing", "encdec.data.shards"}
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+
+
+def imported_files(path: pathlib.Path, files: Container[str]) -> set[str]:
+    """Which of these modules a file imports; of ``from package import name``, the module meant."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in files else node.module)
+    return {name for name in found if name in files}
+
+
+def test_tensorflow_stops_at_the_preparing_side():
+    for path in PACKAGE.rglob("*.py"):
+        if str(path.relative_to(PACKAGE.parent)) not in TENSORFLOW_SIDE:
+            used = {name.split(".")[0] for name in imports(path)} & TENSORFLOW_PACKAGES
+            assert not used, f"{path} imports {used}"
+
+
+def test_every_package_but_preparing_runs_without_tensorflow():
+    """In a fresh interpreter, so that what libraries import in their turn counts too."""
+    modules = [
+        str(path.relative_to(PACKAGE.parent).with_suffix("")).replace("/", ".")
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if str(path.relative_to(PACKAGE.parent)) not in TENSORFLOW_SIDE
+        and path.name not in ("__main__.py",)
+        and not str(path.relative_to(PACKAGE.parent)).startswith(NOT_IMPORTED_HERE)
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'tensorflow' not in sys.modules, name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
