@@ -85,6 +85,14 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "encdec.benchmarks.serving_benchmark:main",
         "requests served at once against one after the other",
     ),
+    "accelerator": (
+        "encdec.benchmarks.accelerator_benchmark:main",
+        "on a GPU or TPU: kernels, MFU, generation and a profile, in ten minutes",
+    ),
+    "train": (
+        "encdec.benchmarks.train_benchmark:main",
+        "our training step next to PyTorch's, and where its time goes",
+    ),
     "loop": (
         "encdec.benchmarks.loop_benchmark:loop_main",
         "the training loop against its bare step",
@@ -98,7 +106,7 @@ KEPT = (
 # Commands that take training steps, and would be given the same memory again at each.
 _TRAINING = [
     *([name] for name in ("quickstart", "train", "distill", "paper", "scaling")),
-    *(["benchmark", name] for name in ("loop", "distill")),
+    *(["benchmark", name] for name in ("train", "loop", "distill")),
 ]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

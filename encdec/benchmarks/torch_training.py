@@ -38,13 +38,10 @@ class CausalStack(EncdecStack):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of the row's last T positions, from ids [B, S + T]."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        mask = self.additive((places <= places[:, None])[None, None])
-        mask = mask.expand(input_ids.shape[0], -1, -1, -1)
-        table = self.rope(places[None])
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = layer(x, mask, table)
-        return nn.functional.linear(self.norm(x)[:, -self.targets :], self.embed_tokens.weight)
+        allowed = (places <= places[:, None])[None, None].expand(len(input_ids), -1, -1, -1)
+        x = self.embed(input_ids, None)
+        x = self.run(x, allowed, self.rope(places[None]), False, False)[0]
+        return nn.functional.linear(x[:, -self.targets :], self.embed_tokens.weight)
 
 
 class TwoStacks(nn.Module):

@@ -1,0 +1,53 @@
+"""The accelerator's benchmark, whole, with tiny models on a CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from encdec import cli
+from encdec.benchmarks import accelerator_benchmark
+from encdec.errors import ConfigError
+
+TINY = ["--models=test,test-dec", "--generated=test", "--batches=1,2", "--rows=8", "--inputs=16"]
+TINY += ["--targets=8", "--outputs=4", "--rounds=1", "--no_torch"]
+
+
+def test_every_part_is_measured_and_what_is_done_stays(tmp_path, capsys):
+    command = ["benchmark", "accelerator", f"--out={tmp_path}", *TINY]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    path = tmp_path / accelerator_benchmark.RESULTS
+    parts = json.loads(path.read_text())["parts"]
+    assert all(parts[f"attention test {kind}"]["agrees"] for kind in ("full", "causal"))
+    assert parts["train test"]["sequences_per_second"] > 0
+    assert parts["generation 2"]["measured"][0]["batch"] == 2
+    assert parts["profile"]["files"] == 1
+    # A second call takes up what is missing or failed, and nothing else.
+    kept = json.loads(path.read_text())
+    kept["parts"]["device"] = {"error": "the machine was taken away"}
+    path.write_text(json.dumps(kept))
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert "train test:" not in capsys.readouterr().out
+    again = json.loads(path.read_text())["parts"]
+    assert again["device"]["devices"] == 8
+    assert {k: v for k, v in again.items() if k != "device"} == {
+        k: v for k, v in parts.items() if k != "device"
+    }
+    with pytest.raises(ConfigError, match="another --out"):
+        accelerator_benchmark.main([*command[2:], "--rounds=2"])
+
+
+def test_a_part_that_fails_costs_no_other(tmp_path, capsys):
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    path = tmp_path / "results.json"
+    parts = {"a": fails, "b": lambda: {"value": 1}}
+    results = accelerator_benchmark.run_parts(parts, path, {}, 60)
+    assert results["b"]["value"] == 1
+    assert "no such kernel" in results["a"]["error"]
+    assert json.loads(path.read_text())["parts"] == results
+    results = accelerator_benchmark.run_parts(parts, path, {}, -1)
+    assert "no time is left" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""The training benchmark at tiny shapes: PyTorch's step is an independent check of ours."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from encdec import cli
+from encdec.benchmarks import step_profile, train_benchmark
+from encdec.errors import ConfigError
+
+
+@pytest.mark.parametrize(("model", "optimizer"), [("test", "adamw"), ("test-dec", "muon")])
+def test_both_sides_take_the_same_steps(model, optimizer, tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    command = ["benchmark", "train", f"--models={model}", f"--optimizers={optimizer}"]
+    command += ["--rows=8", "--inputs=12", "--targets=6", "--rounds=1", "--steps=1"]
+    assert cli.main([*command, "--no_compile", f"--out={tmp_path}"]) == 0
+    assert "of matmul rate" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "train.json").read_text())
+    ours, theirs = row["losses"]["ours"], row["losses"]["PyTorch"]
+    # Muon's iterations run in bfloat16 there and in float32 here.
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6 if optimizer == "adamw" else 1e-4)
+    assert ours[2] < ours[0]
+    assert {"attention", "attention, backward", "MLP", "head and loss", "optimizer"} <= set(
+        row["parts"]
+    )
+    assert row["ratio"]["PyTorch"] > 0
+    assert row["data_seconds"] > 0
+
+
+def test_an_operation_belongs_to_a_part():
+    inner = "jit(step)/transpose(jvp(Model.hidden))/encoder/layers_0/mlp/up/dot_general"
+    text = f"""HloModule jit_step
+
+%fused (p: f32[2]) -> f32[2] {{
+  %a = f32[2] add(%p, %p), metadata={{op_name="{inner}"}}
+}}
+
+ENTRY %main (p: f32[2]) -> f32[2] {{
+  %fusion.1 = f32[2] fusion(%p), kind=kLoop, calls=%fused
+  %dot.2 = f32[2] dot(%p, %p), metadata={{op_name="jit(step)/jvp(Model.logits)/dot_general"}}
+  ROOT %mul.3 = f32[2] multiply(%p, %p), metadata={{op_name="jit(step)/mul"}}
+}}
+"""
+    parts = step_profile.parts_of_program(text)
+    assert parts["fusion.1"] == "MLP, backward"
+    assert parts["dot.2"] == "head and loss"
+    assert parts["mul.3"] == "optimizer"
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ConfigError, match="no preset is called 'tset'"):
+        train_benchmark.main(["--models=tset"])
+    with pytest.raises(ConfigError, match="float16"):
+        train_benchmark.main(["--dtypes=float16"])
+    with pytest.raises(ConfigError, match="--rounds=0"):
+        train_benchmark.main(["--rounds=0"])
