@@ -29,7 +29,7 @@ from encdec.benchmarks.inference_benchmark import measure as measure_generation
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.benchmarks.train_benchmark import OURS, OurStep, Setting, measure
 from encdec.cost.chips import peak_flops
-from encdec.data.records import write_json
+from encdec.files import write_json
 from encdec.errors import ConfigError
 from encdec.model import ModelConfig, preset
 from encdec.model.attention import dot_product_attention, segment_mask
