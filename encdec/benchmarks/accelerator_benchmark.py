@@ -29,8 +29,8 @@ from encdec.benchmarks.inference_benchmark import measure as measure_generation
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.benchmarks.train_benchmark import OURS, OurStep, Setting, measure
 from encdec.cost.chips import peak_flops
-from encdec.files import write_json
 from encdec.errors import ConfigError
+from encdec.files import write_json
 from encdec.model import ModelConfig, preset
 from encdec.model.attention import dot_product_attention, segment_mask
 from encdec.model.kernels import cudnn_attention, resolve_kernel, splash_attention
