@@ -23,7 +23,9 @@ def main(argv: list[str]) -> int:
             f"--head_dim={options.head_dim} goes with --from=mu; the other formats state it"
         )
     if options.head_dim is not None and options.head_dim < 1:
-        raise ConfigError(f"head_dim is {options.head_dim}; expected a head width of 1 or more")
+        raise ConfigError(
+            f"head_dim is {options.head_dim}; expected 1 or more (the width of a head)"
+        )
     source, out = pathlib.Path(options.source), pathlib.Path(options.out)
     if not source.exists():
         raise DataError(f"{source} does not exist; give the downloaded file or directory")

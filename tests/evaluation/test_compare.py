@@ -135,7 +135,7 @@ def test_line_separators_and_an_unfinished_line_do_no_harm(evaluation, tmp_path)
     assert rows_of(one, other, tmp_path / "out")["rougeL"]["examples"] == 30
     path = one / "xsum" / "predictions-00000.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=r"holds the answers to 29 examples and .* reports 30"):
+    with pytest.raises(DataError, match=r"holds the answers to 29 examples but .* reports 30"):
         rows_of(one, other, tmp_path / "out")
 
 

@@ -211,7 +211,7 @@ def test_a_model_on_this_machine(model_that_writes, tmp_path):
     # It writes on after its number, until its room ends; a number and an end is an opinion.
     judge = Judge("local", folder, tmp_path, lambda prompt: ask(prompt).split()[0], attempts=1)
     assert judge.opinions(EXAMPLES[:1], ["good"]) == [70]
-    with pytest.raises(ValueError, match="and the judge reads 128"):
+    with pytest.raises(ValueError, match="the judge reads at most 128"):
         ask("word " * 200)
     assert judge.describe()["endpoint"] == "local" and judge.describe()["model"] == folder
 
