@@ -118,7 +118,7 @@ class _Gradients:
                     model,
                     params,
                     batch,
-                    LossConfig(),
+                    LossConfig(z_loss=0.0),
                     self._card.targets_length,
                     None,
                     config,

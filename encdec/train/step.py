@@ -203,7 +203,7 @@ def make_eval_step(model: Model, targets_length: int) -> Callable[[Any, Batch], 
     """``eval_step(params, batch) -> metrics``: plain cross entropy, without dropout."""
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
-        return batch_metrics(model, params, batch, LossConfig(), targets_length)
+        return batch_metrics(model, params, batch, LossConfig(z_loss=0.0), targets_length)
 
     return eval_step
 

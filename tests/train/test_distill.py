@@ -70,7 +70,7 @@ def test_the_objective_is_what_its_definition_says(architecture, records, scored
                 model,
                 params,
                 batch,
-                LossConfig(),
+                LossConfig(z_loss=0.0),
                 TARGETS,
                 None,
                 DistillConfig("x"),

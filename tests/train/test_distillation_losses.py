@@ -219,7 +219,7 @@ def test_stored_rows_give_the_dense_sums_in_float64_with_masks(method, divergenc
             table,
             jnp.zeros((B, T), jnp.int32),
             jnp.array(mask * 1.0),
-            LossConfig(vocab_tile=tile),
+            LossConfig(z_loss=0.0, vocab_tile=tile),
             V,
             teaching,
         )
