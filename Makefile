@@ -1,7 +1,8 @@
 # make quickstart   environment, installation, then the whole story on this machine
 # make test         environment with the test tools, then every test
 # make test-light   the same for an environment without TensorFlow, with its own tests
-# make lint         the style checks of ruff.toml
+# make check        style (ruff.toml) and types (pyproject.toml)
+# make coverage     every test, then the share of each package's lines that they ran
 # make mutants      puts known faults into a copy, one at a time: do the tests notice?
 #                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
 # make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
@@ -37,7 +38,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test test-light lint mutants lm-eval transformers-4.57 clean
+.PHONY: quickstart install test test-light check coverage mutants lm-eval transformers-4.57 clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(ENV)/.installed
@@ -51,8 +52,18 @@ test: $(TESTED)
 test-light:
 	$(MAKE) test ENV=$(ENV)-light EXTRAS=light WORKERS=0 TESTS="tests/test_without_tensorflow.py $(TESTS)"
 
-lint: $(TESTED)
+check: $(TESTED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+coverage: $(TESTED)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov=encdec --cov-report= $(TESTS)
+	@for package in encdec/*/; do \
+		printf '%-24s %3s %%\n' "$$package" \
+			"$$($(BIN)/coverage report --include="$$package*" --format=total || true)"; \
+	done
+	@printf '%-24s %3s %%\n' all "$$($(BIN)/coverage report --format=total)"
 
 mutants: $(TESTED)
 	$(BIN)/python -m tests.mutants --package=$(PACKAGE) $(ARGS)
@@ -77,7 +88,7 @@ $(OTHER)/.installed: | $(TESTED)
 	@touch $@
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(FITS)'; then \

@@ -86,7 +86,9 @@ def refusals_explained(safe: Callable[[], str], where: str = "") -> Iterator[Non
             restore()
             raise
         # What threads still have to say is left out until the process ends.
-        raise storage_error(error, safe(), where) from error
+        refusal = storage_error(error, safe(), where)
+        assert refusal is not None  # asked above, without the call that this takes
+        raise refusal from error
     else:
         restore()
 
@@ -104,7 +106,7 @@ def _silence_threads() -> Callable[[], None]:
     def keep(record: logging.LogRecord) -> bool:
         return not (record.exc_info and is_noise(record.exc_info[1]))
 
-    def hook(original: Callable[..., None], which: Callable[..., Any]) -> Callable[..., None]:
+    def hook(original: Callable[..., object], which: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *values: None if is_noise(which(*values)) else original(*values)
 
     threading.excepthook = hook(hooks[0], lambda arguments: arguments.exc_value)

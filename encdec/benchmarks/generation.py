@@ -17,9 +17,8 @@ from encdec.errors import ConfigError
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled, start_compiled
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
-from encdec.model import ModelConfig, build_model
+from encdec.model import ModelConfig, Params, build_model
 
-Params = Any
 START_ID = 0  # which token it is changes no time
 
 

@@ -112,7 +112,8 @@ def chip_named(name: str) -> Chip:
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
     """Dense bfloat16 FLOP/s of all ``devices`` (``jax.devices()``); None if one is unknown."""
-    chips = [find_chip(device.device_kind) for device in devices]
-    if not chips or None in chips:
+    found = [find_chip(device.device_kind) for device in devices]
+    chips = [chip for chip in found if chip is not None]
+    if not chips or len(chips) < len(found):
         return None
     return sum(chip.bf16_flops for chip in chips)

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 
 from encdec.interop.layout import flatten, unflatten
-from encdec.model import ModelConfig, for_decoding
+from encdec.model import ModelConfig, Params, for_decoding
 
-Params = dict[str, Any]
 Pair = tuple[ModelConfig, Params]
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
 from encdec.inference.decoding import Memory, decode_step, prefill, take_rows
-from encdec.model import ModelConfig
-
-Params = Any
+from encdec.model import ModelConfig, Params
 
 
-@flax.struct.dataclass
-class Hypotheses:
+class Hypotheses(flax.struct.PyTreeNode):
     """K hypotheses an input.
 
     Attributes:
@@ -33,8 +29,7 @@ class Hypotheses:
     scores_BxK: jax.Array
 
 
-@flax.struct.dataclass
-class _Search:
+class _Search(flax.struct.PyTreeNode):
     memory: Memory  # of B * K rows
     logits_RxV: jax.Array
     alive: Hypotheses

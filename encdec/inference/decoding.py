@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
 import jax.numpy as jnp
 
 from encdec.inference.sampling import Choosing, RowSettings, choose, likeliest
-from encdec.model import ModelConfig, build_model, init_cache
-
-Params = Any
+from encdec.model import ModelConfig, Params, build_model, init_cache
 
 
-@flax.struct.dataclass
-class Memory:
+class Memory(flax.struct.PyTreeNode):
     """What the decoder remembers of every row.
 
     Attributes:
@@ -37,12 +34,11 @@ class Memory:
     slots_R: jax.Array
 
 
-@flax.struct.dataclass
-class Decoding:
+class Decoding(flax.struct.PyTreeNode):
     """Unfinished answers; N is the capacity for new tokens, K the number of alternatives kept.
 
     Attributes:
-        memory: what the decoder remembers.
+        memory: what the decoder remembers; None where a runtime of another kind keeps it.
         last_R: int32, the token chosen last, not yet fed to the decoder.
         tokens_RxN: int32, the answers, EOS included, then zeros.
         log_probs_RxN: float32, the model's log-probability of each of these tokens, then zeros.
@@ -53,7 +49,7 @@ class Decoding:
         settings: the rows' settings.
     """
 
-    memory: Memory
+    memory: Memory | None
     last_R: jax.Array
     tokens_RxN: jax.Array
     log_probs_RxN: jax.Array
@@ -106,8 +102,8 @@ def prefill(
     )
     ends_B = memory.slots_R - 1
     hidden_BxM = jnp.take_along_axis(hidden_BxPxM, ends_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = build_model(config).apply({"params": params}, hidden_BxM, method="logits")
-    return logits_BxV, memory
+    logits = build_model(config).apply({"params": params}, hidden_BxM, method="logits")
+    return cast(jax.Array, logits), memory
 
 
 def read_inputs(
@@ -161,8 +157,8 @@ def decode_step(
         memory.source,
         method="decode_cached",
     )
-    logits_RxV = model.apply({"params": params}, hidden_Rx1xM[:, 0], method="logits")
-    return logits_RxV, memory.replace(cache=cache, slots_R=memory.slots_R + 1)
+    logits = model.apply({"params": params}, hidden_Rx1xM[:, 0], method="logits")
+    return cast(jax.Array, logits), memory.replace(cache=cache, slots_R=memory.slots_R + 1)
 
 
 def take_rows(config: ModelConfig, memory: Memory, rows_R: jax.Array) -> Memory:
@@ -201,7 +197,7 @@ def start(
     return append(plan, blank(plan, memory, settings), logits_RxV)
 
 
-def blank(plan: DecodingPlan, memory: Memory, settings: RowSettings) -> Decoding:
+def blank(plan: DecodingPlan, memory: Memory | None, settings: RowSettings) -> Decoding:
     """Answers without tokens to inputs that were read."""
     rows, room, kept = settings.limit_R.shape[0], plan.room, plan.choosing.alternatives
     return Decoding(
@@ -230,8 +226,10 @@ def advance(
 
     def step(carry: tuple[jax.Array, Decoding]) -> tuple[jax.Array, Decoding]:
         done, decoding = carry
-        logits_RxV, memory = decode_step(config, params, decoding.memory, decoding.last_R)
-        slots_R = jnp.where(decoding.finished_R, decoding.memory.slots_R, memory.slots_R)
+        before = decoding.memory
+        assert before is not None  # it is what this runs the model with
+        logits_RxV, memory = decode_step(config, params, before, decoding.last_R)
+        slots_R = jnp.where(decoding.finished_R, before.slots_R, memory.slots_R)
         decoding = decoding.replace(memory=memory.replace(slots_R=slots_R))
         return done + 1, append(plan, decoding, logits_RxV)
 

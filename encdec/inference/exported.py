@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import jax
@@ -109,7 +109,7 @@ class ExportedRows:
         prompts: PromptFormat,
         limit: int,
         steps: int,
-    ) -> Iterator[Decoding]:
+    ) -> Generator[Decoding, np.ndarray | None, None]:
         lengths_B = np.array([len(item.ids) for item in inputs])
         tokens_BxS = np.zeros((len(inputs), lengths_B.max()), np.int64)  # shapes are dynamic
         for row, item in enumerate(inputs):
@@ -135,7 +135,7 @@ class ExportedRows:
                 return
             for _ in range(steps):
                 if greedy:
-                    decoding = append_greedy(decoding, *memory.greedy(decoding.last_R))
+                    decoding = append_greedy(decoding, *memory.greedy(np.asarray(decoding.last_R)))
                 else:
                     decoding = append_compiled(
                         plan, decoding, memory.step(np.asarray(decoding.last_R))

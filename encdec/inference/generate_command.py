@@ -76,10 +76,8 @@ def main(argv: list[str]) -> int:
                     "which runs on this machine's CPU as a whole; leave it out, or "
                     "generate with the work directory"
                 )
-        step, generator = (
-            0,
-            ExportedGenerator(load_exported_model(options.checkpoint), prompts, **generating),
-        )
+        step, model = 0, load_exported_model(options.checkpoint)
+        generator: TextGenerator = ExportedGenerator(model, prompts, **generating)
     else:
         config, params, step = load_params_for_inference(options.checkpoint, options.step)
         import jax

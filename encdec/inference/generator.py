@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +29,12 @@ from encdec.train.config import MeshConfig
 from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 from encdec.train.workdir import read_config
 
+# States of the rows; what is sent back says which of them to finish early, bool [R].
+Rows = collections.abc.Generator[Decoding, np.ndarray | None, None]
 # Steps between two looks at the answers: for stop strings, interrupts and progress.
 STEPS_BETWEEN_LOOKS = 32
+
+Finish = Literal["eos", "stop", "length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Generation:
     text: str
     tokens: list[int]
     log_probs: list[float]
-    finish: Literal["eos", "stop", "length"]
+    finish: Finish
     score: float | None = None
     truncated: bool = False
 
@@ -87,7 +94,7 @@ class RowDecoder(Protocol):
         prompts: PromptFormat,
         limit: int,
         steps: int,
-    ) -> Iterator[Decoding]:
+    ) -> Rows:
         """The state after the first token, and then every ``steps`` tokens until all finish.
 
         The caller may send back which rows to finish early, bool [R]. ``limit`` is the most new
@@ -122,7 +129,7 @@ class CompiledRows:
         tensor: int = 1,
     ):
         self.config, self.params = ready_for_decoding(config, params, dtype)
-        self._rows_sharding = None
+        self._rows_sharding: NamedSharding | None = None
         if len(devices) > 1 or tensor > 1:
             self._spread(devices, tensor)
 
@@ -164,7 +171,7 @@ class CompiledRows:
         prompts: PromptFormat,
         limit: int,
         steps: int,
-    ) -> Iterator[Decoding]:
+    ) -> Rows:
         tokens_BxS, lengths_B = self._arrays(inputs)
         choosing = choosing_of(settings, prompts.vocabulary.size)
         plan = DecodingPlan(choosing, bucket(limit), prompts.decoder_start_id)
@@ -357,7 +364,7 @@ class TextGenerator:
 
     def _run(
         self, inputs: Sequence[PreparedInput], settings: GenerationSettings, steps: int
-    ) -> Iterator[Decoding]:
+    ) -> Rows:
         return self._rows.run(inputs, settings, self.prompts, self._limit(settings), steps)
 
     def _batch(
@@ -458,7 +465,7 @@ def generation_of(
 
     ``context`` are tokens of the same text that come before them.
     """
-    finish = "eos" if tokens and tokens[-1] == vocabulary.eos_id else "length"
+    finish: Finish = "eos" if tokens and tokens[-1] == vocabulary.eos_id else "length"
     count = tokens_to_stop(vocabulary, tokens, stop, context)
     if count is not None:
         tokens, finish = tokens[:count], "stop"
@@ -524,7 +531,9 @@ def settings_of_answers(
         alternatives: above 0, the likeliest tokens of each place are kept.
     """
     rows = len(limits_R)
-    fill = lambda value, dtype: np.full(rows, value, dtype)
+    # NumPy's arrays, which the compiled program takes as it takes its own.
+    as_array = functools.partial(cast, jax.Array)
+    fill = lambda value, dtype: as_array(np.full(rows, value, dtype))
     places = len(settings.logit_bias) if biases is None else biases
     bias_ids, bias_values = np.full(places, -1, np.int32), np.zeros(places, np.float32)
     for place, (token, bias) in enumerate(settings.logit_bias):
@@ -536,12 +545,12 @@ def settings_of_answers(
         repetition_penalty_R=fill(settings.repetition_penalty, np.float32),
         presence_penalty_R=fill(settings.presence_penalty, np.float32),
         frequency_penalty_R=fill(settings.frequency_penalty, np.float32),
-        bias_ids_RxB=np.tile(bias_ids, (rows, 1)),
-        biases_RxB=np.tile(bias_values, (rows, 1)),
+        bias_ids_RxB=as_array(np.tile(bias_ids, (rows, 1))),
+        biases_RxB=as_array(np.tile(bias_values, (rows, 1))),
         no_repeat_ngram_R=fill(settings.no_repeat_ngram, np.int32),
         given_R=fill(given, np.int32),
         alternatives_R=fill(alternatives, np.int32),
-        limit_R=limits_R,
+        limit_R=as_array(limits_R),
         eos_R=fill(eos_id, np.int32),
         keys_R=_keys(np.uint32(settings.seed), numbers_R, samples_R),
     )
@@ -568,8 +577,8 @@ def read_prompt_format(
         DataError: its vocabulary is missing or another one.
     """
     content = read_config(workdir)
-    data, vocabulary = content["data"], recorded_vocabulary(content, workdir)
-    vocabulary = load_vocabulary(vocabulary, directory=workdir)
+    data, recorded = content["data"], recorded_vocabulary(content, workdir)
+    vocabulary = load_vocabulary(recorded, directory=pathlib.Path(workdir))
     prompts = PromptFormat(
         vocabulary,
         data["decoder_start_id"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -170,7 +171,7 @@ class _Graph:
         self.inputs, self.outputs = ([one["name"] for one in x] for x in (inputs, outputs))
         self._places = {one["name"]: one["index"] for one in (*inputs, *outputs)}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._views: dict[str, object] = {}
+        self._views: dict[str, Callable[[], np.ndarray]] = {}
 
     def resize(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 import jax
 
 from encdec.inference.huge_pages import arrays_onto_huge_pages
 from encdec.machine import available_cores
-from encdec.model import ModelConfig, for_decoding, shard_for_cpu
+from encdec.model import ModelConfig, Params, for_decoding, shard_for_cpu
 from encdec.model.coverage import unknown_fields
 
-Params = Any
 # Weights of the MLP's kernels from which it pays that a CPU's cores read shards of one in parallel.
 LARGE_KERNEL = 2**20
 # Queries at once on a CPU: of 32 to 512, the fastest at 2,048 keys in both types.

@@ -38,8 +38,7 @@ class Choosing:
     alternatives: int = 0
 
 
-@flax.struct.dataclass
-class RowSettings:
+class RowSettings(flax.struct.PyTreeNode):
     """Settings of each row, so that rows of one batch may differ.
 
     Attributes:

@@ -38,7 +38,8 @@ class Interval:
         if values.size < 2:
             return cls(math.nan, math.nan, value)
         tail = (1 - level) / 2
-        return cls(*(float(x) for x in np.quantile(values, (tail, 1 - tail))), value)
+        low, high = np.quantile(values, (tail, 1 - tail))
+        return cls(float(low), float(high), value)
 
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high

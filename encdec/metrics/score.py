@@ -103,15 +103,15 @@ class Metric:
         return dataclasses.replace(self, name=name, scorer=pick, gives=(name,))
 
 
-def mean_score(name: str, values: Sequence[float], remark: str = "") -> list[Score]:
+def mean_score(name: str, values: Sequence[float] | np.ndarray, remark: str = "") -> list[Score]:
     """A mean over examples; None without examples."""
     return ratio_score(name, values, np.ones(len(values)), remark=remark)
 
 
 def ratio_score(
     name: str,
-    above_E: Sequence[float],
-    below_E: Sequence[float],
+    above_E: Sequence[float] | np.ndarray,
+    below_E: Sequence[float] | np.ndarray,
     scale: float = 1.0,
     remark: str = "",
 ) -> list[Score]:

@@ -57,7 +57,8 @@ def squad_v2(references: References, predictions: Texts) -> list[Score]:
     scores = []
     for name, score in (("em", exact), ("f1", _words_f1)):
         values = 100 * np.array(best_of(score, wanted, found), np.float64)
-        for part, of_it in zip(SQUAD_PARTS, (slice(None), answerable, ~answerable)):
+        everyone = np.ones_like(answerable)
+        for part, of_it in zip(SQUAD_PARTS, (everyone, answerable, ~answerable)):
             scores += mean_score(f"{part}{name}", values[of_it])
     return scores
 

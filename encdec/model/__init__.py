@@ -2,6 +2,7 @@
 
 from encdec.model.build import (
     Model,
+    Params,
     abstract_params,
     build_model,
     check_params,
@@ -22,6 +23,7 @@ __all__ = [
     "ExecutionConfig",
     "Model",
     "ModelConfig",
+    "Params",
     "abstract_params",
     "build_model",
     "check_params",

@@ -83,8 +83,7 @@ def dot_product_attention(
     return out.reshape(batch, length, heads, dim)
 
 
-@flax.struct.dataclass
-class AttentionInputs:
+class AttentionInputs(flax.struct.PyTreeNode):
     """What one attention sublayer needs besides its input and keys; the same in every layer.
 
     Attributes:
@@ -190,14 +189,15 @@ class Attention(nn.Module):
         """
         group = self.config.num_heads // self.config.num_kv_heads
         weights = [part.weights() for part in (self.q, self.k, self.v)]
-        query_kernel, query_bias = weights[0]
+        query_kernel, *kernels = [kernel for kernel, _ in weights]
+        biases = [bias for _, bias in weights if bias is not None]  # of all three or of none
         kernel = jnp.concatenate(
-            [self._by_key_head(query_kernel)] + [x[:, :, None] for x, _ in weights[1:]], axis=2
+            [self._by_key_head(query_kernel)] + [x[:, :, None] for x in kernels], axis=2
         )
         together = product("btm,mkgd->btkgd", x_BxTxM, kernel)
-        if query_bias is not None:
-            biases = [self._by_key_head(query_bias[None])[0]] + [x[:, None] for _, x in weights[1:]]
-            together = together + jnp.concatenate(biases, axis=1)
+        if biases:
+            by_head = [self._by_key_head(biases[0][None])[0]] + [x[:, None] for x in biases[1:]]
+            together = together + jnp.concatenate(by_head, axis=1)
         # Not by slices: their gradients would be padded and added up instead of concatenated.
         q, k, v = jax.lax.split(together, (group, 1, 1), axis=3)
         q = q if self.config.kv_pairing == "grouped" else q.swapaxes(2, 3)
@@ -215,9 +215,8 @@ class Attention(nn.Module):
     def written(self, cache: KeyValues, new: KeyValues, slots_BxT: jax.Array) -> KeyValues:
         """The cache with the keys and values of new tokens in their slots."""
         rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
-        return tuple(
-            old.at[rows_Bx1, slots_BxT].set(x.astype(old.dtype)) for old, x in zip(cache, new)
-        )
+        write = lambda old, x: old.at[rows_Bx1, slots_BxT].set(x.astype(old.dtype))
+        return write(cache[0], new[0]), write(cache[1], new[1])
 
     def attend(
         self,
@@ -232,6 +231,7 @@ class Attention(nn.Module):
             config, segments=inputs.segments is not None, dropout=dropout_key is not None
         )
         if kernel == "splash":
+            assert inputs.segments is not None  # or resolve_kernel would have refused it
             return splash_attention(config, q_BxTxHxD, k, v, inputs.segments, inputs.causal)
         if kernel == "cudnn":
             return cudnn_attention(config, q_BxTxHxD, k, v, inputs.mask_BxTxS)
@@ -263,6 +263,7 @@ class Attention(nn.Module):
             q = self.q(x_BxTxM)
         q = self._query(q, inputs.q_rope)
         if cache is not None:
+            assert inputs.slots_BxT is not None  # a cache comes with slots
             cache = key_values = self.written(cache, key_values, inputs.slots_BxT)
         dropout = self.config.attention_dropout and not deterministic
         out = self.attend(q, key_values, inputs, self.make_rng("dropout") if dropout else None)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -274,7 +274,8 @@ class ShardedSelfAttention(ShardedAttention):
         config = self.config
         cuts = (config.attention_width, config.attention_width + config.kv_width)
         parts = jnp.split(self.qkv(x_BxTxM), cuts, axis=-1)
-        return tuple(x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts)
+        q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts)
+        return q, k, v
 
     def written(self, cache: KeyValues, new: KeyValues, slots_BxT: jax.Array) -> KeyValues:
         """The cache with new keys and values [B, T, K, D] in their slots."""
@@ -302,6 +303,7 @@ class ShardedSelfAttention(ShardedAttention):
         if cache is None:
             key_values = heads_first(new)
         else:
+            assert inputs.slots_BxT is not None  # a cache comes with slots
             cache = key_values = self.written(cache, new, inputs.slots_BxT)
         return self.o(self.attend(q, key_values, inputs)), cache
 
@@ -314,6 +316,7 @@ class ShardedSelfAttention(ShardedAttention):
         copied every layer's cache at every step. Adding ``0 * out`` creates the data dependency
         that makes the write wait for the read.
         """
+        assert inputs.slots_BxT is not None  # a cache comes with slots
         k_Bx1xKxD, v_Bx1xKxD = (x.astype(old.dtype) for x, old in zip(new, cache))
         places_S = jnp.arange(inputs.mask_BxTxS.shape[-1])
         others_Bx1xS = inputs.mask_BxTxS & (places_S != inputs.slots_BxT[..., None])
@@ -380,7 +383,7 @@ class ShardedEmbedder(Embedder):
 class CpuEncoderDecoder(EncoderDecoder):
     """Its encoder may compute in another dtype, of whose products the sums are float32."""
 
-    decoder_type = CpuStack
+    decoder_type: ClassVar[type[Stack]] = CpuStack
 
     def make_encoder(self) -> Stack:
         config, dtype = self.config, self.config.execution.encoder_dtype
@@ -403,7 +406,7 @@ class ShardedEncoderDecoder(CpuEncoderDecoder):
 
 
 class CpuDecoderOnly(DecoderOnly):
-    decoder_type = CpuStack
+    decoder_type: ClassVar[type[Stack]] = CpuStack
 
 
 class ShardedDecoderOnly(DecoderOnly):
@@ -414,6 +417,7 @@ class ShardedDecoderOnly(DecoderOnly):
 def cpu_model(config: ModelConfig) -> EncoderDecoder | DecoderOnly:
     """The module of ``config`` in the layout that its ``execution`` names."""
     refuse_unknown(config, "cpu", "the CPU layout (ExecutionConfig.attention_block, cpu_shards)")
+    kinds: tuple[type[EncoderDecoder], type[DecoderOnly]]
     if config.execution.cpu_shards:
         kinds = ShardedEncoderDecoder, ShardedDecoderOnly
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
@@ -22,7 +22,7 @@ class DecoderOnly(nn.Module):
 
     config: ModelConfig
     embedder_type = Embedder
-    decoder_type = Stack
+    decoder_type: ClassVar[type[Stack]] = Stack
 
     def setup(self) -> None:
         self.embedder = self.embedder_type(self.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -14,14 +14,13 @@ from encdec.model.attention import AttentionInputs, packed_attention
 from encdec.model.cache import cached_self_attention
 from encdec.model.config import ModelConfig
 from encdec.model.layers import Embedder
-from encdec.model.positions import encoder_rope_positions, rope_table
+from encdec.model.positions import Rotation, encoder_rope_positions, rope_table
 from encdec.model.stacks import LayerInputs, Stack
 
 Batch = Mapping[str, jax.Array]
 
 
-@flax.struct.dataclass
-class Source:
+class Source(flax.struct.PyTreeNode):
     """An encoded source, ready to be decoded from again and again.
 
     Attributes:
@@ -38,7 +37,7 @@ class EncoderDecoder(nn.Module):
 
     config: ModelConfig
     embedder_type = Embedder
-    decoder_type = Stack
+    decoder_type: ClassVar[type[Stack]] = Stack
 
     def setup(self) -> None:
         config = self.config
@@ -99,7 +98,10 @@ class EncoderDecoder(nn.Module):
         inputs = LayerInputs(
             packed_attention(target_segments, target_segments, rope, rope, causal=True),
             self._cross_attention(
-                cross.mask_BxTxS, positions, source_lengths_BxT, batch["encoder_positions"]
+                cross.mask_BxTxS,
+                positions,
+                source_lengths_BxT,
+                self._source_rope(batch["encoder_positions"]),
             ).replace(segments=cross.segments),
             encoded_BxSxM,
             deterministic=deterministic,
@@ -112,9 +114,8 @@ class EncoderDecoder(nn.Module):
         """Encodes one unpacked source a row (segment 1, padding 0) and keys it for decoding."""
         encoded_BxSxM = self.encode(tokens_BxS, segments_BxS, positions_BxS)
         mask_BxS = segments_BxS > 0
-        cross = self._cross_attention(None, None, None, positions_BxS)
-        inputs = LayerInputs(None, cross, encoded_BxSxM)
-        return Source(self.decoder.cross_key_values(inputs), mask_BxS)
+        cross_kv = self.decoder.cross_key_values(encoded_BxSxM, self._source_rope(positions_BxS))
+        return Source(cross_kv, mask_BxS)
 
     def decode_cached(
         self,
@@ -136,27 +137,31 @@ class EncoderDecoder(nn.Module):
             source.mask_BxS[:, None], (batch, length, source.mask_BxS.shape[1])
         )
         source_lengths = jnp.sum(source.mask_BxS, axis=-1, dtype=jnp.int32)[:, None]
-        cross = self._cross_attention(cross_mask, positions_BxN, source_lengths, None)
+        cross = self._cross_attention(cross_mask, positions_BxN, source_lengths)
         return self.decoder(
             self.embedder(tokens_BxN), LayerInputs(attention, cross), source.cross_kv, cache
         )
 
     def _cross_attention(
         self,
-        mask_BxTxS: jax.Array | None,
-        positions_BxT: jax.Array | None,
-        source_lengths_BxT: jax.Array | None,
-        source_positions_BxS: jax.Array | None,
+        mask_BxTxS: jax.Array,
+        positions_BxT: jax.Array,
+        source_lengths_BxT: jax.Array,
+        kv_rope: Rotation | None = None,
     ) -> AttentionInputs:
-        """Cross-attention's mask and rotations; either side may be absent when not needed.
+        """Cross-attention's mask and rotations; ``kv_rope`` where keys are made, too.
 
-        Sources count from zero whatever the encoder's own choice; targets count from zero or
-        continue where their source ends.
+        Targets count from zero or continue where their source ends.
         """
-        style, q_rope, kv_rope = self.config.cross_attention_rope, None, None
-        if style != "none" and positions_BxT is not None:
+        style, q_rope = self.config.cross_attention_rope, None
+        if style != "none":
             offset = source_lengths_BxT if style == "continued" else 0
             q_rope = rope_table(self.config, positions_BxT + offset)
-        if style != "none" and source_positions_BxS is not None:
-            kv_rope = rope_table(self.config, source_positions_BxS)
         return AttentionInputs(mask_BxTxS, q_rope, kv_rope)
+
+    def _source_rope(self, positions_BxS: jax.Array) -> Rotation | None:
+        """The rotation of cross-attention's keys: sources count from zero whatever the encoder's
+        own choice."""
+        if self.config.cross_attention_rope == "none":
+            return None
+        return rope_table(self.config, positions_BxS)

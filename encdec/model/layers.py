@@ -83,6 +83,11 @@ def _rows_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
 rows_of.defvjp(_rows_forward, _rows_backward)
 
 
+def with_axes(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Callable[..., Any]:
+    """``init`` with logical axis names; modules see the array itself, not the named box."""
+    return nn.with_logical_partitioning(init, axes)
+
+
 class Projection(nn.Module):
     """``einsum(equation, x, kernel) + bias``; the equation's second operand is the kernel."""
 
@@ -96,12 +101,11 @@ class Projection(nn.Module):
         self.kernel = self.make_kernel()
         if self.bias_dims:
             axes, shape = self.axes[-self.bias_dims :], self.shape[-self.bias_dims :]
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+            init = with_axes(nn.initializers.zeros_init(), axes)
             self.bias = self.param("bias", init, shape, jnp.dtype(self.config.param_dtype))
 
     def make_kernel(self) -> jax.Array:
-        init = nn.initializers.normal(self.config.init_std)
-        init = nn.with_logical_partitioning(init, self.axes)
+        init = with_axes(nn.initializers.normal(self.config.init_std), self.axes)
         return self.param("kernel", init, self.shape, jnp.dtype(self.config.param_dtype))
 
     def weights(self) -> tuple[jax.Array, jax.Array | None]:
@@ -134,10 +138,7 @@ class RMSNorm(nn.Module):
         initializers = nn.initializers
         start = initializers.zeros_init() if config.norm_plus_one else initializers.ones_init()
         scale = self.param(
-            "scale",
-            nn.with_logical_partitioning(start, (self.axis,)),
-            (x.shape[-1],),
-            jnp.dtype(config.param_dtype),
+            "scale", with_axes(start, (self.axis,)), (x.shape[-1],), jnp.dtype(config.param_dtype)
         )
         if config.norm_plus_one:
             scale = scale + 1
@@ -171,11 +172,11 @@ class Mlp(nn.Module):
         if config.mlp_gated:
             gate, up = into(name="gate"), into(name="up")
             if config.execution.fuse_projections:
-                kernels, biases = zip(gate.weights(), up.weights())
+                (gate_kernel, gate_bias), (up_kernel, up_bias) = gate.weights(), up.weights()
                 # Stacked along a new first axis, so that splitting the result copies nothing.
-                both = product("btm,cmf->cbtf", x_BxTxM, jnp.stack(kernels))
-                if config.mlp_bias:
-                    both = both + jnp.stack(biases)[:, None, None]
+                both = product("btm,cmf->cbtf", x_BxTxM, jnp.stack((gate_kernel, up_kernel)))
+                if gate_bias is not None and up_bias is not None:
+                    both = both + jnp.stack((gate_bias, up_bias))[:, None, None]
                 both = save(both)
                 hidden_BxTxF = activation(both[0]) * both[1]
             else:
@@ -206,7 +207,7 @@ class Embedder(nn.Module):
             self.head = self.make_head()
 
     def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), axes)
+        init = with_axes(nn.initializers.normal(self.config.init_std), axes)
         return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
 
     def make_head(self) -> jax.Array:

@@ -19,7 +19,7 @@ for the laptop's scaling ladder.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
@@ -101,7 +101,7 @@ _BASES: dict[str, ModelConfig] = {
 }
 
 # Heads 128 wide; grouped pairing and plain norms, which accelerators' kernels expect.
-_TPU = {
+_TPU: dict[str, Any] = {
     "kv_pairing": "grouped",
     "norm_cast": "after_scale",
     "encoder_positions": "from_zero",
@@ -114,7 +114,11 @@ _TPU_BASES: dict[str, ModelConfig] = {
 }
 
 _SPLITS = {"": None, "-half": (1, 2), "-third": (1, 3)}
-_PEERS = {"": None, "-dec": "parameters", "-dec-flops": "training_flops"}
+_PEERS: dict[str, Literal["parameters", "training_flops"] | None] = {
+    "": None,
+    "-dec": "parameters",
+    "-dec-flops": "training_flops",
+}
 
 
 def preset_names() -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from encdec.model.attention import Attention, AttentionInputs, KeyValues
 from encdec.model.config import ModelConfig
 from encdec.model.kernels import ATTENTION_INPUTS, CONTEXT, platform
 from encdec.model.layers import MLP_HIDDEN, NORM_FACTOR, Mlp, RMSNorm
+from encdec.model.positions import Rotation
 
 UNROLLED = 12  # layers of a stack
 RESIDUAL = "residual"  # the running activations between a layer's sublayers
@@ -27,8 +28,7 @@ REMAT_POLICIES = {
 }
 
 
-@flax.struct.dataclass
-class LayerInputs:
+class LayerInputs(flax.struct.PyTreeNode):
     """What every layer of a stack reads besides the running activations.
 
     Attributes:
@@ -96,11 +96,14 @@ class Block(nn.Module):
         x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
         x_BxTxM = checkpoint_name(x_BxTxM, RESIDUAL)
         if self.cross_attention:
+            cross, encoded_BxSxM = inputs.cross_attention, inputs.encoded_BxSxM
+            assert cross is not None  # a stack with cross-attention is given its inputs
             if cross_kv is None:
-                cross_kv = self.cross_key_values(None, inputs)[1]
+                assert encoded_BxSxM is not None  # and either keys and values or their input
+                cross_kv = self.cross_key_values(None, encoded_BxSxM, cross.kv_rope)[1]
             y, _ = self.encoder_attention(
                 self.cross_attention_norm(x_BxTxM),
-                inputs.cross_attention,
+                cross,
                 key_values=cross_kv,
                 deterministic=deterministic,
             )
@@ -113,10 +116,11 @@ class Block(nn.Module):
         x_BxTxM = nn.with_logical_constraint(x_BxTxM, ("batch", "length", "embed_act"))
         return x_BxTxM, cache
 
-    def cross_key_values(self, carry: None, inputs: LayerInputs) -> tuple[None, KeyValues]:
+    def cross_key_values(
+        self, carry: None, encoded_BxSxM: jax.Array, rope: Rotation | None
+    ) -> tuple[None, KeyValues]:
         """Cross-attention's keys and values; the encoder's output is read as it is, un-normed."""
-        rope = inputs.cross_attention.kv_rope
-        return carry, self.encoder_attention.key_values(inputs.encoded_BxSxM, rope)
+        return carry, self.encoder_attention.key_values(encoded_BxSxM, rope)
 
 
 class Stack(nn.Module):
@@ -147,8 +151,8 @@ class Stack(nn.Module):
             }
             methods = {"__call__": lifted | {"in_axes": (nn.broadcast, 0, 0)}}
             if self.cross_attention:
-                methods["cross_key_values"] = lifted | {"in_axes": (nn.broadcast,)}
-            self.layers = nn.scan(block, methods=methods)(config, self.cross_attention)
+                methods["cross_key_values"] = lifted | {"in_axes": (nn.broadcast, nn.broadcast)}
+            self.layers: Any = nn.scan(block, methods=methods)(config, self.cross_attention)
         else:
             self.layers = [block(config, self.cross_attention) for _ in range(self.num_layers)]
         self.final_norm = RMSNorm(config)
@@ -174,11 +178,11 @@ class Stack(nn.Module):
             cache = tuple(caches) if cache is not None else None
         return self.final_norm(x_BxTxM), cache
 
-    def cross_key_values(self, inputs: LayerInputs) -> Any:
+    def cross_key_values(self, encoded_BxSxM: jax.Array, rope: Rotation | None) -> Any:
         """Every layer's cross-attention keys and values, made once per source."""
         if self.config.execution.scan_layers:
-            return self.layers.cross_key_values(None, inputs)[1]
-        return tuple(layer.cross_key_values(None, inputs)[1] for layer in self.layers)
+            return self.layers.cross_key_values(None, encoded_BxSxM, rope)[1]
+        return tuple(layer.cross_key_values(None, encoded_BxSxM, rope)[1] for layer in self.layers)
 
 
 def unrolled(layers: int) -> int:

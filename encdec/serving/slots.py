@@ -9,7 +9,6 @@ an answer depends neither on its neighbours nor on the time of arrival.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax
 import jax
@@ -25,10 +24,8 @@ from encdec.inference.decoding import (
     read_inputs,
 )
 from encdec.inference.sampling import RowSettings, greedy_rows, likeliest, log_probs_of
-from encdec.model import ModelConfig, build_model, init_cache
+from encdec.model import ModelConfig, Params, build_model, init_cache
 from encdec.model.cache import widen
-
-Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +43,14 @@ class SlotPlan:
     longest_input: int
 
 
-@flax.struct.dataclass
-class Prefilled:
+class Prefilled(flax.struct.PyTreeNode):
     """A prefilled input: logits [1, V] of its first new token, and its ``Memory``."""
 
     logits_1xV: jax.Array
     memory: Memory
 
 
-@flax.struct.dataclass
-class InputScores:
+class InputScores(flax.struct.PyTreeNode):
     """A decoder-only model's scores of each token of an input, given those before it.
 
     Attributes:

@@ -30,8 +30,7 @@ class Teaching:
     alpha: jax.Array
 
 
-@flax.struct.dataclass
-class TeacherSums:
+class TeacherSums(flax.struct.PyTreeNode):
     """Sums over loss-bearing target positions, nats; float32 scalars.
 
     Attributes:
@@ -43,8 +42,7 @@ class TeacherSums:
     entropy: jax.Array
 
 
-@flax.struct.dataclass
-class LossSums:
+class LossSums(flax.struct.PyTreeNode):
     """Sums over loss-bearing target positions; float32 scalars.
 
     Attributes:

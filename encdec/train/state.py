@@ -12,8 +12,7 @@ import optax
 from encdec.model import Model, init_params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Step, parameters, optimizer state; the randomness of a step follows from seed and step.
 
     Attributes:

@@ -21,8 +21,7 @@ from encdec.train.state import TrainState, step_key
 Batch = Mapping[str, jax.Array]
 
 
-@flax.struct.dataclass
-class Metrics:
+class Metrics(flax.struct.PyTreeNode):
     """What a batch gave: sums and counts, which add up exactly over batches and hosts.
 
     Attributes:
@@ -39,8 +38,7 @@ class Metrics:
         return jax.tree.map(jnp.add, self, other)
 
 
-@flax.struct.dataclass
-class StepMetrics:
+class StepMetrics(flax.struct.PyTreeNode):
     """A training step's sums, and what describes the step as a whole (float32 scalars).
 
     ``alpha`` is the teacher's weight; None without distillation.

@@ -119,7 +119,7 @@ def test_shapes_are_few(single):
             inputs = [
                 PreparedInput(i, i, [5] * (length if i == 0 else 1), False) for i in range(rows)
             ]
-            shapes.add(single._arrays(inputs)[0].shape)
+            shapes.add(single._rows._arrays(inputs)[0].shape)
     assert len(shapes) == 5 * 11
 
 
