@@ -39,20 +39,20 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
         DataError: the file is cut short or is not what its header says.
     """
-    mend = "download it again"
+    remedy = "download it again"
     size = path.stat().st_size
     if size < 8:
-        raise DataError(f"{path} has {size} bytes, too few for a safetensors file; {mend}")
+        raise DataError(f"{path} has {size} bytes, too few for a safetensors file; {remedy}")
     data = np.memmap(path, np.uint8, mode="r")
     start = 8 + int(data[:8].view("<u8")[0])
     if start > size:
         raise DataError(
-            f"{path} is cut short: its header ends at byte {start:,} of {size:,}; {mend}"
+            f"{path} is cut short: its header ends at byte {start:,} of {size:,}; {remedy}"
         )
     try:
         header = json.loads(data[8:start].tobytes())
     except ValueError as error:
-        raise DataError(f"{path} has an unreadable header ({error}); {mend}") from error
+        raise DataError(f"{path} has an unreadable header ({error}); {remedy}") from error
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -66,7 +66,7 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
         if last > size or last - first != int(np.prod(entry["shape"])) * dtype.itemsize:
             raise DataError(
                 f"{path} is cut short or damaged: tensor {name} ends at byte "
-                f"{last:,} of {size:,}; {mend}"
+                f"{last:,} of {size:,}; {remedy}"
             )
         tensors[name] = data[first:last].view(dtype).reshape(entry["shape"])
     return tensors

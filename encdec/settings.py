@@ -45,7 +45,9 @@ class Settings:
             if least is None or value is None:
                 continue
             if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{field.name} is {value!r}; wanted an integer, {least} or more")
+                raise ConfigError(
+                    f"{field.name} is {value!r}; expected an integer, {least} or more"
+                )
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide what is written."""

@@ -113,11 +113,11 @@ def test_none_means_success(monkeypatch):
 @pytest.mark.parametrize("kind", [EncdecError, ConfigError, CheckpointError])
 def test_our_errors_give_their_message_and_exit_code_alone(kind, monkeypatch, capsys):
     def fail(argv):
-        raise kind("rows is 3; wanted 4")
+        raise kind("rows is 3; expected 4")
 
     replace_describe(monkeypatch, fail)
     assert cli.main(["describe"]) == kind.exit_code
-    assert capsys.readouterr().err == "encdec: error: rows is 3; wanted 4\n"
+    assert capsys.readouterr().err == "encdec: error: rows is 3; expected 4\n"
 
 
 def test_an_interrupt_gives_130(monkeypatch, capsys):

@@ -306,9 +306,9 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     for name in ("rows", "inputs", "targets", "outputs", "rounds"):
         if getattr(options, name) < 1:
-            raise ConfigError(f"--{name}={getattr(options, name)}; wanted 1 or more")
+            raise ConfigError(f"--{name}={getattr(options, name)}; expected 1 or more")
     if options.outputs < 2:
-        raise ConfigError(f"--outputs={options.outputs}; wanted 2 or more")
+        raise ConfigError(f"--outputs={options.outputs}; expected 2 or more")
     for package in ("torch", "transformers"):
         if not options.no_torch and importlib.util.find_spec(package) is None:
             print(f"{package} is not installed: ours alone is measured", file=sys.stderr)

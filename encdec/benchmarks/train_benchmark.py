@@ -386,7 +386,7 @@ def main(argv: list[str]) -> int:
     ):
         raise ConfigError(
             f"--rounds={options.rounds} --steps={options.steps} --rows={options.rows} "
-            f"--inputs={options.inputs} --targets={options.targets}; wanted positive numbers"
+            f"--inputs={options.inputs} --targets={options.targets}; expected positive numbers"
         )
     settings = settings_of(options)
     torch = not options.no_torch

@@ -57,16 +57,16 @@ class Batches:
         columns: Sequence[Column] = (),
     ):
         if layout not in LAYOUTS:
-            raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}")
+            raise ConfigError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
         if global_batch < 1:
-            raise ConfigError(f"the global batch is {global_batch}; wanted 1 or more")
+            raise ConfigError(f"the global batch is {global_batch}; expected 1 or more")
         if global_batch % host_count:
             raise ConfigError(
                 f"a global batch of {global_batch} does not divide over {host_count} hosts; "
                 f"choose a multiple of {host_count}"
             )
         if not 0 <= host_index < host_count:
-            raise ConfigError(f"host index {host_index} lies outside 0..{host_count - 1}")
+            raise ConfigError(f"host index {host_index} is outside 0..{host_count - 1}")
         if layout == "encoder_decoder" and getattr(records, "card", None):
             if records.card.inputs_length == 0:
                 raise ConfigError(
@@ -100,7 +100,7 @@ class Batches:
     def row_numbers(self, step: int) -> np.ndarray:
         """Row numbers of this host's slice of `step`, int64; -1 for an empty row."""
         if not 0 <= step < len(self):
-            raise IndexError(f"step {step} lies outside 0..{len(self) - 1}")
+            raise IndexError(f"step {step} is outside 0..{len(self) - 1}")
         size = self.global_batch // self.host_count
         first = step * self.global_batch + self.host_index * size
         positions = np.arange(first, first + size)

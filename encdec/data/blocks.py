@@ -54,7 +54,7 @@ class Recipe:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 2:
-                raise ConfigError(f"{name} is {value!r}; wanted an integer of 2 or more tokens")
+                raise ConfigError(f"{name} is {value!r}; expected an integer of 2 or more tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,7 @@ def read_card(directory: str | pathlib.Path) -> DatasetCard:
 
 def _card_from_dict(content: Any, path: pathlib.Path) -> DatasetCard:
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__}, wanted an object")
+        raise DataError(f"{path} holds {type(content).__name__}, expected an object")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(

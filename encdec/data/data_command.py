@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="examples of a task, or rows of a records directory")
     show.add_argument("what", type=local_path, metavar="TASK|DIR")
     show.add_argument(
-        "--data_dir", type=local_path, metavar="DIR", help="where the task's files lie"
+        "--data_dir", type=local_path, metavar="DIR", help="where the task's files are"
     )
     show.add_argument("--split", help="train, validation or test (train)")
     show.add_argument("--vocabulary", type=local_path, help="a .model or tokenizer.json (bytes)")
@@ -116,7 +116,7 @@ def _presence(task: PaperTask, data_dir: str | None) -> str:
 def show_examples(given: argparse.Namespace) -> int:
     """Print examples as text and as tokens, one colour a segment on a terminal."""
     if given.count < 1:
-        raise ConfigError(f"--count={given.count}; wanted 1 or more")
+        raise ConfigError(f"--count={given.count}; expected 1 or more")
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     if (pathlib.Path(given.what) / CARD_FILE).is_file():
         for name in OF_TASKS:
@@ -183,7 +183,7 @@ def verify_directory(given: argparse.Namespace) -> int:
         raise ConfigError(f"--rows={given.rows} is a sample, and --full reads all; give one")
     rows = SAMPLE_ROWS if given.rows is None else given.rows
     if rows < 1:
-        raise ConfigError(f"--rows={rows}; wanted 1 or more")
+        raise ConfigError(f"--rows={rows}; expected 1 or more")
     started = time.perf_counter()
     verdict = verify_records(
         given.directory,

@@ -42,13 +42,13 @@ class Denoiser:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ConfigError(f"a denoiser's mode is {self.mode!r}; wanted one of R, S, X")
+            raise ConfigError(f"a denoiser's mode is {self.mode!r}; expected one of R, S, X")
         if self.mean_span is not None and self.mean_span < 1:
-            raise ConfigError(f"mean_span is {self.mean_span}; wanted 1 token or more, or None")
+            raise ConfigError(f"mean_span is {self.mean_span}; expected 1 token or more, or None")
         if not 0 < self.density < 1:
-            raise ConfigError(f"density is {self.density}; wanted a share between 0 and 1")
+            raise ConfigError(f"density is {self.density}; expected a share between 0 and 1")
         if self.rate <= 0:
-            raise ConfigError(f"a denoiser's rate is {self.rate}; wanted more than 0")
+            raise ConfigError(f"a denoiser's rate is {self.rate}; expected more than 0")
 
 
 # Tay et al. 2022 (2205.05131), 3.1.2 and table 1: seven denoisers of about equal participation.
@@ -324,13 +324,13 @@ def ul2(
     if isinstance(denoisers, str):
         if denoisers not in SETTINGS:
             raise ConfigError(
-                f"ul2.denoisers is {denoisers!r}; wanted one of {', '.join(SETTINGS)} or a list"
+                f"ul2.denoisers is {denoisers!r}; expected one of {', '.join(SETTINGS)} or a list"
             )
         return MixtureOfDenoisers(SETTINGS[denoisers], mode_tokens)
     try:
         own = tuple(Denoiser(*denoiser) for denoiser in denoisers)
     except TypeError as error:
         raise ConfigError(
-            f"ul2.denoisers is {denoisers!r}; wanted a list of (mode, mean_span, density, rate)"
+            f"ul2.denoisers is {denoisers!r}; expected a list of (mode, mean_span, density, rate)"
         ) from error
     return MixtureOfDenoisers(own, mode_tokens)

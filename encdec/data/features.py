@@ -26,7 +26,7 @@ LAYOUTS = ("encoder_decoder", "decoder_only")
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """A batch as stored: all values of all rows, and where each segment's tokens lie among them.
+    """A batch as stored: all values of all rows, and where each segment's tokens are among them.
 
     `values` begins with a 0, which is what padding reads. The other arrays have one entry for
     every segment.
@@ -81,7 +81,7 @@ def _within(lengths: np.ndarray, totals: np.ndarray, row: np.ndarray) -> np.ndar
 
 
 class _Canvas:
-    """Padded [rows, length] fields made of runs: stretches of a row that begin anew.
+    """Padded [rows, length] fields made of runs: stretches of a row that begin from scratch.
 
     A run is a piece of a segment or, after a row's last one, its padding. Fields constant or
     rising by one within each run are sums of what changes between neighbouring positions: two
@@ -134,7 +134,7 @@ class _Canvas:
 
 
 def _copied(stored: _Stored, starts: np.ndarray, lengths: np.ndarray, shape: tuple[int, int]):
-    """The tokens of one side: a row's segments lie side by side, as in the field."""
+    """The tokens of one side: a row's segments are adjacent, as in the field."""
     field = np.zeros(shape, np.int32)
     totals = np.bincount(stored.row, lengths, shape[0]).astype(np.int64)
     first = np.flatnonzero(np.diff(stored.row, prepend=-1))
@@ -182,7 +182,7 @@ def decoder_only_features(
     length = inputs_length + targets_length
     whole = stored.source_lengths + stored.target_lengths
     canvas = _Canvas(stored.row, whole, len(rows), length)
-    # Every segment is two pieces, since its sides lie apart in the stored row.
+    # Every segment is two pieces, since its sides are apart in the stored row.
     sides = lambda sources, targets: np.stack([sources, targets], 1).reshape(-1)
     lengths = sides(stored.source_lengths, stored.target_lengths)
     halves = _Canvas(np.repeat(stored.row, 2), lengths, len(rows), length)

@@ -56,9 +56,9 @@ def mixing_rates(
     (Raffel et al. 2020, 3.5.2): a temperature of 1 is proportional mixing, a large one equal.
     """
     if temperature <= 0:
-        raise ConfigError(f"the mixture's temperature is {temperature}; wanted more than 0")
+        raise ConfigError(f"the mixture's temperature is {temperature}; expected more than 0")
     if maximum is not None and maximum < 1:
-        raise ConfigError(f"the mixture's maximum is {maximum}; wanted 1 example or more")
+        raise ConfigError(f"the mixture's maximum is {maximum}; expected 1 example or more")
     if rates is not None:
         if temperature != 1 or maximum is not None:
             raise ConfigError(
@@ -68,7 +68,7 @@ def mixing_rates(
         weights = np.asarray(rates, np.float64)
         if len(weights) != len(sizes) or not np.all(np.isfinite(weights) & (weights > 0)):
             raise ConfigError(
-                f"the mixture's rates are {list(rates)}; wanted {len(sizes)} numbers above 0"
+                f"the mixture's rates are {list(rates)}; expected {len(sizes)} numbers above 0"
             )
     else:
         cut = np.minimum(sizes, maximum) if maximum else np.asarray(sizes)
@@ -110,7 +110,7 @@ def _whole_order(order_seed: int) -> np.ndarray:
 
 
 def _in_order(places: np.ndarray, size: int, block: int, seed: int) -> np.ndarray:
-    """Where `places` of block number `block`, of `size` places, lie after shuffling it."""
+    """Where `places` of block number `block`, of `size` places, are after shuffling it."""
     order_seed = epoch_order_seed(seed, f"mixture block {block}")
     if size == BLOCK:
         return _whole_order(order_seed)[places]
@@ -240,7 +240,7 @@ def mix_records(
 ) -> MixedRecords:
     """Open several records directories as a mixture; rates as in `mixing_rates`, by rows."""
     if len(directories) < 2:
-        raise ConfigError(f"a mixture of {list(directories)}; wanted two directories or more")
+        raise ConfigError(f"a mixture of {list(directories)}; expected two directories or more")
     parts = [open_directory(directory) for directory in directories]
     sizes = [len(part) for part in parts]
     shares = mixing_rates(sizes, rates, temperature=temperature, maximum=maximum)
@@ -257,7 +257,7 @@ def parse_mixture(text: str) -> tuple[list[str], list[float] | None, float]:
     if setting:
         found = re.fullmatch(r"\s*temperature\s*=\s*(\S+)\s*", setting)
         if not found:
-            raise ConfigError(f"mixture {text!r}: wanted ;temperature=NUMBER, got ;{setting}")
+            raise ConfigError(f"mixture {text!r}: expected ;temperature=NUMBER, got ;{setting}")
         temperature = _number(found[1], "temperature", text)
     names: list[str] = []
     rates: list[float | None] = []

@@ -187,7 +187,7 @@ class PrefixLM(Objective):
 
     def __post_init__(self):
         if not 0 <= self.split <= 1:
-            raise ConfigError(f"prefix LM's split is {self.split}; wanted a share from 0 to 1")
+            raise ConfigError(f"prefix LM's split is {self.split}; expected a share from 0 to 1")
 
     def encode(
         self,

@@ -29,7 +29,7 @@ def pack(
     targets_length: int,
     method: str = "best_fit",
 ) -> list[np.ndarray]:
-    """Example numbers of each row, ascending within it; every example lies in exactly one row.
+    """Example numbers of each row, ascending within it; every example is in exactly one row.
 
     "best_fit": little padding. "greedy": seqio's order, a new row where the next example does
     not fit. "none": one example a row. Deterministic. Lengths must fit a row.
@@ -44,7 +44,7 @@ def pack(
         return _greedy(sources, targets, inputs_length, targets_length)
     if method == "best_fit":
         return _best_fit(sources, targets, inputs_length, targets_length)
-    raise ConfigError(f"packing is {method!r}; wanted one of {', '.join(METHODS)}")
+    raise ConfigError(f"packing is {method!r}; expected one of {', '.join(METHODS)}")
 
 
 def _greedy(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Tasks of the paper and its pretraining corpora: prompts, official splits, where rows lie.
+"""Tasks of the paper and its pretraining corpora: prompts, official splits, where rows are.
 
 A task reads local files below a `data_dir`, in one of the layouts of `find_files`, else what
 tensorflow-datasets has on this machine. Nothing is ever downloaded. A row holds the data set's
@@ -118,7 +118,7 @@ class PaperTask:
             for number, line in read_lines(path, bad_rows):
                 made = self._parse(line)
                 if isinstance(made, Fault):
-                    bad_rows.add(f"{path}:{number}", made.reason, made.mend)
+                    bad_rows.add(f"{path}:{number}", made.reason, made.remedy)
                 else:
                     yield made
 
@@ -191,7 +191,7 @@ def squad_document(row: Row) -> Document | Fault:
         answers = answers.get("text")
     if not isinstance(answers, Sequence | type(None)) or isinstance(answers, str):
         kind = type(answers).__name__
-        return Fault(f"'answers' is {kind}, wanted a list", "give a list of texts")
+        return Fault(f"'answers' is {kind}, expected a list", "give a list of texts")
     texts = [a["text"] if isinstance(a, Mapping) and "text" in a else a for a in answers or ()]
     if not all(isinstance(text, str) for text in texts):
         return Fault("'answers' holds something else than texts", "give a list of texts")

@@ -52,7 +52,7 @@ def prepare(
 ) -> DatasetCard:
     """Write a records directory as `settings` say, or with these of its `fields`.
 
-    `notes` are files (name to text) to lie beside the records; `writer` writes the blocks in place
+    `notes` are files (name to text) to store with the records; `writer` writes the blocks in place
     of this machine's processes (`beam_prepare`).
 
     Raises ConfigError for settings that cannot work and DataError for bad input or, if asked for
@@ -153,7 +153,7 @@ def _check_objective(
     """The objective; ConfigError where text, vocabulary or settings do not suit it."""
     objective = settings.objective or task.objective
     if not isinstance(objective, Objective):
-        raise ConfigError(f"objective is {objective!r}; wanted an Objective (flags take names)")
+        raise ConfigError(f"objective is {objective!r}; expected an Objective (flags take names)")
     name = type(objective).__name__
     wanted, given = objective.document_fields, task.objective.document_fields
     if wanted != given:
@@ -164,7 +164,7 @@ def _check_objective(
     objective.check(vocabulary, settings.inputs_length, settings.targets_length)
     if not settings.decoder_start_id < vocabulary.size:
         raise ConfigError(
-            f"decoder_start_id is {settings.decoder_start_id}; wanted an id of the vocabulary, "
+            f"decoder_start_id is {settings.decoder_start_id}; expected an id of the vocabulary, "
             f"0..{vocabulary.size - 1}"
         )
     if settings.passes > 1 and not objective.is_random:

@@ -39,7 +39,7 @@ class PrepareSettings(Settings):
         None, f"a task or mixture by name: {', '.join([*TEXT_TASKS, *MIXTURES])}"
     )
     data_dir: str | None = setting(
-        None, "where the task's files lie", type=local_path, metavar="DIR"
+        None, "where the task's files are", type=local_path, metavar="DIR"
     )
     jsonl: Sequence[str] = setting(
         (),

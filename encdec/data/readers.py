@@ -18,7 +18,7 @@ from encdec.data.text_files import JSONL_ENDINGS, BrokenStream, open_lines, plai
 from encdec.errors import ConfigError, DataError
 from encdec.storage import local
 
-# Enough to mend a file by; the count goes on.
+# Enough to fix a file by; the count goes on.
 NAMED_BAD_ROWS = 10_000
 # A plain text file is cut at a line's end about here, so that files of any size stream.
 DOCUMENT_BYTES = 1 << 20
@@ -40,17 +40,18 @@ class BadRows:
     count: int = 0
     named: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, where: str, reason: str, mend: str) -> None:
+    def add(self, where: str, reason: str, remedy: str) -> None:
         """Note one fault; DataError naming it where more than `allowed` were met."""
         self.count += 1
         if len(self.named) < NAMED_BAD_ROWS:
             self.named.append(f"{where}: {reason}")
         if self.allowed is None:
-            raise DataError(f"{where}: {reason}; {mend}")
+            raise DataError(f"{where}: {reason}; {remedy}")
         if self.count > self.allowed:
             before = f" ({self.count} bad rows, {self.allowed} allowed)" if self.allowed else ""
             raise DataError(
-                f"{where}: {reason}{before}; {mend}, or let bad rows be left out and counted with "
+                f"{where}: {reason}{before}; {remedy}, or let bad rows be "
+                f"left out and counted with "
                 f"--max_bad_rows={max(10, 2 * self.count)}"
             )
 
@@ -64,10 +65,10 @@ class BadRows:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Why a row is bad, and what mends it."""
+    """Why a row is bad, and what fixes it."""
 
     reason: str
-    mend: str
+    remedy: str
 
 
 def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
@@ -119,7 +120,7 @@ def read_jsonl(
     for number, line in read_lines(path, bad_rows):
         row = parse_row(line, fields)
         if isinstance(row, Fault):
-            bad_rows.add(f"{path}:{number}", row.reason, row.mend)
+            bad_rows.add(f"{path}:{number}", row.reason, row.remedy)
         else:
             yield row
 
@@ -137,7 +138,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
     except (ValueError, RecursionError) as error:
         return Fault(f"no valid JSON: {error}", "write one JSON object a line")
     if not isinstance(row, dict):
-        return Fault(f"a JSON {type(row).__name__}, wanted an object", "write {...} on the line")
+        return Fault(f"a JSON {type(row).__name__}, expected an object", "write {...} on the line")
     return check_fields(row, fields, line) or row
 
 
@@ -154,7 +155,9 @@ def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fau
     if "targets" in row:
         targets = row["targets"]
         if not isinstance(targets, list) or not targets:
-            return Fault(f"'targets' is {_shown(targets)}, wanted a list of strings", "give a list")
+            return Fault(
+                f"'targets' is {_shown(targets)}, expected a list of strings", "give a list"
+            )
         for target in targets:
             if fault := _check_text("targets", target, escaped):
                 return fault
@@ -168,7 +171,7 @@ def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> Fault:
 
 def _check_text(field: str, value: Any, escaped: bool) -> Fault | None:
     if not isinstance(value, str):
-        return Fault(f"{field!r} is {_shown(value)}, wanted a string", f"give {field!r} as text")
+        return Fault(f"{field!r} is {_shown(value)}, expected a string", f"give {field!r} as text")
     if not escaped:
         return None
     try:
@@ -208,7 +211,7 @@ def text_documents(
     without its end. "paragraphs": lines between blank ones. Blank lines are no documents.
     """
     if documents not in DOCUMENTS:
-        raise ConfigError(f"documents is {documents!r}; wanted one of {', '.join(DOCUMENTS)}")
+        raise ConfigError(f"documents is {documents!r}; expected one of {', '.join(DOCUMENTS)}")
     for path in paths:
         if is_jsonl(path):
             for row in read_jsonl(path, ("text",), bad_rows):
@@ -226,7 +229,7 @@ def _plain_documents(path: pathlib.Path, bad_rows: BadRows, documents: str) -> I
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             fault = _bad_utf8(line, error)
-            bad_rows.add(f"{path}:{number}", fault.reason, fault.mend)
+            bad_rows.add(f"{path}:{number}", fault.reason, fault.remedy)
             continue
         blank = documents != "files" and not text.strip()
         if not blank:

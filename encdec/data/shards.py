@@ -68,13 +68,13 @@ def write_shard(path: pathlib.Path, rows: Iterable[bytes]) -> Shard:
 class ShardedRows:
     """Rows of several ArrayRecord files, read by number; safe to use from several threads.
 
-    `mend` completes the message about a broken file: what to do about it.
+    `remedy` completes the message about a broken file: what to do about it.
     """
 
-    def __init__(self, directory: str | pathlib.Path, shards: Sequence[Shard], mend: str):
+    def __init__(self, directory: str | pathlib.Path, shards: Sequence[Shard], remedy: str):
         self.directory = pathlib.Path(directory)
         self.shards = tuple(shards)
-        self._mend = mend
+        self._remedy = remedy
         self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -139,7 +139,7 @@ class ShardedRows:
 
     def _broken(self, shard: Shard, seen: str) -> DataError:
         return DataError(
-            f"shard {self.directory / shard.name} cannot be read: {seen}; {self._mend}"
+            f"shard {self.directory / shard.name} cannot be read: {seen}; {self._remedy}"
         )
 
     def check_files(self) -> None:

@@ -1,4 +1,4 @@
-"""A teacher's distributions in a few bytes a token: what is kept, and how it lies on disk.
+"""A teacher's distributions in a few bytes a token: what is kept, and how it is stored.
 
 Three formats, chosen by ``SparseFormat.method``:
 
@@ -70,7 +70,7 @@ class SparseFormat:
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, wanted: str) -> None:
             if not condition:
-                raise ConfigError(f"--{name} is {getattr(self, name)!r}; wanted {wanted}")
+                raise ConfigError(f"--{name} is {getattr(self, name)!r}; expected {wanted}")
 
         require(
             self.method in ("sampled", "top_k", "full"), "method", "'sampled', 'top_k' or 'full'"
@@ -163,7 +163,7 @@ def count_draws(draws_nxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     Returns:
         sizes [n], ids [P] ascending within a token, counts [P], and where each pair's first draw
-        lies, as an index into the flattened draws [P].
+        is, as an index into the flattened draws [P].
     """
     n, draws = draws_nxN.shape
     order = np.argsort(draws_nxN, axis=1, kind="stable")

@@ -1,4 +1,4 @@
-"""Tasks over text read in Python, without TensorFlow: what an example is, and where it lies.
+"""Tasks over text read in Python, without TensorFlow: what an example is, and where it is.
 
 `tasks` registers each of them with seqio. `prepare` reads them here, since checking every row by
 file and line and encoding in batches is not what tf.data does well.
@@ -52,7 +52,7 @@ class TextTask:
         DataError as for `documents`, and where the task is raw text.
         """
         if self.objective.document_fields != ("source", "target"):
-            raise DataError(f"task {self.name} is raw text; wanted one with sources and targets")
+            raise DataError(f"task {self.name} is raw text; expected one with sources and targets")
         return ((document[0], document[1:]) for document in self._read(split, bad_rows))
 
     def _read(self, split: str, bad_rows: readers.BadRows) -> Iterator[Document]:

@@ -16,22 +16,22 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 def tfds_rows(name: str, split: str, task: str) -> Iterator[dict[str, Any]]:
     """Rows of a split in their stored order, bytes as text.
 
-    DataError where the data set or the split is not there, with the commands that mend it.
+    DataError where the data set or the split is not there, with the commands that fix it.
     """
     require("tensorflow_datasets", "seqio", f"the task {task} without --data_dir")
     with quiet_stderr():
         import tensorflow_datasets as tfds
 
-    mend = (
+    remedy = (
         f"build it with `tfds build {name}` (TFDS_DATA_DIR says where), or give its files with "
         f"--data_dir=DIR (DIR/{task}/{split}.jsonl)"
     )
     try:
         builder = tfds.builder(name)
     except Exception as error:
-        raise DataError(f"tensorflow-datasets knows no {name}: {error}; {mend}") from error
+        raise DataError(f"tensorflow-datasets knows no {name}: {error}; {remedy}") from error
     if not builder.is_prepared():
-        raise DataError(f"{name} is not on this machine (looked in {builder.data_dir}); {mend}")
+        raise DataError(f"{name} is not on this machine (looked in {builder.data_dir}); {remedy}")
     if split not in builder.info.splits:
         found = ", ".join(builder.info.splits)
         raise DataError(f"split is {split!r}; {name} has {found}")

@@ -93,10 +93,10 @@ def _check_shard(directory: pathlib.Path, shard: Shard, verdict: Verdict) -> Non
         verdict.faults.append(f"{shard.name} is missing")
     elif path.stat().st_size != shard.bytes:
         size = path.stat().st_size
-        verdict.faults.append(f"{shard.name} has {size:,} bytes, wanted {shard.bytes:,}")
+        verdict.faults.append(f"{shard.name} has {size:,} bytes, expected {shard.bytes:,}")
     elif (found := file_sha256(path)) != shard.sha256:
         verdict.faults.append(
-            f"{shard.name} has the checksum {found[:16]}, wanted {shard.sha256[:16]}"
+            f"{shard.name} has the checksum {found[:16]}, expected {shard.sha256[:16]}"
         )
 
 
@@ -136,7 +136,7 @@ def _row_fault(
         return f"it cannot be decoded ({error})"
     lengths = [sum(map(len, side)) for side in (sources, targets)]
     if lengths[0] > card.inputs_length or lengths[1] > card.targets_length:
-        return f"{lengths[0]} + {lengths[1]} tokens, wanted {card.inputs_length} + " + (
+        return f"{lengths[0]} + {lengths[1]} tokens, expected {card.inputs_length} + " + (
             f"{card.targets_length} at most"
         )
     if not all(map(len, targets)) or (card.inputs_length and not all(map(len, sources))):

@@ -55,11 +55,11 @@ def train_vocabulary(
 
     out = pathlib.Path(user_path("--out", out))
     if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model_type is {model_type!r}; wanted one of {', '.join(MODEL_TYPES)}")
+        raise ConfigError(f"model_type is {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
     if not isinstance(size, int) or size < SMALLEST:
-        raise ConfigError(f"size is {size!r}; wanted {SMALLEST} or more, 259 ids being bytes")
+        raise ConfigError(f"size is {size!r}; expected {SMALLEST} or more, 259 ids being bytes")
     if sample_bytes < CHUNK_BYTES:
-        raise ConfigError(f"sample_bytes is {sample_bytes}; wanted {CHUNK_BYTES} or more")
+        raise ConfigError(f"sample_bytes is {sample_bytes}; expected {CHUNK_BYTES} or more")
     if out.is_dir() or (out.exists() and not overwrite):
         raise DataError(f"{out} exists; give another --out, or --overwrite to replace a file")
     chunks = _sample(_chunks(texts), sample_bytes // CHUNK_BYTES, seed)

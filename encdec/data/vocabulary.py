@@ -1,7 +1,7 @@
 """Vocabularies: SentencePiece models and plain bytes, without TensorFlow.
 
 Ids agree with seqio's ``SentencePieceVocabulary`` and ``ByteVocabulary``; extra ids (sentinels,
-modes) lie at the vocabulary's end, counted from the last id down as in T5, so that a model sized
+modes) are at the vocabulary's end, counted from the last id down as in T5, so that a model sized
 for the vocabulary needs no remapping when an objective asks for them.
 """
 
@@ -193,7 +193,7 @@ def load_vocabulary(
     """Load a vocabulary from "bytes", a ``.model`` or ``tokenizer.json`` file, a directory
     holding one, or a spec.
 
-    `directory` is where a spec's file lies. `extra_ids` is for "bytes", files (default 0, or
+    `directory` is where a spec's file is. `extra_ids` is for "bytes", files (default 0, or
     'PATH+100' in the string) and directories, to whose own it may add; specs carry their own.
 
     Raises DataError where the file is missing or is not what the spec's fingerprint says.
@@ -204,7 +204,7 @@ def load_vocabulary(
         if extra_ids not in (None, source.extra_ids):
             raise DataError(
                 f"extra_ids is {extra_ids}, but the vocabulary at hand has {source.extra_ids}; "
-                "load it with as many as are wanted"
+                "load it with as many as are expected"
             )
         if isinstance(source, Vocabulary):
             return source
@@ -280,7 +280,7 @@ def _from_spec(spec: VocabularySpec, directory: pathlib.Path) -> Vocabulary:
     if kind is None:
         *others, last = map(repr, KINDS)
         raise DataError(
-            f"vocabulary kind {spec.kind!r} is not known; wanted {', '.join(others)} or {last}"
+            f"vocabulary kind {spec.kind!r} is not known; expected {', '.join(others)} or {last}"
         )
     file = spec.file or kind.file
     if file is None:
@@ -312,7 +312,7 @@ def _spec_in_directory(directory: pathlib.Path) -> VocabularySpec:
                 content = content.get("vocabulary") if isinstance(content, dict) else None
             return _spec_from_dict(content, str(path))
     raise DataError(
-        f"no vocabulary in {directory}: neither {SPEC_FILE} nor {CARD_FILE} lies there; give a "
+        f"no vocabulary in {directory}: neither {SPEC_FILE} nor {CARD_FILE} is there; give a "
         "records directory, a work directory or a .model file"
     )
 
@@ -322,5 +322,5 @@ def _spec_from_dict(content: Any, where: str) -> VocabularySpec:
     wanted = fields - {"file"}
     if not isinstance(content, dict) or not wanted <= set(content):
         seen = sorted(content) if isinstance(content, dict) else content
-        raise DataError(f"{where} describes no vocabulary: wanted {sorted(wanted)}, got {seen}")
+        raise DataError(f"{where} describes no vocabulary: expected {sorted(wanted)}, got {seen}")
     return VocabularySpec(**{name: content[name] for name in fields if name in content})

@@ -41,7 +41,7 @@ class Vocabulary(abc.ABC):
     """Text to ids and back. `size` counts the extra ids; `pad_id` is 0 as in seqio."""
 
     kind: str
-    # Under which name a copy of the model lies beside records and checkpoints.
+    # Under which name a copy of the model is stored with records and checkpoints.
     file: str | None = None
     pad_id = 0
 
@@ -132,7 +132,7 @@ class Vocabulary(abc.ABC):
             if token == self.eos_id:
                 break
             if not 0 <= token < self.size:
-                raise DataError(f"id {token} lies outside the vocabulary of {self.size} ids")
+                raise DataError(f"id {token} is outside the vocabulary of {self.size} ids")
             if token < self.base_size:
                 plain.append(token)
                 continue

@@ -2,7 +2,7 @@
 
 SentencePiece merges pieces over a whole text. Where no piece of the vocabulary reaches over a
 boundary, though, no merge does, and what stands on either side is encoded as if alone. Such
-boundaries lie in front of every run of spaces, unless a piece holds a space after another
+boundaries are in front of every run of spaces, unless a piece holds a space after another
 character; around every character that is in no longer piece: line ends, tabs and, in Llama's and
 Mistral's vocabularies, digits; and between punctuation and letters, unless pieces join the two.
 Words repeat, so most are looked up.

@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
     from encdec.train.train_command import split_overrides
 
     if argv and argv[0] not in ("rollout", "rounds", "-h", "--help"):
-        raise ConfigError(f"unknown part {argv[0]!r}; wanted `encdec distill rollout` or `rounds`")
+        raise ConfigError(
+            f"unknown part {argv[0]!r}; expected `encdec distill rollout` or `rounds`"
+        )
     overrides, rest = split_overrides(argv)
     options = _parser().parse_args(rest)
     if overrides and options.function is not _rounds:

@@ -141,16 +141,16 @@ def _check(
         raise ConfigError("--records is a mixture; answer each of its parts by itself")
     if records.card.inputs_length == 0:
         raise ConfigError(
-            f"{records.directory} holds targets without sources; wanted records "
+            f"{records.directory} holds targets without sources; expected records "
             "with something to answer"
         )
     if settings.samples != 1:
         raise ConfigError(
-            f"samples is {settings.samples}; wanted 1 answer a text: repeat the "
+            f"samples is {settings.samples}; expected 1 answer a text: repeat the "
             "rollout with another seed for more"
         )
     if block_rows < 1:
-        raise ConfigError(f"block_rows is {block_rows}; wanted 1 or more")
+        raise ConfigError(f"block_rows is {block_rows}; expected 1 or more")
     seen = recorded_vocabulary(read_config(writer), writer)["fingerprint"]
     if seen != records.card.vocabulary.fingerprint:
         raise DataError(
@@ -168,7 +168,7 @@ def _write_block(
     number: int,
     numbers: range,
 ) -> Written:
-    """Answers the texts of some rows and packs them anew into one shard."""
+    """Answers the texts of some rows and packs them again into one shard."""
     dtype = records.card.token_dtype
     sources, keys = [], []
     for row_number, data in zip(numbers, records.read(numbers)):

@@ -45,17 +45,17 @@ class Shares:
             if not getattr(self, field.name) >= 0:
                 raise ConfigError(
                     f"the share of {field.name} targets is "
-                    f"{getattr(self, field.name)}; wanted 0 or a positive number"
+                    f"{getattr(self, field.name)}; expected 0 or a positive number"
                 )
         if not self.gold + self.teacher:
             raise ConfigError(
-                "the shares of gold and teacher targets are both 0; wanted one of "
+                "the shares of gold and teacher targets are both 0; expected one of "
                 "them, since the first student has written nothing yet"
             )
         if not self.student:
             raise ConfigError(
                 "the share of student targets is 0, so there is nothing to alternate;"
-                " wanted a positive number, or a single run of encdec train"
+                " expected a positive number, or a single run of encdec train"
             )
 
 
@@ -104,10 +104,10 @@ def distill_in_rounds(
         DataError, CheckpointError: see ``score``, ``rollout`` and ``train``.
     """
     if rounds < 1:
-        raise ConfigError(f"--rounds is {rounds}; wanted 1 or more")
+        raise ConfigError(f"--rounds is {rounds}; expected 1 or more")
     if not run.data.records:
         raise ConfigError(
-            "config.data.records is empty; wanted the gold records: --config.data.records=DIR"
+            "config.data.records is empty; expected the gold records: --config.data.records=DIR"
         )
     if run.distill.teacher:
         raise ConfigError(

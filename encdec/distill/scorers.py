@@ -73,7 +73,7 @@ class ScoringModel:
     """A teacher that fits the records; its parameters are not loaded yet.
 
     Attributes:
-        workdir: where it lies.
+        workdir: where it is.
         config: its architecture.
         step: of the checkpoint; 0 of an imported model.
         identity: name, step, parameters and a fingerprint, for the card.
@@ -130,11 +130,11 @@ def scoring_model(
 
 
 def check_records(
-    records: Records, teacher: str | pathlib.Path, vocabulary: VocabularySpec, mend: str
+    records: Records, teacher: str | pathlib.Path, vocabulary: VocabularySpec, remedy: str
 ) -> None:
     """Refuses mixtures (ConfigError) and another vocabulary than the teacher's (DataError).
 
-    ``mend`` is what to prepare records with instead.
+    ``remedy`` is what to prepare records with instead.
     """
     if isinstance(records, MixedRecords):
         parts = ", ".join(str(part.directory) for part in records.parts)
@@ -148,7 +148,7 @@ def check_records(
             f"the teacher in {teacher} has the vocabulary {short(vocabulary.fingerprint)} of "
             f"{vocabulary.size:,} ids, the records in {records.directory} have "
             f"{short(wanted.fingerprint)} of {wanted.size:,}; a teacher's logits mean nothing in "
-            f"another vocabulary: prepare with --vocabulary={mend}"
+            f"another vocabulary: prepare with --vocabulary={remedy}"
         )
 
 
@@ -256,7 +256,7 @@ class JaxScorer:
         self.batch_rows = batch_rows or 8 * shards
         if self.batch_rows % shards:
             raise ConfigError(
-                f"--batch_rows is {batch_rows}; wanted a multiple of the {shards} "
+                f"--batch_rows is {batch_rows}; expected a multiple of the {shards} "
                 "data shards of the mesh"
             )
         self._sharding = NamedSharding(devices, PartitionSpec(ShardingRules().batch))

@@ -95,7 +95,7 @@ def score(
         card = read_teacher_card(out)
         job.check_finished(card.identity(), kept)
         return card
-    _meet("look")  # nobody writes before all have seen what lies there
+    _meet("look")  # nobody writes before all have seen what is there
     if not jax.process_index():
         job.begin()
     _meet("begin")

@@ -105,9 +105,9 @@ class ScoringSettings(Settings):
                 raise ConfigError(f"--{name} is missing; give it")
         super().check()
         if self.seed >= 2**31:
-            raise ConfigError(f"seed is {self.seed}; wanted an integer below 2^31")
+            raise ConfigError(f"seed is {self.seed}; expected an integer below 2^31")
         if self.backend not in ("jax", "torch"):
-            raise ConfigError(f"--backend is {self.backend!r}; wanted 'jax' or 'torch'")
+            raise ConfigError(f"--backend is {self.backend!r}; expected 'jax' or 'torch'")
         if self.backend == "torch" and (self.step is not None or self.mesh != MeshConfig()):
             raise ConfigError(
                 "--step, --fsdp and --tensor mean nothing to --backend=torch; leave "

@@ -29,7 +29,7 @@ from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
 
 BATCH_ROWS = 8
-BATCH_TOKENS = 4096  # padded, in one forward pass: its logits lie in memory whole
+BATCH_TOKENS = 4096  # padded, in one forward pass: its logits are in memory whole
 HEAD_TOKENS = 256  # target positions reduced to what is kept at once
 
 
@@ -154,7 +154,7 @@ class TorchScorer:
         self.batch_rows = batch_rows or BATCH_ROWS * self.hosts
         if self.batch_rows % self.hosts:
             raise ConfigError(
-                f"--batch_rows is {batch_rows}; wanted a multiple of the {self.hosts} processes"
+                f"--batch_rows is {batch_rows}; expected a multiple of the {self.hosts} processes"
             )
         self._teacher, self._records, self._fmt = model, records, fmt
         # Where torch computes, not where jax would put arrays by default.

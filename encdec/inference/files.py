@@ -40,7 +40,7 @@ def read_inputs(path: str, file_format: str | None = None) -> list[str]:
         if file_format == "jsonl":
             row = parse_row(line, ("source",))
             if isinstance(row, Fault):
-                raise DataError(f"{where}: {row.reason}; {row.mend}")
+                raise DataError(f"{where}: {row.reason}; {row.remedy}")
             text = row["source"]
         else:
             try:
@@ -136,18 +136,18 @@ class ResumableOutput:
             raise ConfigError(f"--out={self.path} is a directory; give a file's name")
         if not self.path.exists():
             return 0
-        mend = "give another --out, or delete the file to start over"
+        remedy = "give another --out, or delete the file to start over"
         if not self.settings_path.exists():
             raise DataError(
                 f"{self.path} exists, but not {self.settings_path.name}, which would "
-                f"say how it was made; {mend}"
+                f"say how it was made; {remedy}"
             )
-        check_settings(self.settings_path, self.identity, holder=self.path, remedy=mend)
+        check_settings(self.settings_path, self.identity, holder=self.path, remedy=remedy)
         answered = self._complete()[0]
         if answered > len(self.sources):
             raise DataError(
                 f"{self.path} answers {answered} inputs, but there are only "
-                f"{len(self.sources)}; {mend}"
+                f"{len(self.sources)}; {remedy}"
             )
         return answered
 

@@ -137,7 +137,7 @@ def _multiples(config: ModelConfig) -> tuple[int, ...]:
 def _with_width(
     config: ModelConfig, cost: Callable[[ModelConfig], float], wanted: float, multiple: int
 ) -> ModelConfig:
-    """The MLP width, a multiple of ``multiple``, at which ``cost`` is closest to ``wanted``."""
+    """The MLP width, a multiple of ``multiple``, at which ``cost`` is closest to ``expected``."""
     base = cost(config.replace(mlp_dim=multiple))
     step = cost(config.replace(mlp_dim=2 * multiple)) - base  # cost is linear in the width
     units = max(1, round(1 + (wanted - base) / step))

@@ -51,7 +51,7 @@ def compute_params(
 def _computed(
     master: jax.Array, kept: NamedSharding, whole: NamedSharding, dtype: Any
 ) -> jax.Array:
-    # Cast where it lies, then gathered: so the smaller of the two travels.
+    # Cast where it is, then gathered: so the smaller of the two travels.
     cast = jax.lax.with_sharding_constraint(master.astype(dtype), kept)
     return jax.lax.with_sharding_constraint(cast, whole)
 

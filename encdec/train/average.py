@@ -34,11 +34,13 @@ def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> l
 
     Raises:
         ConfigError: fewer than two asked for.
-        CheckpointError: the run has not got them.
+        CheckpointError: the run does not have them.
     """
     if not steps:
         if last is None or last < 2:
-            raise ConfigError(f"--last is {last}; wanted 2 or more checkpoints, or --steps=A,B,...")
+            raise ConfigError(
+                f"--last is {last}; expected 2 or more checkpoints, or --steps=A,B,..."
+            )
         steps = saved_steps(workdir)[-last:]
         if len(steps) < last:
             have = ", ".join(map(str, steps)) or "none"
@@ -47,7 +49,7 @@ def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> l
                 f"--last={last}; train with --config.checkpoint.keep={last}"
             )
     if len(set(steps)) < 2:
-        raise ConfigError(f"--steps is {','.join(map(str, steps))}; wanted two or more")
+        raise ConfigError(f"--steps is {','.join(map(str, steps))}; expected two or more")
     return [latest_step(workdir, step) for step in sorted(set(steps))]
 
 
@@ -120,9 +122,9 @@ def main(argv: list[str]) -> int:
         named = [int(step) for step in options.steps.split(",")] if options.steps else []
     except ValueError:
         raise ConfigError(
-            f"--steps is {options.steps!r}; wanted numbers, as in 8000,9000,10000"
+            f"--steps is {options.steps!r}; expected numbers, as in 8000,9000,10000"
         ) from None
     steps = chosen_steps(options.checkpoint, options.last, named)
     average(options.checkpoint, steps, options.out)
-    print(f"the mean of steps {', '.join(f'{step:,}' for step in steps)} lies in {options.out}")
+    print(f"the mean of steps {', '.join(f'{step:,}' for step in steps)} is in {options.out}")
     return 0

@@ -8,7 +8,7 @@
 A step's folder gets its name only when it is complete; unfinished ones are never taken for it.
 What is read is held against the fingerprints, so that damage of any kind is found before it is
 trained on; training then goes back to the last checkpoint that is whole.
-Imported models have no steps: their parameters lie as safetensors in WORKDIR/params.
+Imported models have no steps: their parameters are stored as safetensors in WORKDIR/params.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Checkpoints:
         Args:
             workdir: of the run.
             config: what to keep.
-            losses: held-out loss by step, for ``config.keep_best``; read anew at every save.
+            losses: held-out loss by step, for ``config.keep_best``; read again at every save.
             say: takes what the user should know.
         """
         self.directory = epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
@@ -136,7 +136,7 @@ class Checkpoints:
             seen = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is whole ({seen}); restore one from a copy, "
-                "or give another --workdir to begin anew"
+                "or give another --workdir to begin from scratch"
             )
         return None
 
@@ -218,7 +218,7 @@ def _read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         folder: of the step.
-        wanted: an abstract tree with shardings by item.
+        expected: an abstract tree with shardings by item.
 
     Raises:
         Damaged: what is there is not what was saved.
@@ -344,7 +344,7 @@ def latest_step(workdir: epath.PathLike, step: int | None = None) -> int:
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         have = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
-            f"{workdir} has not got {wanted} (there are: {have}); train first, "
+            f"{workdir} does not have {wanted} (there are: {have}); train first, "
             "or give one of these steps"
         )
     return steps[-1] if step is None else step
@@ -377,7 +377,7 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
         if tensor is None or tensor.shape != leaf.shape:
             seen = "missing" if tensor is None else f"of shape {tensor.shape}"
             raise CheckpointError(
-                f"parameter {name} in {workdir} is {seen}; wanted {leaf.shape}: "
+                f"parameter {name} in {workdir} is {seen}; expected {leaf.shape}: "
                 "run encdec import again"
             )
         return jax.make_array_from_callback(

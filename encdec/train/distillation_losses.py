@@ -45,7 +45,7 @@ def check_divergence(divergence: Divergence, method: str) -> None:
     """Raises ConfigError where rows stored by ``method`` cannot give this loss."""
     if method == "sampled" and divergence not in ("forward_kl", "soft_cross_entropy"):
         raise ConfigError(
-            f"config.distill.loss is {divergence!r}, but the teacher's rows are sampled; wanted "
+            f"config.distill.loss is {divergence!r}, but the teacher's rows are sampled; expected "
             "'forward_kl' or 'soft_cross_entropy', which are unbiased on draws, or a teacher "
             "scored with --method=top_k or --method=full"
         )

@@ -21,7 +21,7 @@ def host_slice(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     hold the same rows.
 
     Raises:
-        ConfigError: the devices' order gives a process rows that do not lie together.
+        ConfigError: the devices' order gives a process rows that are not adjacent.
     """
     slices = {
         index[0].indices(rows)[:2]

@@ -48,7 +48,7 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     model = run.model_config()
     if not run.data.records:
         raise ConfigError(
-            "config.data.records is empty; wanted a directory written by "
+            "config.data.records is empty; expected a directory written by "
             "`encdec prepare`: --config.data.records=DIR"
         )
     records = open_records(run.data.records)

@@ -1,4 +1,4 @@
-"""What lies behind a trained model: the runs that it started from, their cost and their seeds."""
+"""What a trained model comes from: the runs that it started from, their cost and their seeds."""
 
 from __future__ import annotations
 

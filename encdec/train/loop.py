@@ -22,7 +22,7 @@ class Summary:
     """How a run ended.
 
     Attributes:
-        workdir: where its checkpoint and metrics lie.
+        workdir: where its checkpoint and metrics are.
         step: steps done in all.
         train: the last training report, names as in ``metrics.jsonl``; empty if no step was left.
         eval: the evaluation after the last step; empty without held-out records.

@@ -158,7 +158,7 @@ def _tiled_statistics(
     while a loop would add up whole tables.
     """
 
-    # Recomputed backward, or the tiles' logits would lie in memory side by side after all.
+    # Recomputed backward, or the tiles' logits would all be in memory after all.
     @functools.partial(jax.checkpoint, static_argnums=(2, 3))
     def statistics(hidden: jax.Array, targets: jax.Array, start: int, stop: int):
         logits = head(hidden, start, stop)

@@ -43,7 +43,7 @@ def muon(
         rms: the updates' root mean square, before the learning rate; ``consistent_rms`` there.
         dimensions: which dimensions are inputs and outputs.
         together: whether matrices of equal shapes are stacked; asked while tracing. Right where
-            they lie on one device.
+            they are on one device.
     """
     rules = optax.chain(
         _scale_by_muon(beta, dimensions, together),

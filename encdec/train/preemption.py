@@ -43,7 +43,7 @@ class Notice:
         """Whether this is the moment, or it has been.
 
         All processes must ask equally often: the coordination service compares how often each
-        has asked, and picks a moment that lies ahead of all of them.
+        has asked, and picks a moment that is ahead of all of them.
         """
         self._calls += 1
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(

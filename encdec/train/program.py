@@ -45,7 +45,7 @@ class Program:
         eval_step: (params, batch) -> Metrics.
         abstract_state: shapes, dtypes and shardings of the state.
         batch_sharding: of every field of a batch.
-        unsharded: the parameters that a rule wanted split but that stay whole.
+        unsharded: the parameters that a rule expected split but that stay whole.
     """
 
     model: Model
@@ -64,13 +64,13 @@ def check_batch(run: RunConfig, mesh_shards: int, eval_rows: bool = False) -> No
         wanted = mesh_shards * run.accumulation
         raise ConfigError(
             f"config.batch_size is {run.batch_size}, in {run.accumulation} micro-batches of "
-            f"{run.micro_batch_size}; wanted a multiple of {wanted} = {mesh_shards} data shards "
+            f"{run.micro_batch_size}; expected a multiple of {wanted} = {mesh_shards} data shards "
             f"(mesh.data x mesh.fsdp) x {run.accumulation} (accumulation): for example "
             f"{max(wanted, run.batch_size // wanted * wanted)}"
         )
     if eval_rows and run.eval.batch_size % mesh_shards:
         raise ConfigError(
-            f"config.eval.batch_size is {run.eval.batch_size}; wanted a multiple of "
+            f"config.eval.batch_size is {run.eval.batch_size}; expected a multiple of "
             f"the {mesh_shards} data shards (mesh.data x mesh.fsdp)"
         )
 

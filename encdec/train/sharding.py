@@ -46,14 +46,14 @@ class ShardingRules:
             if axis is not None and axis not in _rule_names():
                 raise ConfigError(
                     f"no sharding rule for the logical axis {axis!r}; "
-                    f"wanted one of {', '.join(_rule_names())}"
+                    f"expected one of {', '.join(_rule_names())}"
                 )
             mesh_axes = getattr(self, axis) if axis is not None else ()
             for mesh_axis in mesh_axes:
                 if mesh_axis in taken:
                     raise ConfigError(
                         f"sharding rules split both {taken[mesh_axis]!r} and {axis!r} of an array "
-                        f"with axes {tuple(axes)} over the mesh axis {mesh_axis!r}; wanted each "
+                        f"with axes {tuple(axes)} over the mesh axis {mesh_axis!r}; expected each "
                         "mesh axis at most once in an array: change one of the two rules"
                     )
                 taken[mesh_axis] = axis
@@ -111,7 +111,7 @@ def _rule_names() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Unsharded:
-    """One parameter that a rule wanted split but that stays whole on every device."""
+    """One parameter that a rule expected split but that stays whole on every device."""
 
     parameter: str
     axis: str
@@ -182,7 +182,7 @@ def data_shards(mesh: Mesh) -> int:
 def param_shardings(
     rules: ShardingRules, mesh: Mesh, abstract_params: Any, logical_axes: Any
 ) -> tuple[Any, ShardingRules, list[Unsharded]]:
-    """Where every parameter lies.
+    """Where every parameter is placed.
 
     Args:
         rules: the wish.
@@ -220,8 +220,9 @@ def param_shardings(
 def like_params(abstract_tree: Any, abstract_params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of a tree that holds values per parameter, such as the optimizer's state.
 
-    A leaf whose path ends in a parameter's path and that has its shape lies where the parameter
-    lies; all others (step counts, Adafactor's factors) are small and lie on every device.
+    A leaf whose path ends in a parameter's path and that has its shape is placed where the
+    parameter
+    is; all others (step counts, Adafactor's factors) are small and are on every device.
     """
     known = {
         tuple(path): (leaf.shape, sharding)

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     if not jax.process_index():
         print(
             f"{summary.step:,} steps done in {summary.seconds:,.1f} s; checkpoint, metrics.jsonl "
-            f"and TensorBoard events lie in {summary.workdir}"
+            f"and TensorBoard events are in {summary.workdir}"
         )
     return 0
 
@@ -168,12 +168,12 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
     except flags.Error as error:
         raise ConfigError(_readable(str(error))) from None
     if left[1:]:
-        raise ConfigError(f"unexpected arguments {left[1:]}; wanted --config.FIELD=VALUE")
+        raise ConfigError(f"unexpected arguments {left[1:]}; expected --config.FIELD=VALUE")
     return values.config
 
 
 def _readable(message: str) -> str:
-    """absl's complaint in this project's words: which field, the value, the type wanted."""
+    """absl's complaint in this project's words: which field, the value, the type expected."""
     match = re.match(r"flag --(?:no)?(config\S*?)=(.*?): (.*)", message, re.DOTALL)
     if not match:
         return message
@@ -185,12 +185,12 @@ def read_config_file(source: str) -> ml_collections.ConfigDict:
     path = pathlib.Path(name)
     if not path.is_file():
         raise ConfigError(
-            f"config file {name} does not exist; wanted for example "
+            f"config file {name} does not exist; expected for example "
             "--config=configs/pretrain.py:330m"
         )
     spec = importlib.util.spec_from_file_location(f"encdec_config_{path.stem}", path)
     if spec is None:
-        raise ConfigError(f"config file {name} is no Python file; wanted FILE.py[:ARGUMENT]")
+        raise ConfigError(f"config file {name} is no Python file; expected FILE.py[:ARGUMENT]")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -204,7 +204,7 @@ def read_config_file(source: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"config file {source}: {error}") from None
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
-            f"get_config() in {name} returned {type(config).__name__}; wanted an "
+            f"get_config() in {name} returned {type(config).__name__}; expected an "
             "ml_collections.ConfigDict"
         )
     return config

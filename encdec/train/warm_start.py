@@ -399,7 +399,7 @@ def _parts(
 
 
 def _places(parts: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, int | None]]:
-    """Where each part lies: its parameter, and its place in the stack."""
+    """Where each part is: its parameter, and its place in the stack."""
     return {
         part: (name, index if names != [name] else None)
         for name, names in parts.items()

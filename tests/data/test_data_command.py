@@ -136,7 +136,7 @@ def test_strangers_and_edited_cards_are_named(records, capsys):
 @pytest.mark.parametrize(
     "row, message",
     [
-        (encode_row([np.arange(33)], [np.arange(2)], "uint16"), "33 + 2 tokens, wanted 32 + 12"),
+        (encode_row([np.arange(33)], [np.arange(2)], "uint16"), "33 + 2 tokens, expected 32 + 12"),
         (encode_row([np.arange(3)], [np.array([1, 1259])], "uint16"), "id 1259, the vocabulary"),
         (encode_row([np.arange(3)], [np.arange(0)], "uint16"), "a segment without tokens"),
         (b"\x05", "cannot be decoded"),

@@ -51,7 +51,7 @@ def test_rates_proportional_by_temperature_and_explicit():
     np.testing.assert_allclose(mixing_rates([100, 900], maximum=300), [0.25, 0.75])
     np.testing.assert_allclose(mixing_rates([1, 1], [1, 4]), [0.2, 0.8])
     for wrong in ([1], [1, 0], [1, -1], [1, float("nan")]):
-        with pytest.raises(ConfigError, match=r"wanted 2 numbers above 0"):
+        with pytest.raises(ConfigError, match=r"expected 2 numbers above 0"):
             mixing_rates([1, 1], wrong)
     with pytest.raises(ConfigError, match=r"temperature is 0"):
         mixing_rates([1, 1], temperature=0)

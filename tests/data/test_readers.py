@@ -1,4 +1,4 @@
-"""Faults of input files, each named by file, line and mend."""
+"""Faults of input files, each named by file, line and remedy."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ BAD_LINES = {
     "the line is empty.*delete the line": b"",
     "the line is empty": b"   ",
     "no valid JSON": b'{"source": "a", ',
-    "a JSON list, wanted an object": b"[1]",
+    "a JSON list, expected an object": b"[1]",
     r"no 'target' \(keys: 'source'\).*add the field 'target'": b'{"source": "a"}',
     r"no 'source' \(keys: none\)": b"{}",
-    "'source' is int 3, wanted a string": b'{"source": 3, "target": "b"}',
-    "'target' is NoneType null, wanted a string": b'{"source": "a", "target": null}',
+    "'source' is int 3, expected a string": b'{"source": 3, "target": "b"}',
+    "'target' is NoneType null, expected a string": b'{"source": "a", "target": null}',
     "invalid UTF-8: byte 0xff at byte 12.*save the file as UTF-8": b'{"source": "\xff"}',
     "'source' has a lone surrogate at character 1": (b'{"source": "a\\ud800", "target": "b"}'),
-    "'targets' is str \"b\", wanted a list": b'{"source": "a", "target": "b", "targets": "b"}',
-    "'targets' is int 1, wanted a string": b'{"source": "a", "target": "b", "targets": ["b", 1]}',
-    r"'targets' is list \[\], wanted a list": b'{"source": "a", "target": "b", "targets": []}',
+    "'targets' is str \"b\", expected a list": b'{"source": "a", "target": "b", "targets": "b"}',
+    "'targets' is int 1, expected a string": b'{"source": "a", "target": "b", "targets": ["b", 1]}',
+    r"'targets' is list \[\], expected a list": b'{"source": "a", "target": "b", "targets": []}',
 }
 
 
@@ -127,7 +127,7 @@ def test_a_document_is_a_file_a_line_or_a_paragraph(tmp_path, monkeypatch):
     assert read("paragraphs") == ["one\r\n two", "three\nfour"]
     monkeypatch.setattr(readers, "DOCUMENT_BYTES", 5)
     assert read("paragraphs") == ["one", " two", "three", "four"]
-    with pytest.raises(ConfigError, match=r"documents is 'words'; wanted one of files, lines, par"):
+    with pytest.raises(ConfigError, match=r"is 'words'; expected one of files, lines, par"):
         read("words")
     assert text_files_task([str(plain)]).origin()["documents"] == "files"
     assert text_files_task([str(plain)], documents="lines").origin()["documents"] == "lines"
@@ -160,7 +160,7 @@ json_values = st.recursive(
 def test_any_json_object_is_a_sound_row_or_a_fault(content):
     row = parse_row(json.dumps(content).encode(), ("source", "target"))
     if isinstance(row, Fault):
-        assert row.reason and row.mend
+        assert row.reason and row.remedy
     else:
         row["source"].encode()
         row["target"].encode()

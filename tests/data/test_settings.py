@@ -204,7 +204,7 @@ def test_identity_flags_and_gin_follow_from_the_fields(folder, capsys):
     assert settings.identity()["seed"] == 3 and "workers" not in settings.identity()
     with pytest.raises(ConfigError, match=r"--out is missing; give it, or bind prepare.out"):
         settings.check()
-    with pytest.raises(ConfigError, match=r"block_bytes is 'big'; wanted an integer, 1 or more"):
+    with pytest.raises(ConfigError, match=r"block_bytes is 'big'; expected an integer, 1 or more"):
         PrepareSettings(out="o", vocabulary="bytes", block_bytes="big").check()
     assert encdec(["prepare", *PAIRS, "--out=o", "--gin_bindings=prepare.lenght = 3"]) == 2
     assert "lenght" in capsys.readouterr().err

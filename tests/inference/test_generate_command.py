@@ -162,7 +162,7 @@ def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
         (["x" * 30], 3, "the input has 31 tokens, and the model takes 24; shorten it"),
         (["fine", "x" * 30], 3, "input 1 has 31 tokens"),
         (["--file=nowhere.txt"], 3, "input file nowhere.txt not found"),
-        (["x", "--step=7"], 4, "has not got checkpoint 7 (there are: 120)"),
+        (["x", "--step=7"], 4, "does not have checkpoint 7 (there are: 120)"),
         (["x", "--checkpoint=/nowhere"], 4, "/nowhere has no config.json"),
     ],
 )
@@ -183,7 +183,7 @@ def test_mistakes_are_named_before_anything_is_compiled(
         (b'{"target": "a"}\n', ":1: no 'source' (keys: 'target')"),
         (b'{"source": "a"}\n{"source": " "}\n', ":2: the text is empty"),
         (b'{"source": "\xff"}\n', ":1: invalid UTF-8: byte 0xff"),
-        (b'{"source": 3}\n', ":1: 'source' is int 3, wanted a string"),
+        (b'{"source": 3}\n', ":1: 'source' is int 3, expected a string"),
         (b"", ":1: the file is empty"),
     ],
 )

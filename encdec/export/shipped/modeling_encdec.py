@@ -231,7 +231,7 @@ class EncdecStack(EncdecPreTrainedModel):
             return None
         if attention_mask.ndim != 2:
             raise ValueError(
-                f"{name} has shape {tuple(attention_mask.shape)}; wanted [batch, length]"
+                f"{name} has shape {tuple(attention_mask.shape)}; expected [batch, length]"
             )
         return attention_mask.to(x.device)[:, None, None, :].bool()
 
@@ -294,8 +294,8 @@ class EncdecDecoder(EncdecStack):
                 missing = span - allowed.shape[-1]
                 if missing and length is None:
                     raise ValueError(
-                        f"decoder_attention_mask is {allowed.shape[-1]} long; wanted {span}, what "
-                        "is cached and what is new"
+                        f"decoder_attention_mask is {allowed.shape[-1]} long; expected {span}, "
+                        "what is cached and what is new"
                     )
                 allowed = nn.functional.pad(allowed, (0, missing), value=True)
             allowed = causal if allowed is None else allowed & causal
@@ -358,7 +358,7 @@ class EncdecDecoder(EncdecStack):
             cache = EncoderDecoderCache(cache, DynamicCache())
         if not isinstance(cache, EncoderDecoderCache):
             raise TypeError(
-                f"past_key_values is a {type(cache).__name__}; wanted an EncoderDecoderCache"
+                f"past_key_values is a {type(cache).__name__}; expected an EncoderDecoderCache"
             )
         replayed = any(layer.gradient_checkpointing for layer in self.layers)
         if replayed and self.training and torch.is_grad_enabled():
