@@ -16,10 +16,10 @@ PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A path to write to, which becomes `path` when the body ends: in full, on disk, or not at all.
+    """A path to write to, which becomes ``path`` when the body ends: in full or not at all.
 
     Several processes may write the same file; the last one stays. What a killed one leaves ends
-    in PARTIAL: `clear_partial`.
+    in PARTIAL: ``clear_partial``.
     """
     path = pathlib.Path(path)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
@@ -39,17 +39,17 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """``write_bytes`` of UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """`write_text` of indented JSON."""
+    """``write_text`` of indented JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def clear_partial(directory: pathlib.Path) -> None:
-    """Delete what killed processes left unfinished; for when nobody writes into `directory`."""
+    """Delete what killed processes left unfinished; for when nobody writes into ``directory``."""
     for path in directory.glob(f"*{PARTIAL}"):
         path.unlink(missing_ok=True)
 

@@ -102,7 +102,7 @@ class Notes(Generic[T]):
         return missing, total
 
     def write(self, number: int, shard: Shard | None, tally: T, digest: str = "") -> None:
-        """Note a finished block; `digest` tells its contents where the job does not."""
+        """Note a finished block; ``digest`` tells its contents where the job does not."""
         content = dataclasses.asdict(shard) if shard else None
         write_json(
             self._path(number), {"digest": digest, "shard": content, "tally": tally.to_dict()}
@@ -158,9 +158,9 @@ def plain(content: Any) -> Any:
 
 
 class DirectoryJob(Generic[T]):
-    """One call of a command that fills a directory; nothing is written before `begin`.
+    """One call of a command that fills a directory; nothing is written before ``begin``.
 
-    With `overwrite`, finished contents stay until the new ones are finished: these are made in
+    With ``overwrite``, finished contents stay until the new ones are finished: these are made in
     ``OUT.new``.
 
     Args:
@@ -173,7 +173,7 @@ class DirectoryJob(Generic[T]):
             command has no such flag.
 
     Raises:
-        DataError: `out` is a file, holds something else, or an unfinished other job.
+        DataError: ``out`` is a file, holds something else, or an unfinished other job.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class DirectoryJob(Generic[T]):
 def check_settings(
     path: pathlib.Path, identity: Mapping[str, Any], *, holder: pathlib.Path, remedy: str
 ) -> None:
-    """ConfigError, with the remedy, where `holder` was made with other settings, in this file."""
+    """ConfigError, with the remedy, where ``holder`` was made with other settings, in this file."""
     if differ := differences(json.loads(path.read_text()), identity):
         raise ConfigError(f"{holder} was made with other settings: {'; '.join(differ)}; {remedy}")
 
@@ -275,7 +275,7 @@ def check_settings(
 def claim_settings(
     path: pathlib.Path, identity: Mapping[str, Any], *, holder: pathlib.Path, remedy: str
 ) -> None:
-    """`check_settings` where the file exists; else writes it, for later calls to be checked."""
+    """``check_settings`` where the file exists; else writes it, for later calls to be checked."""
     if path.is_file():
         check_settings(path, identity, holder=holder, remedy=remedy)
     else:

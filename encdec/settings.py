@@ -12,10 +12,10 @@ from encdec.errors import ConfigError
 def setting(
     default: Any, about: str, *, identity: bool = False, least: int | None = None, **flag: Any
 ) -> Any:
-    """A field of a `Settings`, whose flag ``--NAME`` has the help `about`.
+    """A field of a ``Settings``, whose flag ``--NAME`` has the help ``about``.
 
-    `identity`: it decides the bytes that are written; `least`: the smallest integer it may be;
-    `flag`: what else ``argparse.ArgumentParser.add_argument`` takes.
+    ``identity``: it decides the bytes that are written; ``least``: the smallest integer it may be;
+    ``flag``: what else ``argparse.ArgumentParser.add_argument`` takes.
     """
     if isinstance(default, bool):
         flag["action"] = "store_true"
@@ -27,7 +27,7 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of a command's settings; every field is a `setting`."""
+    """Base of a command's settings; every field is a ``setting``."""
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:

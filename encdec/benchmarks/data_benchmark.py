@@ -103,9 +103,9 @@ def measure_prepare(
 ) -> dict[str, Any]:
     """Prepare's tokens a second on one core against the bare encoding of the same texts.
 
-    `documents` are the first of `task`'s training split. "Bare" is the batch call of the
+    ``documents`` are the first of ``task``'s training split. "Bare" is the batch call of the
     vocabulary's library on one thread with the texts in memory, nothing kept; prepare reads its
-    files too and knows no word yet. Best of `rounds`, the two taking turns. With `workers` > 1
+    files too and knows no word yet. Best of ``rounds``, the two taking turns. With ``workers`` > 1
     also the speed-up of so many processes and their processor time, over that of one.
     """
     texts = [text for document in documents for text in document]

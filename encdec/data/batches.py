@@ -1,6 +1,6 @@
 """Batches addressed by step: a pure function of (records, seed, step, global batch).
 
-Position p of the endless stream of rows belongs to epoch p // rows; `shuffle` permutes each epoch
+Position p of the endless stream of rows belongs to epoch p // rows; ``shuffle`` permutes each epoch
 with a seed of its own, without state, so any step is reached at once and no row repeats within an
 epoch. Hosts take contiguous slices of the same global batch.
 """
@@ -30,15 +30,15 @@ class Column(Protocol):
 
 
 class Batches:
-    """`batches[step]`: this host's slice of the global batch of a step, as numpy fields.
+    """``batches[step]``: this host's slice of the global batch of a step, as numpy fields.
 
     layout "encoder_decoder": the eight fields, [global_batch // host_count, S or T].
     layout "decoder_only": the five decoder fields over S + T, from the very same rows.
-    repeat=False: one epoch of all rows, `len(batches)` steps, the last batch filled up with
+    repeat=False: one epoch of all rows, ``len(batches)`` steps, the last batch filled up with
     empty rows (segment ids and loss weights 0), for evaluation.
 
     columns: what else is known of each row, such as a teacher's distributions; each adds what its
-    `fields(row_numbers)` returns (-1 for an empty row).
+    ``fields(row_numbers)`` returns (-1 for an empty row).
 
     Raises ConfigError where the batch does not divide over the hosts or a value is out of range.
     """
@@ -98,7 +98,7 @@ class Batches:
         return -(-len(self.records) // self.global_batch)
 
     def row_numbers(self, step: int) -> np.ndarray:
-        """Row numbers of this host's slice of `step`, int64; -1 for an empty row."""
+        """Row numbers of this host's slice of ``step``, int64; -1 for an empty row."""
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} is outside 0..{len(self) - 1}")
         size = self.global_batch // self.host_count
@@ -142,7 +142,7 @@ class Batches:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Batches of start_step, start_step + 1, ... read ahead by background threads.
 
-        Errors of reading are raised at the step they belong to. `prefetch` batches are held.
+        Errors of reading are raised at the step they belong to. ``prefetch`` batches are held.
         """
         import grain
 

@@ -1,8 +1,8 @@
-"""Preparation on Apache Beam: the very shards and card of `prepare`, on any runner.
+"""Preparation on Apache Beam: the very shards and card of ``prepare``, on any runner.
 
 The driver reads and cuts the text into blocks and lays them down under the records directory;
 workers encode, pack and write, one block an element. Shards follow from their blocks alone, so
-every runner writes the same bytes, and what a killed run finished is kept as `prepare` keeps it.
+every runner writes the same bytes, and what a killed run finished is kept as ``prepare`` keeps it.
 The records directory must be a path that driver and workers share (a mounted bucket).
 
 Beam has pins of its own that contradict this repository's constraints.txt (protobuf below 7,
@@ -30,9 +30,9 @@ SPOOL = "blocks"
 
 
 class BeamWriter:
-    """What `prepare` takes as its `writer`: blocks to shards by a Beam pipeline.
+    """What ``prepare`` takes as its ``writer``: blocks to shards by a Beam pipeline.
 
-    `options` are Beam's own flags in one string, e.g. "--runner=DataflowRunner --project=..."
+    ``options`` are Beam's own flags in one string, e.g. "--runner=DataflowRunner --project=..."
     (default: DirectRunner, in this process). ConfigError where Beam is not installed.
     """
 

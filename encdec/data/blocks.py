@@ -59,7 +59,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Consecutive documents; `first_document` is the number of the first in the whole stream."""
+    """Consecutive documents; ``first_document`` is the number of the first in the whole stream."""
 
     number: int
     first_document: int
@@ -106,7 +106,7 @@ class Counts(Tally):
 
 
 def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[Block]:
-    """Blocks of about `block_bytes` of UTF-8 text each, at least one document."""
+    """Blocks of about ``block_bytes`` of UTF-8 text each, at least one document."""
     number = first = size = 0
     held: list[Document] = []
     for document in documents:

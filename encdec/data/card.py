@@ -24,10 +24,10 @@ class DatasetCard:
     """What a records directory holds; ``dataset.json``, written last.
 
     Lengths are tokens per packed row. Token counts include EOS and exclude padding;
-    `target_bytes` are the UTF-8 bytes of text the target tokens stand for. `truncated` counts
-    examples and tokens cut off, `dropped` what was left out, by reason; `lost` is what the
-    vocabulary cannot write (`losses.Losses`; empty in cards of before it was counted).
-    `origin` says where the text came from (file names, Python's version).
+    ``target_bytes`` are the UTF-8 bytes of text the target tokens stand for. ``truncated`` counts
+    examples and tokens cut off, ``dropped`` what was left out, by reason; ``lost`` is what the
+    vocabulary cannot write (``losses.Losses``; empty in cards of before it was counted).
+    ``origin`` says where the text came from (file names, Python's version).
     """
 
     task: str

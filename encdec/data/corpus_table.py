@@ -43,7 +43,7 @@ def split_lengths(file: str, inputs_length: int, targets_length: int) -> tuple[s
 
 
 def is_raw_text(path: pathlib.Path) -> bool:
-    """Whether a file is for pretraining: plain text, or JSONL whose first row has `text`."""
+    """Whether a file is for pretraining: plain text, or JSONL whose first row has ``text``."""
     if not is_jsonl(path):
         return True
     first = list(itertools.islice(read_lines(path, BadRows(1)), 1))
@@ -93,7 +93,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def print_table(given: argparse.Namespace) -> int:
-    """Prepare every file and print the table; DataError as of `prepare`."""
+    """Prepare every file and print the table; DataError as of ``prepare``."""
     jobs = [split_lengths(file, given.inputs_length, given.targets_length) for file in given.files]
     check_files([file for file, _, _ in jobs])
     vocabulary = load_vocabulary(given.vocabulary)

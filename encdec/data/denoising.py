@@ -3,7 +3,7 @@
 A window of a document's tokens becomes a source, in which each corrupted span is replaced by a
 sentinel, and a target, in which each sentinel is followed by the span it stands for. Sentinels
 are the vocabulary's extra ids, counted from its last id down: the first is <extra_id_0>. Both
-sides end in EOS. `rebuild` undoes all of it.
+sides end in EOS. ``rebuild`` undoes all of it.
 
 Mode tokens tell a mixture's denoisers apart. They are the first extra ids after the vocabulary's
 own: base_size + 0 is [R], + 1 is [S], + 2 is [X], at the head of the source. A user of such a
@@ -30,8 +30,8 @@ MODES = ("R", "S", "X")
 class Denoiser:
     """One way to corrupt a window.
 
-    `mean_span` tokens a corrupted span (None: one span at the window's end, a prefix LM);
-    `density` the share of corrupted tokens, for a prefix LM the mean of a uniform draw; `rate`
+    ``mean_span`` tokens a corrupted span (None: one span at the window's end, a prefix LM);
+    ``density`` the share of corrupted tokens, for a prefix LM the mean of a uniform draw; ``rate``
     its share of a mixture's windows, relative to the others'.
     """
 
@@ -110,7 +110,7 @@ def _longest_shape(denoiser: Denoiser, source_room: int, target_room: int) -> _S
 
 
 def _random_lengths(rng: np.random.Generator, total: int, parts: int) -> np.ndarray:
-    """`parts` lengths of at least 1 that sum to `total`, every such split equally likely."""
+    """``parts`` lengths of at least 1 that sum to ``total``, every such split equally likely."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1 if parts > 1 else []
     return np.diff(np.concatenate([[0], cuts, [total]]).astype(np.int64))
 
@@ -182,7 +182,7 @@ def _windows(
 class MixtureOfDenoisers(Objective):
     """Windows of raw text, each corrupted by a denoiser drawn by rate (UL2, 2205.05131).
 
-    Windows are as long as the two lengths allow, so that rows fill. `mode_tokens` puts the
+    Windows are as long as the two lengths allow, so that rows fill. ``mode_tokens`` puts the
     denoiser's mode token before the source. Rates count windows. UL2's own lengths were 512 and
     512; with far fewer target tokens than source tokens, half-corrupted windows leave much of
     the source side empty.

@@ -28,7 +28,7 @@ LAYOUTS = ("encoder_decoder", "decoder_only")
 class _Stored:
     """A batch as stored: all values of all rows, and where each segment's tokens are among them.
 
-    `values` begins with a 0, which is what padding reads. The other arrays have one entry for
+    ``values`` begins with a 0, which is what padding reads. The other arrays have one entry for
     every segment.
     """
 
@@ -117,7 +117,7 @@ class _Canvas:
         return np.add.accumulate(changes, out=changes).reshape(self.shape)
 
     def ramps(self, first: np.ndarray, real: np.ndarray) -> np.ndarray:
-        """A field that rises by one from each piece's `first`; 0 on padding, where `real` is 0."""
+        """A field that rises by one from each piece's ``first``; 0 where ``real`` is 0."""
         changes = (real != 0).reshape(-1).astype(np.int32)
         first = self._per_run(first)
         last = first + np.where(self._is_real, self._sizes - 1, 0)
@@ -125,7 +125,7 @@ class _Canvas:
         return np.add.accumulate(changes, out=changes).reshape(self.shape)
 
     def shifted(self, tokens: np.ndarray, start_id: int, starts: np.ndarray) -> np.ndarray:
-        """`tokens` moved right by one, `start_id` at flat places `starts`; 0 on padding."""
+        """``tokens`` moved right by one, ``start_id`` at flat places ``starts``; 0 on padding."""
         shifted = np.empty(tokens.size, tokens.dtype)
         shifted[1:] = tokens.reshape(-1)[:-1]
         shifted[self._padding_starts] = 0
@@ -176,7 +176,7 @@ def decoder_only_features(
 ) -> dict[str, np.ndarray]:
     """The five decoder fields, [rows, S + T]: each segment as [source; target], loss on targets.
 
-    Same rows, tokens and errors as `encoder_decoder_features`.
+    Same rows, tokens and errors as ``encoder_decoder_features``.
     """
     stored = _parse(rows, dtype)
     length = inputs_length + targets_length

@@ -1,6 +1,6 @@
 """What gin binds: objectives and mixtures by name. Only preparation imports this.
 
-Settings of `encdec prepare` itself are bound by `prepare_command`, out of `PrepareSettings`.
+Settings of ``encdec prepare`` itself are bound by ``prepare_command``, out of ``PrepareSettings``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def refuse_unused(bindings: Sequence[str]) -> None:
 def mixture(
     rates: Sequence[float] | None = None, temperature: float = 1.0, maximum: int | None = None
 ) -> dict[str, Any]:
-    """How a mixture's tasks are mixed, as gin binds it: `mixing.mixing_rates`."""
+    """How a mixture's tasks are mixed, as gin binds it: ``mixing.mixing_rates``."""
     return {"rates": rates, "temperature": temperature, "maximum": maximum}
 
 

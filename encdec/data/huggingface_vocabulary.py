@@ -1,4 +1,4 @@
-"""Vocabularies from Hugging Face's ``tokenizer.json``, by the optional `tokenizers` package."""
+"""Vocabularies from Hugging Face's ``tokenizer.json``, by the optional ``tokenizers`` package."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _each_replaced(letter: str) -> str:
 class HuggingFaceVocabulary(Vocabulary):
     """A ``tokenizer.json`` (Llama, Phi-3, Mistral, GPT-2, ...), without its template of BOS.
 
-    Text never encodes to special tokens, whatever it spells. `size` counts every id up to the
-    last one in use, then the extra ids; `pad_id` is 0 as everywhere here.
+    Text never encodes to special tokens, whatever it spells. ``size`` counts every id up to the
+    last one in use, then the extra ids; ``pad_id`` is 0 as everywhere here.
     """
 
     kind = "huggingface"

@@ -35,7 +35,7 @@ ASCII = bytes(range(128))
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Sums over texts; `+` adds those of different texts.
+    """Sums over texts; ``+`` adds those of different texts.
 
     Attributes:
         unknown_ids: tokens that stand for text the vocabulary cannot write.
@@ -103,7 +103,7 @@ class Losses:
 def count_losses(
     vocabulary: Vocabulary, texts: Sequence[str], tokens: Sequence[np.ndarray]
 ) -> Losses:
-    """The losses of `texts`, whose examples have the ids `tokens`."""
+    """The losses of ``texts``, whose examples have the ids ``tokens``."""
     if isinstance(vocabulary, ByteVocabulary):
         # UTF-8 and back, by construction.
         return Losses(texts=len(texts), decoded=len(texts))

@@ -2,7 +2,7 @@
 
 At reading time the stream of rows is cut into blocks of BLOCK places, or of more where a share is
 too small for that; every block gives each part its share of places and shuffles them. So a row's
-place follows from its position alone, as `Batches` wants it, and rates hold in every block, to
+place follows from its position alone, as ``Batches`` wants it, and rates hold in every block, to
 PRECISION of each share. Each part is shuffled again in each of its own epochs, whatever the others
 do.
 """
@@ -50,9 +50,9 @@ def mixing_rates(
     temperature: float = 1.0,
     maximum: int | None = None,
 ) -> np.ndarray:
-    """Shares that sum to 1: of explicit `rates`, else proportional to `sizes`.
+    """Shares that sum to 1: of explicit ``rates``, else proportional to ``sizes``.
 
-    Sizes are first cut at `maximum` examples and then taken to the power 1 / `temperature`
+    Sizes are first cut at ``maximum`` examples and then taken to the power 1 / ``temperature``
     (Raffel et al. 2020, 3.5.2): a temperature of 1 is proportional mixing, a large one equal.
     """
     if temperature <= 0:
@@ -110,7 +110,7 @@ def _whole_order(order_seed: int) -> np.ndarray:
 
 
 def _in_order(places: np.ndarray, size: int, block: int, seed: int) -> np.ndarray:
-    """Where `places` of block number `block`, of `size` places, are after shuffling it."""
+    """Where ``places`` of block number ``block``, of ``size`` places, are after shuffling it."""
     order_seed = epoch_order_seed(seed, f"mixture block {block}")
     if size == BLOCK:
         return _whole_order(order_seed)[places]
@@ -118,7 +118,7 @@ def _in_order(places: np.ndarray, size: int, block: int, seed: int) -> np.ndarra
 
 
 class MixedRecords:
-    """Several records directories read as one, each at its share; made for `Batches`.
+    """Several records directories read as one, each at its share; made for ``Batches``.
 
     Rows are numbered part after part. Raises ConfigError where the parts' vocabularies, lengths
     or decoder start ids differ.
@@ -166,7 +166,7 @@ class MixedRecords:
         return result
 
     def read(self, row_numbers: Sequence[int] | np.ndarray) -> list[bytes]:
-        """The rows' bytes in the order asked for; errors as `Records.read`."""
+        """The rows' bytes in the order asked for; errors as ``Records.read``."""
         numbers = np.asarray(row_numbers, np.int64)
         part_of = np.searchsorted(self._offsets, numbers, side="right") - 1
         result: list[bytes] = [b""] * len(numbers)
@@ -238,7 +238,7 @@ def mix_records(
     temperature: float = 1.0,
     maximum: int | None = None,
 ) -> MixedRecords:
-    """Open several records directories as a mixture; rates as in `mixing_rates`, by rows."""
+    """Open several records directories as a mixture; rates as in ``mixing_rates``, by rows."""
     if len(directories) < 2:
         raise ConfigError(f"a mixture of {list(directories)}; expected two directories or more")
     parts = [open_directory(directory) for directory in directories]
@@ -292,7 +292,7 @@ def task_or_mixture(
     temperature: float = 1.0,
     maximum: int | None = None,
 ) -> TextTask:
-    """A task or a mixture by name, over the files below `data_dir` if given."""
+    """A task or a mixture by name, over the files below ``data_dir`` if given."""
     if name not in MIXTURES:
         if rates is not None or temperature != 1 or maximum is not None:
             raise ConfigError(
@@ -315,7 +315,7 @@ def mixed_task(
     """Tasks mixed document by document, for preparing one records directory of all of them.
 
     Ends once every task was read in full; one whose rate outweighs its size starts over until
-    then. Without explicit `rates` the documents are counted first, which reads them twice.
+    then. Without explicit ``rates`` the documents are counted first, which reads them twice.
     Evenly interleaved and deterministic: at every place the task furthest behind its share.
     """
     fields = {task.objective.document_fields for task in tasks}

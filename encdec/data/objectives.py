@@ -43,8 +43,8 @@ class Encoded:
 class Objective(abc.ABC):
     """What turns documents into token pairs no longer than the two lengths.
 
-    `has_source` is False where every source is empty: such records are for decoder-only models.
-    `is_random` is False where the same document always gives the same examples.
+    ``has_source`` is False where every source is empty: such records are for decoder-only models.
+    ``is_random`` is False where the same document always gives the same examples.
     """
 
     document_fields: ClassVar[tuple[str, ...]]
@@ -66,7 +66,7 @@ class Objective(abc.ABC):
         targets_length: int,
         seed: int,
     ) -> Encoded:
-        """Token pairs of `documents`, the first of which is number `first_document`."""
+        """Token pairs of ``documents``, the first of which is number ``first_document``."""
 
 
 # What makes each objective, by the name that flags and gin files use; `denoising` enters its own.
@@ -92,7 +92,7 @@ def encode_texts(
     encoded: Encoded,
     add_eos: bool,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(document number, ids) of raw texts; empty ones are counted in `encoded` and left out."""
+    """(document number, ids) of raw texts; empty ones are counted in ``encoded`` and left out."""
     for start in range(0, len(documents), ENCODE_BATCH):
         part = documents[start : start + ENCODE_BATCH]
         batch = vocabulary.encode_batch([document[0] for document in part], add_eos)
@@ -160,7 +160,7 @@ class SequenceToSequence(Objective):
     def _cut(
         self, encoded: Encoded, vocabulary: Vocabulary, side: str, ids: np.ndarray, length: int
     ) -> np.ndarray:
-        """`ids` without their end where they are too long, which is counted; EOS stays."""
+        """``ids`` without their end where they are too long, which is counted; EOS stays."""
         if len(ids) <= length:
             return ids
         encoded.truncated[f"{side}s"] += 1
@@ -175,7 +175,7 @@ class SequenceToSequence(Objective):
 class PrefixLM(Objective):
     """Raw text cut into windows of S + T tokens, each a source of S and a target of T tokens.
 
-    A share `split` of the windows is cut once more, at a random place and in the same proportion,
+    A share ``split`` of the windows is cut once more, at a random place and in the same proportion,
     so that the model meets short sources too while rows still fill exactly. The text of source
     and target is contiguous: no EOS between them, one where the document ends. The halves of a
     prefix LM as in Raffel et al. (2020), 3.2.1; a fixed cut as in T5Gemma (2504.06225).

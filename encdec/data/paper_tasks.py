@@ -1,8 +1,8 @@
 """Tasks of the paper and its pretraining corpora: prompts, official splits, where rows are.
 
-A task reads local files below a `data_dir`, in one of the layouts of `find_files`, else what
+A task reads local files below a ``data_dir``, in one of the layouts of ``find_files``, else what
 tensorflow-datasets has on this machine. Nothing is ever downloaded. A row holds the data set's
-own fields, or `source` and `target` with the prompt already made.
+own fields, or ``source`` and ``target`` with the prompt already made.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ PAIRS = SequenceToSequence()
 class PaperTask:
     """A data set's official shape.
 
-    `fields` are the row's own keys that `document` turns into a document. `splits` are the
-    official ones with their examples (None: not fixed). `tfds` is its tensorflow-datasets name;
-    `pairs` names the two parallel files of a split, "{split}" standing for its name. `metrics` are
-    names of `encdec.metrics.registry`. `fine_tune_steps` are the most that configs/finetune.py
-    takes (0: no fine-tuning task).
+    ``fields`` are the row's own keys that ``document`` turns into a document. ``splits`` are the
+    official ones with their examples (None: not fixed). ``tfds`` is its tensorflow-datasets name;
+    ``pairs`` names the two parallel files of a split, "{split}" standing for its name.
+    ``metrics`` are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most that
+    configs/finetune.py takes (0: no fine-tuning task).
     """
 
     name: str
@@ -64,7 +64,7 @@ class PaperTask:
         return {"files": {split: [path.name for path in paths] for split, paths in found.items()}}
 
     def find_files(self, data_dir: str | pathlib.Path, split: str) -> list[pathlib.Path]:
-        """Files of a split below `data_dir`, in the first layout that has any; else none.
+        """Files of a split below ``data_dir``, in the first layout that has any; else none.
 
         Layouts: TASK/SPLIT.jsonl, TASK/SPLIT-*.jsonl, SPLIT/TASK.jsonl, SPLIT/TASK[._-]*.jsonl,
         TASK-SPLIT.jsonl, each also compressed, and the data set's official files in TASK/.

@@ -1,7 +1,7 @@
 """``encdec prepare``: text to a records directory, all or nothing.
 
 Documents are cut into blocks, each written as one shard by any worker. An interrupted preparation
-goes on where it was (`encdec.jobs`).
+goes on where it was (``encdec.jobs``).
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def prepare(
     writer: WriteBlocks | None = None,
     **fields: Any,
 ) -> DatasetCard:
-    """Write a records directory as `settings` say, or with these of its `fields`.
+    """Write a records directory as ``settings`` say, or with these of its ``fields``.
 
-    `notes` are files (name to text) to store with the records; `writer` writes the blocks in place
-    of this machine's processes (`beam_prepare`).
+    ``notes`` are files (name to text) to store with the records; ``writer`` writes the blocks in
+    place of this machine's processes (``beam_prepare``).
 
     Raises ConfigError for settings that cannot work and DataError for bad input or, if asked for
-    `lossless`, a vocabulary that loses text, after removing what this call wrote. A call that is
+    ``lossless``, a vocabulary that loses text, after removing what this call wrote. A call that is
     killed can be repeated and goes on.
     """
     settings = dataclasses.replace(settings, **fields)
@@ -180,7 +180,7 @@ def _check_objective(
 
 
 def _passes(source: TextTask, settings: PrepareSettings, bad_rows: BadRows) -> Iterator[Document]:
-    """The documents, `passes` times; their numbers go on, and with them the objective's noise."""
+    """The documents, ``passes`` times; their numbers go on, and with them the objective's noise."""
     for number in range(settings.passes):
         # Faults were counted on the first pass.
         faults = BadRows(sys.maxsize) if number else bad_rows

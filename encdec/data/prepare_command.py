@@ -81,7 +81,7 @@ def loss_warning(lost: Losses) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """A flag for each of `PrepareSettings`; those not given keep what gin binds, else defaults."""
+    """A flag for each of ``PrepareSettings``; others keep what gin binds, else defaults."""
     flags = argparse.ArgumentParser(
         prog="encdec prepare",
         description="Turn text into packed records for training.",

@@ -1,4 +1,4 @@
-"""What `prepare` is to do. Flags, gin bindings and the identity of a job follow from the fields."""
+"""What ``prepare`` is to do. Flags, gin bindings and a job's identity follow from the fields."""
 
 # ruff: noqa: RUF009 (`setting` gives a field, which ruff cannot see)
 
@@ -28,11 +28,11 @@ BLOCK_BYTES = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings(Settings):
-    """The settings of `prepare`; lengths are tokens a row.
+    """The settings of ``prepare``; lengths are tokens a row.
 
-    In Python a `vocabulary`, `task` or `objective` may be the object itself, and `objective` None
-    is the task's own. `passes` follow one another, each with noise of its own. What is written
-    does not depend on `workers`.
+    In Python a ``vocabulary``, ``task`` or ``objective`` may be the object itself, and
+    ``objective`` None is the task's own. ``passes`` follow one another, each with noise of its
+    own. What is written does not depend on ``workers``.
     """
 
     task: str | TextTask | None = setting(
@@ -101,7 +101,7 @@ class PrepareSettings(Settings):
         super().check()
 
     def text_task(self, **mixing: Any) -> TextTask:
-        """The task that is named, or made of files; `mixing` is for a mixture: `task_or_mixture`.
+        """The task that is named, or made of files; ``mixing`` is for a mixture: ``task_or_mixture``.
 
         ConfigError unless exactly one is given.
         """
@@ -118,7 +118,7 @@ def choose_task(
     documents: str | None = None,
     **mixing: Any,
 ) -> TextTask:
-    """`PrepareSettings.text_task` of these fields."""
+    """``PrepareSettings.text_task`` of these fields."""
     given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
     if len(given) != 1:
         raise ConfigError(

@@ -41,7 +41,7 @@ class BadRows:
     named: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, where: str, reason: str, remedy: str) -> None:
-        """Note one fault; DataError naming it where more than `allowed` were met."""
+        """Note one fault; DataError naming it where more than ``allowed`` were met."""
         self.count += 1
         if len(self.named) < NAMED_BAD_ROWS:
             self.named.append(f"{where}: {reason}")
@@ -85,7 +85,7 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
 def read_lines(path: pathlib.Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line in UTF-8 with its end); a broken stream is one bad row at its end.
 
-    Raises DataError for a file that holds no text: `text_files.open_lines`.
+    Raises DataError for a file that holds no text: ``text_files.open_lines``.
     """
     number = 0
     try:
@@ -116,7 +116,7 @@ def is_jsonl(path: str | pathlib.Path) -> bool:
 def read_jsonl(
     path: pathlib.Path, fields: Sequence[str], bad_rows: BadRows
 ) -> Iterator[dict[str, Any]]:
-    """Rows that have all `fields` as strings and, if there, `targets` as a list of strings."""
+    """Rows that have all ``fields`` as strings and, if there, ``targets`` as a list of strings."""
     for number, line in read_lines(path, bad_rows):
         row = parse_row(line, fields)
         if isinstance(row, Fault):
@@ -143,7 +143,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
 
 
 def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fault | None:
-    """What is wrong with a row that wants `fields` as texts; `line` is what it was read from."""
+    """What is wrong with a row that needs ``fields`` as texts, read from ``line``."""
     # Half characters come by escapes alone: UTF-8 has none.
     escaped = b"\\u" in line
     for field in fields:
@@ -205,7 +205,7 @@ def with_references(source: str, target: str, references: Sequence[str]) -> Docu
 def text_documents(
     paths: Sequence[pathlib.Path], bad_rows: BadRows, documents: str = "files"
 ) -> Iterator[Document]:
-    """(text,) of every document: each row's `text` in JSONL, in plain text as `documents` says.
+    """(text,) of every document: each row's ``text`` in JSONL, in plain text as ``documents`` says.
 
     "files": a file is one, cut at a line's end after each DOCUMENT_BYTES. "lines": each line
     without its end. "paragraphs": lines between blank ones. Blank lines are no documents.

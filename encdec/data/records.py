@@ -37,7 +37,7 @@ def open_records(directory: str | pathlib.Path) -> Records:
     """Open a records directory written by ``encdec prepare``, or a mixture of several.
 
     A mixture is "A=3,B=1" (rates), "A,B" (proportional to their rows) or "A,B;temperature=2"; it
-    is a `mixing.MixedRecords` and reads as one directory does. What exists as a directory is one,
+    is a ``mixing.MixedRecords`` and reads as one directory does. What exists as a directory is one,
     and so is what names no second part.
 
     Raises DataError where the directory, its card or a shard is missing, or a shard's size is

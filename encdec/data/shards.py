@@ -1,6 +1,6 @@
 """Rows on disk: their codec, ArrayRecord shards written whole and read at random, one directory.
 
-A row is one flat array of the card's `token_dtype` (little endian): the number of segments n, n
+A row is one flat array of the card's ``token_dtype`` (little endian): the number of segments n, n
 source lengths, n target lengths, then all source ids and all target ids. Nothing else is stored;
 the eight model fields follow from it (``features``). Segment lengths rather than a padding id
 mark what is real, so id 0 may be a token like any other.
@@ -30,7 +30,7 @@ SLOW_READ_SECONDS = 2e-3
 
 
 def encode_row(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str) -> bytes:
-    """One packed row as bytes: segment k has tokens `sources[k]` and `targets[k]`."""
+    """One packed row as bytes: segment k has tokens ``sources[k]`` and ``targets[k]``."""
     if len(sources) != len(targets) or not sources:
         raise ValueError(
             f"a row wants as many sources as targets, got {len(sources)} and {len(targets)}"
@@ -41,7 +41,7 @@ def encode_row(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dty
 
 
 def decode_row(data: bytes, dtype: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The inverse of `encode_row`: (sources, targets), one array of ids a segment."""
+    """The inverse of ``encode_row``: (sources, targets), one array of ids a segment."""
     row = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
     count = int(row[0])
     lengths = row[1 : 1 + 2 * count].astype(np.int64)
@@ -68,7 +68,7 @@ def write_shard(path: pathlib.Path, rows: Iterable[bytes]) -> Shard:
 class ShardedRows:
     """Rows of several ArrayRecord files, read by number; safe to use from several threads.
 
-    `remedy` completes the message about a broken file: what to do about it.
+    ``remedy`` completes the message about a broken file: what to do about it.
     """
 
     def __init__(self, directory: str | pathlib.Path, shards: Sequence[Shard], remedy: str):
@@ -171,7 +171,7 @@ class Records(ShardedRows):
 
 
 def open_directory(directory: str | pathlib.Path) -> Records:
-    """Open one records directory; errors as `open_records`."""
+    """Open one records directory; errors as ``open_records``."""
     directory = pathlib.Path(local("the records directory", directory))
     records = Records(directory, read_card(directory))
     records.check_files()

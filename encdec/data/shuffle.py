@@ -58,7 +58,7 @@ def _whole_order(rows: int, seed: int) -> np.ndarray:
 
 
 def permuted(places: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The numbers, int64, at `places` of a permutation of 0..count - 1, drawn by a 32-bit seed."""
+    """The int64 numbers at ``places`` of a permutation of 0..count - 1 by a 32-bit seed."""
     width, keys = _word_bits(count), _round_keys(seed)
     values = np.asarray(places, np.int64).astype(np.uint32 if width <= 16 else np.uint64)
     outside = np.arange(len(values))
@@ -74,7 +74,7 @@ def _word_bits(count: int) -> int:
 
 
 def _encrypt(values: np.ndarray, width: int, keys: tuple[int, ...]) -> np.ndarray:
-    """One pass of the cipher over unsigned values of two words of `width` bits."""
+    """One pass of the cipher over unsigned values of two words of ``width`` bits."""
     kind = values.dtype.type
     mask, bits = kind((1 << width) - 1), kind(width)
     by = [kind(width - turns) for turns in (1, 8, 2)]

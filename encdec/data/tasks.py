@@ -1,6 +1,6 @@
 """The text tasks as seqio tasks; importing this registers them.
 
-``seqio.get_mixture_or_task(name).get_dataset(...)`` gives the very examples that `prepare`
+``seqio.get_mixture_or_task(name).get_dataset(...)`` gives the very examples that ``prepare``
 writes, through seqio's own pipeline: for mixtures, feature converters and evaluation.
 """
 
@@ -80,7 +80,7 @@ class TextDataSource(seqio.DataSource):
 
 
 def seqio_vocabulary(vocabulary: Vocabulary, model_file: str | None = None) -> seqio.Vocabulary:
-    """seqio's counterpart of a vocabulary; a SentencePiece one needs its `model_file`."""
+    """seqio's counterpart of a vocabulary; a SentencePiece one needs its ``model_file``."""
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(extra_ids=vocabulary.extra_ids)
     if isinstance(vocabulary, SentencePieceVocabulary) and model_file:
@@ -91,7 +91,7 @@ def seqio_vocabulary(vocabulary: Vocabulary, model_file: str | None = None) -> s
 def objective_preprocessor(
     objective: Objective, vocabulary: Vocabulary, seed: int = 0
 ) -> Callable[..., tf.data.Dataset]:
-    """An objective as a seqio preprocessor: documents in, `inputs` and `targets` out."""
+    """An objective as a seqio preprocessor: documents in, ``inputs`` and ``targets`` out."""
 
     def encode(number: np.int64, *parts: Any) -> list[np.ndarray]:
         document = tuple(text.decode("utf-8") for text in parts[:-1])
@@ -161,7 +161,7 @@ def register(
 ) -> seqio.Task:
     """Register a text task with seqio under its name, in place of any earlier one.
 
-    `vocabulary` defaults to bytes; a SentencePiece one needs its `model_file` for seqio.
+    ``vocabulary`` defaults to bytes; a SentencePiece one needs its ``model_file`` for seqio.
     """
     vocabulary = vocabulary or ByteVocabulary()
     feature = seqio.Feature(seqio_vocabulary(vocabulary, model_file), add_eos=False)

@@ -174,7 +174,7 @@ class Teacher(ShardedRows):
         default the most pairs of any row; teacher_tail [B, T] for "top_k"; teacher_log_probs
         [B, T, V] for "full".
 
-        Raises DataError as `distributions` does.
+        Raises DataError as ``distributions`` does.
         """
         tokens, table = self.distributions(row_numbers)
         length = self.card.targets_length

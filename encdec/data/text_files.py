@@ -106,7 +106,7 @@ def open_lines(path: pathlib.Path) -> Iterator[bytes]:
 
 
 def utf8_lines(stream: BinaryIO, name: str, named: str | None = None) -> Iterator[bytes]:
-    """`open_lines` of an open stream; `named` is the compression that its name promises."""
+    """``open_lines`` of an open stream; ``named`` is the compression that its name promises."""
     kind = None
     try:
         for depth in range(NESTED):

@@ -1,7 +1,7 @@
 """Tasks over text read in Python, without TensorFlow: what an example is, and where it is.
 
-`tasks` registers each of them with seqio. `prepare` reads them here, since checking every row by
-file and line and encoding in batches is not what tf.data does well.
+``tasks`` registers each of them with seqio. ``prepare`` reads them here, since checking every row
+by file and line and encoding in batches is not what tf.data does well.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ReadDocuments = Callable[[str, readers.BadRows], Iterator[Document]]
 class TextTask:
     """Documents of some splits and the objective that makes examples of them.
 
-    `origin` tells the card where the text came from. A task without `splits` takes any name.
-    `read` may give a pair more texts than the objective wants: further references for the
-    `metrics`, which are names of `encdec.metrics.registry`.
+    ``origin`` tells the card where the text came from. A task without ``splits`` takes any name.
+    ``read`` may give a pair more texts than the objective wants: further references for the
+    ``metrics``, which are names of ``encdec.metrics.registry``.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TextTask:
     ) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(source, all references) of a split of pairs in order, for evaluation.
 
-        DataError as for `documents`, and where the task is raw text.
+        DataError as for ``documents``, and where the task is raw text.
         """
         if self.objective.document_fields != ("source", "target"):
             raise DataError(f"task {self.name} is raw text; expected one with sources and targets")
@@ -62,7 +62,7 @@ class TextTask:
 
 
 def jsonl_task(files: Sequence[str], objective: Objective | None = None) -> TextTask:
-    """The user's own JSONL (`source`, `target`, optional `targets`)."""
+    """The user's own JSONL (``source``, ``target``, optional ``targets``)."""
     paths = readers.check_files(files)
     return TextTask(
         "jsonl",
@@ -75,10 +75,10 @@ def jsonl_task(files: Sequence[str], objective: Objective | None = None) -> Text
 def text_files_task(
     files: Sequence[str], objective: Objective | None = None, documents: str | None = None
 ) -> TextTask:
-    """Plain text files, or JSONL with a `text` field, for pretraining.
+    """Plain text files, or JSONL with a ``text`` field, for pretraining.
 
-    `documents` says what one is in a plain file (default "files"): `readers.text_documents`.
-    ConfigError where no file is plain and `documents` is given.
+    ``documents`` says what one is in a plain file (default "files"): ``readers.text_documents``.
+    ConfigError where no file is plain and ``documents`` is given.
     """
     paths = readers.check_files(files)
     origin: dict[str, Any] = {"files": [path.name for path in paths]}
@@ -110,7 +110,7 @@ def _stdlib_text(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
 
 
 def bind_paper_task(task: PaperTask, data_dir: str | None = None) -> TextTask:
-    """A task of the paper over the files below `data_dir`, else over tensorflow-datasets."""
+    """A task of the paper over the files below ``data_dir``, else over tensorflow-datasets."""
     return TextTask(
         task.name,
         lambda split, bad_rows: task.read(data_dir, split, bad_rows),
@@ -139,7 +139,7 @@ TEXT_TASKS: dict[str, TextTask] = {
 
 
 def text_task(name: str, data_dir: str | None = None) -> TextTask:
-    """A task by name, over its files below `data_dir` if given.
+    """A task by name, over its files below ``data_dir`` if given.
 
     DataError naming the nearest where there is none of that name.
     """

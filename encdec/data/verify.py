@@ -28,9 +28,9 @@ READ_ROWS = 512
 
 @dataclasses.dataclass
 class Verdict:
-    """What was found: `faults` are sentences, each naming what is wrong and where.
+    """What was found: ``faults`` are sentences, each naming what is wrong and where.
 
-    `unknown_ids` are those in the rows that were read, which are no fault of the records.
+    ``unknown_ids`` are those in the rows that were read, which are no fault of the records.
     """
 
     rows_read: int = 0

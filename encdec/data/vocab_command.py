@@ -44,12 +44,12 @@ def train_vocabulary(
     seed: int = 0,
     overwrite: bool = False,
 ) -> SentencePieceVocabulary:
-    """Train on texts and write the ``.model`` file `out`; deterministic.
+    """Train on texts and write the ``.model`` file ``out``; deterministic.
 
-    `size` counts all ids: pad 0, EOS 1, unk 2, 256 bytes and learned pieces. More than
-    `sample_bytes` of text are sampled evenly, by `seed`, in pieces of 4 kB.
+    ``size`` counts all ids: pad 0, EOS 1, unk 2, 256 bytes and learned pieces. More than
+    ``sample_bytes`` of text are sampled evenly, by ``seed``, in pieces of 4 kB.
 
-    Raises DataError where `out` exists or the text is too little for `size`.
+    Raises DataError where ``out`` exists or the text is too little for ``size``.
     """
     import sentencepiece
 
@@ -125,7 +125,7 @@ def _cut_line(line: str) -> Iterator[str]:
 
 
 def _sample(chunks: Iterable[str], count: int, seed: int) -> list[str]:
-    """`count` chunks drawn evenly (reservoir sampling, Vitter's R), in their order."""
+    """``count`` chunks drawn evenly (reservoir sampling, Vitter's R), in their order."""
     draw = random.Random(seed)
     kept: list[tuple[int, str]] = []
     for number, chunk in enumerate(chunks):

@@ -193,7 +193,7 @@ def load_vocabulary(
     """Load a vocabulary from "bytes", a ``.model`` or ``tokenizer.json`` file, a directory
     holding one, or a spec.
 
-    `directory` is where a spec's file is. `extra_ids` is for "bytes", files (default 0, or
+    ``directory`` is where a spec's file is. ``extra_ids`` is for "bytes", files (default 0, or
     'PATH+100' in the string) and directories, to whose own it may add; specs carry their own.
 
     Raises DataError where the file is missing or is not what the spec's fingerprint says.

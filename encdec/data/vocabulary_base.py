@@ -23,7 +23,7 @@ EOS_NAME = "</s>"  # where a vocabulary has no name of its own for it
 
 @dataclasses.dataclass(frozen=True)
 class VocabularySpec:
-    """What a card or work directory says of its vocabulary; `file` is relative to it."""
+    """What a card or work directory says of its vocabulary; ``file`` is relative to it."""
 
     kind: str
     size: int
@@ -38,7 +38,7 @@ class VocabularySpec:
 
 
 class Vocabulary(abc.ABC):
-    """Text to ids and back. `size` counts the extra ids; `pad_id` is 0 as in seqio."""
+    """Text to ids and back. ``size`` counts the extra ids; ``pad_id`` is 0 as in seqio."""
 
     kind: str
     # Under which name a copy of the model is stored with records and checkpoints.
@@ -53,7 +53,7 @@ class Vocabulary(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def restore(cls, model: bytes, spec: VocabularySpec, name: str) -> Self:
-        """The vocabulary that a spec describes; `model` is its file, `name` says where it is."""
+        """The vocabulary that a spec describes; ``model`` is its file, ``name`` its place."""
 
     @property
     @abc.abstractmethod
@@ -80,7 +80,7 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
-        """Text of ids below `base_size`."""
+        """Text of ids below ``base_size``."""
 
     @abc.abstractmethod
     def _model_bytes(self) -> bytes:
@@ -112,7 +112,7 @@ class Vocabulary(abc.ABC):
         return other
 
     def extra_id(self, number: int) -> int:
-        """Id of extra id `number`; number 0 is the vocabulary's last id, as in T5."""
+        """Id of extra id ``number``; number 0 is the vocabulary's last id, as in T5."""
         if not 0 <= number < self.extra_ids:
             raise DataError(
                 f"extra id {number} asked for, but the vocabulary has {self.extra_ids} extra ids; "
@@ -145,7 +145,7 @@ class Vocabulary(abc.ABC):
         return "".join(parts)
 
     def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
-        """Texts of ids as `encode_batch` gives them: no EOS, no extra ids."""
+        """Texts of ids as ``encode_batch`` gives them: no EOS, no extra ids."""
         return [self._decode_plain(ids.tolist()) for ids in batch]
 
     @property
@@ -197,7 +197,7 @@ class Vocabulary(abc.ABC):
         )
 
     def save(self, directory: str | pathlib.Path) -> VocabularySpec:
-        """Write the model's copy and ``vocabulary.json`` into `directory`; return the spec."""
+        """Write the model's copy and ``vocabulary.json`` into ``directory``; return the spec."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         spec = self.spec()

@@ -7,7 +7,7 @@ character; around every character that is in no longer piece: line ends, tabs an
 Mistral's vocabularies, digits; and between punctuation and letters, unless pieces join the two.
 Words repeat, so most are looked up.
 
-Only models for which this is exact are taken (`word_encoder`): BPE with byte fallback and without
+Only models for which this is exact are taken (``word_encoder``): BPE with byte fallback and without
 normalization or user-defined pieces. Unigram models add up scores over the text, and unknown
 characters without byte fallback join over boundaries.
 """
@@ -29,9 +29,9 @@ KEPT_WORDS = 250_000
 
 
 class WordEncoder(dict):
-    """Words to the bytes of their int32 ids, filled as they come; `encode` puts texts together.
+    """Words to the bytes of their int32 ids, filled as they come; ``encode`` puts texts together.
 
-    `encode_word` gives a word's int32 ids, `words` finds the words, `prefix` begins every text.
+    ``encode_word`` gives a word's int32 ids, ``words`` finds them, ``prefix`` begins every text.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class WordEncoder(dict):
         return ids
 
     def encode(self, text: str, end: bytes = b"") -> np.ndarray:
-        """The text's ids, int32 and read-only; `end` are bytes of ids to follow them."""
+        """The text's ids, int32 and read-only; ``end`` are bytes of ids to follow them."""
         words = self._words(self._prefix + text) if text else ()
         return np.frombuffer(b"".join((*map(self.__getitem__, words), end)), np.int32)
 

@@ -3,8 +3,8 @@
 What is kept of a token depends on the seed, the row's number and the token's place, and on nothing
 else.
 
-Shards are written by blocks of rows, and a killed run goes on where it was (`encdec.jobs`): batches
-never cross shards, so the bytes come out the same.
+Shards are written by blocks of rows, and a killed run goes on where it was (``encdec.jobs``):
+batches never cross shards, so the bytes come out the same.
 Several processes on one file system write one shard each at a time.
 """
 

@@ -1,4 +1,4 @@
-"""What `score` is to do. Flags, the identity of a job and its card follow from the fields."""
+"""What ``score`` is to do. Flags, the identity of a job and its card follow from the fields."""
 
 # ruff: noqa: RUF009 (`setting` gives a field, which ruff cannot see)
 
@@ -17,9 +17,9 @@ from encdec.train.config import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class ScoringSettings(Settings):
-    """The settings of `score`.
+    """The settings of ``score``.
 
-    What is stored does not depend on the mesh; `batch_rows` counts over all devices.
+    What is stored does not depend on the mesh; ``batch_rows`` counts over all devices.
     """
 
     teacher: str | os.PathLike[str] | None = setting(

@@ -1,6 +1,6 @@
 """Predictions of a checkpoint on a task's examples: made once, a window at a time, kept as JSONL.
 
-A window is a run of consecutive examples. Processes divide the windows (`--shard=I/N`) and write
+A window is a run of consecutive examples. Processes divide the windows (``--shard=I/N``) and write
 one file each; earlier files are used, whatever number of processes wrote them.
 """
 

@@ -19,13 +19,13 @@ class EvaluationSettings:
     """One evaluation of one checkpoint.
 
     Attributes:
-        checkpoint: work directory of `encdec train` or `encdec import`, or an export.
+        checkpoint: work directory of ``encdec train`` or ``encdec import``, or an export.
         out: receives predictions and reports; existing ones of the same settings are used.
-        tasks: names, see `encdec data list`.
+        tasks: names, see ``encdec data list``.
         data_dir: directory with the tasks' files.
         split: of the tasks.
         jsonl: the user's own files, each a task named like the file.
-        source_field, target_field: fields of these files; further references are in `targets`.
+        source_field, target_field: fields of these files; further references are in ``targets``.
         metrics: names of ``encdec.metrics.registry`` instead of a task's own; files without any
             have exact match and Rouge.
         limit: the first examples only; None: all.

@@ -1,7 +1,7 @@
 """The experiment's text: excerpts for pretraining, examples of tasks that fit, one vocabulary.
 
 Everything is chosen by rule and counted in ``counts.json``: available, too long, taken. The tasks'
-files written here are what `encdec prepare` and `encdec evaluate` read.
+files written here are what ``encdec prepare`` and ``encdec evaluate`` read.
 """
 
 from __future__ import annotations

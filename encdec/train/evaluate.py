@@ -19,7 +19,7 @@ from encdec.train.program import Program
 class Evaluator:
     """Evaluates parameters on the same rows every time: all of them, or a fixed sample.
 
-    Of a mixture each part is evaluated and reported by itself, `eval/NAME/loss` and so on. The
+    Of a mixture each part is evaluated and reported by itself, ``eval/NAME/loss`` and so on. The
     mixture's own numbers are those that rows drawn at its rates would give on average: sums over a
     part weigh its share of the rows over the rows that were evaluated of it.
     """

@@ -3,7 +3,7 @@
 Two views: every function with a docstring as (source without its docstring, first sentence of
 the docstring), and every module as raw text. Both are split by top-level module with a stable
 hash, so that no function, sibling or override crosses over. For one Python version the result is
-always the same. Tests and the charmap tables of `encodings` are left out.
+always the same. Tests and the charmap tables of ``encodings`` are left out.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def stdlib_text(split: str) -> list[str]:
 
 
 def stdlib_examples(split: str) -> list[dict[str, Any]]:
-    """Function summaries of a split: dicts of `id`, `source`, `target` and `targets`.
+    """Function summaries of a split: dicts of ``id``, ``source``, ``target`` and ``targets``.
 
     A function whose source was already met anywhere in the library (a copied helper) comes once,
     so that none is in two splits. Some seconds at the first call.

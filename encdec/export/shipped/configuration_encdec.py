@@ -10,7 +10,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_version(least, tested, installed=transformers.__version__):
-    """Raises ImportError for versions below `least`; warns of majors newer than all `tested`."""
+    """ImportError for versions below ``least``; a warning for majors newer than all ``tested``."""
     numbers = lambda version: tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers(installed) < numbers(least):
         raise ImportError(
