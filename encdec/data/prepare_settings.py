@@ -101,7 +101,7 @@ class PrepareSettings(Settings):
         super().check()
 
     def text_task(self, **mixing: Any) -> TextTask:
-        """The task that is named, or made of files; ``mixing`` is for a mixture: ``task_or_mixture``.
+        """The task that is named, or made of files; ``mixing`` as in ``task_or_mixture``.
 
         ConfigError unless exactly one is given.
         """
