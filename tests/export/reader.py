@@ -193,6 +193,71 @@ def check_training(directory: pathlib.Path) -> None:
     assert seen[2, 0.1].isfinite().all()
 
 
+def check_model_calls(directory: pathlib.Path) -> None:
+    """What transformers' common model tests call, on the modelling file that travels along."""
+    model, r = load(directory)
+    model.eval()
+    mask = (r.source >= 0).long()
+    source = r.source.masked_fill(mask == 0, model.config.pad_token_id)
+    inputs = {"attention_mask": mask, "labels": r.labels}
+    plain = model(input_ids=source, **inputs)
+
+    eager, _ = load(directory, attn_implementation="eager")
+    out = eager.eval()(
+        input_ids=source, **inputs, output_attentions=True, output_hidden_states=True
+    )
+    close(out.logits, plain.logits, "eager attention")
+    layers, encoder_layers = len(out.decoder_attentions), len(out.encoder_attentions)
+    assert len(out.cross_attentions) == layers and layers and encoder_layers
+    assert len(out.decoder_hidden_states) == layers + 1
+    assert len(out.encoder_hidden_states) == encoder_layers + 1
+    for one in (*out.encoder_attentions, *out.cross_attentions, *out.decoder_attentions):
+        close(one[0].sum(-1), torch.ones_like(one[0].sum(-1)), "attention sums to one", 1e-5)
+    assert out.cross_attentions[0].shape[-2:] == (r.labels.shape[1], source.shape[1])
+
+    embedded = model(inputs_embeds=model.get_encoder().get_input_embeddings()(source), **inputs)
+    close(embedded.logits, plain.logits, "inputs_embeds", 1e-6)
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=r.labels)
+    decoder_embeds = model.get_decoder().get_input_embeddings()(shifted)
+    out = model(input_ids=source, attention_mask=mask, decoder_inputs_embeds=decoder_embeds)
+    close(out.logits, plain.logits, "decoder_inputs_embeds", 1e-6)
+    encoded = model.get_encoder()(input_ids=source, attention_mask=mask)
+    close(model(encoder_outputs=encoded, **inputs).logits, plain.logits, "encoder_outputs", 1e-6)
+    as_tuple = model(input_ids=source, **inputs, return_dict=False)
+    close(as_tuple[1], plain.logits, "a tuple", 1e-6)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size="50KB")
+        for file in directory.glob("*.py"):
+            (pathlib.Path(folder) / file.name).write_bytes(file.read_bytes())
+        again = type(model).from_pretrained(folder).eval()
+    close(again(input_ids=source, **inputs).logits, plain.logits, "saved and loaded", 1e-6)
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        one, _ = load(directory)
+        one.train()
+        if checkpointing:
+            one.gradient_checkpointing_enable()
+        one(input_ids=source, **inputs).loss.backward()
+        return [p.grad for p in one.parameters()]
+
+    for a, b in zip(gradients(False), gradients(True)):
+        close(b, a, "gradient checkpointing", 1e-6)
+
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 7)
+    out = model(input_ids=source, **inputs)
+    assert out.logits.shape[-1] == rows + 7
+    close(out.logits[..., :rows], plain.logits, "resized tables", 1e-5)
+    assert model.generate(input_ids=source, attention_mask=mask, max_new_tokens=2).shape[0] == 2
+    try:
+        model(input_ids=source, **inputs, no_such_argument=1)
+    except TypeError as error:
+        assert "no_such_argument" in str(error)
+    else:
+        raise AssertionError("an unknown argument was swallowed")
+
+
 def check_prompt_tuning(directory: pathlib.Path) -> None:
     """peft: the virtual tokens get gradients, and the tuned model generates."""
     import peft
@@ -215,6 +280,8 @@ def check(directory: pathlib.Path) -> list[str]:
         checks = [check_decoder_only]
     else:
         checks = [check_encoder_decoder]
+        if config["model_type"] == "encdec":
+            checks.append(check_model_calls)
         if importlib.util.find_spec("accelerate"):
             checks.append(check_training)
         if config["model_type"] == "encdec" and importlib.util.find_spec("peft"):
