@@ -9,7 +9,7 @@ import pathlib
 from encdec.errors import ConfigError
 from encdec.inference.settings import check_numbers
 from encdec.modules import import_modules
-from encdec.storage import local_path
+from encdec.storage import local, local_path
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         name, _, folders = getattr(options, flag).partition("=")
         if not name or not folders:
             raise ConfigError(f"--{flag}={getattr(options, flag)}; expected NAME=DIR,DIR")
-        sides[flag] = name, folders.split(",")
+        sides[flag] = name, [local(f"--{flag}", folder) for folder in folders.split(",")]
     import_modules(options.module)
     from encdec.evaluation.compare import compare_evaluations, compare_markdown
 

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from encdec.errors import ConfigError
-from encdec.storage import local_path
+from encdec.storage import local, local_path
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
                 f"({', '.join(PAPER)}) or any other"
             )
         models.setdefault(name, []).extend(
-            (folder, read_report(folder)) for folder in folders.split(",")
+            (folder, read_report(local("--model", folder))) for folder in folders.split(",")
         )
     for evaluations in models.values():
         check_distinct(evaluations)

@@ -22,6 +22,7 @@ from encdec.errors import ConfigError
 from encdec.fields import field_types
 from encdec.model import ExecutionConfig, ModelConfig, preset
 from encdec.model.execution import INFERENCE_FIELDS
+from encdec.storage import local
 from encdec.train.distillation_losses import AlphaSchedule, Divergence, Tail
 
 
@@ -224,9 +225,19 @@ def parse_config(config: RunConfig | Mapping[str, Any] | ml_collections.ConfigDi
         for name in set_ones.keys() & {*INFERENCE_FIELDS, "kernel_parts"}:
             raise unknown_field(f"model_overrides.{name}", [])
         config = {**config, "model_overrides": set_ones}
-    run = _in_steps(fields.build(RunConfig, config, label="config", what=WHAT))
+    run = _with_paths(_in_steps(fields.build(RunConfig, config, label="config", what=WHAT)))
     _check_values(run)
     run.model_config()
+    return run
+
+
+def _with_paths(run: RunConfig) -> RunConfig:
+    """The run with ``~`` expanded; records expand theirs when they are opened, part by part."""
+    if run.init_from:
+        run = dataclasses.replace(run, init_from=local("config.init_from", run.init_from))
+    if run.distill.teacher:
+        teacher = local("config.distill.teacher", run.distill.teacher)
+        run = dataclasses.replace(run, distill=dataclasses.replace(run.distill, teacher=teacher))
     return run
 
 

@@ -18,6 +18,15 @@ from encdec.train.train_command import load_config, read_config_file, split_over
 PRETRAIN = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 
 
+def test_paths_are_what_users_mean(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = parse_config({"init_from": "~/a", "distill": {"teacher": "~/b"}})
+    assert (run.init_from, run.distill.teacher) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    for change in ({"init_from": "gs://b/x"}, {"distill": {"teacher": "s3://b/x"}}):
+        with pytest.raises(ConfigError, match=r"config\.(init_from|distill\.teacher) is .*mount"):
+            parse_config(change)
+
+
 def test_defaults_survive_the_round_trip():
     assert parse_config({}) == parse_config(RunConfig())
     assert parse_config(parse_config({})) == parse_config({})
