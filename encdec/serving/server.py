@@ -55,6 +55,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service),
+                # Not uvicorn's own: it would shut down the handlers of all other libraries.
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

@@ -23,7 +23,6 @@ from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.config import MeshConfig
 from tests.train.conftest import random_pairs, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -89,7 +88,8 @@ def test_the_mesh_changes_nothing(records, teacher, full, tmp_path):
         records=records,
         out=tmp_path / "split",
         method="full",
-        mesh=MeshConfig(2, 2, 2),
+        fsdp=2,
+        tensor=2,
         batch_rows=4,
     )
     split = open_teacher(tmp_path / "split", open_records(records))
