@@ -65,7 +65,7 @@ def test_what_grew_is_named_most_first():
 
 
 def test_different_steps_are_not_compared():
-    with pytest.raises(ValueError, match="batch_size is 64, and 128 was recorded"):
+    with pytest.raises(ValueError, match="batch_size is 64, but 128 was recorded"):
         growth(changed(batch_size=64), REPORT)
 
 
