@@ -24,6 +24,7 @@ def check(config: ModelConfig) -> None:
             "'encoder_decoder' (--format=onnx takes decoder-only models)",
         ),
         ("cross_attention_rope", config.cross_attention_rope == "none", "'none'"),
+        ("attention_window", not config.attention_window, "0 (--format=onnx takes windows)"),
     ):
         if not met:
             raise ConfigError(

@@ -274,6 +274,14 @@ class _Layers:
         allowed = self.g.op("Cast", name, to=TensorProto.BOOL)
         return self.additive(self.g.op("Unsqueeze", allowed, self.g.ints(1)))
 
+    def near_mask(self, places: str, mask: str) -> str:
+        """A scores' mask further limited to the attention window, which reaches both ways."""
+        g = self.g
+        rows, columns = (g.op("Unsqueeze", places, g.ints(axis)) for axis in (2, 1))
+        reach = g.constant(np.int64(self.config.attention_window), "window")
+        near = g.op("Less", g.op("Abs", g.op("Sub", rows, columns)), reach)
+        return g.op("Min", mask, self.additive(near))
+
 
 def _value(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, list(shape))
@@ -305,9 +313,12 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     length = g.op("Squeeze", g.op("Shape", "tokens", start=1, end=2), g.ints(0))
     one, zero = (g.constant(np.int64(value), f"int_{value}") for value in (1, 0))
     places = g.op("Unsqueeze", g.op("Range", zero, length, one), g.ints(0))
-    rope, mask = layers.rope(places), layers.source_mask("mask")
+    kinds = {False: (layers.rope(places), layers.source_mask("mask"))}
+    if config.attention_window:
+        kinds[True] = layers.rope(places, local=True), layers.near_mask(places, kinds[False][1])
     for index in range(config.encoder_layers):
         layer, path = params["encoder"][f"layers_{index}"], f"encoder/layers_{index}"
+        rope, mask = kinds[config.is_local(index, "encoder")]
         y = layers.norm(x, layer["self_attention_norm"]["scale"], f"{path}/self_attention_norm")
         attention = layer["self_attention"]
         q, k, v = layers.self_qkv(y, attention, rope, f"{path}/self_attention")

@@ -16,7 +16,7 @@ from encdec.model.kernels import (
     splash_attention,
 )
 from encdec.model.layers import Projection, RMSNorm, product
-from encdec.model.positions import Rotation, apply_rope
+from encdec.model.positions import Rotation, apply_rope, rope_table
 
 # Keys and values, each [B, S, K, D] (``cpu_layout`` orders the axes otherwise).
 KeyValues = tuple[jax.Array, jax.Array]
@@ -121,6 +121,39 @@ def packed_attention(
         segments=(q_segments_BxT, kv_segments_BxS),
         causal=causal,
     )
+
+
+def packed_self_attention(
+    config: ModelConfig,
+    segments_BxT: jax.Array,
+    positions_BxT: jax.Array,
+    *,
+    causal: bool,
+    places_BxT: jax.Array | None = None,
+) -> tuple[AttentionInputs, AttentionInputs | None]:
+    """The inputs of self-attention on packed rows, in layers that read all and in local ones.
+
+    Args:
+        config: the model.
+        segments_BxT: segment ids.
+        positions_BxT: places within the segments, from 0.
+        causal: no query reads a later key; otherwise windows reach as far ahead as back, as
+            T5Gemma's encoder has them (arXiv 2504.06225).
+        places_BxT: what rotates queries and keys; by default the positions.
+
+    Returns:
+        The second is None in a model without an attention window.
+    """
+    places = positions_BxT if places_BxT is None else places_BxT
+    rope = rope_table(config, places)
+    attention = packed_attention(segments_BxT, segments_BxT, rope, rope, causal=causal)
+    if not config.attention_window:
+        return attention, None
+    near_BxTxT = window_mask(positions_BxT, positions_BxT, config.attention_window)
+    if not causal:
+        near_BxTxT &= near_BxTxT.swapaxes(-1, -2)
+    rope = rope_table(config, places, local=True)
+    return attention, AttentionInputs(attention.mask_BxTxS & near_BxTxT, rope, rope)
 
 
 class Attention(nn.Module):

@@ -11,6 +11,7 @@ from encdec.fields import check_types, did_you_mean
 from encdec.model.execution import EXECUTION_FIELDS, ExecutionConfig
 
 Architecture = Literal["encoder_decoder", "decoder_only"]
+Stack = Literal["encoder", "decoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,11 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every query and key head before RoPE
     attention_scale: float = 0.0  # multiplies the scores; 0 means 1 / sqrt(head_dim)
     attention_logit_cap: float = 0.0  # cap * tanh(scores / cap); 0 switches it off
-    attention_window: int = 0  # local layers read this many tokens back, self included; 0: all
+    # Local layers read this many tokens back, self included, and an encoder's as many ahead; 0: all
+    attention_window: int = 0
     global_layer_every: int = 0  # with a window: every n-th layer reads all; 0: none does
+    encoder_global_layers: tuple = ()  # or those of the encoder that do, counted from 0
+    decoder_global_layers: tuple = ()  # and those of the decoder
 
     # Positions (RoPE, rotate-half)
     rope_theta: float = 10_000.0
@@ -104,10 +108,12 @@ class ModelConfig:
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def is_local(self, layer: int) -> bool:
-        """Whether decoder layer ``layer``, counted from 0, reads the attention window alone."""
+    def is_local(self, layer: int, stack: Stack = "decoder") -> bool:
+        """Whether layer ``layer`` of a stack, counted from 0, reads the attention window alone."""
         every = self.global_layer_every
-        return bool(self.attention_window) and not (every and (layer + 1) % every == 0)
+        listed = self.encoder_global_layers if stack == "encoder" else self.decoder_global_layers
+        reads_all = layer in listed or every and (layer + 1) % every == 0
+        return bool(self.attention_window) and not reads_all
 
     @property
     def num_layers(self) -> int:
@@ -247,13 +253,29 @@ def _check_values(config: ModelConfig) -> None:
         "rope_magnitude",
         "1 unless rope_scaling is 'per_pair'",
     )
+    for stack in ("encoder", "decoder"):
+        field, layers = f"{stack}_global_layers", getattr(config, f"{stack}_layers")
+        require(
+            all(type(layer) is int and 0 <= layer < layers for layer in getattr(config, field)),
+            field,
+            f"numbers of the {stack}'s layers, each at least 0 and below {layers}",
+        )
+        require(
+            not (getattr(config, field) and config.global_layer_every),
+            field,
+            f"() with global_layer_every={config.global_layer_every}, which names them already",
+        )
     if config.attention_window:
-        require(not config.is_encoder_decoder, "attention_window", "0 in an encoder-decoder")
         require(
             not config.execution.scan_layers,
             "attention_window",
             "0 with scan_layers=True, which runs every layer alike; set scan_layers=False",
         )
     else:
-        for field in ("global_layer_every", "local_rope_theta"):
-            require(getattr(config, field) == 0, field, "0 without an attention_window")
+        for field, off in (
+            ("global_layer_every", 0),
+            ("local_rope_theta", 0),
+            ("encoder_global_layers", ()),
+            ("decoder_global_layers", ()),
+        ):
+            require(getattr(config, field) == off, field, f"{off} without an attention_window")

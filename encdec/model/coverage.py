@@ -17,7 +17,8 @@ EVERYWHERE = frozenset(
     """
     architecture vocab_size encoder_layers decoder_layers d_model num_heads num_kv_heads head_dim
     mlp_dim kv_pairing qkv_bias attention_out_bias qk_norm attention_scale attention_logit_cap
-    attention_window global_layer_every rope_theta rope_scaling rope_factor rope_max_length
+    attention_window global_layer_every encoder_global_layers decoder_global_layers rope_theta
+    rope_scaling rope_factor rope_max_length
     rope_length rope_divisors rope_magnitude local_rope_theta encoder_positions
     cross_attention_rope mlp_gated mlp_activation mlp_bias norm_eps norm_cast norm_plus_one
     post_norms tie_embeddings share_embeddings embedding_scale final_logit_cap attention_dropout

@@ -389,7 +389,7 @@ class CpuEncoderDecoder(EncoderDecoder):
         config, dtype = self.config, self.config.execution.encoder_dtype
         if dtype:
             config = config.replace(dtype=dtype, accumulate_in_float32=True)
-        return CpuStack(config, config.encoder_layers)
+        return CpuStack(config, config.encoder_layers, stack="encoder")
 
     def embed_source(self, tokens_BxS: jax.Array) -> jax.Array:
         dtype = self.config.execution.encoder_dtype or self.config.dtype

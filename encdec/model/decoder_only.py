@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 import jax
 from flax import linen as nn
 
-from encdec.model.attention import AttentionInputs, packed_attention, window_mask
+from encdec.model.attention import packed_self_attention
 from encdec.model.cache import cached_self_attention
 from encdec.model.config import ModelConfig
 from encdec.model.encoder_decoder import Batch
 from encdec.model.layers import Embedder
-from encdec.model.positions import rope_table
 from encdec.model.stacks import LayerInputs, Stack
 
 
@@ -40,13 +39,7 @@ class DecoderOnly(nn.Module):
         """The stack's normed output [B, T, M] under teacher forcing, on packed rows."""
         config = self.config
         positions, segments = batch["decoder_positions"], batch["decoder_segment_ids"]
-        rope = rope_table(config, positions)
-        attention = packed_attention(segments, segments, rope, rope, causal=True)
-        local = None
-        if config.attention_window:
-            rope = rope_table(config, positions, local=True)
-            near_BxTxT = window_mask(positions, positions, config.attention_window)
-            local = AttentionInputs(attention.mask_BxTxS & near_BxTxT, rope, rope)
+        attention, local = packed_self_attention(config, segments, positions, causal=True)
         inputs = LayerInputs(attention, local_attention=local, deterministic=deterministic)
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from encdec.model.attention import AttentionInputs, packed_attention
+from encdec.model.attention import AttentionInputs, packed_attention, packed_self_attention
 from encdec.model.cache import cached_self_attention
 from encdec.model.config import ModelConfig
 from encdec.model.layers import Embedder
@@ -48,7 +49,7 @@ class EncoderDecoder(nn.Module):
         self.decoder = self.decoder_type(config, config.decoder_layers, cross_attention=True)
 
     def make_encoder(self) -> Stack:
-        return Stack(self.config, self.config.encoder_layers)
+        return Stack(self.config, self.config.encoder_layers, stack="encoder")
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """Logits [B, T, V] float32 of the next target token at every decoder position."""
@@ -67,10 +68,10 @@ class EncoderDecoder(nn.Module):
     ) -> jax.Array:
         """The encoder's normed output [B, S, M]."""
         places = encoder_rope_positions(self.config, positions_BxS, segments_BxS)
-        rope = rope_table(self.config, places)
-        inputs = LayerInputs(
-            packed_attention(segments_BxS, segments_BxS, rope, rope), deterministic=deterministic
+        attention, local = packed_self_attention(
+            self.config, segments_BxS, positions_BxS, causal=False, places_BxT=places
         )
+        inputs = LayerInputs(attention, local_attention=local, deterministic=deterministic)
         return self.encoder(self.embed_source(tokens_BxS), inputs)[0]
 
     def embed_source(self, tokens_BxS: jax.Array) -> jax.Array:
@@ -94,9 +95,11 @@ class EncoderDecoder(nn.Module):
         # The length of the source that each target token belongs to.
         source_lengths_BxT = jnp.sum(cross.mask_BxTxS, axis=-1, dtype=jnp.int32)
         positions = batch["decoder_positions"]
-        rope = rope_table(self.config, positions)
+        attention, local = packed_self_attention(
+            self.config, target_segments, positions, causal=True
+        )
         inputs = LayerInputs(
-            packed_attention(target_segments, target_segments, rope, rope, causal=True),
+            attention,
             self._cross_attention(
                 cross.mask_BxTxS,
                 positions,
@@ -104,6 +107,7 @@ class EncoderDecoder(nn.Module):
                 self._source_rope(batch["encoder_positions"]),
             ).replace(segments=cross.segments),
             encoded_BxSxM,
+            local,
             deterministic=deterministic,
         )
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
@@ -132,15 +136,18 @@ class EncoderDecoder(nn.Module):
         ``from_start`` says that the positions are 0 to N - 1, which can save work.
         """
         batch, length = tokens_BxN.shape
-        attention = cached_self_attention(self.config, cache, positions_BxN, from_start=from_start)
+        inputs_of = functools.partial(
+            cached_self_attention, self.config, cache, positions_BxN, from_start=from_start
+        )
+        attention = inputs_of()
+        local = inputs_of(local=True) if self.config.attention_window else None
         cross_mask = jnp.broadcast_to(
             source.mask_BxS[:, None], (batch, length, source.mask_BxS.shape[1])
         )
         source_lengths = jnp.sum(source.mask_BxS, axis=-1, dtype=jnp.int32)[:, None]
         cross = self._cross_attention(cross_mask, positions_BxN, source_lengths)
-        return self.decoder(
-            self.embedder(tokens_BxN), LayerInputs(attention, cross), source.cross_kv, cache
-        )
+        inputs = LayerInputs(attention, cross, local_attention=local)
+        return self.decoder(self.embedder(tokens_BxN), inputs, source.cross_kv, cache)
 
     def _cross_attention(
         self,

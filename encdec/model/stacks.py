@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from encdec.model.attention import Attention, AttentionInputs, KeyValues
 from encdec.model.config import ModelConfig
+from encdec.model.config import Stack as StackName
 from encdec.model.kernels import ATTENTION_INPUTS, CONTEXT, platform
 from encdec.model.layers import MLP_HIDDEN, NORM_FACTOR, Mlp, RMSNorm
 from encdec.model.positions import Rotation
@@ -133,6 +134,7 @@ class Stack(nn.Module):
     config: ModelConfig
     num_layers: int
     cross_attention: bool = False
+    stack: StackName = "decoder"
     block_type = Block
 
     def setup(self) -> None:
@@ -172,7 +174,7 @@ class Stack(nn.Module):
             for index, (layer, layer_kv, layer_cache) in enumerate(
                 zip(self.layers, cross_kv or nothing, cache or nothing, strict=True)
             ):
-                layer_inputs = local if self.config.is_local(index) else inputs
+                layer_inputs = local if self.config.is_local(index, self.stack) else inputs
                 x_BxTxM, layer_cache = layer(x_BxTxM, layer_inputs, layer_kv, layer_cache)
                 caches.append(layer_cache)
             cache = tuple(caches) if cache is not None else None

@@ -89,6 +89,9 @@ MODELS_OF_GRAPHS = MODELS | {
         qk_norm=True,
         final_logit_cap=9.0,
     ),
+    "windowed pair": MODELS["unrolled"].replace(
+        attention_window=4, encoder_global_layers=(0,), local_rope_theta=100.0
+    ),
 }
 # One id less than the models have rows.
 PROMPTS = PromptFormat(ByteVocabulary(4), decoder_start_id=START, max_input_tokens=64)

@@ -61,7 +61,7 @@ def pairs(count=3):
     ]
 
 
-@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
+@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed", "windowed pair"])
 def test_float32_graphs_compute_our_logits(name, content, tmp_path):
     model = export(name, content, tmp_path / "onnx")
     found = quality.measure(model, *pair(name), pairs(), START)

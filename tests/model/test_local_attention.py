@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from encdec.errors import ConfigError
-from encdec.model import ModelConfig, init_cache, preset
+from encdec.model import ModelConfig, build_model, init_cache, preset
 from encdec.model.positions import apply_rope, rope_table
+from tests.model.examples import segment
 from tests.model.test_models import apply, make
 
 LOCAL = preset("test").replace(
@@ -80,6 +81,81 @@ def test_packed_segments_and_cached_decoding_agree_with_the_full_pass():
         np.testing.assert_allclose(np.concatenate(got, 1), alone, rtol=1e-4, atol=1e-5)
 
 
+PAIR = LOCAL.replace(
+    architecture="encoder_decoder",
+    encoder_layers=2,
+    decoder_layers=2,
+    global_layer_every=0,
+    decoder_global_layers=(1,),
+)
+
+
+def test_an_encoder_s_windows_reach_both_ways_and_its_decoder_s_back():
+    """By gradient: two local layers of window 3 reach four tokens either way."""
+    model, params, _ = make(PAIR)
+    length, middle = 11, 5
+    batch = {
+        f"{side}_{name}": value[None]
+        for side in ("encoder", "decoder")
+        for name, value in (
+            ("input_tokens", jnp.arange(length)),
+            ("segment_ids", jnp.ones(length, jnp.int32)),
+            ("positions", jnp.arange(length)),
+        )
+    }
+    source = [batch[f"encoder_{name}"] for name in ("input_tokens", "segment_ids", "positions")]
+    table = params["embedder"]["embedding"]
+
+    def encoded(rows):
+        embedder = {"embedding": table.at[:length].set(rows)}
+        return model.apply({"params": params | {"embedder": embedder}}, *source, method="encode")[
+            0, middle
+        ].sum()
+
+    seen = np.abs(jax.jit(jax.grad(encoded))(table[:length])).sum(-1) > 0
+    assert seen.tolist() == [abs(place - middle) <= 4 for place in range(length)]
+
+    # Layer 0 of the decoder reads a window, layer 1 all: a far token reaches the last place
+    # through layer 1 alone.
+    for listed, reaches in (((1,), True), ((), False)):
+        decoder = build_model(PAIR.replace(decoder_global_layers=listed))
+        other = batch | {"decoder_input_tokens": batch["decoder_input_tokens"].at[0, 0].set(50)}
+        hidden = [apply(decoder, params, x, method="hidden")[0, -1] for x in (batch, other)]
+        assert bool(np.abs(hidden[0] - hidden[1]).max() > 1e-6) == reaches
+
+
+def test_windows_of_an_encoder_decoder_in_packed_rows_and_in_cached_decoding():
+    model, params, batch = make(PAIR)
+    packed = apply(model, params, batch, method="hidden")
+    for number in (1, 2):
+        alone = segment(batch, number)
+        full = apply(model, params, alone, method="hidden")
+        mask = batch["decoder_segment_ids"][0] == number
+        np.testing.assert_allclose(full, packed[:, mask], rtol=1e-4, atol=1e-5)
+        source = apply(
+            model,
+            params,
+            *(alone[f"encoder_{name}"] for name in ("input_tokens", "segment_ids", "positions")),
+            method="source",
+        )
+        tokens, positions = alone["decoder_input_tokens"], alone["decoder_positions"]
+        cache = init_cache(PAIR, 2, tokens.shape[1] + 2)
+        got, start = [], 0
+        for count in [2] + [1] * (tokens.shape[1] - 2):
+            piece = slice(start, start + count)
+            hidden, cache = model.apply(
+                {"params": params},
+                tokens[:, piece],
+                positions[:, piece],
+                cache,
+                source,
+                method="decode_cached",
+            )
+            got.append(hidden)
+            start += count
+        np.testing.assert_allclose(np.concatenate(got, 1), full, rtol=1e-4, atol=1e-5)
+
+
 def test_pairs_are_rotated_each_at_its_own_speed():
     x = np.random.default_rng(0).normal(size=(1, 2, 1, 8)).astype(np.float32)
     positions = np.array([[0, 7]])
@@ -120,6 +196,8 @@ def test_the_configuration_survives_json():
         ({"rope_divisors": (1.0,)}, "expected 4 numbers, one a rotated pair"),
         ({"rope_scaling": "none"}, "none unless rope_scaling is 'per_pair'"),
         ({"attention_window": 0}, "0 without an attention_window"),
+        ({"decoder_global_layers": (0,)}, r"\(\) with global_layer_every=2"),
+        ({"global_layer_every": 0, "decoder_global_layers": (3,)}, "at least 0 and below 3"),
     ],
 )
 def test_settings_at_odds_are_refused(changes, message):
