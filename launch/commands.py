@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from launch.slices import Slices
 
 # Exit codes of `encdec` after which the same command would only fail again: configuration, data,
 # checkpoint, NaN or infinity, storage errors. 75 means that the machine was preempted and
 # everything is saved.
-
 FINAL_CODES = {
     2: "configuration",
     3: "data",
@@ -23,13 +23,31 @@ FINAL_CODES = {
     7: "storage: disk full, quota, permission or read-only",
 }
 PREEMPTED = 75
+BROKEN_PIPE = 141  # as shells report a program that SIGPIPE ended
+
+
+def run_main(main: Callable[[], int]) -> int:
+    """Calls a launcher's ``main``; a reader that has seen enough ends it without a traceback."""
+    try:
+        code = main()
+        sys.stdout.flush()  # a closed pipe shows itself here, not when Python exits
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 class Runner:
-    """Runs commands one by one, or only prints them."""
+    """Runs commands one by one, or only prints them.
 
-    def __init__(self, dry_run: bool = False):
+    Attributes:
+        dry_run: print only.
+        environment: variables of the commands, next to this process's own.
+    """
+
+    def __init__(self, dry_run: bool = False, environment: Mapping[str, str] | None = None):
         self.dry_run = dry_run
+        self.environment = dict(environment or {})
 
     def __call__(
         self, arguments: Sequence[str], *, stdin: str | None = None, quiet: bool = False
@@ -56,6 +74,7 @@ class Runner:
                 capture_output=quiet,
                 check=False,
                 stdin=None if stdin is not None else subprocess.DEVNULL,
+                env=os.environ | self.environment,
             )
         except FileNotFoundError:
             raise SystemExit(f"{arguments[0]} is not installed or not on PATH") from None
@@ -106,9 +125,18 @@ def slices_option(text: str) -> Slices:
 def bucket_option(text: str) -> tuple[str, str]:
     """``BUCKET[=/DIR]`` on a command line: the bucket and where it is mounted."""
     bucket, _, directory = text.removeprefix("gs://").partition("=")
+    bucket = bucket.rstrip("/")
     directory = directory or f"/mnt/{bucket}"
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket) or not directory.startswith("/"):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected BUCKET or BUCKET=/DIR")
+    # https://cloud.google.com/storage/docs/buckets#naming
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        raise argparse.ArgumentTypeError(
+            f"{bucket!r} is not a bucket's name; expected 3 or more lower-case letters, digits, "
+            "dots, hyphens and underscores, with a letter or digit at both ends"
+        )
+    if not directory.startswith("/"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} mounts the bucket at {directory!r}; expected BUCKET or BUCKET=/DIR"
+        )
     return bucket, directory
 
 
@@ -116,4 +144,11 @@ def setting_option(text: str) -> str:
     """``NAME=VALUE`` on a command line."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", text):
         raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=VALUE")
+    return text
+
+
+def passed_option(text: str) -> str:
+    """An option that is handed to a tool as it is: ``--OPTION`` or ``--OPTION=VALUE``."""
+    if not re.fullmatch(r"--[A-Za-z][A-Za-z0-9-]*(=.*)?", text, re.DOTALL):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected --OPTION or --OPTION=VALUE")
     return text

@@ -1,14 +1,14 @@
 """TPUs on Google Kubernetes Engine: a JobSet manifest of our own, or a workload of xpk.
 
-    python -m launch.gke jobset --name=run1 --slice=v5e:16x16 --image=IMAGE --bucket=B=/mnt/B \
-        -- --config=configs/pretrain.py:1b --workdir=/mnt/B/runs/1b ...
-    python -m launch.gke xpk --name=run1 --cluster=C --slice=v5e:16x16 --image=IMAGE \
-        -- --config=configs/pretrain.py:1b --workdir=/mnt/B/runs/1b ...
+    python -m launch.gke jobset --name=run1 --slice=v5e:16x16 --image=IMAGE --bucket=my-bucket \\
+        -- --config=configs/pretrain.py:1b --workdir=/mnt/my-bucket/runs/1b ...
+    python -m launch.gke xpk --name=run1 --cluster=pods --slice=v5e:16x16 --image=IMAGE \\
+        -- --config=configs/pretrain.py:1b --workdir=/mnt/my-bucket/runs/1b ...
 
-``jobset`` prints the manifest with --dry-run and applies it with kubectl without. Preemptions and
-node maintenance restart it without limit, crashes ``--max_restarts`` times, and an error that
-would recur (configuration, data, checkpoint, NaN) ends it. The image contains encdec and
-its configs: launch/Dockerfile.
+``jobset`` prints the manifest with --dry-run and applies it with kubectl without; the cluster needs
+JobSet 0.10 or newer. Preemptions and node maintenance restart it without limit, crashes
+``--max_restarts`` times, and an error that would recur (configuration, data, checkpoint, NaN,
+storage) ends it. The image contains encdec and its configs: launch/Dockerfile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from launch.commands import (
@@ -26,6 +26,7 @@ from launch.commands import (
     PREEMPTED,
     Runner,
     bucket_option,
+    run_main,
     setting_option,
     slices_option,
     train_arguments,
@@ -33,6 +34,7 @@ from launch.commands import (
 from launch.slices import CHIPS, CHIPS_PER_NODE
 
 CONTAINER = "train"
+LEAST_JOBSET = "0.10"  # the first with onJobFailureMessagePatterns
 
 
 def literally(argument: str) -> str:
@@ -50,51 +52,6 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
     https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice.
     """
     slices = options.slice
-    command = ["encdec", "train", *options.train]
-    names = [f"bucket-{number}" for number in range(len(options.bucket))]
-    container = {
-        "name": CONTAINER,
-        "image": options.image,
-        "command": [literally(argument) for argument in command],
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
-        "securityContext": {"privileged": True},  # the TPU's device files
-        "resources": {"limits": {"google.com/tpu": str(min(CHIPS_PER_NODE, slices.chips))}},
-    }
-    if options.env:
-        container["env"] = [
-            {"name": name, "value": literally(value)}
-            for name, value in (setting.split("=", 1) for setting in options.env)
-        ]
-    pod: dict[str, Any] = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": options.grace_seconds,
-        "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": CHIPS[slices.chip].node_label,
-            "cloud.google.com/gke-tpu-topology": slices.topology,
-            **({"cloud.google.com/gke-spot": "true"} if options.spot else {}),
-        },
-        "containers": [container],
-    }
-    if options.service_account:
-        pod["serviceAccountName"] = options.service_account
-    if options.bucket:
-        container["volumeMounts"] = [
-            {"name": name, "mountPath": directory}
-            for name, (_, directory) in zip(names, options.bucket)
-        ]
-        pod["volumes"] = [
-            {
-                "name": name,
-                "csi": {
-                    "driver": "gcsfuse.csi.storage.gke.io",
-                    "volumeAttributes": {"bucketName": bucket, "mountOptions": "implicit-dirs"},
-                },
-            }
-            for name, (bucket, _) in zip(names, options.bucket)
-        ]
-    template: dict[str, Any] = {"spec": pod}
-    if options.bucket:
-        template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
     job = {
         "parallelism": slices.nodes,
         "completions": slices.nodes,
@@ -115,7 +72,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
                 },
             ]
         },
-        "template": template,
+        "template": _pod_template(options),
     }
     final = "|".join(map(str, FINAL_CODES))
     return {
@@ -123,12 +80,14 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "kind": "JobSet",
         "metadata": {
             "name": options.name,
+            **({"labels": {"kueue.x-k8s.io/queue-name": options.queue}} if options.queue else {}),
             # Each slice's pods in their own node pool.
             "annotations": {
                 "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
             },
         },
         "spec": {
+            "ttlSecondsAfterFinished": options.ttl_seconds,
             "failurePolicy": {
                 "maxRestarts": options.max_restarts,
                 "rules": [
@@ -149,6 +108,70 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
                 {"name": "slice", "replicas": slices.count, "template": {"spec": job}}
             ],
         },
+    }
+
+
+def _pod_template(options: argparse.Namespace) -> dict[str, Any]:
+    """One pod for each host: one container with all of its chips."""
+    slices = options.slice
+    container: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": options.image,
+        "command": [literally(argument) for argument in ["encdec", "train", *options.train]],
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+        # The TPU's device files, and a mounted bucket, are root's.
+        "securityContext": {"privileged": True, "runAsUser": 0},
+        "resources": {"limits": {"google.com/tpu": str(min(CHIPS_PER_NODE, slices.chips))}},
+        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
+    }
+    if options.env:
+        container["env"] = [
+            {"name": name, "value": literally(value)}
+            for name, value in (setting.split("=", 1) for setting in options.env)
+        ]
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": options.grace_seconds,
+        # The hosts' own network: no overlay between a step and its collectives over slices.
+        "hostNetwork": True,
+        "dnsPolicy": "ClusterFirstWithHostNet",
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": CHIPS[slices.chip].node_label,
+            "cloud.google.com/gke-tpu-topology": slices.topology,
+            **({"cloud.google.com/gke-spot": "true"} if options.spot else {}),
+        },
+        "tolerations": [{"key": "google.com/tpu", "operator": "Exists"}],
+        "containers": [container],
+        # Processes that read data hand over rows in it; Kubernetes gives 64 MB.
+        "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
+    }
+    if options.service_account:
+        pod["serviceAccountName"] = options.service_account
+    for number, (bucket, directory) in enumerate(options.bucket):
+        name = f"bucket-{number}"
+        container["volumeMounts"].append({"name": name, "mountPath": directory})
+        pod["volumes"].append(
+            {
+                "name": name,
+                "csi": {
+                    "driver": "gcsfuse.csi.storage.gke.io",
+                    "volumeAttributes": {"bucketName": bucket, "mountOptions": "implicit-dirs"},
+                },
+            }
+        )
+    if not options.bucket:
+        return {"spec": pod}
+    processors, memory, storage = options.fuse_limits
+    return {
+        "metadata": {
+            "annotations": {
+                "gke-gcsfuse/volumes": "true",
+                "gke-gcsfuse/cpu-limit": processors,
+                "gke-gcsfuse/memory-limit": memory,
+                "gke-gcsfuse/ephemeral-storage-limit": storage,
+            }
+        },
+        "spec": pod,
     }
 
 
@@ -179,8 +202,9 @@ def _lines(value: Any) -> list[str]:
 
 def xpk_create(options: argparse.Namespace) -> list[str]:
     """``xpk workload create``; buckets are attached to the cluster (``xpk storage attach``)."""
-    # xpk puts the command into a script of bash in a manifest of its own.
-    command = literally(shlex.join(["encdec", "train", *options.train]))
+    # xpk puts the command into a script of bash in a manifest of its own, in a subshell behind `&`
+    # that gets the SIGTERM: `exec` makes that the training in every version of bash.
+    command = literally("exec " + shlex.join(["encdec", "train", *options.train]))
     return [
         "xpk",
         "workload",
@@ -188,17 +212,29 @@ def xpk_create(options: argparse.Namespace) -> list[str]:
         f"--workload={options.name}",
         f"--cluster={options.cluster}",
         *_place(options),
-        f"--tpu-type={options.slice.accelerator_type}",
+        f"--tpu-type={options.slice.xpk_type}",
         f"--num-slices={options.slice.count}",
         f"--docker-image={options.image}",
         f"--max-restarts={options.max_restarts}",
-        # In addition to its own codes, 42 and 127 to 255: killed by a signal.
-        f"--restart-on-exit-codes={PREEMPTED}",
+        # In addition to its own codes, 42 and 127 to 255. Any other ends the workload at once.
+        f"--restart-on-exit-codes={ranges(set(range(1, 127)) - set(FINAL_CODES))}",
+        f"--ttl-seconds-after-finished={options.ttl_seconds}",
         f"--termination-grace-period-seconds={options.grace_seconds}",
         *(f"--env={literally(setting)}" for setting in options.env),
         *(["--spot"] if options.spot else []),
         f"--command={command}",
     ]
+
+
+def ranges(codes: Collection[int]) -> str:
+    """Numbers as ``1,6,8-126``."""
+    parts: list[list[int]] = []
+    for code in sorted(codes):
+        if parts and parts[-1][-1] == code - 1:
+            parts[-1].append(code)
+        else:
+            parts.append([code])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
 def xpk_attach(options: argparse.Namespace) -> list[list[str]]:
@@ -222,6 +258,17 @@ def xpk_attach(options: argparse.Namespace) -> list[list[str]]:
     ]
 
 
+def xpk_delete(options: argparse.Namespace) -> list[str]:
+    return [
+        "xpk",
+        "workload",
+        "delete",
+        f"--workload={options.name}",
+        f"--cluster={options.cluster}",
+        *_place(options),
+    ]
+
+
 def _place(options: argparse.Namespace) -> list[str]:
     return [
         *([f"--project={options.project}"] if options.project else []),
@@ -235,7 +282,7 @@ def pods(options: argparse.Namespace, job: int = 0) -> str:
 
 
 ACTIONS = {
-    "jobset": "apply the manifest (with --dry-run: print it)",
+    "jobset": f"apply the manifest (with --dry-run: print it); JobSet {LEAST_JOBSET} or newer",
     "xpk": "create the workload with xpk",
     "xpk-attach": "mount the buckets in all later workloads of the cluster",
     "status": "state of the JobSet",
@@ -253,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(text, end="")
             return 0
-        return run(["kubectl", "apply", "--filename=-"], stdin=text).returncode
+        # Strictly: a JobSet that does not know a field would otherwise drop it.
+        return run(["kubectl", "apply", "--validate=strict", "--filename=-"], stdin=text).returncode
     actions = {
         "xpk": lambda: [xpk_create(options)],
         "xpk-attach": lambda: xpk_attach(options),
@@ -268,16 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
         ],
         "delete": lambda: [["kubectl", "delete", "jobset", options.name]],
-        "xpk-delete": lambda: [
-            [
-                "xpk",
-                "workload",
-                "delete",
-                f"--workload={options.name}",
-                f"--cluster={options.cluster}",
-                *_place(options),
-            ]
-        ],
+        "xpk-delete": lambda: [xpk_delete(options)],
     }
     return run.all(actions[options.action]())
 
@@ -321,24 +360,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--env", action="append", default=[], type=setting_option, metavar="NAME=VALUE"
     )
-    parser.add_argument("--spot", action="store_true", help="on Spot nodes")
-    parser.add_argument(
-        "--service_account", help="Kubernetes service account with access to the buckets"
-    )
-    parser.add_argument(
-        "--max_restarts",
-        type=int,
-        default=10,
-        metavar="N",
-        help="restarts after crashes (%(default)s); xpk counts preemptions too",
-    )
-    parser.add_argument(
-        "--grace_seconds",
-        type=int,
-        default=120,
-        metavar="S",
-        help="time from SIGTERM to SIGKILL (%(default)s)",
-    )
+    _workload_options(parser)
     parser.add_argument("--cluster", help="xpk: the cluster")
     parser.add_argument("--project", help="xpk: default: gcloud's own")
     parser.add_argument("--zone", help="xpk: default: gcloud's own")
@@ -354,11 +376,66 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in wanted.get(options.action, ("name",)):
         if not getattr(options, name):
             parser.error(f"{options.action} needs --{name}")
+    if options.action == "xpk" and options.bucket:
+        parser.error("--bucket: xpk mounts what is attached to the cluster; see xpk-attach")
+    if options.action == "xpk":
+        for name in ("queue", "service_account", "fuse_limits"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name} is for jobset; xpk sets its own")
+        for setting in options.env:
+            if set('"\\\n') & set(setting):  # it writes them into YAML as they are
+                parser.error(f"--env: xpk cannot pass on the quotes or backslashes of {setting!r}")
     needs_run = options.action in ("jobset", "xpk")
     if needs_run and not train:
         parser.error(f"{options.action} needs the arguments of `encdec train` after `--`")
     options.train = train_arguments(train) if needs_run else []
     return options
+
+
+def _workload_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how long the pods run."""
+    parser.add_argument("--spot", action="store_true", help="on Spot nodes")
+    parser.add_argument(
+        "--service_account", help="jobset: Kubernetes service account with access to the buckets"
+    )
+    parser.add_argument("--queue", help="jobset: Kueue's local queue")
+    parser.add_argument(
+        "--fuse_limits",
+        type=_fuse_limits,
+        default=("4", "8Gi", "32Gi"),
+        metavar="CPU,MEMORY,STORAGE",
+        help="jobset: of each pod's mounts of buckets; a host's files of a checkpoint pass through "
+        "the storage (4,8Gi,32Gi; 0: unlimited, on Standard clusters)",
+    )
+    parser.add_argument(
+        "--max_restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="restarts after crashes (%(default)s); xpk counts preemptions too",
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=int,
+        default=120,
+        metavar="S",
+        help="time from SIGTERM to SIGKILL (%(default)s)",
+    )
+    parser.add_argument(
+        "--ttl_seconds",
+        type=int,
+        default=7 * 24 * 3600,
+        metavar="S",
+        help="what has ended is deleted, with its logs, after this time (%(default)s: a week)",
+    )
+
+
+def _fuse_limits(text: str) -> tuple[str, str, str]:
+    parts = text.split(",")
+    quantity = r"[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?"
+    if len(parts) != 3 or not all(re.fullmatch(quantity, part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected CPU,MEMORY,STORAGE, e.g. 4,8Gi,32Gi")
+    return parts[0], parts[1], parts[2]
 
 
 def _name(text: str) -> str:
@@ -371,4 +448,4 @@ def _name(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

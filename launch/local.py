@@ -24,6 +24,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from launch.commands import run_main
+
 GRACE_SECONDS = 60.0  # time that processes have to save and exit before they are killed
 POLL_SECONDS = 0.1
 
@@ -193,4 +195,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -16,7 +16,7 @@ CHIPS_PER_NODE = 4  # of every machine type below
 @dataclasses.dataclass(frozen=True)
 class _Chip:
     sides: int  # of its topologies
-    type_prefix: str  # of the TPU API's accelerator types; xpk has the same
+    type_prefix: str  # of accelerator types, and the type of gcloud and xpk
     units: int  # units per chip in the accelerator type: TensorCores, or the chip itself
     runtime: str | None  # image of a TPU VM; None: only on GKE
     node_label: str  # cloud.google.com/gke-tpu-accelerator
@@ -30,8 +30,13 @@ CHIPS = {
     ),
     "v5p": _Chip(3, "v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-4t"),
     "v6e": _Chip(2, "v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t"),
-    "tpu7x": _Chip(3, "tpu7x", 1, None, "tpu7x", "tpu7x-standard-4t"),
+    "tpu7x": _Chip(3, "tpu7x", 2, None, "tpu7x", "tpu7x-standard-4t"),
 }
+
+# Slices of three sides up to this size have one shape each; above it sides are multiples of 4.
+_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_LARGEST = 6144  # chips
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,37 @@ class Slices:
 
     @property
     def accelerator_type(self) -> str:
-        """Of one slice, as the TPU API and xpk name it."""
+        """Of one slice, as the TPU API names it: by its size alone, whatever its shape."""
         chip = CHIPS[self.chip]
         return f"{chip.type_prefix}-{self.chips * chip.units}"
+
+    @property
+    def xpk_type(self) -> str:
+        """Of one slice, as xpk names it with its shape (``v5p-4x4x12``)."""
+        return f"{CHIPS[self.chip].type_prefix}-{self.topology}"
+
+    @property
+    def default_shape(self) -> bool:
+        """Whether the accelerator type alone means this shape.
+
+        Of several shapes of one size it means the most compact one, up to the largest v5p slice
+        (https://cloud.google.com/tpu/docs/v5p, https://cloud.google.com/tpu/docs/v6e).
+        """
+        if len(self.sides) == 2:
+            first, second = self.sides
+            return (first, second) in _FLAT
+        if self.sides in _SMALL or any(side % 4 for side in self.sides):
+            return self.sides in _SMALL
+        return self.chips <= _LARGEST and self.sides == _most_compact(self.chips // 64)
+
+
+def _most_compact(cubes: int) -> tuple[int, ...]:
+    """Sides, ascending, of the box of so many cubes of 4x4x4 chips with the least sum of sides."""
+    divisors = [side for side in range(1, cubes + 1) if cubes % side == 0]
+    boxes = [
+        (first, second, cubes // (first * second))
+        for first in divisors
+        for second in divisors
+        if first <= second and cubes % (first * second) == 0 and second <= cubes // (first * second)
+    ]
+    return tuple(4 * side for side in min(boxes, key=sum))

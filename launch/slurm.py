@@ -1,27 +1,39 @@
 """GPU nodes under Slurm: one process per GPU; and ladders of runs as array jobs.
 
-    python -m launch.slurm train --nodes=2 --gpus_per_node=8 --time=24:00:00 \
+    python -m launch.slurm train --nodes=2 --gpus_per_node=8 --time=24:00:00 \\
         -- --config=configs/pretrain.py:1b --workdir=/shared/runs/1b ...
-    python -m launch.slurm ladder --runs=72 --at_once=8 --time=12:00:00 \
+    python -m launch.slurm ladder --runs=72 --at_once=8 --time=12:00:00 \\
         -- --ladder=configs/scaling.py:paper --workdir=/shared/ladder ...
 
 Both print the batch script with --dry-run and give it to sbatch without. Two minutes before the
 time limit, and when Slurm preempts the job, training saves and exits with 75; the script then
-requeues the job. After crashes it does so ``--max_restarts`` times; after an error that would
-recur (configuration, data, checkpoint, NaN) it does not.
+requeues the job. After crashes it does so ``--max_restarts`` times, which it counts in a file next
+to the output; after an error that would recur (configuration, data, checkpoint, NaN, storage) it
+does not. CPU nodes, and nodes whose GPUs Slurm does not know: --gpus_per_node=0 --tasks_per_node=N.
 """
 
 from __future__ import annotations
 
 import argparse
+import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
 
-from launch.commands import FINAL_CODES, PREEMPTED, Runner, setting_option, train_arguments
+from launch.commands import (
+    FINAL_CODES,
+    PREEMPTED,
+    Runner,
+    passed_option,
+    run_main,
+    setting_option,
+    train_arguments,
+)
 
 # `encdec scaling run` ended with some failed runs: recorded, the next call tries them again.
 RUNS_FAILED = 6
+# How srun reports a task that ended by itself.
+ENDED = "^srun: error: .*: Exited with exit code [0-9]*$"
 
 
 def script(options: argparse.Namespace) -> str:
@@ -30,29 +42,83 @@ def script(options: argparse.Namespace) -> str:
     if ladder:
         command = shlex.join([*options.encdec, "scaling", "run", *options.arguments])
         command += ' --index="$SLURM_ARRAY_TASK_ID"'
-        job = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'
+        job = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    else:
+        command = shlex.join([*options.encdec, "train", *options.arguments])
+        job = "$SLURM_JOB_ID"
+    final = [*FINAL_CODES, *([RUNS_FAILED] if ladder else [])]
+    exports = [
+        f"export {name}={shlex.quote(value)}"
+        for name, value in (setting.split("=", 1) for setting in options.env)
+    ]
+    lines = [
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH {header}" for header in _headers(options)),
+        "set -uo pipefail",
+        # Next to the output, as Slurm names that: relative to where sbatch was called.
+        f"crashes={shlex.quote(options.logs + '/' + options.name + '-')}{job}.crashes",
+        '[[ $crashes == /* ]] || crashes="$PWD/$crashes"',
+        f"cd {shlex.quote(options.directory)} || exit 2",
+        *exports,
+        "ends=$(mktemp) || exit 1",
+        "trap 'rm -f \"$ends\"' EXIT",
+        "# How each task ended is read from srun's report: srun itself ends with the largest code,",
+        "# which may be that of tasks it killed. Ignoring SIGTERM, the reader outlives the tasks.",
+        "read_ends() (",
+        "  trap '' TERM",
+        f"  exec sed -u -e '/{ENDED}/{{w '\"$ends\" -e 'd' -e '}}' >&2",
+        ")",
+        "code=0",
+        f"{{ srun {shlex.join(_srun(options))} {command} 2>&1 >&3 | read_ends; }} 3>&1 || code=$?",
+        "# The code that explains the others: an error that would recur, else a planned end.",
+        f"for explaining in {' '.join(map(str, [*final, PREEMPTED]))}; do",
+        '  if grep -q "exit code $explaining\\$" "$ends"; then',
+        "    code=$explaining",
+        "    break",
+        "  fi",
+        "done",
+        "case $code in",
+        "0) ;;",
+        f"{'|'.join(map(str, final))})",
+        '  echo "exit code $code: it would fail again" >&2',
+        "  ;;",
+        f"{PREEMPTED})",
+        '  echo "everything is saved; requeued"',
+        f'  scontrol requeue "{job}" && exit 0',
+        "  ;;",
+        "*)",
+        '  cat "$ends" >&2',
+        '  echo "$(date) exit code $code" >>"$crashes"',
+        f'  if (( $(wc -l <"$crashes") <= {options.max_restarts} )); then',
+        f'    scontrol requeue "{job}" && exit 0',
+        "  fi",
+        "  ;;",
+        "esac",
+        'exit "$code"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _headers(options: argparse.Namespace) -> list[str]:
+    """What is asked of sbatch."""
+    if options.action == "ladder":
         output = f"{options.logs}/%x-%A_%a.log"
         shape = [
             "--nodes=1",
             "--ntasks-per-node=1",
-            f"--gpus-per-node={options.gpus_per_node}",
             f"--array=0-{options.runs - 1}%{options.at_once}",
         ]
     else:
-        command = shlex.join([*options.encdec, "train", *options.arguments])
-        job = '"$SLURM_JOB_ID"'
         output = f"{options.logs}/%x-%j.log"
-        # One task per GPU: each uses the GPU of its local rank. All GPUs have to be visible to
-        # every task, so they are requested per node and not per task.
-        shape = [
-            f"--nodes={options.nodes}",
-            f"--ntasks-per-node={options.gpus_per_node}",
-            f"--gpus-per-node={options.gpus_per_node}",
-        ]
-    headers = [
+        # With GPUs one task for each: it uses the GPU of its local rank. All GPUs have to be
+        # visible to every task, so they are requested per node and not per task.
+        shape = [f"--nodes={options.nodes}", f"--ntasks-per-node={options.tasks_per_node}"]
+    return [
         f"--job-name={options.name}",
         *shape,
+        *([f"--gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []),
         *([f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []),
+        *([f"--mem={options.memory}"] if options.memory else []),
         f"--time={options.time}",
         *([f"--partition={options.partition}"] if options.partition else []),
         *([f"--account={options.account}"] if options.account else []),
@@ -63,33 +129,26 @@ def script(options: argparse.Namespace) -> str:
         f"--output={output}",
         *options.sbatch,
     ]
-    final = "|".join(map(str, [*FINAL_CODES, *([RUNS_FAILED] if ladder else [])]))
-    exports = [
-        f"export {name}={shlex.quote(value)}"
-        for name, value in (setting.split("=", 1) for setting in options.env)
+
+
+def _srun(options: argparse.Namespace) -> list[str]:
+    """Options of srun."""
+    return [
+        # A failed process ends the others, which would otherwise wait for it forever, but not at
+        # once: after a signal each process ends when it has saved, and none before the others.
+        "--kill-on-bad-exit=0",
+        f"--wait={options.grace_seconds}",
+        "--label",
+        # Since Slurm 22.05 srun does not take this over from sbatch.
+        *([f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []),
+        *([f"--container-image={options.container}"] if options.container else []),
+        *(
+            [f"--container-mounts={','.join(options.container_mount)}"]
+            if options.container_mount
+            else []
+        ),
+        *options.srun,
     ]
-    lines = [
-        "#!/usr/bin/env bash",
-        *(f"#SBATCH {header}" for header in headers),
-        "set -uo pipefail",
-        f"cd {shlex.quote(options.directory)} || exit 2",
-        *exports,
-        "code=0",
-        "# A failed process ends the others, which would otherwise wait for it forever.",
-        f"srun --kill-on-bad-exit=1 --label {command} || code=$?",
-        "case $code in",
-        "0) ;;",
-        f'{final}) echo "exit code $code: it would fail again" ;;',
-        f"{PREEMPTED}) scontrol requeue {job} && exit 0 ;;",
-        "*)",
-        f"  if (( ${{SLURM_RESTART_COUNT:-0}} < {options.max_restarts} )); then",
-        f"    scontrol requeue {job} && exit 0",
-        "  fi",
-        "  ;;",
-        "esac",
-        'exit "$code"',
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +180,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="train: one process per GPU; ladder: GPUs of each run (%(default)s)",
+        help="train: one process per GPU; ladder: GPUs of each run; 0: request none (%(default)s)",
+    )
+    parser.add_argument(
+        "--tasks_per_node", type=int, metavar="N", help="train: processes, if not one per GPU"
     )
     parser.add_argument(
         "--runs",
@@ -134,6 +196,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cpus_per_task", type=int, metavar="N")
     parser.add_argument(
+        "--memory", metavar="SIZE", help="of each node, e.g. 200G; 0: all (default: the cluster's)"
+    )
+    parser.add_argument(
         "--time",
         required=True,
         help="time limit, e.g. 24:00:00; when it ends the job continues in another one",
@@ -144,8 +209,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sbatch",
         action="append",
         default=[],
+        type=passed_option,
         metavar="--OPTION=VALUE",
         help="any other option of sbatch (may be repeated)",
+    )
+    parser.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        type=passed_option,
+        metavar="--OPTION=VALUE",
+        help="any other option of srun (may be repeated)",
+    )
+    parser.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="run in this image, by pyxis: a squashfs file or REGISTRY#IMAGE:TAG",
+    )
+    parser.add_argument(
+        "--container_mount",
+        action="append",
+        default=[],
+        type=_mount,
+        metavar="/DIR[:/DIR[:FLAGS]]",
+        help="directory of the hosts inside the container (may be repeated)",
     )
     parser.add_argument(
         "--env", action="append", default=[], type=setting_option, metavar="NAME=VALUE"
@@ -181,9 +268,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script")
     options = parser.parse_args(own)
-    for name in ("nodes", "gpus_per_node", "at_once", "grace_seconds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; expected 1 or more")
+    for name, least in {"nodes": 1, "gpus_per_node": 0, "at_once": 1, "grace_seconds": 1}.items():
+        if getattr(options, name) < least:
+            parser.error(f"--{name} is {getattr(options, name)}; expected {least} or more")
+    elsewhere = ("nodes", "tasks_per_node") if options.action == "ladder" else ("runs", "at_once")
+    for name in elsewhere:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name} is not an option of `{options.action}`")
+    if options.tasks_per_node is None:
+        options.tasks_per_node = options.gpus_per_node or 1
+    if options.tasks_per_node < 1:
+        parser.error(f"--tasks_per_node is {options.tasks_per_node}; expected 1 or more")
+    if options.container_mount and not options.container:
+        parser.error("--container_mount needs --container")
     if not given:
         parser.error("expected the command's arguments after `--`")
     if options.action == "ladder":
@@ -192,10 +289,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options.arguments = train_arguments(given)[:-1]  # each run is one process
     else:
         options.arguments = train_arguments(given)
-        if options.nodes * options.gpus_per_node == 1:
+        if options.nodes * options.tasks_per_node == 1:
             options.arguments.remove("--distributed")
+    if options.container:
+        _check_mounted(parser, options)
     return options
 
 
+def _mount(text: str) -> str:
+    """``/DIR[:/DIR[:FLAGS]]``, with both sides as pyxis wants them."""
+    parts = text.split(":")
+    if len(parts) > 3 or not all(part.startswith("/") for part in parts[:2]) or "," in text:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected /DIR, /DIR:/DIR or /DIR:/DIR:FLAGS")
+    return text if len(parts) > 1 else f"{text}:{text}"
+
+
+def _check_mounted(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """A work directory that is not mounted would be lost with the container."""
+    workdir = [a.split("=", 1)[1] for a in options.arguments if a.startswith("--workdir=")][-1]
+    mounted = [pathlib.PurePosixPath(mount.split(":")[1]) for mount in options.container_mount]
+    if not any(pathlib.PurePosixPath(workdir).is_relative_to(place) for place in mounted):
+        parser.error(
+            f"--workdir={workdir} is not mounted in the container and would be lost with it; "
+            "expected a --container_mount that holds it"
+        )
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

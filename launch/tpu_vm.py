@@ -1,16 +1,20 @@
 """Cloud TPU VMs by queued resources: requested, set up, trained on, resumed after preemption.
 
-    python -m launch.tpu_vm babysit --name=run1 --project=P --zone=Z --slice=v5e:16x16 --spot \
-        --bucket=B=/mnt/B -- --config=configs/pretrain.py:1b --workdir=/mnt/B/runs/1b ...
+    python -m launch.tpu_vm babysit --name=run1 --zone=us-west4-a --slice=v5e:16x16 --spot \\
+        --bucket=my-bucket -- --config=configs/pretrain.py:1b --workdir=/mnt/my-bucket/runs/1b ...
 
 ``babysit`` does everything and continues after preemptions until the run is done; the other actions
 are its single steps. Ctrl-C leaves everything as it is, and the same command resumes. The hosts run
 launch/worker.sh.
+
+Without external addresses (--internal_ips) hosts are reached through IAP (--tunnel_through_iap), or
+directly from a machine in their network; they install encdec through Cloud NAT.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
 import re
 import shlex
@@ -18,10 +22,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from launch import ssh
 from launch.babysit import Action, Decision, Limits, Memory, Seen, decide
-from launch.commands import Runner, bucket_option, setting_option, slices_option, train_arguments
+from launch.commands import (
+    Runner,
+    bucket_option,
+    passed_option,
+    run_main,
+    setting_option,
+    slices_option,
+    train_arguments,
+)
 from launch.slices import CHIPS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,9 +42,18 @@ WORKER = ROOT / "launch" / "worker.sh"
 TARBALL = "encdec.tar.gz"
 POLL_SECONDS = 60.0
 
-GCLOUD = ("gcloud", "compute", "tpus", "queued-resources")
+COMMAND = ("compute", "tpus", "queued-resources")
+GCLOUD = ("gcloud", *COMMAND)
 # One SSH connection to each host of each slice.
 EVERYWHERE = ("--node=all", "--worker=all")
+# Nobody may be there to answer a question, and a host that is taken away does not close its
+# connections: both would hold up the babysitter for ever.
+SSH_OPTIONS = (
+    "-oBatchMode=yes",
+    "-oConnectTimeout=30",
+    "-oServerAliveInterval=15",
+    "-oServerAliveCountMax=4",
+)
 _STATE = re.compile(r"^encdec-state: (absent|running|exited [0-9]+)\s*$", re.MULTILINE)
 
 
@@ -49,18 +71,30 @@ class Pod:
     def create(self) -> list[str]:
         options, slices = self._options, self._options.slice
         chip = CHIPS[slices.chip]
-        if len(slices.sides) == 3:
-            # The accelerator type alone does not determine a three-dimensional slice's shape.
-            shape = [f"--type={chip.type_prefix}", f"--topology={slices.topology}"]
-        else:
-            shape = [f"--accelerator-type={slices.accelerator_type}"]
+        # gcloud's released command knows --type=v4 only; the accelerator type alone stands for the
+        # default shape of its size.
+        by_type = slices.chip == "v4" or not slices.default_shape
+        alpha = bool(options.alpha or options.reservation or (by_type and slices.chip != "v4"))
+        shape = (
+            [f"--type={chip.type_prefix}", f"--topology={slices.topology}"]
+            if by_type
+            else [f"--accelerator-type={slices.accelerator_type}"]
+        )
         nodes = (
             [f"--node-id={self._name}"]
             if slices.count == 1
             else [f"--node-count={slices.count}", f"--node-prefix={self._name}"]
         )
+        given = {
+            "--reservation": options.reservation,
+            "--valid-until-duration": options.valid_for,
+            "--service-account": options.service_account,
+            "--network": options.network,
+            "--subnetwork": options.subnetwork,
+            "--labels": options.labels,
+        }
         return [
-            *GCLOUD,
+            *(["gcloud", "alpha", *COMMAND] if alpha else GCLOUD),
             "create",
             self._name,
             *self._place,
@@ -68,12 +102,14 @@ class Pod:
             *nodes,
             f"--runtime-version={options.runtime or chip.runtime}",
             *(["--spot"] if options.spot else []),
+            # The alpha command asks for standard capacity next to --spot unless it is told so.
+            *(["--provisioning-model=spot"] if options.spot and alpha else []),
             *(["--reserved"] if options.reserved else []),
-            *([f"--valid-until-duration={options.valid_for}"] if options.valid_for else []),
-            *([f"--service-account={options.service_account}"] if options.service_account else []),
+            *(f"{name}={value}" for name, value in given.items() if value),
+            *(["--internal-ips"] if options.internal_ips else []),
             # The hosts' own account reads and writes the buckets.
             "--scopes=https://www.googleapis.com/auth/cloud-platform",
-            *([f"--network={options.network}"] if options.network else []),
+            *options.gcloud,
         ]
 
     def describe(self) -> list[str]:
@@ -86,7 +122,18 @@ class Pod:
         return [*GCLOUD, "delete", self._name, *self._place, "--force", "--quiet"]
 
     def copy(self, tarball: str) -> list[str]:
-        return [*GCLOUD, "scp", tarball, str(WORKER), f"{self._name}:", *self._place, *EVERYWHERE]
+        return [
+            *GCLOUD,
+            "scp",
+            tarball,
+            str(WORKER),
+            f"{self._name}:",
+            *self._place,
+            *EVERYWHERE,
+            *self._route,
+            *(f"--scp-flag={option}" for option in SSH_OPTIONS),
+            *self._options.gcloud_ssh,
+        ]
 
     def on_workers(self, *arguments: str, where: Sequence[str] = EVERYWHERE) -> list[str]:
         """``worker.sh ARGUMENTS`` on the hosts; quoted for the shell there."""
@@ -95,7 +142,26 @@ class Pod:
             if self._options.env
             else ["bash", "worker.sh", *arguments]
         )
-        return [*GCLOUD, "ssh", self._name, *self._place, *where, f"--command={command}"]
+        return [
+            *GCLOUD,
+            "ssh",
+            self._name,
+            *self._place,
+            *where,
+            *self._route,
+            *(f"--ssh-flag={option}" for option in SSH_OPTIONS),
+            *self._options.gcloud_ssh,
+            f"--command={command}",
+        ]
+
+    @property
+    def _route(self) -> list[str]:
+        """How hosts are reached, and with which key."""
+        options = self._options
+        key = [f"--ssh-key-file={options.ssh_key}"] if options.ssh_key else []
+        if options.tunnel_through_iap:
+            return ["--tunnel-through-iap", *key]
+        return [*(["--internal-ip"] if options.internal_ips else []), *key]
 
     def set_up(self, tarball: str) -> list[list[str]]:
         return [
@@ -182,7 +248,8 @@ def babysit(
                 run(pod.delete())
             return decision.code
         if act(pod, run, decision) and decision.action in (Action.SET_UP, Action.START):
-            memory = Memory(ready=decision.action is Action.START, crashes=before.crashes + 1)
+            # Set up again: gcloud reports success where it could not reach a single host.
+            memory = Memory(crashes=before.crashes + 1)
             if memory.crashes > limits.crashes:
                 print(
                     f"could not {decision.action.value} {memory.crashes} times in a row", flush=True
@@ -191,11 +258,27 @@ def babysit(
         time.sleep(poll_seconds)
 
 
+@contextlib.contextmanager
+def login(options: argparse.Namespace) -> Iterator[Runner]:
+    """Runs commands with a key that exists and that an agent holds, where they need one."""
+    if options.dry_run or options.action not in WITH_SSH:
+        yield Runner(options.dry_run)
+        return
+    key = (options.ssh_key or ssh.KEY).expanduser()
+    ssh.make_key(key)
+    with ssh.agent(key) as environment:
+        yield Runner(environment=environment)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
-    pod, run = Pod(options), Runner(options.dry_run)
-    hosts = options.slice.vms * options.slice.count
-    if options.action == "babysit" and not options.dry_run:
+    pod = Pod(options)
+    with login(options) as run:
+        if options.action != "babysit":
+            return step(pod, run, options)
+        if options.dry_run:
+            return show(pod, run)
+        hosts = options.slice.vms * options.slice.count
         try:
             return babysit(
                 pod, run, hosts, poll_seconds=options.poll_seconds, delete=options.delete
@@ -203,21 +286,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("left as it is; the same command resumes", file=sys.stderr)
             return 130
-    if options.action == "babysit":
-        print("# If the slice does not exist:")
-        run(pod.create())
-        print("# Until it is ACTIVE, at every poll:")
-        run(pod.describe())
-        print("# Once on each new slice:")
-        set_up(pod, run)
-        print("# First, and again after a preemption or a crash:")
-        run.all(pod.start())
-        print("# At every poll while it is ACTIVE:")
-        run(pod.on_workers("state"))
-        print("# When it is SUSPENDED or FAILED, before it is requested again:")
-        return run(pod.delete()).returncode
+
+
+def show(pod: Pod, run: Runner) -> int:
+    """Prints all commands of the babysitter."""
+    print("# If the slice does not exist:")
+    run(pod.create())
+    print("# Until it is ACTIVE, at every poll:")
+    run(pod.describe())
+    print("# Once on each new slice:")
+    set_up(pod, run)
+    print("# First, and again after a preemption or a crash:")
+    run.all(pod.start())
+    print("# At every poll while it is ACTIVE:")
+    run(pod.on_workers("state"))
+    print("# When it is SUSPENDED or FAILED, before it is requested again:")
+    return run(pod.delete()).returncode
+
+
+def step(pod: Pod, run: Runner, options: argparse.Namespace) -> int:
+    """One of the single steps."""
     if options.action == "wait":
         return _wait(pod, run, options.poll_seconds)
+    if options.action == "setup":
+        return set_up(pod, run)
     actions = {
         "create": lambda: [pod.create()],
         "status": lambda: [pod.status()],
@@ -233,8 +325,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         "delete": lambda: [pod.delete()],
     }
-    if options.action == "setup":
-        return set_up(pod, run)
     return run.all(actions[options.action]())
 
 
@@ -263,6 +353,10 @@ ACTIONS = {
     "status": "Google Cloud's description of the slice",
     "delete": "delete the slice",
 }
+
+
+# Actions that log in to hosts.
+WITH_SSH = ("babysit", "setup", "run", "state", "stop", "logs")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -295,19 +389,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="CHIP:SIDES",
         help="v4, v5e, v5p or v6e, e.g. v5e:16x16, or v5e:16x16*2 for two slices",
     )
-    capacity = parser.add_mutually_exclusive_group()
-    capacity.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
-    capacity.add_argument("--reserved", action="store_true", help="use a reservation")
-    parser.add_argument(
-        "--valid_for",
-        metavar="DURATION",
-        help="how long the request is valid, e.g. 6h (default: unlimited)",
-    )
-    parser.add_argument("--runtime", help="image of the hosts (default: the chip's)")
-    parser.add_argument("--network", help="default: the project's")
-    parser.add_argument(
-        "--service_account", help="service account of the hosts (default: Compute Engine's)"
-    )
+    _request_options(parser)
+    _login_options(parser)
     parser.add_argument(
         "--bucket",
         action="append",
@@ -350,5 +433,62 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _request_options(parser: argparse.ArgumentParser) -> None:
+    """What is requested of Google Cloud."""
+    group = parser.add_argument_group("the request")
+    capacity = group.add_mutually_exclusive_group()
+    capacity.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
+    capacity.add_argument("--reserved", action="store_true", help="use any reservation")
+    capacity.add_argument(
+        "--reservation", metavar="NAME", help="use this reservation (by gcloud's alpha command)"
+    )
+    group.add_argument(
+        "--valid_for",
+        metavar="DURATION",
+        help="how long the request is valid, e.g. 6h (default: unlimited)",
+    )
+    group.add_argument("--runtime", help="image of the hosts (default: the chip's)")
+    group.add_argument("--network", help="default: the project's")
+    group.add_argument("--subnetwork", help="default: the network's of the same name")
+    group.add_argument(
+        "--internal_ips", action="store_true", help="hosts without external addresses"
+    )
+    group.add_argument("--labels", metavar="KEY=VALUE,...", help="labels of the nodes")
+    group.add_argument(
+        "--service_account", help="service account of the hosts (default: Compute Engine's)"
+    )
+    group.add_argument("--alpha", action="store_true", help="request by gcloud's alpha command")
+    group.add_argument(
+        "--gcloud",
+        action="append",
+        default=[],
+        type=passed_option,
+        metavar="--OPTION=VALUE",
+        help="any other option of `queued-resources create` (may be repeated)",
+    )
+
+
+def _login_options(parser: argparse.ArgumentParser) -> None:
+    """How hosts are logged in to."""
+    group = parser.add_argument_group("login to the hosts")
+    group.add_argument(
+        "--tunnel_through_iap", action="store_true", help="through Identity-Aware Proxy"
+    )
+    group.add_argument(
+        "--ssh_key",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"private key, made if it is missing (default: {ssh.KEY})",
+    )
+    group.add_argument(
+        "--gcloud_ssh",
+        action="append",
+        default=[],
+        type=passed_option,
+        metavar="--OPTION=VALUE",
+        help="any other option of `queued-resources ssh` and `scp` (may be repeated)",
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -33,6 +33,7 @@ def manifest(*more: str, train=TRAIN) -> dict:
                 "--bucket=my-bucket",
                 "--spot",
                 "--service_account=trainer",
+                "--queue=research",
                 "--env=JAX_COMPILATION_CACHE_DIR=/mnt/my-bucket/cache",
             ],
         ),
@@ -101,12 +102,12 @@ def test_xpks_script_reads_the_arguments_back():
     command = gke.xpk_create(gke.parse(["xpk", *BASE, "--cluster=c", "--", *train]))[-1]
     script = expanded(command.removeprefix("--command="))
     read = subprocess.run(
-        ["bash", "-c", "encdec() { printf '%s\\0' \"$@\"; }; " + script],
+        ["bash", "-c", "encdec() { printf '%s\\0' \"$@\"; }; " + script.removeprefix("exec ")],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split("\0")[:-1]
-    assert read == ["train", *train, "--distributed"] == shlex.split(script)[1:]
+    assert read == ["train", *train, "--distributed"] == shlex.split(script)[2:]
 
 
 def action_for(content: dict, message: str, reason: str = "PodFailurePolicy") -> str:
@@ -156,13 +157,43 @@ def test_shapes():
         ("v5e:2x2", 1, "4", "tpu-v5-lite-podslice"),
         ("v5p:4x4x4", 16, "4", "tpu-v5p-slice"),
         ("v6e:1x1", 1, "1", "tpu-v6e-slice"),
+        ("tpu7x:2x2x2", 2, "4", "tpu7x"),
     ):
         options = gke.parse(["jobset", "--name=a", f"--slice={text}", "--image=i", "--", *TRAIN])
         job = gke.manifest(options)["spec"]["replicatedJobs"][0]["template"]["spec"]
         pod = job["template"]["spec"]
         assert job["parallelism"] == job["completions"] == hosts
-        assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
+        (container,) = pod["containers"]  # one for each host, with all of its chips
+        assert container["resources"]["limits"] == {"google.com/tpu": chips}
         assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == label
+
+
+def template(*more: str) -> dict:
+    return manifest(*more)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+
+
+def test_a_checkpoint_fits_through_the_mount():
+    """A sidecar's own limits, 256 MiB and 5 GiB, end it under a checkpoint of 12 GB."""
+    limits = lambda *more: {
+        name.removeprefix("gke-gcsfuse/"): value
+        for name, value in template("--bucket=my-bucket", *more)["metadata"]["annotations"].items()
+    }
+    assert limits() == {
+        "volumes": "true",
+        "cpu-limit": "4",
+        "memory-limit": "8Gi",
+        "ephemeral-storage-limit": "32Gi",
+    }
+    given = limits("--fuse_limits=500m,1.5Gi,0")
+    assert given["cpu-limit"] == "500m" and given["ephemeral-storage-limit"] == "0"
+    assert "metadata" not in template()
+
+
+def test_time_to_live_and_queue():
+    content = manifest("--queue=research", "--ttl_seconds=60")
+    assert content["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "research"}
+    assert content["spec"]["ttlSecondsAfterFinished"] == 60
+    assert "labels" not in manifest()["metadata"]
 
 
 def test_it_is_given_to_kubectl(tmp_path, monkeypatch):
@@ -170,7 +201,7 @@ def test_it_is_given_to_kubectl(tmp_path, monkeypatch):
     fake.write_text(
         f"#!{sys.executable}\nimport pathlib, sys\n"
         f"pathlib.Path({str(tmp_path / 'got')!r}).write_text(sys.stdin.read())\n"
-        "sys.exit(0 if sys.argv[1:] == ['apply', '--filename=-'] else 9)\n"
+        "sys.exit(0 if sys.argv[1:] == ['apply', '--validate=strict', '--filename=-'] else 9)\n"
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -185,6 +216,13 @@ def test_it_is_given_to_kubectl(tmp_path, monkeypatch):
         (["jobset", "--name=a", "--slice=v5e:4x4", "--", *TRAIN], "needs --image"),
         (["xpk", *BASE, "--", *TRAIN], "needs --cluster"),
         (["jobset", *BASE], "arguments of `encdec train`"),
+        (["jobset", *BASE, "--fuse_limits=4,8Gi", "--", *TRAIN], "expected CPU,MEMORY,STORAGE"),
+        (["xpk", *BASE, "--cluster=c", "--bucket=my-bucket", "--", *TRAIN], "xpk-attach"),
+        (["xpk", *BASE, "--cluster=c", "--queue=q", "--", *TRAIN], "--queue is for jobset"),
+        (
+            ["xpk", *BASE, "--cluster=c", '--env=A="b"', "--", *TRAIN],
+            "xpk cannot pass on the quotes",
+        ),
     ],
 )
 def test_mistakes_are_refused(arguments, words, capsys):

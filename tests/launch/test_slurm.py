@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import sys
 import pytest
 
 from launch import slurm
+from launch.commands import FINAL_CODES
 from tests.launch.golden import AWKWARD, check_golden
 
 TRAIN = ["--config=configs/pretrain.py:1b", "--workdir=/shared/runs/1b"]
@@ -35,6 +37,7 @@ LADDER = [
                 "--account=abc",
                 "--partition=gpu",
                 "--cpus_per_task=12",
+                "--memory=0",
                 "--env=NCCL_DEBUG=WARN",
                 "--sbatch=--constraint=h100",
                 "--encdec=/shared/venv/bin/encdec",
@@ -76,7 +79,10 @@ def cluster(tmp_path, monkeypatch):
         "with open(os.environ['FAKE_LOG'], 'a') as file:\n"
         "    file.write(json.dumps(sys.argv) + '\\n')\n"
     )
-    for name, end in (("srun", "sys.exit(int(os.environ['FAKE_CODE']))"), ("scontrol", "")):
+    srun = (
+        "sys.stderr.write(os.environ.get('FAKE_ENDS', ''))\nsys.exit(int(os.environ['FAKE_CODE']))"
+    )
+    for name, end in (("srun", srun), ("scontrol", "")):
         path = programs / name
         path.write_text(f"#!{sys.executable}\n{record}{end}\n")
         path.chmod(0o755)
@@ -91,6 +97,7 @@ def cluster(tmp_path, monkeypatch):
             input=text,
             text=True,
             capture_output=True,
+            cwd=tmp_path,
             env=os.environ
             | {"FAKE_CODE": str(code), "FAKE_LOG": str(log), "SLURM_JOB_ID": "7"}
             | environment,
@@ -105,7 +112,8 @@ def test_arguments_arrive_unchanged(cluster):
     done, srun, _ = cluster(["train", "--nodes=2", "--time=1:00:00", "--", *TRAIN, *AWKWARD], 0)
     assert done.returncode == 0, done.stderr
     assert srun == [
-        "--kill-on-bad-exit=1",
+        "--kill-on-bad-exit=0",
+        "--wait=120",
         "--label",
         "encdec",
         "train",
@@ -116,34 +124,68 @@ def test_arguments_arrive_unchanged(cluster):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("code", [0, *FINAL_CODES])
+def test_an_end_that_would_recur_is_final(cluster, code):
+    done, _, scontrol = cluster(["train", "--time=1:00:00", "--", *TRAIN], code)
+    assert scontrol == [] and done.returncode == code
+
+
+def test_a_planned_end_is_resumed_without_limit_and_a_crash_a_few_times(cluster, tmp_path):
+    arguments = ["train", "--time=1:00:00", "--max_restarts=2", "--", *TRAIN]
+    for code, requeued in ((75, 1), (137, 1), (1, 1), (134, 0), (75, 1)):
+        done, _, scontrol = cluster(arguments, code, SLURM_RESTART_COUNT="999")
+        assert scontrol == [["requeue", "7"]] * requeued
+        assert done.returncode == (0 if requeued else code)
+    assert len((tmp_path / "encdec-7.crashes").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
-    "code, restarts, requeued",
+    "codes, srun, said",
     [
-        (0, 0, False),
-        (2, 0, False),
-        (3, 0, False),
-        (4, 0, False),
-        (5, 0, False),
-        (75, 0, True),
-        (75, 999, True),
-        (137, 0, True),
-        (137, 10, False),
-        (1, 3, True),
+        ([5], 137, "exit code 5: it would fail again"),  # and the others were killed
+        ([75, 3], 75, "exit code 3: it would fail again"),
+        ([75, 75], 137, "everything is saved"),
     ],
 )
-def test_exit_codes(cluster, code, restarts, requeued):
+def test_the_code_that_explains_the_others_decides(cluster, codes, srun, said):
+    ends = [f"srun: error: n{i}: task {i}: Exited with exit code {c}" for i, c in enumerate(codes)]
+    kept = "srun: error: n9: tasks 8-9: Killed"
     done, _, scontrol = cluster(
-        ["train", "--time=1:00:00", "--", *TRAIN], code, SLURM_RESTART_COUNT=str(restarts)
+        ["train", "--nodes=2", "--time=1:00:00", "--", *TRAIN],
+        srun,
+        FAKE_ENDS="\n".join([*ends, kept]) + "\n",
     )
-    assert scontrol == ([["requeue", "7"]] if requeued else [])
-    assert done.returncode == (0 if requeued else code)
+    assert bool(scontrol) == (said == "everything is saved")
+    assert said in done.stdout + done.stderr
+    # Said once, not once for each task; all else that srun says stays.
+    assert "Exited with" not in done.stderr and kept in done.stderr
+
+
+def test_what_is_asked_of_the_cluster():
+    def lines(*more, action="train", given=TRAIN):
+        text = slurm.script(slurm.parse([action, "--time=1", *more, "--", *given]))
+        return text, next(line for line in text.splitlines() if line.startswith("{ srun"))
+
+    text, _ = lines("--gpus_per_node=0", "--tasks_per_node=4", "--memory=200G")
+    assert "gpus" not in text and "#SBATCH --ntasks-per-node=4\n" in text
+    assert "#SBATCH --mem=200G\n" in text and "--distributed" in text
+    text, _ = lines("--runs=3", "--gpus_per_node=0", action="ladder", given=LADDER)
+    assert "gpus" not in text and "#SBATCH --ntasks-per-node=1\n" in text
+    text, srun = lines("--cpus_per_task=6", "--srun=--cpu-bind=cores", "--sbatch=--exclusive")
+    assert "--cpus-per-task=6 --cpu-bind=cores encdec" in srun
+    assert "#SBATCH --cpus-per-task=6\n" in text and "#SBATCH --exclusive\n" in text
+    mounts = ("--container_mount=/shared", "--container_mount=/a b:/data:ro")
+    _, srun = lines("--container=registry.io#p/encdec:1", *mounts)
+    words = shlex.split(srun)
+    assert "--container-image=registry.io#p/encdec:1" in words
+    assert "--container-mounts=/shared:/shared,/a b:/data:ro" in words
 
 
 def test_a_ladders_task_runs_the_planned_run_of_its_number(cluster):
     environment = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "41"}
     arguments = ["ladder", "--runs=72", "--time=1:00:00", "--", *LADDER]
     done, srun, scontrol = cluster(arguments, 75, **environment)
-    assert srun[2:] == ["encdec", "scaling", "run", *LADDER, "--index=41"]
+    assert srun[3:] == ["encdec", "scaling", "run", *LADDER, "--index=41"]
     assert scontrol == [["requeue", "9_41"]] and done.returncode == 0
     done, _, scontrol = cluster(arguments, 6, **environment)
     assert scontrol == [] and done.returncode == 6
@@ -178,6 +220,17 @@ def test_it_is_given_to_sbatch(tmp_path, monkeypatch):
         (["ladder", "--time=1", "--", *LADDER], "--runs is None"),
         (["train", "--time=1"], "arguments after `--`"),
         (["train", "--time=1", "--nodes=0", "--", *TRAIN], "--nodes is 0"),
+        (["train", "--time=1", "--gpus_per_node=-1", "--", *TRAIN], "--gpus_per_node is -1"),
+        (["train", "--time=1", "--tasks_per_node=0", "--", *TRAIN], "--tasks_per_node is 0"),
+        (["train", "--time=1", "--runs=3", "--", *TRAIN], "--runs is not an option of `train`"),
+        (["ladder", "--time=1", "--runs=3", "--nodes=2", "--", *LADDER], "--nodes is not"),
+        (["train", "--time=1", "--sbatch=mem=1", "--", *TRAIN], "expected --OPTION"),
+        (["train", "--time=1", "--container=i", "--", *TRAIN], "is not mounted"),
+        (["train", "--time=1", "--container_mount=/shared", "--", *TRAIN], "needs --container"),
+        (
+            ["train", "--time=1", "--container=i", "--container_mount=data:/d", "--", *TRAIN],
+            "expected /DIR",
+        ),
         (["train", "--time=1", "--", "--config=c.py"], "--workdir is missing"),
         (["train", "--time=1", "--", *TRAIN, "a\nb"], "spans several lines"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import time
 
 import pytest
 
-from launch import tpu_vm
+from launch import ssh, tpu_vm
 from launch.babysit import UNAVAILABLE, Action, Limits, Memory, Seen, decide, summary
 from launch.commands import Runner
 from launch.slices import Slices
@@ -48,8 +50,14 @@ TRAIN = [
                 "babysit",
                 "--name=run2",
                 "--zone=us-east5-a",
-                "--slice=v5p:4x4x4*2",
-                "--reserved",
+                "--slice=v5p:4x4x16*2",
+                "--reservation=mine",
+                "--internal_ips",
+                "--tunnel_through_iap",
+                "--subnetwork=pods",
+                "--labels=team=slm,run=2",
+                "--ssh_key=/keys/tpu",
+                "--gcloud=--tags=training",
                 "--bucket=gs://data=/data",
                 "--bucket=runs",
             ],
@@ -76,6 +84,11 @@ def test_single_steps_are_the_same_commands(capsys):
         (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "slices have 2 sides"),
         (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "is not a slice"),
         (["create", "--name=a", "--zone=z", "--slice=tpu7x:2x2x1"], "GKE only"),
+        (["create", *BASE, "--reserved", "--reservation=mine"], "not allowed with"),
+        (["create", *BASE, "--gcloud=tags=x"], "expected --OPTION"),
+        (["create", *BASE, "--bucket=MY-BUCKET"], "lower-case letters"),
+        (["create", *BASE, "--bucket=b"], "3 or more"),
+        (["create", *BASE, "--bucket=my-bucket=mnt"], "mounts the bucket at 'mnt'"),
         (["run", *BASE], "arguments of `encdec train`"),
         (["run", *BASE, "--", "--config=c.py"], "--workdir is missing"),
         (["run", *BASE, "--", "--workdir=runs/a"], "every machine shares"),
@@ -97,9 +110,94 @@ def test_slices_in_the_words_of_the_api():
     assert Slices.parse("v5p:4x4x4").accelerator_type == "v5p-128"  # TensorCores, two a chip
     assert Slices.parse("v6e:4x4*2") == Slices("v6e", (4, 4), 2)
     shapes = ("v5e:2x2", "v5e:4x4", "v4:2x2x2", "v5p:2x2x2", "v5e:2x4", "v6e:2x4", "v6e:4x4")
+    # With a shape, as xpk takes it; and whether the accelerator type alone would mean that shape.
+    assert Slices.parse("v5p:4x4x12").xpk_type == "v5p-4x4x12"
+    assert Slices.parse("tpu7x:2x4x4").xpk_type == "tpu7x-2x4x4"
+    assert Slices.parse("tpu7x:2x4x4").accelerator_type == "tpu7x-64"  # 32 chips of two cores
+    default = ("v5p:2x2x1", "v5p:2x4x4", "v5p:4x8x8", "v5p:4x8x12", "v5p:16x16x24", "v6e:8x16")
+    other = ("v5p:2x4x8", "v5p:4x4x16", "v5p:4x4x24", "v5p:8x4x4", "v5e:2x8", "v6e:16x8")
+    assert [Slices.parse(s).default_shape for s in (*default, *other)] == [True] * 6 + [False] * 6
     assert [Slices.parse(s).nodes for s in shapes] == [1, 4, 2, 2, 2, 2, 4]
     # Eight chips of these two kinds are one machine outside GKE.
     assert [Slices.parse(s).vms for s in shapes] == [1, 4, 2, 2, 1, 1, 4]
+
+
+@pytest.mark.parametrize(
+    "shape, wanted, command",
+    [
+        ("v4:2x2x4", ["--type=v4", "--topology=2x2x4"], []),
+        ("v5p:4x4x4", ["--accelerator-type=v5p-128"], []),
+        ("v5p:4x4x12", ["--accelerator-type=v5p-384"], []),
+        ("v5p:4x4x16", ["--type=v5p", "--topology=4x4x16"], ["alpha"]),
+        ("v5e:2x8", ["--type=v5litepod", "--topology=2x8"], ["alpha"]),
+        ("v6e:16x16", ["--accelerator-type=v6e-256"], []),
+    ],
+)
+def test_the_shape_that_is_asked_for_is_requested(shape, wanted, command):
+    """By gcloud's released command where that can say it: its --type knows v4 only."""
+    options = tpu_vm.parse(["create", "--name=a", "--zone=z", f"--slice={shape}", "--spot"])
+    line = tpu_vm.Pod(options).create()
+    assert line[: 1 + len(command)] == ["gcloud", *command]
+    shaped = [a for a in line if a.startswith(("--type", "--topology", "--accelerator-type"))]
+    assert shaped == wanted
+    assert ("--provisioning-model=spot" in line) == (command == ["alpha"])
+
+
+def test_ways_to_the_hosts():
+    def route(*more):
+        line = tpu_vm.Pod(tpu_vm.parse(["state", *BASE, *more])).on_workers("state")
+        known = ("--internal-ip", "--tunnel-through-iap", "--ssh-key-file", "--plain")
+        return [argument for argument in line if argument.startswith(known)]
+
+    assert route() == []
+    assert route("--internal_ips") == ["--internal-ip"]  # from a machine in their network
+    assert route("--internal_ips", "--tunnel_through_iap") == ["--tunnel-through-iap"]
+    assert route("--ssh_key=/k", "--gcloud_ssh=--plain") == ["--ssh-key-file=/k", "--plain"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "launch.tpu_vm", "babysit", *BASE, "--dry-run", "--", *TRAIN]
+    # The pipe is closed before anything is written.
+    line = f"set -o pipefail; {shlex.join(command)} | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode in (0, 141) and done.stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+class TestKey:
+    """The key of a first connection."""
+
+    def test_it_is_made_once_and_held_by_an_agent(self, tmp_path):
+        key = tmp_path / ".ssh" / "key"
+        ssh.make_key(key)
+        made = key.read_bytes(), key.with_name("key.pub").read_text()
+        assert made[1].startswith("ssh-rsa ") and key.stat().st_mode & 0o77 == 0
+        key.with_name("key.pub").unlink()
+        ssh.make_key(key)
+        assert (key.read_bytes(), key.with_name("key.pub").read_text()) == made
+        with ssh.agent(key) as environment:
+            socket = pathlib.Path(environment["SSH_AUTH_SOCK"])
+            held = subprocess.run(
+                ["ssh-add", "-L"], capture_output=True, text=True, env=os.environ | environment
+            )
+            assert held.stdout.split()[:2] == made[1].split()[:2]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SSH_AUTH_SOCK", str(socket))
+                with ssh.agent(key) as same:
+                    assert same == {}  # the user's own agent holds it
+        assert not socket.exists()
+
+    def test_a_passphrase_that_nobody_can_type_is_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        key = tmp_path / "key"
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(key)], check=True
+        )
+        with pytest.raises(SystemExit, match="passphrase"), ssh.agent(key):
+            pass
+        key.with_name("key.pub").unlink()
+        with pytest.raises(SystemExit, match="has no key.pub"):
+            ssh.make_key(key)
 
 
 # Decisions.
@@ -149,6 +247,7 @@ def test_a_preempted_slice_is_deleted_requested_anew_and_set_up_again():
         (3, Action.FINISH),
         (4, Action.FINISH),
         (5, Action.FINISH),
+        (7, Action.FINISH),
         (75, Action.START),
         (1, Action.START),
         (134, Action.START),
@@ -161,7 +260,7 @@ def test_exit_codes(code, action):
     assert decision.action is action
     if action is Action.FINISH:
         assert decision.code == code
-    assert decision.memory.crashes == (code not in (0, 2, 3, 4, 5, 75))
+    assert decision.memory.crashes == (code not in (0, 2, 3, 4, 5, 7, 75))
 
 
 def test_the_code_that_explains_the_others():
@@ -339,6 +438,8 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_ENCDEC", ENCDEC)
     monkeypatch.setenv("FAKE_NEXT", "ACTIVE")
     monkeypatch.setenv("FAKE_HOSTS", "4")
+    monkeypatch.setattr(ssh, "make_key", lambda key: None)
+    monkeypatch.setattr(ssh, "agent", lambda key: contextlib.nullcontext({}))
     # The sources are whatever was committed last; a small file stands for them.
     (tmp_path / "constraints.txt").write_text("")
     monkeypatch.setattr(
@@ -466,16 +567,21 @@ def test_a_host_that_rebooted_in_place_gets_its_mounts_back(cloud, monkeypatch):
     }.items():
         (cloud / "bin" / name).write_text(f"#!{sys.executable}\nimport os, pathlib, sys\n{text}\n")
     monkeypatch.setenv("FAKE_ENCDEC", REBOOTED)
-    assert run_babysitter("--bucket=my-bucket") == 0
+    monkeypatch.setenv("FAKE_HOSTS", "1")
+    assert run_babysitter("--bucket=my-bucket", "--slice=v5e:2x4") == 0
     assert verbs(cloud).count("scp") == 1
 
 
 def test_starts_that_fail_are_given_up(cloud, monkeypatch, capfd):
-    """A bucket that cannot be mounted: training was preempted and never gets under way again."""
+    """A bucket that cannot be mounted: training was preempted and never gets under way again.
+
+    Each time hosts are set up again: gcloud says that it copied where it could reach none.
+    """
     (cloud / "bin" / "gcsfuse").write_text("#!/bin/sh\ntest ! -e $FAKE_ROOT/started0.jsonl\n")
     monkeypatch.setenv("FAKE_CODES", "[75]")
-    assert run_babysitter("--bucket=my-bucket") == 1
-    assert "could not start training 6 times in a row" in capfd.readouterr().out
+    monkeypatch.setenv("FAKE_HOSTS", "1")
+    assert run_babysitter("--bucket=my-bucket", "--slice=v5e:2x4") == 1
+    assert "could not set up 6 times in a row" in capfd.readouterr().out
     assert len(starts(cloud, 0)) == 1
 
 
