@@ -5,6 +5,7 @@
 # make coverage     every test, then the share of each package's lines that they ran
 # make mutants      puts known faults into a copy, one at a time: do the tests notice?
 #                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
+# make docs         the documentation as a site in site/, every link and anchor checked
 # make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
 # make launcher-parsers   xpk in an environment of its own: does it take the launchers' lines?
 # make transformers-4.57   an environment in ENV with that version, whose test is skipped without it
@@ -39,7 +40,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test test-light check coverage mutants lm-eval \
+.PHONY: quickstart install test test-light check coverage mutants docs lm-eval \
 	launcher-parsers transformers-4.57 clean
 .DEFAULT_GOAL := quickstart
 
@@ -69,6 +70,16 @@ coverage: $(TESTED)
 
 mutants: $(TESTED)
 	$(BIN)/python -m tests.mutants --package=$(PACKAGE) $(ARGS)
+
+# Only its own packages: the reference is read from the sources, which are not imported.
+docs: $(ENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(ENV)-docs/bin/mkdocs build --quiet
+
+$(ENV)-docs/.installed:
+	$(PYTHON) -m venv $(ENV)-docs
+	$(ENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check \
+		"mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.30,<2"
+	@touch $@
 
 lm-eval: $(TESTED) $(ENV)-lm-eval/.installed
 	ENCDEC_LM_EVAL=$(ENV)-lm-eval/bin/python $(BIN)/python -m pytest tests/serving/test_harness.py

@@ -110,6 +110,7 @@ MAY_IMPORT = {
         "benchmarks",
     },
     "paper": {"errors", "cost", "model", "data", "train", "distill", "evaluation", "scaling"},
+    "api": {"data", "train", "inference", "distill", "evaluation", "interop", "export"},
     "cli": set(),  # and, by name and only when called, every command
     "__main__": {"cli"},
     "__init__": set(),

@@ -246,7 +246,7 @@ def users(tmp_path, monkeypatch):
     )
     config = {"run": {}, "data": {"vocabulary": {"fingerprint": ByteVocabulary().fingerprint}}}
     monkeypatch.setattr(rollout_module, "read_config", lambda workdir: config)
-    monkeypatch.setattr(rollout_module, "load_generator", lambda *args, **more: EchoModel())
+    monkeypatch.setattr(rollout_module, "load", lambda *args, **more: EchoModel())
     monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 4)
 
     def prepared(out, step, overwrite=None, other=False, **more):

@@ -34,7 +34,8 @@ from encdec.data.records import (
 from encdec.data.teacher_rows import short
 from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference.generator import Generator, load_generator
+from encdec.inference.generator import TextGenerator
+from encdec.inference.loading import load
 from encdec.inference.settings import GenerationSettings
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
 from encdec.train.workdir import read_config
@@ -118,7 +119,7 @@ def rollout(
     blocks = range(-(-rows // block_rows))
     missing, total = job.notes.missing(blocks)
     if missing:
-        generator = load_generator(
+        generator = load(
             writer, step, max_input_tokens=opened.card.inputs_length, batch_rows=batch_rows
         )
     for number in missing:
@@ -161,7 +162,7 @@ def _check(
 
 
 def _write_block(
-    generator: Generator,
+    generator: TextGenerator,
     settings: GenerationSettings,
     records: Records,
     notes: Notes[Written],

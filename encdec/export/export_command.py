@@ -8,9 +8,8 @@ import time
 
 from encdec.errors import ConfigError
 from encdec.export import formats
-from encdec.export.formats import FORMATS, Export
-from encdec.storage import is_free, local_path, whole_directory
-from encdec.train.workdir import model_config_of, read_config
+from encdec.export.formats import FORMATS
+from encdec.storage import is_free, local_path
 
 PRECISIONS = tuple(dict.fromkeys(name for one in FORMATS.values() for name in one.precisions))
 
@@ -35,39 +34,33 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--own goes with --format=hf, not with ={options.format}; leave it out")
     if options.check_pairs < 1:
         raise ConfigError(f"check_pairs is {options.check_pairs}; expected 1 or more")
-    content = read_config(options.checkpoint)
-    config, started = model_config_of(content), time.monotonic()
+    started = time.monotonic()
     # Imported late: a mistake in the command line is answered at once.
     from encdec.export import quality
+    from encdec.export.export_model import export_model
     from encdec.inference.generator import read_prompt_format
-    from encdec.train.checkpoints import load_params_for_inference
 
-    formats.check(options.format, config)
-    prompts, targets_length = read_prompt_format(options.checkpoint)
     pairs = None
     if options.check:
+        prompts, _ = read_prompt_format(options.checkpoint)
         pairs = quality.read_pairs(
             options.check, options.check_pairs, prompts.vocabulary.fingerprint
         )
-    config, params, step = load_params_for_inference(options.checkpoint, options.step)
-    export = Export(
-        config,
-        params,
-        prompts,
-        options.precision,
-        content,
+    report = export_model(
         options.checkpoint,
-        targets_length,
-        options.own,
+        out,
+        format=options.format,
+        precision=options.precision,
+        step=options.step,
+        own=options.own,
     )
-    with whole_directory(out) as partial:
-        written = formats.write(options.format, partial, export)
+    written, export = report.written, report.export
     if written.family == "encdec":
         why = f" (no T5Gemma: {'; '.join(written.reasons)})" if written.reasons else ""
         print(f"With a modelling file of its own: load it with trust_remote_code=True{why}")
     kind = chosen.title + (f", {written.family}" if written.family else "")
     print(
-        f"{out}: {kind}, {options.precision}, {written.bytes:,} bytes, step {step:,} "
+        f"{out}: {kind}, {options.precision}, {written.bytes:,} bytes, step {report.step:,} "
         f"({time.monotonic() - started:.1f} s)"
     )
     if pairs:
@@ -75,7 +68,11 @@ def main(argv: list[str]) -> int:
 
         print(
             quality.measure(
-                load_exported_model(out), config, params, pairs, prompts.decoder_start_id
+                load_exported_model(out),
+                export.config,
+                export.params,
+                pairs,
+                export.prompts.decoder_start_id,
             )
         )
     return 0

@@ -24,7 +24,6 @@ from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat, TextStream, find_stop, text_after, tokens_to_stop
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes
-from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import MeshConfig
 from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 from encdec.train.workdir import read_config
@@ -587,24 +586,3 @@ def read_prompt_format(
         inputs_prefix=tuple(data.get("inputs_prefix", ())),
     )
     return prompts, data["targets_length"]
-
-
-def load_generator(
-    workdir: str | os.PathLike[str],
-    step: int | None = None,
-    *,
-    max_input_tokens: int | None = None,
-    batch_rows: int = 16,
-    dtype: str | None = None,
-) -> Generator:
-    """The generator of a trained model's work directory, with nothing else given.
-
-    Raises:
-        CheckpointError: no work directory, or no such step.
-        DataError: its vocabulary is missing or another one.
-    """
-    prompts, max_tokens = read_prompt_format(workdir, max_input_tokens=max_input_tokens)
-    config, params, _ = load_params_for_inference(workdir, step)
-    return Generator(
-        config, params, prompts, max_tokens=max_tokens, batch_rows=batch_rows, dtype=dtype
-    )

@@ -12,7 +12,7 @@ from encdec.data.vocabulary import ByteVocabulary
 from encdec.distill.rollout import rollout
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
-from encdec.inference.generator import load_generator
+from encdec.inference.loading import load
 from encdec.inference.settings import GenerationSettings
 from encdec.train.job import prepare_job
 from encdec.train.loop import train
@@ -56,7 +56,7 @@ def test_targets_are_the_writers_answers_to_the_same_sources(records, student, t
     assert sorted(source for source, _ in before) == [source for source, _ in after]
     vocabulary = open_records(records).vocabulary()
     texts = [vocabulary.decode(source[:-1]) for source, _ in after]
-    answers = load_generator(student, batch_rows=64).generate(texts, GREEDY)
+    answers = load(student, batch_rows=64).generate(texts, GREEDY)
     for (_, target), (answer,) in zip(after, answers):
         assert list(target) == answer.tokens and 0 < len(target) <= TARGETS
     assert card.target_tokens == sum(len(target) for _, target in after)

@@ -12,7 +12,8 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference.generator import Generator, PreparedInput, bucket, load_generator
+from encdec.inference.generator import Generator, PreparedInput, bucket
+from encdec.inference.loading import load
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 from tests.inference.conftest import LEARNED
@@ -186,7 +187,7 @@ def test_progress_and_nothing_to_do(single):
 @pytest.mark.parametrize("run", ["encoder_decoder_run", "decoder_only_run"])
 def test_a_trained_model_says_what_it_learned(run, request):
     """From a work directory alone: the prompts are those of the records it was trained on."""
-    generator = load_generator(request.getfixturevalue(run))
+    generator = load(request.getfixturevalue(run))
     answers = generator.generate([source for source, _ in LEARNED])
     assert [(made[0].text, made[0].finish) for made in answers] == [
         (target, "eos") for _, target in LEARNED

@@ -12,7 +12,7 @@ from encdec.distill.scorers import scoring_model
 from encdec.errors import ConfigError, DataError
 from encdec.export.export_command import main as export
 from encdec.inference.generate_command import main as generate
-from encdec.inference.generator import load_generator
+from encdec.inference.loading import load
 from encdec.interop import mu
 from encdec.interop.import_command import main
 from encdec.model import build_model
@@ -197,7 +197,7 @@ def test_a_head_has_a_width(tmp_path):
         main([str(tmp_path / "model.pt"), "--from=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
     with pytest.raises(ConfigError, match="--head_dim=8, but .* says 4"):
         mu.read_config({k: x.numpy() for k, x in random_state().items()}, SETTINGS, 8)
-    with pytest.raises(ConfigError, match="--head_dim=4 goes with --from=mu"):
+    with pytest.raises(ConfigError, match="head_dim=4 goes with format mu"):
         main([str(tmp_path), "--head_dim=4", f"--out={tmp_path / 'x'}"])
 
 
@@ -235,7 +235,7 @@ def test_a_model_without_vocabulary_says_how_to_get_one(tmp_path):
     out = f"--out={tmp_path / 'ours'}"
     main([str(tmp_path / "model.pt"), "--from=mu", out])
     needs_text = (
-        lambda: load_generator(tmp_path / "ours"),
+        lambda: load(tmp_path / "ours"),
         lambda: plan_start(RunConfig(init_from=str(tmp_path / "ours")), None, None),
         lambda: scoring_model(tmp_path / "ours", None),
         lambda: export([f"--checkpoint={tmp_path / 'ours'}", "--format=hf", f"--out={tmp_path}/x"]),
@@ -249,4 +249,4 @@ def test_a_model_without_vocabulary_says_how_to_get_one(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
     arguments = [str(tmp_path / "model.pt"), "--from=mu", out, "--overwrite"]
     main([*arguments, f"--vocabulary={tmp_path / 'tokenizer.json'}"])
-    assert load_generator(tmp_path / "ours").prompts.encode("a")[0] == [2]
+    assert load(tmp_path / "ours").prompts.encode("a")[0] == [2]

@@ -17,7 +17,7 @@ from encdec.data.records import read_card
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, DataError, NonFiniteError
 from encdec.evaluation.examples import Example, Examples
-from encdec.inference.generator import load_generator
+from encdec.inference.loading import load
 from encdec.inference.settings import GenerationSettings
 from encdec.metrics.registry import metric_named
 from encdec.scaling.ladder import Plan, parse_ladder, plan
@@ -289,7 +289,7 @@ def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
     # The score is that of the answers which each model gives to one input at a time.
     rows = {row["run"]: row for row in rows_of(undisturbed) if "scores" in row}
     assert len(rows) == 4
-    generator = load_generator(Workdir(undisturbed).run_directory("dec_tiny_128_s0"))
+    generator = load(Workdir(undisturbed).run_directory("dec_tiny_128_s0"))
     answers = [
         generator.generate([one.source], GenerationSettings(max_tokens=12))[0][0].text
         for one in task.examples

@@ -1,0 +1,119 @@
+"""The way from text to a model in use, in eight calls.
+
+Each does what the command of its name does (``import_model`` and ``export_model``: ``encdec
+import`` and ``encdec export``), returns what was made, and raises the errors of
+``encdec.errors``, which name the value and the remedy. These names and arguments are stable;
+everything else may move between versions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from encdec.data.prepare import prepare
+from encdec.distill.scoring import score
+from encdec.errors import ConfigError
+from encdec.evaluation.evaluate import evaluate as _evaluate
+from encdec.evaluation.settings import EvaluationSettings
+from encdec.export.export_model import ExportReport, export_model
+from encdec.inference.generator import TextGenerator
+from encdec.inference.loading import load
+from encdec.inference.settings import GenerationSettings
+from encdec.interop.import_model import ImportReport, import_model
+from encdec.train.loop import Hook, Summary
+from encdec.train.loop import train as _train
+from encdec.train.reports import OnReport
+from encdec.train.train_command import load_config
+
+__all__ = [
+    "ExportReport",
+    "Hook",
+    "ImportReport",
+    "evaluate",
+    "export_model",
+    "generate",
+    "import_model",
+    "load",
+    "prepare",
+    "score",
+    "train",
+]
+
+
+def train(
+    config: str | Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    stop_at: int | None = None,
+    on_report: OnReport | None = None,
+    hooks: Sequence[Hook] = (),
+) -> Summary:
+    """Trains a model, or goes on where the work directory's last checkpoint ends.
+
+    Args:
+        config: ``FILE.py[:ARGUMENT]``, as ``encdec train --config``, or the fields themselves.
+        workdir: receives checkpoints, metrics and all that inference needs.
+        overrides: fields by dotted name, ``{"optimizer.name": "muon"}``; of a file only.
+        stop_at: stop and save after this many steps in all, before ``config.steps``.
+        on_report: called with (step, numbers) at every report.
+        hooks: called between steps.
+
+    Returns:
+        The last step's numbers, the last evaluation's, and the seconds of this call.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: nothing was written.
+        NonFiniteError: a loss, gradient or parameter is NaN or infinite.
+    """
+    if isinstance(config, str):
+        given = (overrides or {}).items()
+        config = load_config(config, [f"--config.{name}={value}" for name, value in given])
+    elif overrides:
+        raise ConfigError(
+            f"overrides are {dict(overrides)}, but config is no file; change its fields instead"
+        )
+    return _train(config, workdir, stop_at=stop_at, on_report=on_report, hooks=hooks)
+
+
+def generate(
+    model: TextGenerator | str | os.PathLike[str], texts: Sequence[str], **settings: Any
+) -> list[str]:
+    """The answer to each text; the likeliest where ``samples`` or ``beams`` make several.
+
+    Args:
+        model: what ``load`` gave, or a directory that it would take. ``load(...).generate`` gives
+            token ids, log-probabilities and further answers, too.
+        texts: the inputs.
+        settings: fields of ``encdec.inference.settings.GenerationSettings``.
+
+    Raises:
+        ConfigError: settings that cannot be.
+        DataError: an input is empty or longer than the model reads.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    generator = model if isinstance(model, TextGenerator) else load(model)
+    return [made[0].text for made in generator.generate(texts, GenerationSettings(**settings))]
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], **settings: Any
+) -> dict[str, Any]:
+    """Answers and scores tasks or files of pairs; a call that was interrupted goes on.
+
+    Args:
+        checkpoint: work directory, or an export.
+        out: receives predictions, report.json and report.md.
+        settings: fields of ``encdec.evaluation.settings.EvaluationSettings``, such as ``tasks``,
+            ``jsonl``, ``metrics``, ``limit`` or ``shuffle_sources``.
+
+    Returns:
+        The report: what report.json holds.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see ``encdec.evaluation.evaluate.evaluate``.
+    """
+    return _evaluate(EvaluationSettings(str(checkpoint), str(out), **settings))

@@ -1,0 +1,68 @@
+"""From a directory to the generator of the model in it."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from encdec.errors import ConfigError
+from encdec.inference.exported import export_format, load_exported_generator
+from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
+from encdec.train.checkpoints import load_params_for_inference
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    max_input_tokens: int | None = None,
+    batch_rows: int = 16,
+    devices: int = 1,
+    tensor: int = 1,
+    dtype: str | None = None,
+) -> TextGenerator:
+    """The generator of a trained model, with nothing else given.
+
+    Args:
+        checkpoint: work directory of ``train`` or ``import_model``, or an export for LiteRT or
+            onnxruntime, which runs on this machine's CPU as a whole and in its own dtype.
+        step: checkpoint; None: the last.
+        max_input_tokens: longest input allowed; None: the longest in training.
+        batch_rows: answers made together at most.
+        devices: number of this process's devices that share the rows.
+        tensor: number of devices over which each copy of the model is split.
+        dtype: of the activations; None: the model's.
+
+    Raises:
+        ConfigError: more devices than there are, or settings that exports do not have.
+        CheckpointError: no trained model there, or no such step.
+        DataError: its vocabulary is missing or another one.
+    """
+    if export_format(checkpoint):
+        given = {"step": step, "dtype": dtype}
+        given |= {name: n for name, n in (("devices", devices), ("tensor", tensor)) if n > 1}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is {value}, but {checkpoint} is an export, which has one step and "
+                    "runs on this machine's CPU as a whole; leave it out, or give the work "
+                    "directory"
+                )
+        return load_exported_generator(
+            checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows
+        )
+    prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
+    config, params, _ = load_params_for_inference(checkpoint, step)
+    if devices > (there := jax.local_device_count()):
+        raise ConfigError(f"devices is {devices}, but there are {there} here")
+    return Generator(
+        config,
+        params,
+        prompts,
+        max_tokens=max_tokens,
+        batch_rows=batch_rows,
+        devices=jax.local_devices()[:devices],
+        tensor=tensor,
+        dtype=dtype,
+    )

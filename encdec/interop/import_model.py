@@ -1,0 +1,170 @@
+"""Another project's model as a work directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any, Literal
+
+from encdec import safetensors
+from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
+from encdec.data.vocabulary import Vocabulary, load_vocabulary
+from encdec.errors import ConfigError, DataError
+from encdec.interop import huggingface, llama2c, mu, own, t5gemma
+from encdec.interop.framing import Framing, other_ends, read_eos_ids, read_framing, read_vocabulary
+from encdec.interop.importing import free_bytes, write_model
+from encdec.model import ModelConfig
+
+Format = Literal["hf", "mu", "llama2c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportReport:
+    """What was imported.
+
+    Attributes:
+        model: its configuration, as stored.
+        family: the format's name of its architecture.
+        max_length: the most tokens that it was trained to read.
+        notes: lines for people on what was read otherwise than written, or not at all.
+    """
+
+    model: ModelConfig
+    family: str
+    max_length: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A model as its format's reader gives it."""
+
+    model: ModelConfig
+    params: Any
+    family: str
+    max_length: int
+    framing: Framing
+    vocabulary: Vocabulary | None = None
+    template: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def import_model(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: Format = "hf",
+    vocabulary: str | None = None,
+    head_dim: int | None = None,
+    param_dtype: str | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> ImportReport:
+    """Writes another project's model as a work directory, weights and vocabulary checked.
+
+    Args:
+        source: directory with config.json and *.safetensors (hf), the paper's model.pt (mu), or a
+            .bin file (llama2c).
+        out: directory to write, new or empty unless ``overwrite``.
+        format: of ``source``.
+        vocabulary: as for ``prepare``; None: the one in ``source``, if it has one.
+        head_dim: width of a head, for mu's files without model_config; None: 64.
+        param_dtype: of the stored parameters; None: unchanged, but float16 becomes float32.
+        name: of the model in cards; None: the last part of ``source``.
+        overwrite: whether a model in ``out`` is replaced.
+
+    Raises:
+        ConfigError: the output directory is in use, or the model has an unsupported setting.
+        DataError: files are missing, truncated or do not belong together.
+    """
+    source, out = pathlib.Path(source), pathlib.Path(out)
+    if head_dim is not None and format != "mu":
+        raise ConfigError(
+            f"head_dim={head_dim} goes with format mu (--from=mu); the other formats state it"
+        )
+    if head_dim is not None and head_dim < 1:
+        raise ConfigError(f"head_dim is {head_dim}; expected 1 or more (the width of a head)")
+    if not source.exists():
+        raise DataError(f"{source} does not exist; give the downloaded file or directory")
+    given = load_vocabulary(vocabulary) if vocabulary else None
+    if format == "hf":
+        found = _read_huggingface(source, out, given)
+    elif format == "mu":
+        found = _read_mu(source, head_dim)
+    else:
+        model, params, longest = llama2c.read_model(source)
+        found = _Found(model, params, "llama2.c", longest, Framing(llama2c.START_ID))
+    vocabulary_found = given or found.vocabulary
+    stored = write_model(
+        out,
+        found.model,
+        found.params,
+        source={"format": format, "family": found.family, "name": name or source.resolve().name},
+        vocabulary=vocabulary_found,
+        framing=found.framing,
+        max_length=found.max_length,
+        param_dtype=param_dtype,
+        overwrite=overwrite,
+    )
+    if found.template is not None:
+        (out / TEMPLATE_FILE).write_text(found.template, encoding="utf-8")
+    notes = list(found.notes)
+    if vocabulary_found and not found.framing.adds_start:
+        notes.append(
+            f"Its tokenizer adds no start token; here every text begins with "
+            f"{vocabulary_found.piece(found.framing.start_id)} (id {found.framing.start_id})"
+        )
+    if vocabulary_found is None:
+        notes.append(
+            "The model's vocabulary could not be read, so it cannot score records or generate "
+            f"text; import it again with --vocabulary=FILE --overwrite --out={out}"
+        )
+    return ImportReport(stored, found.family, found.max_length, tuple(notes))
+
+
+def _read_huggingface(
+    source: pathlib.Path, out: pathlib.Path, vocabulary: Vocabulary | None
+) -> _Found:
+    family = huggingface.model_type(source)
+    seq2seq = {t5gemma.MODEL_TYPE: t5gemma, own.MODEL_TYPE: own}.get(family)
+    found = (seq2seq or huggingface).read_config(source)
+    tensors = safetensors.open_directory(source)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    if (free := free_bytes(out)) < needed:
+        raise DataError(f"{out} has {free:,} bytes free; the model needs about {needed:,}")
+    if seq2seq:
+        model, params = seq2seq.convert(found.model, tensors)
+    else:
+        model = found.model
+        params = huggingface.convert(model, found.family, tensors, found.rotated, found.multipliers)
+    notes = []
+    if vocabulary is None:
+        eos_ids = read_eos_ids(source, found.eos_ids)
+        vocabulary = read_vocabulary(source, eos_ids)
+        if vocabulary and (note := other_ends(vocabulary, eos_ids)):
+            notes.append(note)
+    if found.unread:
+        notes.append(f"Unknown keys of config.json, ignored: {', '.join(found.unread)}")
+    framing = read_framing(
+        source,
+        found.start_id,
+        vocabulary.eos_id if vocabulary else None,
+        encoder_decoder=seq2seq is not None,
+    )
+    return _Found(
+        model,
+        params,
+        found.family,
+        found.max_length,
+        framing,
+        vocabulary,
+        chat_template_of(source),
+        tuple(notes),
+    )
+
+
+def _read_mu(source: pathlib.Path, head_dim: int | None) -> _Found:
+    tensors, settings = mu.read_checkpoint(source)
+    model, longest = mu.read_config(tensors, settings, head_dim)
+    return _Found(model, mu.convert(model, tensors), "mu", longest, Framing(mu.START_ID))
