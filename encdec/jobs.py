@@ -169,8 +169,7 @@ class DirectoryJob(Generic[T]):
         identity: all that decides what is written; plain JSON values.
         card: name of the file that makes the directory finished.
         tally: what blocks count.
-        overwrite: replace finished contents, discard an unfinished other job; None where the
-            command has no such flag.
+        overwrite: replace finished contents, discard an unfinished other job.
 
     Raises:
         DataError: ``out`` is a file, holds something else, or an unfinished other job.
@@ -184,7 +183,7 @@ class DirectoryJob(Generic[T]):
         card: str,
         tally: type[T],
         *,
-        overwrite: bool | None = None,
+        overwrite: bool = False,
     ):
         self._out, self._what, self._card, self._overwrite = out, what, card, overwrite
         self._job = {"what": what} | plain(identity)
@@ -211,26 +210,23 @@ class DirectoryJob(Generic[T]):
             if differ and not self._overwrite:
                 raise DataError(
                     f"{directory} holds an unfinished {self._what} of something else: "
-                    f"{'; '.join(differ)}. Repeat that command, {self._remedy('discard')}"
+                    f"{'; '.join(differ)}. Repeat that command, give another --out, or --overwrite "
+                    "to discard it"
                 )
             self._discards, self._resumed = bool(differ), not differ
         elif earlier and not self._overwrite:
             raise DataError(
                 f"{directory} holds a {self._what} that an earlier version of encdec began "
-                f"({earlier[0]}/{JOB_FILE}). Finish it with that version, {self._remedy('discard')}"
+                f"({earlier[0]}/{JOB_FILE}). Finish it with that version, give another --out, or "
+                "--overwrite to discard it"
             )
         elif found - {NOTES} and not earlier:
-            replaces = "" if self._overwrite is None else " (--overwrite replaces that alone)"
             raise DataError(
-                f"{directory} is not empty and holds no {self._what}; give another --out{replaces}"
+                f"{directory} is not empty and holds no {self._what}; give another --out "
+                "(--overwrite replaces that alone)"
             )
         else:  # nothing, an earlier version's job, or one killed before it wrote anything
             self._discards = bool(found)
-
-    def _remedy(self, verb: str) -> str:
-        if self._overwrite is None:
-            return f"delete {self.directory}, or give another --out"
-        return f"give another --out, or --overwrite to {verb} it"
 
     def check_finished(self, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """DataError unless what is finished there was made of this identity."""
@@ -238,7 +234,7 @@ class DirectoryJob(Generic[T]):
         if differ := differences(plain(made), now):
             raise DataError(
                 f"{self._out} holds another {self._what}: {'; '.join(differ)}. Repeat that "
-                f"command, {self._remedy('replace')}"
+                "command, give another --out, or --overwrite to replace it"
             )
 
     def begin(self) -> None:

@@ -169,7 +169,7 @@ def test_what_is_in_the_way_is_left_alone(tmp_path):
     # Neither a folder that happens to have the notes' name nor a finished card of another kind.
     (tmp_path / "mine" / NOTES).mkdir(parents=True)
     (tmp_path / "mine" / "thesis.txt").write_text("of ten years")
-    for overwrite in (None, False, True):
+    for overwrite in (False, True):
         with pytest.raises(DataError, match="not empty and holds no scoring"):
             job(tmp_path / "mine", overwrite=overwrite)
     # Where the new contents would be made.
@@ -249,7 +249,7 @@ def users(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout_module, "load", lambda *args, **more: EchoModel())
     monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 4)
 
-    def prepared(out, step, overwrite=None, other=False, **more):
+    def prepared(out, step, overwrite=False, other=False, **more):
         prepare(
             out=out,
             block_bytes=160,
@@ -257,7 +257,7 @@ def users(tmp_path, monkeypatch):
             progress=lambda counts: step(),
             seed=0,
             decoder_start_id=int(other),
-            overwrite=bool(overwrite),
+            overwrite=overwrite,
             **options,
             **more,
         )
@@ -267,20 +267,19 @@ def users(tmp_path, monkeypatch):
 
         prepared(out, step, writer=BeamWriter(), **more)
 
-    def scored(out, step, overwrite=None, other=False):
+    def scored(out, step, overwrite=False, other=False):
         settings = ScoringSettings("echo", records=records, out=out, draws=4, shard_rows=3)
         # After every batch, which is less than a shard.
-        scoring.score(
-            settings, seed=int(other), overwrite=bool(overwrite), progress=lambda tally: step()
-        )
+        scoring.score(settings, seed=int(other), overwrite=overwrite, progress=lambda tally: step())
 
-    def rolled_out(out, step, other=False):
+    def rolled_out(out, step, overwrite=False, other=False):
         rollout_module.rollout(
             "echo",
             records,
             out,
             block_rows=1,
             settings=GenerationSettings(seed=int(other)),
+            overwrite=overwrite,
             progress=lambda written: step(),
         )
 
@@ -391,13 +390,12 @@ def test_what_an_earlier_version_began_is_refused(user, users, tmp_path):
     with pytest.raises(DataError, match=rf"earlier version of encdec began \({notes}/job.json\)"):
         call(out, lambda: None)
     assert contents(out) == before
-    if user != "rollout":
-        call(tmp_path / "whole", lambda: None)
-        call(out, lambda: None, overwrite=True)
-        assert contents(out) == contents(tmp_path / "whole")
+    call(tmp_path / "whole", lambda: None)
+    call(out, lambda: None, overwrite=True)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("user", ["prepare", "score"])
+@pytest.mark.parametrize("user", ["prepare", "score", "rollout"])
 def test_finished_contents_stay_until_those_that_replace_them_are_whole(user, users, tmp_path):
     call, out = users[user], tmp_path / "out"
     call(out, lambda: None, other=True)

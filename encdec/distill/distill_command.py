@@ -55,6 +55,7 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
         step=options.step,
         rows=options.rows,
         batch_rows=options.batch_rows,
+        overwrite=options.overwrite,
         progress=progress,
     )
     unfinished = card.truncated.get("answers_without_eos", 0)
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=local_path, required=True, metavar="DIR", help="the records to write"
     )
     part.add_argument("--step", type=int, help="the writer's checkpoint (default: the last)")
+    part.add_argument("--overwrite", action="store_true", help="replace records in --out")
     _writing_options(part)
 
     part = parts.add_parser(

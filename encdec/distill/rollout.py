@@ -69,6 +69,7 @@ def rollout(
     rows: int | None = None,
     batch_rows: int = 64,
     block_rows: int = BLOCK_ROWS,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DatasetCard:
     """Writes records whose sources are those of ``records`` and whose targets ``writer`` wrote.
@@ -82,6 +83,7 @@ def rollout(
         rows: read no more than this many of the records' rows, from the first.
         batch_rows: texts answered together.
         block_rows: rows of the records that become one shard.
+        overwrite: replace finished records in ``out`` once the new ones are whole.
         progress: called after every block with what was written so far.
 
     Raises:
@@ -110,7 +112,9 @@ def rollout(
             "block_rows": block_rows,
         }
     )
-    job = DirectoryJob(pathlib.Path(out), "rollout", identity, CARD_FILE, Written)
+    job = DirectoryJob(
+        pathlib.Path(out), "rollout", identity, CARD_FILE, Written, overwrite=overwrite
+    )
     if job.finished:
         card = read_card(out)
         job.check_finished(card.origin.get("written", {}), identity)
