@@ -187,7 +187,8 @@ def architecture(config: ModelConfig) -> dict[str, str]:
         rope += f", {config.rope_scaling} x{config.rope_factor:g}"
     if config.is_encoder_decoder:
         rope += f", encoder {config.encoder_positions.replace('_', ' ')}"
-        rope += f", cross {config.cross_attention_rope.replace('_', ' ')}"
+        merged = "merged " * config.merged_attention
+        rope += f", {merged}cross {config.cross_attention_rope.replace('_', ' ')}"
     biases = [
         name
         for name, on in (

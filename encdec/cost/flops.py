@@ -16,6 +16,10 @@ and a decoder-only model's, over n = S + T tokens of which T pay for the head,
 
     2 [n N_d + T M V] + 4 a L_d n^2 / 2.
 
+With ``merged_attention``, cross-attention has no weights of its own: the same formula, in which
+N_d - N_x counts the weights of a decoder-only layer and N_x the keys' and values' among them, which
+source tokens pay for too.
+
 Training is three forward passes: backward is one product for the input's gradient and one for
 the weight's. What rematerialisation computes again is no model FLOP, so MFU does not count it.
 """
@@ -42,7 +46,8 @@ class ParameterCount:
         encoder: encoder blocks and their final norm.
         decoder: decoder blocks and their final norm, cross-attention included.
         head: vocabulary head; 0 when tied.
-        cross_attention: of the decoder's, those of cross-attention sublayers (with their norms).
+        cross_attention: of the decoder's, those of cross-attention sublayers (with their norms);
+            0 where cross-attention is merged with self-attention.
         norms: of the encoder's and decoder's, norm scales.
         biases: of the encoder's and decoder's, biases.
     """
@@ -158,7 +163,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     mlp_norms, mlp_biases = _mlp_extras(config)
     attention = sum(_attention_weights(config)) + attention_norms + attention_biases
     layer = attention + mlp_weights(config) + mlp_norms + mlp_biases
-    cross_layers = config.decoder_layers if config.is_encoder_decoder else 0
+    apart = config.is_encoder_decoder and not config.merged_attention
+    cross_layers = config.decoder_layers if apart else 0
     stacks = 1 + config.is_encoder_decoder
     vocabulary = config.vocab_size * config.d_model
     attentions, layers = config.num_layers + cross_layers, config.num_layers
@@ -200,7 +206,8 @@ def _decode(
     layers, width = config.decoder_layers, config.attention_width
     weights, cross_pairs = layers * _layer_weights(config), 0.0
     if config.is_encoder_decoder:
-        weights += layers * _attention_weights(config)[0]
+        if not config.merged_attention:
+            weights += layers * _attention_weights(config)[0]
         cross_pairs = tokens * inputs
     return FlopCount(
         decoder=2.0 * tokens * weights,

@@ -61,6 +61,7 @@ def match_decoder_only(
             decoder_layers=layers,
             mlp_dim=mlp_dim,
             cross_attention_rope="none",
+            merged_attention=False,
         )
 
     wanted = cost(config)

@@ -141,6 +141,7 @@ def llama_needs(config: ModelConfig) -> list[Need]:
 def t5gemma_needs(config: ModelConfig) -> list[Need]:
     """Requirements for writing an encoder-decoder as a T5Gemma."""
     return [
+        ("merged_attention", not config.merged_attention, "False"),
         ("post_norms", config.post_norms, "True"),
         ("mlp_gated", config.mlp_gated, "True"),
         ("mlp_bias", not config.mlp_bias, "False"),
@@ -256,7 +257,7 @@ def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[st
     # transformers ties no weights at all where the head is untied: the table is then stored twice.
     tied_tables = config.share_embeddings and config.tie_embeddings
     entries = own_format.layout(config, one_table=tied_tables)
-    kept = (*own_format.FIELDS, "rope_magnitude")
+    kept = (*own_format.FIELDS, *own_format.LATER_FIELDS, "rope_magnitude")
     values = {name: getattr(config, name) for name in kept} | {
         "model_type": "encdec",
         "architectures": ["EncdecForConditionalGeneration"],

@@ -43,6 +43,8 @@ FIELDS = (
     "final_logit_cap",
     "embedding_scale",
 )
+# Fields that earlier versions did not write, with what holds for their models.
+LATER_FIELDS: dict[str, Any] = {"merged_attention": False}
 _LENGTH = 1 << 15  # nothing in the format depends on a length
 
 
@@ -55,6 +57,8 @@ def layout(config: ModelConfig, *, one_table: bool) -> list[Entry]:
     if not config.tie_embeddings:
         entries.append(Entry("lm_head.weight", "embedder/head", "matrix"))
     sublayers = {"self_attn": "self_attention", "cross_attn": "cross_attention", "mlp": "mlp"}
+    if config.merged_attention:
+        del sublayers["cross_attn"]
     for stack, count in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
         entries.append(Entry(f"{stack}.norm.weight", f"{stack}/final_norm/scale"))
         for layer in range(count):
@@ -106,6 +110,7 @@ def read_config(directory: pathlib.Path) -> Imported:
     head_dim, scale = required(values, "head_dim", path), float(values["attention_scale"])
     model = ModelConfig(
         **{name: values[name] for name in FIELDS},
+        **{name: values.get(name, absent) for name, absent in LATER_FIELDS.items()},
         **_rope(np.array(values["rope_frequencies"], np.float64), values["rope_magnitude"]),
         mlp_activation=ACTIVATIONS[values["mlp_activation"]],
         attention_scale=0.0 if np.isclose(scale, head_dim**-0.5, rtol=1e-6) else scale,

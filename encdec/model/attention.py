@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -51,15 +54,19 @@ def dot_product_attention(
     v_BxSxKxD: jax.Array,
     mask_BxTxS: jax.Array,
     dropout_key: jax.Array | None = None,
+    prefix: KeyValues | None = None,
 ) -> jax.Array:
     """Softmax attention in plain XLA; scores and softmax in float32. Returns [B, T, H, D].
 
-    Queries have been multiplied by ``config.scores_scale``.
+    Queries have been multiplied by ``config.scores_scale``. One softmax spans ``prefix`` [B, P, K,
+    D], where there is one, and the other keys; the mask's last axis is P + S then. Scores are
+    concatenated, which are small while decoding; keys and values are not.
 
     Query head h reads kv head ``h // (H/K)`` when ``kv_pairing`` is "grouped" and ``h % K`` when
     it is "tiled": only the order in which the head axis is split differs; nothing is copied.
     """
-    q_BxTxHxD, k_BxSxKxD, v_BxSxKxD = named_inputs(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD)
+    q_BxTxHxD, *flat = named_inputs(q_BxTxHxD, *(prefix or ()), k_BxSxKxD, v_BxSxKxD)
+    parts = list(zip(flat[::2], flat[1::2], strict=True))
     batch, length, heads, dim = q_BxTxHxD.shape
     kv_heads, group = k_BxSxKxD.shape[2], heads // k_BxSxKxD.shape[2]
     # The head axis splits into (kv head, member of its group), or the other way round.
@@ -67,8 +74,11 @@ def dot_product_attention(
         ((kv_heads, group), "kg") if config.kv_pairing == "grouped" else ((group, kv_heads), "gk")
     )
     q = q_BxTxHxD.reshape(batch, length, *split, dim)
-    scores = jnp.einsum(
-        f"bt{pair}d,bskd->b{pair}ts", q, k_BxSxKxD, preferred_element_type=jnp.float32
+    scores = joined(
+        [
+            jnp.einsum(f"bt{pair}d,bskd->b{pair}ts", q, k, preferred_element_type=jnp.float32)
+            for k, _ in parts
+        ]
     )
     if config.attention_logit_cap:
         scores = config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap)
@@ -79,8 +89,28 @@ def dot_product_attention(
         keep = 1.0 - config.attention_dropout
         kept = jax.random.bernoulli(dropout_key, keep, probabilities.shape)
         probabilities = jnp.where(kept, probabilities / keep, 0.0)
-    out = jnp.einsum(f"b{pair}ts,bskd->bt{pair}d", probabilities.astype(v_BxSxKxD.dtype), v_BxSxKxD)
+    probabilities = probabilities.astype(v_BxSxKxD.dtype)
+    sums = f"b{pair}ts,bskd->bt{pair}d"
+    if len(parts) == 1:
+        out = jnp.einsum(sums, probabilities, v_BxSxKxD)
+    else:
+        add = functools.partial(jnp.einsum, sums, preferred_element_type=jnp.float32)
+        before, own = jnp.split(probabilities, [parts[0][0].shape[1]], axis=-1)
+        out = (add(before, parts[0][1]) + add(own, v_BxSxKxD)).astype(v_BxSxKxD.dtype)
     return out.reshape(batch, length, heads, dim)
+
+
+def joined(parts: Sequence[jax.Array], axis: int = -1) -> jax.Array:
+    """The concatenation of one part or several; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+
+
+def after_prefix(prefix: KeyValues | None, key_values: KeyValues, axis: int = 1) -> KeyValues:
+    """Keys and values of both, one after the other along the axis of tokens."""
+    if prefix is None:
+        return key_values
+    k, v = (jnp.concatenate(pair, axis=axis) for pair in zip(prefix, key_values, strict=True))
+    return k, v
 
 
 class AttentionInputs(flax.struct.PyTreeNode):
@@ -95,6 +125,10 @@ class AttentionInputs(flax.struct.PyTreeNode):
             ``segment_mask`` of them, which lets fused kernels do without it; else None.
         causal: whether the mask hides, whatever else it does, every key of a later place than the
             query's own.
+        source_rope: rotation of a source's keys that are read before its own; None for none.
+
+    Where attention reads a source before its own sequence (``ModelConfig.merged_attention``), mask
+    and segment ids of keys are those of the source, then its own; ``causal`` concerns its own.
     """
 
     mask_BxTxS: jax.Array
@@ -102,6 +136,7 @@ class AttentionInputs(flax.struct.PyTreeNode):
     kv_rope: Rotation | None = None
     slots_BxT: jax.Array | None = None
     segments: tuple[jax.Array, jax.Array] | None = None
+    source_rope: Rotation | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -154,6 +189,18 @@ def packed_self_attention(
         near_BxTxT &= near_BxTxT.swapaxes(-1, -2)
     rope = rope_table(config, places, local=True)
     return attention, AttentionInputs(attention.mask_BxTxS & near_BxTxT, rope, rope)
+
+
+def merged_inputs(
+    own: AttentionInputs, cross: AttentionInputs, source_rope: Rotation | None = None
+) -> AttentionInputs:
+    """The inputs of attention that reads a source (``cross``) before its own sequence;
+    ``source_rope`` rotates the source's keys where they are made, too."""
+    segments = None
+    if own.segments is not None and cross.segments is not None:
+        segments = own.segments[0], joined([cross.segments[1], own.segments[1]])
+    mask = joined([cross.mask_BxTxS, own.mask_BxTxS])
+    return own.replace(mask_BxTxS=mask, segments=segments, source_rope=source_rope)
 
 
 class Attention(nn.Module):
@@ -257,18 +304,27 @@ class Attention(nn.Module):
         key_values: KeyValues,
         inputs: AttentionInputs,
         dropout_key: jax.Array | None = None,
+        prefix: KeyValues | None = None,
     ) -> jax.Array:
-        """Softmax attention [B, T, H, D] by the implementation that ``resolve_kernel`` names."""
+        """Softmax attention [B, T, H, D] by the implementation that ``resolve_kernel`` names.
+
+        ``prefix`` is read before ``key_values``, by the same softmax.
+        """
         config, (k, v) = self.config, key_values
         kernel = resolve_kernel(
             config, segments=inputs.segments is not None, dropout=dropout_key is not None
         )
         if kernel == "splash":
             assert inputs.segments is not None  # or resolve_kernel would have refused it
-            return splash_attention(config, q_BxTxHxD, k, v, inputs.segments, inputs.causal)
+            before = prefix[0].shape[1] if prefix is not None else 0
+            k, v = after_prefix(prefix, key_values)
+            return splash_attention(config, q_BxTxHxD, k, v, inputs.segments, inputs.causal, before)
         if kernel == "cudnn":
+            k, v = after_prefix(prefix, key_values)
             return cudnn_attention(config, q_BxTxHxD, k, v, inputs.mask_BxTxS)
-        return dot_product_attention(config, q_BxTxHxD, k, v, inputs.mask_BxTxS, dropout_key)
+        return dot_product_attention(
+            config, q_BxTxHxD, k, v, inputs.mask_BxTxS, dropout_key, prefix
+        )
 
     def __call__(
         self,
@@ -277,6 +333,7 @@ class Attention(nn.Module):
         *,
         key_values: KeyValues | None = None,
         cache: KeyValues | None = None,
+        prefix: KeyValues | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeyValues | None]:
         """Attends from ``x`` and returns the output [B, T, M] and the updated cache.
@@ -287,6 +344,7 @@ class Attention(nn.Module):
             key_values: keys and values made before (cross-attention); otherwise made from ``x``.
             cache: keys and values so far, with S the capacity; the new ones are written to
                 ``inputs.slots_BxT`` and the mask spans the whole capacity.
+            prefix: a source's keys and values, read before the others by the same softmax.
             deterministic: False applies dropout (needs a "dropout" rng).
         """
         if key_values is None:
@@ -299,6 +357,7 @@ class Attention(nn.Module):
             assert inputs.slots_BxT is not None  # a cache comes with slots
             cache = key_values = self.written(cache, key_values, inputs.slots_BxT)
         dropout = self.config.attention_dropout and not deterministic
-        out = self.attend(q, key_values, inputs, self.make_rng("dropout") if dropout else None)
+        dropout_key = self.make_rng("dropout") if dropout else None
+        out = self.attend(q, key_values, inputs, dropout_key, prefix)
         out = nn.with_logical_constraint(out, ("batch", "length", "heads", "head_dim"))
         return self.o(out), cache

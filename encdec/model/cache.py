@@ -71,15 +71,17 @@ def cached_self_attention(
     positions_BxN: jax.Array,
     local: bool = False,
     from_start: bool = False,
+    offset: jax.Array | int = 0,
 ) -> AttentionInputs:
     """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too.
 
     ``local`` gives those of layers that read the attention window alone; ``from_start`` says that
-    the tokens are the first of their rows, in order.
+    the tokens are the first of their rows, in order. They are rotated as if ``offset`` tokens were
+    before them.
     """
     capacity = jax.tree.leaves(cache)[0].shape[cache_layout(config).token_axes[0]]
     mask_BxNxC = jnp.arange(capacity) <= positions_BxN[..., None]
     if local:
         mask_BxNxC &= window_mask(positions_BxN, jnp.arange(capacity), config.attention_window)
-    rope = rope_table(config, positions_BxN, local)
+    rope = rope_table(config, positions_BxN + offset, local)
     return AttentionInputs(mask_BxNxC, rope, rope, positions_BxN, causal=from_start)

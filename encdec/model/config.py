@@ -51,6 +51,10 @@ class ModelConfig:
     encoder_global_layers: tuple = ()  # or those of the encoder that do, counted from 0
     decoder_global_layers: tuple = ()  # and those of the decoder
 
+    # Self- and cross-attention as one sublayer with one set of weights, one softmax over source and
+    # target (T5Gemma 2, arXiv 2512.14856): a decoder layer has a decoder-only layer's parameters
+    merged_attention: bool = False
+
     # Positions (RoPE, rotate-half)
     rope_theta: float = 10_000.0
     rope_scaling: Literal["none", "linear", "ntk", "per_pair"] = "none"
@@ -214,6 +218,11 @@ def _check_values(config: ModelConfig) -> None:
             "'none' in a decoder-only model, which has no cross-attention",
         )
         require(config.share_embeddings, "share_embeddings", "True in a decoder-only model")
+        require(
+            not config.merged_attention,
+            "merged_attention",
+            "False in a decoder-only model, which has no source to read",
+        )
     require(
         config.num_heads % config.num_kv_heads == 0,
         "num_kv_heads",

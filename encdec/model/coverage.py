@@ -26,7 +26,12 @@ EVERYWHERE = frozenset(
     """.split()
 )
 # Further fields by implementation: splash, cudnn, cpu (layouts), or a format of encdec.export.
-ALSO: dict[str, frozenset[str]] = {}
+ALSO: dict[str, frozenset[str]] = {
+    "splash": frozenset({"merged_attention"}),
+    "cudnn": frozenset({"merged_attention"}),
+    "cpu": frozenset({"merged_attention"}),
+    "hf": frozenset({"merged_attention"}),
+}
 
 
 def unknown_fields(config: ModelConfig, implementation: str) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -25,7 +26,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from encdec.errors import ConfigError
-from encdec.model.attention import Attention, AttentionInputs, KeyValues, dot_product_attention
+from encdec.model.attention import (
+    Attention,
+    AttentionInputs,
+    KeyValues,
+    after_prefix,
+    dot_product_attention,
+    joined,
+)
 from encdec.model.config import ModelConfig
 from encdec.model.coverage import refuse_unknown
 from encdec.model.decoder_only import DecoderOnly
@@ -54,6 +62,7 @@ def attention_in_blocks(
     v_BxKxSxD: jax.Array,
     mask_BxTxS: jax.Array,
     causal: bool = False,
+    prefix: int = 0,
 ) -> jax.Array:
     """``dot_product_attention`` of keys and values from ``heads_first``; returns [B, T, H, D].
 
@@ -65,9 +74,13 @@ def attention_in_blocks(
     bytes for each query, key and head, would be written to memory and read again at every step of
     the softmax. ``causal`` says that the mask hides every key that comes after its query's place:
     blocks are then grouped into up to ``CAUSAL_SPANS`` spans, and each span only multiplies keys
-    up to its own end: with eight spans that is 9/16 of the full work (1/2 is the minimum).
+    up to its own end: with eight spans that is 9/16 of the full work (1/2 is the minimum). The
+    first ``prefix`` keys are of a source, which no query comes before.
     """
-    attend = functools.partial(_attend_block, config)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        return _attend_block(config, q, [(k, v)], mask)
+
     (batch, length), limit = q_BxTxHxD.shape[:2], config.execution.attention_block
     if not limit or length <= limit:
         return attend(q_BxTxHxD, k_BxKxDxS, v_BxKxSxD, mask_BxTxS)
@@ -85,7 +98,8 @@ def attention_in_blocks(
     outs = []
     for first, last in zip([0, *ends], ends):
         # Not a slice by ``last * block`` when nothing is hidden: keys may be more than queries.
-        seen = min(last * block, k_BxKxDxS.shape[-1]) if causal else k_BxKxDxS.shape[-1]
+        seen = k_BxKxDxS.shape[-1]
+        seen = min(prefix + last * block, seen) if causal else seen
         k, v = k_BxKxDxS[..., :seen], v_BxKxSxD[:, :, :seen]
         outs.append(
             jax.lax.map(
@@ -100,27 +114,29 @@ def attention_in_blocks(
 def _attend_block(
     config: ModelConfig,
     q_BxTxHxD: jax.Array,
-    k_BxKxDxS: jax.Array,
-    v_BxKxSxD: jax.Array,
+    parts: Sequence[KeyValues],
     mask_BxTxS: jax.Array,
     own: KeyValues | None = None,
 ) -> jax.Array:
     """Attention of one block.
 
-    ``own`` holds the key and value [B, 1, K, D] of a single query (T = 1) itself, which it reads
-    in addition to the others.
+    ``parts`` are keys [B, K, D, S_i] and values [B, K, S_i, D], read one after the other under one
+    mask: their scores are concatenated, they are not. ``own`` holds the key and value [B, 1, K, D]
+    of a single query (T = 1) itself, which it reads in addition to the others.
     """
     batch, length, heads, dim = q_BxTxHxD.shape
-    kv_heads, group = k_BxKxDxS.shape[1], heads // k_BxKxDxS.shape[1]
+    kv_heads = parts[0][0].shape[1]
+    group, value_dtype = heads // kv_heads, parts[0][1].dtype
     grouped = config.kv_pairing == "grouped"
     split, pair = ((kv_heads, group), "kg") if grouped else ((group, kv_heads), "gk")
     q = q_BxTxHxD.reshape(batch, length, *split, dim)
     q_BxKxNxD = jnp.einsum(f"bt{pair}d->bkgtd", q).reshape(batch, kv_heads, group * length, dim)
     cap = config.attention_logit_cap
     capped = lambda scores: cap * jnp.tanh(scores / cap) if cap else scores
-    scores = capped(
-        jnp.einsum("bknd,bkds->bkns", q_BxKxNxD, k_BxKxDxS, preferred_element_type=jnp.float32)
+    score = lambda k: jnp.einsum(
+        "bknd,bkds->bkns", q_BxKxNxD, k, preferred_element_type=jnp.float32
     )
+    scores = capped(joined([score(k) for k, _ in parts]))
     scores = scores.reshape(batch, kv_heads, group, length, -1)
     scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     highest = jnp.max(scores, axis=-1, keepdims=True)
@@ -132,13 +148,17 @@ def _attend_block(
     # Divide the D numbers of each output by the sum, rather than the S probabilities.
     weights = jnp.exp(scores - highest)
     sums_BxKxNx1 = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, group * length, 1)
-    weights = weights.astype(v_BxKxSxD.dtype).reshape(batch, kv_heads, group * length, -1)
-    out = jnp.einsum("bkns,bksd->bknd", weights, v_BxKxSxD, preferred_element_type=jnp.float32)
+    weights = weights.astype(value_dtype).reshape(batch, kv_heads, group * length, -1)
+    out, start = jnp.float32(0), 0
+    for _, v in parts:
+        part = weights if len(parts) == 1 else weights[..., start : start + v.shape[2]]
+        summed = jnp.einsum("bkns,bksd->bknd", part, v, preferred_element_type=jnp.float32)
+        out, start = (out + summed if start else summed), start + v.shape[2]
     if own is not None:
         own_weight_BxKxNx1 = jnp.exp(own_score_BxKxNx1 - highest[..., 0])
         sums_BxKxNx1 += own_weight_BxKxNx1
         out += own_weight_BxKxNx1 * own[1].swapaxes(1, 2).astype(jnp.float32)
-    out = (out / sums_BxKxNx1).astype(v_BxKxSxD.dtype)
+    out = (out / sums_BxKxNx1).astype(value_dtype)
     out = jnp.einsum(f"bkgtd->bt{pair}d", out.reshape(batch, kv_heads, group, length, dim))
     return out.reshape(batch, length, heads, dim)
 
@@ -226,14 +246,18 @@ class CpuAttention(Attention):
         key_values: KeyValues,
         inputs: AttentionInputs,
         dropout_key: jax.Array | None = None,
+        prefix: KeyValues | None = None,
     ) -> jax.Array:
         config, how = self.config, self.config.execution
         _refuse_dropout(config, dropout_key)
+        mask, causal = inputs.mask_BxTxS, inputs.causal
         if 0 < how.attention_block < q_BxTxHxD.shape[1] or how.accumulate_in_float32:
+            before = prefix[0].shape[1] if prefix is not None else 0
+            k_BxKxDxS, v_BxKxSxD = heads_first(after_prefix(prefix, key_values))
             return attention_in_blocks(
-                config, q_BxTxHxD, *heads_first(key_values), inputs.mask_BxTxS, inputs.causal
+                config, q_BxTxHxD, k_BxKxDxS, v_BxKxSxD, mask, causal, before
             )
-        return dot_product_attention(config, q_BxTxHxD, *key_values, inputs.mask_BxTxS)
+        return dot_product_attention(config, q_BxTxHxD, *key_values, mask, prefix=prefix)
 
 
 class ShardedAttention(Attention):
@@ -247,10 +271,15 @@ class ShardedAttention(Attention):
         key_values: KeyValues,
         inputs: AttentionInputs,
         dropout_key: jax.Array | None = None,
+        prefix: KeyValues | None = None,
     ) -> jax.Array:
         _refuse_dropout(self.config, dropout_key)
+        before, (k, v) = 0, key_values
+        if prefix is not None:
+            before = prefix[0].shape[-1]
+            k, v = joined([prefix[0], k], axis=-1), joined([prefix[1], v], axis=2)
         return attention_in_blocks(
-            self.config, q_BxTxHxD, *key_values, inputs.mask_BxTxS, inputs.causal
+            self.config, q_BxTxHxD, k, v, inputs.mask_BxTxS, inputs.causal, before
         )
 
 
@@ -277,6 +306,18 @@ class ShardedSelfAttention(ShardedAttention):
         q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts)
         return q, k, v
 
+    def key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
+        """Keys [B, K, D, S] (normed and rotated) and values [B, K, S, D] of a source: the product
+        with their part of the kernel alone."""
+        config, kernel = self.config, self.qkv.kernel
+        start, width = config.attention_width, config.attention_width + 2 * config.kv_width
+        rows_OxI = kernel.reshape(-1, kernel.shape[-1])[start:width].astype(x_BxSxM.dtype)
+        both = jnp.einsum("...i,oi->...o", x_BxSxM, rows_OxI)
+        if config.qkv_bias:
+            both = both + self.qkv.bias[start:].astype(both.dtype)
+        k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in jnp.split(both, 2, axis=-1))
+        return heads_first((self._key(k, rope), v))
+
     def written(self, cache: KeyValues, new: KeyValues, slots_BxT: jax.Array) -> KeyValues:
         """The cache with new keys and values [B, T, K, D] in their slots."""
         rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
@@ -293,22 +334,28 @@ class ShardedSelfAttention(ShardedAttention):
         *,
         key_values: KeyValues | None = None,
         cache: KeyValues | None = None,
+        prefix: KeyValues | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """``Attention.__call__``, without keys and values made before."""
+        """``Attention.__call__``, without its own keys and values made before."""
         q, k, v = self.projected(x_BxTxM)
         q, new = self._query(q, inputs.q_rope), (self._key(k, inputs.kv_rope), v)
         if cache is not None and q.shape[1] == 1:
-            return self._step(q, new, cache, inputs)
+            return self._step(q, new, cache, inputs, prefix)
         if cache is None:
             key_values = heads_first(new)
         else:
             assert inputs.slots_BxT is not None  # a cache comes with slots
             cache = key_values = self.written(cache, new, inputs.slots_BxT)
-        return self.o(self.attend(q, key_values, inputs)), cache
+        return self.o(self.attend(q, key_values, inputs, prefix=prefix)), cache
 
     def _step(
-        self, q_Bx1xHxD: jax.Array, new: KeyValues, cache: KeyValues, inputs: AttentionInputs
+        self,
+        q_Bx1xHxD: jax.Array,
+        new: KeyValues,
+        cache: KeyValues,
+        inputs: AttentionInputs,
+        prefix: KeyValues | None,
     ) -> tuple[jax.Array, KeyValues]:
         """One new token: it reads the cache as it was and itself, and is written afterwards.
 
@@ -318,9 +365,11 @@ class ShardedSelfAttention(ShardedAttention):
         """
         assert inputs.slots_BxT is not None  # a cache comes with slots
         k_Bx1xKxD, v_Bx1xKxD = (x.astype(old.dtype) for x, old in zip(new, cache))
+        parts = [cache] if prefix is None else [prefix, cache]
+        before = 0 if prefix is None else prefix[0].shape[-1]
         places_S = jnp.arange(inputs.mask_BxTxS.shape[-1])
-        others_Bx1xS = inputs.mask_BxTxS & (places_S != inputs.slots_BxT[..., None])
-        out = _attend_block(self.config, q_Bx1xHxD, *cache, others_Bx1xS, (k_Bx1xKxD, v_Bx1xKxD))
+        others_Bx1xS = inputs.mask_BxTxS & (places_S != before + inputs.slots_BxT[..., None])
+        out = _attend_block(self.config, q_Bx1xHxD, parts, others_Bx1xS, (k_Bx1xKxD, v_Bx1xKxD))
         wait = 0 * out[:, :, :1, :1]
         cache = self.written(cache, (k_Bx1xKxD + wait, v_Bx1xKxD + wait), inputs.slots_BxT)
         return self.o(out), cache

@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from encdec.model.attention import AttentionInputs, packed_attention, packed_self_attention
+from encdec.model.attention import (
+    AttentionInputs,
+    merged_inputs,
+    packed_attention,
+    packed_self_attention,
+)
 from encdec.model.cache import cached_self_attention
 from encdec.model.config import ModelConfig
 from encdec.model.layers import Embedder
@@ -95,21 +100,23 @@ class EncoderDecoder(nn.Module):
         # The length of the source that each target token belongs to.
         source_lengths_BxT = jnp.sum(cross.mask_BxTxS, axis=-1, dtype=jnp.int32)
         positions = batch["decoder_positions"]
+        source_rope = self._source_rope(batch["encoder_positions"])
+        cross = self._cross_attention(
+            cross.mask_BxTxS, positions, source_lengths_BxT, source_rope
+        ).replace(segments=cross.segments)
         attention, local = packed_self_attention(
-            self.config, target_segments, positions, causal=True
+            self.config,
+            target_segments,
+            positions,
+            causal=True,
+            places_BxT=positions + self._own_offset(source_lengths_BxT),
         )
-        inputs = LayerInputs(
-            attention,
-            self._cross_attention(
-                cross.mask_BxTxS,
-                positions,
-                source_lengths_BxT,
-                self._source_rope(batch["encoder_positions"]),
-            ).replace(segments=cross.segments),
-            encoded_BxSxM,
-            local,
-            deterministic=deterministic,
-        )
+        if self.config.merged_attention:
+            attention = merged_inputs(attention, cross, source_rope)
+            if local is not None:
+                local_rope = self._source_rope(batch["encoder_positions"], local=True)
+                local = merged_inputs(local, cross, local_rope)
+        inputs = LayerInputs(attention, cross, encoded_BxSxM, local, deterministic=deterministic)
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
 
     def source(
@@ -118,7 +125,9 @@ class EncoderDecoder(nn.Module):
         """Encodes one unpacked source a row (segment 1, padding 0) and keys it for decoding."""
         encoded_BxSxM = self.encode(tokens_BxS, segments_BxS, positions_BxS)
         mask_BxS = segments_BxS > 0
-        cross_kv = self.decoder.cross_key_values(encoded_BxSxM, self._source_rope(positions_BxS))
+        rope = self._source_rope(positions_BxS)
+        local_rope = self._source_rope(positions_BxS, local=True)
+        cross_kv = self.decoder.cross_key_values(encoded_BxSxM, rope, local_rope)
         return Source(cross_kv, mask_BxS)
 
     def decode_cached(
@@ -136,16 +145,24 @@ class EncoderDecoder(nn.Module):
         ``from_start`` says that the positions are 0 to N - 1, which can save work.
         """
         batch, length = tokens_BxN.shape
-        inputs_of = functools.partial(
-            cached_self_attention, self.config, cache, positions_BxN, from_start=from_start
-        )
-        attention = inputs_of()
-        local = inputs_of(local=True) if self.config.attention_window else None
         cross_mask = jnp.broadcast_to(
             source.mask_BxS[:, None], (batch, length, source.mask_BxS.shape[1])
         )
         source_lengths = jnp.sum(source.mask_BxS, axis=-1, dtype=jnp.int32)[:, None]
         cross = self._cross_attention(cross_mask, positions_BxN, source_lengths)
+        inputs_of = functools.partial(
+            cached_self_attention,
+            self.config,
+            cache,
+            positions_BxN,
+            from_start=from_start,
+            offset=self._own_offset(source_lengths),
+        )
+        attention = inputs_of()
+        local = inputs_of(local=True) if self.config.attention_window else None
+        if self.config.merged_attention:
+            attention = merged_inputs(attention, cross)
+            local = merged_inputs(local, cross) if local is not None else None
         inputs = LayerInputs(attention, cross, local_attention=local)
         return self.decoder(self.embedder(tokens_BxN), inputs, source.cross_kv, cache)
 
@@ -158,17 +175,25 @@ class EncoderDecoder(nn.Module):
     ) -> AttentionInputs:
         """Cross-attention's mask and rotations; ``kv_rope`` where keys are made, too.
 
-        Targets count from zero or continue where their source ends.
+        Targets count from zero or continue where their source ends. Merged with self-attention,
+        queries are rotated once, as those of self-attention.
         """
         style, q_rope = self.config.cross_attention_rope, None
-        if style != "none":
+        if style != "none" and not self.config.merged_attention:
             offset = source_lengths_BxT if style == "continued" else 0
             q_rope = rope_table(self.config, positions_BxT + offset)
         return AttentionInputs(mask_BxTxS, q_rope, kv_rope)
 
-    def _source_rope(self, positions_BxS: jax.Array) -> Rotation | None:
-        """The rotation of cross-attention's keys: sources count from zero whatever the encoder's
-        own choice."""
+    def _own_offset(self, source_lengths_BxT: jax.Array) -> jax.Array | int:
+        """How many positions targets are moved on in self-attention: merged with cross-attention,
+        its queries serve both."""
+        config = self.config
+        continued = config.merged_attention and config.cross_attention_rope == "continued"
+        return source_lengths_BxT if continued else 0
+
+    def _source_rope(self, positions_BxS: jax.Array, local: bool = False) -> Rotation | None:
+        """The rotation of cross-attention's keys, or of those that local layers read in merged
+        attention: sources count from zero whatever the encoder's own choice."""
         if self.config.cross_attention_rope == "none":
             return None
-        return rope_table(self.config, positions_BxS)
+        return rope_table(self.config, positions_BxS, local and self.config.merged_attention)

@@ -101,6 +101,7 @@ def splash_attention(
     v_BxSxKxD: jax.Array,
     segments: tuple[jax.Array, jax.Array],
     causal: bool,
+    prefix: int = 0,
 ) -> jax.Array:
     """Splash attention among packed segments; returns [B, T, H, D].
 
@@ -114,6 +115,7 @@ def splash_attention(
         v_BxSxKxD: values.
         segments: segment ids of queries [B, T] and of keys [B, S]; each reads its equals.
         causal: no query reads a later key.
+        prefix: how many of the first keys are of a source, which no query comes before.
     """
     q_BxHxTxD = _grouped(config, q_BxTxHxD, axis=2).swapaxes(1, 2)
     k_BxKxSxD, v_BxKxSxD = k_BxSxKxD.swapaxes(1, 2), v_BxSxKxD.swapaxes(1, 2)
@@ -127,6 +129,7 @@ def splash_attention(
     function = functools.partial(
         _splash,
         causal=causal,
+        prefix=prefix,
         cap=config.attention_logit_cap or None,
         interpret=platform() != "tpu",
     )
@@ -158,6 +161,7 @@ def _splash(
     kv_segments_BxS: jax.Array,
     *,
     causal: bool,
+    prefix: int,
     cap: float | None,
     interpret: bool,
 ) -> jax.Array:
@@ -166,7 +170,8 @@ def _splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     heads, (length, kv_length) = q_BxHxTxD.shape[1], (q_BxHxTxD.shape[2], k_BxKxSxD.shape[2])
-    one = (splash.CausalMask if causal else splash.FullMask)((length, kv_length))
+    shape = length, kv_length
+    one = splash.CausalMask(shape, offset=prefix) if causal else splash.FullMask(shape)
     block_q = _block(length, BLOCK_Q)
     block_kv, compute = _block(kv_length, BLOCK_KV), _block(kv_length, BLOCK_KV_COMPUTE)
     compute = compute if block_kv % compute == 0 else block_kv

@@ -33,8 +33,10 @@ class LayerInputs(flax.struct.PyTreeNode):
     """What every layer of a stack reads besides the running activations.
 
     Attributes:
-        self_attention: mask and rotations of self-attention.
-        cross_attention: the same of cross-attention; None in stacks without it.
+        self_attention: mask and rotations of self-attention; merged with cross-attention, its mask
+            is that of the source and then its own.
+        cross_attention: the same of cross-attention; None in stacks without it, and without use
+            where it is merged.
         encoded_BxSxM: the encoder's output, read by cross-attention when its keys and values
             have not been made beforehand.
         local_attention: ``self_attention`` of layers that read a window only; None if there are
@@ -52,7 +54,9 @@ class LayerInputs(flax.struct.PyTreeNode):
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, cross-attention if asked for, MLP.
 
-    With ``post_norms``, each sublayer's output is normed too before it joins the residual.
+    With ``merged_attention``, the two attentions are one sublayer, with the parameters of
+    self-attention. With ``post_norms``, each sublayer's output is normed too before it joins the
+    residual.
     """
 
     config: ModelConfig
@@ -65,14 +69,15 @@ class Block(nn.Module):
         config = self.config
         self.self_attention_norm = RMSNorm(config)
         self.self_attention = self.self_attention_type(config)
-        if self.cross_attention:
+        self.crosses_apart = self.cross_attention and not config.merged_attention
+        if self.crosses_apart:
             self.cross_attention_norm = RMSNorm(config)
             self.encoder_attention = self.cross_attention_type(config)
         self.mlp_norm = RMSNorm(config)
         self.mlp = self.mlp_type(config)
         if config.post_norms:
             self.self_attention_post_norm = RMSNorm(config)
-            if self.cross_attention:
+            if self.crosses_apart:
                 self.cross_attention_post_norm = RMSNorm(config)
             self.mlp_post_norm = RMSNorm(config)
         self.residual_dropout = nn.Dropout(config.residual_dropout)
@@ -87,24 +92,27 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KeyValues | None]:
         """One layer: activations in, activations and the updated self-attention cache out."""
         post_norms, deterministic = self.config.post_norms, inputs.deterministic
+        if self.cross_attention and cross_kv is None:
+            cross, encoded_BxSxM = inputs.cross_attention, inputs.encoded_BxSxM
+            # A stack with cross-attention is given its inputs, and keys and values or their input.
+            assert cross is not None and encoded_BxSxM is not None
+            rope = cross.kv_rope if self.crosses_apart else inputs.self_attention.source_rope
+            cross_kv = self.cross_key_values(None, encoded_BxSxM, rope)[1]
         y, cache = self.self_attention(
             self.self_attention_norm(x_BxTxM),
             inputs.self_attention,
             cache=cache,
+            prefix=None if self.crosses_apart else cross_kv,
             deterministic=deterministic,
         )
         y = self.self_attention_post_norm(y) if post_norms else y
         x_BxTxM = x_BxTxM + self.residual_dropout(y, deterministic=deterministic)
         x_BxTxM = checkpoint_name(x_BxTxM, RESIDUAL)
-        if self.cross_attention:
-            cross, encoded_BxSxM = inputs.cross_attention, inputs.encoded_BxSxM
-            assert cross is not None  # a stack with cross-attention is given its inputs
-            if cross_kv is None:
-                assert encoded_BxSxM is not None  # and either keys and values or their input
-                cross_kv = self.cross_key_values(None, encoded_BxSxM, cross.kv_rope)[1]
+        if self.crosses_apart:
+            assert inputs.cross_attention is not None
             y, _ = self.encoder_attention(
                 self.cross_attention_norm(x_BxTxM),
-                cross,
+                inputs.cross_attention,
                 key_values=cross_kv,
                 deterministic=deterministic,
             )
@@ -121,7 +129,8 @@ class Block(nn.Module):
         self, carry: None, encoded_BxSxM: jax.Array, rope: Rotation | None
     ) -> tuple[None, KeyValues]:
         """Cross-attention's keys and values; the encoder's output is read as it is, un-normed."""
-        return carry, self.encoder_attention.key_values(encoded_BxSxM, rope)
+        reader = self.encoder_attention if self.crosses_apart else self.self_attention
+        return carry, reader.key_values(encoded_BxSxM, rope)
 
 
 class Stack(nn.Module):
@@ -180,11 +189,20 @@ class Stack(nn.Module):
             cache = tuple(caches) if cache is not None else None
         return self.final_norm(x_BxTxM), cache
 
-    def cross_key_values(self, encoded_BxSxM: jax.Array, rope: Rotation | None) -> Any:
-        """Every layer's cross-attention keys and values, made once per source."""
+    def cross_key_values(
+        self, encoded_BxSxM: jax.Array, rope: Rotation | None, local_rope: Rotation | None
+    ) -> Any:
+        """Every layer's cross-attention keys and values, made once per source.
+
+        ``local_rope`` is the rotation of what local layers read in merged attention.
+        """
         if self.config.execution.scan_layers:
             return self.layers.cross_key_values(None, encoded_BxSxM, rope)[1]
-        return tuple(layer.cross_key_values(None, encoded_BxSxM, rope)[1] for layer in self.layers)
+        ropes = (local_rope if self.config.is_local(i) else rope for i in range(self.num_layers))
+        return tuple(
+            layer.cross_key_values(None, encoded_BxSxM, layer_rope)[1]
+            for layer, layer_rope in zip(self.layers, ropes, strict=True)
+        )
 
 
 def unrolled(layers: int) -> int:

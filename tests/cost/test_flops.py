@@ -37,6 +37,7 @@ VARIANTS = {
     "untied": {"tie_embeddings": False},
     "a table each": {"share_embeddings": False},
     "extra norms": {"qk_norm": True, "post_norms": True, "norm_plus_one": True, "mlp_gated": True},
+    "merged": {"merged_attention": True, "mlp_gated": True, "qk_norm": True},
     "unrolled": {"scan_layers": False},
     "unrolled and gated": {"scan_layers": False, "mlp_gated": True, "num_kv_heads": 1},
 }
@@ -51,6 +52,7 @@ def variant(name: str, peer: str):
             encoder_layers=0,
             decoder_layers=config.num_layers,
             share_embeddings=True,
+            merged_attention=False,
         )
     return config
 
@@ -253,7 +255,7 @@ def encode_source(config, inputs: int):
     return products_of(encode, *arguments), jax.eval_shape(encode, *arguments)
 
 
-@pytest.mark.parametrize("name", ["plain", "gated", "unrolled and gated"])
+@pytest.mark.parametrize("name", ["plain", "merged", "unrolled and gated"])
 def test_generation_of_an_encoder_decoder_equals_the_jaxprs(name):
     config, inputs = variant(name, ""), 24
     encoding, source = encode_source(config, inputs)

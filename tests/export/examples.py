@@ -59,6 +59,15 @@ MODELS: dict[str, ModelConfig] = {
         final_logit_cap=9.0,
         mlp_activation="silu",
     ),
+    # T5Gemma 2's decoder.
+    "merged": TINY.replace(
+        scan_layers=False,
+        merged_attention=True,
+        qk_norm=True,
+        post_norms=True,
+        norm_plus_one=True,
+        mlp_gated=True,
+    ),
     "llama": TINY.replace(
         architecture="decoder_only",
         tie_embeddings=False,  # tied ones repeat what they read last, which is EOS

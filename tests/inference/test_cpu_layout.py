@@ -47,7 +47,8 @@ def two_steps(config, params, rows=2):
 
 
 @pytest.mark.parametrize(
-    "name, rows", [("paper", 1), ("paper", 2), ("unrolled", 1), ("t5gemma", 2), ("windowed", 1)]
+    "name, rows",
+    [("paper", 1), ("paper", 2), ("unrolled", 1), ("t5gemma", 2), ("windowed", 1), ("merged", 1)],
 )
 def test_sharded_kernels_compute_the_same(name, rows):
     """Tied and separate heads, both MLPs, both pairings of heads, norms of queries and keys;
@@ -86,28 +87,31 @@ def test_attention_by_blocks_of_queries_computes_the_same(name, shards):
     np.testing.assert_allclose(two_steps(config, params), plain, atol=3e-5)
 
 
-@pytest.mark.parametrize("length", [20, 21, 37])
-def test_causal_blocks_read_no_keys_behind_their_span(length):
+@pytest.mark.parametrize("length, prefix", [(20, 0), (21, 3), (37, 0)])
+def test_causal_blocks_read_no_keys_behind_their_span(length, prefix):
     """Their NaN would reach every query that multiplies with them, hidden or not."""
     config = preset("test").replace(attention_block=2)
     draw = np.random.default_rng(0).normal
     q = draw(size=(2, length, config.num_heads, config.head_dim)).astype(np.float32)
-    k, v = draw(size=(2, 2, length, config.num_kv_heads, config.head_dim)).astype(np.float32)
-    places = np.arange(length)
-    mask = np.tile(places[:, None] >= places, (2, 1, 1)) & (places != 3)
+    keys = prefix + length
+    k, v = draw(size=(2, 2, keys, config.num_kv_heads, config.head_dim)).astype(np.float32)
+    places = np.arange(keys)
+    mask = np.tile(places[prefix:, None] >= places, (2, 1, 1)) & (places != 3)
     attend = jax.jit(
-        lambda k, v: attention_in_blocks(config, q, *heads_first((k, v)), mask, causal=True)
+        lambda k, v: attention_in_blocks(
+            config, q, *heads_first((k, v)), mask, causal=True, prefix=prefix
+        )
     )
     wanted = dot_product_attention(config, q, k, v, mask)
     np.testing.assert_allclose(attend(k, v), wanted, atol=1e-5)
     half = length // 2 + 2  # a span of the eighth part ends at most 6 places before
-    k[:, half:] = v[:, half:] = np.nan
+    k[:, prefix + half :] = v[:, prefix + half :] = np.nan
     found = attend(k, v)
     np.testing.assert_allclose(found[:, : half - 6], wanted[:, : half - 6], atol=1e-5)
     assert np.isnan(found[:, half:]).all()
 
 
-@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed"])
+@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed", "merged"])
 def test_cached_steps_in_shards_are_the_full_forward_pass(name):
     config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
     answer = np.array([[START, 7, 9, 11, 3]], np.int32)
@@ -128,7 +132,7 @@ def test_cached_steps_in_shards_are_the_full_forward_pass(name):
     np.testing.assert_allclose(np.stack(steps), whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["unrolled", "windowed"])
+@pytest.mark.parametrize("name", ["unrolled", "windowed", "merged"])
 def test_a_step_copies_no_cache(name):
     """What is kept has a width that nothing else in the program has."""
     config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)

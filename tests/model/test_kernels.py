@@ -91,11 +91,12 @@ def test_splash_on_a_mesh_equals_one_device(axes, kv_heads):
     np.testing.assert_allclose(got, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+@pytest.mark.parametrize("name", ["encoder_decoder", "merged", "decoder_only"])
 def test_models_with_splash_equal_models_with_xla(name):
     config = preset("test", attention_kernel="xla", attention_dropout=0.0)
     if name == "decoder_only":
         config = config.replace(architecture=name, encoder_layers=0)
+    config = config.replace(merged_attention=name == "merged")
     batch = packed_batch(np.random.default_rng(0), 100, (5, 3), (4, 6), 10, 12)
     if name == "decoder_only":
         batch = {key: x for key, x in batch.items() if key.startswith("decoder_")}

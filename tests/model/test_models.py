@@ -46,6 +46,9 @@ VARIANTS = {
     ),
     "from_zero_cross": SMALL.replace(cross_attention_rope="from_zero", scan_layers=False),
     "ntk": SMALL.replace(rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=12),
+    "merged": SMALL.replace(
+        merged_attention=True, qk_norm=True, post_norms=True, cross_attention_rope="continued"
+    ),
     "linear": SMALL.replace(rope_scaling="linear", rope_factor=4.0, attention_scale=0.5),
 }
 
@@ -122,7 +125,7 @@ def test_packed_rows_equal_their_segments_alone(config):
         np.testing.assert_allclose(logits, inside, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["paper", "decoder_only", "gemma"])
+@pytest.mark.parametrize("name", ["paper", "decoder_only", "gemma", "merged"])
 def test_scan_unroll_and_remat_give_the_same_gradients(name):
     config = VARIANTS[name].replace(scan_layers=True)
     model, params, batch = make(config)
@@ -167,7 +170,9 @@ def test_scan_unroll_and_remat_give_the_same_gradients(name):
     [
         (config, unrolled)
         for name, config in VARIANTS.items()
-        for unrolled in ((False, True) if name in ("paper", "decoder_only") else (name == "gemma",))
+        for unrolled in (
+            (False, True) if name in ("paper", "decoder_only") else (name in ("gemma", "merged"),)
+        )
     ],
 )
 def test_cached_decoding_equals_the_full_pass(config, unrolled):

@@ -20,6 +20,7 @@ from encdec.train.step import _accumulated
 from tests.train.conftest import INPUTS, TARGETS, small_run
 
 ARCHITECTURES = {"encoder_decoder": "test", "decoder_only": "test-dec"}
+MODELS = ARCHITECTURES | {"merged": "test"}
 STEPS = 10
 
 
@@ -36,12 +37,13 @@ def program_on(
 ) -> Program:
     run = parse_config(
         small_run(
-            model=ARCHITECTURES[architecture],
+            model=MODELS[architecture],
             accumulation=accumulation,
             model_overrides={
                 "mlp_dropout": dropout,
                 "attention_dropout": dropout,
                 "scan_layers": scan_layers,
+                "merged_attention": architecture == "merged",
             },
             mesh={"data": data, "fsdp": fsdp, "tensor": tensor} | mesh,
         )
@@ -57,7 +59,8 @@ def start(architecture: str):
 
 
 def batches(architecture: str, records) -> list[dict[str, np.ndarray]]:
-    source = Batches(open_records(records), global_batch=8, layout=architecture)
+    layout = "encoder_decoder" if architecture == "merged" else architecture
+    source = Batches(open_records(records), global_batch=8, layout=layout)
     return [source[step] for step in range(STEPS)]
 
 
@@ -95,6 +98,13 @@ def test_every_mesh_gives_the_losses_of_one_device(architecture, mesh, records):
     for a, b in zip(history, sharded_history):
         assert a.sums.source_tokens == b.sums.source_tokens
         assert a.sums.target_tokens == b.sums.target_tokens
+
+
+def test_merged_attention_gives_the_losses_of_one_device_on_eight(records):
+    data = batches("merged", records)[:3]
+    wanted, _ = run_steps(program_on("merged", 1, 1, 1), start("merged"), data)
+    losses, _ = run_steps(program_on("merged", 2, 2, 2), start("merged"), data)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
 
 
 def test_parameters_gathered_at_every_use_give_the_same_losses(records):

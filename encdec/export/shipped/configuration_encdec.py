@@ -62,6 +62,7 @@ class EncdecConfig(PretrainedConfig):
         norm_cast="after_scale",
         post_norms=False,
         qk_norm=False,
+        merged_attention=False,
         attention_scale=0.125,
         attention_logit_cap=0.0,
         final_logit_cap=0.0,

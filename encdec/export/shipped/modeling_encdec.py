@@ -1,7 +1,8 @@
 """encdec's encoder-decoder for transformers: pre-norm RMSNorm blocks, grouped heads, RoPE.
 
 Positions rotate self-attention alone. Cross-attention reads the encoder's normed output as it is
-and keeps its keys and values, as self-attention does, in the cache of ``generate``. No mask is
+and keeps its keys and values, as self-attention does, in the cache of ``generate``. Merged
+(``merged_attention``), both are one sublayer, with one softmax over source and target. No mask is
 derived from token ids: without ``attention_mask`` every token is read.
 
 Attention is "sdpa" or "eager" (``attn_implementation``); scores with a cap are eager only.
@@ -73,27 +74,34 @@ class EncdecAttention(nn.Module):
         k = self.heads(self.k_proj, x, self.k_norm if self.config.qk_norm else None)
         return (k if table is None else rotate(k, table)), self.heads(self.v_proj, x)
 
+    def of_source(self, source, cache):
+        """The source's keys and values, made once where there is a cache."""
+        if cache is not None and cache.is_updated.get(self.layer):
+            kept = cache.cross_attention_cache.layers[self.layer]
+            return kept.keys, kept.values
+        k, v = self.keys_values(source, None)
+        if cache is not None:
+            k, v = cache.cross_attention_cache.update(k, v, self.layer)
+            cache.is_updated[self.layer] = True
+        return k, v
+
     def forward(self, x, allowed, table=None, source=None, cache=None, weights=False):
         """Returns outputs [B, T, M] and, where asked for or at hand, weights [B, H, T, S].
 
         ``allowed`` [B, 1, T, S] says what is read, None: all; ``source`` given, this is
-        cross-attention.
+        cross-attention, or, merged, the source is read before the target.
         """
         config = self.config
+        own = source is None or config.merged_attention
         q = self.heads(self.q_proj, x, self.q_norm if config.qk_norm else None)
         q = q if table is None else rotate(q, table)
-        if source is None:
+        pairs = [] if source is None else [self.of_source(source, cache)]
+        if own:
             k, v = self.keys_values(x, table)
             if cache is not None:
                 k, v = cache.self_attention_cache.update(k, v, self.layer)
-        elif cache is not None and cache.is_updated.get(self.layer):
-            kept = cache.cross_attention_cache.layers[self.layer]
-            k, v = kept.keys, kept.values
-        else:
-            k, v = self.keys_values(source, None)
-            if cache is not None:
-                k, v = cache.cross_attention_cache.update(k, v, self.layer)
-                cache.is_updated[self.layer] = True
+            pairs.append((k, v))
+        k, v = (y[0] if len(y) == 1 else torch.cat(y, 2) for y in zip(*pairs, strict=True))
         group = config.num_heads // config.num_kv_heads
         if config._attn_implementation == "sdpa" and not (weights or config.attention_logit_cap):
             out, weights = (
@@ -131,7 +139,9 @@ class EncdecMlp(nn.Module):
 class EncdecBlock(GradientCheckpointingLayer):
     def __init__(self, config, layer, cross):
         super().__init__()
-        self.sublayers = ["self_attn", "cross_attn", "mlp"] if cross else ["self_attn", "mlp"]
+        self.merged = cross and config.merged_attention
+        apart = cross and not config.merged_attention
+        self.sublayers = ["self_attn", "cross_attn", "mlp"] if apart else ["self_attn", "mlp"]
         for name in self.sublayers:
             self.add_module(
                 name, EncdecMlp(config) if name == "mlp" else EncdecAttention(config, layer)
@@ -149,7 +159,11 @@ class EncdecBlock(GradientCheckpointingLayer):
         for name in self.sublayers:
             y, sublayer = getattr(self, f"pre_{name}_norm")(x), getattr(self, name)
             if name == "self_attn":
-                y, kept[name] = sublayer(y, allowed, table, cache=cache, weights=weights)
+                read = source if self.merged else None
+                y, kept[name] = sublayer(y, allowed, table, read, cache=cache, weights=weights)
+                if self.merged and kept[name] is not None:
+                    sizes = (source.shape[1], kept[name].shape[-1] - source.shape[1])
+                    kept["cross_attn"], kept[name] = kept[name].split(sizes, -1)
             elif name == "cross_attn":
                 y, kept[name] = sublayer(
                     y, source_allowed, source=source, cache=cache, weights=weights
@@ -326,6 +340,15 @@ class EncdecDecoder(EncdecStack):
         source_allowed = self.padding(encoder_attention_mask, x, "attention_mask")
         if source_allowed is not None:
             source_allowed = source_allowed.expand(-1, -1, x.shape[1], -1)
+        if self.config.merged_attention and not (allowed is None and source_allowed is None):
+            shape = (x.shape[0], 1, x.shape[1])
+            if source_allowed is None:
+                source_allowed = x.new_ones(
+                    (*shape, encoder_hidden_states.shape[1]), dtype=torch.bool
+                )
+            if allowed is None:  # one token, which reads all that is cached
+                allowed = x.new_ones((*shape, past + 1), dtype=torch.bool)
+            allowed = torch.cat([source_allowed, allowed], -1)
         x, states, own, cross = self.run(
             x,
             allowed,
