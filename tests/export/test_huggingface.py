@@ -26,6 +26,7 @@ FAMILIES = {
     "paper": "encdec",
     "untied head": "encdec",
     "unrolled": "encdec",
+    "merged": "encdec",
     "t5gemma": "t5gemma",
     "t5gemma folded": "t5gemma",
     "llama": "llama",
