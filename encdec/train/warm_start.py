@@ -41,7 +41,6 @@ SIZES = (
     "num_kv_heads",
     "head_dim",
     "mlp_dim",
-    "merged_attention",
 )
 # Precision, speed, memory and layout: converted where they differ.
 _EXECUTION = ("execution", "dtype", "param_dtype")

@@ -149,6 +149,7 @@ FUNCTION = {
     "qkv_bias": {"qkv_bias": False},
     "attention_out_bias": {"attention_out_bias": False},
     "qk_norm": {"qk_norm": True},
+    "merged_attention": {"merged_attention": True},
     "attention_scale": {"attention_scale": 0.5},
     "attention_logit_cap": {"attention_logit_cap": 50.0},
     "rope_theta": {"rope_theta": 5e5},
