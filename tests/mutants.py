@@ -148,8 +148,8 @@ MUTANTS = (
     Mutant(
         "cross-attention drops the segment mask",
         "encdec/model/encoder_decoder.py",
-        "_cross_attention(\n                cross.mask_BxTxS,",
-        "_cross_attention(\n                cross.mask_BxTxS | (source_segments[:, None] > 0),",
+        "_cross_attention(\n            cross.mask_BxTxS,",
+        "_cross_attention(\n            cross.mask_BxTxS | (source_segments[:, None] > 0),",
         ("tests/model/test_models.py::test_packed_rows_equal_their_segments_alone",),
     ),
     Mutant(
