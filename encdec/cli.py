@@ -39,6 +39,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "predict a run's memory, time and cost on a TPU pod",
     ),
     "import": ("encdec.interop.import_command:main", "turn a Hugging Face model into one of ours"),
+    "adapt": (
+        "encdec.adapt.adapt_command:main",
+        "make an encoder-decoder of a trained decoder-only model",
+    ),
     "export": (
         "encdec.export.export_command:main",
         "write a model for Hugging Face, LiteRT or onnxruntime",
@@ -73,6 +77,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "encdec.benchmarks.distill_benchmark:main",
         "students of a teacher's full, drawn and top-k rows against plain ones",
     ),
+    "adaptation": (
+        "encdec.benchmarks.adaptation_benchmark:main",
+        "adapted encoder-decoders against fresh ones and their source at equal FLOPs",
+    ),
     "edge": (
         "encdec.benchmarks.edge_benchmark:main",
         "one model on this CPU by JAX, LiteRT, onnxruntime and transformers, float32 to int4",
@@ -106,7 +114,7 @@ KEPT = (
 # Commands that take training steps, and would be given the same memory again at each.
 _TRAINING = [
     *([name] for name in ("quickstart", "train", "distill", "paper", "scaling")),
-    *(["benchmark", name] for name in ("train", "loop", "distill")),
+    *(["benchmark", name] for name in ("train", "loop", "distill", "adaptation")),
 ]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -68,6 +68,7 @@ MAY_IMPORT = {
         "pretrained",
     },
     "interop": {"errors", "model", "data", "train", "safetensors"},
+    "adapt": {"errors", "model", "data", "train", "interop"},
     "export": {"errors", "model", "data", "train", "inference", "interop", "safetensors"},
     # Travels with exports; run by the library that loads them, in torch.
     "export.shipped": set(),
@@ -86,6 +87,7 @@ MAY_IMPORT = {
     },
     "benchmarks": {
         "errors",
+        "adapt",
         "cost",
         "model",
         "data",

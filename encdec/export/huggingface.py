@@ -54,7 +54,8 @@ def write(out: pathlib.Path, export: Export) -> Written:
     )
     reasons = []
     if config.is_encoder_decoder and not export.own:
-        reasons = obstacles(t5gemma_needs(config), config)
+        longest = max(prompts.max_input_tokens, export.targets_length + 1)
+        reasons = obstacles(t5gemma_needs(config, longest), config)
         if pad_id == start_id:
             reasons.append(f"no id is left for padding: the decoder starts with EOS, {start_id}")
     family = (
@@ -138,19 +139,25 @@ def llama_needs(config: ModelConfig) -> list[Need]:
     ]
 
 
-def t5gemma_needs(config: ModelConfig) -> list[Need]:
-    """Requirements for writing an encoder-decoder as a T5Gemma."""
+def t5gemma_needs(config: ModelConfig, longest: int) -> list[Need]:
+    """Requirements for writing an encoder-decoder as a T5Gemma.
+
+    ``longest``: of its texts, in tokens. Beyond an encoder's window transformers 4 and 5 differ:
+    a token reads what is nearer than the window there, and what is exactly as far here.
+    """
     return [
         ("merged_attention", not config.merged_attention, "False"),
+        (
+            "attention_window",
+            not config.attention_window or config.attention_window >= longest,
+            f"0, or {longest} and more, as long as its texts: versions of transformers read the "
+            "edge of an encoder's window differently",
+        ),
+        ("local_rope_theta", not config.local_rope_theta, "0"),
         ("post_norms", config.post_norms, "True"),
         ("mlp_gated", config.mlp_gated, "True"),
         ("mlp_bias", not config.mlp_bias, "False"),
         ("qk_norm", not config.qk_norm, "False"),
-        (
-            "attention_logit_cap",
-            not config.attention_logit_cap,
-            "0, for transformers 4 leaves it out with its default attention",
-        ),
         ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
         (
             "num_heads",
@@ -223,8 +230,9 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
         "model_type": "t5_gemma_module",
         "hidden_activation": _ACTIVATIONS[config.mlp_activation],
         "query_pre_attn_scalar": config.head_dim,
-        "sliding_window": MAX_POSITIONS,  # of no layer, and yet asked for
-        "attn_logit_softcapping": None,
+        # Asked for even where no layer has one.
+        "sliding_window": config.attention_window or MAX_POSITIONS,
+        "attn_logit_softcapping": config.attention_logit_cap or None,
         "final_logit_softcapping": config.final_logit_cap or None,
         "tie_word_embeddings": config.tie_embeddings,
     }
@@ -232,7 +240,10 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
         name: stack
         | {
             "num_hidden_layers": layers,
-            "layer_types": ["full_attention"] * layers,
+            "layer_types": [
+                "sliding_attention" if config.is_local(layer, name) else "full_attention"
+                for layer in range(layers)
+            ],
             "is_decoder": name == "decoder",
         }
         for name, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers))
@@ -246,6 +257,9 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
     }
+    if config.attention_logit_cap:
+        # transformers 4 would choose an attention that leaves the cap out.
+        values["_attn_implementation"] = "eager"
     tensors = to_theirs(t5gemma.layout(config), params)
     if config.share_embeddings:
         tensors["model.encoder.embed_tokens.weight"] = tensors["model.decoder.embed_tokens.weight"]
@@ -258,7 +272,16 @@ def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[st
     tied_tables = config.share_embeddings and config.tie_embeddings
     entries = own_format.layout(config, one_table=tied_tables)
     kept = (*own_format.FIELDS, *own_format.LATER_FIELDS, "rope_magnitude")
-    values = {name: getattr(config, name) for name in kept} | {
+    reads_all = {
+        f"{stack}_global_layers": [
+            layer
+            for layer in range(getattr(config, f"{stack}_layers"))
+            if config.attention_window and not config.is_local(layer, stack)
+        ]
+        for stack in ("encoder", "decoder")
+    }
+    values = {name: getattr(config, name) for name in kept} | reads_all
+    values |= {
         "model_type": "encdec",
         "architectures": ["EncdecForConditionalGeneration"],
         "share_embeddings": tied_tables,

@@ -106,9 +106,8 @@ def import_model(
         max_length=found.max_length,
         param_dtype=param_dtype,
         overwrite=overwrite,
+        texts={} if found.template is None else {TEMPLATE_FILE: found.template},
     )
-    if found.template is not None:
-        (out / TEMPLATE_FILE).write_text(found.template, encoding="utf-8")
     notes = list(found.notes)
     if vocabulary_found and not found.framing.adds_start:
         notes.append(

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ def write_model(
     max_length: int,
     param_dtype: str | None = None,
     overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
 ) -> ModelConfig:
     """Writes a model that ``generate``, ``score`` and ``describe`` read like a trained one.
 
@@ -51,6 +53,7 @@ def write_model(
         param_dtype: of the stored parameters; by default bfloat16 if all of them are,
             float32 otherwise, so that no precision is lost.
         overwrite: replace what is in ``out``.
+        texts: what else is written next to the configuration, by file name.
 
     Returns:
         The configuration as stored.
@@ -59,14 +62,7 @@ def write_model(
         ConfigError: parameters do not fit the configuration, or ``out`` is in use.
         DataError: the vocabulary has more ids than the model.
     """
-    if not is_free(out):
-        if not overwrite:
-            raise ConfigError(f"--out={out} is not empty; give another directory, or --overwrite")
-        if not _is_imported(out):
-            raise ConfigError(
-                f"--out={out} holds no imported model, so --overwrite leaves it "
-                "alone; give another directory"
-            )
+    check_out(out, overwrite)
     check_params(params, config)
     if vocabulary and vocabulary.size > config.vocab_size:
         raise DataError(
@@ -98,8 +94,23 @@ def write_model(
                 **framing.to_dict(max_length),
             },
         }
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         write_json(partial / CONFIG_FILE, content)
     return config
+
+
+def check_out(out: pathlib.Path, overwrite: bool) -> None:
+    """Raises ConfigError unless ``write_model`` may write there."""
+    if is_free(out):
+        return
+    if not overwrite:
+        raise ConfigError(f"--out={out} is not empty; give another directory, or --overwrite")
+    if not _is_imported(out):
+        raise ConfigError(
+            f"--out={out} holds no imported model, so --overwrite leaves it "
+            "alone; give another directory"
+        )
 
 
 def _is_imported(directory: pathlib.Path) -> bool:

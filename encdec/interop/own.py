@@ -44,7 +44,13 @@ FIELDS = (
     "embedding_scale",
 )
 # Fields that earlier versions did not write, with what holds for their models.
-LATER_FIELDS: dict[str, Any] = {"merged_attention": False}
+LATER_FIELDS: dict[str, Any] = {
+    "merged_attention": False,
+    "attention_window": 0,
+    "local_rope_theta": 0.0,
+    "encoder_global_layers": (),
+    "decoder_global_layers": (),
+}
 _LENGTH = 1 << 15  # nothing in the format depends on a length
 
 

@@ -59,6 +59,19 @@ class OptimizerConfig:
     eps: float = 1e-8  # AdamW: added to the root of the second moment
     momentum: float = 0.95  # Muon: decay of the momentum
     decay_rate: float = 0.8  # Adafactor: second moment decays by 1 - step^-decay_rate
+    # Groups whose learning rate is another, as in "encoder/*=0.5,*/encoder_attention/*=2": patterns
+    # of names with unrolled layers, the last that matches decides; empty: none
+    factors: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class FreezeConfig:
+    """Parameters that stay as they are at first, and with them their part of the optimizer."""
+
+    # Patterns of names with unrolled layers; the last that matches decides, and "!" takes back, as
+    # in "*,!*/encoder_attention/*": all but cross-attention; empty: none
+    parameters: str = ""
+    steps: float = 0  # for how long; below 1: that part of the run; 0: all of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +156,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    freeze: FreezeConfig = FreezeConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
@@ -167,6 +181,7 @@ READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "optimizer.eps": ("optimizer.name", ("adamw", "muon")),
     "optimizer.momentum": ("optimizer.name", ("muon",)),
     "optimizer.decay_rate": ("optimizer.name", ("adafactor",)),
+    "freeze.steps": ("freeze.parameters", ()),
     "schedule.final_fraction": ("schedule.name", ("cosine", "linear", "wsd")),
     "schedule.decay_fraction": ("schedule.name", ("wsd",)),
     "distill.loss": ("distill.teacher", ()),
@@ -185,6 +200,7 @@ READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
 # steps, so that a shorter run is one with another ``config.steps``.
 PARTS_OF_THE_RUN = (
     "schedule.warmup_steps",
+    "freeze.steps",
     "distill.warmup_steps",
     "eval.every",
     "checkpoint.every",
@@ -374,6 +390,11 @@ def _check_values(run: RunConfig) -> None:
         0 <= schedule.warmup_steps < run.steps,
         "schedule.warmup_steps",
         f"0 or more, and less than config.steps = {run.steps}",
+    )
+    require(
+        0 <= run.freeze.steps < run.steps,
+        "freeze.steps",
+        f"0 (the whole run), or less than config.steps = {run.steps}",
     )
     require(
         schedule.name != "rsqrt" or schedule.warmup_steps > 0,

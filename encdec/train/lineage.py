@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from encdec.cost.flops import training_flops
@@ -18,7 +19,8 @@ class Lineage:
 
     Attributes:
         training_flops: forward and backward over whole rows, padding included; a teacher's are
-            not in it. None behind an imported model, whose training is not known.
+            not in it. None behind an imported model, whose training is not known; an adapted one
+            knows what its sources know.
         seeds: the run's own first; None behind an imported model, and where a run
             behind it is not there any more.
     """
@@ -35,7 +37,7 @@ def lineage(workdir: str | os.PathLike[str], step: int) -> Lineage:
     """
     content = read_config(workdir)
     if "imported" in content:
-        return Lineage(None, None)
+        return _noted(content["imported"].get("lineage", {"training_flops": None, "seeds": None}))
     run, data = content["run"], content["data"]
     flops = step * training_flops(
         model_config_of(content),
@@ -50,13 +52,17 @@ def lineage(workdir: str | os.PathLike[str], step: int) -> Lineage:
     )
 
 
+def _noted(note: Mapping[str, Any]) -> Lineage:
+    seeds = note["seeds"]
+    return Lineage(note["training_flops"], None if seeds is None else tuple(seeds))
+
+
 def _before(content: dict[str, Any]) -> Lineage:
     source = content["run"].get("init_from")
     if not source:
         return Lineage(0.0, ())
     if note := content.get(SOURCE_NOTE):
-        seeds = note["seeds"]
-        return Lineage(note["training_flops"], None if seeds is None else tuple(seeds))
+        return _noted(note)
     if not pathlib.Path(source).is_dir():
         return Lineage(None, None)
     imported = "imported" in read_config(source)

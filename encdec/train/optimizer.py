@@ -14,6 +14,7 @@ import optax
 
 from encdec.model.kernels import platform
 from encdec.train.config import OptimizerConfig, RunConfig
+from encdec.train.groups import factor_tree, frozen_at_first, frozen_tree, with_factors
 from encdec.train.muon import muon
 
 Tree = Any
@@ -56,17 +57,36 @@ def make_schedule(run: RunConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(run: RunConfig, logical_axes: Tree) -> optax.GradientTransformation:
-    """The optimizer of ``run.optimizer`` for parameters with these logical axes.
+def make_optimizer(
+    run: RunConfig, logical_axes: Tree, abstract_params: Tree
+) -> optax.GradientTransformation:
+    """The optimizer of ``run.optimizer`` for parameters with these logical axes and shapes.
 
     AdamW (arXiv 1711.05101), Adafactor (arXiv 1804.04235) without its own step size rule, or
     Muon (arXiv 2502.16982) for the layers' matrices with AdamW for embeddings, heads, norms and
     biases. Gradients are clipped first; decay is decoupled, times the learning rate, and on
-    matrices alone (embeddings included).
+    matrices alone (embeddings included). What ``run.freeze`` holds is left out of all that, and
+    ``run.optimizer.factors`` multiplies the learning rates of groups.
+
+    Raises:
+        ConfigError: a pattern of names that matches no parameter, naming the nearest.
     """
     config, schedule = run.optimizer, make_schedule(run)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, _update_rule(config, schedule, logical_axes))
+
+    def rule(start: int) -> optax.GradientTransformation:
+        """The update rule, begun at a step of the run."""
+        since = (lambda count: schedule(count + start)) if start else schedule
+        return _update_rule(config, since, logical_axes)
+
+    if run.freeze.parameters:
+        frozen = frozen_tree(run, abstract_params)
+        optimizer = frozen_at_first(clip, rule, frozen, int(run.freeze.steps))
+    else:
+        optimizer = optax.chain(clip, rule(0))
+    if not config.factors:
+        return optimizer
+    return optax.chain(optimizer, with_factors(factor_tree(run, abstract_params)))
 
 
 def _update_rule(
@@ -79,7 +99,7 @@ def _update_rule(
             optax.scale_by_factored_rms(decay_rate=config.decay_rate, min_dim_size_to_factor=64),
             # With scanned layers a block is the stack of all layers' copies of a parameter.
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.add_decayed_weights(config.weight_decay, _masked_like(decay_mask)),
             optax.scale_by_learning_rate(schedule),
         )
     adamw = optax.adamw(
@@ -105,7 +125,7 @@ def _update_rule(
     labels = jax.tree.map(
         lambda spec: "adamw" if spec is None else "muon", dimensions, is_leaf=is_spec
     )
-    return optax.partition({"muon": matrices, "adamw": adamw}, labels)
+    return optax.partition({"muon": matrices, "adamw": adamw}, _masked_like(labels))
 
 
 def _on_one_cpu() -> bool:

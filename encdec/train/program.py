@@ -97,7 +97,7 @@ def build_program(
     check_batch(run, data_shards(mesh), eval_rows=True)
     model = build_model(model_config)
     axes, params = logical_axes(model), abstract_params(model)
-    optimizer = make_optimizer(run, axes)
+    optimizer = make_optimizer(run, axes, params)
     shardings, fitted, unsharded = param_shardings(rules, mesh, params, axes)
 
     create = lambda: create_state(model, optimizer, run.seed)

@@ -24,7 +24,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes, preset
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import RunConfig
-from encdec.train.sharding import path_name
+from encdec.train.sharding import path_name, unrolled_names
 from encdec.train.state import TrainState
 from encdec.train.workdir import CONFIG_FILE, model_config_of, read_config
 
@@ -378,20 +378,12 @@ def _parts(
 ) -> tuple[dict[str, list[str]], dict[str, tuple[int | None, ...]]]:
     """Each parameter's parts, named as unrolled layers are, and the parts' shapes, in which None
     stands for the vocabulary's rows."""
-    parts: dict[str, list[str]] = {}
+    parts = unrolled_names(params)
     shapes: dict[str, tuple[int | None, ...]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, shape = path_name(path), tuple(leaf.shape)
-        pieces = name.split("/")
-        if "layers" in pieces:
-            place = pieces.index("layers")
-            parts[name] = [
-                "/".join([*pieces[:place], f"layers_{i}", *pieces[place + 1 :]])
-                for i in range(shape[0])
-            ]
+        if parts[name] != [name]:
             shape = shape[1:]
-        else:
-            parts[name] = [name]
         if name in vocabulary_axis:
             shape = tuple(None if i == vocabulary_axis[name] else n for i, n in enumerate(shape))
         shapes |= {part: shape for part in parts[name]}

@@ -68,6 +68,35 @@ MODELS: dict[str, ModelConfig] = {
         norm_plus_one=True,
         mlp_gated=True,
     ),
+    # Windows shorter than texts, and longer than any: those alone can be a T5Gemma's.
+    "windowed pair": TINY.replace(
+        scan_layers=False,
+        encoder_layers=2,
+        decoder_layers=2,
+        attention_window=4,
+        encoder_global_layers=(0,),
+        local_rope_theta=100.0,
+        attention_logit_cap=5.0,
+        qk_norm=True,
+        tie_embeddings=False,
+    ),
+    "t5gemma of gemma 2": TINY.replace(
+        scan_layers=False,
+        kv_pairing="grouped",
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        mlp_gated=True,
+        post_norms=True,
+        norm_plus_one=True,
+        embedding_scale=True,
+        norm_cast="after_scale",
+        encoder_positions="from_zero",
+        attention_window=64,
+        encoder_global_layers=(1,),
+        attention_logit_cap=5.0,
+        final_logit_cap=9.0,
+    ),
     "llama": TINY.replace(
         architecture="decoder_only",
         tie_embeddings=False,  # tied ones repeat what they read last, which is EOS
@@ -97,9 +126,6 @@ MODELS_OF_GRAPHS = MODELS | {
         local_rope_theta=100.0,
         qk_norm=True,
         final_logit_cap=9.0,
-    ),
-    "windowed pair": MODELS["unrolled"].replace(
-        attention_window=4, encoder_global_layers=(0,), local_rope_theta=100.0
     ),
 }
 # One id less than the models have rows.

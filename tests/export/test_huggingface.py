@@ -29,6 +29,8 @@ FAMILIES = {
     "merged": "encdec",
     "t5gemma": "t5gemma",
     "t5gemma folded": "t5gemma",
+    "windowed pair": "encdec",
+    "t5gemma of gemma 2": "t5gemma",
     "llama": "llama",
 }
 

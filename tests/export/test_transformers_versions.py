@@ -79,7 +79,10 @@ def test_the_other_major_version_reads_every_export(exports):
             "name an interpreter in ENCDEC_OTHER_TRANSFORMERS"
         )
     script = pathlib.Path(__file__).parent / "reader.py"
-    read = [str(exports[name]) for name in ("paper", "unrolled", "t5gemma", "llama")]
+    read = [
+        str(exports[name])
+        for name in ("paper", "windowed pair", "t5gemma", "t5gemma of gemma 2", "llama")
+    ]
     done = subprocess.run(
         [OTHER, str(script), *read],
         capture_output=True,

@@ -64,7 +64,7 @@ def optimizer_for(name, model, **changes):
             schedule={"name": "constant", "warmup_steps": 0},
         )
     )
-    return make_optimizer(run, logical_axes(model))
+    return make_optimizer(run, logical_axes(model), abstract_params(model))
 
 
 def ones(model):
@@ -160,7 +160,7 @@ def test_gradients_are_clipped_by_their_global_norm_before_the_rule(name):
                 schedule={"name": "constant", "warmup_steps": 0},
             )
         )
-        optimizer = make_optimizer(run, axes)
+        optimizer = make_optimizer(run, axes, params)
         state = optimizer.init(params)
         for gradient in gradients:
             updates, state = optimizer.update(gradient, state, params)

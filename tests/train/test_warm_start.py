@@ -176,8 +176,18 @@ FUNCTION = {
     "share_embeddings": {"share_embeddings": False},
     "embedding_scale": {"embedding_scale": True},
     "final_logit_cap": {"final_logit_cap": 30.0},
+    "encoder_global_layers": {
+        "attention_window": 8,
+        "scan_layers": False,
+        "encoder_global_layers": (0,),
+    },
+    "decoder_global_layers": {
+        "attention_window": 8,
+        "scan_layers": False,
+        "decoder_global_layers": (0,),
+    },
 }
-# Of decoder-only models.
+# Tried on decoder-only models.
 WINDOWS = {
     "attention_window": {"attention_window": 8, "scan_layers": False},
     "global_layer_every": {"attention_window": 8, "scan_layers": False, "global_layer_every": 2},

@@ -28,7 +28,10 @@ class EncdecConfig(PretrainedConfig):
     """Sizes and choices of one model.
 
     ``rope_frequencies`` are radians per position of each rotated pair of a head's halves, and
-    ``rope_magnitude`` multiplies the rotated vectors. A cap of 0 is off.
+    ``rope_magnitude`` multiplies the rotated vectors. A cap of 0 is off. Layers read
+    ``attention_window`` tokens back, and in the encoder as many ahead, but for the global ones
+    that are listed; 0: all read everything. Such local layers rotate by frequencies of
+    ``local_rope_theta``; 0: as all others.
     ``transformers_versions`` says with which versions of transformers the files were tested.
     """
 
@@ -71,6 +74,10 @@ class EncdecConfig(PretrainedConfig):
         tie_word_embeddings=True,
         rope_frequencies=(),
         rope_magnitude=1.0,
+        attention_window=0,
+        encoder_global_layers=(),
+        decoder_global_layers=(),
+        local_rope_theta=0.0,
         initializer_range=0.02,
         use_cache=True,
         transformers_versions=None,

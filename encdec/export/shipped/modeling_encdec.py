@@ -232,10 +232,13 @@ class EncdecStack(EncdecPreTrainedModel):
             x = x * torch.tensor(self.config.d_model**0.5, dtype=x.dtype)
         return x
 
-    def rope(self, positions):
-        frequencies = torch.tensor(self.config.rope_frequencies, device=positions.device)
+    def rope(self, positions, local=False):
+        frequencies, magnitude = self.config.rope_frequencies, self.config.rope_magnitude
+        if local and (theta := self.config.local_rope_theta):
+            dim, magnitude = self.config.head_dim, 1.0
+            frequencies = [theta ** (-pair / dim) for pair in range(0, dim, 2)]
+        frequencies = torch.tensor(frequencies, device=positions.device)
         angles = positions.float()[:, None, :, None] * frequencies
-        magnitude = self.config.rope_magnitude
         return angles.cos() * magnitude, angles.sin() * magnitude
 
     @staticmethod
@@ -249,12 +252,21 @@ class EncdecStack(EncdecPreTrainedModel):
             )
         return attention_mask.to(x.device)[:, None, None, :].bool()
 
-    def run(self, x, allowed, table, hidden, weights, *more, cache=None):
-        """The layers and the last norm; what is asked for of their states and weights."""
+    def near(self, allowed, distances, batch):
+        """What local layers may read [B, 1, T, S] of what others may; distances [T, S] to keys."""
+        near = (distances < self.config.attention_window)[None, None]
+        return (near if allowed is None else allowed & near).expand(batch, -1, -1, -1)
+
+    def run(self, x, allowed, table, hidden, weights, *more, cache=None, local=None):
+        """The layers and the last norm; what is asked for of their states and weights.
+
+        ``local``: mask and rotation of layers that read a window; None where there are none.
+        """
         states, own, cross = [x], [], []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            is_local = local is not None and index not in self.global_layers
             x, own_weights, cross_weights = layer(
-                x, allowed, table, *more, cache=cache, weights=weights
+                x, *(local if is_local else (allowed, table)), *more, cache=cache, weights=weights
             )
             states.append(x)
             own.append(own_weights)
@@ -271,6 +283,7 @@ class EncdecStack(EncdecPreTrainedModel):
 class EncdecEncoder(EncdecStack):
     def __init__(self, config):
         super().__init__(config, config.encoder_layers, cross=False)
+        self.global_layers = set(config.encoder_global_layers)
 
     def forward(
         self,
@@ -286,8 +299,15 @@ class EncdecEncoder(EncdecStack):
         allowed = self.padding(attention_mask, x, "attention_mask")
         if allowed is not None:
             allowed = allowed.expand(-1, -1, x.shape[1], -1)
-        table = self.rope(torch.arange(x.shape[1], device=x.device)[None])
-        x, states, weights, _ = self.run(x, allowed, table, hidden, weights)
+        places = torch.arange(x.shape[1], device=x.device)
+        local = None
+        if self.config.attention_window:
+            distances = (places[:, None] - places).abs()
+            near = self.near(allowed, distances, x.shape[0])
+            local = near, self.rope(places[None], local=True)
+        x, states, weights, _ = self.run(
+            x, allowed, self.rope(places[None]), hidden, weights, local=local
+        )
         out = BaseModelOutput(last_hidden_state=x, hidden_states=states, attentions=weights)
         return out if named else out.to_tuple()
 
@@ -295,6 +315,7 @@ class EncdecEncoder(EncdecStack):
 class EncdecDecoder(EncdecStack):
     def __init__(self, config):
         super().__init__(config, config.decoder_layers, cross=True)
+        self.global_layers = set(config.decoder_global_layers)
 
     def causal(self, attention_mask, x, places, length):
         """What each of the inputs [B, T] may read of ``length`` keys; None: everything."""
@@ -337,6 +358,12 @@ class EncdecDecoder(EncdecStack):
         past = 0 if cache is None else cache.self_attention_cache.get_seq_length()
         places = past + torch.arange(x.shape[1], device=x.device)
         allowed = self.causal(attention_mask, x, places, static_length(cache))
+        local = None
+        if self.config.attention_window:
+            length = static_length(cache) or int(places[-1]) + 1
+            distances = places[:, None] - torch.arange(length, device=x.device)
+            near = self.near(allowed, distances, x.shape[0])
+            local = near, self.rope(places[None], local=True)
         source_allowed = self.padding(encoder_attention_mask, x, "attention_mask")
         if source_allowed is not None:
             source_allowed = source_allowed.expand(-1, -1, x.shape[1], -1)
@@ -358,6 +385,7 @@ class EncdecDecoder(EncdecStack):
             encoder_hidden_states,
             source_allowed,
             cache=cache,
+            local=local,
         )
         out = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=x,

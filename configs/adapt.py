@@ -1,0 +1,124 @@
+"""Training an adapted model; the argument names the objective: prefix_lm or ul2.
+
+    encdec adapt runs/smollm2 --out=runs/adapted --cross_attention=random
+    encdec prepare --text FILE... --vocabulary=runs/adapted --objective=prefix_lm --out=data/train
+    encdec train --config=configs/adapt.py:prefix_lm --workdir=runs/encdec \
+        --config.init_from=runs/adapted --config.data.records=data/train \
+        --config.data.eval_records=data/validation
+
+Prefix LM also learns from its source's stored distributions: --config.distill.teacher=DIR, made by
+`encdec score --teacher=runs/smollm2 --records=data/train` (docs/adaptation.md). UL2 needs sentinels
+in the vocabulary: `encdec adapt --extra_ids=136`, and records by gin/objectives/ul2.gin.
+
+A further part of the argument gives the model's shape in place of a source's, for predictions:
+
+    encdec compile --config=configs/adapt.py:prefix_lm,smollm2-135m --topology=v5e:4x4
+
+Where cross-attention was copied (`--cross_attention=self`), hold nothing:
+--config.freeze.parameters=. Fields not set here are as in pretraining: encdec/train/config.py
+explains every field. Time and loss: docs/adaptation.md.
+"""
+
+from ml_collections import ConfigDict
+
+OBJECTIVES = ("prefix_lm", "ul2")
+
+# Of the public config.json files; every layer goes to both sides, as in T5Gemma.
+LLAMA = dict(
+    mlp_gated=True,
+    mlp_activation="silu",
+    mlp_bias=False,
+    qkv_bias=False,
+    attention_out_bias=False,
+    kv_pairing="grouped",
+    encoder_positions="from_zero",
+    attention_dropout=0.0,
+    mlp_dropout=0.0,
+)
+SHAPES = {
+    "smollm2-135m": dict(
+        LLAMA,
+        vocab_size=49_152,
+        encoder_layers=30,
+        decoder_layers=30,
+        d_model=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_dim=1_536,
+        norm_eps=1e-5,
+        rope_theta=1e5,
+    ),
+    "smollm2-360m": dict(
+        LLAMA,
+        vocab_size=49_152,
+        encoder_layers=32,
+        decoder_layers=32,
+        d_model=960,
+        num_heads=15,
+        num_kv_heads=5,
+        head_dim=64,
+        mlp_dim=2_560,
+        norm_eps=1e-5,
+        rope_theta=1e5,
+    ),
+    "qwen3-0.6b": dict(
+        LLAMA,
+        vocab_size=151_936,
+        encoder_layers=28,
+        decoder_layers=28,
+        d_model=1_024,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=3_072,
+        qk_norm=True,
+        rope_theta=1e6,
+    ),
+    "gemma-3-1b": dict(
+        LLAMA,
+        mlp_activation="gelu_tanh",
+        vocab_size=262_144,
+        encoder_layers=26,
+        decoder_layers=26,
+        d_model=1_152,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        mlp_dim=6_912,
+        qk_norm=True,
+        post_norms=True,
+        norm_plus_one=True,
+        norm_cast="after_scale",
+        embedding_scale=True,
+        attention_window=512,
+        global_layer_every=6,
+        rope_theta=1e6,
+        local_rope_theta=1e4,
+        scan_layers=False,
+    ),
+}
+
+
+def get_config(argument: str = "prefix_lm") -> ConfigDict:
+    objective, _, shape = argument.partition(",")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    if shape and shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    config = ConfigDict()
+    config.steps = 10_000  # (our choice)
+    if shape:
+        config.model_overrides = ConfigDict(SHAPES[shape])
+    else:
+        config.init_architecture = "source"
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-4 if objective == "prefix_lm" else 5e-4  # (our choice)
+    # All but cross-attention and its norms waits while that finds its way (arXiv 2504.06225 does so
+    # where cross-attention starts at random; the number of steps is our choice).
+    config.freeze = ConfigDict()
+    config.freeze.parameters = "*,!*/encoder_attention/*,!*/cross_attention_*"
+    config.freeze.steps = 0.05  # of the run
+    config.schedule = ConfigDict()
+    config.schedule.warmup_steps = 0.05  # of the run
+    return config

@@ -1,0 +1,1 @@
+"""Decoder-only models turned into encoder-decoders that start from their parameters."""

@@ -1,0 +1,142 @@
+"""``encdec adapt``: an encoder-decoder that starts from a decoder-only model's parameters."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+from encdec.adapt.layers import FORMS, chosen_layers
+from encdec.errors import ConfigError
+from encdec.storage import local_path
+
+
+def main(argv: list[str]) -> int:
+    """``encdec adapt SOURCE --out=DIR``.
+
+    Raises:
+        ConfigError: a source that is an encoder-decoder, layers that it does not have, sources that
+            do not go together, or an output directory in use. Nothing was written.
+        DataError: sources with different vocabularies.
+        CheckpointError: a source that is no work directory, or a damaged checkpoint.
+    """
+    options = _parser().parse_args(argv)
+    for flag in ("seed", "extra_ids"):
+        if getattr(options, flag) < 0:
+            raise ConfigError(f"--{flag} is {getattr(options, flag)}; expected 0 or more")
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.adapt.adapting import TABLE_FILE, make_plan, write
+    from encdec.adapt.parameters import Choice
+    from encdec.adapt.sources import open_source
+    from encdec.interop.importing import check_out
+    from encdec.model import abstract_params, build_model, parameter_count
+
+    started = time.monotonic()
+    out = pathlib.Path(options.out)
+    decoder = open_source(pathlib.Path(options.source), options.step, "the source")
+    encoder = decoder
+    if options.encoder_source:
+        encoder = open_source(
+            pathlib.Path(options.encoder_source), options.encoder_step, "--encoder_source"
+        )
+    elif options.encoder_step is not None:
+        raise ConfigError(
+            f"--encoder_step={options.encoder_step} goes with --encoder_source=DIR; "
+            "--step names the checkpoint of a single source"
+        )
+    embeddings = options.embeddings or ("separate" if options.encoder_source else "shared")
+    if options.encoder_source and embeddings == "shared":
+        raise ConfigError(
+            "--embeddings=shared with --encoder_source: the encoder would read a table that its "
+            "layers were not trained with; expected --embeddings=separate"
+        )
+    layers = [
+        chosen_layers(choice, source.config.decoder_layers, flag, str(source.directory))
+        for choice, source, flag in (
+            (options.encoder_layers, encoder, "--encoder_layers"),
+            (options.decoder_layers, decoder, "--decoder_layers"),
+        )
+    ]
+    choice = Choice(*layers, options.cross_attention, embeddings, options.seed)
+    plan = make_plan(decoder, encoder, choice, options.extra_ids)
+    for source in (decoder, encoder):
+        if out.resolve() == source.directory.resolve():
+            raise ConfigError(f"--out={out} is a source; give another directory")
+    check_out(out, options.overwrite)
+    name = options.name or f"{decoder.name}-adapted"
+    config = write(plan, out, name=name, overwrite=options.overwrite)
+    print(plan.text())
+    count = lambda model: parameter_count(abstract_params(build_model(model)))
+    print(
+        f"{config.encoder_layers} + {config.decoder_layers} layers, width {config.d_model}, "
+        f"{count(config):,} parameters of {count(decoder.config):,} ({config.param_dtype}), in "
+        f"{out}; the table is in {TABLE_FILE} ({time.monotonic() - started:.1f} s)"
+    )
+    print(
+        f"Train it: encdec train --config=configs/adapt.py --config.init_from={out} "
+        "--config.data.records=RECORDS --workdir=DIR"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec adapt",
+        allow_abbrev=False,
+        description="Makes an encoder-decoder of a decoder-only model: its layers, read both ways, "
+        "are the encoder, and with cross-attention added the decoder (T5Gemma, arXiv 2504.06225). "
+        "The result is a work directory that train (--config.init_from), score, generate and "
+        "export read.",
+    )
+    parser.add_argument(
+        "source",
+        type=local_path,
+        metavar="SOURCE",
+        help="work directory of `encdec train` or `encdec import` with a decoder-only model",
+    )
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="SOURCE's checkpoint (default: last)")
+    for side in ("encoder", "decoder"):
+        parser.add_argument(
+            f"--{side}_layers",
+            default="all",
+            metavar="LAYERS",
+            help=f"layers that the {side} takes: {FORMS} (default %(default)s)",
+        )
+    parser.add_argument(
+        "--encoder_source",
+        type=local_path,
+        metavar="DIR",
+        help="another model for the encoder, of SOURCE's widths and vocabulary",
+    )
+    parser.add_argument(
+        "--encoder_step", type=int, metavar="N", help="--encoder_source's checkpoint"
+    )
+    parser.add_argument(
+        "--cross_attention",
+        choices=("self", "zero", "random"),
+        default="self",
+        help="start from the decoder's self-attention, drawn and adding nothing at first (the "
+        "decoder computes what SOURCE does), or drawn (default %(default)s)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        choices=("shared", "separate"),
+        help="one token table for both sides (default), or one each (with --encoder_source); the "
+        "head is tied to the decoder's as in SOURCE",
+    )
+    parser.add_argument(
+        "--extra_ids",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sentinels that the vocabulary is to have, as UL2 needs them (default: SOURCE's)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is drawn (default %(default)s)"
+    )
+    parser.add_argument("--name", help="the model's name in cards (default: SOURCE's-adapted)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
+    return parser

@@ -1,0 +1,125 @@
+"""From sources and a choice to an adapted model, and to its work directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from encdec.adapt.parameters import Choice, Origin, adapted_config, origins, table_text, values
+from encdec.adapt.sources import VOCABULARY_AXIS, Source, check_same_vocabulary, grown, with_rows
+from encdec.data.chat_template import TEMPLATE_FILE
+from encdec.data.vocabulary import Vocabulary
+from encdec.interop.importing import write_model
+from encdec.interop.layout import unflatten
+from encdec.model import ModelConfig, Params
+from encdec.train.lineage import Lineage
+
+TABLE_FILE = "adaptation.txt"  # next to the parameters: where each of them comes from
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be made, decided from configurations alone.
+
+    Attributes:
+        config: of the adapted model.
+        choice: what is taken of the sources.
+        decoder, encoder: the sources; the same twice unless each side has its own.
+        table: the origin of every parameter.
+        vocabulary: of the adapted model; None if its source was imported without one.
+        rows: the source's row of each row of the vocabulary's tables, -1 of new ones; None where
+            they are taken as they are.
+    """
+
+    config: ModelConfig
+    choice: Choice
+    decoder: Source
+    encoder: Source
+    table: tuple[Origin, ...]
+    vocabulary: Vocabulary | None
+    rows: np.ndarray | None
+
+    def text(self) -> str:
+        """The table of origins, for people."""
+        names = {"encoder": str(self.encoder.directory), "decoder": str(self.decoder.directory)}
+        new = "" if self.rows is None else f"{int((self.rows < 0).sum())} rows of ids drawn\n"
+        return table_text(self.table, names) + new
+
+
+def make_plan(decoder: Source, encoder: Source, choice: Choice, extra_ids: int = 0) -> Plan:
+    """What adapting these sources gives.
+
+    Raises:
+        ConfigError: the sources do not go together.
+        DataError: they have different vocabularies.
+    """
+    if encoder.directory != decoder.directory:
+        check_same_vocabulary(decoder, encoder)
+    vocabulary, size, rows = grown(decoder, extra_ids)
+    config = adapted_config(decoder.config, encoder.config, choice).replace(vocab_size=size)
+    table = origins(config, choice)
+    return Plan(config, choice, decoder, encoder, tuple(table), vocabulary, rows)
+
+
+def carry_out(plan: Plan) -> Params:
+    """The adapted model's parameters, unrolled."""
+    decoder = plan.decoder.parameters()
+    same = plan.encoder.directory == plan.decoder.directory
+    sources = {"decoder": decoder, "encoder": decoder if same else plan.encoder.parameters()}
+    flat = values(plan.table, sources, plan.config, plan.choice.seed)
+    if plan.rows is not None:
+        for name in flat.keys() & VOCABULARY_AXIS.keys():
+            flat[name] = with_rows(name, flat[name], plan.rows, plan.choice.seed)
+    return unflatten(flat)
+
+
+def write(plan: Plan, out: pathlib.Path, *, name: str, overwrite: bool = False) -> ModelConfig:
+    """Carries the plan out and writes a work directory that every command reads.
+
+    Returns:
+        The configuration as stored.
+
+    Raises:
+        ConfigError: ``out`` is in use.
+        CheckpointError: a source's checkpoint is damaged.
+    """
+    texts = {TABLE_FILE: plan.text()}
+    template = plan.decoder.directory / TEMPLATE_FILE
+    if template.is_file():
+        texts[TEMPLATE_FILE] = template.read_text(encoding="utf-8")
+    sides = {"decoder": plan.decoder, "encoder": plan.encoder}
+    return write_model(
+        out,
+        plan.config,
+        carry_out(plan),
+        source={
+            "format": "adapt",
+            "family": "adapted",
+            "name": name,
+            "choice": dataclasses.asdict(plan.choice),
+            "sources": {
+                side: {"directory": str(source.directory), "name": source.name, "step": source.step}
+                for side, source in sides.items()
+            },
+            "lineage": dataclasses.asdict(_joined([plan.decoder, plan.encoder])),
+        },
+        vocabulary=plan.vocabulary,
+        framing=plan.decoder.framing,
+        max_length=min(source.max_length for source in sides.values()),
+        overwrite=overwrite,
+        texts=texts,
+    )
+
+
+def _joined(sources: Sequence[Source]) -> Lineage:
+    """The cost and the seeds of all sources together, each counted once."""
+    lines = [one.lineage() for one in {source.directory: source for source in sources}.values()]
+    flops = [line.training_flops for line in lines]
+    seeds = [line.seeds for line in lines]
+    return Lineage(
+        None if None in flops else sum(x for x in flops if x is not None),
+        None if None in seeds else tuple(seed for x in seeds if x is not None for seed in x),
+    )

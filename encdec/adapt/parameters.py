@@ -1,0 +1,234 @@
+"""Where each parameter of an adapted model comes from, and its values.
+
+The encoder is the source's stack read in both directions, the decoder the same stack with
+cross-attention between self-attention and MLP, as in T5Gemma (arXiv 2504.06225).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from encdec.errors import ConfigError
+from encdec.model import ExecutionConfig, ModelConfig, abstract_params, build_model
+from encdec.train.sharding import path_name
+
+CrossAttention = Literal["self", "zero", "random"]
+Embeddings = Literal["shared", "separate"]
+Flat = dict[str, np.ndarray]
+
+# Fields in which the sources of the two sides may differ: what is left is one for both stacks.
+_OF_EACH_SIDE = (
+    "decoder_layers",
+    "tie_embeddings",
+    "global_layer_every",
+    "decoder_global_layers",
+    "execution",
+    "dtype",
+    "param_dtype",
+    "init_std",
+    "encoder_positions",
+    "attention_dropout",
+    "mlp_dropout",
+    "residual_dropout",
+    "final_logit_cap",
+)
+_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is made of the sources.
+
+    Attributes:
+        encoder_layers: numbers of the encoder source's layers, in order.
+        decoder_layers: numbers of the decoder source's layers.
+        cross_attention: where it starts from. ``self``: the decoder's self-attention, its norms
+            included. ``zero``: drawn, and adding nothing at first, so that the decoder computes
+            what its source does. ``random``: drawn.
+        embeddings: one table for both sides, or one each.
+        seed: of what is drawn.
+    """
+
+    encoder_layers: tuple[int, ...]
+    decoder_layers: tuple[int, ...]
+    cross_attention: CrossAttention = "self"
+    embeddings: Embeddings = "shared"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where one parameter comes from.
+
+    Attributes:
+        name: of the adapted model's parameter.
+        shape: its shape.
+        how: "copied"; "shared", copied and read by both sides; "drawn"; or "constant" (biases
+            and scales that start at one value).
+        side: which source it is of, "encoder" or "decoder"; "" if of none.
+        source: the parameter's name there; of what is not copied, how it starts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    how: Literal["copied", "shared", "drawn", "constant"]
+    side: str
+    source: str
+
+
+def adapted_config(decoder: ModelConfig, encoder: ModelConfig, choice: Choice) -> ModelConfig:
+    """The encoder-decoder's configuration; layers unrolled.
+
+    Args:
+        decoder: the model whose layers, head and embeddings the decoder takes.
+        encoder: the model whose layers the encoder takes; may be the same.
+        choice: what is taken.
+
+    Raises:
+        ConfigError: the two are not alike in what both stacks share.
+    """
+    _check_alike(decoder, encoder)
+    reads_all = {
+        "encoder": [not encoder.is_local(layer) for layer in choice.encoder_layers],
+        "decoder": [not decoder.is_local(layer) for layer in choice.decoder_layers],
+    }
+    windows: dict[str, Any] = {"global_layer_every": 0}
+    if decoder.attention_window and not all(map(all, reads_all.values())):
+        windows |= {
+            f"{stack}_global_layers": tuple(np.flatnonzero(flags).tolist())
+            for stack, flags in reads_all.items()
+        }
+    else:
+        windows |= {
+            "attention_window": 0,
+            "local_rope_theta": 0.0,
+            "encoder_global_layers": (),
+            "decoder_global_layers": (),
+        }
+    return decoder.replace(
+        architecture="encoder_decoder",
+        encoder_layers=len(choice.encoder_layers),
+        decoder_layers=len(choice.decoder_layers),
+        # Every attention turns by differences of positions, so that counting from 0, as the
+        # source does, is as good as any other place to count from.
+        encoder_positions="from_zero",
+        share_embeddings=choice.embeddings == "shared",
+        execution=ExecutionConfig(scan_layers=False),
+        **windows,
+    )
+
+
+def _check_alike(decoder: ModelConfig, encoder: ModelConfig) -> None:
+    ours, theirs = decoder.to_dict(), encoder.to_dict()
+    differ = [
+        f"{name} is {theirs[name]!r} in the encoder's and {ours[name]!r} in the decoder's"
+        for name in ours
+        if ours[name] != theirs[name] and name not in _OF_EACH_SIDE
+    ]
+    if differ:
+        raise ConfigError(
+            f"the two sources do not go together: {'; '.join(differ)}. Both stacks of a model "
+            "share these fields; widths are not bridged: give sources that agree in them, or one"
+        )
+
+
+def origins(config: ModelConfig, choice: Choice) -> list[Origin]:
+    """The origin of every parameter of ``config``, made by ``adapted_config``, in order."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(build_model(config)))
+    return [_origin(path_name(path), tuple(leaf.shape), config, choice) for path, leaf in leaves]
+
+
+def _origin(name: str, shape: tuple[int, ...], config: ModelConfig, choice: Choice) -> Origin:
+    if name == "embedder/embedding" and config.share_embeddings:
+        return Origin(name, shape, "shared", "decoder", name)
+    if name.startswith("embedder/") or name == "decoder/final_norm/scale":
+        return Origin(name, shape, "copied", "decoder", name)
+    if name.startswith("encoder_embedder/"):
+        return Origin(name, shape, "copied", "encoder", name.removeprefix("encoder_"))
+    if name == "encoder/final_norm/scale":
+        return Origin(name, shape, "copied", "encoder", "decoder/final_norm/scale")
+    match = _LAYER.fullmatch(name)
+    if not match:
+        raise ConfigError(f"adapt does not know where {name} would come from")
+    stack, number, rest = match[1], int(match[2]), match[3]
+    taken = choice.encoder_layers if stack == "encoder" else choice.decoder_layers
+    layer = f"decoder/layers_{taken[number]}"
+    if not rest.startswith(("encoder_attention/", "cross_attention_")):
+        return Origin(name, shape, "copied", stack, f"{layer}/{rest}")
+    if choice.cross_attention == "self":
+        own = rest.replace("encoder_attention/", "self_attention/", 1)
+        own = own.replace("cross_attention_", "self_attention_", 1)
+        return Origin(name, shape, "copied", stack, f"{layer}/{own}")
+    return _fresh(name, shape, config, choice.cross_attention)
+
+
+def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, how: CrossAttention) -> Origin:
+    """A parameter of cross-attention that is not taken from anywhere.
+
+    To add nothing, the output projection is zero. Where its output is normed afterwards, zeros
+    would stay zeros, but the smallest step away from them would be blown up to the norm's full
+    size; so there the norm's scale is zero instead.
+    """
+    one = 0.0 if config.norm_plus_one else 1.0  # the stored scale that multiplies by 1
+    constant = lambda value: Origin(name, shape, "constant", "", f"{value:g}")
+    if name.endswith("/scale"):
+        silent = how == "zero" and "/cross_attention_post_norm/" in name
+        return constant(one - 1.0 if silent else one)
+    if name.endswith("/bias"):
+        return constant(0.0)
+    if how == "zero" and name.endswith("/o/kernel") and not config.post_norms:
+        return constant(0.0)
+    return Origin(name, shape, "drawn", "", f"N(0, {config.init_std:g})")
+
+
+def values(
+    table: Sequence[Origin],
+    sources: Mapping[str, Mapping[str, Any]],
+    config: ModelConfig,
+    seed: int,
+) -> Flat:
+    """The parameters by name.
+
+    Args:
+        table: from ``origins``.
+        sources: by side, its flat parameters with unrolled layers.
+        config: of the adapted model; its ``param_dtype`` is that of what is drawn.
+        seed: of what is drawn; each parameter's draw depends on it and on its name alone.
+    """
+    dtype = jnp.dtype(config.param_dtype)
+    result: Flat = {}
+    for one in table:
+        if one.side:
+            result[one.name] = np.asarray(sources[one.side][one.source])
+        elif one.how == "constant":
+            result[one.name] = np.full(one.shape, float(one.source), dtype)
+        else:
+            draw = np.random.default_rng([seed, zlib.crc32(one.name.encode())])
+            drawn = draw.standard_normal(one.shape, np.float32) * np.float32(config.init_std)
+            result[one.name] = drawn.astype(dtype)
+    return result
+
+
+def table_text(table: Sequence[Origin], sources: Mapping[str, str]) -> str:
+    """The origins as aligned text, with the number of scalars of each kind at the end."""
+    rows = [("parameter", "shape", "how", "from")]
+    totals: dict[str, int] = {}
+    for one in table:
+        where = f"{sources[one.side]}: {one.source}" if one.side else one.source
+        rows.append((one.name, "x".join(map(str, one.shape)), one.how, where))
+        totals[one.how] = totals.get(one.how, 0) + int(np.prod(one.shape))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    counts = ", ".join(f"{number:,} {how}" for how, number in totals.items())
+    return "\n".join([*lines, "", f"{sum(totals.values()):,} scalars: {counts}"]) + "\n"

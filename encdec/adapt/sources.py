@@ -1,0 +1,175 @@
+"""The sources of an adapted model: work directories of decoder-only models, and what they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from encdec.data.vocabulary import Vocabulary, load_vocabulary
+from encdec.errors import ConfigError, DataError
+from encdec.interop.framing import Framing
+from encdec.model import ModelConfig, unroll_params
+from encdec.train.checkpoints import latest_step, load_params_for_inference
+from encdec.train.lineage import Lineage, lineage
+from encdec.train.sharding import path_name
+from encdec.train.workdir import model_config_of, read_config
+
+# Tables with one row, or column, an id of the vocabulary: the axis of ids.
+VOCABULARY_AXIS = {"embedder/embedding": 0, "encoder_embedder/embedding": 0, "embedder/head": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A decoder-only model's work directory; parameters are read only when they are asked for.
+
+    Attributes:
+        directory: the work directory.
+        content: its config.json.
+        config: its model.
+        step: of the checkpoint that is taken; 0 of an imported model.
+    """
+
+    directory: pathlib.Path
+    content: Mapping[str, Any]
+    config: ModelConfig
+    step: int
+
+    @property
+    def name(self) -> str:
+        """As the work directory calls it, for cards."""
+        imported = self.content.get("imported")
+        return imported["name"] if imported else self.content["run"]["model"]
+
+    @property
+    def framing(self) -> Framing:
+        """The special tokens around its texts."""
+        data = self.content["data"]
+        return Framing(
+            data["decoder_start_id"],
+            data["inputs_eos"],
+            tuple(data.get("inputs_prefix", ())),
+            data["inputs_length"],
+            data["targets_length"],
+        )
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that it is right for, in tokens."""
+        data = self.content["data"]
+        longest = self.content.get("imported", {}).get("max_length")
+        return longest or data["inputs_length"] + data["targets_length"]
+
+    def lineage(self) -> Lineage:
+        return lineage(self.directory, self.step)
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Its vocabulary; None of a model that was imported without one."""
+        recorded = self.content["data"]["vocabulary"]
+        return load_vocabulary(recorded, directory=self.directory) if recorded else None
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Its parameters by name, with unrolled layers.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        config, params, _ = load_params_for_inference(self.directory, self.step or None)
+        if config.execution.scan_layers:
+            params = unroll_params(params, config)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def open_source(directory: pathlib.Path, step: int | None, flag: str) -> Source:
+    """A source that can be adapted; nothing of its parameters is read.
+
+    Raises:
+        CheckpointError: no work directory, or no such checkpoint.
+        ConfigError: it is an encoder-decoder.
+    """
+    content = read_config(directory)
+    config = model_config_of(content)
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"{flag} {directory} is an encoder-decoder already; expected a decoder-only model's "
+            "work directory. To train it further: encdec train --config.init_from=DIR"
+        )
+    # An imported model has no steps; asked for one, reading it says so.
+    step = (step or 0) if "imported" in content else latest_step(directory, step)
+    return Source(directory, content, config, step)
+
+
+def check_same_vocabulary(decoder: Source, encoder: Source) -> None:
+    """Raises DataError unless both sources read the same ids."""
+    prints = [
+        (source.content["data"]["vocabulary"] or {}).get("fingerprint")
+        for source in (decoder, encoder)
+    ]
+    if prints[0] != prints[1]:
+        shown = [(one or "none")[:16] for one in prints]
+        raise DataError(
+            f"the vocabularies differ: {decoder.directory} has fingerprint {shown[0]}, "
+            f"{encoder.directory} has {shown[1]}; an id must mean the same to both sides: give "
+            "sources of one vocabulary"
+        )
+
+
+def grown(source: Source, extra_ids: int) -> tuple[Vocabulary | None, int, np.ndarray | None]:
+    """The vocabulary with ``extra_ids`` sentinels; 0 leaves it as it is.
+
+    Returns:
+        The vocabulary; the number of rows of the tables for it; and each row's row in the source's
+        tables, -1 of those that are new, or None where nothing changes. Extra ids are numbered
+        from the vocabulary's end, so the source's own stay behind the new ones.
+
+    Raises:
+        DataError: the model has no vocabulary.
+        ConfigError: it has more extra ids than are asked for.
+    """
+    vocabulary, rows = source.vocabulary(), source.config.vocab_size
+    if not extra_ids:
+        return vocabulary, rows, None
+    if vocabulary is None:
+        raise DataError(
+            f"--extra_ids={extra_ids} adds to the vocabulary, and {source.directory} was imported "
+            "without one; import it again with --vocabulary=FILE"
+        )
+    have = vocabulary.extra_ids
+    if extra_ids < have:
+        raise ConfigError(
+            f"--extra_ids is {extra_ids}, but the vocabulary of {source.directory} has {have} "
+            "already; leave it out, or give more"
+        )
+    if extra_ids == have:
+        return vocabulary, rows, None
+    larger, added = vocabulary.with_extra_ids(extra_ids), extra_ids - have
+    size, base = max(rows, larger.size), vocabulary.size - have
+    places = np.arange(size)
+    places = np.where(places >= base + added, places - added, places)
+    places[base : base + added] = -1
+    places[larger.size :] = -1
+    return larger, size, places
+
+
+def with_rows(name: str, table: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+    """A vocabulary table with the rows asked for; new ones are drawn like those that are there.
+
+    Each of a new row's numbers is normal, with the mean and the spread that the source's rows have
+    in that place: sentinels then begin as some token or other, not as something never seen.
+    """
+    axis = VOCABULARY_AXIS[name]
+    taken = np.take(table, np.maximum(rows, 0), axis=axis)
+    wide = np.asarray(table, np.float32)
+    mean, spread = wide.mean(axis, keepdims=True), wide.std(axis, keepdims=True)
+    shape = list(table.shape)
+    shape[axis] = int((rows < 0).sum())
+    drawn = mean + spread * np.random.default_rng([seed, axis]).standard_normal(shape)
+    index = [slice(None)] * table.ndim
+    index[axis] = np.flatnonzero(rows < 0)
+    taken[tuple(index)] = drawn.astype(table.dtype)
+    return taken

@@ -1,0 +1,72 @@
+"""``encdec benchmark adaptation``: the experiment of docs/adaptation.md by one command."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+from encdec.storage import local_path
+
+
+def main(argv: list[str]) -> int:
+    """Trains a decoder-only model and what is adapted from it; repeated, it goes on where it was.
+
+    Raises:
+        ConfigError, DataError: settings or text that do not fit.
+    """
+    options = vars(_parser().parse_args(argv))
+    # Imported late: a mistake in the command line is answered at once.
+    from encdec.benchmarks.adaptation_experiment import Setting, run_experiment, summary
+
+    paths = {name: tuple(options.pop(name)) for name in ("text", "eval_text")}
+    setting = Setting(pathlib.Path(options.pop("work")), **paths, **options)
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - begin:,.0f} s] {text}", flush=True)
+
+    table = summary(run_experiment(setting, say))
+    (setting.work / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec benchmark adaptation",
+        allow_abbrev=False,
+        description="A decoder-only model, and at equal further FLOPs: itself trained on, "
+        "encoder-decoders adapted from it, and such from random parameters; held-out loss.",
+    )
+    parser.add_argument(
+        "--work", type=local_path, required=True, metavar="DIR", help="receives everything"
+    )
+    for name, what in (("text", "to learn from"), ("eval_text", "held out")):
+        parser.add_argument(
+            f"--{name}",
+            type=local_path,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help=f"text {what}; may be repeated (default: the standard library)",
+        )
+    for name, kind, default, what in (
+        ("model", str, "micro-3m", "preset that gives the widths"),
+        ("layers", int, 6, "of the source, a multiple of 3"),
+        ("steps", int, 3_000, "of the source's training"),
+        ("further_steps", int, 1_500, "more of the source's, whose FLOPs every row gets"),
+        ("inputs", int, 256, "source tokens of a row"),
+        ("targets", int, 64, "target tokens of a row"),
+        ("batch_size", int, 8, "rows of a step"),
+        ("vocabulary", int, 2_048, "ids without sentinels"),
+        ("learning_rate", float, 1e-3, "at the peak"),
+        ("evaluations", int, 8, "points of each curve"),
+        ("eval_rows", int, 512, "held-out rows of an evaluation"),
+        ("documents", int, 0, "of the text that are read; 0: all"),
+        ("seeds", int, 3, "runs of the headline rows"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{what} (default %(default)s)"
+        )
+    return parser

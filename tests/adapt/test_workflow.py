@@ -1,0 +1,201 @@
+"""From a decoder-only model's directory through adaptation and training to transformers."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from encdec.adapt.adapt_command import main as adapt_main
+from encdec.adapt.adapting import TABLE_FILE
+from encdec.cli import main as encdec
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError
+from encdec.export.export_command import main as export_main
+from encdec.interop.framing import Framing
+from encdec.interop.importing import write_model
+from encdec.interop.layout import unflatten
+from encdec.model import build_model, preset
+from encdec.train.checkpoints import load_params_for_inference
+from encdec.train.lineage import lineage
+from encdec.train.loop import train
+from encdec.train.sharding import path_name
+from encdec.train.workdir import read_config
+from tests.adapt.test_parameters import fields, random_params
+from tests.train.conftest import random_pairs, small_run, write_records
+
+# Of Gemma 2's shape: what T5Gemma is made of.
+GEMMA = preset(
+    "test",
+    vocab_size=264,
+    architecture="decoder_only",
+    encoder_layers=0,
+    decoder_layers=3,
+    scan_layers=False,
+    kv_pairing="grouped",
+    qkv_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    mlp_gated=True,
+    post_norms=True,
+    norm_plus_one=True,
+    norm_cast="after_scale",
+    embedding_scale=True,
+    attention_logit_cap=50.0,
+    final_logit_cap=30.0,
+    attention_window=128,
+    global_layer_every=2,
+)
+
+
+def write_source(directory, config=GEMMA, vocabulary=None, seed=0, **framing):
+    write_model(
+        directory,
+        config,
+        unflatten(random_params(config, seed)),
+        source={"format": "hf", "family": "gemma2", "name": "gemma"},
+        vocabulary=vocabulary or ByteVocabulary(4),
+        framing=Framing(2, **framing),
+        max_length=128,
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("source") / "model", inputs_prefix=(7,))
+
+
+def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(source, tmp_path):
+    adapted = tmp_path / "adapted"
+    assert adapt_main([str(source), f"--out={adapted}", "--decoder_layers=1"]) == 0
+    wider = write_source(tmp_path / "wider", GEMMA.replace(d_model=48))
+    other = write_source(tmp_path / "other", vocabulary=ByteVocabulary(5))
+    out = tmp_path / "out"
+    for options, kind, message in (
+        ([adapted], ConfigError, "is an encoder-decoder already"),
+        ([tmp_path], CheckpointError, "no work directory"),
+        ([source, "--encoder_layers=4"], ConfigError, "asks for 4 layers, but .* has 3"),
+        ([source, f"--encoder_source={wider}"], ConfigError, "d_model is 48 in the encoder's"),
+        ([source, f"--encoder_source={other}"], DataError, "the vocabularies differ"),
+        ([source, f"--encoder_source={adapted}"], ConfigError, "encoder-decoder already"),
+        ([source, "--step=3"], EncdecError, "has no checkpoint 3"),
+        ([source, "--extra_ids=2"], ConfigError, "has 4 already"),
+        ([source, "--encoder_step=2"], ConfigError, "goes with --encoder_source"),
+        (
+            [source, f"--encoder_source={wider}", "--embeddings=shared"],
+            ConfigError,
+            "expected --embeddings=separate",
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            adapt_main([*map(str, options), f"--out={out}"])
+        assert not out.exists(), options
+    for target in (source, adapted):
+        with pytest.raises(ConfigError, match="is a source|is not empty"):
+            adapt_main([str(source), f"--out={target}"])
+    assert (source / "config.json").exists()
+
+
+def test_what_travels_with_the_parameters(source, tmp_path, capsys):
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    second = write_source(tmp_path / "second", seed=1)
+    out = tmp_path / "out"
+    command = ["adapt", str(source), f"--out={out}", f"--encoder_source={second}"]
+    assert encdec([*command, "--encoder_layers=last:1", "--extra_ids=10"]) == 0
+    shown = capsys.readouterr().out
+    table = (out / TABLE_FILE).read_text()
+    assert table in shown and f"{second}: decoder/layers_2/mlp/up/kernel" in table
+    content = read_config(out)
+    was = read_config(source)["data"]
+    for name in ("decoder_start_id", "inputs_eos", "inputs_prefix", "targets_length"):
+        assert content["data"][name] == was[name]
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert content["data"]["vocabulary"]["extra_ids"] == 10
+    assert lineage(out, 0).training_flops is None  # nobody knows what these cost
+    # The new sentinels are in front of those that were there, the last id the same as before.
+    config, params, _ = load_params_for_inference(out)
+    _, before, _ = load_params_for_inference(source)
+    _, encoders, _ = load_params_for_inference(second)
+    size = ByteVocabulary(4).size
+    assert config.vocab_size == max(264, size + 6)
+    for ours, theirs in ((params["embedder"], before), (params["encoder_embedder"], encoders)):
+        rows, old = np.asarray(ours["embedding"]), np.asarray(theirs["embedder"]["embedding"])
+        np.testing.assert_array_equal(rows[: size - 4], old[: size - 4])
+        np.testing.assert_array_equal(rows[size + 2 : size + 6], old[size - 4 : size])
+        assert np.abs(rows[size - 4 : size + 2]).max(1).min() > 0
+    assert params["encoder"]["layers_0"]["mlp"]["up"]["kernel"].shape == (32, GEMMA.mlp_dim)
+
+
+HOLD, STEPS = 2, 4
+
+
+@pytest.fixture(scope="module")
+def trained(source, tmp_path_factory):
+    """An adapted model's run with all but cross-attention held at first, and its settings."""
+    folder = tmp_path_factory.mktemp("trained")
+    records = write_records(folder / "records", random_pairs(40, 0), ByteVocabulary(4), start_id=2)
+    options = ["--cross_attention=random", "--encoder_layers=2"]
+    assert adapt_main([str(source), f"--out={folder / 'adapted'}", *options]) == 0
+    run = small_run(
+        records,
+        steps=STEPS,
+        batch_size=4,
+        init_from=str(folder / "adapted"),
+        init_architecture="source",
+        model_overrides={"vocab_size": 264, "mlp_dropout": 0.1},
+        freeze={"parameters": "*,!*/encoder_attention/*", "steps": HOLD},
+        optimizer={"factors": "encoder/*=0.5"},
+    )
+    train(run, folder / "run")
+    return folder, run
+
+
+def flat(workdir, step=None):
+    _, params, _ = load_params_for_inference(workdir, step)
+    return {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def test_a_run_that_is_cut_around_the_switch_ends_in_the_same_bits(trained, tmp_path):
+    folder, run = trained
+    first = flat(folder / "adapted")
+    for stop in (HOLD - 1, HOLD, HOLD + 1, None):
+        train(run, tmp_path / "run", stop_at=stop)
+        now = flat(tmp_path / "run")
+        for name, value in now.items():
+            moved = not np.array_equal(value, first[name].astype(value.dtype))
+            if stop and stop <= HOLD:
+                assert moved == ("encoder_attention" in name), (stop, name)
+    whole = flat(folder / "run")
+    assert whole.keys() == now.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(now[name], value, err_msg=name)
+
+
+def test_a_trained_adaptation_is_a_t5gemma_of_transformers(trained, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
+    folder, _ = trained
+    command = [f"--checkpoint={folder / 'run'}", "--format=hf", f"--out={tmp_path / 'hf'}"]
+    assert export_main(command) == 0
+    stated = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert stated["model_type"] == "t5gemma"
+    assert stated["encoder"]["layer_types"] == ["sliding_attention"] * 2
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert stated["decoder"]["layer_types"] == kinds
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf", dtype="float32")
+    config, params, _ = load_params_for_inference(folder / "run")
+    tokens = np.random.default_rng(0).integers(3, 259, (2, 9))
+    ours = jax.jit(lambda p, b: build_model(config).apply({"params": p}, b))(
+        params, fields(config, tokens)
+    )
+    with torch.no_grad():
+        theirs = model.eval()(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.ones(tokens.shape, dtype=torch.long),
+            decoder_input_ids=torch.tensor(tokens),
+        ).logits
+    assert np.ptp(ours) > 1
+    np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-4, rtol=0)
