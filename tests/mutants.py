@@ -245,8 +245,8 @@ MUTANTS = (
     Mutant(
         "clip applied after the update rule instead of before",
         "encdec/train/optimizer.py",
-        "return optax.chain(clip, _update_rule(config, schedule, logical_axes))",
-        "return optax.chain(_update_rule(config, schedule, logical_axes), clip)",
+        "optimizer = optax.chain(clip, rule(0))",
+        "optimizer = optax.chain(rule(0), clip)",
         (
             "tests/train/test_optimizer.py::test_gradients_are_clipped_by_their_global_norm_before_the_rule",
         ),
