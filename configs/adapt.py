@@ -1,6 +1,6 @@
 """Training an adapted model; the argument names the objective: prefix_lm or ul2.
 
-    encdec adapt runs/smollm2 --out=runs/adapted --cross_attention=random
+    encdec adapt runs/smollm2 --out=runs/adapted
     encdec prepare --text FILE... --vocabulary=runs/adapted --objective=prefix_lm --out=data/train
     encdec train --config=configs/adapt.py:prefix_lm --workdir=runs/encdec \
         --config.init_from=runs/adapted --config.data.records=data/train \
@@ -10,13 +10,15 @@ Prefix LM also learns from its source's stored distributions: --config.distill.t
 `encdec score --teacher=runs/smollm2 --records=data/train` (docs/adaptation.md). UL2 needs sentinels
 in the vocabulary: `encdec adapt --extra_ids=136`, and records by gin/objectives/ul2.gin.
 
-A further part of the argument gives the model's shape in place of a source's, for predictions:
+Further words of the argument, after commas:
 
-    encdec compile --config=configs/adapt.py:prefix_lm,smollm2-135m --topology=v5e:4x4
+* `hold`: all but cross-attention waits at first, as where it was drawn (`encdec adapt
+  --cross_attention=random` or `zero`): configs/adapt.py:prefix_lm,hold
+* a shape (smollm2-135m, smollm2-360m, qwen3-0.6b, gemma-3-1b) in place of a source's, for
+  predictions: encdec compile --config=configs/adapt.py:prefix_lm,qwen3-0.6b --topology=v5e:4x4
 
-Where cross-attention was copied (`--cross_attention=self`), hold nothing:
---config.freeze.parameters=. Fields not set here are as in pretraining: encdec/train/config.py
-explains every field. Time and loss: docs/adaptation.md.
+Fields not set here are as in pretraining: encdec/train/config.py explains every field. Time and
+loss: docs/adaptation.md.
 """
 
 from ml_collections import ConfigDict
@@ -101,24 +103,27 @@ SHAPES = {
 
 
 def get_config(argument: str = "prefix_lm") -> ConfigDict:
-    objective, _, shape = argument.partition(",")
+    objective, *words = argument.split(",")
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
-    if shape and shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    shapes = [word for word in words if word in SHAPES]
+    if unknown := [word for word in words if word not in ("hold", *shapes[:1])]:
+        known = ", ".join(("hold", *SHAPES))
+        raise ValueError(f"{unknown[0]!r} is not expected; after the objective, one of: {known}")
     config = ConfigDict()
     config.steps = 10_000  # (our choice)
-    if shape:
-        config.model_overrides = ConfigDict(SHAPES[shape])
+    if shapes:
+        config.model_overrides = ConfigDict(SHAPES[shapes[0]])
     else:
         config.init_architecture = "source"
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 3e-4 if objective == "prefix_lm" else 5e-4  # (our choice)
-    # All but cross-attention and its norms waits while that finds its way (arXiv 2504.06225 does so
-    # where cross-attention starts at random; the number of steps is our choice).
-    config.freeze = ConfigDict()
-    config.freeze.parameters = "*,!*/encoder_attention/*,!*/cross_attention_*"
-    config.freeze.steps = 0.05  # of the run
+    config.optimizer.learning_rate = 3e-4  # (our choice)
+    if "hold" in words:
+        # arXiv 2504.06225 does so where cross-attention starts at random; for how long is our
+        # choice.
+        config.freeze = ConfigDict()
+        config.freeze.parameters = "*,!*/encoder_attention/*,!*/cross_attention_*"
+        config.freeze.steps = 0.05  # of the run
     config.schedule = ConfigDict()
     config.schedule.warmup_steps = 0.05  # of the run
     return config

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from encdec.data.vocabulary import Vocabulary, load_vocabulary
+from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.interop.framing import Framing
 from encdec.model import ModelConfig, unroll_params
@@ -105,17 +105,16 @@ def open_source(directory: pathlib.Path, step: int | None, flag: str) -> Source:
 
 
 def check_same_vocabulary(decoder: Source, encoder: Source) -> None:
-    """Raises DataError unless both sources read the same ids."""
+    """Raises DataError unless both sources are known to read the same ids."""
     prints = [
-        (source.content["data"]["vocabulary"] or {}).get("fingerprint")
+        recorded_vocabulary(source.content, source.directory)["fingerprint"]
         for source in (decoder, encoder)
     ]
     if prints[0] != prints[1]:
-        shown = [(one or "none")[:16] for one in prints]
         raise DataError(
-            f"the vocabularies differ: {decoder.directory} has fingerprint {shown[0]}, "
-            f"{encoder.directory} has {shown[1]}; an id must mean the same to both sides: give "
-            "sources of one vocabulary"
+            f"the vocabularies differ: {decoder.directory} has fingerprint {prints[0][:16]}, "
+            f"{encoder.directory} has {prints[1][:16]}; an id must mean the same to both sides: "
+            "give sources of one vocabulary"
         )
 
 

@@ -22,10 +22,9 @@ from encdec.adapt.sources import open_source
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.data.corpora.stdlib import stdlib_text
 from encdec.data.prepare import prepare
-from encdec.data.readers import BadRows
-from encdec.data.records import CARD_FILE
-from encdec.data.text_files import check_files, text_documents
+from encdec.data.readers import BadRows, check_files, text_documents
 from encdec.data.vocab_command import train_vocabulary
+from encdec.data.vocabulary import CARD_FILE
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.files import write_json

@@ -71,7 +71,7 @@ class FreezeConfig:
     # Patterns of names with unrolled layers; the last that matches decides, and "!" takes back, as
     # in "*,!*/encoder_attention/*": all but cross-attention; empty: none
     parameters: str = ""
-    steps: float = 0  # for how long; below 1: that part of the run; 0: all of it
+    steps: float = 0.0  # for how long; below 1: that part of the run; 0: all of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class DistillConfig:
     loss: Divergence = "forward_kl"  # see encdec/train/distillation_losses.py
     alpha: float = 0.9  # weight of the teacher, in [0, 1]
     alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises to alpha, "learning_rate" falls
-    warmup_steps: float = 0  # of alpha, with alpha_schedule "warmup"; below 1: a part of the run
+    warmup_steps: float = 0.0  # of alpha, with alpha_schedule "warmup"; below 1: a part of the run
     temperature: float = 1.0  # of both distributions; the one that the teacher was stored at
     beta: float = 0.5  # jensen_shannon: the teacher's share of the mixture
     tail: Tail = "merged"  # top-k rows: mass left out is one outcome, or forgotten (biased)

@@ -66,11 +66,17 @@ def test_settings_that_cannot_be_run_are_refused(changes, message, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("argument", ["prefix_lm,smollm2-135m", "ul2,gemma-3-1b", "ul2,qwen3-0.6b"])
+@pytest.mark.parametrize(
+    "argument", ["prefix_lm,smollm2-135m,hold", "ul2,gemma-3-1b", "ul2,hold,qwen3-0.6b"]
+)
 def test_shapes_of_public_models_are_models(argument):
     run = parse_config(load_config(f"configs/adapt.py:{argument}"))
     model = run.model_config()
     assert model.encoder_layers == model.decoder_layers > 20
-    assert run.freeze.steps == 500 and not model.qkv_bias
-    with pytest.raises(ConfigError, match="unknown objective 'x'"):
-        load_config("configs/adapt.py:x")
+    assert run.freeze.steps == 500 * ("hold" in argument) and not model.qkv_bias
+
+
+@pytest.mark.parametrize("argument", ["x", "ul2,x", "ul2,qwen3-0.6b,smollm2-135m"])
+def test_other_words_are_refused(argument):
+    with pytest.raises(ConfigError, match="unknown objective 'x'|is not expected"):
+        load_config(f"configs/adapt.py:{argument}")
