@@ -142,7 +142,7 @@ def trained(source, tmp_path_factory):
     run = small_run(
         records,
         steps=STEPS,
-        batch_size=4,
+        batch_size=8,
         init_from=str(folder / "adapted"),
         init_architecture="source",
         model_overrides={"vocab_size": 264, "mlp_dropout": 0.1},
