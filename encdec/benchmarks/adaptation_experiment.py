@@ -21,6 +21,8 @@ from encdec.adapt.parameters import Choice
 from encdec.adapt.sources import open_source
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.data.corpora.stdlib import stdlib_text
+from encdec.data.denoising import ul2
+from encdec.data.objectives import CausalLM, PrefixLM
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
 from encdec.data.vocab_command import train_vocabulary
@@ -180,10 +182,10 @@ def _make_records(setting: Setting, say: Say) -> None:
     whole = dict(inputs_length=0, targets_length=setting.inputs + setting.targets)
     halves = dict(inputs_length=setting.inputs, targets_length=setting.targets)
     for name, objective, lengths in (
-        ("causal_lm", "causal_lm", whole),
-        ("prefix_lm", "prefix_lm", halves),
-        ("ul2", "ul2", halves),
-        ("held_out", "prefix_lm", halves),
+        ("causal_lm", CausalLM(), whole),
+        ("prefix_lm", PrefixLM(), halves),
+        ("ul2", ul2(), halves),
+        ("held_out", PrefixLM(), halves),
     ):
         out = setting.work / "records" / name
         if (out / CARD_FILE).is_file():
