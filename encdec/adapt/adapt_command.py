@@ -116,10 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cross_attention",
-        choices=("self", "zero", "random"),
+        choices=("self", "zero", "random", "merged"),
         default="self",
         help="start from the decoder's self-attention, drawn and adding nothing at first (the "
-        "decoder computes what SOURCE does), or drawn (default %(default)s)",
+        "decoder computes what SOURCE does), or drawn; or merged with self-attention, without "
+        "parameters of its own, as in T5Gemma 2 (default %(default)s)",
     )
     parser.add_argument(
         "--embeddings",

@@ -20,7 +20,7 @@ from encdec.errors import ConfigError
 from encdec.model import ExecutionConfig, ModelConfig, abstract_params, build_model
 from encdec.train.sharding import path_name
 
-CrossAttention = Literal["self", "zero", "random"]
+CrossAttention = Literal["self", "zero", "random", "merged"]
 Embeddings = Literal["shared", "separate"]
 Flat = dict[str, np.ndarray]
 
@@ -52,7 +52,8 @@ class Choice:
         decoder_layers: numbers of the decoder source's layers.
         cross_attention: where it starts from. ``self``: the decoder's self-attention, its norms
             included. ``zero``: drawn, and adding nothing at first, so that the decoder computes
-            what its source does. ``random``: drawn.
+            what its source does. ``random``: drawn. ``merged``: it is one with self-attention (T5Gemma
+            2, arXiv 2512.14856) and has no parameters of its own.
         embeddings: one table for both sides, or one each.
         seed: of what is drawn.
     """
@@ -121,6 +122,7 @@ def adapted_config(decoder: ModelConfig, encoder: ModelConfig, choice: Choice) -
         # source does, is as good as any other place to count from.
         encoder_positions="from_zero",
         share_embeddings=choice.embeddings == "shared",
+        merged_attention=choice.cross_attention == "merged",
         execution=ExecutionConfig(scan_layers=False),
         **windows,
     )

@@ -122,6 +122,7 @@ def table_rows(setting: Setting) -> list[Row]:
         Row("scratch all-all", whole, "", headline=True),
         Row("adapted all-all, zero", whole, "zero"),
         Row("adapted all-all, random", whole, "random"),
+        Row("adapted all-all, merged", whole, "merged"),
         Row("adapted all-all, distilled", whole, distilled=True),
         Row("adapted all-all, UL2", whole, objective="ul2"),
         Row("scratch all-all, UL2", whole, "", objective="ul2"),

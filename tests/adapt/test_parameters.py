@@ -139,6 +139,24 @@ def test_every_parameter_is_the_one_that_the_table_names():
     assert [one.name for one in shared if one.how == "shared"] == ["embedder/embedding"]
 
 
+def test_merged_attention_needs_no_parameters_and_without_a_source_is_the_source():
+    flat = random_params(DECODER)
+    every = tuple(range(DECODER.decoder_layers))
+    config, params, table = adapt(DECODER, flat, Choice((0,), every, "merged"))
+    theirs = {one.source: one.name for one in table if one.name.startswith("decoder/")}
+    assert theirs == {name: name for name in flat if name.startswith("decoder/")}
+    tokens = np.random.default_rng(1).integers(1, DECODER.vocab_size, (2, LENGTH))
+    batch = fields(config, tokens)
+    batch["encoder_segment_ids"] = np.zeros_like(tokens)  # nothing but padding
+
+    def both(ours, params):
+        found = build_model(config).apply({"params": ours}, batch)
+        return found, build_model(DECODER).apply({"params": params}, fields(DECODER, tokens))
+
+    found, wanted = jax.jit(both)(params, unflatten(flat))
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
+
+
 def test_fresh_cross_attention_is_drawn_by_the_seed():
     flat = random_params(DECODER)
     cross = "decoder/layers_1/encoder_attention/"

@@ -62,7 +62,10 @@ MODELS: dict[str, ModelConfig] = {
     # T5Gemma 2's decoder.
     "merged": TINY.replace(
         scan_layers=False,
+        decoder_layers=2,
         merged_attention=True,
+        attention_window=4,
+        decoder_global_layers=(1,),
         qk_norm=True,
         post_norms=True,
         norm_plus_one=True,

@@ -367,15 +367,10 @@ class EncdecDecoder(EncdecStack):
         source_allowed = self.padding(encoder_attention_mask, x, "attention_mask")
         if source_allowed is not None:
             source_allowed = source_allowed.expand(-1, -1, x.shape[1], -1)
-        if self.config.merged_attention and not (allowed is None and source_allowed is None):
-            shape = (x.shape[0], 1, x.shape[1])
-            if source_allowed is None:
-                source_allowed = x.new_ones(
-                    (*shape, encoder_hidden_states.shape[1]), dtype=torch.bool
-                )
-            if allowed is None:  # one token, which reads all that is cached
-                allowed = x.new_ones((*shape, past + 1), dtype=torch.bool)
-            allowed = torch.cat([source_allowed, allowed], -1)
+        if self.config.merged_attention:
+            join = lambda mask: self.merged(source_allowed, mask, encoder_hidden_states, x, past)
+            allowed = join(allowed)
+            local = local and (join(local[0]), local[1])
         x, states, own, cross = self.run(
             x,
             allowed,
@@ -395,6 +390,18 @@ class EncdecDecoder(EncdecStack):
             **{CACHE: cache},
         )
         return out if named else out.to_tuple()
+
+    @staticmethod
+    def merged(source_allowed, allowed, source, x, past):
+        """One mask for the source's keys, then the target's; None: everything is read."""
+        if allowed is None and source_allowed is None:
+            return None
+        shape = (x.shape[0], 1, x.shape[1])
+        if source_allowed is None:
+            source_allowed = x.new_ones((*shape, source.shape[1]), dtype=torch.bool)
+        if allowed is None:  # one token, which reads all that is cached
+            allowed = x.new_ones((*shape, past + 1), dtype=torch.bool)
+        return torch.cat([source_allowed, allowed], -1)
 
     def cache(self, past_key_values, cache, use_cache):
         """The cache to fill: the one given under either name, a new one, or None."""
