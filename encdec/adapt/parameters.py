@@ -52,8 +52,8 @@ class Choice:
         decoder_layers: numbers of the decoder source's layers.
         cross_attention: where it starts from. ``self``: the decoder's self-attention, its norms
             included. ``zero``: drawn, and adding nothing at first, so that the decoder computes
-            what its source does. ``random``: drawn. ``merged``: it is one with self-attention (T5Gemma
-            2, arXiv 2512.14856) and has no parameters of its own.
+            what its source does. ``random``: drawn. ``merged``: it is one with self-attention
+            (T5Gemma 2, arXiv 2512.14856) and has no parameters of its own.
         embeddings: one table for both sides, or one each.
         seed: of what is drawn.
     """
