@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -92,3 +93,19 @@ def _whole_size(file: Any) -> int:
             return begin + place + 1
         size = begin
     return 0
+
+
+@contextlib.contextmanager
+def sole_process(path: pathlib.Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds the lock file ``path``; with ``wait``, once it does.
+
+    The lock ends with the process, however it ends; the file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

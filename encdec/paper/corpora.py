@@ -18,7 +18,7 @@ from encdec.data.readers import BadRows, check_files, text_documents
 from encdec.data.text_tasks import jsonl_task, text_task
 from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
-from encdec.errors import DataError
+from encdec.errors import ConfigError, DataError
 from encdec.files import whole_file, write_json
 from encdec.paper.setting import Column, Setting
 
@@ -49,11 +49,18 @@ class Corpora:
         """Writes the missing files.
 
         Raises:
+            ConfigError: text, and no pretraining that would read it.
             DataError: text or a task's file is missing, or no example of a task fits.
         """
         counts_path = self._work / COUNTS_FILE
         counts = json.loads(counts_path.read_text()) if counts_path.is_file() else {}
-        if "pretrain" not in counts:
+        pretrained = self._setting.pretrain.steps > 0
+        if self._text and not pretrained:
+            raise ConfigError(
+                f"--text={self._text[0]} is for pretraining, but config.pretrain.steps is 0; "
+                "leave it out, or set --config.pretrain.steps"
+            )
+        if pretrained and "pretrain" not in counts:
             counts["pretrain"] = self._write_excerpts()
             write_json(counts_path, counts)
         if not self.vocabulary.is_file():
@@ -73,14 +80,15 @@ class Corpora:
                     say(f"{task}: {counts[task]}")
         shape = self._setting.pretrain
         for part in ("train", "held_out"):
-            self._prepare(
-                "pretrain",
-                part,
-                shape.inputs,
-                shape.targets,
-                say,
-                text=[str(self._work / "text" / f"{part}.jsonl")],
-            )
+            if pretrained:
+                self._prepare(
+                    "pretrain",
+                    part,
+                    shape.inputs,
+                    shape.targets,
+                    say,
+                    text=[str(self._work / "text" / f"{part}.jsonl")],
+                )
             for column in self._setting.columns:
                 self._prepare(
                     column.name,
@@ -136,8 +144,9 @@ class Corpora:
 
     def _all_text(self) -> Iterator[str]:
         """Text from which the vocabulary is learned: training text only."""
-        for (text,) in text_documents([self._work / "text" / "train.jsonl"], BadRows()):
-            yield text
+        if self._setting.pretrain.steps:
+            for (text,) in text_documents([self._work / "text" / "train.jsonl"], BadRows()):
+                yield text
         for column in self._setting.columns:
             for task in column.tasks:
                 train, _ = self._split(column, task)
@@ -167,7 +176,9 @@ class Corpora:
         counts = {}
         for part, (pairs, most) in parts.items():
             fitting, long = fitting_pairs(pairs, column, vocabulary)
-            chosen = evenly(fitting if column.too_long == "skip" else pairs, most)
+            # A model may read more in evaluation than in training; then nothing is left out.
+            whole = column.too_long != "skip" or (part == "validation" and column.evaluated_inputs)
+            chosen = evenly(pairs if whole else fitting, most)
             if not chosen:
                 raise DataError(
                     f"none of the {len(pairs):,} {part} examples of {task} fit rows of "

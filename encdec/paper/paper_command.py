@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     config = load_config(options.config, overrides)
     # Imported late: a mistake in the command line is answered at once.
     from encdec.evaluation.results_table import table_markdown
+    from encdec.files import sole_process
     from encdec.jobs import claim_settings
     from encdec.paper.setting import parse_setting, table_rows
 
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
 
     say = lambda text: print(f"paper: {text}", file=sys.stderr, flush=True)
     corpora = Corpora(setting, work, options.data_dir, options.text)
-    corpora.make(say)
+    with sole_process(work / "locks" / "corpora", wait=True):
+        corpora.make(say)
     print(table_markdown(Experiment(setting, work, corpora, columns, rows, say).run()))
     return 0
 
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         type=local_path,
         required=True,
         metavar="FILE.py[:SIZE]",
-        help="configs/paper.py:laptop or :gpu, or your own",
+        help="configs/paper.py:codexglue, :laptop or :gpu, or your own",
     )
     parser.add_argument(
         "--data_dir",
@@ -124,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows",
         metavar="A,B",
-        help="only these students, such as 'DEC,ED 2/3-1/3'; processes "
-        "may divide rows and columns once the pretraining is done",
+        help="only these students, such as 'DEC,ED 2/3-1/3'; processes with one --work divide "
+        "the runs",
     )
     return parser

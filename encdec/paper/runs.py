@@ -1,12 +1,12 @@
-"""All runs of the experiment, the most informative first, each in its own directory.
+"""All runs of the experiment in the order of ``planned``, each in its own directory.
 
-First one seed of every student on every task, then the teacher and its distilled
-students, then further seeds. Finished runs are not repeated, and the table is written after every
-evaluation.
+Finished runs are not repeated, and the table is written after every evaluation. Several processes
+may work on one directory: each run is one process's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from encdec.distill.rollout import rollout
 from encdec.distill.scoring import score
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
@@ -21,14 +22,30 @@ from encdec.evaluation.loading import chosen_step
 from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.results_table import table, table_markdown
 from encdec.evaluation.settings import EvaluationSettings
-from encdec.files import write_json
+from encdec.files import sole_process, write_json
+from encdec.inference.settings import GenerationSettings
 from encdec.paper.corpora import Corpora, Say
-from encdec.paper.setting import TEACHER, Column, Setting, run_config, slug, table_rows
+from encdec.paper.setting import (
+    TEACHER,
+    Column,
+    Run,
+    Setting,
+    planned,
+    run_config,
+    slug,
+    table_rows,
+)
 from encdec.train.config import RunConfig
 from encdec.train.loop import train
 
 DONE_FILE = "done.json"
-DISTILLED = "+KD"
+GREEDY = "evaluation"  # folders of a run's evaluations
+BEAM = "evaluation-beam"
+
+
+def evaluations(setting: Setting) -> list[tuple[str, int]]:
+    """(folder, beams) of each evaluation of a run."""
+    return [(GREEDY, 1)] + [(BEAM, setting.beams)] * (setting.beams > 1)
 
 
 class Experiment:
@@ -38,8 +55,7 @@ class Experiment:
         setting: what is run.
         work: receives everything.
         corpora: already made.
-        columns: names of the columns to work on; empty: all. Several processes may divide columns
-            and rows once the pretraining is done.
+        columns: names of the columns to work on; empty: all.
         rows: names of the students to work on; empty: all.
         say: takes lines of progress.
     """
@@ -58,66 +74,98 @@ class Experiment:
         self._rows = [row for row in table_rows(setting) if not rows or row in rows]
 
     def run(self) -> dict[str, Any]:
-        """Does the missing runs and returns the table's content."""
-        distilled = [row for row in self._setting.distilled if row in self._rows]
-        for row in self._rows:
-            self._pretrain(row)
-        for seed in range(self._setting.seeds):
-            for column in self._columns:
-                for row in self._rows:
-                    self._student(row, column, seed)
-            if not distilled:
-                continue
-            self._pretrain(TEACHER)
-            for column in self._columns:
-                self._tune(TEACHER, column, 0)
-                self._evaluate(TEACHER, column, 0)
-                teacher = self._score(column)
-                for row in distilled:
-                    self._student(row, column, seed, teacher)
+        """Does the missing runs that no other process is at, and returns the table's content."""
+        for run in self._runs:
+            with self._claimed(run) as mine:
+                if mine and not self._finished(run):
+                    self._do(run)
         return self.write_table()
 
-    def _student(self, row: str, column: Column, seed: int, teacher: str = "") -> None:
-        self._tune(row, column, seed, teacher)
-        self._evaluate(row, column, seed, bool(teacher))
+    @property
+    def _runs(self) -> list[Run]:
+        return [
+            run
+            for run in planned(self._setting)
+            if run.column in {column.name for column in self._columns}
+            and run.row in (*self._rows, TEACHER)
+        ]
 
-    def folder(
-        self, row: str, column: str = "", seed: int = 0, distilled: bool = False
-    ) -> pathlib.Path:
-        """The work directory of a pretraining, or of a fine-tuning on a column."""
-        if not column:
-            return self._work / "runs" / f"{slug(row)}-pretrain"
-        kind = "-kd" if distilled else ""
-        return self._work / "runs" / f"{slug(row)}-{column}{kind}-{seed}"
+    @contextlib.contextmanager
+    def _claimed(self, run: Run) -> Iterator[bool]:
+        """Whether this process may do a run: no other is at it, and what it needs is there."""
+        if run.teaching and not self._finished(Run(TEACHER, run.column)):
+            self._say(f"{self.folder(run).name}: left out, another process is at the teacher")
+            yield False
+            return
+        folders, before = [self.folder(run)], self._pretrained(run)
+        if before and not (before / DONE_FILE).is_file():
+            folders.append(before)
+        with contextlib.ExitStack() as held:
+            free = [
+                held.enter_context(sole_process(self._work / "locks" / folder.name))
+                for folder in folders
+            ]
+            if not all(free):
+                self._say(f"{self.folder(run).name}: left out, another process is at it")
+            yield all(free)
 
-    def _pretrain(self, row: str) -> None:
-        shape = self._setting.pretrain
-        self._train(
-            self.folder(row),
-            run_config(
-                self._setting,
-                row,
-                records=self._corpora.records("pretrain", "train"),
-                eval_records=self._corpora.records("pretrain", "held_out"),
-                batch_size=shape.batch_size,
-                steps=shape.steps,
-                seed=0,
-            ),
+    def folder(self, run: Run) -> pathlib.Path:
+        """The work directory of a fine-tuning."""
+        kind = {"": "", "draws": "-kd", "answers": "-seqkd"}[run.teaching]
+        return self._work / "runs" / f"{slug(run.row)}-{run.column}{kind}-{run.seed}"
+
+    def _pretrained(self, run: Run) -> pathlib.Path | None:
+        """The work directory of the pretraining that a run starts from; None without any."""
+        if not self._setting.pretrain.steps:
+            return None
+        return self._work / "runs" / f"{slug(run.row)}-pretrain"
+
+    def _finished(self, run: Run) -> bool:
+        return all(
+            (self.folder(run) / folder / REPORT_FILE).is_file()
+            for folder, _ in evaluations(self._setting)
         )
 
-    def _tune(self, row: str, column: Column, seed: int, teacher: str = "") -> None:
+    def _do(self, run: Run) -> None:
+        [column] = [one for one in self._columns if one.name == run.column]
+        self._pretrain(run)
+        self._tune(run, column)
+        for folder, beams in evaluations(self._setting):
+            self._evaluate(run, column, folder, beams)
+        self.write_table()
+
+    def _pretrain(self, run: Run) -> None:
+        folder, shape = self._pretrained(run), self._setting.pretrain
+        if folder:
+            self._train(
+                folder,
+                run_config(
+                    self._setting,
+                    run.row,
+                    records=self._corpora.records("pretrain", "train"),
+                    eval_records=self._corpora.records("pretrain", "held_out"),
+                    batch_size=shape.batch_size,
+                    steps=shape.steps,
+                    seed=0,
+                ),
+            )
+
+    def _tune(self, run: Run, column: Column) -> None:
+        records = self._corpora.records(column.name, "train")
+        if run.teaching == "answers":
+            records = self._answers(column)
         self._train(
-            self.folder(row, column.name, seed, bool(teacher)),
+            self.folder(run),
             run_config(
                 self._setting,
-                row,
-                records=self._corpora.records(column.name, "train"),
+                run.row,
+                records=records,
                 eval_records=self._corpora.records(column.name, "held_out"),
                 batch_size=column.batch_size,
                 steps=column.steps,
-                seed=seed,
-                init_from=str(self.folder(row)),
-                teacher=teacher,
+                seed=run.seed,
+                init_from=str(self._pretrained(run) or ""),
+                teacher=self._draws(column) if run.teaching == "draws" else "",
             ),
         )
 
@@ -141,12 +189,11 @@ class Experiment:
             f"{time.monotonic() - begin:,.0f} s"
         )
 
-    def _score(self, column: Column) -> str:
+    def _draws(self, column: Column) -> str:
         """The teacher's draws on a column's training rows; returns their directory."""
         out = self._work / "teacher-rows" / column.name
-        out.parent.mkdir(exist_ok=True)
-        if not (out / "teacher.json").is_file():
-            folder = self.folder(TEACHER, column.name)
+        folder = self.folder(Run(TEACHER, column.name))
+        with self._alone("teacher-rows"):
             card = score(
                 teacher=folder,
                 records=self._corpora.records(column.name, "train"),
@@ -154,18 +201,41 @@ class Experiment:
                 draws=self._setting.distill.draws,
                 step=chosen_step(folder, "best"),
             )
-            jax.clear_caches()
-            self._say(
-                f"teacher on {column.name}: {card.tokens:,} tokens, "
-                f"{card.bytes_per_token:.1f} bytes a token"
-            )
+        self._say(
+            f"teacher on {column.name}: {card.tokens:,} tokens, "
+            f"{card.bytes_per_token:.1f} bytes a token"
+        )
         return str(out)
 
-    def _evaluate(self, row: str, column: Column, seed: int, distilled: bool = False) -> None:
-        folder = self.folder(row, column.name, seed, distilled)
-        out = folder / "evaluation"
+    def _answers(self, column: Column) -> str:
+        """Records of a column's training sources with the teacher's own answers."""
+        out = self._work / "teacher-answers" / column.name
+        folder = self.folder(Run(TEACHER, column.name))
+        with self._alone("teacher-answers"):
+            card = rollout(
+                folder,
+                self._corpora.records(column.name, "train"),
+                out,
+                settings=GenerationSettings(beams=self._setting.beams),
+                step=chosen_step(folder, "best"),
+            )
+        self._say(f"teacher's answers on {column.name}: {card.target_tokens:,} tokens")
+        return str(out)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Makes something that several runs need: once, while others wait."""
+        (self._work / name).mkdir(exist_ok=True)
+        with sole_process(self._work / "locks" / name, wait=True):
+            yield
+        jax.clear_caches()
+
+    def _evaluate(self, run: Run, column: Column, name: str, beams: int) -> None:
+        folder = self.folder(run)
+        out = folder / name
         if (out / REPORT_FILE).is_file():
             return
+        whole = bool(column.evaluated_inputs)
         evaluate(
             EvaluationSettings(
                 checkpoint=str(folder),
@@ -174,20 +244,24 @@ class Experiment:
                 data_dir=str(self._corpora.tasks_dir),
                 out=str(out),
                 batch_rows=WINDOW,
-                too_long=column.too_long,
+                too_long="cut" if whole else column.too_long,
+                max_input_tokens=column.evaluated_inputs or None,
+                generation=GenerationSettings(
+                    max_tokens=column.evaluated_targets or None, beams=beams
+                ),
+                # Both tell about the model, so that once is enough.
+                shuffle_sources=0 if beams == 1 else None,
+                likelihood=beams == 1,
             )
         )
         jax.clear_caches()
-        self.write_table()
 
     def _reports(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in [*table_rows(self._setting), TEACHER]:
-            for column in self._setting.columns:
-                for seed in range(self._setting.seeds):
-                    for distilled in (False, True):
-                        out = self.folder(row, column.name, seed, distilled) / "evaluation"
-                        if (out / REPORT_FILE).is_file():
-                            yield row + DISTILLED * distilled, read_report(out)
+        runs = planned(self._setting)
+        order = [*table_rows(self._setting), TEACHER]
+        for run in sorted(runs, key=lambda run: order.index(run.row)):
+            if (self.folder(run) / GREEDY / REPORT_FILE).is_file():
+                yield run.title, read_report(self.folder(run) / GREEDY)
 
     def write_table(self) -> dict[str, Any]:
         """Writes table.md and table.json from all finished evaluations."""

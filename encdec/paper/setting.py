@@ -1,4 +1,4 @@
-"""Setting of the paper's table: sizes, splits, columns, and the models that follow from them."""
+"""Setting of the paper's table: sizes, splits, columns, and the models and runs that follow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from encdec.train.config import RunConfig, parse_config
 TEACHER = "teacher"  # the row's name, and the model's
 DEC = "DEC"
 TEACHER_RATIO = 4.0  # smallest teacher, as a multiple of its student's parameters
-EVALUATIONS = 2  # evaluations per run; a fine-tuned model's best checkpoint is evaluated
+BY_PARAMETERS = " (parameters)"  # ends the name of a row that matches the measure's parameters
+# How a student is taught, and what that adds to its row's name: on gold targets alone, also by the
+# teacher's stored draws, or on the teacher's own answers in place of gold.
+TEACHING = {"": "", "draws": "+KD", "answers": "+SeqKD"}
 # Fields that add runs, but do not change any run.
-GROWING = ("seeds", "distilled")
+GROWING = ("seeds", "distilled", "answers", "one_seed", "by_parameters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Column:
     too_long: str
     train_examples: int
     validation_examples: int
+    evaluated_inputs: int
+    evaluated_targets: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +79,16 @@ class Setting:
     teacher: str
     teacher_layers: int
     splits: tuple[str, ...]
+    by_parameters: tuple[str, ...]
     distilled: tuple[str, ...]
+    answers: tuple[str, ...]
+    one_seed: tuple[str, ...]
     vocabulary: int
     vocabulary_bytes: int
     seeds: int
+    dropout: float
+    evaluations: int
+    beams: int
     optimizer: OptimizerSetting
     distill: DistillSetting
     pretrain: PretrainSetting
@@ -109,12 +120,25 @@ def parse_setting(values: Mapping[str, Any]) -> Setting:
 
 def _check(setting: Setting) -> None:
     rows = table_rows(setting)
-    for name in setting.distilled:
-        if name not in rows:
-            known = ", ".join(rows)
-            raise ConfigError(f"config.distilled names {name!r}; expected some of {known}")
-    if setting.seeds < 1:
-        raise ConfigError(f"config.seeds is {setting.seeds}; expected 1 or more")
+    for field, known in (
+        ("by_parameters", [row for row in rows if not row.endswith(BY_PARAMETERS)]),
+        ("distilled", list(rows)),
+        ("answers", list(rows)),
+        ("one_seed", list(rows)),
+    ):
+        if strange := [name for name in getattr(setting, field) if name not in known]:
+            raise ConfigError(
+                f"config.{field} names {strange[0]!r}; expected some of {', '.join(known)}"
+            )
+    for field, least in (("seeds", 1), ("evaluations", 1), ("beams", 1)):
+        if getattr(setting, field) < least:
+            raise ConfigError(
+                f"config.{field} is {getattr(setting, field)}; expected {least} or more"
+            )
+    if setting.pretrain.steps < 0:
+        raise ConfigError(
+            f"config.pretrain.steps is {setting.pretrain.steps}; expected 0 (none) or more"
+        )
     for column in setting.columns:
         where = f"config.columns.{column.name}"
         if column.too_long not in ("skip", "cut"):
@@ -126,8 +150,12 @@ def _check(setting: Setting) -> None:
             )
         if min(column.train_examples, column.validation_examples) < 0:
             raise ConfigError(f"{where} has a negative number of examples; expected 0 (all) or up")
+        if min(column.evaluated_inputs, column.evaluated_targets) < 0:
+            raise ConfigError(f"{where} has a negative length; expected 0 (the row's) or tokens")
+    if not taught(setting):
+        return
     teacher = count_parameters(model_of(setting, TEACHER)).total
-    for name in setting.distilled:
+    for name in taught(setting):
         student = count_parameters(model_of(setting, name)).total
         if teacher < TEACHER_RATIO * student:
             raise ConfigError(
@@ -145,30 +173,97 @@ def row_name(split: str) -> str:
 
 
 def table_rows(setting: Setting) -> dict[str, str]:
-    """The students' rows of the table, and the split of each ("" for DEC)."""
+    """The students' rows of the table, and the split of each ("" for DEC).
+
+    All match the training FLOPs of the first split; a name that ends in BY_PARAMETERS its
+    parameters.
+    """
     rows = {DEC: "", **{row_name(split): split for split in setting.splits}}
     if strange := [name for name in rows if name not in PAPER]:
         raise ConfigError(
             f"config.splits gives {strange[0]!r}, which is not in the paper; expected "
             "some of 1/3, 1/2, 2/3"
         )
-    return rows
+    return rows | {name + BY_PARAMETERS: rows.get(name, "") for name in setting.by_parameters}
+
+
+def taught(setting: Setting) -> list[str]:
+    """The students that learn from the teacher, in the order of the settings."""
+    return list(dict.fromkeys(setting.distilled + setting.answers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One fine-tuning and its evaluation.
+
+    Attributes:
+        row: student's name in ``table_rows``, or TEACHER.
+        column: name.
+        seed: of fine-tuning.
+        teaching: one of TEACHING.
+    """
+
+    row: str
+    column: str
+    seed: int = 0
+    teaching: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name of the row in the results: ``ED 2/3-1/3+KD``."""
+        return self.row + TEACHING[self.teaching]
+
+
+def planned(setting: Setting) -> list[Run]:
+    """All fine-tunings, the most telling first.
+
+    Seed 0 of the students that will be taught, in their order; the teacher; their taught
+    versions; the other students; then the further seeds.
+    """
+    headline, columns = taught(setting), [column.name for column in setting.columns]
+    others = [row for row in table_rows(setting) if row not in headline]
+    teaching = [(row, "draws") for row in setting.distilled]
+    teaching += [(row, "answers") for row in setting.answers]
+    runs = []
+    for seed in range(setting.seeds):
+        rows = [row for row in headline + others if not seed or row not in setting.one_seed]
+        for part in (headline, others):
+            for column in columns:
+                runs += [Run(row, column, seed) for row in part if row in rows]
+            if part is others or not headline:
+                continue
+            for column in columns:
+                runs += [Run(TEACHER, column)] * (not seed)
+                runs += [Run(row, column, seed, how) for row, how in teaching if row in rows]
+    return runs
 
 
 def slug(row: str) -> str:
-    """A row's name in paths: ``dec``, ``ed-2of3``, ``teacher``."""
+    """A row's name in paths: ``dec``, ``ed-2of3``, ``dec-parameters``, ``teacher``."""
+    if row.endswith(BY_PARAMETERS):
+        return slug(row.removesuffix(BY_PARAMETERS)) + "-parameters"
     if row in (DEC, TEACHER):
         return row.lower()
     return series_name(row.removeprefix("ED ").split("-")[0])
 
 
+def measure_shape(setting: Setting) -> tuple[int, int]:
+    """Row lengths, in tokens, at which training FLOPs are equal: pretraining's, or, without any,
+    the first column's."""
+    shape = setting.pretrain if setting.pretrain.steps else setting.columns[0]
+    return shape.inputs, shape.targets
+
+
 def model_of(setting: Setting, row: str) -> ModelConfig:
-    """The model of a row: all students match the first split's training FLOPs.
+    """The model of a row: students match the first split's training FLOPs, or its parameters.
 
     Raises:
         ConfigError: no such preset, or no model of these FLOPs within 1 %.
     """
     common = {"vocab_size": setting.vocabulary, "scan_layers": False}
+    if setting.dropout:
+        # Not on attention probabilities: there it costs a CPU as much as the attention itself.
+        common |= {"mlp_dropout": setting.dropout, "residual_dropout": setting.dropout}
     if row == TEACHER:
         if setting.teacher_layers:
             common["decoder_layers"] = setting.teacher_layers
@@ -179,7 +274,6 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
                 "decoder-only preset"
             )
         return model
-    pretrain = setting.pretrain
     base = preset(setting.model, **common)
     layers = encoder_share(setting.splits[0]) * base.num_layers
     if layers.denominator != 1:
@@ -193,13 +287,13 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
     split = table_rows(setting)[row]
     if split == setting.splits[0]:
         return reference
+    by_parameters = row.endswith(BY_PARAMETERS)
     return matched(
         reference,
         series_name(split) if split else DECODER_ONLY,
         split or setting.splits[0],
-        "flops+data",
-        pretrain.inputs,
-        pretrain.targets,
+        "parameters+data" if by_parameters else "flops+data",
+        *measure_shape(setting),
     )
 
 
@@ -219,7 +313,7 @@ def run_config(
     model, optimizer = model_of(setting, row), setting.optimizer
     name = setting.teacher if row == TEACHER else setting.model
     base = preset(name)
-    every = max(1, steps // EVALUATIONS)
+    every = max(1, steps // setting.evaluations)
     return parse_config(
         {
             "model": name,
@@ -243,6 +337,7 @@ def run_config(
             "loss": {"z_loss": optimizer.z_loss},
             "distill": {"teacher": teacher, "alpha": setting.distill.alpha},
             "eval": {"every": every, "batch_size": batch_size},
-            "checkpoint": {"every": every, "keep": EVALUATIONS + 1},
+            # The best one is what is evaluated.
+            "checkpoint": {"every": every, "keep": 1, "keep_best": 1},
         }
     )

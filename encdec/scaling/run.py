@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from encdec.errors import CheckpointError, DataError, EncdecError, Preempted
-from encdec.files import write_json
+from encdec.files import sole_process, write_json
 from encdec.scaling.ladder import Ladder, Plan, PlannedRun, run_config
 from encdec.scaling.results import RESULTS_FILE, ResultsFile, collect
 from encdec.train.config import OPERATIONAL
@@ -108,18 +107,9 @@ class Workdir:
         planned = {run.name for run in plan.runs}
         return {row["run"] for row in self.results.read() if row["final"]} & planned
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[bool]:
+    def lock(self, name: str) -> contextlib.AbstractContextManager[bool]:
         """Locks ``name``; false if another process holds it."""
-        path = self.path / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        return sole_process(self.path / "locks" / name)
 
 
 def _comparable(name: str, value: Any) -> Any:
