@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -25,7 +25,8 @@ from encdec.benchmarks.step_profile import seconds_by_part
 from encdec.cost.chips import peak_flops
 from encdec.cost.flops import training_flops
 from encdec.data.records import open_records
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, DataError
+from encdec.files import write_json
 from encdec.model import ModelConfig, build_model, init_params
 from encdec.storage import local_path
 from encdec.train.config import RunConfig, parse_config
@@ -42,6 +43,18 @@ SHAPES = {
 }
 OURS, EAGER, COMPILED = "ours", "PyTorch", "PyTorch, compiled"
 LEARNING_RATE = 1e-4
+
+
+class Shaped(Protocol):
+    """A run and the shape of its batches, all rows full."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def targets(self) -> int: ...
+    def run(self) -> RunConfig: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +137,7 @@ class OurStep:
         batch: host arrays of rows without packing: one source and one target fill each.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Shaped) -> None:
         run = setting.run()
         self.config: ModelConfig = run.model_config()
         self.program: Program = build_program(
@@ -156,7 +169,7 @@ class OurStep:
         return seconds_by_part(self, self._compiled.as_text(), steps)
 
 
-def unpacked_batch(program: Program, setting: Setting) -> dict[str, np.ndarray]:
+def unpacked_batch(program: Program, setting: Shaped) -> dict[str, np.ndarray]:
     """Random ids in rows that one source and one target fill; the loss on targets alone."""
     draw, batch = np.random.default_rng(0), {}
     spec = abstract_batch(program, setting.rows, setting.inputs, setting.targets)
@@ -286,6 +299,29 @@ def as_json(one: Measured) -> dict[str, Any]:
     }
 
 
+def kept(path: pathlib.Path) -> list[Measured]:
+    """What an earlier call wrote to ``train.json``; none where there is no file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    if not path.is_file():
+        return []
+    names = {field.name for field in dataclasses.fields(Measured)}
+    found = []
+    try:
+        for row in json.loads(path.read_text()):
+            setting = row["setting"]
+            setting["overrides"] = tuple(map(tuple, setting["overrides"]))
+            values = {name: value for name, value in row.items() if name in names}
+            found.append(Measured(**values | {"setting": Setting(**setting)}))
+    except (ValueError, TypeError, KeyError):
+        raise DataError(
+            f"{path} is not what this command writes; give another --out, or remove the file"
+        ) from None
+    return found
+
+
 def step_table(found: Sequence[Measured]) -> Table:
     """Times, rates and ratios."""
     table = Table(title="A training step, medians; ratios within this run", title_justify="left")
@@ -373,7 +409,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no_compile", action="store_true", help="PyTorch without torch.compile, which needs g++"
     )
-    parser.add_argument("--out", type=local_path, metavar="DIR", help="write train.json there")
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        metavar="DIR",
+        help="write train.json there; what it has is not measured again",
+    )
     return parser
 
 
@@ -400,8 +441,11 @@ def main(argv: list[str]) -> int:
     rates: Mapping[str, float] = {
         dtype: measure_rates(dtype).flops_per_second for dtype in options.dtypes
     }
-    found: list[Measured] = []
+    path = pathlib.Path(options.out, "train.json") if options.out else None
+    found = kept(path) if path else []
     for setting in settings:
+        if setting in [one.setting for one in found]:
+            continue
         found.append(
             measure(
                 setting,
@@ -412,12 +456,9 @@ def main(argv: list[str]) -> int:
                 matmul_flops=rates[setting.dtype],
             )
         )
-        if options.out:
-            folder = pathlib.Path(options.out)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "train.json").write_text(
-                json.dumps([as_json(one) for one in found], indent=2) + "\n"
-            )
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, [as_json(one) for one in found])
     console = Console(width=140)
     console.print(step_table(found))
     console.print(parts_table(found))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from encdec.data import readers
-from encdec.data.corpora import stdlib
+from encdec.data.corpora import repair, stdlib
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.errors import ConfigError, DataError
@@ -104,6 +104,10 @@ def _stdlib_pairs(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         yield example["source"], example["target"]
 
 
+def _repair_pairs(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
+    return iter(repair.repair_examples(split))
+
+
 def _stdlib_text(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
     for text in stdlib.stdlib_text(split):
         yield (text,)
@@ -129,6 +133,14 @@ EMBEDDED_TASKS: dict[str, TextTask] = {
         stdlib.origin,
         stdlib.SPLITS,
         ("exact_match", "rouge", "rouge_stemmed"),
+    ),
+    "stdlib_repair": TextTask(
+        "stdlib_repair",
+        _repair_pairs,
+        SequenceToSequence(),
+        stdlib.origin,
+        stdlib.SPLITS,
+        ("exact_match", "rouge"),
     ),
     "stdlib_text": TextTask("stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS),
 }

@@ -58,7 +58,9 @@ def compare_evaluations(
             if all(name in one for side in scored for one in side):
                 rows.append(
                     {"task": task, "score": name}
-                    | _row([[one[name] for one in side] for side in scored], resamples, trials)
+                    | compare_scores(
+                        [[one[name] for one in side] for side in scored], resamples, trials
+                    )
                 )
     return {
         "first": list(first),
@@ -155,7 +157,10 @@ def _scores(sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
     return [[scores(one) for one in side] for side in sides]
 
 
-def _row(sides: Sequence[Sequence[Score]], resamples: int, trials: int) -> dict[str, Any]:
+def compare_scores(
+    sides: Sequence[Sequence[Score]], resamples: int, trials: int = TRIALS
+) -> dict[str, Any]:
+    """Plain values of one score of two sides, each one Score a seed, on the same examples."""
     [count] = {score.count for side in sides for score in side}
     statistics = [_mean_of(side) for side in sides]
     difference = compare(*statistics, count, resamples=resamples)

@@ -7,35 +7,40 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, DataError
 from encdec.fields import unknown_field
 from encdec.storage import local_path
+
+if TYPE_CHECKING:
+    from encdec.paper.setting import Setting
 
 _OVERRIDE = re.compile(r"--?config\.([^=]+)=.*", re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
-    """``encdec paper --config=configs/paper.py:SIZE --data_dir=DIR --text=FILE --work=DIR``.
+    """``encdec paper --config=FILE:SIZE --data_dir=DIR --work=DIR``, ``costs`` or ``table``.
 
     Raises:
         ConfigError: invalid settings, or a work directory with other settings.
         DataError: text or examples are missing.
     """
-    overrides = [argument for argument in argv if _OVERRIDE.fullmatch(argument)]
-    options = _parser().parse_args([a for a in argv if a not in overrides])
-    config = load_config(options.config, overrides)
+    if argv and argv[0] == "table":
+        return _table(argv[1:])
+    if argv and argv[0] == "costs":
+        return _costs(argv[1:])
+    options, setting = _read(_parser(), argv)
     # Imported late: a mistake in the command line is answered at once.
     from encdec.evaluation.results_table import table_markdown
     from encdec.files import sole_process
     from encdec.jobs import claim_settings
-    from encdec.paper.setting import parse_setting, table_rows
+    from encdec.paper.setting import table_rows
 
-    setting = parse_setting(config.to_dict())
     columns = _chosen("columns", options.columns, [column.name for column in setting.columns])
     rows = _chosen("rows", options.rows, list(table_rows(setting)))
     work = pathlib.Path(options.work)
@@ -46,11 +51,70 @@ def main(argv: list[str]) -> int:
     from encdec.paper.corpora import Corpora
     from encdec.paper.runs import Experiment
 
-    say = lambda text: print(f"paper: {text}", file=sys.stderr, flush=True)
     corpora = Corpora(setting, work, options.data_dir, options.text)
     with sole_process(work / "locks" / "corpora", wait=True):
-        corpora.make(say)
-    print(table_markdown(Experiment(setting, work, corpora, columns, rows, say).run()))
+        corpora.make(_say)
+    results = pathlib.Path(options.results or work / "results.jsonl")
+    experiment = Experiment(setting, work, corpora, results, columns, rows, _say)
+    print(table_markdown(experiment.run()))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"paper: {text}", file=sys.stderr, flush=True)
+
+
+def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Setting]:
+    """The flags, and the experiment that --config and its overrides set."""
+    overrides = [argument for argument in argv if _OVERRIDE.fullmatch(argument)]
+    options = parser.parse_args([a for a in argv if a not in overrides])
+    config = load_config(options.config, overrides)
+    from encdec.paper.setting import parse_setting
+
+    return options, parse_setting(config.to_dict())
+
+
+def _table(argv: list[str]) -> int:
+    """``encdec paper table FILE``: the comparison's tables from result rows alone."""
+    parser = argparse.ArgumentParser(
+        prog="encdec paper table",
+        allow_abbrev=False,
+        description="Prints the comparison's tables, with paired differences, from result rows.",
+    )
+    parser.add_argument("results", type=local_path, metavar="FILE", help="JSON lines of results")
+    path = pathlib.Path(parser.parse_args(argv).results)
+    from encdec.paper.comparison import comparison_markdown
+    from encdec.paper.results import read_results
+
+    if not path.is_file():
+        raise DataError(f"{path} is no file; give the --results of `encdec paper`")
+    print(comparison_markdown(read_results(path)))
+    return 0
+
+
+def _costs(argv: list[str]) -> int:
+    """``encdec paper costs --config=FILE:SIZE --results=FILE``: times every model."""
+    parser = argparse.ArgumentParser(
+        prog="encdec paper costs",
+        allow_abbrev=False,
+        description="Times the training step and generation of every model of the comparison, in "
+        "a few minutes, and adds them to the result rows. Run it on a quiet machine.",
+    )
+    _add_config(parser)
+    parser.add_argument("--results", type=local_path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--remark",
+        default="",
+        metavar="TEXT",
+        help="on the machine and what else ran on it, for the table",
+    )
+    options, setting = _read(parser, argv)
+    from encdec.paper.costs import cost_rows
+    from encdec.paper.results import append_result
+
+    for column in setting.columns:
+        for row in cost_rows(setting, column, options.remark, _say):
+            append_result(pathlib.Path(options.results), row)
     return 0
 
 
@@ -90,20 +154,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="encdec paper",
         allow_abbrev=False,
-        description="Rebuilds the paper's Table 1: pretrains DEC and ED at three splits at equal "
-        "FLOPs, fine-tunes them on four tasks, distils, evaluates. Repeat the command to "
-        "resume.",
+        description="Rebuilds the paper's comparison: pretrains DEC and ED at three splits at "
+        "equal FLOPs, fine-tunes them on tasks, distils, evaluates. Repeat the command to "
+        "resume. `encdec paper costs --help`: what each model costs; `encdec paper table --help`: "
+        "tables from result rows.",
         epilog="Any field of the config is set by --config.FIELD=VALUE. Example: encdec paper "
         "--config=configs/paper.py:laptop --data_dir=data --text=data/books.jsonl "
         "--work=runs/paper",
     )
-    parser.add_argument(
-        "--config",
-        type=local_path,
-        required=True,
-        metavar="FILE.py[:SIZE]",
-        help="configs/paper.py:codexglue, :laptop or :gpu, or your own",
-    )
+    _add_config(parser)
     parser.add_argument(
         "--data_dir",
         type=local_path,
@@ -122,6 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=local_path, required=True, metavar="DIR", help="receives everything"
     )
+    parser.add_argument(
+        "--results",
+        type=local_path,
+        metavar="FILE",
+        help="receives a JSON line of every run; runs that it has are not done again (default: "
+        "results.jsonl in --work)",
+    )
     parser.add_argument("--columns", metavar="A,B", help="only these columns (default: all)")
     parser.add_argument(
         "--rows",
@@ -130,3 +196,13 @@ def _parser() -> argparse.ArgumentParser:
         "the runs",
     )
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=local_path,
+        required=True,
+        metavar="FILE.py[:SIZE]",
+        help="configs/paper.py:codexglue, :laptop or :gpu, or your own",
+    )

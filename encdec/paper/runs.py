@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from encdec.cost.flops import training_flops
 from encdec.distill.rollout import rollout
 from encdec.distill.scoring import score
 from encdec.evaluation.evaluate import evaluate
@@ -25,11 +26,13 @@ from encdec.evaluation.settings import EvaluationSettings
 from encdec.files import sole_process, write_json
 from encdec.inference.settings import GenerationSettings
 from encdec.paper.corpora import Corpora, Say
+from encdec.paper.results import append_result, done_runs, read_results, run_rows, setting_digest
 from encdec.paper.setting import (
     TEACHER,
     Column,
     Run,
     Setting,
+    model_of,
     planned,
     run_config,
     slug,
@@ -41,6 +44,7 @@ from encdec.train.loop import train
 DONE_FILE = "done.json"
 GREEDY = "evaluation"  # folders of a run's evaluations
 BEAM = "evaluation-beam"
+DECODINGS = {GREEDY: "greedy", BEAM: "beam"}  # as result rows name them
 
 
 def evaluations(setting: Setting) -> list[tuple[str, int]]:
@@ -55,6 +59,7 @@ class Experiment:
         setting: what is run.
         work: receives everything.
         corpora: already made.
+        results: receives a line of every run; runs that it has are done.
         columns: names of the columns to work on; empty: all.
         rows: names of the students to work on; empty: all.
         say: takes lines of progress.
@@ -65,21 +70,63 @@ class Experiment:
         setting: Setting,
         work: pathlib.Path,
         corpora: Corpora,
+        results: pathlib.Path,
         columns: Sequence[str],
         rows: Sequence[str],
         say: Say,
     ):
         self._setting, self._work, self._corpora, self._say = setting, work, corpora, say
+        self._results, self._digest = results, setting_digest(setting.identity())
         self._columns = [c for c in setting.columns if not columns or c.name in columns]
         self._rows = [row for row in table_rows(setting) if not rows or row in rows]
 
     def run(self) -> dict[str, Any]:
         """Does the missing runs that no other process is at, and returns the table's content."""
         for run in self._runs:
-            with self._claimed(run) as mine:
-                if mine and not self._finished(run):
-                    self._do(run)
+            if self._needed(run):
+                with self._claimed(run) as mine:
+                    if mine:
+                        self._do(run)
         return self.write_table()
+
+    def _needed(self, run: Run) -> bool:
+        """Whether a run is missing in the results; the teacher also if a pupil's is."""
+        done = done_runs(read_results(self._results), self._digest)
+        if (run.title, run.column, run.seed) not in done:
+            return True
+        pupils = [one for one in self._runs if one.teaching and one.column == run.column]
+        return (
+            run.row == TEACHER
+            and not self._finished(run)
+            and any((one.title, one.column, one.seed) not in done for one in pupils)
+        )
+
+    def _record(self, run: Run, column: Column) -> None:
+        """Adds the run's line to the results, unless it is there."""
+        model, shape = model_of(self._setting, run.row), self._setting.pretrain
+        flops = column.steps * training_flops(
+            model, column.inputs, column.targets, batch_size=column.batch_size
+        )
+        if shape.steps:
+            flops += shape.steps * training_flops(
+                model, shape.inputs, shape.targets, batch_size=shape.batch_size
+            )
+        with sole_process(self._work / "locks" / "results", wait=True):
+            key = (run.title, run.column, run.seed)
+            if key in done_runs(read_results(self._results), self._digest):
+                return
+            for row in run_rows(
+                digest=self._digest,
+                title=run.title,
+                column=run.column,
+                seed=run.seed,
+                training_flops=flops,
+                folders={
+                    DECODINGS[name]: self.folder(run) / name
+                    for name, _ in evaluations(self._setting)
+                },
+            ):
+                append_result(self._results, row)
 
     @property
     def _runs(self) -> list[Run]:
@@ -132,6 +179,7 @@ class Experiment:
         self._tune(run, column)
         for folder, beams in evaluations(self._setting):
             self._evaluate(run, column, folder, beams)
+        self._record(run, column)
         self.write_table()
 
     def _pretrain(self, run: Run) -> None:

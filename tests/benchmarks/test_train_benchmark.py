@@ -13,7 +13,7 @@ from encdec.errors import ConfigError
 
 
 @pytest.mark.parametrize(("model", "optimizer"), [("test", "adamw"), ("test-dec", "muon")])
-def test_both_sides_take_the_same_steps(model, optimizer, tmp_path, capsys):
+def test_both_sides_take_the_same_steps(model, optimizer, tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     command = ["benchmark", "train", f"--models={model}", f"--optimizers={optimizer}"]
@@ -30,6 +30,10 @@ def test_both_sides_take_the_same_steps(model, optimizer, tmp_path, capsys):
     )
     assert row["ratio"]["PyTorch"] > 0
     assert row["data_seconds"] > 0
+    monkeypatch.setattr(train_benchmark, "measure", None)  # what is in the file is kept
+    assert cli.main([*command, "--no_compile", f"--out={tmp_path}"]) == 0
+    assert model in capsys.readouterr().out
+    assert json.loads((tmp_path / "train.json").read_text()) == [row]
 
 
 def test_an_operation_belongs_to_a_part():

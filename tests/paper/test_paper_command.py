@@ -7,11 +7,13 @@ import pathlib
 
 import pytest
 
-from encdec.cost.flops import training_flops
+from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError, DataError
+from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, evenly
 from encdec.paper.paper_command import load_config, main
-from encdec.paper.setting import TEACHER, model_of, parse_setting, slug, table_rows
+from encdec.paper.results import read_results, score_of
+from encdec.paper.setting import TEACHER, model_of, parse_setting, planned, slug, table_rows
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "paper.py"
@@ -25,6 +27,7 @@ def get_config():
     config = paper.laptop()
     config.model, config.teacher, config.teacher_layers = "test", "micro-1m-dec", 2
     config.splits, config.distilled = ("2/3",), ("ED 2/3-1/3",)
+    config.answers, config.beams, config.dropout = ("ED 2/3-1/3",), 2, 0.1
     config.vocabulary, config.vocabulary_bytes, config.seeds = 340, 100_000, 1
     config.optimizer.name = "adamw"  # compiles sooner
     config.pretrain.inputs, config.pretrain.targets, config.pretrain.steps = 32, 8, 3
@@ -32,6 +35,7 @@ def get_config():
     config.pretrain.document_bytes, config.pretrain.held_out_every = 60, 3
     config.columns = type(config)()
     config.columns.code = paper.column(("code_java2cs",), 64, 32, 8, 3, "skip", 10, 3)
+    config.columns.code.evaluated_inputs = 400
     return config
 """
 SENTENCE = "the quick brown fox jumps over the lazy dog and runs through the old wood"
@@ -71,8 +75,9 @@ def test_the_whole_table_and_again(inputs, tmp_path, capsys, monkeypatch):
     assert main(arguments(inputs, tmp_path)) == 0
     content = json.loads((tmp_path / "table.json").read_text())
     measured = {row["model"] for row in content["rows"] if "code_java2cs" in row["ours"]}
-    assert measured == {TEACHER, "DEC", "ED 2/3-1/3", "ED 2/3-1/3+KD"}
+    assert measured == {TEACHER, "DEC", "ED 2/3-1/3", "ED 2/3-1/3+KD", "ED 2/3-1/3+SeqKD"}
     counts = json.loads((tmp_path / "counts.json").read_text())
+    # Evaluation reads what is too long for a row, too.
     assert counts["code_java2cs"]["validation"] == {"found": 8, "too_long": 2, "taken": 3}
     # Two of 40 are held out; the tenth of 38 that is too long is not among them.
     assert counts["code_java2cs"]["train"] == {"found": 38, "too_long": 10, "taken": 10}
@@ -83,13 +88,38 @@ def test_the_whole_table_and_again(inputs, tmp_path, capsys, monkeypatch):
     )
     assert report["tasks"]["code_java2cs"]["examples"] == 3
     assert report["model"]["training_flops"] > 0
+    assert report["tasks"]["code_java2cs"]["sources_cut"] == 0
+    rows = read_results(tmp_path / "results.jsonl")
+    assert [(row["row"], row["seed"]) for row in rows] == [
+        ("ED 2/3-1/3", 0),
+        (TEACHER, 0),
+        ("ED 2/3-1/3+KD", 0),
+        ("ED 2/3-1/3+SeqKD", 0),
+        ("DEC", 0),
+    ]
+    for row in rows:
+        for decoding, name in (("greedy", "bleu_codexglue"), ("beam", "exact_match")):
+            rebuilt = score_of(row, decoding, name)
+            assert rebuilt.value == pytest.approx(row["scores"][decoding][name]["value"], abs=1e-5)
+        bits = score_of(row, "greedy", "bits_per_byte")
+        assert bits.value == pytest.approx(
+            row["scores"]["greedy"]["bits_per_byte"]["value"], abs=1e-4
+        )
+    assert main(["table", str(tmp_path / "results.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert "| ED 2/3-1/3 minus DEC | 1 |" in shown and "BLEU, shuffled sources" in shown
     before = (tmp_path / "table.md").read_text()
-    assert before in capsys.readouterr().out
     monkeypatch.setattr("encdec.paper.runs.train", None)
     monkeypatch.setattr("encdec.paper.runs.evaluate", None)
     monkeypatch.setattr("encdec.paper.runs.score", None)
     assert main(arguments(inputs, tmp_path)) == 0
     assert (tmp_path / "table.md").read_text() == before
+    assert before in capsys.readouterr().out
+    # Another machine goes on from the rows alone.
+    moved = tmp_path / "moved"
+    results = f"--results={tmp_path / 'results.jsonl'}"
+    assert main(arguments(inputs, moved, results)) == 0
+    assert not (moved / "runs").exists()
     with pytest.raises(ConfigError, match=r"other settings: pretrain.steps is .* and 4 here"):
         main(arguments(inputs, tmp_path, "--config.pretrain.steps=4"))
 
@@ -108,6 +138,54 @@ def test_students_cost_the_same_and_the_teacher_is_larger(size):
         "ed-1of3",
         "teacher",
     ]
+
+
+def test_the_most_telling_runs_come_first():
+    setting = parse_setting(load_config(f"{CONFIG}:codexglue").to_dict())
+    runs = planned(setting)
+    assert [(run.title, run.seed) for run in runs[:7]] == [
+        ("ED 2/3-1/3", 0),
+        ("DEC", 0),
+        (TEACHER, 0),
+        ("ED 2/3-1/3+KD", 0),
+        ("DEC+KD", 0),
+        ("ED 2/3-1/3+SeqKD", 0),
+        ("DEC+SeqKD", 0),
+    ]
+    assert len(runs) == len(set(runs)) == 7 + 3 + 2 * 6  # others have one seed
+    parameters = [
+        count_parameters(model_of(setting, row)).total
+        for row in ("ED 2/3-1/3", "DEC", "DEC (parameters)")
+    ]
+    assert parameters[2] / parameters[0] == pytest.approx(1, abs=0.01) and parameters[1] < (
+        0.8 * parameters[0]
+    )
+    # Without pretraining the FLOPs of fine-tuning's rows are equal.
+    costs = [training_flops(model_of(setting, row), 192, 192) for row in ("DEC", "ED 2/3-1/3")]
+    assert costs[0] / costs[1] == pytest.approx(1, abs=0.01)
+    assert slug("DEC (parameters)") == "dec-parameters"
+
+
+def test_rows_of_several_seeds_are_compared_over_those_that_both_have():
+    def row(name, seed, right):
+        return {
+            "kind": "run",
+            "row": name,
+            "task": "t",
+            "seed": seed,
+            "layers": [0, 2],
+            "parameters": 10,
+            "training_flops": 1e9,
+            "scores": {"greedy": {"exact_match": {"value": 50.0 + seed, "low": 0, "high": 100}}},
+            "shuffled": {},
+            "parts": {"greedy": {"exact_match": [[100 * hit, 1] for hit in right]}},
+        }
+
+    rows = [row("DEC", seed, [1, 0] * 20) for seed in (0, 1, 2)]
+    rows += [row("ED 2/3-1/3", seed, [1, 1] * 20) for seed in (0, 1)]
+    page = comparison_markdown(rows, trials=100)
+    assert "| DEC | 3 | 51.00 [48.52, 53.48] (n=3) |" in page
+    assert "| ED 2/3-1/3 minus DEC | 2 | – | +50.00" in page
 
 
 def test_mistakes_are_named_before_anything_is_run(inputs, tmp_path):

@@ -65,8 +65,8 @@ def library_files() -> list[tuple[str, pathlib.Path]]:
 
 def stdlib_text(split: str) -> list[str]:
     """Text of every module of a split ("train", "validation" or "test")."""
-    _check_split(split)
-    texts = (_read(path) for part, path in library_files() if part == split)
+    check_split(split)
+    texts = (read_module(path) for part, path in library_files() if part == split)
     return [text for text in texts if text is not None and text.strip()]
 
 
@@ -76,7 +76,7 @@ def stdlib_examples(split: str) -> list[dict[str, Any]]:
     A function whose source was already met anywhere in the library (a copied helper) comes once,
     so that none is in two splits. Some seconds at the first call.
     """
-    _check_split(split)
+    check_split(split)
     return [
         {"id": name, "source": source, "target": summary, "targets": [summary]}
         for part, name, source, summary in _all_examples()
@@ -90,7 +90,7 @@ def _all_examples() -> tuple[tuple[str, str, str, str], ...]:
     met: set[str] = set()
     examples = []
     for split, path in library_files():
-        text = _read(path)
+        text = read_module(path)
         if text is None:
             continue
         place = path.relative_to(root).as_posix()
@@ -105,7 +105,8 @@ def _root() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_paths()["stdlib"])
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raises DataError for a name that is none of SPLITS."""
     if split not in SPLITS:
         raise DataError(f"split is {split!r}; the standard library has {', '.join(SPLITS)}")
 
@@ -162,7 +163,8 @@ def _without_docstring(
     return None if ast.get_docstring(function) else source
 
 
-def _read(path: pathlib.Path) -> str | None:
+def read_module(path: pathlib.Path) -> str | None:
+    """Text of a module; None if it is not UTF-8."""
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
