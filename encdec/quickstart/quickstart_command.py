@@ -43,13 +43,61 @@ from encdec.train.config import RunConfig, parse_config
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 
-TASK = "stdlib_code_summarization"
-METRIC = "rougeL_stemmed"  # as in published summarization
-# Row lengths, tokens. Attention between the packed functions of a row is masked but computed, so
-# rows are as short as the longest functions allow: about one in seven is shortened.
-INPUTS, TARGETS = 256, 48
-BATCH_SIZE = 8  # rows of an optimizer step; small, because a short run needs many steps
-STEPS = 600  # about two passes over the functions
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickTask:
+    """What the models learn.
+
+    Attributes:
+        task: its name, see ``encdec data list``.
+        does: what a model does with a function, for headings.
+        inputs, targets: row lengths, tokens. Attention between the packed functions of a row is
+            masked but computed, so rows are as short as the longest functions allow.
+        batch_size: rows of an optimizer step; small, because a short run needs many steps.
+        steps: optimizer steps of each model.
+        new_tokens: longest answer.
+        metrics: of the table, the first for the ratios.
+        held_out: functions that are answered, from the first.
+    """
+
+    task: str
+    does: str
+    inputs: int
+    targets: int
+    batch_size: int
+    steps: int
+    new_tokens: int
+    metrics: tuple[str, ...]
+    held_out: int
+
+
+TASKS = {
+    # Answers depend on every token of the source, so a small model shows what it has learned.
+    "repair": QuickTask(
+        "stdlib_repair",
+        "repairs of faulty functions",
+        128,
+        128,
+        12,
+        600,
+        128,
+        ("exact_match", "rougeL"),
+        300,
+    ),
+    # About one function in seven is shortened.
+    "summaries": QuickTask(
+        "stdlib_code_summarization",
+        "summaries of functions",
+        256,
+        48,
+        8,
+        600,
+        32,
+        ("rougeL_stemmed",),  # as in published summarization
+        300,
+    ),
+}
 OPTIMIZER, LEARNING_RATE = "muon", 1e-2  # reaches in 120 steps the loss of AdamW (2e-3) in 240
 ALPHA = 0.5  # weight of the teacher, which is no better than its student
 NEW_TOKENS = 32  # generated for Rouge and for the timings
