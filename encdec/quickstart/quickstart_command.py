@@ -17,6 +17,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from encdec.benchmarks.device_rates import measure_rates
 from encdec.benchmarks.generation import time_generation
 from encdec.cost.flops import cache_bytes, count_parameters, training_flops, weight_bytes
 from encdec.cost.peers import match_decoder_only
@@ -36,6 +37,7 @@ from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.settings import GenerationSettings
 from encdec.model import ModelConfig, preset
 from encdec.quickstart import quickstart_report as reports
+from encdec.quickstart.quickstart_plan import TASKS, TRY, QuickTask, plan_text
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
 from encdec.storage import local_path
 from encdec.train.checkpoints import load_params_for_inference
@@ -43,65 +45,11 @@ from encdec.train.config import RunConfig, parse_config
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 
-
-
-@dataclasses.dataclass(frozen=True)
-class QuickTask:
-    """What the models learn.
-
-    Attributes:
-        task: its name, see ``encdec data list``.
-        does: what a model does with a function, for headings.
-        inputs, targets: row lengths, tokens. Attention between the packed functions of a row is
-            masked but computed, so rows are as short as the longest functions allow.
-        batch_size: rows of an optimizer step; small, because a short run needs many steps.
-        steps: optimizer steps of each model.
-        new_tokens: longest answer.
-        metrics: of the table, the first for the ratios.
-        held_out: functions that are answered, from the first.
-    """
-
-    task: str
-    does: str
-    inputs: int
-    targets: int
-    batch_size: int
-    steps: int
-    new_tokens: int
-    metrics: tuple[str, ...]
-    held_out: int
-
-
-TASKS = {
-    # Answers depend on every token of the source, so a small model shows what it has learned.
-    "repair": QuickTask(
-        "stdlib_repair",
-        "repairs of faulty functions",
-        128,
-        128,
-        12,
-        600,
-        128,
-        ("exact_match", "rougeL"),
-        300,
-    ),
-    # About one function in seven is shortened.
-    "summaries": QuickTask(
-        "stdlib_code_summarization",
-        "summaries of functions",
-        256,
-        48,
-        8,
-        600,
-        32,
-        ("rougeL_stemmed",),  # as in published summarization
-        300,
-    ),
-}
 OPTIMIZER, LEARNING_RATE = "muon", 1e-2  # reaches in 120 steps the loss of AdamW (2e-3) in 240
 ALPHA = 0.5  # weight of the teacher, which is no better than its student
-NEW_TOKENS = 32  # generated for Rouge and for the timings
+TIMED_TOKENS = 32  # generated for the timings
 TIMED_INPUTS = (128, 256, 512, 1024, 2048)  # tokens
+UNCACHED_INPUTS = (128, 512, 2048)
 TABLE_INPUTS = 512  # the input length of the timings in the table
 TITLES = {
     "encoder_decoder": "encoder-decoder",
@@ -116,15 +64,24 @@ _console = Console()
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="encdec quickstart",
-        description="Prepare the Python standard library as a corpus of functions and their "
-        "summaries, train an encoder-decoder and a decoder-only peer at equal training FLOPs on "
-        "the same examples, distil a second encoder-decoder from the peer, compare quality and "
-        "speed. Repeat the command to resume.",
+        description="Prepare the Python standard library as a corpus of functions with and "
+        "without small faults, train an encoder-decoder and a decoder-only peer at equal training "
+        "FLOPs on the same examples, distil a second encoder-decoder from the peer, compare "
+        "quality and speed. Repeat the command to resume.",
     )
     result.add_argument(
         "--workdir", type=local_path, default="runs/quickstart", help="directory for all results"
     )
-    result.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each model")
+    result.add_argument(
+        "--task",
+        choices=TASKS,
+        default="repair",
+        help="repair: undo small faults put into functions (default); summaries: write the first "
+        "sentence of a function's docstring, which needs far more training to be right",
+    )
+    result.add_argument(
+        "--steps", type=int, help=f"optimizer steps of each model (default {TASKS['repair'].steps})"
+    )
     result.add_argument("--seed", type=int, default=0, help="seed of parameters and row order")
     result.add_argument(
         "--max_examples", type=int, default=None, help="use only N functions, for a quick trial"
@@ -134,16 +91,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    if arguments.steps < 10:
-        raise ConfigError(f"--steps is {arguments.steps}; expected at least 10")
+    task = TASKS[arguments.task]
+    if arguments.steps is not None:
+        if arguments.steps < 10:
+            raise ConfigError(f"--steps is {arguments.steps}; expected at least 10")
+        task = dataclasses.replace(task, steps=arguments.steps)
     if arguments.max_examples is not None and arguments.max_examples < 8:
         raise ConfigError(f"--max_examples is {arguments.max_examples}; expected at least 8")
     started = time.monotonic()
     workdir = pathlib.Path(arguments.workdir)
-    _say(1, "Data: functions of this machine's Python library and their summaries")
-    cards = prepare_data(workdir, arguments.max_examples)
+    _console.print(plan_text(task, measure_rates("float32").flops_per_second), highlight=False)
+    _say(1, f"Data: functions of this machine's Python library, for {task.does}")
+    cards = prepare_data(workdir, task, arguments.max_examples)
     _say(2, "Training: two models, the same rows, equal FLOPs")
-    runs = make_runs(workdir, cards, arguments.steps, arguments.seed)
+    runs = make_runs(workdir, cards, task, arguments.seed)
     train_seconds = {name: train_one(workdir / name, run) for name, run in runs.items()}
     _say(
         3,
@@ -152,9 +113,10 @@ def main(argv: list[str]) -> int:
     teacher, seconds = score_rows(workdir)
     runs["distilled"] = distilled_run(runs["encoder_decoder"], workdir)
     train_seconds["distilled"] = train_one(workdir / "distilled", runs["distilled"])
-    _say(4, "Quality: loss and Rouge-L on held-out functions")
-    held_out = of_task(TASK, None, "test", (METRIC,), arguments.max_examples)
-    summaries = {name: summarise(workdir / name, held_out) for name in runs}
+    _say(4, f"Quality: {task.does} that no model has seen, with their own and with other sources")
+    count = min(task.held_out, arguments.max_examples or task.held_out)
+    held_out = of_task(task.task, None, "test", task.metrics, count)
+    answers = {name: answer(workdir / name, held_out, task.new_tokens) for name in runs}
     _say(5, "Speed: first token and whole answers, by input length")
     timings = time_models({name: workdir / name for name in ("encoder_decoder", "decoder_only")})
     examples = held_out.examples
@@ -166,7 +128,7 @@ def main(argv: list[str]) -> int:
             runs[name],
             cards,
             train_seconds[name],
-            *summaries[name],
+            answers[name],
             timings.get(name),
             samples,
         )
@@ -175,7 +137,7 @@ def main(argv: list[str]) -> int:
     command = shlex.join(["encdec", "quickstart", *argv])
     result = QuickstartReport(
         models,
-        describe_data(cards, workdir / "encoder_decoder"),
+        describe_data(cards, workdir / "encoder_decoder") | {"answered": count},
         describe_teacher(teacher, seconds),
         [(examples[i].source, examples[i].references[0]) for i in samples],
         f"{os.cpu_count()} x {cpu_name()}, jax {jax.__version__}",
@@ -183,11 +145,13 @@ def main(argv: list[str]) -> int:
         command,
     )
     paths = reports.write(result, workdir, TABLE_INPUTS)
-    show(result, paths, workdir, time.monotonic() - started)
+    show(result, paths, workdir, TRY[arguments.task], time.monotonic() - started)
     return 0
 
 
-def prepare_data(workdir: pathlib.Path, max_examples: int | None) -> Mapping[str, DatasetCard]:
+def prepare_data(
+    workdir: pathlib.Path, task: QuickTask, max_examples: int | None
+) -> Mapping[str, DatasetCard]:
     """Vocabulary and records, made unless they exist."""
     vocabulary = workdir / "vocabulary.model"
     if not vocabulary.exists():
@@ -202,10 +166,10 @@ def prepare_data(workdir: pathlib.Path, max_examples: int | None) -> Mapping[str
             prepare(
                 out=out,
                 vocabulary=vocabulary,
-                task=TASK,
+                task=task.task,
                 split=split,
-                inputs_length=INPUTS,
-                targets_length=TARGETS,
+                inputs_length=task.inputs,
+                targets_length=task.targets,
                 max_examples=max_examples,
                 progress=progress,
             )
@@ -220,11 +184,12 @@ def prepare_data(workdir: pathlib.Path, max_examples: int | None) -> Mapping[str
 
 
 def make_runs(
-    workdir: pathlib.Path, cards: Mapping[str, DatasetCard], steps: int, seed: int
+    workdir: pathlib.Path, cards: Mapping[str, DatasetCard], task: QuickTask, seed: int
 ) -> dict[str, RunConfig]:
     """The two runs: equal except for the model, with equal training FLOPs per row."""
     ours = preset("quickstart")
-    peer = match_decoder_only(ours, by="training_flops", inputs=INPUTS, targets=TARGETS)
+    steps, shape = task.steps, {"inputs": task.inputs, "targets": task.targets}
+    peer = match_decoder_only(ours, by="training_flops", **shape)
     runs = {}
     for config in (ours, peer):
         base = preset("quickstart" if config is ours else "quickstart-dec")
@@ -233,7 +198,7 @@ def make_runs(
             {
                 "model": "quickstart" if config is ours else "quickstart-dec",
                 "model_overrides": changes,
-                "batch_size": BATCH_SIZE,
+                "batch_size": task.batch_size,
                 "steps": steps,
                 "seed": seed,
                 "log_every": 60,
@@ -252,7 +217,7 @@ def make_runs(
                 "checkpoint": {"every": max(1, steps // 2), "keep": 1},
             }
         )
-    flops = [training_flops(c, INPUTS, TARGETS, batch_size=BATCH_SIZE) for c in (ours, peer)]
+    flops = [training_flops(c, batch_size=task.batch_size, **shape) for c in (ours, peer)]
     _console.print(
         f"training FLOPs a step: {flops[0]:.4g} and {flops[1]:.4g} "
         f"(ratio {flops[1] / flops[0]:.4f})"
@@ -300,23 +265,46 @@ def train_one(workdir: pathlib.Path, run: RunConfig) -> float:
     return sum(seconds) / len(seconds) * run.steps
 
 
-def summarise(workdir: pathlib.Path, held_out: Examples) -> tuple[float, list[str]]:
-    """Rouge-L (stemmed) of greedy summaries of held-out functions, and the summaries.
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """A model's answers to held-out functions.
 
-    Functions are shortened to the row's length as in training.
+    Attributes:
+        texts: one a function.
+        scores: by metric.
+        shuffled: the same metrics where each function is answered from another one.
+    """
+
+    texts: list[str]
+    scores: dict[str, float]
+    shuffled: dict[str, float]
+
+
+def answer(workdir: pathlib.Path, held_out: Examples, new_tokens: int) -> Answers:
+    """Greedy answers and their scores; functions are shortened to the row's length as in training.
+
+    The sources are exchanged among the functions in a second pass: a model that reads its source
+    loses its score by that.
     """
     out = workdir / "evaluation"
     report = evaluate(
         EvaluationSettings(
             checkpoint=str(workdir),
             out=str(out),
-            generation=GenerationSettings(max_tokens=NEW_TOKENS),
+            generation=GenerationSettings(max_tokens=new_tokens),
+            batch_rows=64,
             likelihood=False,
+            shuffle_sources=0,
         ),
         [held_out],
     )
-    score = report["tasks"][TASK]["scores"][METRIC]["value"]
-    return score, read_texts(out / TASK)
+    found = report["tasks"][held_out.name]
+    values = lambda scores: {name: scores[name]["value"] for name in held_out.metrics}
+    return Answers(
+        read_texts(out / held_out.name),
+        values(found["scores"]),
+        values(found["shuffled_sources"]["scores"]),
+    )
 
 
 def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, list[Timing]]]:
@@ -324,8 +312,9 @@ def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, lis
     measured = time_generation(
         {name: load_params_for_inference(path)[:2] for name, path in workdirs.items()},
         TIMED_INPUTS,
-        NEW_TOKENS,
+        TIMED_TOKENS,
         repeats=3,
+        uncached_lengths=UNCACHED_INPUTS,
         on_progress=lambda text: _console.print(text, style="dim", highlight=False),
     )
     result = {name: {"cached": [], "uncached": []} for name in workdirs}
@@ -347,8 +336,7 @@ def model_report(
     run: RunConfig,
     cards: Mapping[str, DatasetCard],
     train_seconds: float,
-    rouge_l: float,
-    summaries: list[str],
+    answers: Answers,
     timings: dict[str, list[Timing]] | None,
     samples: list[int],
 ) -> ModelReport:
@@ -357,7 +345,12 @@ def model_report(
     ``timings`` is None for a model of the same shape as a timed one.
     """
     config = run.model_config()
-    step_flops = training_flops(config, INPUTS, TARGETS, batch_size=run.batch_size)
+    step_flops = training_flops(
+        config,
+        cards["train"].inputs_length,
+        cards["train"].targets_length,
+        batch_size=run.batch_size,
+    )
     evaluations = [m for m in read_metrics(workdir) if "eval/loss" in m]
     timings = timings or {"cached": [], "uncached": []}
     return ModelReport(
@@ -369,11 +362,12 @@ def model_report(
         curve=[(m["step"] * step_flops, m["eval/loss"]) for m in evaluations],
         loss=evaluations[-1]["eval/loss"],
         bits_per_byte=evaluations[-1]["eval/bits_per_byte"],
-        rouge_l=rouge_l,
+        scores=answers.scores,
+        shuffled=answers.shuffled,
         timings=timings["cached"],
         uncached=timings["uncached"],
-        memory_bytes=weight_bytes(config) + cache_bytes(config, TIMED_INPUTS[-1], NEW_TOKENS),
-        samples=[summaries[i] for i in samples],
+        memory_bytes=weight_bytes(config) + cache_bytes(config, TIMED_INPUTS[-1], TIMED_TOKENS),
+        samples=[answers.texts[i] for i in samples],
     )
 
 
@@ -387,7 +381,7 @@ def describe_data(cards: Mapping[str, DatasetCard], workdir: pathlib.Path) -> di
         "train_examples": cards["train"].examples,
         "held_out_examples": cards["test"].examples,
         "target_tokens_seen": round(sum(rate) / len(rate) * steps),
-        "timed_new_tokens": NEW_TOKENS,
+        "timed_new_tokens": TIMED_TOKENS,
     }
 
 
@@ -428,7 +422,11 @@ def cpu_name() -> str:
 
 
 def show(
-    result: QuickstartReport, paths: list[pathlib.Path], workdir: pathlib.Path, seconds: float
+    result: QuickstartReport,
+    paths: list[pathlib.Path],
+    workdir: pathlib.Path,
+    sample: str,
+    seconds: float,
 ) -> None:
     """Prints the table, the ratios, samples, and the paths of all results."""
     header, *rows = reports.table(result, TABLE_INPUTS)
@@ -441,7 +439,7 @@ def show(
     _console.print(shown)
     for line in reports.ratios(result, TABLE_INPUTS):
         _console.print(line, highlight=False)
-    _console.print("\nSummaries of held-out functions:\n", style="bold")
+    _console.print("\nHeld-out functions and the models' answers:\n", style="bold")
     _console.print(reports.samples_text(result), markup=False, highlight=False)
     for path in paths:
         _console.print(f"{path}", highlight=False)
@@ -453,7 +451,7 @@ def show(
     _console.print(
         f"\nDone in {seconds / 60:.1f} minutes. Try the model on a function of your own:\n"
         f"  encdec generate --checkpoint={workdir}/encoder_decoder "
-        "\"$(printf 'def add(a, b):\\n    return a + b\\n')\"",
+        f'"$(printf {sample})"',
         markup=False,
         highlight=False,
     )

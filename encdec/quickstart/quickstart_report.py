@@ -48,12 +48,13 @@ class ModelReport:
         curve: (training FLOPs, held-out loss per target token) at every evaluation.
         loss: nats per held-out target token.
         bits_per_byte: of held-out target text.
-        rouge_l: Rouge-L with stemming (``rougeL_stemmed``) over held-out functions, 0 to 100.
+        scores: by metric, over held-out functions, 0 to 100.
+        shuffled: the same where each function is answered from another one.
         timings: cached generation by input length; none for a model of the same shape as a timed
             one.
         uncached: the same, reading the whole sequence again for every token.
         memory_bytes: weights and cache while generating from the longest input.
-        samples: generated summaries, in the order of ``QuickstartReport.samples``.
+        samples: answers, in the order of ``QuickstartReport.samples``.
     """
 
     title: str
@@ -64,7 +65,8 @@ class ModelReport:
     curve: list[tuple[float, float]]
     loss: float
     bits_per_byte: float
-    rouge_l: float
+    scores: dict[str, float]
+    shuffled: dict[str, float]
     timings: list[Timing]
     uncached: list[Timing]
     memory_bytes: int
@@ -88,6 +90,15 @@ class QuickstartReport:
     command: str
 
 
+def metric_title(name: str) -> str:
+    """A metric's name for people."""
+    return {
+        "exact_match": "exact match",
+        "rougeL": "Rouge-L",
+        "rougeL_stemmed": "Rouge-L (stemmed)",
+    }.get(name, name)
+
+
 def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
     """Rows of the comparison, header first; timings are at ``at_inputs`` tokens."""
     models = report.models
@@ -106,7 +117,20 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
         ),
         ("held-out loss, nats a target token", *(f"{m.loss:.4f}" for m in models)),
         ("held-out bits a byte", *(f"{m.bits_per_byte:.4f}" for m in models)),
-        ("Rouge-L (stemmed) on held-out functions", *(f"{m.rouge_l:.2f}" for m in models)),
+        *(
+            (
+                f"{metric_title(name)}, held-out functions",
+                *(f"{m.scores[name]:.1f}" for m in models),
+            )
+            for name in models[0].scores
+        ),
+        *(
+            (
+                f"{metric_title(name)}, sources exchanged",
+                *(f"{m.shuffled[name]:.1f}" for m in models),
+            )
+            for name in models[0].shuffled
+        ),
         (
             f"first token, {at_inputs} tokens in",
             *shown(lambda t: f"{1e3 * t.first_token_seconds:.1f} ms"),
@@ -121,6 +145,8 @@ def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
     """The comparison in sentences, as measured, whichever model is ahead."""
     ours, peer, distilled = report.models
     times = [next(t for t in m.timings if t.inputs == at_inputs) for m in (ours, peer)]
+    metric = next(iter(ours.scores))
+    scores = [model.scores[metric] for model in report.models]
 
     def against(name: str, a: float, b: float, lower_is_better: bool) -> str:
         ahead = "encoder-decoder" if (a < b) == lower_is_better else "decoder-only"
@@ -128,14 +154,15 @@ def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
 
     return [
         against("held-out loss", ours.loss, peer.loss, True),
-        against("Rouge-L (stemmed)", ours.rouge_l, max(peer.rouge_l, 1e-9), False),
+        against(metric_title(metric), scores[0], max(scores[1], 1e-9), False),
         against(
             "first-token latency", times[0].first_token_seconds, times[1].first_token_seconds, True
         ),
         against("tokens a second", times[0].tokens_per_second, times[1].tokens_per_second, False),
         "distilled, relative to the same model on gold targets alone: "
         f"{distilled.loss / ours.loss:.3f} "
-        f"of its held-out loss, {distilled.rouge_l / max(ours.rouge_l, 1e-9):.3f} of its Rouge-L, "
+        f"of its held-out loss, {scores[2] / max(scores[0], 1e-9):.3f} of its "
+        f"{metric_title(metric)}, "
         f"{distilled.training_seconds / ours.training_seconds:.3f} of its training time",
     ]
 
@@ -198,14 +225,33 @@ def markdown(report: QuickstartReport, at_inputs: int) -> str:
 
 
 def samples_text(report: QuickstartReport) -> str:
-    """Held-out functions with their docstring and each model's summary."""
+    """Held-out functions as the models read them, as their author wrote them, and the answers.
+
+    Of an answer of several lines, those are shown that differ from the source.
+    """
     parts = []
     for number, (source, reference) in enumerate(report.samples):
         parts.append(source.rstrip() + "\n")
-        parts.append(f"  written by its author: {reference}\n")
-        parts += [f"  {m.title:>25}: {m.samples[number]}\n" for m in report.models]
+        parts.append(_answer("written by its author", source, reference))
+        for model in report.models:
+            text = model.samples[number]
+            right = " (right)" if text.strip() == reference.strip() else ""
+            parts.append(_answer(model.title + right, source, text))
         parts.append("\n")
     return "".join(parts)
+
+
+def _answer(title: str, source: str, text: str) -> str:
+    """One answer, below its title where it has several lines."""
+    lines = text.strip().splitlines()
+    if len(lines) < 2:
+        return f"  {title:>34}: {text.strip()}\n"
+    before = set(source.splitlines())
+    changed = [line for line in lines if line not in before] or ["(nothing changed)"]
+    return "".join(
+        f"  {title if not place else '':>34}{':' if not place else ' '} {line}\n"
+        for place, line in enumerate(changed)
+    )
 
 
 def _axes(xlabel: str, ylabel: str, title: str):

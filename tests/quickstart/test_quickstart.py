@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from encdec.data.records import read_card
 from encdec.evaluation.examples import Example, Examples
 from encdec.quickstart import quickstart_command as command
 from encdec.quickstart import quickstart_report as report
+from encdec.quickstart.quickstart_plan import REFERENCE_RATE, REFERENCE_SECONDS, TASKS, plan_text
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
 from tests.inference.conftest import LEARNED, encoder_decoder_run  # noqa: F401
 from tests.train.conftest import random_pairs, write_records
@@ -30,7 +32,8 @@ def model(title, loss, timings=(), uncached=()):
         curve=[(1e12, loss + 1), (1e13, loss)],
         loss=loss,
         bits_per_byte=loss / 2,
-        rouge_l=4 * loss,
+        scores={"exact_match": 4 * loss, "rougeL": 10 * loss},
+        shuffled={"exact_match": 0.0, "rougeL": loss},
         timings=list(timings),
         uncached=list(uncached),
         memory_bytes=2**23,
@@ -79,6 +82,8 @@ def test_every_model_has_its_column_and_the_twin_is_timed_once(found):
     assert rows["held-out loss, nats a target token"] == ("4.0000", "5.0000", "3.9000")
     assert rows["first token, 512 tokens in"] == ("20.0 ms", "20.0 ms", "same architecture")
     assert rows["tokens a second, cached"][2] == "same architecture"
+    assert rows["exact match, held-out functions"] == ("16.0", "20.0", "15.6")
+    assert rows["Rouge-L, sources exchanged"] == ("4.0", "5.0", "3.9")
     said = report.ratios(found, 512)
     assert said[0].startswith("held-out loss: 0.800 of the decoder-only figure (encoder-decoder")
     assert "0.975 of its held-out loss" in said[-1] and "1.000 of its training time" in said[-1]
@@ -105,11 +110,10 @@ def test_the_three_runs_differ_in_what_they_should_alone(tmp_path):
     for split in ("train", "test"):
         write_records(tmp_path / "data" / split, random_pairs(3, 0))
     cards = {split: read_card(tmp_path / "data" / split) for split in ("train", "test")}
-    runs = command.make_runs(tmp_path, cards, 40, seed=3)
+    task = dataclasses.replace(TASKS["repair"], steps=40)
+    runs = command.make_runs(tmp_path, cards, task, seed=3)
     ours, peer = runs["encoder_decoder"], runs["decoder_only"]
-    flops = [
-        training_flops(run.model_config(), command.INPUTS, command.TARGETS) for run in runs.values()
-    ]
+    flops = [training_flops(run.model_config(), task.inputs, task.targets) for run in runs.values()]
     assert flops[1] / flops[0] == pytest.approx(1, abs=0.03)
     assert ours.data == peer.data and ours.optimizer == peer.optimizer and ours.steps == peer.steps
     student = command.distilled_run(ours, tmp_path)
@@ -118,10 +122,42 @@ def test_the_three_runs_differ_in_what_they_should_alone(tmp_path):
     assert dataclasses.replace(student, distill=ours.distill) == ours
 
 
-def test_held_out_functions_are_summarised_and_scored(encoder_decoder_run, tmp_path):
+def test_held_out_functions_are_answered_and_scored(encoder_decoder_run, tmp_path):
     shutil.copytree(encoder_decoder_run, tmp_path / "run")
     examples = [Example(source, (target,)) for source, target in [*LEARNED[:3], ("a hare", "y")]]
-    held_out = Examples(command.TASK, tuple(examples), (command.METRIC,))
-    score, summaries = command.summarise(tmp_path / "run", held_out)
-    assert score == 75 and summaries == [*(target for _, target in LEARNED[:3]), "x"]
-    assert command.summarise(tmp_path / "run", held_out) == (score, summaries)
+    held_out = Examples("learned", tuple(examples), ("exact_match",))
+    found = command.answer(tmp_path / "run", held_out, 8)
+    assert found.scores == {"exact_match": 75}
+    assert found.texts == [*(target for _, target in LEARNED[:3]), "x"]
+    assert found.shuffled == {"exact_match": 0}
+    assert command.answer(tmp_path / "run", held_out, 8) == found
+
+
+def test_a_slower_machine_and_more_steps_are_told_to_take_longer():
+    seconds = lambda text: [float(n) for n in re.findall(r"(\d+) s[,;]", text)]
+    task = TASKS["repair"]
+    told = seconds(plan_text(task, REFERENCE_RATE))
+    assert told == list(REFERENCE_SECONDS.values()) and sum(told) < 360
+    assert seconds(plan_text(task, REFERENCE_RATE / 2)) == [2 * value for value in told]
+    longer = seconds(plan_text(dataclasses.replace(task, steps=2 * task.steps), REFERENCE_RATE))
+    assert longer[1] == 2 * told[1] and longer[0] == told[0]
+
+
+def test_of_a_long_answer_the_lines_that_differ_are_shown(found):
+    source = "def f(a)\n    return a\n"
+    wanted = "def f(a):\n    return a\n"
+    models = [
+        dataclasses.replace(model, samples=[text])
+        for model, text in zip(found.models, (wanted, source, "x"))
+    ]
+    page = report.samples_text(
+        dataclasses.replace(found, models=models, samples=[(source, wanted)])
+    )
+    lines = [line.strip() for line in page.splitlines()]
+    assert lines[2:] == [
+        "written by its author: def f(a):",
+        "encoder-decoder (right): def f(a):",
+        "decoder-only: (nothing changed)",
+        "distilled encoder-decoder: x",
+        "",
+    ]
