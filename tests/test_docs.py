@@ -77,7 +77,7 @@ def test_commands_and_flags_exist(page):
 
 
 # Commands whose second word chooses among parsers.
-ACTIONS = ("benchmark", "compile", "data", "distill", "evaluate", "scaling")
+ACTIONS = ("benchmark", "compile", "data", "distill", "evaluate", "paper", "scaling")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
