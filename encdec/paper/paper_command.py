@@ -110,11 +110,11 @@ def _costs(argv: list[str]) -> int:
     )
     options, setting = _read(parser, argv)
     from encdec.paper.costs import cost_rows
-    from encdec.paper.results import append_result
+    from encdec.paper.results import append_results
 
     for column in setting.columns:
-        for row in cost_rows(setting, column, options.remark, _say):
-            append_result(pathlib.Path(options.results), row)
+        rows = cost_rows(setting, column, options.remark, _say)
+        append_results(pathlib.Path(options.results), rows)
     return 0
 
 

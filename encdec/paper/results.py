@@ -55,10 +55,10 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def append_result(path: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """Adds a line; it is on disk on return."""
+def append_results(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines; they are on disk on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    append_rows(path, [row])
+    append_rows(path, rows)
 
 
 def run_rows(

@@ -26,7 +26,7 @@ from encdec.evaluation.settings import EvaluationSettings
 from encdec.files import sole_process, write_json
 from encdec.inference.settings import GenerationSettings
 from encdec.paper.corpora import Corpora, Say
-from encdec.paper.results import append_result, done_runs, read_results, run_rows, setting_digest
+from encdec.paper.results import append_results, done_runs, read_results, run_rows, setting_digest
 from encdec.paper.setting import (
     TEACHER,
     Column,
@@ -115,18 +115,20 @@ class Experiment:
             key = (run.title, run.column, run.seed)
             if key in done_runs(read_results(self._results), self._digest):
                 return
-            for row in run_rows(
-                digest=self._digest,
-                title=run.title,
-                column=run.column,
-                seed=run.seed,
-                training_flops=flops,
-                folders={
-                    DECODINGS[name]: self.folder(run) / name
-                    for name, _ in evaluations(self._setting)
-                },
-            ):
-                append_result(self._results, row)
+            append_results(
+                self._results,
+                run_rows(
+                    digest=self._digest,
+                    title=run.title,
+                    column=run.column,
+                    seed=run.seed,
+                    training_flops=flops,
+                    folders={
+                        DECODINGS[name]: self.folder(run) / name
+                        for name, _ in evaluations(self._setting)
+                    },
+                ),
+            )
 
     @property
     def _runs(self) -> list[Run]:
