@@ -89,7 +89,7 @@ def gpu() -> ConfigDict:
 
 
 def codexglue() -> ConfigDict:
-    """Java to C# from scratch, a million parameters: about HOURS hours of two CPU cores."""
+    """Java to C# from scratch, a million parameters: about three hours of two quiet CPU cores."""
     config = laptop()
     config.model = "micro-1m"
     config.teacher, config.teacher_layers = "micro-3m-dec", 8
