@@ -15,15 +15,6 @@ from collections.abc import Sequence
 
 from launch.commands import FINAL_CODES, PREEMPTED
 
-# https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources
-WAITING = (
-    "CREATING",
-    "ACCEPTED",
-    "WAITING_FOR_RESOURCES",
-    "PROVISIONING",
-    "SUSPENDING",
-    "DELETING",
-)
 UNAVAILABLE = 69  # exit code if no slice could be created or reached, from sysexits.h
 
 

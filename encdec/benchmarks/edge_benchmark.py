@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import platform
 import statistics
@@ -29,6 +28,7 @@ from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 from encdec.export import formats
 from encdec.export.formats import Export
+from encdec.files import write_json
 from encdec.inference.exported import ExportedModel, export_format, load_exported_model
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import greedy_choice
@@ -205,6 +205,8 @@ def measure(
                     taken[name].append((first_seconds, total, around))
                 else:
                     again += 1
+            if all(len(times) == repeats for times in taken.values()):
+                break
         for name, times in taken.items():
             firsts, totals, around = zip(*times)
             timings.append(
@@ -349,22 +351,7 @@ def main(argv: list[str]) -> int:
         dataclasses.replace(evaluate(timing, around, config, rates, fast), same_tokens=same)
         for timing, around, same in timings
     ]
-    peaks = (
-        {}
-        if options.no_memory
-        else {
-            name: peak_bytes(
-                [
-                    f"--model={options.model}",
-                    f"--paths={name}",
-                    f"--artefacts={options.artefacts}",
-                    f"--inputs={max(options.inputs)}",
-                    f"--outputs={options.outputs}",
-                ]
-            )
-            for name in paths
-        }
-    )
+    peaks = {} if options.no_memory else _peaks(options, paths)
     console.print(
         f"{platform.processor() or platform.machine()}, batch 1: {rates.bytes_per_second / 1e9:.1f}"
         f" GB/s read (median {median_rate / 1e9:.1f}), {rates.flops_per_second / 1e9:.0f} GFLOP/s "
@@ -376,40 +363,47 @@ def main(argv: list[str]) -> int:
         console.print(line, highlight=False)
     if options.out:
         pathlib.Path(options.out).mkdir(parents=True, exist_ok=True)
-        (pathlib.Path(options.out) / "edge.json").write_text(
-            json.dumps(
-                {
-                    "model": options.model,
-                    "rates": dataclasses.asdict(rates),
-                    "others": others,
-                    "median_bytes_per_second": median_rate,
-                    "taken_again": again,
-                    "calm": options.calm,
-                    "bfloat16_flops_per_second": fast.flops_per_second,
-                    "peak_bytes": peaks,
-                    "measured": [
-                        {
-                            "path": one.timing.model,
-                            "inputs": one.timing.input_length,
-                            "outputs": one.timing.output_length,
-                            "first_token_seconds": dataclasses.asdict(one.timing.first_token),
-                            "total_seconds": dataclasses.asdict(one.timing.total),
-                            "tokens_per_second": dataclasses.asdict(one.timing.tokens_per_second),
-                            "decode_floor_share": one.decode_floor_share,
-                            "neighbouring_floor_share": dataclasses.asdict(
-                                one.neighbouring_floor_share
-                            ),
-                            "first_token_rate": one.first_token_rate,
-                            "same_tokens": one.same_tokens,
-                        }
-                        for one in found
-                    ],
-                },
-                indent=2,
-            )
-            + "\n"
+        write_json(
+            pathlib.Path(options.out) / "edge.json",
+            {
+                "model": options.model,
+                "rates": dataclasses.asdict(rates),
+                "others": others,
+                "median_bytes_per_second": median_rate,
+                "taken_again": again,
+                "calm": options.calm,
+                "bfloat16_flops_per_second": fast.flops_per_second,
+                "peak_bytes": peaks,
+                "measured": [_as_json(one) for one in found],
+            },
         )
     return 0
+
+
+def _peaks(options: argparse.Namespace, paths: Sequence[str]) -> dict[str, int]:
+    """Peak memory by path, at the longest input."""
+    common = [
+        f"--model={options.model}",
+        f"--artefacts={options.artefacts}",
+        f"--inputs={max(options.inputs)}",
+        f"--outputs={options.outputs}",
+    ]
+    return {name: peak_bytes([f"--paths={name}", *common]) for name in paths}
+
+
+def _as_json(one: Measured) -> dict[str, Any]:
+    return {
+        "path": one.timing.model,
+        "inputs": one.timing.input_length,
+        "outputs": one.timing.output_length,
+        "first_token_seconds": dataclasses.asdict(one.timing.first_token),
+        "total_seconds": dataclasses.asdict(one.timing.total),
+        "tokens_per_second": dataclasses.asdict(one.timing.tokens_per_second),
+        "decode_floor_share": one.decode_floor_share,
+        "neighbouring_floor_share": dataclasses.asdict(one.neighbouring_floor_share),
+        "first_token_rate": one.first_token_rate,
+        "same_tokens": one.same_tokens,
+    }
 
 
 def _run(name: str, config: ModelConfig, params: Any, folder: pathlib.Path, outputs: int) -> Run:

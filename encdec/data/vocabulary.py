@@ -127,12 +127,6 @@ class SentencePieceVocabulary(Vocabulary):
         token = self._processor.bos_id()
         return None if token < 0 else token
 
-    @property
-    def adds_dummy_prefix(self) -> bool:
-        """Whether encoding puts a space in front of every text (Llama's and T5's models do)."""
-        first = self._processor.encode("a")[0]
-        return self._processor.id_to_piece(first).startswith("\u2581")
-
     def encode_batch(self, texts: Sequence[str], add_eos: bool = False) -> list[np.ndarray]:
         self._wordwise = self._wordwise or sum(map(len, texts)) >= WORDWISE_CHARACTERS
         if self._wordwise and self._words is not None:
@@ -185,7 +179,7 @@ KINDS: dict[str, type[Vocabulary]] = {
 
 
 def load_vocabulary(
-    source: VocabularySpec | dict[str, Any] | str | pathlib.Path | Vocabulary,
+    source: VocabularySpec | dict[str, Any] | str | os.PathLike[str] | Vocabulary,
     *,
     extra_ids: int | None = None,
     directory: str | pathlib.Path | None = None,

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,7 +47,8 @@ def test_trained_vocabulary_gives_every_text_back(model_path, text):
 def test_trained_vocabulary_learns_white_space_and_needs_no_dummy_prefix(model_path):
     vocabulary = load_vocabulary(model_path)
     assert vocabulary.decode(vocabulary.encode(CODE)) == CODE
-    assert not vocabulary.adds_dummy_prefix
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_path)).encode_as_pieces("a")
+    assert not pieces[0].startswith("\u2581")
     assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id) == (0, 1, None)
     assert len(vocabulary.encode("        ")) == 1
 
