@@ -43,7 +43,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        names = ("inputs_length", "targets_length")
+        names: tuple[str, ...] = ("inputs_length", "targets_length")
         if not self.objective.has_source:
             names = names[1:]
             if self.inputs_length != 0:

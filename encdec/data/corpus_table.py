@@ -107,6 +107,7 @@ def print_table(given: argparse.Namespace) -> int:
     for file, inputs_length, targets_length in jobs:
         path = pathlib.Path(file)
         name = pathlib.Path(plain_name(path)).stem
+        raw = is_raw_text(path)
         started = time.perf_counter()
         card = prepare(
             out=pathlib.Path(given.out) / path.parent.name / name,
@@ -114,7 +115,8 @@ def print_table(given: argparse.Namespace) -> int:
             inputs_length=inputs_length,
             targets_length=targets_length,
             max_bad_rows=given.max_bad_rows,
-            **{"text" if is_raw_text(path) else "jsonl": [str(path)]},
+            text=[str(path)] if raw else (),
+            jsonl=() if raw else [str(path)],
         )
         seconds = time.perf_counter() - started
         print(table_row(f"{path.parent.name}/{name}", card, seconds), flush=True)

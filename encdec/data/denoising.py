@@ -91,6 +91,7 @@ class _Shape:
 
 
 def _span_shape(denoiser: Denoiser, tokens: int) -> _Shape:
+    assert denoiser.mean_span is not None
     noise = min(max(round(tokens * denoiser.density), 1), tokens - 1)
     spans = max(round(noise / denoiser.mean_span), 1)
     return _Shape(tokens, noise, min(spans, noise, tokens - noise))
@@ -111,7 +112,9 @@ def _longest_shape(denoiser: Denoiser, source_room: int, target_room: int) -> _S
 
 def _random_lengths(rng: np.random.Generator, total: int, parts: int) -> np.ndarray:
     """``parts`` lengths of at least 1 that sum to ``total``, every such split equally likely."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1 if parts > 1 else []
+    cuts = np.zeros(0, np.int64)
+    if parts > 1:
+        cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]).astype(np.int64))
 
 
@@ -169,7 +172,9 @@ def _windows(
             middle, end = begin + shape.tokens - shape.noise, begin + shape.tokens
             yield denoiser, shape.tokens, ids[begin:middle], ids[middle:end]
         else:
-            shape = _longest_shape(denoiser, *rooms)
+            longest = _longest_shape(denoiser, *rooms)
+            assert longest is not None  # MixtureOfDenoisers refuses rooms without one
+            shape = longest
             tokens = _without_orphan(min(left, shape.tokens), left)
             if tokens < shape.tokens:
                 shape = _span_shape(denoiser, tokens)

@@ -112,7 +112,7 @@ class _Canvas:
 
     def steps(self, per_piece: np.ndarray, dtype: type = np.int32) -> np.ndarray:
         """A field with one value a piece; 0 on padding."""
-        changes = np.zeros(self.shape[0] * self.shape[1], dtype)
+        changes: np.ndarray = np.zeros(self.shape[0] * self.shape[1], dtype)
         changes[self._places] = np.diff(self._per_run(per_piece), prepend=0)
         return np.add.accumulate(changes, out=changes).reshape(self.shape)
 

@@ -10,7 +10,7 @@ import inspect
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import gin
 from encdec.data import denoising  # noqa: F401 (enters its objectives)
@@ -63,7 +63,7 @@ def _bindable(name: str, make: Callable[..., Objective]) -> Callable[..., Object
     def bound(**settings: Any) -> Objective:
         return make(**settings)
 
-    bound.__signature__ = inspect.signature(make)
+    bound.__signature__ = inspect.signature(make)  # type: ignore[attr-defined]  # read by gin
     return gin.external_configurable(bound, name, module="objectives")
 
 
@@ -90,7 +90,7 @@ def _with_bindings(own: Objective) -> Objective:
         return own
     kept = {
         field.name: getattr(own, field.name)
-        for field in dataclasses.fields(own)
+        for field in dataclasses.fields(cast(Any, own))
         if not _is_bound(f"{name}.{field.name}")
     }
     return _BINDABLE[name](**kept)

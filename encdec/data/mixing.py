@@ -244,7 +244,7 @@ def mix_records(
     parts = [open_directory(directory) for directory in directories]
     sizes = [len(part) for part in parts]
     shares = mixing_rates(sizes, rates, temperature=temperature, maximum=maximum)
-    return MixedRecords(parts, shares)
+    return MixedRecords(parts, shares.tolist())
 
 
 def parse_mixture(text: str) -> tuple[list[str], list[float] | None, float]:
@@ -361,7 +361,9 @@ def _interleave(
     unread = set(range(len(tasks)))
     while unread:
         part = int(np.argmax(shares * (read.sum() + 1) - read))
-        yield held[part]
+        document = held[part]
+        assert document is not None
+        yield document
         read[part] += 1
         held[part] = next(streams[part], None)
         if held[part] is None:

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
@@ -105,7 +105,7 @@ def encode_texts(
 
 def describe_objective(objective: Objective) -> dict[str, Any]:
     """The objective as the card states it: its name and settings."""
-    return {"name": type(objective).__name__, **dataclasses.asdict(objective)}
+    return {"name": type(objective).__name__, **dataclasses.asdict(cast(Any, objective))}
 
 
 @named("sequence_to_sequence")
@@ -143,7 +143,7 @@ class SequenceToSequence(Objective):
             # Pairs that fit are taken together: a look at each would cost much of its encoding.
             whole = itertools.compress((pair[1] for pair in part), kept & fits)
             encoded.target_bytes += len("".join(whole).encode("utf-8"))
-            for i in np.flatnonzero(kept & ~fits):
+            for i in np.flatnonzero(kept & ~fits).tolist():
                 sources[i] = self._cut(encoded, vocabulary, "source", sources[i], inputs_length)
                 if len(targets[i]) > targets_length:
                     targets[i] = self._cut(

@@ -135,7 +135,10 @@ class PaperTask:
         if not made:
             return self.document(row)
         document = tuple(row[field] for field in ready)
-        return with_references(*document, row["targets"]) if "targets" in row else document
+        if "targets" not in row:
+            return document
+        source, target = document
+        return with_references(source, target, row["targets"])
 
     def _read_pairs(self, files: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
         lines = (read_lines(path, bad_rows) for path in files)
@@ -152,7 +155,11 @@ class PaperTask:
                     f"{files[0]}:{number}", f"invalid UTF-8: {error}", "save the files as UTF-8"
                 )
             else:
-                yield self.document(dict(zip(self.fields, texts)))
+                made = self.document(dict(zip(self.fields, texts)))
+                if isinstance(made, Fault):
+                    bad_rows.add(f"{files[0]}:{number}", made.reason, made.remedy)
+                else:
+                    yield made
 
     def _read_squad(self, files: Sequence[pathlib.Path]) -> Iterator[Document]:
         for path in files:
@@ -161,7 +168,10 @@ class PaperTask:
                 for article in articles:
                     for paragraph in article["paragraphs"]:
                         for question in paragraph["qas"]:
-                            yield self.document({**question, "context": paragraph["context"]})
+                            made = self.document({**question, "context": paragraph["context"]})
+                            if isinstance(made, Fault):
+                                raise ValueError(f"{made.reason}; {made.remedy}")
+                            yield made
             except (ValueError, KeyError, TypeError, BrokenStream) as error:
                 message = f"{path} is not in SQuAD's format ({error!r}); copy it again"
                 raise DataError(message) from error

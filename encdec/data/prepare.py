@@ -62,6 +62,7 @@ def prepare(
     settings = dataclasses.replace(settings, **fields)
     settings.check()
     source = settings.text_task()
+    assert settings.vocabulary is not None
     vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
     recipe = Recipe(
         _check_objective(settings, source, vocabulary),
@@ -229,12 +230,18 @@ class _Processes:
 _worker_vocabulary: Vocabulary | None = None
 
 
+def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(spec: VocabularySpec, directory: pathlib.Path) -> None:
     global _worker_vocabulary
     # The parent decides on interrupts; a worker whose parent was killed has nobody to serve.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    watch = threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True)
+    assert parent is not None
+    watch = threading.Thread(target=_die_with, args=(parent,), daemon=True)
     watch.start()
     _worker_vocabulary = load_vocabulary(spec, directory=directory)
 
@@ -247,7 +254,9 @@ def write_noted(
     found = notes.find(block.number, digest)
     if found is not None:
         return found
-    shard, counts = write_block(recipe, vocabulary or _worker_vocabulary, block, notes.directory)
+    vocabulary = vocabulary or _worker_vocabulary
+    assert vocabulary is not None
+    shard, counts = write_block(recipe, vocabulary, block, notes.directory)
     if shard is None:
         (notes.directory / shard_name(block.number)).unlink(missing_ok=True)
     notes.write(block.number, shard, counts, digest)

@@ -91,6 +91,7 @@ class PrepareSettings(Settings):
     @property
     def directory(self) -> pathlib.Path:
         """Where the records go."""
+        assert self.out is not None
         return pathlib.Path(local("--out", self.out))
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import cast
 
 from encdec.data.card import DatasetCard, Shard, content_fingerprint, read_card, token_dtype
 from encdec.data.mixing import mix_records, parse_mixture
@@ -52,4 +53,4 @@ def open_records(directory: str | pathlib.Path) -> Records:
             f"{text} is no directory, and as a mixture (DIR=RATE,DIR=RATE) its part {missing[0]} "
             "does not exist; give a directory written by encdec prepare, or several"
         )
-    return mix_records(names, rates, temperature=temperature)
+    return cast(Records, mix_records(names, rates, temperature=temperature))

@@ -153,9 +153,15 @@ class SparseLogits:
         teacher's probability. "top_k": the probability itself.
         """
         if fmt.method == "top_k":
-            return np.exp(self.log_probs)
-        weights = self.counts.astype(np.float32) / np.float32(fmt.draws)
-        return weights * np.exp(self.log_ratios) if fmt.weighted else weights
+            return np.exp(there(self.log_probs))
+        weights = there(self.counts).astype(np.float32) / np.float32(fmt.draws)
+        return weights * np.exp(there(self.log_ratios)) if fmt.weighted else weights
+
+
+def there(values: np.ndarray | None) -> np.ndarray:
+    """A field that the format at hand has."""
+    assert values is not None
+    return values
 
 
 def count_draws(draws_nxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -207,16 +213,16 @@ def encode_row(row: SparseLogits, fmt: SparseFormat) -> bytes:
         "sizes": lambda: row.sizes - 1,
         "log_normaliser": lambda: scalar(row.log_normaliser).view("<u2"),
         "entropy": lambda: scalar(row.entropy).view("<u2"),
-        "tail": lambda: scalar(row.tail).view("<u2"),
+        "tail": lambda: scalar(there(row.tail)).view("<u2"),
         "gaps": lambda: gaps,
-        "counts": lambda: row.counts - 1,
+        "counts": lambda: there(row.counts) - 1,
         "log_ratios": lambda: _steps(
-            row.log_ratios, _RATIO_STEPS, 2 ** (_RATIO_BITS - 1), 2**_RATIO_BITS
+            there(row.log_ratios), _RATIO_STEPS, 2 ** (_RATIO_BITS - 1), 2**_RATIO_BITS
         ),
         "log_probs": lambda: (
-            row.log_probs.astype("<f4").reshape(-1).view("<u4")
+            there(row.log_probs).astype("<f4").reshape(-1).view("<u4")
             if fmt.method == "full"
-            else _steps(row.log_probs, -_LOG_PROB_STEPS, 0, 2**_LOG_PROB_BITS)
+            else _steps(there(row.log_probs), -_LOG_PROB_STEPS, 0, 2**_LOG_PROB_BITS)
         ),
     }
     deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)

@@ -95,8 +95,8 @@ def objective_preprocessor(
 
     def encode(number: np.int64, *parts: Any) -> list[np.ndarray]:
         document = tuple(text.decode("utf-8") for text in parts[:-1])
-        lengths = (int(length) for length in parts[-1])
-        encoded = objective.encode([document], int(number), vocabulary, *lengths, seed)
+        inputs, targets = (int(length) for length in parts[-1])
+        encoded = objective.encode([document], int(number), vocabulary, inputs, targets, seed)
         result = []
         for tokens in (encoded.sources, encoded.targets):
             result.append(np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32))

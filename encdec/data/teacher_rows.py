@@ -19,7 +19,7 @@ import numpy as np
 
 from encdec.data.mixing import MixedRecords
 from encdec.data.records import Records, Shard, ShardedRows
-from encdec.data.sparse_logits import SparseFormat, SparseLogits, decode_rows
+from encdec.data.sparse_logits import SparseFormat, SparseLogits, decode_rows, there
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_json
 
@@ -152,7 +152,9 @@ class Teacher(ShardedRows):
             f"{card.entropy:.4f} nats{left_out}"
         )
 
-    def distributions(self, row_numbers: Sequence[int]) -> tuple[np.ndarray, SparseLogits]:
+    def distributions(
+        self, row_numbers: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, SparseLogits]:
         """Tokens of each row, and all their distributions; -1 stands for an empty row.
 
         Raises DataError naming the shard that cannot be read or the row that is damaged.
@@ -164,7 +166,7 @@ class Teacher(ShardedRows):
         return decode_rows(rows, self.card.format, names=numbers.tolist())
 
     def fields(
-        self, row_numbers: Sequence[int], max_pairs: int | None = None
+        self, row_numbers: Sequence[int] | np.ndarray, max_pairs: int | None = None
     ) -> dict[str, np.ndarray]:
         """The columns of a batch [B rows], padded with zeros.
 
@@ -205,9 +207,9 @@ def batch_fields(
 
     fields = {"teacher_entropy": by_token(table.entropy)}
     if fmt.method == "full":
-        return fields | {"teacher_log_probs": by_token(table.log_probs)}
+        return fields | {"teacher_log_probs": by_token(there(table.log_probs))}
     if fmt.method == "top_k":
-        fields["teacher_tail"] = by_token(table.tail)
+        fields["teacher_tail"] = by_token(there(table.tail))
     pair_row = np.repeat(row, table.sizes)
     pairs = np.bincount(pair_row, minlength=count)
     index = np.arange(len(pair_row)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
@@ -276,7 +278,11 @@ def open_teacher(directory: str | pathlib.Path, records: Records | MixedRecords)
                 f"{str(directory)!r} names {len(names)} teacher(s); give one for each part, in "
                 f"their order: {wanted}"
             )
-        return MixedTeacher([open_teacher(name, part) for name, part in zip(names, records.parts)])
+        return MixedTeacher([_open_one(name, part) for name, part in zip(names, records.parts)])
+    return _open_one(directory, records)
+
+
+def _open_one(directory: str | pathlib.Path, records: Records) -> Teacher:
     teacher = Teacher(directory, read_teacher_card(directory))
     check_pair(teacher.card, records, str(directory))
     teacher.check_files()

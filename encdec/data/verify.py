@@ -104,8 +104,8 @@ def _check_rows(
     records: Records, vocabulary: Vocabulary, sample_rows: int | None, verdict: Verdict
 ) -> None:
     card = records.card
-    everything = sample_rows is None or sample_rows >= len(records)
-    count = len(records) if everything else sample_rows
+    count = len(records) if sample_rows is None else min(sample_rows, len(records))
+    everything = count == len(records)
     numbers = np.linspace(0, len(records) - 1, count).round().astype(np.int64)
     totals: collections.Counter[str] = collections.Counter()
     for start in range(0, count, READ_ROWS):

@@ -69,7 +69,7 @@ def word_encoder(model: bytes) -> WordEncoder | None:
         return None
     import sentencepiece
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
     if not _is_exact(proto):
         return None
     prefix = " " if proto.normalizer_spec.add_dummy_prefix else ""

@@ -246,8 +246,8 @@ def _read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]
         ) from trouble
     if any_process(trouble is not None):
         raise Damaged(_short(trouble)) from trouble
-    for name, tree in items.items() if prints else ():
-        if wrong := mismatches(fingerprints(tree), prints[name]):
+    for name, tree in items.items():
+        if prints and (wrong := mismatches(fingerprints(tree), prints[name])):
             raise Damaged(
                 f"{name} {wrong[0]}"
                 + (f" and {len(wrong) - 1} more are" if len(wrong) > 1 else " is")

@@ -448,7 +448,7 @@ def _check_values(run: RunConfig) -> None:
         not run.eval.patience
         or not run.checkpoint.keep
         or run.checkpoint.every == run.eval.every
-        and (keeps_best or run.checkpoint.keep > run.eval.patience),
+        and (bool(keeps_best) or run.checkpoint.keep > run.eval.patience),
         "checkpoint.keep",
         f"0 (all), or more than config.eval.patience = {run.eval.patience}, or "
         "config.checkpoint.keep_best beside it, with config.checkpoint.every equal to "

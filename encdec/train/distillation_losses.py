@@ -180,7 +180,7 @@ def _outcome(divergence: Divergence, log_s: jax.Array, log_t: jax.Array, beta: f
 def alpha_schedule(
     name: AlphaSchedule,
     alpha: float,
-    warmup_steps: int,
+    warmup_steps: float,
     learning_rate: Callable[[jax.Array], jax.Array],
     peak_learning_rate: float,
 ) -> Callable[[jax.Array], jax.Array]:

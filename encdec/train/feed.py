@@ -26,6 +26,7 @@ def host_slice(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     slices = {
         index[0].indices(rows)[:2]
         for index in sharding.addressable_devices_indices_map((rows, 1)).values()
+        if index is not None
     }
     start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
     held = sum(stop - start for start, stop in slices)

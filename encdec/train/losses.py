@@ -91,13 +91,16 @@ def target_losses(
         teaching: of distillation. Only full rows make a teacher tensor [B, T, V]; they take no
             tiles.
     """
-    divergence_BxT = None
+    divergence_BxT = jnp.zeros(())  # without a teacher
     if 0 < config.vocab_tile < vocab_size:
         (log_normaliser, target_logits, largest, mean), student = _tiled_statistics(
             head, hidden_BxTxM, targets_BxT, config.vocab_tile, vocab_size, teaching
         )
         if teaching:
-            divergence_BxT = sparse_losses(*student, teaching.fields, **_kind(teaching.config))
+            picked_BxP, student_normaliser = student
+            divergence_BxT = sparse_losses(
+                picked_BxP, student_normaliser, teaching.fields, **_kind(teaching.config)
+            )
     else:
         logits_BxTxV = head(hidden_BxTxM)
         log_normaliser = jax.nn.logsumexp(logits_BxTxV, axis=-1)
@@ -185,14 +188,15 @@ def _tiled_statistics(
         for start in range(0, vocab_size, tile)
     ]
     normalisers, targets, largest, sums, *student = (jnp.stack(part) for part in zip(*parts))
+    taught: tuple[jax.Array, ...] = ()
     if student:
-        student = jnp.sum(student[0], axis=0), jax.nn.logsumexp(student[1], axis=0)
+        taught = jnp.sum(student[0], axis=0), jax.nn.logsumexp(student[1], axis=0)
     return (
         jax.nn.logsumexp(normalisers, axis=0),
         jnp.sum(targets, axis=0),
         jnp.max(largest, axis=0),
         jnp.sum(sums, axis=0) / vocab_size,
-    ), tuple(student)
+    ), taught
 
 
 def loss_positions(

@@ -86,8 +86,9 @@ class Window:
     @contextmanager
     def pause(self, part: str) -> Iterator[None]:
         """Keeps what is done inside out of the throughput; ``part``: of ``goodput.PARTS``."""
-        running, started = self._clock is not None, time.monotonic()
-        if running:
+        started = time.monotonic()
+        running = self._clock is not None
+        if self._clock is not None:
             self._seconds += started - self._clock
             self._goodput.add("step", started - self._clock)
         yield
@@ -97,6 +98,7 @@ class Window:
 
     def report(self, steps_done: int) -> dict[str, float]:
         """The window's numbers by name; starts the next window. Losses are nats per token."""
+        assert self._sums is not None and self._last is not None
         losses, last = self._sums.losses, self._last
         weight = max(float(losses.weight), 1.0)
         report = {
@@ -109,7 +111,7 @@ class Window:
             "train/learning_rate": float(last.learning_rate),
             "train/flops": self._cost.step_flops * steps_done,
         }
-        if losses.teacher is not None:
+        if losses.teacher is not None and last.alpha is not None:
             report |= {
                 "train/distill_loss": float(losses.teacher.divergence) / weight,
                 "train/teacher_entropy": float(losses.teacher.entropy) / weight,
@@ -131,7 +133,7 @@ class Window:
         return report | self._goodput.report()
 
 
-def eval_report(sums: Metrics, target_bytes: int, target_tokens: int) -> dict[str, float]:
+def eval_report(sums: Metrics, target_bytes: float, target_tokens: float) -> dict[str, float]:
     """Loss per target token and per byte of target text.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +103,8 @@ def build_program(
     create = lambda: create_state(model, optimizer, run.seed)
     state = jax.eval_shape(create)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    state_shardings = TrainState(
-        everywhere, shardings, like_params(state.opt_state, params, shardings, mesh)
+    state_shardings: Any = TrainState(
+        cast(Any, everywhere), shardings, like_params(state.opt_state, params, shardings, mesh)
     )
     abstract_state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

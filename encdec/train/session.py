@@ -83,6 +83,7 @@ class Session:
         """
         self.reports.settle()
         with self.reports.window.pause("evaluation"):
+            assert self.evaluator is not None
             report = self.evaluator(self.state.params, self.notice.reached)
         if report is None:
             self.leave()
@@ -96,10 +97,8 @@ class Session:
         ended between saving and evaluating.
         """
         every = self.job.run.eval.every
-        return bool(self.evaluator and self.step) and (
-            self.step == self.job.run.steps
-            or (every and self.step % every == 0 and self.step not in self.losses)
-        )
+        missed = every > 0 and self.step % every == 0 and self.step not in self.losses
+        return bool(self.evaluator and self.step) and (self.step == self.job.run.steps or missed)
 
     def leave_if_told(self) -> None:
         """Saves and raises Preempted if the machine will be taken away."""
@@ -195,6 +194,7 @@ def _begin(
     if job.run.init_from:
         start = job.start or plan_start(job.run, job.model, job.records.card)
         state, origin = start_from(state, start, job.model)
+        assert origin.step is not None
         origin.write(workdir)
         note_source(workdir, source_note(job.run.init_from, origin.step))
         console.say(str(origin))

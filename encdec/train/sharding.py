@@ -41,7 +41,8 @@ class ShardingRules:
         Raises:
             ConfigError: an unknown logical axis, or two dimensions split over one mesh axis.
         """
-        places, taken = [], {}
+        places: list[Any] = []
+        taken: dict[str, str | None] = {}
         for axis in axes:
             if axis is not None and axis not in _rule_names():
                 raise ConfigError(
@@ -142,7 +143,8 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
             f"config.mesh is {wanted} = {known} devices, but there are "
             f"{device_count}; set one axis to -1, or change config.mesh"
         )
-    return tuple(sizes)
+    data, fsdp, tensor = sizes
+    return data, fsdp, tensor
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

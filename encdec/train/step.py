@@ -67,10 +67,11 @@ def batch_metrics(
     """
     teaching = None
     if alpha is not None:
+        assert distill is not None
         fields = {name: x for name, x in batch.items() if name.startswith("teacher_")}
         teaching = Teaching(fields, distill, alpha)
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden = model.apply(
+    hidden: Any = model.apply(
         {"params": params}, batch, deterministic=dropout_key is None, rngs=rngs, method="hidden"
     )
     target_tokens = jnp.sum(batch["decoder_loss_weights"] > 0, dtype=jnp.int32)
@@ -81,7 +82,7 @@ def batch_metrics(
         tokens = jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.int32)
         source_tokens = tokens - target_tokens
         hidden, targets, weights = loss_positions(hidden, batch, targets_length)
-    head = lambda x, *tile: model.apply({"params": params}, x, *tile, method="logits")
+    head: Any = lambda x, *tile: model.apply({"params": params}, x, *tile, method="logits")
     return Metrics(
         target_losses(head, hidden, targets, weights, loss, model.config.vocab_size, teaching),
         source_tokens,

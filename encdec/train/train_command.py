@@ -151,7 +151,9 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
     config = complete(read_config_file(source))
     names = field_names(config)
     for override in overrides:
-        name = _OVERRIDE.fullmatch(override)[2]
+        found = _OVERRIDE.fullmatch(override)
+        assert found is not None  # as split_overrides chose it
+        name = found[2]
         if name not in names:
             raise unknown_field(name, names)
         if any(other.startswith(name + ".") for other in names):
@@ -189,7 +191,7 @@ def read_config_file(source: str) -> ml_collections.ConfigDict:
             "--config=configs/pretrain.py:330m"
         )
     spec = importlib.util.spec_from_file_location(f"encdec_config_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ConfigError(f"config file {name} is no Python file; expected FILE.py[:ARGUMENT]")
     module = importlib.util.module_from_spec(spec)
     try:

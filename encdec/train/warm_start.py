@@ -228,10 +228,10 @@ def start_from(state: TrainState, plan: StartPlan, model: ModelConfig) -> tuple[
             _array(there, piece, rows, vocabulary_axis.get(name)) if piece else None
             for piece in pieces
         ]
-        blank = lambda: np.zeros(next(x.shape for x in arrays if x is not None), leaf.dtype)
-        stacked = leaf.ndim > next(x.ndim for x in arrays if x is not None)
-        arrays = [blank() if x is None else x.astype(leaf.dtype, copy=False) for x in arrays]
-        values = np.stack(arrays) if stacked else arrays[0]
+        example = next(x for x in arrays if x is not None)
+        blank = np.zeros(example.shape, leaf.dtype)
+        filled = [blank if x is None else x.astype(leaf.dtype, copy=False) for x in arrays]
+        values = np.stack(filled) if leaf.ndim > example.ndim else filled[0]
         read = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: values[i])
         mask = np.ones((), bool)
         if not all(known):

@@ -92,6 +92,10 @@ def test_squad_has_the_published_prompt_and_unanswerable_questions(tmp_path):
     official.parent.mkdir()
     official.write_bytes(gzip.compress(json.dumps({"data": [{"paragraphs": [article]}]}).encode()))
     assert _documents("squad_v2", tmp_path) == [(SQUAD, "unanswerable")]
+    article["qas"][0]["answers"] = 3
+    official.write_bytes(gzip.compress(json.dumps({"data": [{"paragraphs": [article]}]}).encode()))
+    with pytest.raises(DataError, match="'answers' is int, expected a list"):
+        _documents("squad_v2", tmp_path)
     official.write_bytes(gzip.compress(b"{}"))
     with pytest.raises(DataError, match=r"train-v2.0.json.gz is not in SQuAD's format"):
         _documents("squad_v2", tmp_path)
