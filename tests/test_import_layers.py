@@ -20,6 +20,7 @@ ALL_MAY_IMPORT = {
     "packages",
     "quiet",
     "settings",
+    "shipped",
     "startup",
     "storage",
 }
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "errors": set(),
     "fields": {"errors"},
     "packages": {"errors"},
+    "shipped": {"packages"},
     "quiet": set(),
     "files": set(),
     "jobs": {"errors"},

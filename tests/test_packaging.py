@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pathlib
+import re
 import runpy
 import shutil
 import subprocess
@@ -13,7 +14,10 @@ import sys
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+import encdec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -148,8 +152,30 @@ def test_configs_and_gin_travel_with_the_package(setup_arguments):
     assert names and packed == {f"share/encdec/{name}": name for name in names}
 
 
+def test_one_version_that_the_changelog_knows(setup_arguments):
+    version = setup_arguments["version"]
+    assert version == encdec.__version__
+    releases = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert next(name for name in releases if name != "Unreleased") == version
+
+
+def test_each_python_that_may_install_it_is_a_classifier(setup_arguments):
+    allowed = SpecifierSet(setup_arguments["python_requires"])
+    named = [
+        text.rpartition(" ")[2]
+        for text in setup_arguments["classifiers"]
+        if re.search(r":: 3\.\d+$", text)
+    ]
+    assert named == [f"3.{minor}" for minor in range(30) if f"3.{minor}.0" in allowed]
+    assert (ROOT / "encdec" / "py.typed").exists()
+    assert "py.typed" in setup_arguments["package_data"]["encdec"]
+    assert "Typing :: Typed" in setup_arguments["classifiers"] and setup_arguments["author"]
+
+
 def test_the_licence_is_apache_2(setup_arguments):
-    assert setup_arguments["license"] == "Apache-2.0"
+    # The expression alone: a classifier next to it is refused by package indexes.
+    assert setup_arguments["license_expression"] == "Apache-2.0"
+    assert not any(text.startswith("License ::") for text in setup_arguments["classifiers"])
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import pathlib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -18,19 +18,22 @@ from encdec.data.objectives import OBJECTIVES, Objective
 from encdec.data.text_tasks import TextTask
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+from encdec.shipped import shipped_folder
 
 
 def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
     """Bind what gin files and bindings say and nothing else; ConfigError where they are wrong."""
     gin.clear_config()
-    # `include` lines name paths from the repository's root, wherever the command is run.
-    gin.add_config_file_search_path(str(REPOSITORY))
+    # `include` lines, and the files that come with encdec, are named from where they are kept.
+    gin.add_config_file_search_path(str(shipped_folder()))
+    logged = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # gin logs each folder that does not have a file
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))
     except (ValueError, OSError, SyntaxError) as error:
         raise ConfigError(f"gin: {error}") from error
+    finally:
+        logging.disable(logged)
 
 
 def refuse_unused(bindings: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import pathlib
 import re
 import sys
 import traceback
@@ -15,7 +14,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from encdec import shipped
 from encdec.errors import ConfigError, EncdecError, Preempted
+from encdec.fields import did_you_mean
 from encdec.storage import local_path, refusals_explained
 from encdec.train.config import complete, field_names, unknown_field
 
@@ -184,11 +185,12 @@ def _readable(message: str) -> str:
 
 def read_config_file(source: str) -> ml_collections.ConfigDict:
     name, _, argument = source.partition(":")
-    path = pathlib.Path(name)
+    path = shipped.find(name)
     if not path.is_file():
+        hint = did_you_mean(name, shipped.names("configs"))
         raise ConfigError(
             f"config file {name} does not exist; expected for example "
-            "--config=configs/pretrain.py:330m"
+            f"--config=configs/pretrain.py:330m{hint}"
         )
     spec = importlib.util.spec_from_file_location(f"encdec_config_{path.stem}", path)
     if spec is None or spec.loader is None:
