@@ -140,6 +140,8 @@ def with_source_model(run: RunConfig, workdir: epath.PathLike | None = None) -> 
                 f"'source' and {run.init_from} has {theirs[name]!r}; leave the override out, or "
                 "set config.init_architecture='run'"
             )
+    # As many rows as its tables have, unless the run says how many.
+    theirs = {"vocab_size": source.vocab_size} | theirs
     base = preset(run.model)
     # The preset's own choice of stacked layers may not go with the source's model.
     execution = {"scan_layers": base.execution.scan_layers and source.execution.scan_layers}
