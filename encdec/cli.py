@@ -93,6 +93,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "encdec.benchmarks.serving_benchmark:main",
         "requests served at once against one after the other",
     ),
+    "speculate": (
+        "encdec.benchmarks.speculate_benchmark:main",
+        "drafted tokens: what a step of several costs, and what tasks gain",
+    ),
     "accelerator": (
         "encdec.benchmarks.accelerator_benchmark:main",
         "on a GPU or TPU: kernels, MFU, generation and a profile, in ten minutes",

@@ -187,6 +187,32 @@ class TransformersModel:
         answer.wait(answer.begun)
         return answer
 
+    def answer(
+        self, ids: Sequence[int], count: int, eos_id: int, start_id: int, **more: Any
+    ) -> Any:
+        """The answer's tokens to one input, by ``generate`` as its users call it.
+
+        Args:
+            ids: the input's tokens.
+            count: new tokens at most.
+            eos_id: ends the answer.
+            start_id: what a decoder reads first.
+            more: further arguments of ``generate``, such as ``prompt_lookup_num_tokens``.
+        """
+        import torch
+
+        before = [] if self._two_stacks else [start_id]
+        tokens = torch.as_tensor([[*before, *ids]], device=self._device)
+        made = self._model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            eos_token_id=eos_id,
+            decoder_start_token_id=start_id if self._two_stacks else None,
+            **more,
+        )[0]
+        return made[1 if self._two_stacks else tokens.shape[1] :].tolist()
+
     def finish(self, answer: Answer) -> np.ndarray:
         """All new tokens [B, count]."""
         answer.go_on.set()

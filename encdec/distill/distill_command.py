@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.inference.settings import add_draft_option
 from encdec.storage import local_path
 
 
@@ -56,6 +57,7 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
         rows=options.rows,
         batch_rows=options.batch_rows,
         overwrite=options.overwrite,
+        draft=options.draft,
         progress=progress,
     )
     unfinished = card.truncated.get("answers_without_eos", 0)
@@ -82,6 +84,7 @@ def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
         settings=_settings(options),
         rows=options.rows,
         batch_rows=options.batch_rows,
+        draft=options.draft,
         scoring={
             "method": options.method,
             "draws": options.draws,
@@ -211,3 +214,4 @@ def _writing_options(part: argparse.ArgumentParser) -> None:
         metavar="N",
         help="texts answered together (default %(default)s)",
     )
+    add_draft_option(part)

@@ -36,7 +36,7 @@ from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.generator import TextGenerator
 from encdec.inference.loading import load
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.settings import AUTO, GenerationSettings
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
 from encdec.train.workdir import read_config
 
@@ -70,6 +70,7 @@ def rollout(
     batch_rows: int = 64,
     block_rows: int = BLOCK_ROWS,
     overwrite: bool = False,
+    draft: str = AUTO,
     progress: Progress | None = None,
 ) -> DatasetCard:
     """Writes records whose sources are those of ``records`` and whose targets ``writer`` wrote.
@@ -84,6 +85,7 @@ def rollout(
         batch_rows: texts answered together.
         block_rows: rows of the records that become one shard.
         overwrite: replace finished records in ``out`` once the new ones are whole.
+        draft: see ``encdec.inference.draft_model.load_draft``.
         progress: called after every block with what was written so far.
 
     Raises:
@@ -124,7 +126,11 @@ def rollout(
     missing, total = job.notes.missing(blocks)
     if missing:
         generator = load(
-            writer, step, max_input_tokens=opened.card.inputs_length, batch_rows=batch_rows
+            writer,
+            step,
+            max_input_tokens=opened.card.inputs_length,
+            batch_rows=batch_rows,
+            draft=draft,
         )
     for number in missing:
         numbers = range(number * block_rows, min((number + 1) * block_rows, rows))

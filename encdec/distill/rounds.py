@@ -21,7 +21,7 @@ from typing import Any
 from encdec.distill.rollout import rollout
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.settings import AUTO, GenerationSettings
 from encdec.train.config import RunConfig
 from encdec.train.loop import train
 
@@ -79,6 +79,7 @@ def distill_in_rounds(
     scoring: dict[str, Any] | None = None,
     rows: int | None = None,
     batch_rows: int = 64,
+    draft: str = AUTO,
     say: Say = print,
 ) -> list[pathlib.Path]:
     """Trains a student, and then ``rounds`` times more on what it wrote itself.
@@ -94,6 +95,7 @@ def distill_in_rounds(
         scoring: keywords of ``encdec.distill.scoring.score``.
         rows: of the gold records, answered in each round; by default all.
         batch_rows: texts answered together.
+        draft: see ``encdec.inference.draft_model.load_draft``.
         say: takes lines of progress.
 
     Returns:
@@ -124,7 +126,7 @@ def distill_in_rounds(
     def written(writer: str | pathlib.Path, out: pathlib.Path, seed: int) -> pathlib.Path:
         say(f"{writer} answers {gold}")
         drawn = dataclasses.replace(settings, seed=seed)
-        rollout(writer, gold, out, settings=drawn, rows=rows, batch_rows=batch_rows)
+        rollout(writer, gold, out, settings=drawn, rows=rows, batch_rows=batch_rows, draft=draft)
         return out
 
     parts = []

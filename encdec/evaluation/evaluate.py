@@ -66,6 +66,7 @@ def evaluate(
         max_input_tokens=settings.max_input_tokens,
         batch_rows=settings.batch_rows,
         likelihood=settings.likelihood,
+        draft=settings.draft,
     )
     out = pathlib.Path(settings.out)
     passes: dict[str, list[_Pass]] = {}

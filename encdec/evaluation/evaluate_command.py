@@ -6,7 +6,7 @@ import argparse
 
 from encdec.errors import ConfigError
 from encdec.evaluation.settings import EvaluationSettings
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.settings import GenerationSettings, add_draft_option
 from encdec.metrics.registry import METRICS
 from encdec.modules import import_modules
 from encdec.storage import local_path
@@ -72,6 +72,7 @@ def _settings(options: argparse.Namespace) -> EvaluationSettings:
             seed=options.seed,
         ),
         batch_rows=options.batch_rows,
+        draft=options.draft,
         shard=shard,
         shards=shards,
         shuffle_sources=options.shuffle_sources,
@@ -160,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="answer a second time with the sources permuted among the examples, and report "
         "these scores next to the plain ones (seed 0 unless given)",
     )
+    add_draft_option(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N examples only")
     parser.add_argument(
         "--out",

@@ -10,8 +10,10 @@ import jax
 from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError
 from encdec.evaluation.likelihood import LikelihoodModel
+from encdec.inference.draft_model import load_draft
 from encdec.inference.exported import load_exported_generator
 from encdec.inference.generator import Generator, read_prompt_format
+from encdec.inference.settings import AUTO
 from encdec.model import parameter_count
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.lineage import lineage
@@ -26,6 +28,7 @@ def load_models(
     max_input_tokens: int | None = None,
     batch_rows: int = 16,
     likelihood: bool = True,
+    draft: str = AUTO,
 ) -> tuple[Generator, LikelihoodModel | None, dict[str, Any]]:
     """The generator, the likelihood reader (on all devices of this process) and model facts.
 
@@ -35,6 +38,7 @@ def load_models(
         max_input_tokens: longest source; None: the longest in training.
         batch_rows: texts at a time.
         likelihood: whether references are read.
+        draft: see ``encdec.inference.draft_model.load_draft``.
     """
     content = read_config(checkpoint)
     if "export" in content:
@@ -43,7 +47,7 @@ def load_models(
                 f"{checkpoint} is an export, which has no checkpoints; leave --step out"
             )
         generator = load_exported_generator(
-            checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows
+            checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows, draft=draft
         )
         return generator, None, _about_export(checkpoint, content, generator)
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
@@ -72,6 +76,7 @@ def load_models(
         max_tokens=max_tokens,
         batch_rows=batch_rows,
         devices=jax.local_devices(),
+        draft=load_draft(draft, prompts.vocabulary),
     )
     reader = None
     if likelihood:

@@ -7,7 +7,7 @@ import pathlib
 from typing import Literal
 
 from encdec.errors import ConfigError
-from encdec.inference.settings import GenerationSettings, check_numbers
+from encdec.inference.settings import AUTO, GenerationSettings, check_numbers
 from encdec.metrics.intervals import RESAMPLES
 from encdec.metrics.registry import metric_named
 
@@ -60,6 +60,7 @@ class EvaluationSettings:
     max_input_tokens: int | None = None
     generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
     batch_rows: int = 16
+    draft: str = AUTO
     shard: int = 0
     shards: int = 1
     shuffle_sources: int | None = None

@@ -148,17 +148,39 @@ def decode_step(
     config: ModelConfig, params: Params, memory: Memory, tokens_R: jax.Array
 ) -> tuple[jax.Array, Memory]:
     """Feeds one token a row; logits [R, V] float32 of the next, and the memory with it."""
-    model = build_model(config)
-    hidden_Rx1xM, cache = model.apply(
+    hidden_Rx1xM, cache = _feed(config, params, memory, tokens_R[:, None])
+    logits = build_model(config).apply({"params": params}, hidden_Rx1xM[:, 0], method="logits")
+    return cast(jax.Array, logits), memory.replace(cache=cache, slots_R=memory.slots_R + 1)
+
+
+def verify_step(
+    config: ModelConfig, params: Params, memory: Memory, tokens_RxN: jax.Array
+) -> tuple[jax.Array, Memory]:
+    """Feeds N tokens a row, of which later ones may turn out wrong.
+
+    Returns:
+        Logits [R, N, V] float32 of what follows each of them, and the memory with their keys and
+        values in the slots from ``slots_R`` on, which itself is as it was. To keep the first n of
+        a row's tokens, add n to its slot: nothing reads a slot that comes after its own, and the
+        next tokens overwrite the others.
+    """
+    hidden_RxNxM, cache = _feed(config, params, memory, tokens_RxN)
+    logits = build_model(config).apply({"params": params}, hidden_RxNxM, method="logits")
+    return cast(jax.Array, logits), memory.replace(cache=cache)
+
+
+def _feed(
+    config: ModelConfig, params: Params, memory: Memory, tokens_RxN: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Hidden states [R, N, M] of the next N tokens of every row, and the cache with them."""
+    return build_model(config).apply(
         {"params": params},
-        tokens_R[:, None],
-        memory.slots_R[:, None],
+        tokens_RxN,
+        memory.slots_R[:, None] + jnp.arange(tokens_RxN.shape[1]),
         memory.cache,
         memory.source,
         method="decode_cached",
     )
-    logits = model.apply({"params": params}, hidden_Rx1xM[:, 0], method="logits")
-    return cast(jax.Array, logits), memory.replace(cache=cache, slots_R=memory.slots_R + 1)
 
 
 def take_rows(config: ModelConfig, memory: Memory, rows_R: jax.Array) -> Memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Generator, Sequence
@@ -14,21 +15,19 @@ import numpy as np
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.beam import Hypotheses
 from encdec.inference.decoding import Decoding, DecodingPlan, append, blank
-from encdec.inference.generator import (
-    PreparedInput,
-    TextGenerator,
-    bucket,
-    choosing_of,
-    read_prompt_format,
-    row_settings,
-)
-from encdec.inference.sampling import Choosing
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.drafting import Answering, Paces, texts_of
+from encdec.inference.drafts import Sources, look_up
+from encdec.inference.generator import TextGenerator, read_prompt_format
+from encdec.inference.rows import PreparedInput, bucket, choosing_of, row_settings
+from encdec.inference.sampling import Choosing, greedy_choice
+from encdec.inference.settings import AUTO, LOOKUP, OFF, GenerationSettings
+from encdec.inference.speculation import accept
 from encdec.inference.text import PromptFormat
 from encdec.model import ModelConfig
 from encdec.train.workdir import read_config
 
 append_compiled = jax.jit(append, static_argnames="plan", donate_argnames="decoding")
+accept_compiled = jax.jit(accept, static_argnames="plan", donate_argnames="decoding")
 
 
 class ExportedMemory(Protocol):
@@ -43,6 +42,12 @@ class ExportedMemory(Protocol):
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
 
+    def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:
+        """Feeds N tokens a row; logits [R, N, V] of what follows each. ``keep`` must come next."""
+
+    def keep(self, counts_R: np.ndarray) -> None:
+        """Of the tokens that ``verify`` fed, keeps each row's first ones."""
+
 
 class ExportedModel(Protocol):
     """A model that a runtime runs.
@@ -50,10 +55,15 @@ class ExportedModel(Protocol):
     Attributes:
         config: the model.
         rows_at_once: how many inputs it reads together; 0 is any number.
+        verifies: whether its memory has ``verify`` and ``keep``.
+        exact: whether these give the logits of as many steps of one token, up to float32's
+            rounding.
     """
 
     config: ModelConfig
     rows_at_once: int
+    verifies: bool
+    exact: bool
 
     def prefill(
         self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int
@@ -97,10 +107,25 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
 
 
 class ExportedRows:
-    """``RowDecoder`` of an exported model; tokens are chosen as everywhere else."""
+    """``RowDecoder`` of an exported model; tokens are chosen as everywhere else.
 
-    def __init__(self, model: ExportedModel):
+    Raises:
+        ConfigError: a draft model, or drafts for a graph that cannot verify them.
+    """
+
+    def __init__(self, model: ExportedModel, draft: str = AUTO):
         self._model, self.config, self.rows_at_once = model, model.config, model.rows_at_once
+        if draft not in (OFF, AUTO, LOOKUP):
+            raise ConfigError(
+                f"--draft={draft} is a draft model, which an export cannot use; expected {AUTO}, "
+                f"{OFF} or {LOOKUP}"
+            )
+        if draft == LOOKUP and not model.verifies:
+            raise ConfigError(
+                f"--draft={draft}, but this export's graph takes one token a step; leave --draft "
+                "out, or export with --format=onnx, a decoder-only model in float32"
+            )
+        self.paces = Paces(draft, model.verifies and model.exact)
 
     def run(
         self,
@@ -127,21 +152,18 @@ class ExportedRows:
             decoding = jax.tree.map(
                 np.array, decoding.replace(settings=decoding.settings.replace(keys_R=None))
             )
+        texts = texts_of(tokens_BxS, lengths_B, settings.samples, len(prompts.inputs_prefix))
+        work = _Work(plan, memory, greedy, texts)
+        advance, pace = work.plain, self.paces.of(len(decoding.counts_R))
+        if pace is not None:
+            advance = Answering(pace, work.plain, work.verify, texts).advance
         while True:
             stop_R = yield decoding
             if stop_R is not None:
                 decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
             if np.asarray(decoding.finished_R).all():
                 return
-            for _ in range(steps):
-                if greedy:
-                    decoding = append_greedy(decoding, *memory.greedy(np.asarray(decoding.last_R)))
-                else:
-                    decoding = append_compiled(
-                        plan, decoding, memory.step(np.asarray(decoding.last_R))
-                    )
-                if np.asarray(decoding.finished_R).all():
-                    break
+            decoding = advance(decoding, steps)
 
     def search(
         self,
@@ -156,6 +178,57 @@ class ExportedRows:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """Steps of one batch.
+
+    Attributes:
+        plan: the batch's.
+        memory: what the decoder remembers.
+        greedy: whether the likeliest token is all that is needed of a step.
+        texts: what drafts are looked up in.
+    """
+
+    plan: DecodingPlan
+    memory: ExportedMemory
+    greedy: bool
+    texts: Sources
+
+    def plain(self, decoding: Decoding, steps: int) -> Decoding:
+        for _ in range(steps):
+            last_R = np.asarray(decoding.last_R)
+            if self.greedy:
+                decoding = append_greedy(decoding, *self.memory.greedy(last_R))
+            else:
+                decoding = append_compiled(self.plan, decoding, self.memory.step(last_R))
+            if np.asarray(decoding.finished_R).all():
+                break
+        return decoding
+
+    def verify(self, decoding: Decoding, size: int, steps: int) -> tuple[Decoding, int, np.ndarray]:
+        """As ``Answering`` wants it."""
+        made_K, done = np.zeros(size, np.int64), 0
+        while done < steps and not np.asarray(decoding.finished_R).all():
+            tokens_RxN, counts_R, eos_R, last_R = map(
+                np.asarray,
+                (decoding.tokens_RxN, decoding.counts_R, decoding.settings.eos_R, decoding.last_R),
+            )
+            drafts_RxD = look_up(self.texts, tokens_RxN, counts_R, eos_R, size - 1, np)
+            fed_RxK = np.concatenate([last_R[:, None], np.maximum(drafts_RxD, 0)], axis=1)
+            counts_R, logits = counts_R.copy(), self.memory.verify(fed_RxK)
+            if self.greedy:
+                decoding = accept_greedy(
+                    decoding, drafts_RxD, logits, self.plan.choosing.vocabulary_size
+                )
+            else:
+                decoding = accept_compiled(self.plan, decoding, drafts_RxD, logits)
+            made_R = np.asarray(decoding.counts_R) - counts_R
+            self.memory.keep(made_R)
+            made_K += (made_R[:, None] > np.arange(size)).sum(axis=0)
+            done += 1
+        return decoding, done, made_K
+
+
 class ExportedGenerator(TextGenerator):
     """Texts in, texts out, by another runtime, without beam search.
 
@@ -164,6 +237,7 @@ class ExportedGenerator(TextGenerator):
         prompts: how texts become inputs.
         max_tokens: new tokens where the settings leave it open.
         batch_rows: rows decoded together at most.
+        draft: "auto", "lookup" or "off".
     """
 
     def __init__(
@@ -173,8 +247,9 @@ class ExportedGenerator(TextGenerator):
         *,
         max_tokens: int = 128,
         batch_rows: int = 16,
+        draft: str = AUTO,
     ):
-        rows = ExportedRows(model)
+        rows = ExportedRows(model, draft)
         super().__init__(rows, prompts, max_tokens=max_tokens, batch_rows=batch_rows)
 
 
@@ -197,12 +272,31 @@ def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndar
     )
 
 
+def accept_greedy(
+    decoding: Decoding, drafts_RxD: np.ndarray, logits_RxKxV: np.ndarray, size: int
+) -> Decoding:
+    """``speculation.accept`` of rows that take the likeliest token, on NumPy arrays."""
+    going_R = ~decoding.finished_R
+    for place in range(logits_RxKxV.shape[1]):
+        ended_R = decoding.finished_R
+        chosen_R, log_probs_R = greedy_choice(logits_RxKxV[:, place], size)
+        decoding = append_greedy(decoding.replace(finished_R=~going_R), chosen_R, log_probs_R)
+        decoding = decoding.replace(finished_R=np.where(going_R, decoding.finished_R, ended_R))
+        if place == drafts_RxD.shape[1]:
+            break
+        going_R = going_R & ~decoding.finished_R & (chosen_R == drafts_RxD[:, place])
+        if not going_R.any():
+            break
+    return decoding
+
+
 def load_exported_generator(
     directory: str | os.PathLike[str],
     *,
     max_input_tokens: int | None = None,
     batch_rows: int = 16,
     threads: int = 0,
+    draft: str = AUTO,
 ) -> ExportedGenerator:
     """The generator of a directory that ``encdec export`` wrote for onnxruntime or LiteRT."""
     directory = pathlib.Path(directory)
@@ -212,4 +306,5 @@ def load_exported_generator(
         prompts,
         max_tokens=max_tokens,
         batch_rows=batch_rows,
+        draft=draft,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from encdec.errors import ConfigError
 from encdec.inference.progress import Progress
-from encdec.inference.settings import GenerationSettings, check_numbers
+from encdec.inference.settings import GenerationSettings, add_draft_option, check_numbers
 from encdec.storage import local_path
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     settings = _settings(options)
     _check(options)
     # Imported late: a mistake in the command line is answered at once.
+    from encdec.inference.draft_model import load_draft
     from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
     from encdec.inference.files import ResumableOutput, read_inputs
     from encdec.inference.generator import Generator, read_prompt_format
@@ -77,7 +78,9 @@ def main(argv: list[str]) -> int:
                     "generate with the work directory"
                 )
         step, model = 0, load_exported_model(options.checkpoint)
-        generator: TextGenerator = ExportedGenerator(model, prompts, **generating)
+        generator: TextGenerator = ExportedGenerator(
+            model, prompts, **generating, draft=options.draft
+        )
     else:
         config, params, step = load_params_for_inference(options.checkpoint, options.step)
         import jax
@@ -91,6 +94,7 @@ def main(argv: list[str]) -> int:
             **generating,
             devices=jax.local_devices()[: options.devices],
             tensor=options.tensor,
+            draft=load_draft(options.draft, prompts.vocabulary),
         )
     output = None
     if options.out:
@@ -200,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="devices over which each copy of the model is split (default %(default)s)",
     )
+    add_draft_option(parser)
     parser.add_argument(
         "--logprobs", action="store_true", help="JSON lines with every token's log-probability"
     )

@@ -7,8 +7,10 @@ import os
 import jax
 
 from encdec.errors import ConfigError
+from encdec.inference.draft_model import load_draft
 from encdec.inference.exported import export_format, load_exported_generator
 from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
+from encdec.inference.settings import AUTO
 from encdec.train.checkpoints import load_params_for_inference
 
 
@@ -21,6 +23,7 @@ def load(
     devices: int = 1,
     tensor: int = 1,
     dtype: str | None = None,
+    draft: str = AUTO,
 ) -> TextGenerator:
     """The generator of a trained model, with nothing else given.
 
@@ -33,6 +36,7 @@ def load(
         devices: number of this process's devices that share the rows.
         tensor: number of devices over which each copy of the model is split.
         dtype: of the activations; None: the model's.
+        draft: see ``encdec.inference.draft_model.load_draft``.
 
     Raises:
         ConfigError: more devices than there are, or settings that exports do not have.
@@ -50,7 +54,7 @@ def load(
                     "directory"
                 )
         return load_exported_generator(
-            checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows
+            checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows, draft=draft
         )
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
     config, params, _ = load_params_for_inference(checkpoint, step)
@@ -65,4 +69,5 @@ def load(
         devices=jax.local_devices()[:devices],
         tensor=tensor,
         dtype=dtype,
+        draft=load_draft(draft, prompts.vocabulary, dtype),
     )

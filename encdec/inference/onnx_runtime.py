@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
 Values = dict[str, "onnxruntime.OrtValue"]
+# Places of tokens that were not kept until the cache is copied without them: every step reads all.
+MOST_WASTED = 64
 NEVER = np.iinfo(np.int64).max  # a position that is never reached: padding's
 
 
@@ -38,6 +40,11 @@ class OnnxModel:
         content = read_config(directory)
         self.config = model_config_of(content)
         self.vocabulary_size = content["data"]["vocabulary"]["size"]
+        # The quantised decoder of a decoder-only model has one scale for all activations of a
+        # product: a step of several tokens would give other logits than several steps. That of an
+        # encoder-decoder has scales for each, but a rounding before them may move a level.
+        self.exact = content.get("export", {}).get("precision", "float32") == "float32"
+        self.verifies = self.exact or self.config.is_encoder_decoder
         memory = NewMemory()
         self.decoder = _session(directory / DECODER_FILE, threads)
         self.encoder = (
@@ -128,6 +135,7 @@ class _Memory:
     ):
         self._model, self._source, self._cache = model, source, cache
         self._keys, self._slots = keys_RxC, slots_R
+        self._fed = 0  # tokens by the last ``verify``
 
     def repeat(self, times: int) -> None:
         """Repeats every row so many times, copies next to each other."""
@@ -156,6 +164,36 @@ class _Memory:
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
         return greedy_choice(self.step(tokens_R), self._model.vocabulary_size)
+
+    def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:
+        """Feeds N tokens a row; logits [R, N, V] of what follows each. ``keep`` must come next."""
+        rows, count = tokens_RxN.shape
+        positions_RxN = self._slots[:, None] + np.arange(count)
+        self._keys = np.concatenate([self._keys, positions_RxN], axis=1)
+        wanted_RxN = np.tile(np.arange(count), (rows, 1))
+        logits, self._cache = self._model.decode(
+            tokens_RxN, positions_RxN, self._keys, wanted_RxN, self._source, self._cache
+        )
+        self._fed = count
+        return logits
+
+    def keep(self, counts_R: np.ndarray) -> None:
+        """Of the tokens that ``verify`` fed, keeps each row's first ones."""
+        newest_RxN = self._keys[:, -self._fed :]
+        newest_RxN[np.arange(self._fed) >= counts_R[:, None]] = NEVER
+        self._slots = self._slots + counts_R
+        held_RxC = self._keys != NEVER
+        width = int(held_RxC.sum(axis=1).max())
+        if self._keys.shape[1] - width >= MOST_WASTED:
+            self._compact(np.argsort(~held_RxC, axis=1, kind="stable")[:, :width])
+
+    def _compact(self, places_RxC: np.ndarray) -> None:
+        """Keeps these places of every row's cache."""
+        self._keys = np.take_along_axis(self._keys, places_RxC, axis=1)
+        index = places_RxC[:, None, :, None]
+        self._cache = _held(
+            {name: np.take_along_axis(x.numpy(), index, axis=2) for name, x in self._cache.items()}
+        )
 
 
 def _held(arrays: dict[str, np.ndarray]) -> Values:

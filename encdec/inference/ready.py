@@ -7,7 +7,7 @@ import pathlib
 import jax
 
 from encdec.inference.huge_pages import arrays_onto_huge_pages
-from encdec.machine import available_cores
+from encdec.machine import available_cores, return_freed_memory
 from encdec.model import ModelConfig, Params, for_decoding, shard_for_cpu
 from encdec.model.coverage import unknown_fields
 
@@ -50,6 +50,7 @@ def ready_for_decoding(
         params = params | {"encoder": cast(params["encoder"], "bfloat16")}
     if sharded:
         arrays_onto_huge_pages(jax.block_until_ready(params))
+        return_freed_memory()  # what laying them out took besides
     return config, params
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.storage import local_path
 
 MOST_BIASES = 300  # as in OpenAI's API
+OFF, AUTO, LOOKUP = "off", "auto", "lookup"  # what drafts are made of, besides a directory's model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,3 +156,16 @@ def check_numbers(options: object, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < wanted:
             raise ConfigError(f"{name} is {value}; expected {wanted} or more")
+
+
+def add_draft_option(parser: argparse.ArgumentParser) -> None:
+    """The flag whose value ``encdec.inference.draft_model.load_draft`` reads."""
+    parser.add_argument(
+        "--draft",
+        type=lambda text: text if text in (OFF, AUTO, LOOKUP) else local_path(text),
+        default=AUTO,
+        metavar="auto|off|lookup|DIR",
+        help="draft tokens and verify several in one step, which changes no answer: from the "
+        "source and the answer so far (lookup), with a small model of the same vocabulary, never "
+        "(off), or by lookup where that pays and is exact (auto, the default)",
+    )

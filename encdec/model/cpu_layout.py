@@ -117,12 +117,14 @@ def _attend_block(
     parts: Sequence[KeyValues],
     mask_BxTxS: jax.Array,
     own: KeyValues | None = None,
+    own_mask_BxTxT: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of one block.
 
     ``parts`` are keys [B, K, D, S_i] and values [B, K, S_i, D], read one after the other under one
-    mask: their scores are concatenated, they are not. ``own`` holds the key and value [B, 1, K, D]
-    of a single query (T = 1) itself, which it reads in addition to the others.
+    mask: their scores are concatenated, they are not. ``own`` holds the keys and values
+    [B, T, K, D] of the queries themselves, which they read in addition to the others, each as its
+    mask says.
     """
     batch, length, heads, dim = q_BxTxHxD.shape
     kv_heads = parts[0][0].shape[1]
@@ -141,10 +143,13 @@ def _attend_block(
     scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     if own is not None:
-        own_score_BxKxNx1 = capped(
+        own_scores = capped(
             jnp.einsum("bknd,bukd->bknu", q_BxKxNxD, own[0], preferred_element_type=jnp.float32)
-        )
-        highest = jnp.maximum(highest, own_score_BxKxNx1[:, :, :, None])
+        ).reshape(batch, kv_heads, group, length, length)
+        if own_mask_BxTxT is not None:
+            hidden = jnp.finfo(jnp.float32).min
+            own_scores = jnp.where(own_mask_BxTxT[:, None, None], own_scores, hidden)
+        highest = jnp.maximum(highest, jnp.max(own_scores, axis=-1, keepdims=True))
     # Divide the D numbers of each output by the sum, rather than the S probabilities.
     weights = jnp.exp(scores - highest)
     sums_BxKxNx1 = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, group * length, 1)
@@ -155,9 +160,9 @@ def _attend_block(
         summed = jnp.einsum("bkns,bksd->bknd", part, v, preferred_element_type=jnp.float32)
         out, start = (out + summed if start else summed), start + v.shape[2]
     if own is not None:
-        own_weight_BxKxNx1 = jnp.exp(own_score_BxKxNx1 - highest[..., 0])
-        sums_BxKxNx1 += own_weight_BxKxNx1
-        out += own_weight_BxKxNx1 * own[1].swapaxes(1, 2).astype(jnp.float32)
+        own_weights = jnp.exp(own_scores - highest).reshape(batch, kv_heads, -1, length)
+        sums_BxKxNx1 += jnp.sum(own_weights, axis=-1, keepdims=True)
+        out += jnp.einsum("bknu,bukd->bknd", own_weights, own[1].astype(jnp.float32))
     out = (out / sums_BxKxNx1).astype(value_dtype)
     out = jnp.einsum(f"bkgtd->bt{pair}d", out.reshape(batch, kv_heads, group, length, dim))
     return out.reshape(batch, length, heads, dim)
@@ -340,7 +345,7 @@ class ShardedSelfAttention(ShardedAttention):
         """``Attention.__call__``, without its own keys and values made before."""
         q, k, v = self.projected(x_BxTxM)
         q, new = self._query(q, inputs.q_rope), (self._key(k, inputs.kv_rope), v)
-        if cache is not None and q.shape[1] == 1:
+        if cache is not None and (q.shape[1] == 1 or not inputs.causal):
             return self._step(q, new, cache, inputs, prefix)
         if cache is None:
             key_values = heads_first(new)
@@ -351,27 +356,33 @@ class ShardedSelfAttention(ShardedAttention):
 
     def _step(
         self,
-        q_Bx1xHxD: jax.Array,
+        q_BxTxHxD: jax.Array,
         new: KeyValues,
         cache: KeyValues,
         inputs: AttentionInputs,
         prefix: KeyValues | None,
     ) -> tuple[jax.Array, KeyValues]:
-        """One new token: it reads the cache as it was and itself, and is written afterwards.
+        """New tokens, in order, in slots one after the other: they read the cache as it was and
+        each other, and are written afterwards.
 
         XLA's CPU compiler writes in place only what is not read later; in the other order it
         copied every layer's cache at every step. Adding ``0 * out`` creates the data dependency
         that makes the write wait for the read.
         """
         assert inputs.slots_BxT is not None  # a cache comes with slots
-        k_Bx1xKxD, v_Bx1xKxD = (x.astype(old.dtype) for x, old in zip(new, cache))
+        slots_BxT, mask_BxTxS = inputs.slots_BxT, inputs.mask_BxTxS
+        own = k_BxTxKxD, v_BxTxKxD = tuple(x.astype(old.dtype) for x, old in zip(new, cache))
         parts = [cache] if prefix is None else [prefix, cache]
-        before = 0 if prefix is None else prefix[0].shape[-1]
-        places_S = jnp.arange(inputs.mask_BxTxS.shape[-1])
-        others_Bx1xS = inputs.mask_BxTxS & (places_S != before + inputs.slots_BxT[..., None])
-        out = _attend_block(self.config, q_Bx1xHxD, parts, others_Bx1xS, (k_Bx1xKxD, v_Bx1xKxD))
+        places_BxT = slots_BxT + (0 if prefix is None else prefix[0].shape[-1])
+        before_BxTxS = mask_BxTxS & (jnp.arange(mask_BxTxS.shape[-1]) < places_BxT[:, :1, None])
+        own_mask_BxTxT = None
+        if q_BxTxHxD.shape[1] > 1:
+            earlier_BxTxT = slots_BxT[:, None] <= slots_BxT[..., None]
+            inside_BxTxT = jnp.take_along_axis(mask_BxTxS, places_BxT[:, None], 2, mode="clip")
+            own_mask_BxTxT = earlier_BxTxT & inside_BxTxT
+        out = _attend_block(self.config, q_BxTxHxD, parts, before_BxTxS, own, own_mask_BxTxT)
         wait = 0 * out[:, :, :1, :1]
-        cache = self.written(cache, (k_Bx1xKxD + wait, v_Bx1xKxD + wait), inputs.slots_BxT)
+        cache = self.written(cache, (k_BxTxKxD + wait, v_BxTxKxD + wait), slots_BxT)
         return self.o(out), cache
 
 

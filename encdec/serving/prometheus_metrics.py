@@ -30,7 +30,7 @@ class Metrics:
         )
         self.input_tokens = make(Counter, "input_tokens", "Input tokens read.")
         self.output_tokens = make(Counter, "output_tokens", "Tokens generated.")
-        self.steps = make(Counter, "decode_steps", "One-token steps of the whole batch.")
+        self.steps = make(Counter, "decode_steps", "Decoding steps of the whole batch.")
         self.first_token = make(
             Histogram,
             "first_token_seconds",

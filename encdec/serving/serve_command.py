@@ -9,6 +9,7 @@ import pathlib
 import time
 
 from encdec.errors import ConfigError
+from encdec.inference.settings import AUTO, LOOKUP, OFF, add_draft_option
 from encdec.packages import install_hint
 from encdec.storage import local_path
 
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
         max_tokens=max_tokens,
         slots=options.slots,
         max_queue=options.max_queue,
+        draft=options.draft,
     )
     begin = time.perf_counter()
     if options.warm_up:
@@ -93,6 +95,11 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; expected {least} or more")
+    if options.draft not in (OFF, AUTO, LOOKUP):
+        raise ConfigError(
+            f"--draft={options.draft} is a draft model, which the server cannot use; expected "
+            f"{AUTO}, {OFF} or {LOOKUP}"
+        )
     if not options.timeout_seconds > 0:
         raise ConfigError(f"timeout_seconds is {options.timeout_seconds}; expected more than 0")
     if not options.grace_seconds >= 0:
@@ -190,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read text outside the vocabulary as its unknown token instead of refusing it",
     )
+    add_draft_option(parser)
     parser.add_argument(
         "--no_warm_up",
         dest="warm_up",

@@ -25,6 +25,7 @@ pytest.importorskip("onnx", reason="needs onnx: the extra onnx of setup.py")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: the extra onnx of setup.py")
 
 from encdec.export.quantise import eight_bits, in_blocks
+from encdec.inference import onnx_runtime
 from encdec.inference.exported import ExportedGenerator
 from encdec.inference.onnx_runtime import OnnxModel
 
@@ -70,16 +71,25 @@ def test_float32_graphs_compute_our_logits(name, content, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["paper", "windowed"])
-def test_answers_are_ours(name, content, tmp_path):
-    """Rows of unlike lengths, with the growing cache, and several samples of each."""
+def test_answers_are_ours(name, content, tmp_path, monkeypatch):
+    """Rows of unlike lengths, with the growing cache, and several samples of each; with drafts
+    too, whose rejected tokens leave the cache at once."""
+    monkeypatch.setattr(onnx_runtime, "MOST_WASTED", 2)
     model = export(name, content, tmp_path / "onnx")
     ours = Generator(*pair(name), PROMPTS, max_tokens=8)
-    theirs = ExportedGenerator(model, PROMPTS, max_tokens=8)
+    theirs = ExportedGenerator(model, PROMPTS, max_tokens=8, draft="off")
+    drafted = ExportedGenerator(model, PROMPTS, max_tokens=8, draft="lookup")
     sampled = GenerationSettings(temperature=0.7, top_k=20, samples=2, seed=3)
     for settings in (GenerationSettings(), sampled)[: 1 + (name == "paper")]:
         for a, b in zip(ours.generate(TEXTS, settings), theirs.generate(TEXTS, settings)):
             assert [one.tokens for one in a] == [one.tokens for one in b]
             np.testing.assert_allclose(a[0].log_probs, b[0].log_probs, atol=1e-4)
+        for a, b in zip(theirs.generate(TEXTS, settings), drafted.generate(TEXTS, settings)):
+            assert [one.tokens for one in a] == [one.tokens for one in b]
+            np.testing.assert_allclose(a[0].log_probs, b[0].log_probs, atol=1e-5)
+    assert any(pace.steps for pace in drafted.paces.all)
+    with pytest.raises(ConfigError, match="--draft=x is a draft model, which an export cannot use"):
+        ExportedGenerator(model, PROMPTS, draft="x")
     with pytest.raises(ConfigError, match="no beam search"):
         theirs.generate(TEXTS, GenerationSettings(beams=2))
     text = theirs.generate(["a hare"])[0][0].text

@@ -12,8 +12,9 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference.generator import Generator, PreparedInput, bucket
+from encdec.inference.generator import Generator
 from encdec.inference.loading import load
+from encdec.inference.rows import PreparedInput, bucket
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 from tests.inference.conftest import LEARNED

@@ -9,6 +9,7 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
+from encdec.inference.pace import SIZES
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 from encdec.serving.engine import Busy, Closing
@@ -123,6 +124,29 @@ def test_stop_strings_end_an_answer_and_free_its_slot(engine):
         tokens, _, text, finish, *_ = answers(ticket, news)[0]
         assert finish == "stop" and text == free.text[: free.text.find(stop)]
         assert tokens == free.tokens[: len(tokens)] and len(tokens) < len(free.tokens)
+
+
+@pytest.mark.parametrize("engine", ["encoder_decoder"], indirect=True)
+def test_drafts_change_no_answer_among_many(engine, monkeypatch):
+    """Every kind of request, thrice at once, each with drafts of its own; but for rounding."""
+    alone = [answers(*submit(engine, *case)) for case in CASES]
+    drafting = make_engine("encoder_decoder", draft="lookup")
+    monkeypatch.setattr(drafting._answering.pace, "size", lambda: SIZES[0])  # whatever it costs
+    drafting.start()
+    try:
+        order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(CASES)), 3))
+        running = [(case, *submit(drafting, *CASES[case], stream=case % 2 == 0)) for case in order]
+        for case, ticket, news in running:
+            together = answers(ticket, news)
+            for one, wanted in zip(together, alone[case], strict=True):
+                assert (one[0], one[2], one[3]) == (wanted[0], wanted[2], wanted[3])
+                np.testing.assert_allclose(one[1], wanted[1], atol=1e-5, rtol=1e-5)
+                assert [[i for i, _ in place] for place in one[4]] == [
+                    [i for i, _ in place] for place in wanted[4]
+                ]
+    finally:
+        drafting.stop()
+    assert drafting._answering.pace.accepted  # of the begun answers, if of no other
 
 
 def test_limits_of_the_queue_and_the_end():

@@ -1,0 +1,426 @@
+"""``encdec benchmark speculate``: what a step of several tokens costs, and what drafts give."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from encdec.benchmarks import edge_benchmark
+from encdec.benchmarks.generation import START_ID
+from encdec.benchmarks.inference_benchmark import numbers
+from encdec.benchmarks.transformers_runtime import TransformersModel, missing
+from encdec.errors import ConfigError
+from encdec.export.export_command import main as export_main
+from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
+from encdec.inference.drafting import Drafters, Paces
+from encdec.inference.exported import export_format, load_exported_model
+from encdec.inference.files import read_inputs
+from encdec.inference.generator import TextGenerator
+from encdec.inference.loading import load
+from encdec.inference.pace import LONGEST_DRAFT
+from encdec.inference.ready import ready_for_decoding
+from encdec.inference.sampling import Choosing, greedy_rows
+from encdec.inference.settings import LOOKUP, OFF, GenerationSettings
+from encdec.machine import available_cores
+from encdec.model import ModelConfig, Params, build_model, init_params, preset
+from encdec.storage import local_path
+
+SIZES = (1, 2, 4, 8, 16)
+STEPS = 12  # of one size, timed together
+TOKENS = 256  # made where every draft is wrong
+RUNTIMES = ("jax", "onnx-float32", "onnx-int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Seconds of one step by the number of tokens that it feeds each row."""
+
+    runtime: str
+    rows: int
+    seconds: dict[int, float]
+
+    def ratio(self, size: int) -> float:
+        """Against a step of one token."""
+        return self.seconds[size] / self.seconds[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRate:
+    """One runtime on one file, with and without drafts.
+
+    Attributes:
+        runtime: its name.
+        task: the file's name.
+        rows: inputs answered together.
+        tokens: of all answers.
+        plain_rate: tokens a second without drafts, first tokens included.
+        drafted_rate: with.
+        same_answers: share of the answers that are equal in every token.
+        tokens_a_step: of verifying steps, each row; 0 where there were none.
+        acceptance: share of the drafted tokens that were kept.
+    """
+
+    runtime: str
+    task: str
+    rows: int
+    tokens: int
+    plain_rate: float
+    drafted_rate: float
+    same_answers: float
+    tokens_a_step: float
+    acceptance: float
+
+
+def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Callable[[int], None]:
+    """What makes STEPS steps of a size after inputs that were read once."""
+    room = STEPS + max(SIZES)
+    tokens_BxS = _drawn(config, rows, inputs)
+    read = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room"))
+    lengths_B = np.full(rows, inputs, np.int32)
+    _, memory = read(config, params, tokens_BxS, lengths_B, start_id=START_ID, room=room)
+    begin_R = np.array(memory.slots_R)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def several(size: int, params: Params, memory: Memory) -> Memory:
+        def step(_: int, carry: tuple[Memory, jax.Array]) -> tuple[Memory, jax.Array]:
+            memory, fed_RxK = carry
+            logits_RxKxV, memory = verify_step(config, params, memory, fed_RxK)
+            chosen_RxK = jnp.argmax(logits_RxKxV, axis=-1).astype(jnp.int32)
+            return memory.replace(slots_R=memory.slots_R + 1), chosen_RxK
+
+        return jax.lax.fori_loop(0, STEPS, step, (memory, jnp.ones((rows, size), jnp.int32)))[0]
+
+    def run(size: int) -> None:
+        nonlocal memory
+        memory = several(size, params, memory.replace(slots_R=jnp.array(begin_R)))
+        jax.block_until_ready(memory)
+
+    return run
+
+
+def exported_steps(model: Any, inputs: int, rows: int) -> Callable[[int], None]:
+    """The same of an exported model; each step keeps one token."""
+    tokens_BxS = _drawn(model.config, rows, inputs).astype(np.int64)
+
+    def run(size: int) -> None:
+        fed_RxK, one_R = np.ones((rows, size), np.int64), np.ones(rows, np.int64)
+        for _ in range(STEPS):
+            memory.verify(fed_RxK)
+            memory.keep(one_R)
+
+    _, memory = model.prefill(tokens_BxS, np.full(rows, inputs), START_ID, STEPS)
+    return run
+
+
+def _drawn(config: ModelConfig, rows: int, inputs: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(2, config.vocab_size, (rows, inputs), np.int32)
+
+
+def measure_steps(
+    steps: Mapping[str, Callable[[int], None]], rows: int, repeats: int
+) -> list[StepCost]:
+    """Medians of runs by turns of every runtime and size, after one of each to compile."""
+    turns = [(name, size) for name in steps for size in SIZES]
+    for name, size in turns:
+        steps[name](size)
+    taken: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
+    for _ in range(repeats):
+        for name, size in turns:
+            begin = time.perf_counter()
+            steps[name](size)
+            taken[name, size].append((time.perf_counter() - begin) / STEPS)
+    return [
+        StepCost(name, rows, {size: statistics.median(taken[name, size]) for size in SIZES})
+        for name in steps
+    ]
+
+
+def wrong_drafts_cost(config: ModelConfig, params: Params, inputs: int, repeats: int) -> float:
+    """Seconds of one answer whose drafts are all wrong over those of plain decoding.
+
+    Its source is hidden from the drafts, and what they find in the answer is never right: TOKENS
+    tokens of one row, drawn from almost nothing, of which none comes twice.
+    """
+    plan = DecodingPlan(Choosing(config.vocab_size, ngrams=True), TOKENS, START_ID)
+    settings = greedy_rows(1, TOKENS).replace(no_repeat_ngram_R=jnp.ones(1, jnp.int32))
+    tokens_1xS = _drawn(config, 1, inputs)
+    lengths_1 = np.full(1, inputs, np.int32)
+
+    def seconds(drafters: Drafters) -> float:
+        decoding = start_compiled(config, plan, params, tokens_1xS, lengths_1, settings)
+        advance = drafters.begin(plan, tokens_1xS[:, :0], lengths_1 * 0, 1, 0)
+        begin = time.perf_counter()
+        while not bool(decoding.finished_R.all()):
+            decoding = advance(decoding, 32)
+        return time.perf_counter() - begin
+
+    both = Drafters(config, params, OFF), Drafters(config, params, LOOKUP)
+    for drafters in both:
+        seconds(drafters)
+    taken = [[seconds(drafters) for drafters in both] for _ in range(repeats)]
+    plain, drafted = map(statistics.median, zip(*taken))
+    return drafted / plain
+
+
+def measure_task(
+    runtime: str,
+    generators: tuple[TextGenerator, TextGenerator],
+    path: str,
+    limit: int,
+    max_tokens: int | None,
+) -> TaskRate:
+    """Answers a file's texts twice, by turns a window at a time, and once before to compile."""
+    texts = read_inputs(path)[:limit]
+    settings = GenerationSettings(max_tokens=max_tokens)
+    rows = generators[0].batch_rows
+    seconds, tokens, same, count = [0.0, 0.0], [0, 0], 0, 0
+    for one in generators:
+        one.generate(texts, settings, truncate=True)
+    before = _counts(generators[1].paces)
+    for begin in range(0, len(texts), 4 * rows):
+        made = []
+        for which, one in enumerate(generators):
+            clock = time.perf_counter()
+            answers = one.generate(texts[begin : begin + 4 * rows], settings, truncate=True)
+            seconds[which] += time.perf_counter() - clock
+            made.append([answer.tokens for (answer,) in answers])
+            tokens[which] += sum(map(len, made[-1]))
+        same += sum(a == b for a, b in zip(*made))
+        count += len(made[0])
+    steps, drafted, accepted = _counts(generators[1].paces) - before
+    return TaskRate(
+        runtime,
+        pathlib.Path(path).name.split(".")[0],
+        rows,
+        tokens[0],
+        tokens[0] / seconds[0],
+        tokens[1] / seconds[1],
+        same / count,
+        1 + accepted / steps if steps else 0.0,
+        accepted / drafted if drafted else 0.0,
+    )
+
+
+def measure_transformers(
+    generator: TextGenerator, directory: pathlib.Path, path: str, limit: int, max_tokens: int | None
+) -> TaskRate:
+    """The same of transformers with and without its own prompt lookup, one row at a time.
+
+    Args:
+        generator: of the model that was exported.
+        directory: ``encdec export --format=hf`` of it.
+        path, limit, max_tokens: as for ``measure_task``.
+    """
+    import torch
+
+    torch.set_num_threads(available_cores())
+    model, prompts = TransformersModel(directory, "float32"), generator.prompts
+    sources = [prompts.encode(text, truncate=True)[0] for text in read_inputs(path)[:limit]]
+    count, eos = max_tokens or generator.max_tokens, prompts.vocabulary.eos_id
+    seconds, tokens, same = [0.0, 0.0], [0, 0], 0
+    for ids in [sources[0], *sources]:
+        if ids is sources[0]:  # the first time is preparation
+            seconds, tokens, same = [0.0, 0.0], [0, 0], 0
+        made = []
+        for which, more in enumerate(({}, {"prompt_lookup_num_tokens": LONGEST_DRAFT})):
+            clock = time.perf_counter()
+            made.append(model.answer(ids, count, eos, prompts.decoder_start_id, **more))
+            seconds[which] += time.perf_counter() - clock
+            tokens[which] += len(made[-1])
+        same += made[0] == made[1]
+    task = pathlib.Path(path).name.split(".")[0]
+    plain, drafted = (n / taken for n, taken in zip(tokens, seconds))
+    share = same / len(sources)
+    return TaskRate("transformers", task, 1, tokens[0], plain, drafted, share, 0.0, 0.0)
+
+
+def _counts(paces: Paces) -> np.ndarray:
+    return np.sum([(0, 0, 0), *((p.steps, p.drafted, p.accepted) for p in paces.all)], axis=0)
+
+
+def main(argv: list[str]) -> int:
+    """Measures, prints tables, and writes JSON.
+
+    Raises:
+        ConfigError: nothing to measure, or a runtime that is not known.
+        CheckpointError, DataError: no model or no texts there.
+    """
+    options = _parser().parse_args(argv)
+    if options.transformers and (why := missing("float32")):
+        raise ConfigError(f"--transformers is given, but {why}")
+    if not options.model and not options.checkpoint:
+        raise ConfigError(
+            "nothing to measure; give --model=PRESET, or --checkpoint=DIR --jsonl=FILE"
+        )
+    if bool(options.checkpoint) != bool(options.jsonl):
+        raise ConfigError("--checkpoint=DIR and --jsonl=FILE go together; give both or none")
+    console = Console(width=None if Console().is_terminal else 160)
+    report: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+    if options.model:
+        costs, wrong = _costs(options)
+        console.print(_cost_table(costs, options.model))
+        console.print(f"drafts that are always wrong: {wrong:.2f} of plain decoding's time")
+        report |= {"costs": [dataclasses.asdict(cost) for cost in costs], "always_wrong": wrong}
+    rates = [rate for path in options.jsonl for rate in _rates(options, path)]
+    if rates:
+        console.print(_rate_table(rates))
+        report["tasks"] = [dataclasses.asdict(rate) for rate in rates]
+    if options.out:
+        out = pathlib.Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "speculate.json").write_text(json.dumps(report, indent=2) + "\n")
+        console.print(str(out / "speculate.json"), highlight=False)
+    return 0
+
+
+def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
+    model = preset(options.model)
+    drawn = jax.jit(init_params, static_argnums=0)(build_model(model), jax.random.key(0))
+    config, params = ready_for_decoding(model, drawn)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        exported = {
+            name: load_exported_model(
+                edge_benchmark.artefact(name, model, drawn, pathlib.Path(folder))
+            )
+            for name in options.runtimes
+            if name != "jax"
+        }
+        del drawn
+        for rows in options.rows:
+            steps = {name: exported_steps(x, options.inputs, rows) for name, x in exported.items()}
+            if "jax" in options.runtimes:
+                steps = {"jax": jax_steps(config, params, options.inputs, rows)} | steps
+            found += measure_steps(steps, rows, options.repeats)
+    return found, wrong_drafts_cost(config, params, options.inputs, options.repeats)
+
+
+def _rates(options: argparse.Namespace, path: str) -> list[TaskRate]:
+    found = []
+    for directory in options.checkpoint:
+        kind = export_format(directory)
+        for rows in options.rows:
+            generators = tuple(load(directory, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
+            name = f"{kind or 'jax'} {pathlib.Path(directory).name}"
+            asked = path, options.limit, options.max_tokens
+            found.append(measure_task(name, generators, *asked))
+        if options.transformers and not kind:
+            with tempfile.TemporaryDirectory() as folder:
+                out = pathlib.Path(folder) / "hf"
+                export_main([f"--checkpoint={directory}", "--format=hf", f"--out={out}"])
+                found.append(measure_transformers(generators[0], out, *asked))
+    return found
+
+
+def _cost_table(costs: Sequence[StepCost], model: str) -> Table:
+    table = Table(title=f"a step of k tokens, {model}: ms, and times a step of one")
+    for column in ("runtime", "rows", *(f"k = {size}" for size in SIZES)):
+        table.add_column(column, justify="left" if column == "runtime" else "right")
+    for cost in costs:
+        cells = [f"{cost.seconds[k] * 1e3:.2f} ({cost.ratio(k):.2f})" for k in SIZES]
+        table.add_row(cost.runtime, str(cost.rows), *cells)
+    return table
+
+
+def _rate_table(rates: Sequence[TaskRate]) -> Table:
+    table = Table(title="answers to a file, plain and with drafts by look-up")
+    for column in (
+        "model",
+        "task",
+        "rows",
+        "tokens",
+        "plain tokens/s",
+        "drafted tokens/s",
+        "times",
+        "tokens a verifying step",
+        "accepted",
+        "equal answers",
+    ):
+        table.add_column(column, justify="left" if column in ("model", "task") else "right")
+    for rate in rates:
+        table.add_row(
+            rate.runtime,
+            rate.task,
+            str(rate.rows),
+            f"{rate.tokens:,}",
+            f"{rate.plain_rate:,.0f}",
+            f"{rate.drafted_rate:,.0f}",
+            f"{rate.drafted_rate / rate.plain_rate:.2f}",
+            f"{rate.tokens_a_step:.2f}",
+            f"{rate.acceptance:.0%}",
+            f"{rate.same_answers:.1%}",
+        )
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encdec benchmark speculate",
+        allow_abbrev=False,
+        description="The cost of a step that verifies several tokens, of a model whose parameters "
+        "are drawn; and the rate of a trained model's answers with drafts and without, by turns.",
+        epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "
+        "--jsonl=dev.jsonl",
+    )
+    parser.add_argument("--model", default="", help="preset whose steps are timed")
+    parser.add_argument(
+        "--runtimes",
+        type=_runtimes,
+        default=("jax",),
+        metavar="A,B",
+        help=f"of --model: some of {','.join(RUNTIMES)} (jax)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=local_path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a trained model or an ONNX export that answers --jsonl; may be given several times",
+    )
+    parser.add_argument(
+        "--jsonl",
+        type=local_path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="texts, in the field 'source'; may be given several times",
+    )
+    for name, default, text in (
+        ("inputs", 512, "tokens read before the steps of --model"),
+        ("repeats", 3, "timed runs of each step"),
+        ("limit", 64, "texts of each file"),
+        ("max_tokens", None, "of an answer (default: as in training)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    parser.add_argument(
+        "--transformers",
+        action="store_true",
+        help="answer by transformers, too, plain and with its prompt lookup, from an export of "
+        "each checkpoint (extra hf)",
+    )
+    parser.add_argument("--rows", type=numbers, default=(1,), metavar="N,N", help="at once (1)")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="write speculate.json there")
+    return parser
+
+
+def _runtimes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in RUNTIMES:
+            raise ConfigError(f"--runtimes has {name!r}; expected some of {', '.join(RUNTIMES)}")
+    return names

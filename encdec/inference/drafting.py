@@ -1,0 +1,246 @@
+"""Whether to draft, from what, and how much: the host's side of speculative decoding.
+
+``auto`` drafts by look-up where that was measured to pay and is exact up to float32's rounding: on
+one CPU device, in float32, with few rows. It begins with plain steps, and drafts when hindsight
+says that the tokens they gave could have been copied. Elsewhere nothing is drafted: in bfloat16 the
+two likeliest tokens are often equal or one rounding apart, and a product of several rows may round
+otherwise than that of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled
+from encdec.inference.drafts import Sources, hindsight
+from encdec.inference.pace import LONGEST_DRAFT, PLAIN, SIZES, Pace
+from encdec.inference.settings import AUTO, OFF
+from encdec.inference.speculation import Drafting, begin_drafting_compiled, speculate_compiled
+from encdec.model import ModelConfig, Params
+
+MOST_ROWS = 4  # at which ``auto`` drafts
+FIRST_LOOK = 12  # plain steps before the first hindsight
+MOST_LOOKS_SKIPPED = 8  # while hindsight says no
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DraftModel:
+    """A small model of the same vocabulary that drafts for a larger one.
+
+    Attributes:
+        config: the model, ready for decoding.
+        params: its parameters.
+        start_id: its decoder's first input.
+    """
+
+    config: ModelConfig
+    params: Params
+    start_id: int
+
+
+# "off", "auto", "lookup" or a model.
+Draft = str | DraftModel
+
+
+@dataclasses.dataclass
+class Answering:
+    """Makes the tokens of one batch, by plain and by verifying steps.
+
+    Attributes:
+        pace: chooses between them; None: plain steps alone.
+        plain: so many plain steps.
+        verify: so many verifying steps of a size; with the answers, how many there were and, by
+            j, from how many rows and steps more than j tokens came.
+        texts: what drafts are looked up in, NumPy's; None where a draft model makes them.
+    """
+
+    pace: Pace | None
+    plain: Callable[[Decoding, int], Decoding]
+    verify: Callable[[Decoding, int, int], tuple[Decoding, int, np.ndarray]]
+    texts: Sources | None
+
+    def __post_init__(self) -> None:
+        self.steps = 0  # that were made, of either kind
+        self._skip = self._skipped = 0
+
+    def advance(self, decoding: Decoding, steps: int) -> Decoding:
+        """About ``steps`` more tokens a row."""
+        if self.pace is None:
+            self.steps += steps
+            return self.plain(decoding, steps)
+        size = self.pace.size()
+        if size == PLAIN and self._probes(self.pace):
+            size = SIZES[0]
+        if size == PLAIN:
+            return self._plain_steps(self.pace, decoding, steps)
+        begin = time.perf_counter()
+        wanted = math.ceil(steps / self.pace.tokens(size))
+        decoding, done, made_K = self.verify(decoding, size, wanted)
+        self.steps += done
+        if done:
+            self.pace.note_seconds(size, (time.perf_counter() - begin) / done)
+        self.pace.note_made(made_K)
+        return decoding
+
+    def _probes(self, pace: Pace) -> bool:
+        """Whether to try a draft model again that did not pay: there is no hindsight of it."""
+        if self.texts is not None or pace.shares is None or not pace.knows(PLAIN):
+            return False
+        self._skipped += 1
+        if self._skipped <= self._skip:
+            return False
+        self._skipped, self._skip = 0, min(2 * self._skip + 1, MOST_LOOKS_SKIPPED)
+        return True
+
+    def _plain_steps(self, pace: Pace, decoding: Decoding, steps: int) -> Decoding:
+        if pace.shares is None:
+            steps = min(steps, FIRST_LOOK)
+        counts_R = np.array(decoding.counts_R)
+        begin = time.perf_counter()
+        decoding = self.plain(decoding, steps)
+        later_R = np.asarray(decoding.counts_R)
+        done = int((later_R - counts_R).max())
+        self.steps += done
+        if done:
+            pace.note_seconds(PLAIN, (time.perf_counter() - begin) / done)
+        if self.texts is not None:
+            self._look_back(pace, self.texts, decoding, later_R)
+        return decoding
+
+    def _look_back(
+        self, pace: Pace, texts: Sources, decoding: Decoding, counts_R: np.ndarray
+    ) -> None:
+        """Tells the pace what drafts would have given; less often while that is little."""
+        if self._skipped < self._skip:
+            self._skipped += 1
+            return
+        tokens_RxN, eos_R = map(np.asarray, (decoding.tokens_RxN, decoding.settings.eos_R))
+        shares = hindsight(texts, tokens_RxN, counts_R, eos_R, LONGEST_DRAFT)
+        if shares is None:
+            return
+        pace.note_shares(shares)
+        worth = pace.size() != PLAIN
+        self._skipped, self._skip = 0, 0 if worth else min(2 * self._skip + 1, MOST_LOOKS_SKIPPED)
+
+
+class Drafters:
+    """Drafts for the batches of one model.
+
+    Args:
+        config: the model, ready for decoding.
+        params: its parameters.
+        draft: what drafts are made of.
+        rows_sharding: of arrays of rows; None on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        draft: Draft,
+        rows_sharding: jax.sharding.Sharding | None = None,
+    ):
+        self._config, self._params, self._draft = config, params, draft
+        self._sharding = rows_sharding
+        self.paces = Paces(draft, rows_sharding is None and drafting_pays(config))
+
+    def begin(
+        self,
+        plan: DecodingPlan,
+        tokens_BxS: np.ndarray,
+        lengths_B: np.ndarray,
+        times: int,
+        prefix: int,
+    ) -> Callable[[Decoding, int], Decoding]:
+        """What makes about so many more tokens of the answers to a batch of inputs.
+
+        Args:
+            plan: the batch's.
+            tokens_BxS: inputs.
+            lengths_B: tokens of each.
+            times: answers to each.
+            prefix: tokens with which every input begins, which are no text.
+        """
+        pace = self.paces.of(len(tokens_BxS) * times)
+
+        def plain(decoding: Decoding, steps: int) -> Decoding:
+            return advance_compiled(self._config, plan, self._params, decoding, steps)
+
+        if pace is None:
+            return plain
+        texts = None
+        if isinstance(self._draft, DraftModel):
+            config, params = self._draft.config, self._draft.params
+            drafting = begin_drafting_compiled(
+                config,
+                params,
+                *self._placed((tokens_BxS, lengths_B)),
+                start_id=self._draft.start_id,
+                room=plan.room,
+                times=times,
+            )
+        else:
+            config = params = None
+            texts = texts_of(tokens_BxS, lengths_B, times, prefix)
+            drafting = Drafting(self._placed(texts))
+
+        def verify(decoding: Decoding, size: int, steps: int) -> tuple[Decoding, int, np.ndarray]:
+            nonlocal drafting
+            decoding, drafting, tally = speculate_compiled(
+                self._config, plan, size, config, self._params, params, decoding, drafting, steps
+            )
+            return decoding, int(tally.steps), np.asarray(tally.made_K)
+
+        return Answering(pace, plain, verify, texts).advance
+
+    def _placed(self, arrays: Any) -> Any:
+        """Row arrays where the rows are computed, to be given over to a program."""
+        if self._sharding:
+            return jax.device_put(arrays, self._sharding)
+        return jax.tree.map(jnp.array, arrays)
+
+
+class Paces:
+    """What was learned of drafting for batches of each number of rows.
+
+    Args:
+        draft: what drafts are made of.
+        pays: whether ``auto`` drafts at all.
+    """
+
+    def __init__(self, draft: Draft, pays: bool):
+        self._draft, self._pays = draft, pays
+        self._paces: dict[int, Pace] = {}
+
+    @property
+    def all(self) -> list[Pace]:
+        """Of every number of rows that was drafted for."""
+        return list(self._paces.values())
+
+    def of(self, rows: int) -> Pace | None:
+        """The pace of batches of so many rows; None where nothing is drafted for them."""
+        auto = self._draft == AUTO
+        if self._draft == OFF or (auto and not (self._pays and rows <= MOST_ROWS)):
+            return None
+        return self._paces.setdefault(rows, Pace(rows, eager=not auto))
+
+
+def drafting_pays(config: ModelConfig) -> bool:
+    """Whether it was measured to, and is exact, where and as this model runs."""
+    return jax.default_backend() == "cpu" and config.dtype == "float32"
+
+
+def texts_of(tokens_BxS: np.ndarray, lengths_B: np.ndarray, times: int, prefix: int) -> Sources:
+    """What is copied from to answer each input ``times`` times; the prefix is no text."""
+    return Sources(
+        np.repeat(tokens_BxS[:, prefix:], times, axis=0).astype(np.int32),
+        np.repeat(np.maximum(lengths_B - prefix, 0), times).astype(np.int32),
+    )

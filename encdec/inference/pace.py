@@ -1,0 +1,85 @@
+"""How many tokens a step verifies: learned from what was right and from how long steps took."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PLAIN = 1
+SIZES = (4, 8)  # of verifying steps; each is a compiled program
+LONGEST_DRAFT = SIZES[-1] - 1
+# A step of k tokens is taken to cost this much more for each of the others until one was timed:
+# of 330M parameters on two CPU cores.
+GUESSED_COST = 0.06
+GAIN = 1.05  # that drafting must promise
+NEWEST = 0.5  # weight of what the last steps say of drafts
+SLOWER = 0.2  # and of how long they took, where that was longer
+
+
+class Pace:
+    """Chooses between plain steps and verifying steps of each size, by tokens a second.
+
+    Args:
+        rows: of the batch; each pays for its drafted tokens.
+        eager: draft before anything is known.
+    """
+
+    def __init__(self, rows: int, eager: bool):
+        self._rows, self._eager = rows, eager
+        self._seconds: dict[int, float] = {}
+        self._seen: set[int] = set()
+        self.shares: np.ndarray | None = None  # how often the first j of a draft are right
+        # Of all verifying steps, each row counted: how many, tokens drafted, tokens kept of them.
+        self.steps = self.drafted = self.accepted = 0
+
+    def tokens(self, size: int) -> float:
+        """Expected of a step, each row."""
+        return 1.0 if self.shares is None else float(self.shares[:size].sum())
+
+    def size(self) -> int:
+        """Tokens that the next steps should feed."""
+        if self.shares is None:
+            return SIZES[0] if self._eager else PLAIN
+        timed = [size for size in SIZES if size in self._seconds]
+        if timed and PLAIN not in self._seconds:
+            return PLAIN  # it must be timed once, or nothing tells whether drafting pays
+        rates = {size: self.tokens(size) / self._cost(size) for size in (PLAIN, *SIZES)}
+        best = max(SIZES, key=rates.__getitem__)
+        return best if rates[best] > GAIN * rates[PLAIN] else PLAIN
+
+    def knows(self, size: int) -> bool:
+        """Whether steps of this size were timed."""
+        return size in self._seconds
+
+    def _cost(self, size: int) -> float:
+        """Of a step, in those of a plain one."""
+        if size in self._seconds and PLAIN in self._seconds:
+            return self._seconds[size] / self._seconds[PLAIN]
+        return 1 + GUESSED_COST * (size - 1) * self._rows
+
+    def note_seconds(self, size: int, seconds: float) -> None:
+        """How long a step took, on average of some; the first time is compiling's.
+
+        What else runs on a machine makes steps slower, never faster: a shorter time counts as it
+        is, a longer one in part.
+        """
+        if size not in self._seen:
+            self._seen.add(size)
+            return
+        before = self._seconds.get(size, seconds)
+        self._seconds[size] = seconds if seconds < before else before + SLOWER * (seconds - before)
+
+    def note_made(self, made_K: np.ndarray) -> None:
+        """How many rows and steps gave more than j tokens, by j."""
+        if not made_K[0]:
+            return
+        self.steps += int(made_K[0])
+        self.drafted += int(made_K[0]) * (len(made_K) - 1)
+        self.accepted += int(made_K[1:].sum())
+        shares = list(made_K / made_K[0])
+        while len(shares) <= LONGEST_DRAFT:  # each as often as the last after the one before
+            shares.append(shares[-1] * shares[-1] / max(shares[-2], 1e-9))
+        self.note_shares(np.array(shares))
+
+    def note_shares(self, shares: np.ndarray) -> None:
+        before = shares if self.shares is None else self.shares
+        self.shares = before + NEWEST * (shares - before)

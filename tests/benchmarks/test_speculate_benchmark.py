@@ -1,0 +1,42 @@
+"""``encdec benchmark speculate``: what is measured, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from encdec.benchmarks.speculate_benchmark import SIZES, StepCost, main
+from encdec.errors import ConfigError
+from tests.inference.conftest import LEARNED, encoder_decoder_run  # noqa: F401
+
+
+def test_ratios_are_against_a_step_of_one_token():
+    cost = StepCost("jax", 1, {1: 0.5, 4: 0.75})
+    assert cost.ratio(1) == 1 and cost.ratio(4) == 1.5
+
+
+@pytest.mark.slow
+def test_steps_and_tasks_are_measured(encoder_decoder_run, tmp_path, capsys):
+    texts = tmp_path / "dev.jsonl"
+    texts.write_text("".join(json.dumps({"source": source}) + "\n" for source, _ in LEARNED))
+    arguments = ["--model=test", "--inputs=4", "--repeats=1", f"--checkpoint={encoder_decoder_run}"]
+    assert main([*arguments, f"--jsonl={texts}", f"--out={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert "k = 16" in shown and "always wrong" in shown
+    report = json.loads((tmp_path / "speculate.json").read_text())
+    (cost,), (rate,) = report["costs"], report["tasks"]
+    assert list(map(int, cost["seconds"])) == list(SIZES) and min(cost["seconds"].values()) > 0
+    assert report["always_wrong"] > 0
+    assert rate["task"] == "dev" and rate["same_answers"] == 1 and rate["tokens"] > 0
+    assert 1 <= rate["tokens_a_step"] <= 8 and 0 <= rate["acceptance"] <= 1
+
+
+def test_what_cannot_be_measured_is_refused():
+    for arguments, message in (
+        ([], "nothing to measure"),
+        (["--checkpoint=x"], "go together"),
+        (["--model=test", "--runtimes=jax,tf"], "--runtimes has 'tf'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main(arguments)

@@ -1,0 +1,170 @@
+"""Drafts through the generator: the same answers, and only where they pay."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import ConfigError
+from encdec.inference.draft_model import load_draft
+from encdec.inference.drafting import Answering, DraftModel, Paces
+from encdec.inference.drafts import Sources, look_up
+from encdec.inference.generator import Generator
+from encdec.inference.loading import load
+from encdec.inference.pace import LONGEST_DRAFT, PLAIN, SIZES, Pace
+from encdec.inference.ready import ready_for_decoding
+from encdec.inference.settings import GenerationSettings
+from tests.inference.test_generator import PROMPTS, TEXTS, printing_model, same
+
+SETTINGS = (GenerationSettings(), GenerationSettings(temperature=0.8, samples=2, seed=3))
+
+
+def make(name="encoder_decoder", draft="lookup", **more):
+    return Generator(
+        *printing_model(name), PROMPTS, max_tokens=24, batch_rows=4, draft=draft, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return make(draft="off")
+
+
+@pytest.fixture(scope="module")
+def lookup():
+    return make()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_looked_up_drafts_change_no_answer(plain, lookup, settings):
+    same(lookup.generate(TEXTS, settings), plain.generate(TEXTS, settings))
+    assert lookup.paces.of(4).steps  # some were verified
+
+
+def test_stop_strings_and_streams_end_in_the_middle_of_a_draft(plain, lookup):
+    """An answer is long enough to have such a string, and it is where plain decoding has it."""
+    whole = plain.generate(TEXTS[:1])[0][0]
+    stop = GenerationSettings(stop=[whole.text[6:8]])
+    same(lookup.generate(TEXTS, stop), plain.generate(TEXTS, stop))
+    assert lookup.generate(TEXTS[:1], stop)[0][0].finish == "stop"
+    for settings in (GenerationSettings(), stop):
+        text = plain.generate(TEXTS[:1], settings)[0][0].text
+        assert "".join(lookup.stream(TEXTS[0], settings)) == text
+
+
+def test_a_draft_model_and_a_mesh_change_no_answer(plain):
+    config, params = ready_for_decoding(*printing_model("decoder_only"))
+    drafted = make(draft=DraftModel(config, params, 2), devices=jax.devices()[:4], tensor=2)
+    same(drafted.generate(TEXTS), plain.generate(TEXTS))
+
+
+class Scripted:
+    """Steps that take the seconds given, by size, of a model that says what it is told to."""
+
+    def __init__(self, answer, source, seconds, monkeypatch):
+        self.answer, self.seconds, self.now = np.array(answer), seconds, 0.0
+        self.source, self.sizes = source, []
+        monkeypatch.setattr("encdec.inference.drafting.time.perf_counter", lambda: self.now)
+
+    def answers(self, pace):
+        texts = Sources(np.array([self.source], np.int32), np.array([len(self.source)], np.int32))
+        advance = Answering(pace, self.plain, self.verify, texts).advance
+        state = _State(self.answer[None] * 0, np.array([0]))
+        state = self._with(state, 1)
+        while state.counts_R[0] < len(self.answer):
+            state = advance(state, 16)
+        return self.sizes
+
+    def _with(self, state, count):
+        count = min(int(state.counts_R[0]) + count, len(self.answer))
+        tokens = np.where(np.arange(len(self.answer)) < count, self.answer, 0)
+        return _State(tokens[None], np.array([count]))
+
+    def plain(self, state, steps):
+        self.sizes.append(PLAIN)
+        left = len(self.answer) - int(state.counts_R[0])
+        self.now += min(steps, left) * self.seconds[PLAIN]
+        return self._with(state, steps)
+
+    def verify(self, state, size, steps):
+        self.sizes.append(size)
+        made, done = np.zeros(size, int), 0
+        texts = Sources(np.array([self.source], np.int32), np.array([len(self.source)], np.int32))
+        while done < steps and state.counts_R[0] < len(self.answer):
+            eos = np.array([1])
+            drafts = look_up(texts, state.tokens_RxN, state.counts_R, eos, size - 1, np)[0]
+            count = int(state.counts_R[0])
+            real = self.answer[count : count + size - 1]
+            right = np.logical_and.accumulate(drafts[: len(real)] == real).sum()
+            made += np.arange(size) < right + 1
+            state, done = self._with(state, int(right) + 1), done + 1
+            self.now += self.seconds[size]
+        return state, done, made
+
+
+@dataclasses.dataclass
+class _State:
+    tokens_RxN: np.ndarray
+    counts_R: np.ndarray
+    settings: object = dataclasses.field(
+        default_factory=lambda: type("Settings", (), {"eos_R": np.array([1])})
+    )
+
+
+CHEAP = {PLAIN: 1.0} | {size: 1.2 for size in SIZES}
+DEAR = {PLAIN: 1.0} | {size: 1.0 * size for size in SIZES}
+TEXT = np.random.default_rng(0).integers(3, 9000, 300).tolist()
+OTHER = np.random.default_rng(1).integers(3, 9000, 300).tolist()
+
+
+@pytest.mark.parametrize(
+    "answer, seconds, eager, mostly",
+    [
+        (TEXT, CHEAP, False, SIZES[-1]),  # hindsight sees that the answer is the source
+        (TEXT, CHEAP, True, SIZES[-1]),
+        (OTHER, CHEAP, False, PLAIN),
+        (OTHER, CHEAP, True, PLAIN),
+    ],
+)
+def test_drafts_are_as_long_as_they_are_right(answer, seconds, eager, mostly, monkeypatch):
+    sizes = Scripted(answer, TEXT, seconds, monkeypatch).answers(Pace(1, eager))
+    assert sizes[0] == (SIZES[0] if eager else PLAIN)
+    assert max(set(sizes[4:]), key=sizes[4:].count) == mostly
+    if mostly == PLAIN:
+        assert len(sizes) - sizes.count(PLAIN) <= eager
+
+
+def test_steps_that_cost_what_they_give_are_not_taken(monkeypatch):
+    """Whatever was guessed of their cost: it is measured."""
+    pace = Pace(1, True)
+    for _ in range(2):  # of the first times, each program's is its compiling
+        sizes = Scripted(TEXT, TEXT, DEAR, monkeypatch).answers(pace)
+    assert set(sizes[-3:]) == {PLAIN}
+
+
+def test_shares_of_longer_drafts_follow_from_those_of_shorter_ones():
+    pace = Pace(1, True)
+    pace.note_made(np.array([8, 4, 2, 1]))
+    np.testing.assert_allclose(pace.shares, 0.5 ** np.arange(LONGEST_DRAFT + 1))
+    assert pace.tokens(2) == 1.5
+
+
+def test_auto_drafts_for_few_rows_where_it_pays():
+    assert Paces("auto", True).of(1) and Paces("auto", True).of(1).size() == PLAIN
+    assert Paces("auto", True).of(16) is None and Paces("auto", False).of(1) is None
+    assert Paces("off", True).of(1) is None and Paces("lookup", False).of(64).size() > PLAIN
+
+
+def test_a_draft_models_directory(encoder_decoder_run, decoder_only_run):
+    """A trained model drafts for another one; one of another vocabulary is refused."""
+    wanted = load(encoder_decoder_run, draft="off")
+    drafted = load(encoder_decoder_run, draft=str(decoder_only_run))
+    texts = ["one fish", "a hare"]
+    same(drafted.generate(texts), wanted.generate(texts))
+    assert drafted.paces.of(2).steps
+    with pytest.raises(ConfigError, match="has another vocabulary than the model .259 ids against"):
+        load_draft(str(decoder_only_run), ByteVocabulary(extra_ids=7))
