@@ -68,6 +68,7 @@ EXTRAS = {
     # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
     "litert": ["ai-edge-litert>=2.1,<3", "flatbuffers>=24.3,<26"],
+    "trackers": ["wandb>=0.18,<1", "mlflow-skinny>=2.15,<4"],
     "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
     # Syntax trees of code, for `encdec evaluate`.
     "code": [

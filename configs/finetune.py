@@ -1,11 +1,15 @@
-"""Fine-tuning a trained model on one task; the argument names the task.
+"""Fine-tuning a trained model on one task; the argument, if any, names the task.
 
     encdec prepare --task=squad_v2 --data_dir=DIR --vocabulary=runs/330m --out=data/squad_v2 ...
     encdec train --config=configs/finetune.py:squad_v2 --workdir=runs/330m-squad_v2 \
-        --config.model=330m --config.init_from=runs/330m \
+        --config.model=runs/330m \
         --config.data.records=data/squad_v2 --config.data.eval_records=data/squad_v2-dev
 
-For either architecture; --config.init_architecture=source uses that of the run in init_from.
+A task or mixture of your own is named alike (`--module=my_tasks`, docs/own-data.md); records of
+plain files need no name: `--config=configs/finetune.py`.
+
+config.model is a trained or imported model's directory, of either architecture. With a preset and
+--config.init_from=DIR instead, the run says where their architectures differ.
 The run ends when the held-out loss has not fallen for `eval.patience` evaluations; `encdec evaluate
 --step=best` uses the checkpoint with the lowest. With --config.distill.teacher=DIR (made by `encdec
 score` on the same records) the model also learns from a teacher. Fields not set here are as in
@@ -16,17 +20,17 @@ Time and loss: not measured at this size; docs/results.md has those of small mod
 
 from ml_collections import ConfigDict
 
-from encdec.data.paper_tasks import PAPER_TASKS
+from encdec.data.mixing import task_or_mixture
+from encdec.errors import DataError
 
-# Passes and peaks are our choice: the paper gives only its distillation's 1e-4 and batch of 128.
-STEPS = {name: task.fine_tune_steps for name, task in PAPER_TASKS.items() if task.fine_tune_steps}
+# Of records without a task, and of tasks that name none. Passes and peaks are our choice: the
+# paper gives only its distillation's 1e-4 and batch of 128.
+STEPS = 1_000
 
 
-def get_config(task: str = "squad_v2") -> ConfigDict:
-    if task not in STEPS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(STEPS)}")
+def get_config(task: str = "") -> ConfigDict:
     config = ConfigDict()
-    config.steps = STEPS[task]  # at most; patience may end the run earlier
+    config.steps = _steps(task)  # at most; patience may end the run earlier
     config.log_every = 20
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4  # at the peak (paper's recipe)
@@ -37,3 +41,16 @@ def get_config(task: str = "squad_v2") -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.keep = 4  # more than patience, so that the best checkpoint is kept
     return config
+
+
+def _steps(name: str) -> int:
+    """The most steps of a task's fine-tuning."""
+    if not name:
+        return STEPS
+    try:
+        task = task_or_mixture(name)
+    except DataError as error:
+        raise ValueError(str(error)) from None
+    if "source" not in task.objective.document_fields:
+        raise ValueError(f"task {name} is text for pretraining; name one with sources and targets")
+    return task.fine_tune_steps or STEPS

@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vocab": ("encdec.data.vocab_command:main", "train a vocabulary"),
     "data": ("encdec.data.data_command:main", "list tasks, show examples, verify records"),
     "describe": ("encdec.describe:main", "parameters, FLOPs and bytes of a model and its peers"),
+    "config": (
+        "encdec.train.config_command:main",
+        "a run's configuration: every field, its value, meaning and default",
+    ),
     "train": ("encdec.train.train_command:main", "train a model on records, or resume a run"),
     "average": ("encdec.train.average:main", "the mean of a run's last checkpoints, as a model"),
     "score": (
@@ -63,6 +67,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scaling": (
         "encdec.scaling.scaling_command:main",
         "scaling curves: plan, run, fit and plot a ladder",
+    ),
+    "completion": (
+        "encdec.completion:main",
+        "a script that completes commands and flags in your shell",
     ),
     "benchmark": ("encdec.cli:benchmark", "measure one part: `encdec benchmark` lists them"),
 }

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from encdec.errors import ConfigError
+from encdec.fields import did_you_mean
+
+
+def add_module_flag(parser: argparse.ArgumentParser) -> None:
+    """The option ``--module``, for ``import_modules``."""
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Python module to import first, which registers tasks, mixtures, metrics or "
+        "objectives of your own (docs/own-data.md); may be repeated",
+    )
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -26,3 +40,20 @@ def import_modules(names: Sequence[str]) -> None:
                 f"--module={name} cannot be imported ({error}); give the dotted name of a module "
                 "that is installed or in the current folder"
             ) from error
+
+
+def named_function(flag: str, target: str) -> Callable[..., object]:
+    """The function ``MODULE:FUNCTION`` of a module of the user's own.
+
+    Raises:
+        ConfigError: no such module or function.
+    """
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise ConfigError(f"{flag}={target}; expected MODULE:FUNCTION")
+    import_modules([module])
+    found = getattr(sys.modules[module], name, None)
+    if not callable(found):
+        hint = did_you_mean(name, [one for one in vars(sys.modules[module]) if one[0] != "_"])
+        raise ConfigError(f"{flag}={target}: {module} has no function {name!r}{hint}")
+    return found

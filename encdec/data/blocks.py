@@ -76,6 +76,9 @@ class Block:
         return digest.hexdigest()
 
 
+COUNTERS = ("truncated", "dropped", "fits")
+
+
 @dataclasses.dataclass
 class Counts(Tally):
     """What became of some documents."""
@@ -89,6 +92,7 @@ class Counts(Tally):
     truncated: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     lost: Losses = dataclasses.field(default_factory=Losses)
+    fits: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
     def tokens(self) -> int:
@@ -96,12 +100,12 @@ class Counts(Tally):
 
     def to_dict(self) -> dict[str, Any]:
         # dataclasses.asdict cannot rebuild a Counter.
-        counters = {name: dict(getattr(self, name)) for name in ("truncated", "dropped")}
+        counters = {name: dict(getattr(self, name)) for name in COUNTERS}
         return {**vars(self), **counters, "lost": dataclasses.asdict(self.lost)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        counters = {name: collections.Counter(content[name]) for name in ("truncated", "dropped")}
+        counters = {name: collections.Counter(content.get(name, {})) for name in COUNTERS}
         return cls(**{**content, **counters, "lost": Losses(**content["lost"])})
 
 
@@ -162,6 +166,7 @@ def build_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> tuple[l
         target_bytes=encoded.target_bytes,
         truncated=encoded.truncated,
         dropped=encoded.dropped,
+        fits=encoded.fits,
         lost=count_losses(
             vocabulary,
             [text for document in block.documents for text in document[:fields]],
@@ -227,6 +232,7 @@ def make_card(
         truncated=dict(sorted(counts.truncated.items())),
         dropped=dict(sorted(counts.dropped.items())),
         lost=counts.lost.to_card(),
+        fits={name: counts.fits[name] for name in counts.fits},
         shards=tuple(shards),
         fingerprint=content_fingerprint(shards, spec, *lengths, decoder_start_id),
     )

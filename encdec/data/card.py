@@ -26,7 +26,8 @@ class DatasetCard:
     Lengths are tokens per packed row. Token counts include EOS and exclude padding;
     ``target_bytes`` are the UTF-8 bytes of text the target tokens stand for. ``truncated`` counts
     examples and tokens cut off, ``dropped`` what was left out, by reason; ``lost`` is what the
-    vocabulary cannot write (``losses.Losses``; empty in cards of before it was counted).
+    vocabulary cannot write (``losses.Losses``; empty in cards of before it was counted). ``fits``
+    counts the examples that are whole within usual lengths ("sources 256"), for pairs alone.
     ``origin`` says where the text came from (file names, Python's version).
     """
 
@@ -55,6 +56,7 @@ class DatasetCard:
     fingerprint: str
     format_version: int = FORMAT_VERSION
     lost: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fits: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
@@ -107,7 +109,7 @@ def _card_from_dict(content: Any, path: pathlib.Path) -> DatasetCard:
     for key in values:
         if key not in names:
             raise DataError(f"{path} has the unknown field {key!r}{did_you_mean(key, names)}")
-    if missing := names - set(values) - {"lost"}:
+    if missing := names - set(values) - {"lost", "fits"}:
         raise DataError(f"{path} lacks {sorted(missing)}; prepare again")
     try:
         values["vocabulary"] = VocabularySpec(**values["vocabulary"])

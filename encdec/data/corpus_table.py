@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import os
 import pathlib
 import platform
@@ -14,10 +13,11 @@ import time
 
 from encdec.data.losses import Losses
 from encdec.data.prepare import prepare
-from encdec.data.readers import BadRows, Fault, check_files, is_jsonl, parse_row, read_lines
+from encdec.data.readers import BadRows, check_files, has_rows, located_rows
 from encdec.data.records import DatasetCard
 from encdec.data.text_files import plain_name
 from encdec.data.vocabulary import load_vocabulary
+from encdec.errors import ConfigError
 from encdec.machine import available_cores
 from encdec.storage import local_path
 
@@ -44,11 +44,10 @@ def split_lengths(file: str, inputs_length: int, targets_length: int) -> tuple[s
 
 def is_raw_text(path: pathlib.Path) -> bool:
     """Whether a file is for pretraining: plain text, or JSONL whose first row has ``text``."""
-    if not is_jsonl(path):
+    if not has_rows(path):
         return True
-    first = list(itertools.islice(read_lines(path, BadRows(1)), 1))
-    row = parse_row(first[0][1], ("text",)) if first else None
-    return row is not None and not isinstance(row, Fault)
+    _, row, _ = next(located_rows(path, None, BadRows(1)), ("", None, b""))
+    return isinstance(row, dict) and isinstance(row.get("text"), str)
 
 
 def table_row(name: str, card: DatasetCard, seconds: float) -> str:
@@ -95,7 +94,9 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 def print_table(given: argparse.Namespace) -> int:
     """Prepare every file and print the table; DataError as of ``prepare``."""
     jobs = [split_lengths(file, given.inputs_length, given.targets_length) for file in given.files]
-    check_files([file for file, _, _ in jobs])
+    for file, _, _ in jobs:
+        if len(found := check_files([file])) != 1 or not found[0].samefile(file):
+            raise ConfigError(f"{file} is {len(found)} files; name each, for a line each")
     vocabulary = load_vocabulary(given.vocabulary)
     print(
         f"{vocabulary.size:,} ids; {datetime.date.today()}, {available_cores()} cores "

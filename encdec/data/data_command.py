@@ -8,21 +8,25 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
 from encdec.data import corpus_table as table
+from encdec.data.file_tasks import FileTask
 from encdec.data.losses import Losses
 from encdec.data.mixing import MIXTURES, task_or_mixture
-from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.data.readers import BadRows
 from encdec.data.records import decode_row, open_records
-from encdec.data.text_tasks import EMBEDDED_TASKS
+from encdec.data.registry import FILE_TASKS, TEXT_TASKS
+from encdec.data.seqio_tasks import seqio_mixture, seqio_mixture_names, seqio_task_names
+from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask
 from encdec.data.verify import SAMPLE_ROWS, verify_records
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
 
 # Flags of `show` that say how a task becomes examples, and mean nothing for finished rows.
@@ -37,6 +41,7 @@ SHOWN_TOKENS = 400
 def main(argv: list[str]) -> int:
     """``encdec data``."""
     given = parser().parse_args(argv)
+    import_modules(getattr(given, "module", ()))
     return given.run(given)
 
 
@@ -47,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "--data_dir", type=local_path, metavar="DIR", help="look for files below this directory"
     )
+    add_module_flag(listing)
     listing.set_defaults(run=list_tasks)
     show = commands.add_parser("show", help="examples of a task, or rows of a records directory")
     show.add_argument("what", type=local_path, metavar="TASK|DIR")
@@ -60,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--inputs_length", type=int, help="source tokens a row (1024)")
     show.add_argument("--targets_length", type=int, help="target tokens a row (256)")
     show.add_argument("--count", type=int, default=3, help="examples, or rows of records (3)")
+    add_module_flag(show)
     show.set_defaults(run=show_examples)
     verify = commands.add_parser("verify", help="check a records directory against its card")
     verify.add_argument("directory", type=local_path, metavar="DIR")
@@ -72,35 +79,51 @@ def parser() -> argparse.ArgumentParser:
 
 def list_tasks(given: argparse.Namespace) -> int:
     """Print every task: what it is, its official splits and sizes, whether its data is here."""
-    for name in EMBEDDED_TASKS:
-        task = EMBEDDED_TASKS[name]
-        print(f"{name}: from the Python standard library of this interpreter")
-        print(f"  splits: {', '.join(task.splits)}; data: present")
-    for name, paper in PAPER_TASKS.items():
-        print(f"{name}: {paper.about}")
-        sizes = (
-            split if size is None else f"{split} {size:,}" for split, size in paper.splits.items()
-        )
-        print(f"  splits: {', '.join(sizes)}; data: {_presence(paper, given.data_dir)}")
+    for name, task in TEXT_TASKS.items():
+        print(f"{name}: {_about(task)}")
+        sizes = dict.fromkeys(task.splits)
+        there = "present"
+        if name in FILE_TASKS:
+            sizes, there = FILE_TASKS[name].splits, _presence(FILE_TASKS[name], given.data_dir)
+        shown = (split if size is None else f"{split} {size:,}" for split, size in sizes.items())
+        print(f"  splits: {', '.join(shown) or 'any name'}; data: {there}")
+    for name in seqio_task_names():
+        if name not in TEXT_TASKS:
+            splits = task_or_mixture(name).splits
+            print(f"{name}: a task of seqio's registry\n  splits: {', '.join(splits)}")
     for name, tasks in MIXTURES.items():
-        print(f"{name}: mixture of {', '.join(tasks)}")
-        parts = [PAPER_TASKS[task] for task in tasks]
-        splits = [split for split in parts[0].splits if all(split in p.splits for p in parts)]
-        sizes = (_mixture_size(split, parts) for split in splits)
-        print(f"  splits: {', '.join(sizes)}")
-        for part in parts:
-            print(f"  data of {part.name}: {_presence(part, given.data_dir)}")
+        _list_mixture(name, tasks, given.data_dir)
+    for name in seqio_mixture_names():
+        if name not in MIXTURES:
+            print(f"{name}: mixture of {', '.join(seqio_mixture(name)[0])}, of seqio's registry")
     return 0
 
 
-def _mixture_size(split: str, parts: list[PaperTask]) -> str:
+def _about(task: TextTask) -> str:
+    if task.name in EMBEDDED_TASKS:
+        return "from the Python standard library of this interpreter"
+    return task.about or "registered without a description"
+
+
+def _list_mixture(name: str, tasks: Sequence[str], data_dir: str | None) -> None:
+    print(f"{name}: mixture of {', '.join(tasks)}")
+    parts = [FILE_TASKS[task] for task in tasks if task in FILE_TASKS]
+    if len(parts) == len(tasks):
+        splits = [split for split in parts[0].splits if all(split in p.splits for p in parts)]
+        sizes = (_mixture_size(split, parts) for split in splits)
+        print(f"  splits: {', '.join(sizes)}")
+    for part in parts:
+        print(f"  data of {part.name}: {_presence(part, data_dir)}")
+
+
+def _mixture_size(split: str, parts: list[FileTask]) -> str:
     known = [part.splits[split] for part in parts]
     total = sum(size or 0 for size in known)
     unknown = ", ".join(part.name for part in parts if part.splits[split] is None)
     return f"{split} {total:,}" + (f" without {unknown}" if unknown else "")
 
 
-def _presence(task: PaperTask, data_dir: str | None) -> str:
+def _presence(task: FileTask, data_dir: str | None) -> str:
     if data_dir is not None:
         found = [split for split in task.splits if task.find_files(data_dir, split)]
         return f"{', '.join(found)} below {data_dir}" if found else f"none below {data_dir}"

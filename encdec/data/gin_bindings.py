@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -24,13 +26,16 @@ from encdec.shipped import shipped_folder
 def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
     """Bind what gin files and bindings say and nothing else; ConfigError where they are wrong."""
     gin.clear_config()
+    _bindables()
+    if files and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # for `import` lines that name the user's own modules
     # `include` lines, and the files that come with encdec, are named from where they are kept.
     gin.add_config_file_search_path(str(shipped_folder()))
     logged = logging.root.manager.disable
     logging.disable(logging.ERROR)  # gin logs each folder that does not have a file
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))
-    except (ValueError, OSError, SyntaxError) as error:
+    except (ValueError, OSError, SyntaxError, ImportError) as error:
         raise ConfigError(f"gin: {error}") from error
     finally:
         logging.disable(logged)
@@ -70,9 +75,15 @@ def _bindable(name: str, make: Callable[..., Objective]) -> Callable[..., Object
     return gin.external_configurable(bound, name, module="objectives")
 
 
-_BINDABLE = {name: _bindable(name, make) for name, make in OBJECTIVES.items()}
-# By which name gin binds the settings of a task's own objective; of others they stay the task's.
-_NAMES = {make: name for name, make in OBJECTIVES.items() if isinstance(make, type)}
+_BINDABLE: dict[str, Callable[..., Objective]] = {}
+
+
+def _bindables() -> dict[str, Callable[..., Objective]]:
+    """The makers of all objectives, those of the user's own modules too."""
+    for name, make in OBJECTIVES.items():
+        if name not in _BINDABLE:
+            _BINDABLE[name] = _bindable(name, make)
+    return _BINDABLE
 
 
 def choose_objective(given: str | Objective | None, task: TextTask) -> Objective:
@@ -84,11 +95,12 @@ def choose_objective(given: str | Objective | None, task: TextTask) -> Objective
     if given not in OBJECTIVES:
         hint = did_you_mean(given, OBJECTIVES)
         raise ConfigError(f"no objective {given!r}; there are {', '.join(OBJECTIVES)}{hint}")
-    return _BINDABLE[given]()
+    return _bindables()[given]()
 
 
 def _with_bindings(own: Objective) -> Objective:
-    name = _NAMES.get(type(own))
+    # By which name gin binds the settings of a task's own objective; of others they stay its own.
+    name = next((name for name, make in OBJECTIVES.items() if make is type(own)), None)
     if name is None:
         return own
     kept = {
@@ -96,7 +108,7 @@ def _with_bindings(own: Objective) -> Objective:
         for field in dataclasses.fields(cast(Any, own))
         if not _is_bound(f"{name}.{field.name}")
     }
-    return _BINDABLE[name](**kept)
+    return _bindables()[name](**kept)
 
 
 def _is_bound(parameter: str) -> bool:

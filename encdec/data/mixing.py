@@ -24,9 +24,11 @@ import numpy as np
 from encdec.data.card import DatasetCard
 from encdec.data.objectives import Document
 from encdec.data.readers import BadRows
+from encdec.data.registry import TEXT_TASKS, text_task
+from encdec.data.seqio_tasks import seqio_mixture
 from encdec.data.shards import Records, open_directory
 from encdec.data.shuffle import epoch_order_seed, permuted, shuffled_rows
-from encdec.data.text_tasks import TextTask, text_task
+from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.storage import user_path
@@ -41,6 +43,35 @@ MIXTURES: dict[str, tuple[str, ...]] = {
     "paper_tasks": ("squad_v2", "xsum", "code_java2cs", "ielts_band"),
     "pretraining": ("c4", "wikipedia"),
 }
+# Rates of those MIXTURES that were registered with some.
+RATES: dict[str, tuple[float, ...]] = {}
+
+
+def register_mixture(name: str, tasks: Sequence[str], rates: Sequence[float] | None = None) -> None:
+    """Enters a mixture of registered tasks; without ``rates`` their sizes decide.
+
+    Raises:
+        ConfigError: another mixture or a task has its name, no task, or rates that do not fit.
+    """
+    parts = tuple(tasks)
+    if not parts:
+        raise ConfigError(f"mixture {name!r} has no tasks; name one or more")
+    if name in TEXT_TASKS or MIXTURES.get(name, parts) != parts:
+        raise ConfigError(
+            f"a mixture or task {name!r} is already registered; give yours another name"
+        )
+    if rates is not None:
+        mixing_rates([1] * len(parts), rates)
+        RATES[name] = tuple(rates)
+    MIXTURES[name] = parts
+
+
+def mixture_parts(name: str) -> tuple[str, ...] | None:
+    """The tasks of a mixture, ours or of seqio's registry; None where it is no mixture."""
+    if name in MIXTURES:
+        return MIXTURES[name]
+    found = None if name in TEXT_TASKS else seqio_mixture(name)
+    return found[0] if found else None
 
 
 def mixing_rates(
@@ -293,14 +324,19 @@ def task_or_mixture(
     maximum: int | None = None,
 ) -> TextTask:
     """A task or a mixture by name, over the files below ``data_dir`` if given."""
-    if name not in MIXTURES:
+    parts = mixture_parts(name)
+    if parts is None:
         if rates is not None or temperature != 1 or maximum is not None:
             raise ConfigError(
                 f"mixture.rates, .temperature and .maximum are for {', '.join(MIXTURES)}, and the "
                 f"task is {name}; leave them out"
             )
         return text_task(name, data_dir)
-    tasks = [text_task(part, data_dir) for part in MIXTURES[name]]
+    tasks = [text_task(part, data_dir, one_of_several=True) for part in parts]
+    if rates is None and temperature == 1 and maximum is None:
+        rates = RATES.get(name)
+        if name not in MIXTURES and (found := seqio_mixture(name)):
+            rates = found[1]
     return mixed_task(name, tasks, rates, temperature=temperature, maximum=maximum)
 
 
@@ -333,7 +369,14 @@ def mixed_task(
         shares = mixing_rates(sizes, rates, temperature=temperature, maximum=maximum)
         return _interleave(tasks, shares, split, bad_rows)
 
-    splits = set.intersection(*(set(task.splits) for task in tasks))
+    # A task without splits takes any name.
+    limited = [task.splits for task in tasks if task.splits]
+    splits = set.intersection(*map(set, limited)) if limited else set()
+    if limited and not splits:
+        raise ConfigError(
+            f"the tasks of mixture {name} have no split in common: "
+            + "; ".join(f"{task.name} has {', '.join(task.splits)}" for task in tasks)
+        )
     return TextTask(
         name,
         read,
@@ -344,7 +387,7 @@ def mixed_task(
             "temperature": temperature,
             "maximum": maximum,
         },
-        tuple(split for split in tasks[0].splits if split in splits),
+        tuple(split for split in limited[0] if split in splits) if limited else (),
     )
 
 

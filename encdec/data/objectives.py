@@ -22,17 +22,24 @@ from encdec.errors import ConfigError
 Document = tuple[str, ...]
 # Long enough for SentencePiece's batch call to pay, short enough to stay in the cache.
 ENCODE_BATCH = 512
+# Lengths of rows among which people choose.
+FIT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclasses.dataclass
 class Encoded:
-    """Token pairs of some documents, with the text bytes of each target and what was lost."""
+    """Token pairs of some documents, with the text bytes of each target and what was lost.
+
+    ``fits`` counts the examples whose source and target as given are no longer than FIT_LENGTHS, as
+    "sources 256"; objectives that cut text themselves leave it empty.
+    """
 
     sources: list[np.ndarray] = dataclasses.field(default_factory=list)
     targets: list[np.ndarray] = dataclasses.field(default_factory=list)
     target_bytes: int = 0
     truncated: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    fits: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, source: np.ndarray, target: np.ndarray, target_bytes: int) -> None:
         self.sources.append(source)
@@ -138,6 +145,10 @@ class SequenceToSequence(Objective):
             target_lengths = np.fromiter(map(len, targets), np.int64, len(part))
             kept = (source_lengths > 0) & (target_lengths > 1)
             fits = (source_lengths <= inputs_length) & (target_lengths <= targets_length)
+            for side, lengths in (("sources", source_lengths), ("targets", target_lengths)):
+                below = np.searchsorted(np.sort(lengths[kept]), FIT_LENGTHS, side="right")
+                for length, count in zip(FIT_LENGTHS, below.tolist()):
+                    encoded.fits[f"{side} {length}"] += count
             encoded.dropped["empty_target"] += int((target_lengths == 1).sum())
             encoded.dropped["empty_source"] += int((kept < (target_lengths > 1)).sum())
             # Pairs that fit are taken together: a look at each would cost much of its encoding.

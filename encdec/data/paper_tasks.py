@@ -1,194 +1,16 @@
-"""Tasks of the paper and its pretraining corpora: prompts, official splits, where rows are.
+"""Tasks of the paper and its pretraining corpora: prompts, official splits, metrics.
 
-A task reads local files below a ``data_dir``, in one of the layouts of ``find_files``, else what
-tensorflow-datasets has on this machine. Nothing is ever downloaded. A row holds the data set's
-own fields, or ``source`` and ``target`` with the prompt already made.
+A row holds the data set's own fields, or ``source`` and ``target`` with the prompt already made.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
-import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
-from encdec.data.readers import BadRows, Fault, check_fields, parse_row, read_lines, with_references
-from encdec.data.text_files import ENDINGS, BrokenStream, open_lines, plain_name
-from encdec.errors import DataError
+from encdec.data.file_tasks import FileTask, Row
+from encdec.data.objectives import Document, PrefixLM
+from encdec.data.readers import Fault, with_references
 from encdec.metrics.text import UNANSWERABLE
-
-# How files spell the three splits.
-SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test",),
-}
-COMPRESSED = ("", *ENDINGS)
-
-Row = dict[str, Any]
-PAIRS = SequenceToSequence()
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperTask:
-    """A data set's official shape.
-
-    ``fields`` are the row's own keys that ``document`` turns into a document. ``splits`` are the
-    official ones with their examples (None: not fixed). ``tfds`` is its tensorflow-datasets name;
-    ``pairs`` names the two parallel files of a split, "{split}" standing for its name.
-    ``metrics`` are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most that
-    configs/finetune.py takes (0: no fine-tuning task).
-    """
-
-    name: str
-    about: str
-    fields: tuple[str, ...]
-    document: Callable[[Row], Document | Fault]
-    splits: Mapping[str, int | None]
-    objective: Objective = PAIRS
-    tfds: str | None = None
-    tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    pairs: tuple[str, str] | None = None
-    squad_json: bool = False
-    metrics: tuple[str, ...] = ()
-    fine_tune_steps: int = 0
-
-    def origin(self, data_dir: str | None) -> dict[str, Any]:
-        """Where the rows come from, for the card."""
-        if data_dir is None:
-            return {"tensorflow_datasets": self.tfds}
-        found = {split: self.find_files(data_dir, split) for split in self.splits}
-        return {"files": {split: [path.name for path in paths] for split, paths in found.items()}}
-
-    def find_files(self, data_dir: str | pathlib.Path, split: str) -> list[pathlib.Path]:
-        """Files of a split below ``data_dir``, in the first layout that has any; else none.
-
-        Layouts: TASK/SPLIT.jsonl, TASK/SPLIT-*.jsonl, SPLIT/TASK.jsonl, SPLIT/TASK[._-]*.jsonl,
-        TASK-SPLIT.jsonl, each also compressed, and the data set's official files in TASK/.
-        """
-        root = pathlib.Path(data_dir)
-        for spelled in SPLIT_NAMES[split]:
-            stems = [
-                f"{self.name}/{spelled}",
-                f"{self.name}/{spelled}-*",
-                f"{spelled}/{self.name}",
-                f"{spelled}/{self.name}[._-]*",
-                f"{self.name}-{spelled}",
-            ]
-            for stem in stems:
-                if found := sorted(
-                    p for end in COMPRESSED for p in root.glob(f"{stem}.jsonl{end}")
-                ):
-                    return found
-            if self.squad_json and (
-                found := sorted(
-                    p
-                    for end in COMPRESSED
-                    for p in root.glob(f"{self.name}/{spelled}-v2.0*.json{end}")
-                )
-            ):
-                return found
-            if self.pairs:
-                paths = [root / self.name / name.format(split=spelled) for name in self.pairs]
-                if all(path.is_file() for path in paths):
-                    return paths
-        return []
-
-    def read(self, data_dir: str | None, split: str, bad_rows: BadRows) -> Iterator[Document]:
-        """Documents of a split; DataError naming what to put where if it has none."""
-        if data_dir is None:
-            return self._read_tfds(split)
-        files = self.find_files(data_dir, split)
-        if not files:
-            raise DataError(
-                f"no {split} split of {self.name} below {data_dir}; put it at "
-                f"{self.name}/{split}.jsonl or {split}/{self.name}.jsonl (or compressed) with the "
-                f"fields {', '.join(self.fields)}, or source and target"
-            )
-        kind = pathlib.Path(plain_name(files[0])).suffix
-        if kind == ".jsonl":
-            return self._read_jsonl(files, bad_rows)
-        return self._read_squad(files) if kind == ".json" else self._read_pairs(files, bad_rows)
-
-    def _read_jsonl(self, files: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
-        for path in files:
-            for number, line in read_lines(path, bad_rows):
-                made = self._parse(line)
-                if isinstance(made, Fault):
-                    bad_rows.add(f"{path}:{number}", made.reason, made.remedy)
-                else:
-                    yield made
-
-    def _parse(self, line: bytes) -> Document | Fault:
-        ready = self.objective.document_fields
-        row = parse_row(line, ())
-        if isinstance(row, Fault):
-            return row
-        made = all(field in row for field in ready)
-        # Answers are a list, which `document` checks.
-        wanted = ready if made else [field for field in self.fields if field != "answers"]
-        if fault := check_fields(row, wanted, line):
-            return fault
-        if not made:
-            return self.document(row)
-        document = tuple(row[field] for field in ready)
-        if "targets" not in row:
-            return document
-        source, target = document
-        return with_references(source, target, row["targets"])
-
-    def _read_pairs(self, files: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
-        lines = (read_lines(path, bad_rows) for path in files)
-        for (number, first), (other, second) in itertools.zip_longest(*lines, fillvalue=(0, b"")):
-            if number != other:
-                raise DataError(
-                    f"{files[0]} and {files[1]} have different numbers of lines "
-                    f"(only one has line {number or other}); copy both again"
-                )
-            try:
-                texts = [line.decode("utf-8").rstrip("\r\n") for line in (first, second)]
-            except UnicodeDecodeError as error:
-                bad_rows.add(
-                    f"{files[0]}:{number}", f"invalid UTF-8: {error}", "save the files as UTF-8"
-                )
-            else:
-                made = self.document(dict(zip(self.fields, texts)))
-                if isinstance(made, Fault):
-                    bad_rows.add(f"{files[0]}:{number}", made.reason, made.remedy)
-                else:
-                    yield made
-
-    def _read_squad(self, files: Sequence[pathlib.Path]) -> Iterator[Document]:
-        for path in files:
-            try:
-                articles = json.loads(b"".join(open_lines(path)))["data"]
-                for article in articles:
-                    for paragraph in article["paragraphs"]:
-                        for question in paragraph["qas"]:
-                            made = self.document({**question, "context": paragraph["context"]})
-                            if isinstance(made, Fault):
-                                raise ValueError(f"{made.reason}; {made.remedy}")
-                            yield made
-            except (ValueError, KeyError, TypeError, BrokenStream) as error:
-                message = f"{path} is not in SQuAD's format ({error!r}); copy it again"
-                raise DataError(message) from error
-
-    def _read_tfds(self, split: str) -> Iterator[Document]:
-        if not self.tfds:
-            raise DataError(
-                f"{self.name} is not in tensorflow-datasets; give its files with --data_dir=DIR "
-                f"(DIR/{self.name}/{split}.jsonl with the fields {', '.join(self.fields)})"
-            )
-        from encdec.data.tfds_source import tfds_rows
-
-        for row in tfds_rows(self.tfds, self.tfds_splits.get(split, split), self.name):
-            made = self.document(row)
-            if isinstance(made, Fault):
-                raise DataError(f"{self.tfds} has a row unlike {self.name}: {made.reason}")
-            yield made
 
 
 def squad_document(row: Row) -> Document | Fault:
@@ -234,10 +56,10 @@ _REFINE = _prompted(
 _ESSAY = [("Task", "task"), ("Essay", "essay")]
 _CODE = ("bleu", "bleu_codexglue", "chrf", "exact_match", "rouge")
 
-PAPER_TASKS: dict[str, PaperTask] = {
+PAPER_TASKS: dict[str, FileTask] = {
     task.name: task
     for task in (
-        PaperTask(
+        FileTask(
             "c4",
             "English web pages, for pretraining",
             ("text",),
@@ -246,7 +68,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             PrefixLM(),
             tfds="c4/en",
         ),
-        PaperTask(
+        FileTask(
             "wikipedia",
             "English Wikipedia, for pretraining",
             ("text",),
@@ -255,7 +77,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             PrefixLM(),
             tfds="wikipedia/20230601.en",
         ),
-        PaperTask(
+        FileTask(
             "squad_v2",
             "SQuAD 2.0: question and context to an answer or 'unanswerable'",
             ("question", "context", "answers"),
@@ -266,7 +88,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             fine_tune_steps=3_000,
             metrics=("squad_v2", "rouge"),
         ),
-        PaperTask(
+        FileTask(
             "xsum",
             "XSum: a BBC article to one sentence",
             ("document", "summary"),
@@ -281,7 +103,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             fine_tune_steps=4_000,
             metrics=("rouge", "rouge_stemmed"),
         ),
-        PaperTask(
+        FileTask(
             "dialogsum",
             "DialogSum: a dialogue to its summary",
             ("dialogue", "summary"),
@@ -295,7 +117,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             fine_tune_steps=1_000,
             metrics=("rouge", "rouge_stemmed"),
         ),
-        PaperTask(
+        FileTask(
             "code_java2cs",
             "CodeXGLUE code translation: Java to C#",
             ("java", "cs"),
@@ -305,7 +127,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             fine_tune_steps=1_000,
             metrics=(*_CODE, "syntax_c_sharp"),
         ),
-        PaperTask(
+        FileTask(
             "code_refine_small",
             "CodeXGLUE code refinement: Java methods up to 50 tokens",
             ("buggy", "fixed"),
@@ -315,7 +137,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             fine_tune_steps=1_500,
             metrics=(*_CODE, "syntax_java"),
         ),
-        PaperTask(
+        FileTask(
             "code_refine_medium",
             "CodeXGLUE code refinement: Java methods of 50 to 100 tokens",
             ("buggy", "fixed"),
@@ -325,7 +147,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             fine_tune_steps=1_500,
             metrics=(*_CODE, "syntax_java"),
         ),
-        PaperTask(
+        FileTask(
             "ielts_band",
             "IELTS essay to its band",
             ("task", "essay", "band"),
@@ -334,7 +156,7 @@ PAPER_TASKS: dict[str, PaperTask] = {
             fine_tune_steps=300,
             metrics=("bands", "exact_match"),
         ),
-        PaperTask(
+        FileTask(
             "ielts_feedback",
             "IELTS essay to an examiner's comment",
             ("task", "essay", "comment"),

@@ -104,7 +104,7 @@ def prepare(
             shards,
             counts,
             task=source.name,
-            split=settings.split,
+            split=settings.split_name,
             origin=job["origin"],
             decoder_start_id=settings.decoder_start_id,
         )
@@ -185,7 +185,9 @@ def _passes(source: TextTask, settings: PrepareSettings, bad_rows: BadRows) -> I
     for number in range(settings.passes):
         # Faults were counted on the first pass.
         faults = BadRows(sys.maxsize) if number else bad_rows
-        yield from itertools.islice(source.documents(settings.split, faults), settings.max_examples)
+        yield from itertools.islice(
+            source.documents(settings.split_name, faults), settings.max_examples
+        )
 
 
 def _peek(documents: Iterator[Document]) -> Iterator[Document]:

@@ -13,16 +13,26 @@ import gin
 from encdec.data.blocks import Counts
 from encdec.data.gin_bindings import choose_objective, mixture, parse_gin, refuse_unused
 from encdec.data.losses import Losses
+from encdec.data.objectives import FIT_LENGTHS
 from encdec.data.prepare import BAD_ROWS_FILE, prepare
-from encdec.data.prepare_settings import PrepareSettings
+from encdec.data.prepare_settings import FIELD_FLAGS, PrepareSettings
 from encdec.data.records import DatasetCard
 from encdec.errors import ConfigError
+from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
 
 # A task that was made of files stands for them.
-FILES: dict[str, Any] = {"jsonl": (), "text": (), "documents": None}
+FILES: dict[str, Any] = {
+    **{"jsonl": (), "text": (), "documents": None},
+    **dict.fromkeys(FIELD_FLAGS),
+}
 LOG_SECONDS = 10.0
 SHOWN_BAD_ROWS = 5
+# Of a side's texts that a suggested length holds whole.
+ENOUGH = 0.99
+# Fewer rows than a usual batch, each of many pairs: lengths were chosen for other data.
+FEW_ROWS = 128
+PAIRS_A_ROW = 8
 TERMINAL_SECONDS = 0.2
 
 
@@ -90,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     PrepareSettings.add_flags(flags)
+    add_module_flag(flags)
     flags.add_argument(
         "--beam_options",
         metavar="FLAGS",
@@ -105,12 +116,14 @@ def main(argv: list[str]) -> int:
     given = vars(parser().parse_args(argv))
     files, bindings = given.pop("gin_file"), given.pop("gin_bindings")
     beam_options = given.pop("beam_options", None)
+    import_modules(given.pop("module", ()))
     parse_gin(files, bindings)
     settings = PrepareSettings(**vars(_bound_settings(**given)))
     settings.check()
     task = settings.text_task(**(mixture() if settings.task else {}))
     objective = choose_objective(settings.objective, task)
     refuse_unused(bindings)
+    split = settings.split_name
     notes = {"operative_config.gin": gin.operative_config_str()}
     writer = None
     if beam_options is not None:
@@ -126,7 +139,9 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     try:
         card = prepare(
-            dataclasses.replace(settings, objective=objective, task=task, data_dir=None, **FILES),
+            dataclasses.replace(
+                settings, objective=objective, task=task, split=split, data_dir=None, **FILES
+            ),
             progress=progress,
             notes=notes,
             writer=writer,
@@ -151,7 +166,7 @@ def report(card: DatasetCard, seconds: float) -> str:
     of = card.origin.get("documents")
     kind = f" (--documents={of})" if of else ""
     lines = [
-        f"{card.task}, split {card.split}: {card.documents:,} documents{kind}, {card.examples:,} "
+        f"{_what(card)}: {card.documents:,} documents{kind}, {card.examples:,} "
         f"examples, {card.rows:,} rows of {card.inputs_length} + {card.targets_length} tokens",
         f"tokens: {card.source_tokens:,} source, {card.target_tokens:,} target "
         f"({card.target_bytes:,} target bytes); {100 * (1 - card.non_padding_share):.1f} % padding",
@@ -164,4 +179,41 @@ def report(card: DatasetCard, seconds: float) -> str:
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         lines.append(f"{what}: {shown or 'nothing'}")
     lines.append(f"lost by the vocabulary: {Losses(**card.lost).describe()}")
-    return "\n".join(lines)
+    return "\n".join(lines + lengths_report(card))
+
+
+def _what(card: DatasetCard) -> str:
+    """The task and split, or the files."""
+    files = card.origin.get("files")
+    name = card.task
+    if isinstance(files, list):
+        name = ", ".join(files[:3]) + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")
+    return f"{name}, split {card.split}" if card.split else name
+
+
+def lengths_report(card: DatasetCard) -> list[str]:
+    """Which share of pairs fits which lengths, and what to take where rows are far too long."""
+    if not card.fits:
+        return []
+    lines, enough = [], {}
+    for side, taken in (("sources", card.inputs_length), ("targets", card.targets_length)):
+        counts = {length: card.fits.get(f"{side} {length}", 0) for length in FIT_LENGTHS}
+        enough[side] = next(
+            (length for length, count in counts.items() if count >= ENOUGH * card.examples), taken
+        )
+        shown = [
+            f"{length:,}: {100 * count / card.examples:.0f} %"
+            for length, count in counts.items()
+            if length >= enough[side] // 4
+        ]
+        whole = next((n for n, text in enumerate(shown, 1) if text.endswith(" 100 %")), len(shown))
+        lines.append(f"{side} that fit a length of {', '.join(shown[:whole])}")
+    advice = f"--inputs_length={enough['sources']} --targets_length={enough['targets']}"
+    shorter = enough["sources"] < card.inputs_length or enough["targets"] < card.targets_length
+    if card.rows < FEW_ROWS and card.examples > PAIRS_A_ROW * card.rows and shorter:
+        lines.append(
+            f"warning: {card.examples:,} pairs fill only {card.rows:,} rows, about "
+            f"{card.examples // card.rows} in each: a step of as many rows sees all of them; "
+            f"{advice} holds {100 * ENOUGH:.0f} % of the sources and targets and gives more rows"
+        )
+    return lines

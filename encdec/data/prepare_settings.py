@@ -7,15 +7,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from encdec.data import denoising  # noqa: F401 (enters its objectives)
+from encdec.data.file_tasks import SPLIT_NAMES
 from encdec.data.mixing import MIXTURES, task_or_mixture
 from encdec.data.objectives import OBJECTIVES, Objective
 from encdec.data.packing import METHODS
-from encdec.data.readers import DOCUMENTS
-from encdec.data.text_tasks import TEXT_TASKS, TextTask, jsonl_task, text_files_task
+from encdec.data.readers import DOCUMENTS, PAIR_FIELDS, TEXT_FIELD
+from encdec.data.registry import TEXT_TASKS
+from encdec.data.text_files import plain_name
+from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError
 from encdec.settings import Settings, setting
@@ -24,6 +28,7 @@ from encdec.storage import local, local_path
 # Small enough that two cores share a corpus of some megabytes, large enough that the last,
 # half-full rows of a block do not matter (about a thousand rows).
 BLOCK_BYTES = 4 << 20
+FIELD_FLAGS = ("source_field", "target_field", "text_field")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +48,25 @@ class PrepareSettings(Settings):
     )
     jsonl: Sequence[str] = setting(
         (),
-        "JSONL with source and target, also compressed",
+        "rows with source and target: JSONL, CSV, TSV (also compressed), Parquet, Arrow; a folder, "
+        "a pattern, or - for standard input",
         type=local_path,
         nargs="+",
         metavar="FILE",
     )
     text: Sequence[str] = setting(
         (),
-        "text files, or JSONL with text, for pretraining",
+        "text files, or rows with text as of --jsonl, for pretraining",
         type=local_path,
         nargs="+",
         metavar="FILE",
     )
+    source_field: str | None = setting(None, "the field of sources in --jsonl (source)")
+    target_field: str | None = setting(None, "the field of targets in --jsonl (target)")
+    text_field: str | None = setting(None, "the field of the text in rows of --text (text)")
     documents: str | None = setting(
         None,
-        f"what a document is in a plain text file: {', '.join(DOCUMENTS)} (files); a row of JSONL "
+        f"what a document is in a plain text file: {', '.join(DOCUMENTS)} (files); a row "
         "always is one",
     )
     objective: str | Objective | None = setting(
@@ -70,7 +79,11 @@ class PrepareSettings(Settings):
     out: str | os.PathLike[str] | None = setting(
         None, "the records directory to write", type=local_path, metavar="DIR"
     )
-    split: str = setting("train", "train, validation or test (train)", identity=True)
+    split: str | None = setting(
+        None,
+        "train, validation or test (train; of files, which have none, what their names say)",
+        identity=True,
+    )
     inputs_length: int = setting(1024, "source tokens a row (1024)", identity=True, least=0)
     targets_length: int = setting(256, "target tokens a row (256)", identity=True, least=2)
     packing: str = setting(
@@ -87,6 +100,19 @@ class PrepareSettings(Settings):
     block_bytes: int = setting(BLOCK_BYTES, "text of a shard (4 MiB)", identity=True, least=1)
     workers: int | None = setting(None, "processes (all cores)", least=1)
     overwrite: bool = setting(False, "replace existing records")
+
+    @property
+    def split_name(self) -> str:
+        """The split that is read, and that the card names; "" of files whose names say none."""
+        if self.split is not None or self.task:
+            return self.split or "train"
+        words = {
+            word
+            for path in (*self.jsonl, *self.text)
+            for word in re.split(r"[\W_]+", plain_name(path).lower())
+        }
+        named = [split for split, spelled in SPLIT_NAMES.items() if words & set(spelled)]
+        return named[0] if len(named) == 1 else ""
 
     @property
     def directory(self) -> pathlib.Path:
@@ -106,8 +132,9 @@ class PrepareSettings(Settings):
 
         ConfigError unless exactly one is given.
         """
+        fields = {name: getattr(self, name) for name in FIELD_FLAGS}
         return choose_task(
-            self.task, self.jsonl, self.text, self.data_dir, self.documents, **mixing
+            self.task, self.jsonl, self.text, self.data_dir, self.documents, fields, **mixing
         )
 
 
@@ -117,9 +144,11 @@ def choose_task(
     text: Sequence[str] = (),
     data_dir: str | None = None,
     documents: str | None = None,
+    fields: Mapping[str, str | None] | None = None,
     **mixing: Any,
 ) -> TextTask:
-    """``PrepareSettings.text_task`` of these fields."""
+    """``PrepareSettings.text_task`` of these; ``fields`` are FIELD_FLAGS, None where not given."""
+    named = {name: value for name, value in (fields or {}).items() if value is not None}
     given = [name for name, value in (("task", task), ("jsonl", jsonl), ("text", text)) if value]
     if len(given) != 1:
         raise ConfigError(
@@ -133,8 +162,13 @@ def choose_task(
         raise ConfigError(
             f"--documents={documents} says what a document is in the files of --text; leave it out"
         )
+    for name, value in named.items():
+        if (name == "text_field" and not text) or (name != "text_field" and not jsonl):
+            owner = "text" if name == "text_field" else "jsonl"
+            raise ConfigError(f"--{name}={value} names a field in files of --{owner}; leave it out")
     if jsonl:
-        return jsonl_task(jsonl)
+        default = dict(zip(FIELD_FLAGS, PAIR_FIELDS))
+        return jsonl_task(jsonl, fields=[named.get(name, default[name]) for name in default])
     if text:
-        return text_files_task(text, documents=documents)
+        return text_files_task(text, documents=documents, field=named.get("text_field", TEXT_FIELD))
     return task if isinstance(task, TextTask) else task_or_mixture(str(task), data_dir, **mixing)

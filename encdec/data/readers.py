@@ -6,14 +6,29 @@ anything is published. Compressions and byte order marks: ``text_files``.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import dataclasses
+import functools
+import glob
 import json
 import pathlib
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from encdec.data.objectives import Document
+from encdec.data.tables import (
+    DELIMITED,
+    TABLE_ENDINGS,
+    Fault,
+    arrow_rows,
+    dataset_shards,
+    delimited_rows,
+    table_kind,
+)
 from encdec.data.text_files import JSONL_ENDINGS, BrokenStream, open_lines, plain_name
 from encdec.errors import ConfigError, DataError
 from encdec.storage import local
@@ -24,6 +39,11 @@ NAMED_BAD_ROWS = 10_000
 DOCUMENT_BYTES = 1 << 20
 # What a document is in a plain text file; a row of JSONL always is one.
 DOCUMENTS = ("files", "lines", "paragraphs")
+STDIN = "-"
+# What is taken of a folder that is named whole.
+FOLDER_ENDINGS = (*JSONL_ENDINGS, *DELIMITED, *TABLE_ENDINGS, ".txt", ".text", ".md")
+PAIR_FIELDS = ("source", "target")
+TEXT_FIELD = "text"
 
 
 @dataclasses.dataclass
@@ -63,23 +83,70 @@ class BadRows:
         return "".join(f"{line}\n" for line in lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """Why a row is bad, and what fixes it."""
-
-    reason: str
-    remedy: str
-
-
 def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
-    """The paths, each one an existing file; DataError for the first that is not."""
-    files = [pathlib.Path(local("an input file", path)) for path in paths]
+    """The files that paths name: each a file, a folder of them, a pattern or "-".
+
+    A folder gives what the datasets library saved in it, else its files of rows and text by name;
+    a pattern is a shell's, "**" any depth; "-" is standard input, which is read to its end here.
+
+    Raises:
+        DataError: no file given, or none where a path says.
+    """
+    files: list[pathlib.Path] = []
+    for path in paths:
+        files += _expanded(local("an input file", path))
     if not files:
         raise DataError("no input file given")
+    return files
+
+
+def _expanded(path: str) -> list[pathlib.Path]:
+    place = pathlib.Path(path)
+    if path == STDIN:
+        return [_standard_input()]
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        if (shards := dataset_shards(place)) is not None:
+            return _existing(shards)
+        found = sorted(
+            file for file in place.iterdir() if file.is_file() and _ending(file) in FOLDER_ENDINGS
+        )
+        if not found:
+            raise DataError(
+                f"folder {place} holds no file of {', '.join(FOLDER_ENDINGS)} (also compressed); "
+                "name files, or a pattern such as 'DIR/**/*.py'"
+            )
+        return found
+    if glob.has_magic(path):
+        found = sorted(
+            file for file in map(pathlib.Path, glob.glob(path, recursive=True)) if file.is_file()
+        )
+        if not found:
+            raise DataError(f"no file is like {path}; give a pattern of existing files")
+        return found
+    raise DataError(f"input file {place} not found; give existing files")
+
+
+def _ending(file: pathlib.Path) -> str:
+    return pathlib.PurePath(plain_name(file)).suffix.lower()
+
+
+def _existing(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     for file in files:
         if not file.is_file():
-            raise DataError(f"input file {file} not found; give existing files")
-    return files
+            raise DataError(f"input file {file} not found; copy the folder again")
+    return list(files)
+
+
+@functools.cache
+def _standard_input() -> pathlib.Path:
+    """A file with all of standard input, since text is read more than once; gone at the end."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="encdec-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with open(folder / "standard_input", "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return folder / "standard_input"
 
 
 def read_lines(path: pathlib.Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
@@ -98,29 +165,51 @@ def read_lines(path: pathlib.Path, bad_rows: BadRows) -> Iterator[tuple[int, byt
             bad_rows.add(f"{path}:1", "the file is empty", "give a file with text in it")
 
 
-def is_jsonl(path: str | pathlib.Path) -> bool:
-    """Whether a file holds a JSON object a row: by its name, else by its first line.
+def has_rows(path: str | pathlib.Path, field: str = TEXT_FIELD) -> bool:
+    """Whether a file holds rows, of JSONL or of a table: by its content or name, or its first line.
 
-    That line must have a field that is read here, so that text with braces remains text.
+    That line must be an object with the ``field`` or with source and target, so that text with
+    braces remains text.
     """
-    if plain_name(path).endswith(JSONL_ENDINGS):
+    if plain_name(path).endswith(JSONL_ENDINGS) or table_kind(pathlib.Path(path)):
         return True
     first = next(read_lines(pathlib.Path(path), BadRows(1)), (1, b""))[1]
     try:
         row = json.loads(first) if first.lstrip().startswith(b"{") else None
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and ("text" in row or {"source", "target"} <= row.keys())
+    return isinstance(row, dict) and (field in row or set(PAIR_FIELDS) <= row.keys())
 
 
-def read_jsonl(
+def located_rows(
+    path: pathlib.Path, wanted: Sequence[str] | None, bad_rows: BadRows
+) -> Iterator[tuple[str, dict[str, Any] | Fault, bytes]]:
+    """("FILE:LINE", row or what is wrong with it, the line it was) of a file of rows.
+
+    Of Parquet and Arrow, which have no lines, a row's number stands for it and only the columns
+    ``wanted`` (None: all), which must be there, and ``targets`` are read.
+    """
+    kind = table_kind(path)
+    if kind is None:
+        for number, line in read_lines(path, bad_rows):
+            yield f"{path}:{number}", parse_row(line, ()), line
+    elif kind in ("csv", "tsv"):
+        lines = read_lines(path, bad_rows)
+        for number, row in delimited_rows(lines, DELIMITED[f".{kind}"]):
+            yield f"{path}:{number}", row, b""
+    else:
+        for number, row in arrow_rows(path, kind, wanted):
+            yield f"{path}:row {number}", row, b""
+
+
+def read_rows(
     path: pathlib.Path, fields: Sequence[str], bad_rows: BadRows
 ) -> Iterator[dict[str, Any]]:
     """Rows that have all ``fields`` as strings and, if there, ``targets`` as a list of strings."""
-    for number, line in read_lines(path, bad_rows):
-        row = parse_row(line, fields)
-        if isinstance(row, Fault):
-            bad_rows.add(f"{path}:{number}", row.reason, row.remedy)
+    for where, row, line in located_rows(path, fields, bad_rows):
+        fault = row if isinstance(row, Fault) else check_fields(row, fields, line)
+        if fault:
+            bad_rows.add(where, fault.reason, fault.remedy)
         else:
             yield row
 
@@ -185,15 +274,18 @@ def _check_text(field: str, value: Any, escaped: bool) -> Fault | None:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
 
 
-def pair_documents(paths: Sequence[pathlib.Path], bad_rows: BadRows) -> Iterator[Document]:
-    """(source, target, further references if any) of every row of JSONL files."""
+def pair_documents(
+    paths: Sequence[pathlib.Path], bad_rows: BadRows, fields: Sequence[str] = PAIR_FIELDS
+) -> Iterator[Document]:
+    """(source, target, further references if any) of every row of files, from these ``fields``."""
+    source, target = fields
     for path in paths:
-        for row in read_jsonl(path, ("source", "target"), bad_rows):
-            yield with_references(row["source"], row["target"], row.get("targets", ()))
+        for row in read_rows(path, fields, bad_rows):
+            yield with_references(row[source], row[target], row.get("targets", ()))
 
 
 def with_references(source: str, target: str, references: Sequence[str]) -> Document:
@@ -203,9 +295,12 @@ def with_references(source: str, target: str, references: Sequence[str]) -> Docu
 
 
 def text_documents(
-    paths: Sequence[pathlib.Path], bad_rows: BadRows, documents: str = "files"
+    paths: Sequence[pathlib.Path],
+    bad_rows: BadRows,
+    documents: str = "files",
+    field: str = TEXT_FIELD,
 ) -> Iterator[Document]:
-    """(text,) of every document: each row's ``text`` in JSONL, in plain text as ``documents`` says.
+    """(text,) of every document: each row's ``field``, in plain text as ``documents`` says.
 
     "files": a file is one, cut at a line's end after each DOCUMENT_BYTES. "lines": each line
     without its end. "paragraphs": lines between blank ones. Blank lines are no documents.
@@ -213,9 +308,9 @@ def text_documents(
     if documents not in DOCUMENTS:
         raise ConfigError(f"documents is {documents!r}; expected one of {', '.join(DOCUMENTS)}")
     for path in paths:
-        if is_jsonl(path):
-            for row in read_jsonl(path, ("text",), bad_rows):
-                yield (row["text"],)
+        if has_rows(path, field):
+            for row in read_rows(path, (field,), bad_rows):
+                yield (row[field],)
         else:
             for text in _plain_documents(path, bad_rows, documents):
                 yield (text,)

@@ -15,7 +15,8 @@ import numpy as np
 from encdec.data.mixing import MIXTURES
 from encdec.data.objectives import Objective
 from encdec.data.readers import BadRows
-from encdec.data.text_tasks import TEXT_TASKS, TextTask
+from encdec.data.registry import TEXT_TASKS
+from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import DataError
 from encdec.metrics.registry import metric_named

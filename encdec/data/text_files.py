@@ -53,8 +53,6 @@ JSONL_ENDINGS = (".jsonl", ".ndjson", ".jsonlines")
 # (first bytes, what it is): refused by name.
 _OTHERS = (
     (b"PK\x03\x04", "a zip archive (.zip, .docx, .xlsx, .npz)"),
-    (b"PAR1\x15", "a Parquet table"),
-    (b"ARROW1\x00", "an Arrow table"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (b"Rar!\x1a\x07", "a RAR archive"),
     (b"\x04\x22\x4d\x18", "compressed with lz4"),

@@ -7,18 +7,16 @@ by file and line and encoding in batches is not what tf.data does well.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from encdec.data import readers
 from encdec.data.corpora import repair, stdlib
+from encdec.data.file_tasks import FileTask
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
-from encdec.data.paper_tasks import PAPER_TASKS, PaperTask
 from encdec.errors import ConfigError, DataError
-from encdec.fields import did_you_mean
-from encdec.storage import local
 
+PAIRS = SequenceToSequence()
 # (split, bad rows) to documents.
 ReadDocuments = Callable[[str, readers.BadRows], Iterator[Document]]
 
@@ -29,15 +27,18 @@ class TextTask:
 
     ``origin`` tells the card where the text came from. A task without ``splits`` takes any name.
     ``read`` may give a pair more texts than the objective wants: further references for the
-    ``metrics``, which are names of ``encdec.metrics.registry``.
+    ``metrics``, which are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most
+    that configs/finetune.py takes (0: it has a default).
     """
 
     name: str
     read: ReadDocuments
-    objective: Objective
-    origin: Callable[[], dict[str, Any]]
+    objective: Objective = PAIRS
+    origin: Callable[[], dict[str, Any]] = dict
     splits: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    about: str = ""
+    fine_tune_steps: int = 0
 
     def documents(self, split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         """Documents of a split in order; DataError where the split or a row is bad."""
@@ -61,38 +62,48 @@ class TextTask:
         return iter(self.read(split, bad_rows))
 
 
-def jsonl_task(files: Sequence[str], objective: Objective | None = None) -> TextTask:
-    """The user's own JSONL (``source``, ``target``, optional ``targets``)."""
+def jsonl_task(
+    files: Sequence[str],
+    objective: Objective | None = None,
+    fields: Sequence[str] = readers.PAIR_FIELDS,
+) -> TextTask:
+    """The user's own rows (``fields`` for source and target, optional ``targets``)."""
     paths = readers.check_files(files)
+    named = {} if tuple(fields) == readers.PAIR_FIELDS else {"fields": list(fields)}
     return TextTask(
         "jsonl",
-        lambda split, bad_rows: readers.pair_documents(paths, bad_rows),
-        objective or SequenceToSequence(),
-        lambda: {"files": [path.name for path in paths]},
+        lambda split, bad_rows: readers.pair_documents(paths, bad_rows, fields),
+        objective or PAIRS,
+        lambda: {"files": [path.name for path in paths]} | named,
     )
 
 
 def text_files_task(
-    files: Sequence[str], objective: Objective | None = None, documents: str | None = None
+    files: Sequence[str],
+    objective: Objective | None = None,
+    documents: str | None = None,
+    field: str = readers.TEXT_FIELD,
 ) -> TextTask:
-    """Plain text files, or JSONL with a ``text`` field, for pretraining.
+    """Plain text files, or rows with a text in ``field``, for pretraining.
 
     ``documents`` says what one is in a plain file (default "files"): ``readers.text_documents``.
     ConfigError where no file is plain and ``documents`` is given.
     """
     paths = readers.check_files(files)
     origin: dict[str, Any] = {"files": [path.name for path in paths]}
-    if not all(map(readers.is_jsonl, paths)):
+    if field != readers.TEXT_FIELD:
+        origin["fields"] = [field]
+    if not all(readers.has_rows(path, field) for path in paths):
         origin["documents"] = documents or readers.DOCUMENTS[0]
     elif documents:
         raise ConfigError(
-            f"--documents={documents} says what a document is in plain text, and all files are "
-            "JSONL, where each row is one; leave it out"
+            f"--documents={documents} says what a document is in plain text, and all files hold "
+            "rows, where each is one; leave it out"
         )
     return TextTask(
         "text",
         lambda split, bad_rows: readers.text_documents(
-            paths, bad_rows, documents or readers.DOCUMENTS[0]
+            paths, bad_rows, documents or readers.DOCUMENTS[0], field
         ),
         objective or PrefixLM(),
         lambda: origin,
@@ -113,8 +124,8 @@ def _stdlib_text(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         yield (text,)
 
 
-def bind_paper_task(task: PaperTask, data_dir: str | None = None) -> TextTask:
-    """A task of the paper over the files below ``data_dir``, else over tensorflow-datasets."""
+def bind_file_task(task: FileTask, data_dir: str | None = None) -> TextTask:
+    """A task over the files below ``data_dir``, else over tensorflow-datasets."""
     return TextTask(
         task.name,
         lambda split, bad_rows: task.read(data_dir, split, bad_rows),
@@ -122,6 +133,8 @@ def bind_paper_task(task: PaperTask, data_dir: str | None = None) -> TextTask:
         lambda: task.origin(data_dir),
         tuple(task.splits),
         task.metrics,
+        task.about,
+        task.fine_tune_steps,
     )
 
 
@@ -144,25 +157,3 @@ EMBEDDED_TASKS: dict[str, TextTask] = {
     ),
     "stdlib_text": TextTask("stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS),
 }
-TEXT_TASKS: dict[str, TextTask] = {
-    **EMBEDDED_TASKS,
-    **{name: bind_paper_task(task) for name, task in PAPER_TASKS.items()},
-}
-
-
-def text_task(name: str, data_dir: str | None = None) -> TextTask:
-    """A task by name, over its files below ``data_dir`` if given.
-
-    DataError naming the nearest where there is none of that name.
-    """
-    if name not in TEXT_TASKS:
-        hint = did_you_mean(name, TEXT_TASKS)
-        raise DataError(f"no task {name!r}; there are {', '.join(TEXT_TASKS)}{hint}")
-    if data_dir is None:
-        return TEXT_TASKS[name]
-    if name not in PAPER_TASKS:
-        raise ConfigError(f"task {name} brings its own text; leave --data_dir={data_dir} out")
-    data_dir = local("--data_dir", data_dir)
-    if not pathlib.Path(data_dir).is_dir():
-        raise DataError(f"--data_dir={data_dir} is no directory; give the one that holds {name}")
-    return bind_paper_task(PAPER_TASKS[name], data_dir)

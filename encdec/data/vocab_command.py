@@ -16,12 +16,14 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from encdec.data.prepare_settings import choose_task
+from encdec.data.prepare_settings import FIELD_FLAGS, PrepareSettings, choose_task
 from encdec.data.readers import BadRows
-from encdec.data.text_tasks import TEXT_TASKS, TextTask
+from encdec.data.registry import TEXT_TASKS
+from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_bytes
+from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path, user_path
 
 # SentencePiece leaves out training lines above 4192 bytes.
@@ -151,11 +153,14 @@ def parser() -> argparse.ArgumentParser:
     tasks = ", ".join(TEXT_TASKS)
     flags.add_argument("--task", action="append", help=f"train on a task's text: {tasks}")
     flags.add_argument(
-        "--jsonl", type=local_path, nargs="+", metavar="FILE", help="JSONL with source and target"
+        "--jsonl", type=local_path, nargs="+", metavar="FILE", help="rows with source and target"
     )
     flags.add_argument(
-        "--text", type=local_path, nargs="+", metavar="FILE", help="text, or JSONL with text"
+        "--text", type=local_path, nargs="+", metavar="FILE", help="text, or rows with text"
     )
+    for name in FIELD_FLAGS:
+        field = PrepareSettings.__dataclass_fields__[name]
+        flags.add_argument(f"--{name}", **field.metadata["flag"])
     flags.add_argument("--split", help="the task's split (train)")
     flags.add_argument("--size", type=int, default=8192, help="ids, with 259 for bytes (8192)")
     flags.add_argument("--model_type", choices=MODEL_TYPES, default="bpe")
@@ -166,17 +171,25 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=local_path, required=True, metavar="FILE", help="the .model file to write"
     )
     flags.add_argument("--overwrite", action="store_true")
+    add_module_flag(flags)
     return flags
 
 
 def main(argv: list[str]) -> int:
     """``encdec vocab``."""
     flags = parser().parse_args(argv)
+    import_modules(flags.module)
     sources = [choose_task(name) for name in flags.task or ()]
     if flags.jsonl:
-        sources.append(choose_task(None, jsonl=flags.jsonl))
+        fields = {"source_field": flags.source_field, "target_field": flags.target_field}
+        sources.append(choose_task(None, jsonl=flags.jsonl, fields=fields))
     if flags.text:
-        sources.append(choose_task(None, text=flags.text))
+        fields = {"text_field": flags.text_field}
+        sources.append(choose_task(None, text=flags.text, fields=fields))
+    for name in FIELD_FLAGS:
+        owner = "text" if name == "text_field" else "jsonl"
+        if getattr(flags, name) is not None and not getattr(flags, owner):
+            raise ConfigError(f"--{name} names a field in files of --{owner}; leave it out")
     if flags.split is not None and not flags.task:
         raise ConfigError(f"--split={flags.split} goes with --task; files have no splits")
     if not sources:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from encdec.data.text_tasks import TEXT_TASKS
+from encdec.data.registry import TEXT_TASKS
 from encdec.errors import DataError
 from encdec.evaluation.evaluation_report import check_distinct, read_report, shown
 from encdec.evaluation.examples import Example

@@ -8,7 +8,7 @@ import pathlib
 
 from encdec.errors import ConfigError
 from encdec.inference.settings import check_numbers
-from encdec.modules import import_modules
+from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local, local_path
 
 
@@ -66,13 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of bootstrap samples (default %(default)s)",
     )
-    parser.add_argument(
-        "--module",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="Python module that registers your own metrics; may be repeated",
-    )
+    add_module_flag(parser)
     parser.add_argument(
         "--out", type=local_path, metavar="DIR", help="receives comparison.md and .json"
     )

@@ -8,7 +8,7 @@ from encdec.errors import ConfigError
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.settings import GenerationSettings, add_draft_option
 from encdec.metrics.registry import METRICS
-from encdec.modules import import_modules
+from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
 
 
@@ -121,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="your own examples, one JSON object per line; may be repeated, each a task named "
-        "like the file",
+        help="your own examples: rows of JSONL, CSV, TSV, Parquet or Arrow, a folder of them, a "
+        "pattern, or - for standard input; may be repeated, each a task named like the file",
     )
     parser.add_argument(
         "--source_field",
@@ -144,14 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         + ", ".join(METRICS)
         + ", or one of their scores, such as rougeL_stemmed",
     )
-    parser.add_argument(
-        "--module",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="Python module to import first, which registers your own metrics "
-        "(docs/evaluation.md); may be repeated",
-    )
+    add_module_flag(parser)
     parser.add_argument(
         "--shuffle_sources",
         nargs="?",

@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import pathlib
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from encdec.data.readers import BadRows, check_files, read_jsonl, with_references
-from encdec.data.text_tasks import text_task
+from encdec.data.mixing import mixture_parts
+from encdec.data.readers import STDIN, BadRows, check_files, pair_documents
+from encdec.data.registry import text_task
 from encdec.errors import DataError
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.metrics.registry import DEFAULT, metric_named
@@ -52,8 +54,10 @@ def load_examples(settings: EvaluationSettings) -> list[Examples]:
         DataError: no such task or file, a bad row, nothing in it, or two files of one name.
     """
     data = (settings.data_dir, settings.split, settings.metrics, settings.limit)
-    found = [of_task(name, *data) for name in settings.tasks]
-    found += [_of_file(path, settings) for path in _files(settings.jsonl)]
+    # A mixture stands for its tasks.
+    parts = [part for name in settings.tasks for part in mixture_parts(name) or (name,)]
+    found = [of_task(name, *data, one_of_several=len(parts) > 1) for name in parts]
+    found += [_of_files(path, settings) for path in settings.jsonl]
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
@@ -64,23 +68,21 @@ def load_examples(settings: EvaluationSettings) -> list[Examples]:
     return found
 
 
-def _files(paths: Sequence[str]) -> list[pathlib.Path]:
-    return check_files(paths) if paths else []
-
-
 def of_task(
     name: str,
     data_dir: str | None,
     split: str,
     metrics: Sequence[str] = (),
     limit: int | None = None,
+    *,
+    one_of_several: bool = False,
 ) -> Examples:
     """The first ``limit`` examples of a task's split, with its own metrics unless others are named.
 
     Raises:
         DataError: no such task, split or file, raw text, a bad row, or nothing in it.
     """
-    task = text_task(name, data_dir)
+    task = text_task(name, data_dir, one_of_several=one_of_several)
     return _examples(
         name,
         f"the {split} split of {name} is empty; give another --split",
@@ -90,17 +92,17 @@ def of_task(
     )
 
 
-def _of_file(path: pathlib.Path, settings: EvaluationSettings) -> Examples:
+def _of_files(path: str, settings: EvaluationSettings) -> Examples:
+    """The examples of a file, or of all files of a folder or pattern, under its name."""
+    files = check_files([path])
     fields = (settings.source_field, settings.target_field)
 
     def read() -> Iterator[Example]:
-        for row in read_jsonl(path, fields, BadRows()):
-            source, *references = with_references(
-                *(row[field] for field in fields), row.get("targets", ())
-            )
+        for source, *references in pair_documents(files, BadRows(), fields):
             yield Example(source, tuple(references))
 
-    name = path.name.split(".")[0] or path.name
+    given = "standard_input" if path == STDIN else pathlib.Path(path).name
+    name = re.sub(r"[^\w.-]+", "_", given.split(".")[0] or given)
     return _examples(name, f"{path} has no rows", read(), settings.metrics, settings.limit)
 
 

@@ -53,6 +53,9 @@ def main(argv: list[str]) -> int:
         precision=options.precision,
         step=options.step,
         own=options.own,
+        license=options.license,
+        push=options.push,
+        private=options.private,
     )
     written, export = report.written, report.export
     if written.family == "encdec":
@@ -63,6 +66,8 @@ def main(argv: list[str]) -> int:
         f"{out}: {kind}, {options.precision}, {written.bytes:,} bytes, step {report.step:,} "
         f"({time.monotonic() - started:.1f} s)"
     )
+    if report.address:
+        print(f"pushed: {report.address}")
     if pairs:
         from encdec.inference.exported import load_exported_model
 
@@ -116,6 +121,19 @@ def _parser() -> argparse.ArgumentParser:
         "--own",
         action="store_true",
         help="hf: our modelling file even where T5Gemma could express the model",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID|FILE",
+        help="of the model, for its card: an identifier such as apache-2.0, or a file",
+    )
+    parser.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="also send the directory to this repository of the Hugging Face Hub (HF_TOKEN)",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make the repository of --push private, if it is new"
     )
     parser.add_argument(
         "--check",

@@ -6,9 +6,11 @@ import dataclasses
 import os
 import pathlib
 
+from encdec import hub
 from encdec.errors import ConfigError
 from encdec.export import formats
 from encdec.export.formats import Export, Written
+from encdec.export.model_card import check_license, write_card
 from encdec.inference.generator import read_prompt_format
 from encdec.storage import is_free, whole_directory
 from encdec.train.checkpoints import load_params_for_inference
@@ -17,11 +19,12 @@ from encdec.train.workdir import model_config_of, read_config
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """What was written, from which checkpoint step, and the model that went in."""
+    """What was written, from which checkpoint step, of which model, and where it was pushed."""
 
     written: Written
     step: int
     export: Export
+    address: str = ""
 
 
 def export_model(
@@ -32,6 +35,9 @@ def export_model(
     precision: str = "float32",
     step: int | None = None,
     own: bool = False,
+    license: str | None = None,
+    push: str | None = None,
+    private: bool = False,
 ) -> ExportReport:
     """Writes a trained model whole, or nothing.
 
@@ -42,20 +48,31 @@ def export_model(
         precision: of the weights, one of the format's.
         step: checkpoint; None: the last.
         own: our modelling file even where a public family would do (hf).
+        license: of the model, for its card: an identifier such as apache-2.0, or a file.
+        push: ``ORG/NAME`` on the Hugging Face Hub that receives the directory.
+        private: whether that repository is made private, if it is new.
 
     Raises:
         ConfigError: ``out`` is in use, or the format cannot express the model.
         CheckpointError: the directory holds no trained model.
+        DataError: the Hub refuses; what was written by then is whole.
     """
     out = pathlib.Path(out)
     if not is_free(out):
         raise ConfigError(f"out={out} is not empty; give another directory")
     formats.check_precision(format, precision)
+    check_license(license)
     content = read_config(checkpoint)
     formats.check(format, model_config_of(content))
+    if push:
+        hub.check_push(push, private)
+    elif private:
+        raise ConfigError("private is of a repository that is pushed to; add --push=ORG/NAME")
     prompts, targets_length = read_prompt_format(checkpoint)
     config, params, step = load_params_for_inference(checkpoint, step)
     export = Export(config, params, prompts, precision, content, checkpoint, targets_length, own)
     with whole_directory(out) as partial:
         written = formats.write(format, partial, export)
-    return ExportReport(written, step, export)
+        write_card(partial, export, written, format, step, license)
+    address = hub.push(out, push, f"Step {step:,}, {precision}") if push else ""
+    return ExportReport(written, step, export, address)

@@ -6,66 +6,67 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from encdec.data.readers import BadRows, Fault, check_files, parse_row, read_lines
-from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, BrokenStream, plain_name, utf8_lines
+from encdec.data.readers import STDIN, BadRows, check_fields, check_files, located_rows, read_lines
+from encdec.data.tables import Fault, table_kind
+from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, plain_name
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows, whole_lines, write_json
 from encdec.inference.generator import Generation
 from encdec.jobs import check_settings
 
 FORMATS = ("jsonl", "text")
-STDIN = "-"
 
 
 def read_inputs(path: str, file_format: str | None = None) -> list[str]:
-    """The texts of a file, one a line; ``-`` is standard input.
+    """The texts of a file, one a line or row; ``-`` is standard input.
 
     Args:
-        path: JSONL with the field ``source``, or plain text, compressed or not.
-        file_format: "jsonl" or "text"; by default as the file's name ends, text for ``-``.
+        path: rows with the field ``source`` (JSONL, CSV, TSV, Parquet, Arrow), or plain text; a
+            folder or pattern of such files.
+        file_format: "jsonl" (rows) or "text"; by default as the file's name and content say, text
+            for ``-``.
 
     Raises:
         DataError: no such file, a line that is empty, not UTF-8 or without ``source``.
     """
-    if file_format is None:
-        named = plain_name(path).endswith((*JSONL_ENDINGS, ".json"))
-        file_format = "jsonl" if named else "text"
     texts = []
-    for number, line in _lines(path):
-        where = f"{'standard input' if path == STDIN else path}:{number}"
-        if file_format == "jsonl":
-            row = parse_row(line, ("source",))
-            if isinstance(row, Fault):
-                raise DataError(f"{where}: {row.reason}; {row.remedy}")
-            text = row["source"]
-        else:
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at byte "
-                    f"{error.start}; save it as UTF-8"
-                ) from None
-        if not text.strip():
-            raise DataError(f"{where}: the text is empty; delete the line")
-        texts.append(text)
+    for file in check_files([path]):
+        for where, text in _texts(file, file_format, "standard input" if path == STDIN else None):
+            if not text.strip():
+                raise DataError(f"{where}: the text is empty; delete the line")
+            texts.append(text)
     if not texts:
         raise DataError(f"{path} holds no text; give one a line")
     return texts
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    if path != STDIN:
-        yield from read_lines(check_files([path])[0], BadRows())
+def _texts(
+    file: pathlib.Path, file_format: str | None, shown: str | None
+) -> Iterator[tuple[str, str]]:
+    """(where it is, text) of each input of a file, which messages call ``shown``."""
+    if file_format is None:
+        named = plain_name(file).endswith((*JSONL_ENDINGS, ".json"))
+        file_format = "jsonl" if named or table_kind(file) else "text"
+    if file_format == "jsonl":
+        for where, row, line in located_rows(file, ("source",), BadRows()):
+            where = where.replace(str(file), shown, 1) if shown else where
+            fault = row if isinstance(row, Fault) else check_fields(row, ("source",), line)
+            if fault:
+                raise DataError(f"{where}: {fault.reason}; {fault.remedy}")
+            yield where, row["source"]
         return
-    try:
-        yield from enumerate(utf8_lines(sys.stdin.buffer, "standard input"), 1)
-    except BrokenStream as error:
-        raise DataError(f"standard input: {error}") from None
+    for number, line in read_lines(file, BadRows()):
+        where = f"{shown or file}:{number}"
+        try:
+            yield where, line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at byte "
+                f"{error.start}; save it as UTF-8"
+            ) from None
 
 
 def rows_of(

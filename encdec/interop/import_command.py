@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         type=local_path,
         metavar="PATH",
-        help="directory with config.json and *.safetensors (hf), the paper's "
-        "model.pt (mu), or a .bin file (llama2c)",
+        help="directory with config.json and *.safetensors, or ORG/NAME[@REVISION] of the Hugging "
+        "Face Hub (hf), the paper's model.pt (mu), or a .bin file (llama2c)",
     )
     parser.add_argument(
         "--from",

@@ -7,7 +7,7 @@ import os
 import pathlib
 from typing import Any, Literal
 
-from encdec import safetensors
+from encdec import hub, safetensors
 from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
@@ -64,8 +64,8 @@ def import_model(
     """Writes another project's model as a work directory, weights and vocabulary checked.
 
     Args:
-        source: directory with config.json and *.safetensors (hf), the paper's model.pt (mu), or a
-            .bin file (llama2c).
+        source: directory with config.json and *.safetensors, or ``ORG/NAME[@REVISION]`` of the
+            Hugging Face Hub (hf), the paper's model.pt (mu), or a .bin file (llama2c).
         out: directory to write, new or empty unless ``overwrite``.
         format: of ``source``.
         vocabulary: as for ``prepare``; None: the one in ``source``, if it has one.
@@ -76,15 +76,19 @@ def import_model(
 
     Raises:
         ConfigError: the output directory is in use, or the model has an unsupported setting.
-        DataError: files are missing, truncated or do not belong together.
+        DataError: files are missing, truncated or do not belong together, or the Hub refuses.
     """
-    source, out = pathlib.Path(source), pathlib.Path(out)
+    out = pathlib.Path(out)
     if head_dim is not None and format != "mu":
         raise ConfigError(
             f"head_dim={head_dim} goes with format mu (--from=mu); the other formats state it"
         )
     if head_dim is not None and head_dim < 1:
         raise ConfigError(f"head_dim is {head_dim}; expected 1 or more (the width of a head)")
+    if format == "hf" and (found_on_hub := hub.repository(source)):
+        name = name or found_on_hub[0]
+        source = hub.download(*found_on_hub)
+    source = pathlib.Path(source)
     if not source.exists():
         raise DataError(f"{source} does not exist; give the downloaded file or directory")
     given = load_vocabulary(vocabulary) if vocabulary else None

@@ -15,7 +15,8 @@ import numpy as np
 
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
-from encdec.data.text_tasks import jsonl_task, text_task
+from encdec.data.registry import FILE_TASKS, text_task
+from encdec.data.text_tasks import jsonl_task
 from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
@@ -157,7 +158,8 @@ class Corpora:
         if split == "train" and column.train_file:
             path = pathlib.Path(self._data_dir, column.train_file)
             return list(jsonl_task([str(path)]).examples(split, BadRows()))
-        return list(text_task(task, self._data_dir).examples(split, BadRows()))
+        data_dir = self._data_dir if task in FILE_TASKS else None
+        return list(text_task(task, data_dir).examples(split, BadRows()))
 
     def _split(self, column: Column, task: str) -> tuple[list[Pair], list[Pair]]:
         """Training and held-out examples; held out are the last, which rarely share texts with

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from encdec.errors import ConfigError, DataError
 from encdec.fields import unknown_field
+from encdec.modules import add_module_flag
 from encdec.storage import local_path
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
     """The flags, and the experiment that --config and its overrides set."""
     overrides = [argument for argument in argv if _OVERRIDE.fullmatch(argument)]
     options = parser.parse_args([a for a in argv if a not in overrides])
+    import_modules(getattr(options, "module", ()))
     config = load_config(options.config, overrides)
     from encdec.paper.setting import parse_setting
 
@@ -188,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         help="receives a JSON line of every run; runs that it has are not done again (default: "
         "results.jsonl in --work)",
     )
+    add_module_flag(parser)
     parser.add_argument("--columns", metavar="A,B", help="only these columns (default: all)")
     parser.add_argument(
         "--rows",

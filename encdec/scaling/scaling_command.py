@@ -19,6 +19,7 @@ from rich.console import Console
 
 from encdec.errors import ConfigError, DataError, EncdecError
 from encdec.fields import unknown_field
+from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
 
 _OVERRIDE = re.compile(r"--?(?:no)?ladder\.([^=]+)(=.*)?", re.DOTALL)
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--task", required=True, metavar="TASK", help="a task with metrics, see `encdec data list`"
     )
+    add_module_flag(score)
     score.add_argument(
         "--data_dir", type=local_path, metavar="DIR", help="directory with the task's files"
     )
@@ -353,6 +355,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    import_modules(options.module)
     from encdec.evaluation.examples import of_task
     from encdec.scaling.score import score_plan
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -20,10 +21,14 @@ from ml_collections import config_dict
 from encdec import fields
 from encdec.errors import ConfigError
 from encdec.fields import field_types
-from encdec.model import ExecutionConfig, ModelConfig, preset
-from encdec.model.execution import INFERENCE_FIELDS
+from encdec.model.config import ModelConfig
+from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
+from encdec.model.presets import preset, preset_names
 from encdec.storage import local
-from encdec.train.distillation_losses import AlphaSchedule, Divergence, Tail
+
+Divergence = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
+AlphaSchedule = Literal["constant", "warmup", "learning_rate"]
+Tail = Literal["merged", "dropped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,9 @@ class RunConfig:
         ConfigError: from ``parse_config``, before anything is computed or written.
     """
 
-    model: str = "330m"  # preset, see `encdec describe`
+    # Preset, see `encdec describe`; or the directory of a trained or imported model, for its
+    # architecture and its parameters together
+    model: str = "330m"
     model_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 128  # rows in one optimizer step, over all devices
     accumulation: int = 1  # micro-batches that make up one optimizer step
@@ -153,6 +160,7 @@ class RunConfig:
     init_partial: str = ""
     init_grow: bool = False  # draw the rows that the source's vocabulary tables lack
     log_every: int = 50  # steps between two lines of metrics
+    trackers: str = ""  # further writers of metrics: "wandb", "mlflow" or "wandb,mlflow"
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -165,8 +173,21 @@ class RunConfig:
     profile: ProfileConfig = ProfileConfig()
 
     def model_config(self) -> ModelConfig:
-        """The preset with its overrides."""
-        return preset(self.model, **self.model_overrides)
+        """The preset with its overrides.
+
+        Raises:
+            ConfigError: a directory that ``warm_start.with_source_model`` has not read.
+        """
+        if is_directory(self.model) and "architecture" not in self.model_overrides:
+            raise ConfigError(
+                f"config.model={self.model} is a model's directory, which training alone reads; "
+                "name a preset"
+            )
+        return self.base_model().replace(**self.model_overrides)
+
+    def base_model(self) -> ModelConfig:
+        """What ``model_overrides`` change."""
+        return ModelConfig() if is_directory(self.model) else preset(self.model)
 
     @property
     def micro_batch_size(self) -> int:
@@ -214,6 +235,7 @@ OPERATIONAL = (
     "data.eval_records",
     "distill.teacher",
     "log_every",
+    "trackers",
     "loss.vocab_tile",
     "mesh.",
     "eval.",
@@ -241,10 +263,35 @@ def parse_config(config: RunConfig | Mapping[str, Any] | ml_collections.ConfigDi
         for name in set_ones.keys() & {*INFERENCE_FIELDS, "kernel_parts"}:
             raise unknown_field(f"model_overrides.{name}", [])
         config = {**config, "model_overrides": set_ones}
-    run = _with_paths(_in_steps(fields.build(RunConfig, config, label="config", what=WHAT)))
+    run = fields.build(RunConfig, config, label="config", what=WHAT)
+    run = _with_paths(_in_steps(_from_directory(run)))
     _check_values(run)
-    run.model_config()
+    if not is_directory(run.model):
+        run.model_config()
     return run
+
+
+def is_directory(model: str) -> bool:
+    """Whether ``config.model`` names a model's directory instead of a preset."""
+    return model not in preset_names() and (os.sep in model or os.path.isdir(model))
+
+
+def _from_directory(run: RunConfig) -> RunConfig:
+    """The run with ``config.model=DIR`` spelled out: where it starts from, and as what."""
+    if not is_directory(run.model):
+        return run
+    place = local("config.model", run.model)
+    if run.init_from not in ("", run.model, place):
+        raise ConfigError(
+            f"config.model={run.model} is a model's directory, of which the run starts, and "
+            f"config.init_from is {run.init_from}; give one of them"
+        )
+    if run.init_architecture == "run":
+        raise ConfigError(
+            f"config.model={run.model} takes that model's architecture, and "
+            "config.init_architecture is 'run'; leave one of them out"
+        )
+    return dataclasses.replace(run, model=place, init_from=place, init_architecture="source")
 
 
 def _with_paths(run: RunConfig) -> RunConfig:

@@ -23,16 +23,13 @@ is the full KL, while single tokens may be negative.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from encdec.errors import ConfigError
+from encdec.train.config import AlphaSchedule, Divergence, Tail
 
-Divergence = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
-AlphaSchedule = Literal["constant", "warmup", "learning_rate"]
-Tail = Literal["merged", "dropped"]
 Fields = Mapping[str, jax.Array]
 
 # Least probability that a logarithm is taken of: a tail that float16 stored as 0, or a student

@@ -16,6 +16,7 @@ from encdec.train.config import RunConfig, parse_config
 from encdec.train.distillation_losses import check_divergence
 from encdec.train.program import Program, build_program
 from encdec.train.sharding import make_mesh
+from encdec.train.trackers import tracker_names
 from encdec.train.warm_start import StartPlan, plan_start, with_source_model
 from encdec.train.workdir import check_workdir, describe_run
 
@@ -46,6 +47,7 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     local("--workdir", workdir)
     run = with_source_model(parse_config(config), workdir)
     model = run.model_config()
+    tracker_names(run.trackers)
     if not run.data.records:
         raise ConfigError(
             "config.data.records is empty; expected a directory written by "

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -155,7 +155,7 @@ def eval_report(sums: Metrics, target_bytes: float, target_tokens: float) -> dic
     }
 
 
-class _ScalarWriter(metric_writers.MetricWriter):
+class ScalarWriter(metric_writers.MetricWriter):
     """A clu writer that takes scalars and leaves everything else to the other writers."""
 
     def _ignore(self, *arguments: Any, **more: Any) -> None:
@@ -171,7 +171,7 @@ class _ScalarWriter(metric_writers.MetricWriter):
         pass
 
 
-class JsonLinesWriter(_ScalarWriter):
+class JsonLinesWriter(ScalarWriter):
     """One JSON object a line: step, wall-clock time, and the numbers by name."""
 
     def __init__(self, path: epath.PathLike, start_step: int = 0):
@@ -207,7 +207,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
 
-class Console(_ScalarWriter):
+class Console(ScalarWriter):
     """A progress bar on a terminal, plain lines elsewhere; nothing but on the first process."""
 
     def __init__(
@@ -288,9 +288,12 @@ def _duration(seconds: float) -> str:
 
 
 def make_writer(
-    workdir: epath.PathLike, start_step: int, console: Console
+    workdir: epath.PathLike,
+    start_step: int,
+    console: Console,
+    trackers: Callable[[], Sequence[metric_writers.MetricWriter]] = tuple,
 ) -> metric_writers.MetricWriter:
-    """Writes to ``metrics.jsonl``, to TensorBoard events and to the console.
+    """Writes to ``metrics.jsonl``, to TensorBoard events, to trackers and to the console.
 
     Files are written by process 0 alone, in a thread of their own.
     """
@@ -301,6 +304,7 @@ def make_writer(
         [
             JsonLinesWriter(workdir / METRICS_FILE, start_step),
             SummaryWriter(os.fspath(workdir / TENSORBOARD_FOLDER), start_step + 1),
+            *trackers(),
         ]
     )
     return metric_writers.MultiWriter([files, console])

@@ -13,6 +13,7 @@ from etils import epath
 from encdec.errors import Preempted
 from encdec.model import parameter_count
 from encdec.train.checkpoints import Checkpoints
+from encdec.train.config import to_dict
 from encdec.train.evaluate import Evaluator
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.goodput import Goodput, last_report
@@ -23,6 +24,7 @@ from encdec.train.preemption import Notice
 from encdec.train.processes import from_first
 from encdec.train.reports import OnReport, Reports
 from encdec.train.state import TrainState
+from encdec.train.trackers import make_trackers, tracker_names
 from encdec.train.warm_start import plan_start, start_from
 from encdec.train.workdir import STARTED_NOTE, note_source, notes, write_workdir
 
@@ -161,7 +163,13 @@ def open_session(
         losses |= {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
         goodput = Goodput(entered, kept[STARTED_NOTE], last_report(rows, start))
         console.advance(start)
-        writer = make_writer(workdir, start, console)
+        trackers = lambda: make_trackers(
+            tracker_names(run.trackers),
+            workdir,
+            {"run": to_dict(run), "model": job.model.to_dict()},
+            console.say,
+        )
+        writer = make_writer(workdir, start, console, trackers)
         closing.callback(writer.close)
         reports = Reports(job, checkpoints, writer, stop, on_report, goodput)
         evaluator = (
@@ -226,5 +234,12 @@ def _introduce(job: Job, console: Console) -> None:
     )
     if job.teacher:
         console.say(job.teacher.describe())
+    rows = len(job.records)
+    if rows < job.run.batch_size:
+        console.say(
+            f"warning: a batch of {job.run.batch_size:,} rows is larger than the data, {rows:,} "
+            f"rows: a step reads every row about {job.run.batch_size / rows:.1f} times; set "
+            f"--config.batch_size={max(1, rows // 8)} or so, or prepare with shorter lengths"
+        )
     for item in job.program.unsharded:
         console.say(f"not split: {item}")

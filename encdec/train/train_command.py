@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ml_collections
 from absl import flags
@@ -17,8 +17,9 @@ from ml_collections import config_flags
 from encdec import shipped
 from encdec.errors import ConfigError, EncdecError, Preempted
 from encdec.fields import did_you_mean
+from encdec.modules import add_module_flag, import_modules, named_function
 from encdec.storage import local_path, refusals_explained
-from encdec.train.config import complete, field_names, unknown_field
+from encdec.train.config import complete, field_names, parse_config, unknown_field
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
 _NUMBER = re.compile(r"-[0-9.]")
@@ -28,17 +29,27 @@ def main(argv: list[str]) -> int:
     """``encdec train --config=FILE.py[:ARGUMENT] --workdir=DIR [--config.FIELD=VALUE ...]``."""
     overrides, rest = split_overrides(argv)
     options = _parser().parse_args(rest)
+    import_modules(options.module)
     config = load_config(options.config, overrides)
+    parse_config(config)
+    hooks = [_hook(target) for target in options.hook]
+    on_report = named_function("--on_report", options.on_report) if options.on_report else None
     join_processes(options)
     # Imported late: a mistake in the command line is answered at once.
     import jax
 
     from encdec.train.checkpoints import kept_state
-    from encdec.train.loop import train
+    from encdec.train.loop import Hook, train
 
     try:
         with refusals_explained(lambda: kept_state(options.workdir)):
-            summary = train(config, options.workdir, stop_at=options.stop_at)
+            summary = train(
+                config,
+                options.workdir,
+                stop_at=options.stop_at,
+                on_report=on_report,
+                hooks=[Hook(call, every) for call, every in hooks],
+            )
     except Preempted:
         raise  # all processes leave together, so each can wait for the others
     except Exception as error:
@@ -77,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Trains a model on records, or resumes the run of the work directory.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, for example "
-        "--config.batch_size=64 --config.optimizer.name=muon.",
+        "--config.batch_size=64 --config.optimizer.name=muon; `encdec config --config=FILE.py` "
+        "prints all of them with their meanings and values.",
     )
     parser.add_argument(
         "--config",
@@ -99,8 +111,32 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="stop and save at this step; the same command continues later",
     )
+    add_module_flag(parser)
+    parser.add_argument(
+        "--on_report",
+        metavar="MODULE:FUNCTION",
+        help="call a function of yours with (step, numbers) at every line of metrics",
+    )
+    parser.add_argument(
+        "--hook",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION[:EVERY]",
+        help="call a function of yours with the session every so many steps and after the last "
+        "(docs/design.md, Hooks); may be repeated",
+    )
     add_process_options(parser)
     return parser
+
+
+def _hook(target: str) -> tuple[Callable[..., object], int]:
+    """(function, steps between two calls) of ``MODULE:FUNCTION[:EVERY]``."""
+    name, _, every = target.rpartition(":")
+    if ":" not in name:
+        name, every = target, "0"
+    if not every.isdigit():
+        raise ConfigError(f"--hook={target}; expected MODULE:FUNCTION:EVERY, EVERY in steps")
+    return named_function("--hook", name), int(every)
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:

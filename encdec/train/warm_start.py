@@ -23,7 +23,7 @@ from encdec.data.vocabulary import VocabularySpec, load_vocabulary, recorded_voc
 from encdec.errors import ConfigError, DataError
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes, preset
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.config import RunConfig
+from encdec.train.config import RunConfig, is_directory
 from encdec.train.sharding import path_name, unrolled_names
 from encdec.train.state import TrainState
 from encdec.train.workdir import CONFIG_FILE, model_config_of, read_config
@@ -140,6 +140,13 @@ def with_source_model(run: RunConfig, workdir: epath.PathLike | None = None) -> 
                 f"'source' and {run.init_from} has {theirs[name]!r}; leave the override out, or "
                 "set config.init_architecture='run'"
             )
+    if is_directory(run.model):
+        # All of it is that model's, what only training reads included.
+        overrides = {"architecture": source.architecture}
+        overrides |= source.changes_from(run.base_model()) | dict(run.model_overrides)
+        run = dataclasses.replace(run, model_overrides=overrides)
+        run.model_config()
+        return run
     # As many rows as its tables have, unless the run says how many.
     theirs = {"vocab_size": source.vocab_size} | theirs
     base = preset(run.model)

@@ -84,5 +84,6 @@ def random_pairs(rng, count, longest_source, longest_target, low=1, high=1200):
 
 
 def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -15,7 +15,7 @@ from encdec.data.paper_tasks import PAPER_TASKS
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows
 from encdec.data.records import read_card
-from encdec.data.text_tasks import text_task
+from encdec.data.registry import text_task
 from encdec.errors import ConfigError, DataError
 from encdec.metrics.registry import METRICS
 from tests.data.conftest import write_jsonl

@@ -134,7 +134,7 @@ def test_a_document_is_a_file_a_line_or_a_paragraph(tmp_path, monkeypatch):
     rows = tmp_path / "b.jsonl"
     rows.write_text('{"text": "a\\n\\nb"}\n')
     assert "documents" not in text_files_task([str(rows)]).origin()
-    with pytest.raises(ConfigError, match=r"--documents=lines .* all files are JSONL"):
+    with pytest.raises(ConfigError, match=r"--documents=lines .* all files hold rows"):
         text_files_task([str(rows)], documents="lines")
 
 

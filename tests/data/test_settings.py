@@ -70,6 +70,8 @@ CHANGES = {
     "max_examples": (PAIRS, ["--max_examples=7"]),
     "max_bad_rows": (["--jsonl=bad.jsonl", "--vocabulary=bytes"], ["--max_bad_rows=1"]),
     "block_bytes": (PAIRS, ["--block_bytes=200"]),
+    "source_field": (PAIRS, ["--source_field=target"]),
+    "target_field": (PAIRS, ["--target_field=source"]),
     "gin_file": (PAIRS, ["--gin_file=my.gin"]),
     "gin_bindings": (PAIRS, ["--gin_bindings=sequence_to_sequence.inputs_eos = False"]),
 }
@@ -79,6 +81,8 @@ REFUSED = {
     "text": (TEXT, ["--task=xsum"], "give exactly one of"),
     "data_dir": (PAIRS, ["--data_dir=files"], "goes with --task"),
     "documents": (PAIRS, ["--documents=lines"], "leave it out"),
+    "source_field": (TEXT, ["--source_field=text"], "names a field in files of --jsonl"),
+    "text_field": (PAIRS, ["--text_field=source"], "names a field in files of --text"),
     "extra_ids": (["--jsonl=pairs.jsonl", "--vocabulary=bytes"], ["--extra_ids=-1"], "extra_ids"),
     "seed": (PAIRS, ["--seed=3"], "draws nothing by it"),
     "passes": (PAIRS, ["--passes=2"], "draws no noise"),
@@ -94,6 +98,7 @@ ELSEWHERE = {
     "out": "every case",
     "vocabulary": "every case",
     "lossless": "test_losses",
+    "module": "test_own_tasks",
     "overwrite": "test_prepare",
     "workers": "test_prepare: any number gives the same bytes",
 }
@@ -156,7 +161,8 @@ def test_flags_of_vocab_change_the_model(folder):
     given = {action.dest for action in vocab_command.parser()._actions}
     assert given == {
         *("help", "task", "jsonl", "text", "split", "size", "model_type", "sample_bytes", "seed"),
-        *("max_bad_rows", "out", "overwrite"),
+        *("max_bad_rows", "out", "overwrite", "module", "source_field", "target_field"),
+        "text_field",  # how they change what is read: test_tables
     }
 
 

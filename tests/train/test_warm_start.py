@@ -228,6 +228,11 @@ def test_the_sources_architecture_is_taken_over_where_asked(pretrained, records,
         init_architecture="source",
         model_overrides={"mlp_dropout": 0.3},
     )
+    # A directory as the model says it all: where from, as what, with the source's own dropout.
+    named = short_run(records, steps=2, model=str(tmp_path / "source"), model_overrides={})
+    begun = with_source_model(parse_config(named), tmp_path / "run")
+    assert (begun.init_from, begun.model_config().rope_theta) == (str(tmp_path / "source"), 5e5)
+    assert plan_start(begun, begun.model_config(), open_records(records).card).origin.drawn == ()
     train(tune, tmp_path / "run", stop_at=1)
     model = load_params_for_inference(tmp_path / "run")[0]
     assert (model.rope_theta, model.mlp_activation, model.encoder_layers) == (5e5, "silu", 1)

@@ -1,0 +1,101 @@
+"""The Hugging Face Hub by its own client: models fetched by name, exports pushed.
+
+Its environment holds: HF_TOKEN or a login, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME for the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+from encdec.errors import ConfigError, DataError
+from encdec.packages import require
+
+# What an import reads of a repository: no checkpoints of other frameworks.
+PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "vocabulary/*")
+_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+
+
+def repository(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
+    """(name, revision) of ``ORG/NAME`` or ``ORG/NAME@REVISION``; None for an existing path."""
+    text = os.fspath(source)
+    found = re.fullmatch(rf"({_NAME})(?:@([\w./-]+))?", text)
+    if found is None or pathlib.Path(text).exists():
+        return None
+    return found[1], found[2]
+
+
+def download(name: str, revision: str | None = None) -> pathlib.Path:
+    """A repository's configuration, weights and tokenizer in the Hub's cache, fetched if need be.
+
+    Raises:
+        ConfigError: huggingface_hub is not installed.
+        DataError: no such repository or revision, no right to it, or no connection.
+    """
+    require("huggingface_hub", "hf", f"{name} of the Hub")
+    import huggingface_hub
+
+    with _explained(name, "give an existing directory, or the name as the Hub writes it"):
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(PATTERNS)
+        )
+    return pathlib.Path(folder)
+
+
+def check_push(name: str, private: bool = False) -> None:
+    """Makes the repository that will be pushed to, or finds it.
+
+    Raises:
+        ConfigError: no ORG/NAME, or huggingface_hub is not installed.
+        DataError: no right to it, or no connection.
+    """
+    if not re.fullmatch(_NAME, name):
+        raise ConfigError(f"--push={name}; expected ORG/NAME")
+    require("huggingface_hub", "hf", f"--push={name}")
+    import huggingface_hub
+
+    with _explained(name, "log in with `hf auth login`, or set HF_TOKEN"):
+        huggingface_hub.create_repo(name, private=private, exist_ok=True)
+
+
+def push(folder: str | os.PathLike[str], name: str, message: str) -> str:
+    """Uploads a directory as one commit; returns its address.
+
+    Raises:
+        DataError: no right to it, or no connection.
+    """
+    import huggingface_hub
+
+    with _explained(name, f"{folder} is whole: hf upload {name} {folder} sends it again"):
+        commit = huggingface_hub.upload_folder(
+            repo_id=name, folder_path=os.fspath(folder), commit_message=message
+        )
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _explained(name: str, remedy: str) -> Iterator[None]:
+    """The Hub's errors, and those of the connection to it, in one line."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    of_hub = (
+        *(HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError),
+        OfflineModeIsEnabled,
+    )
+    try:
+        yield
+    except Exception as error:
+        # Which library of HTTP the client uses differs between its versions.
+        transport = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
+        if not transport and not isinstance(error, of_hub):
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise DataError(f"{name} on the Hub: {lines[0].strip()}; {remedy}") from error

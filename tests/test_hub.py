@@ -1,0 +1,216 @@
+"""The Hub: a model is pushed to a server over HTTP, fetched by name into its cache, imported."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import pytest
+
+from encdec import cli, hub
+from encdec.data.vocabulary import ByteVocabulary
+from encdec.errors import ConfigError
+from encdec.export.model_card import check_license
+from encdec.interop.framing import Framing
+from encdec.interop.importing import write_model
+from encdec.model import unroll_params
+from tests.export.examples import pair
+
+pytest.importorskip("huggingface_hub")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOKEN = "hf_of_a_test"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's protocol as one repository of small files needs."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    created: list[dict] = []  # noqa: RUF012
+    asked: list[str] = []  # noqa: RUF012
+
+    def log_message(self, *_):
+        pass
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(
+            b"".join(name.encode() + self.files[name] for name in self.files)
+        ).hexdigest()
+
+    def answer(self, content, status=200, **headers):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def entry(self, name):
+        oid = hashlib.sha1(self.files[name]).hexdigest()
+        return {"type": "file", "path": name, "size": len(self.files[name]), "oid": oid}
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        self.asked.append(path)
+        if not path.startswith(("/api/models/org/tiny", "/org/tiny/resolve/")):
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif path.startswith("/org/tiny/resolve/"):
+            name = path.split("/", 5)[5]
+            if name in self.files:
+                oid = self.entry(name)["oid"]
+                self.answer(self.files[name], ETag=f'"{oid}"', X_Repo_Commit=self.sha)
+            else:
+                self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        elif "/tree/" in path:
+            self.answer([self.entry(name) for name in self.files])
+        else:
+            siblings = [{"rfilename": name} for name in self.files]
+            self.answer({"id": "org/tiny", "sha": self.sha, "siblings": siblings, "tags": []})
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.asked.append(self.path)
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer({"error": "Invalid username or password."}, 401)
+        elif self.path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            self.answer(
+                {
+                    "url": f"http://{self.headers['Host']}/org/tiny",
+                    "id": "org/tiny",
+                    "name": "org/tiny",
+                }
+            )
+        elif self.path == "/api/validate-yaml":
+            assert json.loads(body)["content"].startswith("---\n")
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer(
+                {
+                    "files": [
+                        {"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names
+                    ]
+                }
+            )
+        else:
+            lines = [json.loads(line) for line in body.splitlines()]
+            for line in lines:
+                if line["key"] == "file":
+                    value = line["value"]
+                    assert value["encoding"] == "base64"
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            self.answer(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/org/tiny/commit/{self.sha}",
+                    "commitOid": self.sha,
+                }
+            )
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("files", "created", "asked"):
+        monkeypatch.setattr(Hub, name, type(getattr(Hub, name))())
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+
+
+def run(tmp_path, server, script: str, **environment) -> str:
+    """A process of its own: the client reads its environment when it is imported."""
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")},
+        **{"HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "hub"), "HF_TOKEN": TOKEN},
+        **{"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"},
+        **environment,
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", f"from encdec.cli import main\n{script}"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout + found.stderr
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, server):
+    config, params = pair("paper")
+    write_model(
+        tmp_path / "run",
+        config.replace(scan_layers=False),
+        unroll_params(params, config),
+        source={"format": "test", "family": "test", "name": "made here"},
+        vocabulary=ByteVocabulary(4),
+        framing=Framing(1),
+        max_length=64,
+    )
+    out = run(
+        tmp_path,
+        server,
+        "assert main(['export', '--checkpoint=run', '--format=hf', '--out=exported',"
+        " '--push=org/tiny', '--private', '--license=apache-2.0']) == 0\n"
+        "assert main(['import', 'org/tiny', '--out=back']) == 0\n"
+        "assert main(['import', 'org/absent', '--out=no']) == 3\n",
+    )
+    assert f"pushed: {server}/org/tiny/commit/" in out
+    assert Hub.created[0]["name"] == "tiny"
+    assert Hub.created[0].get("visibility") == "private" or Hub.created[0]["private"]
+    exported = tmp_path / "exported"
+    sent = {
+        str(p.relative_to(exported)): p.read_bytes() for p in exported.rglob("*") if p.is_file()
+    }
+    assert Hub.files == sent
+    assert {"README.md", "generation_config.json", "modeling_encdec.py"} <= sent.keys()
+    card = sent["README.md"].decode()
+    assert card.startswith('---\nlicense: "apache-2.0"\nlibrary_name: "transformers"\n')
+    assert "trust_remote_code=True" in card and "Imported from made here" in card
+    # In the Hub's cache, as its own client lays it out, without what an import does not read.
+    [snapshot] = (tmp_path / "hub" / "hub" / "models--org--tiny" / "snapshots").iterdir()
+    assert (snapshot / "config.json").read_bytes() == sent["config.json"]
+    assert not (snapshot / "modeling_encdec.py").exists()
+    content = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert content["imported"]["name"] == "org/tiny"
+    assert content["model"]["d_model"] == config.d_model
+    assert "org/absent on the Hub: " in out and "give an existing directory" in out
+    # Once fetched, no connection is needed.
+    asked = len(Hub.asked)
+    script = "assert main(['import', 'org/tiny', '--out=again']) == 0\n"
+    wrong = (
+        "assert main(['export', '--checkpoint=run', '--format=hf', '--out=x', '--push=org/tiny'])"
+        " == 3\n"
+        "import pathlib; assert not pathlib.Path('x').exists()\n"
+    )
+    out = run(tmp_path, server, script + wrong, HF_HUB_OFFLINE="1")
+    assert len(Hub.asked) == asked and "log in with" in out
+
+
+def test_names_and_licences(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.repository("org/tiny") == ("org/tiny", None)
+    assert hub.repository("org/tiny@v1.0") == ("org/tiny", "v1.0")
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    for path in ("org/tiny", "a/b/c", "./a", "/a/b", "name"):
+        assert hub.repository(path) is None, path
+    with pytest.raises(ConfigError, match="--push=tiny; expected ORG/NAME"):
+        hub.check_push("tiny")
+    check_license("cc-by-4.0")
+    with pytest.raises(ConfigError, match="expected an identifier such as"):
+        check_license("a licence")
+    command = ["export", "--checkpoint=none", "--format=hf", "--out=o"]
+    assert cli.main([*command, "--private"]) in (2, 4)
