@@ -64,7 +64,13 @@ EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda13]{JAX}"],  # driver 580 or newer
     "cuda12": [f"jax[cuda12]{JAX}"],  # driver 525 or newer
-    "hf": ["safetensors>=0.5,<1", "tokenizers>=0.21,<1", "torch>=2.6,<3", "transformers>=4.57,<6"],
+    "hf": [
+        "huggingface_hub>=0.34,<3",
+        "safetensors>=0.5,<1",
+        "tokenizers>=0.21,<1",
+        "torch>=2.6,<3",
+        "transformers>=4.57,<6",
+    ],
     # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
     "litert": ["ai-edge-litert>=2.1,<3", "flatbuffers>=24.3,<26"],
