@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from encdec.errors import ConfigError, DataError
 from encdec.fields import unknown_field
-from encdec.modules import add_module_flag
+from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
 
 if TYPE_CHECKING:
