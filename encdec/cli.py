@@ -64,6 +64,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "encdec.paper.paper_command:main",
         "the paper's table: models pretrained, tuned, distilled",
     ),
+    "report": (
+        "encdec.evaluation.run_page:main",
+        "runs side by side as one HTML file: curves, configurations, answers",
+    ),
     "scaling": (
         "encdec.scaling.scaling_command:main",
         "scaling curves: plan, run, fit and plot a ladder",
