@@ -200,6 +200,7 @@ def architecture(config: ModelConfig) -> dict[str, str]:
     ]
     norm = f"RMSNorm {config.norm_eps:g}, cast {config.norm_cast.replace('_', ' ')}"
     norm += ", plus one" * config.norm_plus_one + ", post-norms" * config.post_norms
+    norm += ", no pre-norms" * config.omit_pre_norms
     caps = {"scores": config.attention_logit_cap, "logits": config.final_logit_cap}
     dropout = {
         "attention": config.attention_dropout,

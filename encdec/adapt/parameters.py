@@ -30,6 +30,7 @@ _OF_EACH_SIDE = (
     "tie_embeddings",
     "global_layer_every",
     "decoder_global_layers",
+    "decoder_unrotated_layers",
     "execution",
     "dtype",
     "param_dtype",
@@ -114,6 +115,15 @@ def adapted_config(decoder: ModelConfig, encoder: ModelConfig, choice: Choice) -
             "encoder_global_layers": (),
             "decoder_global_layers": (),
         }
+    unrotated = {
+        f"{stack}_unrotated_layers": tuple(
+            place for place, layer in enumerate(chosen) if not source.is_rotated(layer)
+        )
+        for stack, source, chosen in (
+            ("encoder", encoder, choice.encoder_layers),
+            ("decoder", decoder, choice.decoder_layers),
+        )
+    }
     return decoder.replace(
         architecture="encoder_decoder",
         encoder_layers=len(choice.encoder_layers),
@@ -125,6 +135,7 @@ def adapted_config(decoder: ModelConfig, encoder: ModelConfig, choice: Choice) -
         merged_attention=choice.cross_attention == "merged",
         execution=ExecutionConfig(scan_layers=False),
         **windows,
+        **unrotated,
     )
 
 

@@ -146,14 +146,16 @@ def _layer_weights(config: ModelConfig) -> int:
 
 def _attention_extras(config: ModelConfig) -> tuple[int, int]:
     """(norm scales, biases) of one attention sublayer, its pre-norm and post-norm included."""
-    norms = config.d_model * (1 + config.post_norms) + 2 * config.head_dim * config.qk_norm
+    heads = config.num_heads + config.num_kv_heads if config.qk_norm_over_heads else 2
+    norms = config.d_model * (1 - config.omit_pre_norms + config.post_norms)
+    norms += heads * config.head_dim * config.qk_norm
     biases = (config.attention_width + 2 * config.kv_width) * config.qkv_bias
     return norms, biases + config.d_model * config.attention_out_bias
 
 
 def _mlp_extras(config: ModelConfig) -> tuple[int, int]:
     """(norm scales, biases) of one MLP sublayer, its pre-norm and post-norm included."""
-    norms = config.d_model * (1 + config.post_norms)
+    norms = config.d_model * (1 - config.omit_pre_norms + config.post_norms)
     return norms, ((1 + config.mlp_gated) * config.mlp_dim + config.d_model) * config.mlp_bias
 
 

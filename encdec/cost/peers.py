@@ -62,6 +62,9 @@ def match_decoder_only(
             mlp_dim=mlp_dim,
             cross_attention_rope="none",
             merged_attention=False,
+            encoder_window=(),
+            encoder_global_layers=(),
+            encoder_unrotated_layers=(),
         )
 
     wanted = cost(config)

@@ -41,6 +41,8 @@ def group_heads(config: ModelConfig, params: Params) -> Pair:
             return x[:, order]
         if path.endswith(("attention/q/bias", "attention/o/kernel")):
             return x[order]
+        if path.endswith("attention/q_norm/scale") and config.qk_norm_over_heads:
+            return x.reshape(config.num_heads, -1)[order].reshape(-1)
         return x
 
     return config.replace(kv_pairing="grouped"), _rewrite(params, change)
@@ -58,6 +60,17 @@ def equal_biases(config: ModelConfig, params: Params) -> Pair:
         elif name == "kernel" and folder.endswith("_attention/o"):
             flat.setdefault(f"{folder}/bias", np.zeros(kernel.shape[2:], np.float32))
     return config.replace(qkv_bias=True, attention_out_bias=True), unflatten(flat)
+
+
+def query_biases(config: ModelConfig, params: Params) -> Pair:
+    """Biases on queries, keys and values, zero where there were none."""
+    if config.qkv_bias:
+        return config, params
+    flat = flatten(params)
+    for path, kernel in list(flat.items()):
+        if path.endswith(("_attention/q/kernel", "_attention/k/kernel", "_attention/v/kernel")):
+            flat[path.replace("kernel", "bias")] = np.zeros(kernel.shape[1:], np.float32)
+    return config.replace(qkv_bias=True), unflatten(flat)
 
 
 def norms_around(config: ModelConfig, params: Params, *, plus_one: bool) -> Pair:
@@ -82,13 +95,26 @@ def scaled_embedding(config: ModelConfig, params: Params, *, scaled: bool) -> Pa
 
 
 def plain_attention_scale(config: ModelConfig, params: Params) -> Pair:
-    """Scores scaled by 1/sqrt(head_dim), the rest multiplied into the queries' weights.
-
-    Not possible where queries are normed after their projection: then nothing is changed.
-    """
+    """Scores scaled by 1/sqrt(head_dim), the rest multiplied into the queries' weights, or into
+    their norm where they have one."""
     factor = np.float32(config.scores_scale * config.head_dim**0.5)
-    if config.qk_norm or abs(factor - 1) < 1e-7:
-        return (config if config.qk_norm else config.replace(attention_scale=0.0)), params
+    config = config.replace(attention_scale=0.0)
+    if abs(factor - 1) < 1e-7:
+        return config, params
     queries = ("attention/q/kernel", "attention/q/bias")
-    changed = _rewrite(params, lambda path, x: x * factor if path.endswith(queries) else x)
-    return config.replace(attention_scale=0.0), changed
+
+    def change(path: str, x: np.ndarray) -> np.ndarray:
+        if config.qk_norm and path.endswith("attention/q_norm/scale"):
+            return (x + 1) * factor - 1 if config.norm_plus_one else x * factor
+        return x * factor if not config.qk_norm and path.endswith(queries) else x
+
+    return config, _rewrite(params, change)
+
+
+def whole_query_scalar(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params, int]:
+    """A model whose scores are scaled by one over the root of a whole number, and the number."""
+    scalar = config.scores_scale**-2
+    if scalar < 0.5 or abs(scalar - round(scalar)) > 1e-4:
+        config, params = plain_attention_scale(config, params)
+        scalar = config.head_dim
+    return config, params, round(scalar)

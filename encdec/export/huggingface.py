@@ -1,7 +1,9 @@
 """Trained models as Hugging Face directories: safetensors, config.json, tokenizer.
 
-Decoder-only models become Llamas. Encoder-decoders become T5Gemmas where that family has all of
-their features, and otherwise are written with our modelling file (``trust_remote_code``).
+Decoder-only models become the first of ``encdec.export.families`` that has all of their features,
+a Llama where that can be. Encoder-decoders become T5Gemmas (T5Gemmas 2 with merged attention)
+if those have all of their features, and otherwise are written with our modelling file
+(``trust_remote_code``).
 """
 
 from __future__ import annotations
@@ -16,26 +18,23 @@ import numpy as np
 
 from encdec import safetensors
 from encdec.errors import ConfigError
-from encdec.export import equivalents, tokenizer
+from encdec.export import equivalents, families, tokenizer
 from encdec.export.equivalents import Params
+from encdec.export.families import ACTIVATIONS, MAX_POSITIONS, Need, common
 from encdec.export.formats import Export, Written
 from encdec.export.special_ids import padding_id
 from encdec.files import write_json
 from encdec.interop import own as own_format
-from encdec.interop import t5gemma
+from encdec.interop import t5gemma, t5gemma2
 from encdec.interop.framing import VOCABULARY_FOLDER
-from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_theirs
+from encdec.interop.layout import to_theirs
 from encdec.model import ModelConfig
-from encdec.model.positions import rope_base, rope_frequencies
+from encdec.model.positions import rope_frequencies
 
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
-_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
-_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Their major versions are read alike: tests/export/test_transformers_versions.py tries each.
 TRANSFORMERS = {"least": "4.57", "tested": ["4.57.3", "5.24.0"]}
-MAX_POSITIONS = 1 << 15  # stated where a length is asked for; nothing of ours depends on it
-Need = tuple[str, bool, str]  # a field, whether it is as expected, what is expected
 
 
 def write(out: pathlib.Path, export: Export) -> Written:
@@ -55,19 +54,19 @@ def write(out: pathlib.Path, export: Export) -> Written:
     reasons = []
     if config.is_encoder_decoder and not export.own:
         longest = max(prompts.max_input_tokens, export.targets_length + 1)
-        reasons = obstacles(t5gemma_needs(config, longest), config)
+        needs = t5gemma2_needs if config.merged_attention else t5gemma_needs
+        reasons = obstacles(needs(config, longest), config)
         if pad_id == start_id:
             reasons.append(f"no id is left for padding: the decoder starts with EOS, {start_id}")
-    family = (
-        "llama"
-        if not config.is_encoder_decoder
-        else "t5gemma"
-        if not export.own and not reasons
-        else "encdec"
-    )
+    form = None if config.is_encoder_decoder else families.choose(config)[0]
+    native = "t5gemma2" if config.merged_attention else "t5gemma"
+    family = form.name if form else native if not export.own and not reasons else "encdec"
     config, params = equivalents.on_host(config, params)
-    rewrite = {"llama": llama, "t5gemma": to_t5gemma, "encdec": own}[family]
-    values, tensors = rewrite(config, params)
+    if form:
+        values, tensors = families.convert(form, config, params)
+    else:
+        rewrite = {"t5gemma": to_t5gemma, "t5gemma2": to_t5gemma2, "encdec": own}[family]
+        values, tensors = rewrite(config, params)
     ids = {"pad_token_id": pad_id, "eos_token_id": vocabulary.eos_id, "bos_token_id": start_id}
     generation = ids | {"max_new_tokens": export.targets_length}
     if surplus := list(range(vocabulary.size, config.vocab_size)):
@@ -75,12 +74,16 @@ def write(out: pathlib.Path, export: Export) -> Written:
     if config.is_encoder_decoder:
         generation["decoder_start_token_id"] = start_id
         ids["decoder_start_token_id"] = start_id
-    for stack in ("encoder", "decoder"):
-        if stack in values:
-            values[stack] |= {k: ids[k] for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
-    if "encoder" in values and pad_id == vocabulary.eos_id:
+    stacks = {
+        name: values[name].get("text_config", values[name])
+        for name in ("encoder", "decoder")
+        if name in values
+    }
+    for stack in stacks.values():
+        stack |= {k: ids[k] for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    if "encoder" in stacks and pad_id == vocabulary.eos_id:
         # Inputs end with EOS, and a mask derived from it would hide that; none has the start token.
-        values["encoder"]["pad_token_id"] = start_id
+        stacks["encoder"]["pad_token_id"] = start_id
     out.mkdir(parents=True, exist_ok=True)
     stored = {name: np.asarray(x).astype(_DTYPES[export.precision]) for name, x in tensors.items()}
     files = safetensors.write_directory(out, stored, stem="model", metadata={"format": "pt"})
@@ -110,7 +113,7 @@ def check(config: ModelConfig) -> None:
     """Raises ConfigError if no exported format can express the model."""
     needs = [("cross_attention_rope", config.cross_attention_rope == "none", "'none'")]
     if not config.is_encoder_decoder:
-        needs += llama_needs(config)
+        needs += families.choose(config)[1]
     if found := obstacles(needs, config):
         raise ConfigError(
             "this model cannot be exported to Hugging Face's format: " + "; ".join(found)
@@ -126,34 +129,22 @@ def obstacles(needs: list[Need], config: ModelConfig) -> list[str]:
     ]
 
 
-def llama_needs(config: ModelConfig) -> list[Need]:
-    """Requirements for writing a decoder-only model as a Llama."""
-    return [
-        ("mlp_gated", config.mlp_gated, "True, because Llama's MLP is gated"),
-        ("post_norms", not config.post_norms, "False"),
-        ("qk_norm", not config.qk_norm, "False"),
-        ("attention_logit_cap", not config.attention_logit_cap, "0"),
-        ("final_logit_cap", not config.final_logit_cap, "0"),
-        ("attention_window", not config.attention_window, "0"),
-        ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
-    ]
-
-
 def t5gemma_needs(config: ModelConfig, longest: int) -> list[Need]:
     """Requirements for writing an encoder-decoder as a T5Gemma.
 
     ``longest``: of its texts, in tokens. Beyond an encoder's window transformers 4 and 5 differ:
     a token reads what is nearer than the window there, and what is exactly as far here.
     """
+    window = config.attention_window
     return [
-        ("merged_attention", not config.merged_attention, "False"),
         (
             "attention_window",
-            not config.attention_window or config.attention_window >= longest,
+            not window or window >= longest or config.encoder_window == (window, window),
             f"0, or {longest} and more, as long as its texts: versions of transformers read the "
             "edge of an encoder's window differently",
         ),
         ("local_rope_theta", not config.local_rope_theta, "0"),
+        *_as_always(config),
         ("post_norms", config.post_norms, "True"),
         ("mlp_gated", config.mlp_gated, "True"),
         ("mlp_bias", not config.mlp_bias, "False"),
@@ -167,68 +158,15 @@ def t5gemma_needs(config: ModelConfig, longest: int) -> list[Need]:
     ]
 
 
-def _common(config: ModelConfig) -> dict[str, Any]:
-    """config.json's keys that Llama and T5Gemma have in common."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_base(config)}
-    if config.rope_scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": config.rope_factor}
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.mlp_dim,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        # The same for transformers 4.
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "attention_bias": config.qkv_bias,
-        "max_position_embeddings": MAX_POSITIONS,
-    }
-
-
-def llama(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """A Llama's config.json and tensors."""
-    config, params = equivalents.equal_biases(config, params)
-    config, params = equivalents.norms_around(config, params, plus_one=False)
-    config, params = equivalents.scaled_embedding(config, params, scaled=False)
-    config, params = equivalents.plain_attention_scale(config, params)
-    entries = [
-        Entry("model.embed_tokens.weight", "embedder/embedding"),
-        Entry("model.norm.weight", "decoder/final_norm/scale"),
-    ]
-    if not config.tie_embeddings:
-        entries.append(Entry("lm_head.weight", "embedder/head", "matrix"))
-    for layer in range(config.decoder_layers):
-        theirs, ours = f"model.layers.{layer}", f"decoder/layers_{layer}"
-        entries += attention_entries(config, f"{theirs}.self_attn", f"{ours}/self_attention")
-        entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", _MLP)
-        entries += [
-            Entry(f"{theirs}.input_layernorm.weight", f"{ours}/self_attention_norm/scale"),
-            Entry(f"{theirs}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale"),
-        ]
-    values = _common(config) | {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": config.decoder_layers,
-        "mlp_bias": config.mlp_bias,
-        "hidden_act": _ACTIVATIONS[config.mlp_activation],
-        "tie_word_embeddings": config.tie_embeddings,
-    }
-    return values, to_theirs(entries, params)
-
-
 def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """A T5Gemma's config.json and tensors; the encoder's table is stored apart."""
     config, params = equivalents.equal_biases(config, params)
     config, params = equivalents.norms_around(config, params, plus_one=True)
     config, params = equivalents.scaled_embedding(config, params, scaled=True)
     config, params = equivalents.plain_attention_scale(config, params)
-    stack = _common(config) | {
+    stack = common(config) | {
         "model_type": "t5_gemma_module",
-        "hidden_activation": _ACTIVATIONS[config.mlp_activation],
+        "hidden_activation": ACTIVATIONS[config.mlp_activation],
         "query_pre_attn_scalar": config.head_dim,
         # Asked for even where no layer has one.
         "sliding_window": config.attention_window or MAX_POSITIONS,
@@ -266,6 +204,114 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
     return values, tensors
 
 
+def _as_always(config: ModelConfig) -> list[Need]:
+    """That a stack has nothing which came with later decoder-only families."""
+    fields = ("encoder_unrotated_layers", "decoder_unrotated_layers")
+    return [
+        ("omit_pre_norms", not config.omit_pre_norms, "False"),
+        *((field, not getattr(config, field), "()") for field in fields),
+    ]
+
+
+def t5gemma2_needs(config: ModelConfig, longest: int) -> list[Need]:
+    """Requirements for writing an encoder-decoder as a T5Gemma 2; ``longest`` of its texts."""
+    window = config.attention_window
+    return [
+        *_as_always(config),
+        ("post_norms", config.post_norms, "True"),
+        ("mlp_gated", config.mlp_gated, "True"),
+        ("mlp_bias", not config.mlp_bias, "False"),
+        ("qk_norm", config.qk_norm and not config.qk_norm_over_heads, "True, of single heads"),
+        ("attention_logit_cap", not config.attention_logit_cap, "0"),
+        ("share_embeddings", config.share_embeddings, "True"),
+        ("tie_embeddings", config.tie_embeddings, "True"),
+        ("embedding_scale", config.embedding_scale, "True"),
+        (
+            "encoder_window",
+            not window
+            or window // 2 >= longest
+            or config.encoder_window == t5gemma2.encoder_window(window),
+            f"{t5gemma2.encoder_window(window)}, as it reads a window of {window}",
+        ),
+    ]
+
+
+def to_t5gemma2(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """A T5Gemma 2's config.json and tensors; what reads images has no layers and is zero."""
+    config, params = equivalents.equal_biases(config, params)
+    config, params = equivalents.norms_around(config, params, plus_one=True)
+    config, params, scalar = equivalents.whole_query_scalar(config, params)
+    stack, theta = common(config), config.local_rope_theta
+    near = {"rope_type": "default", "rope_theta": theta} if theta else stack["rope_parameters"]
+    stack |= {
+        "rope_parameters": {"full_attention": stack["rope_parameters"], "sliding_attention": near},
+        "hidden_activation": ACTIVATIONS[config.mlp_activation],
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": config.attention_window or MAX_POSITIONS,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": config.final_logit_cap or None,
+        "tie_word_embeddings": True,
+    }
+    for key in ("rope_theta", "rope_scaling"):  # of transformers 4, which has no such model
+        del stack[key]
+    kinds = {
+        name: [
+            "sliding_attention" if config.is_local(layer, name) else "full_attention"
+            for layer in range(layers)
+        ]
+        for name, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers))
+    }
+    of_stack = {
+        name: stack | {"num_hidden_layers": len(types), "layer_types": types}
+        for name, types in kinds.items()
+    }
+    width, no_id = 2, config.vocab_size  # of the images' side; an id that no text has
+    encoder = {
+        "model_type": "t5gemma2_encoder",
+        "text_config": of_stack["encoder"] | {"model_type": "t5gemma2_text"},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": width,
+            "num_hidden_layers": 0,
+            "num_attention_heads": 1,
+            "image_size": 1,
+            "patch_size": 1,
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": 1,
+        "boi_token_index": no_id,
+        "eoi_token_index": no_id,
+        "image_token_index": no_id,
+        "tie_word_embeddings": True,
+    }
+    values = {
+        "model_type": t5gemma2.MODEL_TYPE,
+        "architectures": ["T5Gemma2ForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        "encoder": encoder,
+        "decoder": of_stack["decoder"] | {"model_type": "t5gemma2_decoder"},
+        "vocab_size": config.vocab_size,
+        "image_token_index": no_id,
+        "eoi_token_index": no_id,
+        "dropout_rate": 0.0,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+    }
+    blank = {
+        "embed_tokens.eoi_embedding": (config.d_model,),
+        "vision_tower.embeddings.patch_embedding.weight": (width, 3, 1, 1),
+        "vision_tower.embeddings.patch_embedding.bias": (width,),
+        "vision_tower.embeddings.position_embedding.weight": (1, width),
+        "vision_tower.post_layernorm.weight": (width,),
+        "vision_tower.post_layernorm.bias": (width,),
+        "multi_modal_projector.mm_input_projection_weight": (width, config.d_model),
+        "multi_modal_projector.mm_soft_emb_norm.weight": (width,),
+    }
+    images = {f"model.encoder.{name}": np.zeros(shape) for name, shape in blank.items()}
+    return values, to_theirs(t5gemma2.layout(config), params) | images
+
+
 def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """config.json and tensors of the modelling file shipped with them."""
     # transformers ties no weights at all where the head is untied: the table is then stored twice.
@@ -290,7 +336,7 @@ def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[st
             "AutoModelForSeq2SeqLM": "modeling_encdec.EncdecForConditionalGeneration",
         },
         "is_encoder_decoder": True,
-        "mlp_activation": _ACTIVATIONS[config.mlp_activation],
+        "mlp_activation": ACTIVATIONS[config.mlp_activation],
         "attention_scale": config.scores_scale,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_frequencies": np.asarray(rope_frequencies(config)).tolist(),

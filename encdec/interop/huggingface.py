@@ -1,7 +1,8 @@
 """Hugging Face causal language models as our decoder-only model: configuration and tensors.
 
-Families: Llama 2 and 3, SmolLM2 (``llama``), Mistral, Phi-3 and 3.5 (``phi3``), Qwen 2 and 2.5
-(``qwen2``), Qwen 3, Gemma 1, 2 and 3 (text). An unsupported setting is refused by name. Read from
+Families: Llama 2 and 3, SmolLM2 (``llama``), SmolLM3, Mistral, Ministral, Phi-3, 3.5 and 4-mini
+(``phi3``), Qwen 2 and 2.5 (``qwen2``), Qwen 3, Gemma 1, 2 and 3 (text), Granite, OLMo 2 and 3,
+EXAONE 4, GLM 4, Seed-OSS. An unsupported setting is refused by name. Read from
 ``config.json`` alone, as written by transformers 4 and 5.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.interop.families import FAMILIES, HARMLESS, Family
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
 from encdec.interop.rope import read_rope, required
 from encdec.model import ExecutionConfig, ModelConfig
@@ -23,75 +25,9 @@ from encdec.model import ExecutionConfig, ModelConfig
 Tensors = Mapping[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """A model family's defaults and fixed settings.
-
-    Attributes:
-        defaults: values of absent keys, as transformers has them.
-        fields: our fields that hold for the whole family.
-        out_bias: whether ``attention_bias`` adds one to the output projection too.
-    """
-
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    out_bias: bool = True
-
-
-_GEMMA = {"norm_plus_one": True, "norm_cast": "after_scale", "embedding_scale": True}
-_GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 256_000}
-FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family({"sliding_window": 4096, "num_key_value_heads": 8}),
-    "ministral": _Family({"sliding_window": 4096, "num_key_value_heads": 8}),
-    "granite": _Family({"attention_multiplier": 1.0}),
-    "phi3": _Family({"rms_norm_eps": 1e-5}),
-    "qwen2": _Family({"attention_bias": True}, out_bias=False),
-    "qwen3": _Family({"head_dim": 128}, {"qk_norm": True}),
-    "gemma": _Family(_GEMMA_DEFAULTS, _GEMMA | {"mlp_activation": "gelu_tanh"}),
-    "gemma2": _Family(
-        _GEMMA_DEFAULTS
-        | {
-            "sliding_window": 4096,
-            "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window_pattern": 2,
-        },
-        _GEMMA | {"post_norms": True},
-    ),
-    "gemma3_text": _Family(
-        _GEMMA_DEFAULTS
-        | {
-            "vocab_size": 262_208,
-            "sliding_window": 4096,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
-            "query_pre_attn_scalar": 256,
-            "sliding_window_pattern": 6,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-        },
-        _GEMMA | {"post_norms": True, "qk_norm": True},
-    ),
-}
 AS_TEACHER = (
     ". As a teacher, transformers may run it as it is: encdec score --backend=torch --teacher=DIR"
 )
-# Keys that are ignored because they do not change the computed function, by reason.
-HARMLESS = {
-    "names and files": "_name_or_path architectures auto_map dtype model_type torch_dtype "
-    "transformers_version transformers_versions tokenizer_class id2label label2id "
-    "_attn_implementation_autoset",
-    "training only": "attention_dropout embd_pdrop initializer_range resid_pdrop",
-    "how transformers runs the model": "cache_implementation is_decoder is_encoder_decoder "
-    "output_attentions output_hidden_states pretraining_tp return_dict use_cache",
-    "of tokenizers": "pad_token_id unk_token_id",
-    "implied by another key that is read": "_sliding_window_pattern hidden_act layer_types "
-    "max_window_layers original_max_position_embeddings partial_rotary_factor "
-    "rope_local_base_freq rope_scaling rope_theta sliding_window sliding_window_pattern "
-    "use_sliding_window",
-}
 
 
 class _Read(dict):
@@ -201,17 +137,30 @@ def read_config(directory: pathlib.Path) -> Imported:
             f"{path} has quantization_config, and quantised weights cannot be read; give the "
             f"model before it was quantised{AS_TEACHER}"
         )
-    found = _translate(name, values, path)
+    found = translate(name, values, path)
     return dataclasses.replace(found, unread=values.unread())
 
 
-def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Imported:
+def translate(
+    name: str, values: Mapping[str, Any], path: pathlib.Path, hint: str = AS_TEACHER
+) -> Imported:
+    """The model that a family's configuration describes.
+
+    Args:
+        name: the family, one of ``FAMILIES``.
+        values: config.json's, or those of a stack within it.
+        path: of the file, for messages.
+        hint: how refusals end.
+
+    Raises:
+        DataError: a setting is not supported.
+    """
     family = FAMILIES[name]
     given = lambda key, default=None: (  # absent and null mean the family's default
         values[key] if values.get(key) is not None else family.defaults.get(key, default)
     )
     refuse = lambda key, value, why: DataError(
-        f"{path} has {key} {value!r}, {why}; this model cannot be imported{AS_TEACHER}"
+        f"{path} has {key} {value!r}, {why}; this model cannot be imported{hint}"
     )
     sizes = {key: required({key: given(key)}, key, path) for key in _SIZES}
     heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
@@ -225,6 +174,7 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
         raise refuse("use_bidirectional_attention", True, "but encdec's decoders are always causal")
     bias = bool(given("attention_bias", False))
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
+    rotated = rotated or head_dim * family.interleaved
     if rotated and name.startswith(("qwen3", "gemma3")):
         raise refuse("partial_rotary_factor", rotated / head_dim, "together with norms of heads")
     fields: dict[str, Any] = {
@@ -243,7 +193,7 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
         "mlp_dim": sizes["intermediate_size"],
         "kv_pairing": "grouped",
         "qkv_bias": bias,
-        "attention_out_bias": bias and family.out_bias,
+        "attention_out_bias": bool(given("attention_out_bias", bias and family.out_bias)),
         "mlp_gated": True,
         "mlp_activation": ACTIVATIONS[activation],
         "mlp_bias": bool(given("mlp_bias", False)),
@@ -269,6 +219,7 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
         split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
         fields["tie_embeddings"] = fields["tie_embeddings"] and not split
     fields |= rope | _window(name, values, family, given, refuse, rope) | dict(family.fields)
+    fields["decoder_unrotated_layers"] = _unrotated(name, values, given, fields)
     eos = given("eos_token_id", ())
     eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     start = given("bos_token_id", eos[0] if eos else 0)
@@ -278,7 +229,7 @@ def _translate(name: str, values: dict[str, Any], path: pathlib.Path) -> Importe
     )
 
 
-def _cap(values: Mapping[str, Any], family: _Family, key: str) -> float:
+def _cap(values: Mapping[str, Any], family: Family, key: str) -> float:
     """A soft cap; unlike elsewhere, an explicit null switches it off."""
     return float(values.get(key, family.defaults.get(key)) or 0.0)
 
@@ -286,20 +237,27 @@ def _cap(values: Mapping[str, Any], family: _Family, key: str) -> float:
 def _window(
     name: str,
     values: Mapping[str, Any],
-    family: _Family,
+    family: Family,
     given: Callable[..., Any],
     refuse: Callable[..., DataError],
     rope: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Our fields for sliding-window layers."""
     window = values.get("sliding_window", family.defaults.get("sliding_window"))
-    if not window or (name.startswith("qwen") and not values.get("use_sliding_window")):
+    optional = name.startswith("qwen") or name == "smollm3"
+    if not window or (optional and not values.get("use_sliding_window")):
         return {}
     layers = values["num_hidden_layers"]
     types = values.get("layer_types")
     if types:
+        if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
+            raise refuse("layer_types", unknown[0], "not sliding_attention or full_attention")
         local = [kind == "sliding_attention" for kind in types]
+    elif name == "smollm3":
+        local = [not rotated for rotated in _rotates(given, layers)]
     elif every := given("sliding_window_pattern"):
+        if not isinstance(every, int):
+            raise refuse("sliding_window_pattern", every, "without layer_types")
         local = [(layer + 1) % every != 0 for layer in range(layers)]
     elif name.startswith("qwen"):
         local = [layer >= values.get("max_window_layers", 28) for layer in range(layers)]
@@ -307,30 +265,53 @@ def _window(
         local = [True] * layers
     if not any(local):
         return {}
+    fields: dict[str, Any] = {"attention_window": int(window)}
     every = next((layer + 1 for layer, is_local in enumerate(local) if not is_local), 0)
-    if local != [not every or (layer + 1) % every != 0 for layer in range(layers)]:
-        raise refuse("layer_types", types or local, "but global layers have to be evenly spaced")
-    fields: dict[str, Any] = {"attention_window": int(window), "global_layer_every": every}
-    scaled = rope.get("rope_scaling", "none") != "none"
+    if local == [not every or (layer + 1) % every != 0 for layer in range(layers)]:
+        fields["global_layer_every"] = every
+    else:
+        reads_all = [layer for layer in range(layers) if not local[layer]]
+        fields["decoder_global_layers"] = tuple(reads_all)
     base = given("rope_local_base_freq")
     parameters = values.get("rope_parameters") or {}
-    if "sliding_attention" in parameters:
-        if parameters["sliding_attention"].get("rope_type", "default") != "default":
+    own = parameters.get("sliding_attention")
+    if own is not None and own != parameters.get("full_attention"):
+        if own.get("rope_type", "default") != "default":
             raise refuse(
-                "rope_parameters",
-                parameters["sliding_attention"],
-                "but RoPE scaling of local layers is not supported",
+                "rope_parameters", own, "but RoPE scaling of local layers alone is not supported"
             )
-        base = parameters["sliding_attention"].get("rope_theta", base)
-    elif scaled and base is None:
-        raise refuse(
-            "rope_scaling",
-            values.get("rope_scaling") or parameters,
-            "together with sliding_window, whose layers cannot use RoPE scaling",
-        )
+        base = own.get("rope_theta", base)
+    elif (
+        name == "olmo3" and own is None
+    ):  # as transformers 4 wrote it: their scaling is of the others
+        base = rope["rope_theta"] if rope.get("rope_scaling", "none") != "none" else None
     if base is not None:
         fields["local_rope_theta"] = float(base)
     return fields
+
+
+def _rotates(given: Callable[..., Any], layers: int) -> list[bool]:
+    """Which layers of a SmolLM3 have RoPE."""
+    listed, every = given("no_rope_layers"), given("no_rope_layer_interval")
+    if listed is not None:
+        return [bool(rotated) for rotated in listed[:layers]]
+    return [(layer + 1) % every != 0 for layer in range(layers)]
+
+
+def _unrotated(
+    name: str, values: Mapping[str, Any], given: Callable[..., Any], fields: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Layers without RoPE."""
+    layers = fields["decoder_layers"]
+    if name == "smollm3":
+        return tuple(i for i, rotated in enumerate(_rotates(given, layers)) if not rotated)
+    if name == "exaone4" and values.get("sliding_window", True):  # RoPE in local layers alone
+        every, listed = fields.get("global_layer_every"), fields.get("decoder_global_layers", ())
+        local = "attention_window" in fields
+        return tuple(
+            i for i in range(layers) if not local or i in listed or every and (i + 1) % every == 0
+        )
+    return ()
 
 
 def convert(
@@ -369,7 +350,7 @@ def convert(
         and "lm_head" not in name
         and prefix != "model."
     ]
-    if family == "phi3":
+    if FAMILIES[family].fused:
         tensors = _split_fused(config, prefix, tensors)
     if multipliers and any(value != 1 for value in multipliers.values()):
         tensors = _multiplied(config, prefix, head, tensors, multipliers)
@@ -377,6 +358,8 @@ def convert(
     if rotated:
         first = np.arange(config.head_dim)
         turning, still = np.split(first, [rotated])
+        if FAMILIES[family].interleaved:
+            turning = np.concatenate([turning[::2], turning[1::2]])
         halves = [np.split(part, 2) for part in (turning, still)]
         order = np.concatenate([halves[0][0], halves[1][0], halves[0][1], halves[1][1]])
         for layer in range(config.decoder_layers):
@@ -412,9 +395,11 @@ def _multiplied(
 
 def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Entry]:
     """Their names of our parameters; parts of a fused tensor are named as by ``_split_fused``."""
-    fused = family == "phi3"
-    attention = (*(_QKV if fused else ("q_proj", "k_proj", "v_proj")), "o_proj")
-    mlp = dict(zip(("gate", "up"), _GATE_UP if fused else ("gate_proj", "up_proj")))
+    form = FAMILIES[family]
+    apart = ("q_proj", "k_proj", "v_proj")
+    attention = (*(_QKV if "attention" in form.fused else apart), "o_proj")
+    joined = _GATE_UP if "mlp" in form.fused else ("gate_proj", "up_proj")
+    mlp = dict(zip(("gate", "up"), joined))
     norms = {"self_attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.post_norms:
         norms |= {
@@ -422,6 +407,7 @@ def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Ent
             "mlp_norm": "pre_feedforward_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",
         }
+    norms = form.norms or norms
     entries = [
         Entry(f"{prefix}embed_tokens.weight", "embedder/embedding"),
         Entry(f"{prefix}norm.weight", "decoder/final_norm/scale"),
@@ -453,7 +439,7 @@ _GATE_UP = ("gate_up_proj[gate]", "gate_up_proj[up]")
 
 
 def _split_fused(config: ModelConfig, prefix: str, tensors: Tensors) -> dict[str, np.ndarray]:
-    """Phi-3's fused projections as views of their parts, each under a name of its own."""
+    """Fused projections as views of their parts, each under a name of its own."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = {
         "self_attn.qkv_proj": (_QKV, (queries, queries + keys)),

@@ -50,6 +50,11 @@ LATER_FIELDS: dict[str, Any] = {
     "local_rope_theta": 0.0,
     "encoder_global_layers": (),
     "decoder_global_layers": (),
+    "encoder_window": (),
+    "encoder_unrotated_layers": (),
+    "decoder_unrotated_layers": (),
+    "qk_norm_over_heads": False,
+    "omit_pre_norms": False,
 }
 _LENGTH = 1 << 15  # nothing in the format depends on a length
 
@@ -85,7 +90,7 @@ def layout(config: ModelConfig, *, one_table: bool) -> list[Entry]:
                             for x in "qk"
                         ]
                 for when, suffix in (("pre", "norm"), ("post", "post_norm")):
-                    if when == "pre" or config.post_norms:
+                    if not config.omit_pre_norms if when == "pre" else config.post_norms:
                         entries.append(
                             Entry(
                                 f"{theirs}.{when}_{name}_norm.weight",

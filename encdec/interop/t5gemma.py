@@ -105,8 +105,8 @@ def layout(config: ModelConfig) -> list[Entry]:
 def read_config(directory: pathlib.Path) -> Imported:
     """Translates a T5Gemma's config.json.
 
-    Layers with a sliding window attend to everything in our model; up to the window's length that
-    is the same, so ``max_length`` is the window's length.
+    An encoder's window reaches as many tokens back and ahead, a decoder's one less, as
+    transformers 5 has them.
 
     Raises:
         DataError: a setting is not supported.
@@ -173,21 +173,47 @@ def read_config(directory: pathlib.Path) -> Imported:
         tie_embeddings=bool(values.get("tie_word_embeddings", True)),
         execution=ExecutionConfig(scan_layers=False),
         **rope,
+        **_windows(stacks, refuse),
     )
-    longest = min(
-        min(int(stack["max_position_embeddings"]), _window(stack)) for stack in stacks.values()
-    )
+    longest = min(int(stack["max_position_embeddings"]) for stack in stacks.values())
     eos = values.get("eos_token_id", decoder["eos_token_id"])
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     return Imported(MODEL_TYPE, model, longest, int(decoder["bos_token_id"]), eos)
 
 
-def _window(stack: Mapping[str, Any]) -> int:
-    """The longest sequence for which windows make no difference."""
-    kinds = stack.get("layer_types")
-    layers = stack["num_hidden_layers"]
-    local = "sliding_attention" in kinds if kinds else layers > 0  # by default every other one
-    return int(stack["sliding_window"]) if local and stack["sliding_window"] else 1 << 31
+def _windows(
+    stacks: Mapping[str, Mapping[str, Any]], refuse: Callable[..., DataError]
+) -> dict[str, Any]:
+    """Our fields for layers with a sliding window."""
+    reads_all, windows = {}, {}
+    for name, stack in stacks.items():
+        layers = range(stack["num_hidden_layers"])
+        kinds = stack.get("layer_types") or [
+            "sliding_attention" if (layer + 1) % 2 else "full_attention" for layer in layers
+        ]
+        if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+            raise refuse(
+                f"{name}.layer_types", unknown[0], "not sliding_attention or full_attention"
+            )
+        local = [kind == "sliding_attention" and bool(stack["sliding_window"]) for kind in kinds]
+        reads_all[name] = tuple(layer for layer in layers if not local[layer])
+        if any(local):
+            windows[name] = int(stack["sliding_window"])
+    if not windows:
+        return {}
+    if len(set(windows.values())) > 1:
+        raise refuse(
+            "encoder.sliding_window",
+            windows["encoder"],
+            f"but decoder.sliding_window {windows['decoder']}: encdec has one value for both",
+        )
+    window = next(iter(windows.values()))
+    return {
+        "attention_window": window,
+        "encoder_window": (window, window),
+        "encoder_global_layers": reads_all["encoder"],
+        "decoder_global_layers": reads_all["decoder"],
+    }
 
 
 def _rope(stack: Mapping[str, Any], refuse: Callable[..., DataError], where: str) -> dict[str, Any]:

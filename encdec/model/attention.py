@@ -139,6 +139,10 @@ class AttentionInputs(flax.struct.PyTreeNode):
     source_rope: Rotation | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
 
+    def unrotated(self) -> AttentionInputs:
+        """The same without any rotation."""
+        return self.replace(q_rope=None, kv_rope=None, source_rope=None)
+
 
 def packed_attention(
     q_segments_BxT: jax.Array,
@@ -172,8 +176,8 @@ def packed_self_attention(
         config: the model.
         segments_BxT: segment ids.
         positions_BxT: places within the segments, from 0.
-        causal: no query reads a later key; otherwise windows reach as far ahead as back, as
-            T5Gemma's encoder has them (arXiv 2504.06225).
+        causal: no query reads a later key; otherwise windows are an encoder's: they reach as far
+            ahead as back, as T5Gemma has them (arXiv 2504.06225), or as ``encoder_window`` says.
         places_BxT: what rotates queries and keys; by default the positions.
 
     Returns:
@@ -184,9 +188,12 @@ def packed_self_attention(
     attention = packed_attention(segments_BxT, segments_BxT, rope, rope, causal=causal)
     if not config.attention_window:
         return attention, None
-    near_BxTxT = window_mask(positions_BxT, positions_BxT, config.attention_window)
+    back, ahead = config.attention_window, config.attention_window
+    if not causal and config.encoder_window:
+        back, ahead = (reach + 1 for reach in config.encoder_window)
+    near_BxTxT = window_mask(positions_BxT, positions_BxT, back)
     if not causal:
-        near_BxTxT &= near_BxTxT.swapaxes(-1, -2)
+        near_BxTxT &= window_mask(positions_BxT, positions_BxT, ahead).swapaxes(-1, -2)
     rope = rope_table(config, places, local=True)
     return attention, AttentionInputs(attention.mask_BxTxS & near_BxTxT, rope, rope)
 
@@ -223,6 +230,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config, axis="head_dim")
             self.k_norm = RMSNorm(config, axis="head_dim")
 
+    def normed(self, norm: RMSNorm, x_BxTxHxD: jax.Array) -> jax.Array:
+        """Queries or keys, each head normed by itself or all of a token's together."""
+        if not self.config.qk_norm_over_heads:
+            return norm(x_BxTxHxD)
+        return norm(x_BxTxHxD.reshape(*x_BxTxHxD.shape[:2], -1)).reshape(x_BxTxHxD.shape)
+
     def make_projections(self) -> None:
         """Sets up the projections to queries, keys and values."""
         config, bias_dims = self.config, 2 * int(self.config.qkv_bias)
@@ -251,14 +264,14 @@ class Attention(nn.Module):
         The scale is applied within the rotation where there is one: a separate pass would cost
         another read and write.
         """
-        q = self.q_norm(q) if self.config.qk_norm else q
+        q = self.normed(self.q_norm, q) if self.config.qk_norm else q
         scale = self.config.scores_scale
         if rope is None:
             return q * scale
         return apply_rope(q, rope, scale, by_product=platform() == "tpu")
 
     def _key(self, k: jax.Array, rope: Rotation | None) -> jax.Array:
-        k = self.k_norm(k) if self.config.qk_norm else k
+        k = self.normed(self.k_norm, k) if self.config.qk_norm else k
         return apply_rope(k, rope, by_product=platform() == "tpu")
 
     def _projected_together(self, x_BxTxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

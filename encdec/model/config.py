@@ -42,7 +42,8 @@ class ModelConfig:
     kv_pairing: Literal["grouped", "tiled"] = "grouped"  # head h reads kv head h // (H/K) | h % K
     qkv_bias: bool = False
     attention_out_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of every query and key head before RoPE
+    qk_norm: bool = False  # RMSNorm of queries and keys before RoPE, of every head by itself
+    qk_norm_over_heads: bool = False  # with qk_norm: of all heads together (OLMo 2, 2501.00656)
     attention_scale: float = 0.0  # multiplies the scores; 0 means 1 / sqrt(head_dim)
     attention_logit_cap: float = 0.0  # cap * tanh(scores / cap); 0 switches it off
     # Local layers read this many tokens back, self included, and an encoder's as many ahead; 0: all
@@ -50,6 +51,7 @@ class ModelConfig:
     global_layer_every: int = 0  # with a window: every n-th layer reads all; 0: none does
     encoder_global_layers: tuple = ()  # or those of the encoder that do, counted from 0
     decoder_global_layers: tuple = ()  # and those of the decoder
+    encoder_window: tuple = ()  # tokens (back, ahead) of local encoder layers; (): window - 1 each
 
     # Self- and cross-attention as one sublayer with one set of weights, one softmax over source and
     # target (T5Gemma 2, arXiv 2512.14856): a decoder layer has a decoder-only layer's parameters
@@ -64,6 +66,8 @@ class ModelConfig:
     rope_divisors: tuple = ()  # "per_pair": divides the frequency of each of the D/2 pairs
     rope_magnitude: float = 1.0  # "per_pair": multiplies rotated queries and keys
     local_rope_theta: float = 0.0  # of local layers, which are never scaled; 0: as all others
+    encoder_unrotated_layers: tuple = ()  # layers without RoPE (NoPE, SmolLM3), counted from 0
+    decoder_unrotated_layers: tuple = ()
     encoder_positions: Literal["centred", "from_zero"] = "from_zero"
     cross_attention_rope: Literal["none", "from_zero", "continued"] = "none"
 
@@ -76,6 +80,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     norm_cast: Literal["before_scale", "after_scale"] = "after_scale"  # when to leave float32
     norm_plus_one: bool = False  # scale by (1 + w), w initialised to 0 (Gemma), instead of w
+    omit_pre_norms: bool = False  # sublayers read the residual as it is (OLMo 2; with post_norms)
     post_norms: bool = False  # a second norm on each sublayer's output (Gemma 2, T5Gemma)
 
     # Embedding and head
@@ -118,6 +123,12 @@ class ModelConfig:
         listed = self.encoder_global_layers if stack == "encoder" else self.decoder_global_layers
         reads_all = layer in listed or every and (layer + 1) % every == 0
         return bool(self.attention_window) and not reads_all
+
+    def is_rotated(self, layer: int, stack: Stack = "decoder") -> bool:
+        """Whether self-attention of layer ``layer`` of a stack, counted from 0, has RoPE."""
+        return layer not in (
+            self.encoder_unrotated_layers if stack == "encoder" else self.decoder_unrotated_layers
+        )
 
     @property
     def num_layers(self) -> int:
@@ -264,16 +275,42 @@ def _check_values(config: ModelConfig) -> None:
     )
     for stack in ("encoder", "decoder"):
         field, layers = f"{stack}_global_layers", getattr(config, f"{stack}_layers")
+        for listed in (field, f"{stack}_unrotated_layers"):
+            numbers = getattr(config, listed)
+            require(
+                all(type(layer) is int and 0 <= layer < layers for layer in numbers),
+                listed,
+                f"numbers of the {stack}'s layers, each at least 0 and below {layers}",
+            )
         require(
-            all(type(layer) is int and 0 <= layer < layers for layer in getattr(config, field)),
-            field,
-            f"numbers of the {stack}'s layers, each at least 0 and below {layers}",
+            not (getattr(config, f"{stack}_unrotated_layers") and config.execution.scan_layers),
+            f"{stack}_unrotated_layers",
+            "() with scan_layers=True, which runs every layer alike; set scan_layers=False",
         )
         require(
             not (getattr(config, field) and config.global_layer_every),
             field,
             f"() with global_layer_every={config.global_layer_every}, which names them already",
         )
+    require(
+        config.post_norms or not config.omit_pre_norms,
+        "omit_pre_norms",
+        "False without post_norms, so that every sublayer has a norm",
+    )
+    require(
+        config.qk_norm or not config.qk_norm_over_heads,
+        "qk_norm_over_heads",
+        "False without qk_norm",
+    )
+    both_ways = config.encoder_window
+    require(
+        not both_ways
+        or config.is_encoder_decoder
+        and len(both_ways) == 2
+        and all(type(reach) is int and reach >= 0 for reach in both_ways),
+        "encoder_window",
+        "() or two numbers, tokens back and ahead, in an encoder-decoder",
+    )
     if config.attention_window:
         require(
             not config.execution.scan_layers,
@@ -286,5 +323,6 @@ def _check_values(config: ModelConfig) -> None:
             ("local_rope_theta", 0),
             ("encoder_global_layers", ()),
             ("decoder_global_layers", ()),
+            ("encoder_window", ()),
         ):
             require(getattr(config, field) == off, field, f"{off} without an attention_window")

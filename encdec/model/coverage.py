@@ -26,11 +26,17 @@ EVERYWHERE = frozenset(
     """.split()
 )
 # Further fields by implementation: splash, cudnn, cpu (layouts), or a format of encdec.export.
+_OUTSIDE_KERNELS = frozenset(
+    """
+    merged_attention qk_norm_over_heads encoder_window encoder_unrotated_layers
+    decoder_unrotated_layers omit_pre_norms
+    """.split()
+)
 ALSO: dict[str, frozenset[str]] = {
-    "splash": frozenset({"merged_attention"}),
-    "cudnn": frozenset({"merged_attention"}),
-    "cpu": frozenset({"merged_attention"}),
-    "hf": frozenset({"merged_attention"}),
+    "splash": _OUTSIDE_KERNELS,
+    "cudnn": _OUTSIDE_KERNELS,
+    "cpu": _OUTSIDE_KERNELS,
+    "hf": _OUTSIDE_KERNELS,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax
@@ -56,7 +57,7 @@ class Block(nn.Module):
 
     With ``merged_attention``, the two attentions are one sublayer, with the parameters of
     self-attention. With ``post_norms``, each sublayer's output is normed too before it joins the
-    residual.
+    residual; with ``omit_pre_norms``, that alone.
     """
 
     config: ModelConfig
@@ -67,13 +68,14 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.self_attention_norm = RMSNorm(config)
+        norm = (lambda: _unchanged) if config.omit_pre_norms else functools.partial(RMSNorm, config)
+        self.self_attention_norm = norm()
         self.self_attention = self.self_attention_type(config)
         self.crosses_apart = self.cross_attention and not config.merged_attention
         if self.crosses_apart:
-            self.cross_attention_norm = RMSNorm(config)
+            self.cross_attention_norm = norm()
             self.encoder_attention = self.cross_attention_type(config)
-        self.mlp_norm = RMSNorm(config)
+        self.mlp_norm = norm()
         self.mlp = self.mlp_type(config)
         if config.post_norms:
             self.self_attention_post_norm = RMSNorm(config)
@@ -133,6 +135,11 @@ class Block(nn.Module):
         return carry, reader.key_values(encoded_BxSxM, rope)
 
 
+def _unchanged(x: jax.Array) -> jax.Array:
+    """In place of a norm that a model does not have."""
+    return x
+
+
 class Stack(nn.Module):
     """``num_layers`` blocks and a final norm.
 
@@ -184,6 +191,10 @@ class Stack(nn.Module):
                 zip(self.layers, cross_kv or nothing, cache or nothing, strict=True)
             ):
                 layer_inputs = local if self.config.is_local(index, self.stack) else inputs
+                if not self.config.is_rotated(index, self.stack):
+                    layer_inputs = layer_inputs.replace(
+                        self_attention=layer_inputs.self_attention.unrotated()
+                    )
                 x_BxTxM, layer_cache = layer(x_BxTxM, layer_inputs, layer_kv, layer_cache)
                 caches.append(layer_cache)
             cache = tuple(caches) if cache is not None else None
@@ -198,7 +209,15 @@ class Stack(nn.Module):
         """
         if self.config.execution.scan_layers:
             return self.layers.cross_key_values(None, encoded_BxSxM, rope)[1]
-        ropes = (local_rope if self.config.is_local(i) else rope for i in range(self.num_layers))
+        merged, config = self.config.merged_attention, self.config
+        ropes = (
+            None
+            if merged and not config.is_rotated(layer)
+            else local_rope
+            if config.is_local(layer)
+            else rope
+            for layer in range(self.num_layers)
+        )
         return tuple(
             layer.cross_key_values(None, encoded_BxSxM, layer_rope)[1]
             for layer, layer_rope in zip(self.layers, ropes, strict=True)

@@ -38,6 +38,12 @@ VARIANTS = {
     "a table each": {"share_embeddings": False},
     "extra norms": {"qk_norm": True, "post_norms": True, "norm_plus_one": True, "mlp_gated": True},
     "merged": {"merged_attention": True, "mlp_gated": True, "qk_norm": True},
+    "norms after": {
+        "qk_norm": True,
+        "qk_norm_over_heads": True,
+        "post_norms": True,
+        "omit_pre_norms": True,
+    },
     "unrolled": {"scan_layers": False},
     "unrolled and gated": {"scan_layers": False, "mlp_gated": True, "num_kv_heads": 1},
 }

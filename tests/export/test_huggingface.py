@@ -8,14 +8,14 @@ import pytest
 
 from encdec import safetensors
 from encdec.errors import ConfigError, DataError
-from encdec.export import formats
+from encdec.export import formats, huggingface
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.settings import GenerationSettings
 from encdec.interop.import_command import main as import_main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
-from tests.export.examples import MODELS, PROMPTS, batch, pair
+from tests.export.examples import MODELS, MODELS_OF_GRAPHS, PROMPTS, batch, pair
 from tests.inference.examples import START, plan, rows
 from tests.inference.test_decoding import run
 
@@ -29,6 +29,8 @@ FAMILIES = {
     "merged": "encdec",
     "t5gemma": "t5gemma",
     "t5gemma folded": "t5gemma",
+    "of later families": "encdec",
+    "t5gemma2": "t5gemma2",
     "windowed pair": "encdec",
     "t5gemma of gemma 2": "t5gemma",
     "llama": "llama",
@@ -142,7 +144,7 @@ def random_t5gemma(directory):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        sliding_window=20,
+        sliding_window=6,
         query_pre_attn_scalar=24,
         max_position_embeddings=64,
         initializer_range=0.2,
@@ -161,7 +163,7 @@ def random_t5gemma(directory):
 
 
 def test_t5gemmas_are_imported(tmp_path):
-    """With soft caps, windows that do not bind yet, and a table for each stack."""
+    """With soft caps, windows, and a table for each stack; the windows stay when exported again."""
     model = random_t5gemma(tmp_path / "hf")
     import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
     config, params, _ = load_params_for_inference(tmp_path / "ours")
@@ -187,6 +189,125 @@ def test_t5gemmas_are_imported(tmp_path):
         *ready_for_decoding(config, params), source.tolist(), rows(2, 7), plan(config, 7)
     )
     assert [tokens for tokens, _ in answers] == theirs[:, 1:].tolist()
+    needs = huggingface.t5gemma_needs(config, 1000)
+    assert not huggingface.obstacles(needs, config)
+    values, _ = huggingface.to_t5gemma(config, params)
+    for stack in ("encoder", "decoder"):
+        assert values[stack]["sliding_window"] == 6
+        assert values[stack]["layer_types"] == getattr(model.config, stack).layer_types
+
+
+def test_t5gemmas_2_are_imported(tmp_path):
+    """Text alone, with windows, their own rotation, and a side for images."""
+    stack = dict(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=6,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=24,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    )
+    images = dict(
+        model_type="siglip_vision_model",
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    encoder = {
+        "text_config": stack | {"num_hidden_layers": 3},
+        "vision_config": images,
+        "mm_tokens_per_image": 1,
+        "eoi_token_index": 1,
+        "image_token_index": 2,
+    }
+    config = transformers.T5Gemma2Config(encoder=encoder, decoder=stack, image_token_index=2)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.T5Gemma2ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
+    config, params, _ = load_params_for_inference(tmp_path / "ours")
+    assert config.merged_attention and config.encoder_window == (2, 3)
+    rng = np.random.default_rng(3)
+    source, target = rng.integers(3, 96, (2, 18)), rng.integers(3, 96, (2, 15))
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(source), decoder_input_ids=torch.tensor(target))
+    ours = logits(config, params, batch(config, source, target))
+    np.testing.assert_allclose(ours, theirs.logits.numpy(), atol=1e-4, rtol=1e-4)
+
+
+DECODER_ONLY = dict(
+    scan_layers=False,
+    kv_pairing="grouped",
+    qkv_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    decoder_layers=3,
+)
+WINDOW = dict(attention_window=4)
+AFTER = dict(qk_norm=True, post_norms=True, omit_pre_norms=True)
+GEMMA = dict(post_norms=True, norm_plus_one=True, embedding_scale=True, tie_embeddings=True)
+OWN_FAMILIES = {
+    "gemma": dict(
+        mlp_activation="gelu_tanh", norm_plus_one=True, embedding_scale=True, tie_embeddings=True
+    ),
+    "mistral": WINDOW,
+    "qwen2": WINDOW | dict(decoder_global_layers=(0, 1), qkv_bias=True),
+    "qwen3": WINDOW | dict(qk_norm=True, decoder_global_layers=(0,)),
+    "gemma2": GEMMA | WINDOW | dict(global_layer_every=2, attention_logit_cap=5.0),
+    "gemma3_text": GEMMA | WINDOW | dict(qk_norm=True, local_rope_theta=100.0, attention_scale=0.5),
+    "smollm3": dict(decoder_unrotated_layers=(2,)),
+    "olmo3": AFTER | WINDOW | dict(qk_norm_over_heads=True, local_rope_theta=100.0),
+    "exaone4": AFTER | WINDOW | dict(decoder_global_layers=(1,), decoder_unrotated_layers=(1,)),
+    # A Phi-3.5 of sorts.
+    "llama": dict(rope_scaling="per_pair", rope_divisors=(1.0, 1.5, 2.0, 1e30), rope_magnitude=1.1),
+}
+
+
+@pytest.mark.parametrize("family", OWN_FAMILIES)
+def test_decoder_only_models_are_exported_as_their_own_family(family, tmp_path):
+    config = MODELS["llama"].replace(
+        rope_scaling="none",
+        rope_factor=1.0,
+        rope_length=0,
+        norm_plus_one=False,
+        embedding_scale=False,
+        attention_scale=0.0,
+    )
+    MODELS_OF_GRAPHS[family] = config.replace(**DECODER_ONLY | OWN_FAMILIES[family])
+    config, params = pair.__wrapped__(family)
+    written = formats.write("hf", tmp_path / "hf", formats.Export(config, params, PROMPTS))
+    assert written.family == family
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager", dtype="float32", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokens = np.random.default_rng(1).integers(3, 259, (2, 12))
+    with torch.no_grad():
+        theirs = model.eval()(torch.tensor(tokens)).logits.numpy()
+    ours = logits(config, params, batch(config, tokens, tokens))
+    assert np.ptp(ours) > 1
+    np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=1e-4)
+    import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
+    again, params, _ = load_params_for_inference(tmp_path / "ours")
+    back = logits(again, params, batch(again, tokens, tokens))
+    np.testing.assert_allclose(back, ours, atol=1e-4, rtol=1e-4)
 
 
 def test_wrong_tensors_are_named(tmp_path):
@@ -209,7 +330,7 @@ def test_what_no_family_has_is_refused_by_field(tmp_path):
     config, params = pair("llama")
     for change, named in (
         ({"mlp_gated": False}, "mlp_gated is False"),
-        ({"qk_norm": True}, "qk_norm is True"),
+        ({"mlp_gated": True, "attention_logit_cap": 5.0}, "attention_logit_cap is 5.0"),
     ):
         with pytest.raises(ConfigError, match=named):
             export = formats.Export(config.replace(**change), params, PROMPTS)

@@ -48,7 +48,15 @@ def two_steps(config, params, rows=2):
 
 @pytest.mark.parametrize(
     "name, rows",
-    [("paper", 1), ("paper", 2), ("unrolled", 1), ("t5gemma", 2), ("windowed", 1), ("merged", 1)],
+    [
+        ("paper", 1),
+        ("paper", 2),
+        ("unrolled", 1),
+        ("t5gemma", 2),
+        ("windowed", 1),
+        ("merged", 1),
+        ("of later families", 1),
+    ],
 )
 def test_sharded_kernels_compute_the_same(name, rows):
     """Tied and separate heads, both MLPs, both pairings of heads, norms of queries and keys;
@@ -129,7 +137,7 @@ def test_cached_steps_in_shards_are_the_full_forward_pass(name):
     for token in answer[0, 1:]:
         logits, memory = STEP(config, params, memory, jnp.array([token]))
         steps.append(logits[0])
-    np.testing.assert_allclose(np.stack(steps), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.stack(steps), whole, rtol=1e-5, atol=5e-5)  # logits of about 10
 
 
 @pytest.mark.parametrize("name", ["unrolled", "windowed", "merged"])

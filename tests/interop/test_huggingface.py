@@ -8,14 +8,16 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from encdec import safetensors
 from encdec.errors import CheckpointError, ConfigError, DataError
+from encdec.inference.decoding import Memory, decode_step
 from encdec.interop.huggingface import read_config
 from encdec.interop.import_command import main
-from encdec.model import build_model
+from encdec.model import build_model, init_cache
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.workdir import read_config as read_workdir
 
@@ -101,6 +103,43 @@ MODELS = {
             "logits_scaling": 1.7,
         },
     ),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0, "num_hidden_layers": 5}),
+    "smollm3 with windows": (
+        "SmolLM3",
+        {
+            "pad_token_id": 0,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "no_rope_layers": [1, 0, 1],
+        },
+    ),
+    "olmo2": ("Olmo2", {"pad_token_id": 0, "head_dim": 12}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "pad_token_id": 0,
+            "num_hidden_layers": 5,
+            "sliding_window": 6,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+    ),
+    "exaone4": (
+        "Exaone4",
+        {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 3},
+    ),
+    "glm4": ("Glm4", {"pad_token_id": 0, "head_dim": 16, "eos_token_id": 2}),
+    "seed-oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True}),
+    "qwen2 with late windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "a scaled rotation with windows": (
+        "Mistral",
+        {"sliding_window": 6, "head_dim": 16, "rope_parameters": YARN},
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2.5 tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
@@ -117,6 +156,8 @@ MODELS = {
         },
     ),
 }
+# Of these, cached decoding is compared, too; others are among those of tests/inference.
+CACHED = ("smollm3 with windows", "olmo3", "exaone4", "glm4")
 LENGTH = 24  # beyond every window
 
 
@@ -146,6 +187,19 @@ def our_logits(directory, tokens):
     return np.asarray(apply(params, batch))
 
 
+def our_steps(directory, tokens):
+    """Logits of cached decoding, one token a step."""
+    config, params, _ = load_params_for_inference(directory)
+    rows, length = tokens.shape
+    memory = Memory(init_cache(config, rows, length), None, jnp.zeros(rows, jnp.int32))
+    step = jax.jit(decode_step, static_argnums=0)
+    logits = []
+    for token in tokens.T:
+        one, memory = step(config, params, memory, jnp.asarray(token, jnp.int32))
+        logits.append(one)
+    return np.stack(logits, 1)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name, tmp_path):
     model = save_model(tmp_path / "hf", name, max_shard_size="40KB")
@@ -157,6 +211,9 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     got = our_logits(tmp_path / "ours", tokens)
     assert np.ptp(wanted) > 1  # logits that differ, or agreement would say little
     np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
+    if name in CACHED:
+        steps = our_steps(tmp_path / "ours", tokens[:, : LENGTH // 2])
+        np.testing.assert_allclose(steps, wanted[:, : LENGTH // 2], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -212,18 +269,18 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
     "change, message",
     [
         ({"model_type": "mamba"}, "model_type 'mamba'; supported: llama"),
-        ({"model_type": "smollm3"}, "score --backend=torch --teacher=DIR"),
+        ({"model_type": "gpt_oss"}, "score --backend=torch --teacher=DIR"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
         ({"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
         (
             {
                 "sliding_window": 8,
-                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "layer_types": ["sliding_attention", "chunked_attention", "full_attention"],
                 "model_type": "gemma2",
                 "hidden_activation": "gelu_pytorch_tanh",
             },
-            "evenly spaced",
+            "layer_types 'chunked_attention'",
         ),
     ],
 )

@@ -259,6 +259,11 @@ BESIDE = {
     "fuse_projections": {"mlp_gated": True},
     "global_layer_every": {"attention_window": 8, "scan_layers": False},
     "local_rope_theta": {"attention_window": 8, "scan_layers": False},
+    "encoder_window": {"attention_window": 8, "scan_layers": False},
+    "encoder_unrotated_layers": {"scan_layers": False},
+    "decoder_unrotated_layers": {"scan_layers": False},
+    "qk_norm_over_heads": {"qk_norm": True},
+    "omit_pre_norms": {"post_norms": True},
 }
 
 AGAIN = {

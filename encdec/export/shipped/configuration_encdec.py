@@ -29,8 +29,9 @@ class EncdecConfig(PretrainedConfig):
 
     ``rope_frequencies`` are radians per position of each rotated pair of a head's halves, and
     ``rope_magnitude`` multiplies the rotated vectors. A cap of 0 is off. Layers read
-    ``attention_window`` tokens back, and in the encoder as many ahead, but for the global ones
-    that are listed; 0: all read everything. Such local layers rotate by frequencies of
+    ``attention_window`` tokens back, their own included, and in the encoder as many ahead, or what
+    ``encoder_window`` says (back, ahead), but for the global ones that are listed; 0: all read
+    everything. Unrotated layers have no RoPE. Such local layers rotate by frequencies of
     ``local_rope_theta``; 0: as all others.
     ``transformers_versions`` says with which versions of transformers the files were tested.
     """
@@ -65,6 +66,8 @@ class EncdecConfig(PretrainedConfig):
         norm_cast="after_scale",
         post_norms=False,
         qk_norm=False,
+        qk_norm_over_heads=False,
+        omit_pre_norms=False,
         merged_attention=False,
         attention_scale=0.125,
         attention_logit_cap=0.0,
@@ -77,6 +80,9 @@ class EncdecConfig(PretrainedConfig):
         attention_window=0,
         encoder_global_layers=(),
         decoder_global_layers=(),
+        encoder_window=(),
+        encoder_unrotated_layers=(),
+        decoder_unrotated_layers=(),
         local_rope_theta=0.0,
         initializer_range=0.02,
         use_cache=True,

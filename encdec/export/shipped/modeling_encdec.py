@@ -64,10 +64,15 @@ class EncdecAttention(nn.Module):
         self.v_proj = nn.Linear(M, kv * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads * D, M, bias=config.attention_out_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = EncdecNorm(config, D), EncdecNorm(config, D)
+            over = config.qk_norm_over_heads  # the norm spans all heads of a token
+            self.q_norm = EncdecNorm(config, heads * D if over else D)
+            self.k_norm = EncdecNorm(config, kv * D if over else D)
 
     def heads(self, projection, x, norm=None):
-        x = projection(x).unflatten(-1, (-1, self.config.head_dim))
+        x, D = projection(x), self.config.head_dim
+        if norm is not None and self.config.qk_norm_over_heads:
+            x, norm = norm(x), None
+        x = x.unflatten(-1, (-1, D))
         return (x if norm is None else norm(x)).transpose(1, 2)
 
     def keys_values(self, x, table):
@@ -146,7 +151,8 @@ class EncdecBlock(GradientCheckpointingLayer):
             self.add_module(
                 name, EncdecMlp(config) if name == "mlp" else EncdecAttention(config, layer)
             )
-            self.add_module(f"pre_{name}_norm", EncdecNorm(config, config.d_model))
+            if not config.omit_pre_norms:
+                self.add_module(f"pre_{name}_norm", EncdecNorm(config, config.d_model))
             if config.post_norms:
                 self.add_module(f"post_{name}_norm", EncdecNorm(config, config.d_model))
 
@@ -157,7 +163,7 @@ class EncdecBlock(GradientCheckpointingLayer):
         """Returns the stream, and the weights of self- and cross-attention where asked for."""
         kept = {}
         for name in self.sublayers:
-            y, sublayer = getattr(self, f"pre_{name}_norm")(x), getattr(self, name)
+            y, sublayer = getattr(self, f"pre_{name}_norm", nn.Identity())(x), getattr(self, name)
             if name == "self_attn":
                 read = source if self.merged else None
                 y, kept[name] = sublayer(y, allowed, table, read, cache=cache, weights=weights)
@@ -254,7 +260,11 @@ class EncdecStack(EncdecPreTrainedModel):
 
     def near(self, allowed, distances, batch):
         """What local layers may read [B, 1, T, S] of what others may; distances [T, S] to keys."""
-        near = (distances < self.config.attention_window)[None, None]
+        reach = self.config.attention_window - 1
+        back, ahead = reach, reach
+        if self.is_encoder and self.config.encoder_window:
+            back, ahead = self.config.encoder_window
+        near = ((distances <= back) & (distances >= -ahead))[None, None]
         return (near if allowed is None else allowed & near).expand(batch, -1, -1, -1)
 
     def run(self, x, allowed, table, hidden, weights, *more, cache=None, local=None):
@@ -265,8 +275,10 @@ class EncdecStack(EncdecPreTrainedModel):
         states, own, cross = [x], [], []
         for index, layer in enumerate(self.layers):
             is_local = local is not None and index not in self.global_layers
+            mask, turn = local if is_local else (allowed, table)
+            turn = None if index in self.unrotated_layers else turn
             x, own_weights, cross_weights = layer(
-                x, *(local if is_local else (allowed, table)), *more, cache=cache, weights=weights
+                x, mask, turn, *more, cache=cache, weights=weights
             )
             states.append(x)
             own.append(own_weights)
@@ -283,7 +295,8 @@ class EncdecStack(EncdecPreTrainedModel):
 class EncdecEncoder(EncdecStack):
     def __init__(self, config):
         super().__init__(config, config.encoder_layers, cross=False)
-        self.global_layers = set(config.encoder_global_layers)
+        self.is_encoder, self.global_layers = True, set(config.encoder_global_layers)
+        self.unrotated_layers = set(config.encoder_unrotated_layers)
 
     def forward(
         self,
@@ -302,7 +315,7 @@ class EncdecEncoder(EncdecStack):
         places = torch.arange(x.shape[1], device=x.device)
         local = None
         if self.config.attention_window:
-            distances = (places[:, None] - places).abs()
+            distances = places[:, None] - places
             near = self.near(allowed, distances, x.shape[0])
             local = near, self.rope(places[None], local=True)
         x, states, weights, _ = self.run(
@@ -315,7 +328,8 @@ class EncdecEncoder(EncdecStack):
 class EncdecDecoder(EncdecStack):
     def __init__(self, config):
         super().__init__(config, config.decoder_layers, cross=True)
-        self.global_layers = set(config.decoder_global_layers)
+        self.is_encoder, self.global_layers = False, set(config.decoder_global_layers)
+        self.unrotated_layers = set(config.decoder_unrotated_layers)
 
     def causal(self, attention_mask, x, places, length):
         """What each of the inputs [B, T] may read of ``length`` keys; None: everything."""
