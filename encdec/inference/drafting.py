@@ -28,7 +28,6 @@ from encdec.model import ModelConfig, Params
 
 MOST_ROWS = 4  # at which ``auto`` drafts
 FIRST_LOOK = 12  # plain steps before the first hindsight
-MOST_LOOKS_SKIPPED = 8  # while hindsight says no
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +68,6 @@ class Answering:
 
     def __post_init__(self) -> None:
         self.steps = 0  # that were made, of either kind
-        self._skip = self._skipped = 0
 
     def advance(self, decoding: Decoding, steps: int) -> Decoding:
         """About ``steps`` more tokens a row."""
@@ -92,13 +90,7 @@ class Answering:
 
     def _probes(self, pace: Pace) -> bool:
         """Whether to try a draft model again that did not pay: there is no hindsight of it."""
-        if self.texts is not None or pace.shares is None or not pace.knows(PLAIN):
-            return False
-        self._skipped += 1
-        if self._skipped <= self._skip:
-            return False
-        self._skipped, self._skip = 0, min(2 * self._skip + 1, MOST_LOOKS_SKIPPED)
-        return True
+        return self.texts is None and pace.shares is not None and pace.knows(PLAIN) and pace.looks()
 
     def _plain_steps(self, pace: Pace, decoding: Decoding, steps: int) -> Decoding:
         if pace.shares is None:
@@ -119,16 +111,13 @@ class Answering:
         self, pace: Pace, texts: Sources, decoding: Decoding, counts_R: np.ndarray
     ) -> None:
         """Tells the pace what drafts would have given; less often while that is little."""
-        if self._skipped < self._skip:
-            self._skipped += 1
+        if not pace.looks():
             return
         tokens_RxN, eos_R = map(np.asarray, (decoding.tokens_RxN, decoding.settings.eos_R))
         shares = hindsight(texts, tokens_RxN, counts_R, eos_R, LONGEST_DRAFT)
         if shares is None:
             return
         pace.note_shares(shares)
-        worth = pace.size() != PLAIN
-        self._skipped, self._skip = 0, 0 if worth else min(2 * self._skip + 1, MOST_LOOKS_SKIPPED)
 
 
 class Drafters:

@@ -91,7 +91,7 @@ def hindsight(
     counts_R: np.ndarray,
     eos_R: np.ndarray,
     length: int,
-    most: int = 32,
+    most: int = 24,
 ) -> np.ndarray | None:
     """How often the first j tokens of a draft would have been right, float64 [length + 1] by j.
 
@@ -108,8 +108,10 @@ def hindsight(
     ]
     pairs = pairs[:: max(1, len(pairs) // most)]
     row_Q, place_Q = (np.array(x, np.int32) for x in zip(*pairs))
-    tokens_QxN = answers_RxN[row_Q]
-    then = Sources(np.asarray(sources.tokens_RxS)[row_Q], np.asarray(sources.lengths_R)[row_Q])
+    # Without what is padding in all of them: this runs between two steps.
+    tokens_QxN = answers_RxN[row_Q, : counts_R[rows].max()]
+    lengths_Q = np.asarray(sources.lengths_R)[row_Q]
+    then = Sources(np.asarray(sources.tokens_RxS)[row_Q, : lengths_Q.max()], lengths_Q)
     drafts_QxD = look_up(then, tokens_QxN, place_Q, eos_R[row_Q], length, np)
     places_QxD = place_Q[:, None] + np.arange(length)
     made_QxD = places_QxD < counts_R[row_Q][:, None]

@@ -12,6 +12,7 @@ LONGEST_DRAFT = SIZES[-1] - 1
 GUESSED_COST = 0.06
 GAIN = 1.05  # that drafting must promise
 NEWEST = 0.5  # weight of what the last steps say of drafts
+MOST_SKIPPED = 31  # looks at what drafts would give, while that is too little
 SLOWER = 0.2  # and of how long they took, where that was longer
 
 
@@ -28,8 +29,21 @@ class Pace:
         self._seconds: dict[int, float] = {}
         self._seen: set[int] = set()
         self.shares: np.ndarray | None = None  # how often the first j of a draft are right
+        self._skip = self._skipped = 0
         # Of all verifying steps, each row counted: how many, tokens drafted, tokens kept of them.
         self.steps = self.drafted = self.accepted = 0
+
+    def looks(self) -> bool:
+        """Whether to find out again what drafts would give, while nothing is drafted.
+
+        To be asked after plain steps: the more often the answer changed nothing, the longer it
+        takes until it is wanted again, in whatever batch.
+        """
+        self._skipped += 1
+        if self._skipped <= self._skip:
+            return False
+        self._skipped, self._skip = 0, min(2 * self._skip + 1, MOST_SKIPPED)
+        return True
 
     def tokens(self, size: int) -> float:
         """Expected of a step, each row."""
@@ -44,7 +58,10 @@ class Pace:
             return PLAIN  # it must be timed once, or nothing tells whether drafting pays
         rates = {size: self.tokens(size) / self._cost(size) for size in (PLAIN, *SIZES)}
         best = max(SIZES, key=rates.__getitem__)
-        return best if rates[best] > GAIN * rates[PLAIN] else PLAIN
+        if rates[best] <= GAIN * rates[PLAIN]:
+            return PLAIN
+        self._skip = 0  # from now on, looks may change something
+        return best
 
     def knows(self, size: int) -> bool:
         """Whether steps of this size were timed."""
