@@ -50,7 +50,7 @@ quickstart: $(ENV)/.installed
 install: $(ENV)/.installed
 
 test: $(TESTED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=40 --durations-min=2 $(TESTS)
 
 test-light:
 	$(MAKE) test ENV=$(ENV)-light EXTRAS=light WORKERS=0 TESTS="tests/test_without_tensorflow.py $(TESTS)"

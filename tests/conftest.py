@@ -18,7 +18,13 @@ CACHE = pathlib.Path(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Read by jax here and by every process a test starts.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Everything, however quickly compiled: each module's tests begin without programs (see below), and
+# to read one takes a third of the time of compiling even the smallest.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Most of the suite's time is XLA compiling tiny programs that run for milliseconds: without LLVM's
+# optimizations that takes half as long. To test optimized programs, set it to 0.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax  # noqa: E402

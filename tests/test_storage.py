@@ -23,7 +23,7 @@ from encdec.storage import (
     storage_error,
     whole_directory,
 )
-from tests.train.conftest import random_pairs, write_records
+from tests.train.conftest import SHARED, random_pairs, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -135,12 +135,15 @@ def test_training_on_a_full_disk_names_the_last_whole_checkpoint(tmp_path):
     write_records(tmp_path / "records", random_pairs(16, seed=0))
     command = [
         sys.executable, "-m", "encdec", "train", f"--config={REPOSITORY}/configs/pretrain.py:test",
-        "--config.model_overrides.vocab_size=384", "--config.batch_size=8",
-        "--config.schedule.warmup_steps=1", "--config.checkpoint.every=1", "--config.steps=2",
+        "--config.model_overrides.vocab_size=264", "--config.batch_size=8", *SHARED,
+        "--config.checkpoint.every=1", "--config.steps=2",
         f"--config.data.records={tmp_path}/records", f"--workdir={tmp_path}/run",
     ]  # fmt: skip
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    refused = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    uncached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # it would be cut, too
+    refused = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit, env=uncached
+    )
     assert refused.returncode == StorageError.exit_code, refused.stderr
     assert "Traceback" not in refused.stderr
     last = refused.stderr.strip().splitlines()[-1]

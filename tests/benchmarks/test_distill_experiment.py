@@ -35,11 +35,7 @@ def student(records, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("student") / "work"
     train(
         small_run(
-            records,
-            model="test",
-            steps=1,
-            schedule={"warmup_steps": 0},
-            model_overrides={"scan_layers": False, "init_std": 0.1},
+            records, model="test", steps=1, model_overrides={"scan_layers": False, "init_std": 0.1}
         ),
         workdir,
     )

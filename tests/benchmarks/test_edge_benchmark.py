@@ -62,7 +62,7 @@ def test_every_path_is_measured_and_written(tmp_path, capsys):
                 f"--paths={','.join(paths)}",
                 "--inputs=8,4",
                 "--outputs=3",
-                "--repeats=2",
+                "--repeats=1",
                 f"--artefacts={tmp_path}",
                 f"--out={tmp_path}",
                 "--no_memory",

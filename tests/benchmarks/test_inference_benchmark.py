@@ -119,7 +119,7 @@ def test_ratios_are_of_equal_settings():
 
 
 @pytest.mark.slow
-def test_transformers_generates_beside_ours_for_every_batch_and_length(tmp_path):
+def test_transformers_generates_beside_ours_for_every_batch(tmp_path):
     for package in ("torch", "transformers"):
         pytest.importorskip(package, reason=f"needs {package}: the extra hf of setup.py")
     # In a process of its own: torch's threads stay with the process that has loaded it.
@@ -132,7 +132,7 @@ def test_transformers_generates_beside_ours_for_every_batch_and_length(tmp_path)
             "inference",
             "--model=test",
             "--inputs=8",
-            "--outputs=3,5",
+            "--outputs=3",
             "--batches=1,2",
             "--repeats=1",
             "--peers=transformers",
@@ -141,17 +141,12 @@ def test_transformers_generates_beside_ours_for_every_batch_and_length(tmp_path)
         check=True,
     )
     report = json.loads((tmp_path / "inference.json").read_text())
-    wanted = {
-        (name, batch, outputs)
-        for name in (OURS, "transformers")
-        for batch in (1, 2)
-        for outputs in (3, 5)
-    }
+    wanted = {(name, batch, 3) for name in (OURS, "transformers") for batch in (1, 2)}
     assert {(m["model"], m["batch"], m["outputs"]) for m in report["measured"]} == wanted
     assert {row["peer"] for row in report["ratios"]} == {"transformers"}
     for one in report["measured"]:
         assert one["first_token_seconds"]["low"] > 0 and 2**26 < one["peak_bytes"] < 2**33
-    assert len(list(tmp_path.glob("inference-batch*.png"))) == 4
+    assert len(list(tmp_path.glob("inference-batch*.png"))) == 2
 
 
 def test_transformers_is_refused_where_it_cannot_run(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
-from tests.train.conftest import small_run, write_records
+from tests.train.conftest import DECAYING, small_run, write_records
 
 LEARNED = [("one fish", "red."), ("two fish", "blue"), ("a hare", "x"), ("and a tortoise", "slow")]
 
@@ -25,6 +25,7 @@ def overfit(name: str, folder: pathlib.Path) -> pathlib.Path:
             log_every=10,
             model_overrides=overrides,
             optimizer={"learning_rate": 5e-3},
+            schedule=DECAYING,
         ),
         folder / "run",
     )

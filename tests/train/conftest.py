@@ -18,6 +18,9 @@ from encdec.data.records import (
 from encdec.data.vocabulary import ByteVocabulary, Vocabulary
 
 INPUTS, TARGETS = 24, 12
+DECAYING = {"name": "cosine", "warmup_steps": 2}
+# Of commands that train in a process: without the number of steps, so that all compile one step.
+SHARED = ("--config.schedule.name=constant", "--config.schedule.warmup_steps=0")
 
 
 def write_records(
@@ -103,7 +106,8 @@ def small_run(records: pathlib.Path | str = "", **changes: Any) -> dict[str, Any
         "log_every": 5,
         "data": {"records": str(records)},
         "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1, "b2": 0.95},
-        "schedule": {"warmup_steps": 2},
+        # Without the number of steps in it, so that runs of any length share a compiled step.
+        "schedule": {"name": "constant", "warmup_steps": 0},
         "loss": {"z_loss": 0.0},
         "eval": {"every": 0},
         "checkpoint": {"every": 0},

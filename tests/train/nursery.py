@@ -24,7 +24,7 @@ from encdec.train.loop import train  # with everything it needs; no device is to
 from launch.local import free_port
 from tests.train.conftest import small_run
 
-STEPS, EVERY = {1: 160, 2: 20}, 2  # by the number of processes
+STEPS, EVERY = {1: 100, 2: 20}, 2  # by the number of processes
 
 
 def config(records: str, processes: int, every: int) -> dict:

@@ -319,9 +319,7 @@ def test_a_run_goes_back_to_its_last_good_step_and_ends_in_the_same_bits(records
 
 
 def test_inference_refuses_damaged_parameters(records, tmp_path):
-    train(
-        small_run(records, steps=2, checkpoint={"every": 1}, schedule={"warmup_steps": 0}), tmp_path
-    )
+    train(small_run(records, steps=2, checkpoint={"every": 1}), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "params" / "d")
     with pytest.raises(CheckpointError, match=r"2 is damaged: .*; other steps there: 1"):
         load_params_for_inference(tmp_path)
@@ -334,9 +332,7 @@ def test_inference_refuses_damaged_parameters(records, tmp_path):
 def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
     from encdec.cli import main
 
-    run = small_run(
-        records, steps=4, checkpoint={"every": 1, "keep": 3}, schedule={"warmup_steps": 0}
-    )
+    run = small_run(records, steps=4, checkpoint={"every": 1, "keep": 3})
     train(run, tmp_path / "run")
     out = tmp_path / "mean"
     assert main(["average", f"--checkpoint={tmp_path / 'run'}", "--last=3", f"--out={out}"]) == 0
@@ -355,13 +351,7 @@ def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="config.init_from="):
         train(run, out)
     train(
-        small_run(
-            records,
-            steps=1,
-            init_from=str(out),
-            schedule={"warmup_steps": 0},
-            optimizer={"learning_rate": 1e-30},
-        ),
+        small_run(records, steps=1, init_from=str(out), optimizer={"learning_rate": 1e-30}),
         tmp_path / "next",
     )
     jax.tree.map(

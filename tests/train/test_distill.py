@@ -29,7 +29,7 @@ from encdec.train.program import abstract_batch, build_program
 from encdec.train.sharding import make_mesh
 from encdec.train.step import batch_metrics
 from tests.distill.conftest import scored, teacher  # noqa: F401
-from tests.train.conftest import TARGETS, random_pairs, small_run, write_records
+from tests.train.conftest import DECAYING, TARGETS, random_pairs, small_run, write_records
 from tests.train.test_processes import REPOSITORY, finish, start
 
 ARCHITECTURES = {"encoder_decoder": "test", "decoder_only": "test-dec"}
@@ -137,7 +137,9 @@ def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(teacher,
     """The authors' own acceptance, 0.9 KL + 0.1 CE; they allow 512 epochs, here are 256."""
     same = write_records(tmp_path / "same", [[("abcdefgh", "hgfedc")]] * 4)
     score(teacher=teacher, records=same, out=tmp_path / "scored", method="full")
-    run = parse_config(student(same, tmp_path / "scored", batch_size=4, steps=256))
+    run = parse_config(
+        student(same, tmp_path / "scored", batch_size=4, steps=256, schedule=DECAYING)
+    )
     program = build_program(
         run, run.model_config(), make_mesh(run.mesh, jax.devices()[:1]), TARGETS
     )
@@ -256,6 +258,7 @@ def test_two_processes_of_four_devices_learn_as_one_device(records, scored, tmp_
             "--config.schedule.warmup_steps=1",
             "--config.log_every=1",
             "--config.model_overrides.scan_layers=false",
+            "--config.model_overrides.encoder_layers=1",
         ]
 
     finish([start(arguments("one"), devices=1)])

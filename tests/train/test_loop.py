@@ -19,7 +19,7 @@ from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
 from encdec.train.workdir import read_config
-from tests.train.conftest import random_pairs, small_run, write_records
+from tests.train.conftest import DECAYING, SHARED, random_pairs, small_run, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,7 @@ def run_of(records, eval_records, **changes):
             "model_overrides": {"mlp_dropout": 0.1, "scan_layers": False},
             "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
             "checkpoint": {"every": 5},
+            "schedule": DECAYING,
         }
         | changes,
     )
@@ -209,7 +210,7 @@ def test_four_examples_are_learnt_by_heart(model, tmp_path):
             steps=150,
             log_every=50,
             model_overrides={"scan_layers": False},
-            optimizer={"learning_rate": 1e-2},
+            schedule=DECAYING,
         ),
         tmp_path / "w",
     )
@@ -344,9 +345,8 @@ def test_training_imports_no_tensorflow(records, tmp_path):
         "--config.model_overrides.vocab_size=264",
         "--config.batch_size=8",
         "--config.steps=3",
-        "--config.schedule.warmup_steps=1",
         "--config.log_every=1",
-        "--config.model_overrides.scan_layers=false",
+        *SHARED,
     ]
     done = run_python(script, command)
     assert done.returncode == 0, done.stderr

@@ -115,6 +115,7 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
             "--config.checkpoint.every=0",
             "--config.optimizer.learning_rate=1e-4",
             "--config.model_overrides.scan_layers=false",
+            "--config.model_overrides.encoder_layers=1",
         ]
 
     two = start_all(arguments("several", 100_000), 2, devices=2)

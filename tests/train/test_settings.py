@@ -29,7 +29,7 @@ from encdec.train.session import out_of_patience
 from encdec.train.sharding import make_mesh
 from encdec.train.warm_start import architecture
 from tests.train import test_loop, test_warm_start
-from tests.train.conftest import INPUTS, TARGETS, small_run
+from tests.train.conftest import DECAYING, INPUTS, TARGETS, small_run
 from tests.train.test_identity import MODEL_CHANGES, leaves
 
 TINY = {"encoder_layers": 1, "decoder_layers": 1, "vocab_size": 264, "scan_layers": False}
@@ -37,7 +37,7 @@ TINY = {"encoder_layers": 1, "decoder_layers": 1, "vocab_size": 264, "scan_layer
 
 def run_of(*changes: dict[str, Any]) -> RunConfig:
     """A small run with dotted fields changed."""
-    run = small_run("", model_overrides=TINY)
+    run = small_run("", model_overrides=TINY, schedule=DECAYING)
     for name, value in (item for change in changes for item in change.items()):
         group, _, field = name.rpartition(".")
         (run.setdefault(group, {}) if group else run)[field] = value

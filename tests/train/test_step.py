@@ -17,7 +17,7 @@ from encdec.train.config import parse_config
 from encdec.train.program import Program, abstract_batch, build_program
 from encdec.train.sharding import make_mesh
 from encdec.train.step import _accumulated
-from tests.train.conftest import INPUTS, TARGETS, small_run
+from tests.train.conftest import DECAYING, INPUTS, TARGETS, small_run
 
 ARCHITECTURES = {"encoder_decoder": "test", "decoder_only": "test-dec"}
 MODELS = ARCHITECTURES | {"merged": "test"}
@@ -39,6 +39,7 @@ def program_on(
         small_run(
             model=MODELS[architecture],
             accumulation=accumulation,
+            schedule=DECAYING,
             model_overrides={
                 "mlp_dropout": dropout,
                 "attention_dropout": dropout,
@@ -82,9 +83,14 @@ def on_one_device(architecture: str, records):
     )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda mesh: "x".join(map(str, mesh))
+    "architecture, mesh",
+    [
+        ("encoder_decoder", (8, 1, 1)),
+        ("encoder_decoder", (1, 8, 1)),
+        ("encoder_decoder", (2, 2, 2)),
+        ("decoder_only", (2, 2, 2)),
+    ],
 )
 def test_every_mesh_gives_the_losses_of_one_device(architecture, mesh, records):
     wanted, (history, _) = on_one_device(architecture, records)
@@ -172,8 +178,9 @@ def test_golden_steps(architecture, records):
     np.testing.assert_allclose(seen, GOLDEN[architecture], rtol=1e-3, err_msg=f"now {seen}")
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 1), (1, 2, 2)], ids=lambda mesh: "x".join(map(str, mesh)))
-@pytest.mark.parametrize("gather", ["step", "use"])
+@pytest.mark.parametrize(
+    "mesh, gather", [((2, 2, 1), "step"), ((1, 2, 2), "step"), ((2, 2, 1), "use")]
+)
 def test_micro_batches_on_every_mesh_equal_one_batch(mesh, gather, records):
     wanted, (history, state) = on_one_device("encoder_decoder", records)
     program = program_on("encoder_decoder", *mesh, accumulation=2, gather=gather)
@@ -228,9 +235,9 @@ def test_shards_of_micro_batches_have_dropout_masks_of_their_own(records):
             start("encoder_decoder"),
             [alike],
         )[0][0]
-        for mesh in [(1, 1, 1), (2, 1, 1), (4, 1, 1)]
+        for mesh in [(1, 1, 1), (2, 1, 1)]
     ]
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 2
 
 
 def test_micro_batches_have_dropout_keys_of_their_own():

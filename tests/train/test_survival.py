@@ -22,7 +22,7 @@ from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.goodput import Goodput, last_report
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
-from tests.train.conftest import small_run
+from tests.train.conftest import SHARED, small_run
 from tests.train.nursery import STEPS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ GRACE_SECONDS = 30
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, kills, in_saves, seed", [(1, 20, 5, 0), (2, 4, 2, 93)])
+@pytest.mark.parametrize("processes, kills, in_saves, seed", [(1, 8, 2, 5), (2, 4, 2, 93)])
 def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
     records, tmp_path, processes, kills, in_saves, seed
 ):
@@ -137,6 +137,7 @@ def test_the_command_leaves_within_the_grace_period_with_a_code_of_its_own(recor
         "--config.batch_size=8",
         "--config.steps=1000000",
         "--config.log_every=5",
+        *SHARED,
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "encdec", "train", *arguments],
@@ -290,10 +291,8 @@ def test_addresses_are_refused_naming_the_mount(records):
 
 
 def test_a_source_that_is_gone_does_not_stop_a_run_that_has_begun(records, tmp_path):
-    train(small_run(records, steps=1, schedule={"warmup_steps": 0}), tmp_path / "source")
-    run = small_run(
-        records, steps=2, init_from=str(tmp_path / "source"), schedule={"warmup_steps": 0}
-    )
+    train(small_run(records, steps=1), tmp_path / "source")
+    run = small_run(records, steps=2, init_from=str(tmp_path / "source"))
     train(run, tmp_path / "run", stop_at=1)
     (tmp_path / "source").rename(tmp_path / "moved")
     assert train(run, tmp_path / "run").step == 2

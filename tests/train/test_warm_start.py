@@ -29,21 +29,17 @@ from encdec.train.warm_start import SIZES, architecture, plan_start, start_from,
 from tests.train.conftest import random_pairs, small_run, write_records
 
 
-def short_run(records, **changes):
-    return small_run(records, schedule={"warmup_steps": 0}, **changes)
-
-
 @pytest.fixture(scope="module")
 def pretrained(records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    train(short_run(records, steps=2), folder)
+    train(small_run(records, steps=2), folder)
     return folder
 
 
 def test_a_run_starts_where_another_ended(pretrained, records, tmp_path):
     # At a learning rate of next to nothing the parameters stay what they were.
     train(
-        short_run(
+        small_run(
             records, steps=1, init_from=str(pretrained), seed=5, optimizer={"learning_rate": 1e-30}
         ),
         tmp_path / "run",
@@ -57,9 +53,9 @@ def test_a_run_starts_where_another_ended(pretrained, records, tmp_path):
 
 def test_the_cost_is_of_the_step_that_was_taken(records, tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
-    longer = dict(schedule={"name": "constant", "warmup_steps": 0}, seed=3)
+    longer = dict(seed=3)
     train(small_run(records, steps=2, **longer), source)
-    tune = short_run(records, steps=1, init_from=str(source), seed=5)
+    tune = small_run(records, steps=1, init_from=str(source), seed=5)
     train(tune, run)
     before = lineage(run, 1)
     assert before.seeds == (5, 3)
@@ -79,13 +75,13 @@ def test_the_cost_is_of_the_step_that_was_taken(records, tmp_path):
 
 def plan_of(records, source, **changes):
     """The plan alone: no device work, nothing written."""
-    run = with_source_model(parse_config(short_run(records, init_from=str(source), **changes)))
+    run = with_source_model(parse_config(small_run(records, init_from=str(source), **changes)))
     return plan_start(run, run.model_config(), open_records(records).card)
 
 
 def started(records, source, **changes):
     """The parameters that a run begins with, as names to arrays, and the account."""
-    run = with_source_model(parse_config(short_run(records, init_from=str(source), **changes)))
+    run = with_source_model(parse_config(small_run(records, init_from=str(source), **changes)))
     model = run.model_config()
     drawn = init_params(build_model(model), jax.random.key(7))
     plan = plan_start(run, model, open_records(records).card)
@@ -112,7 +108,7 @@ def test_layers_stacked_or_apart_are_the_same_layers(pretrained, records, tmp_pa
     # And back, by two runs that learn nothing.
     still = {"optimizer": {"learning_rate": 1e-30}, "steps": 1}
     train(
-        short_run(records, init_from=str(pretrained), model_overrides=apart, **still),
+        small_run(records, init_from=str(pretrained), model_overrides=apart, **still),
         tmp_path / "apart",
     )
     assert "converted" in (tmp_path / "apart" / "warm-start.txt").read_text()
@@ -137,7 +133,7 @@ def test_layers_stacked_or_apart_are_the_same_layers(pretrained, records, tmp_pa
     ids=str,
 )
 def test_another_size_is_refused(pretrained, records, tmp_path, changes, words):
-    run = short_run(records, init_from=str(pretrained), model_overrides=changes)
+    run = small_run(records, init_from=str(pretrained), model_overrides=changes)
     with pytest.raises(ConfigError, match=words):
         train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -225,8 +221,8 @@ def test_another_window_is_refused(records, tmp_path, name):
 
 def test_the_sources_architecture_is_taken_over_where_asked(pretrained, records, tmp_path):
     other = {"rope_theta": 5e5, "mlp_activation": "silu", "encoder_layers": 1}
-    train(short_run(records, steps=1, model_overrides=other), tmp_path / "source")
-    tune = short_run(
+    train(small_run(records, steps=1, model_overrides=other), tmp_path / "source")
+    tune = small_run(
         records,
         steps=2,
         init_from=str(tmp_path / "source"),
@@ -234,7 +230,7 @@ def test_the_sources_architecture_is_taken_over_where_asked(pretrained, records,
         model_overrides={"mlp_dropout": 0.3},
     )
     # A directory as the model says it all: where from, as what, with the source's own dropout.
-    named = short_run(records, steps=2, model=str(tmp_path / "source"), model_overrides={})
+    named = small_run(records, steps=2, model=str(tmp_path / "source"), model_overrides={})
     begun = with_source_model(parse_config(named), tmp_path / "run")
     assert (begun.init_from, begun.model_config().rope_theta) == (str(tmp_path / "source"), 5e5)
     assert plan_start(begun, begun.model_config(), open_records(records).card).origin.drawn == ()
@@ -307,7 +303,7 @@ def test_tables_grow_where_asked_and_extra_ids_keep_their_numbers(
         for n in (2, 4)
     )
     untied = {"tie_embeddings": False, "vocab_size": 261}
-    train(short_run(two, steps=2, model_overrides=untied), tmp_path / "source")
+    train(small_run(two, steps=2, model_overrides=untied), tmp_path / "source")
     grown = {"model_overrides": untied | {"vocab_size": 263}, "init_grow": True}
     found, origin, drawn = started(four, tmp_path / "source", **grown)
     there = named(load_params_for_inference(tmp_path / "source")[1])
@@ -331,7 +327,7 @@ def test_every_message_about_extra_ids_leads_on(pretrained, tmp_path):
     count = re.search(r"--extra_ids=(\d+)", str(error.value))[1]
     records = tmp_path / "records"
     assert prepare([*make, f"--extra_ids={count}", f"--out={records}"]) == 0
-    run = short_run(records, steps=1, init_from=str(pretrained))
+    run = small_run(records, steps=1, init_from=str(pretrained))
     run["model_overrides"]["vocab_size"] = 259  # as the source's vocabulary would have it
     asked = []
     for _ in range(5):
@@ -349,7 +345,7 @@ def test_every_message_about_extra_ids_leads_on(pretrained, tmp_path):
 
 def test_another_vocabulary_is_refused(pretrained, records, tmp_path):
     other = write_records(tmp_path / "other", random_pairs(8, 0), ByteVocabulary(extra_ids=4))
-    train(short_run(other, steps=1), tmp_path / "more")
+    train(small_run(other, steps=1), tmp_path / "more")
     with pytest.raises(DataError, match=r"4 extra ids, the records 0; prepare the records with"):
         plan_of(records, tmp_path / "more")
     with pytest.raises(DataError, match=r"--extra_ids=2, but .* has 4 already"):
@@ -391,7 +387,7 @@ def test_a_run_ends_when_patience_does_and_keeps_its_best(records, eval_records,
 
 def test_patience_without_evaluations_is_refused(records):
     with pytest.raises(ConfigError, match=r"config\.eval\.patience is 2"):
-        parse_config(short_run(records, eval={"patience": 2}))
+        parse_config(small_run(records, eval={"patience": 2}))
     with pytest.raises(ConfigError, match=r"config\.checkpoint\.keep is 2"):
         parse_config(
             {
