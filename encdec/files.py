@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
+import io
 import json
 import os
 import pathlib
 import secrets
-from collections.abc import Iterable, Iterator
-from typing import Any
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from encdec import buckets
+from encdec.buckets import is_address
+
+if TYPE_CHECKING:
+    from etils import epath
 
 PARTIAL = ".partial"
+PARTS = ".parts"  # a bucket's objects do not grow: lines are appended as objects of DIR/NAME.parts
 
 
 @contextlib.contextmanager
@@ -22,6 +33,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     Several processes may write the same file; the last one stays. What a killed one leaves ends
     in PARTIAL: ``clear_partial``.
     """
+    if is_address(path):
+        with tempfile.TemporaryDirectory(prefix="encdec-") as folder:
+            partial = pathlib.Path(folder) / os.fspath(path).rpartition("/")[2]
+            yield partial
+            buckets.send_file(partial, path)
+        return
     path = pathlib.Path(path)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
@@ -35,6 +52,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file that is there in full or not at all; on disk on return."""
+    if is_address(path):
+        buckets.write_bytes(path, content)
+        return
     with whole_file(path) as partial:
         partial.write_bytes(content)
 
@@ -49,37 +69,160 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def clear_partial(directory: pathlib.Path) -> None:
-    """Delete what killed processes left unfinished; for when nobody writes into ``directory``."""
+def clear_partial(directory: pathlib.Path | epath.Path) -> None:
+    """Delete what killed processes left unfinished; for when nobody writes into ``directory``.
+
+    In a bucket nothing is: objects are whole.
+    """
+    if is_address(directory):
+        return
     for path in directory.glob(f"*{PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
+def file_size(path: pathlib.Path | epath.Path) -> int:
+    """Bytes of a file on this machine or in a bucket."""
+    status = path.stat()
+    return status.length if is_address(path) else status.st_size
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def whole_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+def open_bytes(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file on this machine or in a bucket, open to be read."""
+    if is_address(path):
+        return buckets.file_system(path).open(os.fspath(path), "rb")
+    return open(path, "rb")
+
+
+def whole_lines(path: pathlib.Path | epath.Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line with its end); what a killed process left of its last is left out.
 
     Lines end at line feeds alone: JSON may hold the separators that Unicode knows besides.
+    Of a file in a bucket, or copied from one, the lines that were appended follow its own.
+
+    Raises FileNotFoundError where there are neither.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+    number = 0
+    for content in _contents(path):
+        for line in content:
             if line.endswith(b"\n"):
+                number += 1
                 yield number, line
 
 
-def append_rows(path: pathlib.Path, rows: Iterable[Any]) -> None:
-    """Appends JSON lines behind the last whole one; on disk on return."""
+def _contents(path: pathlib.Path | epath.Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a file and of what was appended to it in a bucket, in order."""
+    text = os.fspath(path)
+    if not is_address(path):
+        parts = sorted(pathlib.Path(text + PARTS).glob("*.jsonl"))
+        for one in [path, *parts] if os.path.exists(path) or not parts else parts:
+            with open(one, "rb") as file:
+                yield file
+        return
+    parts = sorted(buckets.objects(text + PARTS))
+    try:
+        yield io.BytesIO(buckets.read_bytes(text))
+    except FileNotFoundError:
+        if not parts:
+            raise
+    for content in buckets.read_many([f"{text}{PARTS}/{name}" for name in parts]):
+        yield io.BytesIO(content)
+
+
+def line_files(directory: pathlib.Path | epath.Path, pattern: str) -> list[Any]:
+    """The files of a directory that ``whole_lines`` reads, whose names match, in order."""
+    if is_address(directory):
+        names = {name.partition("/")[0] for name in buckets.objects(directory)}
+    else:
+        names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    names = {name.removesuffix(PARTS) for name in names}
+    return [directory / name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
+
+
+def lines_exist(path: pathlib.Path | epath.Path) -> bool:
+    """Whether ``whole_lines`` has something to read."""
+    text = os.fspath(path)
+    if is_address(path):
+        return bool(buckets.objects(text + PARTS)) or path.is_file()
+    return os.path.exists(text) or any(pathlib.Path(text + PARTS).glob("*.jsonl"))
+
+
+def append_rows(path: pathlib.Path | epath.Path, rows: Iterable[Any]) -> None:
+    """Appends JSON lines behind the last whole one; on disk on return.
+
+    In a bucket they become one object of their own, which several processes may do at once.
+    """
+    content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    if is_address(path):
+        if content:
+            buckets.write_bytes(part_name(path), content)
+        return
     with open(path, "a+b") as file:
         file.truncate(_whole_size(file))
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def part_name(path: str | os.PathLike[str]) -> str:
+    """The address of a new part of ``path``, behind all that are there."""
+    return f"{os.fspath(path)}{PARTS}/{time.time_ns():020d}-{secrets.token_hex(4)}.jsonl"
+
+
+def keep_lines(path: pathlib.Path | epath.Path, keep: Callable[[bytes], bool]) -> None:
+    """Drops the lines of a file, and of its parts, that ``keep`` refuses."""
+    text = os.fspath(path)
+    if is_address(path):
+        parts = [f"{text}{PARTS}/{name}" for name in buckets.objects(text + PARTS)]
+        parts += [text] * path.is_file()
+        contents = zip(parts, buckets.read_many(parts))
+    else:
+        files = [pathlib.Path(text), *pathlib.Path(text + PARTS).glob("*.jsonl")]
+        contents = ((str(file), file.read_bytes()) for file in files if file.exists())
+    for part, content in contents:
+        lines = list(io.BytesIO(content))
+        kept = [line for line in lines if line.endswith(b"\n") and keep(line)]
+        if len(kept) == len(lines):
+            continue
+        if kept or part == text:
+            write_bytes(part, b"".join(kept))
+        elif is_address(part):
+            buckets.remove_objects(part, [""])
+        else:
+            os.unlink(part)
+
+
+class LineAppender:
+    """Appends lines one at a time; each is on disk, or in the bucket, on return.
+
+    In a bucket the lines since the last whole part are one object, which is written again with
+    each line and closed at PART_LINES, so that a line costs one request of bounded size.
+    """
+
+    PART_LINES = 128
+
+    def __init__(self, path: pathlib.Path | epath.Path):
+        self._path = path
+        self._part, self._lines = "", []
+
+    def append(self, row: Any) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        if not is_address(self._path):
+            # Closed each time: in a mounted bucket a file's end is there only when it is closed.
+            with open(self._path, "ab") as file:
+                file.write(line)
+            return
+        if not self._part:
+            self._part = part_name(self._path)
+        self._lines.append(line)
+        buckets.write_bytes(self._part, b"".join(self._lines))
+        if len(self._lines) >= self.PART_LINES:
+            self._part, self._lines = "", []
 
 
 def _whole_size(file: Any) -> int:

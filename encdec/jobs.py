@@ -15,10 +15,15 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from encdec.buckets import copy_objects, is_address, objects, remove_objects
 from encdec.errors import ConfigError, DataError
-from encdec.files import clear_partial, file_sha256, write_json
+from encdec.files import clear_partial, file_sha256, file_size, write_bytes, write_json
+from encdec.storage import entries, make_directory, remove_directory
+
+if TYPE_CHECKING:
+    from etils import epath
 
 NOTES = "encdec-unfinished"
 JOB_FILE = "job.json"
@@ -40,11 +45,7 @@ class Shard:
     def is_whole(self, directory: pathlib.Path) -> bool:
         """Whether the file is in the directory with these very bytes."""
         path = directory / self.name
-        return (
-            path.is_file()
-            and path.stat().st_size == self.bytes
-            and file_sha256(path) == self.sha256
-        )
+        return path.is_file() and file_size(path) == self.bytes and file_sha256(path) == self.sha256
 
 
 @dataclasses.dataclass
@@ -119,8 +120,29 @@ def _replace(out: pathlib.Path, finished: pathlib.Path) -> None:
     shutil.rmtree(out / NOTES, ignore_errors=True)
 
 
+def _replace_objects(out: epath.Path, finished: epath.Path, card: str) -> None:
+    """``_replace`` in a bucket, where nothing is renamed; called again after a kill, it goes on.
+
+    Between the removal of the old card and the writing of the new one ``out`` is unfinished, and
+    REPLACED, written before, says that ``finished`` is to take its place.
+    """
+    names = [name for name in objects(finished) if not name.startswith(f"{NOTES}/")]
+    old = list(objects(out))
+    remove_objects(out, [card])
+    remove_objects(out, [name for name in old if name not in names])
+    copy_objects(os.fspath(finished), os.fspath(out), [name for name in names if name != card])
+    copy_objects(os.fspath(finished), os.fspath(out), [card])
+    marker = f"{NOTES}/{REPLACED}"
+    remove_objects(finished, [name for name in objects(finished) if name != marker])
+    remove_objects(finished, [marker])
+
+
 def _clear(directory: pathlib.Path) -> None:
     """Empties the directory of a job but for its job file, which says whose it is until the end."""
+    if is_address(directory):
+        kept = f"{NOTES}/{JOB_FILE}"
+        remove_objects(directory, [name for name in objects(directory) if name != kept])
+        return
     for path in sorted(directory.iterdir(), key=lambda path: path.name in (NOTES, *EARLIER_NOTES)):
         if path.name == NOTES:
             for note in path.iterdir():
@@ -188,10 +210,14 @@ class DirectoryJob(Generic[T]):
         self._out, self._what, self._card, self._overwrite = out, what, card, overwrite
         self._job = {"what": what} | plain(identity)
         beside = out.with_name(out.name + ".new")
-        if out.exists() and not out.is_dir():
+        if out.is_file():
             raise DataError(f"{out} is a file; give another --out")
-        if not out.exists() and (beside / NOTES / REPLACED).is_dir():
-            _replace(out, beside)  # a call was killed between the two renames
+        # A call was killed while the two changed places.
+        if is_address(out):
+            if (beside / NOTES / REPLACED).is_file():
+                _replace_objects(out, beside, card)
+        elif not out.exists() and (beside / NOTES / REPLACED).is_dir():
+            _replace(out, beside)
         finished = (out / card).is_file()
         self.finished = finished and not overwrite
         """Whether there is nothing to do: the contents are whole and not to be replaced."""
@@ -203,7 +229,7 @@ class DirectoryJob(Generic[T]):
 
     def _look(self) -> None:
         directory, job_file = self.directory, self.directory / NOTES / JOB_FILE
-        found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+        found = entries(directory)
         earlier = [name for name in EARLIER_NOTES if (directory / name / JOB_FILE).is_file()]
         if job_file.is_file():
             differ = differences(json.loads(job_file.read_text()), self._job)
@@ -230,7 +256,7 @@ class DirectoryJob(Generic[T]):
 
     def check_finished(self, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """DataError unless what is finished there was made of this identity."""
-        shutil.rmtree(self._out / NOTES, ignore_errors=True)  # killed after its card was written
+        remove_directory(self._out / NOTES)  # killed after its card was written
         if differ := differences(plain(made), now):
             raise DataError(
                 f"{self._out} holds another {self._what}: {'; '.join(differ)}. Repeat that "
@@ -241,20 +267,23 @@ class DirectoryJob(Generic[T]):
         """Makes the directory, or goes on with the one that is there."""
         if self._discards:
             _clear(self.directory)
-        (self.directory / NOTES).mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory / NOTES)
         write_json(self.directory / NOTES / JOB_FILE, self._job)
 
     def discard(self) -> None:
         """Removes what this call began; a job that an earlier call began stays to be resumed."""
         if not self._resumed:
             _clear(self.directory)
-            shutil.rmtree(self.directory)
+            remove_directory(self.directory)
 
     def end(self) -> None:
         """Ends the job, whose card is written; where it replaces something, it takes its place."""
         clear_partial(self.directory)
         if self.directory == self._out:
-            shutil.rmtree(self._out / NOTES)
+            remove_directory(self._out / NOTES)
+        elif is_address(self._out):
+            write_bytes(self.directory / NOTES / REPLACED, b"")
+            _replace_objects(self._out, self.directory, self._card)
         else:
             os.rename(self._out, self.directory / NOTES / REPLACED)
             _replace(self._out, self.directory)

@@ -18,9 +18,23 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from encdec.buckets import (
+    SCHEMES,
+    cached,
+    copy_objects,
+    is_address,
+    is_unfinished,
+    normal_address,
+    objects,
+    remove_objects,
+    sent_directory,
+)
 from encdec.errors import ConfigError, EncdecError, StorageError
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _PARTIAL = ".partial"  # what a command has not finished writing
 _SPACE = "free some space there"
@@ -45,8 +59,13 @@ _REFUSALS: dict[int, tuple[str, str]] = {
 }
 _TEXTS = re.compile("|".join(re.escape(name) for name, _ in _REFUSALS.values()))
 _NUMBERS = {name: number for number, (name, _) in _REFUSALS.items()}
-_PATH = re.compile(r"(?<![\w/])/[^\s'\"`:;,\])>]+")
+_PATH = re.compile(r"(?:gs|s3)://[^\s'\"`:;,\])>]+|(?<![\w/:])/[^\s'\"`:;,\])>]+")
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://?([^/]*)/?(.*)")
+# What the libraries of buckets say where an account may not do something.
+_DENIED = re.compile(
+    r"^Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|Access Denied|Invalid Credentials"
+    r"|Unable to locate credentials|does not have \S+ access|InvalidAccessKeyId"
+)
 _MOUNTS = {
     "gs": "gcsfuse --implicit-dirs {bucket} /mnt/{bucket}",
     "s3": "mount-s3 {bucket} /mnt/{bucket}",
@@ -147,12 +166,29 @@ def user_path(name: str, text: str | os.PathLike[str]) -> str:
     return expanded
 
 
-def local(name: str, text: str | os.PathLike[str]) -> str:
-    """``user_path`` of a file or directory on this machine.
+def user_place(name: str, text: str | os.PathLike[str]) -> str:
+    """``user_path`` of a file or directory on this machine or in a bucket (gs://, s3://).
 
     Raises:
-        ConfigError: also for an address such as gs://BUCKET/DIR. Files are mapped, appended to and
-            renamed as a file system does it, so a bucket has to be mounted.
+        ConfigError: also for other addresses, and where what opens an address is not installed.
+    """
+    path = user_path(name, text)
+    address = _ADDRESS.match(path)
+    if not address or (not is_address(path) and os.path.exists(path)):
+        return path
+    if is_address(path):
+        return normal_address(name, path)
+    raise ConfigError(
+        f"{name} is {path}, an address that nothing here opens; expected a path on this machine, "
+        f"gs://BUCKET/PATH or s3://BUCKET/PATH{_slashes(address)}"
+    )
+
+
+def local(name: str, text: str | os.PathLike[str]) -> str:
+    """``user_path`` of what has to be on this machine.
+
+    Raises:
+        ConfigError: also for an address such as gs://BUCKET/DIR.
     """
     path = user_path(name, text)
     address = _ADDRESS.match(path)
@@ -161,21 +197,98 @@ def local(name: str, text: str | os.PathLike[str]) -> str:
     scheme, bucket, rest = address[1], address[2] or "BUCKET", address[3]
     mount = _MOUNTS.get(scheme, "its provider's file system").format(bucket=bucket)
     raise ConfigError(
-        f"{name} is {path}, an address; expected a path on this machine: mount the bucket "
-        f"({mount}) and give /mnt/{bucket}/{rest}".rstrip("/")
+        f"{name} is {path}, an address; expected a path on this machine: copy it here, or mount "
+        f"the bucket ({mount}) and give /mnt/{bucket}/{rest}".rstrip("/")
     )
 
 
+def as_path(text: str | os.PathLike[str]) -> pathlib.Path | epath.Path:
+    """A path to work with: ``pathlib`` on this machine, ``epath`` in a bucket.
+
+    Of ``epath`` a bucket has no ``resolve``, ``rename`` and ``mkdir`` (see ``encdec/buckets.py``).
+    """
+    if not is_address(text):
+        return pathlib.Path(text)
+    from etils import epath
+
+    return epath.Path(normal_address("the path", os.fspath(text)))
+
+
+def on_this_machine(text: str | os.PathLike[str]) -> pathlib.Path:
+    """The file or directory itself, or its copy in the cache where it is in a bucket.
+
+    Raises FileNotFoundError where a bucket has nothing there.
+    """
+    if is_address(text):
+        return cached(normal_address("the path", os.fspath(text)))
+    return pathlib.Path(text)
+
+
+def absolute(text: str | os.PathLike[str]) -> pathlib.Path | epath.Path:
+    """The path from the root, equal for all spellings of one place."""
+    return as_path(text) if is_address(text) else pathlib.Path(text).resolve()
+
+
+def entries(directory: pathlib.Path | epath.Path) -> set[str]:
+    """The names in a directory; none where it is not there."""
+    if is_address(directory):
+        return {name.partition("/")[0] for name in objects(directory)}
+    return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+
+
+def make_directory(path: pathlib.Path | epath.Path) -> None:
+    """Makes a directory and those above it; a bucket needs none."""
+    if not is_address(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def move_directory(path: pathlib.Path | epath.Path, target: pathlib.Path | epath.Path) -> None:
+    """Gives a directory another name; in a bucket its objects are copied, then deleted."""
+    if is_address(path):
+        names = sorted(objects(path))
+        copy_objects(os.fspath(path), os.fspath(target), names)
+        remove_objects(path, names)
+    else:
+        os.rename(path, target)
+
+
+def remove_directory(path: pathlib.Path | epath.Path) -> None:
+    """Removes a directory and all in it; nothing where it is not there."""
+    if is_address(path):
+        remove_objects(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+def _slashes(address: re.Match[str]) -> str:
+    """A hint for gs:/BUCKET, which shells and path functions make of gs://BUCKET."""
+    if address[1] not in SCHEMES or address[0].startswith(f"{address[1]}://"):
+        return ""
+    return f"; did you mean {address[1]}://{address[2]}/{address[3]}".rstrip("/") + "?"
+
+
 def local_path(text: str) -> str:
-    """``argparse`` type of ``local``: every flag that names a file or directory has it."""
+    """``argparse`` type of ``local``, for flags that cannot name a bucket."""
     try:
         return local("the path", text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def any_path(text: str) -> str:
+    """``argparse`` type of ``user_place``: for all other flags that name a path."""
+    try:
+        return user_place("the path", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def is_free(out: str | os.PathLike[str]) -> bool:
     """Whether ``whole_directory`` may write there: missing, or a directory that holds nothing."""
+    if is_address(out):
+        found = objects(as_path(out))
+        return not found or is_unfinished(found)
     path = pathlib.Path(out)
     return not path.exists() or (
         path.is_dir() and {entry.name for entry in path.iterdir()} <= {_PARTIAL}
@@ -190,6 +303,10 @@ def whole_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     command can be run again. An existing directory stays (it may be a mount) and receives the
     entries one by one; a new one appears whole.
     """
+    if is_address(out):
+        with sent_directory(os.fspath(as_path(out)), last="config.json") as partial:
+            yield partial
+        return
     target = pathlib.Path(out).absolute()
     existed = target.is_dir()
     partial = target / _PARTIAL if existed else target.with_name(target.name + _PARTIAL)
@@ -229,6 +346,8 @@ def _refusal(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, EncdecError) or not isinstance(error, Exception):
         return None
     text = str(error)
+    if isinstance(error, PermissionError) or _DENIED.search(text):
+        return errno.EACCES, _path_in(text)
     match = _TEXTS.search(text)
     return (_NUMBERS[match[0]], _path_in(text)) if match else None
 

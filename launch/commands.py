@@ -99,18 +99,12 @@ def train_arguments(given: Sequence[str]) -> list[str]:
                 f"argument {argument!r} spans several lines; put such a value into a config file"
             )
     places = [a.split("=", 1)[1] for a in given if a.startswith("--workdir=")]
-    if not places or not places[-1].startswith("/"):
+    if not places or not places[-1].startswith(("/", "gs://")):
         raise SystemExit(
             f"--workdir is {places[-1] if places else 'missing'}; expected "
             "--workdir=/DIR after `--`, a directory that every machine shares, such "
-            "as one in a mounted bucket"
+            "as one in a mounted bucket, or --workdir=gs://BUCKET/DIR"
         )
-    for argument in given:
-        if "=gs://" in argument:
-            raise SystemExit(
-                f"{argument} is an address; mount its bucket (--bucket) and name the "
-                "directory below the mount point"
-            )
     return [*given, "--distributed"]
 
 

@@ -14,7 +14,7 @@ from encdec.errors import DataError
 from encdec.fields import did_you_mean
 from encdec.files import write_json
 from encdec.jobs import Shard
-from encdec.storage import local
+from encdec.storage import as_path, user_place
 
 FORMAT_VERSION = 1
 
@@ -71,12 +71,12 @@ class DatasetCard:
 
     def write(self, directory: str | pathlib.Path) -> None:
         """Write ``dataset.json`` atomically: it is there in full or not at all."""
-        write_json(pathlib.Path(directory) / CARD_FILE, self.to_dict())
+        write_json(as_path(directory) / CARD_FILE, self.to_dict())
 
 
 def read_card(directory: str | pathlib.Path) -> DatasetCard:
     """The card of a records directory; DataError where it is missing, broken or too new."""
-    directory = pathlib.Path(local("the records directory", directory))
+    directory = as_path(user_place("the records directory", directory))
     path = directory / CARD_FILE
     if not directory.is_dir():
         raise DataError(

@@ -27,7 +27,7 @@ from encdec.data.verify import SAMPLE_ROWS, verify_records
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import local_path
+from encdec.storage import any_path, as_path
 
 # Flags of `show` that say how a task becomes examples, and mean nothing for finished rows.
 OF_TASKS = (
@@ -50,17 +50,15 @@ def parser() -> argparse.ArgumentParser:
     commands = flags.add_subparsers(metavar="list | show | verify | table", required=True)
     listing = commands.add_parser("list", help="every task and mixture, and where its data is")
     listing.add_argument(
-        "--data_dir", type=local_path, metavar="DIR", help="look for files below this directory"
+        "--data_dir", type=any_path, metavar="DIR", help="look for files below this directory"
     )
     add_module_flag(listing)
     listing.set_defaults(run=list_tasks)
     show = commands.add_parser("show", help="examples of a task, or rows of a records directory")
-    show.add_argument("what", type=local_path, metavar="TASK|DIR")
-    show.add_argument(
-        "--data_dir", type=local_path, metavar="DIR", help="where the task's files are"
-    )
+    show.add_argument("what", type=any_path, metavar="TASK|DIR")
+    show.add_argument("--data_dir", type=any_path, metavar="DIR", help="where the task's files are")
     show.add_argument("--split", help="train, validation or test (train)")
-    show.add_argument("--vocabulary", type=local_path, help="a .model or tokenizer.json (bytes)")
+    show.add_argument("--vocabulary", type=any_path, help="a .model or tokenizer.json (bytes)")
     show.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end")
     show.add_argument("--objective", help="another objective than the task's own")
     show.add_argument("--inputs_length", type=int, help="source tokens a row (1024)")
@@ -69,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add_module_flag(show)
     show.set_defaults(run=show_examples)
     verify = commands.add_parser("verify", help="check a records directory against its card")
-    verify.add_argument("directory", type=local_path, metavar="DIR")
+    verify.add_argument("directory", type=any_path, metavar="DIR")
     verify.add_argument("--full", action="store_true", help="read every row, not a sample")
     verify.add_argument("--rows", type=int, help=f"rows of the sample ({SAMPLE_ROWS})")
     verify.set_defaults(run=verify_directory)
@@ -141,7 +139,7 @@ def show_examples(given: argparse.Namespace) -> int:
     if given.count < 1:
         raise ConfigError(f"--count={given.count}; expected 1 or more")
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    if (pathlib.Path(given.what) / CARD_FILE).is_file():
+    if (as_path(given.what) / CARD_FILE).is_file():
         for name in OF_TASKS:
             if (value := getattr(given, name)) is not None:
                 raise ConfigError(

@@ -31,7 +31,7 @@ from encdec.data.shuffle import epoch_order_seed, permuted, shuffled_rows
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.storage import user_path
+from encdec.storage import as_path, user_place
 
 BLOCK = 10_000
 LARGEST_BLOCK = 10_000_000_000
@@ -294,11 +294,11 @@ def parse_mixture(text: str) -> tuple[list[str], list[float] | None, float]:
     rates: list[float | None] = []
     for part in map(str.strip, body.split(",")):
         name, equals, rate = part.rpartition("=")
-        if not equals or pathlib.Path(user_path("a part of the mixture", part or "?")).exists():
+        if not equals or as_path(user_place("a part of the mixture", part or "?")).exists():
             name, equals = part, ""
         if not name:
             raise ConfigError(f"mixture {text!r} has an empty part; write DIR=RATE,DIR=RATE")
-        names.append(user_path("a part of the mixture", name))
+        names.append(user_place("a part of the mixture", name))
         rates.append(_number(rate, "rate", text) if equals else None)
     given = [rate for rate in rates if rate is not None]
     if given and (len(given) < len(rates) or setting):

@@ -151,8 +151,8 @@ def main(argv: list[str]) -> int:
     print(report(card, time.perf_counter() - started))
     if left_out := card.dropped.get("bad_rows"):
         path = settings.directory / BAD_ROWS_FILE
-        with open(path, encoding="utf-8") as lines:
-            for line in itertools.islice(lines, SHOWN_BAD_ROWS):
+        for line in itertools.islice(path.read_text(encoding="utf-8").splitlines(), SHOWN_BAD_ROWS):
+            if line:
                 print(f"prepare: left out {line.rstrip()}", file=sys.stderr)
         print(f"prepare: {left_out:,} bad rows left out, all named in {path}", file=sys.stderr)
     print(f"records: {settings.out}")

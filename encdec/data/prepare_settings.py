@@ -23,7 +23,7 @@ from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError
 from encdec.settings import Settings, setting
-from encdec.storage import local, local_path
+from encdec.storage import any_path, as_path, user_place
 
 # Small enough that two cores share a corpus of some megabytes, large enough that the last,
 # half-full rows of a block do not matter (about a thousand rows).
@@ -43,21 +43,19 @@ class PrepareSettings(Settings):
     task: str | TextTask | None = setting(
         None, f"a task or mixture by name: {', '.join([*TEXT_TASKS, *MIXTURES])}"
     )
-    data_dir: str | None = setting(
-        None, "where the task's files are", type=local_path, metavar="DIR"
-    )
+    data_dir: str | None = setting(None, "where the task's files are", type=any_path, metavar="DIR")
     jsonl: Sequence[str] = setting(
         (),
         "rows with source and target: JSONL, CSV, TSV (also compressed), Parquet, Arrow; a folder, "
         "a pattern, or - for standard input",
-        type=local_path,
+        type=any_path,
         nargs="+",
         metavar="FILE",
     )
     text: Sequence[str] = setting(
         (),
         "text files, or rows with text as of --jsonl, for pretraining",
-        type=local_path,
+        type=any_path,
         nargs="+",
         metavar="FILE",
     )
@@ -73,11 +71,11 @@ class PrepareSettings(Settings):
         None, f"what to learn from the text: {', '.join(OBJECTIVES)}"
     )
     vocabulary: str | os.PathLike[str] | Vocabulary | None = setting(
-        None, "a .model, a tokenizer.json, or 'bytes'", type=local_path
+        None, "a .model, a tokenizer.json, or 'bytes'", type=any_path
     )
     extra_ids: int | None = setting(None, "sentinels at the vocabulary's end (0)", least=0)
     out: str | os.PathLike[str] | None = setting(
-        None, "the records directory to write", type=local_path, metavar="DIR"
+        None, "the records directory to write", type=any_path, metavar="DIR"
     )
     split: str | None = setting(
         None,
@@ -118,7 +116,7 @@ class PrepareSettings(Settings):
     def directory(self) -> pathlib.Path:
         """Where the records go."""
         assert self.out is not None
-        return pathlib.Path(local("--out", self.out))
+        return as_path(user_place("--out", self.out))
 
     def check(self) -> None:
         """ConfigError for what is missing, out of range or at odds whatever the text is."""

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import glob
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from encdec.buckets import is_address
 from encdec.data.objectives import Document
 from encdec.data.tables import (
     DELIMITED,
@@ -31,7 +33,7 @@ from encdec.data.tables import (
 )
 from encdec.data.text_files import JSONL_ENDINGS, BrokenStream, open_lines, plain_name
 from encdec.errors import ConfigError, DataError
-from encdec.storage import local
+from encdec.storage import as_path, on_this_machine, user_place
 
 # Enough to fix a file by; the count goes on.
 NAMED_BAD_ROWS = 10_000
@@ -94,7 +96,13 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
     """
     files: list[pathlib.Path] = []
     for path in paths:
-        files += _expanded(local("an input file", path))
+        place = user_place("an input file", path)
+        if is_address(place):
+            try:
+                place = os.fspath(on_this_machine(place))
+            except FileNotFoundError:
+                raise DataError(f"input file {place} not found; give what is there") from None
+        files += _expanded(place)
     if not files:
         raise DataError("no input file given")
     return files
@@ -173,7 +181,7 @@ def has_rows(path: str | pathlib.Path, field: str = TEXT_FIELD) -> bool:
     """
     if plain_name(path).endswith(JSONL_ENDINGS) or table_kind(pathlib.Path(path)):
         return True
-    first = next(read_lines(pathlib.Path(path), BadRows(1)), (1, b""))[1]
+    first = next(read_lines(as_path(path), BadRows(1)), (1, b""))[1]
     try:
         row = json.loads(first) if first.lstrip().startswith(b"{") else None
     except (ValueError, RecursionError):

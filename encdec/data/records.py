@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import cast
 
+from encdec.buckets import is_address
 from encdec.data.card import DatasetCard, Shard, content_fingerprint, read_card, token_dtype
 from encdec.data.mixing import mix_records, parse_mixture
 from encdec.data.shards import (
@@ -16,7 +17,7 @@ from encdec.data.shards import (
     write_shard,
 )
 from encdec.errors import DataError
-from encdec.storage import user_path
+from encdec.storage import as_path, user_path, user_place
 
 __all__ = [
     "DatasetCard",
@@ -44,11 +45,15 @@ def open_records(directory: str | pathlib.Path) -> Records:
     Raises DataError where the directory, its card or a shard is missing, or a shard's size is
     not what the card says.
     """
-    text = user_path("the records directory", str(directory))
-    if "," not in text or pathlib.Path(text).exists():
+    text = str(directory)
+    # Parts of a mixture are looked at one by one.
+    text = (user_path if "," in text else user_place)("the records directory", text)
+    if "," not in text or (not is_address(text) and pathlib.Path(text).exists()):
         return open_directory(text)
     names, rates, temperature = parse_mixture(text)
-    if missing := [name for name in names if not pathlib.Path(name).is_dir()]:
+    if missing := [
+        name for name in names if not as_path(user_place("a part of the mixture", name)).is_dir()
+    ]:
         raise DataError(
             f"{text} is no directory, and as a mixture (DIR=RATE,DIR=RATE) its part {missing[0]} "
             "does not exist; give a directory written by encdec prepare, or several"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 import re
 
+from encdec.buckets import is_address
 from encdec.data.file_tasks import SPLIT_NAMES, FileTask
 from encdec.data.paper_tasks import PAPER_TASKS
 from encdec.data.seqio_tasks import seqio_task, seqio_task_names
 from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask, bind_file_task
 from encdec.errors import ConfigError, DataError
 from encdec.fields import did_you_mean
-from encdec.storage import local
+from encdec.storage import on_this_machine, user_place
 
 TEXT_TASKS: dict[str, TextTask] = {
     **EMBEDDED_TASKS,
@@ -62,9 +65,12 @@ def text_task(name: str, data_dir: str | None = None, *, one_of_several: bool = 
         )
     if data_dir is None:
         return found
-    data_dir = local("--data_dir", data_dir)
+    given, data_dir = data_dir, user_place("--data_dir", data_dir)
+    if is_address(data_dir):
+        with contextlib.suppress(FileNotFoundError):
+            data_dir = os.fspath(on_this_machine(data_dir))
     if not pathlib.Path(data_dir).is_dir():
-        raise DataError(f"--data_dir={data_dir} is no directory; give the one that holds {name}")
+        raise DataError(f"--data_dir={given} is no directory; give the one that holds {name}")
     rows = FILE_TASKS.get(name) or _ready_pairs(found, data_dir)
     if rows is None and one_of_several:
         return found

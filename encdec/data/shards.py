@@ -9,20 +9,25 @@ mark what is real, so id 0 may be a token like any other.
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import pathlib
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from encdec.buckets import cached_shard, is_address, objects
 from encdec.data.card import DatasetCard, read_card
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import DataError
 from encdec.files import file_sha256, whole_file
 from encdec.jobs import Shard
-from encdec.storage import local
+from encdec.storage import as_path, user_place
+
+if TYPE_CHECKING:
+    from etils import epath
 
 READ_THREADS = 16
 # A shard's rows take some tens of microseconds from a local disk, milliseconds from a bucket.
@@ -49,7 +54,7 @@ def decode_row(data: bytes, dtype: str) -> tuple[list[np.ndarray], list[np.ndarr
     return parts[:count], parts[count:]
 
 
-def write_shard(path: pathlib.Path, rows: Iterable[bytes]) -> Shard:
+def write_shard(path: pathlib.Path | epath.Path, rows: Iterable[bytes]) -> Shard:
     """Write one ArrayRecord file: whole and on disk, or absent."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -72,12 +77,13 @@ class ShardedRows:
     """
 
     def __init__(self, directory: str | pathlib.Path, shards: Sequence[Shard], remedy: str):
-        self.directory = pathlib.Path(directory)
+        self.directory = as_path(directory)
         self.shards = tuple(shards)
         self._remedy = remedy
         self._starts = np.cumsum([0] + [shard.rows for shard in self.shards])
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
+        self._fetching = [threading.Lock() for _ in range(READ_THREADS)]
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
@@ -124,18 +130,30 @@ class ShardedRows:
     def _read_shard(self, index: int, positions: list[int]) -> list[bytes]:
         try:
             return self._reader(index).read(positions)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, FileNotFoundError) as error:
             raise self._broken(self.shards[index], str(error)) from error
 
     def _reader(self, index: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
         with self._lock:
+            if index in self._readers:
+                return self._readers[index]
+        path = self._file(index)
+        with self._lock:
             if index not in self._readers:
-                path = self.directory / self.shards[index].name
                 options = "readahead_buffer_size:0,max_parallelism:0"
                 self._readers[index] = ArrayRecordReader(str(path), options)
             return self._readers[index]
+
+    def _file(self, index: int) -> pathlib.Path | epath.Path:
+        """A shard where ArrayRecord can read it; fetched from a bucket on its first use."""
+        shard = self.shards[index]
+        path = self.directory / shard.name
+        if not is_address(path):
+            return path
+        with self._fetching[index % len(self._fetching)]:
+            return cached_shard(os.fspath(path), shard.bytes, shard.sha256)
 
     def _broken(self, shard: Shard, seen: str) -> DataError:
         return DataError(
@@ -144,11 +162,15 @@ class ShardedRows:
 
     def check_files(self) -> None:
         """Refuse missing or wrongly sized shards now rather than at some step of a run."""
+        found = objects(self.directory) if is_address(self.directory) else None
         for shard in self.shards:
-            path = self.directory / shard.name
-            if not path.is_file():
+            if found is not None:
+                size = found[shard.name][0] if shard.name in found else None
+            else:
+                path = self.directory / shard.name
+                size = path.stat().st_size if path.is_file() else None
+            if size is None:
                 raise self._broken(shard, "the file is missing")
-            size = path.stat().st_size
             if size != shard.bytes:
                 raise self._broken(shard, f"it has {size:,} bytes, its card says {shard.bytes:,}")
 
@@ -172,7 +194,7 @@ class Records(ShardedRows):
 
 def open_directory(directory: str | pathlib.Path) -> Records:
     """Open one records directory; errors as ``open_records``."""
-    directory = pathlib.Path(local("the records directory", directory))
+    directory = as_path(user_place("the records directory", directory))
     records = Records(directory, read_card(directory))
     records.check_files()
     return records

@@ -22,6 +22,7 @@ from encdec.data.records import Records, Shard, ShardedRows
 from encdec.data.sparse_logits import SparseFormat, SparseLogits, decode_rows, there
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_json
+from encdec.storage import as_path, user_place
 
 CARD_FILE = "teacher.json"
 FORMAT_VERSION = 2
@@ -78,7 +79,7 @@ class TeacherCard:
 
     def write(self, directory: str | pathlib.Path) -> None:
         """Writes ``teacher.json``: in full or not at all."""
-        write_json(pathlib.Path(directory) / CARD_FILE, dataclasses.asdict(self))
+        write_json(as_path(directory) / CARD_FILE, dataclasses.asdict(self))
 
 
 def teacher_fingerprint(
@@ -96,7 +97,7 @@ def teacher_fingerprint(
 
 def read_teacher_card(directory: str | pathlib.Path) -> TeacherCard:
     """The card of a teacher directory; DataError where it is missing, broken or too new."""
-    directory = pathlib.Path(directory)
+    directory = as_path(user_place("the teacher directory", directory))
     path = directory / CARD_FILE
     again = f"run encdec score --out={directory} with the same arguments to finish it"
     if not directory.is_dir():

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from encdec.errors import DataError
+from encdec.files import open_bytes
 
 READ_BYTES = 1 << 20
 # A look at this much tells what a file is.
@@ -99,7 +100,7 @@ def open_lines(path: pathlib.Path) -> Iterator[bytes]:
     if path.suffix == ".br":
         # Brotli's content begins with no mark.
         raise DataError(f"{path} is named as compressed with brotli; decompress it")
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         yield from utf8_lines(file, str(path), ENDINGS.get(path.suffix))
 
 

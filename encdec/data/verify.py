@@ -20,7 +20,8 @@ from encdec.data.records import (
 )
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import DataError
-from encdec.files import file_sha256
+from encdec.files import file_sha256, file_size
+from encdec.storage import as_path
 
 SAMPLE_ROWS = 2000
 READ_ROWS = 512
@@ -49,7 +50,7 @@ def verify_records(
     With all rows read, the card's counts of tokens and examples are checked too. Raises DataError
     only where there is no readable card.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     card = read_card(directory)
     verdict = Verdict()
     say = progress or (lambda _: None)
@@ -91,8 +92,7 @@ def _check_shard(directory: pathlib.Path, shard: Shard, verdict: Verdict) -> Non
     path = directory / shard.name
     if not path.is_file():
         verdict.faults.append(f"{shard.name} is missing")
-    elif path.stat().st_size != shard.bytes:
-        size = path.stat().st_size
+    elif (size := file_size(path)) != shard.bytes:
         verdict.faults.append(f"{shard.name} has {size:,} bytes, expected {shard.bytes:,}")
     elif (found := file_sha256(path)) != shard.sha256:
         verdict.faults.append(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import pathlib
 import random
 import re
 import time
@@ -24,7 +23,7 @@ from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_bytes
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import local_path, user_path
+from encdec.storage import any_path, as_path, make_directory, user_place
 
 # SentencePiece leaves out training lines above 4192 bytes.
 CHUNK_BYTES = 4000
@@ -55,7 +54,7 @@ def train_vocabulary(
     """
     import sentencepiece
 
-    out = pathlib.Path(user_path("--out", out))
+    out = as_path(user_place("--out", out))
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type is {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
     if not isinstance(size, int) or size < SMALLEST:
@@ -98,7 +97,7 @@ def train_vocabulary(
             f"more text or {hint} (SentencePiece: {error})"
         ) from error
     vocabulary = SentencePieceVocabulary(model.getvalue(), name=str(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
     write_bytes(out, model.getvalue())
     return vocabulary
 
@@ -153,10 +152,10 @@ def parser() -> argparse.ArgumentParser:
     tasks = ", ".join(TEXT_TASKS)
     flags.add_argument("--task", action="append", help=f"train on a task's text: {tasks}")
     flags.add_argument(
-        "--jsonl", type=local_path, nargs="+", metavar="FILE", help="rows with source and target"
+        "--jsonl", type=any_path, nargs="+", metavar="FILE", help="rows with source and target"
     )
     flags.add_argument(
-        "--text", type=local_path, nargs="+", metavar="FILE", help="text, or rows with text"
+        "--text", type=any_path, nargs="+", metavar="FILE", help="text, or rows with text"
     )
     for name in FIELD_FLAGS:
         field = PrepareSettings.__dataclass_fields__[name]
@@ -168,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seed", type=int, default=0, help="seed of the sample (0)")
     flags.add_argument("--max_bad_rows", type=int, default=0)
     flags.add_argument(
-        "--out", type=local_path, required=True, metavar="FILE", help="the .model file to write"
+        "--out", type=any_path, required=True, metavar="FILE", help="the .model file to write"
     )
     flags.add_argument("--overwrite", action="store_true")
     add_module_flag(flags)

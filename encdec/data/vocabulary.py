@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -23,7 +22,8 @@ from encdec.data.huggingface_vocabulary import HuggingFaceVocabulary, configured
 from encdec.data.vocabulary_base import SPEC_FILE, Vocabulary, VocabularySpec
 from encdec.data.wordwise import WordEncoder, word_encoder
 from encdec.errors import DataError
-from encdec.storage import user_path
+from encdec.files import write_bytes, write_json
+from encdec.storage import as_path, make_directory, user_place
 
 MODEL_FILE = "vocabulary.model"
 CARD_FILE = "dataset.json"
@@ -202,15 +202,15 @@ def load_vocabulary(
             )
         if isinstance(source, Vocabulary):
             return source
-        return _from_spec(source, pathlib.Path(directory or "."))
-    text = user_path("the vocabulary", str(source))
-    path = pathlib.Path(text)
+        return _from_spec(source, as_path(directory or "."))
+    text = user_place("the vocabulary", str(source))
+    path = as_path(text)
     if not path.exists() and (match := re.fullmatch(r"(.+)\+(\d+)", text)):
         if extra_ids not in (None, int(match[2])):
             raise DataError(
                 f"{text} has {match[2]} extra ids and --extra_ids={extra_ids}; give one"
             )
-        text, path, extra_ids = match[1], pathlib.Path(match[1]), int(match[2])
+        text, path, extra_ids = match[1], as_path(match[1]), int(match[2])
     if text == "bytes":
         return ByteVocabulary(extra_ids or 0)
     if path.is_dir():
@@ -260,12 +260,12 @@ def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:
 
 def copy_vocabulary(source: str | pathlib.Path, target: str | pathlib.Path) -> VocabularySpec:
     """Copy the vocabulary of one records or work directory into another."""
-    source, target = pathlib.Path(source), pathlib.Path(target)
+    source, target = as_path(source), as_path(target)
     spec = _spec_in_directory(source)
-    target.mkdir(parents=True, exist_ok=True)
+    make_directory(target)
     if spec.file:
-        shutil.copyfile(source / spec.file, target / spec.file)
-    (target / SPEC_FILE).write_text(json.dumps(spec.to_dict(), indent=2) + "\n")
+        write_bytes(target / spec.file, (source / spec.file).read_bytes())
+    write_json(target / SPEC_FILE, spec.to_dict())
     return spec
 
 

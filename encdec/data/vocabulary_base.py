@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,8 @@ from typing import Any, Self
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.files import write_bytes, write_json
+from encdec.storage import as_path, make_directory
 
 SPEC_FILE = "vocabulary.json"
 EOS_NAME = "</s>"  # where a vocabulary has no name of its own for it
@@ -198,10 +199,10 @@ class Vocabulary(abc.ABC):
 
     def save(self, directory: str | pathlib.Path) -> VocabularySpec:
         """Write the model's copy and ``vocabulary.json`` into ``directory``; return the spec."""
-        directory = pathlib.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = as_path(directory)
+        make_directory(directory)
         spec = self.spec()
         if spec.file:
-            (directory / spec.file).write_bytes(self._model_bytes())
-        (directory / SPEC_FILE).write_text(json.dumps(spec.to_dict(), indent=2) + "\n")
+            write_bytes(directory / spec.file, self._model_bytes())
+        write_json(directory / SPEC_FILE, spec.to_dict())
         return spec

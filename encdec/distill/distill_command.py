@@ -9,7 +9,7 @@ from typing import Any
 
 from encdec.errors import ConfigError
 from encdec.inference.settings import add_draft_option
-from encdec.storage import local_path
+from encdec.storage import any_path, local_path
 
 
 def main(argv: list[str]) -> int:
@@ -121,20 +121,16 @@ def _parser() -> argparse.ArgumentParser:
     part.set_defaults(function=_rollout)
     part.add_argument(
         "--writer",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="work directory of encdec train or encdec import",
     )
     part.add_argument(
-        "--records",
-        type=local_path,
-        required=True,
-        metavar="DIR",
-        help="whose sources are answered",
+        "--records", type=any_path, required=True, metavar="DIR", help="whose sources are answered"
     )
     part.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="the records to write"
+        "--out", type=any_path, required=True, metavar="DIR", help="the records to write"
     )
     part.add_argument("--step", type=int, help="the writer's checkpoint (default: the last)")
     part.add_argument("--overwrite", action="store_true", help="replace records in --out")

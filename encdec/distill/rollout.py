@@ -38,6 +38,7 @@ from encdec.inference.generator import TextGenerator
 from encdec.inference.loading import load
 from encdec.inference.settings import AUTO, GenerationSettings
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
+from encdec.storage import as_path
 from encdec.train.workdir import read_config
 
 BLOCK_ROWS = 256
@@ -114,9 +115,7 @@ def rollout(
             "block_rows": block_rows,
         }
     )
-    job = DirectoryJob(
-        pathlib.Path(out), "rollout", identity, CARD_FILE, Written, overwrite=overwrite
-    )
+    job = DirectoryJob(as_path(out), "rollout", identity, CARD_FILE, Written, overwrite=overwrite)
     if job.finished:
         card = read_card(out)
         job.check_finished(card.origin.get("written", {}), identity)

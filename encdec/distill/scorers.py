@@ -29,6 +29,7 @@ from encdec.data.vocabulary import VocabularySpec, recorded_vocabulary
 from encdec.distill.draw import Kept, keep
 from encdec.errors import ConfigError, DataError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
+from encdec.storage import as_path
 from encdec.train.across_mesh import on_mesh
 from encdec.train.checkpoints import latest_step, load_params_for_inference
 from encdec.train.config import MeshConfig
@@ -126,7 +127,7 @@ def scoring_model(
         "architecture": config.architecture,
         "parameters": count_parameters(config).total,
     }
-    return ScoringModel(pathlib.Path(workdir), config, step, identity, data["decoder_start_id"])
+    return ScoringModel(as_path(workdir), config, step, identity, data["decoder_start_id"])
 
 
 def check_records(

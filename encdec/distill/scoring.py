@@ -11,7 +11,6 @@ Several processes on one file system write one shard each at a time.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +26,7 @@ from encdec.distill.scorers import JaxScorer, Scorer, scoring_model
 from encdec.distill.scoring_settings import ScoringSettings
 from encdec.distill.torch_scorer import TorchScorer, torch_model
 from encdec.jobs import DirectoryJob, Notes, Tally
+from encdec.storage import as_path
 
 Progress = Callable[["ScoringTally"], None]
 
@@ -82,7 +82,7 @@ def score(
         "seed": settings.seed,
     }
     layout = {"batch_rows": scorer.batch_rows, "hosts": scorer.hosts}
-    out = pathlib.Path(settings.out)
+    out = as_path(settings.out)
     job = DirectoryJob(
         out,
         "scoring",

@@ -11,7 +11,7 @@ from typing import Literal
 from encdec.data.sparse_logits import SparseFormat
 from encdec.errors import ConfigError
 from encdec.settings import Settings, setting
-from encdec.storage import local_path
+from encdec.storage import any_path
 from encdec.train.config import MeshConfig
 
 
@@ -26,7 +26,7 @@ class ScoringSettings(Settings):
         None,
         "work directory of encdec train or encdec import; with --backend=torch a Hugging Face "
         "directory",
-        type=local_path,
+        type=any_path,
         metavar="DIR",
     )
     backend: Literal["jax", "torch"] = setting(
@@ -38,14 +38,14 @@ class ScoringSettings(Settings):
     vocabulary: str | os.PathLike[str] | None = setting(
         None,
         "of a torch teacher (default: the tokenizer.model or tokenizer.json in its directory)",
-        type=local_path,
+        type=any_path,
         metavar="FILE",
     )
     records: str | os.PathLike[str] | None = setting(
-        None, "directory of encdec prepare", type=local_path, metavar="DIR"
+        None, "directory of encdec prepare", type=any_path, metavar="DIR"
     )
     out: str | os.PathLike[str] | None = setting(
-        None, "receives the shards", type=local_path, metavar="DIR"
+        None, "receives the shards", type=any_path, metavar="DIR"
     )
     method: Literal["sampled", "top_k", "full"] = setting(
         "sampled",

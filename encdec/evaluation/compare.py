@@ -20,6 +20,7 @@ from encdec.evaluation.predictions import read_answers
 from encdec.metrics.intervals import TRIALS, Statistic, compare, randomisation_test
 from encdec.metrics.registry import DEFAULT, score_texts
 from encdec.metrics.score import Score, mean_score
+from encdec.storage import on_this_machine
 
 
 def compare_evaluations(
@@ -78,7 +79,7 @@ def _by_task(folders: Sequence[str]) -> dict[str, list[tuple[pathlib.Path, dict[
     found: dict[str, list[tuple[pathlib.Path, dict[str, Any]]]] = {}
     for folder, report in reports:
         for task in report["tasks"]:
-            found.setdefault(task, []).append((pathlib.Path(folder), report))
+            found.setdefault(task, []).append((on_this_machine(folder), report))
     return found
 
 

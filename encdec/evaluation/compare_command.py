@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 
 from encdec.errors import ConfigError
+from encdec.files import write_json, write_text
 from encdec.inference.settings import check_numbers
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import local, local_path
+from encdec.storage import any_path, as_path, make_directory, user_place
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +25,7 @@ def main(argv: list[str]) -> int:
         name, _, folders = getattr(options, flag).partition("=")
         if not name or not folders:
             raise ConfigError(f"--{flag}={getattr(options, flag)}; expected NAME=DIR,DIR")
-        sides[flag] = name, [local(f"--{flag}", folder) for folder in folders.split(",")]
+        sides[flag] = name, [user_place(f"--{flag}", folder) for folder in folders.split(",")]
     import_modules(options.module)
     from encdec.evaluation.compare import compare_evaluations, compare_markdown
 
@@ -34,10 +33,10 @@ def main(argv: list[str]) -> int:
     content = compare_evaluations(firsts, seconds, resamples=options.resamples)
     text = compare_markdown(content, (first, second))
     if options.out:
-        out = pathlib.Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
-        (out / "comparison.md").write_text(text)
+        out = as_path(options.out)
+        make_directory(out)
+        write_json(out / "comparison.json", content)
+        write_text(out / "comparison.md", text)
     print(text)
     return 0
 
@@ -68,6 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_module_flag(parser)
     parser.add_argument(
-        "--out", type=local_path, metavar="DIR", help="receives comparison.md and .json"
+        "--out", type=any_path, metavar="DIR", help="receives comparison.md and .json"
     )
     return parser

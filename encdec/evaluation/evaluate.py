@@ -37,6 +37,7 @@ from encdec.inference.generator import Generator
 from encdec.inference.progress import Progress
 from encdec.metrics.registry import not_measured, score_texts
 from encdec.metrics.score import Score, mean_score
+from encdec.storage import as_path
 
 NAMED = 10  # examples that a line on standard error lists
 SHUFFLED = "shuffled_sources"  # folder, in the task's
@@ -68,7 +69,7 @@ def evaluate(
         likelihood=settings.likelihood,
         draft=settings.draft,
     )
-    out = pathlib.Path(settings.out)
+    out = as_path(settings.out)
     passes: dict[str, list[_Pass]] = {}
     for task in tasks:
         versions = [(task.name, out / task.name, task.examples)]
@@ -231,7 +232,7 @@ def _judge(settings: EvaluationSettings) -> Judge | None:
     address, model = settings.judge_endpoint, settings.judge_model
     if not model:
         return None
-    cache = pathlib.Path(settings.out) / CACHE
+    cache = as_path(settings.out) / CACHE
     if address:
         ask = endpoint(address, model, os.environ.get("OPENAI_API_KEY", ""))
         return Judge(address, model, cache, ask)

@@ -9,7 +9,7 @@ from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.settings import GenerationSettings, add_draft_option
 from encdec.metrics.registry import METRICS
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import local_path
+from encdec.storage import any_path
 
 
 def main(argv: list[str]) -> int:
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",
@@ -112,12 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tasks", default="", metavar="A,B", help="names, see `encdec data list`")
     parser.add_argument(
-        "--data_dir", type=local_path, metavar="DIR", help="directory with the tasks' files"
+        "--data_dir", type=any_path, metavar="DIR", help="directory with the tasks' files"
     )
     parser.add_argument("--split", default="validation", help="default %(default)s")
     parser.add_argument(
         "--jsonl",
-        type=local_path,
+        type=any_path,
         action="append",
         default=[],
         metavar="FILE",
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N examples only")
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="receives predictions, report.json and report.md",

@@ -16,6 +16,7 @@ from encdec.files import write_text
 from encdec.metrics.intervals import Interval, compare
 from encdec.metrics.registry import metric_named
 from encdec.metrics.score import Score
+from encdec.storage import absolute, as_path
 
 REPORT_FILE = "report.json"
 
@@ -85,7 +86,7 @@ def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DataError: there is none.
     """
-    path = pathlib.Path(directory) / REPORT_FILE
+    path = as_path(directory) / REPORT_FILE
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -112,7 +113,7 @@ def check_distinct(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> None
             one["model"].get(name) is not None and one["model"][name] == other["model"].get(name)
         )
         model = one["model"]
-        if pathlib.Path(first).resolve() == pathlib.Path(second).resolve():
+        if absolute(first) == absolute(second):
             reason = "are the same directory"
         elif same("run"):
             reason = f"evaluate the same run, {model['checkpoint']}"

@@ -20,6 +20,7 @@ from encdec.evaluation.predictions import Example
 from encdec.files import write_json
 from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
+from encdec.storage import make_directory
 
 PROMPT = (
     "Judge an answer by its reference. Give one number from 0 (wrong) to 10 (as good as the "
@@ -119,7 +120,7 @@ class Judge:
             # A reply without an opinion is kept too: at temperature 0 it would be the same again.
             # If no reply came, the next call asks again.
             score = parse_opinion(reply)
-            self.cache.mkdir(parents=True, exist_ok=True)
+            make_directory(self.cache)
             opinion = {"score": score, "reply": reply, "model": self.model, "prompt": prompt}
             write_json(path, opinion)
             return score

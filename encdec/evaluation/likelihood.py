@@ -22,7 +22,7 @@ from encdec.data.features import decoder_only_features, encoder_decoder_features
 from encdec.data.records import encode_row
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
-from encdec.files import append_rows, whole_lines
+from encdec.files import append_rows, line_files, whole_lines
 from encdec.inference.rows import bucket
 from encdec.inference.text import PromptFormat
 from encdec.metrics.score import Score, bits_per_byte, ratio_score
@@ -73,7 +73,7 @@ class LikelihoodFiles:
             DataError: a malformed line.
         """
         found = {}
-        for path in sorted(self._directory.glob("likelihood-*.jsonl")):
+        for path in line_files(self._directory, "likelihood-*.jsonl"):
             for number, line in whole_lines(path):
                 try:
                     row = json.loads(line)

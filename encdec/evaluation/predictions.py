@@ -16,11 +16,12 @@ from encdec.data.vocabulary import Vocabulary
 from encdec.errors import DataError
 from encdec.evaluation.examples import Example
 from encdec.evaluation.settings import TooLong
-from encdec.files import append_rows, whole_lines
+from encdec.files import append_rows, line_files, whole_lines
 from encdec.inference.generator import Generator
 from encdec.inference.settings import GenerationSettings
 from encdec.inference.text import PromptFormat
 from encdec.jobs import claim_settings
+from encdec.storage import make_directory
 
 # Independent of the batch size, so that windows and sampled answers do not change with it.
 WINDOW = 128
@@ -59,7 +60,7 @@ class PredictionFiles:
         self, directory: pathlib.Path, identity: dict[str, Any], examples: Sequence[Example]
     ):
         self.directory, self._examples = directory, examples
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         claim_settings(
             directory / SETTINGS_FILE,
             identity,
@@ -112,7 +113,7 @@ def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, P
     Raises:
         DataError: a malformed line.
     """
-    for path in sorted(directory.glob("predictions-*.jsonl")):
+    for path in line_files(directory, "predictions-*.jsonl"):
         for number, line in whole_lines(path):
             try:
                 row = json.loads(line)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 from typing import Any
 
 from encdec.errors import ConfigError
-from encdec.storage import local, local_path
+from encdec.files import write_json, write_text
+from encdec.storage import any_path, as_path, make_directory, user_place
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
                 f"({', '.join(PAPER)}) or any other"
             )
         models.setdefault(name, []).extend(
-            (folder, read_report(local("--model", folder))) for folder in folders.split(",")
+            (folder, read_report(user_place("--model", folder))) for folder in folders.split(",")
         )
     for evaluations in models.values():
         check_distinct(evaluations)
@@ -39,10 +38,10 @@ def main(argv: list[str]) -> int:
         {name: [report for _, report in evaluations] for name, evaluations in models.items()}
     )
     text = table_markdown(content)
-    out = pathlib.Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(json.dumps(content, indent=2) + "\n")
-    (out / "table.md").write_text(text)
+    out = as_path(options.out)
+    make_directory(out)
+    write_json(out / "table.json", content)
+    write_text(out / "table.md", text)
     print(text)
     return 0
 
@@ -64,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
         "task and seed, or with several tasks in one",
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="receives table.md and .json"
+        "--out", type=any_path, required=True, metavar="DIR", help="receives table.md and .json"
     )
     return parser

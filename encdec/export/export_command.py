@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 import time
 
 from encdec.errors import ConfigError
 from encdec.export import formats
 from encdec.export.formats import FORMATS
-from encdec.storage import is_free, local_path
+from encdec.storage import any_path, as_path, is_free
 
 PRECISIONS = tuple(dict.fromkeys(name for one in FORMATS.values() for name in one.precisions))
 
@@ -23,7 +22,7 @@ def main(argv: list[str]) -> int:
         DataError: the records of ``--check`` are missing or have another vocabulary.
     """
     options = _parser().parse_args(argv)
-    out = pathlib.Path(options.out)
+    out = as_path(options.out)
     if not is_free(out):
         raise ConfigError(f"--out={out} is not empty; give another directory")
     chosen = FORMATS[options.format]
@@ -93,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",
@@ -108,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         + ", ".join(name for name, one in FORMATS.items() if one.runs),
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
+        "--out", type=any_path, required=True, metavar="DIR", help="directory to write"
     )
     parser.add_argument(
         "--precision",

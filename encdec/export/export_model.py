@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 
 from encdec import hub
 from encdec.errors import ConfigError
@@ -12,7 +11,7 @@ from encdec.export import formats
 from encdec.export.formats import Export, Written
 from encdec.export.model_card import check_license, write_card
 from encdec.inference.generator import read_prompt_format
-from encdec.storage import is_free, whole_directory
+from encdec.storage import as_path, is_free, whole_directory
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.workdir import model_config_of, read_config
 
@@ -57,7 +56,7 @@ def export_model(
         CheckpointError: the directory holds no trained model.
         DataError: the Hub refuses; what was written by then is whole.
     """
-    out = pathlib.Path(out)
+    out = as_path(out)
     if not is_free(out):
         raise ConfigError(f"out={out} is not empty; give another directory")
     formats.check_precision(format, precision)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from encdec.inference.settings import AUTO, LOOKUP, OFF, GenerationSettings
 from encdec.inference.speculation import accept
 from encdec.inference.text import PromptFormat
 from encdec.model import ModelConfig
+from encdec.storage import on_this_machine
 from encdec.train.workdir import read_config
 
 append_compiled = jax.jit(append, static_argnames="plan", donate_argnames="decoding")
@@ -92,6 +92,8 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
         ConfigError: the runtime is not installed.
     """
     kind = export_format(directory)
+    if kind:
+        directory = on_this_machine(directory)
     if kind == "onnx":
         from encdec.inference.onnx_runtime import OnnxModel
 
@@ -299,7 +301,7 @@ def load_exported_generator(
     draft: str = AUTO,
 ) -> ExportedGenerator:
     """The generator of a directory that ``encdec export`` wrote for onnxruntime or LiteRT."""
-    directory = pathlib.Path(directory)
+    directory = on_this_machine(directory)
     prompts, max_tokens = read_prompt_format(directory, max_input_tokens=max_input_tokens)
     return ExportedGenerator(
         load_exported_model(directory, threads),

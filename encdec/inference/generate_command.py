@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from encdec.errors import ConfigError
 from encdec.inference.progress import Progress
 from encdec.inference.settings import GenerationSettings, add_draft_option, check_numbers
-from encdec.storage import local_path
+from encdec.storage import any_path, as_path, local_path
 
 if TYPE_CHECKING:
     from encdec.inference.generator import TextGenerator
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
         )
     output = None
     if options.out:
-        run = (pathlib.Path(options.checkpoint) / CONFIG_FILE).read_bytes()
+        run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
         output = ResumableOutput(
             pathlib.Path(options.out),
             {
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("text", nargs="*", metavar="TEXT", help="an input")
     parser.add_argument(
         "--checkpoint",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train`, or what `encdec export "
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
     parser.add_argument(
         "--file",
-        type=local_path,
+        type=any_path,
         metavar="IN",
         help="inputs, one a line: JSONL with the field 'source', or text; - is standard input",
     )

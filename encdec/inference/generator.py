@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -333,7 +332,7 @@ def read_prompt_format(
     """
     content = read_config(workdir)
     data, recorded = content["data"], recorded_vocabulary(content, workdir)
-    vocabulary = load_vocabulary(recorded, directory=pathlib.Path(workdir))
+    vocabulary = load_vocabulary(recorded, directory=workdir)
     prompts = PromptFormat(
         vocabulary,
         data["decoder_start_id"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from encdec.storage import local_path
+from encdec.storage import any_path
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
-        type=local_path,
+        type=any_path,
         metavar="PATH",
         help="directory with config.json and *.safetensors, or ORG/NAME[@REVISION] of the Hugging "
         "Face Hub (hf), the paper's model.pt (mu), or a .bin file (llama2c)",
@@ -63,11 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         help="format of PATH (default %(default)s)",
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
+        "--out", type=any_path, required=True, metavar="DIR", help="directory to write"
     )
     parser.add_argument(
         "--vocabulary",
-        type=local_path,
+        type=any_path,
         metavar="FILE",
         help="the model's vocabulary, as for prepare (default: PATH's "
         "tokenizer.model or tokenizer.json, if there is one)",

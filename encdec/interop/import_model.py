@@ -15,6 +15,7 @@ from encdec.interop import huggingface, llama2c, mu, own, t5gemma, t5gemma2
 from encdec.interop.framing import Framing, other_ends, read_eos_ids, read_framing, read_vocabulary
 from encdec.interop.importing import free_bytes, write_model
 from encdec.model import ModelConfig
+from encdec.storage import as_path, on_this_machine
 
 Format = Literal["hf", "mu", "llama2c"]
 
@@ -88,9 +89,9 @@ def import_model(
     if format == "hf" and (found_on_hub := hub.repository(source)):
         name = name or found_on_hub[0]
         source = hub.download(*found_on_hub)
-    source = pathlib.Path(source)
-    if not source.exists():
+    if not as_path(source).exists():
         raise DataError(f"{source} does not exist; give the downloaded file or directory")
+    source = on_this_machine(source)
     given = load_vocabulary(vocabulary) if vocabulary else None
     if format == "hf":
         found = _read_huggingface(source, out, given)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +15,13 @@ import ml_dtypes
 import numpy as np
 
 from encdec import safetensors
+from encdec.buckets import is_address
 from encdec.data.vocabulary import MODEL_FILE, SPEC_FILE, Vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_json
 from encdec.interop.framing import Framing
 from encdec.model import ModelConfig, check_params, parameter_count
-from encdec.storage import is_free, whole_directory
+from encdec.storage import entries, is_free, remove_directory, whole_directory
 from encdec.train.sharding import path_name
 from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER
 
@@ -75,7 +76,7 @@ def write_model(
         param_dtype = "bfloat16" if low else "float32"
     config = config.replace(param_dtype=param_dtype, dtype=param_dtype)
     if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+        remove_directory(out)
     tensors = {name: _Cast(leaf, _DTYPES[param_dtype]) for name, leaf in leaves.items()}
     with whole_directory(out) as partial:
         files = safetensors.write_directory(partial / PARAMS_FOLDER, tensors)
@@ -119,7 +120,7 @@ def _is_imported(directory: pathlib.Path) -> bool:
         return "imported" in json.loads((directory / CONFIG_FILE).read_text())
     except (OSError, ValueError, TypeError):
         ours = {PARAMS_FOLDER, SPEC_FILE, MODEL_FILE}
-        return {path.name for path in directory.iterdir()} <= ours
+        return entries(directory) <= ours
 
 
 class _Cast:
@@ -134,7 +135,9 @@ class _Cast:
 
 
 def free_bytes(path: pathlib.Path) -> int:
-    """Free bytes on the file system that ``path`` will be on."""
+    """Free bytes on the file system that ``path`` will be on, or will be sent from."""
+    if is_address(path):
+        path = pathlib.Path(tempfile.gettempdir())
     while not path.exists():
         path = path.parent
     stats = os.statvfs(path)

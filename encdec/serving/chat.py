@@ -12,6 +12,7 @@ import jinja2.sandbox
 from encdec.data.chat_template import TEMPLATE_FILE
 from encdec.errors import ConfigError, DataError
 from encdec.serving.prompts import Prompt, PromptReader
+from encdec.storage import as_path
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGE_FIELDS = ("role", "content", "name", "type")
@@ -90,7 +91,7 @@ def find_template(directory: str | pathlib.Path, path: str | None = None) -> Cha
     Raises:
         ConfigError: the file cannot be read or is not a template.
     """
-    file = pathlib.Path(path) if path else pathlib.Path(directory) / TEMPLATE_FILE
+    file = as_path(path) if path else as_path(directory) / TEMPLATE_FILE
     if not path and not file.is_file():
         return ChatTemplate()
     try:

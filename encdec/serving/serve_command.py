@@ -11,7 +11,7 @@ import time
 from encdec.errors import ConfigError
 from encdec.inference.settings import AUTO, LOOKUP, OFF, add_draft_option
 from encdec.packages import install_hint
-from encdec.storage import local_path
+from encdec.storage import any_path
 
 
 def main(argv: list[str]) -> int:
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="the model's name (default: the directory's)")
     parser.add_argument(
         "--chat_template",
-        type=local_path,
+        type=any_path,
         metavar="FILE",
         help="Jinja template that turns a chat's messages into one text (default: the checkpoint's "
         "chat_template.jinja, which an import copies; without one, the input is a single message)",

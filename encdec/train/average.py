@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
 from encdec.files import write_json
-from encdec.storage import is_free, local, local_path, whole_directory
+from encdec.storage import any_path, as_path, is_free, user_place, whole_directory
 from encdec.train.checkpoints import (
     FINGERPRINTS,
     latest_step,
@@ -63,7 +62,7 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
         ConfigError: ``out`` is not empty.
         CheckpointError: a checkpoint is missing or damaged.
     """
-    target = pathlib.Path(local("--out", out))
+    target = as_path(user_place("--out", out))
     if not is_free(target):
         raise ConfigError(f"--out={out} is not empty; give another directory")
     description = read_config(workdir)
@@ -106,7 +105,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--checkpoint",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train`",
@@ -115,7 +114,7 @@ def main(argv: list[str]) -> int:
     which.add_argument("--last", type=int, metavar="K", help="the last K checkpoints")
     which.add_argument("--steps", metavar="A,B,...", help="the checkpoints of these steps")
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="receives the model"
+        "--out", type=any_path, required=True, metavar="DIR", help="receives the model"
     )
     options = parser.parse_args(argv)
     try:

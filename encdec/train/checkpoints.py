@@ -13,9 +13,9 @@ Imported models have no steps: their parameters are stored as safetensors in WOR
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,8 +27,10 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from encdec import safetensors
+from encdec.buckets import is_address
 from encdec.errors import CheckpointError, DataError
 from encdec.model import ModelConfig, abstract_params, build_model
+from encdec.storage import as_path, make_directory, move_directory, on_this_machine
 from encdec.train.config import CheckpointConfig
 from encdec.train.fingerprint import fingerprints, mismatches
 from encdec.train.processes import any_process, from_first, wait_for_all
@@ -73,7 +75,7 @@ class Checkpoints:
             losses: held-out loss by step, for ``config.keep_best``; read again at every save.
             say: takes what the user should know.
         """
-        self.directory = epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
+        self.directory = _folder(workdir)
         self._say = say
         self._keep = _Keep(config, {} if losses is None else losses)
         self._manager = self._open()
@@ -151,11 +153,11 @@ class Checkpoints:
         )
         if not jax.process_index():
             folder = self.directory.parent / DAMAGED_FOLDER
-            folder.mkdir(exist_ok=True)
+            make_directory(folder)
             for step in damaged:
                 names = (str(step), *(f"{step}-{n}" for n in range(2, 1000)))
                 free = next(name for name in names if not (folder / name).exists())
-                (self.directory / str(step)).rename(folder / free)
+                move_directory(self.directory / str(step), folder / free)
         wait_for_all("encdec: damaged checkpoints are out of the way")
         self._manager.reload()
 
@@ -170,14 +172,19 @@ class Checkpoints:
 def kept_state(workdir: epath.PathLike) -> str:
     """What of a run is safe, as a sentence; read from names alone, for storage that refuses."""
     try:
-        names = os.listdir(os.path.join(workdir, CHECKPOINTS_FOLDER))
-    except OSError:
-        names = []
-    # Orbax gives a checkpoint its number when all of it is written.
-    steps = [int(name) for name in names if name.isdigit()]
+        steps = saved_steps(workdir)
+    except Exception:  # the storage is what refuses
+        steps = []
     if not steps:
         return "No checkpoint was complete: the same command begins at step 0."
     return f"Checkpoint {max(steps):,} is whole: the same command goes on from there."
+
+
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    """Where checkpoints are, as orbax takes it."""
+    if is_address(workdir):
+        return as_path(workdir) / CHECKPOINTS_FOLDER
+    return epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
 
 
 class _Manager(ocp.CheckpointManager):
@@ -308,9 +315,9 @@ def load_params_for_inference(
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
-    if (pathlib.Path(workdir) / PARAMS_FOLDER).is_dir():
+    if (as_path(workdir) / PARAMS_FOLDER).is_dir():
         return config, _read_imported(workdir, step, abstract, shardings), 0
-    directory = epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
+    directory = _folder(workdir)
     step = latest_step(workdir, step)
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -318,7 +325,7 @@ def load_params_for_inference(
         shardings,
     )
     try:
-        items = _read_whole(directory / str(step), {"params": placed})
+        items = _read_whole(_readable(directory / str(step)), {"params": placed})
     except Damaged as error:
         others = ", ".join(str(s) for s in saved_steps(workdir) if s != step) or "none"
         raise CheckpointError(
@@ -327,10 +334,25 @@ def load_params_for_inference(
     return config, items["params"], step
 
 
+def _readable(folder: epath.Path) -> epath.Path:
+    """A step's folder where orbax can read it: what inference needs of it, if it must be copied."""
+    if not is_address(folder) or os.fspath(folder).startswith("gs://"):
+        return folder
+    copies = [on_this_machine(folder / name) for name in ("_CHECKPOINT_METADATA", "params")]
+    with contextlib.suppress(FileNotFoundError):
+        copies.append(on_this_machine(folder / FINGERPRINTS))
+    return epath.Path(copies[0].parent)
+
+
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """The steps of which there is a complete checkpoint, in order."""
-    directory = epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+    directory = _folder(workdir)
+    if not directory.exists():
+        return []
+    if is_address(workdir) and not os.fspath(directory).startswith("gs://"):
+        # Copied there: orbax knows no marker of an unfinished one.
+        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def latest_step(workdir: epath.PathLike, step: int | None = None) -> int:
@@ -357,7 +379,7 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
             f"{workdir} holds an imported model, which has no checkpoint {step}; leave --step out"
         )
     try:
-        tensors = safetensors.open_directory(pathlib.Path(workdir) / PARAMS_FOLDER)
+        tensors = safetensors.open_directory(on_this_machine(as_path(workdir) / PARAMS_FOLDER))
     except DataError as error:
         raise CheckpointError(f"{error}; or run encdec import again") from error
 

@@ -24,7 +24,7 @@ from encdec.fields import field_types
 from encdec.model.config import ModelConfig
 from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
 from encdec.model.presets import preset, preset_names
-from encdec.storage import local
+from encdec.storage import local, user_place
 
 Divergence = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
 AlphaSchedule = Literal["constant", "warmup", "learning_rate"]
@@ -297,9 +297,9 @@ def _from_directory(run: RunConfig) -> RunConfig:
 def _with_paths(run: RunConfig) -> RunConfig:
     """The run with ``~`` expanded; records expand theirs when they are opened, part by part."""
     if run.init_from:
-        run = dataclasses.replace(run, init_from=local("config.init_from", run.init_from))
+        run = dataclasses.replace(run, init_from=user_place("config.init_from", run.init_from))
     if run.distill.teacher:
-        teacher = local("config.distill.teacher", run.distill.teacher)
+        teacher = user_place("config.distill.teacher", run.distill.teacher)
         run = dataclasses.replace(run, distill=dataclasses.replace(run.distill, teacher=teacher))
     return run
 

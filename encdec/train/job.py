@@ -7,11 +7,12 @@ from typing import Any
 
 from etils import epath
 
+from encdec.buckets import is_address
 from encdec.data.records import DatasetCard, Records, open_records
 from encdec.data.teacher_rows import TeacherRows, open_teacher
 from encdec.errors import ConfigError, DataError
 from encdec.model import ModelConfig
-from encdec.storage import local
+from encdec.storage import user_place
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.distillation_losses import check_divergence
 from encdec.train.program import Program, build_program
@@ -44,8 +45,13 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
             shards that do not belong to them.
         CheckpointError: a work directory that holds another run.
     """
-    local("--workdir", workdir)
+    check_place(workdir)
     run = with_source_model(parse_config(config), workdir)
+    if run.profile.first_step and is_address(workdir):
+        raise ConfigError(
+            f"config.profile.first_step is {run.profile.first_step}, but the profiler writes to "
+            f"this machine alone and --workdir is {workdir}; profile a run of a local directory"
+        )
     model = run.model_config()
     tracker_names(run.trackers)
     if not run.data.records:
@@ -71,6 +77,18 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     resumes = check_workdir(workdir, description)
     start = plan_start(run, model, records.card) if run.init_from and not resumes else None
     return Job(run, model, records, eval_records, teacher, program, description, start)
+
+
+def check_place(workdir: epath.PathLike) -> None:
+    """Raises ConfigError for a work directory where checkpoints cannot be written."""
+    address = user_place("--workdir", workdir)
+    if is_address(address) and not address.startswith("gs://"):
+        bucket = address.split("/")[2]
+        raise ConfigError(
+            f"--workdir is {address}, but checkpoints are written to disks and to gs:// alone; "
+            f"give a path on this machine and copy it (aws s3 sync), or mount the bucket "
+            f"(mount-s3 {bucket} /mnt/{bucket})"
+        )
 
 
 def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:

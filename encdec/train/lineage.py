@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from encdec.cost.flops import training_flops
+from encdec.storage import as_path
 from encdec.train.checkpoints import latest_step
 from encdec.train.workdir import SOURCE_NOTE, model_config_of, read_config
 
@@ -63,7 +63,7 @@ def _before(content: dict[str, Any]) -> Lineage:
         return Lineage(0.0, ())
     if note := content.get(SOURCE_NOTE):
         return _noted(note)
-    if not pathlib.Path(source).is_dir():
+    if not as_path(source).is_dir():
         return Lineage(None, None)
     imported = "imported" in read_config(source)
     return lineage(source, 0 if imported else latest_step(source))

@@ -18,8 +18,10 @@ from etils import epath
 
 from encdec.cost.chips import peak_flops
 from encdec.cost.flops import model_flops_utilisation, training_flops
+from encdec.files import LineAppender, keep_lines, whole_lines
 from encdec.metrics.score import bits_per_byte
 from encdec.model import ModelConfig
+from encdec.storage import as_path
 from encdec.train.goodput import Goodput
 from encdec.train.step import Metrics, StepMetrics
 from encdec.train.tensorboard import SummaryWriter, metric_writers
@@ -177,24 +179,17 @@ class JsonLinesWriter(ScalarWriter):
     def __init__(self, path: epath.PathLike, start_step: int = 0):
         """Continues the file; lines after ``start_step`` were written by a process that ended
         before it saved, and are dropped, because this one will write them again."""
-        path = epath.Path(path)
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        if len(kept) < len(lines):
-            partial = epath.Path(os.fspath(path) + ".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(path)
-        self._path = path
+        path = as_path(path)
+        keep_lines(path, lambda line: _step_of(line) <= start_step)
+        self._lines = LineAppender(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         record = {"step": step, "time": round(time.time(), 3)}
         record |= {name: float(value) for name, value in scalars.items()}
-        # Closed each time: in a mounted bucket a file's end is there only when it is closed.
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._lines.append(record)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
@@ -203,8 +198,8 @@ def _step_of(line: str) -> float:
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
     """All lines of a work directory's ``metrics.jsonl``, but for one that a kill cut short."""
-    lines = (epath.Path(workdir) / METRICS_FILE).read_text().splitlines()
-    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+    lines = whole_lines(as_path(workdir) / METRICS_FILE)
+    return [json.loads(line) for _, line in lines if _step_of(line) < math.inf]
 
 
 class Console(ScalarWriter):
@@ -299,7 +294,7 @@ def make_writer(
     """
     if jax.process_index():
         return metric_writers.MultiWriter([])
-    workdir = epath.Path(workdir)
+    workdir = as_path(workdir)
     files = metric_writers.AsyncMultiWriter(
         [
             JsonLinesWriter(workdir / METRICS_FILE, start_step),

@@ -69,6 +69,10 @@ class Reports:
         if self._on_report:
             self._on_report(step, numbers)
 
+    def flush(self) -> None:
+        """Returns when all that was reported is in the files."""
+        self._writer.flush()
+
     def last(self, prefix: str) -> dict[str, float]:
         return {name: value for name, value in self._last.items() if name.startswith(prefix)}
 

@@ -11,7 +11,9 @@ import jax
 from etils import epath
 
 from encdec.errors import Preempted
+from encdec.files import lines_exist
 from encdec.model import parameter_count
+from encdec.storage import as_path
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.config import to_dict
 from encdec.train.evaluate import Evaluator
@@ -75,6 +77,8 @@ class Session:
         """Begins to save the state, once its metrics are known to be finite."""
         self.reports.settle()
         with self.reports.window.pause("checkpoint"):
+            # A run that goes on from a checkpoint knows the metrics of all steps before it.
+            self.reports.flush()
             self.checkpoints.save(self.step, self.state)
 
     def evaluate(self) -> None:
@@ -213,7 +217,7 @@ def _begin(
 def _earlier_rows(workdir: epath.PathLike, start: int) -> list[dict[str, float]]:
     """What ``metrics.jsonl`` says of the steps up to ``start``, the same on every process."""
     rows = []
-    if start and not jax.process_index() and (epath.Path(workdir) / METRICS_FILE).exists():
+    if start and not jax.process_index() and lines_exist(as_path(workdir) / METRICS_FILE):
         rows = [row for row in read_metrics(workdir) if row["step"] <= start]
     return from_first(rows)
 

@@ -14,6 +14,7 @@ nothing is replaced.
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -28,7 +29,36 @@ from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from encdec import buckets
+from encdec.buckets import is_address
+from encdec.storage import as_path, make_directory
+
 _CLU_MODULE = "clu.metric_writers.summary_writer"
+
+
+SENT_BYTES = 4 << 20  # of an event file in a bucket, before the next one begins
+
+
+class _SentFile(io.BytesIO):
+    """A growing file in a bucket: objects do not grow, so it is sent again whole when flushed.
+
+    Then it is known to be there; between flushes it is kept in memory.
+    """
+
+    def __init__(self, path: epath.Path):
+        super().__init__()
+        self._path, self._sent = path, 0
+
+    def flush(self) -> None:
+        content = self.getvalue()
+        if len(content) > self._sent:
+            buckets.write_bytes(self._path, content)
+            self._sent = len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.flush()
+        super().close()
 
 
 class SummaryWriter:
@@ -41,15 +71,22 @@ class SummaryWriter:
     def __init__(self, logdir: str, start_step: int | None = None):
         """Opens a new event file; ``start_step`` makes TensorBoard drop later steps written by
         an earlier process, which a resumed run repeats."""
-        directory = epath.Path(logdir)
-        directory.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (directory / name).open("wb")
-        self._records = RecordWriter(self._file)
-        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._directory, self._files = as_path(logdir), 0
+        make_directory(self._directory)
+        self._open()
         if start_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(event_pb2.Event(wall_time=time.time(), step=start_step, session_log=start))
+
+    def _open(self) -> None:
+        """A new event file, whose name sorts behind the earlier ones'."""
+        more = f".{self._files}" if self._files else ""
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}{more}"
+        path = self._directory / name
+        self._file = _SentFile(path) if is_address(path) else path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._files += 1
+        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         metadata = scalar_metadata.create_summary_metadata("", "")
@@ -95,6 +132,9 @@ class SummaryWriter:
         )
 
     def _write(self, event: event_pb2.Event) -> None:
+        if isinstance(self._file, _SentFile) and self._file.tell() > SENT_BYTES:
+            self._file.close()
+            self._open()
         self._records.write(event.SerializeToString())
 
 

@@ -18,7 +18,7 @@ from encdec import shipped
 from encdec.errors import ConfigError, EncdecError, Preempted
 from encdec.fields import did_you_mean
 from encdec.modules import add_module_flag, import_modules, named_function
-from encdec.storage import local_path, refusals_explained
+from encdec.storage import any_path, local_path, refusals_explained
 from encdec.train.config import complete, field_names, parse_config, unknown_field
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="receives checkpoints, metrics and all that inference needs",

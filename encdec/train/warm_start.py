@@ -21,7 +21,9 @@ from etils import epath
 from encdec.data.records import DatasetCard
 from encdec.data.vocabulary import VocabularySpec, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.files import write_text
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes, preset
+from encdec.storage import as_path
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import RunConfig, is_directory
 from encdec.train.sharding import path_name, unrolled_names
@@ -86,7 +88,7 @@ class Origin:
         lines = [str(self)]
         for name in ("taken", "converted", "drawn", "left", "differences"):
             lines += ["", f"{name}:", *(f"  {one}" for one in getattr(self, name))]
-        (epath.Path(workdir) / REPORT_FILE).write_text("\n".join(lines) + "\n")
+        write_text(as_path(workdir) / REPORT_FILE, "\n".join(lines) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ def with_source_model(run: RunConfig, workdir: epath.PathLike | None = None) -> 
     """
     if run.init_architecture != "source":
         return run
-    begun = workdir is not None and (epath.Path(workdir) / CONFIG_FILE).exists()
+    begun = workdir is not None and (as_path(workdir) / CONFIG_FILE).exists()
     source = model_config_of(read_config(workdir if begun else run.init_from))
     theirs = architecture(source)
     if run.init_partial:

@@ -14,9 +14,9 @@ from encdec.data.records import DatasetCard, Records
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError
 from encdec.fields import differences
-from encdec.files import write_json
+from encdec.files import write_json, write_text
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
-from encdec.storage import local
+from encdec.storage import as_path, make_directory, user_place
 from encdec.train.config import OPERATIONAL, RunConfig, to_dict
 from encdec.train.program import Program
 from encdec.train.sharding import path_name
@@ -68,7 +68,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    path = epath.Path(workdir) / CONFIG_FILE
+    path = as_path(workdir) / CONFIG_FILE
     if not path.exists():
         raise CheckpointError(
             f"{workdir} has no {CONFIG_FILE}, so it is no work directory of a training run; give "
@@ -98,8 +98,8 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
     Raises:
         CheckpointError: it holds another run; every field that differs is named.
     """
-    workdir = epath.Path(local("--workdir", workdir))
-    if workdir.exists() and not workdir.is_dir():
+    workdir = as_path(user_place("--workdir", workdir))
+    if workdir.is_file():
         raise CheckpointError(f"{workdir} is a file; give a directory as --workdir")
     if not (workdir / CONFIG_FILE).exists():
         if (workdir / CHECKPOINTS_FOLDER).exists():
@@ -183,10 +183,10 @@ def write_workdir(
     """Writes configuration, vocabulary and parameter table; process 0 alone."""
     if jax.process_index():
         return
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = as_path(workdir)
+    make_directory(workdir)
     copy_vocabulary(records.directory, workdir)
-    (workdir / MODEL_INFO_FILE).write_text(parameter_table(program))
+    write_text(workdir / MODEL_INFO_FILE, parameter_table(program))
     # Last: it is what makes the directory this run's.
     write_json(workdir / CONFIG_FILE, description)
 
@@ -194,7 +194,7 @@ def write_workdir(
 def notes(workdir: epath.PathLike) -> dict[str, Any]:
     """What the config of a run that is there says beyond its description: when the run was
     first started (Unix time; older runs do not tell) and from what."""
-    if not (epath.Path(workdir) / CONFIG_FILE).exists():
+    if not (as_path(workdir) / CONFIG_FILE).exists():
         return {}
     content = read_config(workdir)
     return {name: content[name] for name in (STARTED_NOTE, SOURCE_NOTE) if name in content}
@@ -203,7 +203,7 @@ def notes(workdir: epath.PathLike) -> dict[str, Any]:
 def note_source(workdir: epath.PathLike, note: Mapping[str, Any]) -> None:
     """Adds where the first parameters came from to the config; process 0 alone."""
     if not jax.process_index():
-        path = epath.Path(workdir) / CONFIG_FILE
+        path = as_path(workdir) / CONFIG_FILE
         write_json(path, read_config(workdir) | {SOURCE_NOTE: note})
 
 

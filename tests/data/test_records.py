@@ -68,11 +68,11 @@ def test_directory_without_a_card_is_said_to_be_unfinished(records):
         open_records(records.directory / "nowhere")
 
 
-def test_addresses_are_refused_with_the_mount(tmp_path):
-    with pytest.raises(ConfigError, match="gs://bucket/x, an address.*give /mnt/bucket/x"):
-        open_records("gs://bucket/x")
-    with pytest.raises(ConfigError, match="mount the bucket"):
-        prepare(out="gs://bucket/x", vocabulary="bytes", task="stdlib_text")
+def test_addresses_that_nothing_opens_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gs:/bucket/x, an address.*did you mean gs://bucket/x"):
+        open_records("gs:/bucket/x")
+    with pytest.raises(ConfigError, match="hf://b, an address"):
+        prepare(out="hf://b", vocabulary="bytes", task="stdlib_text")
 
 
 @pytest.mark.parametrize(

@@ -367,4 +367,4 @@ def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
     ):
         assert main([*base, *more]) == code
     with pytest.raises(SystemExit, match="2"):
-        main([*base, "--last=2", "--out=gs://b/x"])
+        main([*base, "--last=2", "--out=hf://b/x"])

@@ -22,8 +22,8 @@ def test_paths_are_what_users_mean(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     run = parse_config({"init_from": "~/a", "distill": {"teacher": "~/b"}})
     assert (run.init_from, run.distill.teacher) == (f"{tmp_path}/a", f"{tmp_path}/b")
-    for change in ({"init_from": "gs://b/x"}, {"distill": {"teacher": "s3://b/x"}}):
-        with pytest.raises(ConfigError, match=r"config\.(init_from|distill\.teacher) is .*mount"):
+    for change in ({"init_from": "hf://b/x"}, {"distill": {"teacher": "gs:/b/x"}}):
+        with pytest.raises(ConfigError, match=r"config\.(init_from|distill\.teacher) is .*address"):
             parse_config(change)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -283,11 +284,15 @@ def test_a_damaged_shard_is_an_error_of_the_data(records, tmp_path):
 # Places.
 
 
-def test_addresses_are_refused_naming_the_mount(records):
-    with pytest.raises(ConfigError, match=r"gcsfuse .*bucket /mnt/bucket.* /mnt/bucket/runs/a"):
-        train(small_run(records), "gs://bucket/runs/a")
-    with pytest.raises(ConfigError, match="s3://.*, an address"):
+def test_addresses_where_no_run_can_be_are_refused(records, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match=r"mount-s3 b /mnt/b"):
         train(small_run(records), "s3://b/x")
+    with pytest.raises(ConfigError, match="hf://b/x, an address that nothing here opens"):
+        train(small_run(records), "hf://b/x")
+    profile = {"first_step": 2, "steps": 1}
+    with pytest.raises(ConfigError, match=r"config\.profile\.first_step is 2"):
+        train(small_run(records, profile=profile), "gs://b/x")
 
 
 def test_a_source_that_is_gone_does_not_stop_a_run_that_has_begun(records, tmp_path):

@@ -1,0 +1,133 @@
+"""Object storage on loopback for tests: Google's and Amazon's protocol, with faults on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+Fault = Callable[[str, str], int | None]
+
+
+class Proxy:
+    """Passes requests on to a server; ``fault(method, path)`` may answer with a status instead."""
+
+    def __init__(self, target: int):
+        self.fault: Fault | None = None
+        self.requests: list[tuple[str, str]] = []
+        proxy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_one_request(self) -> None:
+                with contextlib.suppress(ConnectionError):
+                    super().handle_one_request()
+
+            def pass_on(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if "chunked" in self.headers.get("Transfer-Encoding", ""):
+                    while size := int(self.rfile.readline().split(b";")[0], 16):
+                        body += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
+                proxy.requests.append((self.command, self.path))
+                status = proxy.fault(self.command, self.path) if proxy.fault else None
+                if status:
+                    self.answer(status, [], b"refused by the test")
+                    return
+                server = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
+                dropped = ("transfer-encoding", "content-length", "connection", "expect")
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
+                server.request(self.command, self.path, body, headers)
+                reply = server.getresponse()
+                self.answer(reply.status, reply.getheaders(), reply.read())
+                server.close()
+
+            def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+                self.send_response_only(status)
+                length = str(len(body))
+                for name, value in headers:
+                    if name.lower() == "content-length":
+                        length = value if self.command == "HEAD" else length
+                    elif name.lower() not in ("transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", length)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = pass_on
+
+            def log_message(self, *arguments: object) -> None:
+                """Nothing is printed."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def google() -> Iterator[tuple[Proxy, dict[str, str]]]:
+    """A server with the bucket "bucket", and the environment in which libraries find it."""
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    proxy = Proxy(port)
+    try:
+        yield (
+            proxy,
+            {
+                "STORAGE_EMULATOR_HOST": proxy.url,
+                "TENSORSTORE_GCS_HTTP_URL": proxy.url,
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks another service of Google's
+                "GCE_METADATA_ROOT": "127.0.0.1:1",  # no machine of Google's: known at once
+                "NO_GCE_CHECK": "true",
+            },
+        )
+    finally:
+        proxy.close()
+        server.stop()
+
+
+@contextlib.contextmanager
+def amazon() -> Iterator[tuple[Proxy, dict[str, str]]]:
+    """The same for S3."""
+    from moto.server import ThreadedMotoServer
+
+    port = free_port()
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    proxy = Proxy(port)
+    request = http.client.HTTPConnection("127.0.0.1", port)
+    request.request("PUT", "/bucket")
+    request.getresponse().read()
+    try:
+        yield (
+            proxy,
+            {
+                "AWS_ENDPOINT_URL": proxy.url,
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": "test",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            },
+        )
+    finally:
+        proxy.close()
+        server.stop()
