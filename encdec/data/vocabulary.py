@@ -182,7 +182,7 @@ def load_vocabulary(
     source: VocabularySpec | dict[str, Any] | str | os.PathLike[str] | Vocabulary,
     *,
     extra_ids: int | None = None,
-    directory: str | pathlib.Path | None = None,
+    directory: str | os.PathLike[str] | None = None,
 ) -> Vocabulary:
     """Load a vocabulary from "bytes", a ``.model`` or ``tokenizer.json`` file, a directory
     holding one, or a spec.
