@@ -30,7 +30,7 @@ setup() {
   fi
   "$uv" venv --quiet --clear --python 3.12 "$home/venv"
   "$uv" pip install --quiet --python "$home/venv/bin/python" \
-    --constraint "$home/source/constraints.txt" "$home/source[tpu]"
+    --constraint "$home/source/constraints.txt" "$home/source[tpu,gcs]"
   printf '%s\n' "$digest" >"$home/installed"
 }
 
