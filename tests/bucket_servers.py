@@ -18,6 +18,7 @@ class Proxy:
     def __init__(self, target: int):
         self.fault: Fault | None = None
         self.requests: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -39,13 +40,15 @@ class Proxy:
                 if status:
                     self.answer(status, [], b"refused by the test")
                     return
-                server = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
                 dropped = ("transfer-encoding", "content-length", "connection", "expect")
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
-                server.request(self.command, self.path, body, headers)
-                reply = server.getresponse()
-                self.answer(reply.status, reply.getheaders(), reply.read())
-                server.close()
+                with proxy.lock:  # the servers mix up requests at one time
+                    server = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
+                    server.request(self.command, self.path, body, headers)
+                    reply = server.getresponse()
+                    content = reply.read()
+                    server.close()
+                self.answer(reply.status, reply.getheaders(), content)
 
             def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
                 self.send_response_only(status)

@@ -272,22 +272,33 @@ def test_a_run_in_a_bucket_that_is_killed_while_it_saves_ends_as_a_local_one(gs,
     assert _without_time(read_metrics(workdir)) == _without_time(read_metrics(here))
     assert any(".tfevents." in name for name in buckets.objects(f"{workdir}/tensorboard"))
 
-    # All that is done with the model, from the command line.
+
+@needs_google
+def test_what_is_done_with_a_model_takes_addresses(gs, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(_text(40))
+    records, workdir = "gs://bucket/use/records", "gs://bucket/use/run"
+    prepare(_settings(records, tmp_path / "a.jsonl"))
+    train(_run(records), workdir, stop_at=4)
     assert cli.main(["generate", f"--checkpoint={workdir}", "00000012", "--max_tokens=4"]) == 0
-    out = "gs://bucket/life/evaluation"
-    test = "gs://bucket/life/data/mts_dialog/test.jsonl"
+    out = "gs://bucket/use/evaluation"
+    test = "gs://bucket/use/data/dialogsum/test.jsonl"
     write_text(test, '{"source": "00000001", "target": "1000"}\n' * 3)
-    evaluate = ["evaluate", f"--checkpoint={workdir}", "--tasks=mts_dialog", f"--out={out}"]
-    evaluate += ["--data_dir=gs://bucket/life/data", "--max_tokens=4", "--resamples=10"]
+    evaluate = ["evaluate", f"--checkpoint={workdir}", "--tasks=dialogsum", f"--out={out}"]
+    evaluate += ["--data_dir=gs://bucket/use/data", "--max_tokens=4", "--resamples=10"]
+    evaluate += ["--split=test"]
     assert cli.main(evaluate) == 0
     assert {"report.json", "report.md"} <= set(buckets.objects(out))
+    answers = len(buckets.objects(f"{out}/dialogsum"))
     assert cli.main(evaluate) == 0  # what is answered is not answered again
-    start = _run(records, init_from=workdir)
-    assert train(start | {"steps": 1}, tmp_path / "more").step == 1
-    average = ["average", f"--checkpoint={workdir}", "--last=2", "--out=gs://bucket/life/mean"]
-    assert cli.main(average) == 0
-    assert saved_steps("gs://bucket/life/mean") == [6]
-    load_params_for_inference("gs://bucket/life/mean")
+    assert len(buckets.objects(f"{out}/dialogsum")) == answers
+    assert train(_run(records, init_from=workdir), tmp_path / "more", stop_at=1).step == 1
+    mean, model = "gs://bucket/use/mean", "gs://bucket/use/hf"
+    assert cli.main(["average", f"--checkpoint={workdir}", "--last=2", f"--out={mean}"]) == 0
+    assert saved_steps(mean) == [4]
+    assert cli.main(["export", f"--checkpoint={mean}", "--format=hf", f"--out={model}"]) == 0
+    back = "gs://bucket/use/imported"
+    assert cli.main(["import", "--from=hf", model, f"--out={back}"]) == 0
+    assert cli.main(["generate", f"--checkpoint={back}", "00000012", "--max_tokens=4"]) == 0
 
 
 @needs_google
