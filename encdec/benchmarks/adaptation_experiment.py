@@ -341,7 +341,7 @@ def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         losses = np.array([run["loss"] for run in runs])
         spread = f" ± {losses.std(ddof=1):.3f}" if len(losses) > 1 else ""
         lines.append(
-            f"| {name} | {runs[0]['parameters']:,} | {runs[0]['curve'][-1][0]:,} "
+            f"| {name} | {runs[0]['parameters']:,} | {runs[0]['curve'][-1][0]:,.0f} "
             f"| {losses.mean():.3f}{spread} | {len(runs)} |"
         )
     lines.append("")
