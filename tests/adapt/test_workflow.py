@@ -137,7 +137,7 @@ def trained(source, tmp_path_factory):
     """An adapted model's run with all but cross-attention held at first, and its settings."""
     folder = tmp_path_factory.mktemp("trained")
     records = write_records(folder / "records", random_pairs(40, 0), ByteVocabulary(4), start_id=2)
-    options = ["--cross_attention=random", "--encoder_layers=2"]
+    options = ["--cross_attention=random", "--encoder_layers=1", "--decoder_layers=first:2"]
     assert adapt_main([str(source), f"--out={folder / 'adapted'}", *options]) == 0
     run = small_run(
         records,
@@ -183,8 +183,8 @@ def test_a_trained_adaptation_is_a_t5gemma_of_transformers(trained, tmp_path):
     assert export_main(command) == 0
     stated = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert stated["model_type"] == "t5gemma"
-    assert stated["encoder"]["layer_types"] == ["sliding_attention"] * 2
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert stated["encoder"]["layer_types"] == ["sliding_attention"]
+    kinds = ["sliding_attention", "full_attention"]
     assert stated["decoder"]["layer_types"] == kinds
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf", dtype="float32")
     config, params, _ = load_params_for_inference(folder / "run")
