@@ -211,8 +211,13 @@ def check_model_calls(directory: pathlib.Path) -> None:
     assert len(out.cross_attentions) == layers and layers and encoder_layers
     assert len(out.decoder_hidden_states) == layers + 1
     assert len(out.encoder_hidden_states) == encoder_layers + 1
-    for one in (*out.encoder_attentions, *out.cross_attentions, *out.decoder_attentions):
-        close(one[0].sum(-1), torch.ones_like(one[0].sum(-1)), "attention sums to one", 1e-5)
+    sums = [one[0].sum(-1) for one in (*out.encoder_attentions, *out.decoder_attentions)]
+    crossed = [one[0].sum(-1) for one in out.cross_attentions]
+    if getattr(model.config, "merged_attention", False):  # one softmax over source and target
+        sums[encoder_layers:] = [a + b for a, b in zip(sums[encoder_layers:], crossed)]
+        crossed = []
+    for one in (*sums, *crossed):
+        close(one, torch.ones_like(one), "attention sums to one", 1e-5)
     assert out.cross_attentions[0].shape[-2:] == (r.labels.shape[1], source.shape[1])
 
     embedded = model(inputs_embeds=model.get_encoder().get_input_embeddings()(source), **inputs)
