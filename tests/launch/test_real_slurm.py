@@ -109,7 +109,9 @@ def node(tmp_path_factory):
         ports = [listener.getsockname()[1] for listener in listeners]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
     (root / "slurm.conf").write_text(
-        CONFIGURATION.format(host=socket.gethostname(), ports=ports, root=root, user=user)
+        CONFIGURATION.format(
+            host=socket.gethostname().partition(".")[0], ports=ports, root=root, user=user
+        )
     )
     for name in ("cgroup.conf", "plugstack.conf"):
         (root / name).touch()

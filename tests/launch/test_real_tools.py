@@ -28,6 +28,10 @@ from tests.launch.tpu_api import TpuApi
 TRAIN = ["--config=configs/pretrain.py:1b", "--workdir=/mnt/my-bucket/runs/1b"]
 
 GCLOUD = all(shutil.which(name) for name in ("gcloud", "ssh-keygen", "ssh-agent"))
+ALPHA = (
+    GCLOUD
+    and (pathlib.Path(shutil.which("gcloud")).resolve().parents[1] / "lib/surface/alpha").exists()
+)
 XPK = os.environ.get("ENCDEC_XPK") or shutil.which("xpk") or f"{sys.prefix}-xpk/bin/xpk"
 
 # Each host is a folder; what scp is asked to copy is not copied.
@@ -80,6 +84,7 @@ def at_once(*calls) -> list:
 class TestGcloud:
     BASE = ("--name=run1", "--zone=z")
 
+    @pytest.mark.skipif(not ALPHA, reason="gcloud components install alpha")
     def test_the_api_gets_what_was_asked_for(self, api):
         create = lambda *more: lambda: tpu_vm.main(["create", *self.BASE, *more])
         codes = at_once(
