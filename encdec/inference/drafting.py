@@ -1,10 +1,10 @@
 """Whether to draft, from what, and how much: the host's side of speculative decoding.
 
-``auto`` drafts by look-up where that was measured to pay and is exact up to float32's rounding: on
-one CPU device, in float32, with few rows. It begins with plain steps, and drafts when hindsight
-says that the tokens they gave could have been copied. Elsewhere nothing is drafted: in bfloat16 the
-two likeliest tokens are often equal or one rounding apart, and a product of several rows may round
-otherwise than that of one.
+``auto`` drafts by look-up where that was measured to pay and is exact up to float32's rounding: for
+large models on one CPU device, in float32, with few rows. It begins with plain steps, and drafts
+when hindsight says that the tokens they gave could have been copied. Elsewhere nothing is drafted:
+in bfloat16 the two likeliest tokens are often equal or one rounding apart, and a product of several
+rows may round otherwise than that of one.
 """
 
 from __future__ import annotations
@@ -223,8 +223,12 @@ class Paces:
 
 
 def drafting_pays(config: ModelConfig) -> bool:
-    """Whether it was measured to, and is exact, where and as this model runs."""
-    return jax.default_backend() == "cpu" and config.dtype == "float32"
+    """Whether it was measured to, and is exact, where and as this model runs.
+
+    A step of a model whose kernels are read in shards waits for memory. Small models' steps do
+    not, and gained nothing.
+    """
+    return config.execution.cpu_shards > 0 and config.dtype == "float32"
 
 
 def texts_of(tokens_BxS: np.ndarray, lengths_B: np.ndarray, times: int, prefix: int) -> Sources:
