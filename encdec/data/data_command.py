@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -79,7 +79,7 @@ def list_tasks(given: argparse.Namespace) -> int:
     """Print every task: what it is, its official splits and sizes, whether its data is here."""
     for name, task in TEXT_TASKS.items():
         print(f"{name}: {_about(task)}")
-        sizes = dict.fromkeys(task.splits)
+        sizes: Mapping[str, int | None] = dict.fromkeys(task.splits)
         there = "present"
         if name in FILE_TASKS:
             sizes, there = FILE_TASKS[name].splits, _presence(FILE_TASKS[name], given.data_dir)
@@ -93,7 +93,9 @@ def list_tasks(given: argparse.Namespace) -> int:
         _list_mixture(name, tasks, given.data_dir)
     for name in seqio_mixture_names():
         if name not in MIXTURES:
-            print(f"{name}: mixture of {', '.join(seqio_mixture(name)[0])}, of seqio's registry")
+            found = seqio_mixture(name)
+            assert found is not None
+            print(f"{name}: mixture of {', '.join(found[0])}, of seqio's registry")
     return 0
 
 

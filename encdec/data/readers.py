@@ -215,8 +215,9 @@ def read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows that have all ``fields`` as strings and, if there, ``targets`` as a list of strings."""
     for where, row, line in located_rows(path, fields, bad_rows):
-        fault = row if isinstance(row, Fault) else check_fields(row, fields, line)
-        if fault:
+        if isinstance(row, Fault):
+            bad_rows.add(where, row.reason, row.remedy)
+        elif fault := check_fields(row, fields, line):
             bad_rows.add(where, fault.reason, fault.remedy)
         else:
             yield row

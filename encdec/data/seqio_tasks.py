@@ -7,6 +7,7 @@ that ``encdec prepare`` is given; what a task does to tokens is an objective's w
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -134,9 +135,7 @@ def _metrics(task: Any) -> tuple[str, ...]:
                     name,
                     f"seqio metric function {_name(function)} of task {task.name}, after its "
                     "postprocessor; an interval where it is a mean over examples",
-                    lambda references, answers, one=function: _scores(
-                        task, one, references, answers
-                    ),
+                    functools.partial(_scores, task, function),
                     (),
                 )
             )
@@ -171,6 +170,8 @@ def _scores(
 
 class _WholeScore(Score):
     """A value of all examples together, of which parts and so intervals are not known."""
+
+    _whole: float
 
     def __init__(self, name: str, count: int, value: float):
         super().__init__(

@@ -168,7 +168,7 @@ def dataset_shards(folder: pathlib.Path, split: str | None = None) -> list[pathl
     """
     if (folder / DATASET_SPLITS).is_file():
         splits = json.loads((folder / DATASET_SPLITS).read_text())["splits"]
-        if split not in splits:
+        if split is None or split not in splits:
             raise DataError(
                 f"{folder} has the splits {', '.join(splits)}; name one of the folders, such as "
                 f"{folder / splits[0]}"

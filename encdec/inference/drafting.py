@@ -166,6 +166,8 @@ class Drafters:
         if pace is None:
             return plain
         texts = None
+        config: ModelConfig | None = None
+        params: Any = None
         if isinstance(self._draft, DraftModel):
             config, params = self._draft.config, self._draft.params
             drafting = begin_drafting_compiled(
@@ -177,7 +179,6 @@ class Drafters:
                 times=times,
             )
         else:
-            config = params = None
             texts = texts_of(tokens_BxS, lengths_B, times, prefix)
             drafting = Drafting(self._placed(texts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
     if kind == "litert":
         from encdec.inference.litert_runtime import LitertModel
 
-        return LitertModel(directory, threads)
+        return cast(ExportedModel, LitertModel(directory, threads))  # its memory is its own
     raise CheckpointError(
         f"{directory} holds no exported model; write one with encdec export "
         "--format=litert or --format=onnx"

@@ -53,8 +53,9 @@ def _texts(
     if file_format == "jsonl":
         for where, row, line in located_rows(file, ("source",), BadRows()):
             where = where.replace(str(file), shown, 1) if shown else where
-            fault = row if isinstance(row, Fault) else check_fields(row, ("source",), line)
-            if fault:
+            if isinstance(row, Fault):
+                raise DataError(f"{where}: {row.reason}; {row.remedy}")
+            if fault := check_fields(row, ("source",), line):
                 raise DataError(f"{where}: {fault.reason}; {fault.remedy}")
             yield where, row["source"]
         return

@@ -107,6 +107,7 @@ class CompiledRows:
         if len(devices) > 1 or tensor > 1:
             self._spread(devices, tensor)
             if isinstance(draft, DraftModel):
+                assert self._rows_sharding is not None
                 whole = NamedSharding(self._rows_sharding.mesh, PartitionSpec())
                 draft = dataclasses.replace(draft, params=jax.device_put(draft.params, whole))
         self._drafters = Drafters(self.config, self.params, draft, self._rows_sharding)

@@ -96,6 +96,7 @@ def catch_up(
         new_R = jnp.minimum(wanted_R - fed_R, FED_AT_ONCE)
         return memory.replace(slots_R=memory.slots_R + new_R), fed_R + new_R
 
+    assert drafting.memory is not None and drafting.fed_R is not None  # of a draft model
     memory, fed_R = jax.lax.while_loop(behind, feed, (drafting.memory, drafting.fed_R))
     return drafting.replace(memory=memory, fed_R=fed_R)
 
@@ -148,7 +149,7 @@ def speculate(
         counts_R = decoding.counts_R
         decoding = accept(plan, decoding, drafts_RxD, logits_RxKxV)
         made_R = decoding.counts_R - counts_R  # of what was fed, the tokens that stay
-        if drafting.memory is not None:
+        if drafting.memory is not None and drafting.fed_R is not None:
             slots_R = drafting.memory.slots_R + made_R
             drafting = drafting.replace(
                 memory=drafting.memory.replace(cache=cache, slots_R=slots_R),
@@ -162,6 +163,7 @@ def speculate(
         )
 
     if draft_config is not None:
+        assert draft_params is not None
         drafting = catch_up(draft_config, draft_params, drafting, decoding)
     nothing = Tally(jnp.int32(0), jnp.zeros(size, jnp.int32))
     return jax.lax.while_loop(unfinished, step, (decoding, drafting, nothing))

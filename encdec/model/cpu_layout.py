@@ -371,7 +371,8 @@ class ShardedSelfAttention(ShardedAttention):
         """
         assert inputs.slots_BxT is not None  # a cache comes with slots
         slots_BxT, mask_BxTxS = inputs.slots_BxT, inputs.mask_BxTxS
-        own = k_BxTxKxD, v_BxTxKxD = tuple(x.astype(old.dtype) for x, old in zip(new, cache))
+        k_BxTxKxD, v_BxTxKxD = (x.astype(old.dtype) for x, old in zip(new, cache))
+        own = k_BxTxKxD, v_BxTxKxD
         parts = [cache] if prefix is None else [prefix, cache]
         places_BxT = slots_BxT + (0 if prefix is None else prefix[0].shape[-1])
         before_BxTxS = mask_BxTxS & (jnp.arange(mask_BxTxS.shape[-1]) < places_BxT[:, :1, None])

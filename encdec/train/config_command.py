@@ -86,7 +86,7 @@ def model_table(run: RunConfig) -> list[str]:
 
 
 def _group(group: Any, defaults: Any, prefix: str, left_out: tuple[str, ...]) -> list[str]:
-    lines, about = [], meanings(type(group))
+    lines, about = [], meanings(type(group))  # type: ignore[arg-type]  # types are hashable
     for field in dataclasses.fields(group):
         value, default = getattr(group, field.name), getattr(defaults, field.name)
         name = prefix + field.name
@@ -135,12 +135,15 @@ def meanings(kind: type) -> dict[str, str]:
         if get_origin(hint) is Literal
     }
     found = {}
-    for node in ast.parse(source).body[0].body:
-        if not isinstance(node, ast.AnnAssign):
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         name = node.target.id
-        alone, behind = comments.get(node.end_lineno, (True, ""))
-        above, line = [], node.lineno - 1
+        alone, behind = comments.get(node.end_lineno or 0, (True, ""))
+        above: list[str] = []
+        line = node.lineno - 1
         while line in comments and comments[line][0]:
             above.insert(0, comments[line][1])
             line -= 1

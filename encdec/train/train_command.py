@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     config = load_config(options.config, overrides)
     parse_config(config)
     hooks = [_hook(target) for target in options.hook]
-    on_report = named_function("--on_report", options.on_report) if options.on_report else None
+    on_report: Any = named_function("--on_report", options.on_report) if options.on_report else None
     join_processes(options)
     # Imported late: a mistake in the command line is answered at once.
     import jax

@@ -140,6 +140,7 @@ def short_functions(text: str) -> Iterator[str]:
         if ast.get_docstring(node, clean=False) is not None:
             if len(node.body) == 1 or first.lineno == node.lineno:
                 continue
+            assert first.end_lineno is not None
             cut = slice(first.lineno - node.lineno, first.end_lineno - node.lineno + 1)
             del kept[cut]
         source = textwrap.dedent("".join(kept)).strip("\n") + "\n"
