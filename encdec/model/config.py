@@ -66,8 +66,8 @@ class ModelConfig:
     rope_divisors: tuple = ()  # "per_pair": divides the frequency of each of the D/2 pairs
     rope_magnitude: float = 1.0  # "per_pair": multiplies rotated queries and keys
     local_rope_theta: float = 0.0  # of local layers, which are never scaled; 0: as all others
-    encoder_unrotated_layers: tuple = ()  # layers without RoPE (NoPE, SmolLM3), counted from 0
-    decoder_unrotated_layers: tuple = ()
+    encoder_unrotated_layers: tuple = ()  # of the encoder, those without RoPE (NoPE), from 0
+    decoder_unrotated_layers: tuple = ()  # and of the decoder
     encoder_positions: Literal["centred", "from_zero"] = "from_zero"
     cross_attention_rope: Literal["none", "from_zero", "continued"] = "none"
 

@@ -158,7 +158,7 @@ def test_a_step_copies_no_cache(name):
     assert not [line for line in lines if re.search(r"= \S+ copy\(", line)]
 
 
-@pytest.mark.parametrize("name", ["paper", "windowed"])
+@pytest.mark.parametrize("name", ["paper", "windowed", "merged"])
 def test_a_server_s_slots_hold_what_was_kept_heads_first(name):
     """Read at a narrow width, inserted into a wider slot, and gone on from there."""
     config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)

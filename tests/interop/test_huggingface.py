@@ -103,14 +103,13 @@ MODELS = {
             "logits_scaling": 1.7,
         },
     ),
-    "smollm3": ("SmolLM3", {"pad_token_id": 0, "num_hidden_layers": 5}),
-    "smollm3 with windows": (
+    "smollm3": (
         "SmolLM3",
         {
             "pad_token_id": 0,
+            "num_hidden_layers": 5,
             "use_sliding_window": True,
             "sliding_window": 6,
-            "no_rope_layers": [1, 0, 1],
         },
     ),
     "olmo2": ("Olmo2", {"pad_token_id": 0, "head_dim": 12}),
@@ -157,7 +156,7 @@ MODELS = {
     ),
 }
 # Of these, cached decoding is compared, too; others are among those of tests/inference.
-CACHED = ("smollm3 with windows", "olmo3", "exaone4", "glm4")
+CACHED = ("smollm3", "olmo3", "exaone4", "glm4")
 LENGTH = 24  # beyond every window
 
 
