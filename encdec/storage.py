@@ -239,6 +239,7 @@ def entries(directory: pathlib.Path | epath.Path) -> set[str]:
 def make_directory(path: pathlib.Path | epath.Path) -> None:
     """Makes a directory and those above it; a bucket needs none."""
     if not is_address(path):
+        _check_no_address(path)
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -284,6 +285,12 @@ def any_path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _check_no_address(path: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for what ``pathlib`` makes of an address: no folder is called gs:."""
+    if re.match(r"(gs|s3):/", os.fspath(path)):
+        raise ConfigError(f"{path} is no address any more; give it as gs://BUCKET/PATH, as text")
+
+
 def is_free(out: str | os.PathLike[str]) -> bool:
     """Whether ``whole_directory`` may write there: missing, or a directory that holds nothing."""
     if is_address(out):
@@ -307,6 +314,7 @@ def whole_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         with sent_directory(os.fspath(as_path(out)), last="config.json") as partial:
             yield partial
         return
+    _check_no_address(out)
     target = pathlib.Path(out).absolute()
     existed = target.is_dir()
     partial = target / _PARTIAL if existed else target.with_name(target.name + _PARTIAL)

@@ -19,7 +19,15 @@ from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.records import open_records
 from encdec.errors import ConfigError, DataError
 from encdec.files import LineAppender, append_rows, keep_lines, whole_lines, write_text
-from encdec.storage import any_path, as_path, is_free, local_path, storage_error, whole_directory
+from encdec.storage import (
+    any_path,
+    as_path,
+    is_free,
+    local_path,
+    make_directory,
+    storage_error,
+    whole_directory,
+)
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.fingerprint import fingerprints
 from encdec.train.loop import train
@@ -324,6 +332,12 @@ def test_a_bucket_that_refuses_is_one_line_and_exit_code_7(gs, capsys, tmp_path)
 def test_addresses_that_name_no_place(address):
     with pytest.raises(Exception, match="expected|write it in full"):
         any_path(address)
+
+
+def test_an_address_that_became_a_path_makes_no_folder():
+    for write in (make_directory, lambda path: whole_directory(path).__enter__()):
+        with pytest.raises(ConfigError, match="gs:/b/x is no address any more"):
+            write(pathlib.Path("gs://b/x"))
 
 
 def test_what_cannot_be_remote_says_what_to_do(monkeypatch, tmp_path):

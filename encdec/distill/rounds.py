@@ -22,6 +22,7 @@ from encdec.distill.rollout import rollout
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.inference.settings import AUTO, GenerationSettings
+from encdec.storage import as_path
 from encdec.train.config import RunConfig
 from encdec.train.loop import train
 
@@ -116,7 +117,7 @@ def distill_in_rounds(
             f"config.distill.teacher is {run.distill.teacher!r}; leave it out, "
             "because each round's records are scored by --teacher"
         )
-    workdir, gold = pathlib.Path(workdir), pathlib.Path(run.data.records)
+    workdir, gold = pathlib.Path(workdir), as_path(run.data.records)
 
     def scored(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
         say(f"the teacher scores {records}")

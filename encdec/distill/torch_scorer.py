@@ -27,6 +27,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.files import file_sha256
 from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
+from encdec.storage import as_path, on_this_machine
 
 BATCH_ROWS = 8
 BATCH_TOKENS = 4096  # padded, in one forward pass: its logits are in memory whole
@@ -71,12 +72,12 @@ def torch_model(
         ConfigError: torch or transformers is missing, or the records are a mixture.
         DataError: no model there, another vocabulary, or texts too long for it.
     """
-    directory = pathlib.Path(directory)
-    if not (directory / "config.json").is_file():
+    if not (as_path(directory) / "config.json").is_file():
         raise DataError(
             f"{directory} has no config.json; give the directory of a Hugging Face "
             "causal language model (config.json and *.safetensors)"
         )
+    directory = on_this_machine(directory)
     transformers = _transformers()
     tensors = safetensors.open_directory(directory)
     try:

@@ -20,7 +20,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.predictions import read_answers
 from encdec.fields import differences
-from encdec.files import write_text
+from encdec.files import whole_lines, write_text
 from encdec.storage import local_path
 
 # (title, number of metrics.jsonl, what a unit is)
@@ -113,7 +113,7 @@ def read_run(directory: str, name: str) -> Run:
     path = pathlib.Path(directory)
     try:
         config = json.loads((path / "config.json").read_text())
-        lines = (path / "metrics.jsonl").read_text().splitlines()
+        lines = [line.decode() for _, line in whole_lines(path / "metrics.jsonl")]
     except (OSError, ValueError) as error:
         raise DataError(
             f"{directory} holds no run with metrics ({error}); give a --workdir of `encdec train`"

@@ -79,7 +79,7 @@ def import_model(
         ConfigError: the output directory is in use, or the model has an unsupported setting.
         DataError: files are missing, truncated or do not belong together, or the Hub refuses.
     """
-    out = pathlib.Path(out)
+    out = as_path(out)
     if head_dim is not None and format != "mu":
         raise ConfigError(
             f"head_dim={head_dim} goes with format mu (--from=mu); the other formats state it"
