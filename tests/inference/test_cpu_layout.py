@@ -137,7 +137,7 @@ def test_cached_steps_in_shards_are_the_full_forward_pass(name):
     for token in answer[0, 1:]:
         logits, memory = STEP(config, params, memory, jnp.array([token]))
         steps.append(logits[0])
-    np.testing.assert_allclose(np.stack(steps), whole, rtol=1e-5, atol=5e-5)  # logits of about 10
+    np.testing.assert_allclose(np.stack(steps), whole, rtol=1e-5, atol=1e-4)  # logits of about 10
 
 
 @pytest.mark.parametrize("name", ["unrolled", "windowed", "merged"])

@@ -63,7 +63,7 @@ def speculated(config, params, plan, settings, drafting, draft=None, first=0):
 def same(found, wanted):
     np.testing.assert_array_equal(found[2], wanted[2])
     np.testing.assert_array_equal(found[0], wanted[0])
-    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(found[1], wanted[1], atol=2e-5, rtol=1e-5)  # logits of about 10
 
 
 def with_mistakes(tokens_RxN, every=5):
