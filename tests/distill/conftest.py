@@ -8,7 +8,7 @@ import pytest
 
 from encdec.distill.scoring import score
 from encdec.train.loop import train
-from tests.train.conftest import random_pairs, small_run, write_records
+from tests.train.conftest import DECAYING, random_pairs, small_run, write_records
 
 ROWS = 42
 
@@ -27,6 +27,7 @@ def teacher(records, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             records,
             model="test-dec",
             steps=12,
+            schedule=DECAYING,  # at a constant rate it would be nearly sure of every token
             model_overrides={"init_std": 0.1, "scan_layers": False},
         ),
         workdir,
