@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from encdec.export import equivalents, huggingface
+from encdec.export import equivalents, families, huggingface
 from encdec.export.shipped.configuration_encdec import EncdecConfig
 from encdec.export.shipped.modeling_encdec import EncdecForConditionalGeneration, EncdecStack
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_theirs
@@ -34,6 +34,8 @@ class CausalStack(EncdecStack):
     def __init__(self, config: EncdecConfig, targets: int) -> None:
         super().__init__(config, config.decoder_layers, cross=False)
         self.targets = targets
+        self.is_encoder, self.global_layers = False, set(config.decoder_global_layers)
+        self.unrotated_layers = set(config.decoder_unrotated_layers)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of the row's last T positions, from ids [B, S + T]."""
@@ -77,7 +79,7 @@ def build(config: ModelConfig, params: Any, targets: int) -> nn.Module:
         } | {
             "attention_scale": config.scores_scale,
             "rope_frequencies": np.asarray(rope_frequencies(config)).tolist(),
-            "mlp_activation": huggingface._ACTIVATIONS[config.mlp_activation],
+            "mlp_activation": families.ACTIVATIONS[config.mlp_activation],
         }
         target = module = CausalStack(EncdecConfig(**values), targets)
         tensors = to_theirs(_causal_layout(config), params)

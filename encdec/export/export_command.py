@@ -8,7 +8,7 @@ import time
 from encdec.errors import ConfigError
 from encdec.export import formats
 from encdec.export.formats import FORMATS
-from encdec.storage import any_path, as_path, is_free
+from encdec.storage import any_path, as_path, is_free, local_path
 
 PRECISIONS = tuple(dict.fromkeys(name for one in FORMATS.values() for name in one.precisions))
 
@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--license",
+        type=local_path,  # an identifier stays as it is
         metavar="ID|FILE",
         help="of the model, for its card: an identifier such as apache-2.0, or a file",
     )

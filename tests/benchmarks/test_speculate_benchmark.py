@@ -29,7 +29,9 @@ def test_steps_and_tasks_are_measured(encoder_decoder_run, tmp_path, capsys):
     assert list(map(int, cost["seconds"])) == list(SIZES) and min(cost["seconds"].values()) > 0
     assert report["always_wrong"] > 0
     assert rate["task"] == "dev" and rate["same_answers"] == 1 and rate["tokens"] > 0
-    assert 1 <= rate["tokens_a_step"] <= 8 and 0 <= rate["acceptance"] <= 1
+    # How often drafts are verified follows from times; where none was, there is no rate.
+    assert rate["tokens_a_step"] == 0 or 1 <= rate["tokens_a_step"] <= 8
+    assert 0 <= rate["acceptance"] <= 1
 
 
 def test_what_cannot_be_measured_is_refused():

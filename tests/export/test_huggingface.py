@@ -117,9 +117,9 @@ def test_an_export_comes_back_as_it_went(exported, tmp_path):
     was, _ = pair(name)
     rng = np.random.default_rng(2)
     fields = batch(config, rng.integers(3, 259, (2, 9)), rng.integers(3, 259, (2, 7)))
-    np.testing.assert_allclose(
-        logits(config, params, fields), logits(*pair(name), fields), atol=1e-4, rtol=1e-4
-    )
+    there = logits(*pair(name), fields)
+    rounding = 1e-5 * max(10, np.abs(there).max())  # merged's logits reach 17, others' 10
+    np.testing.assert_allclose(logits(config, params, fields), there, atol=rounding, rtol=1e-4)
     assert config.share_embeddings == was.share_embeddings
     prompts, max_tokens = read_prompt_format(tmp_path / "ours")
     assert prompts.vocabulary.fingerprint == PROMPTS.vocabulary.fingerprint and max_tokens == 12

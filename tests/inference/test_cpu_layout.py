@@ -67,7 +67,8 @@ def test_sharded_kernels_compute_the_same(name, rows):
     down = params["decoder"]["layers_0"]["mlp"]["down"]
     assert down["kernel"].shape == (3, 11, 128) and not down["kernel"][2, 10].any()
     check_params(params, config)
-    np.testing.assert_allclose(two_steps(config, params, rows), plain, atol=3e-5)
+    rounding = 3e-6 * max(10, np.abs(plain).max())  # merged's logits reach 27, others' 10
+    np.testing.assert_allclose(two_steps(config, params, rows), plain, atol=rounding)
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (5, 2), (FEW_ROWS,), (FEW_ROWS + 1,)])

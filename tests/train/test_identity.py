@@ -155,7 +155,7 @@ def run_hint(name: str) -> Any:
 # What may change when a run goes on; records and teachers are compared by content instead.
 FREE = (
     *("data.records", "data.eval_records", "distill.teacher", "log_every", "loss.vocab_tile"),
-    *("mesh", "eval", "checkpoint", "profile"),
+    *("mesh", "eval", "checkpoint", "profile", "trackers"),
 )
 FREE_OF_MODEL = ("remat", "attention_kernel", "fuse_projections")
 # Every field of a model that a run can set, with another value than the preset's.
