@@ -28,7 +28,7 @@ from encdec.train.reports import Reports
 from encdec.train.session import out_of_patience
 from encdec.train.sharding import make_mesh
 from encdec.train.warm_start import architecture
-from tests.train import test_loop, test_warm_start
+from tests.train import test_groups, test_loop, test_trackers, test_warm_start
 from tests.train.conftest import DECAYING, INPUTS, TARGETS, small_run
 from tests.train.test_identity import MODEL_CHANGES, leaves
 
@@ -208,6 +208,10 @@ ELSEWHERE = {
     "init_partial": test_warm_start.test_a_partial_start_takes_all_but_what_its_patterns_name,
     "init_grow": test_warm_start.test_tables_grow_where_asked_and_extra_ids_keep_their_numbers,
     "eval.patience": test_warm_start.test_a_run_ends_when_patience_does_and_keeps_its_best,
+    "freeze.parameters": test_groups.test_held_parameters_begin_as_new_when_they_are_let_go,
+    "freeze.steps": test_groups.test_held_parameters_begin_as_new_when_they_are_let_go,
+    "optimizer.factors": test_groups.test_factors_multiply_updates_of_layers_that_are_stacked_too,
+    "trackers": test_trackers.test_a_tracker_gets_settings_and_metrics_and_is_continued,
     # Of other divergences and of stored formats that a traced batch of draws does not have.
     "distill.beta": None,
     "distill.tail": None,
