@@ -64,10 +64,14 @@ def normal_address(name: str, text: str) -> str:
 def _configure() -> None:
     """Before the first address is used: fsspec for all of them, and nothing remembered."""
     import fsspec
+    from etils.epath import gpath
 
     # etils would take TensorFlow's file systems where that is installed: seconds to import, in
-    # processes that train, and without s3://.
+    # processes that train, and without s3://. It remembers what it found for the first path of the
+    # process, which may have been Orbax's on this machine.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    with contextlib.suppress(AttributeError):
+        gpath._is_tf_installed.cache_clear()
     for name in ("gcs", "s3"):
         # A listing that is kept hides what other processes write.
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)

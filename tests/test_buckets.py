@@ -86,6 +86,18 @@ def nothing_local(tmp_path, monkeypatch) -> Iterator[None]:
     assert not os.listdir(folder)
 
 
+def test_tensorflow_does_not_open_addresses_even_where_it_was_found_first(monkeypatch):
+    """etils looks for it at the first path of a process, and Orbax has such on this machine."""
+    from etils import epath
+    from etils.epath import backend, gpath
+
+    monkeypatch.delenv("EPATH_USE_TF", raising=False)
+    gpath._is_tf_installed.cache_clear()
+    buckets._configure.cache_clear()
+    assert epath.Path("/").exists()
+    assert as_path("gs://bucket/file")._backend is backend.fsspec_backend
+
+
 def test_appended_lines_are_read_in_order_whoever_wrote_them(server):
     path = as_path(f"{server[0]}/lines/a.jsonl")
     with pytest.raises(FileNotFoundError):

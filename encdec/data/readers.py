@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from encdec.buckets import is_address
 from encdec.data.objectives import Document
@@ -111,7 +111,7 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
 def _expanded(path: str) -> list[pathlib.Path]:
     place = pathlib.Path(path)
     if path == STDIN:
-        return [_standard_input()]
+        return [_standard_input(sys.stdin)]
     if place.is_file():
         return [place]
     if place.is_dir():
@@ -148,12 +148,12 @@ def _existing(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 
 @functools.cache
-def _standard_input() -> pathlib.Path:
-    """A file with all of standard input, since text is read more than once; gone at the end."""
+def _standard_input(stream: TextIO) -> pathlib.Path:
+    """A file with all of ``sys.stdin``, since text is read more than once; gone at the end."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="encdec-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with open(folder / "standard_input", "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
+        shutil.copyfileobj(stream.buffer, file)
     return folder / "standard_input"
 
 
