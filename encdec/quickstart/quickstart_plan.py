@@ -63,7 +63,7 @@ TRY = {  # as printf takes it
     "summaries": "'def add(a, b):\\n    return a + b\\n'",
 }
 # Seconds of each part on two cores of an AMD EPYC (Zen 5), whose float32 products reach
-# REFERENCE_RATE, by processor time over two; TRAINED grow with the steps.
+# REFERENCE_RATE: estimates, whose sum was 0.86 of a measured run. TRAINED grow with the steps.
 REFERENCE_RATE = 463e9
 REFERENCE_SECONDS = {
     "data": 25.0,
