@@ -153,7 +153,13 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["encdec", "encdec.*"]),
-    package_data={"encdec": ["py.typed", "**/*.json", "**/*.txt", "**/*.model"]},
+    package_data={
+        "encdec": [
+            "py.typed",
+            *(f"**/*.{kind}" for kind in ("json", "txt", "model", "safetensors")),
+            "shipped_models/*/README.md",
+        ]
+    },
     # A checkout uses configs/ and gin/ in place; a wheel brings them along.
     data_files=[*data_files("configs", "*.py"), *data_files("gin", "*.gin")],
     install_requires=REQUIRES,

@@ -1,18 +1,22 @@
-"""The files that come with encdec but are no part of the package: ``configs/`` and ``gin/``.
+"""What comes with encdec: ``configs/``, ``gin/``, and small trained models.
 
-A checkout has them at its root. A wheel installs them under ``share/encdec`` of the environment,
-and the distribution's own record says where that is.
+``configs/`` and ``gin/`` are no part of the package. A checkout has them at its root. A wheel
+installs them under ``share/encdec`` of the environment, and the distribution's own record says
+where that is.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import pathlib
 
 from encdec.packages import DISTRIBUTION
+from encdec.storage import any_path
 
 _KNOWN = pathlib.PurePosixPath("configs", "pretrain.py")
+_MODELS = pathlib.Path(__file__).resolve().parent / "shipped_models"
 
 
 @functools.cache
@@ -49,3 +53,23 @@ def names(kind: str) -> list[str]:
     folder = shipped_folder()
     found = [path for path in (folder / kind).rglob("*") if path.suffix in (".py", ".gin")]
     return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def models() -> list[str]:
+    """The names of the trained models that come with encdec, e.g. ``java2cs``."""
+    return sorted(path.parent.name for path in _MODELS.glob("*/config.json"))
+
+
+def model_directory(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The directory of a shipped model of this name; anything else as it is.
+
+    A file or directory of that name in the current folder comes first.
+    """
+    if os.fspath(name) in models() and not os.path.exists(name):
+        return str(_MODELS / name)
+    return name
+
+
+def checkpoint(text: str) -> str:
+    """``argparse`` type of a model to use: a directory, an address, or a shipped model's name."""
+    return os.fspath(model_directory(any_path(text)))

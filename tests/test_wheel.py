@@ -24,6 +24,10 @@ from encdec.cli import main
 assert pathlib.Path(encdec.__file__).is_relative_to(sys.prefix), encdec.__file__
 assert pathlib.Path(encdec.__file__).with_name("py.typed").exists()
 assert importlib.metadata.version("encdec-slm") == encdec.__version__
+from encdec import shipped
+(model,) = shipped.models()
+directory = pathlib.Path(shipped.model_directory(model))
+assert directory.is_relative_to(sys.prefix) and [*directory.glob("params/*.safetensors")]
 rows = [{"source": f"number {n} of {chr(97 + n % 26)}", "target": f"{n}"} for n in range(64)]
 pathlib.Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 pathlib.Path("mine.gin").write_text('include "gin/objectives/prefix_lm.gin"\\n')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.settings import GenerationSettings, add_draft_option
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        type=any_path,
+        type=shipped.checkpoint,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",

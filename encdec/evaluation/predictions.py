@@ -180,7 +180,7 @@ def check_sources(prompts: PromptFormat, examples: Sequence[Example], too_long: 
 
 def kind_of_source(prompts: PromptFormat, source: str) -> Literal["fits", "long", "empty"]:
     """Whether a source fits, is too long, or is empty."""
-    if not source.strip() or not (ids := prompts.vocabulary.encode(source)):
+    if not source.strip() or not (ids := prompts.vocabulary.encode(prompts.framed(source))):
         return "empty"
     return "long" if prompts.fit(ids, truncate=True)[1] else "fits"
 

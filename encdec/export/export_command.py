@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.export import formats
 from encdec.export.formats import FORMATS
@@ -14,7 +15,7 @@ PRECISIONS = tuple(dict.fromkeys(name for one in FORMATS.values() for name in on
 
 
 def main(argv: list[str]) -> int:
-    """``encdec export --checkpoint=DIR --format=hf|onnx|litert --out=DIR``.
+    """``encdec export --checkpoint=DIR --format=hf|onnx|litert|encdec --out=DIR``.
 
     Raises:
         ConfigError: the output directory is in use, or the format cannot express the model.
@@ -28,7 +29,10 @@ def main(argv: list[str]) -> int:
     chosen = FORMATS[options.format]
     formats.check_precision(options.format, options.precision)
     if options.check and not chosen.runs:
-        raise ConfigError(f"--check runs what is written, which --format={options.format} is not")
+        raise ConfigError(
+            f"--check is of graphs, which --format={options.format} does not write; leave it out, "
+            "and give what is written to `encdec evaluate`"
+        )
     if options.own and options.format != "hf":
         raise ConfigError(f"--own goes with --format=hf, not with ={options.format}; leave it out")
     if options.check_pairs < 1:
@@ -53,6 +57,7 @@ def main(argv: list[str]) -> int:
         step=options.step,
         own=options.own,
         license=options.license,
+        template=options.template,
         push=options.push,
         private=options.private,
     )
@@ -92,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        type=any_path,
+        type=shipped.checkpoint,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",
@@ -126,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         type=local_path,  # an identifier stays as it is
         metavar="ID|FILE",
         help="of the model, for its card: an identifier such as apache-2.0, or a file",
+    )
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help="of every input, {source} in the place of its own text, such as that of the task "
+        "which the model was trained on; `encdec generate` and `serve` then add it (not for hf)",
     )
     parser.add_argument(
         "--push",

@@ -11,6 +11,7 @@ from encdec.export import formats
 from encdec.export.formats import Export, Written
 from encdec.export.model_card import check_license, write_card
 from encdec.inference.generator import read_prompt_format
+from encdec.inference.text import check_template
 from encdec.storage import as_path, is_free, whole_directory
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.workdir import model_config_of, read_config
@@ -35,6 +36,7 @@ def export_model(
     step: int | None = None,
     own: bool = False,
     license: str | None = None,
+    template: str | None = None,
     push: str | None = None,
     private: bool = False,
 ) -> ExportReport:
@@ -48,6 +50,9 @@ def export_model(
         step: checkpoint; None: the last.
         own: our modelling file even where a public family would do (hf).
         license: of the model, for its card: an identifier such as apache-2.0, or a file.
+        template: of every input, ``{source}`` in the place of its own text, such as the task's
+            that the model was trained on; not of hf, whose programs have no place for it. None:
+            the one that the checkpoint has.
         push: ``ORG/NAME`` on the Hugging Face Hub that receives the directory.
         private: whether that repository is made private, if it is new.
 
@@ -67,9 +72,19 @@ def export_model(
         hub.check_push(push, private)
     elif private:
         raise ConfigError("private is of a repository that is pushed to; add --push=ORG/NAME")
+    if template is not None:
+        if format == "hf":
+            raise ConfigError(
+                "template is of inputs that encdec reads, and format is hf; leave it out, and have "
+                "the program that loads the model add it"
+            )
+        check_template(template)
+        content = content | {"data": content["data"] | {"template": template}}
     prompts, targets_length = read_prompt_format(checkpoint)
     config, params, step = load_params_for_inference(checkpoint, step)
-    export = Export(config, params, prompts, precision, content, checkpoint, targets_length, own)
+    export = Export(
+        config, params, prompts, precision, content, checkpoint, targets_length, own, step
+    )
     with whole_directory(out) as partial:
         written = formats.write(format, partial, export)
         write_card(partial, export, written, format, step, license)

@@ -31,6 +31,7 @@ class Export:
         directory: of the vocabulary, as the work directory has it.
         targets_length: of the training targets, ``generate``'s default for new tokens.
         own: our own modelling file even where a public family would do (hf).
+        step: of the checkpoint; 0 of an imported model.
     """
 
     config: ModelConfig
@@ -41,6 +42,7 @@ class Export:
     directory: str | pathlib.Path = ""
     targets_length: int = 128
     own: bool = False
+    step: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,13 @@ FORMATS = {
         "encdec.export.litert_export",
         ("float32", "int8", "int4"),
         "graphs for LiteRT, the fastest on a CPU",
+    ),
+    "encdec": Format(
+        "encdec",
+        "encdec.export.own_format",
+        ("float32", "bfloat16", "int8"),
+        "the weights alone, for every command here, with no other program installed",
+        runs=False,
     ),
 }
 

@@ -44,10 +44,14 @@ def card_text(export: Export, written: Written, format: str, step: int, license:
         **_license_fields(license),
         "library_name": {"hf": "transformers", "onnx": "onnx"}.get(format, format),
         "pipeline_tag": "text-generation",
-        "tags": ["encdec", "encoder-decoder" if seq2seq else "decoder-only", format],
+        "tags": list(
+            dict.fromkeys(["encdec", "encoder-decoder" if seq2seq else "decoder-only", format])
+        ),
     }
     head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
-    body = "\n\n".join([_what(export, step), _data(export.content), _use(export, written, format)])
+    body = "\n\n".join(
+        [_what(export, step), _data(export.content), _use(export, written, format) + _form(export)]
+    )
     return f"---\n{head}\n---\n\n{body}\n"
 
 
@@ -98,9 +102,11 @@ def _data(content: Mapping[str, Any]) -> str:
 
 def _use(export: Export, written: Written, format: str) -> str:
     if format != "hf":
-        return (
-            "## Use\n\n```sh\nencdec generate --checkpoint=DIR 'an input'\n```\n\nThe graphs are "
-            "for any program that runs the format; `config.json` says how inputs are framed."
+        return "## Use\n\n```sh\nencdec generate --checkpoint=DIR 'an input'\n```" + (
+            ""
+            if format == "encdec"
+            else "\n\nThe graphs are for any program that runs the format; `config.json` says "
+            "how inputs are framed."
         )
     own = written.family == "encdec"
     kind = "AutoModelForSeq2SeqLM" if export.config.is_encoder_decoder else "AutoModelForCausalLM"
@@ -118,4 +124,15 @@ def _use(export: Export, written: Written, format: str) -> str:
         'inputs = tokenizer("an input", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))\n```"
         f"{note}"
+    )
+
+
+def _form(export: Export) -> str:
+    """How a text becomes an input, where that takes more than its tokens."""
+    template = export.content.get("data", {}).get("template")
+    if template is None:
+        return ""
+    return (
+        "\n\nAn input is a text in this form, which `encdec generate` and `serve` add and other "
+        f"programs have to:\n\n```text\n{template}\n```"
     )

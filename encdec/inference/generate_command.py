@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.inference.progress import Progress
 from encdec.inference.settings import GenerationSettings, add_draft_option, check_numbers
@@ -135,11 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("text", nargs="*", metavar="TEXT", help="an input")
     parser.add_argument(
         "--checkpoint",
-        type=any_path,
+        type=shipped.checkpoint,
         required=True,
         metavar="DIR",
-        help="work directory of `encdec train`, or what `encdec export "
-        "--format=litert` or `--format=onnx` wrote",
+        help="work directory of `encdec train`, what `encdec export` wrote in another format than "
+        f"hf, or a model that comes with encdec: {', '.join(shipped.models())}",
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
     parser.add_argument(

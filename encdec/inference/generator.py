@@ -15,7 +15,14 @@ from encdec.errors import ConfigError, DataError
 from encdec.inference.drafting import Draft
 from encdec.inference.rows import CompiledRows, PreparedInput, RowDecoder, Rows
 from encdec.inference.settings import AUTO, GenerationSettings
-from encdec.inference.text import PromptFormat, TextStream, find_stop, text_after, tokens_to_stop
+from encdec.inference.text import (
+    SOURCE,
+    PromptFormat,
+    TextStream,
+    find_stop,
+    text_after,
+    tokens_to_stop,
+)
 from encdec.model import ModelConfig
 from encdec.train.workdir import read_config
 
@@ -339,5 +346,6 @@ def read_prompt_format(
         data["inputs_eos"],
         max_input_tokens or data["inputs_length"],
         inputs_prefix=tuple(data.get("inputs_prefix", ())),
+        template=data.get("template", SOURCE),
     )
     return prompts, data["targets_length"]

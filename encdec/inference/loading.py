@@ -11,6 +11,7 @@ from encdec.inference.draft_model import load_draft
 from encdec.inference.exported import export_format, load_exported_generator
 from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
 from encdec.inference.settings import AUTO
+from encdec.shipped import model_directory
 from encdec.train.checkpoints import load_params_for_inference
 
 
@@ -28,8 +29,9 @@ def load(
     """The generator of a trained model, with nothing else given.
 
     Args:
-        checkpoint: work directory of ``train`` or ``import_model``, or an export for LiteRT or
-            onnxruntime, which runs on this machine's CPU as a whole and in its own dtype.
+        checkpoint: work directory of ``train`` or ``import_model``; a model that comes with
+            encdec, by its name (``java2cs``); or an export for LiteRT or onnxruntime, which runs
+            on this machine's CPU as a whole and in its own dtype.
         step: checkpoint; None: the last.
         max_input_tokens: longest input allowed; None: the longest in training.
         batch_rows: answers made together at most.
@@ -43,6 +45,7 @@ def load(
         CheckpointError: no trained model there, or no such step.
         DataError: its vocabulary is missing or another one.
     """
+    checkpoint = model_directory(checkpoint)
     if export_format(checkpoint):
         given = {"step": step, "dtype": dtype}
         given |= {name: n for name, n in (("devices", devices), ("tensor", tensor)) if n > 1}

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from encdec.data.vocabulary import Vocabulary
-from encdec.errors import DataError
+from encdec.errors import ConfigError, DataError
+
+SOURCE = "{source}"  # where a template has the text itself
 
 # What SentencePiece shows for the bytes of a character that is not complete yet.
 INCOMPLETE = "\ufffd"
@@ -21,6 +23,8 @@ class PromptFormat:
         decoder_start_id: the decoder's first input.
         inputs_eos: whether inputs end with EOS.
         inputs_prefix: ids in front of every input's tokens, as imported models may want them.
+        template: text around every input's own, which ``{source}`` marks; a text that has this
+            form already stays as it is, so that a task's examples are not framed twice.
         max_input_tokens: longest input allowed, prefix and EOS included.
         keep_unknown: read what the vocabulary cannot write as its unknown token, instead of
             refusing the text.
@@ -32,11 +36,20 @@ class PromptFormat:
     max_input_tokens: int = 512
     keep_unknown: bool = True
     inputs_prefix: tuple[int, ...] = ()
+    template: str = SOURCE
 
     @property
     def added(self) -> int:
         """How many tokens an input has besides those of its text."""
         return len(self.inputs_prefix) + self.inputs_eos
+
+    def framed(self, text: str) -> str:
+        """The text in the template."""
+        before, _, after = self.template.partition(SOURCE)
+        has_form = text.startswith(before) and text.endswith(after)
+        if has_form and len(text) >= len(before) + len(after):
+            return text
+        return before + text + after
 
     def encode(
         self, text: str, *, truncate: bool = False, name: str = "the input"
@@ -56,6 +69,7 @@ class PromptFormat:
                 f"{name} has half a character (a lone surrogate) at place "
                 f"{error.start}; save it as UTF-8"
             ) from None
+        text = self.framed(text)
         ids = self.vocabulary.encode(text)
         if not self.keep_unknown and self.vocabulary.unk_id in ids:
             raise DataError(
@@ -103,6 +117,15 @@ class PromptFormat:
             if unknown in self.vocabulary.encode(character):
                 return f"{character!r} at place {place}"
         return "something"
+
+
+def check_template(template: str) -> None:
+    """ConfigError unless it marks the place of the text once."""
+    if template.count(SOURCE) != 1:
+        raise ConfigError(
+            f"the template {template!r} has {SOURCE} {template.count(SOURCE)} times; expected it "
+            "once, where an input's own text goes"
+        )
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:

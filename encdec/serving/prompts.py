@@ -67,7 +67,9 @@ class PromptReader:
             return self._of_tokens(list(part), marked, truncate, name)
         ids, _ = self.format.encode(part, truncate=truncate, name=name)
         if marked and any(special in part for special in vocabulary.special_tokens):
-            return self._of_tokens(vocabulary.encode_marked(part), marked, truncate, name)
+            return self._of_tokens(
+                vocabulary.encode_marked(self.format.framed(part)), marked, truncate, name
+            )
         return self._undivided(ids, marked)
 
     def _undivided(self, ids: list[int], marked: bool) -> Prompt:

@@ -8,6 +8,7 @@ import importlib.util
 import pathlib
 import time
 
+from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.inference.settings import AUTO, LOOKUP, OFF, add_draft_option
 from encdec.packages import install_hint
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--checkpoint",
-        type=any_path,
+        type=shipped.checkpoint,
         required=True,
         metavar="DIR",
         help="work directory of `encdec train` or `encdec import`",

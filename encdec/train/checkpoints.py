@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
@@ -36,7 +37,13 @@ from encdec.train.fingerprint import fingerprints, mismatches
 from encdec.train.processes import any_process, from_first, wait_for_all
 from encdec.train.sharding import path_name
 from encdec.train.state import TrainState
-from encdec.train.workdir import CHECKPOINTS_FOLDER, PARAMS_FOLDER, model_config_of, read_config
+from encdec.train.workdir import (
+    CHECKPOINTS_FOLDER,
+    PARAMS_FOLDER,
+    SCALE,
+    model_config_of,
+    read_config,
+)
 
 DAMAGED_FOLDER = "damaged"
 FINGERPRINTS = "fingerprints"
@@ -383,6 +390,8 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
     except DataError as error:
         raise CheckpointError(f"{error}; or run encdec import again") from error
 
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(SCALE)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in scales}
     names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
     extra, missing = sorted(tensors.keys() - names), sorted(names - tensors.keys())
     if extra:
@@ -402,8 +411,18 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
                 f"parameter {name} in {workdir} is {seen}; expected {leaf.shape}: "
                 "run encdec import again"
             )
-        return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: tensor[index].astype(leaf.dtype)
-        )
+        scale = scales.get(name + SCALE)
+        if (tensor.dtype == np.int8) != (scale is not None):
+            raise CheckpointError(
+                f"parameter {name} in {workdir} is {tensor.dtype} with "
+                f"{'no' if scale is None else 'a'} scale; write the directory again"
+            )
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if scale is None:
+                return tensor[index].astype(leaf.dtype)
+            return (tensor[index] * scale[index[:-1]]).astype(leaf.dtype)
+
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     return jax.tree_util.tree_map_with_path(read, abstract, shardings)

@@ -28,6 +28,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 STARTED_NOTE = "started"
 SOURCE_NOTE = "started_from"  # in the config: the checkpoint that the first parameters came from
 PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
+SCALE = ".scale"  # ends the names of the tensors that int8 ones are multiplied by
 
 # These schedules give every step its learning rate whatever the run's length, so that a finished
 # run may be made longer.
