@@ -24,7 +24,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.logs import logger
 from encdec.packages import require
+
+_LOG = logger(__name__)
 
 # What is read and written as an address: (package, extra of setup.py).
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -213,6 +216,7 @@ def _size(path: pathlib.Path) -> int | None:
 
 def _fetch(address: str, path: pathlib.Path, size: int) -> None:
     with _whole(path) as partial:
+        _LOG.debug("%s is copied to %s", address, path)
         file_system(address).get_file(address, str(partial))
         if (seen := partial.stat().st_size) != size:
             raise RuntimeError(f"{address} came with {seen:,} of its {size:,} bytes; try again")

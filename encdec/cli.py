@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 
 import encdec
 from encdec.errors import ConfigError, EncdecError
 from encdec.fields import nearest
+from encdec.logs import logger, restored, shows_tracebacks
 from encdec.startup import keep_memory, use_compilation_cache
 from encdec.storage import refusals_explained
+
+_LOG = logger(__name__)
 
 # name: (module:function, what it does). The function takes the arguments after the name and
 # returns an exit code or None. To add a command, add its line.
@@ -143,7 +148,12 @@ def main(argv: list[str] | None = None) -> int:
     An ``EncdecError`` is printed without a traceback and gives its own exit code; an interrupt
     gives 130; every other exception is a bug and keeps its traceback.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    with restored():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(arguments: list[str]) -> int:
+    began = time.monotonic()
     use_compilation_cache()
     if arguments[:1] in _TRAINING or arguments[:2] in _TRAINING:
         keep_memory()
@@ -155,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         # traceback of whichever library met it.
         with refusals_explained(lambda: KEPT, _output(arguments)):
             code = _dispatch("encdec", COMMANDS, arguments)
+        _LOG.debug("done in %.1f s", time.monotonic() - began)
         sys.stdout.flush()  # a closed pipe shows itself here, not when Python exits
         return code
     except EncdecError as error:
@@ -179,6 +190,8 @@ def _output(arguments: list[str]) -> str:
 
 
 def _told(error: EncdecError) -> int:
+    if shows_tracebacks():
+        traceback.print_exception(error)
     print(f"encdec: error: {error}", file=sys.stderr)
     return error.exit_code
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import re
 
 from encdec import cli
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.train.config import RunConfig, complete, field_names, to_dict
 
 SCRIPTS = {
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--words"]:
         print("\n".join(candidates(argv[2:] if argv[1:2] == ["--"] else argv[1:])))
         return 0
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec completion",
         description="Prints a script that completes encdec's commands, flags and fields.",
         epilog='Example, for ~/.bashrc: eval "$(encdec completion bash)"',

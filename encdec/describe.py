@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -24,6 +23,7 @@ from encdec.cost.flops import (
 )
 from encdec.cost.peers import match_decoder_only
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.model import ModelConfig, preset, preset_names
 from encdec.storage import as_path
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         ConfigError: unknown preset, or an invalid length.
         CheckpointError: the directory holds no run.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec describe",
         description="Shows a model's architecture, parameters, FLOPs and bytes, next to "
         "decoder-only models with equal parameters and with equal training FLOPs.",

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from encdec.errors import ConfigError, DataError
+from encdec.logs import shows_progress
 from encdec.packages import require
 
 # What an import reads of a repository: no checkpoints of other frameworks.
@@ -38,6 +39,7 @@ def download(name: str, revision: str | None = None) -> pathlib.Path:
     require("huggingface_hub", "hf", f"{name} of the Hub")
     import huggingface_hub
 
+    _show_bars()
     with _explained(name, "give an existing directory, or the name as the Hub writes it"):
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(PATTERNS)
@@ -69,11 +71,20 @@ def push(folder: str | os.PathLike[str], name: str, message: str) -> str:
     """
     import huggingface_hub
 
+    _show_bars()
     with _explained(name, f"{folder} is whole: hf upload {name} {folder} sends it again"):
         commit = huggingface_hub.upload_folder(
             repo_id=name, folder_path=os.fspath(folder), commit_message=message
         )
     return str(commit.commit_url)
+
+
+def _show_bars() -> None:
+    """The client's bars of progress are left out after ``--quiet``."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not shows_progress():
+        disable_progress_bars()
 
 
 @contextlib.contextmanager

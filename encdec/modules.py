@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
+from encdec.logs import logger
+
+_LOG = logger(__name__)
 
 
 def add_module_flag(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +37,8 @@ def import_modules(names: Sequence[str]) -> None:
         sys.path.insert(0, os.getcwd())
     for name in names:
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(name)
+            _LOG.debug("--module=%s is %s", name, getattr(module, "__file__", module))
         except ImportError as error:
             raise ConfigError(
                 f"--module={name} cannot be imported ({error}); give the dotted name of a module "

@@ -8,6 +8,7 @@ import time
 
 from encdec.adapt.layers import FORMS, chosen_layers
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.storage import local_path
 
 
@@ -80,9 +81,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec adapt",
-        allow_abbrev=False,
         description="Makes an encoder-decoder of a decoder-only model: its layers, read both ways, "
         "are the encoder, and with cross-attention added the decoder (T5Gemma, arXiv 2504.06225). "
         "The result is a work directory that train (--config.init_from), score, generate and "

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -31,10 +30,14 @@ from encdec.benchmarks.train_benchmark import OURS, OurStep, Setting, measure
 from encdec.cost.chips import peak_flops
 from encdec.errors import ConfigError
 from encdec.files import write_json
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.model import ModelConfig, preset
 from encdec.model.attention import dot_product_attention, segment_mask
 from encdec.model.kernels import cudnn_attention, resolve_kernel, splash_attention
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 # T5-large's shape (arXiv 1910.10683, table 1) in our blocks, on top of 330m.
 T5_LARGE = "t5-large"
@@ -232,7 +235,7 @@ def run_parts(
         if name in results and "error" not in results[name]:
             continue
         if time.monotonic() - begin > seconds:
-            print(f"{name}: no time is left; the same command goes on here", file=sys.stderr)
+            _LOG.warning(f"{name}: no time is left; the same command goes on here")
             continue
         started = time.monotonic()
         try:
@@ -244,7 +247,7 @@ def run_parts(
             results[name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         results[name]["took_seconds"] = time.monotonic() - started
         write_json(path, kept)
-        print(f"{name}: {summary(results[name])}", flush=True)
+        _LOG.info(f"{name}: {summary(results[name])}")
     return results
 
 
@@ -271,9 +274,8 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark accelerator",
-        allow_abbrev=False,
         description="On a GPU or TPU, in about ten minutes: attention kernels against plain XLA, "
         f"training steps with MFU (goal on an H200: {MFU_GOAL:.0%}, and {SEQUENCES_GOAL} "
         f"sequences/s of {T5_LARGE}), generation with transformers next to it, a profile. Results "
@@ -311,7 +313,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--outputs={options.outputs}; expected 2 or more")
     for package in ("torch", "transformers"):
         if not options.no_torch and importlib.util.find_spec(package) is None:
-            print(f"{package} is not installed: ours alone is measured", file=sys.stderr)
+            _LOG.warning(f"{package} is not installed: ours alone is measured")
             options.no_torch = True
     if not options.no_torch:  # torch finds its memory taken otherwise
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

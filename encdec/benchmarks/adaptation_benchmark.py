@@ -6,7 +6,11 @@ import argparse
 import pathlib
 import time
 
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +28,7 @@ def main(argv: list[str]) -> int:
     begin = time.monotonic()
 
     def say(text: str) -> None:
-        print(f"[{time.monotonic() - begin:,.0f} s] {text}", flush=True)
+        _LOG.info(f"[{time.monotonic() - begin:,.0f} s] {text}")
 
     table = summary(run_experiment(setting, say))
     (setting.work / "table.md").write_text(table + "\n", encoding="utf-8")
@@ -33,9 +37,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark adaptation",
-        allow_abbrev=False,
         description="A decoder-only model, and at equal further FLOPs: itself trained on, "
         "encoder-decoders adapted from it, and such from random parameters; held-out loss.",
     )

@@ -29,6 +29,7 @@ from encdec.data.text_tasks import TextTask
 from encdec.data.vocab_command import task_texts, train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import DataError
+from encdec.flags import Parser
 from encdec.machine import available_cores
 from encdec.storage import local_path
 
@@ -190,7 +191,7 @@ def measure_reading(directory: str | pathlib.Path, *, batch: int = 64, steps: in
 
 
 def _flags(name: str) -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(prog=f"encdec benchmark {name}")
+    flags = Parser(prog=f"encdec benchmark {name}")
     flags.add_argument("--json", action="store_true", help="print JSON alone")
     return flags
 

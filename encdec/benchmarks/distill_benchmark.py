@@ -6,7 +6,11 @@ import argparse
 import pathlib
 import time
 
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +42,7 @@ def main(argv: list[str]) -> int:
     begin = time.monotonic()
 
     def say(text: str) -> None:
-        print(f"[{time.monotonic() - begin:,.0f} s] {text}", flush=True)
+        _LOG.info(f"[{time.monotonic() - begin:,.0f} s] {text}")
 
     run_experiment(setting, say)
     print(write_report(setting, say, pathlib.Path(options.images or options.work)))
@@ -48,9 +52,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     from encdec.benchmarks.distill_experiment import Setting
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark distill",
-        allow_abbrev=False,
         description="One decoder-only teacher, students of one size on gold targets alone, every "
         "logit, draws and top-k rows, at equal steps: loss, calibration, bytes, step time.",
     )

@@ -29,6 +29,7 @@ from encdec.errors import ConfigError
 from encdec.export import formats
 from encdec.export.formats import Export
 from encdec.files import write_json
+from encdec.flags import Parser
 from encdec.inference.exported import ExportedModel, export_format, load_exported_model
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import greedy_choice
@@ -465,9 +466,8 @@ def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Ta
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark edge",
-        allow_abbrev=False,
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
         "models of the same parameters, transformers' generate among them, by turns in one run. "
         '"same tokens" counts those before the first that JAX float32 chose otherwise. '

@@ -31,8 +31,12 @@ from encdec.cost.flops import (
 )
 from encdec.cost.peers import match_decoder_only
 from encdec.errors import ConfigError
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 PEERS = {"parameters": "parameters", "flops": "training_flops"}
 OURS = "encoder-decoder"
@@ -233,7 +237,7 @@ def main(argv: list[str]) -> int:
                 f"--uncached_inputs has {length}; expected some of --inputs, "
                 f"{','.join(map(str, options.inputs))}"
             )
-    progress = lambda text: console.print(text, style="dim", highlight=False)
+    progress = lambda text: _LOG.info(text)
     peaks, settings = {}, list(itertools.product(options.batches, options.inputs, options.outputs))
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -438,9 +442,8 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark inference",
-        allow_abbrev=False,
         description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
         "parameters and of equal training FLOPs, cached and uncached, by turns in one run; "
         "parameters are drawn anew, since their values change no time.",

@@ -7,7 +7,6 @@ in one process, so that a machine's changing load meets both alike.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import tempfile
@@ -27,6 +26,7 @@ from encdec.data.records import (
     write_shard,
 )
 from encdec.data.vocabulary import ByteVocabulary
+from encdec.flags import Parser
 from encdec.model import preset_names
 from encdec.train.config import parse_config
 from encdec.train.feed import on_devices, open_batches
@@ -180,7 +180,7 @@ class _BareLoop:
 
 def loop_main(argv: list[str]) -> int:
     """``encdec benchmark loop``: step time in the loop against the bare jitted step."""
-    flags = argparse.ArgumentParser(prog="encdec benchmark loop", description=loop_main.__doc__)
+    flags = Parser(prog="encdec benchmark loop", description=loop_main.__doc__)
     flags.add_argument(
         "--model",
         default="quickstart",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.storage import local_path
 
 ALONE, AT_ONCE = "one after the other", "at once"
@@ -213,9 +214,8 @@ def text_of(report: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark serving",
-        allow_abbrev=False,
         description="Throughput of continuous batching, over HTTP on loopback, against the same "
         "requests one after the other on a server of one slot.",
     )

@@ -25,6 +25,7 @@ from encdec.benchmarks.inference_benchmark import numbers
 from encdec.benchmarks.transformers_runtime import TransformersModel, missing
 from encdec.errors import ConfigError
 from encdec.export.export_command import main as export_main
+from encdec.flags import Parser
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
 from encdec.inference.drafting import Drafters, Paces
 from encdec.inference.exported import export_format, load_exported_model
@@ -368,9 +369,8 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark speculate",
-        allow_abbrev=False,
         description="The cost of a step that verifies several tokens, of a model whose parameters "
         "are drawn; and the rate of a trained model's answers with drafts and without, by turns.",
         epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "

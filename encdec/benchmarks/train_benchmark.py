@@ -8,7 +8,6 @@ import importlib.util
 import json
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +26,16 @@ from encdec.cost.flops import training_flops
 from encdec.data.records import open_records
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_json
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.model import ModelConfig, build_model, init_params
 from encdec.storage import local_path
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.program import Program, abstract_batch, build_program
 from encdec.train.sharding import make_mesh
+
+_LOG = logger(__name__)
 
 # (rows, input tokens, target tokens) by preset; others take the first's.
 SHAPES = {
@@ -374,9 +377,8 @@ def _names(allowed: Sequence[str] = ()) -> Callable[[str], tuple[str, ...]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec benchmark train",
-        allow_abbrev=False,
         description="Our jitted training step next to PyTorch's of the same architecture, "
         "parameters, batch and optimizer, by turns in one run; and where the time of ours goes.",
     )
@@ -436,7 +438,7 @@ def main(argv: list[str]) -> int:
             name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None
         ]
     ):
-        print(f"{missing[0]} is not installed: ours alone is measured", file=sys.stderr)
+        _LOG.warning(f"{missing[0]} is not installed: ours alone is measured")
         torch = False
     rates: Mapping[str, float] = {
         dtype: measure_rates(dtype).flops_per_second for dtype in options.dtypes

@@ -8,7 +8,6 @@ import os
 import pathlib
 import platform
 import re
-import sys
 import time
 
 from encdec.data.losses import Losses
@@ -18,8 +17,11 @@ from encdec.data.records import DatasetCard
 from encdec.data.text_files import plain_name
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError
+from encdec.logs import logger
 from encdec.machine import available_cores
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 COLUMNS = (
     "file",
@@ -122,5 +124,5 @@ def print_table(given: argparse.Namespace) -> int:
         seconds = time.perf_counter() - started
         print(table_row(f"{path.parent.name}/{name}", card, seconds), flush=True)
         if lost := Losses(**card.lost):
-            print(f"table: {path}: the vocabulary loses {lost.describe()}", file=sys.stderr)
+            _LOG.warning(f"table: {path}: the vocabulary loses {lost.describe()}")
     return 0

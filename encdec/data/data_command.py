@@ -26,8 +26,12 @@ from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask
 from encdec.data.verify import SAMPLE_ROWS, verify_records
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path
+
+_LOG = logger(__name__)
 
 # Flags of `show` that say how a task becomes examples, and mean nothing for finished rows.
 OF_TASKS = (
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(prog="encdec data", description=__doc__)
+    flags = Parser(prog="encdec data", description=__doc__)
     commands = flags.add_subparsers(metavar="list | show | verify | table", required=True)
     listing = commands.add_parser("list", help="every task and mixture, and where its data is")
     listing.add_argument(
@@ -211,7 +215,7 @@ def verify_directory(given: argparse.Namespace) -> int:
     verdict = verify_records(
         given.directory,
         sample_rows=None if given.full else rows,
-        progress=lambda what: print(f"verify: {what}", file=sys.stderr),
+        progress=lambda what: _LOG.info(f"verify: {what}"),
     )
     if verdict.faults:
         raise DataError(

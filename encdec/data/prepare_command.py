@@ -18,8 +18,12 @@ from encdec.data.prepare import BAD_ROWS_FILE, prepare
 from encdec.data.prepare_settings import FIELD_FLAGS, PrepareSettings
 from encdec.data.records import DatasetCard
 from encdec.errors import ConfigError
+from encdec.flags import Parser
+from encdec.logs import logger, shows_progress
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 # A task that was made of files stands for them.
 FILES: dict[str, Any] = {
@@ -51,10 +55,12 @@ class ProgressLine:
         if counts.lost and not self.warned:
             # At once: hours of preparing may follow.
             self.close()
-            self.stream.write(f"prepare: warning: {loss_warning(counts.lost)}\n")
+            _LOG.warning(f"prepare: warning: {loss_warning(counts.lost)}")
             self.warned = True
         now = time.perf_counter()
-        if now - self.shown < (TERMINAL_SECONDS if self.terminal else LOG_SECONDS):
+        if not shows_progress() or now - self.shown < (
+            TERMINAL_SECONDS if self.terminal else LOG_SECONDS
+        ):
             return
         self.shown = now
         seconds = max(now - self.started, 1e-9)
@@ -92,7 +98,7 @@ def loss_warning(lost: Losses) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """A flag for each of ``PrepareSettings``; others keep what gin binds, else defaults."""
-    flags = argparse.ArgumentParser(
+    flags = Parser(
         prog="encdec prepare",
         description="Turn text into packed records for training.",
         epilog="Gin binds what an example is, e.g. --gin_bindings='prefix_lm.split = 0.3' or "
@@ -153,8 +159,8 @@ def main(argv: list[str]) -> int:
         path = settings.directory / BAD_ROWS_FILE
         for line in itertools.islice(path.read_text(encoding="utf-8").splitlines(), SHOWN_BAD_ROWS):
             if line:
-                print(f"prepare: left out {line.rstrip()}", file=sys.stderr)
-        print(f"prepare: {left_out:,} bad rows left out, all named in {path}", file=sys.stderr)
+                _LOG.warning(f"prepare: left out {line.rstrip()}")
+        _LOG.warning(f"prepare: {left_out:,} bad rows left out, all named in {path}")
     print(f"records: {settings.out}")
     return 0
 

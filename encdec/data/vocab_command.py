@@ -22,6 +22,7 @@ from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_bytes
+from encdec.flags import Parser
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, make_directory, user_place
 
@@ -148,7 +149,7 @@ def task_texts(
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(prog="encdec vocab", description="Train a vocabulary.")
+    flags = Parser(prog="encdec vocab", description="Train a vocabulary.")
     tasks = ", ".join(TEXT_TASKS)
     flags.add_argument("--task", action="append", help=f"train on a task's text: {tasks}")
     flags.add_argument(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.inference.settings import add_draft_option
+from encdec.logs import logger
 from encdec.storage import any_path, local_path
+
+_LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -42,11 +45,7 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
 
     def progress(written: Written) -> None:
         rate = written.target_tokens / (time.monotonic() - begin)
-        print(
-            f"{written.rows:,} rows, {written.examples:,} answers, {rate:,.0f} tokens/s",
-            file=sys.stderr,
-            flush=True,
-        )
+        _LOG.info(f"{written.rows:,} rows, {written.examples:,} answers, {rate:,.0f} tokens/s")
 
     card = rollout(
         options.writer,
@@ -109,11 +108,10 @@ def _settings(options: argparse.Namespace) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="encdec distill", allow_abbrev=False)
+    parser = Parser(prog="encdec distill")
     parts = parser.add_subparsers(required=True, metavar="{rollout,rounds}")
     part = parts.add_parser(
         "rollout",
-        allow_abbrev=False,
         help="answer the sources of records with a model",
         description="Writes records with a model's own answers: a student's, for a teacher to "
         "score (on-policy), or a teacher's (sequence-level distillation).",
@@ -138,7 +136,6 @@ def _parser() -> argparse.ArgumentParser:
 
     part = parts.add_parser(
         "rounds",
-        allow_abbrev=False,
         help="the student writes, the teacher scores, it learns",
         description="On-policy distillation: trains a student on gold targets, and then again and "
         "again on a mixture with what it wrote itself. The same command continues after a stop.",

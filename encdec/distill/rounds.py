@@ -22,9 +22,12 @@ from encdec.distill.rollout import rollout
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.inference.settings import AUTO, GenerationSettings
+from encdec.logs import logger
 from encdec.storage import as_path
 from encdec.train.config import RunConfig
 from encdec.train.loop import train
+
+_LOG = logger(__name__)
 
 Say = Callable[[str], None]
 
@@ -81,7 +84,7 @@ def distill_in_rounds(
     rows: int | None = None,
     batch_rows: int = 64,
     draft: str = AUTO,
-    say: Say = print,
+    say: Say = _LOG.info,
 ) -> list[pathlib.Path]:
     """Trains a student, and then ``rounds`` times more on what it wrote itself.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from encdec.distill.scoring_settings import ScoringSettings
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.train.train_command import add_process_options, join_processes
 
 if TYPE_CHECKING:
@@ -121,9 +122,8 @@ class ScoringProgress:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec score",
-        allow_abbrev=False,
         description="Reads records once with a teacher and stores what students need of its "
         "distributions: a few bytes a target token. Repeated after a kill, it goes on.",
     )

@@ -6,6 +6,7 @@ import argparse
 
 from encdec.errors import ConfigError
 from encdec.files import write_json, write_text
+from encdec.flags import Parser
 from encdec.inference.settings import check_numbers
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, make_directory, user_place
@@ -42,9 +43,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec evaluate compare",
-        allow_abbrev=False,
         description="Compares two models' finished evaluations of the same examples: paired "
         "bootstrap intervals, and a randomisation test.",
         epilog="Example: encdec evaluate compare --first='DEC=runs/dec/evaluation' "

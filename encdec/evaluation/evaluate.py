@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,9 +34,12 @@ from encdec.evaluation.predictions import (
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.generator import Generator
 from encdec.inference.progress import Progress
+from encdec.logs import logger
 from encdec.metrics.registry import not_measured, score_texts
 from encdec.metrics.score import Score, mean_score
 from encdec.storage import as_path
+
+_LOG = logger(__name__)
 
 NAMED = 10  # examples that a line on standard error lists
 SHUFFLED = "shuffled_sources"  # folder, in the task's
@@ -163,10 +165,9 @@ class _Pass:
         )
         have = min(len(part) for part in (self.found, self._given) if part is not None)
         if have < len(self.examples):
-            print(
+            _LOG.info(
                 f"{self.name}: {have:,} of {len(self.examples):,} done; the call that completes "
-                "them writes the report",
-                file=sys.stderr,
+                "them writes the report"
             )
         return have >= len(self.examples)
 
@@ -214,17 +215,15 @@ def _report(
 
 def _introduce(name: str, count: int, done: int, sources: Sources, too_long: str) -> None:
     """Prints how much of a task is left to do, and which sources cannot be read whole."""
-    print(
+    _LOG.info(
         f"{name}: {count:,} examples, {done:,} already answered, "
-        f"{len(sources.long):,} sources too long ({too_long})",
-        file=sys.stderr,
+        f"{len(sources.long):,} sources too long ({too_long})"
     )
     if sources.empty:
         more = ", ..." if len(sources.empty) > NAMED else ""
-        print(
+        _LOG.warning(
             f"{name}: the sources of {len(sources.empty):,} examples are empty and skipped, with "
-            f"an empty answer: {', '.join(map(str, sources.empty[:NAMED]))}{more}",
-            file=sys.stderr,
+            f"an empty answer: {', '.join(map(str, sources.empty[:NAMED]))}{more}"
         )
 
 

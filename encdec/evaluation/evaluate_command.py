@@ -7,6 +7,7 @@ import argparse
 from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.evaluation.settings import EvaluationSettings
+from encdec.flags import Parser
 from encdec.inference.settings import GenerationSettings, add_draft_option
 from encdec.metrics.registry import METRICS
 from encdec.modules import add_module_flag, import_modules
@@ -89,9 +90,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec evaluate",
-        allow_abbrev=False,
         description="Answers the examples of tasks with a trained model, and scores the answers. "
         "Repeat the command to resume. `encdec evaluate compare --help`: how certain "
         "the difference of two models is; `encdec evaluate table --help`: many models in the "

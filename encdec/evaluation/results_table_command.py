@@ -7,6 +7,7 @@ from typing import Any
 
 from encdec.errors import ConfigError
 from encdec.files import write_json, write_text
+from encdec.flags import Parser
 from encdec.storage import any_path, as_path, make_directory, user_place
 
 
@@ -47,9 +48,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec evaluate table",
-        allow_abbrev=False,
         description="Shows evaluations in the form of the paper's Table 1, its figures separately.",
         epilog="Example: encdec evaluate table --model='DEC=runs/dec/squad,runs/dec/xsum' "
         "--model='ED 2/3-1/3=runs/ed/squad,runs/ed/xsum' --out=runs/table",

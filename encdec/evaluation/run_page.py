@@ -6,7 +6,6 @@ answers of the evaluations that lie in the runs' directories.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import html
 import itertools
@@ -21,6 +20,7 @@ from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.predictions import read_answers
 from encdec.fields import differences
 from encdec.files import whole_lines, write_text
+from encdec.flags import Parser
 from encdec.storage import local_path
 
 # (title, number of metrics.jsonl, what a unit is)
@@ -72,9 +72,8 @@ def main(argv: list[str]) -> int:
         ConfigError: the file exists already.
         DataError: a directory holds no run.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec report",
-        allow_abbrev=False,
         description="Writes runs side by side as one HTML file: curves, configurations, answers.",
         epilog="Example: encdec report runs/a runs/b --out=runs/a-b.html",
     )

@@ -9,6 +9,7 @@ from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.export import formats
 from encdec.export.formats import FORMATS
+from encdec.flags import Parser
 from encdec.storage import any_path, as_path, is_free, local_path
 
 PRECISIONS = tuple(dict.fromkeys(name for one in FORMATS.values() for name in one.precisions))
@@ -88,9 +89,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec export",
-        allow_abbrev=False,
         description="Writes a trained model in the format of another program.",
         epilog="Example: encdec export --checkpoint=runs/mine --format=litert --precision=int8 "
         "--out=mine-int8 --check=records/validation; encdec generate --checkpoint=mine-int8 'x'",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.storage import local_path
 from encdec.train.config import RunConfig, parse_config
 from encdec.train.train_command import load_config, split_overrides
@@ -189,9 +190,8 @@ def _check_writable(flag: str, file: str | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec compile",
-        allow_abbrev=False,
         description="Compiles the training step, or generation, for TPU topologies, on a machine "
         "without any, and predicts memory, time, MFU and chip-hours.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, the mesh too: "
@@ -328,6 +328,6 @@ def _search(run: RunConfig, attempt, divides, over, meshes, console: Console):
     from encdec.hardware.compile_report import compare
     from encdec.hardware.search import search
 
-    searched = search(run, attempt, divides, over, meshes, console)
+    searched = search(run, attempt, divides, over, meshes)
     compare(list(searched.steps), console)
     return searched

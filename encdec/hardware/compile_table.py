@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError, DataError
+from encdec.flags import Parser
 from encdec.storage import local_path
 
 GIB = 2**30
@@ -183,9 +184,8 @@ def plot(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec compile table",
-        allow_abbrev=False,
         description="Reports of training steps (encdec compile --json=FILE) as one Markdown table, "
         "and the rate per device as slices grow.",
     )

@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-
 from encdec.errors import ConfigError
 from encdec.hardware.compile import CompiledStep, DoesNotFit, halved, with_remat
+from encdec.logs import logger
 from encdec.model.stacks import REMAT_POLICIES
 from encdec.train.config import MeshConfig, RunConfig
+
+_LOG = logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,6 @@ def search(
     divides: Callable[[RunConfig], bool],
     over: Sequence[str],
     meshes: Sequence[MeshConfig],
-    console: Console,
 ) -> Searched:
     """Tries every mesh and remat policy, doubling the batch while it fits, or halving it until it
     does.
@@ -44,7 +44,6 @@ def search(
         divides: whether a variant's rows divide over its mesh.
         over: which of "batch" and "remat" to vary.
         meshes: to try.
-        console: gets a line for each variant.
 
     Raises:
         DoesNotFit: nothing fits.
@@ -61,7 +60,7 @@ def search(
         except DoesNotFit as error:
             unfit.append((variant, str(error)))
             said = "does not fit"
-        console.print(
+        _LOG.info(
             f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat "
             f"{variant.model_config().execution.remat}, {variant.batch_size} rows: {said}"
         )

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from encdec import shipped
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.inference.progress import Progress
 from encdec.inference.settings import GenerationSettings, add_draft_option, check_numbers
+from encdec.logs import logger
 from encdec.storage import any_path, as_path, local_path
+
+_LOG = logger(__name__)
 
 if TYPE_CHECKING:
     from encdec.inference.generator import TextGenerator
@@ -113,7 +117,7 @@ def main(argv: list[str]) -> int:
             texts,
         )
         if (done := output.done()) == len(texts):
-            print(f"{options.out} holds all {done:,} answers already", file=sys.stderr)
+            _LOG.info(f"{options.out} holds all {done:,} answers already")
             return 0
     if output:
         _write_file(generator, settings, options, output, texts, done)
@@ -127,9 +131,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec generate",
-        allow_abbrev=False,
         description="Generates text with a trained model, from texts given here or in a file.",
         epilog="Example: encdec generate --checkpoint=runs/mine --beams=4 'def add(a, b): ...'",
     )
@@ -269,10 +272,7 @@ def _write_file(
     done: int,
 ) -> None:
     if done:
-        print(
-            f"{options.out}: {done:,} of {len(texts):,} inputs are answered already",
-            file=sys.stderr,
-        )
+        _LOG.info(f"{options.out}: {done:,} of {len(texts):,} inputs are answered already")
     truncated = 0
     output.begin()
     with Progress("generate", len(texts), done) as progress:
@@ -282,7 +282,7 @@ def _write_file(
                 row.get("source_truncated", False) for row in rows if not row["sample"]
             )
     cut = f"; {truncated:,} inputs were cut" if truncated else ""
-    print(f"{options.out}: {len(texts):,} inputs answered, {progress.rate()}{cut}", file=sys.stderr)
+    _LOG.info(f"{options.out}: {len(texts):,} inputs answered, {progress.rate()}{cut}")
 
 
 def _print_texts(

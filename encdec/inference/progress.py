@@ -6,6 +6,10 @@ import sys
 import time
 from types import TracebackType
 
+from encdec.logs import logger, shows_progress
+
+_LOG = logger(__name__)
+
 REPORT_SECONDS = 10.0
 
 
@@ -22,7 +26,7 @@ class Progress:
         self._name, self._total, self._begun_at, self._done = name, total, done, done
         self._tokens, self._begin, self._bar = 0, time.perf_counter(), None
         self._said = self._begin
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and shows_progress():
             from rich.console import Console
             from rich.progress import Progress as Bar
 
@@ -41,11 +45,9 @@ class Progress:
         elif now - self._said > REPORT_SECONDS:
             self._said = now
             left = (now - self._begin) / (self._done - self._begun_at) * (self._total - self._done)
-            print(
+            _LOG.info(
                 f"{self._name}: {self._done:,} of {self._total:,} examples, {self.rate()}, "
-                f"{left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f"{left:,.0f} s left"
             )
 
     def rate(self) -> str:

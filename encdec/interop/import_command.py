@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from encdec.flags import Parser
 from encdec.storage import any_path
 
 
@@ -42,9 +43,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec import",
-        allow_abbrev=False,
         description="Converts another project's model to a work directory that score, generate and "
         "describe read.",
     )

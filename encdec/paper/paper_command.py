@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,12 @@ from ml_collections import config_flags
 
 from encdec.errors import ConfigError, DataError
 from encdec.fields import unknown_field
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 if TYPE_CHECKING:
     from encdec.paper.setting import Setting
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"paper: {text}", file=sys.stderr, flush=True)
+    _LOG.info(f"paper: {text}")
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Setting]:
@@ -78,9 +81,8 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 def _table(argv: list[str]) -> int:
     """``encdec paper table FILE``: the comparison's tables from result rows alone."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec paper table",
-        allow_abbrev=False,
         description="Prints the comparison's tables, with paired differences, from result rows.",
     )
     parser.add_argument("results", type=local_path, metavar="FILE", help="JSON lines of results")
@@ -96,9 +98,8 @@ def _table(argv: list[str]) -> int:
 
 def _costs(argv: list[str]) -> int:
     """``encdec paper costs --config=FILE:SIZE --results=FILE``: times every model."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec paper costs",
-        allow_abbrev=False,
         description="Times the training step and generation of every model of the comparison, in "
         "a few minutes, and adds them to the result rows. Run it on a quiet machine.",
     )
@@ -153,9 +154,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec paper",
-        allow_abbrev=False,
         description="Rebuilds the paper's comparison: pretrains DEC and ED at three splits at "
         "equal FLOPs, fine-tunes them on tasks, distils, evaluates. Repeat the command to "
         "resume. `encdec paper costs --help`: what each model costs; `encdec paper table --help`: "

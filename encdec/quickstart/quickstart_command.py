@@ -34,7 +34,9 @@ from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.examples import Example, Examples, of_task
 from encdec.evaluation.predictions import read_texts
 from encdec.evaluation.settings import EvaluationSettings
+from encdec.flags import Parser
 from encdec.inference.settings import GenerationSettings
+from encdec.logs import shows_progress
 from encdec.model import ModelConfig, preset
 from encdec.quickstart import quickstart_report as reports
 from encdec.quickstart.quickstart_plan import TASKS, TRY, QuickTask, plan_text
@@ -62,7 +64,7 @@ _console = Console()
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="encdec quickstart",
         description="Prepare the Python standard library as a corpus of functions with and "
         "without small faults, train an encoder-decoder and a decoder-only peer at equal training "
@@ -100,7 +102,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--max_examples is {arguments.max_examples}; expected at least 8")
     started = time.monotonic()
     workdir = pathlib.Path(arguments.workdir)
-    _console.print(plan_text(task, measure_rates("float32").flops_per_second), highlight=False)
+    _tell(plan_text(task, measure_rates("float32").flops_per_second), highlight=False)
     _say(1, f"Data: functions of this machine's Python library, for {task.does}")
     cards = prepare_data(workdir, task, arguments.max_examples)
     _say(2, "Training: two models, the same rows, equal FLOPs")
@@ -156,7 +158,7 @@ def prepare_data(
     vocabulary = workdir / "vocabulary.model"
     if not vocabulary.exists():
         size = preset("quickstart").vocab_size
-        _console.print(f"training a vocabulary of {size:,} pieces on the library's source")
+        _tell(f"training a vocabulary of {size:,} pieces on the library's source")
         train_vocabulary(stdlib_text("train"), vocabulary, size=size)
     cards = {}
     for split in ("train", "test"):
@@ -175,7 +177,7 @@ def prepare_data(
             )
             progress.close()
         card = cards[split] = read_card(out)
-        _console.print(
+        _tell(
             f"{split}: {card.examples:,} functions in {card.rows:,} rows, {card.source_tokens:,} "
             f"source and {card.target_tokens:,} target tokens, "
             f"{card.non_padding_share:.1%} of the positions filled; shortened {card.truncated}"
@@ -218,7 +220,7 @@ def make_runs(
             }
         )
     flops = [training_flops(c, batch_size=task.batch_size, **shape) for c in (ours, peer)]
-    _console.print(
+    _tell(
         f"training FLOPs a step: {flops[0]:.4g} and {flops[1]:.4g} "
         f"(ratio {flops[1] / flops[0]:.4f})"
     )
@@ -238,7 +240,7 @@ def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
     card = score(teacher=workdir / "decoder_only", records=records, out=out, progress=progress)
     progress.close()
     seconds = 0.0 if done else time.monotonic() - begin
-    _console.print(
+    _tell(
         f"{card.tokens:,} target tokens scored: {card.format.draws} draws in "
         f"{card.bytes_per_token:.1f} bytes a token, {card.pairs / card.tokens:.1f} ids a token"
     )
@@ -256,7 +258,7 @@ def train_one(workdir: pathlib.Path, run: RunConfig) -> float:
     """Trains or resumes one model; returns the seconds of its training steps."""
     config = run.model_config()
     title = TITLES["distilled" if run.distill.teacher else config.architecture]
-    _console.print(
+    _tell(
         f"\n{title}: {layers_text(config)} layers, {count_parameters(config).total:,} parameters",
         style="bold",
     )
@@ -315,7 +317,7 @@ def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, lis
         TIMED_TOKENS,
         repeats=3,
         uncached_lengths=UNCACHED_INPUTS,
-        on_progress=lambda text: _console.print(text, style="dim", highlight=False),
+        on_progress=lambda text: _tell(text, style="dim", highlight=False),
     )
     result = {name: {"cached": [], "uncached": []} for name in workdirs}
     for one in measured:
@@ -457,5 +459,11 @@ def show(
     )
 
 
+def _tell(text: str, **how: Any) -> None:
+    """Progress, in the colours of the result."""
+    if shows_progress():
+        _console.print(text, **how)
+
+
 def _say(number: int, text: str) -> None:
-    _console.print(f"\n[{number}/{PARTS}] {text}", style="bold cyan", markup=False)
+    _tell(f"\n[{number}/{PARTS}] {text}", style="bold cyan", markup=False)

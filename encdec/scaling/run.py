@@ -22,9 +22,12 @@ from typing import Any
 
 from encdec.errors import CheckpointError, DataError, EncdecError, Preempted
 from encdec.files import sole_process, write_json
+from encdec.logs import logger
 from encdec.scaling.ladder import Ladder, Plan, PlannedRun, run_config
 from encdec.scaling.results import RESULTS_FILE, ResultsFile, collect
 from encdec.train.config import OPERATIONAL
+
+_LOG = logger(__name__)
 
 LADDER_FILE = "ladder.json"
 
@@ -123,7 +126,7 @@ def run_plan(
     workdir: str | os.PathLike,
     *,
     only: Sequence[str] = (),
-    say: Say = print,
+    say: Say = _LOG.info,
     train: Train | None = None,
 ) -> Outcome:
     """Trains the unfinished runs, and records them.

@@ -19,8 +19,12 @@ from rich.console import Console
 
 from encdec.errors import ConfigError, DataError, EncdecError
 from encdec.fields import unknown_field
+from encdec.flags import Parser
+from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
+
+_LOG = logger(__name__)
 
 _OVERRIDE = re.compile(r"--?(?:no)?ladder\.([^=]+)(=.*)?", re.DOTALL)
 
@@ -53,9 +57,8 @@ def split_ladder_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec scaling",
-        allow_abbrev=False,
         description="Scaling curves: a ladder of runs planned, run, scored, fitted, plotted.",
     )
     actions = parser.add_subparsers(
@@ -176,9 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _action(actions: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
-    parser = actions.add_parser(
-        name, help=text, description=text.capitalize() + ".", allow_abbrev=False
-    )
+    parser = actions.add_parser(name, help=text, description=text.capitalize() + ".")
     parser.set_defaults(function=function)
     return parser
 
@@ -304,11 +305,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     figures = None
     if options.topology:
         figures = step_figures(
-            plan.ladder,
-            plan.runs,
-            options.topology,
-            options.compiled,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            plan.ladder, plan.runs, options.topology, options.compiled, say=_LOG.info
         )
     if options.json:
         print(json.dumps(as_json(plan, rate, figures), indent=2))
@@ -344,7 +341,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     only = options.only if options.index is None else [index_of(plan, options.index).name]
     outcome = run_plan(plan, options.workdir, only=only)
     if outcome.busy:
-        print(f"{len(outcome.busy)} runs are held by other processes: {', '.join(outcome.busy)}")
+        _LOG.info(f"{len(outcome.busy)} runs are held by others: {', '.join(outcome.busy)}")
     if outcome.failed:
         raise RunsFailed(
             f"{len(outcome.failed)} runs failed: {', '.join(outcome.failed)}; all others are "

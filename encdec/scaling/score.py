@@ -15,15 +15,18 @@ from encdec.evaluation.examples import Examples
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.files import write_text
 from encdec.inference.settings import GenerationSettings
+from encdec.logs import logger
 from encdec.scaling.ladder import Plan
 from encdec.scaling.results import SCORES_FILE
 from encdec.scaling.run import Workdir
+
+_LOG = logger(__name__)
 
 EVALUATION = "evaluation"  # folder of a run's work directory
 
 
 def score_plan(
-    plan: Plan, workdir: str | os.PathLike, task: Examples, say: Callable[[str], None] = print
+    plan: Plan, workdir: str | os.PathLike, task: Examples, say: Callable[[str], None] = _LOG.info
 ) -> list[str]:
     """Scores every finished run without scores; returns their names.
 

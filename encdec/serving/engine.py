@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import logging
 import math
 import threading
 import time
@@ -25,6 +24,7 @@ from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.settings import AUTO, MOST_BIASES, GenerationSettings
 from encdec.inference.speculation import Drafting, speculate_compiled
 from encdec.inference.text import PromptFormat, TextStream, find_stop, text_after
+from encdec.logs import logger
 from encdec.model import ModelConfig
 from encdec.serving.prometheus_metrics import Metrics
 from encdec.serving.prompts import Prompt
@@ -39,6 +39,8 @@ from encdec.serving.slots import (
     release_compiled,
 )
 from encdec.serving.tickets import Answer, Failure, Scored, Ticket, Update
+
+_LOG = logger(__name__)
 
 # Between two polls of the answers: long compared with a poll, short for a reader.
 POLL_SECONDS = 0.01
@@ -262,7 +264,7 @@ class Engine:
                     self._poll()
             self._fail_all("shutdown")
         except BaseException as error:
-            logging.getLogger("encdec").exception("the engine failed")
+            _LOG.exception("the engine failed")
             self.broken = f"{type(error).__name__}: {error}"
             self._fail_all("error")
 

@@ -10,9 +10,13 @@ import time
 
 from encdec import shipped
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.inference.settings import AUTO, LOOKUP, OFF, add_draft_option
+from encdec.logs import logger
 from encdec.packages import install_hint
 from encdec.storage import any_path
+
+_LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +65,7 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     if options.warm_up:
         programs = engine.warm_up()
-        print(f"{programs} programs ready in {time.perf_counter() - begin:.1f} s", flush=True)
+        _LOG.info(f"{programs} programs ready in {time.perf_counter() - begin:.1f} s")
     name = options.name or pathlib.Path(options.checkpoint).resolve().name
     service = Service(
         engine,
@@ -72,14 +76,13 @@ def main(argv: list[str]) -> int:
         template=template,
     )
     megabytes = slot_bytes(engine.config, engine.plan) / 1e6
-    print(
+    _LOG.info(
         f"{name}, step {step:,}: {options.slots} slots of {prompts.max_input_tokens:,} tokens in "
-        f"and {max_tokens:,} out, {megabytes:,.1f} MB each",
-        flush=True,
+        f"and {max_tokens:,} out, {megabytes:,.1f} MB each"
     )
     print(f"listening on {address(bound)}", flush=True)
     run(service, bound, options.grace_seconds)
-    print("ended", flush=True)
+    _LOG.info("ended")
     return 0
 
 
@@ -111,9 +114,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec serve",
-        allow_abbrev=False,
         description="Serves a trained model over HTTP, in OpenAI's protocols, with "
         "continuous batching.",
         epilog="Example: encdec serve --checkpoint=runs/mine --port=8000; curl "

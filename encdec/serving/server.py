@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,10 @@ from types import FrameType
 import uvicorn
 
 from encdec.errors import ConfigError
+from encdec.logs import logger
 from encdec.serving.app import Service, make_app
+
+_LOG = logger(__name__)
 
 FLUSH_SECONDS = 5.0  # to send the last responses
 
@@ -90,9 +92,8 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.02)
         left = engine.active + engine.waiting
         if left:
-            print(
-                f"encdec: {left} answers were not finished within {self._grace_seconds:g} s",
-                file=sys.stderr,
+            _LOG.warning(
+                f"encdec: {left} answers were not finished within {self._grace_seconds:g} s"
             )
         await asyncio.get_running_loop().run_in_executor(None, engine.stop)
         self.should_exit = True

@@ -6,7 +6,6 @@ Averaging weights along the end of a run often generalises better than its last 
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ import orbax.checkpoint as ocp
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
 from encdec.files import write_json
+from encdec.flags import Parser
 from encdec.storage import any_path, as_path, is_free, user_place, whole_directory
 from encdec.train.checkpoints import (
     FINGERPRINTS,
@@ -97,9 +97,8 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
 
 def main(argv: list[str]) -> int:
     """``encdec average --checkpoint=DIR --last=K --out=DIR``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec average",
-        allow_abbrev=False,
         description="Averages the parameters of a run's checkpoints. The result generates, is "
         "evaluated, exported and started from (--config.init_from) like any other model.",
     )

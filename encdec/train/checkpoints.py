@@ -30,6 +30,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from encdec import safetensors
 from encdec.buckets import is_address
 from encdec.errors import CheckpointError, DataError
+from encdec.logs import logger
 from encdec.model import ModelConfig, abstract_params, build_model
 from encdec.storage import as_path, make_directory, move_directory, on_this_machine
 from encdec.train.config import CheckpointConfig
@@ -44,6 +45,8 @@ from encdec.train.workdir import (
     model_config_of,
     read_config,
 )
+
+_LOG = logger(__name__)
 
 DAMAGED_FOLDER = "damaged"
 FINGERPRINTS = "fingerprints"
@@ -73,7 +76,7 @@ class Checkpoints:
         workdir: epath.PathLike,
         config: CheckpointConfig = CheckpointConfig(),
         losses: Mapping[int, float] | None = None,
-        say: Say = print,
+        say: Say = _LOG.warning,
     ):
         """
         Args:
@@ -106,6 +109,7 @@ class Checkpoints:
         """Copies the state off the devices and writes it in the background."""
         items = {"params": state.params, "optimizer": state.opt_state}
         prints = {name: fingerprints(tree) for name, tree in items.items()}
+        _LOG.debug("checkpoint %d is written to %s", step, self.directory)
         # Forced: whether a checkpoint is due is the loop's decision.
         self._manager.save(
             step,

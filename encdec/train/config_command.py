@@ -14,6 +14,7 @@ import tokenize
 from typing import Any, Literal, get_args, get_origin
 
 from encdec.fields import field_types
+from encdec.flags import Parser
 from encdec.model.execution import INFERENCE_FIELDS
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
@@ -54,9 +55,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec config",
-        allow_abbrev=False,
         description="Prints the configuration of a run, with every field's meaning and default.",
         epilog="Fields are set as of `encdec train`, by --config.FIELD=VALUE. Example: encdec "
         "config --config=configs/pretrain.py:330m --config.steps=2000",

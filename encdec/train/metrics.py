@@ -19,6 +19,7 @@ from etils import epath
 from encdec.cost.chips import peak_flops
 from encdec.cost.flops import model_flops_utilisation, training_flops
 from encdec.files import LineAppender, keep_lines, whole_lines
+from encdec.logs import shows_progress
 from encdec.metrics.score import bits_per_byte
 from encdec.model import ModelConfig
 from encdec.storage import as_path
@@ -209,7 +210,8 @@ class Console(ScalarWriter):
         self, steps: int, start_step: int = 0, stream: TextIO | None = None, what: str = "train"
     ):
         self._steps, self._stream, self._bar = steps, stream or sys.stderr, None
-        self._quiet = jax.process_index() > 0
+        self._others = jax.process_index() > 0
+        self._quiet = self._others or not shows_progress()
         if self._stream.isatty() and not self._quiet:
             from rich.console import Console as RichConsole
             from rich.progress import (
@@ -240,9 +242,18 @@ class Console(ScalarWriter):
 
     def say(self, text: str) -> None:
         """One line about the run."""
+        if not self._quiet:
+            self._line(text)
+
+    def warn(self, text: str) -> None:
+        """The same of what must be known, which ``--quiet`` shows, too."""
+        if not self._others:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        elif not self._quiet:
+        else:
             print(text, file=self._stream, flush=True)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:

@@ -159,7 +159,7 @@ def open_session(
         console = Console(run.steps)
         closing.callback(console.close)
         losses: dict[int, float] = {}
-        checkpoints = Checkpoints(workdir, run.checkpoint, losses, console.say)
+        checkpoints = Checkpoints(workdir, run.checkpoint, losses, console.warn)
         closing.callback(checkpoints.close)
         _introduce(job, console)
         state, start = _begin(job, workdir, checkpoints, console)
@@ -171,7 +171,7 @@ def open_session(
             tracker_names(run.trackers),
             workdir,
             {"run": to_dict(run), "model": job.model.to_dict()},
-            console.say,
+            console.warn,
         )
         writer = make_writer(workdir, start, console, trackers)
         closing.callback(writer.close)
@@ -240,7 +240,7 @@ def _introduce(job: Job, console: Console) -> None:
         console.say(job.teacher.describe())
     rows = len(job.records)
     if rows < job.run.batch_size:
-        console.say(
+        console.warn(
             f"warning: a batch of {job.run.batch_size:,} rows is larger than the data, {rows:,} "
             f"rows: a step reads every row about {job.run.batch_size / rows:.1f} times; set "
             f"--config.batch_size={max(1, rows // 8)} or so, or prepare with shorter lengths"

@@ -18,6 +18,8 @@ from ml_collections import config_flags
 from encdec import shipped
 from encdec.errors import ConfigError, EncdecError, Preempted
 from encdec.fields import did_you_mean
+from encdec.flags import Parser
+from encdec.logs import shows_tracebacks
 from encdec.modules import add_module_flag, import_modules, named_function
 from encdec.storage import any_path, local_path, refusals_explained
 from encdec.train.config import complete, field_names, parse_config, unknown_field
@@ -75,6 +77,8 @@ def leave_at_once(error: Exception) -> None:
     code = 1
     if isinstance(error, EncdecError):
         code = error.exit_code
+        if shows_tracebacks():
+            traceback.print_exception(error)
         print(f"encdec: error: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
@@ -84,9 +88,8 @@ def leave_at_once(error: Exception) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="encdec train",
-        allow_abbrev=False,
         description="Trains a model on records, or resumes the run of the work directory.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, for example "
         "--config.batch_size=64 --config.optimizer.name=muon; `encdec config --config=FILE.py` "

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import io
 import json
 import pathlib
 
 import pytest
-from rich.console import Console
 
 from encdec.cost.chips import find_chip
 from encdec.errors import ConfigError
@@ -110,7 +108,6 @@ class Predicted:
 
 def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits():
     """A made-up chip: each split of the state and each remat policy has its own largest batch."""
-    quiet = Console(file=io.StringIO())
     room = {"none": 16, "dots": 32, "attention": 64, "full": 128}
     tried = []
 
@@ -123,7 +120,7 @@ def test_search_goes_over_what_is_asked_and_stops_where_nothing_fits():
 
     run = parse_config({"model": "test", "batch_size": 16})
     divides = lambda run: run.batch_size % 8 == 0
-    find = lambda run, over, meshes: search(run, attempt, divides, over, meshes, quiet)
+    find = lambda run, over, meshes: search(run, attempt, divides, over, meshes)
     found = find(run, ("batch", "remat"), search_meshes(run.mesh, 32))
     rates = [step.mfu for step in found.steps]
     assert rates[0] == pytest.approx(0.256 - 0.016 - 0.1) and rates == sorted(rates)[::-1]
