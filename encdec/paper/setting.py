@@ -297,6 +297,14 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
     )
 
 
+def _evaluated(every: int, batch_size: int) -> dict[str, Any]:
+    return {
+        "eval": {"every": every, "batch_size": batch_size},
+        # The best one is what is evaluated.
+        "checkpoint": {"every": every, "keep": 1, "keep_best": 1},
+    }
+
+
 def run_config(
     setting: Setting,
     row: str,
@@ -336,8 +344,6 @@ def run_config(
             },
             "loss": {"z_loss": optimizer.z_loss},
             "distill": {"teacher": teacher, "alpha": setting.distill.alpha},
-            "eval": {"every": every, "batch_size": batch_size},
-            # The best one is what is evaluated.
-            "checkpoint": {"every": every, "keep": 1, "keep_best": 1},
+            **(_evaluated(every, batch_size) if eval_records else {}),
         }
     )

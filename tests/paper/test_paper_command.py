@@ -9,6 +9,7 @@ import pytest
 
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError, DataError
+from encdec.paper import costs
 from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, evenly
 from encdec.paper.paper_command import load_config, main
@@ -71,6 +72,27 @@ def arguments(inputs, work, *more):
     ]
 
 
+def test_every_model_is_timed_and_joins_the_rows(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(costs, "STEPS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
+    monkeypatch.setattr(costs, "table_rows", lambda _: {"ED 2/3-1/3": "2/3"})
+    monkeypatch.setattr(costs, "INPUTS", 8)
+    monkeypatch.setattr(costs, "NEW_TOKENS", 4)
+    results = tmp_path / "results.jsonl"
+    given = [f"--config={inputs / 'config.py'}", f"--results={results}", "--remark=a test"]
+    assert main(["costs", *given]) == 0
+    rows = {row["row"]: row for row in read_results(results)}
+    assert set(rows) == {"ED 2/3-1/3", TEACHER}
+    setting = parse_setting(load_config(f"{inputs / 'config.py'}").to_dict())
+    for name, row in rows.items():
+        assert (row["kind"], row["remark"], row["inputs"]) == ("costs", "a test", 8)
+        assert row["training_seconds"] == 3 * row["step_seconds"] > 0
+        assert row["first_token_seconds"] > 0 and row["tokens_per_second"] > 0
+        assert row["memory_bytes"] > 4 * count_parameters(model_of(setting, name)).total
+    assert "ms a step" in capsys.readouterr().err
+    assert main(["table", str(results)]) == 0
+
+
 @pytest.mark.slow
 def test_all_runs_of_a_student_and_again(inputs, tmp_path, capsys, monkeypatch):
     student = "--rows=ED 2/3-1/3"
@@ -130,8 +152,8 @@ def test_students_cost_the_same_and_the_teacher_is_larger(size):
     setting = parse_setting(load_config(f"{CONFIG}:{size}").to_dict())
     shape = setting.pretrain.inputs, setting.pretrain.targets
     assert list(table_rows(setting)) == ["DEC", "ED 2/3-1/3", "ED 1/2-1/2", "ED 1/3-2/3"]
-    costs = [training_flops(model_of(setting, row), *shape) for row in table_rows(setting)]
-    assert max(costs) / min(costs) < 1.01
+    flops = [training_flops(model_of(setting, row), *shape) for row in table_rows(setting)]
+    assert max(flops) / min(flops) < 1.01
     assert [slug(row) for row in (*table_rows(setting), TEACHER)] == [
         "dec",
         "ed-2of3",
@@ -162,8 +184,8 @@ def test_the_most_telling_runs_come_first():
         0.8 * parameters[0]
     )
     # Without pretraining the FLOPs of fine-tuning's rows are equal.
-    costs = [training_flops(model_of(setting, row), 192, 192) for row in ("DEC", "ED 2/3-1/3")]
-    assert costs[0] / costs[1] == pytest.approx(1, abs=0.01)
+    flops = [training_flops(model_of(setting, row), 192, 192) for row in ("DEC", "ED 2/3-1/3")]
+    assert flops[0] / flops[1] == pytest.approx(1, abs=0.01)
     assert slug("DEC (parameters)") == "dec-parameters"
     assert evaluations(setting) == [("evaluation", 1), ("evaluation-beam", 5)]
 
