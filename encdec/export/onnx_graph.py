@@ -148,6 +148,12 @@ class _Layers:
         scale = scale + 1 if self.config.norm_plus_one else scale
         return g.op("Mul", g.op("Div", x, spread), g.constant(scale.astype(np.float32), name))
 
+    def pre_norm(self, x: str, layer: Params, name: str, path: str) -> str:
+        """A sublayer's input."""
+        if self.config.omit_pre_norms:
+            return x
+        return self.norm(x, layer[f"{name}_norm"]["scale"], f"{path}/{name}_norm")
+
     def embed(self, tokens: str, table: np.ndarray) -> str:
         g, config = self.g, self.config
         factor = np.float32(config.d_model**0.5 if config.embedding_scale else 1.0)
@@ -196,8 +202,18 @@ class _Layers:
         )
         return self.g.linear(x, kernel, self.bias_of(params, names), f"{path}/{names}")
 
+    def head_norm(self, x: str, params: Params, name: str, path: str) -> str:
+        """Queries or keys [B, T, heads, D], each head normed or all of a token's together."""
+        g, config = self.g, self.config
+        if not config.qk_norm:
+            return x
+        scale, path = params[name]["scale"], f"{path}/{name}"
+        if not config.qk_norm_over_heads:
+            return self.norm(x, scale, path)
+        return self.heads(self.norm(g.op("Reshape", x, g.ints(0, 0, -1)), scale, path))
+
     def self_qkv(
-        self, x: str, params: Params, table: tuple[str, str], path: str
+        self, x: str, params: Params, table: tuple[str, str] | None, path: str
     ) -> tuple[str, str, str]:
         """Rotated queries [B, T, H, D]; keys and values [B, K, T, D]."""
         g, config = self.g, self.config
@@ -205,11 +221,10 @@ class _Layers:
         both = self.project(x, params, "qkv", path)
         parts = g.op("Split", both, g.ints(H * D, K * D, K * D), axis=-1, outputs=3)
         q, k, v = map(self.heads, parts)
-        if config.qk_norm:
-            q = self.norm(q, params["q_norm"]["scale"], f"{path}/q_norm")
-            k = self.norm(k, params["k_norm"]["scale"], f"{path}/k_norm")
-        both = self.rotate(g.op("Concat", q, k, axis=2), table)
-        q, k = g.op("Split", both, g.ints(H, K), axis=2, outputs=2)
+        q, k = (self.head_norm(y, params, norm, path) for y, norm in ((q, "q_norm"), (k, "k_norm")))
+        if table is not None:
+            both = self.rotate(g.op("Concat", q, k, axis=2), table)
+            q, k = g.op("Split", both, g.ints(H, K), axis=2, outputs=2)
         return q, *(g.op("Transpose", y, perm=[0, 2, 1, 3]) for y in (k, v))
 
     def attend(
@@ -275,12 +290,28 @@ class _Layers:
         return self.additive(self.g.op("Unsqueeze", allowed, self.g.ints(1)))
 
     def near_mask(self, places: str, mask: str) -> str:
-        """A scores' mask further limited to the attention window, which reaches both ways."""
-        g = self.g
+        """A scores' mask further limited to the encoder's window, which reaches both ways."""
+        g, window = self.g, self.config.attention_window
+        back, ahead = self.config.encoder_window or (window - 1, window - 1)
         rows, columns = (g.op("Unsqueeze", places, g.ints(axis)) for axis in (2, 1))
-        reach = g.constant(np.int64(self.config.attention_window), "window")
-        near = g.op("Less", g.op("Abs", g.op("Sub", rows, columns)), reach)
+        distance = g.op("Sub", rows, columns)
+        reach = [g.constant(np.int64(one)) for one in (back, -ahead)]
+        near = g.op(
+            "And",
+            g.op("LessOrEqual", distance, reach[0]),
+            g.op("GreaterOrEqual", distance, reach[1]),
+        )
         return g.op("Min", mask, self.additive(near))
+
+    def moved(self, positions: str, mask: str) -> str:
+        """Positions [B, T] that continue where each row's source ends."""
+        g = self.g
+        return g.op("Add", positions, g.op("ReduceSum", mask, g.ints(1), keepdims=1))
+
+    def block_mlp(self, x: str, layer: Params, path: str) -> str:
+        """The MLP with its norms, added to the residual."""
+        y = self.mlp(self.pre_norm(x, layer, "mlp", path), layer["mlp"], f"{path}/mlp")
+        return self.residual(x, y, layer, "mlp", path)
 
 
 def _value(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
@@ -319,30 +350,38 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     for index in range(config.encoder_layers):
         layer, path = params["encoder"][f"layers_{index}"], f"encoder/layers_{index}"
         rope, mask = kinds[config.is_local(index, "encoder")]
-        y = layers.norm(x, layer["self_attention_norm"]["scale"], f"{path}/self_attention_norm")
+        y = layers.pre_norm(x, layer, "self_attention", path)
         attention = layer["self_attention"]
-        q, k, v = layers.self_qkv(y, attention, rope, f"{path}/self_attention")
+        rotation = rope if config.is_rotated(index, "encoder") else None
+        q, k, v = layers.self_qkv(y, attention, rotation, f"{path}/self_attention")
         k = g.op("Transpose", k, perm=[0, 1, 3, 2])
         y = layers.attend(q, k, v, mask, attention, f"{path}/self_attention")
         x = layers.residual(x, y, layer, "self_attention", path)
-        y = layers.mlp(
-            layers.norm(x, layer["mlp_norm"]["scale"], f"{path}/mlp_norm"),
-            layer["mlp"],
-            f"{path}/mlp",
-        )
-        x = layers.residual(x, y, layer, "mlp", path)
+        x = layers.block_mlp(x, layer, path)
     x = layers.norm(x, params["encoder"]["final_norm"]["scale"], "encoder/final_norm")
+    ropes = {local: rope for local, (rope, _) in kinds.items()}
     for index in range(config.decoder_layers):
-        attention = params["decoder"][f"layers_{index}"]["encoder_attention"]
-        path = f"decoder/layers_{index}/encoder_attention"
-        both = layers.project(x, attention, "kv", path)
-        k, v = map(layers.heads, g.op("Split", both, axis=-1, num_outputs=2, outputs=2))
-        if config.qk_norm:
-            k = layers.norm(k, attention["k_norm"]["scale"], f"{path}/k_norm")
-        g.rename(g.op("Transpose", k, perm=[0, 2, 3, 1]), f"cross_key_{index}")
-        g.rename(g.op("Transpose", v, perm=[0, 2, 1, 3]), f"cross_value_{index}")
+        _cross_key_values(layers, params, index, x, ropes)
     inputs = [_value(name, TensorProto.INT64, "batch", "source") for name in ("tokens", "mask")]
     return g.model(inputs, _cross_values(config))
+
+
+def _cross_key_values(
+    layers: _Layers, params: Params, index: int, x: str, ropes: dict[bool, tuple[str, str]]
+) -> None:
+    """Outputs of the encoder's graph: what decoder layer ``index`` reads of the source ``x``."""
+    g, config = layers.g, layers.config
+    merged = config.merged_attention
+    name = "self_attention" if merged else "encoder_attention"
+    attention = params["decoder"][f"layers_{index}"][name]
+    path = f"decoder/layers_{index}/{name}"
+    both = layers.project(x, attention, "kv", path)
+    k, v = map(layers.heads, g.op("Split", both, axis=-1, num_outputs=2, outputs=2))
+    k = layers.head_norm(k, attention, "k_norm", path)
+    if config.cross_attention_rope != "none" and (not merged or config.is_rotated(index)):
+        k = layers.rotate(k, ropes[merged and config.is_local(index)])
+    g.rename(g.op("Transpose", k, perm=[0, 2, 3, 1]), f"cross_key_{index}")
+    g.rename(g.op("Transpose", v, perm=[0, 2, 1, 3]), f"cross_value_{index}")
 
 
 def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> onnx.ModelProto:
@@ -355,52 +394,30 @@ def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     """
     # A decoder that reads the prompt itself multiplies as many rows as an encoder does.
     g = Graph(precision, many_rows=not config.is_encoder_decoder)
-    layers, crossed = _Layers(config, g), config.is_encoder_decoder
+    layers = _Layers(config, g)
     x = layers.embed("tokens", params["embedder"]["embedding"])
-    columns = g.op("Unsqueeze", "key_positions", g.ints(1))
-    rows = g.op("Unsqueeze", "positions", g.ints(2))
-    allowed = g.op("LessOrEqual", columns, rows)
-    kinds = {False: (layers.rope("positions"), layers.additive(allowed))}
-    if config.attention_window:
-        reach = g.constant(np.int64(config.attention_window), "window")
-        near = g.op("Less", g.op("Sub", rows, columns), reach)
-        kinds[True] = (
-            layers.rope("positions", local=True),
-            layers.additive(g.op("And", allowed, near)),
-        )
-    source_mask = layers.source_mask("source_mask") if crossed else ""
+    kinds = _decoder_attention(layers)
+    cross = _cross_inputs(layers) if config.is_encoder_decoder else None
     for index in range(config.decoder_layers):
         layer, path = params["decoder"][f"layers_{index}"], f"decoder/layers_{index}"
         rope, mask = kinds[config.is_local(index)]
-        y = layers.norm(x, layer["self_attention_norm"]["scale"], f"{path}/self_attention_norm")
-        attention = layer["self_attention"]
-        q, k, v = layers.self_qkv(y, attention, rope, f"{path}/self_attention")
+        y = layers.pre_norm(x, layer, "self_attention", path)
+        attention, place = layer["self_attention"], f"{path}/self_attention"
+        rotation = rope if config.is_rotated(index) else None
+        q, k, v = layers.self_qkv(y, attention, rotation, place)
         k = g.op("Concat", f"past_key_{index}", k, axis=2)
         v = g.op("Concat", f"past_value_{index}", v, axis=2)
         g.rename(k, f"present_key_{index}")
         g.rename(v, f"present_value_{index}")
-        y = layers.attend(
-            q, g.op("Transpose", k, perm=[0, 1, 3, 2]), v, mask, attention, f"{path}/self_attention"
-        )
+        k = g.op("Transpose", k, perm=[0, 1, 3, 2])
+        if config.merged_attention:
+            k = g.op("Concat", f"cross_key_{index}", k, axis=3)
+            v = g.op("Concat", f"cross_value_{index}", v, axis=2)
+        y = layers.attend(q, k, v, mask, attention, place)
         x = layers.residual(x, y, layer, "self_attention", path)
-        if crossed:
-            y = layers.norm(
-                x, layer["cross_attention_norm"]["scale"], f"{path}/cross_attention_norm"
-            )
-            attention, place = layer["encoder_attention"], f"{path}/encoder_attention"
-            q = layers.heads(layers.project(y, attention, "q", place))
-            if config.qk_norm:
-                q = layers.norm(q, attention["q_norm"]["scale"], f"{place}/q_norm")
-            y = layers.attend(
-                q, f"cross_key_{index}", f"cross_value_{index}", source_mask, attention, place
-            )
-            x = layers.residual(x, y, layer, "cross_attention", path)
-        y = layers.mlp(
-            layers.norm(x, layer["mlp_norm"]["scale"], f"{path}/mlp_norm"),
-            layer["mlp"],
-            f"{path}/mlp",
-        )
-        x = layers.residual(x, y, layer, "mlp", path)
+        if cross is not None and not config.merged_attention:
+            x = _cross_attention(layers, x, layer, index, cross)
+        x = layers.block_mlp(x, layer, path)
     x = g.op("GatherND", x, g.op("Unsqueeze", "wanted", g.ints(2)), batch_dims=1)
     x = layers.norm(x, params["decoder"]["final_norm"]["scale"], "decoder/final_norm")
     embedder = params["embedder"]
@@ -410,6 +427,57 @@ def decoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
         x = g.op("Mul", g.op("Tanh", g.op("Div", x, g.float(cap))), g.float(cap))
     g.rename(x, "logits")
     return g.model(*_decoder_values(config))
+
+
+def _decoder_attention(layers: _Layers) -> dict[bool, tuple[tuple[str, str], str]]:
+    """Rotation and mask of self-attention in layers that read all (False) and in local ones.
+
+    Merged with cross-attention, the mask begins with the source's places, which every layer reads.
+    """
+    g, config = layers.g, layers.config
+    columns = g.op("Unsqueeze", "key_positions", g.ints(1))
+    rows = g.op("Unsqueeze", "positions", g.ints(2))
+    places = "positions"
+    if config.merged_attention and config.cross_attention_rope == "continued":
+        places = layers.moved(places, "source_mask")
+
+    def mask(allowed: str) -> str:
+        if config.merged_attention:
+            source = g.op("Cast", g.op("Unsqueeze", "source_mask", g.ints(1)), to=TensorProto.BOOL)
+            source = g.op("And", source, g.op("GreaterOrEqual", rows, g.ints(0)))  # [B, N, S]
+            allowed = g.op("Concat", source, allowed, axis=2)
+        return layers.additive(allowed)
+
+    allowed = g.op("LessOrEqual", columns, rows)
+    kinds = {False: (layers.rope(places), mask(allowed))}
+    if config.attention_window:
+        reach = g.constant(np.int64(config.attention_window), "window")
+        near = g.op("Less", g.op("Sub", rows, columns), reach)
+        kinds[True] = layers.rope(places, local=True), mask(g.op("And", allowed, near))
+    return kinds
+
+
+def _cross_inputs(layers: _Layers) -> tuple[tuple[str, str] | None, str]:
+    """Rotation of the queries and mask of cross-attention."""
+    style = layers.config.cross_attention_rope
+    places = layers.moved("positions", "source_mask") if style == "continued" else "positions"
+    rope = None if style == "none" else layers.rope(places)
+    return rope, layers.source_mask("source_mask")
+
+
+def _cross_attention(
+    layers: _Layers, x: str, layer: Params, index: int, inputs: tuple[tuple[str, str] | None, str]
+) -> str:
+    """Cross-attention of decoder layer ``index``, added to the residual."""
+    path, (rope, mask) = f"decoder/layers_{index}", inputs
+    y = layers.pre_norm(x, layer, "cross_attention", path)
+    attention, place = layer["encoder_attention"], f"{path}/encoder_attention"
+    q = layers.head_norm(
+        layers.heads(layers.project(y, attention, "q", place)), attention, "q_norm", place
+    )
+    q = q if rope is None else layers.rotate(q, rope)
+    y = layers.attend(q, f"cross_key_{index}", f"cross_value_{index}", mask, attention, place)
+    return layers.residual(x, y, layer, "cross_attention", path)
 
 
 def _decoder_values(config: ModelConfig) -> tuple[list[Any], list[Any]]:

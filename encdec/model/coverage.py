@@ -37,6 +37,7 @@ ALSO: dict[str, frozenset[str]] = {
     "cudnn": _OUTSIDE_KERNELS,
     "cpu": _OUTSIDE_KERNELS,
     "hf": _OUTSIDE_KERNELS,
+    "onnx": _OUTSIDE_KERNELS,
     # Read back into the plain modules.
     "encdec": frozenset(field.name for field in dataclasses.fields(ModelConfig)),
 }

@@ -154,8 +154,22 @@ MODELS: dict[str, ModelConfig] = {
         rope_length=40,
     ),
 }
-# For graphs alone: no format but ONNX has all of "windowed".
+# For graphs alone: no format but ONNX has all of these.
 MODELS_OF_GRAPHS = MODELS | {
+    # Cross-attention that knows places: counted from zero, and on from the source's end.
+    "from zero": TINY.replace(cross_attention_rope="from_zero"),
+    "merged, continued": TINY.replace(
+        scan_layers=False,
+        decoder_layers=3,
+        merged_attention=True,
+        cross_attention_rope="continued",
+        attention_window=4,
+        local_rope_theta=100.0,
+        decoder_global_layers=(1,),
+        decoder_unrotated_layers=(2,),
+        qk_norm=True,
+    ),
+    "continued": TINY.replace(cross_attention_rope="continued"),
     "stretched": TINY.replace(
         rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=40
     ),

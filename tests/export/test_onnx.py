@@ -62,7 +62,20 @@ def pairs(count=3):
     ]
 
 
-@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed", "windowed pair"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "paper",
+        "unrolled",
+        "windowed",
+        "windowed pair",
+        "from zero",
+        "continued",
+        "merged, continued",
+        "of later families",
+        "t5gemma2",
+    ],
+)
 def test_float32_graphs_compute_our_logits(name, content, tmp_path):
     model = export(name, content, tmp_path / "onnx")
     found = quality.measure(model, *pair(name), pairs(), START)
@@ -70,7 +83,7 @@ def test_float32_graphs_compute_our_logits(name, content, tmp_path):
     assert abs(found.loss - found.reference_loss) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["paper", "windowed"])
+@pytest.mark.parametrize("name", ["paper", "windowed", "merged, continued"])
 def test_answers_are_ours(name, content, tmp_path, monkeypatch):
     """Rows of unlike lengths, with the growing cache, and several samples of each; with drafts
     too, whose rejected tokens leave the cache at once."""
@@ -149,10 +162,3 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     with pytest.raises(DataError):
         main([*arguments[:2], f"--out={tmp_path / 'x'}", f"--check={tmp_path / 'nothing'}"])
     assert not (tmp_path / "x").exists()
-
-
-def test_what_the_graphs_cannot_express_is_refused_by_field(tmp_path):
-    config, params = pair("paper")
-    with pytest.raises(ConfigError, match="cross_attention_rope is 'from_zero'"):
-        config = config.replace(cross_attention_rope="from_zero")
-        formats.write("onnx", tmp_path / "x", formats.Export(config, params, PROMPTS))
