@@ -1,7 +1,7 @@
 # make quickstart   environment, installation, then the whole story on this machine
 # make test         environment with the test tools, then every test
 # make test-light   the same for an environment without TensorFlow, with its own tests
-# make check        style (ruff.toml) and types (pyproject.toml)
+# make check        style (ruff.toml), types (pyproject.toml), sizes of functions
 # make coverage     every test, then the share of each package's lines that they ran
 # make mutants      puts known faults into a copy, one at a time: do the tests notice?
 #                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
@@ -59,6 +59,7 @@ check: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --noconftest -p no:cacheprovider tests/test_function_sizes.py
 
 coverage: $(TESTED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov=encdec --cov-report= $(TESTS)

@@ -13,7 +13,7 @@ import difflib
 import functools
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from encdec.errors import ConfigError
 
@@ -147,6 +147,34 @@ def typed(value: Any, hint: Any, name: str) -> Any:
     if hint is not typing.Any and type(value) is not hint:
         raise _ill_typed(name, value, hint.__name__)
     return value
+
+
+def value_of(config: Any, name: str) -> Any:
+    """The value of a dotted field; a group may be a mapping."""
+    for part in name.split("."):
+        config = config[part] if isinstance(config, Mapping) else getattr(config, part)
+    return config
+
+
+class Require(Protocol):
+    """Refuses a field of a config unless a condition holds; see ``requirements``."""
+
+    def __call__(self, condition: bool, name: str, expected: str, value: Any = ...) -> None: ...
+
+
+def requirements(config: Any, prefix: str) -> Require:
+    """``require(condition, name, expected)`` for a config's ``__post_init__``.
+
+    Unless the condition holds it raises ConfigError: ``PREFIX + NAME is VALUE; expected EXPECTED``.
+    The value is that of the dotted field, or ``value`` where only a part of it is wrong.
+    """
+
+    def require(condition: bool, name: str, expected: str, value: Any = ...) -> None:
+        if not condition:
+            seen = value_of(config, name) if value is ... else value
+            raise ConfigError(f"{prefix}{name} is {seen!r}; expected {expected}")
+
+    return require
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

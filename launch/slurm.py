@@ -165,6 +165,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     own, given = list(argv), []
     if "--" in own:
         own, given = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = _parser()
+    options = parser.parse_args(own)
+    _check_numbers(parser, options)
+    if options.container_mount and not options.container:
+        parser.error("--container_mount needs --container")
+    if not given:
+        parser.error("expected the command's arguments after `--`")
+    if options.action == "ladder":
+        if not options.runs or options.runs < 1:
+            parser.error(f"--runs is {options.runs}; give the plan's number of runs")
+        options.arguments = train_arguments(given)[:-1]  # each run is one process
+    else:
+        options.arguments = train_arguments(given)
+        if options.nodes * options.tasks_per_node == 1:
+            options.arguments.remove("--distributed")
+    if options.container:
+        _check_mounted(parser, options)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch.slurm",
         description=__doc__,
@@ -205,6 +226,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--partition")
     parser.add_argument("--account")
+    _add_cluster_flags(parser)
+    return parser
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sbatch",
         action="append",
@@ -267,7 +293,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="start saving this long before the time limit (%(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script")
-    options = parser.parse_args(own)
+
+
+def _check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name, least in {"nodes": 1, "gpus_per_node": 0, "at_once": 1, "grace_seconds": 1}.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}; expected {least} or more")
@@ -279,21 +307,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options.tasks_per_node = options.gpus_per_node or 1
     if options.tasks_per_node < 1:
         parser.error(f"--tasks_per_node is {options.tasks_per_node}; expected 1 or more")
-    if options.container_mount and not options.container:
-        parser.error("--container_mount needs --container")
-    if not given:
-        parser.error("expected the command's arguments after `--`")
-    if options.action == "ladder":
-        if not options.runs or options.runs < 1:
-            parser.error(f"--runs is {options.runs}; give the plan's number of runs")
-        options.arguments = train_arguments(given)[:-1]  # each run is one process
-    else:
-        options.arguments = train_arguments(given)
-        if options.nodes * options.tasks_per_node == 1:
-            options.arguments.remove("--distributed")
-    if options.container:
-        _check_mounted(parser, options)
-    return options
 
 
 def _mount(text: str) -> str:

@@ -277,8 +277,7 @@ def users(tmp_path, monkeypatch):
             "echo",
             records,
             out,
-            block_rows=1,
-            settings=GenerationSettings(seed=int(other)),
+            answering=rollout_module.Answering(GenerationSettings(seed=int(other)), block_rows=1),
             overwrite=overwrite,
             progress=lambda written: step(),
         )

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -322,10 +322,10 @@ def main(argv: list[str]) -> int:
         return 0
     del params
     console = Console(width=None if Console().is_terminal else 180)
-    known: dict[str, list[DeviceRates]] = {"float32": [], "bfloat16": []}
+    rates: dict[str, list[DeviceRates]] = {"float32": [], "bfloat16": []}
 
     def measure_machine() -> None:
-        for dtype, found in known.items():
+        for dtype, found in rates.items():
             found.append(measure_rates(dtype, tries=3))
 
     reading, busy = ReadRate(), Busy()
@@ -341,44 +341,52 @@ def main(argv: list[str]) -> int:
     )
     others = busy.others()
     del runs
-    rates, fast = (
-        DeviceRates(
-            max(one.bytes_per_second for one in found), max(one.flops_per_second for one in found)
-        )
-        for found in known.values()
-    )
-    median_rate = statistics.median(one.bytes_per_second for one in known["float32"])
+    plain, fast = map(_best_rates, rates.values())
     found = [
-        dataclasses.replace(evaluate(timing, around, config, rates, fast), same_tokens=same)
+        dataclasses.replace(evaluate(timing, around, config, plain, fast), same_tokens=same)
         for timing, around, same in timings
     ]
-    peaks = {} if options.no_memory else _peaks(options, paths)
-    console.print(
-        f"{platform.processor() or platform.machine()}, batch 1: {rates.bytes_per_second / 1e9:.1f}"
-        f" GB/s read (median {median_rate / 1e9:.1f}), {rates.flops_per_second / 1e9:.0f} GFLOP/s "
-        f"float32 and {fast.flops_per_second / 1e9:.0f} bfloat16; other processes took "
-        f"{others:.0%} of the cores meanwhile, {again} timings were taken again"
-    )
-    console.print(_table(found, peaks, options.outputs))
+    content = {
+        "model": options.model,
+        "rates": dataclasses.asdict(plain),
+        "others": others,
+        "median_bytes_per_second": statistics.median(
+            one.bytes_per_second for one in rates["float32"]
+        ),
+        "taken_again": again,
+        "calm": options.calm,
+        "bfloat16_flops_per_second": fast.flops_per_second,
+        "peak_bytes": {} if options.no_memory else _peaks(options, paths),
+        "measured": [_as_json(one) for one in found],
+    }
+    console.print(_machine_line(content))
+    console.print(_table(found, content["peak_bytes"], options.outputs))
     for line in left_out:
         console.print(line, highlight=False)
     if options.out:
         pathlib.Path(options.out).mkdir(parents=True, exist_ok=True)
-        write_json(
-            pathlib.Path(options.out) / "edge.json",
-            {
-                "model": options.model,
-                "rates": dataclasses.asdict(rates),
-                "others": others,
-                "median_bytes_per_second": median_rate,
-                "taken_again": again,
-                "calm": options.calm,
-                "bfloat16_flops_per_second": fast.flops_per_second,
-                "peak_bytes": peaks,
-                "measured": [_as_json(one) for one in found],
-            },
-        )
+        write_json(pathlib.Path(options.out) / "edge.json", content)
     return 0
+
+
+def _best_rates(found: Sequence[DeviceRates]) -> DeviceRates:
+    """The machine's rates: the highest that were seen of each."""
+    return DeviceRates(
+        max(one.bytes_per_second for one in found), max(one.flops_per_second for one in found)
+    )
+
+
+def _machine_line(content: Mapping[str, Any]) -> str:
+    rates = content["rates"]
+    return (
+        f"{platform.processor() or platform.machine()}, batch 1: "
+        f"{rates['bytes_per_second'] / 1e9:.1f} GB/s read "
+        f"(median {content['median_bytes_per_second'] / 1e9:.1f}), "
+        f"{rates['flops_per_second'] / 1e9:.0f} GFLOP/s float32 and "
+        f"{content['bfloat16_flops_per_second'] / 1e9:.0f} bfloat16; other processes took "
+        f"{content['others']:.0%} of the cores meanwhile, {content['taken_again']} timings were "
+        "taken again"
+    )
 
 
 def _peaks(options: argparse.Namespace, paths: Sequence[str]) -> dict[str, int]:

@@ -139,21 +139,8 @@ def time_generation(
     ready = {name: ready_for_decoding(*model, dtype) for name, model in models.items()}
     timings = []
     for length in input_lengths:
-        runs: dict[tuple[str, bool], _Run] = {}
-        for name, (config, params) in ready.items():
-            rng = np.random.default_rng(length)
-            drawn = rng.integers(2, config.vocab_size, (batch, length))
-            tokens = jnp.asarray(drawn, jnp.int32)
-            first_model = not runs
-            runs[name, True] = cached_run(config, params, tokens, output_length)
-            if first_model:
-                runs |= {
-                    (runtime, True): make(drawn, output_length)
-                    for runtime, make in (runtimes or {}).items()
-                }
-            uncached = uncached_lengths is None or length in uncached_lengths
-            if uncached and not config.is_encoder_decoder:
-                runs[name, False] = _uncached_run(config, params, tokens, output_length)
+        uncached = uncached_lengths is None or length in uncached_lengths
+        runs = _runs(ready, length, output_length, batch, runtimes or {}, uncached)
         answers = {}
         for (name, cached), (first, rest) in runs.items():
             if on_progress:
@@ -179,6 +166,28 @@ def time_generation(
             for (name, cached), times in taken.items()
         ]
     return timings
+
+
+def _runs(
+    models: Mapping[str, tuple[ModelConfig, Params]],
+    length: int,
+    output_length: int,
+    batch: int,
+    runtimes: Mapping[str, Callable[[np.ndarray, int], _Run]],
+    uncached: bool,
+) -> dict[tuple[str, bool], _Run]:
+    """What is timed at one input length, by name and by whether it is cached."""
+    runs: dict[tuple[str, bool], _Run] = {}
+    for name, (config, params) in models.items():
+        drawn = np.random.default_rng(length).integers(2, config.vocab_size, (batch, length))
+        tokens = jnp.asarray(drawn, jnp.int32)
+        first_model = not runs
+        runs[name, True] = cached_run(config, params, tokens, output_length)
+        if first_model:
+            runs |= {(other, True): make(drawn, output_length) for other, make in runtimes.items()}
+        if uncached and not config.is_encoder_decoder:
+            runs[name, False] = _uncached_run(config, params, tokens, output_length)
+    return runs
 
 
 def equal_share(tokens: Any, wanted: Any) -> float:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from encdec.data.losses import Losses, count_losses
-from encdec.data.objectives import Document, Encoded, Objective, describe_objective
+from encdec.data.objectives import Document, Encoded, Form, Objective, describe_objective
 from encdec.data.packing import pack
 from encdec.data.records import (
     DatasetCard,
@@ -126,14 +126,8 @@ def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[Bloc
 
 def encode_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> Encoded:
     """The block's examples as token pairs, before packing."""
-    return recipe.objective.encode(
-        block.documents,
-        block.first_document,
-        vocabulary,
-        recipe.inputs_length,
-        recipe.targets_length,
-        recipe.seed,
-    )
+    form = Form(vocabulary, recipe.inputs_length, recipe.targets_length, recipe.seed)
+    return recipe.objective.encode(block.documents, block.first_document, form)
 
 
 def pack_rows(

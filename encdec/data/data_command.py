@@ -18,6 +18,7 @@ from encdec.data import corpus_table as table
 from encdec.data.file_tasks import FileTask
 from encdec.data.losses import Losses
 from encdec.data.mixing import MIXTURES, task_or_mixture
+from encdec.data.objectives import Form
 from encdec.data.readers import BadRows
 from encdec.data.records import decode_row, open_records
 from encdec.data.registry import FILE_TASKS, TEXT_TASKS
@@ -169,12 +170,12 @@ def show_examples(given: argparse.Namespace) -> int:
     targets_length = 256 if given.targets_length is None else given.targets_length
     if given.inputs_length and not objective.has_source:
         raise ConfigError(f"--inputs_length={inputs_length}, but {given.objective} has no sources")
-    lengths = inputs_length * objective.has_source, targets_length
-    objective.check(vocabulary, *lengths)
+    form = Form(vocabulary, inputs_length * objective.has_source, targets_length)
+    objective.check(form)
     documents = itertools.islice(task.documents(given.split or "train", BadRows()), given.count)
     shown = 0
     for number, document in enumerate(documents):
-        encoded = objective.encode([document], number, vocabulary, *lengths, 0)
+        encoded = objective.encode([document], number, form)
         for source, target in zip(encoded.sources, encoded.targets):
             if shown == given.count:
                 return 0

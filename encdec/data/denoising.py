@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from encdec.data.objectives import Document, Encoded, Objective, encode_texts, named
+from encdec.data.objectives import Document, Encoded, Form, Objective, encode_texts, named
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError
 
@@ -98,14 +98,14 @@ def _span_shape(denoiser: Denoiser, tokens: int) -> _Shape:
 
 
 @functools.cache
-def _longest_shape(denoiser: Denoiser, source_room: int, target_room: int) -> _Shape | None:
-    """The longest window whose kept tokens and spans fit the rooms, EOS and mode not counted."""
-    low, high = 1, source_room + target_room + 1
+def _longest_shape(denoiser: Denoiser, source_capacity: int, target_capacity: int) -> _Shape | None:
+    """The longest window whose kept tokens and spans fit both capacities."""
+    low, high = 1, source_capacity + target_capacity + 1
     while high - low > 1:
         tokens = (low + high) // 2
         shape = _span_shape(denoiser, tokens)
         kept = tokens - shape.noise + shape.spans
-        fits = kept <= source_room and shape.noise + shape.spans <= target_room
+        fits = kept <= source_capacity and shape.noise + shape.spans <= target_capacity
         low, high = (tokens, high) if fits else (low, tokens)
     return _span_shape(denoiser, low) if low > 1 else None
 
@@ -136,14 +136,14 @@ def _corrupt_spans(
 
 
 def _prefix_shape(
-    density: float, left: int, source_room: int, target_room: int, rng: np.random.Generator
+    density: float, left: int, source_capacity: int, target_capacity: int, rng: np.random.Generator
 ) -> _Shape:
-    """A window cut once: the corrupted share is uniform around its mean, both rooms kept."""
+    """A window cut once: the corrupted share is uniform around its mean, both capacities kept."""
     share = rng.uniform(max(0.0, 2 * density - 1), min(1.0, 2 * density))
-    fill = min(source_room / max(1 - share, 1e-6), target_room / max(share, 1e-6))
+    fill = min(source_capacity / max(1 - share, 1e-6), target_capacity / max(share, 1e-6))
     tokens = _without_orphan(min(left, max(int(fill), 2)), left)
-    noise = min(max(round(tokens * share), 1), tokens - 1, target_room)
-    return _Shape(_without_orphan(min(tokens, noise + source_room), left), noise, 1)
+    noise = min(max(round(tokens * share), 1), tokens - 1, target_capacity)
+    return _Shape(_without_orphan(min(tokens, noise + source_capacity), left), noise, 1)
 
 
 def _without_orphan(tokens: int, left: int) -> int:
@@ -154,7 +154,7 @@ def _without_orphan(tokens: int, left: int) -> int:
 def _windows(
     ids: np.ndarray,
     denoisers: Sequence[Denoiser],
-    rooms: tuple[int, int],
+    capacities: tuple[int, int],
     sentinels: np.ndarray,
     rng: np.random.Generator,
 ) -> Iterator[tuple[Denoiser, int, np.ndarray, np.ndarray]]:
@@ -168,12 +168,12 @@ def _windows(
         denoiser = denoisers[min(place, len(denoisers) - 1)]
         left = len(ids) - begin
         if denoiser.mean_span is None:
-            shape = _prefix_shape(denoiser.density, left, *rooms, rng)
+            shape = _prefix_shape(denoiser.density, left, *capacities, rng)
             middle, end = begin + shape.tokens - shape.noise, begin + shape.tokens
             yield denoiser, shape.tokens, ids[begin:middle], ids[middle:end]
         else:
-            longest = _longest_shape(denoiser, *rooms)
-            assert longest is not None  # MixtureOfDenoisers refuses rooms without one
+            longest = _longest_shape(denoiser, *capacities)
+            assert longest is not None  # MixtureOfDenoisers refuses capacities without one
             shape = longest
             tokens = _without_orphan(min(left, shape.tokens), left)
             if tokens < shape.tokens:
@@ -202,42 +202,35 @@ class MixtureOfDenoisers(Objective):
         if not self.denoisers:
             raise ConfigError("a mixture of denoisers needs one or more of them")
 
-    def _rooms(self, inputs_length: int, targets_length: int) -> tuple[int, int]:
-        return inputs_length - 1 - self.mode_tokens, targets_length - 1
+    def _capacities(self, form: Form) -> tuple[int, int]:
+        """Tokens of a window's source and target, besides EOS and mode token."""
+        return form.inputs_length - 1 - self.mode_tokens, form.targets_length - 1
 
-    def check(self, vocabulary: Vocabulary, inputs_length: int, targets_length: int) -> None:
+    def check(self, form: Form) -> None:
         """ConfigError where windows do not fit the lengths or sentinels run out."""
-        rooms = self._rooms(inputs_length, targets_length)
+        capacities = self._capacities(form)
         shapes = []
         for denoiser in self.denoisers:
-            shape = _Shape(2, 1, 0) if min(rooms) >= 1 else None
+            shape = _Shape(2, 1, 0) if min(capacities) >= 1 else None
             if denoiser.mean_span is not None:
-                shape = _longest_shape(denoiser, *rooms)
+                shape = _longest_shape(denoiser, *capacities)
             if shape is None:
                 raise ConfigError(
-                    f"{inputs_length} source and {targets_length} target tokens are too few for "
-                    "span corruption; give larger --inputs_length and --targets_length"
+                    f"{form.inputs_length} source and {form.targets_length} target tokens are too "
+                    "few for span corruption; give larger --inputs_length and --targets_length"
                 )
             shapes.append(shape)
         needed = max(shape.spans for shape in shapes) + len(MODES) * self.mode_tokens
-        if vocabulary.extra_ids < needed:
+        if form.vocabulary.extra_ids < needed:
             what = "sentinels and mode tokens" if self.mode_tokens else "sentinels"
             raise ConfigError(
-                f"{type(self).__name__} at {inputs_length} + {targets_length} tokens needs "
-                f"{needed} {what}, the vocabulary has {vocabulary.extra_ids} extra ids; give "
-                f"--extra_ids={needed} or more"
+                f"{type(self).__name__} at {form.inputs_length} + {form.targets_length} tokens "
+                f"needs {needed} {what}, the vocabulary has {form.vocabulary.extra_ids} extra ids; "
+                f"give --extra_ids={needed} or more"
             )
 
-    def encode(
-        self,
-        documents: Sequence[Document],
-        first_document: int,
-        vocabulary: Vocabulary,
-        inputs_length: int,
-        targets_length: int,
-        seed: int,
-    ) -> Encoded:
-        encoded = Encoded()
+    def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
+        encoded, vocabulary = Encoded(), form.vocabulary
         byte_lengths = vocabulary.byte_lengths
         sentinels = np.arange(vocabulary.size - 1, vocabulary.base_size - 1, -1, dtype=np.int32)
         eos = np.array([vocabulary.eos_id], np.int32)
@@ -245,12 +238,12 @@ class MixtureOfDenoisers(Objective):
             mode: np.array([mode_id(vocabulary, mode)][: self.mode_tokens], np.int32)
             for mode in MODES
         }
-        rooms = self._rooms(inputs_length, targets_length)
+        capacities = self._capacities(form)
         texts = encode_texts(documents, first_document, vocabulary, encoded, add_eos=False)
         for number, ids in texts:
-            rng = np.random.default_rng([seed, number])
+            rng = np.random.default_rng([form.seed, number])
             used = 0
-            windows = _windows(ids, self.denoisers, rooms, sentinels, rng)
+            windows = _windows(ids, self.denoisers, capacities, sentinels, rng)
             for denoiser, tokens, source, target in windows:
                 source = np.concatenate([heads[denoiser.mode], source, eos])
                 target = np.concatenate([target, eos])
@@ -279,22 +272,12 @@ class SpanCorruption(Objective):
         denoiser = Denoiser("R", self.mean_span, self.density)
         return MixtureOfDenoisers((denoiser,), mode_tokens=False)
 
-    def check(self, vocabulary: Vocabulary, inputs_length: int, targets_length: int) -> None:
+    def check(self, form: Form) -> None:
         """ConfigError where windows do not fit the lengths or sentinels run out."""
-        self._mixture.check(vocabulary, inputs_length, targets_length)
+        self._mixture.check(form)
 
-    def encode(
-        self,
-        documents: Sequence[Document],
-        first_document: int,
-        vocabulary: Vocabulary,
-        inputs_length: int,
-        targets_length: int,
-        seed: int,
-    ) -> Encoded:
-        return self._mixture.encode(
-            documents, first_document, vocabulary, inputs_length, targets_length, seed
-        )
+    def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
+        return self._mixture.encode(documents, first_document, form)
 
 
 def rebuild(

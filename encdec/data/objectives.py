@@ -47,6 +47,16 @@ class Encoded:
         self.target_bytes += target_bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What documents are encoded for: vocabulary, longest source and target, seed."""
+
+    vocabulary: Vocabulary
+    inputs_length: int
+    targets_length: int
+    seed: int = 0
+
+
 class Objective(abc.ABC):
     """What turns documents into token pairs no longer than the two lengths.
 
@@ -59,20 +69,12 @@ class Objective(abc.ABC):
     is_random: ClassVar[bool] = True
     inputs_eos: bool
 
-    def check(self, vocabulary: Vocabulary, inputs_length: int, targets_length: int) -> None:
-        """Refuse, with ConfigError, a vocabulary or lengths that this objective cannot use."""
+    def check(self, form: Form) -> None:
+        """Refuse, with ConfigError, a form that this objective cannot use."""
         return
 
     @abc.abstractmethod
-    def encode(
-        self,
-        documents: Sequence[Document],
-        first_document: int,
-        vocabulary: Vocabulary,
-        inputs_length: int,
-        targets_length: int,
-        seed: int,
-    ) -> Encoded:
+    def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
         """Token pairs of ``documents``, the first of which is number ``first_document``."""
 
 
@@ -127,16 +129,8 @@ class SequenceToSequence(Objective):
     document_fields = ("source", "target")
     is_random = False
 
-    def encode(
-        self,
-        documents: Sequence[Document],
-        first_document: int,
-        vocabulary: Vocabulary,
-        inputs_length: int,
-        targets_length: int,
-        seed: int,
-    ) -> Encoded:
-        encoded = Encoded()
+    def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
+        encoded, vocabulary = Encoded(), form.vocabulary
         for start in range(0, len(documents), ENCODE_BATCH):
             part = documents[start : start + ENCODE_BATCH]
             sources = vocabulary.encode_batch([pair[0] for pair in part], self.inputs_eos)
@@ -144,7 +138,7 @@ class SequenceToSequence(Objective):
             source_lengths = np.fromiter(map(len, sources), np.int64, len(part))
             target_lengths = np.fromiter(map(len, targets), np.int64, len(part))
             kept = (source_lengths > 0) & (target_lengths > 1)
-            fits = (source_lengths <= inputs_length) & (target_lengths <= targets_length)
+            fits = (source_lengths <= form.inputs_length) & (target_lengths <= form.targets_length)
             for side, lengths in (("sources", source_lengths), ("targets", target_lengths)):
                 below = np.searchsorted(np.sort(lengths[kept]), FIT_LENGTHS, side="right")
                 for length, count in zip(FIT_LENGTHS, below.tolist()):
@@ -155,10 +149,12 @@ class SequenceToSequence(Objective):
             whole = itertools.compress((pair[1] for pair in part), kept & fits)
             encoded.target_bytes += len("".join(whole).encode("utf-8"))
             for i in np.flatnonzero(kept & ~fits).tolist():
-                sources[i] = self._cut(encoded, vocabulary, "source", sources[i], inputs_length)
-                if len(targets[i]) > targets_length:
+                sources[i] = self._cut(
+                    encoded, vocabulary, "source", sources[i], form.inputs_length
+                )
+                if len(targets[i]) > form.targets_length:
                     targets[i] = self._cut(
-                        encoded, vocabulary, "target", targets[i], targets_length
+                        encoded, vocabulary, "target", targets[i], form.targets_length
                     )
                     encoded.target_bytes += int(vocabulary.byte_lengths[targets[i]].sum())
                 else:
@@ -200,22 +196,12 @@ class PrefixLM(Objective):
         if not 0 <= self.split <= 1:
             raise ConfigError(f"prefix LM's split is {self.split}; expected a share from 0 to 1")
 
-    def encode(
-        self,
-        documents: Sequence[Document],
-        first_document: int,
-        vocabulary: Vocabulary,
-        inputs_length: int,
-        targets_length: int,
-        seed: int,
-    ) -> Encoded:
+    def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
         encoded = Encoded()
-        byte_lengths = vocabulary.byte_lengths
-        texts = encode_texts(documents, first_document, vocabulary, encoded, add_eos=True)
+        byte_lengths = form.vocabulary.byte_lengths
+        texts = encode_texts(documents, first_document, form.vocabulary, encoded, add_eos=True)
         for number, ids in texts:
-            for begin, middle, end in self._pieces(
-                len(ids), inputs_length, targets_length, seed, number
-            ):
+            for begin, middle, end in self._pieces(len(ids), number, form):
                 if middle == begin:
                     encoded.dropped["tail_of_one_token"] += 1
                     continue
@@ -223,11 +209,10 @@ class PrefixLM(Objective):
                 encoded.add(ids[begin:middle], target, int(byte_lengths[target].sum()))
         return encoded
 
-    def _pieces(
-        self, tokens: int, S: int, T: int, seed: int, document: int
-    ) -> list[tuple[int, int, int]]:
+    def _pieces(self, tokens: int, document: int, form: Form) -> list[tuple[int, int, int]]:
         """(begin, middle, end) of each source and target, covering all tokens in order."""
-        rng = np.random.default_rng([seed, document])
+        rng = np.random.default_rng([form.seed, document])
+        S, T = form.inputs_length, form.targets_length
         pieces = []
         window = S + T
         for begin in range(0, tokens, window):
@@ -262,20 +247,13 @@ class CausalLM(Objective):
     is_random = False
     document_fields = ("text",)
 
-    def encode(
-        self,
-        documents: Sequence[Document],
-        first_document: int,
-        vocabulary: Vocabulary,
-        inputs_length: int,
-        targets_length: int,
-        seed: int,
-    ) -> Encoded:
+    def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
         encoded = Encoded()
-        byte_lengths = vocabulary.byte_lengths
+        byte_lengths, length = form.vocabulary.byte_lengths, form.targets_length
         nothing = np.zeros(0, np.int32)
-        for _, ids in encode_texts(documents, first_document, vocabulary, encoded, add_eos=True):
-            for begin in range(0, len(ids), targets_length):
-                target = ids[begin : begin + targets_length]
+        texts = encode_texts(documents, first_document, form.vocabulary, encoded, add_eos=True)
+        for _, ids in texts:
+            for begin in range(0, len(ids), length):
+                target = ids[begin : begin + length]
                 encoded.add(nothing, target, int(byte_lengths[target].sum()))
         return encoded

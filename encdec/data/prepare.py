@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from encdec.data.blocks import Block, Counts, Recipe, cut_blocks, make_card, shard_name, write_block
-from encdec.data.objectives import Document, Objective, describe_objective
+from encdec.data.objectives import Document, Form, Objective, describe_objective
 from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, Shard, read_card
@@ -162,7 +162,7 @@ def _check_objective(
             f"{name} reads documents of {' and '.join(wanted)}, but {task.name} has "
             f"{' and '.join(given)}; choose another --objective or text"
         )
-    objective.check(vocabulary, settings.inputs_length, settings.targets_length)
+    objective.check(Form(vocabulary, settings.inputs_length, settings.targets_length))
     if not settings.decoder_start_id < vocabulary.size:
         raise ConfigError(
             f"decoder_start_id is {settings.decoder_start_id}; expected an id of the vocabulary, "

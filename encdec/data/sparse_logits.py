@@ -32,7 +32,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from encdec.errors import ConfigError, DataError
+from encdec.errors import DataError
+from encdec.fields import requirements
 
 MAX_PAIRS = 256  # a token: draws of which each is unique; sizes and counts take a byte
 MAX_VOCABULARY = 2**24
@@ -68,10 +69,7 @@ class SparseFormat:
     proposal: float = 1.0
 
     def __post_init__(self) -> None:
-        def require(condition: bool, name: str, wanted: str) -> None:
-            if not condition:
-                raise ConfigError(f"--{name} is {getattr(self, name)!r}; expected {wanted}")
-
+        require = requirements(self, "--")
         require(
             self.method in ("sampled", "top_k", "full"), "method", "'sampled', 'top_k' or 'full'"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from encdec.data.mixing import MIXTURES
-from encdec.data.objectives import Objective
+from encdec.data.objectives import Form, Objective
 from encdec.data.readers import BadRows
 from encdec.data.registry import TEXT_TASKS
 from encdec.data.text_tasks import TextTask
@@ -97,7 +97,7 @@ def objective_preprocessor(
     def encode(number: np.int64, *parts: Any) -> list[np.ndarray]:
         document = tuple(text.decode("utf-8") for text in parts[:-1])
         inputs, targets = (int(length) for length in parts[-1])
-        encoded = objective.encode([document], int(number), vocabulary, inputs, targets, seed)
+        encoded = objective.encode([document], int(number), Form(vocabulary, inputs, targets, seed))
         result = []
         for tokens in (encoded.sources, encoded.targets):
             result.append(np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.inference.settings import add_draft_option
 from encdec.logs import logger
 from encdec.storage import any_path, local_path
+
+if TYPE_CHECKING:
+    from encdec.distill.rollout import Answering
 
 _LOG = logger(__name__)
 
@@ -51,12 +54,9 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
         options.writer,
         options.records,
         options.out,
-        settings=_settings(options),
+        answering=_answering(options),
         step=options.step,
-        rows=options.rows,
-        batch_rows=options.batch_rows,
         overwrite=options.overwrite,
-        draft=options.draft,
         progress=progress,
     )
     unfinished = card.truncated.get("answers_without_eos", 0)
@@ -80,10 +80,7 @@ def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
         options.workdir,
         options.rounds,
         shares=shares,
-        settings=_settings(options),
-        rows=options.rows,
-        batch_rows=options.batch_rows,
-        draft=options.draft,
+        answering=_answering(options),
         scoring={
             "method": options.method,
             "draws": options.draws,
@@ -95,15 +92,19 @@ def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> Any:
+def _answering(options: argparse.Namespace) -> Answering:
+    from encdec.distill.rollout import Answering
     from encdec.inference.settings import GenerationSettings
 
-    return GenerationSettings(
+    settings = GenerationSettings(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
         max_tokens=options.max_tokens,
+    )
+    return Answering(
+        settings, rows=options.rows, batch_rows=options.batch_rows, draft=options.draft
     )
 
 

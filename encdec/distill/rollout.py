@@ -43,6 +43,7 @@ from encdec.train.workdir import read_config
 
 BLOCK_ROWS = 256
 PACKING = "best_fit"
+ON_POLICY = GenerationSettings(temperature=0.9, top_k=128)
 _SEGMENTS = 1 << 12  # the most texts in a row that random keys tell apart
 
 Progress = Callable[["Written"], None]
@@ -60,18 +61,33 @@ class Written(Tally):
     unfinished: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """How a model answers the sources of records.
+
+    Attributes:
+        settings: how to generate; by default as GKD's authors do on policy.
+        rows: read no more than this many of the records' rows, from the first; None: all.
+        batch_rows: texts answered together.
+        block_rows: rows of the records that become one shard.
+        draft: see ``encdec.inference.draft_model.load_draft``.
+    """
+
+    settings: GenerationSettings = ON_POLICY
+    rows: int | None = None
+    batch_rows: int = 64
+    block_rows: int = BLOCK_ROWS
+    draft: str = AUTO
+
+
 def rollout(
     writer: str | pathlib.Path,
     records: str | pathlib.Path,
     out: str | pathlib.Path,
     *,
-    settings: GenerationSettings = GenerationSettings(temperature=0.9, top_k=128),
+    answering: Answering = Answering(),
     step: int | None = None,
-    rows: int | None = None,
-    batch_rows: int = 64,
-    block_rows: int = BLOCK_ROWS,
     overwrite: bool = False,
-    draft: str = AUTO,
     progress: Progress | None = None,
 ) -> DatasetCard:
     """Writes records whose sources are those of ``records`` and whose targets ``writer`` wrote.
@@ -80,13 +96,9 @@ def rollout(
         writer: work directory of ``encdec train`` or ``encdec import``.
         records: directory of ``encdec prepare``.
         out: the records directory to write, or to finish; nothing is done where it is finished.
-        settings: how to generate; by default as the paper's authors do on policy.
+        answering: how to generate, and how much.
         step: the writer's checkpoint; by default the last.
-        rows: read no more than this many of the records' rows, from the first.
-        batch_rows: texts answered together.
-        block_rows: rows of the records that become one shard.
         overwrite: replace finished records in ``out`` once the new ones are whole.
-        draft: see ``encdec.inference.draft_model.load_draft``.
         progress: called after every block with what was written so far.
 
     Raises:
@@ -95,14 +107,13 @@ def rollout(
         CheckpointError: no writer there.
     """
     opened = open_records(records)
-    _check(writer, opened, settings, block_rows)
-    rows = min(rows or len(opened), len(opened))
+    _check(writer, opened, answering)
+    rows = min(answering.rows or len(opened), len(opened))
+    block_rows = answering.block_rows
     content = read_config(writer)
+    longest = opened.card.targets_length
     settings = dataclasses.replace(
-        settings,
-        max_tokens=min(
-            settings.max_tokens or opened.card.targets_length, opened.card.targets_length
-        ),
+        answering.settings, max_tokens=min(answering.settings.max_tokens or longest, longest)
     )
     identity = plain(
         {
@@ -111,7 +122,7 @@ def rollout(
             "records": opened.card.fingerprint,
             "settings": settings.to_dict(),
             "rows": rows,
-            "batch_rows": batch_rows,
+            "batch_rows": answering.batch_rows,
             "block_rows": block_rows,
         }
     )
@@ -128,8 +139,8 @@ def rollout(
             writer,
             step,
             max_input_tokens=opened.card.inputs_length,
-            batch_rows=batch_rows,
-            draft=draft,
+            batch_rows=answering.batch_rows,
+            draft=answering.draft,
         )
     for number in missing:
         numbers = range(number * block_rows, min((number + 1) * block_rows, rows))
@@ -144,9 +155,7 @@ def rollout(
     return card
 
 
-def _check(
-    writer: str | pathlib.Path, records: Records, settings: GenerationSettings, block_rows: int
-) -> None:
+def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -> None:
     if isinstance(records, MixedRecords):
         raise ConfigError("--records is a mixture; answer each of its parts by itself")
     if records.card.inputs_length == 0:
@@ -154,13 +163,13 @@ def _check(
             f"{records.directory} holds targets without sources; expected records "
             "with something to answer"
         )
-    if settings.samples != 1:
+    if answering.settings.samples != 1:
         raise ConfigError(
-            f"samples is {settings.samples}; expected 1 answer a text: repeat the "
+            f"samples is {answering.settings.samples}; expected 1 answer a text: repeat the "
             "rollout with another seed for more"
         )
-    if block_rows < 1:
-        raise ConfigError(f"block_rows is {block_rows}; expected 1 or more")
+    if answering.block_rows < 1:
+        raise ConfigError(f"block_rows is {answering.block_rows}; expected 1 or more")
     seen = recorded_vocabulary(read_config(writer), writer)["fingerprint"]
     if seen != records.card.vocabulary.fingerprint:
         raise DataError(

@@ -18,10 +18,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from encdec.distill.rollout import rollout
+from encdec.distill.rollout import Answering, rollout
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
-from encdec.inference.settings import AUTO, GenerationSettings
 from encdec.logs import logger
 from encdec.storage import as_path
 from encdec.train.config import RunConfig
@@ -79,11 +78,8 @@ def distill_in_rounds(
     rounds: int,
     *,
     shares: Shares = Shares(),
-    settings: GenerationSettings = GenerationSettings(temperature=0.9, top_k=128),
+    answering: Answering = Answering(),
     scoring: dict[str, Any] | None = None,
-    rows: int | None = None,
-    batch_rows: int = 64,
-    draft: str = AUTO,
     say: Say = _LOG.info,
 ) -> list[pathlib.Path]:
     """Trains a student, and then ``rounds`` times more on what it wrote itself.
@@ -95,11 +91,9 @@ def distill_in_rounds(
         workdir: receives everything; the same call continues after a stop.
         rounds: after the first student, 1 or more.
         shares: of the three kinds of targets.
-        settings: how student and teacher write; round r draws with seed ``settings.seed + r``.
+        answering: how student and teacher write, and how many of the gold records' rows; round r
+            draws with its seed plus r.
         scoring: keywords of ``encdec.distill.scoring.score``.
-        rows: of the gold records, answered in each round; by default all.
-        batch_rows: texts answered together.
-        draft: see ``encdec.inference.draft_model.load_draft``.
         say: takes lines of progress.
 
     Returns:
@@ -129,8 +123,8 @@ def distill_in_rounds(
 
     def written(writer: str | pathlib.Path, out: pathlib.Path, seed: int) -> pathlib.Path:
         say(f"{writer} answers {gold}")
-        drawn = dataclasses.replace(settings, seed=seed)
-        rollout(writer, gold, out, settings=drawn, rows=rows, batch_rows=batch_rows, draft=draft)
+        drawn = dataclasses.replace(answering.settings, seed=seed)
+        rollout(writer, gold, out, answering=dataclasses.replace(answering, settings=drawn))
         return out
 
     parts = []
@@ -138,14 +132,14 @@ def distill_in_rounds(
         parts.append(_Part(shares.gold, gold, scored(gold, workdir / "gold" / "scored")))
     if shares.teacher:
         place = workdir / "teacher"
-        text = written(teacher, place / "written", settings.seed)
+        text = written(teacher, place / "written", answering.settings.seed)
         parts.append(_Part(shares.teacher, text, scored(text, place / "scored")))
     students: list[pathlib.Path] = []
     for number in range(rounds + 1):
         place = workdir / f"round-{number:03d}"
         known = list(parts)
         if students:
-            text = written(students[-1], place / "written", settings.seed + number)
+            text = written(students[-1], place / "written", answering.settings.seed + number)
             known.append(_Part(shares.student, text, scored(text, place / "scored")))
         say(f"round {number} of {rounds}: {run.steps:,} steps")
         start = str(students[-1]) if students else run.init_from

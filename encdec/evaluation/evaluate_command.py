@@ -111,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N|best",
         help="checkpoint (default: the last; best: lowest held-out loss)",
     )
+    _add_task_flags(parser)
+    _add_answer_flags(parser)
+    _add_work_flags(parser)
+    return parser
+
+
+def _add_task_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="", metavar="A,B", help="names, see `encdec data list`")
     parser.add_argument(
         "--data_dir", type=any_path, metavar="DIR", help="directory with the tasks' files"
@@ -164,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="receives predictions, report.json and report.md",
     )
+
+
+def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--too_long",
         choices=("refuse", "cut", "skip"),
@@ -193,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most answers generated at once (default %(default)s)",
     )
+
+
+def _add_work_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard",
         default="0/1",
@@ -223,7 +236,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of bootstrap samples (default %(default)s)",
     )
-    return parser
 
 
 def _shard(text: str) -> tuple[int, int]:

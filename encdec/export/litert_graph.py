@@ -189,6 +189,27 @@ class _Layers:
             precision=self.mlp_precision,
         )
 
+    def self_attention_heads(
+        self, x: int, layer: Params, rope: tuple[int, int], path: str
+    ) -> tuple[int, int, int]:
+        """Rotated queries [1, H, N, D] and keys [1, K, N, D], and values [1, K, N, D]."""
+        g, config, attention = self.g, self.config, layer["self_attention"]
+        H, K = config.num_heads, config.num_kv_heads
+        heads = self.qkv(
+            self.unscaled_norm(x),
+            attention,
+            self.scale(layer["self_attention_norm"]),
+            "qkv",
+            f"{path}/self_attention",
+        )
+        v = g.slice(heads, 1, H + K, K)
+        if config.qk_norm:
+            q = self.normed_heads(g.slice(heads, 1, 0, H), attention["q_norm"], config.scores_scale)
+            k = self.normed_heads(g.slice(heads, 1, H, K), attention["k_norm"])
+            return self.rotate(q, rope), self.rotate(k, rope), v
+        both = self.rotate(g.slice(heads, 1, 0, H + K), rope)
+        return g.slice(both, 1, 0, H), g.slice(both, 1, H, K), v
+
     def activate(self, x: int) -> int:
         g, kind = self.g, self.config.mlp_activation
         if kind == "silu":
@@ -218,29 +239,12 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     x = layers.embed(tokens, table)
     for index in range(config.encoder_layers):
         layer, path = params["encoder"][f"layers_{index}"], f"encoder/layers_{index}"
-        attention = layer["self_attention"]
-        heads = layers.qkv(
-            layers.unscaled_norm(x),
-            attention,
-            layers.scale(layer["self_attention_norm"]),
-            "qkv",
-            f"{path}/self_attention",
-        )
-        v = g.slice(heads, 1, H + K, K)
-        if config.qk_norm:
-            q = layers.normed_heads(
-                g.slice(heads, 1, 0, H), attention["q_norm"], config.scores_scale
-            )
-            k = layers.normed_heads(g.slice(heads, 1, H, K), attention["k_norm"])
-            q, k = layers.rotate(q, rope), layers.rotate(k, rope)
-        else:
-            both = layers.rotate(g.slice(heads, 1, 0, H + K), rope)
-            q, k = g.slice(both, 1, 0, H), g.slice(both, 1, H, K)
+        q, k, v = layers.self_attention_heads(x, layer, rope, path)
         # All queries that read one key head are rows of one product.
         q = g.reshape(q, [1, K, ANY, D])
         scores = layers.capped(g.matmul(q, k, transpose_y=True), config.attention_logit_cap)
         y = g.reshape(g.matmul(g.softmax(scores), v), [1, H, ANY, D])
-        y = layers.out(y, attention, f"{path}/self_attention")
+        y = layers.out(y, layer["self_attention"], f"{path}/self_attention")
         x = layers.residual(x, y, layer, "self_attention")
         y = layers.mlp(
             layers.unscaled_norm(x), layer["mlp"], layers.scale(layer["mlp_norm"]), f"{path}/mlp"
@@ -299,24 +303,7 @@ def decoder_graph(
 
     for index, memory in enumerate(memories):
         layer, path = params["decoder"][f"layers_{index}"], f"decoder/layers_{index}"
-        attention = layer["self_attention"]
-        heads = layers.qkv(
-            layers.unscaled_norm(x),
-            attention,
-            layers.scale(layer["self_attention_norm"]),
-            "qkv",
-            f"{path}/self_attention",
-        )
-        v = g.slice(heads, 1, H + K, K)
-        if config.qk_norm:
-            q = layers.normed_heads(
-                g.slice(heads, 1, 0, H), attention["q_norm"], config.scores_scale
-            )
-            k = layers.normed_heads(g.slice(heads, 1, H, K), attention["k_norm"])
-            q, k = layers.rotate(q, rope), layers.rotate(k, rope)
-        else:
-            both = layers.rotate(g.slice(heads, 1, 0, H + K), rope)
-            q, k = g.slice(both, 1, 0, H), g.slice(both, 1, H, K)
+        q, k, v = layers.self_attention_heads(x, layer, rope, path)
         new_keys.append(k)
         new_values.append(v)
         q = g.reshape(q, [1, K, group, D])
@@ -327,7 +314,8 @@ def decoder_graph(
         shares = g.softmax(g.add(past, g.mul(own, first)))
         y = g.matmul(shares, memory["past_value"], transpose_y=True)
         y = g.add(y, g.mul(g.slice(shares, 3, 0, 1), v))
-        y = layers.out(g.reshape(y, [1, H, 1, D]), attention, f"{path}/self_attention")
+        y = g.reshape(y, [1, H, 1, D])
+        y = layers.out(y, layer["self_attention"], f"{path}/self_attention")
         x = layers.residual(x, y, layer, "self_attention")
 
         attention, place = layer["encoder_attention"], f"{path}/encoder_attention"
@@ -349,7 +337,15 @@ def decoder_graph(
         )
         x = layers.residual(x, y, layer, "mlp")
 
-    embedder = params["embedder"]
+    _choose(layers, params, x, vocabulary_size)
+    g.output("new_keys", g.concatenate(new_keys, axis=1))
+    g.output("new_values", g.concatenate(new_values, axis=1))
+    return g
+
+
+def _choose(layers: _Layers, params: Params, x: int, vocabulary_size: int) -> None:
+    """The outputs logits, next and next_log_prob, from the last layer's x [1, 1, M]."""
+    g, config, embedder = layers.g, layers.config, params["embedder"]
     head = embedder["embedding"].T if config.tie_embeddings else embedder["head"]
     head = head * layers.scale(params["decoder"]["final_norm"])[:, None]
     logits = layers.linear(layers.unscaled_norm(x), head, None, "head")
@@ -364,6 +360,3 @@ def decoder_graph(
         log_prob = g.add(log_prob, g.sub(g.reduce(Operator.REDUCE_MAX, choices), top))
     g.output("next", g.argmax(choices))
     g.output("next_log_prob", log_prob)
-    g.output("new_keys", g.concatenate(new_keys, axis=1))
-    g.output("new_values", g.concatenate(new_values, axis=1))
-    return g

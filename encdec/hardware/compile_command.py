@@ -244,6 +244,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --what=layer: number of layers (%(default)s)",
     )
+    _add_compilation_flags(parser)
+    return parser
+
+
+def _add_compilation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         nargs="?",
@@ -272,7 +277,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hlo", type=local_path, metavar="FILE", help="write the last compiled program here"
     )
-    return parser
 
 
 def _searched(text: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax
@@ -42,22 +43,34 @@ def length_penalty(length: jax.Array, alpha: jax.Array) -> jax.Array:
     return ((5.0 + length) / 6.0) ** alpha
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "beams", "room", "start_id", "eos_id", "vocabulary_size")
-)
+@dataclasses.dataclass(frozen=True)
+class BeamPlan:
+    """What a compiled beam search depends on, besides the model.
+
+    Attributes:
+        beams: K, hypotheses kept alive for each input, and returned.
+        room: N, the cache's capacity for new tokens.
+        start_id: the decoder's first input.
+        eos_id: completes a hypothesis.
+        vocabulary_size: ids from here on are never chosen.
+    """
+
+    beams: int
+    room: int
+    start_id: int
+    eos_id: int
+    vocabulary_size: int
+
+
+@functools.partial(jax.jit, static_argnames=("config", "plan"))
 def beam_search(
     config: ModelConfig,
+    plan: BeamPlan,
     params: Params,
     tokens_BxS: jax.Array,
     lengths_B: jax.Array,
     alpha: jax.Array,
     limit: jax.Array,
-    *,
-    beams: int,
-    room: int,
-    start_id: int,
-    eos_id: int,
-    vocabulary_size: int,
 ) -> Hypotheses:
     """The best complete hypotheses found for each input, best first.
 
@@ -66,20 +79,16 @@ def beam_search(
 
     Args:
         config: the model.
-        params: its parameters.
+        plan: beams and capacity.
+        params: the model's parameters.
         tokens_BxS: inputs, each in the first ``lengths_B`` places of its row.
         lengths_B: tokens of each input.
         alpha: of ``length_penalty``, 0 or more.
-        limit: new tokens at most, from 1 to ``room``.
-        beams: K, hypotheses kept alive for each input, and returned.
-        room: N, the cache's capacity for new tokens.
-        start_id: the decoder's first input.
-        eos_id: completes a hypothesis.
-        vocabulary_size: ids from here on are never chosen.
+        limit: new tokens at most, from 1 to ``plan.room``.
     """
-    batch = tokens_BxS.shape[0]
+    batch, beams, room = tokens_BxS.shape[0], plan.beams, plan.room
     logits_BxV, memory = prefill(
-        config, params, tokens_BxS, lengths_B, start_id=start_id, room=room
+        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, room=room
     )
     rows_R = jnp.repeat(jnp.arange(batch), beams)
     nothing = Hypotheses(
@@ -93,7 +102,7 @@ def beam_search(
     search = _Search(
         take_rows(config, memory, rows_R), logits_BxV[rows_R], alive, nothing, jnp.int32(0)
     )
-    search = _grow(config, search, alpha, eos_id, vocabulary_size)
+    search = _grow(config, plan, search, alpha)
 
     def undecided(search: _Search) -> jax.Array:
         # Log-probabilities only fall, and the longest answer is divided by the most.
@@ -104,7 +113,7 @@ def beam_search(
         last_R = jnp.take(search.alive.tokens_BxKxN, search.count - 1, axis=2).reshape(-1)
         logits_RxV, memory = decode_step(config, params, search.memory, last_R)
         search = search.replace(memory=memory, logits_RxV=logits_RxV)
-        return _grow(config, search, alpha, eos_id, vocabulary_size)
+        return _grow(config, plan, search, alpha)
 
     search = jax.lax.while_loop(undecided, step, search)
     cut_off = search.alive.replace(
@@ -113,14 +122,12 @@ def beam_search(
     return _best(search.complete, cut_off)
 
 
-def _grow(
-    config: ModelConfig, search: _Search, alpha: jax.Array, eos_id: int, vocabulary_size: int
-) -> _Search:
+def _grow(config: ModelConfig, plan: BeamPlan, search: _Search, alpha: jax.Array) -> _Search:
     """Every hypothesis by one token: the best K go on, those with EOS become complete."""
     alive, (batch, beams) = search.alive, search.alive.scores_BxK.shape
     size = search.logits_RxV.shape[-1]
     log_probs = jax.nn.log_softmax(search.logits_RxV).reshape(batch, beams, size)
-    allowed = jnp.arange(size) < vocabulary_size
+    allowed = jnp.arange(size) < plan.vocabulary_size
     scores = alive.scores_BxK[:, :, None] + jnp.where(allowed, log_probs, -jnp.inf)
     # At most K of the best 2K have EOS, so that K remain to go on.
     scores_BxC, places_BxC = jax.lax.top_k(scores.reshape(batch, -1), 2 * beams)
@@ -134,7 +141,7 @@ def _grow(
         jnp.full_like(tokens_BxC, count),
         scores_BxC,
     )
-    ended_BxC = tokens_BxC == eos_id
+    ended_BxC = tokens_BxC == plan.eos_id
     final_BxC = jnp.where(ended_BxC, scores_BxC / length_penalty(count, alpha), -jnp.inf)
     complete = _best(search.complete, candidates.replace(scores_BxK=final_BxC))
     # Stable: candidates come best first.

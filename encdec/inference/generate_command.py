@@ -23,6 +23,7 @@ _LOG = logger(__name__)
 
 if TYPE_CHECKING:
     from encdec.inference.generator import TextGenerator
+    from encdec.inference.text import PromptFormat
 
 # Inputs between two writes of the output file: enough for batches of like lengths.
 WINDOW_BATCHES = 8
@@ -54,11 +55,8 @@ def main(argv: list[str]) -> int:
     settings = _settings(options)
     _check(options)
     # Imported late: a mistake in the command line is answered at once.
-    from encdec.inference.draft_model import load_draft
-    from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
     from encdec.inference.files import ResumableOutput, read_inputs
-    from encdec.inference.generator import Generator, read_prompt_format
-    from encdec.train.checkpoints import load_params_for_inference
+    from encdec.inference.generator import read_prompt_format
     from encdec.train.workdir import CONFIG_FILE
 
     prompts, max_tokens = read_prompt_format(
@@ -69,38 +67,7 @@ def main(argv: list[str]) -> int:
     for number, text in enumerate(texts):
         name = "the input" if len(texts) == 1 else f"input {number}"
         prompts.encode(text, truncate=options.truncate, name=name)
-    generating = {"max_tokens": max_tokens, "batch_rows": options.batch_rows}
-    if export_format(options.checkpoint):
-        if options.step is not None:
-            raise ConfigError(
-                f"{options.checkpoint} is an export, which has no checkpoints; leave --step out"
-            )
-        for name in ("devices", "tensor"):
-            if (value := getattr(options, name)) > 1:
-                raise ConfigError(
-                    f"{name} is {value}, but {options.checkpoint} is an export, "
-                    "which runs on this machine's CPU as a whole; leave it out, or "
-                    "generate with the work directory"
-                )
-        step, model = 0, load_exported_model(options.checkpoint)
-        generator: TextGenerator = ExportedGenerator(
-            model, prompts, **generating, draft=options.draft
-        )
-    else:
-        config, params, step = load_params_for_inference(options.checkpoint, options.step)
-        import jax
-
-        if options.devices > (there := jax.local_device_count()):
-            raise ConfigError(f"devices is {options.devices}, but there are {there} here")
-        generator = Generator(
-            config,
-            params,
-            prompts,
-            **generating,
-            devices=jax.local_devices()[: options.devices],
-            tensor=options.tensor,
-            draft=load_draft(options.draft, prompts.vocabulary),
-        )
+    generator, step = _generator(options, prompts, max_tokens)
     output = None
     if options.out:
         run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
@@ -128,6 +95,47 @@ def main(argv: list[str]) -> int:
     else:
         _print_texts(generator, settings, options, texts)
     return 0
+
+
+def _generator(
+    options: argparse.Namespace, prompts: PromptFormat, max_tokens: int
+) -> tuple[TextGenerator, int]:
+    """Of an export or of a work directory's checkpoint; with the step, 0 of an export."""
+    from encdec.inference.draft_model import load_draft
+    from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
+    from encdec.inference.generator import Generator
+    from encdec.train.checkpoints import load_params_for_inference
+
+    generating = {"max_tokens": max_tokens, "batch_rows": options.batch_rows}
+    if export_format(options.checkpoint):
+        if options.step is not None:
+            raise ConfigError(
+                f"{options.checkpoint} is an export, which has no checkpoints; leave --step out"
+            )
+        for name in ("devices", "tensor"):
+            if (value := getattr(options, name)) > 1:
+                raise ConfigError(
+                    f"{name} is {value}, but {options.checkpoint} is an export, "
+                    "which runs on this machine's CPU as a whole; leave it out, or "
+                    "generate with the work directory"
+                )
+        model = load_exported_model(options.checkpoint)
+        return ExportedGenerator(model, prompts, **generating, draft=options.draft), 0
+    config, params, step = load_params_for_inference(options.checkpoint, options.step)
+    import jax
+
+    if options.devices > (there := jax.local_device_count()):
+        raise ConfigError(f"devices is {options.devices}, but there are {there} here")
+    generator = Generator(
+        config,
+        params,
+        prompts,
+        **generating,
+        devices=jax.local_devices()[: options.devices],
+        tensor=options.tensor,
+        draft=load_draft(options.draft, prompts.vocabulary),
+    )
+    return generator, step
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT.jsonl",
         help="receives the answers; the same command continues it after a stop",
     )
+    _add_answer_flags(parser)
+    return parser
+
+
+def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in _FLAGS:
         parser.add_argument(f"--{name}", type=kind, help=text, metavar="N" if kind is int else "X")
     parser.add_argument(
@@ -213,7 +226,6 @@ def _parser() -> argparse.ArgumentParser:
         "--logprobs", action="store_true", help="JSON lines with every token's log-probability"
     )
     parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
-    return parser
 
 
 def _settings(options: argparse.Namespace) -> GenerationSettings:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
-from encdec.inference.beam import Hypotheses, beam_search
+from encdec.inference.beam import BeamPlan, Hypotheses, beam_search
 from encdec.inference.decoding import Decoding, DecodingPlan, start_compiled
 from encdec.inference.drafting import Draft, Drafters, DraftModel, Paces
 from encdec.inference.ready import ready_for_decoding
@@ -178,17 +178,20 @@ class CompiledRows:
         prompts: PromptFormat,
         limit: int,
     ) -> Hypotheses:
-        return beam_search(
-            self.config,
-            self.params,
-            *self._placed(self._arrays(inputs)),
-            settings.length_penalty,
-            limit,
+        plan = BeamPlan(
             beams=settings.beams,
             room=bucket(limit),
             start_id=prompts.decoder_start_id,
             eos_id=prompts.vocabulary.eos_id,
             vocabulary_size=prompts.vocabulary.size,
+        )
+        return beam_search(
+            self.config,
+            plan,
+            self.params,
+            *self._placed(self._arrays(inputs)),
+            settings.length_penalty,
+            limit,
         )
 
 

@@ -206,18 +206,7 @@ def translate(
     }
     if scalar := given("query_pre_attn_scalar"):
         fields["attention_scale"] = float(scalar) ** -0.5
-    multipliers = {}
-    if name == "granite":
-        fields["attention_scale"] = required(
-            {"attention_multiplier": given("attention_multiplier")},
-            "attention_multiplier",
-            path,
-            float,
-        )
-        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
-            multipliers[key] = float(required({key: given(key, 1.0)}, key, path, float))
-        split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
-        fields["tie_embeddings"] = fields["tie_embeddings"] and not split
+    multipliers = _granite(fields, given, path) if name == "granite" else {}
     fields |= rope | _window(name, values, family, given, refuse, rope) | dict(family.fields)
     fields["decoder_unrotated_layers"] = _unrotated(name, values, given, fields)
     eos = given("eos_token_id", ())
@@ -227,6 +216,21 @@ def translate(
     return Imported(
         name, ModelConfig(**fields), max_length, int(start), eos, (), rotated, multipliers
     )
+
+
+def _granite(
+    fields: dict[str, Any], given: Callable[..., Any], path: pathlib.Path
+) -> dict[str, float]:
+    """Granite's multipliers; its attention scale and untied head go into ``fields``."""
+    scale = {"attention_multiplier": given("attention_multiplier")}
+    fields["attention_scale"] = required(scale, "attention_multiplier", path, float)
+    multipliers = {
+        key: float(required({key: given(key, 1.0)}, key, path, float))
+        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    }
+    split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
+    fields["tie_embeddings"] = fields["tie_embeddings"] and not split
+    return multipliers
 
 
 def _cap(values: Mapping[str, Any], family: Family, key: str) -> float:

@@ -8,6 +8,7 @@ together. Rotation pairs neighbours there and halves of a head here.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -75,11 +76,17 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
         execution=ExecutionConfig(scan_layers=False),
         dtype="float32",
     )
+    return config, _params(config, tensors), longest
+
+
+def _params(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Our unrolled parameters."""
+    M, D, H, K = config.d_model, config.head_dim, config.num_heads, config.num_kv_heads
     embedder = {"embedding": tensors["embedding"]}
-    if not tied:
+    if not config.tie_embeddings:
         embedder["head"] = tensors["head"].T
     decoder: dict[str, Any] = {"final_norm": {"scale": tensors["final_norm"]}}
-    for layer in range(layers):
+    for layer in range(config.decoder_layers):
         kernel = lambda name, layer=layer: tensors[name][layer]
         halves = lambda name, heads, kernel=kernel: (
             kernel(name)
@@ -99,4 +106,4 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
             "mlp_norm": {"scale": kernel("mlp_norm")},
             "mlp": {name: {"kernel": kernel(name).T} for name in ("gate", "up", "down")},
         }
-    return config, {"embedder": embedder, "decoder": decoder}, longest
+    return {"embedder": embedder, "decoder": decoder}

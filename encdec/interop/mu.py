@@ -113,26 +113,7 @@ def read_config(
         DataError: tensors that determine the sizes are missing or contradict ``settings``, or a
             field of ``settings`` is not supported.
     """
-    layers = {
-        stack: len(
-            {m[1] for name in tensors if (m := re.match(rf"transformer\.{letter}\.(\d+)\.", name))}
-        )
-        for stack, letter in STACKS
-    }
-    sizes = {}
-    for what, name, axis in (
-        ("vocabulary", "transformer.wte.weight", 0),
-        ("width", "transformer.wte.weight", 1),
-        ("queries", "transformer.h.0.causal_attn.q_linear.weight", 0),
-        ("keys", "transformer.h.0.causal_attn.k_linear.weight", 0),
-        ("mlp", f"{MLP}.weight", 0),
-    ):
-        if name not in tensors or tensors[name].ndim != 2:
-            raise DataError(
-                f"the checkpoint has no matrix {name}, which determines the model's {what}; "
-                "give the model.pt of the release"
-            )
-        sizes[what] = tensors[name].shape[axis]
+    layers, sizes = _sizes(tensors)
     given = _checked(settings, layers, sizes) if settings is not None else dict(FIELDS)
     if settings is not None:
         width = given["qkv_embd"] // given["n_head"]
@@ -180,6 +161,31 @@ def read_config(
         execution=ExecutionConfig(scan_layers=False),
     )
     return model, 2 * longest
+
+
+def _sizes(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, int], dict[str, int]]:
+    """Layers of each stack, and the widths that shapes tell."""
+    layers = {
+        stack: len(
+            {m[1] for name in tensors if (m := re.match(rf"transformer\.{letter}\.(\d+)\.", name))}
+        )
+        for stack, letter in STACKS
+    }
+    sizes = {}
+    for what, name, axis in (
+        ("vocabulary", "transformer.wte.weight", 0),
+        ("width", "transformer.wte.weight", 1),
+        ("queries", "transformer.h.0.causal_attn.q_linear.weight", 0),
+        ("keys", "transformer.h.0.causal_attn.k_linear.weight", 0),
+        ("mlp", f"{MLP}.weight", 0),
+    ):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise DataError(
+                f"the checkpoint has no matrix {name}, which determines the model's {what}; "
+                "give the model.pt of the release"
+            )
+        sizes[what] = tensors[name].shape[axis]
+    return layers, sizes
 
 
 def _checked(

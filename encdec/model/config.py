@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from encdec.errors import ConfigError
-from encdec.fields import check_types, did_you_mean
+from encdec.fields import Require, check_types, did_you_mean, requirements
 from encdec.model.execution import EXECUTION_FIELDS, ExecutionConfig
 
 Architecture = Literal["encoder_decoder", "decoder_only"]
@@ -187,12 +187,16 @@ def _flat(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_values(config: ModelConfig) -> None:
-    def require(condition: bool, field: str, expected: str) -> None:
-        if not condition:
-            raise ConfigError(
-                f"ModelConfig.{field} is {getattr(config, field)!r}; expected {expected}"
-            )
+    require = requirements(config, "ModelConfig.")
+    _check_numbers(config, require)
+    _check_architecture(config, require)
+    _check_rope(config, require)
+    for stack in ("encoder", "decoder"):
+        _check_numbered_layers(config, stack, require)
+    _check_windows(config, require)
 
+
+def _check_numbers(config: ModelConfig, require: Require) -> None:
     positive = (
         "vocab_size",
         "decoder_layers",
@@ -219,6 +223,9 @@ def _check_values(config: ModelConfig) -> None:
         "local_rope_theta",
     ):
         require(getattr(config, field) >= 0, field, "0 (off) or a positive number")
+
+
+def _check_architecture(config: ModelConfig, require: Require) -> None:
     if config.is_encoder_decoder:
         require(config.encoder_layers > 0, "encoder_layers", "at least 1 in an encoder-decoder")
     else:
@@ -240,6 +247,19 @@ def _check_values(config: ModelConfig) -> None:
         f"a divisor of num_heads = {config.num_heads}",
     )
     require(config.head_dim % 2 == 0, "head_dim", "an even number, because RoPE rotates pairs")
+    require(
+        config.post_norms or not config.omit_pre_norms,
+        "omit_pre_norms",
+        "False without post_norms, so that every sublayer has a norm",
+    )
+    require(
+        config.qk_norm or not config.qk_norm_over_heads,
+        "qk_norm_over_heads",
+        "False without qk_norm",
+    )
+
+
+def _check_rope(config: ModelConfig, require: Require) -> None:
     require(config.rope_factor >= 1, "rope_factor", "1 or more")
     require(
         config.rope_factor == 1 or config.rope_scaling != "none",
@@ -273,35 +293,30 @@ def _check_values(config: ModelConfig) -> None:
         "rope_magnitude",
         "1 unless rope_scaling is 'per_pair'",
     )
-    for stack in ("encoder", "decoder"):
-        field, layers = f"{stack}_global_layers", getattr(config, f"{stack}_layers")
-        for listed in (field, f"{stack}_unrotated_layers"):
-            numbers = getattr(config, listed)
-            require(
-                all(type(layer) is int and 0 <= layer < layers for layer in numbers),
-                listed,
-                f"numbers of the {stack}'s layers, each at least 0 and below {layers}",
-            )
+
+
+def _check_numbered_layers(config: ModelConfig, stack: str, require: Require) -> None:
+    field, layers = f"{stack}_global_layers", getattr(config, f"{stack}_layers")
+    for listed in (field, f"{stack}_unrotated_layers"):
+        numbers = getattr(config, listed)
         require(
-            not (getattr(config, f"{stack}_unrotated_layers") and config.execution.scan_layers),
-            f"{stack}_unrotated_layers",
-            "() with scan_layers=True, which runs every layer alike; set scan_layers=False",
-        )
-        require(
-            not (getattr(config, field) and config.global_layer_every),
-            field,
-            f"() with global_layer_every={config.global_layer_every}, which names them already",
+            all(type(layer) is int and 0 <= layer < layers for layer in numbers),
+            listed,
+            f"numbers of the {stack}'s layers, each at least 0 and below {layers}",
         )
     require(
-        config.post_norms or not config.omit_pre_norms,
-        "omit_pre_norms",
-        "False without post_norms, so that every sublayer has a norm",
+        not (getattr(config, f"{stack}_unrotated_layers") and config.execution.scan_layers),
+        f"{stack}_unrotated_layers",
+        "() with scan_layers=True, which runs every layer alike; set scan_layers=False",
     )
     require(
-        config.qk_norm or not config.qk_norm_over_heads,
-        "qk_norm_over_heads",
-        "False without qk_norm",
+        not (getattr(config, field) and config.global_layer_every),
+        field,
+        f"() with global_layer_every={config.global_layer_every}, which names them already",
     )
+
+
+def _check_windows(config: ModelConfig, require: Require) -> None:
     both_ways = config.encoder_window
     require(
         not both_ways

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from encdec.cost.flops import training_flops
-from encdec.distill.rollout import rollout
+from encdec.distill.rollout import Answering, rollout
 from encdec.distill.scoring import score
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
@@ -266,7 +266,7 @@ class Experiment:
                 folder,
                 self._corpora.records(column.name, "train"),
                 out,
-                settings=GenerationSettings(beams=self._setting.beams),
+                answering=Answering(GenerationSettings(beams=self._setting.beams)),
                 step=chosen_step(folder, "best"),
             )
         self._say(f"teacher's answers on {column.name}: {card.target_tokens:,} tokens")

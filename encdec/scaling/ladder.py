@@ -20,7 +20,7 @@ import ml_collections
 from encdec.cost.flops import ParameterCount, count_parameters, training_flops
 from encdec.data.records import DatasetCard
 from encdec.errors import ConfigError
-from encdec.fields import build, did_you_mean
+from encdec.fields import Require, build, did_you_mean, requirements, value_of
 from encdec.model import ModelConfig, preset
 from encdec.scaling.matching import (
     DECODER_ONLY,
@@ -35,6 +35,20 @@ from encdec.train.config import RunConfig, parse_config, to_dict
 
 BUDGET_KINDS = ("flops", "rows", "tokens_per_parameter")
 FLOPS_TOLERANCE = 0.01
+_POSITIVE = (
+    "inputs",
+    "targets",
+    "evaluations",
+    "budgets.min_steps",
+    "budgets.max_epochs",
+    "batch.rows",
+    "batch.reference_rows",
+    "batch.smallest",
+    "seeds.count",
+    "learning_rate.peak",
+    "learning_rate.reference_width",
+    "learning_rate.reference_batch",
+)
 _BYTES_PER_PARAMETER = 16  # float32: master, gradient, and AdamW's two moments
 
 
@@ -426,88 +440,56 @@ def _learning_rate(rule: LearningRateRule, model: ModelConfig, batch: int) -> fl
 
 
 def _check(ladder: Ladder) -> None:
-    def require(condition: bool, field: str, value: Any, wanted: str) -> None:
-        if not condition:
-            raise ConfigError(f"ladder.{field} is {value!r}; expected {wanted}")
-
-    require(bool(ladder.sizes), "sizes", dict(ladder.sizes), "at least one size")
+    require = requirements(ladder, "ladder.")
+    require(bool(ladder.sizes), "sizes", "at least one size")
     for size, entry in ladder.sizes.items():
         require(
             isinstance(entry, Mapping) and "preset" in entry,
             f"sizes.{size}",
-            entry,
             "a preset and changes to it: {'preset': '330m', ...}",
+            entry,
         )
-        require(not {"_", "/"} & set(size), "sizes", size, "names without '_' and '/'")
-    require(bool(ladder.splits), "splits", ladder.splits, "at least one, the reference's first")
-    require(len(set(ladder.splits)) == len(ladder.splits), "splits", ladder.splits, "no repetition")
+        require(not {"_", "/"} & set(size), "sizes", "names without '_' and '/'", size)
+    require(bool(ladder.splits), "splits", "at least one, the reference's first")
+    require(len(set(ladder.splits)) == len(ladder.splits), "splits", "no repetition")
     for split in ladder.splits:
         encoder_share(split)
-    require(ladder.match in MATCHES, "match", ladder.match, "one of " + ", ".join(MATCHES))
-    budgets, seeds = ladder.budgets, ladder.seeds
-    require(
-        budgets.kind in BUDGET_KINDS,
-        "budgets.kind",
-        budgets.kind,
-        "one of " + ", ".join(BUDGET_KINDS),
-    )
-    require(
-        bool(budgets.values) and min(budgets.values) > 0,
-        "budgets.values",
-        budgets.values,
-        "positive numbers",
-    )
-    require(
-        len(set(budgets.values)) == len(budgets.values),
-        "budgets.values",
-        budgets.values,
-        "no repetition",
-    )
-    positive = {
-        "inputs": ladder.inputs,
-        "targets": ladder.targets,
-        "evaluations": ladder.evaluations,
-        "budgets.min_steps": budgets.min_steps,
-        "budgets.max_epochs": budgets.max_epochs,
-        "batch.rows": ladder.batch.rows,
-        "batch.reference_rows": ladder.batch.reference_rows,
-        "batch.smallest": ladder.batch.smallest,
-        "seeds.count": seeds.count,
-        "learning_rate.peak": ladder.learning_rate.peak,
-        "learning_rate.reference_width": ladder.learning_rate.reference_width,
-        "learning_rate.reference_batch": ladder.learning_rate.reference_batch,
-    }
-    for field, value in positive.items():
-        require(value > 0, field, value, "a positive number")
-    require(
-        0 <= ladder.warmup_fraction < 1,
-        "warmup_fraction",
-        ladder.warmup_fraction,
-        "a fraction in [0, 1)",
-    )
+    require(ladder.match in MATCHES, "match", "one of " + ", ".join(MATCHES))
+    for name in _POSITIVE:
+        require(value_of(ladder, name) > 0, name, "a positive number")
+    require(0 <= ladder.warmup_fraction < 1, "warmup_fraction", "a fraction in [0, 1)")
+    _check_budgets_and_seeds(ladder, require)
     _check_distilled(ladder)
+    _check_run(ladder, require)
+
+
+def _check_budgets_and_seeds(ladder: Ladder, require: Require) -> None:
+    budgets, seeds = ladder.budgets, ladder.seeds
+    require(budgets.kind in BUDGET_KINDS, "budgets.kind", "one of " + ", ".join(BUDGET_KINDS))
+    positive = bool(budgets.values) and min(budgets.values) > 0
+    require(positive, "budgets.values", "positive numbers")
+    require(len(set(budgets.values)) == len(budgets.values), "budgets.values", "no repetition")
     for size in seeds.sizes:
-        require(
-            size in ladder.sizes,
-            "seeds.sizes",
-            size,
-            "sizes of the ladder: " + ", ".join(ladder.sizes),
-        )
+        known = "sizes of the ladder: " + ", ".join(ladder.sizes)
+        require(size in ladder.sizes, "seeds.sizes", known, size)
     for budget in seeds.budgets:
-        require(budget in budgets.values, "seeds.budgets", budget, "values of the budgets")
-    owned = {"model", "model_overrides", "batch_size", "steps", "seed", "data"}
+        require(budget in budgets.values, "seeds.budgets", "values of the budgets", budget)
+
+
+def _check_run(ladder: Ladder, require: Require) -> None:
+    """The ladder sets some fields of its runs itself."""
     require(
         "teacher" not in ladder.run.get("distill", {}),
         "run.distill.teacher",
-        ladder.run.get("distill", {}).get("teacher"),
         "ladder.distilled.teachers instead, so that plain series stay plain",
     )
+    owned = ("batch_size", "data", "model", "model_overrides", "seed", "steps")
     for field in ladder.run:
         require(
             field not in owned,
             "run",
+            f"fields that the ladder does not set itself (it sets {', '.join(owned)})",
             field,
-            "fields that the ladder does not set itself (it sets " + ", ".join(sorted(owned)) + ")",
         )
 
 

@@ -90,102 +90,74 @@ class Drawn:
         return self.path.with_suffix(".svg")
 
 
+# Title and caption of each figure, by the name of its file.
+_TEXTS = {
+    "loss-flops": (
+        "Loss against training FLOPs",
+        "Points: finished runs. Thin lines: a run's evaluations. Thick lines: the lowest loss that "
+        "the fitted law allows at each number of FLOPs, among sizes from the smallest to the "
+        "largest run, with its 95 % interval.",
+    ),
+    "isoflop": (
+        "IsoFLOP valleys",
+        "Loss against parameters at equal training FLOPs. Parabolas in log N join three sizes or "
+        "more, and a cross marks their lowest point inside the sizes run: an illustration, not the "
+        "fit, because parabolas are biased.",
+    ),
+    "contours": (
+        "Loss contours and the efficient frontier",
+        "Contours: loss by the fitted law. Line: the size and data that reach each loss with the "
+        "fewest FLOPs; vertical where a smaller or larger size than any run would be better. "
+        "Points: finished runs.",
+    ),
+    "comparison": (
+        "Encoder-decoder against decoder-only",
+        "Left: the lowest losses by FLOPs. Right: FLOPs that decoder-only models need for the same "
+        "loss, relative to the encoder-decoder; above 1 the encoder-decoder is cheaper. Bands: "
+        "95 % bootstrap intervals.",
+    ),
+    "distilled": (
+        "With a teacher against gold targets alone",
+        "Left: the lowest losses by the student's FLOPs. Right: FLOPs that the same series needs "
+        "on gold targets alone for the same loss, relative to the student's with a teacher; above "
+        "1 the teacher helps. Training and scoring the teacher is not counted. Bands: 95 % "
+        "bootstrap intervals.",
+    ),
+}
+_SCORE_CAPTION = (
+    "Downstream score of the finished runs that were evaluated: means over seeds, bars of one "
+    "standard deviation between seeds where there are several."
+)
+
+
 def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
     """Draws every figure that the analysis allows into ``directory``."""
     looks = _looks(analysis)
     fitted = [one for one in analysis.series.values() if one.frontier]
-    drawn = [
-        _save(
-            directory,
-            "loss-flops",
-            "Loss against training FLOPs",
-            "Points: finished runs. Thin lines: a run's evaluations. Thick lines: the lowest loss "
-            "that the fitted law allows at each number of FLOPs, among "
-            "sizes from the smallest to the "
-            "largest run, with its 95 % interval.",
-            lambda: _loss_flops(analysis, looks),
-        )
-    ]
-    drawn.append(
-        _save(
-            directory,
-            "isoflop",
-            "IsoFLOP valleys",
-            "Loss against parameters at equal training FLOPs. Parabolas in log N join three sizes "
-            "or more, and a cross marks their lowest point inside the "
-            "sizes run: an illustration, not the "
-            "fit, because parabolas are biased.",
-            lambda: _isoflop(analysis),
-        )
-    )
+    drawings: dict[str, Callable[[], Figure]] = {
+        "loss-flops": lambda: _loss_flops(analysis, looks),
+        "isoflop": lambda: _isoflop(analysis),
+    }
     if fitted:
-        drawn.append(
-            _save(
-                directory,
-                "contours",
-                "Loss contours and the efficient frontier",
-                "Contours: loss by the fitted law. Line: the size and data "
-                "that reach each loss with "
-                "the fewest FLOPs; vertical where a smaller or larger size than any run would be "
-                "better. Points: finished runs.",
-                lambda: _contours(analysis, fitted, looks),
-            )
-        )
+        drawings["contours"] = lambda: _contours(analysis, fitted, looks)
     if analysis.comparisons:
-        drawn.append(
-            _save(
-                directory,
-                "comparison",
-                "Encoder-decoder against decoder-only",
-                "Left: the lowest losses by FLOPs. Right: FLOPs that "
-                "decoder-only models need for the "
-                "same loss, relative to the encoder-decoder; above 1 the "
-                "encoder-decoder is cheaper. "
-                "Bands: 95 % bootstrap intervals.",
-                lambda: _comparison(
-                    analysis,
-                    analysis.comparisons,
-                    {
-                        name: name.replace(plain_name(name), DECODER_ONLY, 1)
-                        for name in analysis.comparisons
-                    },
-                    looks,
-                    "relative FLOPs of decoder-only",
-                ),
-            )
+        peers = {
+            name: name.replace(plain_name(name), DECODER_ONLY, 1) for name in analysis.comparisons
+        }
+        drawings["comparison"] = lambda: _comparison(
+            analysis, analysis.comparisons, peers, looks, "relative FLOPs of decoder-only"
         )
     if analysis.against_plain:
-        drawn.append(
-            _save(
-                directory,
-                "distilled",
-                "With a teacher against gold targets alone",
-                "Left: the lowest losses by the student's FLOPs. Right: FLOPs that the same series "
-                "needs on gold targets alone for the same loss, relative to the student's with a "
-                "teacher; above 1 the teacher helps. Training and scoring "
-                "the teacher is not counted. "
-                "Bands: 95 % bootstrap intervals.",
-                lambda: _comparison(
-                    analysis,
-                    analysis.against_plain,
-                    {name: plain_name(name) for name in analysis.against_plain},
-                    looks,
-                    "relative FLOPs without a teacher",
-                ),
-            )
+        plain = {name: plain_name(name) for name in analysis.against_plain}
+        drawings["distilled"] = lambda: _comparison(
+            analysis, analysis.against_plain, plain, looks, "relative FLOPs without a teacher"
         )
+    drawn = [_save(directory, name, *_TEXTS[name], draw) for name, draw in drawings.items()]
     for metric in analysis.scores:
         name = "score-" + "".join(c if c.isalnum() else "-" for c in metric).lower()
+        draw = lambda metric=metric: _score(analysis, metric, looks)
         drawn.append(
-            _save(
-                directory,
-                name,
-                f"{metric} against training FLOPs",
-                "Downstream score of the finished runs that were evaluated: "
-                "means over seeds, bars of "
-                "one standard deviation between seeds where there are several.",
-                lambda metric=metric: _score(analysis, metric, looks),
-            )
+            _save(directory, name, f"{metric} against training FLOPs", _SCORE_CAPTION, draw)
         )
     return drawn
 

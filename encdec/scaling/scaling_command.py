@@ -64,11 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(
         dest="action", required=True, metavar="{plan,run,score,fit,plot}"
     )
+    for add in (_add_plan, _add_run, _add_score, _add_fit, _add_plot):
+        add(actions)
+    return parser
 
-    plan = _action(actions, "plan", _plan, "show every run of a ladder and the total cost")
-    _ladder_options(plan)
-    plan.add_argument("--chip", metavar="NAME", help="predict chip-hours on this chip, e.g. v5e")
-    plan.add_argument(
+
+def _add_plan(actions: Any) -> None:
+    parser = _action(actions, "plan", _plan, "show every run of a ladder and the total cost")
+    _ladder_options(parser)
+    parser.add_argument("--chip", metavar="NAME", help="predict chip-hours on this chip, e.g. v5e")
+    parser.add_argument(
         "--mfu",
         type=float,
         default=0.4,
@@ -76,39 +81,41 @@ def _parser() -> argparse.ArgumentParser:
         help="with --chip: assumed model FLOPs utilisation (%(default)s); `encdec compile` "
         "predicts it for a topology",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--flops_per_second",
         type=float,
         metavar="RATE",
         help="instead of --chip and --mfu: model FLOP/s of one machine",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--topology",
         metavar="NAME",
         help="compile every step for this TPU topology, e.g. v5e:16x16, as `encdec "
         "compile` does, and predict memory and chip-hours; takes minutes per distinct step",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--compiled",
         type=local_path,
         metavar="FILE",
         help="keep the compiled steps' figures here, and read them again",
     )
-    plan.add_argument(
+    parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="NAME",
         help="plan only this run (may be repeated)",
     )
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    run = _action(actions, "run", _run, "train all unfinished runs and record them")
-    _ladder_options(run)
-    run.add_argument(
+
+def _add_run(actions: Any) -> None:
+    parser = _action(actions, "run", _run, "train all unfinished runs and record them")
+    _ladder_options(parser)
+    parser.add_argument(
         "--workdir", type=local_path, required=True, metavar="DIR", help="the ladder's directory"
     )
-    which = run.add_mutually_exclusive_group()
+    which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--only",
         action="append",
@@ -133,49 +140,54 @@ def _parser() -> argparse.ArgumentParser:
         help="train nothing; print one command for each unfinished run",
     )
 
-    score = _action(
+
+def _add_score(actions: Any) -> None:
+    parser = _action(
         actions,
         "score",
         _score,
         "generate answers with every finished run and compute a task's metrics",
     )
-    _ladder_options(score)
-    score.add_argument(
+    _ladder_options(parser)
+    parser.add_argument(
         "--workdir", type=local_path, required=True, metavar="DIR", help="the ladder's directory"
     )
-    score.add_argument(
+    parser.add_argument(
         "--task", required=True, metavar="TASK", help="a task with metrics, see `encdec data list`"
     )
-    add_module_flag(score)
-    score.add_argument(
+    add_module_flag(parser)
+    parser.add_argument(
         "--data_dir", type=local_path, metavar="DIR", help="directory with the task's files"
     )
-    score.add_argument("--split", default="validation", help="split of the task (%(default)s)")
-    score.add_argument(
+    parser.add_argument("--split", default="validation", help="split of the task (%(default)s)")
+    parser.add_argument(
         "--metrics",
         default="",
         metavar="A,B",
         help="metrics instead of the task's own, such as rougeL; see `encdec evaluate --help`",
     )
-    score.add_argument(
+    parser.add_argument(
         "--examples", type=int, metavar="N", help="use the first N examples (default: all)"
     )
 
-    fit = _action(actions, "fit", _fit, "fit laws and compare the architectures")
-    _fit_options(fit)
-    fit.add_argument(
+
+def _add_fit(actions: Any) -> None:
+    parser = _action(actions, "fit", _fit, "fit laws and compare the architectures")
+    _fit_options(parser)
+    parser.add_argument(
         "--json", type=local_path, metavar="FILE", help="also write all numbers to this file"
     )
 
-    plot = _action(actions, "plot", _plot, "draw the curves and write the report")
-    _fit_options(plot)
-    plot.add_argument(
+
+def _add_plot(actions: Any) -> None:
+    parser = _action(actions, "plot", _plot, "draw the curves and write the report")
+    _fit_options(parser)
+    parser.add_argument(
         "--out",
         type=local_path,
         metavar="DIR",
         help="for the figures and report.html (default: `curves` next to the results)",
     )
-    return parser
 
 
 def _action(actions: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:

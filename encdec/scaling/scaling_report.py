@@ -374,72 +374,14 @@ def show(analysis: Analysis, console: Console) -> None:
 def as_json(analysis: Analysis) -> dict[str, Any]:
     """All numbers; intervals as [low, high], NaN and infinity as null."""
 
-    def interval(one: Interval) -> list[float | None]:
-        return [_finite(one.low), _finite(one.high)]
-
-    def group(one: Fitted) -> dict[str, Any]:
-        held = one.held_out
-        return {
-            "runs": [row["run"] for row in one.rows],
-            "reason": one.reason or None,
-            "law": one.law.constants() if one.law else None,
-            "bounds_hit": list(one.law.bounds_hit) if one.law else [],
-            "intervals": {name: interval(value) for name, value in one.intervals.items()},
-            "residuals": one.residuals.tolist() if one.residuals is not None else None,
-            "held_out": {"parameters": held.parameters, "errors": held.errors.tolist()}
-            if held
-            else None,
-            "held_out_reason": one.held_out_reason or None,
-            "cost": dataclasses.asdict(one.cost) if one.cost else None,
-        }
-
-    def compared(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
-        return {
-            name: {
-                "flops": _list(found.flops),
-                "first_loss": _list(found.first_loss),
-                "second_loss": _list(found.second_loss),
-                "losses": _list(found.losses),
-                "ratio": _list(found.ratio),
-                "ratio_low": _list(found.ratio_band[0]),
-                "ratio_high": _list(found.ratio_band[1]),
-                "crossing": {
-                    "flops": found.crossing.flops,
-                    "interval": interval(found.crossing.interval),
-                    "share": _finite(found.crossing.share),
-                    "extrapolated": found.crossing.extrapolated,
-                },
-                "share_first_ahead": _finite(found.share_first_ahead),
-            }
-            for name, found in comparisons.items()
-        }
-
-    def side_by_side(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
-        return [
-            {
-                "size": rung.size,
-                "budget": rung.budget,
-                "flops": rung.flops,
-                "series": {
-                    name: {
-                        "values": list(cell.values),
-                        "ahead_of_decoder_only": _finite(cell.ahead),
-                        "interval": interval(cell.interval),
-                    }
-                    for name, cell in rung.cells.items()
-                },
-            }
-            for rung in rungs
-        ]
-
     return {
         "choices": dataclasses.asdict(analysis.choices),
         "seed_noise": _finite(analysis.seed_noise[0]),
         "unfinished": list(analysis.unfinished),
-        "series": {name: group(one) for name, one in analysis.series.items()},
-        "parts": group(analysis.parts) if analysis.parts else None,
-        "comparisons": compared(analysis.comparisons),
-        "against_plain": compared(analysis.against_plain),
+        "series": {name: _fitted_as_json(one) for name, one in analysis.series.items()},
+        "parts": _fitted_as_json(analysis.parts) if analysis.parts else None,
+        "comparisons": _comparisons_as_json(analysis.comparisons),
+        "against_plain": _comparisons_as_json(analysis.against_plain),
         "distillation": {
             name: {
                 "runs": len(one.runs),
@@ -451,10 +393,72 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
             }
             for name, one in analysis.distillation.items()
         },
-        "rungs": side_by_side(analysis.rungs),
-        "scores": {name: side_by_side(rungs) for name, rungs in analysis.scores.items()},
+        "rungs": _rungs_as_json(analysis.rungs),
+        "scores": {name: _rungs_as_json(rungs) for name, rungs in analysis.scores.items()},
         "not_compared": analysis.not_compared,
     }
+
+
+def _fitted_as_json(one: Fitted) -> dict[str, Any]:
+    held = one.held_out
+    return {
+        "runs": [row["run"] for row in one.rows],
+        "reason": one.reason or None,
+        "law": one.law.constants() if one.law else None,
+        "bounds_hit": list(one.law.bounds_hit) if one.law else [],
+        "intervals": {name: _interval(value) for name, value in one.intervals.items()},
+        "residuals": one.residuals.tolist() if one.residuals is not None else None,
+        "held_out": {"parameters": held.parameters, "errors": held.errors.tolist()}
+        if held
+        else None,
+        "held_out_reason": one.held_out_reason or None,
+        "cost": dataclasses.asdict(one.cost) if one.cost else None,
+    }
+
+
+def _comparisons_as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+    return {
+        name: {
+            "flops": _list(found.flops),
+            "first_loss": _list(found.first_loss),
+            "second_loss": _list(found.second_loss),
+            "losses": _list(found.losses),
+            "ratio": _list(found.ratio),
+            "ratio_low": _list(found.ratio_band[0]),
+            "ratio_high": _list(found.ratio_band[1]),
+            "crossing": {
+                "flops": found.crossing.flops,
+                "interval": _interval(found.crossing.interval),
+                "share": _finite(found.crossing.share),
+                "extrapolated": found.crossing.extrapolated,
+            },
+            "share_first_ahead": _finite(found.share_first_ahead),
+        }
+        for name, found in comparisons.items()
+    }
+
+
+def _rungs_as_json(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
+    return [
+        {
+            "size": rung.size,
+            "budget": rung.budget,
+            "flops": rung.flops,
+            "series": {
+                name: {
+                    "values": list(cell.values),
+                    "ahead_of_decoder_only": _finite(cell.ahead),
+                    "interval": _interval(cell.interval),
+                }
+                for name, cell in rung.cells.items()
+            },
+        }
+        for rung in rungs
+    ]
+
+
+def _interval(one: Interval) -> list[float | None]:
+    return [_finite(one.low), _finite(one.high)]
 
 
 def _finite(value: float) -> float | None:

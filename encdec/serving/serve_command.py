@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="0: any free port (default %(default)s)"
     )
+    _add_limit_flags(parser)
+    return parser
+
+
+def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slots",
         type=int,
@@ -207,4 +212,3 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="do not compile at start-up, but when a program is first needed",
     )
-    return parser

@@ -10,7 +10,6 @@ rates, weight decay, clipping, cosine to 0, batch of 128), ours else. A config f
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -20,7 +19,7 @@ from ml_collections import config_dict
 
 from encdec import fields
 from encdec.errors import ConfigError
-from encdec.fields import field_types
+from encdec.fields import Require, field_types, requirements, value_of
 from encdec.model.config import ModelConfig
 from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
 from encdec.model.presets import preset, preset_names
@@ -391,16 +390,8 @@ def _check_names(values: Mapping[str, Any], full: ml_collections.ConfigDict) -> 
     visit(values, "")
 
 
-def _get(run: RunConfig, name: str) -> Any:
-    """The value of a dotted field."""
-    return functools.reduce(getattr, name.split("."), run)
-
-
 def _check_values(run: RunConfig) -> None:
-    def require(condition: bool, name: str, wanted: str) -> None:
-        if not condition:
-            raise ConfigError(f"config.{name} is {_get(run, name)!r}; expected {wanted}")
-
+    require = requirements(run, "config.")
     for name in ("batch_size", "accumulation", "steps", "log_every"):
         require(getattr(run, name) > 0, name, "a positive number")
     require(
@@ -409,6 +400,16 @@ def _check_values(run: RunConfig) -> None:
         f"a multiple of config.accumulation = {run.accumulation}",
     )
     require(0 <= run.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
+    require(run.profile.steps > 0, "profile.steps", "a positive number")
+    _check_read_fields(run, require)
+    _check_optimizer(run, require)
+    _check_losses(run, require)
+    _check_evaluation_and_checkpoints(run, require)
+    _check_mesh(run, require)
+
+
+def _check_read_fields(run: RunConfig, require: Require) -> None:
+    """Fields that another one makes read have their defaults where it does not."""
     for name in ("init_architecture", "init_partial", "init_grow"):
         require(
             bool(run.init_from) or getattr(run, name) == getattr(RunConfig(), name),
@@ -416,15 +417,18 @@ def _check_values(run: RunConfig) -> None:
             f"{getattr(RunConfig(), name)!r} without config.init_from",
         )
     for name, (other, choices) in READ_WITH.items():
-        seen = _get(run, other)
+        seen = value_of(run, other)
         used = seen in choices if choices else bool(seen)
-        default = _get(RunConfig(), name)
+        default = value_of(RunConfig(), name)
         reader = f"config.{other} = {' or '.join(map(repr, choices))}" if choices else ""
         require(
-            used or _get(run, name) == default,
+            used or value_of(run, name) == default,
             name,
             f"{default!r} without {reader or f'config.{other} set'}, which alone reads it",
         )
+
+
+def _check_optimizer(run: RunConfig, require: Require) -> None:
     optimizer, schedule = run.optimizer, run.schedule
     require(optimizer.learning_rate > 0, "optimizer.learning_rate", "a positive number")
     require(optimizer.eps > 0, "optimizer.eps", "a positive number")
@@ -450,6 +454,9 @@ def _check_values(run: RunConfig) -> None:
     )
     for name in ("final_fraction", "decay_fraction"):
         require(0 <= getattr(schedule, name) <= 1, f"schedule.{name}", "a fraction in [0, 1]")
+
+
+def _check_losses(run: RunConfig, require: Require) -> None:
     require(run.loss.z_loss >= 0, "loss.z_loss", "0 (off) or a positive number")
     require(0 <= run.loss.label_smoothing < 1, "loss.label_smoothing", "a number in [0, 1)")
     require(run.loss.vocab_tile >= 0, "loss.vocab_tile", "0 (all at once) or a positive number")
@@ -462,6 +469,9 @@ def _check_values(run: RunConfig) -> None:
         "distill.warmup_steps",
         "1 or more with config.distill.alpha_schedule = 'warmup'",
     )
+
+
+def _check_evaluation_and_checkpoints(run: RunConfig, require: Require) -> None:
     for name in (
         "distill.warmup_steps",
         "eval.every",
@@ -501,7 +511,9 @@ def _check_values(run: RunConfig) -> None:
         "config.checkpoint.keep_best beside it, with config.checkpoint.every equal to "
         "config.eval.every, so that the best is kept",
     )
-    require(run.profile.steps > 0, "profile.steps", "a positive number")
+
+
+def _check_mesh(run: RunConfig, require: Require) -> None:
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     for name, size in zip(("data", "fsdp", "tensor"), sizes):
         require(size == -1 or size > 0, f"mesh.{name}", "a positive number, or -1 for the rest")

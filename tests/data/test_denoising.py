@@ -22,7 +22,7 @@ from encdec.data.denoising import (
     mode_id,
     rebuild,
 )
-from encdec.data.objectives import CausalLM
+from encdec.data.objectives import CausalLM, Form
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records, read_card
 from encdec.data.vocabulary import ByteVocabulary
@@ -41,8 +41,9 @@ OBJECTIVES = {
 
 
 def _encode(objective, documents, lengths=(64, 32), first=0, seed=0, vocabulary=VOCABULARY):
-    objective.check(vocabulary, *lengths)
-    return objective.encode(documents, first, vocabulary, *lengths, seed)
+    form = Form(vocabulary, *lengths, seed)
+    objective.check(form)
+    return objective.encode(documents, first, form)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -172,12 +173,12 @@ def test_passes_repeat_the_documents_with_new_noise(tmp_path):
 
 def test_too_few_sentinels_or_tokens_are_refused_with_the_number_wanted(tmp_path):
     with pytest.raises(ConfigError, match=r"needs 57 sentinels.* 20 extra ids.*--extra_ids=57"):
-        SpanCorruption().check(ByteVocabulary(extra_ids=20), 1024, 256)
-    SpanCorruption().check(ByteVocabulary(extra_ids=57), 1024, 256)
+        SpanCorruption().check(Form(ByteVocabulary(extra_ids=20), 1024, 256))
+    SpanCorruption().check(Form(ByteVocabulary(extra_ids=57), 1024, 256))
     with pytest.raises(ConfigError, match=r"too few for span corruption"):
-        SpanCorruption().check(VOCABULARY, 2, 2)
+        SpanCorruption().check(Form(VOCABULARY, 2, 2))
     with pytest.raises(ConfigError, match=r"sentinels and mode tokens"):
-        MixtureOfDenoisers().check(ByteVocabulary(), 512, 512)
+        MixtureOfDenoisers().check(Form(ByteVocabulary(), 512, 512))
     for wrong in (("Q", 3, 0.1), ("R", 0.5, 0.1), ("R", 3, 1.0), ("R", 3, 0.1, 0)):
         with pytest.raises(ConfigError):
             Denoiser(*wrong)

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encdec.data import denoising  # noqa: F401 (enters its objectives)
-from encdec.data.objectives import OBJECTIVES, PrefixLM, SequenceToSequence, describe_objective
+from encdec.data.objectives import (
+    OBJECTIVES,
+    Form,
+    PrefixLM,
+    SequenceToSequence,
+    describe_objective,
+)
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 
@@ -21,7 +27,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 def _encode(objective, documents, lengths=(16, 8), first=0, seed=0):
-    return objective.encode(documents, first, VOCABULARY, *lengths, seed)
+    return objective.encode(documents, first, Form(VOCABULARY, *lengths, seed))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -29,12 +35,12 @@ def test_every_objective_keeps_the_contract(name):
     """Whatever is entered under a name: what preparing, its cards and its workers count on."""
     objective, vocabulary = OBJECTIVES[name](), ByteVocabulary(extra_ids=200)
     inputs, targets = (96, 96) if objective.has_source else (0, 96)
-    objective.check(vocabulary, inputs, targets)
+    objective.check(Form(vocabulary, inputs, targets))
     parts = len(objective.document_fields)
     documents = [(f"{i} words of text " * (5 * i),) * parts for i in range(1, 5)]
 
     def encode(documents, first=0, seed=0):
-        found = objective.encode(documents, first, vocabulary, inputs, targets, seed)
+        found = objective.encode(documents, first, Form(vocabulary, inputs, targets, seed))
         return [(*map(tuple, pair),) for pair in zip(found.sources, found.targets)]
 
     pairs = encode(documents)

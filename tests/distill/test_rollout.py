@@ -9,7 +9,7 @@ from encdec.cli import main
 from encdec.data.records import decode_row, open_records
 from encdec.data.verify import verify_records
 from encdec.data.vocabulary import ByteVocabulary
-from encdec.distill.rollout import rollout
+from encdec.distill.rollout import Answering, rollout
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.inference.loading import load
@@ -51,7 +51,7 @@ def contents(directory):
 
 
 def test_targets_are_the_writers_answers_to_the_same_sources(records, student, tmp_path):
-    card = rollout(student, records, tmp_path / "out", settings=GREEDY, block_rows=16)
+    card = rollout(student, records, tmp_path / "out", answering=Answering(GREEDY, block_rows=16))
     before, after = pairs_of(records), pairs_of(tmp_path / "out")
     assert sorted(source for source, _ in before) == [source for source, _ in after]
     vocabulary = open_records(records).vocabulary()
@@ -102,9 +102,13 @@ def test_a_round_gold_and_written_by_student_and_teacher(records, student, teach
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"settings": GenerationSettings(temperature=1.0, samples=2)}, ConfigError, "samples is 2"),
+        (
+            {"answering": Answering(GenerationSettings(temperature=1.0, samples=2))},
+            ConfigError,
+            "samples is 2",
+        ),
         ({"writer": "/nowhere"}, CheckpointError, "/nowhere"),
-        ({"block_rows": 0}, ConfigError, "block_rows is 0"),
+        ({"answering": Answering(block_rows=0)}, ConfigError, "block_rows is 0"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, error, message, records, student, tmp_path):

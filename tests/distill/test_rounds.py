@@ -9,6 +9,7 @@ import pytest
 from encdec.cli import main
 from encdec.data.records import read_card
 from encdec.data.teacher_rows import read_teacher_card
+from encdec.distill.rollout import Answering
 from encdec.distill.rounds import Shares, distill_in_rounds
 from encdec.errors import ConfigError
 from encdec.train.checkpoints import load_params_for_inference
@@ -39,7 +40,7 @@ def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teac
             2,
             shares=Shares(1, 0.5, 2),
             scoring={"draws": 8},
-            rows=16,
+            answering=Answering(rows=16),
             say=said.append,
         )
 

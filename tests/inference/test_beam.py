@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from encdec.inference import beam
-from encdec.inference.beam import beam_search
+from encdec.inference.beam import BeamPlan, beam_search
 from encdec.inference.decoding import Memory
 from tests.inference.examples import START, greedy, model, next_log_probs, padded
 
@@ -37,9 +37,8 @@ def every_answer(config, params, source, length, alpha):
 
 def search(config, params, alpha, limit, beams, room, **changes):
     settings = {"start_id": START, "eos_id": EOS, "vocabulary_size": V} | changes
-    return beam_search(
-        config, params, *padded(INPUTS), alpha, limit, beams=beams, room=room, **settings
-    )
+    plan = BeamPlan(beams, room, **settings)
+    return beam_search(config, plan, params, *padded(INPUTS), alpha, limit)
 
 
 def answers_of(found, row):
@@ -87,18 +86,8 @@ def test_alpha_favours_longer_answers_and_the_limit_may_be_lower_than_the_room()
 def test_narrow_beams_keep_what_they_promise():
     config, params = model("decoder_only", scan_layers=False)
     inputs = ([5, 9, 30, 4, 77], [8, 3])
-    found = beam_search(
-        config,
-        params,
-        *padded(inputs),
-        0.0,
-        7,
-        beams=4,
-        room=7,
-        start_id=START,
-        eos_id=-1,
-        vocabulary_size=264,
-    )
+    plan = BeamPlan(beams=4, room=7, start_id=START, eos_id=-1, vocabulary_size=264)
+    found = beam_search(config, plan, params, *padded(inputs), 0.0, 7)
     for row, source in enumerate(inputs):
         best = answers_of(found, row)[0]
         assert len(best) == 7 and len(set(answers_of(found, row))) == 4
@@ -134,15 +123,15 @@ def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monke
         [0.25, 0.45, 0, 0.3],
         [0.02, 0.95, 0.01, 0.02],
     ]
-    settings = dict(beams=2, room=limit, start_id=START, eos_id=EOS, vocabulary_size=V)
+    plan = BeamPlan(beams=2, room=limit, start_id=START, eos_id=EOS, vocabulary_size=V)
     run = functools.partial(
         beam_search.__wrapped__,
         None,
+        plan,
         tokens_BxS=np.zeros((1, 1), np.int32),
         lengths_B=None,
         alpha=0.6,
         limit=limit,
-        **settings,
     )
     early = jax.jit(lambda params: run(params))
     found = [early(np.log(table + 1e-9)) for table in tables]
