@@ -20,7 +20,7 @@ Time and loss: not measured at this size; docs/results.md has those of small mod
 
 from ml_collections import ConfigDict
 
-from encdec.data.mixing import task_or_mixture
+from encdec.data.task_mixtures import task_or_mixture
 from encdec.errors import DataError
 
 # Of records without a task, and of tasks that name none. Passes and peaks are our choice: the

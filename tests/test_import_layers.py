@@ -199,18 +199,28 @@ def test_imports_point_downward():
     assert not wrong, "\n".join(wrong)
 
 
+def import_graph() -> dict[str, set[str]]:
+    """The files that each file imports, at its top or inside functions."""
+    paths = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: imported_files(path, paths) - {name} for name, path in paths.items()}
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """What can be reached from a node by one arrow or more."""
+    found, todo = set(), [start]
+    while todo:
+        new = graph[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
+
+
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     """The sets of two or more nodes that reach each other."""
-
-    def reached(start: str) -> set[str]:
-        found, todo = set(), [start]
-        while todo:
-            new = graph[todo.pop()] - found
-            found |= new
-            todo += new
-        return found
-
-    after = {node: reached(node) for node in graph}
+    after = {node: reached(graph, node) for node in graph}
     rings = {
         frozenset(other for other in after[node] if node in after[other])
         for node in graph
@@ -221,14 +231,19 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 def test_no_files_import_each_other_in_a_circle():
     """Late imports inside functions count, too: they only hide a circle."""
-    paths = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    graph = {name: imported_files(path, paths) - {name} for name, path in paths.items()}
+    graph = import_graph()
     assert graph["encdec.data.records"] >= {"encdec.data.mixing", "encdec.data.shards"}
     assert circles(graph) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+
+
+def test_training_reads_records_and_knows_no_task():
+    """Tasks, their readers and their metrics are for preparing and evaluation."""
+    needed = reached(import_graph(), "encdec.train.loop")
+    assert needed > {"encdec.data.mixing", "encdec.train.step", "encdec.model.attention"}
+    others = ("registry", "readers", "objectives", "text_tasks", "seqio_tasks", "corpora")
+    assert not needed & {f"encdec.data.{name}" for name in others}
+    assert "encdec.metrics.text" not in needed
 
 
 def imported_files(path: pathlib.Path, files: Container[str]) -> set[str]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from encdec.data.mixing import MIXTURES
 from encdec.data.objectives import Form, Objective
 from encdec.data.readers import BadRows
 from encdec.data.registry import TEXT_TASKS
+from encdec.data.task_mixtures import MIXTURES
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import DataError

@@ -9,9 +9,9 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from encdec.data.mixing import mixture_parts
 from encdec.data.readers import STDIN, BadRows, check_files, pair_documents
 from encdec.data.registry import text_task
+from encdec.data.task_mixtures import mixture_parts
 from encdec.errors import DataError
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.metrics.registry import DEFAULT, metric_named

@@ -16,14 +16,13 @@ from encdec.data.mixing import (
     MixedRecords,
     block_quotas,
     mix_records,
-    mixed_task,
     mixing_rates,
     parse_mixture,
-    task_or_mixture,
 )
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows
 from encdec.data.records import decode_row, open_records
+from encdec.data.task_mixtures import mixed_task, task_or_mixture
 from encdec.data.text_tasks import jsonl_task, text_files_task
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import random_pairs, write_jsonl

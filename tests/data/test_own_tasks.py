@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from encdec import cli
-from encdec.data import mixing, registry
+from encdec.data import registry, task_mixtures
 from encdec.data.objectives import OBJECTIVES
 from encdec.data.readers import BadRows
 from encdec.data.records import open_records
@@ -23,7 +23,7 @@ from tests.data.conftest import write_jsonl
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "own-data.md").read_text()
 REGISTRIES = (
-    *(registry.TEXT_TASKS, registry.FILE_TASKS, mixing.MIXTURES, mixing.RATES),
+    *(registry.TEXT_TASKS, registry.FILE_TASKS, task_mixtures.MIXTURES, task_mixtures.RATES),
     *(metrics.METRICS, OBJECTIVES),
 )
 ROWS = [{"question": f"What is {n}?", "answer": f"{n} is a number"} for n in range(12)]
@@ -85,7 +85,7 @@ def test_the_pages_module_goes_from_listing_to_evaluation(folder, capsys):
     # Steps come from the task unless the command line says otherwise.
     config = cli.load("encdec.train.train_command:load_config")(f"{ROOT}/configs/finetune.py:faq")
     assert config.steps == 200
-    mixture = cli.load("encdec.data.mixing:task_or_mixture")("faq_and_sums", "rows")
+    mixture = cli.load("encdec.data.task_mixtures:task_or_mixture")("faq_and_sums", "rows")
     documents = list(mixture.documents("train", BadRows()))
     assert sum("Question" in source for source, _ in documents[:8]) == 6
 

@@ -16,11 +16,11 @@ import pytest
 
 from encdec.cli import main as encdec
 from encdec.data.batches import Batches
-from encdec.data.mixing import MIXTURES
 from encdec.data.paper_tasks import PAPER_TASKS
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records, read_card
 from encdec.data.registry import text_task
+from encdec.data.task_mixtures import MIXTURES
 from encdec.data.text_tasks import EMBEDDED_TASKS
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError, DataError

@@ -180,7 +180,7 @@ def test_supervised_examples_equal_seqios_own_preprocessors(tmp_path, model_path
 
 
 def test_mixtures_are_seqio_mixtures_at_their_rates(tmp_path):
-    from encdec.data.mixing import MIXTURES
+    from encdec.data.task_mixtures import MIXTURES
     from encdec.data.text_tasks import jsonl_task
 
     for name, parts in MIXTURES.items():
