@@ -177,6 +177,18 @@ def requirements(config: Any, prefix: str) -> Require:
     return require
 
 
+def flattened(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """The values of nested mappings by path, its parts joined by ``separator``."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            inner = flattened(value, separator)
+            found |= {f"{name}{separator}{path}": leaf for path, leaf in inner.items()}
+        else:
+            found[name] = value
+    return found
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the values that differ between two nested mappings."""
     names = []

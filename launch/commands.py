@@ -87,6 +87,32 @@ class Runner:
         return 0
 
 
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A launcher's own arguments, and those after ``--``."""
+    own = list(argv)
+    if "--" not in own:
+        return own, []
+    place = own.index("--")
+    return own[:place], own[place + 1 :]
+
+
+def actions_parser(
+    prog: str, description: str | None, actions: Mapping[str, str]
+) -> argparse.ArgumentParser:
+    """A parser whose first argument is an action, all of which its help explains."""
+    width = max(map(len, actions)) + 1
+    lines = ["actions:", *(f"  {name:{width}}{text}" for name, text in actions.items()), ""]
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join([*lines, "After `--`: the arguments of `encdec train`."]),
+    )
+    parser.add_argument("action", choices=actions, metavar="ACTION", help="see below")
+    return parser
+
+
 def train_arguments(given: Sequence[str]) -> list[str]:
     """``encdec train``'s arguments for one of several processes that connect to each other.
 

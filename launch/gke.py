@@ -25,10 +25,12 @@ from launch.commands import (
     FINAL_CODES,
     PREEMPTED,
     Runner,
+    actions_parser,
     bucket_option,
     run_main,
     setting_option,
     slices_option,
+    split_arguments,
     train_arguments,
 )
 from launch.slices import CHIPS, CHIPS_PER_NODE
@@ -323,24 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``train`` holds the arguments after ``--``."""
-    own, train = list(argv), []
-    if "--" in own:
-        own, train = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.gke",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(
-            [
-                "actions:",
-                *(f"  {name:11}{text}" for name, text in ACTIONS.items()),
-                "",
-                "After `--`: the arguments of `encdec train`.",
-            ]
-        ),
-    )
-    parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
+    own, train = split_arguments(argv)
+    parser = actions_parser("python -m launch.gke", __doc__, ACTIONS)
     parser.add_argument("--name", type=_name, help="name of the JobSet or workload")
     parser.add_argument(
         "--slice",

@@ -27,6 +27,7 @@ from launch.commands import (
     passed_option,
     run_main,
     setting_option,
+    split_arguments,
     train_arguments,
 )
 
@@ -162,9 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``arguments`` holds the arguments after ``--``."""
-    own, given = list(argv), []
-    if "--" in own:
-        own, given = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, given = split_arguments(argv)
     parser = _parser()
     options = parser.parse_args(own)
     _check_numbers(parser, options)

@@ -28,11 +28,13 @@ from launch import ssh
 from launch.babysit import Action, Decision, Limits, Memory, Seen, decide
 from launch.commands import (
     Runner,
+    actions_parser,
     bucket_option,
     passed_option,
     run_main,
     setting_option,
     slices_option,
+    split_arguments,
     train_arguments,
 )
 from launch.slices import CHIPS
@@ -361,24 +363,8 @@ WITH_SSH = ("babysit", "setup", "run", "state", "stop", "logs")
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``train`` holds the arguments after ``--``."""
-    own, train = list(argv), []
-    if "--" in own:
-        own, train = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.tpu_vm",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(
-            [
-                "actions:",
-                *(f"  {name:9}{text}" for name, text in ACTIONS.items()),
-                "",
-                "After `--`: the arguments of `encdec train`.",
-            ]
-        ),
-    )
-    parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="see below")
+    own, train = split_arguments(argv)
+    parser = actions_parser("python -m launch.tpu_vm", __doc__, ACTIONS)
     parser.add_argument("--name", required=True, help="name of the queued resource and its nodes")
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", help="default: gcloud's own")

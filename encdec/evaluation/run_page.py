@@ -18,7 +18,7 @@ from typing import Any
 from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.predictions import read_answers
-from encdec.fields import differences
+from encdec.fields import differences, flattened
 from encdec.files import whole_lines, write_text
 from encdec.flags import Parser
 from encdec.storage import local_path
@@ -249,11 +249,11 @@ def _configurations(runs: Sequence[Run]) -> str:
         names += [name for name in differences(contents[0], other) if name not in names]
     if len(runs) == 1:
         return "<h2>Configuration</h2>" + _table(
-            ("field", runs[0].name), sorted(_flat(contents[0]).items())
+            ("field", runs[0].name), sorted(flattened(contents[0]).items())
         )
     if not names:
         return '<h2>Configurations</h2><p class="note">They are the same.</p>'
-    flat = [_flat(content) for content in contents]
+    flat = [flattened(content) for content in contents]
     rows = [
         [name, *("–" if (value := one.get(name)) is None else value for one in flat)]
         for name in sorted(names)
@@ -266,16 +266,6 @@ def _configurations(runs: Sequence[Run]) -> str:
 def _data(config: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("task", "fingerprint", "inputs_length", "targets_length")
     return {key: config.get("data", {}).get(key) for key in keys}
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _evaluations(runs: Sequence[Run]) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from encdec.interop.layout import flatten, unflatten
+from encdec.fields import flattened
+from encdec.interop.layout import unflatten
 from encdec.model import ModelConfig, Params, for_decoding
 
 Pair = tuple[ModelConfig, Params]
@@ -26,7 +27,7 @@ def on_host(config: ModelConfig, params: Any) -> Pair:
 
 
 def _rewrite(params: Params, change: Callable[[str, np.ndarray], np.ndarray]) -> Params:
-    return unflatten({path: change(path, x) for path, x in flatten(params).items()})
+    return unflatten({path: change(path, x) for path, x in flattened(params, "/").items()})
 
 
 def group_heads(config: ModelConfig, params: Params) -> Pair:
@@ -52,7 +53,7 @@ def equal_biases(config: ModelConfig, params: Params) -> Pair:
     """Biases on all four attention projections, zero where there were none, if on any."""
     if config.qkv_bias == config.attention_out_bias:
         return config, params
-    flat = flatten(params)
+    flat = flattened(params, "/")
     for path, kernel in list(flat.items()):
         folder, _, name = path.rpartition("/")
         if name == "kernel" and folder.endswith(("_attention/q", "_attention/k", "_attention/v")):
@@ -66,7 +67,7 @@ def query_biases(config: ModelConfig, params: Params) -> Pair:
     """Biases on queries, keys and values, zero where there were none."""
     if config.qkv_bias:
         return config, params
-    flat = flatten(params)
+    flat = flattened(params, "/")
     for path, kernel in list(flat.items()):
         if path.endswith(("_attention/q/kernel", "_attention/k/kernel", "_attention/v/kernel")):
             flat[path.replace("kernel", "bias")] = np.zeros(kernel.shape[1:], np.float32)
@@ -85,7 +86,7 @@ def scaled_embedding(config: ModelConfig, params: Params, *, scaled: bool) -> Pa
     if config.embedding_scale == scaled:
         return config, params
     factor = np.float32(config.d_model ** (-0.5 if scaled else 0.5))
-    flat = flatten(params)
+    flat = flattened(params, "/")
     if config.tie_embeddings:
         flat["embedder/head"] = flat["embedder/embedding"].T
     for path in ("embedder/embedding", "encoder_embedder/embedding"):

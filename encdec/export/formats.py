@@ -12,10 +12,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
+from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import ConfigError
+from encdec.files import write_json
 from encdec.inference.text import PromptFormat
 from encdec.model import ModelConfig
 from encdec.model.coverage import refuse_unknown
+from encdec.train.workdir import CONFIG_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,18 @@ class Export:
     targets_length: int = 128
     own: bool = False
     step: int = 0
+
+    def finish(
+        self, out: pathlib.Path, format: str, config: ModelConfig, graphs_bytes: int
+    ) -> Written:
+        """Adds what ``encdec generate`` reads of a graph's directory, config.json last."""
+        copy_vocabulary(self.directory, out)
+        content = {name: self.content[name] for name in ("format_version", "data")} | {
+            "model": config.to_dict(),
+            "export": {"format": format, "precision": self.precision, "bytes": graphs_bytes},
+        }
+        write_json(out / CONFIG_FILE, content)
+        return Written(graphs_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pathlib
 
-from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import ConfigError
 from encdec.export import equivalents
 from encdec.export.formats import Export, Written
-from encdec.files import write_json
 from encdec.inference.litert_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
 from encdec.packages import install_hint
-from encdec.train.workdir import CONFIG_FILE
 
 
 def check(config: ModelConfig) -> None:
@@ -55,14 +52,4 @@ def write(out: pathlib.Path, export: Export) -> Written:
     written += litert_graph.decoder_graph(config, params, export.precision, size).save(
         out / DECODER_FILE
     )
-    copy_vocabulary(export.directory, out)
-    kept = {name: export.content[name] for name in ("format_version", "data")}
-    write_json(
-        out / CONFIG_FILE,
-        kept
-        | {
-            "model": config.to_dict(),
-            "export": {"format": "litert", "precision": export.precision, "bytes": written},
-        },
-    )
-    return Written(written)
+    return export.finish(out, "litert", config, written)

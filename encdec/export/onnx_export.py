@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pathlib
 
-from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import ConfigError
 from encdec.export import equivalents
 from encdec.export.formats import Export, Written
-from encdec.files import write_json
 from encdec.inference.onnx_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
 from encdec.packages import install_hint
-from encdec.train.workdir import CONFIG_FILE
 
 
 def check(config: ModelConfig) -> None:
@@ -52,20 +49,10 @@ def write(out: pathlib.Path, export: Export) -> Written:
             location=f"{name}.data",
             size_threshold=1024,
         )
-    copy_vocabulary(export.directory, out)
     written = sum(
         (out / f"{name}{end}").stat().st_size
         for name in graphs
         for end in ("", ".data")
         if (out / f"{name}{end}").is_file()
     )
-    kept = {name: export.content[name] for name in ("format_version", "data")}
-    write_json(
-        out / CONFIG_FILE,
-        kept
-        | {
-            "model": config.to_dict(),
-            "export": {"format": "onnx", "precision": export.precision, "bytes": written},
-        },
-    )
-    return Written(written)
+    return export.finish(out, "onnx", config, written)

@@ -17,7 +17,7 @@ from encdec.inference.decoding import Decoding, DecodingPlan, append, blank
 from encdec.inference.drafting import Answering, Paces, texts_of
 from encdec.inference.drafts import Sources, look_up
 from encdec.inference.generator import TextGenerator, read_prompt_format
-from encdec.inference.rows import PreparedInput, bucket, choosing_of, row_settings
+from encdec.inference.rows import PreparedInput, bucket, choosing_of, row_settings, until_finished
 from encdec.inference.sampling import Choosing, greedy_choice
 from encdec.inference.settings import AUTO, LOOKUP, OFF, GenerationSettings
 from encdec.inference.speculation import accept
@@ -156,13 +156,7 @@ class ExportedRows:
         advance, pace = work.plain, self.paces.of(len(decoding.counts_R))
         if pace is not None:
             advance = Answering(pace, work.plain, work.verify, texts).advance
-        while True:
-            stop_R = yield decoding
-            if stop_R is not None:
-                decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
-            if np.asarray(decoding.finished_R).all():
-                return
-            decoding = advance(decoding, steps)
+        yield from until_finished(decoding, advance, steps)
 
     def search(
         self,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -163,13 +162,7 @@ class CompiledRows:
         advance = self._drafters.begin(
             plan, tokens_BxS, lengths_B, settings.samples, len(prompts.inputs_prefix)
         )
-        while True:
-            stop_R = yield decoding
-            if stop_R is not None:
-                decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
-            if bool(jnp.all(decoding.finished_R)):
-                return
-            decoding = advance(decoding, steps)
+        yield from until_finished(decoding, advance, steps)
 
     def search(
         self,
@@ -193,6 +186,19 @@ class CompiledRows:
             settings.length_penalty,
             limit,
         )
+
+
+def until_finished(
+    decoding: Decoding, advance: Callable[[Decoding, int], Decoding], steps: int
+) -> Rows:
+    """The state now and after every ``steps`` tokens, until every row has finished."""
+    while True:
+        stop_R = yield decoding
+        if stop_R is not None:
+            decoding = decoding.replace(finished_R=decoding.finished_R | stop_R)
+        if np.asarray(decoding.finished_R).all():
+            return
+        decoding = advance(decoding, steps)
 
 
 def choosing_of(settings: GenerationSettings, vocabulary_size: int) -> Choosing:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.fields import flattened
 from encdec.model import ModelConfig, abstract_params, build_model
 
 Kind = Literal["same", "matrix", "heads_in", "heads_out", "heads_bias"]
@@ -30,19 +31,8 @@ class Entry:
     kind: Kind = "same"
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of dicts as one dict, the keys joined by "/"."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of ``flatten``."""
+    """A nested tree from its values by path, the parts joined by "/"."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *folders, name = path.split("/")
@@ -93,7 +83,7 @@ def to_theirs(layout: Iterable[Entry], params: Mapping[str, Any]) -> Flat:
     Raises:
         KeyError: the layout names a parameter that is not there, which is a fault of the layout.
     """
-    flat, tensors = flatten(params), {}
+    flat, tensors = flattened(params, "/"), {}
     unused = set(flat)
     for entry in layout:
         x = flat[entry.ours]
@@ -131,7 +121,8 @@ def to_ours(
             named.
     """
     shapes = {
-        path: leaf.shape for path, leaf in flatten(abstract_params(build_model(config))).items()
+        path: leaf.shape
+        for path, leaf in flattened(abstract_params(build_model(config)), "/").items()
     }
     wanted = {entry.theirs: _their_shape(entry.kind, shapes[entry.ours]) for entry in layout}
     missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in tensors]

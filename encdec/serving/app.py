@@ -292,14 +292,18 @@ class _Completions:
             completion = parse_completion(body, **known)
         async with self._running(completion) as (ticket, news):
             shaper = Shaper(service.name, service.engine.prompts.vocabulary, completion)
-            make = self._stream if completion.stream else self._whole
-            work = asyncio.ensure_future(make(completion, shaper, news, scope, receive, send))
+            if completion.stream:
+                answer = self._stream(completion, shaper, news, send)
+            else:
+                answer = self._whole(completion, shaper, news)
+            work = asyncio.ensure_future(answer)
             gone = asyncio.ensure_future(_disconnected(receive))
             try:
                 await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
                     raise ClientDisconnect
-                work.result()
+                if response := work.result():
+                    await response(scope, receive, send)
             finally:
                 for task in (work, gone):
                     task.cancel()
@@ -344,14 +348,8 @@ class _Completions:
             service.engine.cancel(ticket)
 
     async def _whole(
-        self,
-        completion: Completion,
-        shaper: Shaper,
-        news: asyncio.Queue,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
+        self, completion: Completion, shaper: Shaper, news: asyncio.Queue
+    ) -> JSONResponse:
         count = len(completion.prompts) * completion.samples
         updates: list[Update] = []
         for _ in range(count):
@@ -365,16 +363,10 @@ class _Completions:
             choices += best(updates[begin : begin + completion.samples], completion.keep)
         choices = [shaper.choice(update) | {"index": place} for place, update in enumerate(choices)]
         tokens = sum(len(update.tokens) for update in updates)
-        await JSONResponse(shaper.body(choices, tokens))(scope, receive, send)
+        return JSONResponse(shaper.body(choices, tokens))
 
     async def _stream(
-        self,
-        completion: Completion,
-        shaper: Shaper,
-        news: asyncio.Queue,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
+        self, completion: Completion, shaper: Shaper, news: asyncio.Queue, send: Send
     ) -> None:
         """Server-sent events; the response starts with the first update, so that earlier failures
         get their own HTTP status."""

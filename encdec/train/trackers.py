@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from encdec.errors import ConfigError
+from encdec.fields import flattened
 from encdec.files import write_json
 from encdec.packages import require
 from encdec.train.metrics import ScalarWriter
@@ -52,7 +53,7 @@ def make_trackers(
     workdir = epath.Path(workdir)
     path = workdir / IDS_FILE
     ids = json.loads(path.read_text()) if path.exists() else {}
-    flat = _flat(settings)
+    flat = flattened(settings)
     writers: list[ScalarWriter] = []
     for name in names:
         try:
@@ -65,16 +66,6 @@ def make_trackers(
     if writers:
         write_json(path, ids)
     return writers
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _line(error: Exception) -> str:

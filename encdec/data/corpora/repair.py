@@ -16,7 +16,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 
-from encdec.data.corpora.stdlib import check_split, library_files, read_module
+from encdec.data.corpora.stdlib import check_split, functions_of, library_files, read_module
 
 LINES = (2, 8)  # of a function
 MOST_BYTES = 200  # of a function
@@ -126,15 +126,8 @@ def with_faults(text: str, version: int = 0) -> str:
 
 def short_functions(text: str) -> Iterator[str]:
     """Dedented source of a module's short functions, docstrings and decorators left out."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return
     lines = text.splitlines(keepends=True)
-    nodes = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+    for node in functions_of(text):
         kept = lines[node.lineno - 1 : node.end_lineno]
         first = node.body[0]
         if ast.get_docstring(node, clean=False) is not None:

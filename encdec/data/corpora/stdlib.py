@@ -111,17 +111,22 @@ def check_split(split: str) -> None:
         raise DataError(f"split is {split!r}; the standard library has {', '.join(SPLITS)}")
 
 
-def functions_with_summary(text: str) -> Iterator[tuple[str, str, str]]:
-    """(name, source without docstring, first sentence of the docstring) of a module's functions."""
+def functions_of(text: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """A module's functions in the order of its text; none where it is not Python."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
-        return
-    lines = text.splitlines(keepends=True)
+        return []
     functions = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    for node in sorted(functions, key=lambda node: (node.lineno, node.col_offset)):
+    return sorted(functions, key=lambda node: (node.lineno, node.col_offset))
+
+
+def functions_with_summary(text: str) -> Iterator[tuple[str, str, str]]:
+    """(name, source without docstring, first sentence of the docstring) of a module's functions."""
+    lines = text.splitlines(keepends=True)
+    for node in functions_of(text):
         docstring = ast.get_docstring(node, clean=False)
         if not docstring:
             continue
