@@ -11,7 +11,7 @@
 # make transformers-4.57   an environment in ENV with that version, whose test is skipped without it
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 to 3.14)
-# ENV=...           where the environment lies (default .venv)
+# ENV=...           where the environment is (default .venv)
 # EXTRAS=...        what is installed for tests (default: test); with test,hf,tpu also those run
 #                   that compare with PyTorch's transformers and that compile for TPUs
 # TESTS="..."       arguments for pytest instead of the whole suite

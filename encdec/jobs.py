@@ -209,19 +209,19 @@ class DirectoryJob(Generic[T]):
     ):
         self._out, self._what, self._card, self._overwrite = out, what, card, overwrite
         self._job = {"what": what} | plain(identity)
-        beside = out.with_name(out.name + ".new")
+        new = out.with_name(out.name + ".new")
         if out.is_file():
             raise DataError(f"{out} is a file; give another --out")
         # A call was killed while the two changed places.
         if is_address(out):
-            if (beside / NOTES / REPLACED).is_file():
-                _replace_objects(out, beside, card)
-        elif not out.exists() and (beside / NOTES / REPLACED).is_dir():
-            _replace(out, beside)
+            if (new / NOTES / REPLACED).is_file():
+                _replace_objects(out, new, card)
+        elif not out.exists() and (new / NOTES / REPLACED).is_dir():
+            _replace(out, new)
         finished = (out / card).is_file()
         self.finished = finished and not overwrite
         """Whether there is nothing to do: the contents are whole and not to be replaced."""
-        self.directory = beside if finished and overwrite else out
+        self.directory = new if finished and overwrite else out
         self.notes = Notes(self.directory, tally)
         self._resumed = self._discards = False
         if not self.finished:

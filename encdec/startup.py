@@ -23,7 +23,7 @@ KEEP_MEMORY = "ENCDEC_KEEP_MEMORY"
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second call starts at once.
 
-    They lie in ``$XDG_CACHE_HOME/encdec/jax`` (or ``~/.cache/encdec/jax``), in a folder of this
+    They are in ``$XDG_CACHE_HOME/encdec/jax`` (or ``~/.cache/encdec/jax``), in a folder of this
     kind of processor: programs for a CPU use whatever instructions it has, and a home directory
     may be shared by machines that differ. JAX_COMPILATION_CACHE_DIR names another folder;
     JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Said by the environment, which jax reads when

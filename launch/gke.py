@@ -348,9 +348,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     _workload_options(parser)
     parser.add_argument("--cluster", help="xpk: the cluster")
-    parser.add_argument("--project", help="xpk: default: gcloud's own")
-    parser.add_argument("--zone", help="xpk: default: gcloud's own")
-    parser.add_argument("--lines", type=int, default=100, help="logs: how many (%(default)s)")
+    parser.add_argument("--project", help="xpk: default is gcloud's own")
+    parser.add_argument("--zone", help="xpk: default is gcloud's own")
+    parser.add_argument(
+        "--lines", type=int, default=100, help="logs: number of lines (%(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     options = parser.parse_args(own)
     wanted = {
@@ -380,7 +382,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _workload_options(parser: argparse.ArgumentParser) -> None:
     """Where and how long the pods run."""
-    parser.add_argument("--spot", action="store_true", help="on Spot nodes")
+    parser.add_argument("--spot", action="store_true", help="use Spot nodes")
     parser.add_argument(
         "--service_account", help="jobset: Kubernetes service account with access to the buckets"
     )

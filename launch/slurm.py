@@ -194,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("action", choices=("train", "ladder"))
     parser.add_argument("--name", default="encdec", help="name of the job (%(default)s)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="train: (%(default)s)")
+    parser.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="train: number of nodes (%(default)s)"
+    )
     parser.add_argument(
         "--gpus_per_node",
         type=int,
@@ -216,7 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cpus_per_task", type=int, metavar="N")
     parser.add_argument(
-        "--memory", metavar="SIZE", help="of each node, e.g. 200G; 0: all (default: the cluster's)"
+        "--memory",
+        metavar="SIZE",
+        help="memory of each node, e.g. 200G; 0: all (default: the cluster's)",
     )
     parser.add_argument(
         "--time",

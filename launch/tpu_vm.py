@@ -49,7 +49,7 @@ GCLOUD = ("gcloud", *COMMAND)
 # One SSH connection to each host of each slice.
 EVERYWHERE = ("--node=all", "--worker=all")
 # Nobody may be there to answer a question, and a host that is taken away does not close its
-# connections: both would hold up the babysitter for ever.
+# connections: both would hold up the babysitter forever.
 SSH_OPTIONS = (
     "-oBatchMode=yes",
     "-oConnectTimeout=30",
@@ -407,7 +407,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--node", default="0", help="logs: of which slice (%(default)s)")
     parser.add_argument("--worker", default="0", help="logs: of which host (%(default)s)")
-    parser.add_argument("--lines", type=int, default=100, help="logs: how many (%(default)s)")
+    parser.add_argument(
+        "--lines", type=int, default=100, help="logs: number of lines (%(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     options = parser.parse_args(own)
     if CHIPS[options.slice.chip].runtime is None:

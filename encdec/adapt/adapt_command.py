@@ -83,10 +83,10 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec adapt",
-        description="Makes an encoder-decoder of a decoder-only model: its layers, read both ways, "
-        "are the encoder, and with cross-attention added the decoder (T5Gemma, arXiv 2504.06225). "
-        "The result is a work directory that train (--config.init_from), score, generate and "
-        "export read.",
+        description="Turns a decoder-only model into an encoder-decoder: its layers, read both "
+        "ways, are the encoder, and with cross-attention added the decoder (T5Gemma, arXiv "
+        "2504.06225). The result is a work directory that train (--config.init_from), score, "
+        "generate and export read.",
     )
     parser.add_argument(
         "source",
@@ -133,10 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="sentinels that the vocabulary is to have, as UL2 needs them (default: SOURCE's)",
+        help="number of sentinels in the vocabulary, which UL2 needs (default: SOURCE's)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of what is drawn (default %(default)s)"
+        "--seed", type=int, default=0, help="seed of random parameters (default %(default)s)"
     )
     parser.add_argument("--name", help="the model's name in cards (default: SOURCE's-adapted)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")

@@ -218,7 +218,7 @@ def run_parts(
 ) -> dict[str, Any]:
     """Does the parts that ``path`` does not have yet, writing it after each; all results.
 
-    A part that fails is written with its error, and done anew by the next call. No part begins
+    A part that fails is written with its error, and done again by the next call. No part begins
     after ``seconds``.
 
     Raises:
@@ -288,14 +288,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--generated", default="330m", metavar="PRESET", help="model (330m)")
     parser.add_argument(
-        "--batches", type=numbers, default=(1, 8, 64), metavar="N,N", help="of generation (1,8,64)"
+        "--batches",
+        type=numbers,
+        default=(1, 8, 64),
+        metavar="N,N",
+        help="batch sizes of generation (1,8,64)",
     )
     for name, default, text in (
-        ("rows", 32, "of a training step; halved where memory is too small"),
+        ("rows", 32, "rows of a training step; halved where memory is too small"),
         ("inputs", 512, "source tokens"),
         ("targets", 114, "target tokens"),
         ("outputs", 64, "generated tokens"),
-        ("rounds", 3, "of five timed steps"),
+        ("rounds", 3, "rounds of five timed steps"),
         ("minutes", 10, "after which no part begins"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")

@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark adaptation",
-        description="A decoder-only model, and at equal further FLOPs: itself trained on, "
-        "encoder-decoders adapted from it, and such from random parameters; held-out loss.",
+        description="Held-out loss at equal FLOPs after a decoder-only model's training: the same "
+        "model trained further, encoder-decoders adapted from it, others from random parameters.",
     )
     parser.add_argument(
         "--work", type=local_path, required=True, metavar="DIR", help="receives everything"
@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     for name, kind, default, what in (
         ("model", str, "micro-3m", "preset that gives the widths"),
-        ("layers", int, 6, "of the source, a multiple of 3"),
-        ("steps", int, 3_000, "of the source's training"),
+        ("layers", int, 6, "layers of the source, a multiple of 3"),
+        ("steps", int, 3_000, "steps of the source's training"),
         ("further_steps", int, 1_500, "more of the source's, whose FLOPs every row gets"),
         ("inputs", int, 256, "source tokens of a row"),
         ("targets", int, 64, "target tokens of a row"),
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         ("learning_rate", float, 1e-3, "at the peak"),
         ("evaluations", int, 8, "points of each curve"),
         ("eval_rows", int, 512, "held-out rows of an evaluation"),
-        ("documents", int, 0, "of the text that are read; 0: all"),
+        ("documents", int, 0, "documents of the text that are read; 0: all"),
         ("seeds", int, 3, "runs of the headline rows"),
     ):
         parser.add_argument(

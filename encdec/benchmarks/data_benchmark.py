@@ -1,6 +1,6 @@
 """``encdec benchmark prepare`` and ``encdec benchmark data``.
 
-Processor time beside wall time: ratios of processor time hold on a machine that is shared.
+Processor time next to wall time: ratios of processor time hold on a machine that is shared.
 """
 
 from __future__ import annotations
@@ -129,13 +129,13 @@ def measure_prepare(
                 workers=processes,
             )
 
-    # Read anew from its files: parsing them is part of preparing.
+    # Read again from its files: parsing them is part of preparing.
     def read(split: str, bad_rows: BadRows) -> Iterator[Document]:
         return itertools.islice(task.documents(split, bad_rows), len(documents))
 
     held = TextTask(task.name, read, task.objective, task.origin)
     with tempfile.TemporaryDirectory() as saved:
-        # Loaded anew for every run: what one has remembered would help the next.
+        # Loaded again for every run: what one has remembered would help the next.
         spec = vocabulary.save(saved)
         runs = [(_timed(bare), _timed(lambda: prepared(1))) for _ in range(rounds)]
         shared = [_timed(lambda: prepared(workers)) for _ in range(rounds * (workers > 1))]

@@ -99,8 +99,8 @@ def _best(work: Callable[[], Any], tries: int) -> float:
 def peak_memory() -> int:
     """The most physical memory that this process has held, in bytes.
 
-    Linux counts it anew in every program that is started (``VmHWM``). ``ru_maxrss``, taken where
-    there is no such count, lasts through fork and exec there: a child of a large process reports
+    Linux counts it from zero in every new program (``VmHWM``). ``ru_maxrss``, taken where there is
+    no such count, lasts through fork and exec there: a child of a large process reports
     the size of its parent.
     """
     try:

@@ -79,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         ("student", "preset"),
         ("teacher", "decoder-only preset, 4 times the student or more"),
         ("teacher_layers", "in place of the preset's; 0 leaves it"),
-        ("steps", "of a student"),
-        ("teacher_steps", "of the teacher"),
+        ("steps", "steps of a student"),
+        ("teacher_steps", "steps of the teacher"),
         ("batch_size", "rows a step"),
         ("seeds", "students of each kind"),
         ("alpha", "weight of the teacher"),
-        ("learning_rate", "of Muon, at the peak"),
+        ("learning_rate", "Muon's peak learning rate"),
     ):
         default = getattr(Setting, name)
         parser.add_argument(

@@ -2,7 +2,7 @@
 
 A decoder-only teacher is trained on a corpus, scores the students' records in each format, and the
 students learn at equal steps from gold targets alone, from every logit, from draws, and from top-k
-rows. Every run lies in a directory of its own, and what is finished is not run again.
+rows. Every run has a directory of its own, and what is finished is not run again.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ SAMPLED = Variant("50 draws", "sampled")
 def variants(pairs_per_token: float) -> list[Variant]:
     """The students, those that matter most first; top-k of as many bytes as the draws take.
 
-    A drawn id takes 3 bytes and a token 5 beside them, a kept id 4 and a token 7.
+    A drawn id takes 3 bytes and a token 5 besides them, a kept id 4 and a token 7.
     """
     k = max(1, round((3 * pairs_per_token + 5 - 7) / 4))
     equal = Variant(f"top-{k}, bytes of 50 draws", "top_k", k=k)
@@ -354,7 +354,7 @@ def step_ratios(
 ) -> dict[str, float]:
     """Median time of a student's step over that of the CE student, the two taking turns.
 
-    The batch lies on the devices already; reading it is the loop's business and overlaps.
+    The batch is on the devices already; reading it is the loop's business and overlaps.
     """
     loops = {}
     for variant in kinds:

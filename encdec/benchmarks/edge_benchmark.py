@@ -449,7 +449,7 @@ def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Ta
         "total, s",
         "of matmul rate",
         "of read floor",
-        "of reads beside it",
+        "of adjacent reads",
         "peak memory",
         "same tokens",
     )
@@ -479,14 +479,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
         "models of the same parameters, transformers' generate among them, by turns in one run. "
         '"same tokens" counts those before the first that JAX float32 chose otherwise. '
-        "Parameters are drawn anew: their values change no time.",
+        "Parameters are random: their values do not affect the time.",
     )
     parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
     parser.add_argument(
         "--paths",
         type=lambda text: tuple(text.split(",")),
         metavar="A,B",
-        help=f"of {', '.join(PATHS)} ({','.join(DEFAULT)}; of transformers' those "
+        help=f"paths to time, of {', '.join(PATHS)} ({','.join(DEFAULT)}; of transformers' those "
         "that this machine can run)",
     )
     parser.add_argument(

@@ -92,7 +92,7 @@ def _peaks(config: ModelConfig, settings: Sequence[Setting], dtype: str) -> list
 
 
 def forget_peak() -> None:
-    """Linux counts this process's peak anew from here; elsewhere it stays that of all time."""
+    """Linux counts this process's peak again from here; elsewhere it stays that of all time."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     except OSError:

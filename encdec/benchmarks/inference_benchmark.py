@@ -146,7 +146,7 @@ def measure(
     """Times every model at every setting, by turns, with freshly drawn parameters.
 
     The values of parameters change no time. ``precisions`` are those of RUNTIMES that run OURS,
-    whose export lies in ``folder``. Raises ConfigError for a setting that cannot be.
+    whose export is in ``folder``. Raises ConfigError for a setting that cannot be.
     """
     draw = jax.jit(init_params, static_argnums=0)
     models = {
@@ -446,7 +446,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="encdec benchmark inference",
         description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
         "parameters and of equal training FLOPs, cached and uncached, by turns in one run; "
-        "parameters are drawn anew, since their values change no time.",
+        "parameters are random, since their values do not affect the time.",
     )
     parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
     parser.add_argument(
@@ -475,7 +475,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="of weights, cache and products (float32)",
+        help="dtype of weights, cache and products (float32)",
     )
     parser.add_argument(
         "--uncached_inputs",

@@ -1,7 +1,7 @@
-"""``encdec benchmark loop``: what the training loop costs beside the step it runs.
+"""``encdec benchmark loop``: what the training loop costs besides the step it runs.
 
 The real loop trains on records; after each of its windows of steps, the same jitted step runs
-equally often in a bare hot loop, on a batch that already lies on the devices. The two take turns
+equally often in a bare hot loop, on a batch that is on the devices already. The two take turns
 in one process, so that a machine's changing load meets both alike.
 """
 

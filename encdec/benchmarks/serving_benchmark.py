@@ -226,12 +226,12 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="micro-8m", help="preset, with random weights (default %(default)s)"
     )
     add("requests", 64, "requests in a pass")
-    add("slots", 16, "of the server that takes all at once")
+    add("slots", 16, "slots of the server that takes all at once")
     add("inputs_from", 32, "shortest input, in tokens")
     add("inputs_to", 128, "longest input")
     add("tokens_from", 16, "shortest answer")
     add("tokens_to", 64, "longest answer")
     add("rounds", 3, "passes of each kind")
-    add("seed", 0, "of the requests")
+    add("seed", 0, "seed of the requests")
     parser.add_argument("--out", type=local_path, metavar="FILE.json", help="receives the numbers")
     return parser

@@ -382,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_runtimes,
         default=("jax",),
         metavar="A,B",
-        help=f"of --model: some of {','.join(RUNTIMES)} (jax)",
+        help=f"runtimes of --model: some of {','.join(RUNTIMES)} (jax)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -404,7 +404,7 @@ def _parser() -> argparse.ArgumentParser:
         ("inputs", 512, "tokens read before the steps of --model"),
         ("repeats", 3, "timed runs of each step"),
         ("limit", 64, "texts of each file"),
-        ("max_tokens", None, "of an answer (default: as in training)"),
+        ("max_tokens", None, "longest answer (default: as in training)"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
     parser.add_argument(
@@ -413,7 +413,9 @@ def _parser() -> argparse.ArgumentParser:
         help="answer by transformers, too, plain and with its prompt lookup, from an export of "
         "each checkpoint (extra hf)",
     )
-    parser.add_argument("--rows", type=numbers, default=(1,), metavar="N,N", help="at once (1)")
+    parser.add_argument(
+        "--rows", type=numbers, default=(1,), metavar="N,N", help="rows at once (1)"
+    )
     parser.add_argument("--out", type=local_path, metavar="DIR", help="write speculate.json there")
     return parser
 

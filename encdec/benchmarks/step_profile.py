@@ -72,7 +72,7 @@ def seconds_by_part(run: Callable[[], Any], hlo_text: str, steps: int) -> dict[s
     """Seconds a step of each part, from a profile of ``run`` called ``steps`` times.
 
     On a CPU the operations of a step follow each other, so that parts add up to the step but for
-    what lies between operations. Parts in order of their time.
+    what is between operations. Parts in order of their time.
     """
     from jax.profiler import ProfileData
 

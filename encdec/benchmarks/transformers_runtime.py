@@ -1,4 +1,4 @@
-"""The same weights by transformers' ``generate``: what our own paths are timed beside.
+"""The same weights by transformers' ``generate``: what our own paths are timed against.
 
 ``python -m encdec.benchmarks.transformers_runtime`` is a process of its own that measures
 memory; see
@@ -67,7 +67,7 @@ class Answer:
 
     Attributes:
         begun: the first new token is there, or the call has failed.
-        go_on: whoever waits for the others has asked for them.
+        go_on: the process that waits for the others has asked for them.
         done: all tokens are there, or the call has failed.
         tokens: all that ``generate`` returns, then.
         error: what ended the call.

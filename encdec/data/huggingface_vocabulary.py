@@ -94,7 +94,7 @@ class HuggingFaceVocabulary(Vocabulary):
                 return self._ids[token]
         raise DataError(
             f"{name} has none of the EOS tokens {', '.join(tokens)}; put the tokenizer_config.json "
-            "with its eos_token beside it"
+            "with its eos_token next to it"
         )
 
     @property
@@ -196,7 +196,7 @@ class HuggingFaceVocabulary(Vocabulary):
 
 
 def configured_eos(path: pathlib.Path) -> str | None:
-    """The eos_token of the tokenizer_config.json beside a ``tokenizer.json``, if any."""
+    """The eos_token of the tokenizer_config.json next to a ``tokenizer.json``, if any."""
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         return None

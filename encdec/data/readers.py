@@ -78,7 +78,7 @@ class BadRows:
             )
 
     def listing(self) -> str:
-        """A line for each fault, for a file beside the records."""
+        """A line for each fault, for a file next to the records."""
         lines = [line.replace("\n", "\\n") for line in self.named]
         if more := self.count - len(lines):
             lines.append(f"and {more:,} more")

@@ -188,7 +188,7 @@ class Records(ShardedRows):
         self.card = card
 
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary the records were made with, from its copy beside them."""
+        """The vocabulary the records were made with, from its copy next to them."""
         return load_vocabulary(self.card.vocabulary, directory=self.directory)
 
 

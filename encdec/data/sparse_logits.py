@@ -10,7 +10,7 @@ Three formats, chosen by ``SparseFormat.method``:
   the mass of all others.
 * ``full``: every log probability as float32; exact, for small vocabularies.
 
-Every token has, beside its pairs of an id and a value, the log-normaliser of the teacher's scores
+Every token has, besides its pairs of an id and a value, the log-normaliser of the teacher's scores
 and the entropy of its distribution (nats, float16).
 
 A row's bytes: CRC-32 of the rest, number of tokens n, number of pairs P (uint32 each, little

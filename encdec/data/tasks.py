@@ -32,7 +32,7 @@ with quiet_stderr():
 # TensorFlow reads text here; the accelerator belongs to JAX.
 tf.config.set_visible_devices([], "GPU")
 
-# The field of all references of an example, beside seqio's inputs and targets.
+# The field of all references of an example, next to seqio's inputs and targets.
 REFERENCES = "references"
 
 

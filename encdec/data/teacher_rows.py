@@ -1,4 +1,4 @@
-"""A teacher's column beside the records: its card, its shards, and the fields it adds to a batch.
+"""A teacher's column next to the records: its card, its shards, and the fields it adds to a batch.
 
 A teacher directory holds ArrayRecord shards with one record a row, in the order of the records'
 rows, and ``teacher.json``, written last. The card names the records it was scored for by their

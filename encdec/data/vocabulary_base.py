@@ -85,7 +85,7 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def _model_bytes(self) -> bytes:
-        """What, beside the kind and the extra ids, makes two vocabularies the same."""
+        """What, besides the kind and the extra ids, makes two vocabularies the same."""
 
     @functools.cached_property
     @abc.abstractmethod

@@ -1,1 +1,1 @@
-"""Distillation from a teacher's logits, scored once and stored beside the records."""
+"""Distillation from a teacher's logits, scored once and stored next to the records."""

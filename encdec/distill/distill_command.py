@@ -126,7 +126,11 @@ def _parser() -> argparse.ArgumentParser:
         help="work directory of encdec train or encdec import",
     )
     part.add_argument(
-        "--records", type=any_path, required=True, metavar="DIR", help="whose sources are answered"
+        "--records",
+        type=any_path,
+        required=True,
+        metavar="DIR",
+        help="records whose sources are answered",
     )
     part.add_argument(
         "--out", type=any_path, required=True, metavar="DIR", help="the records to write"
@@ -149,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         type=local_path,
         required=True,
         metavar="FILE.py[:ARG]",
-        help="of every round's training; any field by --config.FIELD=VALUE",
+        help="config file of every round's training; set any field by --config.FIELD=VALUE",
     )
     part.add_argument(
         "--teacher",
@@ -162,7 +166,11 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
     )
     part.add_argument(
-        "--rounds", type=int, required=True, metavar="N", help="after the first student"
+        "--rounds",
+        type=int,
+        required=True,
+        metavar="N",
+        help="number of rounds after the first student",
     )
     for name, default in (("gold", 1.0), ("teacher_written", 0.0), ("student_written", 1.0)):
         part.add_argument(
@@ -178,8 +186,15 @@ def _parser() -> argparse.ArgumentParser:
         default="sampled",
         help="what is kept of the teacher (default %(default)s)",
     )
-    part.add_argument("--draws", type=int, default=50, help="of sampled (default %(default)s)")
-    part.add_argument("--k", type=int, default=12, help="of top_k (default %(default)s)")
+    part.add_argument(
+        "--draws",
+        type=int,
+        default=50,
+        help="draws per token with --method=sampled (default %(default)s)",
+    )
+    part.add_argument(
+        "--k", type=int, default=12, help="ids per token with --method=top_k (default %(default)s)"
+    )
     _writing_options(part)
     return parser
 
@@ -189,18 +204,28 @@ def _writing_options(part: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         default=0.9,
-        help="of drawing; 0 is greedy (default %(default)s)",
+        help="sampling temperature; 0 is greedy (default %(default)s)",
     )
-    part.add_argument("--top_k", type=int, default=128, help="0 is off (default %(default)s)")
-    part.add_argument("--top_p", type=float, default=1.0, help="1 is off (default %(default)s)")
-    part.add_argument("--seed", type=int, default=0, help="of drawing (default %(default)s)")
+    part.add_argument(
+        "--top_k",
+        type=int,
+        default=128,
+        help="sample from the k likeliest tokens; 0: all (default %(default)s)",
+    )
+    part.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="nucleus sampling; 1: all tokens (default %(default)s)",
+    )
+    part.add_argument("--seed", type=int, default=0, help="sampling seed (default %(default)s)")
     part.add_argument(
         "--max_tokens",
         type=int,
         metavar="N",
-        help="of an answer (default: the records' targets_length)",
+        help="longest answer (default: the records' targets_length)",
     )
-    part.add_argument("--rows", type=int, help="answer these many rows (default: all)")
+    part.add_argument("--rows", type=int, help="answer this many rows (default: all)")
     part.add_argument(
         "--batch_rows",
         type=int,

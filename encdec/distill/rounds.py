@@ -36,7 +36,7 @@ class Shares:
     """Rates of the rows of each kind in training; they need not add up to anything.
 
     Raises:
-        ConfigError: a negative rate, or none at all beside the student's.
+        ConfigError: a negative rate, or none at all besides the student's.
     """
 
     gold: float = 1.0

@@ -1,4 +1,4 @@
-"""``encdec score``: a teacher's distributions on records, stored beside them."""
+"""``encdec score``: a teacher's distributions on records, stored next to them."""
 
 from __future__ import annotations
 

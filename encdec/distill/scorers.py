@@ -222,7 +222,7 @@ def make_score_step(
             kept = keep(logits.reshape(-1, logits.shape[-1]), keys_BxC.reshape(-1), fmt)
             return jax.tree.map(lambda x: x.reshape(rows, HEAD_TOKENS, *x.shape[1:]), kept)
 
-        # In parts, because all logits of a batch may not fit beside a large teacher.
+        # In parts, because all logits of a batch may not fit next to a large teacher.
         kept = jax.lax.map(some_tokens, (parts, places))
         kept = jax.tree.map(
             lambda x: x.swapaxes(0, 1).reshape(rows, positions, *x.shape[3:])[:, :targets_length],

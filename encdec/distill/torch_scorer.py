@@ -65,7 +65,7 @@ def torch_model(
     Args:
         directory: of a Hugging Face causal language model.
         records: to be scored.
-        vocabulary: the model's; by default the tokenizer.model or tokenizer.json beside it.
+        vocabulary: the model's; by default the tokenizer.model or tokenizer.json next to it.
         max_length: tokens that it may read at once, by default what its configuration says.
 
     Raises:

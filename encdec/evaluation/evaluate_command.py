@@ -195,7 +195,7 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, metavar="X")
     parser.add_argument("--beams", type=int, default=1, metavar="N")
     parser.add_argument("--length_penalty", type=float, default=0.6, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of drawing")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="sampling seed")
     parser.add_argument(
         "--batch_rows",
         type=int,

@@ -1,7 +1,7 @@
 """``encdec report RUN ...``: runs side by side as one HTML file that needs nothing else.
 
 Curves of the losses, throughput and goodput as SVG, what differs between the configurations, and
-answers of the evaluations that lie in the runs' directories.
+answers of the evaluations in the runs' directories.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the weights (default %(default)s); "
+        help="precision of the weights (default %(default)s); "
         + "; ".join(f"{name}: {', '.join(one.precisions)}" for name, one in FORMATS.items()),
     )
     parser.add_argument(
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--license",
         type=local_path,  # an identifier stays as it is
         metavar="ID|FILE",
-        help="of the model, for its card: an identifier such as apache-2.0, or a file",
+        help="license of the model, for its card: an identifier such as apache-2.0, or a file",
     )
     parser.add_argument(
         "--template",

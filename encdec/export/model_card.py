@@ -57,7 +57,7 @@ def card_text(export: Export, written: Written, format: str, step: int, license:
 
 def _license_fields(license: str | None) -> dict[str, str]:
     if license is None:
-        return {}  # whoever publishes the model chooses it
+        return {}  # to be chosen when the model is published
     if pathlib.Path(license).is_file():
         return {"license": "other", "license_name": "see-license", "license_link": LICENSE}
     return {"license": license.lower()}

@@ -101,7 +101,7 @@ def rows_of(
 class ResumableOutput:
     """A JSONL file of answers in the order of the inputs, written a window at a time.
 
-    Beside it, ``FILE.settings.json`` says which model and settings made it: a later call goes on
+    Next to it, ``FILE.settings.json`` says which model and settings made it: a later call goes on
     where the file ends if they are the same, and is refused if not.
 
     Attributes:

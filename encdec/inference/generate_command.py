@@ -23,7 +23,6 @@ _LOG = logger(__name__)
 
 if TYPE_CHECKING:
     from encdec.inference.generator import TextGenerator
-    from encdec.inference.text import PromptFormat
 
 # Inputs between two writes of the output file: enough for batches of like lengths.
 WINDOW_BATCHES = 8
@@ -36,7 +35,7 @@ _FLAGS = (
     ("top_p", float, "draw from the likeliest tokens that together reach this probability"),
     ("repetition_penalty", float, "above 1, tokens of the answer become less likely to return"),
     ("no_repeat_ngram", int, "no n-gram of this length comes twice in an answer"),
-    ("seed", int, "of drawing (default 0)"),
+    ("seed", int, "sampling seed (default 0)"),
     ("samples", int, "answers to each input"),
     ("beams", int, "hypotheses of beam search; 1 is none (default)"),
     ("length_penalty", float, "alpha of beam search; above 0 favours longer answers (default 0.6)"),
@@ -57,17 +56,25 @@ def main(argv: list[str]) -> int:
     # Imported late: a mistake in the command line is answered at once.
     from encdec.inference.files import ResumableOutput, read_inputs
     from encdec.inference.generator import read_prompt_format
+    from encdec.inference.loading import load
     from encdec.train.workdir import CONFIG_FILE
 
-    prompts, max_tokens = read_prompt_format(
-        options.checkpoint, max_input_tokens=options.max_input_tokens
-    )
+    prompts, _ = read_prompt_format(options.checkpoint, max_input_tokens=options.max_input_tokens)
     prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
     texts = options.text if options.file is None else read_inputs(options.file, options.format)
     for number, text in enumerate(texts):
         name = "the input" if len(texts) == 1 else f"input {number}"
         prompts.encode(text, truncate=options.truncate, name=name)
-    generator, step = _generator(options, prompts, max_tokens)
+    generator = load(
+        options.checkpoint,
+        options.step,
+        max_input_tokens=options.max_input_tokens,
+        batch_rows=options.batch_rows,
+        devices=options.devices,
+        tensor=options.tensor,
+        draft=options.draft,
+    )
+    generator.prompts = prompts
     output = None
     if options.out:
         run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
@@ -75,7 +82,7 @@ def main(argv: list[str]) -> int:
             pathlib.Path(options.out),
             {
                 "run": hashlib.sha256(run).hexdigest(),
-                "step": step,
+                "step": generator.step,
                 "max_input_tokens": prompts.max_input_tokens,
                 "truncate": options.truncate,
                 "logprobs": options.logprobs,
@@ -95,47 +102,6 @@ def main(argv: list[str]) -> int:
     else:
         _print_texts(generator, settings, options, texts)
     return 0
-
-
-def _generator(
-    options: argparse.Namespace, prompts: PromptFormat, max_tokens: int
-) -> tuple[TextGenerator, int]:
-    """Of an export or of a work directory's checkpoint; with the step, 0 of an export."""
-    from encdec.inference.draft_model import load_draft
-    from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
-    from encdec.inference.generator import Generator
-    from encdec.train.checkpoints import load_params_for_inference
-
-    generating = {"max_tokens": max_tokens, "batch_rows": options.batch_rows}
-    if export_format(options.checkpoint):
-        if options.step is not None:
-            raise ConfigError(
-                f"{options.checkpoint} is an export, which has no checkpoints; leave --step out"
-            )
-        for name in ("devices", "tensor"):
-            if (value := getattr(options, name)) > 1:
-                raise ConfigError(
-                    f"{name} is {value}, but {options.checkpoint} is an export, "
-                    "which runs on this machine's CPU as a whole; leave it out, or "
-                    "generate with the work directory"
-                )
-        model = load_exported_model(options.checkpoint)
-        return ExportedGenerator(model, prompts, **generating, draft=options.draft), 0
-    config, params, step = load_params_for_inference(options.checkpoint, options.step)
-    import jax
-
-    if options.devices > (there := jax.local_device_count()):
-        raise ConfigError(f"devices is {options.devices}, but there are {there} here")
-    generator = Generator(
-        config,
-        params,
-        prompts,
-        **generating,
-        devices=jax.local_devices()[: options.devices],
-        tensor=options.tensor,
-        draft=load_draft(options.draft, prompts.vocabulary),
-    )
-    return generator, step
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=("jsonl", "text"),
-        help="of --file (default: as its name ends; text for -)",
+        help="format of --file (default: as its name ends; text for -)",
     )
     parser.add_argument(
         "--out",

@@ -76,6 +76,7 @@ class TextGenerator:
             )
         self._rows, self.config, self.paces = rows, rows.config, rows.paces
         self.prompts = prompts
+        self.step = 0  # of the checkpoint; exports, and models that are given as such, have none
         self.max_tokens = max_tokens
         self.batch_rows = min(batch_rows, rows.rows_at_once or batch_rows)
 

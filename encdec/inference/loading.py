@@ -60,10 +60,10 @@ def load(
             checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows, draft=draft
         )
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
-    config, params, _ = load_params_for_inference(checkpoint, step)
+    config, params, read_step = load_params_for_inference(checkpoint, step)
     if devices > (there := jax.local_device_count()):
         raise ConfigError(f"devices is {devices}, but there are {there} here")
-    return Generator(
+    generator = Generator(
         config,
         params,
         prompts,
@@ -74,3 +74,5 @@ def load(
         dtype=dtype,
         draft=load_draft(draft, prompts.vocabulary, dtype),
     )
+    generator.step = read_step
+    return generator

@@ -13,7 +13,7 @@ from encdec.fields import check_types
 class ExecutionConfig:
     """How a model is compiled and run; results are equal up to rounding under every choice.
 
-    The first group is chosen by whoever trains, by name among ``config.model_overrides``. The
+    The first group is set for training, by name among ``config.model_overrides``. The
     second is chosen by ``encdec.inference.ready`` for the machine at hand and is never stored.
 
     Raises:

@@ -109,7 +109,7 @@ def _costs(argv: list[str]) -> int:
         "--remark",
         default="",
         metavar="TEXT",
-        help="on the machine and what else ran on it, for the table",
+        help="remark on the machine and what else ran on it, for the table",
     )
     options, setting = _read(parser, argv)
     from encdec.paper.costs import cost_rows

@@ -489,7 +489,7 @@ def _check_evaluation_and_checkpoints(run: RunConfig, require: Require) -> None:
     require(
         not run.eval.patience or bool(run.eval.every and run.data.eval_records),
         "eval.patience",
-        "0, or config.eval.every and config.data.eval_records beside it",
+        "0, or config.eval.every together with config.data.eval_records",
     )
     keeps_best = run.checkpoint.keep_best or not run.checkpoint.keep
     require(
@@ -508,7 +508,7 @@ def _check_evaluation_and_checkpoints(run: RunConfig, require: Require) -> None:
         and (bool(keeps_best) or run.checkpoint.keep > run.eval.patience),
         "checkpoint.keep",
         f"0 (all), or more than config.eval.patience = {run.eval.patience}, or "
-        "config.checkpoint.keep_best beside it, with config.checkpoint.every equal to "
+        "config.checkpoint.keep_best, with config.checkpoint.every equal to "
         "config.eval.every, so that the best is kept",
     )
 

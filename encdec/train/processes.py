@@ -14,7 +14,7 @@ def from_first(value: Any) -> Any:
     """Process 0's value, on every process; anything that JSON holds.
 
     What a process reads from a shared directory may differ from what another has read a moment
-    before, and processes that decide differently wait for each other for ever.
+    before, and processes that decide differently wait for each other forever.
     """
     if jax.process_count() == 1:
         return value

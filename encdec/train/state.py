@@ -1,4 +1,4 @@
-"""The training state: everything the next step depends on beside its batch."""
+"""The training state: everything the next step depends on besides its batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The running batch: a request's answer is its answer alone, whatever runs beside it."""
+"""The running batch: a request's answer is its answer alone, whatever runs next to it."""
 
 from __future__ import annotations
 

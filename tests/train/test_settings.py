@@ -62,7 +62,7 @@ RunConfig.__hash__ = lambda run: hash(repr(run))
 ADAFACTOR, MUON = {"optimizer.name": "adafactor", "optimizer.b2": 0.98}, {"optimizer.name": "muon"}
 TAUGHT = {"distill.teacher": "rows"}
 RISING = TAUGHT | {"distill.alpha_schedule": "warmup", "distill.warmup_steps": 4}
-# Field: another value, and what must be set beside it.
+# Field: another value, and what must be set with it.
 TRACED: dict[str, tuple[Any, dict[str, Any]]] = {
     "model": ("test-dec", {"model_overrides": {"vocab_size": 264}}),
     "batch_size": (16, {}),
@@ -253,7 +253,7 @@ def traced_model(config: ModelConfig, gradient: bool = False) -> str:
     return re.sub(r"0x[0-9a-f]+", "", str(closed)) + str(constants)
 
 
-# What a field needs beside it to be of any effect at these sizes.
+# What a field needs besides to have any effect at these sizes.
 BESIDE = {
     "rope_max_length": {"rope_scaling": "ntk", "rope_factor": 2.0, "rope_length": 4096},
     "rope_length": {"rope_scaling": "ntk", "rope_factor": 2.0, "rope_length": 3000},
