@@ -8,7 +8,7 @@ The recipe is the defaults of encdec/train/config.py, which explains every field
 with --config.FIELD=VALUE. For a shorter run --config.steps is enough: warmup, evaluations and
 checkpoints scale with it.
 
-Time and loss: of 330m, 500m and 1b not measured (docs/prediction.md has predictions).
+Time and loss: not measured for 330m, 500m and 1b; docs/prediction.md has predicted times.
 """
 
 from ml_collections import ConfigDict

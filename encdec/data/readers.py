@@ -131,7 +131,7 @@ def _expanded(path: str) -> list[pathlib.Path]:
             file for file in map(pathlib.Path, glob.glob(path, recursive=True)) if file.is_file()
         )
         if not found:
-            raise DataError(f"no file is like {path}; give a pattern of existing files")
+            raise DataError(f"no file matches {path}; give a pattern of existing files")
         return found
     raise DataError(f"input file {place} not found; give existing files")
 

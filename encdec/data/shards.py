@@ -38,7 +38,7 @@ def encode_row(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dty
     """One packed row as bytes: segment k has tokens ``sources[k]`` and ``targets[k]``."""
     if len(sources) != len(targets) or not sources:
         raise ValueError(
-            f"a row wants as many sources as targets, got {len(sources)} and {len(targets)}"
+            f"a row has as many sources as targets; got {len(sources)} and {len(targets)}"
         )
     lengths = [len(sources), *map(len, sources), *map(len, targets)]
     stored = np.dtype(dtype).newbyteorder("<")

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(rest)
     if overrides and options.function is not _rounds:
         raise ConfigError(
-            f"{overrides[0]} means nothing to `encdec distill rollout`, which trains nothing"
+            f"{overrides[0]} has no effect on `encdec distill rollout`, which trains nothing"
         )
     return options.function(options, overrides)
 

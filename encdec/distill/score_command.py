@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     settings.check()
     options = argparse.Namespace(**{name: given[name] for name in given.keys() - fields})
     if options.student and not options.dry_run:
-        raise ConfigError(f"--student={options.student} is for --dry_run alone")
+        raise ConfigError(f"--student={options.student} goes with --dry_run only")
     join_processes(options)
     if options.dry_run:
         _dry_run(settings, options.student)

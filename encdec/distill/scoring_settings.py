@@ -110,7 +110,7 @@ class ScoringSettings(Settings):
             raise ConfigError(f"--backend is {self.backend!r}; expected 'jax' or 'torch'")
         if self.backend == "torch" and (self.step is not None or self.mesh != MeshConfig()):
             raise ConfigError(
-                "--step, --fsdp and --tensor mean nothing to --backend=torch; leave "
+                "--step, --fsdp and --tensor have no effect with --backend=torch; leave "
                 "them out, or import the model with encdec import"
             )
         if self.backend == "jax" and self.vocabulary is not None:

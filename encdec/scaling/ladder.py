@@ -61,7 +61,7 @@ class Budgets:
     """
 
     kind: str = "flops"
-    values: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()  # each size is trained at each of these
     min_steps: int = 50  # a rung with fewer steps is left out: warmup would be all of it
     max_epochs: float = 4.0  # a rung that reads its records more often is left out
 
@@ -70,8 +70,8 @@ class Budgets:
 class BatchRule:
     """Rows per step: ``rows`` (reading / reference_rows)^exponent, as a power of two in bounds."""
 
-    rows: int = 32
-    reference_rows: int = 100_000
+    rows: int = 128
+    reference_rows: int = 2_000_000
     exponent: float = 0.5
     smallest: int = 8
     largest: int = 4096
@@ -105,13 +105,17 @@ class Seeds:
 class Distilled:
     """Series that are repeated with a teacher's stored distributions in addition to gold targets.
 
+    "ed-2of3+kd" has the rows, steps and student of "ed-2of3" and the teacher "kd".
+
     ``teachers``: by name, ``rows``, a directory of ``encdec score`` on the ladder's records, and
     ``loss``, the teacher's own on the ladder's held-out records in nats per target token (0:
-    unknown). Entries without rows are skipped.
+    unknown; the distillation law needs it). Entries without rows are skipped; more may be added.
     """
 
     series: tuple[str, ...] = ()  # names, such as "ed-2of3"; none: no distilled runs
-    teachers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    teachers: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=lambda: {"kd": {"rows": "", "loss": 0.0}}
+    )
 
     def named(self) -> dict[str, tuple[str, float]]:
         """(rows, loss) of each teacher in use."""
@@ -122,27 +126,53 @@ class Distilled:
         }
 
 
+def _run() -> dict[str, Any]:
+    """The schedule ends with the run: a loss in mid-schedule is too high, more so in long runs."""
+    return {
+        "log_every": 20,
+        "accumulation": 1,
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "distill": {"alpha": 0.9},  # of distilled series
+        "optimizer": {
+            "name": "adamw",
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "b1": 0.9,
+            "b2": 0.95,
+        },
+        "schedule": {"name": "cosine", "final_fraction": 0.1},
+        "loss": {"z_loss": 1e-4},
+        "eval": {"batches": 0},
+        "checkpoint": {"every": 1000, "keep": 1},
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """A ladder as configured; see ``configs/scaling.py`` for the meaning of each field."""
+    """A ladder as configured; the defaults are those of ``configs/scaling.py``."""
 
     name: str = "ladder"
+    # By name, a preset and changes to it; layers must be divisible by all splits' denominators
     sizes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # The encoder's share of the layers; the first is the reference
     splits: tuple[str, ...] = ("2/3", "1/2", "1/3")
-    decoder_only: bool = True
+    decoder_only: bool = True  # also run the decoder-only series "dec"
+    # What is equal on a rung; the third always differs: "flops+data" the parameters (the paper's
+    # claim), "parameters+data" the FLOPs, "flops+parameters" the rows read
     match: str = "flops+data"
-    inputs: int = 1024
+    inputs: int = 1024  # lengths of rows; those of the records
     targets: int = 256
-    records: str = ""
-    eval_records: str = ""
-    warmup_fraction: float = 0.1
-    evaluations: int = 4
+    records: str = ""  # of training; without, plans count slots instead of tokens
+    eval_records: str = ""  # held out; their losses make the curves
+    warmup_fraction: float = 0.1  # of the steps
+    evaluations: int = 4  # of each run; the last alone is fitted
     budgets: Budgets = Budgets()
     batch: BatchRule = BatchRule()
     learning_rate: LearningRateRule = LearningRateRule()
     seeds: Seeds = Seeds()
     distilled: Distilled = Distilled()
-    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Fields of RunConfig that all runs share
+    run: Mapping[str, Any] = dataclasses.field(default_factory=_run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,11 +292,16 @@ def parse_ladder(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Ladde
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Adds the fields that a config file left out, so that each can be overridden."""
-    full = dataclasses.asdict(Ladder())
-    for name, value in config.to_dict().items():
+    return ml_collections.ConfigDict(_merged(dataclasses.asdict(Ladder()), config.to_dict()))
+
+
+def _merged(full: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``full`` with the values of ``given``, group by group."""
+    result = dict(full)
+    for name, value in given.items():
         grouped = isinstance(value, Mapping) and isinstance(full.get(name), Mapping)
-        full[name] = full[name] | value if grouped else value
-    return ml_collections.ConfigDict(full)
+        result[name] = _merged(full[name], value) if grouped else value
+    return result
 
 
 def plan(ladder: Ladder, card: DatasetCard | None = None) -> Plan:

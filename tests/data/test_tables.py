@@ -175,7 +175,7 @@ def test_faults_of_other_forms_are_named(tmp_path, forms):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no file of .jsonl"):
         documents(str(tmp_path / "empty"))
-    with pytest.raises(DataError, match="no file is like"):
+    with pytest.raises(DataError, match="no file matches"):
         documents(f"{tmp_path}/*.jsonl")
 
 

@@ -13,17 +13,53 @@ import pytest
 from encdec.cli import main
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
-from encdec.scaling.ladder import parse_ladder, plan, run_config
+from encdec.fields import differences, flattened
+from encdec.scaling.ladder import Ladder, parse_ladder, plan, run_config
 from encdec.scaling.matching import MATCHES
 from encdec.scaling.scaling_command import load_ladder, split_ladder_overrides
 from encdec.train.config import RunConfig
+from encdec.train.train_command import read_config_file
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")
+OWN = ("name", "sizes")
 
 
 def planned(name: str, **fields: str):
     overrides = [f"--ladder.{field}={value}" for field, value in fields.items()]
     return plan(parse_ladder(load_ladder(f"{LADDERS}:{name}", overrides)))
+
+
+# All that each shipped ladder changes of the defaults, besides its name and sizes.
+SHIPPED = {
+    "micro": (
+        *("batch.largest", "batch.reference_rows", "batch.rows", "batch.smallest"),
+        *("budgets.min_steps", "budgets.values", "evaluations", "inputs"),
+        *("learning_rate.batch_exponent", "learning_rate.peak"),
+        *("learning_rate.reference_batch", "learning_rate.reference_width"),
+        *("run.checkpoint.every", "run.optimizer.name"),
+        *("seeds.budgets", "seeds.count", "seeds.sizes", "targets"),
+    ),
+    "small": (
+        *("batch.reference_rows", "batch.smallest", "budgets.min_steps", "budgets.values"),
+        *("inputs", "seeds.budgets", "seeds.count", "seeds.sizes", "targets"),
+    ),
+    "paper": (
+        *("batch.reference_rows", "batch.rows", "batch.smallest"),
+        *("budgets.kind", "budgets.max_epochs", "budgets.min_steps", "budgets.values"),
+        "run.log_every",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_ladder_is_the_default_but_for_what_it_states(name):
+    default, ladder = (
+        {key: value for key, value in dataclasses.asdict(one).items() if key not in OWN}
+        for one in (Ladder(), parse_ladder(load_ladder(f"{LADDERS}:{name}", [])))
+    )
+    assert differences(default, ladder) == sorted(SHIPPED[name])
+    stated = flattened(read_config_file(f"{LADDERS}:{name}").to_dict())
+    assert {key for key in stated if key.split(".")[0] not in OWN} == set(SHIPPED[name])
 
 
 @pytest.mark.parametrize("match", MATCHES)
