@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from encdec.errors import ConfigError
 from encdec.flags import Parser
@@ -111,6 +111,12 @@ def _answering(options: argparse.Namespace) -> Answering:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="encdec distill")
     parts = parser.add_subparsers(required=True, metavar="{rollout,rounds}")
+    _add_rollout(parts)
+    _add_rounds(parts)
+    return parser
+
+
+def _add_rollout(parts: Any) -> None:
     part = parts.add_parser(
         "rollout",
         help="answer the sources of records with a model",
@@ -139,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--overwrite", action="store_true", help="replace records in --out")
     _writing_options(part)
 
+
+def _add_rounds(parts: Any) -> None:
     part = parts.add_parser(
         "rounds",
         help="the student writes, the teacher scores, it learns",
@@ -196,7 +204,6 @@ def _parser() -> argparse.ArgumentParser:
         "--k", type=int, default=12, help="ids per token with --method=top_k (default %(default)s)"
     )
     _writing_options(part)
-    return parser
 
 
 def _writing_options(part: argparse.ArgumentParser) -> None:
