@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from encdec.buckets import (
     normal_address,
     objects,
     remove_objects,
+    send_file,
     sent_directory,
 )
 from encdec.errors import ConfigError, EncdecError, StorageError
@@ -236,6 +238,14 @@ def entries(directory: pathlib.Path | epath.Path) -> set[str]:
     return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
 
 
+def file_names(directory: pathlib.Path | epath.Path, name: str) -> list[str]:
+    """The files of this name in and below a directory, as paths from it, in order."""
+    if is_address(directory):
+        return sorted(one for one in objects(directory) if one.rpartition("/")[2] == name)
+    found = pathlib.Path(directory).glob(f"**/{name}")
+    return sorted(path.relative_to(directory).as_posix() for path in found)
+
+
 def make_directory(path: pathlib.Path | epath.Path) -> None:
     """Makes a directory and those above it; a bucket needs none."""
     if not is_address(path):
@@ -300,6 +310,23 @@ def is_free(out: str | os.PathLike[str]) -> bool:
     return not path.exists() or (
         path.is_dir() and {entry.name for entry in path.iterdir()} <= {_PARTIAL}
     )
+
+
+@contextlib.contextmanager
+def filled_directory(out: pathlib.Path | epath.Path) -> Iterator[pathlib.Path]:
+    """A directory to add files to: ``out`` itself, or one that is sent there at the block's end.
+
+    Files of other names stay there, and ones of the same names are replaced.
+    """
+    if not is_address(out):
+        make_directory(out)
+        yield pathlib.Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="encdec-") as folder:
+        local = pathlib.Path(folder)
+        yield local
+        for file in sorted(path for path in local.rglob("*") if path.is_file()):
+            send_file(file, f"{os.fspath(out)}/{file.relative_to(local)}")
 
 
 @contextlib.contextmanager

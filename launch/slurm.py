@@ -324,6 +324,8 @@ def _check_mounted(parser: argparse.ArgumentParser, options: argparse.Namespace)
     """A work directory that is not mounted would be lost with the container."""
     workdir = [a.split("=", 1)[1] for a in options.arguments if a.startswith("--workdir=")][-1]
     mounted = [pathlib.PurePosixPath(mount.split(":")[1]) for mount in options.container_mount]
+    if "://" in workdir:  # in a bucket
+        return
     if not any(pathlib.PurePosixPath(workdir).is_relative_to(place) for place in mounted):
         parser.error(
             f"--workdir={workdir} is not mounted in the container and would be lost with it; "

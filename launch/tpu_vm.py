@@ -456,6 +456,13 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _private_key(text: str) -> pathlib.Path:
+    """The file of a key. An address would become a folder called gs:."""
+    if not text or "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a file on this machine")
+    return pathlib.Path(text)
+
+
 def _login_options(parser: argparse.ArgumentParser) -> None:
     """How hosts are logged in to."""
     group = parser.add_argument_group("login to the hosts")
@@ -464,7 +471,7 @@ def _login_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ssh_key",
-        type=pathlib.Path,
+        type=_private_key,
         metavar="FILE",
         help=f"private key, made if it is missing (default: {ssh.KEY})",
     )

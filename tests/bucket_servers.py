@@ -1,11 +1,19 @@
-"""Object storage on loopback for tests: Google's and Amazon's protocol, with faults on demand."""
+"""Object storage on loopback for tests: Google's and Amazon's protocol, with faults on demand.
+
+``python -m tests.bucket_servers FOLDER encdec ...`` runs a command while gs://bucket/FOLDER's name
+holds a copy of a folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import http.server
+import os
+import pathlib
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -134,3 +142,19 @@ def amazon() -> Iterator[tuple[Proxy, dict[str, str]]]:
     finally:
         proxy.close()
         server.stop()
+
+
+def main(folder: str, *command: str) -> int:
+    """Runs a command against a bucket with a copy of the folder; its exit code."""
+    from encdec.buckets import send_file
+
+    source = pathlib.Path(folder).resolve()
+    with google() as (_, variables):
+        os.environ.update(variables)
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            send_file(file, f"gs://bucket/{source.name}/{file.relative_to(source)}")
+        return subprocess.run(command, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

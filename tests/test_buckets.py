@@ -7,18 +7,31 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import pytest
 
 from encdec import buckets, cli
+from encdec.adapt.adapt_command import main as adapt_main
 from encdec.data.prepare import prepare
 from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.records import open_records
-from encdec.errors import ConfigError, DataError
+from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.files import LineAppender, append_rows, keep_lines, whole_lines, write_text
+from encdec.inference import files as inference_files
+from encdec.inference.files import ResumableOutput
+from encdec.paper.paper_command import main as paper_main
+from encdec.paper.results import append_results, read_results
+from encdec.scaling import run as scaling_run
+from encdec.scaling.results import ResultsFile
+from encdec.scaling.run import check_division, run_plan
 from encdec.storage import (
     any_path,
     as_path,
@@ -28,13 +41,18 @@ from encdec.storage import (
     storage_error,
     whole_directory,
 )
+from encdec.train import job
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.fingerprint import fingerprints
-from encdec.train.loop import train
+from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
+from encdec.train.sharding import make_mesh
+from encdec.train.workdir import read_config
 from tests import bucket_servers
+from tests.adapt.test_workflow import write_source
 from tests.bucket_servers import Proxy
-from tests.train.conftest import small_run
+from tests.scaling.test_run import tiny
+from tests.train.conftest import eval_records, records, small_run  # noqa: F401
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -245,80 +263,220 @@ def _without_time(rows: list[dict]) -> list[dict]:
     return [{name: row[name] for name in kept if name in row} for row in rows]
 
 
+RECORDS, LIFE = "gs://bucket/life/records", "gs://bucket/life/run"
 CHILD = """
 import json, sys, jax
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
 from encdec.train.loop import train
 train(json.loads(sys.argv[1]), sys.argv[2])
 """
 
 
-@needs_google
-def test_a_run_in_a_bucket_that_is_killed_while_it_saves_ends_as_a_local_one(gs, tmp_path):
-    (tmp_path / "a.jsonl").write_text(_text(100))
-    records, workdir, here = "gs://bucket/life/records", "gs://bucket/life/run", tmp_path / "run"
-    prepare(_settings(records, tmp_path / "a.jsonl"))
-    train(_run(records), here)
-    assert [int(row["step"]) for row in read_metrics(here)][-1] == 6
+@pytest.fixture(scope="module")
+def two_devices() -> Iterator[None]:
+    """The run has the devices of two processes here, too: a sum of two has no order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
+        yield
 
-    child = None
+
+@pytest.fixture(scope="module")
+def life(gs, two_devices, tmp_path_factory) -> dict[str, Any]:
+    """A run of two processes in a bucket: killed while it saves step 4, resumed by one process
+    while the bucket is slow. What was seen at each; next to it the same run on this machine."""
+    folder = tmp_path_factory.mktemp("life")
+    (folder / "a.jsonl").write_text(_text(100))
+    prepare(_settings(RECORDS, folder / "a.jsonl"))
+    train(_run(RECORDS), folder / "run")
+    seen: dict[str, Any] = {"here": folder / "run"}
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes: list[subprocess.Popen] = []
 
     def kill(method: str, path: str) -> int | None:
         writes = method in ("POST", "PUT")
-        if child and writes and "checkpoints%2F4%2Foptimizer" in path.replace("/", "%2F"):
-            child.send_signal(signal.SIGKILL)
+        if writes and "checkpoints%2F4%2Foptimizer" in path.replace("/", "%2F"):
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
             return 503
         if path.startswith("/storage") and len(gs.requests) % 10 == 0:
             return 503  # now and then, all the time: clients try again
         return None
 
-    gs.requests.clear()
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(_run(records)), workdir],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-    )
     gs.fault = kill
     try:
-        assert child.wait(timeout=300) == -signal.SIGKILL
+        for index in "01":
+            command = [sys.executable, "-c", CHILD, json.dumps(_run(RECORDS)), LIFE, address, index]
+            environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+            processes.append(subprocess.Popen(command, env=environment))
+        seen["codes"] = [process.wait(timeout=300) for process in processes]
     finally:
         gs.fault = None
-        child.kill()
-    assert any("checkpoints/4/" in name for name in buckets.objects(f"{workdir}"))
-    assert saved_steps(workdir) == [2]
+        for process in processes:
+            process.kill()
+    seen["left"] = list(buckets.objects(LIFE))
+    seen["saved"] = saved_steps(LIFE)
 
-    summary = train(_run(records), workdir)
-    assert summary.step == 6
-    assert _saved(workdir) == _saved(str(here))
-    assert _without_time(read_metrics(workdir)) == _without_time(read_metrics(here))
-    assert any(".tfevents." in name for name in buckets.objects(f"{workdir}/tensorboard"))
+    held, further = [], threading.Event()
+
+    def slow(method: str, path: str) -> None:
+        """What is saved at step 4 is held until the run has gone on; all else is only late."""
+        if "checkpoints%2F4%2F" in path.replace("/", "%2F") and method in ("POST", "PUT"):
+            held.append(further.wait(timeout=60))
+        time.sleep(0.005)
+
+    gs.fault = slow
+    try:
+        on = Hook(lambda session: further.set() if session.step == 5 else None, every=1)
+        seen["summary"] = train(_run(RECORDS), LIFE, hooks=[on])
+    finally:
+        gs.fault = None
+    return seen | {"held": held}
 
 
 @needs_google
-def test_what_is_done_with_a_model_takes_addresses(gs, tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text(_text(40))
-    records, workdir = "gs://bucket/use/records", "gs://bucket/use/run"
-    prepare(_settings(records, tmp_path / "a.jsonl"))
-    train(_run(records), workdir, stop_at=4)
-    assert cli.main(["generate", f"--checkpoint={workdir}", "00000012", "--max_tokens=4"]) == 0
-    out = "gs://bucket/use/evaluation"
-    test = "gs://bucket/use/data/dialogsum/test.jsonl"
+def test_a_run_of_two_processes_that_is_killed_while_it_saves_ends_as_a_local_one(life):
+    assert life["codes"] == [-signal.SIGKILL] * 2
+    assert any("checkpoints/4/" in name for name in life["left"]) and life["saved"] == [2]
+    assert life["summary"].step == 6
+    assert _saved(LIFE) == _saved(str(life["here"]))
+    assert _without_time(read_metrics(LIFE)) == _without_time(read_metrics(life["here"]))
+    assert any(".tfevents." in name for name in buckets.objects(f"{LIFE}/tensorboard"))
+
+
+@needs_google
+def test_steps_go_on_while_a_slow_bucket_takes_a_checkpoint(life):
+    assert life["held"] and all(life["held"])
+
+
+@needs_google
+def test_what_is_done_with_a_model_takes_addresses(life, gs, tmp_path, capsys):
+    model, use = f"--checkpoint={LIFE}", "gs://bucket/use"
+    questions, answers = f"{use}/questions.txt", f"{use}/answers.jsonl"
+    write_text(questions, "00000012\n00000034\n")
+    generate = ["generate", model, "--max_tokens=4"]
+    asked = [*generate, f"--file={questions}", f"--out={answers}", "--batch_rows=1"]
+    assert cli.main(asked) == 0
+    assert cli.main(asked) == 0  # all is answered already
+    assert "holds all 2 answers" in capsys.readouterr().err
+    assert not buckets.objects(f"{answers}.parts")
+    rows = [json.loads(line) for line in buckets.read_bytes(answers).splitlines()]
+    assert [row["source"] for row in rows] == ["00000012", "00000034"]
+    out, test = f"{LIFE}/evaluation", f"{use}/data/dialogsum/test.jsonl"
     write_text(test, '{"source": "00000001", "target": "1000"}\n' * 3)
-    evaluate = ["evaluate", f"--checkpoint={workdir}", "--tasks=dialogsum", f"--out={out}"]
-    evaluate += ["--data_dir=gs://bucket/use/data", "--max_tokens=4", "--resamples=10"]
-    evaluate += ["--split=test"]
+    evaluate = ["evaluate", model, "--tasks=dialogsum", f"--out={out}", "--split=test"]
+    evaluate += [f"--data_dir={use}/data", "--max_tokens=4", "--resamples=10"]
     assert cli.main(evaluate) == 0
     assert {"report.json", "report.md"} <= set(buckets.objects(out))
-    answers = len(buckets.objects(f"{out}/dialogsum"))
+    parts = len(buckets.objects(f"{out}/dialogsum"))
     assert cli.main(evaluate) == 0  # what is answered is not answered again
-    assert len(buckets.objects(f"{out}/dialogsum")) == answers
-    assert train(_run(records, init_from=workdir), tmp_path / "more", stop_at=1).step == 1
-    mean, model = "gs://bucket/use/mean", "gs://bucket/use/hf"
-    assert cli.main(["average", f"--checkpoint={workdir}", "--last=2", f"--out={mean}"]) == 0
-    assert saved_steps(mean) == [4]
-    assert cli.main(["export", f"--checkpoint={mean}", "--format=hf", f"--out={model}"]) == 0
-    back = "gs://bucket/use/imported"
-    assert cli.main(["import", "--from=hf", model, f"--out={back}"]) == 0
+    assert len(buckets.objects(f"{out}/dialogsum")) == parts
+    assert cli.main(["report", LIFE, str(life["here"]), f"--out={use}/page.html"]) == 0
+    page = buckets.read_bytes(f"{use}/page.html").decode()
+    assert "dialogsum" in page and "train/loss" not in page and "Training loss" in page
+    assert train(_run(RECORDS, init_from=LIFE), tmp_path / "more", stop_at=1).step == 1
+    mean, exported, back = f"{use}/mean", f"{use}/hf", f"{use}/imported"
+    assert cli.main(["average", model, "--last=2", f"--out={mean}"]) == 0
+    assert saved_steps(mean) == [6]
+    assert cli.main(["export", f"--checkpoint={mean}", "--format=hf", f"--out={exported}"]) == 0
+    assert cli.main(["import", "--from=hf", exported, f"--out={back}"]) == 0
     assert cli.main(["generate", f"--checkpoint={back}", "00000012", "--max_tokens=4"]) == 0
+
+
+@needs_google
+def test_how_fast_records_come_from_a_bucket_is_measured(gs, capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_text(_text(100))
+    records = "gs://bucket/speed"
+    shards = prepare(_settings(records, tmp_path / "a.jsonl")).shards
+    open_records(records).read([0])  # this machine has a copy of one
+    command = ["benchmark", "data", f"--records={records}", "--batch=8", "--steps=2"]
+    gs.requests.clear()
+    assert cli.main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    asked = {path for _, path in gs.requests if ".arrayrecord" in path and "media" in path}
+    assert len(asked) == len(shards)
+    assert result["fetched_megabytes"] == sum(shard.bytes for shard in shards) / 1e6
+    rate, step = result["fetched_megabytes_per_second"], result["step"]
+    megabytes = 4 * 16 * 1280 * result["bytes_per_token"] / 1e6
+    assert result["step_share_of_fetching"] == pytest.approx(megabytes / rate / step["seconds"])
+
+
+def test_a_decoder_only_model_is_adapted_in_a_bucket(server):
+    source, out = f"{server[0]}/adapt/source", f"{server[0]}/adapt/out"
+    write_source(as_path(source))
+    assert cli.main(["adapt", source, f"--out={out}"]) == 0
+    assert read_config(out)["imported"]["sources"]["encoder"]["directory"] == source
+    with pytest.raises(ConfigError, match="is a source"):
+        adapt_main([source, f"--out={source}/"])
+
+
+def test_answers_in_a_bucket_are_continued_after_a_kill_at_any_point(server, monkeypatch):
+    path = as_path(f"{server[0]}/answers/a.jsonl")
+    output = ResumableOutput(path, {"model": 1}, ["a", "b", "c"])
+    rows = lambda n: [
+        {"index": n, "sample": s, "of": 2, "source": "abc"[n], "text": "x"} for s in (0, 1)
+    ]
+    assert output.done() == 0
+    output.begin()
+    output.append(rows(0))
+    assert output.done() == 1
+    output.begin()
+    output.append([*rows(1), *rows(2)])
+    assert output.done() == 3
+    with pytest.raises(ConfigError, match="other settings"):
+        ResumableOutput(path, {"model": 2}, ["a", "b", "c"]).done()
+    removed = []
+    with monkeypatch.context() as killed:  # between the file and the end of its parts
+        killed.setattr(inference_files, "remove_objects", lambda *given: removed.append(given))
+        output.end()
+    assert removed and len(buckets.objects(f"{path}.parts")) == 2
+    assert output.done() == 3
+    output.end()
+    assert not buckets.objects(f"{path}.parts") and output.done() == 3
+    lines = [json.loads(line) for line in buckets.read_bytes(path).splitlines()]
+    assert lines == [row for n in range(3) for row in rows(n)]
+
+
+def test_a_ladder_is_recorded_in_a_bucket(server, records, eval_records, monkeypatch):
+    """Results of processes that record one run at a time are read once."""
+    place = f"{server[0]}/ladder"
+    found = tiny(records, eval_records)
+    with pytest.raises(ConfigError, match="no locks.* --alone .* --only or --index"):
+        check_division(place, named=False, alone=False)
+    monkeypatch.setattr(scaling_run, "check_place", lambda workdir: None)  # training is replaced
+
+    def trained(config: Any, workdir: str) -> None:
+        lines = LineAppender(as_path(workdir) / "metrics.jsonl")
+        for step in (config.steps // 2, config.steps):
+            lines.append({"step": step, "eval/loss": 2.0 - step / 99, "eval/bits_per_byte": 1.5})
+
+    first = run_plan(found, place, only=["dec_tiny_64_s0"], train=trained)
+    assert first.done == ("dec_tiny_64_s0",)
+    assert len(run_plan(found, place, train=trained).done) == 3
+    assert run_plan(found, place, train=trained).done == ()
+    results = ResultsFile(f"{place}/results.jsonl")
+    rows = results.read()
+    assert len(rows) == 8 and results.append(rows) == 0
+    append_rows(results.path, rows[:3])  # another process recorded these at the same time
+    assert results.read() == rows
+    with pytest.raises(CheckpointError, match="holds another ladder"):
+        run_plan(tiny(records, eval_records, inputs=16), place, train=trained)
+
+
+def test_result_rows_of_the_paper_are_added_in_a_bucket(server, capsys):
+    path = as_path(f"{server[0]}/paper/results.jsonl")
+    with pytest.raises(DataError, match="is no file"):
+        paper_main(["table", str(path)])
+    row = {"kind": "costs", "setting": "a", "row": "DEC"}
+    append_results(path, [row])
+    append_results(path, [row | {"row": "ED"}])
+    assert [one["row"] for one in read_results(path)] == ["DEC", "ED"]
+    with pytest.raises(SystemExit):
+        paper_main(["--config=x.py", "--data_dir=gs://b/d", "--work=gs://b/w"])
+    assert "--work" in (said := capsys.readouterr().err) and "mount the bucket" in said
 
 
 @needs_google

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 import time
 
 from encdec.adapt.layers import FORMS, chosen_layers
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.storage import local_path
+from encdec.storage import absolute, any_path, as_path
 
 
 def main(argv: list[str]) -> int:
@@ -33,12 +32,12 @@ def main(argv: list[str]) -> int:
     from encdec.model import abstract_params, build_model, parameter_count
 
     started = time.monotonic()
-    out = pathlib.Path(options.out)
-    decoder = open_source(pathlib.Path(options.source), options.step, "the source")
+    out = as_path(options.out)
+    decoder = open_source(as_path(options.source), options.step, "the source")
     encoder = decoder
     if options.encoder_source:
         encoder = open_source(
-            pathlib.Path(options.encoder_source), options.encoder_step, "--encoder_source"
+            as_path(options.encoder_source), options.encoder_step, "--encoder_source"
         )
     elif options.encoder_step is not None:
         raise ConfigError(
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
     choice = Choice(*layers, options.cross_attention, embeddings, options.seed)
     plan = make_plan(decoder, encoder, choice, options.extra_ids)
     for source in (decoder, encoder):
-        if out.resolve() == source.directory.resolve():
+        if absolute(out) == absolute(source.directory):
             raise ConfigError(f"--out={out} is a source; give another directory")
     check_out(out, options.overwrite)
     name = options.name or f"{decoder.name}-adapted"
@@ -90,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
-        type=local_path,
+        type=any_path,
         metavar="SOURCE",
         help="work directory of `encdec train` or `encdec import` with a decoder-only model",
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="directory to write"
+        "--out", type=any_path, required=True, metavar="DIR", help="directory to write"
     )
     parser.add_argument("--step", type=int, metavar="N", help="SOURCE's checkpoint (default: last)")
     for side in ("encoder", "decoder"):
@@ -107,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument(
         "--encoder_source",
-        type=local_path,
+        type=any_path,
         metavar="DIR",
         help="another model for the encoder, of SOURCE's widths and vocabulary",
     )

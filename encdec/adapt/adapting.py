@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 
 from encdec.adapt.parameters import Choice, Origin, adapted_config, origins, table_text, values
 from encdec.adapt.sources import VOCABULARY_AXIS, Source, check_same_vocabulary, grown, with_rows
@@ -76,7 +77,9 @@ def carry_out(plan: Plan) -> Params:
     return unflatten(flat)
 
 
-def write(plan: Plan, out: pathlib.Path, *, name: str, overwrite: bool = False) -> ModelConfig:
+def write(
+    plan: Plan, out: pathlib.Path | epath.Path, *, name: str, overwrite: bool = False
+) -> ModelConfig:
     """Carries the plan out and writes a work directory that every command reads.
 
     Returns:

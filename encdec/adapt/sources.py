@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
@@ -34,7 +35,7 @@ class Source:
         step: of the checkpoint that is taken; 0 of an imported model.
     """
 
-    directory: pathlib.Path
+    directory: pathlib.Path | epath.Path
     content: Mapping[str, Any]
     config: ModelConfig
     step: int
@@ -85,7 +86,7 @@ class Source:
         return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def open_source(directory: pathlib.Path, step: int | None, flag: str) -> Source:
+def open_source(directory: pathlib.Path | epath.Path, step: int | None, flag: str) -> Source:
     """A source that can be adapted; nothing of its parameters is read.
 
     Raises:

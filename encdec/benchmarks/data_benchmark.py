@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import resource
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from encdec.buckets import CACHE, is_address
 from encdec.data.batches import Batches
 from encdec.data.features import LAYOUTS
 from encdec.data.objectives import ENCODE_BATCH, Document
@@ -31,7 +33,7 @@ from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import DataError
 from encdec.flags import Parser
 from encdec.machine import available_cores
-from encdec.storage import local_path
+from encdec.storage import any_path, local_path
 
 PREPARE_GOAL = 0.80
 READ_GOAL_TOKENS_PER_SECOND = 3e6
@@ -190,6 +192,29 @@ def measure_reading(directory: str | pathlib.Path, *, batch: int = 64, steps: in
     return result
 
 
+def measure_fetching(address: str) -> dict[str, float]:
+    """Megabytes a second by the wall clock from a bucket into an empty cache, every shard once."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get(CACHE)
+        os.environ[CACHE] = folder
+        try:
+            records = open_records(address)
+            shards = records.card.shards
+            firsts = [sum(shard.rows for shard in shards[:n]) for n in range(len(shards))]
+            wall, processor, _ = _timed(lambda: records.read(firsts))
+        finally:
+            if before is None:
+                del os.environ[CACHE]
+            else:
+                os.environ[CACHE] = before
+    megabytes = sum(shard.bytes for shard in shards) / 1e6
+    return {
+        "fetched_megabytes": megabytes,
+        "fetched_megabytes_per_second": megabytes / wall,
+        "fetched_megabytes_per_processor_second": megabytes / processor,
+    }
+
+
 def _flags(name: str) -> argparse.ArgumentParser:
     flags = Parser(prog=f"encdec benchmark {name}")
     flags.add_argument("--json", action="store_true", help="print JSON alone")
@@ -257,7 +282,11 @@ def read_main(argv: list[str]) -> int:
     """``encdec benchmark data``: reading shuffled batches of records."""
     flags = _flags("data")
     flags.add_argument(
-        "--records", type=local_path, metavar="DIR", help="made of the standard library if left out"
+        "--records",
+        type=any_path,
+        metavar="DIR",
+        help="made of the standard library if left out; of those in a bucket, it is also measured "
+        "how fast they come to this machine",
     )
     flags.add_argument("--batch", type=int, default=64)
     flags.add_argument("--steps", type=int, default=50)
@@ -280,7 +309,8 @@ def read_main(argv: list[str]) -> int:
         if not records:
             records = pathlib.Path(folder) / "records"
             prepare(out=records, vocabulary="bytes", task="stdlib_text")
-        result = measure_reading(records, batch=given.batch, steps=given.steps)
+        result = measure_fetching(records) if is_address(records) else {}
+        result |= measure_reading(records, batch=given.batch, steps=given.steps)
     speeds = {
         layout: result[f"{layout}_tokens_per_second_per_core"]
         for layout in LAYOUTS
@@ -290,6 +320,10 @@ def read_main(argv: list[str]) -> int:
     result["step"] = dataclasses.asdict(step)
     result["step_share_of_one_core"] = share
     result["step_share_of_host"] = share / step.host_cores
+    tokens = step.rows_per_chip * step.chips_per_host * step.positions
+    if rate := result.get("fetched_megabytes_per_second"):
+        megabytes = tokens * result["bytes_per_token"] / 1e6
+        result["step_share_of_fetching"] = megabytes / rate / step.seconds
     if given.json:
         print(json.dumps(result))
         return 0
@@ -301,6 +335,12 @@ def read_main(argv: list[str]) -> int:
         f"{result['bytes_per_token'] / 2:.2f} of 2 bytes; {result['stored_bytes_per_id']} bytes an "
         "id before compression"
     )
+    if rate:
+        print(
+            f"bucket: {result['fetched_megabytes']:.1f} MB came at {rate:.0f} MB/s, once; while "
+            f"they come, fetching takes {100 * result['step_share_of_fetching']:.2f} % of a step, "
+            "next to it"
+        )
     print(
         f"for {step.model} on {step.topology}, whose step takes {1000 * step.seconds:.0f} ms as "
         f"predicted, a host of {step.chips_per_host} chips reads "

@@ -165,13 +165,13 @@ def _add_rounds(parts: Any) -> None:
     )
     part.add_argument(
         "--teacher",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="work directory of encdec train or encdec import",
     )
     part.add_argument(
-        "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
+        "--workdir", type=any_path, required=True, metavar="DIR", help="receives everything"
     )
     part.add_argument(
         "--rounds",

@@ -24,6 +24,7 @@ from encdec.errors import ConfigError
 from encdec.logs import logger
 from encdec.storage import as_path
 from encdec.train.config import RunConfig
+from encdec.train.job import check_place
 from encdec.train.loop import train
 
 _LOG = logger(__name__)
@@ -114,7 +115,8 @@ def distill_in_rounds(
             f"config.distill.teacher is {run.distill.teacher!r}; leave it out, "
             "because each round's records are scored by --teacher"
         )
-    workdir, gold = pathlib.Path(workdir), as_path(run.data.records)
+    check_place(workdir)
+    workdir, gold = as_path(workdir), as_path(run.data.records)
 
     def scored(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
         say(f"the teacher scores {records}")

@@ -11,7 +11,7 @@ from encdec.flags import Parser
 from encdec.inference.settings import GenerationSettings, add_draft_option
 from encdec.metrics.registry import METRICS
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import any_path
+from encdec.storage import any_path, local_path
 
 
 def main(argv: list[str]) -> int:
@@ -220,6 +220,7 @@ def _add_work_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--judge_model",
+        type=local_path,
         metavar="NAME",
         help="name of the endpoint's model; without an endpoint, directory of a "
         "Hugging Face model to ask on this machine (needs the extra hf)",

@@ -11,9 +11,12 @@ import html
 import itertools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
@@ -21,7 +24,7 @@ from encdec.evaluation.predictions import read_answers
 from encdec.fields import differences, flattened
 from encdec.files import whole_lines, write_text
 from encdec.flags import Parser
-from encdec.storage import local_path
+from encdec.storage import absolute, any_path, as_path, file_names, make_directory
 
 # (title, number of metrics.jsonl, what a unit is)
 CHARTS = (
@@ -55,7 +58,7 @@ class Run:
     """A run: its name on the page, the lines of its metrics, its configuration."""
 
     name: str
-    directory: pathlib.Path
+    directory: pathlib.Path | epath.Path
     metrics: tuple[Mapping[str, Any], ...]
     config: Mapping[str, Any]
 
@@ -78,26 +81,27 @@ def main(argv: list[str]) -> int:
         epilog="Example: encdec report runs/a runs/b --out=runs/a-b.html",
     )
     parser.add_argument(
-        "runs", type=local_path, nargs="+", metavar="RUN", help="work directory of `encdec train`"
+        "runs", type=any_path, nargs="+", metavar="RUN", help="work directory of `encdec train`"
     )
-    parser.add_argument("--out", type=local_path, required=True, metavar="FILE.html")
+    parser.add_argument("--out", type=any_path, required=True, metavar="FILE.html")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     options = parser.parse_args(argv)
-    out = pathlib.Path(options.out)
+    out = as_path(options.out)
     if out.exists() and not options.overwrite:
         raise ConfigError(f"--out={out} exists; give another file, or --overwrite")
     runs = [
         read_run(path, name) for path, name in zip(options.runs, _names(options.runs), strict=True)
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page(runs))
-    print(f"{out}: {len(runs)} runs, {out.stat().st_size:,} bytes")
+    make_directory(out.parent)
+    content = page(runs)
+    write_text(out, content)
+    print(f"{out}: {len(runs)} runs, {len(content.encode()):,} bytes")
     return 0
 
 
 def _names(paths: Sequence[str]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    parts = [pathlib.Path(path).absolute().parts for path in paths]
+    parts = [tuple(os.fspath(absolute(path)).split("/")) for path in paths]
     if len(set(parts)) < len(parts):
         raise ConfigError(f"a run is given twice: {', '.join(paths)}")
     for length in itertools.count(1):
@@ -109,7 +113,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def read_run(directory: str, name: str) -> Run:
     """A run's files; DataError where there are none."""
-    path = pathlib.Path(directory)
+    path = as_path(directory)
     try:
         config = json.loads((path / "config.json").read_text())
         lines = [line.decode() for _, line in whole_lines(path / "metrics.jsonl")]
@@ -272,9 +276,9 @@ def _evaluations(runs: Sequence[Run]) -> str:
     """Scores and first answers of every evaluation below the runs' directories."""
     scores, answers = [], []
     for run in runs:
-        for path in sorted(run.directory.glob(f"**/{REPORT_FILE}")):
-            folder = path.parent
-            place = f"{run.name}, {folder.relative_to(run.directory)}"
+        for inner in file_names(run.directory, REPORT_FILE):
+            folder = (run.directory / inner).parent
+            place = f"{run.name}, {os.path.dirname(inner) or '.'}"
             for task, one in read_report(folder).get("tasks", {}).items():
                 for name, score in one["scores"].items():
                     scores.append((place, task, name, _interval(score)))

@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--check",
+        type=any_path,
         metavar="RECORDS",
         help="what `encdec generate` runs: loss per token and greedy agreement with the float32 "
         "model on these records",

@@ -7,15 +7,19 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from encdec.buckets import is_address, objects, remove_objects
 from encdec.data.readers import STDIN, BadRows, check_fields, check_files, located_rows, read_lines
 from encdec.data.tables import Fault, table_kind
 from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, plain_name
 from encdec.errors import ConfigError, DataError
-from encdec.files import append_rows, whole_lines, write_json
+from encdec.files import PARTS, append_rows, lines_exist, whole_lines, write_bytes, write_json
 from encdec.inference.generator import Generation
 from encdec.jobs import check_settings
+
+if TYPE_CHECKING:
+    from etils import epath
 
 FORMATS = ("jsonl", "text")
 
@@ -102,7 +106,8 @@ class ResumableOutput:
     """A JSONL file of answers in the order of the inputs, written a window at a time.
 
     Next to it, ``FILE.settings.json`` says which model and settings made it: a later call goes on
-    where the file ends if they are the same, and is refused if not.
+    where the file ends if they are the same, and is refused if not. In a bucket the answers are
+    objects of FILE.parts until all are there (``encdec.files``), and FILE at the end.
 
     Attributes:
         path: the file.
@@ -110,13 +115,13 @@ class ResumableOutput:
         sources: all inputs.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | epath.Path
     identity: dict[str, Any]
     sources: Sequence[str]
 
     @property
-    def settings_path(self) -> pathlib.Path:
-        return self.path.with_name(self.path.name + ".settings.json")
+    def settings_path(self) -> pathlib.Path | epath.Path:
+        return self.path.parent / f"{self.path.name}.settings.json"
 
     def done(self) -> int:
         """Inputs that are answered already; writes nothing.
@@ -130,13 +135,13 @@ class ResumableOutput:
                 f"--out={self.path} cannot be continued when compressed; give a name without "
                 f"{self.path.suffix}"
             )
-        if not self.path.parent.is_dir():
+        if not is_address(self.path) and not self.path.parent.is_dir():
             raise ConfigError(
                 f"--out={self.path}: the directory {self.path.parent} does not exist; make it first"
             )
         if self.path.is_dir():
             raise ConfigError(f"--out={self.path} is a directory; give a file's name")
-        if not self.path.exists():
+        if not lines_exist(self.path):
             return 0
         remedy = "give another --out, or delete the file to start over"
         if not self.settings_path.exists():
@@ -165,6 +170,8 @@ class ResumableOutput:
                 raise DataError(
                     f"{self.path}:{number} is no answer of this command; give another --out"
                 ) from None
+            if index == 0 and answered == len(self.sources) and is_address(self.path):
+                break  # the parts that ``end`` had put together when it was killed
             if index != answered or (index < len(self.sources) and source != self.sources[index]):
                 raise DataError(
                     f"{self.path}:{number} answers input {index} with source "
@@ -178,11 +185,18 @@ class ResumableOutput:
 
     def begin(self) -> None:
         """Makes the file ready to be appended to: settings next to it, no incomplete answers."""
-        if self.path.exists():
-            os.truncate(self.path, self._complete()[1])
-        else:
+        if not lines_exist(self.path):
             write_json(self.settings_path, self.identity)
+        elif not is_address(self.path):  # an object of a bucket holds whole answers
+            os.truncate(self.path, self._complete()[1])
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes all rows of some inputs, on disk when this returns."""
         append_rows(self.path, rows)
+
+    def end(self) -> None:
+        """Makes one object of all answers in a bucket; nothing for a file, which is one."""
+        if is_address(self.path) and (parts := objects(f"{self.path}{PARTS}")):
+            content = b"".join(line for _, line in whole_lines(self.path))
+            write_bytes(self.path, content[: self._complete()[1]])
+            remove_objects(f"{self.path}{PARTS}", list(parts))

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from encdec.flags import Parser
 from encdec.inference.progress import Progress
 from encdec.inference.settings import GenerationSettings, add_draft_option, check_numbers
 from encdec.logs import logger
-from encdec.storage import any_path, as_path, local_path
+from encdec.storage import any_path, as_path
 
 _LOG = logger(__name__)
 
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> int:
     if options.out:
         run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
         output = ResumableOutput(
-            pathlib.Path(options.out),
+            as_path(options.out),
             {
                 "run": hashlib.sha256(run).hexdigest(),
                 "step": generator.step,
@@ -91,6 +90,7 @@ def main(argv: list[str]) -> int:
             texts,
         )
         if (done := output.done()) == len(texts):
+            output.end()
             _LOG.info(f"{options.out} holds all {done:,} answers already")
             return 0
     if output:
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=any_path,
         metavar="OUT.jsonl",
         help="receives the answers; the same command continues it after a stop",
     )
@@ -259,6 +259,7 @@ def _write_file(
             truncated += sum(
                 row.get("source_truncated", False) for row in rows if not row["sample"]
             )
+    output.end()
     cut = f"; {truncated:,} inputs were cut" if truncated else ""
     _LOG.info(f"{options.out}: {len(texts):,} inputs answered, {progress.rate()}{cut}")
 

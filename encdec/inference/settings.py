@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError
-from encdec.storage import local_path
+from encdec.storage import any_path
 
 MOST_BIASES = 300  # as in OpenAI's API
 OFF, AUTO, LOOKUP = "off", "auto", "lookup"  # what drafts are made of, besides a directory's model
@@ -162,7 +162,7 @@ def add_draft_option(parser: argparse.ArgumentParser) -> None:
     """The flag whose value ``encdec.inference.draft_model.load_draft`` reads."""
     parser.add_argument(
         "--draft",
-        type=lambda text: text if text in (OFF, AUTO, LOOKUP) else local_path(text),
+        type=lambda text: text if text in (OFF, AUTO, LOOKUP) else any_path(text),
         default=AUTO,
         metavar="auto|off|lookup|DIR",
         help="draft tokens and verify several in one step, which changes no answer: from the "

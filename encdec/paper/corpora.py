@@ -7,6 +7,7 @@ files written here are what ``encdec prepare`` and ``encdec evaluate`` read.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import whole_file, write_json
 from encdec.paper.setting import Column, Setting
+from encdec.storage import as_path
 
 HELD_OUT = 0.05  # last training examples of a task, held out to choose a checkpoint
 HELD_OUT_MOST = 64  # examples
@@ -156,8 +158,8 @@ class Corpora:
 
     def _examples(self, column: Column, task: str, split: str) -> list[Pair]:
         if split == "train" and column.train_file:
-            path = pathlib.Path(self._data_dir, column.train_file)
-            return list(jsonl_task([str(path)]).examples(split, BadRows()))
+            path = as_path(self._data_dir) / column.train_file
+            return list(jsonl_task([os.fspath(path)]).examples(split, BadRows()))
         data_dir = self._data_dir if task in FILE_TASKS else None
         return list(text_task(task, data_dir).examples(split, BadRows()))
 

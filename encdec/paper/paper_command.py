@@ -17,7 +17,7 @@ from encdec.fields import unknown_field
 from encdec.flags import Parser
 from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import local_path
+from encdec.storage import any_path, as_path, local_path
 
 _LOG = logger(__name__)
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     corpora = Corpora(setting, work, options.data_dir, options.text)
     with sole_process(work / "locks" / "corpora", wait=True):
         corpora.make(_say)
-    results = pathlib.Path(options.results or work / "results.jsonl")
+    results = as_path(options.results or work / "results.jsonl")
     experiment = Experiment(setting, work, corpora, results, columns, rows, _say)
     print(table_markdown(experiment.run()))
     return 0
@@ -85,12 +85,13 @@ def _table(argv: list[str]) -> int:
         prog="encdec paper table",
         description="Prints the comparison's tables, with paired differences, from result rows.",
     )
-    parser.add_argument("results", type=local_path, metavar="FILE", help="JSON lines of results")
-    path = pathlib.Path(parser.parse_args(argv).results)
+    parser.add_argument("results", type=any_path, metavar="FILE", help="JSON lines of results")
+    path = as_path(parser.parse_args(argv).results)
+    from encdec.files import lines_exist
     from encdec.paper.comparison import comparison_markdown
     from encdec.paper.results import read_results
 
-    if not path.is_file():
+    if not lines_exist(path):
         raise DataError(f"{path} is no file; give the --results of `encdec paper`")
     print(comparison_markdown(read_results(path)))
     return 0
@@ -104,7 +105,7 @@ def _costs(argv: list[str]) -> int:
         "a few minutes, and adds them to the result rows. Run it on a quiet machine.",
     )
     _add_config(parser)
-    parser.add_argument("--results", type=local_path, required=True, metavar="FILE")
+    parser.add_argument("--results", type=any_path, required=True, metavar="FILE")
     parser.add_argument(
         "--remark",
         default="",
@@ -117,7 +118,7 @@ def _costs(argv: list[str]) -> int:
 
     for column in setting.columns:
         rows = cost_rows(setting, column, options.remark, _say)
-        append_results(pathlib.Path(options.results), rows)
+        append_results(as_path(options.results), rows)
     return 0
 
 
@@ -167,14 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(parser)
     parser.add_argument(
         "--data_dir",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="DIR",
         help="directory with the tasks' files, see `encdec data list`",
     )
     parser.add_argument(
         "--text",
-        type=local_path,
+        type=any_path,
         action="append",
         default=[],
         metavar="FILE",
@@ -185,10 +186,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--results",
-        type=local_path,
+        type=any_path,
         metavar="FILE",
-        help="receives a JSON line of every run; runs that it has are not done again (default: "
-        "results.jsonl in --work)",
+        help="receives a JSON line of every run, also in a bucket; runs that it has are not done "
+        "again (default: results.jsonl in --work)",
     )
     add_module_flag(parser)
     parser.add_argument("--columns", metavar="A,B", help="only these columns (default: all)")

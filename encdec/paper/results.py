@@ -13,7 +13,7 @@ import json
 import pathlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -22,9 +22,13 @@ from encdec.errors import DataError
 from encdec.evaluation.evaluation_report import read_report
 from encdec.evaluation.likelihood import LikelihoodFiles, likelihood_scores
 from encdec.evaluation.predictions import read_answers
-from encdec.files import append_rows, whole_lines
+from encdec.files import append_rows, lines_exist, whole_lines
 from encdec.metrics.registry import score_texts
 from encdec.metrics.score import Score, bits_per_byte
+from encdec.storage import make_directory
+
+if TYPE_CHECKING:
+    from etils import epath
 
 PAIRED = ("bleu_codexglue", "exact_match")  # metrics whose parts are kept by example
 BITS = "bits_per_byte"
@@ -36,14 +40,14 @@ def setting_digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_results(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
     """All whole lines; none where there is no file.
 
     Raises:
         DataError: a line that is no result row.
     """
     rows: list[dict[str, Any]] = []
-    if not path.is_file():
+    if not lines_exist(path):
         return rows
     for number, line in whole_lines(path):
         try:
@@ -55,9 +59,9 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def append_results(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_results(path: pathlib.Path | epath.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines; they are on disk on return."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     append_rows(path, rows)
 
 

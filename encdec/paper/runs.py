@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from encdec.cost.flops import training_flops
 from encdec.distill.rollout import Answering, rollout
@@ -70,7 +71,7 @@ class Experiment:
         setting: Setting,
         work: pathlib.Path,
         corpora: Corpora,
-        results: pathlib.Path,
+        results: pathlib.Path | epath.Path,
         columns: Sequence[str],
         rows: Sequence[str],
         say: Say,

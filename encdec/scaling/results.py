@@ -3,7 +3,8 @@
 A line is written whole and flushed to the disk before the next run starts. A crash can truncate at
 most the last line; readers skip it and the next writer removes it. Writers exclude each other by a
 lock on the file, and an existing (run, step) is not written again, so collecting twice changes
-nothing.
+nothing. In a bucket, which has no locks, every append is an object of its own, and a (run, step)
+that two processes recorded at one time is read once.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ import fcntl
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from encdec.buckets import is_address
 from encdec.errors import DataError
+from encdec.files import append_rows, lines_exist, whole_lines
 from encdec.scaling.fit import Observations
 from encdec.scaling.ladder import PlannedRun
+from encdec.storage import as_path
+
+if TYPE_CHECKING:
+    import pathlib
+
+    from etils import epath
 
 RESULTS_FILE = "results.jsonl"
 METRICS_FILE = "metrics.jsonl"  # of a run's work directory
@@ -36,20 +44,27 @@ class ResultsFile:
     """Appends to and reads one results file."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
+        self.path = as_path(path)
 
     def read(self) -> list[Row]:
-        """All whole lines.
+        """All whole lines, the first of each (run, step, kind).
 
         Raises:
             DataError: a line other than the last is damaged.
         """
-        if not self.path.exists():
+        if not lines_exist(self.path):
             return []
-        return self._parse(self.path.read_bytes())
+        rows: dict[tuple, Row] = {}
+        for row in self._parse(line for _, line in whole_lines(self.path)):
+            rows.setdefault(_key(row), row)
+        return list(rows.values())
 
     def append(self, rows: Iterable[Row]) -> int:
         """Appends the rows whose (run, step, kind) is new; returns how many."""
+        if is_address(self.path):
+            fresh = _fresh(self.read(), rows)
+            append_rows(self.path, fresh)
+            return len(fresh)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -58,22 +73,17 @@ class ResultsFile:
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 file.truncate(whole)
-            known = {_key(row) for row in self._parse(content[:whole])}
-            fresh: dict[tuple, Row] = {}
-            for row in rows:
-                if _key(row) not in known:
-                    fresh.setdefault(_key(row), row)
+            fresh = _fresh(self._parse(content[:whole].splitlines()), rows)
             if fresh:
                 file.seek(0, os.SEEK_END)
-                file.write("".join(json.dumps(row) + "\n" for row in fresh.values()).encode())
+                file.write("".join(json.dumps(row) + "\n" for row in fresh).encode())
                 file.flush()
                 os.fsync(file.fileno())
             return len(fresh)
 
-    def _parse(self, content: bytes) -> list[Row]:
-        lines = content.split(b"\n")
+    def _parse(self, lines: Iterable[bytes]) -> list[Row]:
         rows = []
-        for number, line in enumerate(lines[:-1], 1):  # after the last newline: truncated or empty
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 _key(row)
@@ -84,6 +94,16 @@ class ResultsFile:
                 ) from None
             rows.append(row)
         return rows
+
+
+def _fresh(known: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
+    """The rows whose key is new, the first of each."""
+    keys = {_key(row) for row in known}
+    fresh: dict[tuple, Row] = {}
+    for row in rows:
+        if _key(row) not in keys:
+            fresh.setdefault(_key(row), row)
+    return list(fresh.values())
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
@@ -113,12 +133,12 @@ def describe(run: PlannedRun) -> Row:
 
 def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
     """The evaluations, and any scores, in a run's work directory so far."""
-    workdir = pathlib.Path(workdir)
-    path = workdir / METRICS_FILE
-    if not path.exists():
+    folder = as_path(workdir)
+    path = folder / METRICS_FILE
+    if not lines_exist(path):
         return []
     rows: dict[int, Row] = {}
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for _, line in whole_lines(path):
         try:
             numbers = json.loads(line)
         except ValueError:
@@ -127,13 +147,13 @@ def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
             # The last of equal steps: a resumed run repeats steps that it had not saved.
             rows[numbers["step"]] = _row(run, numbers)
     found = list(rows.values())
-    scores = workdir / SCORES_FILE
+    scores = folder / SCORES_FILE
     if scores.exists() and run.steps in rows:
         found.append(_row(run, rows[run.steps]) | _read_scores(scores))
     return found
 
 
-def _read_scores(path: pathlib.Path) -> Row:
+def _read_scores(path: pathlib.Path | epath.Path) -> Row:
     """Metrics of a scores file: numbers, or {"value", "low", "high"} with a 95 % interval."""
     try:
         content = {

@@ -4,6 +4,7 @@
     WORKDIR/results.jsonl   one line per run and evaluation (``results``)
     WORKDIR/runs/NAME/      a work directory of ``encdec train``
     WORKDIR/locks/NAME      held while NAME is being run, released by the system if the process dies
+                            (not in a bucket: see ``check_division``)
 
 A run is done when its last step's evaluation is in its own ``metrics.jsonl``. So no two files have
 to be written atomically together: after a kill between training and recording, the next call
@@ -18,14 +19,20 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from encdec.errors import CheckpointError, DataError, EncdecError, Preempted
+from encdec.buckets import is_address
+from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError, Preempted
 from encdec.files import sole_process, write_json
 from encdec.logs import logger
 from encdec.scaling.ladder import Ladder, Plan, PlannedRun, run_config
 from encdec.scaling.results import RESULTS_FILE, ResultsFile, collect
+from encdec.storage import as_path, make_directory
 from encdec.train.config import OPERATIONAL
+from encdec.train.job import check_place
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _LOG = logger(__name__)
 
@@ -55,10 +62,10 @@ class Workdir:
     """A ladder's directory."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
+        self.path = as_path(path)
         self.results = ResultsFile(self.path / RESULTS_FILE)
 
-    def run_directory(self, name: str) -> pathlib.Path:
+    def run_directory(self, name: str) -> pathlib.Path | epath.Path:
         return self.path / "runs" / name
 
     def claim(self, ladder: Ladder) -> None:
@@ -88,7 +95,7 @@ class Workdir:
                     f"{self.path} holds another ladder: {shown}. Restore these "
                     "values, or give another --workdir"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         write_json(path, content)
 
     def gather(self, plan: Plan) -> set[str]:
@@ -111,14 +118,31 @@ class Workdir:
         return {row["run"] for row in self.results.read() if row["final"]} & planned
 
     def lock(self, name: str) -> contextlib.AbstractContextManager[bool]:
-        """Locks ``name``; false if another process holds it."""
-        return sole_process(self.path / "locks" / name)
+        """Locks ``name``; false if another process holds it. True in a bucket."""
+        if is_address(self.path):
+            return contextlib.nullcontext(True)
+        return sole_process(pathlib.Path(self.path) / "locks" / name)
 
 
 def _comparable(name: str, value: Any) -> Any:
     if name == "run" and isinstance(value, dict):
         return {k: v for k, v in value.items() if k not in _OPERATIONAL}
     return value
+
+
+def check_division(workdir: str | os.PathLike, named: bool, alone: bool) -> None:
+    """Raises ConfigError where processes might work on one run of a bucket without knowing it.
+
+    Processes that share a directory on a disk divide its runs by locks, which end with the process
+    that holds them. A bucket has none: an object that marked a run as taken would stay after a
+    kill, and could not be told from that of a process that works.
+    """
+    if is_address(workdir) and not (named or alone):
+        raise ConfigError(
+            f"--workdir is {workdir}, and a bucket has no locks by which processes could divide "
+            "the runs: give --alone if no other process works on this ladder, or each process its "
+            "own runs with --only or --index"
+        )
 
 
 def run_plan(
@@ -152,6 +176,7 @@ def run_plan(
                 f"ladder.{field} is empty; expected a directory written by `encdec "
                 f"prepare`: --ladder.{field}=DIR"
             )
+    check_place(workdir)
     place = Workdir(workdir)
     wanted = [plan.named(name) for name in only] or list(plan.runs)
     place.claim(ladder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import re
 import shlex
 import sys
@@ -22,7 +21,7 @@ from encdec.fields import unknown_field
 from encdec.flags import Parser
 from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import local_path
+from encdec.storage import any_path, as_path, filled_directory, local_path
 
 _LOG = logger(__name__)
 
@@ -113,7 +112,13 @@ def _add_run(actions: Any) -> None:
     parser = _action(actions, "run", _run, "train all unfinished runs and record them")
     _ladder_options(parser)
     parser.add_argument(
-        "--workdir", type=local_path, required=True, metavar="DIR", help="the ladder's directory"
+        "--workdir", type=any_path, required=True, metavar="DIR", help="the ladder's directory"
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="no other process works on this ladder: for a --workdir in a bucket, which has no "
+        "locks, unless --only or --index names the runs",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -150,14 +155,17 @@ def _add_score(actions: Any) -> None:
     )
     _ladder_options(parser)
     parser.add_argument(
-        "--workdir", type=local_path, required=True, metavar="DIR", help="the ladder's directory"
+        "--workdir", type=any_path, required=True, metavar="DIR", help="the ladder's directory"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="no other process scores this ladder, as for run"
     )
     parser.add_argument(
         "--task", required=True, metavar="TASK", help="a task with metrics, see `encdec data list`"
     )
     add_module_flag(parser)
     parser.add_argument(
-        "--data_dir", type=local_path, metavar="DIR", help="directory with the task's files"
+        "--data_dir", type=any_path, metavar="DIR", help="directory with the task's files"
     )
     parser.add_argument("--split", default="validation", help="split of the task (%(default)s)")
     parser.add_argument(
@@ -175,7 +183,7 @@ def _add_fit(actions: Any) -> None:
     parser = _action(actions, "fit", _fit, "fit laws and compare the architectures")
     _fit_options(parser)
     parser.add_argument(
-        "--json", type=local_path, metavar="FILE", help="also write all numbers to this file"
+        "--json", type=any_path, metavar="FILE", help="also write all numbers to this file"
     )
 
 
@@ -184,7 +192,7 @@ def _add_plot(actions: Any) -> None:
     _fit_options(parser)
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=any_path,
         metavar="DIR",
         help="for the figures and report.html (default: `curves` next to the results)",
     )
@@ -212,7 +220,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--results",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="PATH",
         help="a ladder's directory, or a results file",
@@ -327,7 +335,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from encdec.scaling.run import Workdir, index_of, run_plan
+    from encdec.scaling.run import Workdir, check_division, index_of, run_plan
 
     plan = _planned(options, overrides)
     place = Workdir(options.workdir)
@@ -350,6 +358,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             if run.name not in done:
                 print(shlex.join([*base, f"--only={run.name}"]))
         return 0
+    check_division(options.workdir, options.index is not None or bool(options.only), options.alone)
     only = options.only if options.index is None else [index_of(plan, options.index).name]
     outcome = run_plan(plan, options.workdir, only=only)
     if outcome.busy:
@@ -366,8 +375,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import_modules(options.module)
     from encdec.evaluation.examples import of_task
+    from encdec.scaling.run import check_division
     from encdec.scaling.score import score_plan
 
+    check_division(options.workdir, False, options.alone)
     if options.examples is not None and options.examples < 1:
         raise ConfigError(f"--examples={options.examples}; expected a positive number")
     plan = _planned(options, overrides)
@@ -384,12 +395,13 @@ class RunsFailed(EncdecError):
 
 
 def _analysed(options: argparse.Namespace) -> Any:
+    from encdec.files import lines_exist
     from encdec.scaling.analysis import Choices, analyse
     from encdec.scaling.results import RESULTS_FILE, ResultsFile
 
-    path = pathlib.Path(options.results)
-    path = path / RESULTS_FILE if path.is_dir() else path
-    if not path.exists():
+    path = as_path(options.results)
+    path = path / RESULTS_FILE if lines_exist(path / RESULTS_FILE) else path
+    if not lines_exist(path) or path.is_dir():
         raise DataError(
             f"{path} does not exist; expected a directory of `encdec scaling run "
             "--workdir=`, or its results file"
@@ -406,11 +418,12 @@ def _analysed(options: argparse.Namespace) -> Any:
 
 
 def _fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from encdec.files import write_json
     from encdec.scaling.scaling_report import as_json, show
 
     _, analysis = _analysed(options)
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(as_json(analysis), indent=2) + "\n")
+        write_json(options.json, as_json(analysis))
     show(analysis, _console())
     return 0
 
@@ -420,11 +433,10 @@ def _plot(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.scaling.scaling_report import write_html
 
     path, analysis = _analysed(options)
-    out = pathlib.Path(options.out) if options.out else path.parent / "curves"
-    out.mkdir(parents=True, exist_ok=True)
-    figures = draw_all(analysis, out)
-    report = write_html(analysis, figures, out / "report.html")
-    for figure in figures:
-        print(figure.path)
-    print(report)
+    out = as_path(options.out) if options.out else path.parent / "curves"
+    with filled_directory(out) as folder:
+        figures = draw_all(analysis, folder)
+        report = write_html(analysis, figures, folder / "report.html")
+    for name in (*(figure.path.name for figure in figures), report.name):
+        print(out / name)
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -19,6 +19,11 @@ from encdec.logs import logger
 from encdec.scaling.ladder import Plan
 from encdec.scaling.results import SCORES_FILE
 from encdec.scaling.run import Workdir
+
+if TYPE_CHECKING:
+    import pathlib
+
+    from etils import epath
 
 _LOG = logger(__name__)
 
@@ -67,7 +72,9 @@ def score_plan(
     return done
 
 
-def _scores(directory: pathlib.Path, tokens: int, task: Examples) -> dict[str, dict[str, float]]:
+def _scores(
+    directory: pathlib.Path | epath.Path, tokens: int, task: Examples
+) -> dict[str, dict[str, float]]:
     """Each defined score as {"value", "low", "high"}."""
     jax.clear_caches()  # each run has its own shapes, and programs stay in memory
     settings = EvaluationSettings(

@@ -17,8 +17,8 @@ from encdec.export import formats, huggingface
 from encdec.model import build_model
 from tests.export.examples import MODELS, PROMPTS, pair
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install encdec[hf]")
-transformers = pytest.importorskip("transformers", reason="needs transformers: encdec[hf]")
+torch = pytest.importorskip("torch", reason="needs torch (extra hf)")
+transformers = pytest.importorskip("transformers", reason="needs transformers (extra hf)")
 
 # Padding and the start token are one id, as in every model that is trained here.
 STARTS_WITH_PADDING = dataclasses.replace(PROMPTS, decoder_start_id=0)
