@@ -53,7 +53,7 @@ def load(
             if value is not None:
                 raise ConfigError(
                     f"{name} is {value}, but {checkpoint} is an export, which has one step and "
-                    "runs on this machine's CPU as a whole; leave it out, or give the work "
+                    f"runs on this machine's CPU as a whole; leave {name} out, or give the work "
                     "directory"
                 )
         return load_exported_generator(

@@ -155,7 +155,7 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     assert 1 <= answer["tokens"] <= 6
     with pytest.raises(ConfigError, match="is not empty"):
         main(arguments)
-    with pytest.raises(ConfigError, match="leave --step out"):
+    with pytest.raises(ConfigError, match="leave step out"):
         generate_main([f"--checkpoint={out}", "--step=3", "x"])
     with pytest.raises(ConfigError, match="does not go with"):
         main([*arguments[:2], f"--out={tmp_path / 'x'}", "--precision=bfloat16"])
