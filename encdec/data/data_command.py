@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--vocabulary", type=any_path, help="a .model or tokenizer.json (bytes)")
     show.add_argument("--extra_ids", type=int, help="sentinels at the vocabulary's end")
     show.add_argument("--objective", help="another objective than the task's own")
-    show.add_argument("--inputs_length", type=int, help="source tokens a row (1024)")
-    show.add_argument("--targets_length", type=int, help="target tokens a row (256)")
+    show.add_argument("--inputs_length", type=int, help="source tokens a row (the task's)")
+    show.add_argument("--targets_length", type=int, help="target tokens a row (the task's)")
     show.add_argument("--count", type=int, default=3, help="examples, or rows of records (3)")
     add_module_flag(show)
     show.set_defaults(run=show_examples)
@@ -166,8 +166,7 @@ def show_examples(given: argparse.Namespace) -> int:
             f"{given.objective} reads {' and '.join(objective.document_fields)}, but {task.name} "
             f"has {' and '.join(task.objective.document_fields)}"
         )
-    inputs_length = 1024 if given.inputs_length is None else given.inputs_length
-    targets_length = 256 if given.targets_length is None else given.targets_length
+    inputs_length, targets_length = task.row_lengths(given.inputs_length, given.targets_length)
     if given.inputs_length and not objective.has_source:
         raise ConfigError(f"--inputs_length={inputs_length}, but {given.objective} has no sources")
     form = Form(vocabulary, inputs_length * objective.has_source, targets_length)

@@ -31,6 +31,7 @@ ROWS = (".jsonl", *DELIMITED, *TABLE_ENDINGS)
 
 Row = dict[str, Any]
 PAIRS = SequenceToSequence()
+LENGTHS = (1024, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class FileTask:
     official ones with their examples (None: not fixed). ``tfds`` is its tensorflow-datasets name;
     ``pairs`` names the two parallel files of a split, "{split}" standing for its name.
     ``metrics`` are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most that
-    configs/finetune.py takes (0: it has a default).
+    configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target tokens a
+    row where ``prepare`` is given none.
     """
 
     name: str
@@ -56,6 +58,7 @@ class FileTask:
     squad_json: bool = False
     metrics: tuple[str, ...] = ()
     fine_tune_steps: int = 0
+    lengths: tuple[int, int] = LENGTHS
 
     def origin(self, data_dir: str | None) -> dict[str, Any]:
         """Where the rows come from, for the card."""

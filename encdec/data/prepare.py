@@ -62,18 +62,21 @@ def prepare(
     settings = dataclasses.replace(settings, **fields)
     settings.check()
     source = settings.text_task()
+    inputs, targets = source.row_lengths(settings.inputs_length, settings.targets_length)
     assert settings.vocabulary is not None
     vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
     recipe = Recipe(
-        _check_objective(settings, source, vocabulary),
-        settings.inputs_length,
-        settings.targets_length,
+        _check_objective(settings, source, Form(vocabulary, inputs, targets)),
+        inputs,
+        targets,
         settings.packing,
         settings.seed,
     )
     bad_rows = BadRows(settings.max_bad_rows)
     passes = {"passes": settings.passes} if settings.passes > 1 else {}
     job = settings.identity() | {
+        "inputs_length": inputs,
+        "targets_length": targets,
         "task": source.name,
         "origin": source.origin() | passes,
         "vocabulary": vocabulary.fingerprint,
@@ -148,9 +151,7 @@ def _write_shards(
     return counts, shards
 
 
-def _check_objective(
-    settings: PrepareSettings, task: TextTask, vocabulary: Vocabulary
-) -> Objective:
+def _check_objective(settings: PrepareSettings, task: TextTask, form: Form) -> Objective:
     """The objective; ConfigError where text, vocabulary or settings do not suit it."""
     objective = settings.objective or task.objective
     if not isinstance(objective, Objective):
@@ -162,11 +163,11 @@ def _check_objective(
             f"{name} reads documents of {' and '.join(wanted)}, but {task.name} has "
             f"{' and '.join(given)}; choose another --objective or text"
         )
-    objective.check(Form(vocabulary, settings.inputs_length, settings.targets_length))
-    if not settings.decoder_start_id < vocabulary.size:
+    objective.check(form)
+    if not settings.decoder_start_id < form.vocabulary.size:
         raise ConfigError(
             f"decoder_start_id is {settings.decoder_start_id}; expected an id of the vocabulary, "
-            f"0..{vocabulary.size - 1}"
+            f"0..{form.vocabulary.size - 1}"
         )
     if settings.passes > 1 and not objective.is_random:
         raise ConfigError(

@@ -82,8 +82,12 @@ class PrepareSettings(Settings):
         "train, validation or test (train; of files, which have none, what their names say)",
         identity=True,
     )
-    inputs_length: int = setting(1024, "source tokens a row (1024)", identity=True, least=0)
-    targets_length: int = setting(256, "target tokens a row (256)", identity=True, least=2)
+    inputs_length: int | None = setting(
+        None, "source tokens a row (the task's; of files 1024)", identity=True, least=0
+    )
+    targets_length: int | None = setting(
+        None, "target tokens a row (the task's; of files 256)", identity=True, least=2
+    )
     packing: str = setting(
         "best_fit", f"{', '.join(METHODS)}; greedy is seqio's order (best_fit)", identity=True
     )

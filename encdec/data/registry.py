@@ -95,6 +95,7 @@ def _ready_pairs(task: TextTask, data_dir: str) -> FileTask | None:
         task.objective,
         metrics=task.metrics,
         fine_tune_steps=task.fine_tune_steps,
+        lengths=task.lengths,
     )
     there = any(ready.find_files(data_dir, split) for split in splits)
     return ready if there else None

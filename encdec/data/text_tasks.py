@@ -12,7 +12,7 @@ from typing import Any
 
 from encdec.data import readers
 from encdec.data.corpora import repair, stdlib
-from encdec.data.file_tasks import FileTask
+from encdec.data.file_tasks import LENGTHS, FileTask
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.errors import ConfigError, DataError
 
@@ -28,7 +28,8 @@ class TextTask:
     ``origin`` tells the card where the text came from. A task without ``splits`` takes any name.
     ``read`` may give a pair more texts than the objective wants: further references for the
     ``metrics``, which are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most
-    that configs/finetune.py takes (0: it has a default).
+    that configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target
+    tokens a row where ``prepare`` is given none.
     """
 
     name: str
@@ -39,6 +40,14 @@ class TextTask:
     metrics: tuple[str, ...] = ()
     about: str = ""
     fine_tune_steps: int = 0
+    lengths: tuple[int, int] = LENGTHS
+
+    def row_lengths(self, inputs: int | None, targets: int | None) -> tuple[int, int]:
+        """Source and target tokens a row, the task's own where they are not given."""
+        return (
+            self.lengths[0] if inputs is None else inputs,
+            self.lengths[1] if targets is None else targets,
+        )
 
     def documents(self, split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         """Documents of a split in order; DataError where the split or a row is bad."""
@@ -135,6 +144,7 @@ def bind_file_task(task: FileTask, data_dir: str | None = None) -> TextTask:
         task.metrics,
         task.about,
         task.fine_tune_steps,
+        task.lengths,
     )
 
 
@@ -146,6 +156,7 @@ EMBEDDED_TASKS: dict[str, TextTask] = {
         stdlib.origin,
         stdlib.SPLITS,
         ("exact_match", "rouge", "rouge_stemmed"),
+        lengths=(512, 64),
     ),
     "stdlib_repair": TextTask(
         "stdlib_repair",
@@ -155,5 +166,7 @@ EMBEDDED_TASKS: dict[str, TextTask] = {
         stdlib.SPLITS,
         ("exact_match", "rouge"),
     ),
-    "stdlib_text": TextTask("stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS),
+    "stdlib_text": TextTask(
+        "stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS, lengths=(512, 128)
+    ),
 }

@@ -72,6 +72,7 @@ def test_a_task_reads_its_own_fields_or_ready_pairs(tmp_path, name):
         out=tmp_path / "out", vocabulary="bytes", task=name, data_dir=str(tmp_path), workers=1
     )
     assert card.task == name and card.documents == 2
+    assert (card.inputs_length, card.targets_length) == task.lengths
     assert card.origin["files"]["train"] == ["train.jsonl"]
 
 

@@ -95,6 +95,7 @@ REFUSED = {
 # What changes no byte of the records, and where that is shown.
 ELSEWHERE = {
     "help": "prints",
+    argparse.SUPPRESS: "--quiet and --verbose: test_cli",
     "out": "every case",
     "vocabulary": "every case",
     "lossless": "test_losses",
