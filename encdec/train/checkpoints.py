@@ -422,7 +422,7 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
                 f"{'no' if scale is None else 'a'} scale; write the directory again"
             )
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             if scale is None:
                 return tensor[index].astype(leaf.dtype)
             return (tensor[index] * scale[index[:-1]]).astype(leaf.dtype)

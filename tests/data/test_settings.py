@@ -164,6 +164,7 @@ def test_flags_of_vocab_change_the_model(folder):
         *("help", "task", "jsonl", "text", "split", "size", "model_type", "sample_bytes", "seed"),
         *("max_bad_rows", "out", "overwrite", "module", "source_field", "target_field"),
         "text_field",  # how they change what is read: test_tables
+        argparse.SUPPRESS,  # --quiet and --verbose
     }
 
 
