@@ -60,7 +60,7 @@ def write_random_records(
         vocabulary=spec,
         inputs_length=inputs_length,
         targets_length=targets_length,
-        packing="first_fit",
+        packing="best_fit",
         inputs_eos=False,
         objective={},
         seed=seed,

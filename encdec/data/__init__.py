@@ -1,5 +1,5 @@
-"""Text to records (TensorFlow side) and records to batches (TensorFlow-free side).
+"""Text to records, and records to batches.
 
-TensorFlow-free: ``vocabulary``, ``records``, ``features``, ``batches``, ``packing``,
-``objectives``, ``readers``, ``blocks``, ``corpora``. With TensorFlow: ``tasks``, ``prepare``.
+What training needs begins at ``records`` and ``batches`` and knows no task. TensorFlow is imported
+by ``tasks`` (ours as seqio's), ``gin_bindings``, ``prepare_command`` and ``tfds_source`` alone.
 """

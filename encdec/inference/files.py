@@ -21,8 +21,6 @@ from encdec.jobs import check_settings
 if TYPE_CHECKING:
     from etils import epath
 
-FORMATS = ("jsonl", "text")
-
 
 def read_inputs(path: str, file_format: str | None = None) -> list[str]:
     """The texts of a file, one a line or row; ``-`` is standard input.

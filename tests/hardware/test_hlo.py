@@ -14,6 +14,7 @@ import pytest
 from encdec.hardware import hlo
 from encdec.hardware.predict import collective_seconds, predict, replica_group
 from encdec.hardware.topology import Topology, generation_named
+from launch.slices import CHIPS
 
 TEXT = (pathlib.Path(__file__).parent / "step.hlo.txt").read_text()
 
@@ -327,6 +328,12 @@ def test_kernels_take_the_longer_of_flops_and_bytes():
 )
 def test_replica_groups(text, wanted):
     assert replica_group(text, 8) == wanted
+
+
+def test_the_launchers_know_the_same_kinds_of_slices():
+    """launch/ imports nothing of encdec, so it has a table of its own."""
+    for name, chip in CHIPS.items():
+        assert generation_named(name).chip_dims == chip.sides, name
 
 
 def test_links_and_slices():
