@@ -1,7 +1,7 @@
 """The paper's comparison by one command; the argument names it: codexglue, laptop or gpu.
 
-    encdec paper --config=configs/paper.py:codexglue --data_dir=DIR --work=runs/codexglue
-    encdec paper --config=configs/paper.py:laptop --data_dir=DIR --work=runs/paper \
+    encdec paper --config=configs/paper.py:codexglue --data_dir=DIR --workdir=runs/codexglue
+    encdec paper --config=configs/paper.py:laptop --data_dir=DIR --workdir=runs/paper \
         --text=DIR/books.jsonl.gz --text=DIR/wikipedia.jsonl.gz
 
 ``codexglue`` is one task that small models can learn from scratch; ``laptop`` and ``gpu`` are the

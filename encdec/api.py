@@ -108,7 +108,7 @@ def evaluate(
         checkpoint: work directory, or an export.
         out: receives predictions, report.json and report.md.
         settings: fields of ``encdec.evaluation.settings.EvaluationSettings``, such as ``tasks``,
-            ``jsonl``, ``metrics``, ``limit`` or ``shuffle_sources``.
+            ``jsonl``, ``metrics``, ``max_examples`` or ``shuffle_sources``.
 
     Returns:
         The report: what report.json holds.
@@ -116,4 +116,6 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError: see ``encdec.evaluation.evaluate.evaluate``.
     """
+    if "limit" in settings:  # its former name
+        settings["max_examples"] = settings.pop("limit")
     return _evaluate(EvaluationSettings(str(checkpoint), str(out), **settings))

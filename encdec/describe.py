@@ -75,19 +75,23 @@ def main(argv: list[str]) -> None:
     """
     parser = Parser(
         prog="encdec describe",
+        former={"--inputs": "--inputs_length", "--targets": "--targets_length"},
         description="Shows a model's architecture, parameters, FLOPs and bytes, next to "
         "decoder-only models with equal parameters and with equal training FLOPs.",
         epilog="presets: " + ", ".join(preset_names()),
     )
     parser.add_argument("model", metavar="PRESET", help="a preset, or a run's work directory")
-    for name, tokens, kind in (("inputs", 1024, "source"), ("targets", 256, "target")):
+    for name, tokens, kind in (
+        ("inputs_length", 1024, "source"),
+        ("targets_length", 256, "target"),
+    ):
         parser.add_argument(
             f"--{name}", type=int, default=tokens, metavar="N", help=f"{kind} tokens (%(default)s)"
         )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args(argv)
     name, config = find_model(arguments.model)
-    description = describe(name, config, arguments.inputs, arguments.targets)
+    description = describe(name, config, arguments.inputs_length, arguments.targets_length)
     if arguments.json:
         print(json.dumps(as_json(description), indent=2))
     else:

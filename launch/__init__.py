@@ -5,7 +5,7 @@
     python -m launch.gke       TPUs on GKE, by xpk or by a JobSet manifest
     python -m launch.slurm     GPU nodes, and array jobs for ladders of runs
 
-What follows ``--`` are the arguments of ``encdec train``, passed on unchanged. ``--dry-run`` prints
+What follows ``--`` are the arguments of ``encdec train``, passed on unchanged. ``--dry_run`` prints
 what would run and starts nothing. They need only Python and their own tool (gcloud, xpk,
 kubectl, sbatch), and run from a checkout. docs/pod.md is a walkthrough from an empty cloud project.
 """

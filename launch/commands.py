@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from launch.slices import Slices
 
@@ -158,6 +159,17 @@ def bucket_option(text: str) -> tuple[str, str]:
             f"{text!r} mounts the bucket at {directory!r}; expected BUCKET or BUCKET=/DIR"
         )
     return bucket, directory
+
+
+def dry_run_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """``--dry_run``, and hidden its former name."""
+    parser.add_argument("--dry_run", action="store_true", help=text)
+    former_option(parser, "--dry-run", dest="dry_run", action="store_true")
+
+
+def former_option(parser: Any, name: str, **how: Any) -> None:
+    """A flag's former name, which works and is in no help."""
+    parser.add_argument(name, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **how)
 
 
 def setting_option(text: str) -> str:

@@ -5,7 +5,7 @@
     python -m launch.gke xpk --name=run1 --cluster=pods --slice=v5e:16x16 --image=IMAGE \\
         -- --config=configs/pretrain.py:1b --workdir=/mnt/my-bucket/runs/1b ...
 
-``jobset`` prints the manifest with --dry-run and applies it with kubectl without; the cluster needs
+``jobset`` prints the manifest with --dry_run and applies it with kubectl without; the cluster needs
 JobSet 0.10 or newer. Preemptions and node maintenance restart it without limit, crashes
 ``--max_restarts`` times, and an error that would recur (configuration, data, checkpoint, NaN,
 storage) ends it. The image contains encdec and its configs: launch/Dockerfile.
@@ -27,6 +27,7 @@ from launch.commands import (
     Runner,
     actions_parser,
     bucket_option,
+    dry_run_option,
     run_main,
     setting_option,
     slices_option,
@@ -284,7 +285,7 @@ def pods(options: argparse.Namespace, job: int = 0) -> str:
 
 
 ACTIONS = {
-    "jobset": f"apply the manifest (with --dry-run: print it); JobSet {LEAST_JOBSET} or newer",
+    "jobset": f"apply the manifest (with --dry_run: print it); JobSet {LEAST_JOBSET} or newer",
     "xpk": "create the workload with xpk",
     "xpk-attach": "mount the buckets in all later workloads of the cluster",
     "status": "state of the JobSet",
@@ -353,7 +354,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--lines", type=int, default=100, help="logs: number of lines (%(default)s)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    dry_run_option(parser, "print what would run")
     options = parser.parse_args(own)
     wanted = {
         "jobset": ("name", "slice", "image"),

@@ -7,7 +7,7 @@ the loopback address. Each line of output is marked with its process. If one pro
 others are stopped; an interrupt or a termination request is passed on to all, so that they can
 save. The exit code is that of the first process that failed.
 
---dry-run prints the commands, to be run by hand or by another launcher, and starts nothing.
+--dry_run prints the commands, to be run by hand or by another launcher, and starts nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from launch.commands import run_main
+from launch.commands import dry_run_option, former_option, run_main
 
 GRACE_SECONDS = 60.0  # time that processes have to save and exit before they are killed
 POLL_SECONDS = 0.1
@@ -164,17 +164,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, required=True, metavar="N")
     devices = parser.add_mutually_exclusive_group()
     devices.add_argument(
-        "--cpu-devices",
+        "--cpu_devices",
         type=int,
         default=0,
         metavar="N",
         help="run on the CPU, with N JAX devices per process",
     )
+    former_option(devices, "--cpu-devices", dest="cpu_devices", type=int)
     devices.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs per process")
     parser.add_argument(
         "--port", type=int, default=0, help="port of the coordinator; 0: a free one"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    dry_run_option(parser, "print the commands, start nothing")
     parser.add_argument(
         "train", nargs="+", metavar="ARGUMENT", help="after `--`: the arguments of `encdec train`"
     )

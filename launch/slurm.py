@@ -5,7 +5,7 @@
     python -m launch.slurm ladder --runs=72 --at_once=8 --time=12:00:00 \\
         -- --ladder=configs/scaling.py:paper --workdir=/shared/ladder ...
 
-Both print the batch script with --dry-run and give it to sbatch without. Two minutes before the
+Both print the batch script with --dry_run and give it to sbatch without. Two minutes before the
 time limit, and when Slurm preempts the job, training saves and exits with 75; the script then
 requeues the job. After crashes it does so ``--max_restarts`` times, which it counts in a file next
 to the output; after an error that would recur (configuration, data, checkpoint, NaN, storage) it
@@ -24,6 +24,7 @@ from launch.commands import (
     FINAL_CODES,
     PREEMPTED,
     Runner,
+    dry_run_option,
     passed_option,
     run_main,
     setting_option,
@@ -295,7 +296,7 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="start saving this long before the time limit (%(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script")
+    dry_run_option(parser, "print the batch script")
 
 
 def _check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ from launch.commands import (
     Runner,
     actions_parser,
     bucket_option,
+    dry_run_option,
     passed_option,
     run_main,
     setting_option,
@@ -410,7 +411,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--lines", type=int, default=100, help="logs: number of lines (%(default)s)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    dry_run_option(parser, "print what would run")
     options = parser.parse_args(own)
     if CHIPS[options.slice.chip].runtime is None:
         parser.error(f"--slice: {options.slice.chip} is available on GKE only; see launch.gke")

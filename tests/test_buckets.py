@@ -382,7 +382,7 @@ def test_what_is_done_with_a_model_takes_addresses(life, gs, tmp_path, capsys):
     assert cli.main(["average", model, "--last=2", f"--out={mean}"]) == 0
     assert saved_steps(mean) == [6]
     assert cli.main(["export", f"--checkpoint={mean}", "--format=hf", f"--out={exported}"]) == 0
-    assert cli.main(["import", "--from=hf", exported, f"--out={back}"]) == 0
+    assert cli.main(["import", "--format=hf", exported, f"--out={back}"]) == 0
     assert cli.main(["generate", f"--checkpoint={back}", "00000012", "--max_tokens=4"]) == 0
 
 

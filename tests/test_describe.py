@@ -36,7 +36,7 @@ def shown(name: str, config, inputs: int = 1024, targets: int = 256) -> str:
 
 
 def test_json_holds_the_formulas_numbers_at_the_lengths_asked_for(capsys):
-    result = described(capsys, "quickstart", "--inputs=96", "--targets=32")
+    result = described(capsys, "quickstart", "--inputs_length=96", "--targets_length=32")
     assert (result["inputs"], result["targets"]) == (96, 32)
     model, config = result["models"][0], preset("quickstart")
     assert model["name"] == "quickstart" and model["matched_by"] is None
@@ -54,7 +54,7 @@ def test_json_holds_the_formulas_numbers_at_the_lengths_asked_for(capsys):
 
 
 def test_peers_are_matched_at_the_lengths_asked_for(capsys):
-    result = described(capsys, "330m", "--inputs=512", "--targets=512")
+    result = described(capsys, "330m", "--inputs_length=512", "--targets_length=512")
     ours, equal_size, equal_cost = result["models"]
     assert [equal_size["matched_by"], equal_cost["matched_by"]] == ["parameters", "training_flops"]
     assert equal_size["parameters"]["total"] == pytest.approx(332_042_240, rel=0.005)
@@ -158,7 +158,7 @@ def test_an_unknown_preset_names_the_nearest_and_lists_them_all():
 
 def test_a_length_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="targets is 0"):
-        main(["test", "--targets=0"])
+        main(["test", "--targets_length=0"])
 
 
 def test_describing_needs_no_tensorflow_and_no_device():

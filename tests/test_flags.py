@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import logging
 import os
@@ -162,3 +163,122 @@ def test_other_projects_are_heard_after_verbose_alone(capsys):
     logs.set_level(logs.USUAL)
     other.info("compiled")
     assert capsys.readouterr().err == ""
+
+
+# What a flag means, by its one name: names that others may think of, and how a help would say it.
+MEANINGS = {
+    "--out": (
+        "output outdir out_dir output_dir dest destination images write save_to",
+        r"^(receives|(also )?write|director(y|ies) to write|the \S+ (file )?to write|results$"
+        r"|for the (figures|pictures))",
+    ),
+    "--workdir": (
+        "work work_dir working_dir rundir run_dir",
+        r"^receives (everything|runs|checkpoints)",
+    ),
+    "--checkpoint": (
+        "ckpt model_dir model_path weights writer",
+        r"^(a trained model|work directory of)",
+    ),
+    "--json": ("as_json print_json to_json", r"^(print JSON|JSON lines)"),
+    "--dry_run": ("dry print_jobs print_only no_run", r"^(only print|train nothing; print)"),
+    "--overwrite": ("force replace clobber", r"^replace "),
+    "--max_examples": (
+        "limit examples num_examples max_rows head",
+        r"first N|only N|no more than this many",
+    ),
+    "--inputs_length": ("inputs input_length source_length", r"^(source|input) tokens"),
+    "--targets_length": ("targets target_length", r"^target tokens"),
+    "--batch_size": ("batch bs rows_per_step", r"^rows (of a (batch|step)|a step)"),
+    "--batch_rows": ("batch_texts", r"(generated|answered|made) (at once|together)"),
+    "--repeats": ("rounds repetitions turns", r"timed runs|^turns|passes of each"),
+    "--resamples": ("bootstrap bootstraps draws", r"bootstrap"),
+    "--too_long": ("truncate cut on_long", r"cut their end"),
+    "--step": ("checkpoint_step ckpt_step", r"checkpoint \(default"),
+    "--seed": ("random_seed rng", r"^(seed of|of (drawing( \(|$)|the draws|what is drawn))"),
+    "--format": ("from kind fmt input_format", r"^format of"),
+    "--data_dir": ("data datadir data_folder", r"(directory with|where) the tasks?'s? "),
+    "--vocabulary": ("vocab tokenizer spm", r"^a \.model"),
+    "--module": ("import_module plugin modules", r"^Python module"),
+    "--quiet": ("silent q", r"errors, warnings and the result"),
+    "--verbose": ("debug v", r"what is done in between"),
+}
+# Words of the table with another meaning: shares of a teacher, rounds of distillation, and so on.
+OTHER_MEANINGS = {
+    "encdec distill rounds": {"--rounds", "--draws", "--teacher"},
+    "encdec score": {"--draws", "--teacher"},
+    "encdec compile": {"--hlo"},
+    "encdec paper": {"--results"},
+    "encdec generate": {"--logprobs"},
+    "encdec serve": {"--slots"},
+    "encdec benchmark edge": {"--export_only"},
+}
+
+
+def visible_flags():
+    """(command, flag, action) of every flag that a help shows."""
+    for words, parser in all_parsers().items():
+        for action in parser._actions:
+            for flag in action.option_strings:
+                if flag.startswith("--") and action.help != argparse.SUPPRESS:
+                    yield words, flag, action
+
+
+def test_one_name_for_one_thing():
+    """A new flag whose meaning has a name already takes that name; see ``MEANINGS``."""
+    named = {f"--{word}": name for name, (words, _) in MEANINGS.items() for word in words.split()}
+    wrong = []
+    for words, flag, action in visible_flags():
+        if flag in OTHER_MEANINGS.get(words, ()):
+            continue
+        if flag in named:
+            wrong.append(f"{words} {flag}: the name is {named[flag]}")
+        text = (action.help or "") % {"default": action.default, "prog": words}
+        said = {name for name, (_, help_) in MEANINGS.items() if re.search(help_, text)}
+        if said and flag not in said:
+            wrong.append(f"{words} {flag} ({text[:60]}): the name is {' or '.join(sorted(said))}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_name_is_of_one_kind_everywhere_and_in_one_spelling():
+    kinds: dict[str, dict[bool, list[str]]] = {}
+    for words, flag, action in visible_flags():
+        assert re.fullmatch(r"--[a-z0-9]+(_[a-z0-9]+)*", flag), f"{words} {flag}"
+        kinds.setdefault(flag, {}).setdefault(action.nargs == 0, []).append(words)
+    assert not {flag: found for flag, found in kinds.items() if len(found) > 1}
+    assert set(kinds["--json"]) == {True} and set(kinds["--out"]) == {False}
+    for path in (PACKAGE.parent / "launch").glob("*.py"):
+        assert not re.findall(r'add_argument\(\s*"--\w+-', path.read_text()), path
+
+
+FORMER = {
+    (words, former): today
+    for words, parser in all_parsers().items()
+    for former, today in parser.former.items()
+}
+
+
+def test_former_names_mean_flags_that_are_there():
+    assert len(FORMER) > 20
+    for (words, former), today in FORMER.items():
+        flag, _, value = today.partition("=")
+        shown = {name: action for program, name, action in visible_flags() if program == words}
+        assert flag in shown and former not in shown, f"{words}: {former}"
+        assert not value or value in shown[flag].choices
+
+
+def test_former_names_are_accepted_and_said_to_have_changed(capsys):
+    parser = all_parsers()["encdec compile"]
+    given = ["--config=c.py", "--topology=v5e:2x2", "--inputs", "7", "--json=f.json"]
+    options = parser.parse_args(given)
+    assert (options.inputs_length, options.out) == (7, "f.json")
+    assert "encdec compile: --json is written --out now" in capsys.readouterr().err
+    generate = all_parsers()["encdec generate"].parse_args
+    assert generate(["--checkpoint=a", "--truncate", "text"]).too_long == "cut"
+    # After -- they are texts.
+    assert generate(["--checkpoint=a", "--", "--truncate"]).text == ["--truncate"]
+    # An action has its own, as encdec's own parsing of actions calls it.
+    with pytest.raises(ConfigError, match="max_examples=-1"):
+        cli.load(cli.COMMANDS["scaling"][0])(
+            ["score", "--ladder=x", "--workdir=y", "--task=z", "--examples=-1"]
+        )

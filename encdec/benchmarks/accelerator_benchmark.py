@@ -56,7 +56,9 @@ Part = Callable[[], Mapping[str, Any]]
 def setting_of(options: argparse.Namespace, model: str, rows: int) -> Setting:
     """A training step in bfloat16 with AdamW."""
     name, overrides = ("330m", _T5_LARGE) if model == T5_LARGE else (model, ())
-    return Setting(name, "bfloat16", "adamw", rows, options.inputs, options.targets, overrides)
+    return Setting(
+        name, "bfloat16", "adamw", rows, options.inputs_length, options.targets_length, overrides
+    )
 
 
 def compare_attention(config: ModelConfig, rows: int, length: int, causal: bool) -> dict[str, Any]:
@@ -127,12 +129,12 @@ def _best(run: Callable[[], Any], tries: int = 5) -> float:
 
 def train_part(options: argparse.Namespace, model: str, matmul_flops: float) -> dict[str, Any]:
     """Step time, MFU and sequences a second; with half the rows as long as memory is too small."""
-    rows = options.rows
+    rows = options.batch_size
     while True:
         try:
             one = measure(
                 setting_of(options, model, rows),
-                rounds=options.rounds,
+                rounds=options.repeats,
                 steps=5,
                 torch=False,
                 compiled=False,
@@ -146,8 +148,8 @@ def train_part(options: argparse.Namespace, model: str, matmul_flops: float) -> 
     seconds = one.median(OURS)
     return {
         "rows": rows,
-        "inputs": options.inputs,
-        "targets": options.targets,
+        "inputs": options.inputs_length,
+        "targets": options.targets_length,
         "step_seconds": seconds,
         "sequences_per_second": rows / seconds,
         "mfu": one.mfu,
@@ -165,7 +167,7 @@ def generation_part(options: argparse.Namespace, batch: int) -> dict[str, Any]:
     precisions = {} if options.no_torch else {"transformers": dtype}
     _, found = measure_generation(
         {GENERATED: preset(options.generated)},
-        (options.inputs,),
+        (options.inputs_length,),
         (options.outputs,),
         (batch,),
         repeats=3,
@@ -179,7 +181,7 @@ def generation_part(options: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 def profile_part(options: argparse.Namespace, model: str) -> dict[str, Any]:
     """A trace of one step for TensorBoard or Perfetto."""
-    step = OurStep(setting_of(options, model, options.rows))
+    step = OurStep(setting_of(options, model, options.batch_size))
     step()
     folder = pathlib.Path(options.out) / "profile"
     with jax.profiler.trace(str(folder)):
@@ -203,7 +205,7 @@ def parts_of(options: argparse.Namespace) -> dict[str, Part]:
         for causal in (False, True):
             config = setting_of(options, model, 2).run().model_config()
             parts[f"attention {model} {'causal' if causal else 'full'}"] = functools.partial(
-                compare_attention, config, 2, options.inputs, causal
+                compare_attention, config, 2, options.inputs_length, causal
             )
     for model in options.models:
         parts[f"train {model}"] = lambda model=model: train_part(options, model, rate())
@@ -276,6 +278,12 @@ def summary(result: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark accelerator",
+        former={
+            "--rows": "--batch_size",
+            "--inputs": "--inputs_length",
+            "--targets": "--targets_length",
+            "--rounds": "--repeats",
+        },
         description="On a GPU or TPU, in about ten minutes: attention kernels against plain XLA, "
         f"training steps with MFU (goal on an H200: {MFU_GOAL:.0%}, and {SEQUENCES_GOAL} "
         f"sequences/s of {T5_LARGE}), generation with transformers next to it, a profile. Results "
@@ -295,11 +303,11 @@ def _parser() -> argparse.ArgumentParser:
         help="batch sizes of generation (1,8,64)",
     )
     for name, default, text in (
-        ("rows", 32, "rows of a training step; halved where memory is too small"),
-        ("inputs", 512, "source tokens"),
-        ("targets", 114, "target tokens"),
+        ("batch_size", 32, "rows of a training step; halved where memory is too small"),
+        ("inputs_length", 512, "source tokens"),
+        ("targets_length", 114, "target tokens"),
         ("outputs", 64, "generated tokens"),
-        ("rounds", 3, "rounds of five timed steps"),
+        ("repeats", 3, "rounds of five timed steps"),
         ("minutes", 10, "after which no part begins"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
@@ -310,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """``encdec benchmark accelerator --out=DIR``; 1 if a part failed or is missing."""
     options = _parser().parse_args(argv)
-    for name in ("rows", "inputs", "targets", "outputs", "rounds"):
+    for name in ("batch_size", "inputs_length", "targets_length", "outputs", "repeats"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}={getattr(options, name)}; expected 1 or more")
     if options.outputs < 2:

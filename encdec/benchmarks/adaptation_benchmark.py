@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     from encdec.benchmarks.adaptation_experiment import Setting, run_experiment, summary
 
     paths = {name: tuple(options.pop(name)) for name in ("text", "eval_text")}
-    setting = Setting(pathlib.Path(options.pop("work")), **paths, **options)
+    setting = Setting(pathlib.Path(options.pop("workdir")), **paths, **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -39,11 +39,18 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark adaptation",
+        former={
+            "--work": "--workdir",
+            "--inputs": "--inputs_length",
+            "--targets": "--targets_length",
+            "--vocabulary": "--vocabulary_size",
+            "--documents": "--max_examples",
+        },
         description="Held-out loss at equal FLOPs after a decoder-only model's training: the same "
         "model trained further, encoder-decoders adapted from it, others from random parameters.",
     )
     parser.add_argument(
-        "--work", type=local_path, required=True, metavar="DIR", help="receives everything"
+        "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
     )
     for name, what in (("text", "to learn from"), ("eval_text", "held out")):
         parser.add_argument(
@@ -54,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help=f"text {what}; may be repeated (default: the standard library)",
         )
+    renamed = {
+        "inputs": "inputs_length",
+        "targets": "targets_length",
+        "vocabulary": "vocabulary_size",
+        "documents": "max_examples",
+    }
     for name, kind, default, what in (
         ("model", str, "micro-3m", "preset that gives the widths"),
         ("layers", int, 6, "layers of the source, a multiple of 3"),
@@ -70,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         ("seeds", int, 3, "runs of the headline rows"),
     ):
         parser.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{what} (default %(default)s)"
+            f"--{renamed.get(name, name)}",
+            dest=name,
+            type=kind,
+            default=default,
+            help=f"{what} (default %(default)s)",
         )
     return parser

@@ -140,7 +140,9 @@ def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     identity = {k: v for k, v in _plain(setting).items() if k not in ("work", "seeds")}
     path = work / "setting.json"
-    claim_settings(path, identity, holder=work, remedy=f"give another --work, or those of {path}")
+    claim_settings(
+        path, identity, holder=work, remedy=f"give another --workdir, or those of {path}"
+    )
     _make_records(setting, say)
     results: dict[str, Any] = {}
     for seed in range(setting.seeds):

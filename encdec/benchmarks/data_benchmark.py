@@ -14,7 +14,7 @@ import pathlib
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ PREDICTED = Step("330m-tpu", "v5e:4x4", 0.2036, 16, 1024 + 256, 4, 112)
 
 
 def reported_step(path: str | pathlib.Path, chips_per_host: int, host_cores: int) -> Step:
-    """The first step of a report by ``encdec compile --json``; DataError where it is none."""
+    """The first step of a report by ``encdec compile --out``; DataError where it is none."""
     try:
         report = json.loads(pathlib.Path(path).read_text())[0]
         return Step(
@@ -77,8 +77,7 @@ def reported_step(path: str | pathlib.Path, chips_per_host: int, host_cores: int
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(
-            f"{path} is no report of a step ({error!r}); write one with encdec compile "
-            f"--json={path}"
+            f"{path} is no report of a step ({error!r}); write one with encdec compile --out={path}"
         ) from error
 
 
@@ -215,14 +214,14 @@ def measure_fetching(address: str) -> dict[str, float]:
     }
 
 
-def _flags(name: str) -> argparse.ArgumentParser:
-    flags = Parser(prog=f"encdec benchmark {name}")
+def _flags(name: str, former: Mapping[str, str]) -> argparse.ArgumentParser:
+    flags = Parser(prog=f"encdec benchmark {name}", former=former)
     flags.add_argument("--json", action="store_true", help="print JSON alone")
     return flags
 
 
 def _prepare_flags() -> argparse.ArgumentParser:
-    flags = _flags("prepare")
+    flags = _flags("prepare", former={"--rounds": "--repeats"})
     flags.add_argument("--task", help="a task by name (stdlib_text)")
     flags.add_argument("--jsonl", type=local_path, nargs="+", metavar="FILE")
     flags.add_argument("--text", type=local_path, nargs="+", metavar="FILE")
@@ -232,7 +231,7 @@ def _prepare_flags() -> argparse.ArgumentParser:
     flags.add_argument("--inputs_length", type=int, default=1024)
     flags.add_argument("--targets_length", type=int, default=256)
     flags.add_argument("--megabytes", type=float, default=8.0, help="text measured (8)")
-    flags.add_argument("--rounds", type=int, default=3)
+    flags.add_argument("--repeats", type=int, default=3)
     flags.add_argument("--workers", type=int, default=available_cores())
     return flags
 
@@ -260,7 +259,7 @@ def prepare_main(argv: list[str]) -> int:
             vocabulary,
             inputs_length=flags.inputs_length,
             targets_length=flags.targets_length,
-            rounds=flags.rounds,
+            rounds=flags.repeats,
             workers=flags.workers,
         )
     if flags.json:
@@ -280,7 +279,7 @@ def prepare_main(argv: list[str]) -> int:
 
 def read_main(argv: list[str]) -> int:
     """``encdec benchmark data``: reading shuffled batches of records."""
-    flags = _flags("data")
+    flags = _flags("data", former={"--batch": "--batch_size"})
     flags.add_argument(
         "--records",
         type=any_path,
@@ -288,13 +287,13 @@ def read_main(argv: list[str]) -> int:
         help="made of the standard library if left out; of those in a bucket, it is also measured "
         "how fast they come to this machine",
     )
-    flags.add_argument("--batch", type=int, default=64)
+    flags.add_argument("--batch_size", type=int, default=64)
     flags.add_argument("--steps", type=int, default=50)
     flags.add_argument(
         "--compile_report",
         type=local_path,
         metavar="FILE",
-        help="compare reading with this step, of encdec compile --json (default: the "
+        help="compare reading with this step, of encdec compile --out (default: the "
         "330m-tpu of docs/prediction.md)",
     )
     flags.add_argument("--chips_per_host", type=int, default=PREDICTED.chips_per_host)
@@ -310,7 +309,7 @@ def read_main(argv: list[str]) -> int:
             records = pathlib.Path(folder) / "records"
             prepare(out=records, vocabulary="bytes", task="stdlib_text")
         result = measure_fetching(records) if is_address(records) else {}
-        result |= measure_reading(records, batch=given.batch, steps=given.steps)
+        result |= measure_reading(records, batch=given.batch_size, steps=given.steps)
     speeds = {
         layout: result[f"{layout}_tokens_per_second_per_core"]
         for layout in LAYOUTS

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     from encdec.benchmarks.distill_report import write_report
 
     setting = Setting(
-        pathlib.Path(options.work),
+        pathlib.Path(options.workdir),
         options.records,
         options.eval_records,
         options.teacher_records or options.records,
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         _LOG.info(f"[{time.monotonic() - begin:,.0f} s] {text}")
 
     run_experiment(setting, say)
-    print(write_report(setting, say, pathlib.Path(options.images or options.work)))
+    print(write_report(setting, say, pathlib.Path(options.out or options.workdir)))
     return 0
 
 
@@ -54,11 +54,12 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="encdec benchmark distill",
+        former={"--work": "--workdir", "--images": "--out"},
         description="One decoder-only teacher, students of one size on gold targets alone, every "
         "logit, draws and top-k rows, at equal steps: loss, calibration, bytes, step time.",
     )
     parser.add_argument(
-        "--work", type=local_path, required=True, metavar="DIR", help="receives runs and results"
+        "--workdir", type=local_path, required=True, metavar="DIR", help="receives runs and results"
     )
     parser.add_argument(
         "--records", type=local_path, required=True, metavar="DIR", help="the students' records"
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the teacher's records, if it has more (default: the students')",
     )
     parser.add_argument(
-        "--images", type=local_path, metavar="DIR", help="where pictures go (default: --work)"
+        "--out", type=local_path, metavar="DIR", help="for the pictures (default: --workdir)"
     )
     for name, what in (
         ("student", "preset"),

@@ -138,7 +138,9 @@ def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     identity = {k: v for k, v in dataclasses.asdict(setting).items() if k not in ("work", "seeds")}
     path = work / "setting.json"
-    claim_settings(path, identity, holder=work, remedy=f"give another --work, or those of {path}")
+    claim_settings(
+        path, identity, holder=work, remedy=f"give another --workdir, or those of {path}"
+    )
     teacher = _teacher(setting, say)
     sampled = _scored(setting, SAMPLED, say)
     kinds = variants(sampled.pairs / sampled.tokens)

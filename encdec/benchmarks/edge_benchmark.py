@@ -332,7 +332,7 @@ def main(argv: list[str]) -> int:
     timings, again = measure(
         runs,
         config,
-        options.inputs,
+        options.inputs_length,
         options.outputs,
         options.repeats,
         calm=options.calm,
@@ -394,7 +394,7 @@ def _peaks(options: argparse.Namespace, paths: Sequence[str]) -> dict[str, int]:
     common = [
         f"--model={options.model}",
         f"--artefacts={options.artefacts}",
-        f"--inputs={max(options.inputs)}",
+        f"--inputs_length={max(options.inputs_length)}",
         f"--outputs={options.outputs}",
     ]
     return {name: peak_bytes([f"--paths={name}", *common]) for name in paths}
@@ -435,7 +435,7 @@ def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path
     if PATHS[name][0] == "jax":
         params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
     first, rest = _run(name, config, params, folder, options.outputs)
-    rest(first(np.full(max(options.inputs), 5)), options.outputs)
+    rest(first(np.full(max(options.inputs_length), 5)), options.outputs)
     return peak_memory()
 
 
@@ -476,6 +476,7 @@ def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Ta
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark edge",
+        former={"--inputs": "--inputs_length"},
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
         "models of the same parameters, transformers' generate among them, by turns in one run. "
         '"same tokens" counts those before the first that JAX float32 chose otherwise. '
@@ -490,7 +491,7 @@ def _parser() -> argparse.ArgumentParser:
         "that this machine can run)",
     )
     parser.add_argument(
-        "--inputs", type=numbers, default=(512,), metavar="N,N", help="input tokens (512)"
+        "--inputs_length", type=numbers, default=(512,), metavar="N,N", help="input tokens (512)"
     )
     parser.add_argument("--outputs", type=int, default=64, help="new tokens (64)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")

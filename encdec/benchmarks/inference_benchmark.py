@@ -232,13 +232,16 @@ def main(argv: list[str]) -> int:
     console = Console(width=None if Console().is_terminal else 200)
     configs, precisions = _models(options), _precisions(options)
     for length in options.uncached_inputs or ():
-        if length not in options.inputs:
+        if length not in options.inputs_length:
             raise ConfigError(
-                f"--uncached_inputs has {length}; expected some of --inputs, "
-                f"{','.join(map(str, options.inputs))}"
+                f"--uncached_inputs has {length}; expected some of --inputs_length, "
+                f"{','.join(map(str, options.inputs_length))}"
             )
     progress = lambda text: _LOG.info(text)
-    peaks, settings = {}, list(itertools.product(options.batches, options.inputs, options.outputs))
+    peaks, settings = (
+        {},
+        list(itertools.product(options.batches, options.inputs_length, options.outputs)),
+    )
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not options.no_memory:  # before this process takes much of an accelerator's memory
@@ -247,7 +250,7 @@ def main(argv: list[str]) -> int:
             peaks |= _peaks_of_runtimes(configs[OURS], precisions, folder, settings)
         rates, found = measure(
             configs,
-            options.inputs,
+            options.inputs_length,
             options.outputs,
             options.batches,
             repeats=options.repeats,
@@ -364,7 +367,7 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
             f"--model={options.model} is decoder-only; expected an encoder-decoder, "
             "whose peers are found"
         )
-    longest = max(options.inputs), max(options.outputs)
+    longest = max(options.inputs_length), max(options.outputs)
     return {OURS: ours} | {
         f"decoder-only, equal {peer}": match_decoder_only(
             ours, by=PEERS[peer], inputs=longest[0], targets=longest[1]
@@ -444,6 +447,7 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark inference",
+        former={"--inputs": "--inputs_length"},
         description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
         "parameters and of equal training FLOPs, cached and uncached, by turns in one run; "
         "parameters are random, since their values do not affect the time.",
@@ -459,7 +463,7 @@ def _parser() -> argparse.ArgumentParser:
         "in --dtype or in bfloat16 (parameters,flops)",
     )
     for name, default, text in (
-        ("inputs", (128, 512, 2048), "input tokens"),
+        ("inputs_length", (128, 512, 2048), "input tokens"),
         ("outputs", (64,), "new tokens"),
         ("batches", (1,), "rows"),
     ):
@@ -481,7 +485,7 @@ def _parser() -> argparse.ArgumentParser:
         "--uncached_inputs",
         type=lambda text: numbers(text) if text else (),
         metavar="N,N",
-        help="those of --inputs at which decoder-only models "
+        help="those of --inputs_length at which decoder-only models "
         "generate without a cache, too, which takes the longer the longer they "
         "are (all; empty: none)",
     )

@@ -180,7 +180,11 @@ class _BareLoop:
 
 def loop_main(argv: list[str]) -> int:
     """``encdec benchmark loop``: step time in the loop against the bare jitted step."""
-    flags = Parser(prog="encdec benchmark loop", description=loop_main.__doc__)
+    flags = Parser(
+        prog="encdec benchmark loop",
+        description=loop_main.__doc__,
+        former={"--rounds": "--repeats"},
+    )
     flags.add_argument(
         "--model",
         default="quickstart",
@@ -192,18 +196,18 @@ def loop_main(argv: list[str]) -> int:
     flags.add_argument("--inputs_length", type=int, default=256, help="%(default)s tokens a row")
     flags.add_argument("--targets_length", type=int, default=64, help="%(default)s tokens a row")
     flags.add_argument("--window", type=int, default=10, help="steps between turns (%(default)s)")
-    flags.add_argument("--rounds", type=int, default=7, help="turns (%(default)s)")
+    flags.add_argument("--repeats", type=int, default=7, help="turns (%(default)s)")
     flags.add_argument("--json", action="store_true", help="print JSON alone")
     given = flags.parse_args(argv)
-    if given.window < 2 or given.rounds < 1:
-        flags.error("expected --window of 2 or more and --rounds of 1 or more")
+    if given.window < 2 or given.repeats < 1:
+        flags.error("expected --window of 2 or more and --repeats of 1 or more")
     result = measure_loop(
         model=given.model,
         batch_size=given.batch_size or 8 * jax.device_count(),
         inputs_length=given.inputs_length,
         targets_length=given.targets_length,
         window=given.window,
-        rounds=given.rounds,
+        rounds=given.repeats,
     )
     if given.json:
         print(json.dumps(result))

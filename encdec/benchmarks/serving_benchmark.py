@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Pass]]:
             service = Service(engine, options.model, Limits(options.tokens_to, 16, 1), 3600.0)
             urls[name], _ = stack.enter_context(running(service))
         rounds = []
-        for number in range(options.rounds + 1):
+        for number in range(options.repeats + 1):
             order = list(arms) if number % 2 else list(arms)[::-1]
             made = {name: asyncio.run(_pass(urls[name], requests, arms[name][1])) for name in order}
             if number:
@@ -216,6 +216,7 @@ def text_of(report: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark serving",
+        former={"--rounds": "--repeats"},
         description="Throughput of continuous batching, over HTTP on loopback, against the same "
         "requests one after the other on a server of one slot.",
     )
@@ -231,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     add("inputs_to", 128, "longest input")
     add("tokens_from", 16, "shortest answer")
     add("tokens_to", 64, "longest answer")
-    add("rounds", 3, "passes of each kind")
+    add("repeats", 3, "passes of each kind")
     add("seed", 0, "seed of the requests")
     parser.add_argument("--out", type=local_path, metavar="FILE.json", help="receives the numbers")
     return parser

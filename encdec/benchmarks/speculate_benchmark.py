@@ -302,22 +302,24 @@ def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
             if name != "jax"
         }
         del drawn
-        for rows in options.rows:
-            steps = {name: exported_steps(x, options.inputs, rows) for name, x in exported.items()}
+        for rows in options.batches:
+            steps = {
+                name: exported_steps(x, options.inputs_length, rows) for name, x in exported.items()
+            }
             if "jax" in options.runtimes:
-                steps = {"jax": jax_steps(config, params, options.inputs, rows)} | steps
+                steps = {"jax": jax_steps(config, params, options.inputs_length, rows)} | steps
             found += measure_steps(steps, rows, options.repeats)
-    return found, wrong_drafts_cost(config, params, options.inputs, options.repeats)
+    return found, wrong_drafts_cost(config, params, options.inputs_length, options.repeats)
 
 
 def _rates(options: argparse.Namespace, path: str) -> list[TaskRate]:
     found = []
     for directory in options.checkpoint:
         kind = export_format(directory)
-        for rows in options.rows:
+        for rows in options.batches:
             generators = tuple(load(directory, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
             name = f"{kind or 'jax'} {pathlib.Path(directory).name}"
-            asked = path, options.limit, options.max_tokens
+            asked = path, options.max_examples, options.max_tokens
             found.append(measure_task(name, generators, *asked))
         if options.transformers and not kind:
             with tempfile.TemporaryDirectory() as folder:
@@ -371,6 +373,7 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark speculate",
+        former={"--inputs": "--inputs_length", "--limit": "--max_examples", "--rows": "--batches"},
         description="The cost of a step that verifies several tokens, of a model whose parameters "
         "are drawn; and the rate of a trained model's answers with drafts and without, by turns.",
         epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "
@@ -401,9 +404,9 @@ def _parser() -> argparse.ArgumentParser:
         help="texts, in the field 'source'; may be given several times",
     )
     for name, default, text in (
-        ("inputs", 512, "tokens read before the steps of --model"),
+        ("inputs_length", 512, "tokens read before the steps of --model"),
         ("repeats", 3, "timed runs of each step"),
-        ("limit", 64, "texts of each file"),
+        ("max_examples", 64, "texts of each file"),
         ("max_tokens", None, "longest answer (default: as in training)"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
@@ -414,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
         "each checkpoint (extra hf)",
     )
     parser.add_argument(
-        "--rows", type=numbers, default=(1,), metavar="N,N", help="rows at once (1)"
+        "--batches", type=numbers, default=(1,), metavar="N,N", help="rows at once (1)"
     )
     parser.add_argument("--out", type=local_path, metavar="DIR", help="write speculate.json there")
     return parser

@@ -284,7 +284,11 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
     found = []
     for model in options.models:
         rows, inputs, targets = SHAPES.get(model.split("-dec")[0], SHAPES["quickstart"])
-        shape = (options.rows or rows, options.inputs or inputs, options.targets or targets)
+        shape = (
+            options.batch_size or rows,
+            options.inputs_length or inputs,
+            options.targets_length or targets,
+        )
         for dtype in options.dtypes:
             for optimizer in options.optimizers:
                 found.append(Setting(model, dtype, optimizer, *shape))
@@ -379,6 +383,12 @@ def _names(allowed: Sequence[str] = ()) -> Callable[[str], tuple[str, ...]]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark train",
+        former={
+            "--rows": "--batch_size",
+            "--inputs": "--inputs_length",
+            "--targets": "--targets_length",
+            "--rounds": "--repeats",
+        },
         description="Our jitted training step next to PyTorch's of the same architecture, "
         "parameters, batch and optimizer, by turns in one run; and where the time of ours goes.",
     )
@@ -400,12 +410,12 @@ def _parser() -> argparse.ArgumentParser:
         help="adamw and muon (adamw)",
     )
     for name, text in (
-        ("rows", "rows of a batch (8; of 330m 2)"),
-        ("inputs", "source tokens of a row (256; of 330m 512)"),
-        ("targets", "target tokens of a row (48; of 330m 128)"),
+        ("batch_size", "rows of a batch (8; of 330m 2)"),
+        ("inputs_length", "source tokens of a row (256; of 330m 512)"),
+        ("targets_length", "target tokens of a row (48; of 330m 128)"),
     ):
         parser.add_argument(f"--{name}", type=int, default=0, help=text)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each (5)")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn (5)")
     parser.add_argument("--no_torch", action="store_true", help="ours alone")
     parser.add_argument(
@@ -424,12 +434,13 @@ def main(argv: list[str]) -> int:
     """``encdec benchmark train``."""
     options = _parser().parse_args(argv)
     if (
-        min(options.rounds, options.steps) < 1
-        or min(options.rows, options.inputs, options.targets) < 0
+        min(options.repeats, options.steps) < 1
+        or min(options.batch_size, options.inputs_length, options.targets_length) < 0
     ):
         raise ConfigError(
-            f"--rounds={options.rounds} --steps={options.steps} --rows={options.rows} "
-            f"--inputs={options.inputs} --targets={options.targets}; expected positive numbers"
+            f"--repeats={options.repeats} --steps={options.steps} "
+            f"--batch_size={options.batch_size} --inputs_length={options.inputs_length} "
+            f"--targets_length={options.targets_length}; expected positive numbers"
         )
     settings = settings_of(options)
     torch = not options.no_torch
@@ -451,7 +462,7 @@ def main(argv: list[str]) -> int:
         found.append(
             measure(
                 setting,
-                rounds=options.rounds,
+                rounds=options.repeats,
                 steps=options.steps,
                 torch=torch,
                 compiled=not options.no_compile,

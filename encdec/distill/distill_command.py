@@ -19,7 +19,7 @@ _LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """``encdec distill rollout --writer=DIR ...`` or ``encdec distill rounds --teacher=DIR ...``.
+    """``encdec distill rollout --checkpoint=DIR ...`` or ``rounds --teacher=DIR ...``.
 
     Raises:
         ConfigError, DataError, CheckpointError: see ``encdec.distill.rollout.rollout`` and
@@ -51,7 +51,7 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
         _LOG.info(f"{written.rows:,} rows, {written.examples:,} answers, {rate:,.0f} tokens/s")
 
     card = rollout(
-        options.writer,
+        options.checkpoint,
         options.records,
         options.out,
         answering=_answering(options),
@@ -119,13 +119,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_rollout(parts: Any) -> None:
     part = parts.add_parser(
         "rollout",
+        former={"--writer": "--checkpoint"},
         help="answer the sources of records with a model",
         description="Writes records with a model's own answers: a student's, for a teacher to "
         "score (on-policy), or a teacher's (sequence-level distillation).",
     )
     part.set_defaults(function=_rollout)
     part.add_argument(
-        "--writer",
+        "--checkpoint",
         type=any_path,
         required=True,
         metavar="DIR",

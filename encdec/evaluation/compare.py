@@ -52,7 +52,7 @@ def compare_evaluations(
             raise DataError(
                 f"{sides[0][task][0][0]} and {sides[1][task][0][0]} answered other "
                 f"examples of {task}; evaluate both with the same data, --split and "
-                "--limit"
+                "--max_examples"
             )
         scored = [[{score.name: score for score in one} for one in side] for side in _scores(read)]
         for name in scored[0][0]:

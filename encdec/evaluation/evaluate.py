@@ -262,5 +262,5 @@ def _decoding(settings: EvaluationSettings) -> dict[str, Any]:
         **generation.to_dict(),
         "too_long": settings.too_long,
         "split": settings.split,
-        "limit": settings.limit,
+        "limit": settings.max_examples,
     }

@@ -60,7 +60,7 @@ def _settings(options: argparse.Namespace) -> EvaluationSettings:
         source_field=options.source_field,
         target_field=options.target_field,
         metrics=_names(options.metrics),
-        limit=options.limit,
+        max_examples=options.max_examples,
         step=options.step,
         too_long=options.too_long,
         max_input_tokens=options.max_input_tokens,
@@ -92,6 +92,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec evaluate",
+        former={"--limit": "--max_examples"},
         description="Answers the examples of tasks with a trained model, and scores the answers. "
         "Repeat the command to resume. `encdec evaluate compare --help`: how certain "
         "the difference of two models is; `encdec evaluate table --help`: many models in the "
@@ -163,7 +164,7 @@ def _add_task_flags(parser: argparse.ArgumentParser) -> None:
         "these scores next to the plain ones (seed 0 unless given)",
     )
     add_draft_option(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N examples only")
+    parser.add_argument("--max_examples", type=int, metavar="N", help="the first N examples only")
     parser.add_argument(
         "--out",
         type=any_path,

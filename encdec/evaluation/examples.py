@@ -53,7 +53,7 @@ def load_examples(settings: EvaluationSettings) -> list[Examples]:
     Raises:
         DataError: no such task or file, a bad row, nothing in it, or two files of one name.
     """
-    data = (settings.data_dir, settings.split, settings.metrics, settings.limit)
+    data = (settings.data_dir, settings.split, settings.metrics, settings.max_examples)
     # A mixture stands for its tasks.
     parts = [part for name in settings.tasks for part in mixture_parts(name) or (name,)]
     found = [of_task(name, *data, one_of_several=len(parts) > 1) for name in parts]
@@ -103,7 +103,7 @@ def _of_files(path: str, settings: EvaluationSettings) -> Examples:
 
     given = "standard_input" if path == STDIN else pathlib.Path(path).name
     name = re.sub(r"[^\w.-]+", "_", given.split(".")[0] or given)
-    return _examples(name, f"{path} has no rows", read(), settings.metrics, settings.limit)
+    return _examples(name, f"{path} has no rows", read(), settings.metrics, settings.max_examples)
 
 
 def _examples(

@@ -28,7 +28,7 @@ class EvaluationSettings:
         source_field, target_field: fields of these files; further references are in ``targets``.
         metrics: names of ``encdec.metrics.registry`` instead of a task's own; files without any
             have exact match and Rouge.
-        limit: the first examples only; None: all.
+        max_examples: the first examples only; None: all.
         step: checkpoint, a number or "best"; None: the last.
         too_long: sources longer than the model reads are refused, cut, or skipped.
         max_input_tokens: longest source; None: the longest in training.
@@ -54,7 +54,7 @@ class EvaluationSettings:
     source_field: str = "source"
     target_field: str = "target"
     metrics: tuple[str, ...] = ()
-    limit: int | None = None
+    max_examples: int | None = None
     step: str | None = None
     too_long: TooLong = "cut"
     max_input_tokens: int | None = None
@@ -71,7 +71,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         # An input has at least one token and EOS.
-        check_numbers(self, limit=1, batch_rows=1, max_input_tokens=2, resamples=1)
+        check_numbers(self, max_examples=1, batch_rows=1, max_input_tokens=2, resamples=1)
         check_numbers(self, shuffle_sources=0)
         if not 0 <= self.shard < self.shards:
             raise ConfigError(

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     run = parse_config(load_config(options.config, overrides))
     if options.search and options.what != "train":
         raise ConfigError(f"--search looks for training settings; --what is {options.what!r}")
-    for flag in ("json", "hlo"):
+    for flag in ("out", "hlo"):
         _check_writable(flag, getattr(options, flag))
     # Before jax starts: this machine's accelerators are not used.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> int:
                 pathlib.Path(options.hlo).write_text(report.text_of(found[-1]))
         except DoesNotFit as error:
             unfit.append(f"{topology.name}: {error}")
-        if options.json:
-            pathlib.Path(options.json).write_text(json.dumps(reports, indent=2) + "\n")
+        if options.out:
+            pathlib.Path(options.out).write_text(json.dumps(reports, indent=2) + "\n")
     if len(found) > 1:
         kind.compare(found, console)
     if unfit:
@@ -98,7 +98,11 @@ def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
     from encdec.hardware.layer import compile_layer
 
     chosen = dict(option.split("=", 1) for option in options.option)
-    lengths = {"inputs": options.inputs, "targets": options.targets, "compiler_options": chosen}
+    lengths = {
+        "inputs": options.inputs_length,
+        "targets": options.targets_length,
+        "compiler_options": chosen,
+    }
     on_one_chip = lambda run, topology: None  # nothing is split
     return {
         "train": _Kind(
@@ -119,7 +123,7 @@ def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
         ),
         "layer": _Kind(
             lambda run, topology: compile_layer(
-                run, topology, options.inputs, options.layers, chosen
+                run, topology, options.inputs_length, options.layers, chosen
             ),
             on_one_chip,
             None,
@@ -192,6 +196,7 @@ def _check_writable(flag: str, file: str | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec compile",
+        former={"--inputs": "--inputs_length", "--targets": "--targets_length", "--json": "--out"},
         description="Compiles the training step, or generation, for TPU topologies, on a machine "
         "without any, and predicts memory, time, MFU and chip-hours.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, the mesh too: "
@@ -208,14 +213,14 @@ def _parser() -> argparse.ArgumentParser:
         "separated by commas give one table",
     )
     parser.add_argument(
-        "--inputs",
+        "--inputs_length",
         type=_positive,
         default=1024,
         metavar="N",
         help="source tokens a row (%(default)s)",
     )
     parser.add_argument(
-        "--targets",
+        "--targets_length",
         type=_positive,
         default=256,
         metavar="N",
@@ -268,7 +273,7 @@ def _add_compilation_flags(parser: argparse.ArgumentParser) -> None:
         help="compiler option for this compilation only",
     )
     parser.add_argument(
-        "--json",
+        "--out",
         type=local_path,
         metavar="FILE",
         help="also write the figures here, after each topology; after a search, those "

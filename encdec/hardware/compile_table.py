@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     """``encdec compile table REPORT.json ... [--plot=FILE.png]``.
 
     Raises:
-        DataError: a file was not written by ``encdec compile --json`` for a training step.
+        DataError: a file was not written by ``encdec compile --out`` for a training step.
         ConfigError: there is nothing to plot.
     """
     options = _parser().parse_args(argv)
@@ -55,14 +55,14 @@ def main(argv: list[str]) -> int:
             raise ConfigError(
                 "--plot: no model was compiled for two sizes of one kind of slice "
                 "with the same rows a device; add reports (encdec compile --rows=N "
-                "--topology=v5e:4x4,v5e:16x16 --json=FILE)"
+                "--topology=v5e:4x4,v5e:16x16 --out=FILE)"
             )
         plot(curves, pathlib.Path(options.plot))
     return 0
 
 
 def read_reports(file: str) -> list[dict[str, Any]]:
-    """The reports in a file that ``encdec compile --json`` wrote.
+    """The reports in a file that ``encdec compile --out`` wrote.
 
     Raises:
         DataError: the file does not exist or is not such a file.
@@ -72,7 +72,7 @@ def read_reports(file: str) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file} cannot be read as a report: {error}; give a file written by encdec compile "
-            "--json=FILE"
+            "--out=FILE"
         ) from error
     wanted = {"topology", "devices", "model", "mfu", "step_seconds", "token_budget"}
     if not isinstance(reports, list) or any(
@@ -80,7 +80,7 @@ def read_reports(file: str) -> list[dict[str, Any]]:
     ):
         raise DataError(
             f"{file} holds no reports of training steps; give a file written by encdec compile "
-            "--json=FILE (without --what)"
+            "--out=FILE (without --what)"
         )
     return reports
 
@@ -186,7 +186,7 @@ def plot(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec compile table",
-        description="Reports of training steps (encdec compile --json=FILE) as one Markdown table, "
+        description="Reports of training steps (encdec compile --out=FILE) as one Markdown table, "
         "and the rate per device as slices grow.",
     )
     parser.add_argument("reports", type=local_path, nargs="+", metavar="REPORT.json")

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     texts = options.text if options.file is None else read_inputs(options.file, options.format)
     for number, text in enumerate(texts):
         name = "the input" if len(texts) == 1 else f"input {number}"
-        prompts.encode(text, truncate=options.truncate, name=name)
+        prompts.encode(text, truncate=_cuts(options), name=name)
     generator = load(
         options.checkpoint,
         options.step,
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
                 "run": hashlib.sha256(run).hexdigest(),
                 "step": generator.step,
                 "max_input_tokens": prompts.max_input_tokens,
-                "truncate": options.truncate,
+                "truncate": _cuts(options),
                 "logprobs": options.logprobs,
                 **settings.to_dict(),
             },
@@ -107,6 +107,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec generate",
+        former={"--truncate": "--too_long=cut"},
         description="Generates text with a trained model, from texts given here or in a file.",
         epilog="Example: encdec generate --checkpoint=runs/mine --beams=4 'def add(a, b): ...'",
     )
@@ -157,9 +158,10 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
         help="longest input allowed (default: the longest in training)",
     )
     parser.add_argument(
-        "--truncate",
-        action="store_true",
-        help="cut the end of longer inputs instead of refusing them",
+        "--too_long",
+        choices=("refuse", "cut"),
+        default="refuse",
+        help="inputs longer than that: refuse them, or cut their end (default %(default)s)",
     )
     parser.add_argument(
         "--keep_unknown",
@@ -200,6 +202,10 @@ def _settings(options: argparse.Namespace) -> GenerationSettings:
     return GenerationSettings(**given, stop=options.stop or ())
 
 
+def _cuts(options: argparse.Namespace) -> bool:
+    return options.too_long == "cut"
+
+
 def _check(options: argparse.Namespace) -> None:
     if options.file is None and not options.text:
         raise ConfigError("no input; give a text, or --file=IN (- for standard input)")
@@ -232,7 +238,7 @@ def _answer(
     for begin in range(done, len(texts), window):
         part = texts[begin : begin + window]
         answers = generator.generate(
-            part, settings, truncate=options.truncate, first_number=begin, on_batch=progress
+            part, settings, truncate=_cuts(options), first_number=begin, on_batch=progress
         )
         yield [
             row
@@ -273,11 +279,11 @@ def _print_texts(
     """Plain texts; a single answer on a terminal appears as it is made."""
     single = len(texts) == settings.samples == 1
     if single and settings.beams == 1 and sys.stdout.isatty():
-        for piece in generator.stream(texts[0], settings, truncate=options.truncate):
+        for piece in generator.stream(texts[0], settings, truncate=_cuts(options)):
             print(piece, end="", flush=True)
         print()
         return
-    answers = generator.generate(texts, settings, truncate=options.truncate)
+    answers = generator.generate(texts, settings, truncate=_cuts(options))
     for number, made in enumerate(answers):
         for sample, answer in enumerate(made):
             if not single:

@@ -93,7 +93,7 @@ class PromptFormat:
         if cut and not truncate:
             raise DataError(
                 f"{name} has {len(ids) + self.added:,} tokens, and the model takes "
-                f"{self.max_input_tokens:,}; shorten it, cut its end with --truncate, or allow "
+                f"{self.max_input_tokens:,}; shorten it, cut its end with --too_long=cut, or allow "
                 "more than the model was trained on with --max_input_tokens"
             )
         end = [self.vocabulary.eos_id] * self.inputs_eos

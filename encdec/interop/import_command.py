@@ -10,7 +10,7 @@ from encdec.storage import any_path
 
 
 def main(argv: list[str]) -> int:
-    """``encdec import --from=hf DIR --out=DIR``.
+    """``encdec import --format=hf DIR --out=DIR``.
 
     Raises:
         ConfigError: the output directory is in use, or the model has an unsupported setting.
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec import",
+        former={"--from": "--format"},
         description="Converts another project's model to a work directory that score, generate and "
         "describe read.",
     )
@@ -56,8 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "Face Hub (hf), the paper's model.pt (mu), or a .bin file (llama2c)",
     )
     parser.add_argument(
-        "--from",
-        dest="format",
+        "--format",
         choices=("hf", "mu", "llama2c"),
         default="hf",
         help="format of PATH (default %(default)s)",

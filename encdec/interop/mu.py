@@ -60,7 +60,7 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str
         import torch
     except ImportError as error:
         raise ConfigError(
-            f"--from=mu reads a PyTorch file and needs torch: {install_hint('hf')}"
+            f"--format=mu reads a PyTorch file and needs torch: {install_hint('hf')}"
         ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -28,7 +28,7 @@ _OVERRIDE = re.compile(r"--?config\.([^=]+)=.*", re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
-    """``encdec paper --config=FILE:SIZE --data_dir=DIR --work=DIR``, ``costs`` or ``table``.
+    """``encdec paper --config=FILE:SIZE --data_dir=DIR --workdir=DIR``, ``costs`` or ``table``.
 
     Raises:
         ConfigError: invalid settings, or a work directory with other settings.
@@ -47,11 +47,13 @@ def main(argv: list[str]) -> int:
 
     columns = _chosen("columns", options.columns, [column.name for column in setting.columns])
     rows = _chosen("rows", options.rows, list(table_rows(setting)))
-    work = pathlib.Path(options.work)
+    work = pathlib.Path(options.workdir)
     work.mkdir(parents=True, exist_ok=True)
     identity = setting.identity()
     path = work / "setting.json"
-    claim_settings(path, identity, holder=work, remedy=f"give another --work, or those of {path}")
+    claim_settings(
+        path, identity, holder=work, remedy=f"give another --workdir, or those of {path}"
+    )
     from encdec.paper.corpora import Corpora
     from encdec.paper.runs import Experiment
 
@@ -157,13 +159,14 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec paper",
+        former={"--work": "--workdir"},
         description="Rebuilds the paper's comparison: pretrains DEC and ED at three splits at "
         "equal FLOPs, fine-tunes them on tasks, distils, evaluates. Repeat the command to "
         "resume. `encdec paper costs --help`: what each model costs; `encdec paper table --help`: "
         "tables from result rows.",
         epilog="Any field of the config is set by --config.FIELD=VALUE. Example: encdec paper "
         "--config=configs/paper.py:laptop --data_dir=data --text=data/books.jsonl "
-        "--work=runs/paper",
+        "--workdir=runs/paper",
     )
     _add_config(parser)
     parser.add_argument(
@@ -182,21 +185,21 @@ def _parser() -> argparse.ArgumentParser:
         help="text to pretrain on; may be repeated",
     )
     parser.add_argument(
-        "--work", type=local_path, required=True, metavar="DIR", help="receives everything"
+        "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
     )
     parser.add_argument(
         "--results",
         type=any_path,
         metavar="FILE",
         help="receives a JSON line of every run, also in a bucket; runs that it has are not done "
-        "again (default: results.jsonl in --work)",
+        "again (default: results.jsonl in --workdir)",
     )
     add_module_flag(parser)
     parser.add_argument("--columns", metavar="A,B", help="only these columns (default: all)")
     parser.add_argument(
         "--rows",
         metavar="A,B",
-        help="only these students, such as 'DEC,ED 2/3-1/3'; processes with one --work divide "
+        help="only these students, such as 'DEC,ED 2/3-1/3'; processes with one --workdir divide "
         "the runs",
     )
     return parser

@@ -38,7 +38,7 @@ def refitted_draws(runs: Observations, law: Law, draws: int = 200, seed: int = 0
         else:
             raise DataError(
                 f"{len(runs)} runs are too few for bootstrap samples that determine a law; "
-                "run more of the ladder, or fit without intervals (--draws=0)"
+                "run more of the ladder, or fit without intervals (--resamples=0)"
             )
     return laws
 

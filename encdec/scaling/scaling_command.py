@@ -120,6 +120,7 @@ def _add_run(actions: Any) -> None:
         help="no other process works on this ladder: for a --workdir in a bucket, which has no "
         "locks, unless --only or --index names the runs",
     )
+    parser.former["--print_jobs"] = "--dry_run"
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--only",
@@ -140,7 +141,7 @@ def _add_run(actions: Any) -> None:
         help="train nothing; record the results in the runs' directories",
     )
     which.add_argument(
-        "--print_jobs",
+        "--dry_run",
         action="store_true",
         help="train nothing; print one command for each unfinished run",
     )
@@ -174,16 +175,18 @@ def _add_score(actions: Any) -> None:
         metavar="A,B",
         help="metrics instead of the task's own, such as rougeL; see `encdec evaluate --help`",
     )
+    parser.former["--examples"] = "--max_examples"
     parser.add_argument(
-        "--examples", type=int, metavar="N", help="use the first N examples (default: all)"
+        "--max_examples", type=int, metavar="N", help="use the first N examples (default: all)"
     )
 
 
 def _add_fit(actions: Any) -> None:
     parser = _action(actions, "fit", _fit, "fit laws and compare the architectures")
     _fit_options(parser)
+    parser.former["--json"] = "--out"
     parser.add_argument(
-        "--json", type=any_path, metavar="FILE", help="also write all numbers to this file"
+        "--out", type=any_path, metavar="FILE", help="also write all numbers to this file"
     )
 
 
@@ -198,7 +201,7 @@ def _add_plot(actions: Any) -> None:
     )
 
 
-def _action(actions: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+def _action(actions: Any, name: str, function: Any, text: str) -> Parser:
     parser = actions.add_parser(name, help=text, description=text.capitalize() + ".")
     parser.set_defaults(function=function)
     return parser
@@ -215,8 +218,10 @@ def _ladder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _fit_options(parser: argparse.ArgumentParser) -> None:
+def _fit_options(parser: Parser) -> None:
     from encdec.scaling.results import LOSSES, PARAMETERS, TOKENS
+
+    parser.former["--draws"] = "--resamples"
 
     parser.add_argument(
         "--results",
@@ -238,11 +243,11 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
         "--loss", choices=sorted(LOSSES), default="nats_per_token", help="unit of L (%(default)s)"
     )
     parser.add_argument(
-        "--draws",
+        "--resamples",
         type=int,
         default=200,
         metavar="N",
-        help="bootstrap draws for intervals; 0: none (%(default)s)",
+        help="bootstrap samples for intervals; 0: none (%(default)s)",
     )
     parser.add_argument(
         "--skip",
@@ -339,7 +344,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     plan = _planned(options, overrides)
     place = Workdir(options.workdir)
-    if options.collect or options.print_jobs:
+    if options.collect or options.dry_run:
         done = place.gather(plan)
         if options.collect:
             print(
@@ -379,11 +384,11 @@ def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.scaling.score import score_plan
 
     check_division(options.workdir, False, options.alone)
-    if options.examples is not None and options.examples < 1:
-        raise ConfigError(f"--examples={options.examples}; expected a positive number")
+    if options.max_examples is not None and options.max_examples < 1:
+        raise ConfigError(f"--max_examples={options.max_examples}; expected a positive number")
     plan = _planned(options, overrides)
     metrics = tuple(name for name in options.metrics.split(",") if name)
-    task = of_task(options.task, options.data_dir, options.split, metrics, options.examples)
+    task = of_task(options.task, options.data_dir, options.split, metrics, options.max_examples)
     score_plan(plan, options.workdir, task)
     return 0
 
@@ -406,14 +411,14 @@ def _analysed(options: argparse.Namespace) -> Any:
             f"{path} does not exist; expected a directory of `encdec scaling run "
             "--workdir=`, or its results file"
         )
-    if options.draws < 0:
-        raise ConfigError(f"--draws={options.draws}; expected 0 or more")
+    if options.resamples < 0:
+        raise ConfigError(f"--resamples={options.resamples}; expected 0 or more")
     rows = ResultsFile(path).read()
     unknown = sorted(set(options.skip) - {row["run"] for row in rows})
     if unknown:
         raise DataError(f"--skip={unknown[0]}: {path} has no such run")
     rows = [row for row in rows if row["run"] not in options.skip]
-    choices = Choices(options.tokens, options.parameters, options.loss, options.draws)
+    choices = Choices(options.tokens, options.parameters, options.loss, options.resamples)
     return path, analyse(rows, choices)
 
 
@@ -422,8 +427,8 @@ def _fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.scaling.scaling_report import as_json, show
 
     _, analysis = _analysed(options)
-    if options.json:
-        write_json(options.json, as_json(analysis))
+    if options.out:
+        write_json(options.out, as_json(analysis))
     show(analysis, _console())
     return 0
 

@@ -478,7 +478,7 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
 def _without_flags(message: str) -> str:
     """A message for users of the command line, reworded for clients of the server."""
     return message.replace(
-        "cut its end with --truncate, or allow more than the model was trained "
+        "cut its end with --too_long=cut, or allow more than the model was trained "
         "on with --max_input_tokens",
         "or cut its end with truncate = true",
     ).replace(

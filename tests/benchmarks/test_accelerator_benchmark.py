@@ -10,8 +10,8 @@ from encdec import cli
 from encdec.benchmarks import accelerator_benchmark
 from encdec.errors import ConfigError
 
-TINY = ["--models=test", "--generated=test", "--batches=2", "--rows=8", "--inputs=16"]
-TINY += ["--targets=8", "--outputs=4", "--rounds=1", "--no_torch"]
+TINY = ["--models=test", "--generated=test", "--batches=2", "--batch_size=8", "--inputs_length=16"]
+TINY += ["--targets_length=8", "--outputs=4", "--repeats=1", "--no_torch"]
 
 
 def test_every_part_is_measured_and_what_is_done_stays(tmp_path, capsys):
@@ -36,7 +36,7 @@ def test_every_part_is_measured_and_what_is_done_stays(tmp_path, capsys):
         k: v for k, v in parts.items() if k != "device"
     }
     with pytest.raises(ConfigError, match="another --out"):
-        accelerator_benchmark.main([*command[2:], "--rounds=2"])
+        accelerator_benchmark.main([*command[2:], "--repeats=2"])
 
 
 def test_a_part_that_fails_costs_no_other(tmp_path, capsys):

@@ -12,7 +12,7 @@ from tests.data.conftest import TRAINING_TEXT
 def test_prepare_benchmark_prints_the_ratio(tmp_path, model_path, capsys):
     text = tmp_path / "a.txt"
     text.write_text(TRAINING_TEXT * 300)
-    arguments = ["--text", str(text), f"--vocabulary={model_path}", "--rounds=2", "--workers=1"]
+    arguments = ["--text", str(text), f"--vocabulary={model_path}", "--repeats=2", "--workers=1"]
     assert encdec(["benchmark", "prepare", *arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     bare = result["bare_tokens_per_second_per_core"]
@@ -22,7 +22,7 @@ def test_prepare_benchmark_prints_the_ratio(tmp_path, model_path, capsys):
     assert 0.3 < ratio < 1.5
     assert encdec(["benchmark", "prepare", *arguments]) == 0
     assert "ratio:" in capsys.readouterr().out
-    shared = [*arguments[:-2], "--rounds=1", "--workers=2", "--json"]
+    shared = [*arguments[:-2], "--repeats=1", "--workers=2", "--json"]
     assert encdec(["benchmark", "prepare", *shared]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["workers"] == 2 and result["speed_up"] > 0
@@ -35,7 +35,7 @@ def test_read_benchmark(tmp_path, capsys):
     out = tmp_path / "out"
     assert encdec(["prepare", "--text", str(text), "--vocabulary=bytes", f"--out={out}"]) == 0
     capsys.readouterr()
-    arguments = ["benchmark", "data", f"--records={out}", "--batch=8", "--steps=20", "--json"]
+    arguments = ["benchmark", "data", f"--records={out}", "--batch_size=8", "--steps=20", "--json"]
     assert encdec(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["encoder_decoder_tokens_per_second_per_core"] > 1e5
@@ -76,6 +76,6 @@ def test_records_without_sources_are_read_in_their_one_layout(tmp_path, capsys):
     command = ["prepare", "--text", str(text), "--vocabulary=bytes", f"--out={out}"]
     assert encdec([*command, "--objective=causal_lm", "--inputs_length=0"]) == 0
     capsys.readouterr()
-    assert encdec(["benchmark", "data", f"--records={out}", "--batch=4", "--steps=5"]) == 0
+    assert encdec(["benchmark", "data", f"--records={out}", "--batch_size=4", "--steps=5"]) == 0
     printed = capsys.readouterr().out
     assert "decoder_only:" in printed and "encoder_decoder:" not in printed

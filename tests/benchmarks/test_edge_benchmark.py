@@ -60,7 +60,7 @@ def test_every_path_is_measured_and_written(tmp_path, capsys):
             [
                 "--model=test",
                 f"--paths={','.join(paths)}",
-                "--inputs=8,4",
+                "--inputs_length=8,4",
                 "--outputs=3",
                 "--repeats=1",
                 f"--artefacts={tmp_path}",

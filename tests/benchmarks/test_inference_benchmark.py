@@ -25,7 +25,7 @@ def test_every_setting_is_measured_and_written(tmp_path, capsys):
         main(
             [
                 "--model=test",
-                "--inputs=4,8",
+                "--inputs_length=4,8",
                 "--outputs=3",
                 "--batches=2",
                 "--repeats=2",
@@ -131,7 +131,7 @@ def test_transformers_generates_beside_ours_for_every_batch(tmp_path):
             "benchmark",
             "inference",
             "--model=test",
-            "--inputs=8",
+            "--inputs_length=8",
             "--outputs=3",
             "--batches=1,2",
             "--repeats=1",
@@ -158,7 +158,7 @@ def test_transformers_is_refused_where_it_cannot_run(monkeypatch):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--inputs=4,x", "no list of numbers"),
+        ("--inputs_length=4,x", "no list of numbers"),
         ("--outputs=0", "below 1"),
         ("--uncached_inputs=7", "expected some of --inputs"),
         ("--peers=size", "expected some of parameters, flops, transformers"),

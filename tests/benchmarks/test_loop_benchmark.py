@@ -16,7 +16,7 @@ def test_the_ratio_is_of_the_two_step_times(capsys):
         "--inputs_length=24",
         "--targets_length=12",
         "--window=5",
-        "--rounds=3",
+        "--repeats=3",
         "--json",
     ]
     # The preset's vocabulary is smaller than the bytes that are trained on.

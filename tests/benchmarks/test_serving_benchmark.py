@@ -20,7 +20,7 @@ def test_both_ways_make_the_same_tokens(tmp_path, capsys):
                 "--model=micro-300k",
                 "--requests=6",
                 "--slots=2",
-                "--rounds=1",
+                "--repeats=1",
                 "--inputs_from=4",
                 "--inputs_to=15",
                 "--tokens_from=2",

@@ -20,7 +20,12 @@ def test_ratios_are_against_a_step_of_one_token():
 def test_steps_and_tasks_are_measured(encoder_decoder_run, tmp_path, capsys):
     texts = tmp_path / "dev.jsonl"
     texts.write_text("".join(json.dumps({"source": source}) + "\n" for source, _ in LEARNED))
-    arguments = ["--model=test", "--inputs=4", "--repeats=1", f"--checkpoint={encoder_decoder_run}"]
+    arguments = [
+        "--model=test",
+        "--inputs_length=4",
+        "--repeats=1",
+        f"--checkpoint={encoder_decoder_run}",
+    ]
     assert main([*arguments, f"--jsonl={texts}", f"--out={tmp_path}"]) == 0
     shown = capsys.readouterr().out
     assert "k = 16" in shown and "always wrong" in shown

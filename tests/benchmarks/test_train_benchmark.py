@@ -17,7 +17,13 @@ def test_both_sides_take_the_same_steps(model, optimizer, tmp_path, capsys, monk
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     command = ["benchmark", "train", f"--models={model}", f"--optimizers={optimizer}"]
-    command += ["--rows=8", "--inputs=12", "--targets=6", "--rounds=1", "--steps=1"]
+    command += [
+        "--batch_size=8",
+        "--inputs_length=12",
+        "--targets_length=6",
+        "--repeats=1",
+        "--steps=1",
+    ]
     assert cli.main([*command, "--no_compile", f"--out={tmp_path}"]) == 0
     assert "of matmul rate" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "train.json").read_text())
@@ -61,5 +67,5 @@ def test_what_cannot_be_measured_is_refused():
         train_benchmark.main(["--models=tset"])
     with pytest.raises(ConfigError, match="float16"):
         train_benchmark.main(["--dtypes=float16"])
-    with pytest.raises(ConfigError, match="--rounds=0"):
-        train_benchmark.main(["--rounds=0"])
+    with pytest.raises(ConfigError, match="--repeats=0"):
+        train_benchmark.main(["--repeats=0"])

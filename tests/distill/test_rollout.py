@@ -73,7 +73,7 @@ def test_a_round_gold_and_written_by_student_and_teacher(records, student, teach
                 [
                     "distill",
                     "rollout",
-                    f"--writer={writer}",
+                    f"--checkpoint={writer}",
                     f"--records={records}",
                     f"--out={tmp_path / name}",
                     "--rows=20",

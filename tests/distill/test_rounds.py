@@ -99,7 +99,7 @@ def test_the_command_names_what_it_wants(capsys):
     assert main(["distill", "laps"]) == ConfigError.exit_code
     assert "expected `encdec distill rollout` or `rounds`" in capsys.readouterr().err
     assert (
-        main(["distill", "rollout", "--writer=a", "--records=b", "--out=c", "--config.steps=3"])
+        main(["distill", "rollout", "--checkpoint=a", "--records=b", "--out=c", "--config.steps=3"])
         == ConfigError.exit_code
     )
     assert "trains nothing" in capsys.readouterr().err

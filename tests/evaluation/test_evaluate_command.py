@@ -164,7 +164,7 @@ def test_processes_that_finish_tasks_in_another_order_leave_a_report(
 
 def test_sources_that_are_too_long(evaluate):
     with pytest.raises(DataError, match="1 of 4 sources are longer than the 9 tokens"):
-        evaluate("--max_input_tokens=9", "--too_long=refuse", "--limit=4")
+        evaluate("--max_input_tokens=9", "--too_long=refuse", "--max_examples=4")
     out = evaluate("--max_input_tokens=9", "--too_long=skip", out="skip")
     task = json.loads((out / "report.json").read_text())["tasks"]["xsum"]
     assert task["sources_skipped"] == 1
@@ -299,8 +299,8 @@ def test_a_call_from_python_gives_the_report(encoder_decoder_run, tmp_path):
     "flag, message",
     [
         ("--shuffle_sources=-1", "shuffle_sources is -1; expected 0 or more"),
-        ("--limit=-1", "limit is -1; expected 1 or more"),
-        ("--limit=0", "limit is 0; expected 1 or more"),
+        ("--max_examples=-1", "max_examples is -1; expected 1 or more"),
+        ("--max_examples=0", "max_examples is 0; expected 1 or more"),
         ("--batch_rows=0", "batch_rows is 0; expected 1 or more"),
         ("--max_input_tokens=0", "max_input_tokens is 0; expected 2 or more"),
         ("--max_input_tokens=1", "max_input_tokens is 1; expected 2 or more"),

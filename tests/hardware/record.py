@@ -15,7 +15,7 @@ from typing import Any
 
 FILE = pathlib.Path(__file__).parent / "recorded.json"
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py"
-_SMALL = ("--inputs=256", "--targets=128", "--config.batch_size=32")
+_SMALL = ("--inputs_length=256", "--targets_length=128", "--config.batch_size=32")
 STEPS: dict[str, tuple[str, ...]] = {
     "micro-8m": (f"--config={CONFIG}:micro-8m", "--topology=v5e:4x4", *_SMALL),
     "micro-8m-dec, state split": (
@@ -63,7 +63,7 @@ def compiled_report(name: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "report.json"
-        main([*STEPS[name], f"--json={file}"])
+        main([*STEPS[name], f"--out={file}"])
         (report,) = json.loads(file.read_text())
     return report
 

@@ -52,7 +52,7 @@ def test_names():
             parse_name(empty)
 
 
-@pytest.mark.parametrize("option", ["--rows=-1", "--rows=0", "--layers=0", "--inputs=0"])
+@pytest.mark.parametrize("option", ["--rows=-1", "--rows=0", "--layers=0", "--inputs_length=0"])
 def test_numbers_that_cannot_be_are_refused(option, capsys):
     with pytest.raises(SystemExit) as error:
         main([f"--config={CONFIG}:test", "--topology=v5e:2x2", option])
@@ -202,7 +202,7 @@ def test_a_topology_that_is_too_small_hides_none_of_the_others(compiler, tmp_pat
     file = tmp_path / "report.json"
     names = "v5e:2x2,v5e:2x4,v5e:4x4"
     with pytest.raises(DoesNotFit, match="^v5e:2x4: nothing fits"):
-        compile_for(names, "--rows=4", "--search=remat", f"--json={file}")
+        compile_for(names, "--rows=4", "--search=remat", f"--out={file}")
     reports = json.loads(file.read_text())
     assert [report["topology"] for report in reports if report["best"]] == ["v5e:2x2", "v5e:4x4"]
     assert reports[0]["best"] and len(reports) == 8  # four remat policies on each
@@ -211,7 +211,7 @@ def test_a_topology_that_is_too_small_hides_none_of_the_others(compiler, tmp_pat
 @needs_compiler
 def test_a_searchs_report_holds_what_was_tried(compiler, tmp_path):
     file = tmp_path / "report.json"
-    assert compile_for("v5e:2x4", "--rows=4", "--search=batch,remat", f"--json={file}") == 0
+    assert compile_for("v5e:2x4", "--rows=4", "--search=batch,remat", f"--out={file}") == 0
     best, *others = json.loads(file.read_text())
     assert best["best"] and best["batch_size"] == 8 and not any(o["best"] for o in others)
     assert best["mfu"] >= max(o["mfu"] for o in others)
@@ -230,8 +230,8 @@ def test_what_can_be_known_before_is_said_before_anything_is_compiled(compiler, 
         compile_for("v5e:2x2,v5e:4x4", "--config.batch_size=8")
     with pytest.raises(ConfigError, match=r"v5e:4x4: .*batch_size is 8.*multiple of 16"):
         compile_for("v5e:4x4", "--config.batch_size=8", "--what=decode")
-    with pytest.raises(ConfigError, match="--json=.*none/report.json cannot be written: No such"):
-        compile_for("v5e:2x2", f"--json={tmp_path}/none/report.json")
+    with pytest.raises(ConfigError, match="--out=.*none/report.json cannot be written: No such"):
+        compile_for("v5e:2x2", f"--out={tmp_path}/none/report.json")
     with pytest.raises(ConfigError, match="--hlo=.* cannot be written: Is a directory"):
         compile_for("v5e:2x2", f"--hlo={tmp_path}")
     assert not compiler and not list(tmp_path.iterdir())
@@ -249,14 +249,14 @@ def test_the_figures_are_written_after_each_topology(compiler, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("encdec.hardware.compile_report.compare", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compile_for("v5e:2x2,v5e:4x4", "--config.batch_size=16", f"--json={file}")
+            compile_for("v5e:2x2,v5e:4x4", "--config.batch_size=16", f"--out={file}")
     assert [report["topology"] for report in written[0]] == ["v5e:2x2", "v5e:4x4"]
 
 
 @needs_compiler
 def test_decoding_reports_memory_collectives_and_the_nearest_fit(compiler, tmp_path, capsys):
     file = tmp_path / "report.json"
-    assert compile_for("v5e:2x2", "--what=decode", "--rows=8", f"--json={file}") == 0
+    assert compile_for("v5e:2x2", "--what=decode", "--rows=8", f"--out={file}") == 0
     said = capsys.readouterr().out
     for words in (
         "input keys and values",
@@ -311,10 +311,10 @@ def test_compiles_the_real_step_and_reports(model, tmp_path, capsys):
             [
                 f"--config={CONFIG}:{model}",
                 "--topology=v5e:2x2",
-                "--inputs=128",
-                "--targets=128",
+                "--inputs_length=128",
+                "--targets_length=128",
                 "--config.batch_size=8",
-                f"--json={file}",
+                f"--out={file}",
             ]
         )
         == 0
@@ -353,12 +353,12 @@ def test_slices_are_joined_by_sums_of_gradients_alone(tmp_path):
             [
                 f"--config={CONFIG}:test",
                 "--topology=v5e:2x2*2",
-                "--inputs=128",
-                "--targets=128",
+                "--inputs_length=128",
+                "--targets_length=128",
                 "--config.batch_size=16",
                 "--config.mesh.data=-1",
                 "--config.mesh.fsdp=4",
-                f"--json={file}",
+                f"--out={file}",
             ]
         )
         == 0
@@ -387,7 +387,7 @@ def test_compiles_generation_a_layer_and_the_calibration(tmp_path, capsys):
                     f"--config={CONFIG}:test",
                     "--topology=v5e:2x2",
                     "--config.batch_size=8",
-                    f"--json={file}",
+                    f"--out={file}",
                     *arguments,
                 ]
             )
@@ -395,7 +395,7 @@ def test_compiles_generation_a_layer_and_the_calibration(tmp_path, capsys):
         )
         return json.loads(file.read_text())[0]
 
-    decoding = report("--what=decode", "--inputs=128", "--targets=32")
+    decoding = report("--what=decode", "--inputs_length=128", "--targets_length=32")
     for part in ("prefill", "step"):
         memory = decoding[part]["memory_bytes"]
         assert 0 < memory["parameters"] < memory["peak"] < memory["limit"]
@@ -403,7 +403,7 @@ def test_compiles_generation_a_layer_and_the_calibration(tmp_path, capsys):
     assert decoding["seconds"] == pytest.approx(
         decoding["prefill"]["seconds"] + 31 * decoding["step"]["seconds"]
     )
-    layer = report("--what=layer", "--inputs=128", "--config.model_overrides.dtype=bfloat16")
+    layer = report("--what=layer", "--inputs_length=128", "--config.model_overrides.dtype=bfloat16")
     assert layer["rows"] == 2 and 0 < layer["share_of_peak"] < 1
     calibration = report("--what=calibrate")
     assert 0.8 < calibration["share_of_peak"] <= 1  # docs/pod.md has both

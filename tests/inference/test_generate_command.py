@@ -140,7 +140,7 @@ def test_another_job_does_not_mix_into_the_file(generate, tmp_path, encoder_deco
 
 def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
     path, out = inputs_file(tmp_path, [SOURCES[0], "x" * 60]), tmp_path / "out.jsonl"
-    generate(f"--file={path}", f"--out={out}", "--truncate")
+    generate(f"--file={path}", f"--out={out}", "--too_long=cut")
     assert [row.get("source_truncated", False) for row in rows_of(out)] == [False, True]
     assert "1 inputs were cut" in capsys.readouterr().err
 

@@ -42,7 +42,7 @@ def greedy(directory, tokens: int) -> list[int]:
 @pytest.mark.corpora
 def test_the_tiny_story_teller_tells_its_golden_story(corpora, tmp_path):
     folder = corpora / "stories260k"
-    main([str(folder / "stories260K.bin"), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
+    main([str(folder / "stories260K.bin"), "--format=llama2c", f"--out={tmp_path / 'ours'}"])
     golden = next(
         line.removeprefix("greedy: ")
         for line in (folder / "GOLDEN.txt").read_text().splitlines()
@@ -81,7 +81,7 @@ def test_halves_and_neighbours_rotate_alike(tmp_path):
     path = tmp_path / "model.bin"
     header = np.array([M, F, L, H, K, -V, longest], "<i4").tobytes()
     path.write_bytes(header + b"".join(w.tobytes() for w in weights))
-    main([str(path), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
+    main([str(path), "--format=llama2c", f"--out={tmp_path / 'ours'}"])
     config, params, _ = load_params_for_inference(tmp_path / "ours")
     tokens = random.integers(0, V, 7)
     batch = {
@@ -125,4 +125,4 @@ def test_a_file_that_is_no_such_model_is_refused(tmp_path):
     ):
         path.write_bytes(data)
         with pytest.raises(DataError, match=message):
-            main([str(path), "--from=llama2c", f"--out={tmp_path / 'ours'}"])
+            main([str(path), "--format=llama2c", f"--out={tmp_path / 'ours'}"])

@@ -132,7 +132,7 @@ SETTINGS = {  # as their training saves them beside the weights
 def test_logits_are_the_published_models(settings, differs, tmp_path):
     state = {name: x.bfloat16() for name, x in random_state().items()}  # as released
     content = {"model_state_dict": state, "step": 7}
-    arguments = [str(tmp_path / "model.pt"), "--from=mu", f"--out={tmp_path / 'ours'}"]
+    arguments = [str(tmp_path / "model.pt"), "--format=mu", f"--out={tmp_path / 'ours'}"]
     if settings:
         content["model_config"] = settings
     else:
@@ -187,14 +187,14 @@ def test_nothing_in_the_file_is_executed(tmp_path):
 
     torch.save({"model_state_dict": Trap()}, tmp_path / "model.pt")
     with pytest.raises(DataError, match="cannot be read as weights alone"):
-        main([str(tmp_path / "model.pt"), "--from=mu", f"--out={tmp_path / 'ours'}"])
+        main([str(tmp_path / "model.pt"), "--format=mu", f"--out={tmp_path / 'ours'}"])
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "ours").exists()
 
 
 def test_a_head_has_a_width(tmp_path):
     torch.save({"model_state_dict": random_state()}, tmp_path / "model.pt")
     with pytest.raises(ConfigError, match="head_dim is 0; expected 1 or more"):
-        main([str(tmp_path / "model.pt"), "--from=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
+        main([str(tmp_path / "model.pt"), "--format=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
     with pytest.raises(ConfigError, match="--head_dim=8, but .* says 4"):
         mu.read_config({k: x.numpy() for k, x in random_state().items()}, SETTINGS, 8)
     with pytest.raises(ConfigError, match="head_dim=4 goes with format mu"):
@@ -205,7 +205,7 @@ def test_wrong_checkpoints_are_named(tmp_path):
     whole = random_state()
     arguments = [
         str(tmp_path / "model.pt"),
-        "--from=mu",
+        "--format=mu",
         f"--head_dim={D}",
         f"--out={tmp_path / 'ours'}",
     ]
@@ -233,7 +233,7 @@ def test_a_model_without_vocabulary_says_how_to_get_one(tmp_path):
         {"model_state_dict": random_state(), "model_config": SETTINGS}, tmp_path / "model.pt"
     )
     out = f"--out={tmp_path / 'ours'}"
-    main([str(tmp_path / "model.pt"), "--from=mu", out])
+    main([str(tmp_path / "model.pt"), "--format=mu", out])
     needs_text = (
         lambda: load(tmp_path / "ours"),
         lambda: plan_start(RunConfig(init_from=str(tmp_path / "ours")), None, None),
@@ -247,6 +247,6 @@ def test_a_model_without_vocabulary_says_how_to_get_one(tmp_path):
     words = {"</s>": 0, "<unk>": 1, "a": 2}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
-    arguments = [str(tmp_path / "model.pt"), "--from=mu", out, "--overwrite"]
+    arguments = [str(tmp_path / "model.pt"), "--format=mu", out, "--overwrite"]
     main([*arguments, f"--vocabulary={tmp_path / 'tokenizer.json'}"])
     assert load(tmp_path / "ours").prompts.encode("a")[0] == [2]

@@ -47,5 +47,5 @@ def test_an_example_is_taken(line, capsys):
     needs = module != "launch.gke" or "xpk-attach" not in own
     rest = ["--", *given] if needs else []
     launcher = importlib.import_module(module)
-    assert launcher.main([*own, "--dry-run", *rest]) == 0
+    assert launcher.main([*own, "--dry_run", *rest]) == 0
     assert capsys.readouterr().out

@@ -51,18 +51,18 @@ def manifest(*more: str, train=TRAIN) -> dict:
     ],
 )
 def test_dry_runs_are_golden(name, arguments, capsys):
-    assert gke.main([*arguments, "--dry-run", "--", *TRAIN]) == 0
+    assert gke.main([*arguments, "--dry_run", "--", *TRAIN]) == 0
     check_golden(f"gke-{name}.txt", capsys.readouterr().out)
 
 
 def test_the_other_actions(capsys):
-    assert gke.main(["xpk-attach", "--cluster=pods", "--bucket=my_bucket=/data", "--dry-run"]) == 0
+    assert gke.main(["xpk-attach", "--cluster=pods", "--bucket=my_bucket=/data", "--dry_run"]) == 0
     assert capsys.readouterr().out == (
         "xpk storage attach my-bucket --type=gcsfuse --cluster=pods --bucket=my_bucket "
         "--mount-point=/data --readonly=false --size=1 --auto-mount=true\n"
     )
     for action in ("status", "logs", "delete"):
-        assert gke.main([action, "--name=run1", "--dry-run"]) == 0
+        assert gke.main([action, "--name=run1", "--dry_run"]) == 0
         assert capsys.readouterr().out.startswith("kubectl ")
 
 

@@ -33,7 +33,7 @@ def script(local, *programs: str):
 
 
 def test_dry_run_prints_commands_that_the_shell_and_encdec_train_read(local, capsys):
-    options = ["--processes=3", "--port=1234", "--cpu-devices=2", "--dry-run"]
+    options = ["--processes=3", "--port=1234", "--cpu_devices=2", "--dry_run"]
     assert local.main([*options, "--", *TRAIN]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3

@@ -60,7 +60,7 @@ LADDER = [
     ],
 )
 def test_dry_runs_are_golden(name, arguments, capsys):
-    assert slurm.main([arguments[0], "--dry-run", *arguments[1:]]) == 0
+    assert slurm.main([arguments[0], "--dry_run", *arguments[1:]]) == 0
     check_golden(f"slurm-{name}.txt", capsys.readouterr().out)
 
 

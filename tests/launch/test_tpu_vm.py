@@ -65,16 +65,16 @@ TRAIN = [
     ],
 )
 def test_dry_runs_are_golden(name, arguments, capsys):
-    assert tpu_vm.main([*arguments, "--dry-run", "--", *TRAIN]) == 0
+    assert tpu_vm.main([*arguments, "--dry_run", "--", *TRAIN]) == 0
     check_golden(f"tpu_vm-{name}.txt", capsys.readouterr().out)
 
 
 def test_single_steps_are_the_same_commands(capsys):
-    tpu_vm.main(["babysit", *BASE, "--bucket=my-bucket", "--dry-run", "--", *TRAIN])
+    tpu_vm.main(["babysit", *BASE, "--bucket=my-bucket", "--dry_run", "--", *TRAIN])
     together = capsys.readouterr().out
     for action in ("create", "setup", "run", "state", "delete"):
         train = ["--", *TRAIN] if action == "run" else []
-        assert tpu_vm.main([action, *BASE, "--bucket=my-bucket", "--dry-run", *train]) == 0
+        assert tpu_vm.main([action, *BASE, "--bucket=my-bucket", "--dry_run", *train]) == 0
         assert capsys.readouterr().out in together, action
 
 
@@ -97,7 +97,7 @@ def test_single_steps_are_the_same_commands(capsys):
 )
 def test_mistakes_are_refused_before_anything_runs(arguments, words, capsys):
     with pytest.raises(SystemExit) as error:
-        tpu_vm.main([*arguments, "--dry-run"] if "--" not in arguments else arguments)
+        tpu_vm.main([*arguments, "--dry_run"] if "--" not in arguments else arguments)
     assert words in capsys.readouterr().err + str(error.value)
 
 
@@ -152,7 +152,7 @@ def test_ways_to_the_hosts():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = [sys.executable, "-m", "launch.tpu_vm", "babysit", *BASE, "--dry-run", "--", *TRAIN]
+    command = [sys.executable, "-m", "launch.tpu_vm", "babysit", *BASE, "--dry_run", "--", *TRAIN]
     # The pipe is closed before anything is written.
     line = f"set -o pipefail; {shlex.join(command)} | true"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)

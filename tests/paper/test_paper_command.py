@@ -67,7 +67,7 @@ def arguments(inputs, work, *more):
         f"--config={inputs / 'config.py'}",
         f"--data_dir={inputs / 'data'}",
         f"--text={inputs / 'text.jsonl'}",
-        f"--work={work}",
+        f"--workdir={work}",
         *more,
     ]
 

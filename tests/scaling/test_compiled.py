@@ -152,14 +152,14 @@ def test_agrees_with_encdec_compile(tmp_path, capsys):
                 "compile",
                 f"--config={pretrain}:test",
                 "--topology=v5e:2x2",
-                "--inputs=128",
-                "--targets=128",
+                "--inputs_length=128",
+                "--targets_length=128",
                 "--config.batch_size=8",
                 *overrides,
                 "--config.optimizer.weight_decay=0.1",
                 "--config.schedule.warmup_steps=1",
                 f"--config.steps={run['steps']}",
-                f"--json={report}",
+                f"--out={report}",
             ]
         )
         == 0

@@ -249,7 +249,7 @@ def undisturbed(tmp_path_factory, records, eval_records) -> pathlib.Path:
     """The tiny ladder, really trained, as tasks of an array job and then collected."""
     directory = tmp_path_factory.mktemp("undisturbed") / "ladder"
     listing = subprocess.run(
-        command(directory, records, eval_records, "--print_jobs"),
+        command(directory, records, eval_records, "--dry_run"),
         capture_output=True,
         text=True,
         check=True,

@@ -91,7 +91,7 @@ def test_what_cannot_be_fitted_says_why(rows):
 
 def test_fit_prints_and_writes(ladder, tmp_path, capsys):
     out = tmp_path / "fit.json"
-    arguments = ["scaling", "fit", f"--results={ladder}", "--draws=20", f"--json={out}"]
+    arguments = ["scaling", "fit", f"--results={ladder}", "--resamples=20", f"--out={out}"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     for words in ("encoder-decoder 2/3-1/3", "alpha", "held out", "FLOPs ratio", "furthest"):
@@ -104,7 +104,7 @@ def test_fit_prints_and_writes(ladder, tmp_path, capsys):
 
 
 def test_plot_draws_everything(ladder, capsys):
-    assert main(["scaling", "plot", f"--results={ladder}", "--draws=20"]) == 0
+    assert main(["scaling", "plot", f"--results={ladder}", "--resamples=20"]) == 0
     out = ladder / "curves"
     names = {"loss-flops", "isoflop", "contours", "comparison", "score-rougel"}
     assert {path.stem for path in out.glob("*.png")} == names
@@ -118,5 +118,5 @@ def test_plot_draws_everything(ladder, capsys):
     assert not re.search(r"(src|href)=['\"](?!data:)|<script|@import", page)
     assert "dec_8m_5e12_s0" in page and "Laws" in page
     before = (out / "comparison.svg").read_bytes()
-    assert main(["scaling", "plot", f"--results={ladder}", "--draws=20"]) == 0
+    assert main(["scaling", "plot", f"--results={ladder}", "--resamples=20"]) == 0
     assert (out / "comparison.svg").read_bytes() == before
