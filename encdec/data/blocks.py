@@ -149,8 +149,8 @@ def build_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> tuple[l
     """Rows of a block and the count of what became of its documents."""
     encoded = encode_block(recipe, vocabulary, block)
     rows = pack_rows(recipe, encoded.sources, encoded.targets, vocabulary)
-    # Further references are no text that is learned.
-    fields = len(recipe.objective.document_fields)
+    # Further references are no text that is learned, and ids are none.
+    fields = len(recipe.objective.document_fields) if recipe.objective.reads_text else 0
     counts = Counts(
         documents=len(block.documents),
         rows=len(rows),

@@ -171,7 +171,8 @@ def show_examples(given: argparse.Namespace) -> int:
         raise ConfigError(f"--inputs_length={inputs_length}, but {given.objective} has no sources")
     form = Form(vocabulary, inputs_length * objective.has_source, targets_length)
     objective.check(form)
-    documents = itertools.islice(task.documents(given.split or "train", BadRows()), given.count)
+    sized = task.at_lengths(form.inputs_length, form.targets_length)
+    documents = itertools.islice(sized.documents(given.split or "train", BadRows()), given.count)
     shown = 0
     for number, document in enumerate(documents):
         encoded = objective.encode([document], number, form)

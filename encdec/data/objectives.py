@@ -61,12 +61,14 @@ class Objective(abc.ABC):
     """What turns documents into token pairs no longer than the two lengths.
 
     ``has_source`` is False where every source is empty: such records are for decoder-only models.
-    ``is_random`` is False where the same document always gives the same examples.
+    ``is_random`` is False where the same document always gives the same examples, ``reads_text``
+    where documents are ids and not text.
     """
 
     document_fields: ClassVar[tuple[str, ...]]
     has_source: ClassVar[bool] = True
     is_random: ClassVar[bool] = True
+    reads_text: ClassVar[bool] = True
     inputs_eos: bool
 
     def check(self, form: Form) -> None:

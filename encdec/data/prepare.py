@@ -63,6 +63,7 @@ def prepare(
     settings.check()
     source = settings.text_task()
     inputs, targets = source.row_lengths(settings.inputs_length, settings.targets_length)
+    source = source.at_lengths(inputs, targets)
     assert settings.vocabulary is not None
     vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
     recipe = Recipe(

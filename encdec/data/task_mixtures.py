@@ -11,7 +11,7 @@ from encdec.data.mixing import mixing_rates
 from encdec.data.objectives import Document
 from encdec.data.readers import BadRows
 from encdec.data.registry import TEXT_TASKS, text_task
-from encdec.data.seqio_tasks import seqio_mixture
+from encdec.data.seqio_tasks import seqio_mixture, seqio_task
 from encdec.data.text_tasks import TextTask
 from encdec.errors import ConfigError, DataError
 
@@ -69,6 +69,9 @@ def task_or_mixture(
             )
         return text_task(name, data_dir)
     tasks = [text_task(part, data_dir, one_of_several=True) for part in parts]
+    if not all(task.objective.reads_text for task in tasks):
+        # One of seqio's tasks is read as ids: so are the others, by their own pipelines.
+        tasks = [seqio_task(part, as_ids=True) or task for part, task in zip(parts, tasks)]
     if rates is None and temperature == 1 and maximum is None:
         rates = RATES.get(name)
         if name not in MIXTURES and (found := seqio_mixture(name)):
@@ -90,11 +93,12 @@ def mixed_task(
     then. Without explicit ``rates`` the documents are counted first, which reads them twice.
     Evenly interleaved and deterministic: at every place the task furthest behind its share.
     """
-    fields = {task.objective.document_fields for task in tasks}
-    if len(fields) != 1:
+    fields = {task.name: " and ".join(task.objective.document_fields) for task in tasks}
+    if len(set(fields.values())) != 1:
+        kinds = ", ".join(f"{task} has {kind}" for task, kind in fields.items())
         raise ConfigError(
-            f"mixture {name} joins tasks of pairs and of raw text: "
-            f"{', '.join(task.name for task in tasks)}; prepare them apart, mix when reading"
+            f"mixture {name} joins tasks of unlike documents: {kinds}; prepare them apart, mix "
+            "when reading"
         )
 
     def read(split: str, bad_rows: BadRows) -> Iterator[Document]:
@@ -124,6 +128,13 @@ def mixed_task(
             "maximum": maximum,
         },
         tuple(split for split in limited[0] if split in splits) if limited else (),
+        sized=lambda inputs, targets: mixed_task(
+            name,
+            [task.at_lengths(inputs, targets) for task in tasks],
+            rates,
+            temperature=temperature,
+            maximum=maximum,
+        ),
     )
 
 

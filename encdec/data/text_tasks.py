@@ -29,7 +29,8 @@ class TextTask:
     ``read`` may give a pair more texts than the objective wants: further references for the
     ``metrics``, which are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most
     that configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target
-    tokens a row where ``prepare`` is given none.
+    tokens a row where ``prepare`` is given none. ``sized`` gives the task as it is for rows of
+    (inputs, targets) tokens, where its documents depend on that.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TextTask:
     about: str = ""
     fine_tune_steps: int = 0
     lengths: tuple[int, int] = LENGTHS
+    sized: Callable[[int, int], TextTask] | None = None
 
     def row_lengths(self, inputs: int | None, targets: int | None) -> tuple[int, int]:
         """Source and target tokens a row, the task's own where they are not given."""
@@ -48,6 +50,10 @@ class TextTask:
             self.lengths[0] if inputs is None else inputs,
             self.lengths[1] if targets is None else targets,
         )
+
+    def at_lengths(self, inputs_length: int, targets_length: int) -> TextTask:
+        """The task for rows of these lengths, in tokens."""
+        return self.sized(inputs_length, targets_length) if self.sized else self
 
     def documents(self, split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
         """Documents of a split in order; DataError where the split or a row is bad."""

@@ -144,6 +144,10 @@ def task_texts(
     """All texts of some tasks' documents, sources and targets alike."""
     bad_rows = BadRows(max_bad_rows)
     for task in tasks:
+        if not task.objective.reads_text:
+            raise DataError(
+                f"task {task.name} has ids and no text to learn a vocabulary from; name another"
+            )
         for document in task.documents(split, bad_rows):
             yield from document
 

@@ -109,18 +109,147 @@ def test_seqios_registry_is_read_up_to_its_tokens(folder):
 
     import seqio
 
+    seqio.TaskRegistry.remove("shout")
+    seqio.MixtureRegistry.remove("shouts")
+
+
+IDS_MODULE = """
+# my_ids.py
+import functools
+
+import seqio
+import tensorflow as tf
+
+words = lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+    {"text": ["oak", "elm tree", "ash"] * 4}
+)
+lists = lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors(
+    {"inputs": tf.constant([5, 6, 7]), "targets": tf.constant([8, 9])}
+)
+
+
+def twice(dataset):
+    return dataset.map(lambda row: {"inputs": row["text"], "targets": row["text"]})
+
+
+def backwards(dataset):
+    return dataset.map(lambda row: row | {"targets": row["targets"][::-1]})
+
+
+def masked(dataset, sequence_length, output_features):
+    first = output_features["inputs"].vocabulary.vocab_size - 1
+    head = lambda ids: tf.concat([ids[: sequence_length["inputs"] // 8], [first]], 0)
+    return dataset.map(lambda row: row | {"inputs": head(row["inputs"])})
+
+
+def add(name, vocabulary, source, *steps):
+    feature = seqio.Feature(vocabulary)
     seqio.TaskRegistry.add(
-        "noisy",
-        source=seqio.TaskRegistry.get("shout").source,
-        preprocessors=[seqio.preprocessors.tokenize, lambda dataset: dataset],
-        output_features={"targets": seqio.TaskRegistry.get("shout").output_features["targets"]},
+        name,
+        source=seqio.FunctionDataSource(source, splits=("train", "validation")),
+        preprocessors=steps,
+        output_features={"inputs": feature, "targets": feature},
         metric_fns=[],
     )
-    with pytest.raises(DataError, match="changes its tokens by <lambda>.*--objective"):
-        registry.text_task("noisy")
-    for name in ("noisy", "shout"):
+
+
+ours, tokens = seqio.ByteVocabulary(extra_ids=4), seqio.preprocessors
+add("my_text", ours, words, twice, tokens.tokenize, tokens.append_eos)
+add("my_backwards", ours, words, twice, tokens.tokenize, backwards, tokens.append_eos)
+add("my_masked", ours, words, twice, tokens.tokenize, masked, tokens.append_eos)
+add("my_lists", seqio.PassThroughVocabulary(263), lists)
+add("my_other", seqio.ByteVocabulary(extra_ids=9), words, twice, tokens.tokenize, backwards)
+seqio.MixtureRegistry.add("my_mixture", [("my_text", 3.0), ("my_masked", 1.0)])
+"""
+
+
+@pytest.fixture
+def ids_module(folder):
+    seqio = pytest.importorskip("seqio")
+    (folder / "my_ids.py").write_text(IDS_MODULE)
+    yield seqio
+    for name in [name for name in seqio.TaskRegistry.names() if name.startswith("my_")]:
         seqio.TaskRegistry.remove(name)
-    seqio.MixtureRegistry.remove("shouts")
+    seqio.MixtureRegistry.remove("my_mixture")
+
+
+def stored_pairs(directory):
+    from encdec.data.records import decode_row
+
+    records = open_records(directory)
+    found = []
+    for row in records.read(range(len(records))):
+        for source, target in zip(*decode_row(row, records.card.token_dtype)):
+            found.append((tuple(source.tolist()), tuple(target.tolist())))
+    return records.card, sorted(found)
+
+
+def seqio_pairs(seqio, name, lengths):
+    dataset = seqio.get_mixture_or_task(name).get_dataset(lengths, "train", shuffle=False)
+    taken = dataset.take(12).as_numpy_iterator()
+    return sorted((tuple(x["inputs"].tolist()), tuple(x["targets"].tolist())) for x in taken)
+
+
+def test_tasks_that_change_their_tokens_are_read_as_ids(ids_module, capsys):
+    """As seqio's own pipeline gives them, by its vocabulary or not at all."""
+    lengths = {"inputs": 16, "targets": 12}
+    flags = ["--module=my_ids", "--inputs_length=16", "--targets_length=12"]
+    for name in ("my_backwards", "my_masked"):
+        given = [*flags, f"--task={name}", "--vocabulary=bytes", f"--out=ids/{name}"]
+        assert cli.main(["prepare", *given, "--extra_ids=9"]) == ConfigError.exit_code
+        assert "give --vocabulary=bytes --extra_ids=4" in capsys.readouterr().err
+        assert cli.main(["prepare", *given, "--extra_ids=4"]) == 0
+        card, pairs = stored_pairs(f"ids/{name}")
+        assert pairs == seqio_pairs(ids_module, name, lengths)
+        assert card.inputs_eos and not card.truncated and card.lost["texts"] == 0
+    assert cli.main(["data", "list", "--module=my_ids"]) == 0
+    listed = capsys.readouterr().out
+    assert "my_masked: a task of seqio's registry" in listed
+    assert "my_mixture: mixture of my_masked, my_text" in listed
+    shown = ["data", "show", "my_masked", *flags, "--extra_ids=4", "--count=1"]
+    assert cli.main(shown) == 0 and "<extra_id_0>" in capsys.readouterr().out
+    assert cli.main(["vocab", "--module=my_ids", "--task=my_masked", "--out=v.model"]) == 3
+    assert "has ids and no text" in capsys.readouterr().err
+
+
+def test_ids_of_a_source_and_of_other_vocabularies(ids_module, capsys):
+    flags = ["--module=my_ids", "--inputs_length=16", "--targets_length=12", "--vocabulary=bytes"]
+    assert cli.main(["prepare", *flags, "--task=my_lists", "--extra_ids=4", "--out=lists"]) == 0
+    assert stored_pairs("lists")[1] == [((5, 6, 7), (8, 9))]
+    assert cli.main(["prepare", *flags, "--task=my_lists", "--out=x"]) == ConfigError.exit_code
+    assert "its own vocabulary, of 263 ids" in capsys.readouterr().err
+    assert cli.main(["prepare", *flags, "--task=my_other", "--extra_ids=4", "--out=x"]) == 2
+    assert "--extra_ids=9" in capsys.readouterr().err
+
+
+def test_a_mixture_with_ids_keeps_its_rates(ids_module):
+    flags = ["--module=my_ids", "--inputs_length=16", "--targets_length=12", "--vocabulary=bytes"]
+    assert cli.main(["prepare", *flags, "--task=my_mixture", "--extra_ids=4", "--out=mixed"]) == 0
+    card, pairs = stored_pairs("mixed")
+    sentinels = sum(262 in source for source, _ in pairs)
+    # Until both are read: 12 masked ones, and three times as many of the other.
+    assert sentinels == 12 and 45 <= card.examples <= 48
+    assert card.origin["rates"] == [1.0, 3.0] and [*card.origin["mixture"]] == [
+        "my_masked",
+        "my_text",
+    ]
+    text = {pair for pair in pairs if 262 not in pair[0]}
+    assert text == set(seqio_pairs(ids_module, "my_text", {"inputs": 16, "targets": 12}))
+
+
+def test_ids_are_evaluated_where_they_are_those_of_a_text(ids_module):
+    from encdec.evaluation.examples import of_task
+    from encdec.modules import import_modules
+
+    import_modules(["my_ids"])
+    one = of_task("my_backwards", None, "validation", ("exact_match",), 2).examples[1]
+    assert (one.source, one.references) == ("elm tree", ("eert mle",))
+    with pytest.raises(DataError, match="my_masked needs the lengths of rows"):
+        of_task("my_masked", None, "validation", ("exact_match",))
+    with pytest.raises(DataError, match="example 1 has ids that no text gives"):
+        list(registry.text_task("my_masked").at_lengths(16, 8).examples("validation", BadRows()))
+    with pytest.raises(DataError, match="ids without a text"):
+        of_task("my_lists", None, "validation", ("exact_match",))
 
 
 def test_names_are_kept_apart_and_mistakes_are_named(folder):

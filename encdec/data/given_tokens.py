@@ -1,0 +1,104 @@
+"""Examples that another pipeline made as ids, in a vocabulary that has to be the records' own.
+
+A document is then not text but the ids of each side in decimal, with spaces between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from encdec.data.objectives import FIT_LENGTHS, Document, Encoded, Form, Objective
+from encdec.data.vocabulary import Vocabulary
+from encdec.errors import ConfigError, DataError
+
+
+def as_document(*sides: Iterable[int]) -> Document:
+    """The document of an example's ids."""
+    return tuple(" ".join(map(str, ids)) for ids in sides)
+
+
+def ids_of(text: str) -> np.ndarray:
+    """The ids of one side of a document, int32."""
+    return np.array(text.split(), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenTokens(Objective):
+    """Pairs of ids, taken as they are; too long ones lose their end, but not an EOS there.
+
+    Attributes:
+        task: whose ids they are.
+        flags: how a command names their vocabulary.
+        fingerprint: of that vocabulary; "" where its ids have no text.
+        size: its ids.
+        inputs_eos: whether sources end with EOS.
+    """
+
+    task: str
+    flags: str
+    fingerprint: str
+    size: int
+    inputs_eos: bool = True
+    document_fields: ClassVar[tuple[str, ...]] = ("ids of sources", "ids of targets")
+    is_random = False
+    reads_text = False
+
+    def check(self, form: Form) -> None:
+        """ConfigError where the records' vocabulary is not that of the ids."""
+        vocabulary = form.vocabulary
+        same = self.fingerprint or vocabulary.size == self.size
+        if same and self.fingerprint in ("", vocabulary.fingerprint):
+            return
+        raise ConfigError(
+            f"{self.task} makes ids of its own vocabulary, of {self.size:,} ids, and the records' "
+            f"is another, of {vocabulary.size:,}; give {self.flags}, or register the task with "
+            "the steps before tokens are made alone"
+        )
+
+    def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
+        encoded, vocabulary = Encoded(), form.vocabulary
+        for number, document in enumerate(documents, first_document):
+            sides = [ids_of(text) for text in document]
+            for ids in sides:
+                if len(ids) and not 0 < ids.min() <= ids.max() < vocabulary.size:
+                    raise DataError(
+                        f"{self.task}, example {number}: ids from {ids.min()} to {ids.max()}; "
+                        f"expected 1 to {vocabulary.size - 1}, and no padding, which is id 0"
+                    )
+            *sources, target = sides
+            source = sources[0] if self.has_source else np.zeros(0, np.int32)
+            if not len(target) or (self.has_source and not len(source)):
+                encoded.dropped["empty_source" if len(target) else "empty_target"] += 1
+                continue
+            for side, ids in (("sources", source), ("targets", target)):
+                for length in FIT_LENGTHS:
+                    encoded.fits[f"{side} {length}"] += len(ids) <= length
+            source = _cut(encoded, vocabulary, "source", source, form.inputs_length)
+            target = _cut(encoded, vocabulary, "target", target, form.targets_length)
+            encoded.add(source, target, int(vocabulary.byte_lengths[target].sum()))
+        return encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenTargets(GivenTokens):
+    """The same of tasks without sources, for decoder-only models alone."""
+
+    inputs_eos: bool = False
+    document_fields: ClassVar[tuple[str, ...]] = ("ids of targets",)
+    has_source = False
+
+
+def _cut(
+    encoded: Encoded, vocabulary: Vocabulary, side: str, ids: np.ndarray, length: int
+) -> np.ndarray:
+    if len(ids) <= length:
+        return ids
+    encoded.truncated[f"{side}s"] += 1
+    encoded.truncated[f"{side}_tokens"] += len(ids) - length
+    if ids[-1] != vocabulary.eos_id:
+        return ids[:length]
+    return np.append(ids[: length - 1], np.int32(vocabulary.eos_id))
