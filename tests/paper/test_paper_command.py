@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 
 import pytest
 
 from encdec.cost.flops import count_parameters, training_flops
+from encdec.data import registry
+from encdec.data.records import open_records
 from encdec.errors import ConfigError, DataError
+from encdec.evaluation.examples import of_task
 from encdec.paper import costs
 from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, evenly
@@ -145,6 +149,63 @@ def test_all_runs_of_a_student_and_again(inputs, tmp_path, capsys, monkeypatch):
     assert not (moved / "runs").exists()
     with pytest.raises(ConfigError, match=r"other settings: pretrain.steps is .* and 4 here"):
         main(arguments(inputs, tmp_path, "--config.pretrain.steps=4"))
+
+
+MODULE = """
+from encdec.tasks import FileTask, register_task
+
+register_task(
+    FileTask(
+        "shouting",
+        "words in capitals",
+        fields=("text",),
+        document=lambda row: ("Shout: " + row["text"], row["text"].upper()),
+        splits={"train": None, "validation": None},
+        metrics=("exact_match",),
+    )
+)
+"""
+
+
+def test_a_task_of_a_users_module_takes_part(inputs, tmp_path, monkeypatch):
+    """Its rows by its preprocessor are what is trained on; evaluation finds them and its metric."""
+    (tmp_path / "my_paper_tasks.py").write_text(MODULE)
+    config = (inputs / "config.py").read_text().replace("code_java2cs", "shouting")
+    (tmp_path / "config.py").write_text(config)
+    for split, count in (("train", 30), ("validation", 5)):
+        rows = [json.dumps({"text": f"{split} {n}"}) for n in range(count)]
+        folder = tmp_path / "data" / "shouting"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("encdec.paper.runs.Experiment.run", lambda self: None)
+    monkeypatch.setattr("encdec.evaluation.results_table.table_markdown", lambda content: "")
+    given = ["--config=config.py", "--data_dir=data", f"--text={inputs / 'text.jsonl'}"]
+    with pytest.raises(DataError, match="no task 'shouting'.*--module"):
+        main([*given, "--workdir=without"])
+    try:
+        assert main([*given, "--workdir=work", "--module=my_paper_tasks"]) == 0
+        written = [
+            json.loads(line)
+            for line in pathlib.Path("work/tasks/train/shouting.jsonl").read_text().splitlines()
+        ]
+        assert written[1] == {
+            "source": "Shout: train 2",
+            "target": "TRAIN 2",
+            "targets": ["TRAIN 2"],
+        }
+        counts = json.loads(pathlib.Path("work/counts.json").read_text())["shouting"]
+        assert counts["train"]["taken"] == 10 and counts["validation"]["found"] == 5
+        records = open_records("work/records/code-train")
+        assert records.card.examples == 10
+        task = of_task("shouting", "work/tasks", "validation")
+        assert task.metrics == ("exact_match",)
+        assert task.examples[0].references == ("VALIDATION 0",)
+    finally:
+        for tasks in (registry.TEXT_TASKS, registry.FILE_TASKS):
+            tasks.pop("shouting", None)
+        sys.modules.pop("my_paper_tasks", None)
 
 
 @pytest.mark.parametrize("size", ["laptop", "gpu"])

@@ -13,17 +13,16 @@ import time
 
 import pytest
 
-from encdec.data.records import read_card
+from encdec import cli
+from encdec.data.registry import TEXT_TASKS
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, DataError, NonFiniteError
-from encdec.evaluation.examples import Example, Examples
 from encdec.inference.loading import load
 from encdec.inference.settings import GenerationSettings
 from encdec.metrics.registry import metric_named
 from encdec.scaling.ladder import Plan, parse_ladder, plan
 from encdec.scaling.results import ResultsFile, collect
 from encdec.scaling.run import Workdir, run_plan
-from encdec.scaling.score import score_plan
 
 LADDER = {
     "name": "tiny",
@@ -279,20 +278,42 @@ def test_the_ladder_is_trained_and_recorded(undisturbed):
     assert found["dec_tiny_128_s0", 16] < found["dec_tiny_64_s0", 8]
 
 
+MODULE = """
+from encdec.tasks import TextTask, register_task
+
+def pairs(split, bad_rows):
+    yield from {"train": [], "test": [("ab", "ba"), ("hello", "x")]}[split]
+
+register_task(TextTask("my_pairs", pairs, splits=("train", "test"), metrics=("exact_match",)))
+"""
+
+
 @pytest.mark.slow
-def test_every_finished_run_is_scored_once(undisturbed, records, eval_records):
-    found = plan(tiny(records, eval_records).ladder, read_card(records))
-    task = Examples("pairs", (Example("ab", ("ba",)), Example("hello", ("x",))), ("rougeL",))
-    first = score_plan(found, undisturbed, task)
-    assert sorted(first) == sorted(run.name for run in found.runs)
-    assert score_plan(found, undisturbed, task) == []
+def test_every_finished_run_is_scored_once(
+    undisturbed, records, eval_records, tmp_path, monkeypatch, capsys
+):
+    """On a task of a module of the user's own, by the command."""
+    (tmp_path / "my_ladder_tasks.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    words = command(undisturbed, records, eval_records, "--task=my_pairs", "--split=test")
+    words = ["scaling", "score", *words[5:], "--metrics=rougeL"]
+    assert cli.main(words) == DataError.exit_code and "--module" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        assert cli.main([*words, "--module=my_ladder_tasks"]) == 0
+        assert "4 to score on 2 examples of my_pairs" in capsys.readouterr().err
+        assert cli.main([*words, "--module=my_ladder_tasks"]) == 0
+        assert "0 to score on" in capsys.readouterr().err
+    finally:
+        TEXT_TASKS.pop("my_pairs")
+        sys.modules.pop("my_ladder_tasks")
     # The score is that of the answers which each model gives to one input at a time.
     rows = {row["run"]: row for row in rows_of(undisturbed) if "scores" in row}
     assert len(rows) == 4
     generator = load(Workdir(undisturbed).run_directory("dec_tiny_128_s0"))
     answers = [
-        generator.generate([one.source], GenerationSettings(max_tokens=12))[0][0].text
-        for one in task.examples
+        generator.generate([source], GenerationSettings(max_tokens=12))[0][0].text
+        for source in ("ab", "hello")
     ]
     row = rows["dec_tiny_128_s0"]
     assert row["scores"] == metric_named("rougeL")(["ba", "x"], answers)
