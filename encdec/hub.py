@@ -1,23 +1,29 @@
-"""The Hugging Face Hub by its own client: models fetched by name, exports pushed.
+"""The Hugging Face Hub by its own client: models and data fetched by name, exports pushed.
 
 Its environment holds: HF_TOKEN or a login, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME for the cache.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import glob
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from encdec.errors import ConfigError, DataError
 from encdec.logs import shows_progress
 from encdec.packages import require
+from encdec.storage import any_path
 
 # What an import reads of a repository: no checkpoints of other frameworks.
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "vocabulary/*")
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+# A revision has no slash, but for those that the Hub makes itself.
+_REVISION = r"refs/(?:convert|pr)/[^/]+|[^/]+"
+_DATA = re.compile(rf"hf://(datasets/)?(?!datasets/|spaces/)({_NAME})(?:@({_REVISION}))?/(.+)")
 
 
 def repository(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
@@ -45,6 +51,76 @@ def download(name: str, revision: str | None = None) -> pathlib.Path:
             name, revision=revision, allow_patterns=list(PATTERNS)
         )
     return pathlib.Path(folder)
+
+
+def is_data(path: str | os.PathLike[str]) -> bool:
+    """Whether this is written as the address of files of the Hub."""
+    return os.fspath(path).startswith("hf://")
+
+
+def data_path(text: str) -> str:
+    """``argparse`` type of flags that name data: ``any_path``, and addresses of the Hub."""
+    if not is_data(text):
+        return any_path(text)
+    try:
+        _parts(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def data_files(address: str, wanted: Callable[[str], bool]) -> list[pathlib.Path]:
+    """Files of a repository in the Hub's cache, fetched if need be; a file also without connection.
+
+    Args:
+        address: ``hf://datasets/ORG/NAME[@REVISION]/PATH``, or ``hf://ORG/NAME[@REVISION]/PATH`` of
+            a model's repository; PATH is a file, a folder or a shell's pattern.
+        wanted: whether a file of a folder, by its name, is taken.
+
+    Raises:
+        ConfigError: an address that is none of these, or huggingface_hub is not installed.
+        DataError: no such repository or file, no right to it, or no connection.
+    """
+    kind, name, revision, path = _parts(address)
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    _show_bars()
+
+    def fetch(file: str) -> pathlib.Path:
+        found = huggingface_hub.hf_hub_download(name, file, repo_type=kind, revision=revision)
+        return pathlib.Path(found)
+
+    with _explained(address, "give what is there; private data needs HF_TOKEN or a login"):
+        if not glob.has_magic(path):
+            try:
+                return [fetch(path)]
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                pass  # a folder, or nothing
+        files = huggingface_hub.HfFileSystem()
+        if glob.has_magic(path):
+            found = files.glob(address)
+        else:
+            found = []
+            with contextlib.suppress(FileNotFoundError, EntryNotFoundError):
+                found = [file for file in files.find(address, maxdepth=1) if wanted(file)]
+        if not found:
+            raise DataError(f"no file is at {address}; give a file, folder or pattern that is")
+        return [fetch(files.resolve_path(file).path_in_repo) for file in sorted(found)]
+
+
+def _parts(address: str) -> tuple[str, str, str | None, str]:
+    """(kind of repository, its name, revision, path in it); ConfigError where it is unlike that."""
+    match = _DATA.fullmatch(address)
+    if match is None:
+        raise ConfigError(
+            f"{address} is no address of files of the Hub; expected "
+            "hf://datasets/ORG/NAME/PATH, or hf://datasets/ORG/NAME@REVISION/PATH"
+        )
+    require("huggingface_hub", "hf", address)
+    return "dataset" if match[1] else "model", match[2], match[3], match[4]
 
 
 def check_push(name: str, private: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import http.server
 import json
@@ -35,6 +36,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     files: dict[str, bytes] = {}  # noqa: RUF012
     created: list[dict] = []  # noqa: RUF012
     asked: list[str] = []  # noqa: RUF012
+    data: dict[str, bytes] = {}  # noqa: RUF012  # of the data set org/rows
 
     def log_message(self, *_):
         pass
@@ -61,7 +63,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
         self.asked.append(path)
-        if not path.startswith(("/api/models/org/tiny", "/org/tiny/resolve/")):
+        if path.startswith(("/api/datasets/org/rows", "/datasets/org/rows/resolve/main/")):
+            self.answer_data(path)
+        elif not path.startswith(("/api/models/org/tiny", "/org/tiny/resolve/")):
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         elif path.startswith("/org/tiny/resolve/"):
             name = path.split("/", 5)[5]
@@ -76,12 +80,51 @@ class Hub(http.server.BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in self.files]
             self.answer({"id": "org/tiny", "sha": self.sha, "siblings": siblings, "tags": []})
 
+    def answer_data(self, path):
+        """The data set org/rows: what it is, its folders, its files."""
+        sha = "5" * 40
+        below = path.partition("/resolve/main/")[2] or path.partition("/tree/main")[2].strip("/")
+        if "/resolve/" in path and below in self.data:
+            content = self.data[below]
+            tag = hashlib.sha1(content).hexdigest()
+            self.answer(content, ETag=f'"{tag}"', X_Repo_Commit=sha)
+        elif "/tree/" in path:
+            found = [name for name in self.data if not below or name.startswith(below + "/")]
+            rests = {name: name[len(below) :].strip("/").split("/") for name in found}
+            folders = {f"{below}/{rest[0]}".strip("/") for rest in rests.values() if rest[1:]}
+            entries = [
+                {"type": "file", "path": n, "size": len(self.data[n]), "oid": "0" * 40}
+                for n in found
+                if len(rests[n]) == 1 or "recursive=true" in self.path.lower()
+            ]
+            entries += [{"type": "directory", "path": n, "oid": "0" * 40} for n in folders]
+            missing = {"status": 404, "X_Error_Code": "EntryNotFound"}
+            if found:
+                self.answer(entries)
+            else:
+                self.answer({"error": "Entry not found"}, **missing)
+        elif path in ("/api/datasets/org/rows", "/api/datasets/org/rows/revision/main"):
+            self.answer({"id": "org/rows", "sha": sha, "siblings": [], "tags": []})
+        else:
+            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+
     do_HEAD = do_GET
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.asked.append(self.path)
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if "/paths-info/" in self.path:
+            asked = json.loads(body) if body[:1] == b"{" else urllib.parse.parse_qs(body.decode())
+            paths = asked["paths"] if isinstance(asked["paths"], list) else [asked["paths"]]
+            entries = []
+            for name in paths:
+                if name in self.data:
+                    size = len(self.data[name])
+                    entries.append({"type": "file", "path": name, "size": size, "oid": "0" * 40})
+                elif any(file.startswith(name + "/") for file in self.data):
+                    entries.append({"type": "directory", "path": name, "oid": "0" * 40})
+            self.answer(entries)
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer({"error": "Invalid username or password."}, 401)
         elif self.path == "/api/repos/create":
             self.created.append(json.loads(body))
@@ -121,7 +164,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("files", "created", "asked"):
+    for name in ("files", "created", "asked", "data"):
         monkeypatch.setattr(Hub, name, type(getattr(Hub, name))())
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -214,3 +257,74 @@ def test_names_and_licences(tmp_path, monkeypatch):
         check_license("a licence")
     command = ["export", "--checkpoint=none", "--format=hf", "--out=o"]
     assert cli.main([*command, "--private"]) in (2, 4)
+
+
+ROWS = [b'{"source": "%d", "target": "%d"}\n' % (n, n + 1) for n in range(6)]
+
+
+def test_data_of_the_hub_is_read_by_its_address(tmp_path, server):
+    """A file, a folder and a pattern give the records of the same files on this machine."""
+    Hub.data.update(
+        {
+            "README.md": b"# rows\n",
+            "data/train-0.jsonl": b"".join(ROWS[:4]),
+            "data/train-1.jsonl.gz": gzip.compress(b"".join(ROWS[4:])),
+            "data/notes.bin": b"no rows",
+        }
+    )
+    (tmp_path / "here").mkdir()
+    for name in ("train-0.jsonl", "train-1.jsonl.gz"):
+        (tmp_path / "here" / name).write_bytes(Hub.data[f"data/{name}"])
+    prepare = (
+        "prepare = lambda out, *files: main(['prepare', '--jsonl', *files, '--vocabulary=bytes',"
+        " '--workers=1', '--inputs_length=8', '--targets_length=8', '--split=train',"
+        " '--out=' + out])\n"
+    )
+    hub = "hf://datasets/org/rows"
+    out = run(
+        tmp_path,
+        server,
+        f"{prepare}"
+        "assert prepare('local', 'here') == 0\n"
+        f"assert prepare('folder', '{hub}/data') == 0\n"
+        f"assert prepare('pattern', '{hub}/data/train-*') == 0\n"
+        f"assert prepare('files', '{hub}@main/data/train-0.jsonl',"
+        f" '{hub}/data/train-1.jsonl.gz') == 0\n"
+        f"assert prepare('no', '{hub}/data/absent.jsonl') == 3\n"
+        f"assert prepare('no', '{hub}/absent/*.jsonl') == 3\n"
+        "assert prepare('no', 'hf://datasets/org/absent/a.jsonl') == 3\n",
+    )
+    wanted = {p.name: p.read_bytes() for p in (tmp_path / "local").glob("*.arrayrecord")}
+    assert wanted
+    for name in ("folder", "pattern", "files"):
+        found = {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.arrayrecord")}
+        assert found == wanted, name
+    assert f"no file is at {hub}/data/absent.jsonl" in out and not (tmp_path / "no").exists()
+    assert "hf://datasets/org/absent/a.jsonl on the Hub: " in out
+    asked = len(Hub.asked)
+    run(
+        tmp_path,
+        server,
+        f"{prepare}assert prepare('offline', '{hub}/data/train-0.jsonl') == 0\n",
+        HF_HUB_OFFLINE="1",
+    )
+    assert len(Hub.asked) == asked
+
+
+def test_addresses_of_data(monkeypatch, capsys):
+    parts = hub._parts
+    assert parts("hf://datasets/a/b/c/d.csv") == ("dataset", "a/b", None, "c/d.csv")
+    assert parts("hf://a/b@v1/d.csv") == ("model", "a/b", "v1", "d.csv")
+    found = parts("hf://datasets/a/b@refs/convert/parquet/x/0.parquet")
+    assert found == ("dataset", "a/b", "refs/convert/parquet", "x/0.parquet")
+    for wrong in ("hf://datasets/a/b", "hf://a", "hf://spaces/a/b/c", "hf://datasets/a/b/"):
+        with pytest.raises(ConfigError, match="expected hf://datasets/ORG/NAME/PATH"):
+            parts(wrong)
+    # Where the client is not installed, and of flags that name no data: one line.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = ["prepare", "--jsonl=hf://datasets/a/b/c.jsonl", "--out=x", "--vocabulary=bytes"]
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert (
+        "hf://datasets/a/b/c.jsonl needs huggingface_hub, which is not" in capsys.readouterr().err
+    )

@@ -17,6 +17,7 @@ ALL_MAY_IMPORT = {
     "fields",
     "files",
     "flags",
+    "hub",
     "jobs",
     "logs",
     "machine",

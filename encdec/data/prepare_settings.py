@@ -22,6 +22,7 @@ from encdec.data.text_files import plain_name
 from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError
+from encdec.hub import data_path
 from encdec.settings import Settings, setting
 from encdec.storage import any_path, as_path, user_place
 
@@ -47,15 +48,15 @@ class PrepareSettings(Settings):
     jsonl: Sequence[str] = setting(
         (),
         "rows with source and target: JSONL, CSV, TSV (also compressed), Parquet, Arrow; a folder, "
-        "a pattern, or - for standard input",
-        type=any_path,
+        "a pattern, hf://datasets/ORG/NAME/FILE, or - for standard input",
+        type=data_path,
         nargs="+",
         metavar="FILE",
     )
     text: Sequence[str] = setting(
         (),
         "text files, or rows with text as of --jsonl, for pretraining",
-        type=any_path,
+        type=data_path,
         nargs="+",
         metavar="FILE",
     )

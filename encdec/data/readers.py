@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from encdec import hub
 from encdec.buckets import is_address
 from encdec.data.objectives import Document
 from encdec.data.tables import (
@@ -90,12 +91,16 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
 
     A folder gives what the datasets library saved in it, else its files of rows and text by name;
     a pattern is a shell's, "**" any depth; "-" is standard input, which is read to its end here.
+    ``hf://`` addresses name files, folders and patterns of the Hub (``hub.data_files``).
 
     Raises:
         DataError: no file given, or none where a path says.
     """
     files: list[pathlib.Path] = []
     for path in paths:
+        if hub.is_data(path):
+            files += hub.data_files(os.fspath(path), lambda file: _ending(file) in FOLDER_ENDINGS)
+            continue
         place = user_place("an input file", path)
         if is_address(place):
             try:
@@ -136,7 +141,7 @@ def _expanded(path: str) -> list[pathlib.Path]:
     raise DataError(f"input file {place} not found; give existing files")
 
 
-def _ending(file: pathlib.Path) -> str:
+def _ending(file: str | pathlib.Path) -> str:
     return pathlib.PurePath(plain_name(file)).suffix.lower()
 
 

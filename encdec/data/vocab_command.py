@@ -23,6 +23,7 @@ from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_bytes
 from encdec.flags import Parser
+from encdec.hub import data_path
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, make_directory, user_place
 
@@ -157,10 +158,10 @@ def parser() -> argparse.ArgumentParser:
     tasks = ", ".join(TEXT_TASKS)
     flags.add_argument("--task", action="append", help=f"train on a task's text: {tasks}")
     flags.add_argument(
-        "--jsonl", type=any_path, nargs="+", metavar="FILE", help="rows with source and target"
+        "--jsonl", type=data_path, nargs="+", metavar="FILE", help="rows with source and target"
     )
     flags.add_argument(
-        "--text", type=any_path, nargs="+", metavar="FILE", help="text, or rows with text"
+        "--text", type=data_path, nargs="+", metavar="FILE", help="text, or rows with text"
     )
     for name in FIELD_FLAGS:
         field = PrepareSettings.__dataclass_fields__[name]

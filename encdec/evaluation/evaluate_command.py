@@ -8,6 +8,7 @@ from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.evaluation.settings import EvaluationSettings
 from encdec.flags import Parser
+from encdec.hub import data_path
 from encdec.inference.settings import GenerationSettings, add_draft_option
 from encdec.metrics.registry import METRICS
 from encdec.modules import add_module_flag, import_modules
@@ -126,7 +127,7 @@ def _add_task_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="validation", help="default %(default)s")
     parser.add_argument(
         "--jsonl",
-        type=any_path,
+        type=data_path,
         action="append",
         default=[],
         metavar="FILE",

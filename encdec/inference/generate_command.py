@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
+from encdec.hub import data_path
 from encdec.inference.progress import Progress
 from encdec.inference.settings import GenerationSettings, add_draft_option, check_numbers
 from encdec.logs import logger
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
     parser.add_argument(
         "--file",
-        type=any_path,
+        type=data_path,
         metavar="IN",
         help="inputs, one a line: JSONL with the field 'source', or text; - is standard input",
     )

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from encdec.errors import ConfigError, DataError
 from encdec.fields import unknown_field
 from encdec.flags import Parser
+from encdec.hub import data_path
 from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, local_path
@@ -178,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--text",
-        type=any_path,
+        type=data_path,
         action="append",
         default=[],
         metavar="FILE",
