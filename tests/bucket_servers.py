@@ -11,6 +11,7 @@ import http.client
 import http.server
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -43,8 +44,15 @@ class Proxy:
                         body += self.rfile.read(size)
                         self.rfile.readline()
                     self.rfile.readline()
-                proxy.requests.append((self.command, self.path))
-                status = proxy.fault(self.command, self.path) if proxy.fault else None
+                # Some uploads name their object in the body.
+                named = (
+                    re.search(rb'"name": ?"([^"]+)"', body[:2000])
+                    if "upload" in self.path
+                    else None
+                )
+                path = f"{self.path}&name={named[1].decode()}" if named else self.path
+                proxy.requests.append((self.command, path))
+                status = proxy.fault(self.command, path) if proxy.fault else None
                 if status:
                     self.answer(status, [], b"refused by the test")
                     return
