@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ from encdec.errors import ConfigError
 from encdec.inference import progress
 from encdec.inference.progress import Progress
 from encdec.train.metrics import Console
+from encdec.train.session import _introduce
 from tests.parsers import all_parsers
 
 PACKAGE = pathlib.Path(cli.__file__).parent
@@ -136,6 +138,24 @@ def test_bars_and_lines_of_progress_are_left_out_and_warnings_are_not(records, c
         assert part in shown
     logs.set_level(logs.QUIET)
     assert everything() == "warning: few rows\n"
+
+
+@pytest.mark.parametrize("batch_size", [15, 16])
+def test_a_batch_larger_than_the_data_is_warned_of_even_if_quiet(batch_size, capsys):
+    program = SimpleNamespace(
+        mesh=SimpleNamespace(shape={"data": 1}),
+        abstract_state=SimpleNamespace(params={}),
+        unsharded=[],
+    )
+    run = SimpleNamespace(model="test", steps=5, batch_size=batch_size)
+    job = SimpleNamespace(program=program, run=run, teacher=None, records=range(15))
+    logs.set_level(logs.QUIET)
+    _introduce(job, Console(5))
+    larger = "a batch of 16 rows is larger than the data, 15 rows"
+    shown = capsys.readouterr().err
+    assert (
+        (larger in shown and "--config.batch_size=1 " in shown) if batch_size == 16 else not shown
+    )
 
 
 def test_verbose_shows_where_an_error_began(capsys):
