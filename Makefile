@@ -2,6 +2,8 @@
 # make test         environment with the test tools, then every test
 # make test-light   the same for an environment without TensorFlow, with its own tests
 # make check        style (ruff.toml), types (pyproject.toml), sizes of functions
+# make guard        compiles the paper's model for TPUs (EXTRAS=test,tpu): is it slower or larger
+#                   than tests/hardware/recorded.json says? Other steps are guarded by every test
 # make coverage     every test, then the share of each package's lines that they ran
 # make mutants      puts known faults into a copy, one at a time: do the tests notice?
 #                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
@@ -40,7 +42,7 @@ FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
-.PHONY: quickstart install test test-light check coverage mutants docs lm-eval \
+.PHONY: quickstart install test test-light check guard coverage mutants docs lm-eval \
 	launcher-parsers transformers-4.57 clean
 .DEFAULT_GOAL := quickstart
 
@@ -60,6 +62,9 @@ check: $(TESTED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --noconftest -p no:cacheprovider tests/test_function_sizes.py
+
+guard: $(TESTED)
+	ENCDEC_GUARD_ALL=1 $(BIN)/python -m pytest tests/hardware/test_guard.py -k 330m
 
 coverage: $(TESTED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov=encdec --cov-report= $(TESTS)

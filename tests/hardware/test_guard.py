@@ -9,11 +9,17 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
+import os
 
 import pytest
 
 from encdec.hardware.guard import growth
 from tests.hardware.record import FILE, STEPS, compiled_report, read_recorded
+
+# Two minutes of one core, a seventh of all other tests together: `make guard` compiles it.
+LONG = pytest.mark.skipif(
+    not os.environ.get("ENCDEC_GUARD_ALL"), reason="takes two minutes: make guard"
+)
 
 RECORDED = read_recorded() if FILE.exists() else {}
 REPORT = {
@@ -73,7 +79,9 @@ def test_different_steps_are_not_compared():
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
 )
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LONG if name == "330m" else ()) for name in STEPS]
+)
 def test_no_step_is_slower_or_larger_than_recorded(name):
     compiler = importlib.metadata.version("libtpu")
     if compiler != RECORDED["compiler"]:
