@@ -130,11 +130,11 @@ def test_every_flag_that_names_a_path_has_the_type():
     assert not forgotten, "give them type=encdec.storage.local_path: " + ", ".join(forgotten)
 
 
-def test_training_on_a_full_disk_names_the_last_whole_checkpoint(tmp_path):
+def test_training_on_a_full_disk_names_the_last_whole_checkpoint(one_device, tmp_path):
     """A limit on file sizes refuses like a full disk, from some step on, and needs no mount."""
     write_records(tmp_path / "records", random_pairs(16, seed=0))
     command = [
-        sys.executable, "-m", "encdec", "train", f"--config={REPOSITORY}/configs/pretrain.py:test",
+        "train", f"--config={REPOSITORY}/configs/pretrain.py:test",
         "--config.model_overrides.vocab_size=264", "--config.batch_size=8", *SHARED,
         "--config.checkpoint.every=1", "--config.steps=2",
         f"--config.data.records={tmp_path}/records", f"--workdir={tmp_path}/run",
@@ -142,14 +142,18 @@ def test_training_on_a_full_disk_names_the_last_whole_checkpoint(tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     uncached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # it would be cut, too
     refused = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=limit, env=uncached
+        [sys.executable, "-m", "encdec", *command],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        env=uncached,
     )
     assert refused.returncode == StorageError.exit_code, refused.stderr
     assert "Traceback" not in refused.stderr
     # Python may warn at its end of reads that were given up.
     [error] = [line for line in refused.stderr.splitlines() if line.startswith("encdec: error")]
     assert "file too large" in error and "begins at step 0" in error
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert cli.main(command) == 0
 
 
 @pytest.mark.parametrize("existed", [False, True])

@@ -24,6 +24,7 @@ from encdec.train.loop import train
 from encdec.train.sharding import path_name
 from encdec.train.workdir import read_config
 from tests.adapt.test_parameters import fields, random_params
+from tests.devices import one_device
 from tests.train.conftest import random_pairs, small_run, write_records
 
 # Of Gemma 2's shape: what T5Gemma is made of.
@@ -133,6 +134,7 @@ HOLD, STEPS = 2, 4
 
 
 @pytest.fixture(scope="module")
+@one_device()
 def trained(source, tmp_path_factory):
     """An adapted model's run with all but cross-attention held at first, and its settings."""
     folder = tmp_path_factory.mktemp("trained")
@@ -159,6 +161,7 @@ def flat(workdir, step=None):
     return {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_that_is_cut_around_the_switch_ends_in_the_same_bits(trained, tmp_path):
     folder, run = trained
     first = flat(folder / "adapted")

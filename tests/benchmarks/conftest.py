@@ -9,7 +9,7 @@ from tests.train.conftest import eval_records, records  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
-def quick_rates(monkeypatch):
-    """The machine's rates from megabytes: they are not what is tested."""
+def quick_rates(monkeypatch, one_device):
+    """The machine's rates from megabytes, on one device: they are not what is tested."""
     monkeypatch.setattr(device_rates, "_READ_BYTES", 2**22)
     monkeypatch.setattr(device_rates, "_SIDE", 128)

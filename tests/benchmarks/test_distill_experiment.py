@@ -26,11 +26,13 @@ from encdec.errors import ConfigError
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.loop import train
+from tests.devices import one_device
 from tests.distill.conftest import records, teacher  # noqa: F401
 from tests.train.conftest import small_run
 
 
 @pytest.fixture(scope="module")
+@one_device()
 def student(records, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("student") / "work"
     train(

@@ -15,6 +15,7 @@ def test_the_ratio_is_of_the_two_step_times(capsys):
         "--model=test",
         "--inputs_length=24",
         "--targets_length=12",
+        "--batch_size=8",
         "--window=5",
         "--repeats=3",
         "--json",

@@ -49,6 +49,10 @@ VARIANTS = {
 }
 
 
+# Those of which the backward pass is counted, too: each kind of product once.
+TRAINED = ("plain", "untied", "extra norms", "merged", "unrolled and gated")
+
+
 def variant(name: str, peer: str):
     """The ``test`` preset with the variant's changes, or a decoder-only model like it."""
     config = preset("test", **VARIANTS[name])
@@ -181,8 +185,9 @@ def test_forward_and_training_flops_equal_the_jaxprs(name, peer):
     full = {"batch_size": rows, "causal": "full"}
     forward = forward_flops(config, inputs, targets, **full).total
     assert forward == pytest.approx(products_of(function, params, batch), rel=0.01)
-    training = products_of(jax.value_and_grad(function), params, batch)
-    assert training_flops(config, inputs, targets, **full) == pytest.approx(training, rel=0.01)
+    if name in TRAINED:
+        training = products_of(jax.value_and_grad(function), params, batch)
+        assert training_flops(config, inputs, targets, **full) == pytest.approx(training, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["330m", "330m-dec", "330m-dec-flops"])

@@ -8,6 +8,7 @@ import pytest
 
 from encdec.distill.scoring import score
 from encdec.train.loop import train
+from tests.devices import one_device
 from tests.train.conftest import DECAYING, random_pairs, small_run, write_records
 
 ROWS = 42
@@ -19,6 +20,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+@one_device()
 def teacher(records, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A decoder-only model that has begun to learn, so that its distributions are not flat."""
     workdir = tmp_path_factory.mktemp("teacher") / "work"
@@ -36,6 +38,7 @@ def teacher(records, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+@one_device()
 def scored(records, teacher, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """20 draws of every token."""
     out = tmp_path_factory.mktemp("scored") / "sampled"

@@ -16,12 +16,14 @@ from encdec.inference.loading import load
 from encdec.inference.settings import GenerationSettings
 from encdec.train.job import prepare_job
 from encdec.train.loop import train
+from tests.devices import one_device
 from tests.train.conftest import TARGETS, random_pairs, small_run, write_records
 
 GREEDY = GenerationSettings()
 
 
 @pytest.fixture(scope="module")
+@one_device()
 def student(records, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("student") / "work"
     train(

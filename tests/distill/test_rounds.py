@@ -19,6 +19,7 @@ from tests.train.conftest import small_run
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teacher, tmp_path):
     run = parse_config(
         small_run(

@@ -23,12 +23,14 @@ from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
+from tests.devices import one_device
 from tests.train.conftest import random_pairs, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
+@one_device()
 def full(records, teacher, tmp_path_factory):
     """Every log probability of every token."""
     out = tmp_path_factory.mktemp("full") / "rows"

@@ -69,6 +69,7 @@ def rows_of(out):
     return sorted((json.loads(line) for line in lines), key=lambda row: row["index"])
 
 
+@pytest.mark.usefixtures("one_device")
 def test_scores_and_reports(evaluate, capsys):
     out = evaluate()
     report = json.loads((out / "report.json").read_text())
@@ -91,6 +92,7 @@ def test_decoder_only_models_too(evaluate, decoder_only_run):
     assert [row["prediction"] for row in rows] == [text for _, text in LEARNED]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_what_is_there_is_not_made_again(evaluate, monkeypatch):
     out = evaluate()
     before = json.loads((out / "report.json").read_text())
@@ -104,6 +106,7 @@ def test_what_is_there_is_not_made_again(evaluate, monkeypatch):
         evaluate("--temperature=0.5")
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_line_cut_short_is_made_again(evaluate):
     out = evaluate()
     path = out / "xsum" / "predictions-00000.jsonl"
@@ -116,6 +119,7 @@ def test_a_line_cut_short_is_made_again(evaluate):
         evaluate()
 
 
+@pytest.mark.usefixtures("one_device")
 def test_processes_share_the_windows_out(evaluate, monkeypatch):
     alone = rows_of(evaluate())
     monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 1)
@@ -162,6 +166,7 @@ def test_processes_that_finish_tasks_in_another_order_leave_a_report(
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_sources_that_are_too_long(evaluate):
     with pytest.raises(DataError, match="1 of 4 sources are longer than the 9 tokens"):
         evaluate("--max_input_tokens=9", "--too_long=refuse", "--max_examples=4")
@@ -178,6 +183,7 @@ def test_sources_that_are_too_long(evaluate):
     ]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_empty_sources_are_named_skipped_and_counted(evaluate, tmp_path, capsys):
     folder = tmp_path / "data" / "xsum"
     folder.mkdir(parents=True)
@@ -208,6 +214,7 @@ def constant(self, texts, settings, *, truncate, first_number, on_batch):
     return [[Generation("red.", [1, 2], [0.0, 0.0], "eos", 0.0)] for _ in texts]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_shuffled_sources_take_the_score_of_a_model_that_reads_and_no_others(
     evaluate, monkeypatch, capsys
 ):
@@ -312,6 +319,7 @@ def test_numbers_out_of_range_are_named(flag, message, evaluate):
         evaluate(flag)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_bad_rows_are_named_without_a_flag_that_is_not_there(evaluate, tmp_path):
     (tmp_path / "data" / "xsum").mkdir(parents=True)
     (tmp_path / "data" / "xsum" / "validation.jsonl").write_text("{}\n")
@@ -320,6 +328,7 @@ def test_bad_rows_are_named_without_a_flag_that_is_not_there(evaluate, tmp_path)
     assert "max_bad_rows" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_an_imported_model_is_evaluated_too(evaluate, encoder_decoder_run, tmp_path):
     config, params, _ = load_params_for_inference(encoder_decoder_run)
     write_model(

@@ -8,11 +8,13 @@ import pytest
 
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
+from tests.devices import one_device
 from tests.train.conftest import DECAYING, small_run, write_records
 
 LEARNED = [("one fish", "red."), ("two fish", "blue"), ("a hare", "x"), ("and a tortoise", "slow")]
 
 
+@one_device()
 def overfit(name: str, folder: pathlib.Path) -> pathlib.Path:
     records = write_records(folder / "records", [LEARNED[:2], LEARNED[2:]] * 4)
     overrides = {"vocab_size": 264, "d_model": 64}

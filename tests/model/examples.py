@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
+
+from encdec.model import Model, Params, init_params
+
+
+def drawn(model: Model, seed: int = 0) -> Params:
+    """``init_params`` as one program, not one for each of its operations."""
+    return jax.jit(lambda key: init_params(model, key))(jax.random.key(seed))
 
 
 def packed_batch(rng, vocab, source_lengths, target_lengths, source_width, target_width, rows=2):

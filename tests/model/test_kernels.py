@@ -9,10 +9,10 @@ import pytest
 from flax import linen as nn
 
 from encdec.errors import ConfigError
-from encdec.model import ModelConfig, build_model, init_params, preset
+from encdec.model import ModelConfig, build_model, preset
 from encdec.model.attention import dot_product_attention, segment_mask
 from encdec.model.kernels import resolve_kernel, splash_attention
-from tests.model.examples import packed_batch
+from tests.model.examples import drawn, packed_batch
 
 CONFIG = ModelConfig(num_heads=4, num_kv_heads=2, head_dim=16, dtype="float32")
 
@@ -100,7 +100,7 @@ def test_models_with_splash_equal_models_with_xla(name):
     batch = packed_batch(np.random.default_rng(0), 100, (5, 3), (4, 6), 10, 12)
     if name == "decoder_only":
         batch = {key: x for key, x in batch.items() if key.startswith("decoder_")}
-    params = init_params(build_model(config), jax.random.key(0))
+    params = drawn(build_model(config))
     logits = lambda kernel: jax.jit(
         lambda p: build_model(config.replace(attention_kernel=kernel)).apply({"params": p}, batch)
     )(params)

@@ -31,6 +31,12 @@ LOCAL = preset("test").replace(
 )
 
 
+def cached_step(model):
+    return jax.jit(
+        lambda params, *args: model.apply({"params": params}, *args, method="decode_cached")
+    )
+
+
 def test_a_token_sees_as_far_as_the_windows_of_its_layers_reach():
     """Two local layers of window 3 reach four tokens back; a global layer reaches all."""
     for every, reach in ((0, 4), (2, 8)):
@@ -56,7 +62,7 @@ def test_a_token_sees_as_far_as_the_windows_of_its_layers_reach():
 
 def test_packed_segments_and_cached_decoding_agree_with_the_full_pass():
     model, params, batch = make(LOCAL)
-    packed = apply(model, params, batch, method="hidden")
+    packed, step = apply(model, params, batch, method="hidden"), cached_step(model)
     for number in (1, 2):
         mask = batch["decoder_segment_ids"][0] == number
         alone = apply(
@@ -65,17 +71,11 @@ def test_packed_segments_and_cached_decoding_agree_with_the_full_pass():
         np.testing.assert_allclose(alone, packed[:, mask], rtol=1e-5, atol=1e-5)
         tokens = batch["decoder_input_tokens"][:, mask]
         positions = batch["decoder_positions"][:, mask]
-        cache = init_cache(LOCAL, 2, tokens.shape[1] + 2)
+        cache = init_cache(LOCAL, 2, 8)
         got, start = [], 0
         for count in [2] + [1] * (tokens.shape[1] - 2):
             piece = slice(start, start + count)
-            hidden, cache = model.apply(
-                {"params": params},
-                tokens[:, piece],
-                positions[:, piece],
-                cache,
-                method="decode_cached",
-            )
+            hidden, cache = step(params, tokens[:, piece], positions[:, piece], cache)
             got.append(hidden)
             start += count
         np.testing.assert_allclose(np.concatenate(got, 1), alone, rtol=1e-4, atol=1e-5)
@@ -126,7 +126,7 @@ def test_an_encoder_s_windows_reach_both_ways_and_its_decoder_s_back():
 
 def test_windows_of_an_encoder_decoder_in_packed_rows_and_in_cached_decoding():
     model, params, batch = make(PAIR)
-    packed = apply(model, params, batch, method="hidden")
+    packed, step = apply(model, params, batch, method="hidden"), cached_step(model)
     for number in (1, 2):
         alone = segment(batch, number)
         full = apply(model, params, alone, method="hidden")
@@ -139,18 +139,11 @@ def test_windows_of_an_encoder_decoder_in_packed_rows_and_in_cached_decoding():
             method="source",
         )
         tokens, positions = alone["decoder_input_tokens"], alone["decoder_positions"]
-        cache = init_cache(PAIR, 2, tokens.shape[1] + 2)
+        cache = init_cache(PAIR, 2, 8)
         got, start = [], 0
         for count in [2] + [1] * (tokens.shape[1] - 2):
             piece = slice(start, start + count)
-            hidden, cache = model.apply(
-                {"params": params},
-                tokens[:, piece],
-                positions[:, piece],
-                cache,
-                source,
-                method="decode_cached",
-            )
+            hidden, cache = step(params, tokens[:, piece], positions[:, piece], cache, source)
             got.append(hidden)
             start += count
         np.testing.assert_allclose(np.concatenate(got, 1), full, rtol=1e-4, atol=1e-5)

@@ -34,8 +34,10 @@ def test_one_softmax_spans_source_and_target_whose_positions_continue():
     config = MERGED.replace(cross_attention_rope="continued", decoder_layers=1)
     model, params, batch = make(config)
     rows, width = batch["encoder_input_tokens"].shape
-    source = model.apply(
-        {"params": params},
+    params = jax.device_get(params)
+    source = apply(
+        model,
+        params,
         batch["encoder_input_tokens"],
         np.ones((rows, width), np.int32),
         np.tile(np.arange(width), (rows, 1)),

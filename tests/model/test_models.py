@@ -23,7 +23,7 @@ from encdec.model import (
     scan_params,
     unroll_params,
 )
-from tests.model.examples import decoder_fields, packed_batch, segment
+from tests.model.examples import decoder_fields, drawn, packed_batch, segment
 
 SMALL = preset("test").replace(kv_pairing="grouped")
 DECODER_ONLY = dict(architecture="decoder_only", encoder_layers=0, decoder_layers=3)
@@ -70,9 +70,13 @@ def make(config, seed=0, std=0.3):
     return model, params, batch if config.is_encoder_decoder else decoder_fields(batch)
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_causal_by_gradient_and_bidirectional_encoder(config):
-    """d logit[t] / d decoder input[u] vanishes for u > t and for other segments, and only there."""
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"ntk", "linear"}))
+def test_causal_by_gradient_and_bidirectional_encoder(name):
+    """d logit[t] / d decoder input[u] vanishes for u > t and for other segments, and only there.
+
+    Scaled rotations only turn by other angles.
+    """
+    config = VARIANTS[name]
     model, params, batch = make(config)
     table = params["embedder"]["embedding"]
 
@@ -143,14 +147,14 @@ def test_scan_unroll_and_remat_give_the_same_gradients(name):
     value, wanted = gradients(config, params)
     others = [
         gradients(config.replace(remat=remat), params)
-        for remat in (("dots", "attention", "full") if name == "paper" else ("full",))
+        for remat in (("dots", "attention") if name == "paper" else ())
     ]
-    others.append(gradients(config.replace(fuse_projections=True), params))
-    for remat in ("none", "full") if name == "paper" else ("none",):
-        loss, unrolled = gradients(
-            config.replace(remat=remat, scan_layers=False), unroll_params(params, config)
-        )
-        others.append((loss, scan_params(unrolled, config)))
+    others.append(gradients(config.replace(remat="full", fuse_projections=True), params))
+    loss, unrolled = gradients(
+        config.replace(remat="full" if name == "paper" else "none", scan_layers=False),
+        unroll_params(params, config),
+    )
+    others.append((loss, scan_params(unrolled, config)))
     # Some gradients are zero but for rounding, such as cross-attention's key biases, which add the
     # same to all scores of a query.
     largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(wanted))
@@ -299,15 +303,19 @@ def test_the_papers_model_has_its_parameters_and_axes():
 
 
 @pytest.mark.parametrize("name", ["330m", "test"])
-@pytest.mark.slow
 def test_initial_loss_is_the_log_of_the_vocabulary(name):
-    config = preset(name, dtype="float32")
+    """At its widths; layers more or fewer come before the last norm, which forgets their number."""
+    config = preset(name, dtype="float32", encoder_layers=2, decoder_layers=1)
     model = build_model(config)
-    params = init_params(model, jax.random.key(0))
-    batch = packed_batch(np.random.default_rng(0), config.vocab_size, (40,), (30,), 40, 30)
-    logits = jax.nn.log_softmax(apply(model, params, batch))
-    gold = jnp.take_along_axis(logits, batch["decoder_target_tokens"][..., None], -1)
-    assert abs(-gold.mean() / np.log(config.vocab_size) - 1) < 0.02
+    batch = packed_batch(np.random.default_rng(0), config.vocab_size, (10,), (30,), 10, 30)
+
+    @jax.jit
+    def loss(key):
+        logits = model.apply({"params": init_params(model, key)}, batch)
+        gold = batch["decoder_target_tokens"][..., None]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), gold, -1).mean()
+
+    assert abs(loss(jax.random.key(0)) / np.log(config.vocab_size) - 1) < 0.02
 
 
 def test_presets_build_and_peers_match():
@@ -354,7 +362,7 @@ def test_config_survives_a_round_trip_and_params_are_checked():
     config = VARIANTS["gemma"]
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert ModelConfig().replace(**config.changes_from(ModelConfig())) == config
-    params = init_params(build_model(SMALL), jax.random.key(0))
+    params = drawn(build_model(SMALL))
     check_params(params, SMALL)
     del params["encoder"]["final_norm"]
     params["decoder"]["surplus"] = jnp.zeros(3)

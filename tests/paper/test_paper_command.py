@@ -36,8 +36,9 @@ def get_config():
     config.answers, config.dropout = ("ED 2/3-1/3",), 0.1
     config.vocabulary, config.vocabulary_bytes, config.seeds = 340, 100_000, 1
     config.optimizer.name = "adamw"  # compiles sooner
-    config.pretrain.inputs, config.pretrain.targets, config.pretrain.steps = 32, 8, 3
-    config.pretrain.batch_size = 8  # the tests have eight devices
+    # As the column's rows and steps: one program trains both.
+    config.pretrain.inputs, config.pretrain.targets, config.pretrain.steps = 64, 32, 3
+    config.pretrain.batch_size = 8
     config.pretrain.document_bytes, config.pretrain.held_out_every = 60, 3
     config.columns = type(config)()
     config.columns.code = paper.column(("code_java2cs",), 64, 32, 8, 3, "skip", 10, 3)
@@ -98,6 +99,7 @@ def test_every_model_is_timed_and_joins_the_rows(inputs, tmp_path, capsys, monke
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_all_runs_of_a_student_and_again(inputs, tmp_path, capsys, monkeypatch):
     student = "--rows=ED 2/3-1/3"
     assert main(arguments(inputs, tmp_path, student)) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -23,6 +25,7 @@ from encdec.metrics.registry import metric_named
 from encdec.scaling.ladder import Plan, parse_ladder, plan
 from encdec.scaling.results import ResultsFile, collect
 from encdec.scaling.run import Workdir, run_plan
+from tests.devices import one_device
 
 LADDER = {
     "name": "tiny",
@@ -212,7 +215,7 @@ def test_a_run_in_other_hands_is_left_alone(tmp_path, records, eval_records):
     assert outcome.busy == (name,) and name not in train.trained
 
 
-def command(
+def arguments(
     directory: pathlib.Path, records: pathlib.Path, eval_records: pathlib.Path, *more: str
 ) -> list[str]:
     config = directory.parent / "tiny.py"
@@ -220,9 +223,6 @@ def command(
         f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({LADDER!r})\n"
     )
     return [
-        sys.executable,
-        "-m",
-        "encdec",
         "scaling",
         "run",
         f"--ladder={config}",
@@ -240,31 +240,18 @@ def losses(directory: pathlib.Path) -> dict[tuple[str, int], float]:
     return found
 
 
-ENVIRONMENT = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-
-
 @pytest.fixture(scope="module")
+@one_device()
 def undisturbed(tmp_path_factory, records, eval_records) -> pathlib.Path:
     """The tiny ladder, really trained, as tasks of an array job and then collected."""
     directory = tmp_path_factory.mktemp("undisturbed") / "ladder"
-    listing = subprocess.run(
-        command(directory, records, eval_records, "--dry_run"),
-        capture_output=True,
-        text=True,
-        check=True,
-        env=ENVIRONMENT,
-    ).stdout.splitlines()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert cli.main(arguments(directory, records, eval_records, "--dry_run")) == 0
+    listing = said.getvalue().splitlines()
     assert len(listing) == 4 and all("--only=" in line for line in listing)
-    subprocess.run(
-        command(directory, records, eval_records, "--index=0"),
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-    )
+    assert cli.main(arguments(directory, records, eval_records, "--index=0")) == 0
     assert len({row["run"] for row in rows_of(directory)}) == 1
-    subprocess.run(
-        command(directory, records, eval_records), check=True, capture_output=True, env=ENVIRONMENT
-    )
+    assert cli.main(arguments(directory, records, eval_records)) == 0
     return directory
 
 
@@ -295,8 +282,8 @@ def test_every_finished_run_is_scored_once(
     """On a task of a module of the user's own, by the command."""
     (tmp_path / "my_ladder_tasks.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    words = command(undisturbed, records, eval_records, "--task=my_pairs", "--split=test")
-    words = ["scaling", "score", *words[5:], "--metrics=rougeL"]
+    words = arguments(undisturbed, records, eval_records, "--task=my_pairs", "--split=test")
+    words = ["scaling", "score", *words[2:], "--metrics=rougeL"]
     assert cli.main(words) == DataError.exit_code and "--module" in capsys.readouterr().err
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
@@ -322,14 +309,15 @@ def test_every_finished_run_is_scored_once(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path):
     """A run of the ladder teaches: scored rows, the series once more, rows of both in one file."""
     teacher = Workdir(undisturbed).run_directory("dec_tiny_128_s0")
     score(teacher=teacher, records=records, out=tmp_path / "scored")
     directory = tmp_path / "ladder"
     loss = losses(undisturbed)["dec_tiny_128_s0", 16]
-    subprocess.run(
-        command(
+    done = cli.main(
+        arguments(
             directory,
             records,
             eval_records,
@@ -338,11 +326,9 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
             f"--ladder.distilled.teachers.kd.loss={loss}",
             "--only=ed-2of3_tiny_128_s0",
             "--only=ed-2of3+kd_tiny_128_s0",
-        ),
-        check=True,
-        capture_output=True,
-        env=ENVIRONMENT,
+        )
     )
+    assert done == 0
     final = {row["run"]: row for row in rows_of(directory) if row["final"]}
     plain, taught = final["ed-2of3_tiny_128_s0"], final["ed-2of3+kd_tiny_128_s0"]
     assert plain["loss"] == pytest.approx(losses(undisturbed)["ed-2of3_tiny_128_s0", 16], rel=1e-6)
@@ -356,11 +342,12 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
 def test_killed_at_any_moment_and_restarted(tmp_path, records, eval_records, undisturbed):
     """Kill -9, twice at moments spread over the whole ladder, and then left to finish."""
     directory = tmp_path / "ladder"
-    arguments = command(directory, records, eval_records)
+    command = [sys.executable, "-m", "encdec", *arguments(directory, records, eval_records)]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     moments = random.Random(0)
     for _ in range(2):
         process = subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
         )
         before = len(rows_of(directory)) + len(list(directory.glob("runs/*/checkpoints/*")))
         # From the next sign of progress on, so that even a slow machine gets ahead.
@@ -373,5 +360,5 @@ def test_killed_at_any_moment_and_restarted(tmp_path, records, eval_records, und
         time.sleep(moments.uniform(0, 2))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(arguments, check=True, capture_output=True, env=ENVIRONMENT)
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     assert losses(directory) == pytest.approx(losses(undisturbed), rel=1e-6)

@@ -1,10 +1,11 @@
 """Trains in child processes and kills them: run by test_survival.py in an interpreter of its own.
 
-    python -m tests.train.nursery RECORDS WORKDIR PROCESSES KILLS SEED
+    python -m tests.train.nursery RECORDS FOLDER PROCESSES KILLS SEED
 
-Everything is imported once; each attempt is a fork for each process that has never seen a device,
-so that an attempt costs what starting costs beyond imports. Of several processes one is killed; the
-others are told to leave and insisted upon, as launchers do. Prints one line of JSON.
+Trains FOLDER/killed, which is killed, and then FOLDER/straight, which is not. Everything is
+imported once; each attempt is a fork for each process that has never seen a device, so that an
+attempt costs what starting costs beyond imports. Of several processes one is killed; the others are
+told to leave and insisted upon, as launchers do. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from encdec.train.loop import train  # with everything it needs; no device is to
 from launch.local import free_port
 from tests.train.conftest import small_run
 
-STEPS, EVERY = {1: 100, 2: 20}, 2  # by the number of processes
+STEPS, EVERY = {1: 60, 2: 20}, 2  # by the number of processes
 
 
 def config(records: str, processes: int, every: int) -> dict:
@@ -34,7 +35,7 @@ def config(records: str, processes: int, every: int) -> dict:
         steps=STEPS[processes],
         checkpoint={"every": every, "keep": 2},
         model_overrides={"scan_layers": False, "mlp_dropout": 0.1},
-        log_every=1 if several else 7,
+        log_every=1 if several else 3,
         mesh={"data": -1, "fsdp": 2} if several else {},
     )
 
@@ -87,6 +88,12 @@ def wait_until(children: list[int], happened) -> int | None:
     return None
 
 
+def code_of(children: list[int]) -> int:
+    """Waits for all; the first exit code that is not 0."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((code for code in codes if code), 0)
+
+
 def end(children: list[int], grace_seconds: float) -> None:
     """Tells processes to leave and kills those that are still there a little later."""
     for child in children:
@@ -103,10 +110,9 @@ def main(
     chance = random.Random(seed)
     count = {"starting": 0, "running": 0, "saving": 0}
     while True:
-        children = attempt(records, workdir, processes, EVERY if kills else 0)
+        children = attempt(records, workdir, processes, EVERY)
         if sum(count.values()) == kills:
-            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-            return count | {"code": next((code for code in codes if code), 0)}
+            return count | {"code": code_of(children)}
         moment = chance.choices(list(count), [1, 2, 2])[0]
         before = committed(workdir)
         if moment == "starting":
@@ -131,4 +137,8 @@ def main(
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:6]))))
+    data, folder, (workers, *rest) = sys.argv[1], pathlib.Path(sys.argv[2]), map(int, sys.argv[3:6])
+    outcome = main(data, folder / "killed", workers, *rest)
+    if not outcome["code"]:
+        outcome["straight"] = code_of(attempt(data, folder / "straight", workers, 0))
+    print(json.dumps(outcome))

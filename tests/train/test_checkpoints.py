@@ -101,6 +101,7 @@ def test_newest_best_and_periodic_ones_stay(drawn, config):
     assert kept == newest | periodic | best
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_keeps_its_best(records, eval_records, tmp_path, monkeypatch):
     losses = {2: 5.0, 4: 1.0, 6: 4.0, 8: 3.0, 10: 2.0, 12: 6.0}
     measured = iter(losses.values())
@@ -302,6 +303,7 @@ def test_unfinished_folders_are_passed_over_and_cleared_away(tmp_path):
     assert not left.exists() and saved_steps(tmp_path) == [2, 3]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_goes_back_to_its_last_good_step_and_ends_in_the_same_bits(records, tmp_path, capsys):
     config = small_run(records, steps=9, checkpoint={"every": 3, "keep": 3})
     train(config, tmp_path / "straight")
@@ -318,6 +320,7 @@ def test_a_run_goes_back_to_its_last_good_step_and_ends_in_the_same_bits(records
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_inference_refuses_damaged_parameters(records, tmp_path):
     train(small_run(records, steps=2, checkpoint={"every": 1}), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "2" / "params" / "d")
@@ -329,6 +332,7 @@ def test_inference_refuses_damaged_parameters(records, tmp_path):
 # Averages.
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
     from encdec.cli import main
 

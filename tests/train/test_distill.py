@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import socket
 import types
 
 import jax
@@ -19,7 +18,7 @@ from encdec.data.teacher_rows import open_teacher
 from encdec.distill.cost import student_cost
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
-from encdec.model import build_model, init_params, preset
+from encdec.model import build_model, preset
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.config import DistillConfig, LossConfig, parse_config
 from encdec.train.job import prepare_job
@@ -28,9 +27,10 @@ from encdec.train.metrics import read_metrics
 from encdec.train.program import abstract_batch, build_program
 from encdec.train.sharding import make_mesh
 from encdec.train.step import batch_metrics
+from tests.devices import one_device
 from tests.distill.conftest import scored, teacher  # noqa: F401
+from tests.model.examples import drawn
 from tests.train.conftest import DECAYING, TARGETS, random_pairs, small_run, write_records
-from tests.train.test_processes import REPOSITORY, finish, start
 
 ARCHITECTURES = {"encoder_decoder": "test", "decoder_only": "test-dec"}
 
@@ -55,7 +55,7 @@ def batch_of(records, scored, architecture):
 @functools.cache
 def model_of(architecture, **changes):
     model = build_model(preset(ARCHITECTURES[architecture], vocab_size=264, **changes))
-    return model, jax.tree.map(lambda x: 10 * x, init_params(model, jax.random.key(1)))
+    return model, jax.tree.map(lambda x: 10 * x, drawn(model, 1))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -155,6 +155,7 @@ def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(teacher,
     assert losses.cross_entropy / losses.weight > 0.3
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_run_reports_resumes_and_refuses_another_teacher(records, scored, teacher, tmp_path):
     run = student(
         records,
@@ -243,51 +244,34 @@ def test_a_mixture_has_a_teacher_for_each_part(records, scored, teacher, tmp_pat
         open_teacher(f"{scored},{scored}", mixture)
 
 
-@pytest.mark.slow
-def test_two_processes_of_four_devices_learn_as_one_device(records, scored, tmp_path):
-    def arguments(name):
-        return [
-            f"--config={REPOSITORY}/configs/distill.py:test",
-            f"--workdir={tmp_path / name}",
-            f"--config.data.records={records}",
-            f"--config.distill.teacher={scored}",
-            "--config.model_overrides.vocab_size=264",
-            "--config.batch_size=16",
-            "--config.accumulation=2",
-            "--config.steps=3",
-            "--config.schedule.warmup_steps=1",
-            "--config.log_every=1",
-            "--config.model_overrides.scan_layers=false",
-            "--config.model_overrides.encoder_layers=1",
-        ]
+def test_two_hosts_read_one_hosts_teacher_in_halves(records, scored):
+    """With test_processes.py's runs of several processes: those learn from a teacher as one does,
+    since the step is the same program and this is all that differs."""
+    opened = open_records(records)
+    column = open_teacher(scored, opened)
+    make = lambda index, count: Batches(
+        opened, global_batch=8, columns=[column], seed=3, host_index=index, host_count=count
+    )[1]
+    whole, first, second = make(0, 1), make(0, 2), make(1, 2)
+    assert any(name.startswith("teacher_") for name in whole)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, np.concatenate([first[name], second[name]]))
 
-    finish([start(arguments("one"), devices=1)])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    finish(
-        [
-            start(
-                [
-                    *arguments("two"),
-                    "--distributed",
-                    f"--coordinator=localhost:{port}",
-                    "--num_processes=2",
-                    f"--process_id={index}",
-                ],
-                devices=4,
-            )
-            for index in range(2)
-        ]
-    )
-    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two):
+
+def test_eight_devices_learn_as_one_device(records, scored, tmp_path):
+    changes = {"model_overrides": {"scan_layers": False, "encoder_layers": 1}}
+    run = student(records, scored, batch_size=16, accumulation=2, steps=3, log_every=1, **changes)
+    with one_device():
+        train(run, tmp_path / "one")
+    train(run | {"mesh": {"data": 4, "fsdp": 2}}, tmp_path / "eight")
+    one, eight = (read_metrics(tmp_path / name) for name in ("one", "eight"))
+    assert len(one) == len(eight) == 3
+    for a, b in zip(one, eight):
         for name in ("train/loss", "train/distill_loss", "train/objective", "train/gradient_norm"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
     _, params_one, _ = load_params_for_inference(tmp_path / "one")
-    _, params_two, _ = load_params_for_inference(tmp_path / "two")
-    embeddings = [p["embedder"]["embedding"] for p in (params_one, params_two)]
+    _, params_eight, _ = load_params_for_inference(tmp_path / "eight")
+    embeddings = [p["embedder"]["embedding"] for p in (params_one, params_eight)]
     np.testing.assert_allclose(*embeddings, rtol=1e-4, atol=1e-6)
 
 

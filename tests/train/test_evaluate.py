@@ -8,10 +8,12 @@ from encdec.data.records import open_records
 from encdec.train.config import parse_config
 from encdec.train.evaluate import Evaluator
 from encdec.train.job import prepare_job
+from tests.devices import one_device
 from tests.train.conftest import small_run, write_records
 
 
 @pytest.fixture(scope="module")
+@one_device()
 def reports(records, eval_records, tmp_path_factory):
     """Reports of one model's first parameters on the parts alone and on mixtures of them."""
     folder = tmp_path_factory.mktemp("evaluate")

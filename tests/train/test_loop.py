@@ -85,7 +85,7 @@ def test_the_work_directory_is_enough_for_inference(straight, records):
     from encdec.data.batches import Batches
     from encdec.data.records import open_records
 
-    logits = build_model(config).apply(
+    logits = jax.jit(build_model(config).apply)(
         {"params": params}, Batches(open_records(records), global_batch=2)[0]
     )
     assert np.isfinite(logits).all()
@@ -194,7 +194,7 @@ def test_nan_stops_naming_step_and_last_good_checkpoint(
 
 
 @pytest.mark.parametrize("model", ["test", "test-dec"])
-def test_four_examples_are_learnt_by_heart(model, tmp_path):
+def test_four_examples_are_learnt_by_heart(model, one_device, tmp_path):
     pairs = [
         [("the first", "one alpha")],
         [("another", "two betas")],
@@ -388,7 +388,7 @@ def test_errors_are_told_apart_by_exit_code():
     assert len({EncdecError.exit_code, *codes}) == 5
 
 
-def test_hooks_are_called_between_steps_and_see_the_state(records, tmp_path):
+def test_hooks_are_called_between_steps_and_see_the_state(records, one_device, tmp_path):
     seen = {"often": [], "end": []}
 
     def often(session):

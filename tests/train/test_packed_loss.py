@@ -11,9 +11,10 @@ import pytest
 from encdec.data.batches import Batches
 from encdec.data.prepare import prepare
 from encdec.data.records import open_records
-from encdec.model import build_model, init_params, preset
+from encdec.model import build_model, preset
 from encdec.train.config import LossConfig
 from encdec.train.step import batch_metrics
+from tests.model.examples import drawn
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_loss_on_packed_rows_is_the_sum_over_examples(records, architecture):
     layers = {"encoder_layers": 0} if architecture == "decoder_only" else {}
     config = preset("test", architecture=architecture, vocab_size=259, dtype="float32", **layers)
     model = build_model(config)
-    params = jax.tree.map(lambda x: 20 * x, init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 20 * x, drawn(model))
     measure = jax.jit(
         lambda batch: batch_metrics(model, params, batch, LossConfig(z_loss=0.0), 16).losses
     )

@@ -85,12 +85,7 @@ def on_one_device(architecture: str, records):
 
 @pytest.mark.parametrize(
     "architecture, mesh",
-    [
-        ("encoder_decoder", (8, 1, 1)),
-        ("encoder_decoder", (1, 8, 1)),
-        ("encoder_decoder", (2, 2, 2)),
-        ("decoder_only", (2, 2, 2)),
-    ],
+    [("encoder_decoder", (8, 1, 1)), ("encoder_decoder", (2, 2, 2)), ("decoder_only", (2, 2, 2))],
 )
 def test_every_mesh_gives_the_losses_of_one_device(architecture, mesh, records):
     wanted, (history, _) = on_one_device(architecture, records)
@@ -152,7 +147,7 @@ def test_the_gradient_is_of_the_mean_over_target_tokens(architecture, records):
         picked = jnp.take_along_axis(logs, batch["decoder_target_tokens"][..., None], axis=-1)
         return -(picked[..., 0] * batch["decoder_loss_weights"]).sum()
 
-    total, gradient = jax.value_and_grad(cross_entropy)(params)
+    total, gradient = jax.jit(jax.value_and_grad(cross_entropy))(params)
     tokens = (fields["decoder_segment_ids"] > 0).sum()
     assert tokens < 0.8 * fields["decoder_segment_ids"].size  # padding would show
     norm = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(gradient)))
@@ -178,9 +173,7 @@ def test_golden_steps(architecture, records):
     np.testing.assert_allclose(seen, GOLDEN[architecture], rtol=1e-3, err_msg=f"now {seen}")
 
 
-@pytest.mark.parametrize(
-    "mesh, gather", [((2, 2, 1), "step"), ((1, 2, 2), "step"), ((2, 2, 1), "use")]
-)
+@pytest.mark.parametrize("mesh, gather", [((1, 2, 2), "step"), ((2, 2, 1), "use")])
 def test_micro_batches_on_every_mesh_equal_one_batch(mesh, gather, records):
     wanted, (history, state) = on_one_device("encoder_decoder", records)
     program = program_on("encoder_decoder", *mesh, accumulation=2, gather=gather)
@@ -251,7 +244,7 @@ def test_micro_batches_have_dropout_keys_of_their_own():
 
 
 def test_dropout_follows_from_seed_and_step_alone(records):
-    program = program_on("encoder_decoder", 1, 1, 1, dropout=0.3)
+    program = program_on("encoder_decoder", 1, 1, 1, accumulation=2, dropout=0.3)
     data = batches("encoder_decoder", records)
     same = [data[0]] * 2
     first = run_steps(program, start("encoder_decoder"), same)[0]

@@ -29,18 +29,19 @@ from tests.train.nursery import STEPS
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # What Compute Engine and Kubernetes leave between SIGTERM and SIGKILL.
 GRACE_SECONDS = 30
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, kills, in_saves, seed", [(1, 8, 2, 5), (2, 4, 2, 93)])
+@pytest.mark.parametrize("processes, kills, in_saves, seed", [(1, 4, 2, 1), (2, 2, 1, 9)])
 def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
     records, tmp_path, processes, kills, in_saves, seed
 ):
     """SIGKILL while starting, between steps and in the midst of saving; one continuing run. Of
-    two processes, with two devices each, one is killed and both are started again."""
+    two processes, each with half of the state, one is killed and both are started again."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(processes),
+        "JAX_NUM_CPU_DEVICES": "1",
         "PYTHONPATH": str(REPOSITORY),
         # Everything, however quickly compiled: each start would otherwise do it again.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
@@ -48,22 +49,21 @@ def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     nursery = [sys.executable, "-m", "tests.train.nursery", str(records)]
-    run = lambda name, kills: subprocess.run(
-        [*nursery, str(tmp_path / name), str(processes), str(kills), str(seed)],
+    done = subprocess.run(
+        [*nursery, *map(str, (tmp_path, processes, kills, seed))],
         capture_output=True,
         text=True,
         timeout=900,
         cwd=REPOSITORY,
         env=environment,
     )
-    done = run("killed", kills)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome.pop("code") == 0, (tmp_path / "killed.log").read_text()[-3000:]
+    assert outcome.pop("straight") == 0, (tmp_path / "straight.log").read_text()[-3000:]
     assert sum(outcome.values()) == kills and outcome["saving"] >= in_saves, outcome
+    assert processes > 1 or min(outcome.values()) > 0, "each kind of moment comes"
 
-    straight = run("straight", 0)
-    assert straight.returncode == 0, straight.stderr
     _, wanted, step = load_params_for_inference(tmp_path / "straight")
     _, got, _ = load_params_for_inference(tmp_path / "killed")
     assert step == STEPS[processes]
@@ -116,13 +116,13 @@ def train_and_signal(config, workdir, when: str, tmp_path) -> BaseException | No
 
 
 def test_sigterm_saves_in_time_and_the_run_goes_on(records, tmp_path):
-    config = small_run(records, steps=600, log_every=20, checkpoint={"every": 0})
+    config = small_run(records, steps=160, log_every=20, checkpoint={"every": 0})
     error = train_and_signal(config, tmp_path / "run", "train/loss", tmp_path)
     assert isinstance(error, Preempted) and error.exit_code == 75
     (step,) = saved_steps(tmp_path / "run")
-    assert 20 <= step < 600 and f"step {step:,} is saved" in str(error)
+    assert 20 <= step < 160 and f"step {step:,} is saved" in str(error)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before
-    assert train(config, tmp_path / "run").step == 600
+    assert train(config, tmp_path / "run").step == 160
     train(config, tmp_path / "straight")
     _, wanted, _ = load_params_for_inference(tmp_path / "straight")
     _, got, _ = load_params_for_inference(tmp_path / "run")

@@ -16,7 +16,7 @@ from encdec.data.prepare_command import main as prepare
 from encdec.data.records import open_records
 from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.model import build_model, init_params, preset, unroll_params
+from encdec.model import build_model, preset, unroll_params
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.config import parse_config
 from encdec.train.lineage import Lineage, lineage
@@ -26,10 +26,15 @@ from encdec.train.session import out_of_patience
 from encdec.train.sharding import path_name
 from encdec.train.state import TrainState
 from encdec.train.warm_start import SIZES, architecture, plan_start, start_from, with_source_model
+from tests.devices import one_device
+from tests.model.examples import drawn as drawn_params
 from tests.train.conftest import random_pairs, small_run, write_records
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
+@one_device()
 def pretrained(records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     train(small_run(records, steps=2), folder)
@@ -83,7 +88,7 @@ def started(records, source, **changes):
     """The parameters that a run begins with, as names to arrays, and the account."""
     run = with_source_model(parse_config(small_run(records, init_from=str(source), **changes)))
     model = run.model_config()
-    drawn = init_params(build_model(model), jax.random.key(7))
+    drawn = drawn_params(build_model(model), 7)
     plan = plan_start(run, model, open_records(records).card)
     state, origin = start_from(TrainState(jnp.int32(0), drawn, None), plan, model)
     assert origin.step == 2
@@ -113,7 +118,7 @@ def test_layers_stacked_or_apart_are_the_same_layers(pretrained, records, tmp_pa
     )
     assert "converted" in (tmp_path / "apart" / "warm-start.txt").read_text()
     back = plan_of(records, tmp_path / "apart")
-    state = TrainState(jnp.int32(0), init_params(build_model(config), jax.random.key(7)), None)
+    state = TrainState(jnp.int32(0), drawn_params(build_model(config), 7), None)
     state, _ = start_from(state, back, config)
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
