@@ -304,8 +304,8 @@ def test_the_papers_model_has_its_parameters_and_axes():
 
 @pytest.mark.parametrize("name", ["330m", "test"])
 def test_initial_loss_is_the_log_of_the_vocabulary(name):
-    """At its widths, with fewer layers, yet so many that in the decoder's outputs the token that was
-    read, whose embedding is the head's, too, no longer stands out."""
+    """At its widths, with fewer layers, yet so many that the token that was read no longer stands
+    out in the decoder's outputs: its embedding is the head's, too."""
     config = preset(name, dtype="float32", encoder_layers=1, decoder_layers=6)
     model = build_model(config)
     batch = packed_batch(np.random.default_rng(0), config.vocab_size, (10,), (30,), 10, 30)
