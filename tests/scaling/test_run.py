@@ -276,6 +276,7 @@ register_task(TextTask("my_pairs", pairs, splits=("train", "test"), metrics=("ex
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_every_finished_run_is_scored_once(
     undisturbed, records, eval_records, tmp_path, monkeypatch, capsys
 ):

@@ -272,7 +272,8 @@ def test_eight_devices_learn_as_one_device(records, scored, tmp_path):
     _, params_one, _ = load_params_for_inference(tmp_path / "one")
     _, params_eight, _ = load_params_for_inference(tmp_path / "eight")
     embeddings = [p["embedder"]["embedding"] for p in (params_one, params_eight)]
-    np.testing.assert_allclose(*embeddings, rtol=1e-4, atol=1e-6)
+    # Where a gradient is next to nothing, its rounding says which way a step of 0.01 goes.
+    np.testing.assert_allclose(*embeddings, rtol=1e-4, atol=3e-5)
 
 
 def test_at_330m_the_teacher_costs_less_than_a_tenth_of_the_step():
