@@ -1,9 +1,11 @@
-"""Hook of the site (mkdocs.yml): the pages that readers of a repository look for at its top."""
+"""Hook of the site (mkdocs.yml): pages from the repository's top, and the notebook as a page."""
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
+from typing import Any
 
 from mkdocs.structure.files import File
 
@@ -14,6 +16,7 @@ TOP = {
     "CHANGELOG.md": "CHANGELOG.md",
     "SECURITY.md": "SECURITY.md",
 }
+NOTEBOOK = "first-model"
 _LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -23,7 +26,31 @@ def on_files(files, config):
     for name, source in TOP.items():
         text = _LINK.sub(_seen_from_docs, (top / source).read_text("utf-8"))
         files.append(File.generated(config, name, content=text))
+    notebook = json.loads((top / "docs" / f"{NOTEBOOK}.ipynb").read_text("utf-8"))
+    files.append(File.generated(config, f"{NOTEBOOK}.md", content=notebook_page(notebook)))
     return files
+
+
+def notebook_page(notebook: dict[str, Any]) -> str:
+    """A notebook as Markdown: its text, its code, and what it printed and drew."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else _fenced("python", source))
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                image = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f"![figure](data:image/png;base64,{image})")
+            else:
+                parts.append(
+                    _fenced("text", "".join(output.get("text", data.get("text/plain", ""))))
+                )
+    return "\n\n".join(parts) + "\n"
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```"
 
 
 def on_page_markdown(markdown, page, config, files):

@@ -1,59 +1,38 @@
-"""The documentation: its links lead somewhere, and its commands and flags exist."""
+"""The documentation: its links lead somewhere; its code is run, checked or marked why not."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import pathlib
 import re
-import shlex
 
 import pytest
 
-from encdec import cli
+from encdec.metrics.registry import METRICS
+from tests.pages import (
+    PAGES,
+    ROOT,
+    SHELL,
+    SOURCES,
+    Block,
+    Unchecked,
+    blocks,
+    check_python,
+    check_shell,
+    check_span,
+    source_examples,
+    spans,
+)
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-# Fields of a configuration, whose names tests of the configurations check.
-FIELDS = re.compile(r"--(config|ladder)\.")
 
 
-def code_lines(text: str) -> list[str]:
-    """Lines of code blocks, with continued lines joined."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return re.sub(r"\\\n\s*", " ", "".join(blocks)).splitlines()
-
-
-def calls(text: str) -> list[list[str]]:
-    """The words after ``encdec`` of every call in a code block, comments left out."""
-    found = []
-    for line in code_lines(text):
-        call = re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*encdec (.*)", line)
-        if call is None:
-            continue
-        lexer = shlex.shlex(call[1], posix=True, punctuation_chars="|;&()<>")
-        lexer.whitespace_split, lexer.commenters = True, "#"
-        words = []
-        for word in lexer:
-            if set(word) <= set("|;&()<>"):
-                break
-            words.append(word)
-        found.append(words)
-    return found
-
-
-@functools.cache
-def flags_of(*words: str) -> frozenset[str]:
-    """The flags that ``encdec WORDS --help`` lists."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        cli.main([*words, "--help"])
-    return frozenset(re.findall(r"--[\w-]+", shown.getvalue()))
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    """Examples name files of a checkout; metrics that they register are taken back."""
+    monkeypatch.chdir(ROOT)
+    kept = dict(METRICS)
+    yield
+    METRICS.clear()
+    METRICS.update(kept)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -63,21 +42,87 @@ def test_relative_links_lead_to_files(page):
     assert [target for target in local if target and not (page.parent / target).exists()] == []
 
 
+def check(block: Block) -> None:
+    """A block is text, marked, or as its command or Python takes it."""
+    if block.mark == "run":
+        test = ROOT / block.about
+        taken = test.is_file() and "run_by(__file__)" in test.read_text()
+        assert taken, f"{block.place}: {block.about} runs none of the pages' blocks"
+    elif block.language in SHELL:
+        if block.mark != "not run":
+            check_shell(block)
+    elif block.language == "python":
+        if block.mark != "not run":
+            check_python(block)
+    elif block.language != "text" and block.mark != "not run":
+        raise Unchecked(
+            f"{block.place}: a block of {block.language or 'no language'} is neither run nor "
+            "checked: give it a language (output is `text`) or mark it (tests/pages.py)"
+        )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_and_flags_exist(page):
-    for words in calls(page.read_text()):
-        if not words or words[0].startswith("-") or words[0].isupper():
-            continue
-        assert words[0] in cli.COMMANDS, " ".join(words)
-        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-        flags = [flag for flag in flags if not FIELDS.match(flag + ".")]
-        action = [word for word in words[1:2] if re.fullmatch(r"[a-z]+", word)]
-        known = flags_of(words[0], *action) if words[0] in ACTIONS else flags_of(words[0])
-        assert [flag for flag in flags if flag not in known] == [], " ".join(words)
+def test_every_block_is_run_checked_or_marked(page):
+    for block in blocks(page):
+        check(block)
 
 
-# Commands whose second word chooses among parsers.
-ACTIONS = ("benchmark", "compile", "data", "distill", "evaluate", "paper", "scaling")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_examples_in_docstrings_are_taken(path):
+    check(source_examples(path))
+
+
+def test_commands_and_flags_in_prose_help_and_messages_exist():
+    code = [
+        path for name in ("encdec", "configs", "launch") for path in (ROOT / name).rglob("*.py")
+    ]
+    found = {span for path in [*PAGES, *code] for span in spans(path)}
+    assert len(found) > 100
+    for span in sorted(found):
+        check_span(span)
+
+
+def test_what_is_wrong_is_named():
+    def wrong(text: str, language: str = "sh", mark: str = "", about: str = "") -> str:
+        with pytest.raises(AssertionError) as caught:
+            check(Block("page.md", 7, language, text, mark, about))
+        return str(caught.value)
+
+    assert wrong("cd x\n").startswith("page.md:7: `cd x` is neither run nor checked")
+    train = "encdec train --config=configs/pretrain.py:test --workdir=w"
+    assert "page.md:8: " in wrong(f"make test\n{train} --wrkdir=x") and "--wrkdir" in wrong(
+        f"{train} --wrkdir=x"
+    )
+    assert "did you mean 'steps'" in wrong(f"for x in a b; do\n  {train} --config.stepps=1; done")
+    assert "batch_size" in wrong(f"{train} \\\n  --config.batch_size=many | head")
+    assert "required: --out" in wrong("encdec export --checkpoint=x --format=hf")
+    check(Block("page.md", 1, "sh", "encdec export --checkpoint=x …", "", ""))
+    assert "no command" in wrong("encdec trian")
+    assert "ladder" in wrong("encdec scaling plan --ladder=configs/scaling.py:micro --ladder.x=1")
+    assert "did you mean" in wrong(
+        "python -m launch.local --processes=2 -- --config=configs/pretrain.py:test --workdir=w "
+        "--config.stepps=1"
+    )
+    assert "nonesuch" in wrong("make nonesuch") and "NONE" in wrong("make test NONE=1")
+    assert "encdec" in wrong("pip install encdec") and "nonesuch" in wrong(
+        "pip install .[nonesuch]"
+    )
+    assert "/v2" in wrong("curl http://127.0.0.1:8000/v2")
+    assert "unexpected keyword" in wrong("from encdec import api\napi.load('a', stp=3)", "python")
+    assert "tmeperature" in wrong(
+        "from encdec import api\napi.generate('a', ['b'], tmeperature=3)", "python"
+    )
+    assert "stepps" in wrong(
+        "from encdec import api\napi.train('configs/pretrain.py:test', 'w', {'stepps': 1})",
+        "python",
+    )
+    assert "no language" in wrong("output", "")
+    assert "runs none" in wrong("encdec train", mark="run", about="tests/test_cli.py")
+    with pytest.raises(AssertionError, match="--nonesuch"):
+        check_span("encdec scaling fit --nonesuch=3")
+    page = ROOT / "docs" / "pod.md"
+    marked = [block for block in blocks(page) if block.mark]
+    assert [(b.mark, b.text.split()[0]) for b in marked] == [("not run", "gcloud")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

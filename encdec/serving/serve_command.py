@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     from encdec.serving.chat import find_template
     from encdec.serving.engine import Engine
     from encdec.serving.protocol import Limits
-    from encdec.serving.server import address, bind, run
+    from encdec.serving.server import bind, run
     from encdec.serving.slots import slot_bytes
     from encdec.train.checkpoints import load_params_for_inference
 
@@ -80,7 +80,6 @@ def main(argv: list[str]) -> int:
         f"{name}, step {step:,}: {options.slots} slots of {prompts.max_input_tokens:,} tokens in "
         f"and {max_tokens:,} out, {megabytes:,.1f} MB each"
     )
-    print(f"listening on {address(bound)}", flush=True)
     run(service, bound, options.grace_seconds)
     _LOG.info("ended")
     return 0

@@ -53,7 +53,7 @@ class Server(uvicorn.Server):
     ``grace_seconds`` to finish; a second signal stops at once.
     """
 
-    def __init__(self, service: Service, grace_seconds: float):
+    def __init__(self, service: Service, grace_seconds: float, announce: bool = False):
         super().__init__(
             uvicorn.Config(
                 make_app(service),
@@ -66,12 +66,19 @@ class Server(uvicorn.Server):
             )
         )
         self._service, self._grace_seconds = service, grace_seconds
+        self._announce = announce
         self._ending: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for bound in sockets if self._announce and sockets else ():
+            # Said only now that it is true: clients are taken, and signals end it in order.
+            print(f"listening on {address(bound)}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._ending is not None or self._loop is None:
@@ -102,7 +109,7 @@ class Server(uvicorn.Server):
 def run(service: Service, bound: socket.socket, grace_seconds: float) -> None:
     """Serves until a signal; the engine is started and stopped."""
     service.engine.start()
-    Server(service, grace_seconds).run(sockets=[bound])
+    Server(service, grace_seconds, announce=True).run(sockets=[bound])
     service.engine.stop()
 
 

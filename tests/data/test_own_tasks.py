@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
-import re
-import shlex
 import sys
 
 import pytest
@@ -17,11 +13,13 @@ from encdec.data.readers import BadRows
 from encdec.data.records import open_records
 from encdec.errors import ConfigError, DataError
 from encdec.metrics import registry as metrics
+from encdec.modules import import_modules
 from encdec.tasks import FileTask, PrefixLM, TextTask, register_mixture, register_task
 from tests.data.conftest import write_jsonl
+from tests.pages import ROOT, blocks, run_by
+from tests.run_pages import run_blocks
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "own-data.md").read_text()
+PAGE = ROOT / "docs" / "own-data.md"
 REGISTRIES = (
     *(registry.TEXT_TASKS, registry.FILE_TASKS, task_mixtures.MIXTURES, task_mixtures.RATES),
     *(metrics.METRICS, OBJECTIVES),
@@ -29,22 +27,15 @@ REGISTRIES = (
 ROWS = [{"question": f"What is {n}?", "answer": f"{n} is a number"} for n in range(12)]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A user's folder with the page's modules and rows; what they register is taken back."""
     kept = [dict(one) for one in REGISTRIES]
     path, modules = list(sys.path), set(sys.modules)
-    for block in blocks("python"):
-        name = re.match(r"# (\w+\.py)\n", block)[1]
-        (tmp_path / name).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    run_blocks([block for block in blocks(PAGE) if block.language == "python"])
     for split, rows in (("train", ROWS), ("validation", ROWS[:3])):
         write_jsonl(tmp_path / "rows" / "faq" / f"{split}.jsonl", rows)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
     yield tmp_path
     for one, content in zip(REGISTRIES, kept):
         one.clear()
@@ -55,34 +46,9 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def run(block: str) -> None:
-    for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-        words = shlex.split(line)
-        assert words[0] == "encdec"
-        assert cli.main(words[1:]) == 0, line
-
-
-def test_the_pages_module_goes_from_listing_to_evaluation(folder, capsys):
-    # A shorter run, and no likelihoods, which compile a program more.
-    block = blocks("sh")[1].replace("--config.steps=20", "--config.steps=2")
-    run(re.sub("every=10", "every=2", block).replace("--max_tokens=8", "--no_likelihood"))
-    shown = capsys.readouterr().out
-    write_csv = "question,answer\nWhy?,Because\n"
-    pathlib.Path("questions.csv").write_text(write_csv)
-    run(blocks("sh")[0])
-    assert open_records("data/questions").card.examples == 1
-    assert "faq: questions of our users" in shown and "Question: What is 0?\nAnswer:" in shown
-    assert "faq_and_sums: mixture of faq, sums" in shown
-    card = open_records("data/faq").card
-    assert (card.task, card.examples, card.split) == ("faq", 12, "train")
-    report = json.loads(pathlib.Path("runs/faq/evaluation/report.json").read_text())
-    assert {name: task["examples"] for name, task in report["tasks"].items()} == {
-        "faq": 3,
-        "sums": 10,
-    }
-    assert "first_word" in report["tasks"]["faq"]["scores"]
-    assert "exact_match" in report["tasks"]["sums"]["scores"]
+def test_the_pages_module_is_known_to_configurations_and_mixtures(folder):
     # Steps come from the task unless the command line says otherwise.
+    import_modules(["my_tasks"])
     config = cli.load("encdec.train.train_command:load_config")(f"{ROOT}/configs/finetune.py:faq")
     assert config.steps == 200
     mixture = cli.load("encdec.data.task_mixtures:task_or_mixture")("faq_and_sums", "rows")
@@ -92,7 +58,7 @@ def test_the_pages_module_goes_from_listing_to_evaluation(folder, capsys):
 
 def test_seqios_registry_is_read_up_to_its_tokens(folder):
     pytest.importorskip("seqio")
-    run(blocks("sh")[2])
+    run_blocks([block for block in run_by(__file__) if block.language == "sh"])
     records = open_records("data/shouts")
     vocabulary = records.vocabulary()
     from encdec.data.records import decode_row
