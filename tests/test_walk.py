@@ -72,7 +72,7 @@ def test_every_step_of_the_walk_gives_what_the_next_one_needs(walked):
     assert (
         isinstance(answer["choices"][0]["text"], str) and answer["usage"]["completion_tokens"] > 0
     )
-    assert out.endswith("ended\n")
+    assert err.endswith("ended\n")
 
 
 def size(params) -> int:
