@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from encdec.errors import ConfigError, DataError
 from encdec.logs import shows_progress
@@ -99,7 +100,7 @@ def data_files(address: str, wanted: Callable[[str], bool]) -> list[pathlib.Path
                 raise
             except EntryNotFoundError:
                 pass  # a folder, or nothing
-        files = huggingface_hub.HfFileSystem()
+        files: Any = huggingface_hub.HfFileSystem()  # a path may also be a bucket's, never here
         if glob.has_magic(path):
             found = files.glob(address)
         else:
