@@ -9,11 +9,9 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 
 from encdec.data.records import read_card
-from encdec.model import unroll_params
 from encdec.safetensors import open_directory
 from encdec.train.checkpoints import load_params_for_inference
 from tests.data.conftest import write_jsonl
@@ -99,17 +97,6 @@ def test_the_python_calls_do_what_they_print(walked):
     assert [line["step"] for line in lines] == [10, 20, 30] and losses[-1] < losses[0]
     report = json.loads((folder / "scores/report.json").read_text())
     assert f"\n{report['tasks']['pairs']['scores']}\n" in out
-    # Through transformers' format and back: the same model.
-    params, again = (parameters(folder / name) for name in ("run", "again"))
-    assert params.keys() == again.keys() and len(params) > 30
-    for name, leaf in params.items():
-        np.testing.assert_array_equal(leaf, again[name])
-
-
-def parameters(workdir) -> dict[str, np.ndarray]:
-    """By name, each layer apart."""
-    config, params, _ = load_params_for_inference(workdir)
-    if config.execution.scan_layers:
-        params = unroll_params(params, config)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    # Through transformers' format and back: the same model, so the same answer.
+    answers = re.findall(r"^\['.*'\]$", out, re.MULTILINE)
+    assert len(answers) == 2 and answers[0] == answers[1]
