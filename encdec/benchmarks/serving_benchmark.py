@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         ConfigError: flags out of range.
     """
     options = _parser().parse_args(argv)
-    for name in ("requests", "slots", "rounds", "inputs_from", "tokens_from"):
+    for name in ("requests", "slots", "repeats", "inputs_from", "tokens_from"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name} is {getattr(options, name)}; expected 1 or more")
     for low, high in (("inputs_from", "inputs_to"), ("tokens_from", "tokens_to")):
@@ -197,7 +197,7 @@ def text_of(report: dict[str, Any]) -> str:
     lines = [
         f"{settings['model']}, {report['device']}, {report['cores']} cores: {settings['requests']} "
         f"requests of {settings['inputs_from']} to {settings['inputs_to']} tokens in and "
-        f"{settings['tokens_from']} to {settings['tokens_to']} out, {settings['rounds']} rounds"
+        f"{settings['tokens_from']} to {settings['tokens_to']} out, {settings['repeats']} rounds"
     ]
     for name, slots in ((ALONE, 1), (AT_ONCE, settings["slots"])):
         arm = report["arms"][name]
