@@ -39,7 +39,7 @@ ALSO: dict[str, frozenset[str]] = {
     "hf": _OUTSIDE_KERNELS,
     "onnx": _OUTSIDE_KERNELS,
     # Read back into the plain modules.
-    "encdec": frozenset(field.name for field in dataclasses.fields(ModelConfig)),
+    "encdec": frozenset(field.name for field in dataclasses.fields(ModelConfig)) - EVERYWHERE,
 }
 
 
