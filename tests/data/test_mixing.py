@@ -241,7 +241,7 @@ def test_tasks_mix_by_rate_until_all_are_read(tmp_path):
     assert card.origin["rates"] == [1, 1]
     text = tmp_path / "a.txt"
     text.write_text("words")
-    with pytest.raises(ConfigError, match=r"pairs and of raw text"):
+    with pytest.raises(ConfigError, match=r"a has source and target, text has text"):
         mixed_task("m", [tasks[0], text_files_task([str(text)])])
 
 
