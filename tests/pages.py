@@ -1,10 +1,10 @@
-"""Code blocks of the pages: each is run by a test, checked without being run, or marked why not.
+"""Code blocks of the pages: each says which test runs it, or why none does.
 
-A comment in the line above a block says which test runs it (``<!-- run: tests/test_walk.py -->``;
-that test takes all of them by ``run_by(__file__)``) or why nothing does (``<!-- not run: needs a
-TPU pod -->``). Any other block is checked: a line of shell by the parser and the configuration of
-its command (``check_shell``), Python by calling stand-ins of the API that take what it takes
-(``check_python``). Output is ``text``.
+A comment in the line above a block is ``<!-- run: tests/test_walk.py -->`` (that test takes all of
+them by ``run_by(__file__)``), ``<!-- checked, not run: hours of training -->``, or, for what cannot
+even be checked, ``<!-- not run: needs gcloud -->``. Checking a line of shell is done by the parser
+and the configuration of its command (``check_shell``), Python by calling stand-ins of the API that
+take what it takes (``check_python``). Output is ``text``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ PAGES = [
 SOURCES = [*sorted((ROOT / "configs").glob("*.py")), *sorted((ROOT / "launch").glob("*.py"))]
 SHELL = ("sh", "bash")
 _FENCE = re.compile(r"( *)```(\w*)\s*")
-_MARK = re.compile(r"<!-- (run|not run): (.+) -->")
+CHECKED = "checked, not run"
+_MARK = re.compile(rf"<!-- (run|not run|{CHECKED}): (.+) -->")
 _MORE = ("…", "...")  # a line that goes on, or a value of the reader's
 
 
@@ -52,7 +53,7 @@ class Block:
     line: int
     language: str
     text: str
-    mark: str  # "run", "not run", "" for none
+    mark: str  # "run", CHECKED, "not run", "" for none
     about: str  # the test that runs it, or the reason that none does
 
     @property
@@ -90,7 +91,7 @@ def source_examples(path: pathlib.Path) -> Block:
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     chosen = [line.strip() for line in lines if re.match(r"    (encdec |python -m .* --)", line)]
-    return Block(str(path.relative_to(ROOT)), 1, "sh", "\n".join(chosen), "", "")
+    return Block(str(path.relative_to(ROOT)), 1, "sh", "\n".join(chosen), CHECKED, "a docstring")
 
 
 def spans(path: pathlib.Path) -> list[str]:

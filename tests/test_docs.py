@@ -8,6 +8,7 @@ import pytest
 
 from encdec.metrics.registry import METRICS
 from tests.pages import (
+    CHECKED,
     PAGES,
     ROOT,
     SHELL,
@@ -43,26 +44,24 @@ def test_relative_links_lead_to_files(page):
 
 
 def check(block: Block) -> None:
-    """A block is text, marked, or as its command or Python takes it."""
+    """A block is text, run, as its command or Python takes it, or marked as none of these."""
     if block.mark == "run":
         test = ROOT / block.about
         taken = test.is_file() and "run_by(__file__)" in test.read_text()
         assert taken, f"{block.place}: {block.about} runs none of the pages' blocks"
-    elif block.language in SHELL:
-        if block.mark != "not run":
-            check_shell(block)
-    elif block.language == "python":
-        if block.mark != "not run":
-            check_python(block)
+    elif block.mark == CHECKED and block.language in SHELL:
+        check_shell(block)
+    elif block.mark == CHECKED and block.language == "python":
+        check_python(block)
     elif block.language != "text" and block.mark != "not run":
         raise Unchecked(
             f"{block.place}: a block of {block.language or 'no language'} is neither run nor "
-            "checked: give it a language (output is `text`) or mark it (tests/pages.py)"
+            "checked: give it a language (output is `text`) and a mark (tests/pages.py)"
         )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_every_block_is_run_checked_or_marked(page):
+def test_every_block_is_run_or_says_why_not(page):
     for block in blocks(page):
         check(block)
 
@@ -83,7 +82,7 @@ def test_commands_and_flags_in_prose_help_and_messages_exist():
 
 
 def test_what_is_wrong_is_named():
-    def wrong(text: str, language: str = "sh", mark: str = "", about: str = "") -> str:
+    def wrong(text: str, language: str = "sh", mark: str = CHECKED, about: str = "") -> str:
         with pytest.raises(AssertionError) as caught:
             check(Block("page.md", 7, language, text, mark, about))
         return str(caught.value)
@@ -96,7 +95,7 @@ def test_what_is_wrong_is_named():
     assert "did you mean 'steps'" in wrong(f"for x in a b; do\n  {train} --config.stepps=1; done")
     assert "batch_size" in wrong(f"{train} \\\n  --config.batch_size=many | head")
     assert "required: --out" in wrong("encdec export --checkpoint=x --format=hf")
-    check(Block("page.md", 1, "sh", "encdec export --checkpoint=x …", "", ""))
+    check(Block("page.md", 1, "sh", "encdec export --checkpoint=x …", CHECKED, ""))
     assert "no command" in wrong("encdec trian")
     assert "ladder" in wrong("encdec scaling plan --ladder=configs/scaling.py:micro --ladder.x=1")
     assert "did you mean" in wrong(
@@ -117,11 +116,12 @@ def test_what_is_wrong_is_named():
         "python",
     )
     assert "no language" in wrong("output", "")
+    assert "neither run nor checked" in wrong("encdec train --help", mark="")
     assert "runs none" in wrong("encdec train", mark="run", about="tests/test_cli.py")
     with pytest.raises(AssertionError, match="--nonesuch"):
         check_span("encdec scaling fit --nonesuch=3")
     page = ROOT / "docs" / "pod.md"
-    marked = [block for block in blocks(page) if block.mark]
+    marked = [block for block in blocks(page) if block.mark not in ("", CHECKED)]
     assert [(b.mark, b.text.split()[0]) for b in marked] == [("not run", "gcloud")]
 
 
