@@ -40,12 +40,16 @@ SOON_COMPILED = {
 
 
 def _known(flag: str) -> bool:
-    """Whether this jaxlib has the flag; one that it has not would end the process."""
+    """Whether this jaxlib has the flag; one that it has not would end the process.
+
+    Names of flags stand there as C's strings; one that is but the name of a message's field, as
+    those of flags that were taken away, does not.
+    """
     folder = importlib.util.find_spec("jaxlib").submodule_search_locations[0]
     for library in pathlib.Path(folder).glob("*jax_common*"):
         with open(library, "rb") as file:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                if content.find(flag.encode()) >= 0:
+                if content.find(f"\0{flag}\0".encode()) >= 0:
                     return True
     return False
 
