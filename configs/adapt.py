@@ -17,7 +17,7 @@ Further words of the argument, after commas:
 * a shape (smollm2-135m, smollm2-360m, qwen3-0.6b, gemma-3-1b) in place of a source's, for
   predictions: encdec compile --config=configs/adapt.py:prefix_lm,qwen3-0.6b --topology=v5e:4x4
 
-Fields not set here are as in pretraining: encdec/train/config.py explains every field.
+Fields not set here are as in pretraining: encdec/train/run_config.py explains every field.
 
 Time and loss: not measured at these sizes; docs/adaptation.md has predicted hours.
 """

@@ -13,7 +13,7 @@ config.model is a trained or imported model's directory, of either architecture.
 The run ends when the held-out loss has not fallen for `eval.patience` evaluations; `encdec evaluate
 --step=best` uses the checkpoint with the lowest. With --config.distill.teacher=DIR (made by `encdec
 score` on the same records) the model also learns from a teacher. Fields not set here are as in
-pretraining: encdec/train/config.py explains every field.
+pretraining: encdec/train/run_config.py explains every field.
 
 Time and loss: not measured at this size; docs/results.md has those of small models.
 """

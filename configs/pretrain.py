@@ -4,8 +4,8 @@
         --config.data.records=data/train --config.data.eval_records=data/validation
 
 The argument is any preset (`encdec describe` lists them): 330m, 330m-dec, quickstart, ...
-The recipe is the defaults of encdec/train/config.py, which explains every field. Set any of them
-with --config.FIELD=VALUE. For a shorter run --config.steps is enough: warmup, evaluations and
+The recipe is the defaults of encdec/train/run_config.py, which explains every field. Set any of
+them with --config.FIELD=VALUE. For a shorter run --config.steps is enough: warmup, evaluations and
 checkpoints scale with it.
 
 Time and loss: not measured for 330m, 500m and 1b; docs/prediction.md has predicted times.

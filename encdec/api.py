@@ -16,11 +16,11 @@ from encdec.data.prepare import prepare
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.evaluation.evaluate import evaluate as _evaluate
-from encdec.evaluation.settings import EvaluationSettings
+from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.export.export_model import ExportReport, export_model
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import TextGenerator
-from encdec.inference.loading import load
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.load_generator import load
 from encdec.interop.import_model import ImportReport, import_model
 from encdec.train.loop import Hook, Summary
 from encdec.train.loop import train as _train
@@ -87,7 +87,7 @@ def generate(
         model: what ``load`` gave, or a directory that it would take. ``load(...).generate`` gives
             token ids, log-probabilities and further answers, too.
         texts: the inputs.
-        settings: fields of ``encdec.inference.settings.GenerationSettings``.
+        settings: fields of ``encdec.inference.generation_settings.GenerationSettings``.
 
     Raises:
         ConfigError: settings that cannot be.
@@ -107,8 +107,8 @@ def evaluate(
     Args:
         checkpoint: work directory, or an export.
         out: receives predictions, report.json and report.md.
-        settings: fields of ``encdec.evaluation.settings.EvaluationSettings``, such as ``tasks``,
-            ``jsonl``, ``metrics``, ``max_examples`` or ``shuffle_sources``.
+        settings: fields of ``encdec.evaluation.evaluation_settings.EvaluationSettings``, such as
+            ``tasks``, ``jsonl``, ``metrics``, ``max_examples`` or ``shuffle_sources``.
 
     Returns:
         The report: what report.json holds.

@@ -9,7 +9,7 @@ import re
 from encdec import cli
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.train.config import RunConfig, complete, field_names, to_dict
+from encdec.train.run_config import RunConfig, complete, field_names, to_dict
 
 SCRIPTS = {
     "bash": """_encdec() {

@@ -8,10 +8,10 @@ from encdec.data.file_tasks import FileTask
 from encdec.data.objectives import CausalLM, Objective, PrefixLM, SequenceToSequence
 from encdec.data.objectives import named as register_objective
 from encdec.data.readers import BadRows, Fault
-from encdec.data.registry import register_task
 from encdec.data.task_mixtures import register_mixture
+from encdec.data.task_registry import register_task
 from encdec.data.text_tasks import TextTask
-from encdec.metrics.registry import register as register_metric
+from encdec.metrics.metric_registry import register as register_metric
 from encdec.metrics.score import Metric, Score, best_of, mean_score, ratio_score
 
 __all__ = [

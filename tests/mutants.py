@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "work-directory identity ignores the optimizer",
-        "encdec/train/config.py",
+        "encdec/train/run_config.py",
         '    "profile.",\n)',
         '    "profile.",\n    "optimizer.",\n)',
         ("tests/train/test_identity.py",),

@@ -253,7 +253,7 @@ def _check_configuration(options: argparse.Namespace, command: str, words: list[
     from encdec.paper.setting import parse_setting
     from encdec.scaling import scaling_command
     from encdec.train import train_command
-    from encdec.train.config import parse_config
+    from encdec.train.run_config import parse_config
 
     given = vars(options)
     if given.get("ladder"):
@@ -346,9 +346,9 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 def check_python(block: Block) -> None:
     """Runs a block of Python; calls of ``encdec.api`` are only held against what it takes."""
     from encdec import api
-    from encdec.evaluation.settings import EvaluationSettings
-    from encdec.inference.settings import GenerationSettings
-    from encdec.train.config import parse_config
+    from encdec.evaluation.evaluation_settings import EvaluationSettings
+    from encdec.inference.generation_settings import GenerationSettings
+    from encdec.train.run_config import parse_config
     from encdec.train.train_command import load_config
 
     def train(config, workdir, overrides=None, **_):

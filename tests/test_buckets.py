@@ -25,12 +25,12 @@ from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.records import open_records
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.files import LineAppender, append_rows, keep_lines, whole_lines, write_text
-from encdec.inference import files as inference_files
-from encdec.inference.files import ResumableOutput
+from encdec.inference import answer_files
+from encdec.inference.answer_files import ResumableOutput
 from encdec.paper.paper_command import main as paper_main
-from encdec.paper.results import append_results, read_results
+from encdec.paper.result_rows import append_results, read_results
 from encdec.scaling import run as scaling_run
-from encdec.scaling.results import ResultsFile
+from encdec.scaling.results_file import ResultsFile
 from encdec.scaling.run import check_division, run_plan
 from encdec.storage import (
     any_path,
@@ -427,7 +427,7 @@ def test_answers_in_a_bucket_are_continued_after_a_kill_at_any_point(gs, monkeyp
         ResumableOutput(path, {"model": 2}, ["a", "b", "c"]).done()
     removed = []
     with monkeypatch.context() as killed:  # between the file and the end of its parts
-        killed.setattr(inference_files, "remove_objects", lambda *given: removed.append(given))
+        killed.setattr(answer_files, "remove_objects", lambda *given: removed.append(given))
         output.end()
     assert removed and len(buckets.objects(f"{path}.parts")) == 2
     assert output.done() == 3

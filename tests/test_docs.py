@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from encdec.metrics.registry import METRICS
+from encdec.metrics.metric_registry import METRICS
 from tests.pages import (
     CHECKED,
     PAGES,

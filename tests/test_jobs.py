@@ -23,10 +23,10 @@ from encdec.errors import ConfigError, DataError
 from encdec.evaluation.examples import Example
 from encdec.evaluation.predictions import PredictionFiles, predict
 from encdec.files import append_rows, whole_file, whole_lines, write_json
-from encdec.inference.files import ResumableOutput
+from encdec.inference.answer_files import ResumableOutput
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generation
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.jobs import NOTES, DirectoryJob, Tally, differences
 from tests.data.conftest import write_jsonl
 

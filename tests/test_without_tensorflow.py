@@ -58,4 +58,4 @@ def test_text_becomes_an_answering_model(tmp_path, monkeypatch, capsys):
     assert main(["prepare", "--task=c4", "--vocabulary=bytes", "--out=c4"]) == 2
     assert "needs tensorflow_datasets" in capsys.readouterr().err
     with pytest.raises(Exception, match=r"needs seqio.*pip install"):
-        importlib.import_module("encdec.data.tasks")
+        importlib.import_module("encdec.data.seqio_registration")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from encdec.adapt.layers import FORMS, chosen_layers
+from encdec.adapt.layer_choice import FORMS, chosen_layers
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.storage import absolute, any_path, as_path

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from encdec.adapt.adapting import make_plan, write
-from encdec.adapt.layers import chosen_layers
+from encdec.adapt.layer_choice import chosen_layers
 from encdec.adapt.parameters import Choice
 from encdec.adapt.sources import open_source
 from encdec.cost.flops import count_parameters, training_flops
@@ -32,9 +32,9 @@ from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.jobs import claim_settings
 from encdec.model import ModelConfig, preset
-from encdec.train.config import RunConfig, parse_config
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
+from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.workdir import CONFIG_FILE, model_config_of, read_config
 
 EXTRA_IDS = 136  # what UL2's sentinels and mode tokens take

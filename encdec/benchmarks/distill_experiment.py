@@ -28,10 +28,10 @@ from encdec.files import write_json
 from encdec.jobs import claim_settings
 from encdec.model import build_model, preset
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.config import RunConfig, parse_config
 from encdec.train.loop import train
 from encdec.train.losses import loss_positions
 from encdec.train.program import build_program
+from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.sharding import make_mesh
 
 TEACHER_RATIO = 4.0  # the least size of the teacher, in students

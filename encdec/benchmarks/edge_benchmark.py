@@ -33,7 +33,7 @@ from encdec.flags import Parser
 from encdec.inference.exported import ExportedModel, export_format, load_exported_model
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import greedy_choice
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.storage import local_path
 

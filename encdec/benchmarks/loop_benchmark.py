@@ -28,10 +28,10 @@ from encdec.data.records import (
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.flags import Parser
 from encdec.model import preset_names
-from encdec.train.config import parse_config
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.loop import train
 from encdec.train.program import build_program
+from encdec.train.run_config import parse_config
 from encdec.train.sharding import make_mesh
 
 OVERHEAD_GOAL = 0.03

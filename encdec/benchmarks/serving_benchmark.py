@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Pass]]:
     import jax
 
     from encdec.data.vocabulary import ByteVocabulary
-    from encdec.inference.text import PromptFormat
+    from encdec.inference.text_io import PromptFormat
     from encdec.model import build_model, init_params, preset
     from encdec.serving.app import Service
     from encdec.serving.engine import Engine

@@ -26,16 +26,16 @@ from encdec.benchmarks.transformers_runtime import TransformersModel, missing
 from encdec.errors import ConfigError
 from encdec.export.export_command import main as export_main
 from encdec.flags import Parser
+from encdec.inference.answer_files import read_inputs
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
 from encdec.inference.drafting import Drafters, Paces
 from encdec.inference.exported import export_format, load_exported_model
-from encdec.inference.files import read_inputs
+from encdec.inference.generation_settings import LOOKUP, OFF, GenerationSettings
 from encdec.inference.generator import TextGenerator
-from encdec.inference.loading import load
+from encdec.inference.load_generator import load
 from encdec.inference.pace import LONGEST_DRAFT
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
-from encdec.inference.settings import LOOKUP, OFF, GenerationSettings
 from encdec.machine import available_cores
 from encdec.model import ModelConfig, Params, build_model, init_params, preset
 from encdec.storage import local_path

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from encdec.export import equivalents, families, huggingface
+from encdec.export import equivalents, family_export, huggingface_export
 from encdec.export.shipped.configuration_encdec import EncdecConfig
 from encdec.export.shipped.modeling_encdec import EncdecForConditionalGeneration, EncdecStack
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_theirs
 from encdec.machine import available_cores
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
-from encdec.train.config import OptimizerConfig
+from encdec.train.run_config import OptimizerConfig
 
 Batch = Mapping[str, np.ndarray]
 
@@ -68,7 +68,7 @@ def build(config: ModelConfig, params: Any, targets: int) -> nn.Module:
     """
     config, params = equivalents.on_host(config, params)
     if config.is_encoder_decoder:
-        values, tensors = huggingface.own(config, params)
+        values, tensors = huggingface_export.own(config, params)
         module: nn.Module = TwoStacks(EncdecConfig(**values))
         target = module.model
     else:
@@ -79,7 +79,7 @@ def build(config: ModelConfig, params: Any, targets: int) -> nn.Module:
         } | {
             "attention_scale": config.scores_scale,
             "rope_frequencies": np.asarray(rope_frequencies(config)).tolist(),
-            "mlp_activation": families.ACTIVATIONS[config.mlp_activation],
+            "mlp_activation": family_export.ACTIVATIONS[config.mlp_activation],
         }
         target = module = CausalStack(EncdecConfig(**values), targets)
         tensors = to_theirs(_causal_layout(config), params)

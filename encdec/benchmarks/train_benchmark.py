@@ -30,9 +30,9 @@ from encdec.flags import Parser
 from encdec.logs import logger
 from encdec.model import ModelConfig, build_model, init_params
 from encdec.storage import local_path
-from encdec.train.config import RunConfig, parse_config
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.program import Program, abstract_batch, build_program
+from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.sharding import make_mesh
 
 _LOG = logger(__name__)

@@ -25,7 +25,7 @@ from encdec.benchmarks.generation_memory import Setting, forget_peak
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.export import formats
 from encdec.inference.ready import cpu_has_bfloat16
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.machine import available_cores
 from encdec.model import ModelConfig
 from encdec.packages import install_hint

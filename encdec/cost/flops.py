@@ -30,7 +30,7 @@ import dataclasses
 from typing import Literal
 
 from encdec.errors import ConfigError
-from encdec.model.config import ModelConfig
+from encdec.model.model_config import ModelConfig
 
 CausalCount = Literal["half", "full"]
 

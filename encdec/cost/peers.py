@@ -7,7 +7,7 @@ from typing import Literal
 
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
-from encdec.model.config import ModelConfig
+from encdec.model.model_config import ModelConfig
 
 MATCH = 0.005  # matches this close are preferred
 TOLERANCE = 0.01  # worse matches are refused

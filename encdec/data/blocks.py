@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from encdec.data.losses import Losses, count_losses
 from encdec.data.objectives import Document, Encoded, Form, Objective, describe_objective
 from encdec.data.packing import pack
 from encdec.data.records import (
@@ -28,6 +27,7 @@ from encdec.data.records import (
     write_shard,
 )
 from encdec.data.vocabulary import Vocabulary
+from encdec.data.vocabulary_losses import Losses, count_losses
 from encdec.errors import ConfigError, DataError
 from encdec.jobs import Tally
 

@@ -10,12 +10,12 @@ import platform
 import re
 import time
 
-from encdec.data.losses import Losses
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, has_rows, located_rows
 from encdec.data.records import DatasetCard
 from encdec.data.text_files import plain_name
 from encdec.data.vocabulary import load_vocabulary
+from encdec.data.vocabulary_losses import Losses
 from encdec.errors import ConfigError
 from encdec.logs import logger
 from encdec.machine import available_cores

@@ -16,16 +16,16 @@ from rich.text import Text
 
 from encdec.data import corpus_table as table
 from encdec.data.file_tasks import FileTask
-from encdec.data.losses import Losses
 from encdec.data.objectives import Form
 from encdec.data.readers import BadRows
 from encdec.data.records import decode_row, open_records
-from encdec.data.registry import FILE_TASKS, TEXT_TASKS
 from encdec.data.seqio_tasks import seqio_mixture, seqio_mixture_names, seqio_task_names
 from encdec.data.task_mixtures import MIXTURES, task_or_mixture
+from encdec.data.task_registry import FILE_TASKS, TEXT_TASKS
 from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask
 from encdec.data.verify import SAMPLE_ROWS, verify_records
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
+from encdec.data.vocabulary_losses import Losses
 from encdec.errors import ConfigError, DataError
 from encdec.flags import Parser
 from encdec.logs import logger

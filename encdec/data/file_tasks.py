@@ -41,9 +41,9 @@ class FileTask:
     ``fields`` are the row's own keys that ``document`` turns into a document. ``splits`` are the
     official ones with their examples (None: not fixed). ``tfds`` is its tensorflow-datasets name;
     ``pairs`` names the two parallel files of a split, "{split}" standing for its name.
-    ``metrics`` are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most that
-    configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target tokens a
-    row where ``prepare`` is given none.
+    ``metrics`` are names of ``encdec.metrics.metric_registry``. ``fine_tune_steps`` are the most
+    that configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target
+    tokens a row where ``prepare`` is given none.
     """
 
     name: str

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from encdec.data.file_tasks import FileTask, Row
 from encdec.data.objectives import Document, PrefixLM
 from encdec.data.readers import Fault, with_references
-from encdec.metrics.text import UNANSWERABLE
+from encdec.metrics.text_metrics import UNANSWERABLE
 
 
 def squad_document(row: Row) -> Document | Fault:

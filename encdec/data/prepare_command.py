@@ -12,11 +12,11 @@ from typing import Any
 import gin
 from encdec.data.blocks import Counts
 from encdec.data.gin_bindings import choose_objective, mixture, parse_gin, refuse_unused
-from encdec.data.losses import Losses
 from encdec.data.objectives import FIT_LENGTHS
 from encdec.data.prepare import BAD_ROWS_FILE, prepare
 from encdec.data.prepare_settings import FIELD_FLAGS, PrepareSettings
 from encdec.data.records import DatasetCard
+from encdec.data.vocabulary_losses import Losses
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.logs import logger, shows_progress

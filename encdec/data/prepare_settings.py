@@ -16,8 +16,8 @@ from encdec.data.file_tasks import SPLIT_NAMES
 from encdec.data.objectives import OBJECTIVES, Objective
 from encdec.data.packing import METHODS
 from encdec.data.readers import DOCUMENTS, PAIR_FIELDS, TEXT_FIELD
-from encdec.data.registry import TEXT_TASKS
 from encdec.data.task_mixtures import MIXTURES, task_or_mixture
+from encdec.data.task_registry import TEXT_TASKS
 from encdec.data.text_files import plain_name
 from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import Vocabulary

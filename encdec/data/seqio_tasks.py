@@ -22,7 +22,7 @@ from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import DataError
-from encdec.metrics.registry import METRICS, register
+from encdec.metrics.metric_registry import METRICS, register
 from encdec.metrics.score import Metric, Score, mean_score
 
 # Steps of a seqio task that do with tokens what preparation does itself.

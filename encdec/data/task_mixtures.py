@@ -10,8 +10,8 @@ import numpy as np
 from encdec.data.mixing import mixing_rates
 from encdec.data.objectives import Document
 from encdec.data.readers import BadRows
-from encdec.data.registry import TEXT_TASKS, text_task
 from encdec.data.seqio_tasks import seqio_mixture, seqio_task
+from encdec.data.task_registry import TEXT_TASKS, text_task
 from encdec.data.text_tasks import TextTask
 from encdec.errors import ConfigError, DataError
 

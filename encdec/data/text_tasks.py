@@ -27,8 +27,8 @@ class TextTask:
 
     ``origin`` tells the card where the text came from. A task without ``splits`` takes any name.
     ``read`` may give a pair more texts than the objective wants: further references for the
-    ``metrics``, which are names of ``encdec.metrics.registry``. ``fine_tune_steps`` are the most
-    that configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target
+    ``metrics``, which are names of ``encdec.metrics.metric_registry``. ``fine_tune_steps`` are the
+    most that configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target
     tokens a row where ``prepare`` is given none. ``sized`` gives the task as it is for rows of
     (inputs, targets) tokens, where its documents depend on that.
     """

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from encdec.data.losses import Losses, count_unknown
 from encdec.data.records import (
     DatasetCard,
     Records,
@@ -19,6 +18,7 @@ from encdec.data.records import (
     read_card,
 )
 from encdec.data.vocabulary import Vocabulary
+from encdec.data.vocabulary_losses import Losses, count_unknown
 from encdec.errors import DataError
 from encdec.files import file_sha256, file_size
 from encdec.storage import as_path

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from encdec.data.prepare_settings import FIELD_FLAGS, PrepareSettings, choose_task
 from encdec.data.readers import BadRows
-from encdec.data.registry import TEXT_TASKS
+from encdec.data.task_registry import TEXT_TASKS
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError

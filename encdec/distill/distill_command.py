@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.inference.settings import add_draft_option
+from encdec.inference.generation_settings import add_draft_option
 from encdec.logs import logger
 from encdec.storage import any_path, local_path
 
@@ -69,7 +69,7 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
     from encdec.distill.rounds import Shares, distill_in_rounds
-    from encdec.train.config import parse_config
+    from encdec.train.run_config import parse_config
     from encdec.train.train_command import load_config
 
     shares = Shares(options.gold, options.teacher_written, options.student_written)
@@ -94,7 +94,7 @@ def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _answering(options: argparse.Namespace) -> Answering:
     from encdec.distill.rollout import Answering
-    from encdec.inference.settings import GenerationSettings
+    from encdec.inference.generation_settings import GenerationSettings
 
     settings = GenerationSettings(
         temperature=options.temperature,

@@ -34,9 +34,9 @@ from encdec.data.records import (
 from encdec.data.teacher_rows import short
 from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.inference.generation_settings import AUTO, GenerationSettings
 from encdec.inference.generator import TextGenerator
-from encdec.inference.loading import load
-from encdec.inference.settings import AUTO, GenerationSettings
+from encdec.inference.load_generator import load
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
 from encdec.storage import as_path
 from encdec.train.workdir import read_config

@@ -23,9 +23,9 @@ from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.logs import logger
 from encdec.storage import as_path
-from encdec.train.config import RunConfig
 from encdec.train.job import check_place
 from encdec.train.loop import train
+from encdec.train.run_config import RunConfig
 
 _LOG = logger(__name__)
 

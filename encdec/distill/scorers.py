@@ -32,9 +32,9 @@ from encdec.model import Model, ModelConfig, abstract_params, build_model, logic
 from encdec.storage import as_path
 from encdec.train.across_mesh import on_mesh
 from encdec.train.checkpoints import latest_step, load_params_for_inference
-from encdec.train.config import MeshConfig
 from encdec.train.feed import host_slice, to_devices
 from encdec.train.losses import loss_positions
+from encdec.train.run_config import MeshConfig
 from encdec.train.sharding import ShardingRules, data_shards, make_mesh, param_shardings
 from encdec.train.workdir import model_config_of, read_config
 

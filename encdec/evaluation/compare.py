@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from encdec.data.registry import TEXT_TASKS
+from encdec.data.task_registry import TEXT_TASKS
 from encdec.errors import DataError
 from encdec.evaluation.evaluation_report import check_distinct, read_report, shown
 from encdec.evaluation.examples import Example
@@ -18,7 +18,7 @@ from encdec.evaluation.judge import kept_opinions
 from encdec.evaluation.likelihood import Likelihood, LikelihoodFiles, likelihood_scores
 from encdec.evaluation.predictions import read_answers
 from encdec.metrics.intervals import TRIALS, Statistic, compare, randomisation_test
-from encdec.metrics.registry import DEFAULT, score_texts
+from encdec.metrics.metric_registry import DEFAULT, score_texts
 from encdec.metrics.score import Score, mean_score
 from encdec.storage import on_this_machine
 

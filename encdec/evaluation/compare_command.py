@@ -7,7 +7,7 @@ import argparse
 from encdec.errors import ConfigError
 from encdec.files import write_json, write_text
 from encdec.flags import Parser
-from encdec.inference.settings import check_numbers
+from encdec.inference.generation_settings import check_numbers
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, make_directory, user_place
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from encdec.evaluation.evaluation_report import shuffled_report, task_report, write_report
+from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Example, Examples, load_examples, with_shuffled_sources
 from encdec.evaluation.judge import CACHE, Judge, endpoint, local_model
 from encdec.evaluation.likelihood import (
@@ -21,7 +22,7 @@ from encdec.evaluation.likelihood import (
     likelihood_scores,
     measure,
 )
-from encdec.evaluation.loading import load_models
+from encdec.evaluation.load_models import load_models
 from encdec.evaluation.predictions import (
     Prediction,
     PredictionFiles,
@@ -31,11 +32,10 @@ from encdec.evaluation.predictions import (
     open_windows,
     predict,
 )
-from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.generator import Generator
 from encdec.inference.progress import Progress
 from encdec.logs import logger
-from encdec.metrics.registry import not_measured, score_texts
+from encdec.metrics.metric_registry import not_measured, score_texts
 from encdec.metrics.score import Score, mean_score
 from encdec.storage import as_path
 

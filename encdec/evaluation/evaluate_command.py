@@ -6,11 +6,11 @@ import argparse
 
 from encdec import shipped
 from encdec.errors import ConfigError
-from encdec.evaluation.settings import EvaluationSettings
+from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.flags import Parser
 from encdec.hub import data_path
-from encdec.inference.settings import GenerationSettings, add_draft_option
-from encdec.metrics.registry import METRICS
+from encdec.inference.generation_settings import GenerationSettings, add_draft_option
+from encdec.metrics.metric_registry import METRICS
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, local_path
 

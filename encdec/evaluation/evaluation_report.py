@@ -14,7 +14,7 @@ from encdec.errors import DataError
 from encdec.evaluation.predictions import Prediction
 from encdec.files import write_text
 from encdec.metrics.intervals import Interval, compare
-from encdec.metrics.registry import metric_named
+from encdec.metrics.metric_registry import metric_named
 from encdec.metrics.score import Score
 from encdec.storage import absolute, as_path
 

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from encdec.data.readers import STDIN, BadRows, check_files, pair_documents
-from encdec.data.registry import text_task
 from encdec.data.task_mixtures import mixture_parts
+from encdec.data.task_registry import text_task
 from encdec.errors import DataError
-from encdec.evaluation.settings import EvaluationSettings
-from encdec.metrics.registry import DEFAULT, metric_named
+from encdec.evaluation.evaluation_settings import EvaluationSettings
+from encdec.metrics.metric_registry import DEFAULT, metric_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Examples:
     Attributes:
         name: in reports, and of the folder of its predictions.
         examples: at least one.
-        metrics: names of ``encdec.metrics.registry``.
+        metrics: names of ``encdec.metrics.metric_registry``.
 
     Raises:
         ConfigError: no such metric.

@@ -24,7 +24,7 @@ from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
 from encdec.files import append_rows, line_files, whole_lines
 from encdec.inference.rows import bucket
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.metrics.score import Score, bits_per_byte, ratio_score
 from encdec.model import ModelConfig, build_model
 from encdec.train.losses import loss_positions

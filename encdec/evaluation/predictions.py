@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import DataError
+from encdec.evaluation.evaluation_settings import TooLong
 from encdec.evaluation.examples import Example
-from encdec.evaluation.settings import TooLong
 from encdec.files import append_rows, line_files, whole_lines
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.jobs import claim_settings
 from encdec.storage import make_directory
 

@@ -11,7 +11,7 @@ from encdec.export import formats
 from encdec.export.formats import Export, Written
 from encdec.export.model_card import check_license, write_card
 from encdec.inference.generator import read_prompt_format
-from encdec.inference.text import check_template
+from encdec.inference.text_io import check_template
 from encdec.storage import as_path, is_free, whole_directory
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.workdir import model_config_of, read_config

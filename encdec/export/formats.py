@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import ConfigError
 from encdec.files import write_json
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig
 from encdec.model.coverage import refuse_unknown
 from encdec.train.workdir import CONFIG_FILE
@@ -96,7 +96,7 @@ class Format:
 FORMATS = {
     "hf": Format(
         "Hugging Face",
-        "encdec.export.huggingface",
+        "encdec.export.huggingface_export",
         ("float32", "bfloat16"),
         "a Hugging Face directory",
         runs=False,

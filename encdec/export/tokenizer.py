@@ -19,8 +19,8 @@ from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Voca
 from encdec.errors import ConfigError
 from encdec.export.special_ids import PADDING_TOKEN
 from encdec.files import write_json
-from encdec.inference.text import INCOMPLETE, PromptFormat
-from encdec.model.config import Architecture
+from encdec.inference.text_io import INCOMPLETE, PromptFormat
+from encdec.model.model_config import Architecture
 
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 SPACE = "\u2581"

@@ -19,8 +19,8 @@ from encdec.hardware import hlo
 from encdec.hardware.predict import Prediction, predict
 from encdec.hardware.topology import Topology
 from encdec.train.compiler_options import compiler_options as chip_options
-from encdec.train.config import RunConfig
 from encdec.train.program import abstract_batch, build_program, check_batch
+from encdec.train.run_config import RunConfig
 from encdec.train.sharding import data_shards, make_mesh
 
 DRAWS = 50  # a teacher's draws per token: the default of `encdec score`

@@ -17,7 +17,7 @@ from rich.console import Console
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.storage import local_path
-from encdec.train.config import RunConfig, parse_config
+from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.train_command import load_config, split_overrides
 
 

@@ -18,7 +18,7 @@ from encdec.inference.decoding import decode_step, prefill
 from encdec.model import ModelConfig, abstract_params, build_model, for_decoding, logical_axes
 from encdec.train.across_mesh import on_mesh
 from encdec.train.compiler_options import compiler_options as chip_options
-from encdec.train.config import RunConfig
+from encdec.train.run_config import RunConfig
 from encdec.train.sharding import ShardingRules, data_shards, make_mesh, param_shardings
 
 START_ID = 0  # which token it is changes no time

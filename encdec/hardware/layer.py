@@ -21,7 +21,7 @@ from encdec.model.attention import packed_attention
 from encdec.model.positions import rope_table
 from encdec.model.stacks import LayerInputs, Stack
 from encdec.train.compiler_options import compiler_options as chip_options
-from encdec.train.config import RunConfig
+from encdec.train.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)

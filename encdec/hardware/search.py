@@ -10,7 +10,7 @@ from encdec.errors import ConfigError
 from encdec.hardware.compile import CompiledStep, DoesNotFit, halved, with_remat
 from encdec.logs import logger
 from encdec.model.stacks import REMAT_POLICIES
-from encdec.train.config import MeshConfig, RunConfig
+from encdec.train.run_config import MeshConfig, RunConfig
 
 _LOG = logger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError
 from encdec.inference.drafting import Draft, DraftModel
+from encdec.inference.generation_settings import AUTO, LOOKUP, OFF
 from encdec.inference.generator import read_prompt_format
 from encdec.inference.ready import ready_for_decoding
-from encdec.inference.settings import AUTO, LOOKUP, OFF
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.workdir import read_config
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled
 from encdec.inference.drafts import Sources, hindsight
+from encdec.inference.generation_settings import AUTO, OFF
 from encdec.inference.pace import LONGEST_DRAFT, PLAIN, SIZES, Pace
-from encdec.inference.settings import AUTO, OFF
 from encdec.inference.speculation import Drafting, begin_drafting_compiled, speculate_compiled
 from encdec.model import ModelConfig, Params
 

@@ -14,8 +14,8 @@ from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.hub import data_path
+from encdec.inference.generation_settings import GenerationSettings, add_draft_option, check_numbers
 from encdec.inference.progress import Progress
-from encdec.inference.settings import GenerationSettings, add_draft_option, check_numbers
 from encdec.logs import logger
 from encdec.storage import any_path, as_path
 
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> int:
     settings = _settings(options)
     _check(options)
     # Imported late: a mistake in the command line is answered at once.
-    from encdec.inference.files import ResumableOutput, read_inputs
+    from encdec.inference.answer_files import ResumableOutput, read_inputs
     from encdec.inference.generator import read_prompt_format
-    from encdec.inference.loading import load
+    from encdec.inference.load_generator import load
     from encdec.train.workdir import CONFIG_FILE
 
     prompts, _ = read_prompt_format(options.checkpoint, max_input_tokens=options.max_input_tokens)
@@ -233,7 +233,7 @@ def _answer(
     progress: Progress | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Output rows a window of inputs at a time, in order, from input ``done`` on."""
-    from encdec.inference.files import rows_of
+    from encdec.inference.answer_files import rows_of
 
     window = WINDOW_BATCHES * options.batch_rows
     for begin in range(done, len(texts), window):

@@ -13,9 +13,9 @@ import numpy as np
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.drafting import Draft
+from encdec.inference.generation_settings import AUTO, GenerationSettings
 from encdec.inference.rows import CompiledRows, PreparedInput, RowDecoder, Rows
-from encdec.inference.settings import AUTO, GenerationSettings
-from encdec.inference.text import (
+from encdec.inference.text_io import (
     SOURCE,
     PromptFormat,
     TextStream,

@@ -16,12 +16,12 @@ from encdec.errors import ConfigError
 from encdec.inference.beam import BeamPlan, Hypotheses, beam_search
 from encdec.inference.decoding import Decoding, DecodingPlan, start_compiled
 from encdec.inference.drafting import Draft, Drafters, DraftModel, Paces
+from encdec.inference.generation_settings import AUTO, GenerationSettings
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
-from encdec.inference.settings import AUTO, GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes
-from encdec.train.config import MeshConfig
+from encdec.train.run_config import MeshConfig
 from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 
 # States of the rows; what is sent back says which of them to finish early, bool [R].

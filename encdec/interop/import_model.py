@@ -11,7 +11,7 @@ from encdec import hub, safetensors
 from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.interop import huggingface, llama2c, mu, own, t5gemma, t5gemma2
+from encdec.interop import huggingface_import, llama2c, mu, own, t5gemma, t5gemma2
 from encdec.interop.framing import Framing, other_ends, read_eos_ids, read_framing, read_vocabulary
 from encdec.interop.importing import free_bytes, write_model
 from encdec.model import ModelConfig
@@ -130,9 +130,9 @@ def import_model(
 def _read_huggingface(
     source: pathlib.Path, out: pathlib.Path, vocabulary: Vocabulary | None
 ) -> _Found:
-    family = huggingface.model_type(source)
+    family = huggingface_import.model_type(source)
     seq2seq = {one.MODEL_TYPE: one for one in (t5gemma, t5gemma2, own)}.get(family)
-    found = (seq2seq or huggingface).read_config(source)
+    found = (seq2seq or huggingface_import).read_config(source)
     tensors = safetensors.open_directory(source)
     needed = sum(tensor.nbytes for tensor in tensors.values())
     if (free := free_bytes(out)) < needed:
@@ -141,7 +141,9 @@ def _read_huggingface(
         model, params = seq2seq.convert(found.model, tensors)
     else:
         model = found.model
-        params = huggingface.convert(model, found.family, tensors, found.rotated, found.multipliers)
+        params = huggingface_import.convert(
+            model, found.family, tensors, found.rotated, found.multipliers
+        )
     notes = []
     if vocabulary is None:
         eos_ids = read_eos_ids(source, found.eos_ids)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.huggingface import ACTIVATIONS, Imported
+from encdec.interop.huggingface_import import ACTIVATIONS, Imported
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
 from encdec.interop.rope import required
 from encdec.model import ExecutionConfig, ModelConfig

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop import huggingface
-from encdec.interop.huggingface import Imported
+from encdec.interop import huggingface_import
+from encdec.interop.huggingface_import import Imported
 from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
 from encdec.interop.rope import required
 from encdec.model import ModelConfig
@@ -74,7 +74,7 @@ def read_config(directory: pathlib.Path) -> Imported:
         "decoder": required(values, "decoder", path, dict),
     }
     found = {
-        name: huggingface.translate("gemma3_text", stack, path, "")
+        name: huggingface_import.translate("gemma3_text", stack, path, "")
         for name, stack in stacks.items()
     }
     mine, theirs = (found[name].model.to_dict() for name in ("decoder", "encoder"))

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         unroll_params,
     )
     from encdec.model.cache import init_cache
-    from encdec.model.config import ModelConfig
     from encdec.model.cpu_layout import shard_for_cpu
     from encdec.model.execution import ExecutionConfig
+    from encdec.model.model_config import ModelConfig
     from encdec.model.presets import preset, preset_names
 
 _MODULES = {
@@ -44,7 +44,7 @@ _MODULES = {
         "unroll_params",
     ),
     "cache": ("init_cache",),
-    "config": ("ModelConfig",),
+    "model_config": ("ModelConfig",),
     "cpu_layout": ("shard_for_cpu",),
     "execution": ("ExecutionConfig",),
     "presets": ("preset", "preset_names"),

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from encdec.model.config import ModelConfig
 from encdec.model.kernels import (
     cudnn_attention,
     named_inputs,
@@ -19,6 +18,7 @@ from encdec.model.kernels import (
     splash_attention,
 )
 from encdec.model.layers import Projection, RMSNorm, product
+from encdec.model.model_config import ModelConfig
 from encdec.model.positions import Rotation, apply_rope, rope_table
 
 # Keys and values, each [B, S, K, D] (``cpu_layout`` orders the axes otherwise).

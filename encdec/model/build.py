@@ -11,10 +11,10 @@ import numpy as np
 from flax import linen as nn
 
 from encdec.errors import ConfigError
-from encdec.model.config import ModelConfig
 from encdec.model.cpu_layout import cpu_model
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
+from encdec.model.model_config import ModelConfig
 
 Model = EncoderDecoder | DecoderOnly
 Params = dict[str, Any]

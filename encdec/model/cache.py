@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.model.attention import AttentionInputs, window_mask
-from encdec.model.config import ModelConfig
+from encdec.model.model_config import ModelConfig
 from encdec.model.positions import rope_table
 
 

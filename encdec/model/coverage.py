@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from encdec.errors import ConfigError
-from encdec.model.config import ModelConfig
+from encdec.model.model_config import ModelConfig
 
 EVERYWHERE = frozenset(
     """

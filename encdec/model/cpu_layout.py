@@ -34,11 +34,11 @@ from encdec.model.attention import (
     dot_product_attention,
     joined,
 )
-from encdec.model.config import ModelConfig
 from encdec.model.coverage import refuse_unknown
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
 from encdec.model.layers import Embedder, Mlp, Projection
+from encdec.model.model_config import ModelConfig
 from encdec.model.positions import Rotation
 from encdec.model.stacks import Block, Stack
 

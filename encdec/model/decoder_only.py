@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from encdec.model.attention import packed_self_attention
 from encdec.model.cache import cached_self_attention
-from encdec.model.config import ModelConfig
 from encdec.model.encoder_decoder import Batch
 from encdec.model.layers import Embedder
+from encdec.model.model_config import ModelConfig
 from encdec.model.stacks import LayerInputs, Stack
 
 

@@ -18,8 +18,8 @@ from encdec.model.attention import (
     packed_self_attention,
 )
 from encdec.model.cache import cached_self_attention
-from encdec.model.config import ModelConfig
 from encdec.model.layers import Embedder
+from encdec.model.model_config import ModelConfig
 from encdec.model.positions import Rotation, encoder_rope_positions, rope_table
 from encdec.model.stacks import LayerInputs, Stack
 

@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from encdec.errors import ConfigError
-from encdec.model.config import ModelConfig
 from encdec.model.coverage import refuse_unknown, unknown_fields
+from encdec.model.model_config import ModelConfig
 
 # Query and key tiles of the splash kernel. At 1,024 keys one tile of keys holds them all, so that
 # the fused backward pass has no partial query gradients to add up.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from encdec.model.config import ModelConfig
+from encdec.model.model_config import ModelConfig
 
 # Checkpoint names for values that are expensive to recompute, or cheap to keep.
 NORM_FACTOR, MLP_HIDDEN = "norm_factor", "mlp_hidden"

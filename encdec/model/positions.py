@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from encdec.model.config import ModelConfig
+from encdec.model.model_config import ModelConfig
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, each [B, T, 1, D] float32
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
-from encdec.model.config import ModelConfig
+from encdec.model.model_config import ModelConfig
 
 # The paper's choices where its release shows them; shared by all sizes so that size is all that
 # differs. ``kv_pairing``, ``encoder_positions`` and ``norm_cast`` follow the released weights.

@@ -11,10 +11,10 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from encdec.model.attention import Attention, AttentionInputs, KeyValues
-from encdec.model.config import ModelConfig
-from encdec.model.config import Stack as StackName
 from encdec.model.kernels import ATTENTION_INPUTS, CONTEXT, platform
 from encdec.model.layers import MLP_HIDDEN, NORM_FACTOR, Mlp, RMSNorm
+from encdec.model.model_config import ModelConfig
+from encdec.model.model_config import Stack as StackName
 from encdec.model.positions import Rotation
 
 UNROLLED = 12  # layers of a stack

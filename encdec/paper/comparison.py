@@ -11,7 +11,7 @@ from typing import Any
 from encdec.evaluation.compare import compare_scores
 from encdec.evaluation.evaluation_report import shown
 from encdec.metrics.intervals import RESAMPLES, t_interval
-from encdec.paper.results import BITS, COSTS, RUN, by_row, score_of
+from encdec.paper.result_rows import BITS, COSTS, RUN, by_row, score_of
 
 # (decoding, score, heading); "shuffled" are greedy answers to another example's source.
 SCORES = (

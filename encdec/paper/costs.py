@@ -18,9 +18,9 @@ from encdec.benchmarks.generation import time_generation
 from encdec.benchmarks.train_benchmark import OurStep
 from encdec.cost.flops import cache_bytes, weight_bytes
 from encdec.model import build_model, init_params
-from encdec.paper.results import COSTS, where_and_when
+from encdec.paper.result_rows import COSTS, where_and_when
 from encdec.paper.setting import TEACHER, Column, Setting, model_of, run_config, table_rows
-from encdec.train.config import RunConfig
+from encdec.train.run_config import RunConfig
 
 STEPS = 10  # timed
 INPUTS, NEW_TOKENS = 64, 64  # about the task's median source and target

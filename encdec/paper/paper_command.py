@@ -92,7 +92,7 @@ def _table(argv: list[str]) -> int:
     path = as_path(parser.parse_args(argv).results)
     from encdec.files import lines_exist
     from encdec.paper.comparison import comparison_markdown
-    from encdec.paper.results import read_results
+    from encdec.paper.result_rows import read_results
 
     if not lines_exist(path):
         raise DataError(f"{path} is no file; give the --results of `encdec paper`")
@@ -117,7 +117,7 @@ def _costs(argv: list[str]) -> int:
     )
     options, setting = _read(parser, argv)
     from encdec.paper.costs import cost_rows
-    from encdec.paper.results import append_results
+    from encdec.paper.result_rows import append_results
 
     for column in setting.columns:
         rows = cost_rows(setting, column, options.remark, _say)
@@ -138,7 +138,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
     Raises:
         ConfigError: no such file, size or field, or a value that is not of the field's type.
     """
-    from encdec.train.config import field_names
+    from encdec.train.run_config import field_names
     from encdec.train.train_command import read_config_file
 
     config = read_config_file(source)

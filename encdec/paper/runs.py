@@ -20,14 +20,20 @@ from encdec.distill.rollout import Answering, rollout
 from encdec.distill.scoring import score
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
-from encdec.evaluation.loading import chosen_step
+from encdec.evaluation.evaluation_settings import EvaluationSettings
+from encdec.evaluation.load_models import chosen_step
 from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.results_table import table, table_markdown
-from encdec.evaluation.settings import EvaluationSettings
 from encdec.files import sole_process, write_json
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.paper.corpora import Corpora, Say
-from encdec.paper.results import append_results, done_runs, read_results, run_rows, setting_digest
+from encdec.paper.result_rows import (
+    append_results,
+    done_runs,
+    read_results,
+    run_rows,
+    setting_digest,
+)
 from encdec.paper.setting import (
     TEACHER,
     Column,
@@ -39,8 +45,8 @@ from encdec.paper.setting import (
     slug,
     table_rows,
 )
-from encdec.train.config import RunConfig
 from encdec.train.loop import train
+from encdec.train.run_config import RunConfig
 
 DONE_FILE = "done.json"
 GREEDY = "evaluation"  # folders of a run's evaluations

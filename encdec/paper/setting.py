@@ -12,7 +12,7 @@ from encdec.evaluation.results_table import PAPER
 from encdec.fields import build
 from encdec.model import ModelConfig, preset
 from encdec.scaling.matching import DECODER_ONLY, encoder_share, matched, series_name
-from encdec.train.config import RunConfig, parse_config
+from encdec.train.run_config import RunConfig, parse_config
 
 TEACHER = "teacher"  # the row's name, and the model's
 DEC = "DEC"

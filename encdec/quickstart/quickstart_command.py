@@ -31,11 +31,11 @@ from encdec.distill.score_command import ScoringProgress
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.evaluation.evaluate import evaluate
+from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Example, Examples, of_task
 from encdec.evaluation.predictions import read_texts
-from encdec.evaluation.settings import EvaluationSettings
 from encdec.flags import Parser
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.logs import shows_progress
 from encdec.model import ModelConfig, preset
 from encdec.quickstart import quickstart_report as reports
@@ -43,9 +43,9 @@ from encdec.quickstart.quickstart_plan import TASKS, TRY, QuickTask, plan_text
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
 from encdec.storage import local_path
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.config import RunConfig, parse_config
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
+from encdec.train.run_config import RunConfig, parse_config
 
 OPTIMIZER, LEARNING_RATE = "muon", 1e-2  # reaches in 120 steps the loss of AdamW (2e-3) in 240
 ALPHA = 0.5  # weight of the teacher, which is no better than its student

@@ -12,9 +12,21 @@ from encdec.metrics.intervals import Interval
 from encdec.scaling.distillation import DistillationLaw, fit_distillation
 from encdec.scaling.fit import Form, Law, Observations, fit_law, residuals
 from encdec.scaling.frontier import Comparison, Cost, Frontier, compare, fit_cost
-from encdec.scaling.intervals import HeldOut, constant_intervals, hold_out_largest, refitted_draws
+from encdec.scaling.law_uncertainty import (
+    HeldOut,
+    constant_intervals,
+    hold_out_largest,
+    refitted_draws,
+)
 from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
-from encdec.scaling.results import LOSSES, Row, final_rows, metrics_of, observations, seed_noise
+from encdec.scaling.results_file import (
+    LOSSES,
+    Row,
+    final_rows,
+    metrics_of,
+    observations,
+    seed_noise,
+)
 from encdec.scaling.rungs import Rung, loss_rungs, score_rungs
 
 ENCODER_DECODER = "ed"  # all splits together, with the form "parts"

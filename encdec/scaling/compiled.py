@@ -21,7 +21,7 @@ from typing import Any
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows
 from encdec.scaling.ladder import Ladder, PlannedRun, run_config
-from encdec.train.config import RunConfig, to_dict
+from encdec.train.run_config import RunConfig, to_dict
 
 Say = Callable[[str], None]
 # Fields of a run that change only constants of its program, or nothing in it.

@@ -31,7 +31,7 @@ from encdec.scaling.matching import (
     series_name,
     with_split,
 )
-from encdec.train.config import RunConfig, parse_config, to_dict
+from encdec.train.run_config import RunConfig, parse_config, to_dict
 
 BUDGET_KINDS = ("flops", "rows", "tokens_per_parameter")
 FLOPS_TOLERANCE = 0.01

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from encdec.scaling.analysis import Analysis, Fitted
 from encdec.scaling.frontier import Comparison, band
 from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
-from encdec.scaling.results import LOSSES
+from encdec.scaling.results_file import LOSSES
 
 _STYLE = {
     "font.size": 9,

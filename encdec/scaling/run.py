@@ -26,10 +26,10 @@ from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError, 
 from encdec.files import sole_process, write_json
 from encdec.logs import logger
 from encdec.scaling.ladder import Ladder, Plan, PlannedRun, run_config
-from encdec.scaling.results import RESULTS_FILE, ResultsFile, collect
+from encdec.scaling.results_file import RESULTS_FILE, ResultsFile, collect
 from encdec.storage import as_path, make_directory
-from encdec.train.config import OPERATIONAL
 from encdec.train.job import check_place
+from encdec.train.run_config import OPERATIONAL
 
 if TYPE_CHECKING:
     from etils import epath

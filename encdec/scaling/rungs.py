@@ -10,7 +10,7 @@ import numpy as np
 
 from encdec.metrics.intervals import Interval, t_interval
 from encdec.scaling.matching import DECODER_ONLY
-from encdec.scaling.results import LOSSES, Row
+from encdec.scaling.results_file import LOSSES, Row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -219,7 +219,7 @@ def _ladder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit_options(parser: Parser) -> None:
-    from encdec.scaling.results import LOSSES, PARAMETERS, TOKENS
+    from encdec.scaling.results_file import LOSSES, PARAMETERS, TOKENS
 
     parser.former["--draws"] = "--resamples"
 
@@ -265,7 +265,7 @@ def load_ladder(source: str, overrides: Sequence[str]) -> ml_collections.ConfigD
         ConfigError: no such file, ladder or field, or a value that is not of the field's type.
     """
     from encdec.scaling.ladder import complete
-    from encdec.train.config import field_names
+    from encdec.train.run_config import field_names
     from encdec.train.train_command import read_config_file
 
     try:
@@ -381,7 +381,7 @@ def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import_modules(options.module)
     from encdec.evaluation.examples import of_task
     from encdec.scaling.run import check_division
-    from encdec.scaling.score import score_plan
+    from encdec.scaling.score_plan import score_plan
 
     check_division(options.workdir, False, options.alone)
     if options.max_examples is not None and options.max_examples < 1:
@@ -402,7 +402,7 @@ class RunsFailed(EncdecError):
 def _analysed(options: argparse.Namespace) -> Any:
     from encdec.files import lines_exist
     from encdec.scaling.analysis import Choices, analyse
-    from encdec.scaling.results import RESULTS_FILE, ResultsFile
+    from encdec.scaling.results_file import RESULTS_FILE, ResultsFile
 
     path = as_path(options.results)
     path = path / RESULTS_FILE if lines_exist(path / RESULTS_FILE) else path

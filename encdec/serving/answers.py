@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.data.vocabulary import Vocabulary
-from encdec.inference.text import INCOMPLETE, piece_after
+from encdec.inference.text_io import INCOMPLETE, piece_after
 from encdec.serving.prompts import Prompt
 from encdec.serving.protocol import Completion
 from encdec.serving.tickets import Scored, Update

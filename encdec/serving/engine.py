@@ -16,14 +16,14 @@ from encdec.errors import ConfigError
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled
 from encdec.inference.drafting import Answering, Paces
 from encdec.inference.drafts import Sources
+from encdec.inference.generation_settings import AUTO, MOST_BIASES, GenerationSettings
 from encdec.inference.generator import generation_of
 from encdec.inference.pace import SIZES
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.rows import bucket, settings_of_answers
 from encdec.inference.sampling import Choosing, RowSettings
-from encdec.inference.settings import AUTO, MOST_BIASES, GenerationSettings
 from encdec.inference.speculation import Drafting, speculate_compiled
-from encdec.inference.text import PromptFormat, TextStream, find_stop, text_after
+from encdec.inference.text_io import PromptFormat, TextStream, find_stop, text_after
 from encdec.logs import logger
 from encdec.model import ModelConfig
 from encdec.serving.prometheus_metrics import Metrics

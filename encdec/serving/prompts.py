@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from encdec.errors import DataError
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 
 
 @dataclasses.dataclass(frozen=True)

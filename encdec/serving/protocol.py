@@ -15,7 +15,7 @@ from typing import Any
 
 from encdec.errors import ConfigError, DataError
 from encdec.fields import did_you_mean
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.serving.chat import ChatTemplate
 from encdec.serving.prompts import Prompt, PromptReader
 

@@ -11,7 +11,7 @@ import time
 from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.inference.settings import AUTO, LOOKUP, OFF, add_draft_option
+from encdec.inference.generation_settings import AUTO, LOOKUP, OFF, add_draft_option
 from encdec.logs import logger
 from encdec.packages import install_hint
 from encdec.storage import any_path

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import TextStream
+from encdec.inference.generation_settings import GenerationSettings
+from encdec.inference.text_io import TextStream
 from encdec.serving.prompts import Prompt
 
 Failure = Literal["timeout", "shutdown", "error"]

@@ -33,9 +33,9 @@ from encdec.errors import CheckpointError, DataError
 from encdec.logs import logger
 from encdec.model import ModelConfig, abstract_params, build_model
 from encdec.storage import as_path, make_directory, move_directory, on_this_machine
-from encdec.train.config import CheckpointConfig
 from encdec.train.fingerprint import fingerprints, mismatches
 from encdec.train.processes import any_process, from_first, wait_for_all
+from encdec.train.run_config import CheckpointConfig
 from encdec.train.sharding import path_name
 from encdec.train.state import TrainState
 from encdec.train.workdir import (

@@ -17,7 +17,7 @@ import optax
 
 from encdec.errors import ConfigError
 from encdec.fields import nearest
-from encdec.train.config import RunConfig
+from encdec.train.run_config import RunConfig
 from encdec.train.sharding import unrolled_names
 
 Tree = Any

@@ -13,9 +13,9 @@ from encdec.data.teacher_rows import TeacherRows, open_teacher
 from encdec.errors import ConfigError, DataError
 from encdec.model import ModelConfig
 from encdec.storage import user_place
-from encdec.train.config import RunConfig, parse_config
 from encdec.train.distillation_losses import check_divergence
 from encdec.train.program import Program, build_program
+from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.sharding import make_mesh
 from encdec.train.trackers import tracker_names
 from encdec.train.warm_start import StartPlan, plan_start, with_source_model

@@ -11,8 +11,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.train.config import DistillConfig, LossConfig
 from encdec.train.distillation_losses import distillation_losses, picked_logits, sparse_losses
+from encdec.train.run_config import DistillConfig, LossConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from encdec.errors import ConfigError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
 from encdec.train.across_mesh import compute_params, on_mesh
 from encdec.train.compiler_options import compiler_options
-from encdec.train.config import RunConfig
 from encdec.train.optimizer import make_optimizer
+from encdec.train.run_config import RunConfig
 from encdec.train.sharding import (
     ShardingRules,
     Unsharded,

@@ -15,8 +15,7 @@ from encdec.files import lines_exist
 from encdec.model import parameter_count
 from encdec.storage import as_path
 from encdec.train.checkpoints import Checkpoints
-from encdec.train.config import to_dict
-from encdec.train.evaluate import Evaluator
+from encdec.train.evaluator import Evaluator
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.goodput import Goodput, last_report
 from encdec.train.job import Job
@@ -25,6 +24,7 @@ from encdec.train.metrics import METRICS_FILE, Console, make_writer, read_metric
 from encdec.train.preemption import Notice
 from encdec.train.processes import from_first
 from encdec.train.reports import OnReport, Reports
+from encdec.train.run_config import to_dict
 from encdec.train.state import TrainState
 from encdec.train.trackers import make_trackers, tracker_names
 from encdec.train.warm_start import plan_start, start_from

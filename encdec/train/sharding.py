@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
-from encdec.train.config import MeshConfig
+from encdec.train.run_config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MeshAxes = tuple[str, ...]

@@ -12,10 +12,10 @@ import optax
 
 from encdec.model import Model
 from encdec.train.across_mesh import keep_apart, on_each_shard, summed_over_shards
-from encdec.train.config import DistillConfig, LossConfig, RunConfig
 from encdec.train.distillation_losses import alpha_schedule
 from encdec.train.losses import LossSums, Teaching, loss_positions, target_losses
 from encdec.train.optimizer import make_schedule
+from encdec.train.run_config import DistillConfig, LossConfig, RunConfig
 from encdec.train.state import TrainState, step_key
 
 Batch = Mapping[str, jax.Array]

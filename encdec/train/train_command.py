@@ -22,7 +22,7 @@ from encdec.flags import Parser
 from encdec.logs import shows_tracebacks
 from encdec.modules import add_module_flag, import_modules, named_function
 from encdec.storage import any_path, local_path, refusals_explained
-from encdec.train.config import complete, field_names, parse_config, unknown_field
+from encdec.train.run_config import complete, field_names, parse_config, unknown_field
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
 _NUMBER = re.compile(r"-[0-9.]")

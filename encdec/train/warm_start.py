@@ -25,7 +25,7 @@ from encdec.files import write_text
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes, preset
 from encdec.storage import as_path
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.config import RunConfig, is_directory
+from encdec.train.run_config import RunConfig, is_directory
 from encdec.train.sharding import path_name, unrolled_names
 from encdec.train.state import TrainState
 from encdec.train.workdir import CONFIG_FILE, model_config_of, read_config

@@ -17,8 +17,8 @@ from encdec.fields import differences
 from encdec.files import write_json, write_text
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
 from encdec.storage import as_path, make_directory, user_place
-from encdec.train.config import OPERATIONAL, RunConfig, to_dict
 from encdec.train.program import Program
+from encdec.train.run_config import OPERATIONAL, RunConfig, to_dict
 from encdec.train.sharding import path_name
 
 FORMAT_VERSION = 1

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from encdec.adapt.layers import chosen_layers
+from encdec.adapt.layer_choice import chosen_layers
 from encdec.adapt.parameters import Choice, adapted_config, origins, values
 from encdec.errors import ConfigError
-from encdec.interop.huggingface import read_config
+from encdec.interop.huggingface_import import read_config
 from encdec.interop.layout import unflatten
 from encdec.model import abstract_params, build_model, encoder_decoder, preset
 from encdec.train.sharding import path_name
-from tests.interop.test_huggingface import MODELS, SIZE, transformers
+from tests.interop.test_huggingface_import import MODELS, SIZE, transformers
 
 LENGTH = 12
 

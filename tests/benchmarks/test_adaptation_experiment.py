@@ -19,7 +19,7 @@ from encdec.benchmarks.adaptation_experiment import (
 )
 from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError
-from encdec.train.config import parse_config
+from encdec.train.run_config import parse_config
 from encdec.train.train_command import load_config
 
 FRESH = np.array([[10, 100.0, 6.0], [20, 200.0, 4.0], [40, 400.0, 2.0]])

@@ -12,8 +12,8 @@ from encdec.cli import main as encdec
 from encdec.data.blocks import Counts
 from encdec.data.prepare import prepare
 from encdec.data.records import encode_row, read_card, write_shard
-from encdec.data.registry import TEXT_TASKS
 from encdec.data.task_mixtures import MIXTURES
+from encdec.data.task_registry import TEXT_TASKS
 from encdec.data.verify import verify_records
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import random_pairs, write_jsonl

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encdec.data.losses import count_losses
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records
 from encdec.data.vocabulary import load_vocabulary
+from encdec.data.vocabulary_losses import count_losses
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import TRAINING_TEXT, write_jsonl
 

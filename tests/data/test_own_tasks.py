@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from encdec import cli
-from encdec.data import registry, task_mixtures
+from encdec.data import task_mixtures, task_registry
 from encdec.data.objectives import OBJECTIVES
 from encdec.data.readers import BadRows
 from encdec.data.records import open_records
 from encdec.errors import ConfigError, DataError
-from encdec.metrics import registry as metrics
+from encdec.metrics import metric_registry as metrics
 from encdec.modules import import_modules
 from encdec.tasks import FileTask, PrefixLM, TextTask, register_mixture, register_task
 from tests.data.conftest import write_jsonl
@@ -21,7 +21,12 @@ from tests.run_pages import run_blocks
 
 PAGE = ROOT / "docs" / "own-data.md"
 REGISTRIES = (
-    *(registry.TEXT_TASKS, registry.FILE_TASKS, task_mixtures.MIXTURES, task_mixtures.RATES),
+    *(
+        task_registry.TEXT_TASKS,
+        task_registry.FILE_TASKS,
+        task_mixtures.MIXTURES,
+        task_mixtures.RATES,
+    ),
     *(metrics.METRICS, OBJECTIVES),
 )
 ROWS = [{"question": f"What is {n}?", "answer": f"{n} is a number"} for n in range(12)]
@@ -68,7 +73,7 @@ def test_seqios_registry_is_read_up_to_its_tokens(folder):
     pairs = {(vocabulary.decode(a), vocabulary.decode(b)) for a, b in zip(sources, targets)}
     assert pairs <= {("oak", "OAK"), ("elm", "ELM"), ("ash", "ASH")} and len(pairs) > 1
     assert records.card.examples == 12
-    task = registry.text_task("shout")
+    task = task_registry.text_task("shout")
     [name] = task.metrics
     [score] = metrics.metric_named(name).scores(["OAK", "ELM"], ["abc", "toolong"])
     assert (name, score.name, score.value) == ("shout.same_length", "same_length", 0.5)
@@ -213,7 +218,9 @@ def test_ids_are_evaluated_where_they_are_those_of_a_text(ids_module):
     with pytest.raises(DataError, match="my_masked needs the lengths of rows"):
         of_task("my_masked", None, "validation", ("exact_match",))
     with pytest.raises(DataError, match="example 1 has ids that no text gives"):
-        list(registry.text_task("my_masked").at_lengths(16, 8).examples("validation", BadRows()))
+        list(
+            task_registry.text_task("my_masked").at_lengths(16, 8).examples("validation", BadRows())
+        )
     with pytest.raises(DataError, match="ids without a text"):
         of_task("my_lists", None, "validation", ("exact_match",))
 
@@ -233,9 +240,9 @@ def test_names_are_kept_apart_and_mistakes_are_named(folder):
     with pytest.raises(ConfigError, match="rates"):
         register_mixture("mine", ("own", "xsum"), rates=(1,))
     with pytest.raises(DataError, match="--module"):
-        registry.text_task("unknown")
+        task_registry.text_task("unknown")
     with pytest.raises(ConfigError, match="brings its own text"):
-        registry.text_task("own", str(folder))
+        task_registry.text_task("own", str(folder))
     assert cli.main(["prepare", "--module=absent", "--task=own", "--out=x"]) == 2
     register_task(TextTask("raw", lambda split, bad_rows: iter([("a",)]), PrefixLM()))
     load_config = cli.load("encdec.train.train_command:load_config")
@@ -247,5 +254,5 @@ def test_names_are_kept_apart_and_mistakes_are_named(folder):
 def test_ready_pairs_of_a_task_that_brings_its_own_text(folder):
     register_task(TextTask("own", lambda split, bad_rows: iter([("a", "b")]), splits=("train",)))
     write_jsonl(folder / "train" / "own.jsonl", [{"source": "c", "target": "d"}])
-    documents = registry.text_task("own", str(folder)).documents("train", BadRows())
+    documents = task_registry.text_task("own", str(folder)).documents("train", BadRows())
     assert list(documents) == [("c", "d")]

@@ -15,9 +15,9 @@ from encdec.data.paper_tasks import PAPER_TASKS
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows
 from encdec.data.records import read_card
-from encdec.data.registry import text_task
+from encdec.data.task_registry import text_task
 from encdec.errors import ConfigError, DataError
-from encdec.metrics.registry import METRICS
+from encdec.metrics.metric_registry import METRICS
 from tests.data.conftest import write_jsonl
 
 ROWS = {
@@ -104,7 +104,7 @@ def test_squad_has_the_published_prompt_and_unanswerable_questions(tmp_path):
 
 def test_all_references_reach_evaluation_and_the_first_reaches_training(tmp_path):
     seqio = pytest.importorskip("seqio")
-    from encdec.data import tasks
+    from encdec.data import seqio_registration
 
     answers = [{"text": text, "answer_start": 0} for text in ("I", "me", "I", "it was I")]
     ready = {"source": "Who?", "target": "me", "targets": ["I", "me"]}
@@ -113,7 +113,7 @@ def test_all_references_reach_evaluation_and_the_first_reaches_training(tmp_path
     assert _documents("squad_v2", tmp_path, "validation") == [(SQUAD, "I"), ("Who?", "me")]
     expected = [("I", "me", "it was I"), ("me", "I")]
     assert [refs for _, refs in task.examples("validation", BadRows())] == expected
-    bound = tasks.register(task)
+    bound = seqio_registration.register(task)
     try:
         dataset = bound.get_dataset(
             {"inputs": 512, "targets": 16}, split="validation", shuffle=False
@@ -127,7 +127,7 @@ def test_all_references_reach_evaluation_and_the_first_reaches_training(tmp_path
         measured = bound.metric_fns[0](targets, ["it was I", "I"])
         assert measured["em"] == measured["f1"] == 100.0
     finally:
-        tasks.register(text_task("squad_v2"))
+        seqio_registration.register(text_task("squad_v2"))
     assert seqio.get_mixture_or_task("squad_v2")
     with pytest.raises(DataError, match=r"raw text"):
         list(text_task("stdlib_text").examples("train", BadRows()))
@@ -217,14 +217,14 @@ def test_the_metrics_of_every_task_are_registered():
 
 def test_seqio_registers_every_task_with_splits_and_metrics(tmp_path):
     seqio = pytest.importorskip("seqio")
-    from encdec.data import tasks
+    from encdec.data import seqio_registration
 
     for name, task in PAPER_TASKS.items():
         registered = seqio.get_mixture_or_task(name)
         assert set(registered.splits) == set(task.splits)
         assert len(registered.metric_objs) == len(task.metrics)
     _put(tmp_path / "xsum" / "train.jsonl", [ROWS["xsum"]] * 2)
-    bound = tasks.register(text_task("xsum", str(tmp_path)))
+    bound = seqio_registration.register(text_task("xsum", str(tmp_path)))
     try:
         lengths = {"inputs": 96, "targets": 16}
         examples = list(bound.get_dataset(lengths, shuffle=False).as_numpy_iterator())
@@ -232,7 +232,7 @@ def test_seqio_registers_every_task_with_splits_and_metrics(tmp_path):
         measured = bound.metric_fns[0](["a b"], ["a b"])
         assert measured["rougeL"] == 100.0
     finally:
-        tasks.register(text_task("xsum"))
+        seqio_registration.register(text_task("xsum"))
 
 
 @pytest.mark.corpora

@@ -19,8 +19,8 @@ from encdec.data.batches import Batches
 from encdec.data.paper_tasks import PAPER_TASKS
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records, read_card
-from encdec.data.registry import text_task
 from encdec.data.task_mixtures import MIXTURES
+from encdec.data.task_registry import text_task
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import write_jsonl

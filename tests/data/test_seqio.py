@@ -17,7 +17,7 @@ from tests.data.conftest import random_pairs, write_jsonl
 seqio = pytest.importorskip("seqio")
 import tensorflow as tf  # noqa: E402
 
-from encdec.data import tasks  # noqa: E402
+from encdec.data import seqio_registration  # noqa: E402
 
 TEXTS = [
     "plain words",
@@ -112,7 +112,7 @@ def test_byte_ids_equal_seqios():
 
 def test_sentencepiece_ids_equal_seqios(model_path):
     ours = load_vocabulary(model_path, extra_ids=10)
-    theirs = tasks.seqio_vocabulary(ours, model_path)
+    theirs = seqio_registration.seqio_vocabulary(ours, model_path)
     assert (ours.size, ours.eos_id) == (theirs.vocab_size, theirs.eos_id)
     for text in TEXTS:
         assert ours.encode(text) == list(theirs.encode(text))
@@ -127,12 +127,12 @@ def _both_ways(task, vocabulary, lengths, split="train", limit=40):
     short = TextTask(
         task.name, lambda split, bad: iter(documents), task.objective, task.origin, task.splits
     )
-    registered = tasks.register(short, vocabulary)
+    registered = seqio_registration.register(short, vocabulary)
     try:
         dataset = registered.get_dataset(lengths, split=split, shuffle=False)
         theirs = list(dataset.as_numpy_iterator())
     finally:
-        tasks.register(task)
+        seqio_registration.register(task)
     recipe = Recipe(task.objective, lengths["inputs"], lengths["targets"])
     ours = encode_block(recipe, vocabulary, Block(0, 0, documents))
     return theirs, ours
@@ -190,11 +190,13 @@ def test_mixtures_are_seqio_mixtures_at_their_rates(tmp_path):
         rows = [{"source": "s", "target": "t"}] * count
         made = jsonl_task([str(write_jsonl(tmp_path / f"{count}.jsonl", rows))])
         names.append(f"made_{count}")
-        tasks.register(TextTask(names[-1], made.read, made.objective, made.origin, ("train",)))
-    proportional = tasks.register_mixture("made_mixture", names)
+        seqio_registration.register(
+            TextTask(names[-1], made.read, made.objective, made.origin, ("train",))
+        )
+    proportional = seqio_registration.register_mixture("made_mixture", names)
     rates = [proportional.get_rate(seqio.TaskRegistry.get(name)) for name in names]
     assert rates == [2.0, 6.0]
-    explicit = tasks.register_mixture("made_mixture", names, [1.0, 4.0])
+    explicit = seqio_registration.register_mixture("made_mixture", names, [1.0, 4.0])
     assert [explicit.get_rate(seqio.TaskRegistry.get(name)) for name in names] == [1.0, 4.0]
     examples = explicit.get_dataset(
         {"inputs": 8, "targets": 8}, shuffle=False, num_epochs=1

@@ -98,7 +98,7 @@ ELSEWHERE = {
     argparse.SUPPRESS: "--quiet and --verbose: test_cli",
     "out": "every case",
     "vocabulary": "every case",
-    "lossless": "test_losses",
+    "lossless": "test_vocabulary_losses",
     "module": "test_own_tasks",
     "overwrite": "test_prepare",
     "workers": "test_prepare: any number gives the same bytes",

@@ -20,9 +20,9 @@ from encdec.data.prepare_command import report
 from encdec.data.prepare_settings import PrepareSettings, choose_task
 from encdec.data.readers import BadRows, check_files, has_rows
 from encdec.errors import ConfigError, DataError
+from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import load_examples
-from encdec.evaluation.settings import EvaluationSettings
-from encdec.inference.files import read_inputs
+from encdec.inference.answer_files import read_inputs
 
 ROWS = [
     {"source": 'a "quoted", cell', "target": "one"},

@@ -12,8 +12,8 @@ from encdec.data.vocabulary import ByteVocabulary
 from encdec.distill.rollout import Answering, rollout
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
-from encdec.inference.loading import load
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.generation_settings import GenerationSettings
+from encdec.inference.load_generator import load
 from encdec.train.job import prepare_job
 from encdec.train.loop import train
 from tests.devices import one_device

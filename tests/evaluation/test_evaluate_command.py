@@ -14,10 +14,10 @@ from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluate import evaluate as evaluate_examples
 from encdec.evaluation.evaluate_command import main
 from encdec.evaluation.evaluation_report import read_report
+from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Example, Examples
-from encdec.evaluation.loading import chosen_step
+from encdec.evaluation.load_models import chosen_step
 from encdec.evaluation.predictions import PredictionFiles, open_windows
-from encdec.evaluation.settings import EvaluationSettings
 from encdec.inference.generator import Generation
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
@@ -247,7 +247,7 @@ def test_files_of_the_users_own_need_no_task(encoder_decoder_run, tmp_path, caps
             row = {"question": source, "answer": texts[0], "targets": texts}
             file.write(json.dumps(row) + "\n")
     (tmp_path / "my_metrics.py").write_text(
-        "from encdec.metrics.registry import METRICS, register\n"
+        "from encdec.metrics.metric_registry import METRICS, register\n"
         "from encdec.metrics.score import Metric, mean_score\n"
         "def length(references, predictions):\n"
         "    return mean_score('letters', [len(text) for text in predictions])\n"

@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
-from encdec.data.registry import TEXT_TASKS
+from encdec.data.task_registry import TEXT_TASKS
 from encdec.errors import ConfigError
-from encdec.train.config import parse_config
+from encdec.train.run_config import parse_config
 from encdec.train.train_command import load_config
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "finetune.py"

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from encdec.data.vocabulary import ByteVocabulary
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig, preset
 from tests.inference.examples import START
 from tests.inference.examples import model as random_model

@@ -15,8 +15,8 @@ from encdec.export.export_command import main
 from encdec.export.quantise import four_bits, in_blocks, nibbles
 from encdec.inference.exported import ExportedGenerator
 from encdec.inference.generate_command import main as generate_main
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
-from encdec.inference.settings import GenerationSettings
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params

@@ -11,7 +11,7 @@ from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
 from encdec.export import tokenizer
 from encdec.export.special_ids import padding_id
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
 

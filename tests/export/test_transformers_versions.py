@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from encdec.export import formats, huggingface
+from encdec.export import formats, huggingface_export
 from encdec.model import build_model
 from tests.export.examples import MODELS, PROMPTS, pair
 
@@ -94,16 +94,16 @@ def test_the_other_major_version_reads_every_export(exports):
     assert len(lines) == len(read)
     versions = {line.split()[1] for line in lines}
     assert not versions & {transformers.__version__}
-    assert versions <= set(huggingface.TRANSFORMERS["tested"])
+    assert versions <= set(huggingface_export.TRANSFORMERS["tested"])
 
 
 def test_older_versions_are_refused_and_the_tested_ones_stated(exports):
     config = transformers.AutoConfig.from_pretrained(exports["paper"], trust_remote_code=True)
     assert transformers.__version__ in config.transformers_versions["tested"]
     check_version = vars(sys.modules[type(config).__module__])["check_version"]
-    check_version(**huggingface.TRANSFORMERS, installed="4.57.0")
+    check_version(**huggingface_export.TRANSFORMERS, installed="4.57.0")
     with pytest.raises(ImportError, match="transformers 4.57 or newer .* and 4.9.2 is installed"):
-        check_version(**huggingface.TRANSFORMERS, installed="4.9.2")
+        check_version(**huggingface_export.TRANSFORMERS, installed="4.9.2")
     for path in exports.values():
         stated = json.loads((path / "config.json").read_text())
-        assert stated["transformers_versions"] == huggingface.TRANSFORMERS
+        assert stated["transformers_versions"] == huggingface_export.TRANSFORMERS

@@ -29,7 +29,7 @@ from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
 from encdec.model import preset
 from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
-from encdec.train.config import MeshConfig, RunConfig, parse_config
+from encdec.train.run_config import MeshConfig, RunConfig, parse_config
 from encdec.train.sharding import make_mesh
 from encdec.train.train_command import load_config
 

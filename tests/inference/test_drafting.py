@@ -13,11 +13,11 @@ from encdec.errors import ConfigError
 from encdec.inference.draft_model import load_draft
 from encdec.inference.drafting import Answering, DraftModel, Paces
 from encdec.inference.drafts import Sources, look_up
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
-from encdec.inference.loading import load
+from encdec.inference.load_generator import load
 from encdec.inference.pace import LONGEST_DRAFT, PLAIN, SIZES, Pace
 from encdec.inference.ready import ready_for_decoding
-from encdec.inference.settings import GenerationSettings
 from tests.inference.test_generator import PROMPTS, TEXTS, printing_model, same
 
 SETTINGS = (GenerationSettings(), GenerationSettings(temperature=0.8, samples=2, seed=3))

@@ -12,11 +12,11 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
-from encdec.inference.loading import load
+from encdec.inference.load_generator import load
 from encdec.inference.rows import PreparedInput, bucket
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from tests.inference.conftest import LEARNED
 from tests.inference.examples import START, greedy, model
 

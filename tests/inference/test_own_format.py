@@ -13,9 +13,9 @@ from encdec import safetensors, shipped
 from encdec.errors import CheckpointError, ConfigError
 from encdec.export.export_model import export_model
 from encdec.inference.generate_command import main as generate_main
-from encdec.inference.loading import load
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.generation_settings import GenerationSettings
+from encdec.inference.load_generator import load
+from encdec.inference.text_io import PromptFormat
 from encdec.model import unroll_params
 from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.lineage import lineage

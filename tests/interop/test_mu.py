@@ -12,12 +12,12 @@ from encdec.distill.scorers import scoring_model
 from encdec.errors import ConfigError, DataError
 from encdec.export.export_command import main as export
 from encdec.inference.generate_command import main as generate
-from encdec.inference.loading import load
+from encdec.inference.load_generator import load
 from encdec.interop import mu
 from encdec.interop.import_command import main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.config import RunConfig
+from encdec.train.run_config import RunConfig
 from encdec.train.warm_start import plan_start
 from tests.export.examples import batch
 

@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 
 from encdec.metrics import intervals
-from encdec.metrics import text as scores
+from encdec.metrics import text_metrics as scores
 
 
 def mean_of(values):

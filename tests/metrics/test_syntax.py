@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from encdec.data.paper_tasks import PAPER_TASKS
-from encdec.metrics.registry import not_measured, score_texts
+from encdec.metrics.metric_registry import not_measured, score_texts
 from encdec.metrics.syntax import GRAMMARS, can_parse, code_syntax, subtrees, syntax_match
 
 if not all(map(can_parse, GRAMMARS)):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from encdec.cost.flops import count_parameters, training_flops
-from encdec.data import registry
+from encdec.data import task_registry
 from encdec.data.records import open_records
 from encdec.errors import ConfigError, DataError
 from encdec.evaluation.examples import of_task
@@ -17,7 +17,7 @@ from encdec.paper import costs
 from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, evenly
 from encdec.paper.paper_command import load_config, main
-from encdec.paper.results import read_results, score_of
+from encdec.paper.result_rows import read_results, score_of
 from encdec.paper.runs import evaluations
 from encdec.paper.setting import TEACHER, model_of, parse_setting, planned, slug, table_rows
 
@@ -205,7 +205,7 @@ def test_a_task_of_a_users_module_takes_part(inputs, tmp_path, monkeypatch):
         assert task.metrics == ("exact_match",)
         assert task.examples[0].references == ("VALIDATION 0",)
     finally:
-        for tasks in (registry.TEXT_TASKS, registry.FILE_TASKS):
+        for tasks in (task_registry.TEXT_TASKS, task_registry.FILE_TASKS):
             tasks.pop("shouting", None)
         sys.modules.pop("my_paper_tasks", None)
 

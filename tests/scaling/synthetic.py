@@ -6,7 +6,7 @@ import numpy as np
 
 from encdec.scaling.fit import Law, Observations
 from encdec.scaling.ladder import Plan
-from encdec.scaling.results import describe
+from encdec.scaling.results_file import describe
 
 
 def ladder(

@@ -9,7 +9,7 @@ import pytest
 
 from encdec.scaling.fit import Law, Observations, _Problem, fit_law
 from encdec.scaling.frontier import Frontier, fit_cost
-from encdec.scaling.intervals import constant_intervals, refitted_draws
+from encdec.scaling.law_uncertainty import constant_intervals, refitted_draws
 
 # arXiv 2404.10102: the refit and its standard errors, on 240 of 245 runs; five outliers, the runs
 # with the fewest tokens a parameter, are left out there.

@@ -11,7 +11,7 @@ from encdec.scaling.distillation import DistillationLaw, fit_distillation
 from encdec.scaling.fit import Law, Observations
 from encdec.scaling.ladder import parse_ladder, plan, run_config
 from encdec.scaling.plots import draw_all, label_of
-from encdec.scaling.results import describe
+from encdec.scaling.results_file import describe
 from encdec.scaling.scaling_report import as_json, sections
 
 SUPERVISED = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)

@@ -10,7 +10,7 @@ import pytest
 from encdec.errors import DataError
 from encdec.metrics.intervals import Interval
 from encdec.scaling.fit import Law, Observations, _Problem, fit_law, residuals
-from encdec.scaling.intervals import constant_intervals, hold_out_largest, refitted_draws
+from encdec.scaling.law_uncertainty import constant_intervals, hold_out_largest, refitted_draws
 from tests.scaling.synthetic import ladder, random_law
 
 PLANTED = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)

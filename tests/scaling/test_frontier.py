@@ -8,7 +8,7 @@ import pytest
 from encdec.errors import DataError
 from encdec.scaling.fit import Law, fit_law
 from encdec.scaling.frontier import Cost, Frontier, band, compare, fit_cost
-from encdec.scaling.intervals import refitted_draws
+from encdec.scaling.law_uncertainty import refitted_draws
 from tests.scaling.synthetic import ladder
 
 LAW = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)

@@ -17,7 +17,7 @@ from encdec.fields import differences, flattened
 from encdec.scaling.ladder import Ladder, parse_ladder, plan, run_config
 from encdec.scaling.matching import MATCHES
 from encdec.scaling.scaling_command import load_ladder, split_ladder_overrides
-from encdec.train.config import RunConfig
+from encdec.train.run_config import RunConfig
 from encdec.train.train_command import read_config_file
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")

@@ -16,14 +16,14 @@ import time
 import pytest
 
 from encdec import cli
-from encdec.data.registry import TEXT_TASKS
+from encdec.data.task_registry import TEXT_TASKS
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, DataError, NonFiniteError
-from encdec.inference.loading import load
-from encdec.inference.settings import GenerationSettings
-from encdec.metrics.registry import metric_named
+from encdec.inference.generation_settings import GenerationSettings
+from encdec.inference.load_generator import load
+from encdec.metrics.metric_registry import metric_named
 from encdec.scaling.ladder import Plan, parse_ladder, plan
-from encdec.scaling.results import ResultsFile, collect
+from encdec.scaling.results_file import ResultsFile, collect
 from encdec.scaling.run import Workdir, run_plan
 from tests.devices import one_device
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from encdec.data.vocabulary import ByteVocabulary, Vocabulary, load_vocabulary
-from encdec.inference.text import TextStream, find_stop
+from encdec.inference.text_io import TextStream, find_stop
 from encdec.serving.answers import PieceCutter, Shaper, best, echoed
 from encdec.serving.prompts import Prompt
 from encdec.serving.tickets import Scored, Update

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.serving.server import running
 from tests.serving.examples import (
     NAME,

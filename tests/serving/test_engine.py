@@ -9,9 +9,9 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.pace import SIZES
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.text_io import PromptFormat
 from encdec.serving.engine import Busy, Closing
 from encdec.serving.prompts import PromptReader
 from encdec.serving.slots import slot_bytes

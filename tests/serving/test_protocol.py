@@ -9,8 +9,8 @@ import pytest
 from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
-from encdec.inference.settings import GenerationSettings
-from encdec.inference.text import PromptFormat
+from encdec.inference.generation_settings import GenerationSettings
+from encdec.inference.text_io import PromptFormat
 from encdec.serving.chat import ChatTemplate, find_template
 from encdec.serving.prompts import PromptReader
 from encdec.serving.protocol import ApiError, Limits, parse_chat, parse_completion

@@ -15,11 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from encdec.errors import CheckpointError, ConfigError
 from encdec.train.checkpoints import Checkpoints, kept_steps, load_params_for_inference, saved_steps
-from encdec.train.config import CheckpointConfig, MeshConfig, parse_config
-from encdec.train.evaluate import Evaluator
+from encdec.train.evaluator import Evaluator
 from encdec.train.fingerprint import fingerprints, mismatches
 from encdec.train.loop import train
 from encdec.train.program import build_program
+from encdec.train.run_config import CheckpointConfig, MeshConfig, parse_config
 from encdec.train.sharding import make_mesh
 from encdec.train.state import TrainState
 from tests.train.conftest import small_run

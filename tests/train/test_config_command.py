@@ -12,8 +12,8 @@ import pytest
 
 from encdec import cli
 from encdec.completion import SCRIPTS, candidates
-from encdec.train.config import RunConfig, parse_config
 from encdec.train.config_command import meanings, model_table, run_table
+from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.train_command import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -20,11 +20,11 @@ from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model, preset
 from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.config import DistillConfig, LossConfig, parse_config
 from encdec.train.job import prepare_job
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from encdec.train.program import abstract_batch, build_program
+from encdec.train.run_config import DistillConfig, LossConfig, parse_config
 from encdec.train.sharding import make_mesh
 from encdec.train.step import batch_metrics
 from tests.devices import one_device

@@ -12,9 +12,9 @@ import pytest
 from encdec.data.sparse_logits import SparseFormat, decode_rows, encode_row
 from encdec.distill.draw import keep, to_sparse
 from encdec.errors import ConfigError
-from encdec.train.config import DistillConfig, LossConfig
 from encdec.train.distillation_losses import alpha_schedule, check_divergence, distillation_losses
 from encdec.train.losses import Teaching, target_losses
+from encdec.train.run_config import DistillConfig, LossConfig
 
 B, T, V, TABLE = 2, 5, 40, 48
 DIVERGENCES = ("forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon")

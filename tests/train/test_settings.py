@@ -19,12 +19,12 @@ from encdec.data.records import open_records
 from encdec.errors import ConfigError
 from encdec.model import ModelConfig, build_model, preset
 from encdec.train.checkpoints import kept_steps
-from encdec.train.config import RunConfig, complete, parse_config, to_dict
-from encdec.train.evaluate import Evaluator
+from encdec.train.evaluator import Evaluator
 from encdec.train.feed import open_batches
 from encdec.train.loop import _due
 from encdec.train.program import abstract_batch, build_program
 from encdec.train.reports import Reports
+from encdec.train.run_config import RunConfig, complete, parse_config, to_dict
 from encdec.train.session import out_of_patience
 from encdec.train.sharding import make_mesh
 from encdec.train.warm_start import architecture

@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from encdec.errors import ConfigError
 from encdec.model import abstract_params, build_model, logical_axes, preset
 from encdec.train.across_mesh import compute_params
-from encdec.train.config import MeshConfig, parse_config
 from encdec.train.feed import host_slice
 from encdec.train.program import build_program
+from encdec.train.run_config import MeshConfig, parse_config
 from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 from tests.train.conftest import small_run
 

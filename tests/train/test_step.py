@@ -13,8 +13,8 @@ from encdec.data.batches import Batches
 from encdec.data.records import open_records
 from encdec.hardware.hlo import executions, parse, shape_bytes
 from encdec.hardware.predict import COLLECTIVES
-from encdec.train.config import parse_config
 from encdec.train.program import Program, abstract_batch, build_program
+from encdec.train.run_config import parse_config
 from encdec.train.sharding import make_mesh
 from encdec.train.step import _accumulated
 from tests.train.conftest import DECAYING, INPUTS, TARGETS, small_run

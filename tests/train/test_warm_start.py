@@ -18,10 +18,10 @@ from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.model import build_model, preset, unroll_params
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
-from encdec.train.config import parse_config
 from encdec.train.lineage import Lineage, lineage
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
+from encdec.train.run_config import parse_config
 from encdec.train.session import out_of_patience
 from encdec.train.sharding import path_name
 from encdec.train.state import TrainState

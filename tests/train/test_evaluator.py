@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from encdec.data.records import open_records
-from encdec.train.config import parse_config
-from encdec.train.evaluate import Evaluator
+from encdec.train.evaluator import Evaluator
 from encdec.train.job import prepare_job
+from encdec.train.run_config import parse_config
 from tests.devices import one_device
 from tests.train.conftest import small_run, write_records
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from encdec.export import equivalents
 from encdec.export.equivalents import Params
-from encdec.interop import huggingface
+from encdec.interop import huggingface_import
 from encdec.interop.layout import to_theirs
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_base
@@ -222,7 +222,7 @@ def convert(
     if form.name == "smollm3":
         layers = range(config.decoder_layers)
         values["no_rope_layers"] = [int(config.is_rotated(layer)) for layer in layers]
-    layout = huggingface.layout(config, form.name, "model.", "lm_head.weight")
+    layout = huggingface_import.layout(config, form.name, "model.", "lm_head.weight")
     return values, to_theirs(layout, params)
 
 

@@ -23,7 +23,7 @@ from encdec.evaluation.evaluation_report import read_report
 from encdec.evaluation.likelihood import LikelihoodFiles, likelihood_scores
 from encdec.evaluation.predictions import read_answers
 from encdec.files import append_rows, lines_exist, whole_lines
-from encdec.metrics.registry import score_texts
+from encdec.metrics.metric_registry import score_texts
 from encdec.metrics.score import Score, bits_per_byte
 from encdec.storage import make_directory
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
-from encdec.metrics import syntax, text
+from encdec.metrics import syntax, text_metrics
 from encdec.metrics.score import Metric, Score
 
 # Metrics of plain files and of tasks that name none.
@@ -22,7 +22,7 @@ _ASCII = "words of a to z and digits, lower case"
 
 
 def _rouge_names(suffix: str = "") -> tuple[str, ...]:
-    return tuple(name + suffix for name in text.ROUGE)
+    return tuple(name + suffix for name in text_metrics.ROUGE)
 
 
 def _syntax(language: str) -> Metric:
@@ -43,54 +43,54 @@ METRICS: dict[str, Metric] = {
             "exact_match",
             "share equal to a reference except for white space at the ends, as CodeXGLUE's "
             "evaluators",
-            text.exact_match,
+            text_metrics.exact_match,
             ("exact_match",),
         ),
         Metric(
             "squad_v2",
             "SQuAD 2.0's official evaluator (Rajpurkar et al. 2018); 'unanswerable' is no answer",
-            text.squad_v2,
-            tuple(f"{part}{name}" for name in ("em", "f1") for part in text.SQUAD_PARTS),
+            text_metrics.squad_v2,
+            tuple(f"{part}{name}" for name in ("em", "f1") for part in text_metrics.SQUAD_PARTS),
         ),
         Metric(
             "rouge",
             f"{_BEST}; {_ASCII}; no stemming; Lsum takes lines as sentences. The convention of "
             "this project's tables; the paper (arXiv 2501.16273) states none",
-            text.rouge,
+            text_metrics.rouge,
             _rouge_names(),
         ),
         Metric(
             "rouge_stemmed",
             f"{_BEST}; {_ASCII}; Porter's stemmer. The convention of DialogSum's baseline "
             "script, and of most published summarization",
-            text.rouge_stemmed,
+            text_metrics.rouge_stemmed,
             _rouge_names("_stemmed"),
         ),
         Metric(
             "rouge_unicode",
             f"{_BEST}; words of every script, of scripts without spaces each character, case "
             "folded; no stemming",
-            text.rouge_unicode,
+            text_metrics.rouge_unicode,
             _rouge_names("_unicode"),
         ),
         Metric(
             "bleu",
             "corpus BLEU-4 over words as white space parts them, mteval's smoothing: sacrebleu "
             "with tokenize none",
-            text.bleu,
+            text_metrics.bleu,
             ("bleu",),
         ),
         Metric(
             "bleu_codexglue",
             "corpus BLEU-4 over words as white space parts them, one added to the counts of every "
             "order: CodeXGLUE's evaluators of translation and refinement",
-            text.bleu_codexglue,
+            text_metrics.bleu_codexglue,
             ("bleu_codexglue",),
         ),
         Metric(
             "chrf",
             "chrF2 of each example by sacrebleu, mean over examples: not the corpus chrF",
-            text.chrf,
+            text_metrics.chrf,
             ("mean_chrf",),
         ),
         _syntax("java"),
@@ -99,7 +99,7 @@ METRICS: dict[str, Metric] = {
             "bands",
             "IELTS bands: mean absolute error, 9 for an answer without a number from 0 to 9; "
             "quadratic weighted kappa over half bands (Cohen 1968)",
-            text.bands,
+            text_metrics.bands,
             ("band_error", "band_missing", "kappa"),
         ),
     )

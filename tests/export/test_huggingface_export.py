@@ -8,10 +8,10 @@ import pytest
 
 from encdec import safetensors
 from encdec.errors import ConfigError, DataError
-from encdec.export import formats, huggingface
+from encdec.export import formats, huggingface_export
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.inference.ready import ready_for_decoding
-from encdec.inference.settings import GenerationSettings
 from encdec.interop.import_command import main as import_main
 from encdec.model import build_model
 from encdec.train.checkpoints import load_params_for_inference
@@ -189,9 +189,9 @@ def test_t5gemmas_are_imported(tmp_path):
         *ready_for_decoding(config, params), source.tolist(), rows(2, 7), plan(config, 7)
     )
     assert [tokens for tokens, _ in answers] == theirs[:, 1:].tolist()
-    needs = huggingface.t5gemma_needs(config, 1000)
-    assert not huggingface.obstacles(needs, config)
-    values, _ = huggingface.to_t5gemma(config, params)
+    needs = huggingface_export.t5gemma_needs(config, 1000)
+    assert not huggingface_export.obstacles(needs, config)
+    values, _ = huggingface_export.to_t5gemma(config, params)
     for stack in ("encoder", "decoder"):
         assert values[stack]["sliding_window"] == 6
         assert values[stack]["layer_types"] == getattr(model.config, stack).layer_types

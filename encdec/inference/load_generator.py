@@ -9,8 +9,8 @@ import jax
 from encdec.errors import ConfigError
 from encdec.inference.draft_model import load_draft
 from encdec.inference.exported import export_format, load_exported_generator
+from encdec.inference.generation_settings import AUTO
 from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
-from encdec.inference.settings import AUTO
 from encdec.shipped import model_directory
 from encdec.train.checkpoints import load_params_for_inference
 

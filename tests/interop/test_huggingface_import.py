@@ -15,7 +15,7 @@ import pytest
 from encdec import safetensors
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.inference.decoding import Memory, decode_step
-from encdec.interop.huggingface import read_config
+from encdec.interop.huggingface_import import read_config
 from encdec.interop.import_command import main
 from encdec.model import build_model, init_cache
 from encdec.train.checkpoints import load_params_for_inference
@@ -450,7 +450,7 @@ def test_dtypes_and_names_are_kept(tmp_path):
 def test_parameters_are_read_where_the_mesh_wants_them(tmp_path):
     """Each device holds its part; a lost parameter is named."""
     from encdec.model import abstract_params, logical_axes
-    from encdec.train.config import MeshConfig
+    from encdec.train.run_config import MeshConfig
     from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 
     save_model(tmp_path / "hf", "llama2")
@@ -506,7 +506,7 @@ def test_a_large_model_passes_through_little_memory(tmp_path):
     assert size > 280e6
     code = (
         "import re, sys, threading, time\n"
-        "from encdec.interop import import_command as command, huggingface, importing\n"
+        "from encdec.interop import import_command as command, huggingface_import, importing\n"
         "own = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "import encdec.data.vocabulary, encdec.safetensors\n"
         "peak, start, done = [0], own(), False\n"

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from encdec.errors import ConfigError
 from encdec.fields import differences
-from encdec.train.config import RunConfig, complete, field_names, parse_config, to_dict
+from encdec.train.run_config import RunConfig, complete, field_names, parse_config, to_dict
 from encdec.train.sharding import mesh_shape
 from encdec.train.train_command import load_config, read_config_file, split_overrides
 

@@ -20,8 +20,8 @@ from ml_collections import config_dict
 from encdec import fields
 from encdec.errors import ConfigError
 from encdec.fields import Require, field_types, requirements, value_of
-from encdec.model.config import ModelConfig
 from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
+from encdec.model.model_config import ModelConfig
 from encdec.model.presets import preset, preset_names
 from encdec.storage import local, user_place
 

@@ -14,17 +14,17 @@ import numpy as np
 
 from encdec.data.objectives import Form, Objective
 from encdec.data.readers import BadRows
-from encdec.data.registry import TEXT_TASKS
 from encdec.data.task_mixtures import MIXTURES
+from encdec.data.task_registry import TEXT_TASKS
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import DataError
-from encdec.metrics.registry import metric_named
+from encdec.metrics.metric_registry import metric_named
 from encdec.packages import require
 from encdec.quiet import quiet_stderr
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-require("seqio", "seqio", "the registry of seqio tasks (encdec.data.tasks)")
+require("seqio", "seqio", "the registry of seqio tasks (encdec.data.seqio_registration)")
 with quiet_stderr():
     import seqio
     import tensorflow as tf

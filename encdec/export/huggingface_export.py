@@ -1,8 +1,8 @@
 """Trained models as Hugging Face directories: safetensors, config.json, tokenizer.
 
-Decoder-only models become the first of ``encdec.export.families`` that has all of their features,
-a Llama where that can be. Encoder-decoders become T5Gemmas (T5Gemmas 2 with merged attention)
-if those have all of their features, and otherwise are written with our modelling file
+Decoder-only models become the first of ``encdec.export.family_export`` that has all of their
+features, a Llama where that can be. Encoder-decoders become T5Gemmas (T5Gemmas 2 with merged
+attention) if those have all of their features, and otherwise are written with our modelling file
 (``trust_remote_code``).
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 
 from encdec import safetensors
 from encdec.errors import ConfigError
-from encdec.export import equivalents, families, tokenizer
+from encdec.export import equivalents, family_export, tokenizer
 from encdec.export.equivalents import Params
-from encdec.export.families import ACTIVATIONS, MAX_POSITIONS, Need, common
+from encdec.export.family_export import ACTIVATIONS, MAX_POSITIONS, Need, common
 from encdec.export.formats import Export, Written
 from encdec.export.special_ids import padding_id
 from encdec.files import write_json
@@ -58,12 +58,12 @@ def write(out: pathlib.Path, export: Export) -> Written:
         reasons = obstacles(needs(config, longest), config)
         if pad_id == start_id:
             reasons.append(f"no id is left for padding: the decoder starts with EOS, {start_id}")
-    form = None if config.is_encoder_decoder else families.choose(config)[0]
+    form = None if config.is_encoder_decoder else family_export.choose(config)[0]
     native = "t5gemma2" if config.merged_attention else "t5gemma"
     family = form.name if form else native if not export.own and not reasons else "encdec"
     config, params = equivalents.on_host(config, params)
     if form:
-        values, tensors = families.convert(form, config, params)
+        values, tensors = family_export.convert(form, config, params)
     else:
         rewrite = {"t5gemma": to_t5gemma, "t5gemma2": to_t5gemma2, "encdec": own}[family]
         values, tensors = rewrite(config, params)
@@ -113,7 +113,7 @@ def check(config: ModelConfig) -> None:
     """Raises ConfigError if no exported format can express the model."""
     needs = [("cross_attention_rope", config.cross_attention_rope == "none", "'none'")]
     if not config.is_encoder_decoder:
-        needs += families.choose(config)[1]
+        needs += family_export.choose(config)[1]
     if found := obstacles(needs, config):
         raise ConfigError(
             "this model cannot be exported to Hugging Face's format: " + "; ".join(found)

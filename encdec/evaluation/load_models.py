@@ -12,8 +12,8 @@ from encdec.errors import ConfigError
 from encdec.evaluation.likelihood import LikelihoodModel
 from encdec.inference.draft_model import load_draft
 from encdec.inference.exported import load_exported_generator
+from encdec.inference.generation_settings import AUTO
 from encdec.inference.generator import Generator, read_prompt_format
-from encdec.inference.settings import AUTO
 from encdec.model import parameter_count
 from encdec.train.checkpoints import load_params_for_inference, saved_steps
 from encdec.train.lineage import lineage

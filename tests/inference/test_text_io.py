@@ -8,7 +8,7 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from encdec.errors import DataError
-from encdec.inference.text import PromptFormat, TextStream, find_stop, tokens_to_stop
+from encdec.inference.text_io import PromptFormat, TextStream, find_stop, tokens_to_stop
 
 BYTES = ByteVocabulary()
 REPLACEMENT = "\ufffd"

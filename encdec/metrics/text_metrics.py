@@ -1,7 +1,7 @@
 """Metrics of generated text against references, from 0 to 100 (bands are in bands, kappa to 1).
 
 Each function takes all references of every example and the predictions, and gives scores; each is
-registered with its convention in ``encdec.metrics.registry``.
+registered with its convention in ``encdec.metrics.metric_registry``.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import numpy as np
 
 from encdec.data.records import Records
 from encdec.model import ModelConfig
-from encdec.train.config import RunConfig
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.metrics import eval_report
 from encdec.train.program import Program
+from encdec.train.run_config import RunConfig
 
 
 class Evaluator:

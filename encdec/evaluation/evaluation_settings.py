@@ -7,9 +7,9 @@ import pathlib
 from typing import Literal
 
 from encdec.errors import ConfigError
-from encdec.inference.settings import AUTO, GenerationSettings, check_numbers
+from encdec.inference.generation_settings import AUTO, GenerationSettings, check_numbers
 from encdec.metrics.intervals import RESAMPLES
-from encdec.metrics.registry import metric_named
+from encdec.metrics.metric_registry import metric_named
 
 TooLong = Literal["refuse", "cut", "skip"]
 
@@ -26,8 +26,8 @@ class EvaluationSettings:
         split: of the tasks.
         jsonl: the user's own files, each a task named like the file.
         source_field, target_field: fields of these files; further references are in ``targets``.
-        metrics: names of ``encdec.metrics.registry`` instead of a task's own; files without any
-            have exact match and Rouge.
+        metrics: names of ``encdec.metrics.metric_registry`` instead of a task's own; files without
+            any have exact match and Rouge.
         max_examples: the first examples only; None: all.
         step: checkpoint, a number or "best"; None: the last.
         too_long: sources longer than the model reads are refused, cut, or skipped.

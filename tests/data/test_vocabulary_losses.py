@@ -11,11 +11,11 @@ import sentencepiece
 import tokenizers
 
 from encdec.cli import main as encdec
-from encdec.data import losses
-from encdec.data.losses import Losses, count_losses
+from encdec.data import vocabulary_losses
 from encdec.data.prepare import prepare
 from encdec.data.records import open_records
 from encdec.data.vocabulary import load_vocabulary
+from encdec.data.vocabulary_losses import Losses, count_losses
 from encdec.errors import DataError
 from tests.data.conftest import write_jsonl
 
@@ -109,8 +109,8 @@ def test_what_keeps_everything_loses_nothing(vocabularies):
 
 
 def test_of_much_text_a_sample_is_decoded_and_all_characters_counted(vocabularies, monkeypatch):
-    monkeypatch.setattr(losses, "DECODED_CHARACTERS", 1000)
-    monkeypatch.setattr(losses, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(vocabulary_losses, "DECODED_CHARACTERS", 1000)
+    monkeypatch.setattr(vocabulary_losses, "PIECE_CHARACTERS", 100)
     texts = ["plain words  of one alphabet " * 200] * 10
     lost = counted(vocabularies["nothing"], *texts)
     assert not lost and 5 <= lost.decoded <= 12 < lost.texts
@@ -127,7 +127,7 @@ def test_sums_keep_the_first_examples_and_the_card_the_commonest_characters(monk
     one = Losses(1, {"a": 2}, 3, 2, 1, [["x", "y"]])
     two = one + Losses(2, {"a": 1, "b": 9, "c": 1}, 4, 4, 3, [["u", "v"]] * 3)
     assert two == Losses(3, {"a": 3, "b": 9, "c": 1}, 7, 6, 4, [["x", "y"], ["u", "v"], ["u", "v"]])
-    monkeypatch.setattr(losses, "CARD_CHARACTERS", 1)
+    monkeypatch.setattr(vocabulary_losses, "CARD_CHARACTERS", 1)
     card = two.to_card()
     assert card["characters"] == {"b": 9, "others": 4}
     assert "13 characters do not come back (b)" in Losses(**json.loads(json.dumps(card))).describe()

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import jax
 
 from encdec.evaluation.evaluate import evaluate
+from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Examples
-from encdec.evaluation.settings import EvaluationSettings
 from encdec.files import write_text
-from encdec.inference.settings import GenerationSettings
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.logs import logger
 from encdec.scaling.ladder import Plan
-from encdec.scaling.results import SCORES_FILE
+from encdec.scaling.results_file import SCORES_FILE
 from encdec.scaling.run import Workdir
 
 if TYPE_CHECKING:

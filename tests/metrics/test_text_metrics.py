@@ -15,8 +15,14 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from encdec.errors import ConfigError, DataError
-from encdec.metrics import text as scores
-from encdec.metrics.registry import METRICS, metric_named, not_measured, register, score_texts
+from encdec.metrics import text_metrics as scores
+from encdec.metrics.metric_registry import (
+    METRICS,
+    metric_named,
+    not_measured,
+    register,
+    score_texts,
+)
 from encdec.metrics.score import Metric, best_of, mean_score
 
 REFERENCES = [["the cat sat on the mat", "a cat sat"], ["hello there world of ours"], ["x y z w"]]
@@ -301,7 +307,7 @@ def test_metrics_and_single_scores_are_found_by_name():
 
 
 def test_a_metric_of_the_users_own(monkeypatch):
-    monkeypatch.setattr("encdec.metrics.registry.METRICS", dict(METRICS))
+    monkeypatch.setattr("encdec.metrics.metric_registry.METRICS", dict(METRICS))
     first = lambda wanted, found: 100.0 * (wanted[:1] == found[:1])
     mine = lambda wanted, found: mean_score("first_letter", best_of(first, wanted, found))
     register(
