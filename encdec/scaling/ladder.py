@@ -281,17 +281,21 @@ class Plan:
 def parse_ladder(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Ladder:
     """Checks a ladder's configuration and freezes it.
 
+    What it leaves out, in groups such as ``run`` too, has its default, whether it comes from a
+    config file or from Python.
+
     Raises:
         ConfigError: unknown field (naming the nearest), wrong type, or a value out of range.
     """
-    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    values = _merged(dataclasses.asdict(Ladder()), given)
     ladder = build(Ladder, values, label="ladder", what="the ladder")
     _check(ladder)
     return ladder
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Adds the fields that a config file left out, so that each can be overridden."""
+    """Adds the fields that a configuration left out, so that each can be overridden."""
     return ml_collections.ConfigDict(_merged(dataclasses.asdict(Ladder()), config.to_dict()))
 
 
@@ -347,9 +351,7 @@ def plan(ladder: Ladder, card: DatasetCard | None = None) -> Plan:
 
 def run_config(ladder: Ladder, run: PlannedRun) -> RunConfig:
     """The RunConfig of a planned run."""
-    values = to_dict(RunConfig())
-    for name, value in ladder.run.items():
-        values[name] = values[name] | value if isinstance(value, Mapping) else value
+    values = _merged(to_dict(RunConfig()), ladder.run)
     values |= {
         "model": run.preset,
         "model_overrides": run.overrides(),
@@ -513,11 +515,6 @@ def _check_budgets_and_seeds(ladder: Ladder, require: Require) -> None:
 
 def _check_run(ladder: Ladder, require: Require) -> None:
     """The ladder sets some fields of its runs itself."""
-    require(
-        "teacher" not in ladder.run.get("distill", {}),
-        "run.distill.teacher",
-        "ladder.distilled.teachers instead, so that plain series stay plain",
-    )
     owned = ("batch_size", "data", "model", "model_overrides", "seed", "steps")
     for field in ladder.run:
         require(
@@ -526,6 +523,22 @@ def _check_run(ladder: Ladder, require: Require) -> None:
             f"fields that the ladder does not set itself (it sets {', '.join(owned)})",
             field,
         )
+    build(RunConfig, ladder.run, label="ladder.run", what="ladder.run")
+    for group, field, instead in (
+        (
+            "distill",
+            "teacher",
+            "ladder.distilled.teachers instead, so that plain series stay plain",
+        ),
+        (
+            "optimizer",
+            "learning_rate",
+            "ladder.learning_rate.peak instead, which follows the width",
+        ),
+        ("schedule", "warmup_steps", "ladder.warmup_fraction instead"),
+        ("eval", "every", "ladder.evaluations instead"),
+    ):
+        require(field not in ladder.run.get(group, {}), f"run.{group}.{field}", instead)
 
 
 def _check_distilled(ladder: Ladder) -> None:

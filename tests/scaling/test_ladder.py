@@ -62,6 +62,36 @@ def test_a_shipped_ladder_is_the_default_but_for_what_it_states(name):
     assert {key for key in stated if key.split(".")[0] not in OWN} == set(SHIPPED[name])
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_ladder_is_the_same_from_a_file_and_from_python(name):
+    """So its directory is, too: what a group leaves out has its default either way."""
+    stated = read_config_file(f"{LADDERS}:{name}").to_dict()
+    stated["distilled"] = {"teachers": {"kd": {"rows": "scored/kd"}}}
+    flag = "--ladder.distilled.teachers.kd.rows=scored/kd"
+    ladder = parse_ladder(stated)
+    assert ladder == parse_ladder(load_ladder(f"{LADDERS}:{name}", [flag]))
+    assert ladder.run["checkpoint"]["keep"] == 1
+    assert ladder.distilled.named() == {"kd": ("scored/kd", 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"optimiser": {"name": "muon"}}, "did you mean 'optimizer'"),
+        ({"optimizer": {"nme": "muon"}}, "did you mean 'optimizer.name'"),
+        ({"optimizer": {"name": "muons"}}, "ladder.run.optimizer.name is 'muons'; expected one of"),
+        ({"optimizer": 3}, "ladder.run.optimizer is 3"),
+        ({"optimizer": {"learning_rate": 0.1}}, "ladder.learning_rate.peak instead"),
+        ({"schedule": {"warmup_steps": 3}}, "ladder.warmup_fraction instead"),
+        ({"eval": {"every": 3}}, "ladder.evaluations instead"),
+        ({"steps": 3}, "fields that the ladder does not set itself"),
+    ],
+)
+def test_what_runs_share_is_checked_and_nothing_of_it_is_ignored(run, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_ladder({**read_config_file(f"{LADDERS}:micro").to_dict(), "run": run})
+
+
 @pytest.mark.parametrize("match", MATCHES)
 @pytest.mark.parametrize("name", ["micro", "small", "paper"])
 def test_rungs_are_matched_as_asked(name, match):
