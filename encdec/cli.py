@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "a run's configuration: every field, its value, meaning and default",
     ),
     "train": ("encdec.train.train_command:main", "train a model on records, or resume a run"),
-    "average": ("encdec.train.average:main", "the mean of a run's last checkpoints, as a model"),
+    "average": ("encdec.saved.average:main", "the mean of a run's last checkpoints, as a model"),
     "score": (
         "encdec.distill.score_command:main",
         "a teacher's distributions on records, for students",

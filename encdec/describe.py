@@ -104,7 +104,7 @@ def find_model(name: str) -> tuple[str, ModelConfig]:
     if name in preset_names() or not as_path(name).is_dir():
         return name, preset(name)
     # Imported here, so that describing a preset does not load the training packages.
-    from encdec.train.workdir import model_config_of, read_config
+    from encdec.saved.saved_config import model_config_of, read_config
 
     return as_path(name).name, model_config_of(read_config(name))
 

@@ -24,9 +24,9 @@ import time
 from encdec import buckets
 from encdec.data.records import open_records
 from encdec.files import whole_lines
+from encdec.saved.fingerprint import fingerprints
+from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.storage import as_path, entries, on_this_machine
-from encdec.train.checkpoints import load_params_for_inference, saved_steps
-from encdec.train.fingerprint import fingerprints
 from encdec.train.metrics import read_metrics
 from tests.bucket_servers import Proxy, google
 

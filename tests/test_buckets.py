@@ -29,6 +29,9 @@ from encdec.inference import answer_files
 from encdec.inference.answer_files import ResumableOutput
 from encdec.paper.paper_command import main as paper_main
 from encdec.paper.result_rows import append_results, read_results
+from encdec.saved.fingerprint import fingerprints
+from encdec.saved.saved_config import read_config
+from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.scaling import run as scaling_run
 from encdec.scaling.results_file import ResultsFile
 from encdec.scaling.run import check_division, run_plan
@@ -42,12 +45,9 @@ from encdec.storage import (
     whole_directory,
 )
 from encdec.train import job
-from encdec.train.checkpoints import load_params_for_inference, saved_steps
-from encdec.train.fingerprint import fingerprints
 from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
 from encdec.train.sharding import make_mesh
-from encdec.train.workdir import read_config
 from tests import bucket_servers
 from tests.adapt.test_workflow import write_source
 from tests.bucket_servers import Proxy

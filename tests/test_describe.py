@@ -20,7 +20,7 @@ from encdec.cost.flops import (
 from encdec.describe import architecture, describe, find_model, main, show
 from encdec.errors import CheckpointError, ConfigError
 from encdec.model import ModelConfig, preset, preset_names
-from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION
+from encdec.saved.saved_config import CONFIG_FILE, FORMAT_VERSION
 
 
 def described(capsys, *arguments: str) -> dict:

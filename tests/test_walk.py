@@ -13,7 +13,7 @@ import pytest
 
 from encdec.data.records import read_card
 from encdec.safetensors import open_directory
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from tests.data.conftest import write_jsonl
 from tests.pages import ROOT, run_by
 

@@ -16,7 +16,7 @@ from encdec.data.vocabulary import Vocabulary
 from encdec.interop.importing import write_model
 from encdec.interop.layout import unflatten
 from encdec.model import ModelConfig, Params
-from encdec.train.lineage import Lineage
+from encdec.saved.lineage import Lineage
 
 TABLE_FILE = "adaptation.txt"  # next to the parameters: where each of them comes from
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from encdec.errors import ConfigError
 from encdec.model import ExecutionConfig, ModelConfig, abstract_params, build_model
-from encdec.train.sharding import path_name
+from encdec.model.parameter_names import path_name
 
 CrossAttention = Literal["self", "zero", "random", "merged"]
 Embeddings = Literal["shared", "separate"]

@@ -15,10 +15,10 @@ from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabul
 from encdec.errors import ConfigError, DataError
 from encdec.interop.framing import Framing
 from encdec.model import ModelConfig, unroll_params
-from encdec.train.checkpoints import latest_step, load_params_for_inference
-from encdec.train.lineage import Lineage, lineage
-from encdec.train.sharding import path_name
-from encdec.train.workdir import model_config_of, read_config
+from encdec.model.parameter_names import path_name
+from encdec.saved.lineage import Lineage, lineage
+from encdec.saved.saved_config import model_config_of, read_config
+from encdec.saved.saved_params import latest_step, load_params_for_inference
 
 # Tables with one row, or column, an id of the vocabulary: the axis of ids.
 VOCABULARY_AXIS = {"embedder/embedding": 0, "encoder_embedder/embedding": 0, "embedder/head": 1}

@@ -32,10 +32,10 @@ from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.jobs import claim_settings
 from encdec.model import ModelConfig, preset
+from encdec.saved.saved_config import CONFIG_FILE, model_config_of, read_config
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from encdec.train.run_config import RunConfig, parse_config
-from encdec.train.workdir import CONFIG_FILE, model_config_of, read_config
 
 EXTRA_IDS = 136  # what UL2's sentinels and mode tokens take
 Say = Callable[[str], None]

@@ -27,7 +27,7 @@ from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.jobs import claim_settings
 from encdec.model import build_model, preset
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import train
 from encdec.train.losses import loss_positions
 from encdec.train.program import build_program

@@ -23,7 +23,7 @@ from encdec.data.teacher_rows import batch_fields
 from encdec.distill.draw import to_sparse
 from encdec.distill.scorers import make_score_step
 from encdec.model import build_model
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.run_config import DistillConfig, LossConfig
 from encdec.train.step import batch_metrics
 

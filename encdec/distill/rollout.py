@@ -38,8 +38,8 @@ from encdec.inference.generation_settings import AUTO, GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
+from encdec.saved.saved_config import read_config
 from encdec.storage import as_path
-from encdec.train.workdir import read_config
 
 BLOCK_ROWS = 256
 PACKING = "best_fit"

@@ -29,14 +29,14 @@ from encdec.data.vocabulary import VocabularySpec, recorded_vocabulary
 from encdec.distill.draw import Kept, keep
 from encdec.errors import ConfigError, DataError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
+from encdec.saved.saved_config import model_config_of, read_config
+from encdec.saved.saved_params import latest_step, load_params_for_inference
 from encdec.storage import as_path
 from encdec.train.across_mesh import on_mesh
-from encdec.train.checkpoints import latest_step, load_params_for_inference
 from encdec.train.feed import host_slice, to_devices
 from encdec.train.losses import loss_positions
 from encdec.train.run_config import MeshConfig
 from encdec.train.sharding import ShardingRules, data_shards, make_mesh, param_shardings
-from encdec.train.workdir import model_config_of, read_config
 
 HEAD_TOKENS = 32  # positions of a row that have their logits in memory at once
 

@@ -15,10 +15,10 @@ from encdec.inference.exported import load_exported_generator
 from encdec.inference.generation_settings import AUTO
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.model import parameter_count
-from encdec.train.checkpoints import load_params_for_inference, saved_steps
-from encdec.train.lineage import lineage
+from encdec.saved.lineage import lineage
+from encdec.saved.saved_config import read_config
+from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.metrics import read_metrics
-from encdec.train.workdir import read_config
 
 
 def load_models(

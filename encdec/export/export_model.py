@@ -12,9 +12,9 @@ from encdec.export.formats import Export, Written
 from encdec.export.model_card import check_license, write_card
 from encdec.inference.generator import read_prompt_format
 from encdec.inference.text_io import check_template
+from encdec.saved.saved_config import model_config_of, read_config
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.storage import as_path, is_free, whole_directory
-from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.workdir import model_config_of, read_config
 
 
 @dataclasses.dataclass(frozen=True)

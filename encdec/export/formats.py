@@ -18,7 +18,7 @@ from encdec.files import write_json
 from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig
 from encdec.model.coverage import refuse_unknown
-from encdec.train.workdir import CONFIG_FILE
+from encdec.saved.saved_config import CONFIG_FILE
 
 
 @dataclasses.dataclass(frozen=True)

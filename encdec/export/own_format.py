@@ -24,10 +24,10 @@ from encdec.export.formats import Export, Written
 from encdec.export.quantise import eight_bits
 from encdec.files import write_json
 from encdec.model import ModelConfig, parameter_count, unroll_params
+from encdec.model.parameter_names import path_name
+from encdec.saved.lineage import lineage
+from encdec.saved.saved_config import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER, SCALE
 from encdec.storage import as_path
-from encdec.train.lineage import lineage
-from encdec.train.sharding import path_name
-from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER, SCALE
 
 
 def check(config: ModelConfig) -> None:

@@ -8,8 +8,8 @@ from encdec.inference.drafting import Draft, DraftModel
 from encdec.inference.generation_settings import AUTO, LOOKUP, OFF
 from encdec.inference.generator import read_prompt_format
 from encdec.inference.ready import ready_for_decoding
-from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.workdir import read_config
+from encdec.saved.saved_config import read_config
+from encdec.saved.saved_params import load_params_for_inference
 
 
 def load_draft(draft: str, vocabulary: Vocabulary, dtype: str | None = None) -> Draft:

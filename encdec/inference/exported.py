@@ -23,8 +23,8 @@ from encdec.inference.sampling import Choosing, greedy_choice
 from encdec.inference.speculation import accept
 from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig
+from encdec.saved.saved_config import read_config
 from encdec.storage import on_this_machine
-from encdec.train.workdir import read_config
 
 append_compiled = jax.jit(append, static_argnames="plan", donate_argnames="decoding")
 accept_compiled = jax.jit(accept, static_argnames="plan", donate_argnames="decoding")

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     from encdec.inference.answer_files import ResumableOutput, read_inputs
     from encdec.inference.generator import read_prompt_format
     from encdec.inference.load_generator import load
-    from encdec.train.workdir import CONFIG_FILE
+    from encdec.saved.saved_config import CONFIG_FILE
 
     prompts, _ = read_prompt_format(options.checkpoint, max_input_tokens=options.max_input_tokens)
     prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)

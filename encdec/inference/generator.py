@@ -24,7 +24,7 @@ from encdec.inference.text_io import (
     tokens_to_stop,
 )
 from encdec.model import ModelConfig
-from encdec.train.workdir import read_config
+from encdec.saved.saved_config import read_config
 
 # Steps between two looks at the answers: for stop strings, interrupts and progress.
 STEPS_BETWEEN_LOOKS = 32

@@ -17,7 +17,7 @@ from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.huge_pages import NewMemory
 from encdec.machine import available_cores
 from encdec.packages import install_hint
-from encdec.train.workdir import model_config_of, read_config
+from encdec.saved.saved_config import model_config_of, read_config
 
 if TYPE_CHECKING:
     from ai_edge_litert.interpreter import Interpreter

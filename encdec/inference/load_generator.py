@@ -11,8 +11,8 @@ from encdec.inference.draft_model import load_draft
 from encdec.inference.exported import export_format, load_exported_generator
 from encdec.inference.generation_settings import AUTO
 from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.shipped import model_directory
-from encdec.train.checkpoints import load_params_for_inference
 
 
 def load(

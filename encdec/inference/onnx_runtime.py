@@ -13,7 +13,7 @@ from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.huge_pages import NewMemory
 from encdec.inference.sampling import greedy_choice
 from encdec.packages import install_hint
-from encdec.train.workdir import model_config_of, read_config
+from encdec.saved.saved_config import model_config_of, read_config
 
 if TYPE_CHECKING:
     import onnxruntime

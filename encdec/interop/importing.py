@@ -21,9 +21,9 @@ from encdec.errors import ConfigError, DataError
 from encdec.files import write_json
 from encdec.interop.framing import Framing
 from encdec.model import ModelConfig, check_params, parameter_count
+from encdec.model.parameter_names import path_name
+from encdec.saved.saved_config import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER
 from encdec.storage import entries, is_free, remove_directory, whole_directory
-from encdec.train.sharding import path_name
-from encdec.train.workdir import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

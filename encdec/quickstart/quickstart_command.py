@@ -41,8 +41,8 @@ from encdec.model import ModelConfig, preset
 from encdec.quickstart import quickstart_report as reports
 from encdec.quickstart.quickstart_plan import TASKS, TRY, QuickTask, plan_text
 from encdec.quickstart.quickstart_report import ModelReport, QuickstartReport, Timing
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.storage import local_path
-from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from encdec.train.run_config import RunConfig, parse_config

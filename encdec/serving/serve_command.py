@@ -32,13 +32,13 @@ def main(argv: list[str]) -> int:
     # Imported late: a mistake in the command line is answered at once.
     from encdec.inference.exported import export_format
     from encdec.inference.generator import read_prompt_format
+    from encdec.saved.saved_params import load_params_for_inference
     from encdec.serving.app import Service
     from encdec.serving.chat import find_template
     from encdec.serving.engine import Engine
     from encdec.serving.protocol import Limits
     from encdec.serving.server import bind, run
     from encdec.serving.slots import slot_bytes
-    from encdec.train.checkpoints import load_params_for_inference
 
     bound = bind(options.host, options.port)
     if exported := export_format(options.checkpoint):

@@ -17,8 +17,8 @@ import optax
 
 from encdec.errors import ConfigError
 from encdec.fields import nearest
+from encdec.model.parameter_names import unrolled_names
 from encdec.train.run_config import RunConfig
-from encdec.train.sharding import unrolled_names
 
 Tree = Any
 Value = TypeVar("Value")

@@ -13,16 +13,16 @@ from etils import epath
 from encdec.errors import Preempted
 from encdec.files import lines_exist
 from encdec.model import parameter_count
+from encdec.processes import from_first
+from encdec.saved.lineage import source_note
 from encdec.storage import as_path
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.evaluator import Evaluator
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.goodput import Goodput, last_report
 from encdec.train.job import Job
-from encdec.train.lineage import source_note
 from encdec.train.metrics import METRICS_FILE, Console, make_writer, read_metrics
 from encdec.train.preemption import Notice
-from encdec.train.processes import from_first
 from encdec.train.reports import OnReport, Reports
 from encdec.train.run_config import to_dict
 from encdec.train.state import TrainState

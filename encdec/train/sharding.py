@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
+from encdec.model.parameter_names import path_name
 from encdec.train.run_config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -244,27 +245,3 @@ def like_params(abstract_tree: Any, abstract_params: Any, shardings: Any, mesh: 
         return everywhere
 
     return jax.tree_util.tree_map_with_path(place, abstract_tree)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """``a/b/c`` for a tree path."""
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
-
-
-def unrolled_names(params: Any) -> dict[str, list[str]]:
-    """Each parameter's name, in the tree's order, with those of its parts: of a stack of layers
-    one a layer, named as unrolled layers are; else its own."""
-    names: dict[str, list[str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = path_name(path)
-        pieces = name.split("/")
-        names[name] = [name]
-        if "layers" in pieces:
-            place = pieces.index("layers")
-            names[name] = [
-                "/".join([*pieces[:place], f"layers_{i}", *pieces[place + 1 :]])
-                for i in range(leaf.shape[0])
-            ]
-    return names

@@ -23,12 +23,12 @@ from encdec.data.vocabulary import VocabularySpec, load_vocabulary, recorded_voc
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_text
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes, preset
+from encdec.model.parameter_names import path_name, unrolled_names
+from encdec.saved.saved_config import CONFIG_FILE, model_config_of, read_config
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.storage import as_path
-from encdec.train.checkpoints import load_params_for_inference
 from encdec.train.run_config import RunConfig, is_directory
-from encdec.train.sharding import path_name, unrolled_names
 from encdec.train.state import TrainState
-from encdec.train.workdir import CONFIG_FILE, model_config_of, read_config
 
 REPORT_FILE = "warm-start.txt"
 

@@ -16,19 +16,21 @@ from encdec.errors import CheckpointError
 from encdec.fields import differences
 from encdec.files import write_json, write_text
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
+from encdec.model.parameter_names import path_name
+from encdec.saved.saved_config import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    SOURCE_NOTE,
+    model_config_of,
+    read_config,
+)
 from encdec.storage import as_path, make_directory, user_place
 from encdec.train.program import Program
 from encdec.train.run_config import OPERATIONAL, RunConfig, to_dict
-from encdec.train.sharding import path_name
 
-FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
 MODEL_INFO_FILE = "model-info.txt"
-CHECKPOINTS_FOLDER = "checkpoints"
 STARTED_NOTE = "started"
-SOURCE_NOTE = "started_from"  # in the config: the checkpoint that the first parameters came from
-PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
-SCALE = ".scale"  # ends the names of the tensors that int8 ones are multiplied by
 
 # These schedules give every step its learning rate whatever the run's length, so that a finished
 # run may be made longer.
@@ -61,36 +63,6 @@ def describe_run(
         },
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """A work directory's ``config.json``.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    path = as_path(workdir) / CONFIG_FILE
-    if not path.exists():
-        raise CheckpointError(
-            f"{workdir} has no {CONFIG_FILE}, so it is no work directory of a training run; give "
-            "the directory that `encdec train --workdir=` wrote"
-        )
-    try:
-        content = json.loads(path.read_text())
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); restore it from a copy") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {version}; this encdec reads "
-            f"{FORMAT_VERSION}: use the version that wrote it"
-        )
-    return content
-
-
-def model_config_of(content: Mapping[str, Any]) -> ModelConfig:
-    """The model's configuration from the content of ``config.json``."""
-    return ModelConfig.from_dict(content["model"])
 
 
 def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bool:

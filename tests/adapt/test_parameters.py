@@ -17,7 +17,7 @@ from encdec.errors import ConfigError
 from encdec.interop.huggingface_import import read_config
 from encdec.interop.layout import unflatten
 from encdec.model import abstract_params, build_model, encoder_decoder, preset
-from encdec.train.sharding import path_name
+from encdec.model.parameter_names import path_name
 from tests.interop.test_huggingface_import import MODELS, SIZE, transformers
 
 LENGTH = 12

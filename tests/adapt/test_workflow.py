@@ -18,11 +18,11 @@ from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.interop.layout import unflatten
 from encdec.model import build_model, preset
-from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.lineage import lineage
+from encdec.model.parameter_names import path_name
+from encdec.saved.lineage import lineage
+from encdec.saved.saved_config import read_config
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import train
-from encdec.train.sharding import path_name
-from encdec.train.workdir import read_config
 from tests.adapt.test_parameters import fields, random_params
 from tests.devices import one_device
 from tests.train.conftest import random_pairs, small_run, write_records

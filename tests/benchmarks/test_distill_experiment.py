@@ -24,7 +24,7 @@ from encdec.data.batches import Batches
 from encdec.data.records import open_records
 from encdec.errors import ConfigError
 from encdec.model import build_model
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import train
 from tests.devices import one_device
 from tests.distill.conftest import records, teacher  # noqa: F401

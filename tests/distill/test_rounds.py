@@ -12,9 +12,9 @@ from encdec.data.teacher_rows import read_teacher_card
 from encdec.distill.rollout import Answering
 from encdec.distill.rounds import Shares, distill_in_rounds
 from encdec.errors import ConfigError
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_config import read_config
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.run_config import parse_config
-from encdec.train.workdir import read_config
 from tests.train.conftest import small_run
 
 

@@ -22,7 +22,7 @@ from encdec.distill.scorers import longest_segment, scoring_model
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from tests.devices import one_device
 from tests.train.conftest import random_pairs, write_records
 

@@ -21,7 +21,7 @@ from encdec.evaluation.predictions import PredictionFiles, open_windows
 from encdec.inference.generator import Generation
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
 
 # The last one is answered wrongly, and one right answer is the second reference.

@@ -19,7 +19,7 @@ from encdec.evaluation.likelihood import (
 )
 from encdec.evaluation.predictions import Example
 from encdec.inference.generator import Generator, read_prompt_format
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
 
 OTHERS = ["a fish unknown", "b"]

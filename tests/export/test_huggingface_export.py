@@ -14,7 +14,7 @@ from encdec.inference.generator import Generator, read_prompt_format
 from encdec.inference.ready import ready_for_decoding
 from encdec.interop.import_command import main as import_main
 from encdec.model import build_model
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from tests.export.examples import MODELS, MODELS_OF_GRAPHS, PROMPTS, batch, pair
 from tests.inference.examples import START, plan, rows
 from tests.inference.test_decoding import run

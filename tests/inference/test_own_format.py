@@ -17,9 +17,9 @@ from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.load_generator import load
 from encdec.inference.text_io import PromptFormat
 from encdec.model import unroll_params
-from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.lineage import lineage
-from encdec.train.workdir import PARAMS_FOLDER, read_config
+from encdec.saved.lineage import lineage
+from encdec.saved.saved_config import PARAMS_FOLDER, read_config
+from encdec.saved.saved_params import load_params_for_inference
 from tests.inference.conftest import LEARNED
 
 QUESTIONS = [source for source, _ in LEARNED]

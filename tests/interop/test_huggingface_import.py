@@ -18,8 +18,8 @@ from encdec.inference.decoding import Memory, decode_step
 from encdec.interop.huggingface_import import read_config
 from encdec.interop.import_command import main
 from encdec.model import build_model, init_cache
-from encdec.train.checkpoints import load_params_for_inference
-from encdec.train.workdir import read_config as read_workdir
+from encdec.saved.saved_config import read_config as read_workdir
+from encdec.saved.saved_params import load_params_for_inference
 
 torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
 transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")

@@ -12,7 +12,7 @@ import pytest
 from encdec.errors import DataError
 from encdec.interop.import_command import main
 from encdec.model import build_model, init_cache
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 
 
 def greedy(directory, tokens: int) -> list[int]:

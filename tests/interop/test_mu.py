@@ -16,7 +16,7 @@ from encdec.inference.load_generator import load
 from encdec.interop import mu
 from encdec.interop.import_command import main
 from encdec.model import build_model
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.run_config import RunConfig
 from encdec.train.warm_start import plan_start
 from tests.export.examples import batch

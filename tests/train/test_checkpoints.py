@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from encdec.errors import CheckpointError, ConfigError
-from encdec.train.checkpoints import Checkpoints, kept_steps, load_params_for_inference, saved_steps
+from encdec.saved.fingerprint import fingerprints, mismatches
+from encdec.saved.saved_params import load_params_for_inference, saved_steps
+from encdec.train.checkpoints import Checkpoints, kept_steps
 from encdec.train.evaluator import Evaluator
-from encdec.train.fingerprint import fingerprints, mismatches
 from encdec.train.loop import train
 from encdec.train.program import build_program
 from encdec.train.run_config import CheckpointConfig, MeshConfig, parse_config

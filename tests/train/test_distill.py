@@ -19,7 +19,7 @@ from encdec.distill.cost import student_cost
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model, preset
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.job import prepare_job
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics

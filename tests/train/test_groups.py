@@ -8,10 +8,10 @@ import pytest
 
 from encdec.errors import ConfigError
 from encdec.model import abstract_params, build_model, logical_axes, preset
+from encdec.model.parameter_names import path_name
 from encdec.train.groups import factor_tree, frozen_tree
 from encdec.train.optimizer import make_optimizer
 from encdec.train.run_config import parse_config
-from encdec.train.sharding import path_name
 from tests.train.conftest import small_run
 
 MODEL = build_model(preset("test", vocab_size=264))

@@ -16,9 +16,10 @@ from encdec.data.teacher_rows import teacher_fingerprint
 from encdec.data.vocabulary import ByteVocabulary, VocabularySpec
 from encdec.errors import CheckpointError
 from encdec.model import ModelConfig, preset
+from encdec.saved.saved_config import FORMAT_VERSION
 from encdec.scaling.ladder import PlannedRun
 from encdec.train.run_config import RunConfig, complete, to_dict
-from encdec.train.workdir import FORMAT_VERSION, check_workdir
+from encdec.train.workdir import check_workdir
 from tests.train.test_warm_start import FUNCTION, WINDOWS
 
 SHARDS = [Shard("a", 3, 100, "aa"), Shard("b", 4, 90, "bb")]

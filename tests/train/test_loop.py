@@ -15,10 +15,10 @@ import pytest
 
 from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError, NonFiniteError
 from encdec.model import build_model, preset
-from encdec.train.checkpoints import load_params_for_inference
+from encdec.saved.saved_config import read_config
+from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
-from encdec.train.workdir import read_config
 from tests.train.conftest import DECAYING, SHARED, random_pairs, small_run, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import pytest
 from encdec.cli import main
 from encdec.data.batches import Batches
 from encdec.data.records import open_records
-from encdec.train.checkpoints import load_params_for_inference, saved_steps
+from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.metrics import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from encdec.errors import CheckpointError, ConfigError, DataError, Preempted
-from encdec.train.checkpoints import load_params_for_inference, saved_steps
+from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.goodput import Goodput, last_report
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics

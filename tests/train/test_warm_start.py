@@ -17,13 +17,13 @@ from encdec.data.records import open_records
 from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.model import build_model, preset, unroll_params
-from encdec.train.checkpoints import load_params_for_inference, saved_steps
-from encdec.train.lineage import Lineage, lineage
+from encdec.model.parameter_names import path_name
+from encdec.saved.lineage import Lineage, lineage
+from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from encdec.train.run_config import parse_config
 from encdec.train.session import out_of_patience
-from encdec.train.sharding import path_name
 from encdec.train.state import TrainState
 from encdec.train.warm_start import SIZES, architecture, plan_start, start_from, with_source_model
 from tests.devices import one_device

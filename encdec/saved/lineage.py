@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from encdec.cost.flops import training_flops
+from encdec.saved.saved_config import SOURCE_NOTE, model_config_of, read_config
+from encdec.saved.saved_params import latest_step
 from encdec.storage import as_path
-from encdec.train.checkpoints import latest_step
-from encdec.train.workdir import SOURCE_NOTE, model_config_of, read_config
 
 
 @dataclasses.dataclass(frozen=True)

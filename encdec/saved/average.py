@@ -17,15 +17,15 @@ from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
 from encdec.files import write_json
 from encdec.flags import Parser
-from encdec.storage import any_path, as_path, is_free, user_place, whole_directory
-from encdec.train.checkpoints import (
+from encdec.saved.fingerprint import fingerprints
+from encdec.saved.saved_config import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
+from encdec.saved.saved_params import (
     FINGERPRINTS,
     latest_step,
     load_params_for_inference,
     saved_steps,
 )
-from encdec.train.fingerprint import fingerprints
-from encdec.train.workdir import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
+from encdec.storage import any_path, as_path, is_free, user_place, whole_directory
 
 
 def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> list[int]:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from encdec.train.processes import sum_over_processes
-from encdec.train.sharding import path_name
+from encdec.model.parameter_names import path_name
+from encdec.processes import sum_over_processes
 
 # Two independent sums; odd numbers, so that multiplication by them is a bijection of 32 bits.
 _SEEDS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))

@@ -1,0 +1,1 @@
+"""Models on disk: configuration, parameters and their proof, what a model comes from."""

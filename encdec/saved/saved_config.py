@@ -1,0 +1,50 @@
+"""A model's directory: its configuration file, and the names of what is next to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from encdec.errors import CheckpointError
+from encdec.model import ModelConfig
+from encdec.storage import as_path
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+SOURCE_NOTE = "started_from"  # in the config: the checkpoint that the first parameters came from
+PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
+SCALE = ".scale"  # ends the names of the tensors that int8 ones are multiplied by
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """A work directory's ``config.json``.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = as_path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"{workdir} has no {CONFIG_FILE}, so it is no work directory of a training run; give "
+            "the directory that `encdec train --workdir=` wrote"
+        )
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version}; this encdec reads "
+            f"{FORMAT_VERSION}: use the version that wrote it"
+        )
+    return content
+
+
+def model_config_of(content: Mapping[str, Any]) -> ModelConfig:
+    """The model's configuration from the content of ``config.json``."""
+    return ModelConfig.from_dict(content["model"])
