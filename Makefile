@@ -1,7 +1,7 @@
 # make quickstart   environment, installation, then the whole story on this machine
 # make test         environment with the test tools, then every test
 # make test-light   the same for an environment without TensorFlow, with its own tests
-# make check        style (ruff.toml), types (pyproject.toml), sizes of functions
+# make check        style (ruff.toml), types (pyproject.toml), sizes of functions and of the core
 # make guard        compiles the paper's model for TPUs (EXTRAS=test,tpu): is it slower or larger
 #                   than tests/hardware/recorded.json says? Other steps are guarded by every test
 # make coverage     every test, then the share of each package's lines that they ran

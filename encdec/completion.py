@@ -7,9 +7,10 @@ import io
 import re
 
 from encdec import cli
+from encdec.config_files import field_names
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.train.run_config import RunConfig, complete, field_names, to_dict
+from encdec.train.run_config import RunConfig, complete, to_dict
 
 SCRIPTS = {
     "bash": """_encdec() {

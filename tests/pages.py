@@ -249,6 +249,7 @@ def parsed(words: list[str]) -> argparse.ArgumentParser:
 
 def _check_configuration(options: argparse.Namespace, command: str, words: list[str]) -> None:
     """ConfigError for a configuration, or a field of it, that the command would refuse."""
+    from encdec.config_files import split_overrides
     from encdec.paper import paper_command
     from encdec.paper.setting import parse_setting
     from encdec.scaling import scaling_command
@@ -257,13 +258,13 @@ def _check_configuration(options: argparse.Namespace, command: str, words: list[
 
     given = vars(options)
     if given.get("ladder"):
-        overrides, _ = scaling_command.split_ladder_overrides(words)
+        overrides, _ = split_overrides(words, "ladder")
         scaling_command.load_ladder(given["ladder"], overrides)
     elif given.get("config") and command == "paper":
-        overrides = [word for word in words if word.startswith("--config.")]
+        overrides, _ = split_overrides(words)
         parse_setting(paper_command.load_config(given["config"], overrides).to_dict())
     elif given.get("config"):
-        overrides, _ = train_command.split_overrides(words)
+        overrides, _ = split_overrides(words)
         # A preset of the reader's stands for any.
         overrides = [word.replace("=PRESET", "=test") for word in overrides]
         parse_config(train_command.load_config(given["config"], overrides))

@@ -1,4 +1,5 @@
-"""No function is longer, or takes more parameters, than a reader holds in the head.
+"""No function is longer, or takes more parameters, than a reader holds in the head; nor does the
+core path, from records to a trained model, take more than an afternoon.
 
 `make check` runs this too: ruff counts statements, which say little of a table of flags.
 """
@@ -6,7 +7,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import pathlib
+import tokenize
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MOST_LINES, MOST_PARAMETERS = 80, 10
@@ -17,6 +20,48 @@ ALLOWED = {
     "encdec/export/shipped/modeling_encdec.py: EncdecDecoder.forward",
     "encdec/export/shipped/modeling_encdec.py: EncdecForConditionalGeneration.forward",
 }
+
+# The core path: what reads records, the model as it is trained, and training. Not in it: layouts
+# of the model for CPUs; a teacher's column of the records and vocabularies, which have their own
+# contracts (docs/data.md) and of which training needs only fingerprints; models that are read from
+# disk (encdec/saved) and what all commands share (files, config files, flags).
+CORE = (
+    *("data/batches.py", "data/card.py", "data/features.py", "data/mixing.py"),
+    *("data/records.py", "data/shards.py", "data/shuffle.py"),
+    *("model/*.py", "train/*.py"),
+)
+NOT_CORE = ("model/cpu_layout.py",)
+MOST_CORE_LINES = 6000
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: neither blank, nor comments, nor docstrings."""
+    prose = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                prose.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*empty, tokenize.ENDMARKER):
+            code.update(range(token.start[0], token.end[0] + 1))
+    return len(code - prose)
+
+
+def test_the_core_path_is_read_in_an_afternoon():
+    assert code_lines('"""Doc."""\n\n# why\nx = (\n    1\n)  # so\n') == 3
+    package = ROOT / "encdec"
+    paths = {path for pattern in CORE for path in package.glob(pattern)}
+    paths -= {package / name for name in NOT_CORE}
+    lines = {
+        path.relative_to(package).as_posix(): code_lines(path.read_text()) for path in sorted(paths)
+    }
+    assert len(lines) >= len(CORE)
+    assert sum(lines.values()) <= MOST_CORE_LINES, (
+        f"the core path has {sum(lines.values())} lines of code, expected {MOST_CORE_LINES} at "
+        f"most; what only inference or one command needs goes elsewhere: {lines}"
+    )
 
 
 def functions(node: ast.AST, prefix: str = ""):

@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "encdec"
 # Each package, or single file of one, and the packages it may import; docs/design.md explains them.
 ALL_MAY_IMPORT = {
     "buckets",
+    "config_files",
     "errors",
     "fields",
     "files",
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "errors": set(),
     "fields": {"errors"},
     "packages": {"errors"},
+    "config_files": {"errors"},
     "shipped": {"packages"},
     "processes": set(),
     "quiet": set(),

@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+from encdec.config_files import split_overrides
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.inference.generation_settings import add_draft_option
@@ -25,8 +26,6 @@ def main(argv: list[str]) -> int:
         ConfigError, DataError, CheckpointError: see ``encdec.distill.rollout.rollout`` and
             ``encdec.distill.rounds.distill_in_rounds``.
     """
-    from encdec.train.train_command import split_overrides
-
     if argv and argv[0] not in ("rollout", "rounds", "-h", "--help"):
         raise ConfigError(
             f"unknown part {argv[0]!r}; expected `encdec distill rollout` or `rounds`"

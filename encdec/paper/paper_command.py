@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
+from encdec.config_files import read_config_file, split_overrides, with_overrides
 from encdec.errors import ConfigError, DataError
 from encdec.fields import unknown_field
 from encdec.flags import Parser
@@ -24,8 +23,6 @@ _LOG = logger(__name__)
 
 if TYPE_CHECKING:
     from encdec.paper.setting import Setting
-
-_OVERRIDE = re.compile(r"--?config\.([^=]+)=.*", re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
@@ -73,8 +70,8 @@ def _say(text: str) -> None:
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Setting]:
     """The flags, and the experiment that --config and its overrides set."""
-    overrides = [argument for argument in argv if _OVERRIDE.fullmatch(argument)]
-    options = parser.parse_args([a for a in argv if a not in overrides])
+    overrides, rest = split_overrides(argv)
+    options = parser.parse_args(rest)
     import_modules(getattr(options, "module", ()))
     config = load_config(options.config, overrides)
     from encdec.paper.setting import parse_setting
@@ -138,23 +135,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
     Raises:
         ConfigError: no such file, size or field, or a value that is not of the field's type.
     """
-    from encdec.train.run_config import field_names
-    from encdec.train.train_command import read_config_file
-
-    config = read_config_file(source)
-    names = field_names(config)
-    for override in overrides:
-        name = _OVERRIDE.fullmatch(override)[1]
-        if name not in names:
-            raise unknown_field(name, names, "the experiment")
-    values = flags.FlagValues()
-    command = ["encdec paper", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
-        values(command)
-    except flags.Error as error:
-        raise ConfigError(str(error).removeprefix("flag --")) from None
-    return values.config
+    unknown = functools.partial(unknown_field, what="the experiment")
+    return with_overrides(read_config_file(source), overrides, unknown)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 
+from encdec.config_files import read_config_file, split_overrides, with_overrides
 from encdec.errors import ConfigError, DataError, EncdecError
 from encdec.fields import unknown_field
 from encdec.flags import Parser
@@ -24,8 +23,6 @@ from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, filled_directory, local_path
 
 _LOG = logger(__name__)
-
-_OVERRIDE = re.compile(r"--?(?:no)?ladder\.([^=]+)(=.*)?", re.DOTALL)
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +33,7 @@ def main(argv: list[str]) -> int:
         DataError: the results cannot be fitted; the message gives the reason.
         CheckpointError: the directory belongs to another ladder.
     """
-    overrides, rest = split_ladder_overrides(argv)
+    overrides, rest = split_overrides(argv, "ladder")
     options = _parser().parse_args(rest)
     if overrides and not hasattr(options, "ladder"):
         raise ConfigError(
@@ -44,15 +41,6 @@ def main(argv: list[str]) -> int:
             "which only reads results; use it with plan, run and score"
         )
     return options.function(options, overrides)
-
-
-def split_ladder_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates ``--ladder.FIELD=VALUE`` from all other arguments."""
-    overrides = [a for a in argv if _OVERRIDE.fullmatch(a)]
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override} has no value; expected {override}=VALUE")
-    return overrides, [a for a in argv if a not in overrides]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -265,31 +253,9 @@ def load_ladder(source: str, overrides: Sequence[str]) -> ml_collections.ConfigD
         ConfigError: no such file, ladder or field, or a value that is not of the field's type.
     """
     from encdec.scaling.ladder import complete
-    from encdec.train.run_config import field_names
-    from encdec.train.train_command import read_config_file
 
-    try:
-        config = complete(read_config_file(source))
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    names = field_names(config)
-    for override in overrides:
-        name = _OVERRIDE.fullmatch(override)[1]
-        if name not in names:
-            raise unknown_field(name, names, "the ladder")
-    values = flags.FlagValues()
-    command = ["encdec scaling", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("ladder", config, flag_values=values, sys_argv=command)
-        values(command)
-    except flags.Error as error:
-        raise ConfigError(str(error).removeprefix("flag --")) from None
-    except ValueError as error:
-        # ml_collections parses dotted names as Python: no part may start with a digit.
-        raise ConfigError(
-            f"{' '.join(overrides)}: {error}; change such a field in a config file of your own"
-        ) from None
-    return values.ladder
+    unknown = functools.partial(unknown_field, what="the ladder")
+    return with_overrides(complete(read_config_file(source)), overrides, unknown, "ladder")
 
 
 def _planned(options: argparse.Namespace, overrides: Sequence[str]) -> Any:

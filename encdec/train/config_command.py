@@ -13,13 +13,14 @@ import textwrap
 import tokenize
 from typing import Any, Literal, get_args, get_origin
 
+from encdec.config_files import split_overrides
 from encdec.fields import field_types
 from encdec.flags import Parser
 from encdec.model.execution import INFERENCE_FIELDS
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
 from encdec.train.run_config import RunConfig, is_directory, parse_config, to_dict
-from encdec.train.train_command import load_config, split_overrides
+from encdec.train.train_command import load_config
 
 WIDTH = 100  # of a line of the table
 NAME_WIDTH = 28

@@ -18,6 +18,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from encdec import fields
+from encdec.config_files import field_names
 from encdec.errors import ConfigError
 from encdec.fields import Require, field_types, requirements, value_of
 from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
@@ -355,16 +356,6 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     except TypeError as error:
         raise ConfigError(f"config file: {error}") from None
     return full
-
-
-def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, groups included."""
-    names = []
-    for name in config:
-        names.append(prefix + name)
-        if isinstance(config[name], ml_collections.ConfigDict):
-            names += field_names(config[name], f"{prefix}{name}.")
-    return names
 
 
 def unknown_field(name: str, names: Sequence[str]) -> ConfigError:

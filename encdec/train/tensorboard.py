@@ -26,7 +26,6 @@ import numpy as np
 from etils import epath
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.plugins.scalar import metadata as scalar_metadata
-from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from encdec import buckets
@@ -62,7 +61,7 @@ class _SentFile(io.BytesIO):
 
 
 class SummaryWriter:
-    """Writes scalars and texts as TensorBoard events; other kinds are not used in training.
+    """Writes scalars as TensorBoard events; other kinds are not used in training.
 
     Implements what clu's ``MetricWriter`` asks for; it cannot inherit from it, because clu's
     package is what is being imported when this class is needed.
@@ -98,24 +97,11 @@ class SummaryWriter:
             )
             self._summary(step, key, tensor, metadata)
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        metadata = text_metadata.create_summary_metadata("", "")
-        for key, value in texts.items():
-            tensor = tensor_pb2.TensorProto(
-                dtype=types_pb2.DT_STRING,
-                string_val=[value.encode()],
-                tensor_shape=tensor_shape_pb2.TensorShapeProto(),
-            )
-            self._summary(step, key, tensor, metadata)
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        rows = [f"| {name} | {value} |" for name, value in hparams.items()]
-        self.write_texts(0, {"hparams": "\n".join(["| field | value |", "|---|---|", *rows])})
-
     def write_summaries(self, step: int, values: Any, metadata: Any = None) -> None:
-        raise NotImplementedError("this writer knows scalars and texts; write those instead")
+        raise NotImplementedError("this writer knows scalars; write those instead")
 
-    write_images = write_videos = write_audios = write_histograms = write_summaries
+    write_images = write_videos = write_audios = write_texts = write_summaries
+    write_histograms = write_hparams = write_summaries
 
     def flush(self) -> None:
         self._file.flush()

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
-from encdec import shipped
+from encdec.config_files import read_config_file, split_overrides, with_overrides
 from encdec.errors import ConfigError, EncdecError, Preempted
-from encdec.fields import did_you_mean
 from encdec.flags import Parser
 from encdec.logs import shows_tracebacks
 from encdec.modules import add_module_flag, import_modules, named_function
 from encdec.storage import any_path, local_path, refusals_explained
-from encdec.train.run_config import complete, field_names, parse_config, unknown_field
-
-_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
-_NUMBER = re.compile(r"-[0-9.]")
+from encdec.train.run_config import complete, parse_config, unknown_field
 
 
 def main(argv: list[str]) -> int:
@@ -165,23 +157,6 @@ def join_processes(options: argparse.Namespace) -> None:
     jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts ``--config.FIELD=VALUE`` (or with a space) from all other arguments."""
-    overrides, rest, waits = [], [], False
-    for argument in argv:
-        match = _OVERRIDE.fullmatch(argument)
-        if match:
-            overrides.append(argument)
-            waits = match[3] is None
-        elif waits and (not argument.startswith("-") or _NUMBER.match(argument)):
-            overrides[-1] += "=" + argument
-            waits = False
-        else:
-            rest.append(argument)
-            waits = False
-    return overrides, rest
-
-
 def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The ConfigDict of ``FILE.py[:ARGUMENT]`` with all fields present and overrides applied.
 
@@ -189,66 +164,4 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
         ConfigError: no such file, a file without ``get_config``, an unknown field (naming the
             nearest), or a value that is not of the field's type.
     """
-    config = complete(read_config_file(source))
-    names = field_names(config)
-    for override in overrides:
-        found = _OVERRIDE.fullmatch(override)
-        assert found is not None  # as split_overrides chose it
-        name = found[2]
-        if name not in names:
-            raise unknown_field(name, names)
-        if any(other.startswith(name + ".") for other in names):
-            raise ConfigError(
-                f"config.{name} is a group of fields; set one of them, for example "
-                f"--config.{next(n for n in names if n.startswith(name + '.'))}=..."
-            )
-    # A registry of its own: the process's own absl flags are not this run's business.
-    values = flags.FlagValues()
-    command = ["encdec train", *overrides]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
-    try:
-        left = values(command)
-    except flags.Error as error:
-        raise ConfigError(_readable(str(error))) from None
-    if left[1:]:
-        raise ConfigError(f"unexpected arguments {left[1:]}; expected --config.FIELD=VALUE")
-    return values.config
-
-
-def _readable(message: str) -> str:
-    """absl's complaint in this project's words: which field, the value, the type expected."""
-    match = re.match(r"flag --(?:no)?(config\S*?)=(.*?): (.*)", message, re.DOTALL)
-    if not match:
-        return message
-    return f"{match[1]} is {match[2]!r}; {match[3].strip()}"
-
-
-def read_config_file(source: str) -> ml_collections.ConfigDict:
-    name, _, argument = source.partition(":")
-    path = shipped.find(name)
-    if not path.is_file():
-        hint = did_you_mean(name, shipped.names("configs"))
-        raise ConfigError(
-            f"config file {name} does not exist; expected for example "
-            f"--config=configs/pretrain.py:330m{hint}"
-        )
-    spec = importlib.util.spec_from_file_location(f"encdec_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {name} is no Python file; expected FILE.py[:ARGUMENT]")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"config file {name}: {error}") from None
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"config file {name} has no get_config(); it must return a ConfigDict")
-    try:
-        config = module.get_config(argument) if argument else module.get_config()
-    except ValueError as error:
-        raise ConfigError(f"config file {source}: {error}") from None
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise ConfigError(
-            f"get_config() in {name} returned {type(config).__name__}; expected an "
-            "ml_collections.ConfigDict"
-        )
-    return config
+    return with_overrides(complete(read_config_file(source)), overrides, unknown_field)

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
+from encdec.config_files import split_overrides
 from encdec.train.train_command import _parser as train_parser
-from encdec.train.train_command import split_overrides
 
 PATH = pathlib.Path(__file__).resolve().parents[2] / "launch" / "local.py"
 TRAIN = ["--config=configs/pretrain.py:330m", "--workdir=runs/a b", "--config.steps=3"]

@@ -11,14 +11,14 @@ import pathlib
 import pytest
 
 from encdec.cli import main
+from encdec.config_files import read_config_file, split_overrides
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
 from encdec.fields import differences, flattened
 from encdec.scaling.ladder import Ladder, parse_ladder, plan, run_config
 from encdec.scaling.matching import MATCHES
-from encdec.scaling.scaling_command import load_ladder, split_ladder_overrides
+from encdec.scaling.scaling_command import load_ladder
 from encdec.train.run_config import RunConfig
-from encdec.train.train_command import read_config_file
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")
 OWN = ("name", "sizes")
@@ -213,8 +213,12 @@ def test_unknown_fields_name_the_nearest():
         load_ladder(f"{LADDERS}:micro", ["--ladder.budget.values=(1.0,)"])
     with pytest.raises(ConfigError, match="unknown ladder 'nano'; known: micro"):
         load_ladder(f"{LADDERS}:nano", [])
-    with pytest.raises(ConfigError, match="has no value"):
-        split_ladder_overrides(["--ladder.match"])
+    overrides, rest = split_overrides(["--ladder.match", "--json"], "ladder")
+    assert rest == ["--json"]
+    with pytest.raises(ConfigError, match="ladder.match"):
+        load_ladder(f"{LADDERS}:micro", overrides)
+    with pytest.raises(ConfigError, match="ladder.seeds is a group of fields"):
+        load_ladder(f"{LADDERS}:micro", ["--ladder.seeds=3"])
     with pytest.raises(ConfigError, match="did you mean 'budgets'"):
         parse_ladder({"sizes": {"a": {"preset": "330m"}}, "budget": {}})
 
