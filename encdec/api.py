@@ -73,7 +73,7 @@ def train(
         config = load_config(config, [f"--config.{name}={value}" for name, value in given])
     elif overrides:
         raise ConfigError(
-            f"overrides are {dict(overrides)}, but config is no file; change its fields instead"
+            f"overrides are {dict(overrides)}, but config is not a file; change its fields instead"
         )
     return _train(config, workdir, stop_at=stop_at, on_report=on_report, hooks=hooks)
 

@@ -55,7 +55,9 @@ def normal_address(name: str, text: str) -> str:
         raise ConfigError(f"{name} is {text!r}; expected {text.split(':')[0]}://BUCKET/PATH")
     parts = [part for part in (match[3] or "").split("/") if part]
     if {".", ".."} & set(parts):
-        raise ConfigError(f"{name} is {text!r}; an address has no '.' or '..', write it in full")
+        raise ConfigError(
+            f"{name} is {text!r}; an address must not contain '.' or '..'; write it in full"
+        )
     address = "/".join([f"{match[1]}://{match[2]}", *parts])
     package, extra = SCHEMES[match[1]]
     require(package, extra, f"{name}={address}")
@@ -165,7 +167,7 @@ def cached(address: str) -> pathlib.Path:
     """
     found = objects(address)
     if not found:
-        raise FileNotFoundError(f"nothing is at {address}")
+        raise FileNotFoundError(f"there is nothing at {address}")
     target = cache_folder() / address.replace("://", "/")
     manifest = target.with_name(target.name + _MANIFEST)
     try:
@@ -203,7 +205,7 @@ def cached_shard(address: str, size: int, sha256: str) -> pathlib.Path:
             seen = hashlib.file_digest(file, "sha256").hexdigest()
         if seen != sha256:
             path.unlink()
-            raise RuntimeError("its content is not what its card says (sha256 differs)")
+            raise RuntimeError("its sha256 differs from its card's")
     return path
 
 
@@ -219,7 +221,9 @@ def _fetch(address: str, path: pathlib.Path, size: int) -> None:
         _LOG.debug("%s is copied to %s", address, path)
         file_system(address).get_file(address, str(partial))
         if (seen := partial.stat().st_size) != size:
-            raise RuntimeError(f"{address} came with {seen:,} of its {size:,} bytes; try again")
+            raise RuntimeError(
+                f"only {seen:,} of the {size:,} bytes of {address} arrived; try again"
+            )
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def _listed(text: str, layers: int, flag: str, source: str) -> tuple[int, ...]:
         first, _, last = part.partition("-")
         numbers += range(int(first), int(last or first) + 1)
     if not numbers or numbers != sorted(set(numbers)):
-        raise ConfigError(f"{flag} is {text!r}; expected layers in rising order, each of them once")
+        raise ConfigError(f"{flag} is {text!r}; expected layers in ascending order, each once")
     if numbers[-1] >= layers:
         raise ConfigError(
             f"{flag} names layer {numbers[-1]}, but {source} has layers 0 to {layers - 1}"

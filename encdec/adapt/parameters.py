@@ -148,8 +148,8 @@ def _check_alike(decoder: ModelConfig, encoder: ModelConfig) -> None:
     ]
     if differ:
         raise ConfigError(
-            f"the two sources do not go together: {'; '.join(differ)}. Both stacks of a model "
-            "share these fields; widths are not bridged: give sources that agree in them, or one"
+            f"the two sources are incompatible: {'; '.join(differ)}. Both stacks of a model share "
+            "these fields: give two sources that agree in them, or only one"
         )
 
 
@@ -170,7 +170,7 @@ def _origin(name: str, shape: tuple[int, ...], config: ModelConfig, choice: Choi
         return Origin(name, shape, "copied", "encoder", "decoder/final_norm/scale")
     match = _LAYER.fullmatch(name)
     if not match:
-        raise ConfigError(f"adapt does not know where {name} would come from")
+        raise ConfigError(f"adapt has no source for the parameter {name}")
     stack, number, rest = match[1], int(match[2]), match[3]
     taken = choice.encoder_layers if stack == "encoder" else choice.decoder_layers
     layer = f"decoder/layers_{taken[number]}"

@@ -97,7 +97,7 @@ def open_source(directory: pathlib.Path | epath.Path, step: int | None, flag: st
     config = model_config_of(content)
     if config.is_encoder_decoder:
         raise ConfigError(
-            f"{flag} {directory} is an encoder-decoder already; expected a decoder-only model's "
+            f"{flag} {directory} is already an encoder-decoder; expected a decoder-only model's "
             "work directory. To train it further: encdec train --config.init_from=DIR"
         )
     # An imported model has no steps; asked for one, reading it says so.
@@ -114,8 +114,8 @@ def check_same_vocabulary(decoder: Source, encoder: Source) -> None:
     if prints[0] != prints[1]:
         raise DataError(
             f"the vocabularies differ: {decoder.directory} has fingerprint {prints[0][:16]}, "
-            f"{encoder.directory} has {prints[1][:16]}; an id must mean the same to both sides: "
-            "give sources of one vocabulary"
+            f"{encoder.directory} has {prints[1][:16]}; both stacks must share a vocabulary: give "
+            "sources with the same one"
         )
 
 
@@ -136,7 +136,7 @@ def grown(source: Source, extra_ids: int) -> tuple[Vocabulary | None, int, np.nd
         return vocabulary, rows, None
     if vocabulary is None:
         raise DataError(
-            f"--extra_ids={extra_ids} adds to the vocabulary, and {source.directory} was imported "
+            f"--extra_ids={extra_ids} extends the vocabulary, but {source.directory} was imported "
             "without one; import it again with --vocabulary=FILE"
         )
     have = vocabulary.extra_ids

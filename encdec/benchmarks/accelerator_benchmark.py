@@ -229,15 +229,14 @@ def run_parts(
     kept = json.loads(path.read_text()) if path.is_file() else {"settings": settings, "parts": {}}
     if kept["settings"] != settings:
         raise ConfigError(
-            f"{path} was measured with {kept['settings']}, now {settings} are asked for; give "
-            "another --out"
+            f"{path} was measured with {kept['settings']}, not with {settings}; give another --out"
         )
     begin, results = time.monotonic(), kept["parts"]
     for name, part in parts.items():
         if name in results and "error" not in results[name]:
             continue
         if time.monotonic() - begin > seconds:
-            _LOG.warning(f"{name}: no time is left; the same command goes on here")
+            _LOG.warning(f"{name}: out of time; repeat the command to continue here")
             continue
         started = time.monotonic()
         try:
@@ -325,7 +324,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--outputs={options.outputs}; expected 2 or more")
     for package in ("torch", "transformers"):
         if not options.no_torch and importlib.util.find_spec(package) is None:
-            _LOG.warning(f"{package} is not installed: ours alone is measured")
+            _LOG.warning(f"{package} is not installed: only encdec is measured")
             options.no_torch = True
     if not options.no_torch:  # torch finds its memory taken otherwise
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -157,7 +157,9 @@ def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
 
 def _check(setting: Setting) -> None:
     if setting.layers < 3 or setting.layers % 3:
-        raise ConfigError(f"--layers is {setting.layers}; expected a multiple of 3, to be split")
+        raise ConfigError(
+            f"--layers is {setting.layers}; expected a multiple of 3, so that it can be split"
+        )
     if bool(setting.text) != bool(setting.eval_text):
         raise ConfigError("--text and --eval_text go together; give both, or neither")
     for name in ("steps", "further_steps", "evaluations", "seeds", "batch_size"):

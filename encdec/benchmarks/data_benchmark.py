@@ -77,7 +77,8 @@ def reported_step(path: str | pathlib.Path, chips_per_host: int, host_cores: int
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(
-            f"{path} is no report of a step ({error!r}); write one with encdec compile --out={path}"
+            f"{path} is not a report of a step ({error!r}); write one with encdec compile "
+            f"--out={path}"
         ) from error
 
 

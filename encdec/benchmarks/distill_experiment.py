@@ -295,8 +295,8 @@ def _scored(setting: Setting, variant: Variant, say: Say) -> TeacherCard:
         k=variant.k,
     )
     say(
-        f"{variant.store}: {card.tokens:,} tokens, {card.bytes_per_token:.1f} bytes a token, "
-        f"{card.pairs / card.tokens:.1f} ids a token, mass left out {card.tail:.2%}"
+        f"{variant.store}: {card.tokens:,} tokens, {card.bytes_per_token:.1f} bytes per token, "
+        f"{card.pairs / card.tokens:.1f} ids per token, mass left out {card.tail:.2%}"
     )
     return card
 

@@ -32,7 +32,7 @@ def write_report(setting: Setting, say: Callable[[str], None], images: pathlib.P
     student = folder_of(setting, CE, 0)
 
     def measure() -> list[dict[str, Any]]:
-        say("gradients of draws and of top-k rows against those of every logit")
+        say("gradients with draws and with top-k rows, compared with full distributions")
         return [
             dataclasses.asdict(error)
             for error in gradient_errors(student, setting.work / "teacher", setting.records)
@@ -49,7 +49,7 @@ def write_report(setting: Setting, say: Callable[[str], None], images: pathlib.P
 
 
 def _ratios(setting: Setting, say: Callable[[str], None]) -> dict[str, float]:
-    say("step times, taking turns")
+    say("step times, alternating")
     card = read_teacher_card(setting.work / "scored" / SAMPLED.store)
     kinds = [
         variant

@@ -364,8 +364,8 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
     ours = preset(options.model)
     if not ours.is_encoder_decoder:
         raise ConfigError(
-            f"--model={options.model} is decoder-only; expected an encoder-decoder, "
-            "whose peers are found"
+            f"--model={options.model} is decoder-only; expected an encoder-decoder, to which peers "
+            "are matched"
         )
     longest = max(options.inputs_length), max(options.outputs)
     return {OURS: ours} | {
@@ -506,9 +506,11 @@ def numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{text!r} is no list of numbers; expected for example 128,512") from None
+        raise ConfigError(
+            f"{text!r} is not a list of numbers; expected for example 128,512"
+        ) from None
     if min(numbers) < 1:
-        raise ConfigError(f"{text!r} has a number below 1; expected positive ones")
+        raise ConfigError(f"{text!r} has a number below 1; expected positive numbers")
     return numbers
 
 

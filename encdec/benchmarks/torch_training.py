@@ -87,7 +87,9 @@ def build(config: ModelConfig, params: Any, targets: int) -> nn.Module:
     missing, unexpected = target.load_state_dict(state, strict=False)
     tied = ("lm_head.weight", "encoder.embed_tokens.weight")
     if unexpected or set(missing) - set(tied):
-        raise KeyError(f"the PyTorch module lacks {unexpected} or keeps its own {missing}")
+        raise KeyError(
+            f"the PyTorch module has no parameters {unexpected}, or gets no values for {missing}"
+        )
     if config.is_encoder_decoder:
         target.tie_weights()
     return module.train()

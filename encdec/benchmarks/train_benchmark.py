@@ -324,7 +324,7 @@ def kept(path: pathlib.Path) -> list[Measured]:
             found.append(Measured(**values | {"setting": Setting(**setting)}))
     except (ValueError, TypeError, KeyError):
         raise DataError(
-            f"{path} is not what this command writes; give another --out, or remove the file"
+            f"{path} was not written by this command; give another --out, or remove the file"
         ) from None
     return found
 
@@ -374,7 +374,7 @@ def _names(allowed: Sequence[str] = ()) -> Callable[[str], tuple[str, ...]]:
         found = tuple(text.split(","))
         for name in found:
             if allowed and name not in allowed:
-                raise ConfigError(f"{name!r} is not among {', '.join(allowed)}")
+                raise ConfigError(f"{name!r} is unknown; expected some of {', '.join(allowed)}")
         return found
 
     return names
@@ -449,7 +449,7 @@ def main(argv: list[str]) -> int:
             name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None
         ]
     ):
-        _LOG.warning(f"{missing[0]} is not installed: ours alone is measured")
+        _LOG.warning(f"{missing[0]} is not installed: only encdec is measured")
         torch = False
     rates: Mapping[str, float] = {
         dtype: measure_rates(dtype).flops_per_second for dtype in options.dtypes

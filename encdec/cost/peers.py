@@ -86,6 +86,6 @@ def match_decoder_only(
     if not found:
         raise ConfigError(
             f"no decoder-only model matches the {by} within {TOLERANCE:.0%} with an MLP width in "
-            f"multiples of {mlp_multiple}; ask for a smaller mlp_multiple"
+            f"multiples of {mlp_multiple}; choose a smaller mlp_multiple"
         )
     return min(found, key=lambda entry: entry[:2])[2]

@@ -62,8 +62,8 @@ class Batches:
             raise ConfigError(f"the global batch is {global_batch}; expected 1 or more")
         if global_batch % host_count:
             raise ConfigError(
-                f"a global batch of {global_batch} does not divide over {host_count} hosts; "
-                f"choose a multiple of {host_count}"
+                f"a global batch of {global_batch} is not divisible by {host_count} hosts; choose "
+                f"a multiple of {host_count}"
             )
         if not 0 <= host_index < host_count:
             raise ConfigError(f"host index {host_index} is outside 0..{host_count - 1}")
@@ -75,8 +75,8 @@ class Batches:
                 )
         if not repeat and not getattr(records, "by_rows", True):
             raise ConfigError(
-                "every row of a mixture is read once, which leaves no choice to its rates; leave "
-                "them out (DIR,DIR), or evaluate the parts one by one"
+                "the rates of a mixture have no effect when every row is read once; leave them out "
+                "(DIR,DIR), or evaluate the parts separately"
             )
         self.records = records
         self.global_batch = global_batch

@@ -42,8 +42,8 @@ class BeamWriter:
             from apache_beam.options.pipeline_options import PipelineOptions
         except ImportError as error:
             raise ConfigError(
-                "preparing on Beam needs apache-beam, whose pins contradict constraints.txt; in an "
-                f"environment of its own: {install_hint('beam', constraints=False)}"
+                "preparing on Beam needs apache-beam, which conflicts with constraints.txt; "
+                f"install it in a separate environment: {install_hint('beam', constraints=False)}"
             ) from error
         self._beam = apache_beam
         self._options = PipelineOptions(shlex.split(options))

@@ -198,7 +198,7 @@ def make_card(
     """The card of finished shards; DataError where they hold no row at all."""
     if not counts.rows:
         raise DataError(
-            f"{task}, split {split}, gave no example: {counts.documents} documents read, dropped "
+            f"{task}, split {split}, gave no examples: {counts.documents} documents read, dropped "
             f"{dict(counts.dropped)}; give text with non-empty sources and targets"
         )
     spec = vocabulary.spec()

@@ -23,7 +23,7 @@ def chat_template_of(directory: pathlib.Path) -> str | None:
     try:
         template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{config} is no tokenizer's JSON: {error}") from None
+        raise DataError(f"{config} is not a tokenizer's JSON file: {error}") from None
     if isinstance(template, list):  # several by name, of which one is the default
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")

@@ -98,7 +98,9 @@ def print_table(given: argparse.Namespace) -> int:
     jobs = [split_lengths(file, given.inputs_length, given.targets_length) for file in given.files]
     for file, _, _ in jobs:
         if len(found := check_files([file])) != 1 or not found[0].samefile(file):
-            raise ConfigError(f"{file} is {len(found)} files; name each, for a line each")
+            raise ConfigError(
+                f"{file} matches {len(found)} files; name each, for one line of the table per file"
+            )
     vocabulary = load_vocabulary(given.vocabulary)
     print(
         f"{vocabulary.size:,} ids; {datetime.date.today()}, {available_cores()} cores "

@@ -150,8 +150,8 @@ def show_examples(given: argparse.Namespace) -> int:
         for name in OF_TASKS:
             if (value := getattr(given, name)) is not None:
                 raise ConfigError(
-                    f"--{name}={value} is for tasks, and {given.what} is a records directory, "
-                    "which was prepared with its own; leave it out"
+                    f"--{name}={value} is for tasks, but {given.what} is a records directory with "
+                    "its own setting; leave it out"
                 )
         _show_rows(console, given)
         return 0
@@ -208,7 +208,9 @@ def _show_example(console: Console, vocabulary: Vocabulary, segment: int, source
 def verify_directory(given: argparse.Namespace) -> int:
     """Print what is wrong with a records directory; DataError if anything is."""
     if given.full and given.rows is not None:
-        raise ConfigError(f"--rows={given.rows} is a sample, and --full reads all; give one")
+        raise ConfigError(
+            f"--rows={given.rows} reads a sample and --full all rows; give one of them"
+        )
     rows = SAMPLE_ROWS if given.rows is None else given.rows
     if rows < 1:
         raise ConfigError(f"--rows={rows}; expected 1 or more")
@@ -220,7 +222,7 @@ def verify_directory(given: argparse.Namespace) -> int:
     )
     if verdict.faults:
         raise DataError(
-            f"{given.directory} is not sound: "
+            f"{given.directory} failed verification: "
             + "; ".join(verdict.faults)
             + f"; copy it again, or run encdec prepare --out={given.directory} --overwrite"
         )

@@ -200,7 +200,7 @@ class MixtureOfDenoisers(Objective):
 
     def __post_init__(self):
         if not self.denoisers:
-            raise ConfigError("a mixture of denoisers needs one or more of them")
+            raise ConfigError("a mixture of denoisers needs at least one denoiser")
 
     def _capacities(self, form: Form) -> tuple[int, int]:
         """Tokens of a window's source and target, besides EOS and mode token."""

@@ -92,7 +92,7 @@ class _Canvas:
         self.shape = (rows, length)
         totals = np.bincount(row, lengths, rows).astype(np.int64)
         if totals.size and int(totals.max()) > length:
-            raise DataError(f"a row holds {int(totals.max())} tokens, its card allows {length}")
+            raise DataError(f"a row holds {int(totals.max())} tokens, but its card allows {length}")
         # Pieces without tokens are no runs.
         self._real = np.flatnonzero(lengths)
         starts = (row * length + _within(lengths, totals, row))[self._real]

@@ -190,5 +190,7 @@ class FileTask:
         for row in tfds_rows(self.tfds, self.tfds_splits.get(split, split), self.name):
             made = self.document(row)
             if isinstance(made, Fault):
-                raise DataError(f"{self.tfds} has a row unlike {self.name}: {made.reason}")
+                raise DataError(
+                    f"{self.tfds} has a row that {self.name} cannot read: {made.reason}"
+                )
             yield made

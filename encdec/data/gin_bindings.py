@@ -94,7 +94,9 @@ def choose_objective(given: str | Objective | None, task: TextTask) -> Objective
         return _with_bindings(task.objective)
     if given not in OBJECTIVES:
         hint = did_you_mean(given, OBJECTIVES)
-        raise ConfigError(f"no objective {given!r}; there are {', '.join(OBJECTIVES)}{hint}")
+        raise ConfigError(
+            f"unknown objective {given!r}; expected one of {', '.join(OBJECTIVES)}{hint}"
+        )
     return _bindables()[given]()
 
 

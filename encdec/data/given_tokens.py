@@ -54,9 +54,9 @@ class GivenTokens(Objective):
         if same and self.fingerprint in ("", vocabulary.fingerprint):
             return
         raise ConfigError(
-            f"{self.task} makes ids of its own vocabulary, of {self.size:,} ids, and the records' "
-            f"is another, of {vocabulary.size:,}; give {self.flags}, or register the task with "
-            "the steps before tokens are made alone"
+            f"{self.task} uses its own vocabulary of {self.size:,} ids, but the records' is "
+            f"another, of {vocabulary.size:,} ids; give {self.flags}, or register the task with "
+            "only the preprocessors before tokenization"
         )
 
     def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
@@ -67,7 +67,7 @@ class GivenTokens(Objective):
                 if len(ids) and not 0 < ids.min() <= ids.max() < vocabulary.size:
                     raise DataError(
                         f"{self.task}, example {number}: ids from {ids.min()} to {ids.max()}; "
-                        f"expected 1 to {vocabulary.size - 1}, and no padding, which is id 0"
+                        f"expected 1 to {vocabulary.size - 1} (0 is padding)"
                     )
             *sources, target = sides
             source = sources[0] if self.has_source else np.zeros(0, np.int32)

@@ -74,7 +74,7 @@ class HuggingFaceVocabulary(Vocabulary):
             self._content = json.loads(model)
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
         except Exception as error:
-            raise DataError(f"{name} is no tokenizer.json: {error}") from error
+            raise DataError(f"{name} is not a valid tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True

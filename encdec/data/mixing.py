@@ -75,8 +75,8 @@ def block_quotas(shares: Sequence[float]) -> np.ndarray:
     """
     if min(shares) < LEAST_SHARE:
         raise ConfigError(
-            f"a part of the mixture has a share of {min(shares):.3g} of the rows; the least one is "
-            f"{LEAST_SHARE:g}: raise its rate, or leave the part out"
+            f"a part of the mixture has a share of {min(shares):.3g} of the rows; the smallest "
+            f"possible is {LEAST_SHARE:g}: raise its rate, or leave the part out"
         )
     block = BLOCK
     while True:
@@ -132,7 +132,7 @@ class MixedRecords:
                 if mine != other:
                     raise ConfigError(
                         f"records cannot be mixed: {name} is {mine} in {first.directory} but "
-                        f"{other} in {part.directory}; prepare them alike"
+                        f"{other} in {part.directory}; prepare them with the same settings"
                     )
         self.card = _mixed_card(self.parts, self.shares, self.read_shares, self._block)
         self._offsets = np.cumsum([0] + [len(part) for part in self.parts])
@@ -272,4 +272,4 @@ def _number(text: str, what: str, mixture: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"mixture {mixture!r}: the {what} {text!r} is no number") from None
+        raise ConfigError(f"mixture {mixture!r}: the {what} {text!r} is not a number") from None

@@ -26,7 +26,7 @@ def squad_document(row: Row) -> Document | Fault:
         return Fault(f"'answers' is {kind}, expected a list", "give a list of texts")
     texts = [a["text"] if isinstance(a, Mapping) and "text" in a else a for a in answers or ()]
     if not all(isinstance(text, str) for text in texts):
-        return Fault("'answers' holds something else than texts", "give a list of texts")
+        return Fault("'answers' holds something other than texts", "give a list of texts")
     source = (
         "Answer the following question based only on the context.\n"
         f"###Question\n{row['question'].strip()}\n###Context\n{row['context'].strip()}\n###Answer\n"

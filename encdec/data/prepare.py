@@ -141,9 +141,8 @@ def _write_shards(
         counts.add(block_counts)
         if settings.lossless and counts.lost:
             raise DataError(
-                f"the vocabulary does not give this text back: {counts.lost.describe()}; take "
-                "one that does (encdec vocab trains one, 'bytes' is one), or leave "
-                "--lossless out"
+                f"the vocabulary is not lossless on this text: {counts.lost.describe()}; use one "
+                "that is ('bytes', or one trained by encdec vocab), or leave --lossless out"
             )
         if shard:
             shards.append(shard)
@@ -172,12 +171,12 @@ def _check_objective(settings: PrepareSettings, task: TextTask, form: Form) -> O
         )
     if settings.passes > 1 and not objective.is_random:
         raise ConfigError(
-            f"passes is {settings.passes}, but {name} draws no noise: every pass would repeat the "
-            "first; leave --passes out and train for more epochs"
+            f"passes is {settings.passes}, but {name} has no noise: every pass would be the same; "
+            "leave --passes out and train for more epochs"
         )
     if settings.seed and not objective.is_random:
         raise ConfigError(
-            f"seed is {settings.seed}, but {name} draws nothing by it; leave --seed out"
+            f"seed is {settings.seed}, but {name} has nothing random; leave --seed out"
         )
     return objective
 

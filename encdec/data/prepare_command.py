@@ -135,8 +135,8 @@ def main(argv: list[str]) -> int:
     if beam_options is not None:
         if settings.workers is not None:
             raise ConfigError(
-                f"--workers={settings.workers} is for this machine's processes, and with "
-                "--beam_options Beam's runner has its own; leave one out"
+                f"--workers={settings.workers} has no effect with --beam_options, because Beam's "
+                "runner starts its own workers; leave one out"
             )
         from encdec.data.beam_prepare import BeamWriter
 
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> int:
         for line in itertools.islice(path.read_text(encoding="utf-8").splitlines(), SHOWN_BAD_ROWS):
             if line:
                 _LOG.warning(f"prepare: left out {line.rstrip()}")
-        _LOG.warning(f"prepare: {left_out:,} bad rows left out, all named in {path}")
+        _LOG.warning(f"prepare: {left_out:,} bad rows left out; {path} lists them")
     print(f"records: {settings.out}")
     return 0
 

@@ -158,17 +158,15 @@ def choose_task(
             f"give exactly one of --task, --jsonl and --text, got {', '.join(given) or 'none'}"
         )
     if data_dir is not None and not task:
-        raise ConfigError(f"--data_dir={data_dir} goes with --task; files are named in full")
+        raise ConfigError(f"--data_dir={data_dir} is for --task; give files with their full path")
     if data_dir is not None and isinstance(task, TextTask):
-        raise ConfigError(f"data_dir is {data_dir}, but the task {task.name} has its files already")
+        raise ConfigError(f"data_dir is {data_dir}, but the task {task.name} already has its files")
     if documents is not None and not text:
-        raise ConfigError(
-            f"--documents={documents} says what a document is in the files of --text; leave it out"
-        )
+        raise ConfigError(f"--documents={documents} is for files of --text; leave it out")
     for name, value in named.items():
         if (name == "text_field" and not text) or (name != "text_field" and not jsonl):
             owner = "text" if name == "text_field" else "jsonl"
-            raise ConfigError(f"--{name}={value} names a field in files of --{owner}; leave it out")
+            raise ConfigError(f"--{name}={value} is for files of --{owner}; leave it out")
     if jsonl:
         default = dict(zip(FIELD_FLAGS, PAIR_FIELDS))
         return jsonl_task(jsonl, fields=[named.get(name, default[name]) for name in default])

@@ -106,10 +106,10 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
             try:
                 place = os.fspath(on_this_machine(place))
             except FileNotFoundError:
-                raise DataError(f"input file {place} not found; give what is there") from None
+                raise DataError(f"input file {place} not found; give an existing file") from None
         files += _expanded(place)
     if not files:
-        raise DataError("no input file given")
+        raise DataError("no input files are given")
     return files
 
 
@@ -239,7 +239,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
     except UnicodeDecodeError as error:
         return _bad_utf8(line, error)
     except (ValueError, RecursionError) as error:
-        return Fault(f"no valid JSON: {error}", "write one JSON object a line")
+        return Fault(f"invalid JSON: {error}", "write one JSON object per line")
     if not isinstance(row, dict):
         return Fault(f"a JSON {type(row).__name__}, expected an object", "write {...} on the line")
     return check_fields(row, fields, line) or row
@@ -269,7 +269,7 @@ def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fau
 
 def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> Fault:
     seen = f"0x{line[error.start]:02x}"
-    return Fault(f"invalid UTF-8: byte {seen} at byte {error.start}", "save the file as UTF-8")
+    return Fault(f"invalid UTF-8: byte {seen} at position {error.start}", "save the file as UTF-8")
 
 
 def _check_text(field: str, value: Any, escaped: bool) -> Fault | None:

@@ -55,7 +55,7 @@ def open_records(directory: str | pathlib.Path) -> Records:
         name for name in names if not as_path(user_place("a part of the mixture", name)).is_dir()
     ]:
         raise DataError(
-            f"{text} is no directory, and as a mixture (DIR=RATE,DIR=RATE) its part {missing[0]} "
-            "does not exist; give a directory written by encdec prepare, or several"
+            f"{text} is not a directory, and, read as a mixture (DIR=RATE,DIR=RATE), its part "
+            f"{missing[0]} does not exist; give a directory written by encdec prepare, or several"
         )
     return cast(Records, mix_records(names, rates, temperature=temperature))

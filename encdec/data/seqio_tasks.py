@@ -111,8 +111,9 @@ class _TaskOfIds(TextTask):
                     ids = ids[:-1]
                 if self.vocabulary.encode(texts[-1]) != ids.tolist():
                     raise DataError(
-                        f"task {self.name}, {split}, example {number} has ids that no text gives, "
-                        "as sentinels are; evaluate a task with the steps before tokens alone"
+                        f"task {self.name}, {split}, example {number} has ids that do not decode "
+                        "to text, such as sentinels; evaluate a task with only the preprocessors "
+                        "before tokenization"
                     )
             yield texts[0], (texts[1],)
 
@@ -152,8 +153,8 @@ def _vocabulary(task: Any, fields: Sequence[str]) -> tuple[Vocabulary | None, st
     theirs = [task.output_features[field].vocabulary for field in fields]
     if any(one != theirs[0] for one in theirs):
         raise DataError(
-            f"seqio task {task.name} has unlike vocabularies of {' and '.join(fields)}; a model "
-            "here has one for both: give both features the same"
+            f"seqio task {task.name} has different vocabularies for {' and '.join(fields)}, but a "
+            "model has one for both: give both features the same one"
         )
     one, kind = theirs[0], type(theirs[0]).__name__
     if kind == "PassThroughVocabulary":
@@ -165,9 +166,9 @@ def _vocabulary(task: Any, fields: Sequence[str]) -> tuple[Vocabulary | None, st
         ours = load_vocabulary(named, extra_ids=one.extra_ids)
     else:
         raise DataError(
-            f"seqio task {task.name} makes ids of a {kind}, which is none of ours; expected "
+            f"seqio task {task.name} uses a {kind}, which is not supported; expected "
             "ByteVocabulary, SentencePieceVocabulary or PassThroughVocabulary, or register the "
-            "task with the steps before tokens are made alone"
+            "task with only the preprocessors before tokenization"
         )
     return ours, f"--vocabulary={named} --extra_ids={one.extra_ids}", ours.size
 
@@ -203,15 +204,15 @@ def _id_documents(
         if lengths:
             raise
         raise DataError(
-            f"seqio task {task.name} needs the lengths of rows for its steps ({error}), and is not "
-            "for evaluation; register one with the steps before tokens are made alone"
+            f"seqio task {task.name} needs row lengths for its preprocessors ({error}), so it "
+            "cannot be evaluated; register one with only the preprocessors before tokenization"
         ) from error
     for field in fields:
         found = dataset.element_spec.get(field)
         if found is None or not found.dtype.is_integer or found.shape.rank not in (1, None):
             raise DataError(
-                f"seqio task {task.name}: {field!r} is {found} after its last step, expected one "
-                "list of ids"
+                f"seqio task {task.name}: {field!r} is {found} after its last preprocessor; "
+                "expected a list of ids"
             )
     for example in dataset.as_numpy_iterator():
         yield as_document(*(example[field].tolist() for field in fields))
@@ -233,8 +234,8 @@ def _documents(
         if kind is None or kind.name != "string":
             seen = "missing" if kind is None else f"of {kind.name}"
             raise DataError(
-                f"seqio task {task.name}: {field!r} is {seen} before tokens are made, expected "
-                f"text (fields: {', '.join(spec)}); end its preprocessors with text and "
+                f"seqio task {task.name}: {field!r} is {seen} before tokenization; expected text "
+                f"(fields: {', '.join(spec)}); end its preprocessors with text and "
                 "seqio.preprocessors.tokenize"
             )
     for number, example in enumerate(dataset.as_numpy_iterator(), 1):

@@ -172,7 +172,9 @@ class ShardedRows:
             if size is None:
                 raise self._broken(shard, "the file is missing")
             if size != shard.bytes:
-                raise self._broken(shard, f"it has {size:,} bytes, its card says {shard.bytes:,}")
+                raise self._broken(
+                    shard, f"it has {size:,} bytes, but its card says {shard.bytes:,}"
+                )
 
 
 class Records(ShardedRows):

@@ -204,7 +204,7 @@ def encode_row(row: SparseLogits, fmt: SparseFormat) -> bytes:
     later = np.ones(pairs, bool)
     later[starts] = False
     if (gaps[later] < 1).any():
-        raise ValueError("the ids of a token do not ascend")
+        raise ValueError("the ids of a token are not in ascending order")
     limit = np.finfo(_SCALAR).max
     scalar = lambda x: np.clip(x, -limit, limit).astype(_SCALAR)
     values = {
@@ -312,8 +312,8 @@ def _split(data: bytes, fmt: SparseFormat, name: object) -> dict[str, np.ndarray
     if not data:
         return {field: np.empty(0, np.uint32) for field, _, _ in _fields(fmt, 0, 0)}
     broken = DataError(
-        f"the teacher's row {name} is damaged (its checksum or its length does not fit); copy the "
-        "shard again from where it was scored, or run encdec score again"
+        f"the teacher's row {name} is damaged (its checksum or length is wrong); copy the shard "
+        "again, or run encdec score again"
     )
     if len(data) < 12:
         raise broken

@@ -71,7 +71,7 @@ def delimited_rows(
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, Fault(f"no valid CSV: {error}", "quote cells as CSV does")
+            yield reader.line_num, Fault(f"invalid CSV: {error}", "quote cells as CSV does")
             continue
         if header is None:
             header = _header(cells)
@@ -95,8 +95,7 @@ def _header(cells: Sequence[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     if len(set(names)) != len(names):
         raise DataError(
-            f"the first line of a table names its fields, and {names} has one twice; write a "
-            "header line of different names"
+            f"the header line {names} has a name twice; give every field a different name"
         )
     return names
 
@@ -135,7 +134,7 @@ def arrow_rows(
         if getattr(error, "errno", None) is not None:
             raise
         raise DataError(
-            f"{path}, a {kind} table, cannot be read ({error}); copy it again"
+            f"{path} cannot be read as a {kind} table ({error}); copy it again"
         ) from None
 
 
@@ -179,7 +178,7 @@ def dataset_shards(folder: pathlib.Path, split: str | None = None) -> list[pathl
     state = json.loads((folder / DATASET_STATE).read_text())
     if state.get("_indices_data_files"):
         raise DataError(
-            f"{folder} is a selection of rows by indices; write it out with flatten_indices() "
-            "before save_to_disk"
+            f"{folder} is a selection of rows by indices; call flatten_indices() before "
+            "save_to_disk()"
         )
     return [folder / file["filename"] for file in state["_data_files"]]

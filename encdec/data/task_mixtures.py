@@ -64,7 +64,7 @@ def task_or_mixture(
     if parts is None:
         if rates is not None or temperature != 1 or maximum is not None:
             raise ConfigError(
-                f"mixture.rates, .temperature and .maximum are for {', '.join(MIXTURES)}, and the "
+                f"mixture.rates, .temperature and .maximum are for {', '.join(MIXTURES)}, but the "
                 f"task is {name}; leave them out"
             )
         return text_task(name, data_dir)
@@ -97,8 +97,8 @@ def mixed_task(
     if len(set(fields.values())) != 1:
         kinds = ", ".join(f"{task} has {kind}" for task, kind in fields.items())
         raise ConfigError(
-            f"mixture {name} joins tasks of unlike documents: {kinds}; prepare them apart, mix "
-            "when reading"
+            f"mixture {name} has tasks with different kinds of documents: {kinds}; prepare them "
+            "separately and mix them when reading"
         )
 
     def read(split: str, bad_rows: BadRows) -> Iterator[Document]:

@@ -60,8 +60,8 @@ def text_task(name: str, data_dir: str | None = None, *, one_of_several: bool = 
         known = list(dict.fromkeys([*TEXT_TASKS, *seqio_task_names()]))
         hint = did_you_mean(name, known)
         raise DataError(
-            f"no task {name!r}; there are {', '.join(known)}{hint}; one of your own is "
-            "registered by a module that --module names"
+            f"unknown task {name!r}{hint} (known: {', '.join(known)}); to use your own, give the "
+            "module that registers it with --module"
         )
     if data_dir is None:
         return found
@@ -70,14 +70,14 @@ def text_task(name: str, data_dir: str | None = None, *, one_of_several: bool = 
         with contextlib.suppress(FileNotFoundError):
             data_dir = os.fspath(on_this_machine(data_dir))
     if not pathlib.Path(data_dir).is_dir():
-        raise DataError(f"--data_dir={given} is no directory; give the one that holds {name}")
+        raise DataError(f"--data_dir={given} is not a directory; give the one that contains {name}")
     rows = FILE_TASKS.get(name) or _ready_pairs(found, data_dir)
     if rows is None and one_of_several:
         return found
     if rows is None:
         raise ConfigError(
-            f"task {name} brings its own text, and no file of it is below --data_dir={data_dir}; "
-            "leave it out"
+            f"task {name} has its own text, and there is no file for it below "
+            f"--data_dir={data_dir}; leave it out"
         )
     return bind_file_task(rows, data_dir)
 

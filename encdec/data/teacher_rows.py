@@ -184,8 +184,8 @@ class Teacher(ShardedRows):
         if tokens.size and tokens.max() > length:
             bad = int(np.argmax(tokens))
             raise DataError(
-                f"the teacher's row {row_numbers[bad]} has {tokens[bad]} tokens, its card allows "
-                f"{length}; run encdec score again"
+                f"the teacher's row {row_numbers[bad]} has {tokens[bad]} tokens, but its card "
+                f"allows {length}; run encdec score again"
             )
         return batch_fields(tokens, table, self.format, length, max_pairs or self.card.max_pairs)
 
@@ -234,7 +234,7 @@ class MixedTeacher:
                 if mine != other:
                     raise ConfigError(
                         f"teachers cannot be mixed: {name} is {mine!r} in {first.directory} but "
-                        f"{other!r} in {part.directory}; score them alike"
+                        f"{other!r} in {part.directory}; score them with the same settings"
                     )
         self.format = first.format
         self.fingerprint = hashlib.sha256(

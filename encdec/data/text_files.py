@@ -99,7 +99,9 @@ def open_lines(path: pathlib.Path) -> Iterator[bytes]:
     """
     if path.suffix == ".br":
         # Brotli's content begins with no mark.
-        raise DataError(f"{path} is named as compressed with brotli; decompress it")
+        raise DataError(
+            f"{path} has the name of a brotli file, which cannot be read; decompress it"
+        )
     with open_bytes(path) as file:
         yield from utf8_lines(file, str(path), ENDINGS.get(path.suffix))
 
@@ -113,7 +115,7 @@ def utf8_lines(stream: BinaryIO, name: str, named: str | None = None) -> Iterato
             head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
             if depth == 0 and named and head and _compression(head) != named:
                 raise DataError(
-                    f"{name} is named as compressed with {named}, but its content is not; copy "
+                    f"{name} has the name of a {named} file, but its content is not {named}; copy "
                     "it again, or rename it"
                 )
             if not (found := _compression(head)):
@@ -123,12 +125,12 @@ def utf8_lines(stream: BinaryIO, name: str, named: str | None = None) -> Iterato
             raise DataError(f"{name} is compressed {NESTED} times over; decompress it")
         yield from _decoded(stream, head, name)
     except UnicodeDecodeError as error:
-        raise BrokenStream(f"the {error.encoding} text breaks off ({error.reason})") from error
+        raise BrokenStream(f"the {error.encoding} text is truncated ({error.reason})") from error
     except (EOFError, lzma.LZMAError, OSError, zlib.error) as error:
         # An error of the operating system has a number, one of a decompressor has none.
         if kind is None or getattr(error, "errno", None) is not None:
             raise
-        raise BrokenStream(f"the {kind} stream breaks off ({error})") from error
+        raise BrokenStream(f"the {kind} stream is truncated ({error})") from error
 
 
 def _buffered(stream: Any) -> io.BufferedReader:
@@ -172,7 +174,9 @@ def _refuse_other(head: bytes, name: str) -> None:
     if zeros < ZEROS_OF_UTF16 * len(head) or not zeros:
         return
     if zeros > ZEROS_OF_UTF32 * len(head):
-        raise DataError(f"{name} is UTF-32 without a byte order mark, or no text; save it as UTF-8")
+        raise DataError(
+            f"{name} is UTF-32 without a byte order mark, or not text; save it as UTF-8"
+        )
     odd = head[1::2].count(0)
     if max(odd, zeros - odd) > 0.95 * zeros:
         order = "LE" if odd > zeros - odd else "BE"
@@ -188,7 +192,7 @@ def _zstd(stream: BinaryIO) -> Any:
         import pyarrow
     except ImportError as error:
         raise DataError(
-            "the file is compressed with zstd, which needs pyarrow to be "
-            "read; or decompress it with unzstd"
+            "the file is compressed with zstd; install pyarrow to read it, or decompress it with "
+            "unzstd"
         ) from error
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")

@@ -112,8 +112,8 @@ def text_files_task(
         origin["documents"] = documents or readers.DOCUMENTS[0]
     elif documents:
         raise ConfigError(
-            f"--documents={documents} says what a document is in plain text, and all files hold "
-            "rows, where each is one; leave it out"
+            f"--documents={documents} is for plain text, but in these files each row is a "
+            "document; leave it out"
         )
     return TextTask(
         "text",

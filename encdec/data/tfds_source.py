@@ -29,7 +29,7 @@ def tfds_rows(name: str, split: str, task: str) -> Iterator[dict[str, Any]]:
     try:
         builder = tfds.builder(name)
     except Exception as error:
-        raise DataError(f"tensorflow-datasets knows no {name}: {error}; {remedy}") from error
+        raise DataError(f"tensorflow-datasets has no {name}: {error}; {remedy}") from error
     if not builder.is_prepared():
         raise DataError(f"{name} is not on this machine (looked in {builder.data_dir}); {remedy}")
     if split not in builder.info.splits:

@@ -60,14 +60,17 @@ def train_vocabulary(
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type is {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
     if not isinstance(size, int) or size < SMALLEST:
-        raise ConfigError(f"size is {size!r}; expected {SMALLEST} or more, 259 ids being bytes")
+        raise ConfigError(
+            f"size is {size!r}; expected {SMALLEST} or more: 259 ids are for bytes and special "
+            "tokens"
+        )
     if sample_bytes < CHUNK_BYTES:
         raise ConfigError(f"sample_bytes is {sample_bytes}; expected {CHUNK_BYTES} or more")
     if out.is_dir() or (out.exists() and not overwrite):
         raise DataError(f"{out} exists; give another --out, or --overwrite to replace a file")
     chunks = _sample(_chunks(texts), sample_bytes // CHUNK_BYTES, seed)
     if not chunks:
-        raise DataError("no text to train a vocabulary on; give files or a task that hold some")
+        raise DataError("no text to train a vocabulary on; give files or a task with text")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -147,7 +150,7 @@ def task_texts(
     for task in tasks:
         if not task.objective.reads_text:
             raise DataError(
-                f"task {task.name} has ids and no text to learn a vocabulary from; name another"
+                f"task {task.name} has ids but no text to train a vocabulary on; give another task"
             )
         for document in task.documents(split, bad_rows):
             yield from document
@@ -194,9 +197,9 @@ def main(argv: list[str]) -> int:
     for name in FIELD_FLAGS:
         owner = "text" if name == "text_field" else "jsonl"
         if getattr(flags, name) is not None and not getattr(flags, owner):
-            raise ConfigError(f"--{name} names a field in files of --{owner}; leave it out")
+            raise ConfigError(f"--{name} is for files of --{owner}; leave it out")
     if flags.split is not None and not flags.task:
-        raise ConfigError(f"--split={flags.split} goes with --task; files have no splits")
+        raise ConfigError(f"--split={flags.split} is for --task: files have no splits")
     if not sources:
         raise ConfigError("give text to train on with --task, --jsonl or --text")
     started = time.perf_counter()

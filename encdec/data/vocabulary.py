@@ -88,7 +88,7 @@ class SentencePieceVocabulary(Vocabulary):
             self._processor.LoadFromSerializedProto(model)
             pieces = self._processor.GetPieceSize()
         except Exception as error:
-            raise DataError(f"{name} is no SentencePiece model: {error}") from error
+            raise DataError(f"{name} is not a SentencePiece model: {error}") from error
         if not model or pieces == 0:
             raise DataError(f"{name} is empty; give a trained .model file (encdec vocab makes one)")
         if self._processor.eos_id() < 0:
@@ -197,8 +197,8 @@ def load_vocabulary(
     if isinstance(source, Vocabulary | VocabularySpec):
         if extra_ids not in (None, source.extra_ids):
             raise DataError(
-                f"extra_ids is {extra_ids}, but the vocabulary at hand has {source.extra_ids}; "
-                "load it with as many as are expected"
+                f"extra_ids is {extra_ids}, but the given vocabulary has {source.extra_ids}; load "
+                "it with the same number"
             )
         if isinstance(source, Vocabulary):
             return source
@@ -208,7 +208,8 @@ def load_vocabulary(
     if not path.exists() and (match := re.fullmatch(r"(.+)\+(\d+)", text)):
         if extra_ids not in (None, int(match[2])):
             raise DataError(
-                f"{text} has {match[2]} extra ids and --extra_ids={extra_ids}; give one"
+                f"{text} states {match[2]} extra ids and --extra_ids is {extra_ids}; give only one "
+                "of them"
             )
         text, path, extra_ids = match[1], as_path(match[1]), int(match[2])
     if text == "bytes":
@@ -316,5 +317,7 @@ def _spec_from_dict(content: Any, where: str) -> VocabularySpec:
     wanted = fields - {"file"}
     if not isinstance(content, dict) or not wanted <= set(content):
         seen = sorted(content) if isinstance(content, dict) else content
-        raise DataError(f"{where} describes no vocabulary: expected {sorted(wanted)}, got {seen}")
+        raise DataError(
+            f"{where} does not describe a vocabulary: expected {sorted(wanted)}, got {seen}"
+        )
     return VocabularySpec(**{name: content[name] for name in fields if name in content})

@@ -116,7 +116,7 @@ class Vocabulary(abc.ABC):
         """Id of extra id ``number``; number 0 is the vocabulary's last id, as in T5."""
         if not 0 <= number < self.extra_ids:
             raise DataError(
-                f"extra id {number} asked for, but the vocabulary has {self.extra_ids} extra ids; "
+                f"extra id {number} is needed, but the vocabulary has {self.extra_ids} extra ids; "
                 f"load it with --extra_ids={number + 1} or more"
             )
         return self.size - 1 - number

@@ -202,7 +202,7 @@ def test_rules_of_selection(choice, wanted):
         ("8", "--encoder_layers asks for 8 layers, but runs/a has 7"),
         ("last:0", "expected 1 to 7"),
         ("2,7", "names layer 7, but runs/a has layers 0 to 6"),
-        ("2,1", "rising order"),
+        ("2,1", "ascending order"),
         ("middle:3", "expected all, N"),
         ("", "expected all, N"),
     ],

@@ -76,12 +76,12 @@ def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(s
     other = write_source(tmp_path / "other", vocabulary=ByteVocabulary(5))
     out = tmp_path / "out"
     for options, kind, message in (
-        ([adapted], ConfigError, "is an encoder-decoder already"),
+        ([adapted], ConfigError, "is already an encoder-decoder"),
         ([tmp_path], CheckpointError, "no work directory"),
         ([source, "--encoder_layers=4"], ConfigError, "asks for 4 layers, but .* has 3"),
         ([source, f"--encoder_source={wider}"], ConfigError, "d_model is 48 in the encoder's"),
         ([source, f"--encoder_source={other}"], DataError, "the vocabularies differ"),
-        ([source, f"--encoder_source={adapted}"], ConfigError, "encoder-decoder already"),
+        ([source, f"--encoder_source={adapted}"], ConfigError, "already an encoder-decoder"),
         ([source, "--step=3"], EncdecError, "has no checkpoint 3"),
         ([source, "--extra_ids=2"], ConfigError, "has 4 already"),
         ([source, "--encoder_step=2"], ConfigError, "goes with --encoder_source"),

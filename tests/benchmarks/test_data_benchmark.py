@@ -66,7 +66,7 @@ def test_read_benchmark(tmp_path, capsys):
     assert "of the host's 10 cores" in printed
     report.write_text("[]")
     assert encdec([*arguments, *options]) == DataError.exit_code
-    assert "report.json is no report of a step" in capsys.readouterr().err
+    assert "report.json is not a report of a step" in capsys.readouterr().err
 
 
 def test_records_without_sources_are_read_in_their_one_layout(tmp_path, capsys):

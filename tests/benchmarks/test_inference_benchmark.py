@@ -159,7 +159,7 @@ def test_transformers_is_refused_where_it_cannot_run(monkeypatch):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--inputs_length=4,x", "no list of numbers"),
+        ("--inputs_length=4,x", "not a list of numbers"),
         ("--outputs=0", "below 1"),
         ("--uncached_inputs=7", "expected some of --inputs"),
         ("--peers=size", "expected some of parameters, flops, transformers"),

@@ -193,7 +193,7 @@ def test_errors_of_reading_reach_the_consumer(records):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(global_batch=6, host_count=4), "6 does not divide over 4 hosts"),
+        (dict(global_batch=6, host_count=4), "6 is not divisible by 4 hosts"),
         (dict(global_batch=0), "global batch is 0"),
         (dict(global_batch=4, layout="both"), "layout is 'both'"),
         (dict(global_batch=4, host_count=2, host_index=2), "host index 2"),

@@ -15,7 +15,7 @@ from tests.data.conftest import write_jsonl
 
 needs_beam = pytest.mark.skipif(
     importlib.util.find_spec("apache_beam") is None,
-    reason="apache-beam is not installed (its pins contradict constraints.txt): the extra beam",
+    reason="apache-beam is not installed (it conflicts with constraints.txt): the extra beam",
 )
 
 

@@ -163,7 +163,7 @@ def test_passes_repeat_the_documents_with_new_noise(tmp_path):
     # The few tokens of a last window can be corrupted in few ways only.
     assert same(first, once) == 1 and same(second, first) < 0.4
     assert prepare(out=tmp_path / "some", passes=3, max_examples=4, **options).documents == 12
-    with pytest.raises(ConfigError, match="CausalLM draws no noise"):
+    with pytest.raises(ConfigError, match="CausalLM has no noise"):
         prepare(
             out=tmp_path / "no",
             passes=2,

@@ -99,7 +99,7 @@ def test_rows_that_contradict_their_lengths_are_refused(convert):
     for broken in (row[:-2], row + b"\0\0", b"\xff\xff" + row[2:], row[:2], b"\x02\x00" + row[2:]):
         with pytest.raises(DataError, match=r"does not match its \d+ segment lengths"):
             convert([row, broken], **options)
-    with pytest.raises(DataError, match=r"holds 9\d* tokens, its card allows"):
+    with pytest.raises(DataError, match=r"holds 9\d* tokens, but its card allows"):
         convert(
             [encode_row([np.arange(90)], [np.arange(9)], "uint16")],
             **{**options, "inputs_length": 95 if convert is encoder_decoder_features else 2},

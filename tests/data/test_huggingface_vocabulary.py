@@ -89,7 +89,7 @@ def test_broken_files_and_a_missing_package_are_named(json_path, tmp_path, monke
     path = tmp_path / "tokenizer.json"
     for content in ("", "{}", "[1]"):
         path.write_text(content)
-        with pytest.raises(DataError, match=r"tokenizer.json is no tokenizer.json"):
+        with pytest.raises(DataError, match=r"tokenizer.json is not a valid tokenizer.json"):
             load_vocabulary(path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r"pip install 'tokenizers>=0.21,<1'"):

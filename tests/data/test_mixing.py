@@ -84,7 +84,9 @@ def test_small_rates_are_read_or_refused(monkeypatch):
     # Position 50,000,000,000 is place 8 of its batch of 24.
     found = later.row_numbers(10**6 * 50_000 // 24)[8:]
     np.testing.assert_array_equal(found, batches.row_numbers(10**6)[:16])
-    with pytest.raises(ConfigError, match=r"share of 1e-09 of the rows; the least one is 1e-08"):
+    with pytest.raises(
+        ConfigError, match=r"share of 1e-09 of the rows; the smallest possible is 1e-08"
+    ):
         _rows_only(monkeypatch, (1500, 40), [1, 1e-9])
 
 
@@ -191,17 +193,19 @@ def test_wrong_mixtures_are_refused(three, make_records):
     with pytest.raises(ConfigError, match=r"share of 1e-09"):
         open_records(f"{a}=1,{three[1].directory}=1e-9")
     rated = open_records(f"{a}=1,{three[1].directory}=2")
-    with pytest.raises(ConfigError, match=r"read once, which leaves no choice to its rates"):
+    with pytest.raises(
+        ConfigError, match=r"rates of a mixture have no effect when every row is read once"
+    ):
         Batches(rated, global_batch=8, repeat=False)
     with pytest.raises(ConfigError, match=r"mixture.rates, .* the task is xsum"):
         task_or_mixture("xsum", rates=[1])
     for text, message in (
         ("a=1,b", "every part a rate"),
-        ("a=x,b=1", "'x' is no number"),
+        ("a=x,b=1", "'x' is not a number"),
         ("a=1,,b=1", "empty part"),
         ("a,b;heat=2", "temperature=NUMBER"),
         ("a=1,b=2;temperature=2", "every part a rate"),
-        ("a,b;temperature=1.2.3", "the temperature '1.2.3' is no number"),
+        ("a,b;temperature=1.2.3", "the temperature '1.2.3' is not a number"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_mixture(text)

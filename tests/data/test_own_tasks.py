@@ -180,7 +180,7 @@ def test_tasks_that_change_their_tokens_are_read_as_ids(ids_module, capsys):
     shown = ["data", "show", "my_masked", *flags, "--extra_ids=4", "--count=1"]
     assert cli.main(shown) == 0 and "<extra_id_0>" in capsys.readouterr().out
     assert cli.main(["vocab", "--module=my_ids", "--task=my_masked", "--out=v.model"]) == 3
-    assert "has ids and no text" in capsys.readouterr().err
+    assert "has ids but no text" in capsys.readouterr().err
 
 
 def test_ids_of_a_source_and_of_other_vocabularies(ids_module, capsys):
@@ -188,7 +188,7 @@ def test_ids_of_a_source_and_of_other_vocabularies(ids_module, capsys):
     assert cli.main(["prepare", *flags, "--task=my_lists", "--extra_ids=4", "--out=lists"]) == 0
     assert stored_pairs("lists")[1] == [((5, 6, 7), (8, 9))]
     assert cli.main(["prepare", *flags, "--task=my_lists", "--out=x"]) == ConfigError.exit_code
-    assert "its own vocabulary, of 263 ids" in capsys.readouterr().err
+    assert "its own vocabulary of 263 ids" in capsys.readouterr().err
     assert cli.main(["prepare", *flags, "--task=my_other", "--extra_ids=4", "--out=x"]) == 2
     assert "--extra_ids=9" in capsys.readouterr().err
 
@@ -215,9 +215,9 @@ def test_ids_are_evaluated_where_they_are_those_of_a_text(ids_module):
     import_modules(["my_ids"])
     one = of_task("my_backwards", None, "validation", ("exact_match",), 2).examples[1]
     assert (one.source, one.references) == ("elm tree", ("eert mle",))
-    with pytest.raises(DataError, match="my_masked needs the lengths of rows"):
+    with pytest.raises(DataError, match="my_masked needs row lengths"):
         of_task("my_masked", None, "validation", ("exact_match",))
-    with pytest.raises(DataError, match="example 1 has ids that no text gives"):
+    with pytest.raises(DataError, match="example 1 has ids that do not decode to text"):
         list(
             task_registry.text_task("my_masked").at_lengths(16, 8).examples("validation", BadRows())
         )
@@ -241,7 +241,7 @@ def test_names_are_kept_apart_and_mistakes_are_named(folder):
         register_mixture("mine", ("own", "xsum"), rates=(1,))
     with pytest.raises(DataError, match="--module"):
         task_registry.text_task("unknown")
-    with pytest.raises(ConfigError, match="brings its own text"):
+    with pytest.raises(ConfigError, match="has its own text"):
         task_registry.text_task("own", str(folder))
     assert cli.main(["prepare", "--module=absent", "--task=own", "--out=x"]) == 2
     register_task(TextTask("raw", lambda split, bad_rows: iter([("a",)]), PrefixLM()))

@@ -163,9 +163,9 @@ def test_missing_data_is_refused_with_the_place_to_put_it(tmp_path):
         _documents("c4", tmp_path, "test")
     with pytest.raises(DataError, match=r"not in tensorflow-datasets.*--data_dir"):
         list(text_task("ielts_band").documents("train", BadRows()))
-    with pytest.raises(DataError, match=r"nowhere is no directory"):
+    with pytest.raises(DataError, match=r"nowhere is not a directory"):
         text_task("xsum", str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"brings its own text"):
+    with pytest.raises(ConfigError, match=r"has its own text"):
         text_task("stdlib_text", str(tmp_path))
     with pytest.raises(DataError, match=r"did you mean 'squad_v2'"):
         text_task("squad")
@@ -205,7 +205,7 @@ def test_data_dir_by_flag_and_gin(tmp_path, capsys):
     capsys.readouterr()
     text = ["prepare", "--text", "x", "--vocabulary=bytes", "--out=o", f"--data_dir={tmp_path}"]
     assert encdec(text) == ConfigError.exit_code
-    assert "goes with --task" in capsys.readouterr().err
+    assert "is for --task" in capsys.readouterr().err
 
 
 def test_the_metrics_of_every_task_are_registered():

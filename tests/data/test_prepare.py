@@ -167,7 +167,7 @@ def test_rows_left_out_are_named_beside_the_records(tmp_path, jsonl, capsys):
     shown = capsys.readouterr().err
     assert shown.count("prepare: left out ") == 5
     assert f"left out {jsonl}:302: no 'target' (keys: 'source')" in shown
-    assert f"8 bad rows left out, all named in {tmp_path / 'out' / 'bad_rows.txt'}" in shown
+    assert f"8 bad rows left out; {tmp_path / 'out' / 'bad_rows.txt'}" in shown
     named = (tmp_path / "out" / "bad_rows.txt").read_text().splitlines()
     assert len(named) == 8 and named[0] == f"{jsonl}:301: the line is empty"
 
@@ -229,7 +229,7 @@ def test_wrong_settings_are_named_and_write_nothing(tmp_path, jsonl, change, err
 
 def test_text_without_examples_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"source": "a", "target": ""}] * 3)
-    with pytest.raises(DataError, match=r"gave no example: 3 documents read.*empty_target"):
+    with pytest.raises(DataError, match=r"gave no examples: 3 documents read.*empty_target"):
         prepare(out=tmp_path / "out", vocabulary="bytes", jsonl=[str(path)], **LENGTHS)
     assert not (tmp_path / "out").exists()
 

@@ -19,13 +19,13 @@ GOOD = b'{"source": "a", "target": "b"}'
 BAD_LINES = {
     "the line is empty.*delete the line": b"",
     "the line is empty": b"   ",
-    "no valid JSON": b'{"source": "a", ',
+    "invalid JSON": b'{"source": "a", ',
     "a JSON list, expected an object": b"[1]",
     r"no 'target' \(keys: 'source'\).*add the field 'target'": b'{"source": "a"}',
     r"no 'source' \(keys: none\)": b"{}",
     "'source' is int 3, expected a string": b'{"source": 3, "target": "b"}',
     "'target' is NoneType null, expected a string": b'{"source": "a", "target": null}',
-    "invalid UTF-8: byte 0xff at byte 12.*save the file as UTF-8": b'{"source": "\xff"}',
+    "invalid UTF-8: byte 0xff at position 12.*save the file as UTF-8": b'{"source": "\xff"}',
     "'source' has a lone surrogate at character 1": (b'{"source": "a\\ud800", "target": "b"}'),
     "'targets' is str \"b\", expected a list": b'{"source": "a", "target": "b", "targets": "b"}',
     "'targets' is int 1, expected a string": b'{"source": "a", "target": "b", "targets": ["b", 1]}',
@@ -69,13 +69,13 @@ def test_gzip_is_read_and_a_truncated_one_named(tmp_path):
     path.write_bytes(data)
     assert len(list(pair_documents([path], BadRows()))) == 2000
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"rows.jsonl.gz:\d+: the gzip stream breaks off"):
+    with pytest.raises(DataError, match=r"rows.jsonl.gz:\d+: the gzip stream is truncated"):
         list(pair_documents([path], BadRows()))
     path.write_bytes(b"no gzip at all")
-    with pytest.raises(DataError, match=r"rows.jsonl.gz is named as compressed with gzip"):
+    with pytest.raises(DataError, match=r"rows.jsonl.gz has the name of a gzip file"):
         list(pair_documents([path], BadRows()))
     path.write_bytes(data[:9])
-    with pytest.raises(DataError, match=r"rows.jsonl.gz:1: the gzip stream breaks off"):
+    with pytest.raises(DataError, match=r"rows.jsonl.gz:1: the gzip stream is truncated"):
         list(pair_documents([path], BadRows()))
 
 
@@ -111,7 +111,7 @@ def test_text_files_are_documents_and_long_ones_are_cut_at_line_ends(tmp_path, m
     parts = [text for (text,) in text_documents([plain], BadRows())]
     assert parts == ["one\n\ttwo\r\n", "\nthree"]
     plain.write_bytes(b"fine\n\xe9t\xe9\nfine\n")
-    with pytest.raises(DataError, match=r"a.txt:2: invalid UTF-8: byte 0xe9 at byte 0"):
+    with pytest.raises(DataError, match=r"a.txt:2: invalid UTF-8: byte 0xe9 at position 0"):
         list(text_documents([plain], BadRows()))
 
 
@@ -134,7 +134,7 @@ def test_a_document_is_a_file_a_line_or_a_paragraph(tmp_path, monkeypatch):
     rows = tmp_path / "b.jsonl"
     rows.write_text('{"text": "a\\n\\nb"}\n')
     assert "documents" not in text_files_task([str(rows)]).origin()
-    with pytest.raises(ConfigError, match=r"--documents=lines .* all files hold rows"):
+    with pytest.raises(ConfigError, match=r"--documents=lines is for plain text"):
         text_files_task([str(rows)], documents="lines")
 
 

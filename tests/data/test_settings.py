@@ -79,13 +79,13 @@ REFUSED = {
     "task": (TASK, ["--jsonl=pairs.jsonl"], "give exactly one of"),
     "jsonl": (PAIRS, ["--text=text.txt"], "give exactly one of"),
     "text": (TEXT, ["--task=xsum"], "give exactly one of"),
-    "data_dir": (PAIRS, ["--data_dir=files"], "goes with --task"),
+    "data_dir": (PAIRS, ["--data_dir=files"], "is for --task"),
     "documents": (PAIRS, ["--documents=lines"], "leave it out"),
-    "source_field": (TEXT, ["--source_field=text"], "names a field in files of --jsonl"),
-    "text_field": (PAIRS, ["--text_field=source"], "names a field in files of --text"),
+    "source_field": (TEXT, ["--source_field=text"], "is for files of --jsonl"),
+    "text_field": (PAIRS, ["--text_field=source"], "is for files of --text"),
     "extra_ids": (["--jsonl=pairs.jsonl", "--vocabulary=bytes"], ["--extra_ids=-1"], "extra_ids"),
-    "seed": (PAIRS, ["--seed=3"], "draws nothing by it"),
-    "passes": (PAIRS, ["--passes=2"], "draws no noise"),
+    "seed": (PAIRS, ["--seed=3"], "has nothing random"),
+    "passes": (PAIRS, ["--passes=2"], "has no noise"),
     "workers": (PAIRS, ["--workers=2", "--beam_options=--runner=DirectRunner"], "Beam"),
     "beam_options": (PAIRS, ["--workers=1", "--beam_options="], "Beam"),
     "gin_bindings": (PAIRS, ["--gin_bindings=prefix_lm.split = 0.3"], "binds prefix_lm, which is"),
@@ -216,6 +216,6 @@ def test_identity_flags_and_gin_follow_from_the_fields(folder, capsys):
         PrepareSettings(out="o", vocabulary="bytes", block_bytes="big").check()
     assert encdec(["prepare", *PAIRS, "--out=o", "--gin_bindings=prepare.lenght = 3"]) == 2
     assert "lenght" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"task jsonl has its files already"):
+    with pytest.raises(ConfigError, match=r"task jsonl already has its files"):
         task = jsonl_task(["pairs.jsonl"])
         prepare(task=task, data_dir="files", out=folder / "o", vocabulary="bytes")

@@ -159,7 +159,7 @@ def test_rows_that_cannot_be_stored_are_refused():
     row = random_row(FORMATS["sampled"], 3, 0)
     swapped = row.ids.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    with pytest.raises(ValueError, match="do not ascend"):
+    with pytest.raises(ValueError, match="are not in ascending order"):
         encode_row(dataclasses.replace(row, ids=swapped), FORMATS["sampled"])
     long = SparseLogits(
         np.array([257], np.int32),

@@ -123,7 +123,7 @@ def test_fields_by_name_of_pairs_and_of_text(forms, tmp_path):
         assert [text for (text,) in task.documents("train", BadRows())] == [a for a, _ in wanted]
         assert task.origin() == {"files": [name], "fields": ["in"]}
     assert has_rows(forms["a.parquet"]) and has_rows(forms["stream.arrow"])
-    with pytest.raises(ConfigError, match="--text_field=in names a field in files of --text"):
+    with pytest.raises(ConfigError, match="--text_field=in is for files of --text"):
         documents(path, text_field="in")
     with pytest.raises(DataError, match=r"no 'source' \(keys: 'id', 'in', 'out'\)"):
         documents(str(tmp_path / "a.csv"))
@@ -144,10 +144,10 @@ def test_evaluate_and_generate_read_them_too(forms):
 
 FAULTS = {
     "a.csv:3: 1 cells, expected the header's 2": b"source,target\na,b\nc\n",
-    "a.csv:2: no valid CSV": b'source,target\n"a"b,c\n',
+    "a.csv:2: invalid CSV": b'source,target\n"a"b,c\n',
     "a.csv:3: the line is empty": b"source,target\na,b\n\nc,d\n",
     "a.csv:2: invalid UTF-8": b"source,target\n\xff,b\n",
-    "one twice": b"source,source\na,b\n",
+    "a name twice": b"source,source\na,b\n",
     "a.csv:1: the file is empty": b"",
 }
 
@@ -168,7 +168,7 @@ def test_faults_of_other_forms_are_named(tmp_path, forms):
     assert list(task.documents("train", BadRows(1))) == [("b", "c")]
     whole = pathlib.Path(forms["a.parquet"]).read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="b.parquet, a parquet table, cannot be read"):
+    with pytest.raises(DataError, match="b.parquet cannot be read as a parquet table"):
         documents(str(tmp_path / "b.parquet"))
     with pytest.raises(DataError, match=r"has the splits train; name one .*saved/train"):
         documents(str(pathlib.Path(forms["saved/train"]).parent))

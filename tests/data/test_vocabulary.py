@@ -98,7 +98,7 @@ def test_missing_broken_and_unknown_vocabularies_are_named(tmp_path):
     with pytest.raises(DataError, match=r"no vocabulary in"):
         load_vocabulary(tmp_path)
     (tmp_path / "vocabulary.json").write_text(json.dumps({"kind": "runes"}))
-    with pytest.raises(DataError, match=r"describes no vocabulary"):
+    with pytest.raises(DataError, match=r"does not describe a vocabulary"):
         load_vocabulary(tmp_path)
     with pytest.raises(DataError, match=r"outside the vocabulary"):
         ByteVocabulary().decode([300])

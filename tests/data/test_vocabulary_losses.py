@@ -150,7 +150,7 @@ def test_card_report_verify_and_refusal_name_it(vocabularies, tmp_path, capsys):
     assert "unknown ids in the rows that were read: 30" in said
     refused = tmp_path / "refused"
     assert encdec([*command, f"--out={refused}", "--lossless"]) == DataError.exit_code
-    assert "does not give this text back: 30 unknown ids" in capsys.readouterr().err
+    assert "is not lossless on this text: 30 unknown ids" in capsys.readouterr().err
     assert not refused.exists()
 
 

@@ -46,7 +46,7 @@ def test_every_task_of_the_paper_for_both_architectures(task, model):
 
 
 def test_it_says_what_it_wants():
-    with pytest.raises(ConfigError, match="no task 'squad'.*did you mean 'squad_v2'"):
+    with pytest.raises(ConfigError, match="unknown task 'squad'.*did you mean 'squad_v2'"):
         load_config(f"{CONFIG}:squad")
     with pytest.raises(ConfigError, match="config.eval.patience is 3; expected 0.*eval_records"):
         parse_config(load_config(f"{CONFIG}:xsum", RECORDS[:1]))

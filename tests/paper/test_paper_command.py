@@ -184,7 +184,7 @@ def test_a_task_of_a_users_module_takes_part(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("encdec.paper.runs.Experiment.run", lambda self: None)
     monkeypatch.setattr("encdec.evaluation.results_table.table_markdown", lambda content: "")
     given = ["--config=config.py", "--data_dir=data", f"--text={inputs / 'text.jsonl'}"]
-    with pytest.raises(DataError, match="no task 'shouting'.*--module"):
+    with pytest.raises(DataError, match="unknown task 'shouting'.*--module"):
         main([*given, "--workdir=without"])
     try:
         assert main([*given, "--workdir=work", "--module=my_paper_tasks"]) == 0
