@@ -82,6 +82,8 @@ EXTRAS = {
     "litert": ["ai-edge-litert>=2.1,<3", "flatbuffers>=24.3,<26"],
     "trackers": ["wandb>=0.18,<1", "mlflow-skinny>=2.15,<4"],
     "onnx": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2"],
+    # What `encdec benchmark edge` compares with, besides transformers (hf).
+    "peers": ["ctranslate2>=4.8,<5", "onnx>=1.18,<2", "openvino>=2026.2,<2027"],
     # Syntax trees of code, for `encdec evaluate`.
     "code": [
         "tree-sitter>=0.25,<0.27",

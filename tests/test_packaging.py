@@ -100,7 +100,7 @@ def test_everything_imported_is_declared(setup_arguments):
     extras = setup_arguments["extras_require"]
     optional = {
         canonicalize_name(Requirement(text).name)
-        for name in ("hf", "onnx", "litert", "seqio", "serve", "code", "beam")
+        for name in ("hf", "onnx", "litert", "peers", "seqio", "serve", "code", "beam")
         for text in extras[name]
     }
     local = {"encdec", "configs", *sys.stdlib_module_names}
@@ -112,7 +112,7 @@ def test_everything_imported_is_declared(setup_arguments):
         # These say themselves what to install where their package is missing.
         interop |= path.name in (
             "huggingface_vocabulary.py",
-            "tasks.py",
+            "seqio_registration.py",
             "tfds_source.py",
             "beam_prepare.py",
             "onnx_runtime.py",

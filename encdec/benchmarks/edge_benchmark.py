@@ -14,57 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from encdec.benchmarks import transformers_runtime
 from encdec.benchmarks.device_rates import Busy, DeviceRates, ReadRate, measure_rates, peak_memory
-from encdec.benchmarks.generation import START_ID, GenerationTiming, Spread, cached_run
+from encdec.benchmarks.edge_paths import DEFAULT, PATHS, REFERENCE, Run, chosen_paths, load_path
+from encdec.benchmarks.generation import GenerationTiming, Spread
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.cost.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
-from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
-from encdec.export import formats
-from encdec.export.formats import Export
 from encdec.files import write_json
 from encdec.flags import Parser
-from encdec.inference.exported import ExportedModel, export_format, load_exported_model
-from encdec.inference.ready import ready_for_decoding
-from encdec.inference.sampling import greedy_choice
-from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig, build_model, init_params, preset
 from encdec.storage import local_path
-
-# name: (format, precision); jax runs as `encdec generate` does, and in float32 throughout;
-# transformers is a peer: its `generate` on our export for Hugging Face.
-PATHS = {
-    "jax": ("jax", "as generate runs it"),
-    "jax-float32": ("jax", "float32"),
-    "litert-float32": ("litert", "float32"),
-    "litert-int8": ("litert", "int8"),
-    "litert-int4": ("litert", "int4"),
-    "onnx-float32": ("onnx", "float32"),
-    "onnx-int8": ("onnx", "int8"),
-    "onnx-int4": ("onnx", "int4"),
-    **{f"transformers-{name}": ("transformers", name) for name in transformers_runtime.PRECISIONS},
-}
-# Without the peers that this machine lacks.
-DEFAULT = (
-    "jax",
-    "jax-float32",
-    "litert-int8",
-    "litert-int4",
-    "onnx-int8",
-    "transformers-float32",
-    "transformers-bfloat16",
-    "transformers-int8",
-)
-REFERENCE = "jax-float32"  # whose tokens the others' are held against
-
-# From an input's tokens to the first new token and a state; from the state to all others.
-Run = tuple[Callable[[np.ndarray], Any], Callable[[Any, int], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,68 +55,6 @@ class Measured:
     neighbouring_floor_share: Spread
     first_token_rate: float
     same_tokens: int | None = None
-
-
-def artefact(name: str, config: ModelConfig, params: Any, folder: pathlib.Path) -> pathlib.Path:
-    """The directory of an export, written now unless it is there."""
-    kind, precision = PATHS[name]
-    out = folder / name
-    if not (out / "config.json").is_file():
-        vocabulary = folder / "vocabulary"
-        vocabulary.mkdir(parents=True, exist_ok=True)
-        prompts = PromptFormat(ByteVocabulary())
-        spec = prompts.vocabulary.save(vocabulary).to_dict() | {"size": config.vocab_size}
-        content = {"format_version": 1, "data": {"vocabulary": spec}}
-        export = Export(config, params, prompts, precision, content, vocabulary)
-        formats.write(kind, out, export)
-    return out
-
-
-def jax_run(config: ModelConfig, params: Any, dtype: str | None, outputs: int) -> Run:
-    """Our own model: the same compiled programs that ``encdec generate`` runs."""
-    config, params = ready_for_decoding(config, params, dtype)
-    made: dict[int, Any] = {}
-
-    def first(tokens_S: np.ndarray) -> Any:
-        length = len(tokens_S)
-        if length not in made:
-            made[length] = cached_run(
-                config, params, jnp.asarray(tokens_S, jnp.int32)[None], outputs
-            )
-        return length, jax.block_until_ready(made[length][0]())
-
-    def rest(state: Any, count: int) -> Any:
-        length, decoding = state
-        return np.asarray(jax.block_until_ready(made[length][1](decoding)).tokens_RxN)
-
-    return first, rest
-
-
-def exported_run(model: ExportedModel, outputs: int) -> Run:
-    """An exported model, step by step as its generator does it."""
-
-    def first(tokens_S: np.ndarray) -> Any:
-        logits, memory = model.prefill(
-            np.asarray(tokens_S, np.int64)[None], np.array([len(tokens_S)]), START_ID, outputs
-        )
-        return memory, greedy_choice(logits, model.config.vocab_size)[0]
-
-    def rest(state: Any, count: int) -> Any:
-        memory, token_R = state
-        tokens = [token_R]
-        for _ in range(count - 1):
-            tokens.append(memory.greedy(tokens[-1])[0])
-        return np.stack(tokens, axis=1)
-
-    return first, rest
-
-
-def transformers_run(model: transformers_runtime.TransformersModel, outputs: int) -> Run:
-    """A peer: one call of ``generate``, halted after its first token."""
-    return (
-        lambda tokens_S: model.start(tokens_S[None], outputs),
-        lambda state, count: model.finish(state),
-    )
 
 
 def measure(
@@ -264,27 +165,6 @@ def evaluate(
     )
 
 
-def chosen_paths(names: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
-    """The paths to run, and a line for each of the default's that this machine cannot.
-
-    Raises:
-        ConfigError: an unknown path, or one asked for that cannot run here.
-    """
-    chosen, left_out = [], []
-    for name in names or DEFAULT:
-        if name not in PATHS:
-            raise ConfigError(f"--paths has {name!r}; expected some of {', '.join(PATHS)}")
-        kind, precision = PATHS[name]
-        reason = transformers_runtime.missing(precision) if kind == "transformers" else ""
-        if reason and names:
-            raise ConfigError(f"--paths has {name}, but {reason}")
-        if reason:
-            left_out.append(f"{name} is left out: {reason}")
-        else:
-            chosen.append(name)
-    return tuple(chosen), left_out
-
-
 def peak_bytes(arguments: Sequence[str]) -> int:
     """Peak memory of a process of its own that loads one path and generates once."""
     done = subprocess.run(
@@ -317,7 +197,7 @@ def main(argv: list[str]) -> int:
         return 0
     draw = jax.jit(init_params, static_argnums=0)
     params = draw(build_model(config), jax.random.key(0))
-    runs = {name: _run(name, config, params, folder, options.outputs) for name in paths}
+    runs = {name: load_path(name, config, params, folder, options.outputs) for name in paths}
     if options.export_only:
         return 0
     del params
@@ -415,26 +295,12 @@ def _as_json(one: Measured) -> dict[str, Any]:
     }
 
 
-def _run(name: str, config: ModelConfig, params: Any, folder: pathlib.Path, outputs: int) -> Run:
-    kind, precision = PATHS[name]
-    if kind == "jax":
-        return jax_run(config, params, "float32" if precision == "float32" else None, outputs)
-    if kind == "transformers":
-        exported = transformers_runtime.artefact(config, params, folder)
-        return transformers_run(
-            transformers_runtime.TransformersModel(exported, precision), outputs
-        )
-    path = artefact(name, config, params, folder)
-    assert export_format(path) == kind
-    return exported_run(load_exported_model(path), outputs)
-
-
 def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path) -> int:
     (name,) = options.paths
     params = None
     if PATHS[name][0] == "jax":
         params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
-    first, rest = _run(name, config, params, folder, options.outputs)
+    first, rest = load_path(name, config, params, folder, options.outputs)
     rest(first(np.full(max(options.inputs_length), 5)), options.outputs)
     return peak_memory()
 
@@ -478,7 +344,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="encdec benchmark edge",
         former={"--inputs": "--inputs_length"},
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
-        "models of the same parameters, transformers' generate among them, by turns in one run. "
+        "models of the same parameters, in transformers, OpenVINO and CTranslate2 (extras hf and "
+        "peers), too, by turns in one run. "
         '"same tokens" counts those before the first that JAX float32 chose otherwise. '
         "Parameters are random: their values do not affect the time.",
     )
@@ -487,8 +354,8 @@ def _parser() -> argparse.ArgumentParser:
         "--paths",
         type=lambda text: tuple(text.split(",")),
         metavar="A,B",
-        help=f"paths to time, of {', '.join(PATHS)} ({','.join(DEFAULT)}; of transformers' those "
-        "that this machine can run)",
+        help=f"paths to time, of {', '.join(PATHS)} ({','.join(DEFAULT)}; of the peers those that "
+        "this machine can run)",
     )
     parser.add_argument(
         "--inputs_length", type=numbers, default=(512,), metavar="N,N", help="input tokens (512)"

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from encdec.benchmarks import edge_benchmark
+from encdec.benchmarks import edge_paths
 from encdec.benchmarks.generation import START_ID
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.benchmarks.transformers_runtime import TransformersModel, missing
@@ -295,9 +295,7 @@ def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         exported = {
-            name: load_exported_model(
-                edge_benchmark.artefact(name, model, drawn, pathlib.Path(folder))
-            )
+            name: load_exported_model(edge_paths.artefact(name, model, drawn, pathlib.Path(folder)))
             for name in options.runtimes
             if name != "jax"
         }

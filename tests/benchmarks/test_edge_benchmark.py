@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from encdec.benchmarks import edge_benchmark
+from encdec.benchmarks import edge_benchmark, edge_paths
 from encdec.benchmarks.device_rates import Busy, DeviceRates, peak_memory
 from encdec.benchmarks.edge_benchmark import PATHS, evaluate, main
 from encdec.benchmarks.generation import GenerationTiming
@@ -27,13 +27,13 @@ for package in ("ai_edge_litert", "onnx", "onnxruntime"):
 SAME_TOKENS = """
 import json, pathlib, sys
 import jax, numpy as np
-from encdec.benchmarks import edge_benchmark
+from encdec.benchmarks import edge_paths
 from encdec.model import build_model, init_params, preset
 config = preset("test", scan_layers=False, tie_embeddings=False, init_std=0.3)
 params = init_params(build_model(config), jax.random.key(0))
 answers = {}
 for name in sys.argv[2:]:
-    first, rest = edge_benchmark._run(name, config, params, pathlib.Path(sys.argv[1]), 6)
+    first, rest = edge_paths.load_path(name, config, params, pathlib.Path(sys.argv[1]), 6)
     answers[name] = rest(first(np.arange(3, 12)), 6).tolist()
 print(json.dumps(answers))
 """
@@ -160,18 +160,25 @@ def test_bad_settings_are_refused(arguments, message):
 
 
 def test_peers_that_cannot_run_here_are_left_out_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(
-        edge_benchmark.transformers_runtime,
-        "missing",
-        lambda precision: "no such products" if precision == "bfloat16" else "",
-    )
-    paths, left_out = edge_benchmark.chosen_paths(None)
+    """One line for each reason."""
+    for kind, without in (("transformers", ("bfloat16",)), ("openvino", ("float32", "int8"))):
+        monkeypatch.setattr(
+            edge_paths.PEERS[kind],
+            "missing",
+            lambda precision, without=without: "no such products" * (precision in without),
+        )
+    monkeypatch.setattr(edge_paths.ctranslate2_runtime, "missing", lambda precision: "not here")
+    paths, left_out = edge_paths.chosen_paths(None)
     assert "transformers-int8" in paths and "transformers-bfloat16" not in paths
-    assert left_out == ["transformers-bfloat16 is left out: no such products"]
+    assert "openvino-int4" in paths and not any("ctranslate2" in path for path in paths)
+    assert left_out == [
+        "transformers-bfloat16, openvino-float32, openvino-int8 are left out: no such products",
+        "ctranslate2-float32, ctranslate2-bfloat16, ctranslate2-int8 are left out: not here",
+    ]
     with pytest.raises(ConfigError, match="transformers-bfloat16, but no such products"):
-        edge_benchmark.chosen_paths(["jax", "transformers-bfloat16"])
+        edge_paths.chosen_paths(["jax", "transformers-bfloat16"])
     with pytest.raises(ConfigError, match="'torch'; expected some of jax, .*transformers-int8"):
-        edge_benchmark.chosen_paths(["torch"])
+        edge_paths.chosen_paths(["torch"])
 
 
 def test_tokens_are_alike_up_to_the_first_that_differs():
