@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from encdec.errors import ConfigError
 from encdec.logs import logger
+from encdec.machine import user_cache
 from encdec.packages import require
 
 _LOG = logger(__name__)
@@ -80,6 +83,13 @@ def _configure() -> None:
     for name in ("gcs", "s3"):
         # A listing that is kept hides what other processes write.
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    # s3fs leaves a busy service (503) to botocore, which gives up after some seconds.
+    retries = {"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS") or 8)}
+    settings = fsspec.config.conf["s3"].setdefault("config_kwargs", {})
+    settings.setdefault("retries", retries)
+    # Each transfer of a large file holds so many parts of 50 MB in memory, each with a connection.
+    parts = fsspec.config.conf["s3"].setdefault("max_concurrency", 4)
+    settings.setdefault("max_pool_connections", TRANSFERS * parts)
 
 
 def file_system(address: str | os.PathLike[str]) -> Any:
@@ -90,6 +100,15 @@ def file_system(address: str | os.PathLike[str]) -> Any:
     return fsspec.filesystem("gcs" if os.fspath(address).startswith("gs:") else "s3")
 
 
+@contextlib.contextmanager
+def _named(address: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the address to a refusal, whose own text often lacks it."""
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionError(errno.EACCES, str(error), os.fspath(address)) from error
+
+
 def objects(address: str | os.PathLike[str]) -> dict[str, tuple[int, str]]:
     """(bytes, tag of the content) of every object below an address by its relative name.
 
@@ -98,7 +117,9 @@ def objects(address: str | os.PathLike[str]) -> dict[str, tuple[int, str]]:
     address = os.fspath(address)
     below = address.partition("://")[2]
     found = {}
-    for name, info in file_system(address).find(address, detail=True).items():
+    with _named(address):
+        listed = file_system(address).find(address, detail=True)
+    for name, info in listed.items():
         if info["type"] != "file" or name.endswith("/"):  # a console's "folder"
             continue
         tag = next((info[key] for key in ("generation", "etag", "ETag") if key in info), "")
@@ -108,7 +129,8 @@ def objects(address: str | os.PathLike[str]) -> dict[str, tuple[int, str]]:
 
 def read_bytes(address: str | os.PathLike[str]) -> bytes:
     """An object's content; FileNotFoundError where there is none."""
-    return file_system(address).cat_file(os.fspath(address))
+    with _named(address):
+        return file_system(address).cat_file(os.fspath(address))
 
 
 def read_many(addresses: list[str]) -> list[bytes]:
@@ -121,12 +143,14 @@ def read_many(addresses: list[str]) -> list[bytes]:
 
 def write_bytes(address: str | os.PathLike[str], content: bytes) -> None:
     """Writes one object: it is there in full on return, or as it was before."""
-    file_system(address).pipe_file(os.fspath(address), content)
+    with _named(address):
+        file_system(address).pipe_file(os.fspath(address), content)
 
 
 def send_file(source: pathlib.Path, address: str | os.PathLike[str]) -> None:
     """Copies a file to an object, which appears when all of it is there."""
-    file_system(address).put_file(str(source), os.fspath(address))
+    with _named(address):
+        file_system(address).put_file(str(source), os.fspath(address))
 
 
 def copy_objects(source: str, target: str, names: list[str]) -> None:
@@ -145,16 +169,17 @@ def remove_objects(address: str | os.PathLike[str], names: list[str] | None = No
     address = os.fspath(address)
     fs = file_system(address)
     for name in sorted(objects(address)) if names is None else names:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _named(f"{address}/{name}"):
             fs.rm_file(f"{address}/{name}" if name else address)
 
 
 def cache_folder() -> pathlib.Path:
     """Where copies of objects are kept: $ENCDEC_BUCKET_CACHE, else below ~/.cache/encdec."""
     if folder := os.environ.get(CACHE):
-        return pathlib.Path(folder).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(home) / "encdec" / "buckets"
+        if is_address(folder):
+            raise ConfigError(f"{CACHE} is {folder}; expected a folder of this machine")
+        return pathlib.Path(os.path.expanduser(folder))
+    return user_cache() / "buckets"
 
 
 def cached(address: str) -> pathlib.Path:
@@ -191,6 +216,25 @@ def cached(address: str) -> pathlib.Path:
     return target
 
 
+def forget(address: str) -> None:
+    """Removes the copies of what is, or was, below an address."""
+    shutil.rmtree(cache_folder() / address.replace("://", "/"), ignore_errors=True)
+
+
+def drop_uploads(address: str) -> None:
+    """Drops the parts of large files whose upload below an S3 address was never completed.
+
+    They are in no listing but are charged for. Nothing is dropped where the service refuses that.
+    """
+    fs = file_system(address)
+    bucket, prefix, _ = fs.split_path(address)
+    with contextlib.suppress(OSError):
+        found = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+        for upload in found.get("Uploads", []):
+            named = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            fs.call_s3("abort_multipart_upload", Bucket=bucket, **named)
+
+
 def cached_shard(address: str, size: int, sha256: str) -> pathlib.Path:
     """A copy of a file whose checksum is known; it is compared when the copy is made.
 
@@ -219,7 +263,8 @@ def _size(path: pathlib.Path) -> int | None:
 def _fetch(address: str, path: pathlib.Path, size: int) -> None:
     with _whole(path) as partial:
         _LOG.debug("%s is copied to %s", address, path)
-        file_system(address).get_file(address, str(partial))
+        with _named(address):
+            file_system(address).get_file(address, str(partial))
         if (seen := partial.stat().st_size) != size:
             raise RuntimeError(
                 f"only {seen:,} of the {size:,} bytes of {address} arrived; try again"
@@ -248,6 +293,20 @@ def is_unfinished(found: Mapping[str, Any]) -> bool:
     return UNFINISHED in found
 
 
+def _files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def send_files(folder: pathlib.Path, address: str, last: str) -> None:
+    """Copies the files of a folder to objects; the one called ``last`` after all others."""
+    files = _files_below(folder)
+    with concurrent.futures.ThreadPoolExecutor(TRANSFERS) as pool:
+        rest = [name for name in files if name != last]
+        list(pool.map(lambda name: send_file(files[name], f"{address}/{name}"), rest))
+    if last in files:
+        send_file(files[last], f"{address}/{last}")
+
+
 @contextlib.contextmanager
 def sent_directory(address: str, last: str) -> Iterator[pathlib.Path]:
     """A new directory on this machine to write into, which is sent at the end of the block.
@@ -259,16 +318,12 @@ def sent_directory(address: str, last: str) -> Iterator[pathlib.Path]:
         local = pathlib.Path(folder) / address.rpartition("/")[2]
         local.mkdir()
         yield local
-        files = {str(p.relative_to(local)): p for p in sorted(local.rglob("*")) if p.is_file()}
+        files = _files_below(local)
         if (before := objects(address)) and is_unfinished(before):
             remove_objects(address, json.loads(read_bytes(f"{address}/{UNFINISHED}")))
         write_bytes(f"{address}/{UNFINISHED}", json.dumps(list(files)).encode())
         try:
-            with concurrent.futures.ThreadPoolExecutor(TRANSFERS) as pool:
-                rest = [name for name in files if name != last]
-                list(pool.map(lambda name: send_file(files[name], f"{address}/{name}"), rest))
-            if last in files:
-                send_file(files[last], f"{address}/{last}")
+            send_files(local, address, last)
         except BaseException:
             with contextlib.suppress(Exception):
                 remove_objects(address, [*files, UNFINISHED])

@@ -12,6 +12,8 @@ import pathlib
 import platform
 import sys
 
+from encdec.machine import user_cache
+
 # mallopt's parameters (malloc.h of glibc).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _HUGE_PAGES = 14  # MADV_HUGEPAGE
@@ -30,8 +32,7 @@ def use_compilation_cache() -> None:
     it is imported, so that commands that need no jax stay without it.
     """
     if _CACHE not in os.environ:
-        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-        os.environ[_CACHE] = str(folder / "encdec" / "jax" / processor_kind())
+        os.environ[_CACHE] = str(user_cache() / "jax" / processor_kind())
         # Of the programs of a short run most take less than jax's second.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 

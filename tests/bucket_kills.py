@@ -1,6 +1,6 @@
-"""A whole life in a bucket, killed twenty times: it ends in the bits of one that nobody killed.
+"""A whole life in a bucket, killed again and again: it ends in the bits of one that nobody killed.
 
-    python -m tests.bucket_kills
+    python -m tests.bucket_kills [gs | s3]
 
 Text is prepared, a model trained, evaluated and exported, by the commands, in one process that is
 killed (SIGKILL) at one request after the other, and started again. A server on this machine
@@ -28,10 +28,10 @@ from encdec.saved.fingerprint import fingerprints
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.storage import as_path, entries, on_this_machine
 from encdec.train.metrics import read_metrics
-from tests.bucket_servers import Proxy, google
+from tests.bucket_servers import Proxy, amazon, google
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-BUCKET = "gs://bucket/life"
+BUCKET = "bucket/life"
 
 # The life: each command is left out once its result is there, and resumes what it had begun.
 LIFE = """
@@ -62,53 +62,71 @@ if not as_path(f"{place}/model/config.json").exists():
 """
 
 # What a life is killed at, in order: a request's method and address.
-KILLS = (
-    ("POST|PUT", r"records/.*unfinished"),
-    ("POST|PUT", r"records/rows-000001"),
-    ("POST|PUT", r"records/rows-000002"),
-    ("POST|PUT", r"records/dataset\.json"),
-    ("POST|PUT", r"run/config\.json"),
-    ("POST|PUT", r"run/metrics\.jsonl"),
-    ("POST|PUT", r"checkpoints/2/params"),
-    ("POST|PUT", r"checkpoints/2/optimizer"),
-    ("POST|PUT", r"checkpoints/2/commit_success"),
-    ("POST|PUT", r"checkpoints/4/fingerprints"),
-    ("POST|PUT", r"tensorboard"),
-    ("POST|PUT", r"checkpoints/6/params/manifest"),
-    ("DELETE", r"checkpoints/2/"),
-    ("POST|PUT", r"checkpoints/8/params"),
-    ("POST|PUT", r"checkpoints/10/commit_success"),
-    ("DELETE", r"checkpoints/(6|8)/"),
-    ("POST|PUT", r"evaluation/dialogsum/predictions"),
-    ("POST|PUT", r"evaluation/report\.json"),
-    ("POST|PUT", r"model/model-0"),
-    ("POST|PUT", r"model/config\.json"),
-)
+KILLS = {
+    "gs": (
+        ("POST|PUT", r"records/.*unfinished"),
+        ("POST|PUT", r"records/rows-000001"),
+        ("POST|PUT", r"records/rows-000002"),
+        ("POST|PUT", r"records/dataset\.json"),
+        ("POST|PUT", r"run/config\.json"),
+        ("POST|PUT", r"run/metrics\.jsonl"),
+        ("POST|PUT", r"checkpoints/2/params"),
+        ("POST|PUT", r"checkpoints/2/optimizer"),
+        ("POST|PUT", r"checkpoints/2/commit_success"),
+        ("POST|PUT", r"checkpoints/4/fingerprints"),
+        ("POST|PUT", r"tensorboard"),
+        ("POST|PUT", r"checkpoints/6/params/manifest"),
+        ("DELETE", r"checkpoints/2/"),
+        ("POST|PUT", r"checkpoints/8/params"),
+        ("POST|PUT", r"checkpoints/10/commit_success"),
+        ("DELETE", r"checkpoints/(6|8)/"),
+        ("POST|PUT", r"evaluation/dialogsum/predictions"),
+        ("POST|PUT", r"evaluation/report\.json"),
+        ("POST|PUT", r"model/model-0"),
+        ("POST|PUT", r"model/config\.json"),
+    ),
+    # Each step is uploaded from this machine; a process that begins fetches the last whole one.
+    "s3": (
+        ("PUT", r"records/rows-000001"),
+        ("PUT", r"run/metrics\.jsonl"),
+        ("PUT", r"checkpoints/2/params"),
+        ("PUT", r"checkpoints/2/_CHECKPOINT_METADATA"),
+        ("PUT", r"checkpoints/4/optimizer"),
+        ("GET", r"checkpoints/2/optimizer"),
+        ("DELETE", r"checkpoints/2/_CHECKPOINT_METADATA"),
+        ("DELETE", r"checkpoints/4/params"),
+        ("PUT", r"checkpoints/12/_CHECKPOINT_METADATA"),
+        ("PUT", r"evaluation/dialogsum/predictions"),
+        ("PUT", r"model/model-0"),
+    ),
+}
 
 
-def main() -> int:
+def main(scheme: str = "gs") -> int:
     """Runs both lives and compares them; the exit code says whether they are equal."""
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as name, google() as (proxy, variables):
+    begin, bucket, kills = time.monotonic(), f"{scheme}://{BUCKET}", KILLS[scheme]
+    serve = {"gs": google, "s3": amazon}[scheme]
+    with tempfile.TemporaryDirectory() as name, serve() as (proxy, variables):
         folder = pathlib.Path(name)
         os.environ.update(variables)
         os.environ[buckets.CACHE] = str(folder / "cache")
-        logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+        for server in ("gcp_storage_emulator", "werkzeug"):
+            logging.getLogger(server).setLevel(logging.CRITICAL)
         _write_text(folder / "text")
         assert _live(str(folder / "local"), folder / "text") == 0
-        for number, target in enumerate(KILLS, 1):
-            code = _killed(proxy, target, folder / "text")
+        for number, target in enumerate(kills, 1):
+            code = _killed(proxy, bucket, target, folder / "text")
             shown = "killed" if code == -signal.SIGKILL else f"ended with {code}: NOT KILLED"
             seconds = time.monotonic() - begin
             print(f"{number:2} {shown} at {target[0]} {target[1]} ({seconds:,.0f} s)", flush=True)
             if code != -signal.SIGKILL:
                 return 1
-        assert _live(BUCKET, folder / "text") == 0
-        local, remote = _result(str(folder / "local")), _result(BUCKET)
+        assert _live(bucket, folder / "text") == 0
+        local, remote = _result(str(folder / "local")), _result(bucket)
     for part in local:
         same = local[part] == remote[part]
         print(f"{part}: {'equal' if same else f'{remote[part]} instead of {local[part]}'}")
-    print(f"{len(KILLS)} kills, {time.monotonic() - begin:,.0f} s")
+    print(f"{len(kills)} kills, {time.monotonic() - begin:,.0f} s")
     return 0 if local == remote else 1
 
 
@@ -134,7 +152,7 @@ def _live(place: str, text: pathlib.Path) -> int:
     return _start(place, text).wait()
 
 
-def _killed(proxy: Proxy, target: tuple[str, str], text: pathlib.Path) -> int:
+def _killed(proxy: Proxy, bucket: str, target: tuple[str, str], text: pathlib.Path) -> int:
     """Lets the life go on until it makes such a request, which is not answered; its exit code."""
     process = None
 
@@ -147,7 +165,7 @@ def _killed(proxy: Proxy, target: tuple[str, str], text: pathlib.Path) -> int:
 
     proxy.fault = fault
     try:
-        process = _start(BUCKET, text)
+        process = _start(bucket, text)
         return process.wait()
     finally:
         proxy.fault = None
@@ -187,4 +205,4 @@ def _result(place: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

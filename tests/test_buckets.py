@@ -465,7 +465,7 @@ def test_a_ladder_is_recorded_in_a_bucket(gs, records, eval_records, monkeypatch
 
 
 @needs_google
-def test_result_rows_of_the_paper_are_added_in_a_bucket(gs, capsys):
+def test_result_rows_of_the_paper_are_added_in_a_bucket(gs):
     path = as_path("gs://bucket/paper/results.jsonl")
     with pytest.raises(DataError, match="is no file"):
         paper_main(["table", str(path)])
@@ -473,9 +473,9 @@ def test_result_rows_of_the_paper_are_added_in_a_bucket(gs, capsys):
     append_results(path, [row])
     append_results(path, [row | {"row": "ED"}])
     assert [one["row"] for one in read_results(path)] == ["DEC", "ED"]
-    with pytest.raises(SystemExit):
-        paper_main(["--config=x.py", "--data_dir=gs://b/d", "--work=gs://b/w"])
-    assert "--work" in (said := capsys.readouterr().err) and "mount the bucket" in said
+    config = f"--config={REPOSITORY}/configs/paper.py:laptop"
+    with pytest.raises(ConfigError, match="a disk: .* locks .* --results=gs://b/w/results.jsonl"):
+        paper_main([config, "--data_dir=gs://b/d", "--workdir=gs://b/w"])
 
 
 @needs_google

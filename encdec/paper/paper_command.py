@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import ml_collections
 
+from encdec.buckets import is_address
 from encdec.config_files import read_config_file, split_overrides, with_overrides
 from encdec.errors import ConfigError, DataError
 from encdec.fields import unknown_field
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     columns = _chosen("columns", options.columns, [column.name for column in setting.columns])
     rows = _chosen("rows", options.rows, list(table_rows(setting)))
-    work = pathlib.Path(options.workdir)
+    work = _on_a_disk(options.workdir)
     work.mkdir(parents=True, exist_ok=True)
     identity = setting.identity()
     path = work / "setting.json"
@@ -62,6 +63,19 @@ def main(argv: list[str]) -> int:
     experiment = Experiment(setting, work, corpora, results, columns, rows, _say)
     print(table_markdown(experiment.run()))
     return 0
+
+
+def _on_a_disk(workdir: str) -> pathlib.Path:
+    """Raises ConfigError for an address, where processes could not divide the runs."""
+    if not is_address(workdir):
+        return pathlib.Path(workdir)
+    copy = "aws s3 sync" if workdir.startswith("s3:") else "gcloud storage rsync -r"
+    raise ConfigError(
+        f"--workdir is {workdir}; expected a directory on a disk: processes divide the runs by "
+        "locked files, and neither a bucket nor its mount has locks that end with their process. "
+        f"Give one on this machine, with --results={workdir}/results.jsonl, from which any other "
+        f"machine goes on, and copy what else is to be kept ({copy} DIR {workdir})"
+    )
 
 
 def _say(text: str) -> None:
@@ -168,7 +182,11 @@ def _parser() -> argparse.ArgumentParser:
         help="text to pretrain on; may be repeated",
     )
     parser.add_argument(
-        "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
+        "--workdir",
+        type=any_path,
+        required=True,
+        metavar="DIR",
+        help="receives everything; a directory on a disk",
     )
     parser.add_argument(
         "--results",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from encdec import safetensors
-from encdec.buckets import is_address
+from encdec.buckets import forget, is_address
 from encdec.errors import CheckpointError, DataError
 from encdec.model import ModelConfig, abstract_params, build_model
 from encdec.model.parameter_names import path_name
@@ -36,6 +36,7 @@ from encdec.saved.saved_config import (
     model_config_of,
     read_config,
 )
+from encdec.saved.uploaded_steps import MARKER, are_uploaded, whole_steps
 from encdec.storage import as_path, on_this_machine
 
 FINGERPRINTS = "fingerprints"
@@ -86,7 +87,7 @@ def load_params_for_inference(
         shardings,
     )
     try:
-        items = read_whole(_readable(directory / str(step)), {"params": placed})
+        items = read_whole(directory / str(step), {"params": placed})
     except Damaged as error:
         others = ", ".join(str(s) for s in saved_steps(workdir) if s != step) or "none"
         raise CheckpointError(
@@ -95,24 +96,33 @@ def load_params_for_inference(
     return config, items["params"], step
 
 
-def _readable(folder: epath.Path) -> epath.Path:
-    """A step's folder where orbax can read it: what inference needs of it, if it must be copied."""
-    if not is_address(folder) or os.fspath(folder).startswith("gs://"):
+def _readable(folder: epath.Path, wanted: Iterable[str]) -> epath.Path:
+    """A step's folder where orbax can read it: the items that are wanted, if it must be copied.
+
+    Raises:
+        FileNotFoundError: an item is missing.
+        ConnectionError: it may be there, but cannot be copied for the moment.
+    """
+    if not are_uploaded(folder):
         return folder
-    copies = [on_this_machine(folder / name) for name in ("_CHECKPOINT_METADATA", "params")]
-    with contextlib.suppress(FileNotFoundError):
-        copies.append(on_this_machine(folder / FINGERPRINTS))
+    try:
+        copies = [on_this_machine(folder / name) for name in (MARKER, *wanted)]
+        with contextlib.suppress(FileNotFoundError):
+            copies.append(on_this_machine(folder / FINGERPRINTS))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever the libraries of buckets raise, or this machine's disk
+        raise ConnectionError(_short(error)) from error
     return epath.Path(copies[0].parent)
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """The steps of which there is a complete checkpoint, in order."""
     directory = checkpoints_folder(workdir)
+    if are_uploaded(directory):
+        return whole_steps(directory)
     if not directory.exists():
         return []
-    if is_address(workdir) and not os.fspath(directory).startswith("gs://"):
-        # Copied there: orbax knows no marker of an unfinished one.
-        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
     return sorted(ocp.utils.checkpoint_steps(directory))
 
 
@@ -189,20 +199,31 @@ def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
     return epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
 
 
-def read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read_whole(step: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Reads items of a step and proves them; all processes come to the same verdict.
 
     Args:
-        folder: of the step.
-        expected: an abstract tree with shardings by item.
+        step: its folder.
+        wanted: an abstract tree with shardings by item.
 
     Raises:
         Damaged: what is there is not what was saved.
         CheckpointError: it cannot be read for the moment.
     """
+    try:
+        return _read_once(step, wanted)
+    except Damaged:
+        if not are_uploaded(step):
+            raise
+        forget(os.fspath(step))  # the copy may be what is damaged
+        return _read_once(step, wanted)
+
+
+def _read_once(step: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     items: dict[str, Any] = {}
     trouble: Exception | None = None
     try:
+        folder = _readable(step, wanted)
         prints = _saved_fingerprints(folder)
         # Not through the manager, whose barriers would keep the other processes waiting for one
         # that has met an error.
@@ -218,7 +239,7 @@ def read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         )
     ):
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read now: {_short(trouble)}; try again"
+            f"checkpoint {step} cannot be read now: {_short(trouble)}; try again"
         ) from trouble
     if any_process(trouble is not None):
         raise Damaged(_short(trouble)) from trouble
@@ -235,7 +256,7 @@ def read_whole(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 def _saved_fingerprints(folder: epath.Path) -> dict[str, dict[str, str]] | None:
     """The step's fingerprints by item; None for a checkpoint from before there were any."""
     if not (folder / FINGERPRINTS).exists():
-        if f'"{FINGERPRINTS}"' in (folder / "_CHECKPOINT_METADATA").read_text():
+        if f'"{FINGERPRINTS}"' in (folder / MARKER).read_text():
             raise FileNotFoundError(f"{FINGERPRINTS} is missing")
         return None
     handler = ocp.JsonCheckpointHandler()

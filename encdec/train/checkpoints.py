@@ -29,6 +29,7 @@ from encdec.saved.saved_params import (
     read_whole,
     saved_steps,
 )
+from encdec.saved.uploaded_steps import UploadedSteps, are_uploaded
 from encdec.storage import make_directory, move_directory
 from encdec.train.run_config import CheckpointConfig
 from encdec.train.state import TrainState
@@ -61,7 +62,9 @@ class Checkpoints:
         self._keep = _Keep(config, {} if losses is None else losses)
         self._manager = self._open()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> ocp.CheckpointManager | UploadedSteps:
+        if are_uploaded(self.directory):
+            return UploadedSteps(self.directory, self._keep.kept)
         return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -189,7 +192,10 @@ class _Keep(PreservationPolicy):
     config: CheckpointConfig
     losses: Mapping[int, float]
 
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        return kept_steps(steps, self.config, self.losses)
+
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = kept_steps(steps, self.config, self.losses)
+        kept = self.kept(steps)
         return [step in kept for step in steps]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import Any
 
+import jax
 from etils import epath
 
-from encdec.buckets import is_address
+from encdec.buckets import CACHE, is_address
 from encdec.data.records import DatasetCard, Records, open_records
 from encdec.data.teacher_rows import TeacherRows, open_teacher
-from encdec.errors import ConfigError, DataError
+from encdec.errors import ConfigError, DataError, StorageError
 from encdec.model import ModelConfig
+from encdec.saved.uploaded_steps import are_uploaded, staging_folder
 from encdec.storage import user_place
 from encdec.train.distillation_losses import check_divergence
 from encdec.train.program import Program, build_program
@@ -67,6 +70,7 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
         check_teacher(run, teacher)
     mesh = make_mesh(run.mesh)
     program = build_program(run, model, mesh, records.card.targets_length)
+    check_room(workdir, program)
     description = describe_run(
         run,
         model,
@@ -80,14 +84,33 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
 
 
 def check_place(workdir: epath.PathLike) -> None:
-    """Raises ConfigError for a work directory where checkpoints cannot be written."""
+    """Raises ConfigError for a work directory where this run cannot save its checkpoints."""
     address = user_place("--workdir", workdir)
-    if is_address(address) and not address.startswith("gs://"):
-        bucket = address.split("/")[2]
+    processes = jax.process_count() if jax.distributed.is_initialized() else 1
+    if are_uploaded(address) and processes > 1:
         raise ConfigError(
-            f"--workdir is {address}, but checkpoints are written to disks and to gs:// alone; "
-            f"give a path on this machine and copy it (aws s3 sync), or mount the bucket "
-            f"(mount-s3 {bucket} /mnt/{bucket})"
+            f"--workdir is {address}, which one process alone can save its checkpoints to; this "
+            f"run has {processes}. Train in one process, which uses all devices of its machine, "
+            "or give gs://BUCKET/PATH or a directory that all machines share (such as EFS, FSx "
+            "for Lustre) and copy it (aws s3 sync)"
+        )
+
+
+def check_room(workdir: epath.PathLike, program: Program) -> None:
+    """Raises StorageError where this machine has no space for a checkpoint on its way to s3://."""
+    if not are_uploaded(workdir):
+        return
+    state = program.abstract_state
+    arrays = jax.tree.leaves((state.params, state.opt_state))
+    needed = sum(array.size * array.dtype.itemsize for array in arrays)
+    folder = staging_folder(workdir)
+    there = next(path for path in folder.parents if path.exists())
+    left = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # to be removed
+    if (free := shutil.disk_usage(there).free + left) < needed:
+        raise StorageError(
+            f"{folder}: a checkpoint of {needed / 1e9:,.1f} GB is written there before it is "
+            f"uploaded, and {free / 1e9:,.1f} GB are free; free some space, or name a folder of "
+            f"another disk: {CACHE}=DIR"
         )
 
 
