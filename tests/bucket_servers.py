@@ -103,6 +103,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def google() -> Iterator[tuple[Proxy, dict[str, str]]]:
     """A server with the bucket "bucket", and the environment in which libraries find it."""
+    import fsspec
     from gcp_storage_emulator.server import create_server
 
     port = free_port()
@@ -123,11 +124,13 @@ def google() -> Iterator[tuple[Proxy, dict[str, str]]]:
     finally:
         proxy.close()
         server.stop()
+        fsspec.get_filesystem_class("gcs").clear_instance_cache()  # they know this server
 
 
 @contextlib.contextmanager
 def amazon() -> Iterator[tuple[Proxy, dict[str, str]]]:
     """The same for S3."""
+    import fsspec
     from moto.server import ThreadedMotoServer
 
     port = free_port()
@@ -150,6 +153,7 @@ def amazon() -> Iterator[tuple[Proxy, dict[str, str]]]:
     finally:
         proxy.close()
         server.stop()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def main(folder: str, *command: str) -> int:
