@@ -25,9 +25,9 @@ from encdec.saved.saved_params import latest_step, saved_steps
 from encdec.saved.uploaded_steps import MARKER, staging_folder
 from encdec.train import session
 from encdec.train.checkpoints import Checkpoints
-from encdec.train.run_config import CheckpointConfig
 from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
+from encdec.train.run_config import CheckpointConfig
 from tests import devices
 from tests.bucket_servers import Proxy
 from tests.test_buckets import (  # noqa: F401
