@@ -75,7 +75,6 @@ def main(argv: list[str]) -> None:
     """
     parser = Parser(
         prog="encdec describe",
-        former={"--inputs": "--inputs_length", "--targets": "--targets_length"},
         description="Shows a model's architecture, parameters, FLOPs and bytes, next to "
         "decoder-only models with equal parameters and with equal training FLOPs.",
         epilog="presets: " + ", ".join(preset_names()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import encdec
@@ -13,21 +13,55 @@ from encdec import logs
 
 _LOG = logs.logger(__name__)
 
+# Names that flags had once: the former, today's (with a value what the former meant), and the
+# commands. They are accepted and in no help.
+FORMER = (
+    (
+        *("--inputs", "--inputs_length", "describe", "compile", "benchmark adaptation"),
+        *("benchmark edge", "benchmark inference", "benchmark speculate"),
+        *("benchmark accelerator", "benchmark train"),
+    ),
+    (
+        *("--targets", "--targets_length", "describe", "compile", "benchmark adaptation"),
+        *("benchmark accelerator", "benchmark train"),
+    ),
+    ("--writer", "--checkpoint", "distill rollout"),
+    ("--json", "--out", "compile", "scaling fit"),
+    ("--from", "--format", "import"),
+    ("--truncate", "--too_long=cut", "generate"),
+    ("--limit", "--max_examples", "evaluate", "benchmark speculate"),
+    ("--work", "--workdir", "paper", "benchmark distill", "benchmark adaptation"),
+    ("--print_jobs", "--dry_run", "scaling run"),
+    ("--examples", "--max_examples", "scaling score"),
+    ("--draws", "--resamples", "scaling fit", "scaling plot"),
+    (
+        *("--rounds", "--repeats", "benchmark prepare", "benchmark serving"),
+        *("benchmark accelerator", "benchmark train", "benchmark loop"),
+    ),
+    ("--batch", "--batch_size", "benchmark data"),
+    ("--images", "--out", "benchmark distill"),
+    ("--vocabulary", "--vocabulary_size", "benchmark adaptation"),
+    ("--documents", "--max_examples", "benchmark adaptation"),
+    ("--rows", "--batches", "benchmark speculate"),
+    ("--rows", "--batch_size", "benchmark accelerator", "benchmark train"),
+)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser with what all commands have in common.
 
     Args:
-        former: for each name that a flag had once, its name of today, ``{"--work": "--workdir"}``,
-            or with a value what it meant, ``{"--truncate": "--too_long=cut"}``. Former names are
-            accepted and in no help.
         options: of ``argparse.ArgumentParser``; flags are not abbreviated.
     """
 
-    def __init__(self, *, former: Mapping[str, str] | None = None, **options: Any):
+    def __init__(self, **options: Any):
         options.setdefault("allow_abbrev", False)
         super().__init__(**options)
-        self.former = dict(former or {})
+        self.former = {
+            former: today
+            for former, today, *commands in FORMER
+            if self.prog.removeprefix("encdec ") in commands
+        }
         group = self.add_mutually_exclusive_group()
         for flag, level, text in (
             ("--quiet", logs.QUIET, "print errors, warnings and the result alone"),

@@ -153,6 +153,7 @@ def _wait(
 
 
 def _relay(index: int, process: subprocess.Popen) -> None:
+    assert process.stdout is not None  # it was started with a pipe
     for line in process.stdout:
         print(f"[{index}] {line}", end="", flush=True)
 

@@ -62,7 +62,7 @@ class Slices:
         """
         match = re.fullmatch(r"([a-z0-9]+):([0-9]+(?:x[0-9]+)*)(?:\*([0-9]+))?", text)
         chip = CHIPS.get(match[1]) if match else None
-        if chip is None:
+        if match is None or chip is None:
             raise ValueError(
                 f"{text!r} is not a slice; expected one of {', '.join(CHIPS)} with its "
                 "sides, e.g. v5e:4x4, or v5e:16x16*2 for two slices"

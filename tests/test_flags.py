@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from encdec import cli, logs
+from encdec import cli, flags, logs
 from encdec.data.prepare_command import ProgressLine
 from encdec.distill.score_command import ScoringProgress
 from encdec.errors import ConfigError
@@ -100,12 +100,13 @@ def records(tmp_path_factory):
 def test_verify_says_less_and_more(records, capsys):
     capsys.readouterr()
     usual, quiet, verbose = (
-        _verify(capsys, records, *flags) for flags in ((), ("--quiet",), ("--verbose",))
+        _verify(capsys, records, *given) for given in ((), ("--quiet",), ("--verbose",))
     )
+    outs = [re.sub(r"[\d.]+ s\b", "0 s", one.out) for one in (usual, quiet, verbose)]
     assert "verify: rows" in usual.err and usual.out
-    assert quiet.err == "" and quiet.out == usual.out
+    assert quiet.err == "" and outs == [outs[0]] * 3
     assert re.search(r"^\d\d:\d\d:\d\d INFO encdec\.\S+: verify: rows$", verbose.err, re.M)
-    assert "DEBUG encdec.cli: done in" in verbose.err and verbose.out == usual.out
+    assert "DEBUG encdec.cli: done in" in verbose.err
     # Each call ends with the level that it found.
     assert _verify(capsys, records).err == usual.err
 
@@ -279,7 +280,7 @@ FORMER = {
 
 
 def test_former_names_mean_flags_that_are_there():
-    assert len(FORMER) > 20
+    assert len(FORMER) == sum(len(commands) for _, _, *commands in flags.FORMER)
     for (words, former), today in FORMER.items():
         flag, _, value = today.partition("=")
         shown = {name: action for program, name, action in visible_flags() if program == words}

@@ -277,12 +277,6 @@ def summary(result: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark accelerator",
-        former={
-            "--rows": "--batch_size",
-            "--inputs": "--inputs_length",
-            "--targets": "--targets_length",
-            "--rounds": "--repeats",
-        },
         description="On a GPU or TPU, in about ten minutes: attention kernels against plain XLA, "
         f"training steps with MFU (goal on an H200: {MFU_GOAL:.0%}, and {SEQUENCES_GOAL} "
         f"sequences/s of {T5_LARGE}), generation with transformers next to it, a profile. Results "

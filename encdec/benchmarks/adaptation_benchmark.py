@@ -39,13 +39,6 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark adaptation",
-        former={
-            "--work": "--workdir",
-            "--inputs": "--inputs_length",
-            "--targets": "--targets_length",
-            "--vocabulary": "--vocabulary_size",
-            "--documents": "--max_examples",
-        },
         description="Held-out loss at equal FLOPs after a decoder-only model's training: the same "
         "model trained further, encoder-decoders adapted from it, others from random parameters.",
     )

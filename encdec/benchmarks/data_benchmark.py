@@ -14,7 +14,7 @@ import pathlib
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -215,14 +215,14 @@ def measure_fetching(address: str) -> dict[str, float]:
     }
 
 
-def _flags(name: str, former: Mapping[str, str]) -> argparse.ArgumentParser:
-    flags = Parser(prog=f"encdec benchmark {name}", former=former)
+def _flags(name: str) -> argparse.ArgumentParser:
+    flags = Parser(prog=f"encdec benchmark {name}")
     flags.add_argument("--json", action="store_true", help="print JSON alone")
     return flags
 
 
 def _prepare_flags() -> argparse.ArgumentParser:
-    flags = _flags("prepare", former={"--rounds": "--repeats"})
+    flags = _flags("prepare")
     flags.add_argument("--task", help="a task by name (stdlib_text)")
     flags.add_argument("--jsonl", type=local_path, nargs="+", metavar="FILE")
     flags.add_argument("--text", type=local_path, nargs="+", metavar="FILE")
@@ -280,7 +280,7 @@ def prepare_main(argv: list[str]) -> int:
 
 def read_main(argv: list[str]) -> int:
     """``encdec benchmark data``: reading shuffled batches of records."""
-    flags = _flags("data", former={"--batch": "--batch_size"})
+    flags = _flags("data")
     flags.add_argument(
         "--records",
         type=any_path,

@@ -54,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="encdec benchmark distill",
-        former={"--work": "--workdir", "--images": "--out"},
         description="One decoder-only teacher, students of one size on gold targets alone, every "
         "logit, draws and top-k rows, at equal steps: loss, calibration, bytes, step time.",
     )

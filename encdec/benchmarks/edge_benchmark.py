@@ -342,7 +342,6 @@ def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Ta
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark edge",
-        former={"--inputs": "--inputs_length"},
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
         "models of the same parameters, in transformers, OpenVINO and CTranslate2 (extras hf and "
         "peers), too, by turns in one run. "

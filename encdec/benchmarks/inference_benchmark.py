@@ -447,7 +447,6 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark inference",
-        former={"--inputs": "--inputs_length"},
         description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
         "parameters and of equal training FLOPs, cached and uncached, by turns in one run; "
         "parameters are random, since their values do not affect the time.",

@@ -180,11 +180,7 @@ class _BareLoop:
 
 def loop_main(argv: list[str]) -> int:
     """``encdec benchmark loop``: step time in the loop against the bare jitted step."""
-    flags = Parser(
-        prog="encdec benchmark loop",
-        description=loop_main.__doc__,
-        former={"--rounds": "--repeats"},
-    )
+    flags = Parser(prog="encdec benchmark loop", description=loop_main.__doc__)
     flags.add_argument(
         "--model",
         default="quickstart",

@@ -216,7 +216,6 @@ def text_of(report: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark serving",
-        former={"--rounds": "--repeats"},
         description="Throughput of continuous batching, over HTTP on loopback, against the same "
         "requests one after the other on a server of one slot.",
     )

@@ -371,7 +371,6 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark speculate",
-        former={"--inputs": "--inputs_length", "--limit": "--max_examples", "--rows": "--batches"},
         description="The cost of a step that verifies several tokens, of a model whose parameters "
         "are drawn; and the rate of a trained model's answers with drafts and without, by turns.",
         epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "

@@ -383,12 +383,6 @@ def _names(allowed: Sequence[str] = ()) -> Callable[[str], tuple[str, ...]]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark train",
-        former={
-            "--rows": "--batch_size",
-            "--inputs": "--inputs_length",
-            "--targets": "--targets_length",
-            "--rounds": "--repeats",
-        },
         description="Our jitted training step next to PyTorch's of the same architecture, "
         "parameters, batch and optimizer, by turns in one run; and where the time of ours goes.",
     )

@@ -118,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
 def _add_rollout(parts: Any) -> None:
     part = parts.add_parser(
         "rollout",
-        former={"--writer": "--checkpoint"},
         help="answer the sources of records with a model",
         description="Writes records with a model's own answers: a student's, for a teacher to "
         "score (on-policy), or a teacher's (sequence-level distillation).",

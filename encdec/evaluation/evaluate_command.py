@@ -93,7 +93,6 @@ def _names(text: str) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec evaluate",
-        former={"--limit": "--max_examples"},
         description="Answers the examples of tasks with a trained model, and scores the answers. "
         "Repeat the command to resume. `encdec evaluate compare --help`: how certain "
         "the difference of two models is; `encdec evaluate table --help`: many models in the "

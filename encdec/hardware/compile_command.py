@@ -197,7 +197,6 @@ def _check_writable(flag: str, file: str | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec compile",
-        former={"--inputs": "--inputs_length", "--targets": "--targets_length", "--json": "--out"},
         description="Compiles the training step, or generation, for TPU topologies, on a machine "
         "without any, and predicts memory, time, MFU and chip-hours.",
         epilog="Any field of the config is set by --config.FIELD=VALUE, the mesh too: "

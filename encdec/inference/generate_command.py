@@ -108,7 +108,6 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec generate",
-        former={"--truncate": "--too_long=cut"},
         description="Generates text with a trained model, from texts given here or in a file.",
         epilog="Example: encdec generate --checkpoint=runs/mine --beams=4 'def add(a, b): ...'",
     )

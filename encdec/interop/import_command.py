@@ -45,7 +45,6 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec import",
-        former={"--from": "--format"},
         description="Converts another project's model to a work directory that score, generate and "
         "describe read.",
     )

@@ -156,7 +156,6 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec paper",
-        former={"--work": "--workdir"},
         description="Rebuilds the paper's comparison: pretrains DEC and ED at three splits at "
         "equal FLOPs, fine-tunes them on tasks, distils, evaluates. Repeat the command to "
         "resume. `encdec paper costs --help`: what each model costs; `encdec paper table --help`: "

@@ -108,7 +108,6 @@ def _add_run(actions: Any) -> None:
         help="no other process works on this ladder: for a --workdir in a bucket, which has no "
         "locks, unless --only or --index names the runs",
     )
-    parser.former["--print_jobs"] = "--dry_run"
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--only",
@@ -163,7 +162,6 @@ def _add_score(actions: Any) -> None:
         metavar="A,B",
         help="metrics instead of the task's own, such as rougeL; see `encdec evaluate --help`",
     )
-    parser.former["--examples"] = "--max_examples"
     parser.add_argument(
         "--max_examples", type=int, metavar="N", help="use the first N examples (default: all)"
     )
@@ -172,7 +170,6 @@ def _add_score(actions: Any) -> None:
 def _add_fit(actions: Any) -> None:
     parser = _action(actions, "fit", _fit, "fit laws and compare the architectures")
     _fit_options(parser)
-    parser.former["--json"] = "--out"
     parser.add_argument(
         "--out", type=any_path, metavar="FILE", help="also write all numbers to this file"
     )
@@ -208,8 +205,6 @@ def _ladder_options(parser: argparse.ArgumentParser) -> None:
 
 def _fit_options(parser: Parser) -> None:
     from encdec.scaling.results_file import LOSSES, PARAMETERS, TOKENS
-
-    parser.former["--draws"] = "--resamples"
 
     parser.add_argument(
         "--results",
