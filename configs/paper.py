@@ -11,8 +11,8 @@ cost as many FLOPs a row as the encoder-decoder of the first split, except those
 and the teacher's weight are our choice, because the paper does not give them.
 
 Time and loss: laptop took 54 CPU-minutes for 70 trainings on 2 shared cores of an AMD EPYC
-(2026-11-25). Of codexglue, ED 2/3-1/3 ends at 0.241 held-out bits a byte and DEC at 0.267 (seed 0,
-2026-11-28), some ten minutes of processor time each; docs/results.md has the rest. gpu is not
+(2026-11-25). In codexglue, ED 2/3-1/3 ends at 0.241 held-out bits per byte and DEC at 0.267 (seed
+0, 2026-11-28), about ten minutes of processor time each; docs/results.md has the rest. gpu is not
 measured.
 """
 

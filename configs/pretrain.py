@@ -30,6 +30,6 @@ def _for_tpus(config: ConfigDict, model: str) -> None:
     config.mesh = ConfigDict(dict(data=-1, fsdp=16))
     config.model_overrides = ConfigDict()
     config.model_overrides.scan_layers = False  # saves a fifth of the step; compiles for minutes
-    # At 16 rows a chip the smallest keeps all outputs of matrix products, others not the MLP's.
+    # At 16 rows per chip the smallest keeps all outputs of matrix products, others not the MLP's.
     config.model_overrides.remat = "dots" if model.startswith("330m") else "attention"
     config.model_overrides.mlp_dropout = 0.0  # one pass over much text (our choice)

@@ -125,7 +125,7 @@ def read_config_file(source: str) -> ml_collections.ConfigDict:
         )
     spec = importlib.util.spec_from_file_location(f"encdec_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {name} is no Python file; expected FILE.py[:ARGUMENT]")
+        raise ConfigError(f"config file {name} is not a Python file; expected FILE.py[:ARGUMENT]")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         for place, argument in enumerate(found[:end]):
             name, equals, value = argument.partition("=")
             if name in self.former:
-                _LOG.info("%s: %s is written %s now", self.prog, name, self.former[name])
+                _LOG.info("%s: %s is now called %s", self.prog, name, self.former[name])
                 found[place] = self.former[name] + equals + value
         return found
 

@@ -108,7 +108,9 @@ def data_files(address: str, wanted: Callable[[str], bool]) -> list[pathlib.Path
             with contextlib.suppress(FileNotFoundError, EntryNotFoundError):
                 found = [file for file in files.find(address, maxdepth=1) if wanted(file)]
         if not found:
-            raise DataError(f"no file is at {address}; give a file, folder or pattern that is")
+            raise DataError(
+                f"there is no file at {address}; give an existing file, folder or pattern"
+            )
         return [fetch(files.resolve_path(file).path_in_repo) for file in sorted(found)]
 
 
@@ -117,7 +119,7 @@ def _parts(address: str) -> tuple[str, str, str | None, str]:
     match = _DATA.fullmatch(address)
     if match is None:
         raise ConfigError(
-            f"{address} is no address of files of the Hub; expected "
+            f"{address} is not an address of files on the Hub; expected "
             "hf://datasets/ORG/NAME/PATH, or hf://datasets/ORG/NAME@REVISION/PATH"
         )
     require("huggingface_hub", "hf", address)

@@ -235,21 +235,21 @@ class DirectoryJob(Generic[T]):
             differ = differences(json.loads(job_file.read_text()), self._job)
             if differ and not self._overwrite:
                 raise DataError(
-                    f"{directory} holds an unfinished {self._what} of something else: "
+                    f"{directory} holds an unfinished {self._what} with other settings: "
                     f"{'; '.join(differ)}. Repeat that command, give another --out, or --overwrite "
                     "to discard it"
                 )
             self._discards, self._resumed = bool(differ), not differ
         elif earlier and not self._overwrite:
             raise DataError(
-                f"{directory} holds a {self._what} that an earlier version of encdec began "
+                f"{directory} holds a {self._what} that an earlier version of encdec started "
                 f"({earlier[0]}/{JOB_FILE}). Finish it with that version, give another --out, or "
                 "--overwrite to discard it"
             )
         elif found - {NOTES} and not earlier:
             raise DataError(
-                f"{directory} is not empty and holds no {self._what}; give another --out "
-                "(--overwrite replaces that alone)"
+                f"{directory} is not empty, but holds no {self._what}; give another --out "
+                "(--overwrite replaces only one)"
             )
         else:  # nothing, an earlier version's job, or one killed before it wrote anything
             self._discards = bool(found)

@@ -32,8 +32,8 @@ def load_causal_model(directory: str | os.PathLike[str], **options: Any) -> Any:
         names = missing + misshapen
         shown = ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
         raise DataError(
-            f"the weights in {directory} lack, or have in another shape, {shown}; transformers "
-            f"{transformers.__version__} would draw them at random: give the model's complete "
+            f"the weights in {directory} lack {shown}, or have them in another shape; transformers "
+            f"{transformers.__version__} would initialize them randomly: give the model's complete "
             "directory, or a version of transformers that knows it"
         )
     return model

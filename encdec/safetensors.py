@@ -47,7 +47,7 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     start = 8 + int(data[:8].view("<u8")[0])
     if start > size:
         raise DataError(
-            f"{path} is cut short: its header ends at byte {start:,} of {size:,}; {remedy}"
+            f"{path} is truncated: its header ends at byte {start:,} of {size:,}; {remedy}"
         )
     try:
         header = json.loads(data[8:start].tobytes())
@@ -60,13 +60,13 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
         if dtype is None:
             raise DataError(
                 f"tensor {name} in {path} has dtype {entry['dtype']}; expected one of "
-                f"{', '.join(_DTYPES)}: take a checkpoint that is not quantised"
+                f"{', '.join(_DTYPES)}: use an unquantized checkpoint"
             )
         first, last = (start + offset for offset in entry["data_offsets"])
         if last > size or last - first != int(np.prod(entry["shape"])) * dtype.itemsize:
             raise DataError(
-                f"{path} is cut short or damaged: tensor {name} ends at byte "
-                f"{last:,} of {size:,}; {remedy}"
+                f"{path} is truncated or damaged: tensor {name} ends at byte {last:,} of {size:,}; "
+                f"{remedy}"
             )
         tensors[name] = data[first:last].view(dtype).reshape(entry["shape"])
     return tensors

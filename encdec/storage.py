@@ -181,7 +181,7 @@ def user_place(name: str, text: str | os.PathLike[str]) -> str:
     if is_address(path):
         return normal_address(name, path)
     raise ConfigError(
-        f"{name} is {path}, an address that nothing here opens; expected a path on this machine, "
+        f"{name} is {path}, an unsupported address; expected a path on this machine, "
         f"gs://BUCKET/PATH or s3://BUCKET/PATH{_slashes(address)}"
     )
 

@@ -225,7 +225,7 @@ MUTANTS = (
         ("tests/train/test_losses.py::test_sums_follow_the_definitions",),
     ),
     Mutant(
-        "bits a byte: evaluated share of bytes not scaled",
+        "bits per byte: evaluated share of bytes not scaled",
         "encdec/train/metrics.py",
         "text_bytes = target_bytes * tokens / max(target_tokens, 1)",
         "text_bytes = float(target_bytes)",

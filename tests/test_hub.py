@@ -299,7 +299,7 @@ def test_data_of_the_hub_is_read_by_its_address(tmp_path, server):
     for name in ("folder", "pattern", "files"):
         found = {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.arrayrecord")}
         assert found == wanted, name
-    assert f"no file is at {hub}/data/absent.jsonl" in out and not (tmp_path / "no").exists()
+    assert f"there is no file at {hub}/data/absent.jsonl" in out and not (tmp_path / "no").exists()
     assert "hf://datasets/org/absent/a.jsonl on the Hub: " in out
     asked = len(Hub.asked)
     run(

@@ -170,7 +170,7 @@ def test_what_is_in_the_way_is_left_alone(tmp_path):
     (tmp_path / "mine" / NOTES).mkdir(parents=True)
     (tmp_path / "mine" / "thesis.txt").write_text("of ten years")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="not empty and holds no scoring"):
+        with pytest.raises(DataError, match="not empty, but holds no scoring"):
             job(tmp_path / "mine", overwrite=overwrite)
     # Where the new contents would be made.
     (tmp_path / "out").mkdir()
@@ -386,7 +386,7 @@ def test_what_an_earlier_version_began_is_refused(user, users, tmp_path):
     write.write_text("{}")
     (out / "rows-000000.arrayrecord").write_text("rows")
     before = contents(out)
-    with pytest.raises(DataError, match=rf"earlier version of encdec began \({notes}/job.json\)"):
+    with pytest.raises(DataError, match=rf"earlier version of encdec started \({notes}/job.json\)"):
         call(out, lambda: None)
     assert contents(out) == before
     call(tmp_path / "whole", lambda: None)

@@ -47,7 +47,7 @@ def walked(tmp_path_factory):
 def test_every_step_of_the_walk_gives_what_the_next_one_needs(walked):
     folder, out, err = walked
     # Stopped after its first report, and gone on to the end.
-    step = int(re.search(r"being taken away: step (\d+) is saved", err)[1])
+    step = int(re.search(r"preempted: step (\d+) is saved", err)[1])
     assert 10 <= step < 30 and f"resuming runs/mine after step {step}" in err
     losses = [json.loads(line) for line in open(folder / "runs/mine/metrics.jsonl")]
     held_out = [line["eval/loss"] for line in losses if "eval/loss" in line]

@@ -259,7 +259,7 @@ def summary(result: Mapping[str, Any]) -> str:
     if "step_seconds" in result:
         mfu = f", MFU {result['mfu']:.0%}" if result["mfu"] else ""
         return (
-            f"{1e3 * result['step_seconds']:,.1f} ms a step of {result['rows']} rows, "
+            f"{1e3 * result['step_seconds']:,.1f} ms per step of {result['rows']} rows, "
             f"{result['sequences_per_second']:,.1f} sequences/s{mfu}"
         )
     if "agrees" in result:

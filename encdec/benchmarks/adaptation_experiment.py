@@ -53,7 +53,7 @@ class Setting:
         steps: of the source's training.
         further_steps: that the source would be trained on for; sets everybody's FLOPs.
         inputs, targets: tokens of a row.
-        batch_size: rows a step.
+        batch_size: rows per step.
         vocabulary: ids, sentinels not among them.
         learning_rate: of all, at the peak.
         hold: part of a run in which all but drawn cross-attention waits.

@@ -104,7 +104,7 @@ def measure_prepare(
     rounds: int = 3,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Prepare's tokens a second on one core against the bare encoding of the same texts.
+    """Prepare's tokens per second on one core against the bare encoding of the same texts.
 
     ``documents`` are the first of ``task``'s training split. "Bare" is the batch call of the
     vocabulary's library on one thread with the texts in memory, nothing kept; prepare reads its
@@ -165,7 +165,7 @@ def measure_prepare(
 
 
 def measure_reading(directory: str | pathlib.Path, *, batch: int = 64, steps: int = 50) -> dict:
-    """Tokens a second of shuffled batches, both layouts, and bytes a token on disk."""
+    """Tokens a second of shuffled batches, both layouts, and bytes per token on disk."""
     records = open_records(directory)
     card = records.card
     tokens = card.source_tokens + card.target_tokens
@@ -331,7 +331,7 @@ def read_main(argv: list[str]) -> int:
         goal = READ_GOAL_TOKENS_PER_SECOND
         print(f"{layout}: {speed / 1e6:.1f}M tokens/s a core (goal {goal / 1e6:.0f}M or more)")
     print(
-        f"disk: {result['bytes_per_token']:.2f} bytes a token, "
+        f"disk: {result['bytes_per_token']:.2f} bytes per token, "
         f"{result['bytes_per_token'] / 2:.2f} of 2 bytes; {result['stored_bytes_per_id']} bytes an "
         "id before compression"
     )
@@ -344,7 +344,7 @@ def read_main(argv: list[str]) -> int:
     print(
         f"for {step.model} on {step.topology}, whose step takes {1000 * step.seconds:.0f} ms as "
         f"predicted, a host of {step.chips_per_host} chips reads "
-        f"{step.rows_per_chip * step.chips_per_host:g} rows of {step.positions:,} tokens a step: "
+        f"{step.rows_per_chip * step.chips_per_host:g} rows of {step.positions:,} tokens per step: "
         f"{100 * share:.2f} % of one core (goal below 1 %), {100 * share / step.host_cores:.4f} % "
         f"of the host's {step.host_cores} cores"
     )

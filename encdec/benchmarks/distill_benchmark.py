@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         ("teacher_layers", "in place of the preset's; 0 leaves it"),
         ("steps", "steps of a student"),
         ("teacher_steps", "steps of the teacher"),
-        ("batch_size", "rows a step"),
+        ("batch_size", "rows per step"),
         ("seeds", "students of each kind"),
         ("alpha", "weight of the teacher"),
         ("learning_rate", "Muon's peak learning rate"),

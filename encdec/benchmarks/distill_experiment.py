@@ -50,7 +50,7 @@ class Setting:
         student, teacher: presets.
         teacher_layers: in place of the preset's; 0 leaves it.
         steps, teacher_steps: optimizer steps.
-        batch_size: rows a step.
+        batch_size: rows per step.
         seeds: runs of each kind.
         alpha: weight of the teacher.
         learning_rate: of Muon, for all.

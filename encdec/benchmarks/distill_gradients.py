@@ -68,7 +68,7 @@ class _Gradients:
         self._compiled: dict[str, Any] = {}
 
     def of(self, fmt: SparseFormat, tail: str = "merged") -> tuple[np.ndarray, float]:
-        """The gradient of the forward KL over all rows, flat, and bytes a token."""
+        """The gradient of the forward KL over all rows, flat, and bytes per token."""
         total, size, count = 0.0, 0, 0
         for (student_batch, _), (rows, tokens) in zip(self._batches, self._stored(fmt)):
             size, count = size + sum(map(len, rows)), count + tokens

@@ -70,7 +70,7 @@ def table(results: Mapping[str, Any]) -> str:
     """Markdown: one line for each kind of student, means over seeds with standard deviations."""
     baseline = results["students"][0]["loss"]
     lines = [
-        "| student | seeds | held-out loss | against CE | ECE | bytes a token | step time |",
+        "| student | seeds | held-out loss | against CE | ECE | bytes per token | step time |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in results["students"]:
@@ -100,7 +100,9 @@ def draw_students(results: Mapping[str, Any], path: pathlib.Path) -> None:
     rows = results["students"]
     figure, axes = _figure(2, (8.0, 0.9 + 0.36 * len(rows)))
     for axis, name, label in zip(
-        axes, ("loss", "ece"), ("held-out loss, nats a target token", "expected calibration error")
+        axes,
+        ("loss", "ece"),
+        ("held-out loss, nats per target token", "expected calibration error"),
     ):
         for place, row in enumerate(rows):
             axis.plot(
@@ -150,7 +152,9 @@ def draw_gradients(errors: Sequence[GradientError], path: pathlib.Path) -> None:
     axes[1].set_ylabel("norm over that of every logit")
     axes[1].axhline(1, color="#888888", linewidth=0.8)
     for axis in axes:
-        axis.set_xlabel("bytes a token (numbers: N or k)" if axis is axes[0] else "bytes a token")
+        axis.set_xlabel(
+            "bytes per token (numbers: N or k)" if axis is axes[0] else "bytes per token"
+        )
     axes[1].legend()
     figure.savefig(path, dpi=150)
 

@@ -45,7 +45,7 @@ RUNTIMES = {"transformers": None, "transformers-bfloat16": "bfloat16"}
 # arXiv 2501.16273, abstract: of the encoder-decoder against decoder-only models of its size.
 PAPER = {
     "first token": "-47 %",
-    "tokens a second": "4.7x",
+    "tokens per second": "4.7x",
     "memory": "-11 to -16 %",
     "FLOPs": "-22 %",
 }
@@ -212,7 +212,7 @@ def ratios(found: Sequence[Measured]) -> list[dict[str, Any]]:
                 "inputs": one.timing.input_length,
                 "outputs": one.timing.output_length,
                 "first token": mine.timing.first_token.median / one.timing.first_token.median - 1,
-                "tokens a second": mine.timing.tokens_per_second.median
+                "tokens per second": mine.timing.tokens_per_second.median
                 / one.timing.tokens_per_second.median,
                 "memory": mine.memory_bytes / one.memory_bytes - 1,
                 "peak memory": mine.peak_bytes / one.peak_bytes - 1 if one.peak_bytes else None,
@@ -418,7 +418,7 @@ def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig
 
 def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="The encoder-decoder against each peer", title_justify="left")
-    measures = ("first token", "tokens a second", "memory", "peak memory", "FLOPs")
+    measures = ("first token", "tokens per second", "memory", "peak memory", "FLOPs")
     for place, name in enumerate(("peer", "batch", "in", "out", *measures)):
         table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for row in rows:
@@ -428,7 +428,7 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["inputs"]),
             str(row["outputs"]),
             f"{row['first token']:+.0%}",
-            f"{row['tokens a second']:.2f}x",
+            f"{row['tokens per second']:.2f}x",
             f"{row['memory']:+.0%}",
             "" if row["peak memory"] is None else f"{row['peak memory']:+.0%}",
             f"{row['FLOPs']:+.0%}",

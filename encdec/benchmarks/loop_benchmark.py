@@ -189,8 +189,8 @@ def loop_main(argv: list[str]) -> int:
         help="model to train (default %(default)s)",
     )
     flags.add_argument("--batch_size", type=int, default=0, help="rows; default 8 a device")
-    flags.add_argument("--inputs_length", type=int, default=256, help="%(default)s tokens a row")
-    flags.add_argument("--targets_length", type=int, default=64, help="%(default)s tokens a row")
+    flags.add_argument("--inputs_length", type=int, default=256, help="%(default)s tokens per row")
+    flags.add_argument("--targets_length", type=int, default=64, help="%(default)s tokens per row")
     flags.add_argument("--window", type=int, default=10, help="steps between turns (%(default)s)")
     flags.add_argument("--repeats", type=int, default=7, help="turns (%(default)s)")
     flags.add_argument("--json", action="store_true", help="print JSON alone")
@@ -213,8 +213,8 @@ def loop_main(argv: list[str]) -> int:
         f"{result['targets_length']} tokens, {result['devices']} x {result['device']}, "
         f"{result['steps']} steps each"
     )
-    print(f"in the loop: {1e3 * result['loop_step_seconds']:.2f} ms a step")
-    print(f"bare step:   {1e3 * result['bare_step_seconds']:.2f} ms a step")
+    print(f"in the loop: {1e3 * result['loop_step_seconds']:.2f} ms per step")
+    print(f"bare step:   {1e3 * result['bare_step_seconds']:.2f} ms per step")
     print(
         f"ratio:       {result['ratio']:.3f} (goal {1 + OVERHEAD_GOAL:.2f} or less; "
         f"single turns {', '.join(f'{ratio:.3f}' for ratio in result['ratios'])})"

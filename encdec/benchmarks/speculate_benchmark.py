@@ -68,7 +68,7 @@ class TaskRate:
         task: the file's name.
         rows: inputs answered together.
         tokens: of all answers.
-        plain_rate: tokens a second without drafts, first tokens included.
+        plain_rate: tokens per second without drafts, first tokens included.
         drafted_rate: with.
         same_answers: share of the answers that are equal in every token.
         tokens_a_step: of verifying steps, each row; 0 where there were none.

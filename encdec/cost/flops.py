@@ -240,8 +240,8 @@ def forward_flops(
 
     Args:
         config: either architecture; a decoder-only model reads rows of ``inputs + targets``.
-        inputs: source tokens a row, S.
-        targets: target tokens a row, T.
+        inputs: source tokens per row, S.
+        targets: target tokens per row, T.
         batch_size: rows.
         causal: "half" counts T^2/2 pairs in causal self-attention, which is what is needed;
             "full" counts T^2, which is what a kernel that masks computes.

@@ -43,7 +43,7 @@ class FileTask:
     ``pairs`` names the two parallel files of a split, "{split}" standing for its name.
     ``metrics`` are names of ``encdec.metrics.metric_registry``. ``fine_tune_steps`` are the most
     that configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target
-    tokens a row where ``prepare`` is given none.
+    tokens per row where ``prepare`` is given none.
     """
 
     name: str

@@ -34,7 +34,7 @@ FIELD_FLAGS = ("source_field", "target_field", "text_field")
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings(Settings):
-    """The settings of ``prepare``; lengths are tokens a row.
+    """The settings of ``prepare``; lengths are tokens per row.
 
     In Python a ``vocabulary``, ``task`` or ``objective`` may be the object itself, and
     ``objective`` None is the task's own. ``passes`` follow one another, each with noise of its
@@ -84,10 +84,10 @@ class PrepareSettings(Settings):
         identity=True,
     )
     inputs_length: int | None = setting(
-        None, "source tokens a row (the task's; of files 1024)", identity=True, least=0
+        None, "source tokens per row (the task's; of files 1024)", identity=True, least=0
     )
     targets_length: int | None = setting(
-        None, "target tokens a row (the task's; of files 256)", identity=True, least=2
+        None, "target tokens per row (the task's; of files 256)", identity=True, least=2
     )
     packing: str = setting(
         "best_fit", f"{', '.join(METHODS)}; greedy is seqio's order (best_fit)", identity=True

@@ -1,4 +1,4 @@
-"""A teacher's distributions in a few bytes a token: what is kept, and how it is stored.
+"""A teacher's distributions in a few bytes per token: what is kept, and how it is stored.
 
 Three formats, chosen by ``SparseFormat.method``:
 

@@ -43,7 +43,7 @@ class TeacherCard:
         seed: of the draws.
         rows, tokens, pairs: totals; tokens are loss-bearing target positions.
         max_pairs: the most pairs in one row.
-        entropy: mean of the teacher's entropy, nats a token.
+        entropy: mean of the teacher's entropy, nats per token.
         tail: mean mass left out ("top_k"); 0 where nothing is.
         bytes_per_token: size of the shards over tokens.
         shards: the files.
@@ -149,7 +149,7 @@ class Teacher(ShardedRows):
         left_out = f", mass left out {card.tail:.2%}" if card.tail else ""
         return (
             f"teacher {card.teacher.get('name')}: {kept} a token at temperature "
-            f"{card.format.temperature:g}, {card.bytes_per_token:.1f} bytes a token, entropy "
+            f"{card.format.temperature:g}, {card.bytes_per_token:.1f} bytes per token, entropy "
             f"{card.entropy:.4f} nats{left_out}"
         )
 

@@ -29,7 +29,7 @@ class TextTask:
     ``read`` may give a pair more texts than the objective wants: further references for the
     ``metrics``, which are names of ``encdec.metrics.metric_registry``. ``fine_tune_steps`` are the
     most that configs/finetune.py takes (0: it has a default). ``lengths`` are the source and target
-    tokens a row where ``prepare`` is given none. ``sized`` gives the task as it is for rows of
+    tokens per row where ``prepare`` is given none. ``sized`` gives the task as it is for rows of
     (inputs, targets) tokens, where its documents depend on that.
     """
 
@@ -45,7 +45,7 @@ class TextTask:
     sized: Callable[[int, int], TextTask] | None = None
 
     def row_lengths(self, inputs: int | None, targets: int | None) -> tuple[int, int]:
-        """Source and target tokens a row, the task's own where they are not given."""
+        """Source and target tokens per row, the task's own where they are not given."""
         return (
             self.lengths[0] if inputs is None else inputs,
             self.lengths[1] if targets is None else targets,

@@ -107,7 +107,7 @@ def describe_cost(cost: ScoringCost) -> str:
         f"{cost.rows:,} rows, {cost.tokens:,} target tokens",
         *(
             [
-                f"about {cost.typical_bytes_per_token:.0f} bytes a token, "
+                f"about {cost.typical_bytes_per_token:.0f} bytes per token, "
                 f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, "
                 f"where {TYPICAL_IDS:.0f} "
                 "ids are drawn a token"
@@ -115,7 +115,7 @@ def describe_cost(cost: ScoringCost) -> str:
             if cost.typical_bytes_per_token
             else []
         ),
-        f"at most {cost.most_bytes_per_token:.0f} bytes a token, {_size(cost.most_bytes)} in all "
+        f"at most {cost.most_bytes_per_token:.0f} bytes per token, {_size(cost.most_bytes)} in all "
         f"(every logit in bfloat16: {_size(cost.dense_bytes)})",
         f"{cost.teacher_flops:.3g} FLOPs of the teacher, once",
     ]

@@ -157,25 +157,24 @@ def rollout(
 
 def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -> None:
     if isinstance(records, MixedRecords):
-        raise ConfigError("--records is a mixture; answer each of its parts by itself")
+        raise ConfigError("--records is a mixture; generate answers for each part separately")
     if records.card.inputs_length == 0:
         raise ConfigError(
-            f"{records.directory} holds targets without sources; expected records "
-            "with something to answer"
+            f"{records.directory} holds targets without sources; expected records with sources"
         )
     if answering.settings.samples != 1:
         raise ConfigError(
-            f"samples is {answering.settings.samples}; expected 1 answer a text: repeat the "
-            "rollout with another seed for more"
+            f"samples is {answering.settings.samples}; expected 1: repeat the rollout with another "
+            "seed for more answers"
         )
     if answering.block_rows < 1:
         raise ConfigError(f"block_rows is {answering.block_rows}; expected 1 or more")
     seen = recorded_vocabulary(read_config(writer), writer)["fingerprint"]
     if seen != records.card.vocabulary.fingerprint:
         raise DataError(
-            f"the writer in {writer} has the vocabulary {short(seen)}, the records in "
-            f"{records.directory} have {short(records.card.vocabulary.fingerprint)}; prepare with "
-            "the writer's own vocabulary"
+            f"the model in {writer} has the vocabulary {short(seen)}, but the records in "
+            f"{records.directory} have {short(records.card.vocabulary.fingerprint)}; prepare "
+            "records with the model's vocabulary"
         )
 
 

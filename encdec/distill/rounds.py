@@ -58,8 +58,8 @@ class Shares:
             )
         if not self.student:
             raise ConfigError(
-                "the share of student targets is 0, so there is nothing to alternate;"
-                " expected a positive number, or a single run of encdec train"
+                "the share of student targets is 0, so there is nothing to alternate; "
+                "expected a positive number, or a single run of encdec train"
             )
 
 

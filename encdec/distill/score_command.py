@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     settings.check()
     options = argparse.Namespace(**{name: given[name] for name in given.keys() - fields})
     if options.student and not options.dry_run:
-        raise ConfigError(f"--student={options.student} goes with --dry_run only")
+        raise ConfigError(f"--student={options.student} is for --dry_run")
     join_processes(options)
     if options.dry_run:
         _dry_run(settings, options.student)
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
 
     if not jax.process_index():
         print(
-            f"{card.tokens:,} tokens in {card.rows:,} rows, {card.bytes_per_token:.1f} bytes a "
-            f"token, {card.pairs / max(card.tokens, 1):.1f} ids a token, the teacher's entropy "
+            f"{card.tokens:,} tokens in {card.rows:,} rows, {card.bytes_per_token:.1f} bytes per "
+            f"token, {card.pairs / max(card.tokens, 1):.1f} ids per token, the teacher's entropy "
             f"{card.entropy:.4f} nats, mass left out {card.tail:.2%}{progress.rate()}; in "
             f"{settings.out}"
         )
@@ -82,7 +82,7 @@ def _forward_flops(settings: ScoringSettings, records: Records) -> float:
 
 
 class ScoringProgress:
-    """Tokens scored, rate, bytes a token and time left: a bar, or a line now and then."""
+    """Tokens scored, rate, bytes per token and time left: a bar, or a line now and then."""
 
     def __init__(self, records: str):
         self._records, self._begin, self._said = records, 0.0, 0.0
@@ -105,8 +105,7 @@ class ScoringProgress:
             left = (now - self._begin) * (self._rows - tally.rows) / (tally.rows - self._first[0])
             self._console.say(
                 f"{tally.rows:,} of {self._rows:,} rows{self.rate()}, "
-                f"{tally.bytes / max(tally.tokens, 1):.1f} bytes a token, "
-                f"{left:,.0f} s left"
+                f"{tally.bytes / max(tally.tokens, 1):.1f} bytes per token, {left:,.0f} s left"
             )
 
     def rate(self) -> str:

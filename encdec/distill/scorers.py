@@ -140,16 +140,16 @@ def check_records(
     if isinstance(records, MixedRecords):
         parts = ", ".join(str(part.directory) for part in records.parts)
         raise ConfigError(
-            f"--records is a mixture of {parts}; score each of them by itself, and "
-            "train with config.distill.teacher=TEACHER_A,TEACHER_B"
+            f"--records is a mixture of {parts}; score each of them separately, and train with "
+            "config.distill.teacher=TEACHER_A,TEACHER_B"
         )
     wanted = records.card.vocabulary
     if vocabulary.fingerprint != wanted.fingerprint:
         raise DataError(
             f"the teacher in {teacher} has the vocabulary {short(vocabulary.fingerprint)} of "
-            f"{vocabulary.size:,} ids, the records in {records.directory} have "
-            f"{short(wanted.fingerprint)} of {wanted.size:,}; a teacher's logits mean nothing in "
-            f"another vocabulary: prepare with --vocabulary={remedy}"
+            f"{vocabulary.size:,} ids, but the records in {records.directory} have "
+            f"{short(wanted.fingerprint)} of {wanted.size:,}; both must be the same: prepare "
+            f"records with --vocabulary={remedy}"
         )
 
 
@@ -173,8 +173,8 @@ def check_longest(records: Records, right_for: int, teacher: str | pathlib.Path)
     longest = longest_segment(records)
     if longest > right_for:
         raise DataError(
-            f"the longest text in {records.directory} has {longest:,} tokens, and the teacher "
-            f"in {teacher} is right for {right_for:,}; prepare shorter rows, or give "
+            f"the longest text in {records.directory} has {longest:,} tokens, but the teacher in "
+            f"{teacher} supports {right_for:,}; prepare shorter rows, or give "
             f"--max_length={longest} if it can read more than it was trained on"
         )
 

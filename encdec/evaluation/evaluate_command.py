@@ -229,7 +229,7 @@ def _add_work_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no_likelihood",
         action="store_true",
-        help="skip perplexity, bits a byte and calibration error, which read every reference once",
+        help="skip perplexity, bits per byte and calibration error, which read each reference once",
     )
     parser.add_argument(
         "--resamples",

@@ -37,7 +37,7 @@ class EvaluationSettings:
         shard, shards: this process, and the number of processes that divide the examples.
         shuffle_sources: seed of a second pass with the sources permuted among the examples; None:
             no such pass.
-        likelihood: whether references are read for perplexity, bits a byte and calibration.
+        likelihood: whether references are read for perplexity, bits per byte and calibration.
         resamples: number of bootstrap samples.
         judge_endpoint, judge_model: a language model that judges the answers; "": none.
 

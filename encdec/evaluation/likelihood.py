@@ -1,4 +1,4 @@
-"""Likelihood of the references: perplexity, bits a byte, and calibration error.
+"""Likelihood of the references: perplexity, bits per byte, and calibration error.
 
 The model reads each source and its first reference once (teacher forcing), independently of its
 own answer. Only sums are kept per example, so that every score, with its interval, is one addition
@@ -250,9 +250,9 @@ def measure(
 
 
 def likelihood_scores(found: Sequence[Likelihood]) -> list[Score]:
-    """Perplexity a token, bits a byte and the calibration error of those not skipped.
+    """Perplexity a token, bits per byte and the calibration error of those not skipped.
 
-    Perplexity is exp of the mean nats a token, over all tokens; the calibration error is that of
+    Perplexity is exp of the mean nats per token, over all tokens; the calibration error is that of
     the likeliest token (Guo et al. 2017), 0 to 100.
     """
     kept = [one for one in found if one.tokens]

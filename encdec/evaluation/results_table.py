@@ -28,11 +28,11 @@ OTHERS = (
     ("code_java2cs", "syntax_match", "Java to C#, syntax"),
     ("dialogsum", "rougeL", "DialogSum, Rouge-L"),
     ("dialogsum", "rougeL_stemmed", "DialogSum, Rouge-L stemmed"),
-    ("squad_v2", "bits_per_byte", "SQuAD, bits a byte"),
-    ("ielts_feedback", "bits_per_byte", "IELTS, bits a byte"),
-    ("code_java2cs", "bits_per_byte", "Java to C#, bits a byte"),
-    ("xsum", "bits_per_byte", "XSum, bits a byte"),
-    ("dialogsum", "bits_per_byte", "DialogSum, bits a byte"),
+    ("squad_v2", "bits_per_byte", "SQuAD, bits per byte"),
+    ("ielts_feedback", "bits_per_byte", "IELTS, bits per byte"),
+    ("code_java2cs", "bits_per_byte", "Java to C#, bits per byte"),
+    ("xsum", "bits_per_byte", "XSum, bits per byte"),
+    ("dialogsum", "bits_per_byte", "DialogSum, bits per byte"),
 )
 # arXiv 2501.16273, Table 1: (Rouge-L, Ragas) at 330M in the order of COLUMNS, from 0 to 1. The
 # paper gives neither seeds nor intervals.

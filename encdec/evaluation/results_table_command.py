@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         name, _, folders = given.partition("=")
         if not name or not folders:
             raise ConfigError(
-                f"--model={given}; expected NAME=DIR,DIR with a name of the paper's "
+                f"--model={given}; expected NAME=DIR,DIR with a model name of the paper "
                 f"({', '.join(PAPER)}) or any other"
             )
         models.setdefault(name, []).extend(

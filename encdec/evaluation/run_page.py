@@ -28,10 +28,10 @@ from encdec.storage import absolute, any_path, as_path, file_names, make_directo
 
 # (title, number of metrics.jsonl, what a unit is)
 CHARTS = (
-    ("Training loss", "train/loss", "nats a target token"),
-    ("Held-out loss", "eval/loss", "nats a target token"),
-    ("Held-out bits a byte", "eval/bits_per_byte", "bits"),
-    ("Throughput", "train/target_tokens_per_second", "target tokens a second"),
+    ("Training loss", "train/loss", "nats per target token"),
+    ("Held-out loss", "eval/loss", "nats per target token"),
+    ("Held-out bits per byte", "eval/bits_per_byte", "bits"),
+    ("Throughput", "train/target_tokens_per_second", "target tokens per second"),
     ("Goodput", "goodput/share", "share of time in kept steps"),
     ("Learning rate", "train/learning_rate", ""),
     ("Gradient norm", "train/gradient_norm", ""),

@@ -31,11 +31,11 @@ def main(argv: list[str]) -> int:
     formats.check_precision(options.format, options.precision)
     if options.check and not chosen.runs:
         raise ConfigError(
-            f"--check is of graphs, which --format={options.format} does not write; leave it out, "
-            "and give what is written to `encdec evaluate`"
+            f"--check is for exported graphs, which --format={options.format} does not write; "
+            "leave it out, and evaluate the export with `encdec evaluate`"
         )
     if options.own and options.format != "hf":
-        raise ConfigError(f"--own goes with --format=hf, not with ={options.format}; leave it out")
+        raise ConfigError(f"--own is for --format=hf, not --format={options.format}; leave it out")
     if options.check_pairs < 1:
         raise ConfigError(f"check_pairs is {options.check_pairs}; expected 1 or more")
     started = time.monotonic()

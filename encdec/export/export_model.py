@@ -71,12 +71,12 @@ def export_model(
     if push:
         hub.check_push(push, private)
     elif private:
-        raise ConfigError("private is of a repository that is pushed to; add --push=ORG/NAME")
+        raise ConfigError("private is for a repository on the Hub; add --push=ORG/NAME")
     if template is not None:
         if format == "hf":
             raise ConfigError(
-                "template is of inputs that encdec reads, and format is hf; leave it out, and have "
-                "the program that loads the model add it"
+                "template is for inputs that encdec reads, but format is hf; leave it out, and "
+                "apply the template in the program that loads the model"
             )
         check_template(template)
         content = content | {"data": content["data"] | {"template": template}}

@@ -29,7 +29,7 @@ class Quality:
 
     Attributes:
         tokens: target tokens compared.
-        loss: the export's, in nats a token.
+        loss: the export's, in nats per token.
         reference_loss: the float32 model's.
         agreement: share of positions where both have the same most likely token.
         largest_difference: largest absolute difference of two logits.

@@ -93,8 +93,8 @@ class CompiledStep(Compiled):
         run: the run.
         topology: where it would run.
         mesh: devices along (data, fsdp, tensor).
-        inputs: source tokens a row.
-        targets: target tokens a row.
+        inputs: source tokens per row.
+        targets: target tokens per row.
         model_flops: of one step, all devices together; rematerialisation does not count.
         unsharded: parameters that stay unsharded against the rules, as text.
     """
@@ -271,7 +271,7 @@ def checked(step: CompiledStep) -> CompiledStep:
     """
     if not 0 < step.mfu <= 1:
         raise RuntimeError(
-            f"the prediction of {1e3 * step.step_seconds:.2f} ms a step means an MFU of "
+            f"the prediction of {1e3 * step.step_seconds:.2f} ms per step means an MFU of "
             f"{100 * step.mfu:.0f} %, which no chip reaches: part of the program was not counted. "
             "This is a fault in how encdec reads the compiled program, not in the run"
         )

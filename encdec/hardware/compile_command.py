@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(rest)
     run = parse_config(load_config(options.config, overrides))
     if options.search and options.what != "train":
-        raise ConfigError(f"--search looks for training settings; --what is {options.what!r}")
+        raise ConfigError(
+            f"--search is for training steps, but --what is {options.what!r}; leave one of them out"
+        )
     for flag in ("out", "hlo"):
         _check_writable(flag, getattr(options, flag))
     # Before jax starts: this machine's accelerators are not used.
@@ -217,14 +219,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=1024,
         metavar="N",
-        help="source tokens a row (%(default)s)",
+        help="source tokens per row (%(default)s)",
     )
     parser.add_argument(
         "--targets_length",
         type=_positive,
         default=256,
         metavar="N",
-        help="target tokens a row (%(default)s)",
+        help="target tokens per row (%(default)s)",
     )
     parser.add_argument(
         "--rows",
@@ -327,9 +329,9 @@ def _fit(run: RunConfig, attempt, smaller: Callable[[RunConfig], list[RunConfig]
             else (f" --config.model_overrides.remat={remat}")
         )
         raise DoesNotFit(
-            f"it does not fit: {error} The nearest that does: --config.batch_size="
-            f"{variant.batch_size}{changed} (predicted {compiled.tokens_per_second:,.0f} "
-            "tokens/s)"
+            f"it does not fit: {error} The nearest settings that do: "
+            f"--config.batch_size={variant.batch_size}{changed} (predicted "
+            f"{compiled.tokens_per_second:,.0f} tokens/s)"
         ) from None
 
 

@@ -16,7 +16,7 @@ GIB = 2**30
 COLUMNS = (
     "model",
     "topology",
-    "rows a chip",
+    "rows per chip",
     "layers",
     "remat",
     "peak GiB a chip",
@@ -26,7 +26,7 @@ COLUMNS = (
     "MFU %",
     "MFU %, kernels at half roofline",
     "tokens/s",
-    "chip-hours a billion tokens",
+    "chip-hours per billion tokens",
 )
 # Okabe and Ito's colours; markers differ too.
 _LOOKS = (
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
         curves = weak_scaling(reports)
         if not curves:
             raise ConfigError(
-                "--plot: no model was compiled for two sizes of one kind of slice "
-                "with the same rows a device; add reports (encdec compile --rows=N "
+                "--plot: no model was compiled for two slice sizes of one chip type with the same "
+                "rows per device; add reports (encdec compile --rows=N "
                 "--topology=v5e:4x4,v5e:16x16 --out=FILE)"
             )
         plot(curves, pathlib.Path(options.plot))

@@ -32,8 +32,8 @@ class CompiledDecoding:
         run: the run whose model it is; its batch size is the number of rows.
         topology: where it would run.
         mesh: devices along (data, fsdp, tensor).
-        inputs: source tokens a row.
-        targets: new tokens a row, the cache's capacity for them.
+        inputs: source tokens per row.
+        targets: new tokens per row, the cache's capacity for them.
         prefill: from the inputs to the first token's logits.
         step: one token more in every row, with the cache at its full length.
         unsharded: parameters that stay whole against the rules, as text.

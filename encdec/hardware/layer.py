@@ -34,7 +34,7 @@ class CompiledLayer(Compiled):
         run: the run whose model it is.
         topology: of the device.
         rows: on the device.
-        length: tokens a row.
+        length: tokens per row.
         layers: how many.
         model_flops: forward and backward; rematerialisation does not count.
     """

@@ -41,7 +41,7 @@ def read_inputs(path: str, file_format: str | None = None) -> list[str]:
                 raise DataError(f"{where}: the text is empty; delete the line")
             texts.append(text)
     if not texts:
-        raise DataError(f"{path} holds no text; give one a line")
+        raise DataError(f"{path} has no text; write one input per line")
     return texts
 
 
@@ -67,7 +67,7 @@ def _texts(
             yield where, line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at byte "
+                f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} at position "
                 f"{error.start}; save it as UTF-8"
             ) from None
 
@@ -135,7 +135,8 @@ class ResumableOutput:
             )
         if not is_address(self.path) and not self.path.parent.is_dir():
             raise ConfigError(
-                f"--out={self.path}: the directory {self.path.parent} does not exist; make it first"
+                f"--out={self.path}: the directory {self.path.parent} does not exist; create it "
+                "first"
             )
         if self.path.is_dir():
             raise ConfigError(f"--out={self.path} is a directory; give a file's name")
@@ -144,8 +145,8 @@ class ResumableOutput:
         remedy = "give another --out, or delete the file to start over"
         if not self.settings_path.exists():
             raise DataError(
-                f"{self.path} exists, but not {self.settings_path.name}, which would "
-                f"say how it was made; {remedy}"
+                f"{self.path} exists, but not {self.settings_path.name}, which records its "
+                f"settings; {remedy}"
             )
         check_settings(self.settings_path, self.identity, holder=self.path, remedy=remedy)
         answered = self._complete()[0]
@@ -166,15 +167,16 @@ class ResumableOutput:
                 index, source, of = row["index"], row["source"], row["of"]
             except (ValueError, KeyError, TypeError):
                 raise DataError(
-                    f"{self.path}:{number} is no answer of this command; give another --out"
+                    f"{self.path}:{number} is not an answer written by this command; give another "
+                    "--out"
                 ) from None
             if index == 0 and answered == len(self.sources) and is_address(self.path):
                 break  # the parts that ``end`` had put together when it was killed
             if index != answered or (index < len(self.sources) and source != self.sources[index]):
                 raise DataError(
-                    f"{self.path}:{number} answers input {index} with source "
-                    f"{source[:40]!r}, which is not what the input has there; give another "
-                    "--out, or the input that the file was begun with"
+                    f"{self.path}:{number} answers input {index} with source {source[:40]!r}, "
+                    "which is not what the input has there; give another --out, or the input with "
+                    "which the file was started"
                 )
             rows += 1
             if rows == of:

@@ -156,7 +156,7 @@ def decode_step(
 def verify_step(
     config: ModelConfig, params: Params, memory: Memory, tokens_RxN: jax.Array
 ) -> tuple[jax.Array, Memory]:
-    """Feeds N tokens a row, of which later ones may turn out wrong.
+    """Feeds N tokens per row, of which later ones may turn out wrong.
 
     Returns:
         Logits [R, N, V] float32 of what follows each of them, and the memory with their keys and
@@ -238,7 +238,7 @@ def blank(plan: DecodingPlan, memory: Memory | None, settings: RowSettings) -> D
 def advance(
     config: ModelConfig, plan: DecodingPlan, params: Params, decoding: Decoding, steps: jax.Array
 ) -> Decoding:
-    """Up to ``steps`` more tokens a row; stops when all rows are finished.
+    """Up to ``steps`` more tokens per row; stops when all rows are finished.
 
     A finished row runs along without writing anything, at the slot where it stopped.
     """

@@ -35,7 +35,7 @@ def load_draft(draft: str, vocabulary: Vocabulary, dtype: str | None = None) -> 
     if prompts.vocabulary.fingerprint != vocabulary.fingerprint:
         raise ConfigError(
             f"--draft={draft} has another vocabulary than the model ({prompts.vocabulary.size:,} "
-            f"ids against {vocabulary.size:,}); give a model that was trained on the same"
+            f"ids against {vocabulary.size:,}); give a model trained with the same vocabulary"
         )
     config, params, _ = load_params_for_inference(draft)
     return DraftModel(*ready_for_decoding(config, params, dtype), prompts.decoder_start_id)

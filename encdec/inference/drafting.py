@@ -70,7 +70,7 @@ class Answering:
         self.steps = 0  # that were made, of either kind
 
     def advance(self, decoding: Decoding, steps: int) -> Decoding:
-        """About ``steps`` more tokens a row."""
+        """About ``steps`` more tokens per row."""
         if self.pace is None:
             self.steps += steps
             return self.plain(decoding, steps)

@@ -40,10 +40,10 @@ class ExportedMemory(Protocol):
         """Feeds one token a row; logits [R, V] of the next."""
 
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
+        """Feeds one token per row; the most likely next token and its log-probability, both [R]."""
 
     def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:
-        """Feeds N tokens a row; logits [R, N, V] of what follows each. ``keep`` must come next."""
+        """Feeds N tokens per row; logits [R, N, V] after each. ``keep`` must come next."""
 
     def keep(self, counts_R: np.ndarray) -> None:
         """Of the tokens that ``verify`` fed, keeps each row's first ones."""
@@ -121,8 +121,8 @@ class ExportedRows:
             )
         if draft == LOOKUP and not model.verifies:
             raise ConfigError(
-                f"--draft={draft}, but this export's graph takes one token a step; leave --draft "
-                "out, or export with --format=onnx, a decoder-only model in float32"
+                f"--draft={draft}, but this export supports one token per step; leave --draft out, "
+                "or export with --format=onnx (a decoder-only model in float32)"
             )
         self.paces = Paces(draft, pays=False)  # of exports it has not been measured
 

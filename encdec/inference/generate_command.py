@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         )
         if (done := output.done()) == len(texts):
             output.end()
-            _LOG.info(f"{options.out} holds all {done:,} answers already")
+            _LOG.info(f"{options.out} already has all {done:,} answers")
             return 0
     if output:
         _write_file(generator, settings, options, output, texts, done)
@@ -216,8 +216,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.out and options.file is None:
         raise ConfigError(
-            f"--out={options.out} goes with --file; for texts given here, redirect "
-            "the output of --json"
+            f"--out={options.out} is for --file; for texts on the command line, redirect the "
+            "output of --json"
         )
     # An input is one token at least, and its EOS.
     check_numbers(options, max_input_tokens=2, batch_rows=1, devices=1, tensor=1)

@@ -132,8 +132,8 @@ class GenerationSettings:
         for name, value in off.items():
             if getattr(self, name) != value:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, but beam search (beams is "
-                    f"{self.beams}) has no such setting; leave one of the two out"
+                    f"{name} is {getattr(self, name)!r}, which beam search (beams is {self.beams}) "
+                    "does not support; leave one of the two out"
                 )
         if self.samples > self.beams:
             raise ConfigError(
@@ -145,8 +145,8 @@ class GenerationSettings:
         for name, off in (("top_k", 0), ("top_p", 1.0), ("samples", 1)):
             if getattr(self, name) != off:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, which greedy generation "
-                    "has no use for; set temperature above 0"
+                    f"{name} is {getattr(self, name)!r}, which has no effect in greedy generation; "
+                    "set temperature above 0"
                 )
 
 

@@ -71,7 +71,7 @@ class TextGenerator:
     ):
         if prompts.vocabulary.size > rows.config.vocab_size:
             raise ConfigError(
-                f"the vocabulary has {prompts.vocabulary.size:,} ids and the model's table "
+                f"the vocabulary has {prompts.vocabulary.size:,} ids, but the model's table only "
                 f"{rows.config.vocab_size:,}; give the vocabulary that the model was trained with"
             )
         self._rows, self.config, self.paces = rows, rows.config, rows.paces
@@ -178,8 +178,8 @@ class TextGenerator:
         """
         if settings.samples > 1 or settings.beams > 1:
             raise ConfigError(
-                f"a stream shows one answer as it grows; samples is {settings.samples} and beams "
-                f"is {settings.beams}, expected 1 and 1: use generate"
+                f"a stream shows a single answer; samples is {settings.samples} and beams is "
+                f"{settings.beams}, expected 1 and 1: use generate"
             )
         return self._stream(self._encode([text], truncate, 0), settings, steps)
 
@@ -279,7 +279,7 @@ class Generator(TextGenerator):
         devices: rows are split over these; by default all are where the parameters are.
         tensor: over so many devices each copy of the parameters is split (heads, MLP and
             vocabulary), for models that are too large for one or to read them faster.
-        draft: what several tokens a step are drafted from; see ``encdec.inference.drafting``.
+        draft: what several tokens per step are drafted from; see ``encdec.inference.drafting``.
 
     Raises:
         ConfigError: the vocabulary is larger than the model's, or a number of devices that

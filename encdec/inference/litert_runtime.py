@@ -49,7 +49,8 @@ class LitertModel:
         self.decoder = _Graph(directory / DECODER_FILE, threads)
         if "first" not in self.decoder.inputs:
             raise CheckpointError(
-                f"{directory / DECODER_FILE} is of an earlier layout; run encdec export again"
+                f"{directory / DECODER_FILE} has the format of an earlier version; run encdec "
+                "export again"
             )
         self._source: dict[str, np.ndarray] = {}
 
@@ -135,7 +136,7 @@ class LitertMemory:
     def _feed(self, tokens_R: np.ndarray):
         """Runs the graph for each row; its outputs are to be read before the next."""
         if self._slot >= self._capacity:
-            raise ConfigError(f"the cache holds {self._capacity} tokens; raise its room")
+            raise ConfigError(f"the cache holds {self._capacity} tokens; raise its capacity")
         graph, heads, slot = self._graph, self._heads, self._slot
         graph.view("position")[0] = slot
         for row, token in enumerate(tokens_R):

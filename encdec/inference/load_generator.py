@@ -52,9 +52,8 @@ def load(
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(
-                    f"{name} is {value}, but {checkpoint} is an export, which has one step and "
-                    f"runs on this machine's CPU as a whole; leave {name} out, or give the work "
-                    "directory"
+                    f"{name} is {value}, but {checkpoint} is an export, which has no checkpoints "
+                    f"and runs on the whole CPU; leave {name} out, or give the work directory"
                 )
         return load_exported_generator(
             checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows, draft=draft
@@ -62,7 +61,7 @@ def load(
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
     config, params, read_step = load_params_for_inference(checkpoint, step)
     if devices > (there := jax.local_device_count()):
-        raise ConfigError(f"devices is {devices}, but there are {there} here")
+        raise ConfigError(f"devices is {devices}, but this machine has {there}")
     generator = Generator(
         config,
         params,

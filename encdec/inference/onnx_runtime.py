@@ -166,7 +166,7 @@ class _Memory:
         return greedy_choice(self.step(tokens_R), self._model.vocabulary_size)
 
     def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:
-        """Feeds N tokens a row; logits [R, N, V] of what follows each. ``keep`` must come next."""
+        """Feeds N tokens per row; logits [R, N, V] after each. ``keep`` must come next."""
         rows, count = tokens_RxN.shape
         positions_RxN = self._slots[:, None] + np.arange(count)
         self._keys = np.concatenate([self._keys, positions_RxN], axis=1)

@@ -1,4 +1,4 @@
-"""How many tokens a step verifies: learned from what was right and from how long steps took."""
+"""How many tokens per step verifies: learned from what was right and from how long steps took."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLOWER = 0.2  # and of how long they took, where that was longer
 
 
 class Pace:
-    """Chooses between plain steps and verifying steps of each size, by tokens a second.
+    """Chooses between plain steps and verifying steps of each size, by tokens per second.
 
     Args:
         rows: of the batch; each pays for its drafted tokens.

@@ -14,7 +14,7 @@ REPORT_SECONDS = 10.0
 
 
 class Progress:
-    """Examples done, tokens a second and time left, on standard error.
+    """Examples done, tokens per second and time left, on standard error.
 
     Args:
         name: of the job.

@@ -117,9 +117,8 @@ class CompiledRows:
         copies = len(devices) // max(tensor, 1)
         if tensor < 1 or len(devices) % tensor or copies & (copies - 1):
             raise ConfigError(
-                f"{len(devices)} devices cannot share batches of rows with each copy "
-                f"of the model over tensor = {tensor} of them; expected 1, 2, 4, 8, "
-                "... times tensor"
+                f"{len(devices)} devices cannot hold copies of the model over tensor = {tensor} "
+                "devices each; expected tensor times 1, 2, 4, 8, ..."
             )
         mesh = make_mesh(MeshConfig(data=copies, fsdp=1, tensor=tensor), devices)
         model = build_model(self.config)

@@ -112,7 +112,7 @@ def speculate(
     drafting: Drafting,
     steps: jax.Array,
 ) -> tuple[Decoding, Drafting, Tally]:
-    """Up to ``steps`` steps, each of which feeds ``size`` tokens a row; stops when all rows are
+    """Up to ``steps`` steps, each of which feeds ``size`` tokens per row; stops when all rows are
     finished.
 
     Args:

@@ -66,16 +66,15 @@ class PromptFormat:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{name} has half a character (a lone surrogate) at place "
-                f"{error.start}; save it as UTF-8"
+                f"{name} has half a character (a lone surrogate) at position {error.start}; save "
+                "it as UTF-8"
             ) from None
         text = self.framed(text)
         ids = self.vocabulary.encode(text)
         if not self.keep_unknown and self.vocabulary.unk_id in ids:
             raise DataError(
-                f"{name} has {self._unknown_part(text)}, which the vocabulary cannot "
-                "write; leave it out, or have the model read it as its unknown token "
-                "with --keep_unknown"
+                f"{name} has {self._unknown_part(text)}, which the vocabulary cannot represent; "
+                "leave it out, or use --keep_unknown to read it as the unknown token"
             )
         return self.fit(ids, truncate=truncate, name=name)
 
@@ -92,9 +91,9 @@ class PromptFormat:
         cut = len(ids) > room
         if cut and not truncate:
             raise DataError(
-                f"{name} has {len(ids) + self.added:,} tokens, and the model takes "
+                f"{name} has {len(ids) + self.added:,} tokens, but the model accepts "
                 f"{self.max_input_tokens:,}; shorten it, cut its end with --too_long=cut, or allow "
-                "more than the model was trained on with --max_input_tokens"
+                "more than in training with --max_input_tokens"
             )
         end = [self.vocabulary.eos_id] * self.inputs_eos
         return [*self.inputs_prefix, *ids[:room], *end], cut
@@ -107,7 +106,7 @@ class PromptFormat:
         wrong = next((i for i in ids if not 0 <= i < size), None)
         if wrong is not None:
             raise DataError(
-                f"{name} has the token {wrong}, and the vocabulary has ids from 0 to {size - 1}"
+                f"{name} has the token {wrong}, but the vocabulary has ids from 0 to {size - 1}"
             )
 
     def _unknown_part(self, text: str) -> str:
@@ -124,7 +123,7 @@ def check_template(template: str) -> None:
     if template.count(SOURCE) != 1:
         raise ConfigError(
             f"the template {template!r} has {SOURCE} {template.count(SOURCE)} times; expected it "
-            "once, where an input's own text goes"
+            "once, in place of an input's text"
         )
 
 

@@ -134,8 +134,8 @@ def read_config(directory: pathlib.Path) -> Imported:
     values = _Read(values)
     if values.get("quantization_config"):
         raise DataError(
-            f"{path} has quantization_config, and quantised weights cannot be read; give the "
-            f"model before it was quantised{AS_TEACHER}"
+            f"{path} has quantization_config, but quantized weights cannot be read; give the "
+            f"unquantized model{AS_TEACHER}"
         )
     found = translate(name, values, path)
     return dataclasses.replace(found, unread=values.unread())
@@ -176,7 +176,9 @@ def translate(
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
     rotated = rotated or head_dim * family.interleaved
     if rotated and name.startswith(("qwen3", "gemma3")):
-        raise refuse("partial_rotary_factor", rotated / head_dim, "together with norms of heads")
+        raise refuse(
+            "partial_rotary_factor", rotated / head_dim, "together with query and key norms"
+        )
     fields: dict[str, Any] = {
         "architecture": "decoder_only",
         "vocab_size": sizes["vocab_size"],

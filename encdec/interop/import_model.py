@@ -82,7 +82,7 @@ def import_model(
     out = as_path(out)
     if head_dim is not None and format != "mu":
         raise ConfigError(
-            f"head_dim={head_dim} goes with format mu (--format=mu); the other formats state it"
+            f"head_dim={head_dim} is for format mu (--format=mu); the other formats state it"
         )
     if head_dim is not None and head_dim < 1:
         raise ConfigError(f"head_dim is {head_dim}; expected 1 or more (the width of a head)")

@@ -109,8 +109,8 @@ def check_out(out: pathlib.Path, overwrite: bool) -> None:
         raise ConfigError(f"--out={out} is not empty; give another directory, or --overwrite")
     if not _is_imported(out):
         raise ConfigError(
-            f"--out={out} holds no imported model, so --overwrite leaves it "
-            "alone; give another directory"
+            f"--out={out} holds no imported model, so --overwrite does not replace it; give "
+            "another directory"
         )
 
 

@@ -145,7 +145,7 @@ def to_ours(
         raise DataError(
             "the checkpoint does not fit its configuration; tensors "
             + "; ".join(faults)
-            + ". Download it again, or use another"
+            + ". Download it again, or use another checkpoint"
         )
     flat = {}
     for entry in layout:

@@ -52,7 +52,9 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
     ] + ([] if tied else [("head", (V, M))])
     wanted = 28 + 4 * sum(int(np.prod(shape)) for _, shape in shapes)
     if len(data) != wanted:
-        raise DataError(f"{path} has {len(data):,} bytes; its header {header} asks for {wanted:,}")
+        raise DataError(
+            f"{path} has {len(data):,} bytes, but its header {header} implies {wanted:,}"
+        )
     tensors, start = {}, 28
     for name, shape in shapes:
         stop = start + 4 * int(np.prod(shape))

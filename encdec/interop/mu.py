@@ -66,8 +66,8 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever zip and pickle raised
         raise DataError(
-            f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}; "
-            "give the model.pt of the release"
+            f"{path} cannot be read as a file of weights: {str(error).splitlines()[0]}; give the "
+            "model.pt of the release"
         ) from error
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(torch.is_tensor(x) for x in state.values()):
@@ -80,7 +80,7 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str
     if settings is not None and not isinstance(settings, Mapping):
         raise DataError(
             f"{path} has model_config {settings!r}, which is not a dict of the model's fields; "
-            "give the file that their training wrote"
+            "give the file written by the authors' training code"
         )
     tensors = {name.removeprefix("module."): _numpy(x) for name, x in state.items()}
     return tensors, None if settings is None else dict(settings)
@@ -203,7 +203,7 @@ def _checked(
     )
     given = dict(settings)
     if unknown := sorted(set(given) - set(FIELDS)):
-        raise refuse(unknown[0], f"which is none of {', '.join(FIELDS)}")
+        raise refuse(unknown[0], f"which is not one of {', '.join(FIELDS)}")
     given = FIELDS | given
     if given["qkv_embd"] is None:
         given["qkv_embd"] = given["n_embd"]

@@ -68,7 +68,7 @@ def read_rope(
         raise refuse(
             "partial_rotary_factor",
             partial,
-            f"not an even number of dimensions of heads {head_dim} wide",
+            f"not an even number of the {head_dim} dimensions of a head",
         )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     where = f"{path}, rope scaling {kind!r},"

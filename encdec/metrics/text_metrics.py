@@ -297,7 +297,8 @@ def _gold_band(text: str) -> float:
         return float(text)
     except ValueError:
         raise DataError(
-            f"the metric bands met the reference {text[:40]!r}; expected a number from 0 to 9"
+            f"the metric bands cannot use the reference {text[:40]!r}; expected a number from 0 to "
+            "9"
         ) from None
 
 

@@ -35,7 +35,7 @@ def cache_layout(config: ModelConfig) -> CacheLayout:
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Any:
-    """An empty cache of the decoder's self-attention for ``capacity`` tokens a row.
+    """An empty cache of the decoder's self-attention for ``capacity`` tokens per row.
 
     Returns:
         (keys, values), each [L, B, capacity, K, D] in the compute dtype when layers are scanned;

@@ -59,5 +59,5 @@ def refuse_unknown(config: ModelConfig, implementation: str, what: str) -> None:
         field = {field.name: field for field in dataclasses.fields(config)}[unknown[0]]
         raise ConfigError(
             f"ModelConfig.{field.name} is {getattr(config, field.name)!r}, which {what} does not "
-            f"know; expected {field.default!r}"
+            f"support; expected {field.default!r}"
         )

@@ -70,9 +70,9 @@ def resolve_kernel(config: ModelConfig, *, segments: bool, dropout: bool) -> str
             )
         if config.attention_logit_cap or config.dtype != "bfloat16":
             raise ConfigError(
-                "ExecutionConfig.attention_kernel is 'cudnn', which caps no scores and takes no "
-                f"{config.dtype}; expected attention_logit_cap=0 and dtype='bfloat16', or "
-                "attention_kernel='xla'"
+                "ExecutionConfig.attention_kernel is 'cudnn', which supports no "
+                "attention_logit_cap and only bfloat16; expected attention_logit_cap=0 and "
+                "dtype='bfloat16', or attention_kernel='xla'"
             )
     return kernel
 

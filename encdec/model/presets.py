@@ -144,8 +144,7 @@ def _named(name: str) -> ModelConfig:
     if name not in preset_names():
         names = preset_names()
         raise ConfigError(
-            f"no preset is called {name!r}{did_you_mean(name, names)} (there are: "
-            f"{', '.join(names)})"
+            f"unknown preset {name!r}{did_you_mean(name, names)} (known: {', '.join(names)})"
         )
     peer = next(p for p in ("-dec-flops", "-dec", "") if name.endswith(p))
     rest = name.removesuffix(peer)

@@ -20,10 +20,10 @@ SCORES = (
     ("beam", "bleu_codexglue", "BLEU, beam"),
     ("beam", "exact_match", "exact match, beam"),
     ("greedy", "syntax_match", "syntax"),
-    ("greedy", "bits_per_byte", "bits a byte"),
+    ("greedy", "bits_per_byte", "bits per byte"),
     ("shuffled", "bleu_codexglue", "BLEU, shuffled sources"),
     ("shuffled", "exact_match", "exact match, shuffled sources"),
-    ("shuffled", "bits_per_byte", "bits a byte, shuffled sources"),
+    ("shuffled", "bits_per_byte", "bits per byte, shuffled sources"),
 )
 # (second, first): the difference is second minus first.
 PAIRS = (
@@ -41,7 +41,7 @@ PAIRED = (
     ("greedy", "bleu_codexglue", "BLEU"),
     ("greedy", "exact_match", "exact match"),
     ("beam", "bleu_codexglue", "BLEU, beam"),
-    ("greedy", BITS, "bits a byte"),
+    ("greedy", BITS, "bits per byte"),
 )
 TAUGHT = ("+KD", "+SeqKD")
 

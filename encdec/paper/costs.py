@@ -87,7 +87,7 @@ def cost_rows(
     rows = []
     for name in names:
         config, seconds = models[name][0], step_seconds(setting, name, column)
-        say(f"{name}: {1e3 * seconds:.0f} ms a step")
+        say(f"{name}: {1e3 * seconds:.0f} ms per step")
         rows.append(
             {
                 "kind": COSTS,

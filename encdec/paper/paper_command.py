@@ -106,7 +106,7 @@ def _table(argv: list[str]) -> int:
     from encdec.paper.result_rows import read_results
 
     if not lines_exist(path):
-        raise DataError(f"{path} is no file; give the --results of `encdec paper`")
+        raise DataError(f"{path} is not a file; give the --results of `encdec paper`")
     print(comparison_markdown(read_results(path)))
     return 0
 

@@ -54,7 +54,7 @@ def read_results(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             assert row["kind"] in (RUN, COSTS)
         except (ValueError, TypeError, KeyError, AssertionError):
-            raise DataError(f"{path}:{number} is no result row; remove the line") from None
+            raise DataError(f"{path}:{number} is not a result row; remove the line") from None
         rows.append(row)
     return rows
 

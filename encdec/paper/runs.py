@@ -260,7 +260,7 @@ class Experiment:
             )
         self._say(
             f"teacher on {column.name}: {card.tokens:,} tokens, "
-            f"{card.bytes_per_token:.1f} bytes a token"
+            f"{card.bytes_per_token:.1f} bytes per token"
         )
         return str(out)
 

@@ -149,9 +149,13 @@ def _check(setting: Setting) -> None:
                 f"{len(column.tasks)} tasks; expected one"
             )
         if min(column.train_examples, column.validation_examples) < 0:
-            raise ConfigError(f"{where} has a negative number of examples; expected 0 (all) or up")
+            raise ConfigError(
+                f"{where} has a negative number of examples; expected 0 (all) or more"
+            )
         if min(column.evaluated_inputs, column.evaluated_targets) < 0:
-            raise ConfigError(f"{where} has a negative length; expected 0 (the row's) or tokens")
+            raise ConfigError(
+                f"{where} has a negative length; expected 0 (the row's length) or more"
+            )
     if not taught(setting):
         return
     teacher = count_parameters(model_of(setting, TEACHER)).total

@@ -242,7 +242,7 @@ def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
     seconds = 0.0 if done else time.monotonic() - begin
     _tell(
         f"{card.tokens:,} target tokens scored: {card.format.draws} draws in "
-        f"{card.bytes_per_token:.1f} bytes a token, {card.pairs / card.tokens:.1f} ids a token"
+        f"{card.bytes_per_token:.1f} bytes per token, {card.pairs / card.tokens:.1f} ids per token"
     )
     return card, seconds
 

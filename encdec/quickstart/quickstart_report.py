@@ -112,11 +112,11 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
         ("training FLOPs", *(f"{m.training_flops:.3g}" for m in models)),
         ("training time", *(f"{m.training_seconds:.0f} s" for m in models)),
         (
-            "target tokens a second, training",
+            "target tokens per second, training",
             *(f"{target_tokens / m.training_seconds:,.0f}" for m in models),
         ),
-        ("held-out loss, nats a target token", *(f"{m.loss:.4f}" for m in models)),
-        ("held-out bits a byte", *(f"{m.bits_per_byte:.4f}" for m in models)),
+        ("held-out loss, nats per target token", *(f"{m.loss:.4f}" for m in models)),
+        ("held-out bits per byte", *(f"{m.bits_per_byte:.4f}" for m in models)),
         *(
             (
                 f"{metric_title(name)}, held-out functions",
@@ -135,7 +135,7 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
             f"first token, {at_inputs} tokens in",
             *shown(lambda t: f"{1e3 * t.first_token_seconds:.1f} ms"),
         ),
-        ("tokens a second, cached", *shown(lambda t: f"{t.tokens_per_second:,.0f}")),
+        ("tokens per second, cached", *shown(lambda t: f"{t.tokens_per_second:,.0f}")),
         ("weights and cache", *(f"{m.memory_bytes / 2**20:.1f} MiB" for m in models)),
     ]
     return rows
@@ -158,7 +158,7 @@ def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
         against(
             "first-token latency", times[0].first_token_seconds, times[1].first_token_seconds, True
         ),
-        against("tokens a second", times[0].tokens_per_second, times[1].tokens_per_second, False),
+        against("tokens per second", times[0].tokens_per_second, times[1].tokens_per_second, False),
         "distilled, relative to the same model on gold targets alone: "
         f"{distilled.loss / ours.loss:.3f} "
         f"of its held-out loss, {scores[2] / max(scores[0], 1e-9):.3f} of its "
@@ -174,7 +174,7 @@ def teaching(report: QuickstartReport) -> str:
         f"The distilled model differs from the first only in its loss: {teacher['alpha']:g} x the "
         f"divergence from the {teacher['name']} model, of which {teacher['draws']} draws a token "
         f"were stored ({teacher['tokens']:,} tokens, {teacher['ids_per_token']:.1f} ids and "
-        f"{teacher['bytes_per_token']:.1f} bytes a token), and {1 - teacher['alpha']:g} x the "
+        f"{teacher['bytes_per_token']:.1f} bytes per token), and {1 - teacher['alpha']:g} x the "
         "cross entropy of gold targets. A useful teacher is larger than its student and "
         "was trained on more data; see docs/distillation.md."
     )

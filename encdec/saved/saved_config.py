@@ -29,8 +29,8 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     path = as_path(workdir) / CONFIG_FILE
     if not path.exists():
         raise CheckpointError(
-            f"{workdir} has no {CONFIG_FILE}, so it is no work directory of a training run; give "
-            "the directory that `encdec train --workdir=` wrote"
+            f"{workdir} has no {CONFIG_FILE}, so it is not the work directory of a training run; "
+            "give the directory that `encdec train --workdir=` wrote"
         )
     try:
         content = json.loads(path.read_text())

@@ -224,7 +224,7 @@ def _distillation(
 def _distilled_law(one: Distillation, plain: Fitted | None, choices: Choices) -> Distillation:
     if choices.loss != "nats_per_token":
         return dataclasses.replace(
-            one, reason="teachers' losses are in nats a token; fit with --loss=nats_per_token"
+            one, reason="teachers' losses are in nats per token; fit with --loss=nats_per_token"
         )
     if plain is None or plain.law is None:
         why = plain.reason if plain else "none were run"

@@ -53,7 +53,7 @@ def fit_cost(runs: Observations) -> Cost:
         raise DataError("the runs have no FLOPs; a frontier needs them")
     sizes = np.log(runs.parameters)
     if np.ptp(sizes) == 0:
-        raise DataError("all runs have one size; the cost of another is unknown")
+        raise DataError("all runs have the same size, so the cost of other sizes is unknown")
     exponent, intercept = np.polyfit(sizes, np.log(runs.flops / runs.tokens), 1)
     cost = Cost(float(np.exp(intercept)), float(exponent))
     error = np.abs(cost.flops(runs.parameters, runs.tokens) / runs.flops - 1).max()

@@ -187,7 +187,7 @@ class PlannedRun:
         seed: of parameters and row order.
         preset: the preset from which ``model`` is varied.
         model: the matched model.
-        batch_size: rows a step.
+        batch_size: rows per step.
         steps: optimizer steps.
         learning_rate: peak.
         warmup_steps: of them.
@@ -561,8 +561,8 @@ def _check_distilled(ladder: Ladder) -> None:
             )
         if not entry.get("loss", 0.0) >= 0:
             raise ConfigError(
-                f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; expected "
-                "nats a target token, or 0 if it is not known"
+                f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; expected nats per "
+                "target token, or 0 if it is not known"
             )
     if distilled.series and not distilled.named():
         raise ConfigError(

@@ -139,9 +139,9 @@ def check_division(workdir: str | os.PathLike, named: bool, alone: bool) -> None
     """
     if is_address(workdir) and not (named or alone):
         raise ConfigError(
-            f"--workdir is {workdir}, and a bucket has no locks by which processes could divide "
-            "the runs: give --alone if no other process works on this ladder, or each process its "
-            "own runs with --only or --index"
+            f"--workdir is {workdir}, and processes cannot share runs in a bucket, which has no "
+            "locks: give --alone if no other process works on this ladder, or give each process "
+            "its own runs with --only or --index"
         )
 
 

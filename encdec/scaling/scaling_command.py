@@ -272,7 +272,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.scaling.plan_table import as_json, show
 
     if options.chip and options.flops_per_second:
-        raise ConfigError("--chip and --flops_per_second exclude each other; give one")
+        raise ConfigError("--chip and --flops_per_second cannot be combined; give one")
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu={options.mfu}; expected a share in (0, 1]")
     if options.compiled and not options.topology:
@@ -328,7 +328,9 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     only = options.only if options.index is None else [index_of(plan, options.index).name]
     outcome = run_plan(plan, options.workdir, only=only)
     if outcome.busy:
-        _LOG.info(f"{len(outcome.busy)} runs are held by others: {', '.join(outcome.busy)}")
+        _LOG.info(
+            f"{len(outcome.busy)} runs are held by other processes: {', '.join(outcome.busy)}"
+        )
     if outcome.failed:
         raise RunsFailed(
             f"{len(outcome.failed)} runs failed: {', '.join(outcome.failed)}; all others are "

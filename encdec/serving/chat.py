@@ -56,9 +56,9 @@ class ChatTemplate:
         if self._template is None:
             if len(chat) != 1 or chat[0]["role"] != "user":
                 raise DataError(
-                    f"messages has {len(chat)}, by {', '.join(one['role'] for one in chat)}; this "
-                    "model has no chat template and takes one user message as its "
-                    "input (give encdec serve a template with --chat_template)"
+                    f"messages has {len(chat)} entries ({', '.join(one['role'] for one in chat)}); "
+                    "this model has no chat template and accepts one user message as its input "
+                    "(give encdec serve a template with --chat_template)"
                 )
             return reader.read(
                 chat[0]["content"], marked=False, truncate=truncate, name="the message"
@@ -74,7 +74,7 @@ class ChatTemplate:
                 eos_token=names[vocabulary.eos_id],
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"messages: the chat template refuses them: {error}") from None
+            raise DataError(f"messages: the chat template rejects them: {error}") from None
         ids = vocabulary.encode_marked(text)
         # Templates begin with the tokens that are put in front of every input anyway.
         front = list(reader.format.inputs_prefix)

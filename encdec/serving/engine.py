@@ -71,7 +71,7 @@ class Engine:
         max_queue: answers that may wait for a slot.
         metrics: counters of the server.
         dtype: see ``ready_for_decoding``.
-        draft: "lookup" drafts; "off" and "auto" do not, because how many tokens a step verifies
+        draft: "lookup" drafts; "off" and "auto" do not, because how many tokens per step verifies
             depends on all slots, and rounds an answer's log-probabilities otherwise: without
             drafts they are the same bits whatever the neighbours.
 
@@ -95,7 +95,7 @@ class Engine:
         vocabulary = prompts.vocabulary
         if vocabulary.size > config.vocab_size:
             raise ConfigError(
-                f"the vocabulary has {vocabulary.size:,} ids and the model's table "
+                f"the vocabulary has {vocabulary.size:,} ids, but the model's table only "
                 f"{config.vocab_size:,}; give the vocabulary that the model was trained with"
             )
         self.config, self._params = ready_for_decoding(config, params, dtype)

@@ -177,7 +177,7 @@ def parse_completion(
     samples = _count(values, "best_of", keep)
     if samples < keep:
         raise ApiError(
-            400, f"best_of is {samples}; expected n, which is {keep}, or more", param="best_of"
+            400, f"best_of is {samples}; expected at least n, which is {keep}", param="best_of"
         )
     return _completion(values, limits, prompts, keep, samples, log_probs, echo=echo)
 
@@ -235,7 +235,8 @@ def _completion(
     if stream and samples != keep:
         raise ApiError(
             400,
-            f"best_of is {samples}, n is {keep}: a stream cannot choose the best answers",
+            f"best_of is {samples}, but n is {keep}: a stream cannot select the best answers; set "
+            "best_of to n",
             param="best_of",
         )
     include_usage = _include_usage(values, stream)
@@ -385,9 +386,9 @@ def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Li
     if room < min(asked, 1):
         raise ApiError(
             400,
-            f"{begun:,} tokens follow EOS in the prompt and {min(asked, 1)} new is requested, "
-            "but answers of this server have at most "
-            f"{limits.max_tokens:,}; shorten them, or start the server with a greater max_tokens",
+            f"{begun:,} tokens follow EOS in the prompt and {min(asked, 1)} new is requested, but "
+            f"answers of this server have at most {limits.max_tokens:,}; shorten them, or start "
+            "the server with a larger max_tokens",
             param="prompt",
         )
     return min(asked, room)
@@ -478,10 +479,8 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
 def _without_flags(message: str) -> str:
     """A message for users of the command line, reworded for clients of the server."""
     return message.replace(
-        "cut its end with --too_long=cut, or allow more than the model was trained "
-        "on with --max_input_tokens",
+        "cut its end with --too_long=cut, or allow more than in training with --max_input_tokens",
         "or cut its end with truncate = true",
     ).replace(
-        "; leave it out, or have the model read it as its unknown token with --keep_unknown",
-        "; leave it out",
+        "; leave it out, or use --keep_unknown to read it as the unknown token", "; leave it out"
     )

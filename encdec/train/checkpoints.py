@@ -122,8 +122,8 @@ class Checkpoints:
         if damaged:
             seen = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
             raise CheckpointError(
-                f"no checkpoint in {self.directory} is whole ({seen}); restore one from a copy, "
-                "or give another --workdir to begin from scratch"
+                f"no checkpoint in {self.directory} is intact ({seen}); restore one from a copy, "
+                "or give another --workdir to start from scratch"
             )
         return None
 

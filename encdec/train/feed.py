@@ -33,7 +33,7 @@ def host_slice(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     size = stop - start
     if held != size or start % size or rows % size:
         raise ConfigError(
-            f"process {jax.process_index()} holds rows {sorted(slices)} of {rows}, which are no "
+            f"process {jax.process_index()} holds rows {sorted(slices)} of {rows}, which are not a "
             "contiguous equal part; order config.mesh so that data and fsdp span processes"
         )
     return start // size, rows // size

@@ -54,8 +54,7 @@ def factor_patterns(text: str) -> list[tuple[str, float]]:
         if not equals or not pattern.strip() or not 0 < factor < float("inf"):
             raise ConfigError(
                 f"config.optimizer.factors has {part!r}; expected PATTERN=FACTOR with a positive "
-                "factor, as in 'encoder/*=0.5'. To train nothing of a group: "
-                "config.freeze.parameters"
+                "factor, as in 'encoder/*=0.5'. To freeze a group, use config.freeze.parameters"
             )
         patterns.append((pattern.strip(), factor))
     return patterns

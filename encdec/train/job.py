@@ -52,8 +52,9 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     run = with_source_model(parse_config(config), workdir)
     if run.profile.first_step and is_address(workdir):
         raise ConfigError(
-            f"config.profile.first_step is {run.profile.first_step}, but the profiler writes to "
-            f"this machine alone and --workdir is {workdir}; profile a run of a local directory"
+            f"config.profile.first_step is {run.profile.first_step}, but the profiler writes only "
+            f"to this machine's disks and --workdir is {workdir}; profile a run with a local "
+            "--workdir"
         )
     model = run.model_config()
     tracker_names(run.trackers)
@@ -151,5 +152,5 @@ def check_records(model: ModelConfig, card: DatasetCard, eval_card: DatasetCard 
         if pick(card) != pick(eval_card):
             raise DataError(
                 f"held-out records have {name} {pick(eval_card)}, the training records "
-                f"{pick(card)}; prepare both alike"
+                f"{pick(card)}; prepare both with the same settings"
             )

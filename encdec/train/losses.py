@@ -210,7 +210,7 @@ def loss_positions(
     Args:
         hidden_BxNxM: activations of whole rows.
         batch: the decoder_* fields [B, N].
-        count: T, the most target tokens a row can have.
+        count: T, the most target tokens per row can have.
 
     Returns:
         hidden [B, T, M], targets [B, T] and weights [B, T]; unused places have weight 0.

@@ -180,7 +180,7 @@ class RunConfig:
         """
         if is_directory(self.model) and "architecture" not in self.model_overrides:
             raise ConfigError(
-                f"config.model={self.model} is a model's directory, which training alone reads; "
+                f"config.model={self.model} is a model's directory, which only training can use; "
                 "name a preset"
             )
         return self.base_model().replace(**self.model_overrides)
@@ -283,12 +283,12 @@ def _from_directory(run: RunConfig) -> RunConfig:
     place = local("config.model", run.model)
     if run.init_from not in ("", run.model, place):
         raise ConfigError(
-            f"config.model={run.model} is a model's directory, of which the run starts, and "
+            f"config.model={run.model} is a model's directory, from which the run starts, but "
             f"config.init_from is {run.init_from}; give one of them"
         )
     if run.init_architecture == "run":
         raise ConfigError(
-            f"config.model={run.model} takes that model's architecture, and "
+            f"config.model={run.model} uses that model's architecture, but "
             "config.init_architecture is 'run'; leave one of them out"
         )
     return dataclasses.replace(run, model=place, init_from=place, init_architecture="source")
@@ -314,8 +314,8 @@ def _in_steps(run: RunConfig) -> RunConfig:
             return max(1, round(value * run.steps))
         if value != int(value):
             raise ConfigError(
-                f"config.{name} is {value!r}; expected a whole number of steps, or a part of the "
-                "run between 0 and 1"
+                f"config.{name} is {value!r}; expected a whole number of steps, or a fraction of "
+                "the run between 0 and 1"
             )
         return int(value)
 
@@ -362,8 +362,8 @@ def unknown_field(name: str, names: Sequence[str]) -> ConfigError:
     """The error for a field that a run does not have, with the nearest that it has."""
     if name.rsplit(".", 1)[-1] in (*INFERENCE_FIELDS, "kernel_parts"):
         return ConfigError(
-            f"the run's configuration has no field {name!r}: inference chooses it for the machine "
-            "that it runs on; leave it out"
+            f"the run's configuration has no field {name!r}: inference chooses it for its machine; "
+            "leave it out"
         )
     return fields.unknown_field(name, names, WHAT)
 

@@ -116,8 +116,8 @@ class Session:
         if self.step:
             self.finish()
         raise Preempted(
-            f"the machine is being taken away: step {self.step:,} is saved in "
-            f"{self.checkpoints.directory}; the same command goes on from there"
+            f"the run was preempted: step {self.step:,} is saved in {self.checkpoints.directory}; "
+            "repeat the command to continue"
         )
 
     def finish(self) -> None:
@@ -246,4 +246,4 @@ def _introduce(job: Job, console: Console) -> None:
             f"--config.batch_size={max(1, rows // 8)} or so, or prepare with shorter lengths"
         )
     for item in job.program.unsharded:
-        console.say(f"not split: {item}")
+        console.say(f"not sharded: {item}")

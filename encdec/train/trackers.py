@@ -59,7 +59,7 @@ def make_trackers(
         try:
             tracker = TRACKERS[name](workdir, ids.get(name), flat)
         except Exception as error:  # of a library, its server or its network
-            say(f"warning: {name} did not begin ({_line(error)}); the run goes on without it")
+            say(f"warning: {name} did not start ({_line(error)}); the run continues without it")
             continue
         ids[name] = tracker.id
         writers.append(_Guarded(name, tracker, say))

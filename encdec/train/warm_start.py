@@ -193,8 +193,8 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
     _require_asked_for(run, [name.split(":")[0] for name in left], "left")
     if not fits:
         raise ConfigError(
-            f"config.init_from={run.init_from} has no parameter of the run's names and shapes; "
-            "set config.model and config.model_overrides as they were there"
+            f"config.init_from={run.init_from} has no parameter with the run's names and shapes; "
+            "use the config.model and config.model_overrides of that run"
         )
     places = _places(theirs)
     sources = {
@@ -301,7 +301,7 @@ def _vocabulary_rows(
         keep = "" if added else f"set --config.model_overrides.vocab_size={before}, or "
         raise ConfigError(
             f"{what}config.init_from={run.init_from}; {keep}set --config.init_grow=True, which "
-            "draws the rows of the tables that are new"
+            "initializes the new rows of the tables randomly"
         )
     base = spec.size - spec.extra_ids
     rows = np.arange(size)
@@ -351,15 +351,15 @@ def _compare(run: RunConfig, model: ModelConfig, source: ModelConfig) -> tuple[s
             else "To keep the run's values all the same: --config.init_architecture=run"
         )
         raise ConfigError(
-            f"config.init_from={run.init_from} is another model: {'; '.join(words.values())}. "
-            f"Take over its architecture with --config.init_architecture=source, or set "
-            f"{overrides}. {remedy}"
+            f"config.init_from={run.init_from} is a different model: {'; '.join(words.values())}. "
+            f"Use its architecture with --config.init_architecture=source, or set {overrides}. "
+            f"{remedy}"
         )
     if function and run.init_architecture != "run":
         raise ConfigError(
-            f"config.init_from={run.init_from} computes another function: "
-            f"{'; '.join(words[name] for name in function)}. Set "
-            "--config.init_architecture=source to take these over, or =run to keep the run's"
+            f"config.init_from={run.init_from} computes a different function: "
+            f"{'; '.join(words[name] for name in function)}. Set --config.init_architecture=source "
+            "to adopt these fields, or =run to keep the run's"
         )
     return tuple(words.values())
 
@@ -370,8 +370,8 @@ def _require_asked_for(run: RunConfig, names: Sequence[str], what: str) -> None:
     if refused:
         shown = ", ".join(refused[:6]) + f" and {len(refused) - 6} more" * (len(refused) > 6)
         raise ConfigError(
-            f"config.init_from={run.init_from}: {shown} would be {what}; set config.model and "
-            "config.model_overrides as they were there, or name what may be with "
+            f"config.init_from={run.init_from}: {shown} would be {what}; use the config.model and "
+            "config.model_overrides of that run, or allow this with "
             "--config.init_partial='PATTERN,...' (as in 'encoder/*,*/layers_3/*')"
         )
 

@@ -77,7 +77,7 @@ def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(s
     out = tmp_path / "out"
     for options, kind, message in (
         ([adapted], ConfigError, "is already an encoder-decoder"),
-        ([tmp_path], CheckpointError, "no work directory"),
+        ([tmp_path], CheckpointError, "not the work directory"),
         ([source, "--encoder_layers=4"], ConfigError, "asks for 4 layers, but .* has 3"),
         ([source, f"--encoder_source={wider}"], ConfigError, "d_model is 48 in the encoder's"),
         ([source, f"--encoder_source={other}"], DataError, "the vocabularies differ"),

@@ -62,7 +62,7 @@ def test_read_benchmark(tmp_path, capsys):
     assert encdec([*arguments[:-1], *options]) == 0
     printed = capsys.readouterr().out
     assert "for tiny on v6e:2x2, whose step takes 500 ms" in printed
-    assert "a host of 8 chips reads 64 rows of 160 tokens a step" in printed
+    assert "a host of 8 chips reads 64 rows of 160 tokens per step" in printed
     assert "of the host's 10 cores" in printed
     report.write_text("[]")
     assert encdec([*arguments, *options]) == DataError.exit_code

@@ -110,7 +110,7 @@ def test_ratios_are_of_equal_settings():
         [make(OURS, 4, 1.0), make("peer", 4, 2.0), make(OURS, 8, 3.0), make("peer", 8, 2.0)]
     )
     assert [(row["inputs"], row["first token"]) for row in rows] == [(4, -0.5), (8, 0.5)]
-    assert all(row["tokens a second"] == 1 and row["memory"] == 0 for row in rows)
+    assert all(row["tokens per second"] == 1 and row["memory"] == 0 for row in rows)
     assert all(row["peak memory"] is None for row in rows)
     big, small = (
         dataclasses.replace(make(name, 4, 1.0), peak_bytes=peak)

@@ -43,7 +43,7 @@ def test_settings_that_cannot_be(capsys):
     for argv, message in (
         (["--slots=0"], "slots is 0; expected 1 or more"),
         (["--tokens_from=9", "--tokens_to=8"], "expected tokens_from = 9 or more"),
-        (["--model=nonsense"], "no preset is called"),
+        (["--model=nonsense"], "unknown preset"),
     ):
         assert cli.main(["benchmark", "serving", *argv]) == 2
         assert message in capsys.readouterr().err

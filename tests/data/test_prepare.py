@@ -199,7 +199,7 @@ def test_existing_directories_are_refused(tmp_path, jsonl):
     other.mkdir()
     (other / "thesis.txt").write_text("")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"not empty and holds no preparation"):
+        with pytest.raises(DataError, match=r"not empty, but holds no preparation"):
             prepare(**{**options, "out": other}, overwrite=overwrite)
     assert (other / "thesis.txt").exists()
 

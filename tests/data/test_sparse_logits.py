@@ -139,8 +139,8 @@ def test_a_pair_takes_the_bytes_it_should():
 
 
 def test_a_teacher_as_sure_as_large_ones_takes_less_than_36_bytes_a_token():
-    """The goal at 50 draws and 32,000 ids, on 12 ids a token (as arXiv 2503.16870 counts them with
-    a 3B teacher): tokens of very different certainty over a Zipfian vocabulary in random order,
+    """The goal at 50 draws and 32,000 ids, on 12 ids per token (as in arXiv 2503.16870 with a 3B
+    teacher): tokens of very different certainty over a Zipfian vocabulary in random order,
     which leaves the ids as little to compress as can be."""
     vocab, tokens = 32_000, 256
     random = np.random.default_rng(0)

@@ -16,10 +16,10 @@ def test_bytes_and_flops_of_scoring(records):
     cost = scoring_cost(1e18, card, SparseFormat("sampled", 32_000))
     assert (cost.rows, cost.tokens) == (card.rows, card.target_tokens)
     assert cost.most_bytes_per_token == 5 + 3 * 50
-    assert cost.typical_bytes_per_token < 36  # the goal, at 12 ids a token
+    assert cost.typical_bytes_per_token < 36  # the goal, at 12 ids per token
     assert cost.dense_bytes == 2 * 32_000 * card.target_tokens
     said = describe_cost(cost)
-    assert "at most 155 bytes a token" in said and "about 24 bytes a token" in said
+    assert "at most 155 bytes per token" in said and "about 24 bytes per token" in said
     # 10^18 FLOPs at 40 % of 197 TFLOP/s.
     assert "3.525 hours on one TPU v5e" in said
     top = scoring_cost(1.0, card, SparseFormat("top_k", 100_000, k=12))

@@ -121,5 +121,5 @@ def test_what_cannot_work_is_refused(changes, error, message, records, student, 
 
 def test_another_vocabulary_is_refused(student, tmp_path):
     words = write_records(tmp_path / "words", random_pairs(3, 0), ByteVocabulary(extra_ids=2))
-    with pytest.raises(DataError, match="own vocabulary"):
+    with pytest.raises(DataError, match="model's vocabulary"):
         rollout(student, words, tmp_path / "out")

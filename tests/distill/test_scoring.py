@@ -210,7 +210,7 @@ def test_wrong_pairs_are_refused_with_both_sides_named(records, teacher, scored,
     words = write_records(tmp_path / "words", random_pairs(42, 0), ByteVocabulary(extra_ids=2))
     with pytest.raises(DataError, match="vocabulary fingerprint"):
         open_teacher(scored, open_records(words))
-    with pytest.raises(DataError, match=r"of 259 ids, the records in .* of 261"):
+    with pytest.raises(DataError, match=r"of 259 ids, but the records in .* of 261"):
         scoring_model(teacher, open_records(words))
 
 
@@ -248,7 +248,7 @@ def test_texts_too_long_for_the_teacher_are_refused(records, teacher, tmp_path):
         targets_length=30,
     )
     assert longest_segment(open_records(longer)) == 62
-    with pytest.raises(DataError, match=r"has 62 tokens.*right for 36.*--max_length=62"):
+    with pytest.raises(DataError, match=r"has 62 tokens.*supports 36.*--max_length=62"):
         scoring_model(teacher, open_records(longer))
     scoring_model(teacher, open_records(longer), max_length=62)
     short = write_records(tmp_path / "short", [[("a", "b")]], inputs_length=60, targets_length=30)
@@ -269,7 +269,7 @@ def test_what_is_in_the_way_is_left_alone(records, teacher, scored, tmp_path):
         ({"step": 5}, CheckpointError, "checkpoint 5"),
         ({"draws": 300}, ConfigError, "--draws is 300"),
         ({"batch_rows": 3}, ConfigError, "multiple of the 8 data"),
-        ({"records": f"{records},{records}"}, ConfigError, "score each of them"),
+        ({"records": f"{records},{records}"}, ConfigError, "score each separately"),
     ):
         arguments = {"teacher": teacher, "records": records} | changes
         with pytest.raises(error, match=message):
@@ -295,7 +295,7 @@ def test_progress_tells_rate_and_bytes_a_token_before_a_shard_is_whole(
     progress.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if "target tokens/s" in line]
     assert len(lines) >= 4 and "16 of 42 rows" in lines[0] and len(card.shards) == 1
-    told = [float(re.search(r", ([0-9.]+) bytes a token", line)[1]) for line in lines]
+    told = [float(re.search(r", ([0-9.]+) bytes per token", line)[1]) for line in lines]
     pairs = card.pairs / card.tokens
     assert all(pairs < size < 5 + 3 * pairs + 12 for size in told)
 
@@ -304,10 +304,10 @@ def test_the_command_scores_and_says_what_it_costs(records, teacher, tmp_path, c
     assert main(command(teacher, records, tmp_path / "out", "--dry_run", "--draws=20")) == 0
     said = capsys.readouterr().out
     tokens = open_records(records).card.target_tokens
-    assert f"{tokens:,} target tokens" in said and "at most 65 bytes a token" in said
+    assert f"{tokens:,} target tokens" in said and "at most 65 bytes per token" in said
     assert not (tmp_path / "out").exists()
     assert main(command(teacher, records, tmp_path / "out", "--method=top_k", "--k=5")) == 0
     said = capsys.readouterr().out
     card = read_teacher_card(tmp_path / "out")
-    assert f"{card.bytes_per_token:.1f} bytes a token, 5.0 ids a token" in said
+    assert f"{card.bytes_per_token:.1f} bytes per token, 5.0 ids per token" in said
     assert card.format.method == "top_k" and 0 < card.tail < 1

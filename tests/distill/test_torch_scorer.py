@@ -188,7 +188,9 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
     )
     assert "FLOPs of the teacher" in capsys.readouterr().out
     words = write_records(tmp_path / "words", random_pairs(3, 0))
-    with pytest.raises(DataError, match=f"prepare with --vocabulary={tmp_path}/hf/tokenizer.json"):
+    with pytest.raises(
+        DataError, match=f"prepare records with --vocabulary={tmp_path}/hf/tokenizer.json"
+    ):
         torch_model(tmp_path / "hf", open_records(words))
     longer = write_records(
         tmp_path / "long",
@@ -197,7 +199,7 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
         inputs_length=60,
         targets_length=30,
     )
-    with pytest.raises(DataError, match=r"has 62 tokens.*right for 40"):
+    with pytest.raises(DataError, match=r"has 62 tokens.*supports 40"):
         torch_model(tmp_path / "hf", open_records(longer))
     for changes, error, message in (
         ({"step": 3}, ConfigError, "--step"),

@@ -271,7 +271,9 @@ def test_decoding_reports_memory_collectives_and_the_nearest_fit(compiler, tmp_p
     for name in ("prefill", "step"):
         assert report[name]["collectives"]["all-gather of 4"]["bytes"] == 2e6
         assert report[name]["operations_without_estimate"] == {"custom-call Eigh": 2}
-    with pytest.raises(DoesNotFit, match=r"nearest that does: --config.batch_size=32 \(predicted"):
+    with pytest.raises(
+        DoesNotFit, match=r"nearest settings that do: --config.batch_size=32 \(predicted"
+    ):
         compile_for("v5e:2x2", "--what=decode", "--rows=32")
 
 

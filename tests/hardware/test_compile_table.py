@@ -91,7 +91,7 @@ def test_what_is_no_report_is_refused(tmp_path):
     with pytest.raises(DataError, match="no reports of training steps"):
         main(["table", str(file)])
     file.write_text(json.dumps([report("v5e:4x4", 16, 0.25)]))
-    with pytest.raises(ConfigError, match="two sizes of one kind"):
+    with pytest.raises(ConfigError, match="two slice sizes of one chip type"):
         main(["table", str(file), f"--plot={tmp_path / 'x.png'}"])
 
 

@@ -95,7 +95,7 @@ def test_a_stopped_job_goes_on_where_it_was(generate, tmp_path, capsys, monkeypa
     whole = out.read_bytes()
     assert len(whole.splitlines()) == 80
     generate(*flags)
-    assert out.read_bytes() == whole and "holds all 40 answers" in capsys.readouterr().err
+    assert out.read_bytes() == whole and "already has all 40 answers" in capsys.readouterr().err
     # Killed within a line, with one sample of an input written and the other not.
     lines = whole.splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:35]) + lines[35][:20])
@@ -134,7 +134,7 @@ def test_another_job_does_not_mix_into_the_file(generate, tmp_path, encoder_deco
     assert "answers 4 inputs, but there are only 2" in capsys.readouterr().err
     (tmp_path / "out.jsonl.settings.json").unlink()
     assert cli.main(["generate", *common, f"--file={path}", "--max_tokens=3"]) == 3
-    assert "which would say how it was made" in capsys.readouterr().err
+    assert "which records its settings" in capsys.readouterr().err
     assert out.read_bytes() == before
 
 
@@ -150,16 +150,16 @@ def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
     [
         ([], 2, "no input; give a text, or --file=IN"),
         (["x", "--file=y"], 2, "leave one of the two out"),
-        (["x", "--out=y"], 2, "--out=y goes with --file"),
+        (["x", "--out=y"], 2, "--out=y is for --file"),
         (["x", "--temperature=-1"], 2, "temperature is -1.0; expected 0 (greedy)"),
         (["x", "--top_p=0.5"], 2, "set temperature above 0"),
         (["x", "--beams=2", "--stop=y"], 2, "beam search"),
         (["x", "--batch_rows=0"], 2, "batch_rows is 0; expected 1 or more"),
         (["x", "--max_input_tokens=1"], 2, "max_input_tokens is 1; expected 2 or more"),
-        (["x", "--devices=9"], 2, "devices is 9, but there are 8 here"),
-        (["x", "--tensor=2"], 2, "1 devices cannot share batches of rows with each copy"),
+        (["x", "--devices=9"], 2, "devices is 9, but this machine has 8"),
+        (["x", "--tensor=2"], 2, "1 devices cannot hold copies of the model"),
         ([" "], 3, "the input is empty; give a text"),
-        (["x" * 30], 3, "the input has 31 tokens, and the model takes 24; shorten it"),
+        (["x" * 30], 3, "the input has 31 tokens, but the model accepts 24; shorten it"),
         (["fine", "x" * 30], 3, "input 1 has 31 tokens"),
         (["--file=nowhere.txt"], 3, "input file nowhere.txt not found"),
         (["x", "--step=7"], 4, "does not have checkpoint 7 (there are: 120)"),

@@ -109,7 +109,7 @@ def test_rows_and_parameters_are_split_over_a_mesh(generator):
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 2}
     assert len(kernel.addressable_shards) == 4
     same(spread.generate(TEXTS), generator.generate(TEXTS))
-    with pytest.raises(ConfigError, match="6 devices cannot share .* tensor = 2"):
+    with pytest.raises(ConfigError, match="6 devices cannot hold .* tensor = 2"):
         Generator(*printing_model(name), PROMPTS, devices=jax.devices()[:6], tensor=2)
 
 
@@ -211,8 +211,8 @@ def test_a_trained_model_says_what_it_learned(run, request):
         ({"samples": 2}, "samples is 2, which greedy"),
         ({"samples": 0}, "samples is 0; expected 1 or more"),
         ({"seed": -1}, "seed is -1"),
-        ({"beams": 2, "temperature": 1.0}, "temperature is 1.0, but beam search"),
-        ({"beams": 2, "stop": ["x"]}, "stop is .*, but beam search"),
+        ({"beams": 2, "temperature": 1.0}, "temperature is 1.0, which beam search"),
+        ({"beams": 2, "stop": ["x"]}, "stop is .*, which beam search"),
         ({"beams": 2, "samples": 3}, "samples is 3, but beam search .* set beams to 3"),
         ({"beams": 2, "length_penalty": float("inf")}, "length_penalty is inf"),
         ({"stop": [""]}, "expected strings that are not empty"),
@@ -227,7 +227,7 @@ def test_settings_that_cannot_be_name_themselves(settings, message):
 def test_bad_inputs_are_refused_before_anything_is_done(single):
     for texts, message in (
         (["fine", "  "], "input 1 is empty"),
-        (["x" * 40], "the input has 41 tokens, and the model takes 40"),
+        (["x" * 40], "the input has 41 tokens, but the model accepts 40"),
     ):
         with pytest.raises(DataError, match=message):
             single.generate(texts)
@@ -253,5 +253,7 @@ def test_bad_inputs_are_refused_before_anything_is_done(single):
         with pytest.raises(DataError, match=message):
             single.generate_from_tokens([[5], ids])
     config, params = model("decoder_only")
-    with pytest.raises(ConfigError, match="the vocabulary has 300 ids and the model's table 264"):
+    with pytest.raises(
+        ConfigError, match="the vocabulary has 300 ids, but the model's table only 264"
+    ):
         Generator(config, params, PromptFormat(ByteVocabulary(extra_ids=41)))

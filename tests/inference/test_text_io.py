@@ -100,7 +100,9 @@ def test_prompts_end_with_eos_if_the_records_did(pieces):
 def test_long_prompts_are_refused_or_lose_their_end_never_their_eos():
     prompts = PromptFormat(BYTES, max_input_tokens=6)
     assert prompts.encode("abcde") == ([*BYTES.encode("abcde"), 1], False)
-    with pytest.raises(DataError, match=r"input 3 has 7 tokens, and the model takes 6.*_long=cut"):
+    with pytest.raises(
+        DataError, match=r"input 3 has 7 tokens, but the model accepts 6.*_long=cut"
+    ):
         prompts.encode("abcdef", name="input 3")
     assert prompts.encode("abcdef", truncate=True) == ([*BYTES.encode("abcde"), 1], True)
     without = PromptFormat(BYTES, inputs_eos=False, max_input_tokens=6)

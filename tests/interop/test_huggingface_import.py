@@ -226,7 +226,7 @@ def test_every_key_of_a_family_is_read_or_known_to_be_harmless(name, tmp_path):
     path.write_text(json.dumps(values | {"head_gates": 3, "off": None}))
     assert "head_gates" in read_config(tmp_path).unread
     path.write_text(json.dumps(values | {"quantization_config": {"bits": 4}}))
-    with pytest.raises(DataError, match="before it was quantised"):
+    with pytest.raises(DataError, match="give the unquantized model"):
         read_config(tmp_path)
 
 

@@ -172,7 +172,7 @@ def test_logits_are_the_published_models(settings, differs, tmp_path):
         ({"rope_theta": "big"}, "rope_theta 'big', expected a number"),
         ({"block_size": 0}, "block_size 0, expected a positive number"),
         ({"is_interleaved": 1}, "is_interleaved 1, expected true or false"),
-        ({"window": 8}, "window 8, which is none of n_encoder_layer"),
+        ({"window": 8}, "window 8, which is not one of n_encoder_layer"),
     ],
 )
 def test_what_a_checkpoint_says_of_itself_is_obeyed_or_refused(change, message):
@@ -186,7 +186,7 @@ def test_nothing_in_the_file_is_executed(tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save({"model_state_dict": Trap()}, tmp_path / "model.pt")
-    with pytest.raises(DataError, match="cannot be read as weights alone"):
+    with pytest.raises(DataError, match="cannot be read as a file of weights"):
         main([str(tmp_path / "model.pt"), "--format=mu", f"--out={tmp_path / 'ours'}"])
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "ours").exists()
 
@@ -197,7 +197,7 @@ def test_a_head_has_a_width(tmp_path):
         main([str(tmp_path / "model.pt"), "--format=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
     with pytest.raises(ConfigError, match="--head_dim=8, but .* says 4"):
         mu.read_config({k: x.numpy() for k, x in random_state().items()}, SETTINGS, 8)
-    with pytest.raises(ConfigError, match="head_dim=4 goes with format mu"):
+    with pytest.raises(ConfigError, match="head_dim=4 is for format mu"):
         main([str(tmp_path), "--head_dim=4", f"--out={tmp_path / 'x'}"])
 
 

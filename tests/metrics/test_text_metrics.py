@@ -274,7 +274,7 @@ def test_a_band_that_is_missing_is_never_a_good_one():
 
 
 def test_a_reference_that_is_no_band_is_named():
-    with pytest.raises(DataError, match="the metric bands met the reference 'good'"):
+    with pytest.raises(DataError, match="the metric bands cannot use the reference 'good'"):
         scores.bands([["good"]], ["6"])
 
 

@@ -94,7 +94,7 @@ def test_every_model_is_timed_and_joins_the_rows(inputs, tmp_path, capsys, monke
         assert row["training_seconds"] == 3 * row["step_seconds"] > 0
         assert row["first_token_seconds"] > 0 and row["tokens_per_second"] > 0
         assert row["memory_bytes"] > 4 * count_parameters(model_of(setting, name)).total
-    assert "ms a step" in capsys.readouterr().err
+    assert "ms per step" in capsys.readouterr().err
     assert main(["table", str(results)]) == 0
 
 

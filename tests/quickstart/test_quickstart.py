@@ -79,9 +79,9 @@ def found():
 def test_every_model_has_its_column_and_the_twin_is_timed_once(found):
     rows = {row[0]: row[1:] for row in report.table(found, 512)}
     assert rows[""] == ("encoder-decoder", "decoder-only", "distilled encoder-decoder")
-    assert rows["held-out loss, nats a target token"] == ("4.0000", "5.0000", "3.9000")
+    assert rows["held-out loss, nats per target token"] == ("4.0000", "5.0000", "3.9000")
     assert rows["first token, 512 tokens in"] == ("20.0 ms", "20.0 ms", "same architecture")
-    assert rows["tokens a second, cached"][2] == "same architecture"
+    assert rows["tokens per second, cached"][2] == "same architecture"
     assert rows["exact match, held-out functions"] == ("16.0", "20.0", "15.6")
     assert rows["Rouge-L, sources exchanged"] == ("4.0", "5.0", "3.9")
     said = report.ratios(found, 512)
@@ -99,7 +99,7 @@ def test_the_page_and_its_pictures_are_written(found, tmp_path):
         "inference.png",
     }
     page = (tmp_path / "report.md").read_text()
-    assert "30.2 bytes a token" in page and "0.5 x the divergence from the decoder-only" in page
+    assert "30.2 bytes per token" in page and "0.5 x the divergence from the decoder-only" in page
     assert "distilled encoder-decoder: distilled encoder-decoder says" in page
     assert json.loads((tmp_path / "report.json").read_text())["teacher"]["alpha"] == 0.5
     for name in report.PICTURES:

@@ -151,7 +151,7 @@ def test_distilled_runs_repeat_plain_ones_with_a_teacher():
         ({"series": ("dec",), "teachers": {"a": {"dir": "x"}}}, "'rows': DIR"),
         (
             {"series": ("dec",), "teachers": {"a": {"rows": "x", "loss": -1.0}}},
-            "nats a target token",
+            "nats per target token",
         ),
     ],
 )

@@ -163,7 +163,7 @@ def test_eos_in_a_prompt_divides_input_and_answer():
             {"prompt": "x" * 20},
             400,
             "prompt",
-            "has 21 tokens, and the model takes 20; shorten it, or "
+            "has 21 tokens, but the model accepts 20; shorten it, or "
             "cut its end with truncate = true",
         ),
         ({"prompt": "half \ud83d"}, 400, "prompt", "lone surrogate"),
@@ -172,8 +172,8 @@ def test_eos_in_a_prompt_divides_input_and_answer():
         ({"prompt": "a", "seed": 1.5}, 400, "seed", "expected a whole number"),
         ({"prompt": "a", "logprobs": 6}, 400, "logprobs", "logprobs is 6; expected 0 to 5"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, 400, "prompt", "put EOS between input and"),
-        ({"prompt": "a", "best_of": 2, "n": 3}, 400, "best_of", "expected n, which is 3, or more"),
-        ({"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of", "a stream cannot choose"),
+        ({"prompt": "a", "best_of": 2, "n": 3}, 400, "best_of", "expected at least n, which is 3"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of", "a stream cannot select"),
         ({"prompt": "a", "best_of": 7}, 400, "best_of", "best_of = 7"),
         ({"prompt": "a", "frequency_penalty": 3}, 400, "frequency_penalty", "from -2 to 2"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "expected token ids"),

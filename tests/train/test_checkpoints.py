@@ -270,7 +270,7 @@ def test_where_nothing_is_whole_nothing_is_moved(tmp_path):
     states = save_two(tmp_path)
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / "params" / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole .*step 2.*step 1"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact .*step 2.*step 1"):
         restore(tmp_path, states[1])
     assert saved_steps(tmp_path) == [1, 2] and not (tmp_path / "damaged").exists()
 

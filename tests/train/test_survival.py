@@ -158,7 +158,7 @@ def test_the_command_leaves_within_the_grace_period_with_a_code_of_its_own(recor
     finally:
         process.kill()
     assert process.returncode == 75
-    assert "encdec: error: the machine is being taken away" in output and "Traceback" not in output
+    assert "encdec: error: the run was preempted" in output and "Traceback" not in output
     assert len(saved_steps(tmp_path / "w")) == 1
 
 
@@ -286,7 +286,7 @@ def test_a_damaged_shard_is_an_error_of_the_data(records, tmp_path):
 
 def test_addresses_where_no_run_can_be_are_refused(records, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(ConfigError, match="hf://b/x, an address that nothing here opens"):
+    with pytest.raises(ConfigError, match="hf://b/x, an unsupported address"):
         train(small_run(records), "hf://b/x")
     profile = {"first_step": 2, "steps": 1}
     with pytest.raises(ConfigError, match=r"config\.profile\.first_step is 2"):

@@ -420,7 +420,9 @@ class EncdecDecoder(EncdecStack):
     def cache(self, past_key_values, cache, use_cache):
         """The cache to fill: the one given under either name, a new one, or None."""
         if past_key_values is not None and cache is not None:
-            raise ValueError("past_key_values and cache are two names of one thing; give one")
+            raise ValueError(
+                "past_key_values and cache are the same argument; give only one of them"
+            )
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -435,7 +437,7 @@ class EncdecDecoder(EncdecStack):
         replayed = any(layer.gradient_checkpointing for layer in self.layers)
         if replayed and self.training and torch.is_grad_enabled():
             raise ValueError(
-                "past_key_values does not go with gradient checkpointing, which runs each layer "
+                "past_key_values cannot be used with gradient checkpointing, which runs each layer "
                 "twice; leave one out"
             )
         return cache
