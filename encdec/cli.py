@@ -23,7 +23,7 @@ _LOG = logger(__name__)
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": (
         "encdec.quickstart:main",
-        "the whole story on this machine: data, two models and a student, compared and timed",
+        "the whole workflow on this machine: data, two models and a student, compared and timed",
     ),
     "prepare": ("encdec.data.prepare_command:main", "turn text into records for training"),
     "vocab": ("encdec.data.vocab_command:main", "train a vocabulary"),
@@ -47,10 +47,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "encdec.hardware.compile_command:main",
         "predict a run's memory, time and cost on a TPU pod",
     ),
-    "import": ("encdec.interop.import_command:main", "turn a Hugging Face model into one of ours"),
+    "import": (
+        "encdec.interop.import_command:main",
+        "convert a Hugging Face model to a work directory",
+    ),
     "adapt": (
         "encdec.adapt.adapt_command:main",
-        "make an encoder-decoder of a trained decoder-only model",
+        "turn a trained decoder-only model into an encoder-decoder",
     ),
     "export": (
         "encdec.export.export_command:main",
@@ -59,7 +62,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("encdec.inference.generate_command:main", "generate text from a trained model"),
     "serve": (
         "encdec.serving.serve_command:main",
-        "a trained model over HTTP, OpenAI's completions",
+        "serve a trained model over HTTP, with OpenAI's API",
     ),
     "evaluate": (
         "encdec.evaluation.evaluate_command:main",
@@ -67,7 +70,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "paper": (
         "encdec.paper.paper_command:main",
-        "the paper's table: models pretrained, tuned, distilled",
+        "the paper's table: models pretrained, fine-tuned, distilled",
     ),
     "report": (
         "encdec.evaluation.run_page:main",
@@ -96,7 +99,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     ),
     "adaptation": (
         "encdec.benchmarks.adaptation_benchmark:main",
-        "adapted encoder-decoders against fresh ones and their source at equal FLOPs",
+        "adapted encoder-decoders against ones from scratch and their source at equal FLOPs",
     ),
     "edge": (
         "encdec.benchmarks.edge_benchmark:main",
@@ -104,7 +107,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     ),
     "inference": (
         "encdec.benchmarks.inference_benchmark:main",
-        "generation by an encoder-decoder and by decoder-only models of its cost",
+        "generation by an encoder-decoder and by decoder-only models of equal cost",
     ),
     "serving": (
         "encdec.benchmarks.serving_benchmark:main",
@@ -128,10 +131,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     ),
 }
 
-KEPT = (
-    "What was finished is kept and nothing half-written passes for whole: "
-    "run the same command again."
-)
+KEPT = "Finished work is kept, and incomplete files are recognized: run the same command again."
 # Commands that take training steps, and would be given the same memory again at each.
 _TRAINING = [
     *([name] for name in ("quickstart", "train", "distill", "paper", "scaling")),

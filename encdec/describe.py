@@ -277,7 +277,7 @@ def show(description: Description, console: Console) -> None:
     console.print(table)
     console.print(
         f"\nOne row of {description.inputs:,} source and {description.targets:,} target tokens. "
-        "Causal attention counts half, the head is paid per target token."
+        "Causal attention counts half, the head is counted per target token."
     )
     for note in description.notes:
         console.print(f"Left out: {escape(note)}")

@@ -64,8 +64,8 @@ class Parser(argparse.ArgumentParser):
         }
         group = self.add_mutually_exclusive_group()
         for flag, level, text in (
-            ("--quiet", logs.QUIET, "print errors, warnings and the result alone"),
-            ("--verbose", logs.VERBOSE, "also say what is done in between, and where errors began"),
+            ("--quiet", logs.QUIET, "print only errors, warnings and results"),
+            ("--verbose", logs.VERBOSE, "also print details, and the traceback of an error"),
         ):
             group.add_argument(
                 flag,

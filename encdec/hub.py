@@ -151,7 +151,7 @@ def push(folder: str | os.PathLike[str], name: str, message: str) -> str:
     import huggingface_hub
 
     _show_bars()
-    with _explained(name, f"{folder} is whole: hf upload {name} {folder} sends it again"):
+    with _explained(name, f"{folder} is complete; to upload it again: hf upload {name} {folder}"):
         commit = huggingface_hub.upload_folder(
             repo_id=name, folder_path=os.fspath(folder), commit_message=message
         )

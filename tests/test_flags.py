@@ -221,8 +221,8 @@ MEANINGS = {
     "--data_dir": ("data datadir data_folder", r"(directory with|where) the tasks?'s? "),
     "--vocabulary": ("vocab tokenizer spm", r"^a \.model"),
     "--module": ("import_module plugin modules", r"^Python module"),
-    "--quiet": ("silent q", r"errors, warnings and the result"),
-    "--verbose": ("debug v", r"what is done in between"),
+    "--quiet": ("silent q", r"only errors, warnings and results"),
+    "--verbose": ("debug v", r"also print details"),
 }
 # Words of the table with another meaning: shares of a teacher, rounds of distillation, and so on.
 OTHER_MEANINGS = {

@@ -152,7 +152,7 @@ def test_training_on_a_full_disk_names_the_last_whole_checkpoint(one_device, tmp
     assert "Traceback" not in refused.stderr
     # Python may warn at its end of reads that were given up.
     [error] = [line for line in refused.stderr.splitlines() if line.startswith("encdec: error")]
-    assert "file too large" in error and "begins at step 0" in error
+    assert "file too large" in error and "starts at step 0" in error
     assert cli.main(command) == 0
 
 

@@ -54,7 +54,10 @@ def test_every_step_of_the_walk_gives_what_the_next_one_needs(walked):
     assert [line["step"] for line in losses if "eval/loss" in line] == [10, 20, 30]
     assert held_out[2] < held_out[0]
     # Tuned from it, evaluated, taken as a teacher by a student that was exported.
-    assert "starting from runs/mine, step 30: 40 parameters taken, 0 left, 0 drawn" in err
+    assert (
+        "starting from runs/mine, step 30: 40 parameters loaded, 0 dropped, 0 initialized randomly"
+        in err
+    )
     report = json.loads((folder / "runs/tuned/dev/report.json").read_text())
     assert report["tasks"]["dev"]["examples"] == 40
     assert set(report["tasks"]["dev"]["scores"]) >= {"exact_match", "perplexity"}

@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark adaptation",
-        description="Held-out loss at equal FLOPs after a decoder-only model's training: the same "
-        "model trained further, encoder-decoders adapted from it, others from random parameters.",
+        description="Held-out loss at equal FLOPs after a decoder-only model's training: the same model "
+        "trained further, encoder-decoders adapted from it, others from scratch.",
     )
     parser.add_argument(
         "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         ("model", str, "micro-3m", "preset that gives the widths"),
         ("layers", int, 6, "layers of the source, a multiple of 3"),
         ("steps", int, 3_000, "steps of the source's training"),
-        ("further_steps", int, 1_500, "more of the source's, whose FLOPs every row gets"),
+        ("further_steps", int, 1_500, "further steps of the source; every row gets their FLOPs"),
         ("inputs", int, 256, "source tokens of a row"),
         ("targets", int, 64, "target tokens of a row"),
         ("batch_size", int, 8, "rows of a step"),

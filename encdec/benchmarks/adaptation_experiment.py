@@ -364,17 +364,16 @@ def mean_curve(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def _compared(shape: str, adapted: np.ndarray, fresh: np.ndarray) -> str:
     worth = steps_worth(adapted, fresh)
     words = f"{shape}: " + (
-        f"after {worth[0]:,.0f} steps the adapted model is where {worth[1]:,.0f} from random "
-        "parameters lead"
+        f"after {worth[0]:,.0f} steps the adapted model matches {worth[1]:,.0f} steps from scratch"
         if worth
-        else "no loss of the adapted model's curve is reached from random parameters"
+        else "training from scratch reaches no loss of the adapted model's curve"
     )
     cross = crossing(adapted, fresh)
     return words + (
         f"; the curves cross at {cross:.3g} FLOPs"
         if cross
         else "; the curves do not cross: "
-        + ("the adapted model" if adapted[-1, 2] <= fresh[-1, 2] else "the fresh model")
+        + ("the adapted model" if adapted[-1, 2] <= fresh[-1, 2] else "the model from scratch")
         + " is ahead at the end"
     )
 

@@ -267,8 +267,8 @@ def prepare_main(argv: list[str]) -> int:
         print(json.dumps(result))
         return 0
     print(f"{result['tokens']:,} tokens, {result['text_megabytes']:.1f} MB of text")
-    print(f"bare encoding: {result['bare_tokens_per_second_per_core']:,.0f} tokens/s a core")
-    print(f"prepare:       {result['prepare_tokens_per_second_per_core']:,.0f} tokens/s a core")
+    print(f"bare encoding: {result['bare_tokens_per_second_per_core']:,.0f} tokens/s per core")
+    print(f"prepare:       {result['prepare_tokens_per_second_per_core']:,.0f} tokens/s per core")
     print(f"ratio:         {result['ratio']:.2f} (goal {PREPARE_GOAL:.2f} or more)")
     if "speed_up" in result:
         print(
@@ -329,17 +329,17 @@ def read_main(argv: list[str]) -> int:
         return 0
     for layout, speed in speeds.items():
         goal = READ_GOAL_TOKENS_PER_SECOND
-        print(f"{layout}: {speed / 1e6:.1f}M tokens/s a core (goal {goal / 1e6:.0f}M or more)")
+        print(f"{layout}: {speed / 1e6:.1f}M tokens/s per core (goal {goal / 1e6:.0f}M or more)")
     print(
         f"disk: {result['bytes_per_token']:.2f} bytes per token, "
-        f"{result['bytes_per_token'] / 2:.2f} of 2 bytes; {result['stored_bytes_per_id']} bytes an "
-        "id before compression"
+        f"{result['bytes_per_token'] / 2:.2f} of 2 bytes; {result['stored_bytes_per_id']} bytes "
+        "per id before compression"
     )
     if rate:
         print(
-            f"bucket: {result['fetched_megabytes']:.1f} MB came at {rate:.0f} MB/s, once; while "
-            f"they come, fetching takes {100 * result['step_share_of_fetching']:.2f} % of a step, "
-            "next to it"
+            f"bucket: {result['fetched_megabytes']:.1f} MB fetched once at {rate:.0f} MB/s; "
+            f"meanwhile fetching takes {100 * result['step_share_of_fetching']:.2f} % of each "
+            "step, in the background"
         )
     print(
         f"for {step.model} on {step.topology}, whose step takes {1000 * step.seconds:.0f} ms as "

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in (
         ("student", "preset"),
         ("teacher", "decoder-only preset, 4 times the student or more"),
-        ("teacher_layers", "in place of the preset's; 0 leaves it"),
+        ("teacher_layers", "instead of the preset's; 0 keeps it"),
         ("steps", "steps of a student"),
         ("teacher_steps", "steps of the teacher"),
         ("batch_size", "rows per step"),

@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
         "models of the same parameters, in transformers, OpenVINO and CTranslate2 (extras hf and "
         "peers), too, by turns in one run. "
-        '"same tokens" counts those before the first that JAX float32 chose otherwise. '
+        '"same tokens" counts those before the first that differs from JAX float32. '
         "Parameters are random: their values do not affect the time.",
     )
     parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")

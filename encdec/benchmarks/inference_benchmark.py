@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not options.no_memory:  # before this process takes much of an accelerator's memory
-            progress("memory, each model in a process of its own")
+            progress("memory, each model in its own process")
             peaks = measure_peaks(configs, settings, options.dtype)
             peaks |= _peaks_of_runtimes(configs[OURS], precisions, folder, settings)
         rates, found = measure(
@@ -447,9 +447,9 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark inference",
-        description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
-        "parameters and of equal training FLOPs, cached and uncached, by turns in one run; "
-        "parameters are random, since their values do not affect the time.",
+        description="Greedy generation by an encoder-decoder and by decoder-only peers of equal parameters "
+        "and of equal training FLOPs, cached and uncached, alternating in one run; parameters "
+        "are random, since their values do not affect the time.",
     )
     parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
     parser.add_argument(

@@ -347,7 +347,7 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
         "plain tokens/s",
         "drafted tokens/s",
         "times",
-        "tokens a verifying step",
+        "tokens per verifying step",
         "accepted",
         "equal answers",
     ):
@@ -371,8 +371,8 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark speculate",
-        description="The cost of a step that verifies several tokens, of a model whose parameters "
-        "are drawn; and the rate of a trained model's answers with drafts and without, by turns.",
+        description="The cost of a step that verifies several tokens, of a model with random parameters; "
+        "and the rate of a trained model's answers with and without drafts, alternating.",
         epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "
         "--jsonl=dev.jsonl",
     )

@@ -91,8 +91,8 @@ _bound_settings = gin.external_configurable(PrepareSettings, "prepare")
 def loss_warning(lost: Losses) -> str:
     """What the vocabulary loses and what to do about it."""
     return (
-        f"this vocabulary does not give all text back: {lost.describe()}. Take one with byte "
-        "fallback and without normalisation (encdec vocab trains one); --lossless refuses others"
+        f"this vocabulary is not lossless: {lost.describe()}. Use one with byte fallback and "
+        "without normalization (encdec vocab trains one); --lossless rejects others"
     )
 
 
@@ -176,7 +176,7 @@ def report(card: DatasetCard, seconds: float) -> str:
         f"examples, {card.rows:,} rows of {card.inputs_length} + {card.targets_length} tokens",
         f"tokens: {card.source_tokens:,} source, {card.target_tokens:,} target "
         f"({card.target_bytes:,} target bytes); {100 * (1 - card.non_padding_share):.1f} % padding",
-        f"disk: {size / 1e6:.1f} MB in {len(card.shards)} shards, {size / tokens:.2f} bytes a "
+        f"disk: {size / 1e6:.1f} MB in {len(card.shards)} shards, {size / tokens:.2f} bytes per "
         "token",
         f"time: {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, "
         f"{card.documents / seconds:,.0f} documents/s",
@@ -219,7 +219,8 @@ def lengths_report(card: DatasetCard) -> list[str]:
     if card.rows < FEW_ROWS and card.examples > PAIRS_A_ROW * card.rows and shorter:
         lines.append(
             f"warning: {card.examples:,} pairs fill only {card.rows:,} rows, about "
-            f"{card.examples // card.rows} in each: a step of as many rows sees all of them; "
-            f"{advice} holds {100 * ENOUGH:.0f} % of the sources and targets and gives more rows"
+            f"{card.examples // card.rows} in each: a batch of that many rows contains all of "
+            f"them; {advice} holds {100 * ENOUGH:.0f} % of the sources and targets and gives more "
+            "rows"
         )
     return lines

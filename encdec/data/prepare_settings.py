@@ -55,7 +55,7 @@ class PrepareSettings(Settings):
     )
     text: Sequence[str] = setting(
         (),
-        "text files, or rows with text as of --jsonl, for pretraining",
+        "text files, or rows with text as for --jsonl, for pretraining",
         type=data_path,
         nargs="+",
         metavar="FILE",
@@ -79,27 +79,27 @@ class PrepareSettings(Settings):
         None, "the records directory to write", type=any_path, metavar="DIR"
     )
     split: str | None = setting(
-        None,
-        "train, validation or test (train; of files, which have none, what their names say)",
-        identity=True,
+        None, "train, validation or test (train; for files: from their names)", identity=True
     )
     inputs_length: int | None = setting(
-        None, "source tokens per row (the task's; of files 1024)", identity=True, least=0
+        None, "source tokens per row (the task's; for files 1024)", identity=True, least=0
     )
     targets_length: int | None = setting(
-        None, "target tokens per row (the task's; of files 256)", identity=True, least=2
+        None, "target tokens per row (the task's; for files 256)", identity=True, least=2
     )
     packing: str = setting(
         "best_fit", f"{', '.join(METHODS)}; greedy is seqio's order (best_fit)", identity=True
     )
     decoder_start_id: int = setting(0, "first decoder input (0)", identity=True, least=0)
     seed: int = setting(0, "seed of the objective (0)", identity=True, least=0)
-    passes: int = setting(1, "times over the text, each with new noise (1)", identity=True, least=1)
+    passes: int = setting(
+        1, "passes over the text, each with new noise (1)", identity=True, least=1
+    )
     max_examples: int | None = setting(
         None, "read no more than this many rows", identity=True, least=1
     )
     max_bad_rows: int = setting(0, "bad rows to leave out and count (0)", least=0)
-    lossless: bool = setting(False, "refuse a vocabulary that does not give all text back (warn)")
+    lossless: bool = setting(False, "reject a vocabulary that is not lossless on the text (warn)")
     block_bytes: int = setting(BLOCK_BYTES, "text of a shard (4 MiB)", identity=True, least=1)
     workers: int | None = setting(None, "processes (all cores)", least=1)
     overwrite: bool = setting(False, "replace existing records")

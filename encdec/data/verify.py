@@ -61,9 +61,9 @@ def verify_records(
     known = {shard.name for shard in card.shards}
     for path in sorted(directory.glob("*.arrayrecord*")):
         if path.name not in known:
-            verdict.faults.append(f"{path.name} is no shard of the card: remove it")
+            verdict.faults.append(f"{path.name} is not a shard of the card: remove it")
     if (directory / "preparing").exists():
-        verdict.faults.append("preparing/ is left of an unfinished preparation: remove it")
+        verdict.faults.append("preparing/ is left over from an unfinished preparation: remove it")
     if not verdict.faults and vocabulary:
         say("rows")
         _check_rows(Records(directory, card), vocabulary, sample_rows, verdict)

@@ -90,9 +90,9 @@ class Losses:
             shown = " ".join(repr(character)[1:-1] for character in common)
             more = " ..." if len(self.characters) > SHOWN_CHARACTERS else ""
             total = sum(self.characters.values())
-            parts.append(f"{total:,} characters do not come back ({shown}{more})")
+            parts.append(f"{total:,} characters are not restored ({shown}{more})")
         if self.changed:
-            parts.append(f"{self.changed:,} of {self.decoded:,} texts decoded come back changed")
+            parts.append(f"{self.changed:,} of {self.decoded:,} decoded texts are changed")
         line = ", ".join(parts)
         if self.examples:
             before, after = self.examples[0]

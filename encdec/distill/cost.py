@@ -96,7 +96,7 @@ def describe_student(name: str, cost: StudentCost) -> str:
     """One line for a person."""
     return (
         f"a student {name}: {cost.flops:.3g} FLOPs a pass; the teacher's draws add "
-        f"{cost.extra_flops / cost.flops:.4%} to them, and {_size(cost.extra_bytes_per_row)} a "
+        f"{cost.extra_flops / cost.flops:.4%} to them, and {_size(cost.extra_bytes_per_row)} per "
         "row to what the host sends"
     )
 
@@ -108,9 +108,8 @@ def describe_cost(cost: ScoringCost) -> str:
         *(
             [
                 f"about {cost.typical_bytes_per_token:.0f} bytes per token, "
-                f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, "
-                f"where {TYPICAL_IDS:.0f} "
-                "ids are drawn a token"
+                f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, with "
+                f"{TYPICAL_IDS:.0f} different ids per token"
             ]
             if cost.typical_bytes_per_token
             else []

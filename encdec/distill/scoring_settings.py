@@ -31,8 +31,8 @@ class ScoringSettings(Settings):
     )
     backend: Literal["jax", "torch"] = setting(
         "jax",
-        "torch runs a Hugging Face model as it is, for families that encdec import does not know "
-        "(default %(default)s)",
+        "torch runs a Hugging Face model without conversion, for families that encdec import does "
+        "not support (default %(default)s)",
         choices=("jax", "torch"),
     )
     vocabulary: str | os.PathLike[str] | None = setting(
@@ -78,8 +78,8 @@ class ScoringSettings(Settings):
     )
     max_length: int | None = setting(
         None,
-        "that the teacher may read at once, where it is right for more than it was trained on "
-        "(default: what it was made for)",
+        "that the teacher may read at once, if it supports more than it was trained on (default: "
+        "its own limit)",
         least=1,
         metavar="TOKENS",
     )

@@ -193,9 +193,9 @@ def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
     first, second = names
     lines = [
         f"{second} minus {first}, with paired bootstrap intervals of 95 % over examples and "
-        f"two-sided p-values of a randomisation test of {content['trials']:,} trials, which swaps "
-        "the two models' answers example by example (not corrected for the "
-        f"{len(content['rows'])} comparisons).",
+        f"two-sided p-values of a randomization test of {content['trials']:,} trials, which swaps "
+        f"the two models' answers example by example (not corrected for the {len(content['rows'])} "
+        "comparisons).",
         "",
         f"| task | score | {first} | {second} | difference | 95 % interval | p | examples |",
         "|---|---|---:|---:|---:|---:|---:|---:|",

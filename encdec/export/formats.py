@@ -114,7 +114,7 @@ FORMATS = {
         "encdec",
         "encdec.export.own_format",
         ("float32", "bfloat16", "int8"),
-        "the weights alone, for every command here, with no other program installed",
+        "only the weights, for every command here; needs no other program",
         runs=False,
     ),
 }

@@ -94,8 +94,8 @@ def _data(content: Mapping[str, Any]) -> str:
     if origin := content.get("run", {}).get("init_from"):
         lines.append(f"Started from the parameters of `{pathlib.Path(origin).name}`.")
     lines.append(
-        "What it was evaluated on, what it should not be used for and what its data may lack are "
-        "for its publisher to say here."
+        "Its publisher should state here how it was evaluated, what it should not be used for, and "
+        "the limits of its data."
     )
     return "\n\n".join(lines)
 
@@ -105,8 +105,8 @@ def _use(export: Export, written: Written, format: str) -> str:
         return "## Use\n\n```sh\nencdec generate --checkpoint=DIR 'an input'\n```" + (
             ""
             if format == "encdec"
-            else "\n\nThe graphs are for any program that runs the format; `config.json` says "
-            "how inputs are framed."
+            else "\n\nAny program that runs the format can use the graphs; `config.json` describes "
+            "the special tokens around inputs."
         )
     own = written.family == "encdec"
     kind = "AutoModelForSeq2SeqLM" if export.config.is_encoder_decoder else "AutoModelForCausalLM"
@@ -133,6 +133,6 @@ def _form(export: Export) -> str:
     if template is None:
         return ""
     return (
-        "\n\nAn input is a text in this form, which `encdec generate` and `serve` add and other "
-        f"programs have to:\n\n```text\n{template}\n```"
+        "\n\nAn input has the following form, which `encdec generate` and `serve` add and other "
+        f"programs must add themselves:\n\n```text\n{template}\n```"
     )

@@ -45,7 +45,7 @@ class Quality:
         change = self.loss / self.reference_loss - 1 if self.reference_loss else 0.0
         return (
             f"{self.tokens:,} target tokens: loss {self.loss:.4f} against "
-            f"{self.reference_loss:.4f} in float32 ({change:+.2%}), the likeliest token the "
+            f"{self.reference_loss:.4f} in float32 ({change:+.2%}), the most likely token is the "
             f"same in {self.agreement:.2%}, logits at most {self.largest_difference:.2g} apart"
         )
 

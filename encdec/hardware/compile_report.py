@@ -104,7 +104,7 @@ def show(step: CompiledStep, console: Console) -> None:
         f"devices, {mesh}; {run.batch_size} rows of {step.inputs} + {step.targets} tokens{pieces}; "
         f"layers {layers}, remat {config.execution.remat}; compiled in {step.compile_seconds:.0f} s"
     )
-    console.print(_memory_table({"GiB a device": step.memory}, TRAINING_PARTS))
+    console.print(_memory_table({"GiB per device": step.memory}, TRAINING_PARTS))
     console.print(_time_table(step))
     _show_collectives(step, console)
     _show_costs(step, console, title=f"{COSTLIEST} costliest operations")
@@ -212,7 +212,7 @@ def show_decoding(decoding: CompiledDecoding, console: Console) -> None:
     parts = {"prefill": decoding.prefill, "a later token": decoding.step}
     console.print(
         _memory_table(
-            {f"{name}, GiB a device": part.memory for name, part in parts.items()}, DECODING_PARTS
+            {f"{name}, GiB per device": part.memory for name, part in parts.items()}, DECODING_PARTS
         )
     )
     table = Table("", "ms", "compute", "kernels", "collectives not hidden", title="Predicted")

@@ -19,7 +19,7 @@ COLUMNS = (
     "rows per chip",
     "layers",
     "remat",
-    "peak GiB a chip",
+    "peak GiB per chip",
     "step ms",
     "kernels ms",
     "collectives not hidden ms",

@@ -72,8 +72,8 @@ def other_ends(vocabulary: Vocabulary, eos_ids: Sequence[int]) -> str:
     if not others:
         return ""
     return (
-        f"Answers end at {shown(vocabulary.eos_id)} alone; the source also ends them at "
-        f"{', '.join(map(shown, others))}, which are pieces like others here"
+        f"Answers end only at {shown(vocabulary.eos_id)}; the source model also ends them at "
+        f"{', '.join(map(shown, others))}, which are ordinary tokens here"
     )
 
 

@@ -75,14 +75,14 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "bleu",
-            "corpus BLEU-4 over words as white space parts them, mteval's smoothing: sacrebleu "
-            "with tokenize none",
+            "corpus BLEU-4 over words separated by white space, mteval's smoothing: sacrebleu with "
+            "tokenize none",
             text_metrics.bleu,
             ("bleu",),
         ),
         Metric(
             "bleu_codexglue",
-            "corpus BLEU-4 over words as white space parts them, one added to the counts of every "
+            "corpus BLEU-4 over words separated by white space, one added to the counts of every "
             "order: CodeXGLUE's evaluators of translation and refinement",
             text_metrics.bleu_codexglue,
             ("bleu_codexglue",),

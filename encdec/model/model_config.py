@@ -281,7 +281,7 @@ def _check_rope(config: ModelConfig, require: Require) -> None:
     require(
         len(config.rope_divisors) == per_pair * config.head_dim // 2,
         "rope_divisors",
-        f"{config.head_dim // 2} numbers, one a rotated pair"
+        f"{config.head_dim // 2} numbers, one per rotated pair"
         if per_pair
         else "none unless rope_scaling is 'per_pair'",
     )

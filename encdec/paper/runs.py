@@ -150,7 +150,9 @@ class Experiment:
     def _claimed(self, run: Run) -> Iterator[bool]:
         """Whether this process may do a run: no other is at it, and what it needs is there."""
         if run.teaching and not self._finished(Run(TEACHER, run.column)):
-            self._say(f"{self.folder(run).name}: left out, another process is at the teacher")
+            self._say(
+                f"{self.folder(run).name}: skipped, another process is working on the teacher"
+            )
             yield False
             return
         folders, before = [self.folder(run)], self._pretrained(run)
@@ -162,7 +164,7 @@ class Experiment:
                 for folder in folders
             ]
             if not all(free):
-                self._say(f"{self.folder(run).name}: left out, another process is at it")
+                self._say(f"{self.folder(run).name}: skipped, another process is working on it")
             yield all(free)
 
     def folder(self, run: Run) -> pathlib.Path:

@@ -126,13 +126,13 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
         ),
         *(
             (
-                f"{metric_title(name)}, sources exchanged",
+                f"{metric_title(name)}, shuffled sources",
                 *(f"{m.shuffled[name]:.1f}" for m in models),
             )
             for name in models[0].shuffled
         ),
         (
-            f"first token, {at_inputs} tokens in",
+            f"first token, {at_inputs} input tokens",
             *shown(lambda t: f"{1e3 * t.first_token_seconds:.1f} ms"),
         ),
         ("tokens per second, cached", *shown(lambda t: f"{t.tokens_per_second:,.0f}")),
@@ -172,11 +172,11 @@ def teaching(report: QuickstartReport) -> str:
     teacher = report.teacher
     return (
         f"The distilled model differs from the first only in its loss: {teacher['alpha']:g} x the "
-        f"divergence from the {teacher['name']} model, of which {teacher['draws']} draws a token "
+        f"divergence from the {teacher['name']} model, of which {teacher['draws']} draws per token "
         f"were stored ({teacher['tokens']:,} tokens, {teacher['ids_per_token']:.1f} ids and "
         f"{teacher['bytes_per_token']:.1f} bytes per token), and {1 - teacher['alpha']:g} x the "
-        "cross entropy of gold targets. A useful teacher is larger than its student and "
-        "was trained on more data; see docs/distillation.md."
+        "cross entropy of gold targets. A useful teacher is larger than its student and was "
+        "trained on more data; see docs/distillation.md."
     )
 
 

@@ -99,8 +99,8 @@ def main(argv: list[str]) -> int:
     """``encdec average --checkpoint=DIR --last=K --out=DIR``."""
     parser = Parser(
         prog="encdec average",
-        description="Averages the parameters of a run's checkpoints. The result generates, is "
-        "evaluated, exported and started from (--config.init_from) like any other model.",
+        description="Averages the parameters of a run's checkpoints. The result can be used for "
+        "generation, evaluation, export and --config.init_from like any other model.",
     )
     parser.add_argument(
         "--checkpoint",

@@ -123,8 +123,8 @@ def show(
     if flops_per_second:
         hours = plan.flops / flops_per_second / 3600
         console.print(
-            f"Total bill: {hours:,.2f} {machine} hours at {short(flops_per_second)} "
-            "model FLOP/s each, start-up and compilation not included."
+            f"Total cost: {hours:,.2f} {machine} hours at {short(flops_per_second)} model FLOP/s "
+            "each, start-up and compilation not included."
         )
     if figures:
         _show_bill(plan, figures, console)
@@ -135,10 +135,9 @@ def show(
 def _show_bill(plan: Plan, figures: Figures, console: Console) -> None:
     step = next(iter(figures.values()))
     console.print(
-        f"Total bill: {chip_hours(plan, figures):,.2f} chip-hours on {step.topology} ({step.chips} "
-        "chips), predicted by compiling every step (see docs/prediction.md for limits); memory "
-        "is the "
-        "peak of one device; evaluations, start-up and compilation not included."
+        f"Total cost: {chip_hours(plan, figures):,.2f} chip-hours on {step.topology} ({step.chips} "
+        "chips), predicted by compiling every step (see docs/prediction.md for limits); memory is "
+        "the peak of one device; evaluations, start-up and compilation not included."
     )
     for name in do_not_fit(plan, figures):
         console.print(

@@ -229,8 +229,8 @@ def _distillation(one: Distillation) -> Section:
         for n, d in one.overtaken_at.items()
     )
     remark += (
-        " Compared with the best teacher, gold targets alone are better, up to two decades beyond "
-        f"the tokens run, {overtaken}."
+        " Compared with the best teacher, gold targets alone are better, up to 100 times the "
+        f"tokens run, {overtaken}."
     )
     teachers = len(np.unique(one.teacher_loss))
     return Section(
@@ -292,7 +292,7 @@ def _compared(comparisons: Mapping[str, Comparison]) -> tuple[tuple[str, ...], .
         loss = f"{found.losses[last]:.3f}" if found.losses.size else "-"
         crossing = found.crossing
         where = (
-            "none within two decades"
+            "none within two orders of magnitude"
             if crossing.flops is None
             else (
                 _number(crossing.flops, crossing.interval)

@@ -133,8 +133,8 @@ class Checkpoints:
         for step, why in damaged.items():
             self._say(f"checkpoint {step:,} is damaged: {why}")
         self._say(
-            f"going back to checkpoint {good:,}, the last that is whole; the damaged ones "
-            f"are moved to {self.directory.parent / DAMAGED_FOLDER}"
+            f"falling back to checkpoint {good:,}, the last intact one; the damaged ones are moved "
+            f"to {self.directory.parent / DAMAGED_FOLDER}"
         )
         if not jax.process_index():
             folder = self.directory.parent / DAMAGED_FOLDER
@@ -161,8 +161,8 @@ def kept_state(workdir: epath.PathLike) -> str:
     except Exception:  # the storage is what refuses
         steps = []
     if not steps:
-        return "No checkpoint was complete: the same command begins at step 0."
-    return f"Checkpoint {max(steps):,} is whole: the same command goes on from there."
+        return "No checkpoint was complete: the same command starts at step 0."
+    return f"Checkpoint {max(steps):,} is complete: the same command continues from there."
 
 
 class _Manager(ocp.CheckpointManager):

@@ -120,7 +120,7 @@ class Unsharded:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.parameter}: axis {self.axis} stays whole, {self.reason}"
+        return f"{self.parameter}: axis {self.axis} is not sharded, {self.reason}"
 
 
 def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:

@@ -93,7 +93,7 @@ class _Guarded(ScalarWriter):
         except Exception as error:  # of a library, its server or its network
             self._tracker = None
             self._say(
-                f"warning: {self._name} failed ({_line(error)}); the run goes on without it, and "
+                f"warning: {self._name} failed ({_line(error)}); the run continues without it, and "
                 "metrics.jsonl has everything"
             )
 

@@ -2,7 +2,7 @@
 
 ``plan_start`` decides from configurations and shapes alone, before anything is computed or
 written, where each parameter of the run comes from; ``start_from`` then reads and places them.
-Nothing is drawn in place of a parameter of the source unless ``config.init_partial`` or
+No parameter is initialized randomly in place of one of the source unless ``config.init_partial`` or
 ``config.init_grow`` asks for it.
 """
 
@@ -56,29 +56,29 @@ class Origin:
 
     Attributes:
         source: the work directory.
-        taken: parameters that are as in the source, by name.
+        loaded: parameters that are as in the source, by name.
         converted: those of them whose layers are stacked in one of both and apart in the other.
-        drawn: parameters and rows of the vocabulary's tables that start at random.
-        left: parameters of the source that the run has no place for, with the reason.
+        initialized: parameters, and rows of the vocabulary's tables, that start at random.
+        dropped: parameters of the source that the run has no place for, with the reason.
         differences: fields of the architecture, and of the records' framing of texts, that differ,
             kept as the run has them.
         step: of the source's checkpoint; 0 of an imported model, None before it was read.
     """
 
     source: str
-    taken: tuple[str, ...]
+    loaded: tuple[str, ...]
     converted: tuple[str, ...]
-    drawn: tuple[str, ...]
-    left: tuple[str, ...]
+    initialized: tuple[str, ...]
+    dropped: tuple[str, ...]
     differences: tuple[str, ...] = ()
     step: int | None = None
 
     def __str__(self) -> str:
         layout = f" ({len(self.converted)} converted)" if self.converted else ""
         return (
-            f"starting from {self.source}, step {self.step}: {len(self.taken)} parameters "
-            f"taken{layout}, {len(self.left)} left, {len(self.drawn)} drawn ({REPORT_FILE})"
-            + "".join(f"; {one}" for one in self.differences)
+            f"starting from {self.source}, step {self.step}: {len(self.loaded)} parameters "
+            f"loaded{layout}, {len(self.dropped)} dropped, {len(self.initialized)} initialized randomly "
+            f"({REPORT_FILE})" + "".join(f"; {one}" for one in self.differences)
         )
 
     def write(self, workdir: epath.PathLike) -> None:
@@ -86,7 +86,7 @@ class Origin:
         if jax.process_index():
             return
         lines = [str(self)]
-        for name in ("taken", "converted", "drawn", "left", "differences"):
+        for name in ("loaded", "converted", "initialized", "dropped", "differences"):
             lines += ["", f"{name}:", *(f"  {one}" for one in getattr(self, name))]
         write_text(as_path(workdir) / REPORT_FILE, "\n".join(lines) + "\n")
 
@@ -99,9 +99,9 @@ class StartPlan:
         origin: the account.
         parts: for each parameter of the run its parts: one, or one a layer where layers are
             stacked. A part is the source's parameter and the place in its stack (None: not
-            stacked), or None where it is drawn.
+            stacked), or None where it is initialized randomly.
         rows: of the vocabulary's tables: the source's row of each row of the run, -1 where it is
-            drawn; None where the tables are taken whole.
+            initialized randomly; None where the tables are loaded whole.
     """
 
     origin: Origin
@@ -121,7 +121,7 @@ def with_source_model(run: RunConfig, workdir: epath.PathLike | None = None) -> 
 
     Args:
         run: a run; returned as it is unless ``config.init_architecture`` is "source".
-        workdir: the run's own, which says what was taken over once the run has begun: its source
+        workdir: the run's own, which records what was loaded once the run has started: its source
             may be gone by then.
 
     Raises:
@@ -165,7 +165,7 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
     Raises:
         CheckpointError: no model in ``config.init_from``.
         DataError: it belongs to another vocabulary than the records'.
-        ConfigError: another architecture, or parameters that would have to be drawn or left,
+        ConfigError: another architecture, or parameters that would have to be initialized or dropped,
             without a field that asks for that.
     """
     content = read_config(run.init_from)
@@ -183,14 +183,14 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
     theirs, their_shapes = _parts(abstract_params(build_model(source)), _vocabulary_axis(source))
     fits = {name for name in shapes if their_shapes.get(name) == shapes[name]}
     shape = lambda name: f"{name}: shape {_shown(their_shapes[name])}"
-    left = [
+    dropped = [
         f"{shape(name)}, expected {_shown(shapes[name])}" if name in shapes else shape(name)
         for name in their_shapes
         if name not in fits
     ]
     missing = [name for name in shapes if name not in fits]
-    _require_asked_for(run, missing, "drawn")
-    _require_asked_for(run, [name.split(":")[0] for name in left], "left")
+    _require_asked_for(run, missing, "initialized randomly")
+    _require_asked_for(run, [name.split(":")[0] for name in dropped], "dropped")
     if not fits:
         raise ConfigError(
             f"config.init_from={run.init_from} has no parameter with the run's names and shapes; "
@@ -207,13 +207,20 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
         for leaf, pieces in sources.items()
         if any(piece and (piece[1] is not None) != stacked[leaf] for piece in pieces)
     ]
-    drawn = [*missing]
+    initialized = [*missing]
     if rows is not None:
         tables = [name for name in fits if None in shapes[name]]
-        drawn += [f"{name}, rows {_ranges(rows)}" for name in sorted(tables) if (rows < 0).any()]
-    taken = [leaf for leaf, pieces in sources.items() if any(pieces)]
+        initialized += [
+            f"{name}, rows {_ranges(rows)}" for name in sorted(tables) if (rows < 0).any()
+        ]
+    loaded = [leaf for leaf, pieces in sources.items() if any(pieces)]
     origin = Origin(
-        run.init_from, tuple(taken), tuple(converted), tuple(drawn), tuple(left), differences
+        run.init_from,
+        tuple(loaded),
+        tuple(converted),
+        tuple(initialized),
+        tuple(dropped),
+        differences,
     )
     return StartPlan(origin, sources, rows)
 
@@ -345,8 +352,8 @@ def _compare(run: RunConfig, model: ModelConfig, source: ModelConfig) -> tuple[s
             if not isinstance(theirs[name], list)
         )
         remedy = (
-            "To start with some of its parameters, name those that may be drawn or left: "
-            "--config.init_partial='PATTERN,...'"
+            "To start with some of its parameters, name those that may be initialized randomly or "
+            "dropped: --config.init_partial='PATTERN,...'"
             if sizes
             else "To keep the run's values all the same: --config.init_architecture=run"
         )
@@ -415,7 +422,7 @@ def _shown(shape: tuple[int | None, ...]) -> str:
 
 
 def _ranges(rows: np.ndarray) -> str:
-    """The numbers of the rows that are drawn: "264-279"."""
+    """The numbers of the rows that are initialized randomly: "264-279"."""
     numbers = np.flatnonzero(rows < 0)
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return " and ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -200,5 +200,5 @@ def parameter_table(program: Program) -> str:
         f"total {parameter_count(params):,} parameters",
         f"mesh {dict(program.mesh.shape)}",
     ]
-    lines += [f"not split: {item}" for item in program.unsharded]
+    lines += [f"not sharded: {item}" for item in program.unsharded]
     return "\n".join(lines) + "\n"

@@ -41,7 +41,7 @@ def test_curves_cross_between_evaluations_or_not_at_all():
     both = {"adapted all-all": [run(ADAPTED)] * 2, "scratch all-all": [run(FRESH)]}
     text = summary(both)
     assert "| adapted all-all | 7 | 80 | 2.400 ± 0.000 | 2 |" in text
-    assert "after 10 steps the adapted model is where 30 from random" in text
+    assert "after 10 steps the adapted model matches 30 steps from" in text
     assert "cross at 358 FLOPs" in text
     both["adapted all-all"] = [run(ADAPTED - [0, 0, 1])]
     assert "do not cross: the adapted model is ahead" in summary(both)

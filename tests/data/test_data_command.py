@@ -119,7 +119,7 @@ def test_damaged_files_are_named(records, capsys):
 
 def test_strangers_and_edited_cards_are_named(records, capsys):
     (records / "rows-000099.arrayrecord").write_bytes(b"")
-    assert "rows-000099.arrayrecord is no shard of the card" in _fault(records, capsys)
+    assert "rows-000099.arrayrecord is not a shard of the card" in _fault(records, capsys)
     (records / "rows-000099.arrayrecord").unlink()
     path = records / "dataset.json"
     content = json.loads(path.read_text())

@@ -130,7 +130,7 @@ def test_sums_keep_the_first_examples_and_the_card_the_commonest_characters(monk
     monkeypatch.setattr(vocabulary_losses, "CARD_CHARACTERS", 1)
     card = two.to_card()
     assert card["characters"] == {"b": 9, "others": 4}
-    assert "13 characters do not come back (b)" in Losses(**json.loads(json.dumps(card))).describe()
+    assert "13 characters are not restored (b)" in Losses(**json.loads(json.dumps(card))).describe()
 
 
 def test_card_report_verify_and_refusal_name_it(vocabularies, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_card_report_verify_and_refusal_name_it(vocabularies, tmp_path, capsys):
     command = ["prepare", f"--jsonl={path}", f"--vocabulary={tmp_path / 'vocabulary'}"]
     assert encdec([*command, f"--out={tmp_path / 'out'}", "--workers=1"]) == 0
     printed = capsys.readouterr()
-    assert "warning: this vocabulary does not give all text back: 30 unknown ids" in printed.err
+    assert "warning: this vocabulary is not lossless: 30 unknown ids" in printed.err
     assert "'слово' becomes" in printed.err and "lost by the vocabulary: 30 unk" in printed.out
     card = open_records(tmp_path / "out").card
     assert card.lost["unknown_ids"] == 30 and card.lost["characters"]["о"] == 60

@@ -59,7 +59,7 @@ def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teac
         card = read_teacher_card(place / "scored")
         assert card.records_fingerprint == read_card(place / "written").fingerprint
         assert card.format.draws == 8
-        assert "taken" in (place / "student" / "warm-start.txt").read_text()
+        assert "loaded" in (place / "student" / "warm-start.txt").read_text()
     # The students differ from round to round: they were drawn from and trained on other targets.
     written = [read_card(tmp_path / f"round-{n:03d}" / "written").fingerprint for n in (1, 2)]
     assert written[0] != written[1]

@@ -105,5 +105,5 @@ def test_ends_that_are_not_taken_over_are_said(tmp_path):
     save(tmp_path, generation={"eos_token_id": [1, 8]})
     vocabulary = read_vocabulary(tmp_path, (1, 8))
     said = other_ends(vocabulary, (1, 8))
-    assert re.search(r"end at .* \(1\) alone; .*also ends them at .* \(8\)", said)
+    assert re.search(r"end only at .* \(1\); .*also ends them at .* \(8\)", said)
     assert other_ends(vocabulary, (1,)) == ""

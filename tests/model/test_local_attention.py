@@ -186,7 +186,7 @@ def test_the_configuration_survives_json():
     "changes, message",
     [
         ({"scan_layers": True}, "set scan_layers=False"),
-        ({"rope_divisors": (1.0,)}, "expected 4 numbers, one a rotated pair"),
+        ({"rope_divisors": (1.0,)}, "expected 4 numbers, one per rotated pair"),
         ({"rope_scaling": "none"}, "none unless rope_scaling is 'per_pair'"),
         ({"attention_window": 0}, "0 without an attention_window"),
         ({"decoder_global_layers": (0,)}, r"\(\) with global_layer_every=2"),

@@ -80,10 +80,10 @@ def test_every_model_has_its_column_and_the_twin_is_timed_once(found):
     rows = {row[0]: row[1:] for row in report.table(found, 512)}
     assert rows[""] == ("encoder-decoder", "decoder-only", "distilled encoder-decoder")
     assert rows["held-out loss, nats per target token"] == ("4.0000", "5.0000", "3.9000")
-    assert rows["first token, 512 tokens in"] == ("20.0 ms", "20.0 ms", "same architecture")
+    assert rows["first token, 512 input tokens"] == ("20.0 ms", "20.0 ms", "same architecture")
     assert rows["tokens per second, cached"][2] == "same architecture"
     assert rows["exact match, held-out functions"] == ("16.0", "20.0", "15.6")
-    assert rows["Rouge-L, sources exchanged"] == ("4.0", "5.0", "3.9")
+    assert rows["Rouge-L, shuffled sources"] == ("4.0", "5.0", "3.9")
     said = report.ratios(found, 512)
     assert said[0].startswith("held-out loss: 0.800 of the decoder-only figure (encoder-decoder")
     assert "0.975 of its held-out loss" in said[-1] and "1.000 of its training time" in said[-1]

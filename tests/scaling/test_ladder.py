@@ -228,7 +228,7 @@ def test_plan_prints_every_run_and_the_bill(capsys):
     text = capsys.readouterr().out
     for run in planned("micro").runs:
         assert run.name in text
-    assert "Total bill" in text and "token slots" in text
+    assert "Total cost" in text and "token slots" in text
     assert main(["scaling", "plan", f"--ladder={LADDERS}:paper", "--chip=v5e", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["flops"] == pytest.approx(sum(run["flops"] for run in content["runs"]))

@@ -244,7 +244,7 @@ def test_a_damaged_file_is_found_and_the_last_good_step_is_used(how, tmp_path):
         if step == 1:
             found.append(name)
             assert any("checkpoint 2 is damaged" in line for line in said), said
-            assert any("going back to checkpoint 1" in line for line in said), said
+            assert any("falling back to checkpoint 1" in line for line in said), said
             assert (workdir / "damaged" / "2").is_dir() and saved_steps(workdir) == [1]
         else:
             assert not said, said
@@ -315,7 +315,7 @@ def test_a_run_goes_back_to_its_last_good_step_and_ends_in_the_same_bits(records
     assert load_params_for_inference(tmp_path / "run")[2] == 6
     assert train(config, tmp_path / "run").step == 9
     said = capsys.readouterr().err
-    assert "checkpoint 6 is damaged" in said and "going back to checkpoint 3" in said
+    assert "checkpoint 6 is damaged" in said and "falling back to checkpoint 3" in said
     _, wanted, _ = load_params_for_inference(tmp_path / "straight")
     _, got, _ = load_params_for_inference(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, got, wanted)

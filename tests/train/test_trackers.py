@@ -66,7 +66,7 @@ def test_a_tracker_that_fails_is_left_out(listed, tmp_path, monkeypatch):
     writer.close()
     assert [step for step, _ in listed[0].lines] == [12] and not listed[0].closed
     assert said == [
-        "warning: json failed (ConnectionError: no server); the run goes on without it, and "
+        "warning: json failed (ConnectionError: no server); the run continues without it, and "
         "metrics.jsonl has everything"
     ]
 
@@ -75,7 +75,7 @@ def test_a_tracker_that_fails_is_left_out(listed, tmp_path, monkeypatch):
 
     monkeypatch.setitem(trackers.TRACKERS, "json", broken)
     assert make_trackers(["json"], tmp_path, SETTINGS, said.append) == []
-    assert "json did not begin (OSError: refused)" in said[1]
+    assert "json did not start (OSError: refused)" in said[1]
 
 
 def test_names_are_checked_first(listed, monkeypatch):

@@ -53,7 +53,7 @@ def test_a_run_starts_where_another_ended(pretrained, records, tmp_path):
     _, after, _ = load_params_for_inference(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, before, after)
     report = (tmp_path / "run" / "warm-start.txt").read_text()
-    assert "0 left, 0 drawn" in report and "embedder/embedding" in report
+    assert "0 dropped, 0 initialized randomly" in report and "embedder/embedding" in report
 
 
 def test_the_cost_is_of_the_step_that_was_taken(records, tmp_path):
@@ -105,8 +105,8 @@ def test_layers_stacked_or_apart_are_the_same_layers(pretrained, records, tmp_pa
     apart = {"scan_layers": False, "fuse_projections": True}
     found, origin, _ = started(records, pretrained, model_overrides=apart)
     expected = named(unroll_params(params, config))
-    assert found.keys() == expected.keys() == set(origin.taken)
-    assert not origin.drawn and not origin.left
+    assert found.keys() == expected.keys() == set(origin.loaded)
+    assert not origin.initialized and not origin.dropped
     assert set(origin.converted) == {name for name in expected if "/layers_" in name}
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
@@ -238,12 +238,14 @@ def test_the_sources_architecture_is_taken_over_where_asked(pretrained, records,
     named = small_run(records, steps=2, model=str(tmp_path / "source"), model_overrides={})
     begun = with_source_model(parse_config(named), tmp_path / "run")
     assert (begun.init_from, begun.model_config().rope_theta) == (str(tmp_path / "source"), 5e5)
-    assert plan_start(begun, begun.model_config(), open_records(records).card).origin.drawn == ()
+    assert (
+        plan_start(begun, begun.model_config(), open_records(records).card).origin.initialized == ()
+    )
     train(tune, tmp_path / "run", stop_at=1)
     model = load_params_for_inference(tmp_path / "run")[0]
     assert (model.rope_theta, model.mlp_activation, model.encoder_layers) == (5e5, "silu", 1)
     assert model.mlp_dropout == 0.3  # of training, the run's own
-    assert "0 left, 0 drawn" in (tmp_path / "run" / "warm-start.txt").read_text()
+    assert "0 dropped, 0 initialized randomly" in (tmp_path / "run" / "warm-start.txt").read_text()
     (tmp_path / "source").rename(tmp_path / "gone")
     assert train(tune, tmp_path / "run").step == 2
     with pytest.raises(ConfigError, match=r"model_overrides.encoder_layers is 2.*has 1"):
@@ -262,7 +264,7 @@ def test_a_run_may_keep_another_function_where_asked(pretrained, records, tmp_pa
     assert plan.origin.differences == ("rope_theta is 10000.0 there and 500000.0 here",)
     framed = plan_of(write_records(tmp_path / "framed", random_pairs(8, 0), start_id=3), pretrained)
     assert framed.origin.differences == ("decoder_start_id is 0 there and 3 here",)
-    with pytest.raises(ConfigError, match=r"embedder/head would be drawn"):
+    with pytest.raises(ConfigError, match=r"embedder/head would be initialized randomly"):
         plan_of(
             records, pretrained, init_architecture="run", model_overrides={"tie_embeddings": False}
         )
@@ -273,9 +275,9 @@ def test_a_partial_start_takes_all_but_what_its_patterns_name(pretrained, record
     changes = {
         "model_overrides": {"encoder_layers": 1, "decoder_layers": 2, "scan_layers": scanned}
     }
-    with pytest.raises(ConfigError, match=r"decoder/layers_1/.* would be drawn"):
+    with pytest.raises(ConfigError, match=r"decoder/layers_1/.* would be initialized randomly"):
         plan_of(records, pretrained, init_partial="encoder/*", **changes)
-    with pytest.raises(ConfigError, match=r"encoder/layers_1/.* would be left"):
+    with pytest.raises(ConfigError, match=r"encoder/layers_1/.* would be dropped"):
         plan_of(records, pretrained, init_partial="decoder/layers_1/*", **changes)
     found, origin, drawn = started(
         records, pretrained, init_partial="encoder/layers_1/*, decoder/layers_1/*", **changes
@@ -286,8 +288,8 @@ def test_a_partial_start_takes_all_but_what_its_patterns_name(pretrained, record
     layers = lambda tree: [tree[stack][i] if scanned else tree[name.format(i)] for i in range(2)]
     np.testing.assert_array_equal(layers(found)[0], there[name.format(0)])
     np.testing.assert_array_equal(layers(found)[1], layers(drawn)[1])
-    assert name.format(1) in origin.drawn and name.format(0) not in origin.drawn
-    assert any(item.startswith("encoder/layers_1/mlp/up/kernel: shape") for item in origin.left)
+    assert name.format(1) in origin.initialized and name.format(0) not in origin.initialized
+    assert any(item.startswith("encoder/layers_1/mlp/up/kernel: shape") for item in origin.dropped)
 
 
 def test_tables_grow_where_asked_and_extra_ids_keep_their_numbers(
@@ -298,7 +300,7 @@ def test_tables_grow_where_asked_and_extra_ids_keep_their_numbers(
     found, origin, drawn = started(
         records, pretrained, init_grow=True, model_overrides={"vocab_size": 280}
     )
-    assert origin.drawn == (f"{table}, rows 264-279",) and not origin.left
+    assert origin.initialized == (f"{table}, rows 264-279",) and not origin.dropped
     np.testing.assert_array_equal(found[table][:264], before)
     np.testing.assert_array_equal(found[table][264:], drawn[table][264:])
 
@@ -312,7 +314,7 @@ def test_tables_grow_where_asked_and_extra_ids_keep_their_numbers(
     grown = {"model_overrides": untied | {"vocab_size": 263}, "init_grow": True}
     found, origin, drawn = started(four, tmp_path / "source", **grown)
     there = named(load_params_for_inference(tmp_path / "source")[1])
-    assert origin.drawn == (f"{table}, rows 259-260", "embedder/head, rows 259-260")
+    assert origin.initialized == (f"{table}, rows 259-260", "embedder/head, rows 259-260")
     for name, axis in ((table, 0), ("embedder/head", 1)):
         rows = functools.partial(np.take, axis=axis)
         first, new, last = np.arange(259), [259, 260], [261, 262]
