@@ -149,8 +149,8 @@ def _add_rounds(parts: Any) -> None:
     part = parts.add_parser(
         "rounds",
         help="the student writes, the teacher scores, it learns",
-        description="On-policy distillation: trains a student on gold targets, and then repeatedly on a "
-        "mixture with its own answers. Repeat the command to resume.",
+        description="On-policy distillation: trains a student on gold targets, and then "
+        "repeatedly on a mixture with its own answers. Repeat the command to resume.",
         epilog="Example: encdec distill rounds --config=configs/distill.py:330m --rounds=3 "
         "--teacher=teacher --workdir=runs/rounds --config.data.records=data/train",
     )

@@ -123,8 +123,8 @@ class ScoringProgress:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec score",
-        description="Reads records once with a teacher and stores its distributions for students, in a few "
-        "bytes per target token. Repeat the command to resume.",
+        description="Reads records once with a teacher and stores its distributions for "
+        "students, in a few bytes per target token. Repeat the command to resume.",
     )
     ScoringSettings.add_flags(parser)
     parser.add_argument(

@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec evaluate compare",
-        description="Compares two models' finished evaluations of the same examples: paired bootstrap "
-        "intervals, and a randomization test.",
+        description="Compares two models' finished evaluations of the same examples: paired "
+        "bootstrap intervals, and a randomization test.",
         epilog="Example: encdec evaluate compare --first='DEC=runs/dec/evaluation' "
         "--second='ED=runs/ed/evaluation'",
     )

@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec config",
         description="Prints the configuration of a run, with every field's meaning and default.",
-        epilog="Fields are set as in `encdec train`, by --config.FIELD=VALUE. Example: encdec config "
-        "--config=configs/pretrain.py:330m --config.steps=2000",
+        epilog="Fields are set as in `encdec train`, by --config.FIELD=VALUE. Example: encdec "
+        "config --config=configs/pretrain.py:330m --config.steps=2000",
     )
     parser.add_argument(
         "--config",

@@ -77,8 +77,8 @@ class Origin:
         layout = f" ({len(self.converted)} converted)" if self.converted else ""
         return (
             f"starting from {self.source}, step {self.step}: {len(self.loaded)} parameters "
-            f"loaded{layout}, {len(self.dropped)} dropped, {len(self.initialized)} initialized randomly "
-            f"({REPORT_FILE})" + "".join(f"; {one}" for one in self.differences)
+            f"loaded{layout}, {len(self.dropped)} dropped, {len(self.initialized)} initialized "
+            f"randomly ({REPORT_FILE})" + "".join(f"; {one}" for one in self.differences)
         )
 
     def write(self, workdir: epath.PathLike) -> None:
@@ -165,7 +165,7 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
     Raises:
         CheckpointError: no model in ``config.init_from``.
         DataError: it belongs to another vocabulary than the records'.
-        ConfigError: another architecture, or parameters that would have to be initialized or dropped,
+        ConfigError: another architecture, or parameters that must be initialized or dropped,
             without a field that asks for that.
     """
     content = read_config(run.init_from)
