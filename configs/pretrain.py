@@ -1,4 +1,4 @@
-"""Training from random parameters on prepared records; the argument names the model.
+"""Training from scratch on prepared records; the argument names the model.
 
     encdec train --config=configs/pretrain.py:330m --workdir=runs/330m \
         --config.data.records=data/train --config.data.eval_records=data/validation

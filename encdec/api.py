@@ -1,4 +1,4 @@
-"""The way from text to a model in use, in eight calls.
+"""encdec as eight functions, from text to a trained model in use.
 
 Each does what the command of its name does (``import_model`` and ``export_model``: ``encdec
 import`` and ``encdec export``), returns what was made, and raises the errors of
@@ -51,7 +51,7 @@ def train(
     on_report: OnReport | None = None,
     hooks: Sequence[Hook] = (),
 ) -> Summary:
-    """Trains a model, or goes on where the work directory's last checkpoint ends.
+    """Trains a model, or continues from the work directory's last checkpoint.
 
     Args:
         config: ``FILE.py[:ARGUMENT]``, as ``encdec train --config``, or the fields themselves.
@@ -81,7 +81,7 @@ def train(
 def generate(
     model: TextGenerator | str | os.PathLike[str], texts: Sequence[str], **settings: Any
 ) -> list[str]:
-    """The answer to each text; the likeliest where ``samples`` or ``beams`` make several.
+    """The answer to each text; the most likely one if ``samples`` or ``beams`` give several.
 
     Args:
         model: what ``load`` gave, or a directory that it would take. ``load(...).generate`` gives
@@ -102,7 +102,7 @@ def generate(
 def evaluate(
     checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], **settings: Any
 ) -> dict[str, Any]:
-    """Answers and scores tasks or files of pairs; a call that was interrupted goes on.
+    """Answers and scores tasks or files of pairs; repeat an interrupted call to continue.
 
     Args:
         checkpoint: work directory, or an export.

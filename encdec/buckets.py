@@ -70,7 +70,7 @@ def normal_address(name: str, text: str) -> str:
 
 @functools.cache
 def _configure() -> None:
-    """Before the first address is used: fsspec for all of them, and nothing remembered."""
+    """Called before the first address is used: fsspec for all of them, without its cache."""
     import fsspec
     from etils.epath import gpath
 
@@ -148,7 +148,7 @@ def write_bytes(address: str | os.PathLike[str], content: bytes) -> None:
 
 
 def send_file(source: pathlib.Path, address: str | os.PathLike[str]) -> None:
-    """Copies a file to an object, which appears when all of it is there."""
+    """Copies a file to an object, which appears only when it is complete."""
     with _named(address):
         file_system(address).put_file(str(source), os.fspath(address))
 
@@ -236,7 +236,7 @@ def drop_uploads(address: str) -> None:
 
 
 def cached_shard(address: str, size: int, sha256: str) -> pathlib.Path:
-    """A copy of a file whose checksum is known; it is compared when the copy is made.
+    """A copy of a file with a known checksum, which is verified when the copy is made.
 
     Raises RuntimeError where the object is not the file that was written.
     """

@@ -40,7 +40,7 @@ FIELD = "--config."
 
 
 def main(argv: list[str]) -> int:
-    """Prints the script of a shell, or what ``--words -- WORD ...`` can go on with."""
+    """Prints the script of a shell, or the possible continuations of ``--words -- WORD ...``."""
     if argv[:1] == ["--words"]:
         print("\n".join(candidates(argv[2:] if argv[1:2] == ["--"] else argv[1:])))
         return 0

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, each kind with an exit code of its own.
+"""Errors that a user can fix, each kind with its own exit code.
 
 The command line prints the message alone, without a traceback, and exits with ``exit_code``,
 so that a launcher can tell a wrong config from a preemption without reading logs.
@@ -42,6 +42,6 @@ class StorageError(EncdecError):
 
 
 class Preempted(EncdecError):
-    """The machine is being taken away; state was saved and the run can be resumed."""
+    """The run was preempted; its state is saved and the run can be resumed."""
 
     exit_code = 75

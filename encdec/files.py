@@ -1,4 +1,4 @@
-"""Files that processes may be killed over: whole or absent, and JSON lines that grow."""
+"""Files that survive kills: written atomically, and JSON lines that are appended to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs that may be killed: a directory filled block by block, which a later call goes on with.
+"""Resumable jobs: a directory filled block by block, which a later call continues.
 
 While a directory is unfinished, ``encdec-unfinished/job.json`` in it says what is being made, and
 each finished block leaves a note there of its file and its tally. Blocks depend on the job and
@@ -50,7 +50,7 @@ class Shard:
 
 @dataclasses.dataclass
 class Tally:
-    """What some blocks came to; a field adds up, or has its own ``metadata["add"]``."""
+    """Totals over some blocks; a field adds up, or has its own ``metadata["add"]``."""
 
     def add(self, other: Self) -> None:
         for field in dataclasses.fields(self):
@@ -264,7 +264,7 @@ class DirectoryJob(Generic[T]):
             )
 
     def begin(self) -> None:
-        """Makes the directory, or goes on with the one that is there."""
+        """Makes the directory, or continues the existing one."""
         if self._discards:
             _clear(self.directory)
         make_directory(self.directory / NOTES)

@@ -45,7 +45,7 @@ def logger(name: str) -> logging.Logger:
 
 
 def set_level(level: int) -> None:
-    """How much is said from now on, by processes that this one starts, too."""
+    """Sets the log level, also for processes that this one starts."""
     logger("encdec")
     os.environ[VARIABLE] = logging.getLevelName(level)
     _apply(level)

@@ -1,4 +1,4 @@
-"""What this machine gives to this process."""
+"""CPU cores and memory of this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def user_cache() -> pathlib.Path:
 
 
 def return_freed_memory() -> None:
-    """Gives back to the system what malloc keeps of freed memory; glibc alone can."""
+    """Returns to the system freed memory that malloc keeps; only glibc supports this."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

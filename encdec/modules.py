@@ -1,4 +1,4 @@
-"""Modules of the user's own that a command imports, for what they register."""
+"""The user's own modules, which a command imports for what they register."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How to install what an optional part needs: the one place that says it.
+"""How to install the packages of an optional part.
 
 The name ``encdec`` on the public package index belongs to another project, so no message may ever
 say ``pip install encdec[...]``. The hint names this checkout, or else the packages themselves.

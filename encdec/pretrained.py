@@ -1,4 +1,4 @@
-"""Models of transformers, read from a directory: whole, or refused."""
+"""Models of transformers, loaded from a directory, completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process that computes sets up for itself: compiled programs on disk, memory kept.
+"""Process-wide settings for computing: the compilation cache on disk, and kept memory.
 
 Both change how long a command takes and nothing of what it computes.
 """

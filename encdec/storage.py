@@ -1,4 +1,4 @@
-"""Paths as users write them, and the operating system's refusals said in one line.
+"""Paths as users write them, and the operating system's errors as one line.
 
 A full disk reaches Python as an ``OSError``, as a ``ValueError`` of tensorstore or as a
 ``RuntimeError`` of ArrayRecord, often as the cause of another error. ``storage_error`` finds it

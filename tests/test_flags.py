@@ -162,7 +162,9 @@ def test_a_batch_larger_than_the_data_is_warned_of_even_if_quiet(batch_size, cap
 def test_verbose_shows_where_an_error_began(capsys):
     assert cli.main(["describe", "nothing", "--verbose"]) == ConfigError.exit_code
     err = capsys.readouterr().err
-    assert "in find_model" in err and err.rstrip().splitlines()[-1].startswith("encdec: error: no")
+    assert "in find_model" in err and err.rstrip().splitlines()[-1].startswith(
+        "encdec: error: unknown preset"
+    )
     assert cli.main(["describe", "nothing", "--quiet"]) == ConfigError.exit_code
     assert re.fullmatch(r"encdec: error: .*\n", capsys.readouterr().err)
 
@@ -293,7 +295,7 @@ def test_former_names_are_accepted_and_said_to_have_changed(capsys):
     given = ["--config=c.py", "--topology=v5e:2x2", "--inputs", "7", "--json=f.json"]
     options = parser.parse_args(given)
     assert (options.inputs_length, options.out) == (7, "f.json")
-    assert "encdec compile: --json is written --out now" in capsys.readouterr().err
+    assert "encdec compile: --json is now called --out" in capsys.readouterr().err
     generate = all_parsers()["encdec generate"].parse_args
     assert generate(["--checkpoint=a", "--truncate", "text"]).too_long == "cut"
     # After -- they are texts.

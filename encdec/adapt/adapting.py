@@ -1,4 +1,4 @@
-"""From sources and a choice to an adapted model, and to its work directory."""
+"""Builds an adapted model from its sources, and writes its work directory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Plan:
 
 
 def make_plan(decoder: Source, encoder: Source, choice: Choice, extra_ids: int = 0) -> Plan:
-    """What adapting these sources gives.
+    """The plan for adapting these sources.
 
     Raises:
         ConfigError: the sources do not go together.

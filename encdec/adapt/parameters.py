@@ -46,7 +46,7 @@ _LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is made of the sources.
+    """How the adapted model is made from its sources.
 
     Attributes:
         encoder_layers: numbers of the encoder source's layers, in order.
@@ -184,7 +184,7 @@ def _origin(name: str, shape: tuple[int, ...], config: ModelConfig, choice: Choi
 
 
 def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, how: CrossAttention) -> Origin:
-    """A parameter of cross-attention that is not taken from anywhere.
+    """A cross-attention parameter without a source.
 
     To add nothing, the output projection is zero. Where its output is normed afterwards, zeros
     would stay zeros, but the smallest step away from them would be blown up to the norm's full

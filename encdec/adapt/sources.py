@@ -26,7 +26,7 @@ VOCABULARY_AXIS = {"embedder/embedding": 0, "encoder_embedder/embedding": 0, "em
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A decoder-only model's work directory; parameters are read only when they are asked for.
+    """A decoder-only model's work directory; parameters are read only when needed.
 
     Attributes:
         directory: the work directory.
@@ -60,7 +60,7 @@ class Source:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence that it is right for, in tokens."""
+        """The longest sequence that it supports, in tokens."""
         data = self.content["data"]
         longest = self.content.get("imported", {}).get("max_length")
         return longest or data["inputs_length"] + data["targets_length"]
@@ -69,7 +69,7 @@ class Source:
         return lineage(self.directory, self.step)
 
     def vocabulary(self) -> Vocabulary | None:
-        """Its vocabulary; None of a model that was imported without one."""
+        """Its vocabulary; None if the model was imported without one."""
         recorded = self.content["data"]["vocabulary"]
         return load_vocabulary(recorded, directory=self.directory) if recorded else None
 

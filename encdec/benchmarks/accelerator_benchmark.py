@@ -1,4 +1,4 @@
-"""What no CPU can show, in one command: ``encdec benchmark accelerator``.
+"""``encdec benchmark accelerator``: everything that only a GPU or TPU can show, in one command.
 
 Attention kernels against plain XLA, step time and MFU, generation with transformers next to it,
 and a profile of one step. Every part is written to ``accelerator.json`` when it is done, so that a
@@ -128,7 +128,7 @@ def _best(run: Callable[[], Any], tries: int = 5) -> float:
 
 
 def train_part(options: argparse.Namespace, model: str, matmul_flops: float) -> dict[str, Any]:
-    """Step time, MFU and sequences a second; with half the rows as long as memory is too small."""
+    """Step time, MFU and sequences per second; halves the rows until they fit in memory."""
     rows = options.batch_size
     while True:
         try:
@@ -190,7 +190,7 @@ def profile_part(options: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def parts_of(options: argparse.Namespace) -> dict[str, Part]:
-    """What is to be done, in the order of its worth."""
+    """The parts to run, the most valuable first."""
     rate = functools.cache(lambda: measure_rates("bfloat16").flops_per_second)
     parts: dict[str, Part] = {
         "device": lambda: {
@@ -218,7 +218,7 @@ def parts_of(options: argparse.Namespace) -> dict[str, Part]:
 def run_parts(
     parts: Mapping[str, Part], path: pathlib.Path, settings: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """Does the parts that ``path`` does not have yet, writing it after each; all results.
+    """Runs the parts missing from ``path``, writing it after each; returns all results.
 
     A part that fails is written with its error, and done again by the next call. No part begins
     after ``seconds``.
@@ -253,7 +253,7 @@ def run_parts(
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """A line of what a part gave."""
+    """A part's result in one line."""
     if "error" in result:
         return result["error"]
     if "step_seconds" in result:

@@ -14,7 +14,7 @@ _LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Trains a decoder-only model and what is adapted from it; repeated, it goes on where it was.
+    """Trains a decoder-only model and models adapted from it; a repeated call continues.
 
     Raises:
         ConfigError, DataError: settings or text that do not fit.

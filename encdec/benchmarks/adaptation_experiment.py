@@ -1,4 +1,4 @@
-"""Does adaptation pay? A decoder-only model, and what becomes of it at equal further FLOPs.
+"""Does adaptation pay off? A decoder-only model, and models adapted from it, at equal FLOPs.
 
 A decoder-only model is trained on text. Then, for as many FLOPs again as it would take to train it
 on for ``further_steps`` steps: that model itself, encoder-decoders adapted from it, and
@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is run; every field but ``work`` and ``seeds`` is part of the runs' identity.
+    """The settings; every field but ``work`` and ``seeds`` is part of the runs' identity.
 
     Attributes:
         work: receives everything.
@@ -219,7 +219,7 @@ def _records(setting: Setting, name: str) -> str:
 
 
 def source_model(setting: Setting) -> ModelConfig:
-    """The decoder-only model that everything starts from."""
+    """The decoder-only source model."""
     return preset(
         setting.model,
         architecture="decoder_only",
@@ -316,7 +316,7 @@ def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) 
 
 
 def _start(setting: Setting, row: Row, seed: int, source: pathlib.Path) -> pathlib.Path:
-    """What a row starts from, or, from random parameters, what it has the shape of."""
+    """The model from which a row starts, or, from scratch, the model with its architecture."""
     if row.layers is None:
         return source
     how = row.cross_attention or "self"
@@ -339,7 +339,7 @@ def _taught(setting: Setting, seed: int, source: pathlib.Path) -> str:
 
 
 def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The table as Markdown, and where adapted and fresh models' curves cross."""
+    """The table as Markdown, and where the curves of models adapted and from scratch cross."""
     lines = ["| model | parameters | steps | held-out loss | seeds |", "|---|---|---|---|---|"]
     for name, runs in results.items():
         losses = np.array([run["loss"] for run in runs])

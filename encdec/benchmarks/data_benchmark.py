@@ -41,7 +41,7 @@ READ_GOAL_TOKENS_PER_SECOND = 3e6
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The training step that reading is held against, and the host that reads for it."""
+    """The training step with which reading is compared, and the host that reads for it."""
 
     model: str
     topology: str
@@ -63,7 +63,7 @@ PREDICTED = Step("330m-tpu", "v5e:4x4", 0.2036, 16, 1024 + 256, 4, 112)
 
 
 def reported_step(path: str | pathlib.Path, chips_per_host: int, host_cores: int) -> Step:
-    """The first step of a report by ``encdec compile --out``; DataError where it is none."""
+    """The first step of a report by ``encdec compile --out``; DataError if it is not one."""
     try:
         report = json.loads(pathlib.Path(path).read_text())[0]
         return Step(
@@ -165,7 +165,7 @@ def measure_prepare(
 
 
 def measure_reading(directory: str | pathlib.Path, *, batch: int = 64, steps: int = 50) -> dict:
-    """Tokens a second of shuffled batches, both layouts, and bytes per token on disk."""
+    """Tokens per second of shuffled batches, both layouts, and bytes per token on disk."""
     records = open_records(directory)
     card = records.card
     tokens = card.source_tokens + card.target_tokens

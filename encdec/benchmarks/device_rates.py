@@ -1,4 +1,4 @@
-"""What this machine's device can do: bytes read and FLOPs done a second, measured."""
+"""Measured rates of this machine's device: bytes read and FLOPs per second."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def measure_rates(dtype: str = "float32", tries: int = 5) -> DeviceRates:
 
 
 class ReadRate:
-    """Bytes a second of matrix-vector products; keeps their matrices, half a GiB each way."""
+    """Bytes per second of matrix-vector products; keeps their matrices, half a GiB each way."""
 
     def __init__(self, dtype: str = "float32") -> None:
         on_cpu, width = jax.default_backend() == "cpu", 4096

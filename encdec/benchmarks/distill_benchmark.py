@@ -14,7 +14,7 @@ _LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Trains a teacher and students on prepared records; repeated, it goes on where it was.
+    """Trains a teacher and students on prepared records; a repeated call continues.
 
     Raises:
         ConfigError, DataError: settings or records that do not fit.

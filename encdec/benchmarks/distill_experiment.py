@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is run; every field but ``work`` is part of the runs' identity.
+    """The settings; every field but ``work`` is part of the runs' identity.
 
     Attributes:
         work: receives everything.
@@ -96,7 +96,7 @@ SAMPLED = Variant("50 draws", "sampled")
 
 
 def variants(pairs_per_token: float) -> list[Variant]:
-    """The students, those that matter most first; top-k of as many bytes as the draws take.
+    """The students, the most important first; top-k with as many bytes as the draws.
 
     A drawn id takes 3 bytes and a token 5 besides them, a kept id 4 and a token 7.
     """
@@ -256,7 +256,7 @@ def _result(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _trained(run: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
-    """Trains, or goes on, and notes how good the model is."""
+    """Trains or resumes, and records the model's quality."""
     done = _result(folder)
     if done is not None:
         return done
@@ -315,7 +315,7 @@ def _student(setting: Setting, variant: Variant, seed: int, say: Say) -> None:
 
 
 def calibration_error(workdir: pathlib.Path, records: str, rows: int = 64) -> float:
-    """Expected calibration error of the likeliest token, over all held-out target tokens.
+    """Expected calibration error of the most likely token, over all held-out target tokens.
 
     BINS bins of equal width by confidence; the mean of |accuracy - confidence|, weighted by
     tokens (arXiv 1706.04599).
@@ -354,7 +354,7 @@ def expected_calibration_error(
 def step_ratios(
     setting: Setting, kinds: Sequence[Variant], steps: int = 5, rounds: int = 9
 ) -> dict[str, float]:
-    """Median time of a student's step over that of the CE student, the two taking turns.
+    """Median time of a student's step over that of the CE student, the two alternating.
 
     The batch is on the devices already; reading it is the loop's business and overlaps.
     """

@@ -1,4 +1,4 @@
-"""How far the gradient of a stored teacher is from that of every logit: angle and norm.
+"""How far gradients from stored distributions are from those of full ones: angle and norm.
 
 The figure of arXiv 2503.16870 on a model of ours. Draws are unbiased, so their error shrinks as
 tokens and draws grow; what top-k leaves out stays left out.

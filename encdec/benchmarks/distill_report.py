@@ -60,7 +60,7 @@ def _ratios(setting: Setting, say: Callable[[str], None]) -> dict[str, float]:
 
 
 def _kept(path: pathlib.Path, measure: Callable[[], Any]) -> Any:
-    """What a file holds; measured and written first where it is missing."""
+    """A file's content; if the file is missing, it is measured and written first."""
     if not path.is_file():
         write_json(path, measure())
     return json.loads(path.read_text())
@@ -96,7 +96,7 @@ def _pm(row: Mapping[str, Any], name: str, digits: int) -> str:
 
 
 def draw_students(results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Held-out loss and calibration error of every student, one point a seed."""
+    """Held-out loss and calibration error of every student, one point per seed."""
     rows = results["students"]
     figure, axes = _figure(2, (8.0, 0.9 + 0.36 * len(rows)))
     for axis, name, label in zip(

@@ -1,4 +1,4 @@
-"""``encdec benchmark edge``: one model through every runtime on this machine's CPU, by turns."""
+"""``encdec benchmark edge``: one model in every runtime on this machine's CPU, alternating."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def measure(
     calm: float = 1.0,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[list[tuple[GenerationTiming, tuple[float, ...], int | None]], int]:
-    """Times every path at every length, by turns, after a first round that does not count.
+    """Times every path at every length, alternating, after an untimed first round.
 
     Args:
         runs: the paths by name.
@@ -134,7 +134,7 @@ def evaluate(
     rates: DeviceRates,
     fast: DeviceRates,
 ) -> Measured:
-    """Holds a timing against the formulas and the machine's rates; ``around`` is of each repeat."""
+    """Compares a timing with the formulas and the machine's rates; ``around`` is of each repeat."""
     kind, precision = PATHS[timing.model]
     flops = generation_flops(config, timing.input_length, timing.output_length)
     later, precision = flops.later_tokens, precision if kind != "jax" else "float32"
@@ -166,7 +166,7 @@ def evaluate(
 
 
 def peak_bytes(arguments: Sequence[str]) -> int:
-    """Peak memory of a process of its own that loads one path and generates once."""
+    """Peak memory of a separate process that loads one path and generates once."""
     done = subprocess.run(
         [sys.executable, "-m", "encdec", "benchmark", "edge", "--peak", *arguments],
         capture_output=True,
@@ -177,7 +177,7 @@ def peak_bytes(arguments: Sequence[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Exports the model where it is not yet, times every path, prints a table, writes JSON.
+    """Exports the model if necessary, times every path, prints a table, writes JSON.
 
     Raises:
         ConfigError: an unknown model or path, or a number that cannot be.

@@ -243,7 +243,7 @@ def _uncached_run(config: ModelConfig, params: Params, tokens: jax.Array, count:
 def next_token_uncached(
     config: ModelConfig, params: Params, tokens_BxT: jax.Array, place: jax.Array
 ) -> jax.Array:
-    """The likeliest token after ``place`` by a full forward pass of a decoder-only model, [B]."""
+    """The most likely token after ``place`` by a full forward pass of a decoder-only model, [B]."""
     model, (batch, length) = build_model(config), tokens_BxT.shape
     fields = {
         "decoder_input_tokens": tokens_BxT,

@@ -1,4 +1,4 @@
-"""Peak memory while generating: each model in a process of its own.
+"""Peak memory while generating, each model in its own process.
 
 ``python -m encdec.benchmarks.generation_memory`` reads one request as JSON from standard input and
 writes the peaks as JSON to standard output; ``measure_peaks`` runs it.
@@ -45,7 +45,7 @@ def measure_peaks(
 def peaks_by_process(
     module: str, name: str, settings: Sequence[Setting], request: Mapping[str, Any]
 ) -> dict[Setting, int]:
-    """What a process of its own answers, in bytes by setting.
+    """Bytes by setting, as measured by a separate process.
 
     Args:
         module: run with ``python -m``; reads ``request`` and the settings as JSON from standard

@@ -53,7 +53,7 @@ PAPER = {
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One model at one setting: what was timed, and what the formulas say of it.
+    """One model at one setting: its timing, and the figures from the formulas.
 
     Attributes:
         timing: see ``GenerationTiming``.
@@ -102,7 +102,7 @@ class Measured:
 def evaluate(
     timing: GenerationTiming, config: ModelConfig, rates: DeviceRates, dtype: str
 ) -> Measured:
-    """Holds a timing against the formulas and the machine's rates."""
+    """Compares a timing with the formulas and the machine's rates."""
     rows, inputs, outputs = timing.batch, timing.input_length, timing.output_length
     flops = generation_flops(config, inputs, outputs, cached=timing.cached)
     first = rows * flops.first_token.total / timing.first_token.median
@@ -143,7 +143,7 @@ def measure(
     folder: pathlib.Path | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> tuple[DeviceRates, list[Measured]]:
-    """Times every model at every setting, by turns, with freshly drawn parameters.
+    """Times every model at every setting, alternating, with random parameters.
 
     The values of parameters change no time. ``precisions`` are those of RUNTIMES that run OURS,
     whose export is in ``folder``. Raises ConfigError for a setting that cannot be.

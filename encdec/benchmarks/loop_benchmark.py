@@ -40,7 +40,7 @@ OVERHEAD_GOAL = 0.03
 def write_random_records(
     directory: pathlib.Path, rows: int, inputs_length: int, targets_length: int, seed: int = 0
 ) -> pathlib.Path:
-    """Records of random bytes, two segments a row and no padding: work for a benchmark."""
+    """Records of random bytes for a benchmark, two segments per row and no padding."""
     random, vocabulary = np.random.default_rng(seed), ByteVocabulary()
     spec = vocabulary.save(directory)
     dtype = token_dtype(spec.size, inputs_length, targets_length)
@@ -90,7 +90,7 @@ def measure_loop(
     window: int = 20,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Seconds a step, in the loop and bare, medians over ``rounds`` windows; and their ratio.
+    """Seconds per step, in the loop and bare, medians over ``rounds`` windows; and their ratio.
 
     The loop reads, shuffles and moves batches, fetches and checks every step's metrics, and
     writes a report a window; checkpoints and evaluation, which no step needs, are left out.

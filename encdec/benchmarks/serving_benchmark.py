@@ -1,4 +1,4 @@
-"""``encdec benchmark serving``: requests served at once against one after the other."""
+"""``encdec benchmark serving``: requests served concurrently and one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``encdec benchmark speculate``: what a step of several tokens costs, and what drafts give."""
+"""``encdec benchmark speculate``: cost of a step of several tokens, gain from drafts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step of PyTorch with our own weights: what our step is timed with.
+"""A PyTorch training step with our own weights, with which our step is compared.
 
 Encoder-decoders are the modelling file that ``encdec export`` ships, decoder-only models the same
 blocks as one causal stack. Rows are unpacked, as that file reads them. The step is what a careful

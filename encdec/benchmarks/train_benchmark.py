@@ -94,7 +94,7 @@ class Setting:
 
 @dataclasses.dataclass
 class Measured:
-    """What one setting gave.
+    """The result of one setting.
 
     Attributes:
         setting: what was measured.

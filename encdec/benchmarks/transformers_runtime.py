@@ -1,4 +1,4 @@
-"""The same weights by transformers' ``generate``: what our own paths are timed against.
+"""The same weights in transformers' ``generate``, with which our own paths are compared.
 
 ``python -m encdec.benchmarks.transformers_runtime`` is a process of its own that measures
 memory; see

@@ -1,4 +1,4 @@
-"""Preparation on Apache Beam: the very shards and card of ``prepare``, on any runner.
+"""Preparation on Apache Beam: the same shards and card as from ``prepare``, on any runner.
 
 The driver reads and cuts the text into blocks and lays them down under the records directory;
 workers encode, pack and write, one block an element. Shards follow from their blocks alone, so

@@ -81,7 +81,7 @@ COUNTERS = ("truncated", "dropped", "fits")
 
 @dataclasses.dataclass
 class Counts(Tally):
-    """What became of some documents."""
+    """Counts of what happened to some documents."""
 
     documents: int = 0
     rows: int = 0

@@ -1,4 +1,4 @@
-"""``encdec data``: tasks and mixtures at hand, examples, soundness of records, a table."""
+"""``encdec data``: available tasks and mixtures, examples, verification of records, a table."""
 
 from __future__ import annotations
 

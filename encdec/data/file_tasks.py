@@ -1,4 +1,4 @@
-"""Tasks whose rows are files below a ``data_dir``, a preprocessor making a document of each.
+"""Tasks whose rows are files below a ``data_dir``, each made into a document by a preprocessor.
 
 Files are looked for in the layouts of ``FileTask.find_files``; without a ``data_dir`` rows come
 from what tensorflow-datasets has on this machine. Nothing is ever downloaded.

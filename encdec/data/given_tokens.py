@@ -1,4 +1,4 @@
-"""Examples that another pipeline made as ids, in a vocabulary that has to be the records' own.
+"""Examples tokenized by another pipeline, whose vocabulary must be that of the records.
 
 A document is then not text but the ids of each side in decimal, with spaces between them.
 """

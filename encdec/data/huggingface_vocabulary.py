@@ -1,4 +1,4 @@
-"""Vocabularies from Hugging Face's ``tokenizer.json``, by the optional ``tokenizers`` package."""
+"""Vocabularies from Hugging Face's ``tokenizer.json``, with the optional ``tokenizers`` package."""
 
 from __future__ import annotations
 

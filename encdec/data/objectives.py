@@ -58,7 +58,7 @@ class Form:
 
 
 class Objective(abc.ABC):
-    """What turns documents into token pairs no longer than the two lengths.
+    """Turns documents into token pairs no longer than the two lengths.
 
     ``has_source`` is False where every source is empty: such records are for decoder-only models.
     ``is_random`` is False where the same document always gives the same examples, ``reads_text``

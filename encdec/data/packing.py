@@ -143,7 +143,7 @@ def _fill(examples: np.ndarray, S: int, T: int, score: Score) -> list[np.ndarray
 
 
 def _that_fit(lengths: np.ndarray, source_room: float, target_room: float) -> int:
-    """How many of the examples, in order, fit both rooms."""
+    """How many of the examples, in order, fit both remaining capacities."""
     used = np.cumsum(lengths, axis=1)
     fits = (used[SOURCE] <= source_room) & (used[TARGET] <= target_room)
     return int(fits.argmin()) if not fits.all() else len(fits)

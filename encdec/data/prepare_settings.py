@@ -1,4 +1,4 @@
-"""What ``prepare`` is to do. Flags, gin bindings and a job's identity follow from the fields."""
+"""Settings of ``prepare``, from whose fields flags, gin bindings and a job's identity follow."""
 
 # ruff: noqa: RUF009 (`setting` gives a field, which ruff cannot see)
 

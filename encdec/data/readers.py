@@ -51,7 +51,7 @@ TEXT_FIELD = "text"
 
 @dataclasses.dataclass
 class BadRows:
-    """Counts and names faults ("FILE:LINE: REASON") and refuses the one too many.
+    """Counts and lists faults ("FILE:LINE: REASON"); raises an error above the number allowed.
 
     Attributes:
         allowed: by the command's --max_bad_rows; None where it has none, and no fault is allowed.

@@ -1,4 +1,4 @@
-"""Any file of text as lines of UTF-8, told by its content: compression, byte order mark, encoding.
+"""Any text file as lines of UTF-8: compression, byte order mark and encoding are detected.
 
 What is not text, or text in an encoding that can only be guessed, is refused by name: a guess
 would become training data.

@@ -1,4 +1,4 @@
-"""``encdec vocab``: train a SentencePiece vocabulary that gives every text back unchanged.
+"""``encdec vocab``: train a SentencePiece vocabulary that is lossless for any text.
 
 Identity normalisation, no dummy prefix, white space kept, byte fallback for what training did
 not see: code survives with its newlines, tabs and runs of spaces. One character does not, U+2581,

@@ -1,4 +1,4 @@
-"""What a vocabulary loses of the text that is prepared, counted over that very text.
+"""What a vocabulary loses from the prepared text, counted over all of it.
 
 Three measures, the first two over all of it: unknown ids among the tokens; characters that do not
 come back from between two letters (case folding, normalisation, alphabets without byte fallback);

@@ -1,4 +1,4 @@
-"""``encdec distill``: what goes round between a student and its teacher."""
+"""``encdec distill``: rollouts by a model, and rounds of on-policy distillation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a teacher's logits to what is kept of them, on the device: draws, top-k, or everything."""
+"""Reduces a teacher's logits, on the device, to what is stored: draws, top-k, or everything."""
 
 from __future__ import annotations
 

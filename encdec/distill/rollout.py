@@ -1,4 +1,4 @@
-"""Records with new targets: a model answers the sources of other records, in bulk.
+"""Records with new targets: a model's answers to the sources of other records, in large batches.
 
 With the student as the writer these are the on-policy targets of GKD (arXiv 2306.13649), which
 the teacher then scores like any records; with the teacher as the writer it is sequence-level

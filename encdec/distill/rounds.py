@@ -83,7 +83,7 @@ def distill_in_rounds(
     scoring: dict[str, Any] | None = None,
     say: Say = _LOG.info,
 ) -> list[pathlib.Path]:
-    """Trains a student, and then ``rounds`` times more on what it wrote itself.
+    """Trains a student, and then ``rounds`` more times on its own answers too.
 
     Args:
         run: of every round, ``steps`` long each; its ``data.records`` are the gold ones, and its

@@ -56,7 +56,7 @@ class Scorer(Protocol):
     writes: bool
 
     def load(self) -> None:
-        """Brings the parameters into memory; called once, before the first row."""
+        """Loads the parameters; called once, before the first row."""
 
     def score(self, numbers: np.ndarray) -> Kept:
         """What is kept of each target token of this process's rows, -1 standing for none.
@@ -156,7 +156,7 @@ def check_records(
 def _check_lengths(
     content: dict[str, Any], records: Records, max_length: int | None, workdir: str | pathlib.Path
 ) -> None:
-    """Raises DataError where a text is longer than what the teacher is right for."""
+    """Raises DataError where a text is longer than the teacher supports."""
     data = content["data"]
     right_for = (
         max_length

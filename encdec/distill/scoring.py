@@ -1,4 +1,4 @@
-"""Scores records with a teacher: every row once, a few bytes a target token, resumable.
+"""Scores records with a teacher: every row once, a few bytes per target token, resumable.
 
 What is kept of a token depends on the seed, the row's number and the token's place, and on nothing
 else.
@@ -33,7 +33,7 @@ Progress = Callable[["ScoringTally"], None]
 
 @dataclasses.dataclass
 class ScoringTally(Tally):
-    """What some rows came to.
+    """Totals over some rows.
 
     ``entropy`` and ``tail`` are sums over tokens, ``max_pairs`` is the most in one row.
     """
@@ -112,7 +112,7 @@ def score(
 def _scorer(
     settings: ScoringSettings, records: Records, fmt: SparseFormat
 ) -> tuple[dict[str, Any], Scorer]:
-    """Who the teacher is, and how it reads rows; everything is checked, nothing is loaded."""
+    """The teacher's identity and its scorer; everything is checked, nothing is loaded."""
     rows = {"seed": settings.seed, "batch_rows": settings.batch_rows}
     if settings.backend == "torch":
         theirs = torch_model(settings.teacher, records, settings.vocabulary, settings.max_length)

@@ -1,4 +1,4 @@
-"""What ``score`` is to do. Flags, the identity of a job and its card follow from the fields."""
+"""Settings of ``score``, from whose fields flags, a job's identity and its card follow."""
 
 # ruff: noqa: RUF009 (`setting` gives a field, which ruff cannot see)
 

@@ -1,4 +1,4 @@
-"""Teachers run by torch as they are: Hugging Face models of families we do not import.
+"""Teachers run by torch without conversion: Hugging Face models of families we do not import.
 
 Every text is read by itself, padded on the right, so that any causal model of transformers is
 right, whatever it does with positions or packing. From the logits on, everything is as for a model

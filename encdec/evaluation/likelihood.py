@@ -250,7 +250,7 @@ def measure(
 
 
 def likelihood_scores(found: Sequence[Likelihood]) -> list[Score]:
-    """Perplexity a token, bits per byte and the calibration error of those not skipped.
+    """Perplexity per token, bits per byte and the calibration error of those not skipped.
 
     Perplexity is exp of the mean nats per token, over all tokens; the calibration error is that of
     the likeliest token (Guo et al. 2017), 0 to 100.

@@ -23,7 +23,7 @@ Need = tuple[str, bool, str]  # a field, whether it is as expected, what is expe
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What a family has; of what is not named it has the default.
+    """The features of a family; those that are not named have their defaults.
 
     Attributes:
         name: its model_type, as in ``encdec.interop.families.FAMILIES``.

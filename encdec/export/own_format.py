@@ -1,4 +1,4 @@
-"""Writes a trained model as a directory of encdec's own: its weights alone, small enough to send.
+"""Writes a trained model in encdec's own format: only its weights, small enough to send.
 
 It is read like an imported model, by every command that reads one, and needs nothing that encdec
 does not install. int8 weights are levels with one float32 scale for each slice along the last

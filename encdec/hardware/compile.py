@@ -1,4 +1,4 @@
-"""Compiles a run's real training step for a TPU topology, without a TPU."""
+"""Compiles a run's actual training step for a TPU topology, without a TPU."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ accept_compiled = jax.jit(accept, static_argnames="plan", donate_argnames="decod
 
 
 class ExportedMemory(Protocol):
-    """What an exported decoder remembers of every row."""
+    """An exported decoder's state of every row."""
 
     def repeat(self, times: int) -> None:
-        """Repeats every row so many times, copies next to each other."""
+        """Repeats every row, with its copies next to each other."""
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
-        """Feeds one token a row; logits [R, V] of the next."""
+        """Feeds one token per row; logits [R, V] of the next."""
 
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Feeds one token per row; the most likely next token and its log-probability, both [R]."""

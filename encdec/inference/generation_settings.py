@@ -1,4 +1,4 @@
-"""What a user may ask of generation, checked before anything is loaded or compiled."""
+"""Settings of generation, checked before anything is loaded or compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts in, texts out: batches of like lengths through the compiled programs."""
+"""Texts in, texts out: batches of similar lengths through the compiled programs."""
 
 from __future__ import annotations
 

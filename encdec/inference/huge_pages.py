@@ -1,4 +1,4 @@
-"""Memory of a runtime on pages of 2 MiB, where Linux gives them.
+"""Moves a runtime's memory to pages of 2 MiB, if Linux provides them.
 
 A decoder at batch 1 reads all of its weights for each token, and with pages of 4 KiB the processor
 spends much of that time on finding pages. Runtimes ask malloc, which leaves the choice to the
@@ -22,7 +22,7 @@ _MAPS = pathlib.Path("/proc/self/maps")
 
 
 class NewMemory:
-    """The process's memory that is mapped from now on."""
+    """The memory that the process maps from now on."""
 
     def __init__(self) -> None:
         self._before = _blocks()

@@ -1,4 +1,4 @@
-"""Exported LiteRT models, as ``encdec.inference.exported`` wants them: one row at a time.
+"""Exported LiteRT models, as ``encdec.inference.exported`` needs them: one row at a time.
 
 The decoder's cache is the interpreter's own input tensors: a step writes the new token's keys
 and values there, so that nothing is copied from one step to the next.

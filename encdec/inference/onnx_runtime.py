@@ -1,4 +1,4 @@
-"""Exported ONNX models in onnxruntime, as ``encdec.inference.exported`` wants them."""
+"""Exported ONNX models in onnxruntime, as ``encdec.inference.exported`` needs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens per step verifies: learned from what was right and from how long steps took."""
+"""How many tokens a step verifies, from how often drafts were right and how long steps took."""
 
 from __future__ import annotations
 

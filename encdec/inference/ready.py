@@ -1,4 +1,4 @@
-"""From a trained model to the layout and types in which this machine generates fastest."""
+"""Converts a trained model to the layout and dtypes in which this machine generates fastest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families of decoder-only models on the Hub: what each takes for granted.
+"""Families of decoder-only models on the Hub: defaults that their configurations leave out.
 
 Values of absent keys are those of transformers' configuration classes.
 """

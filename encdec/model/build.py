@@ -36,7 +36,7 @@ def _boxed_params(model: Model, key: jax.Array) -> Params:
 
 
 def init_params(model: Model, key: jax.Array) -> Params:
-    """Freshly drawn parameters as a plain nested dict, in ``config.param_dtype``."""
+    """Random initial parameters as a plain nested dict, in ``config.param_dtype``."""
     return nn.unbox(_boxed_params(model, key))
 
 
@@ -90,7 +90,7 @@ def scan_params(params: Params, config: ModelConfig) -> Params:
 
 
 def for_decoding(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model as one-token steps are fastest: unrolled, nothing fused, without remat."""
+    """The same model with the fastest one-token steps: unrolled, unfused, without remat."""
     if config.execution.scan_layers:
         params = unroll_params(params, config)
     # Fused, every step of decoding would concatenate the weights again.

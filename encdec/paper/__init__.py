@@ -1,1 +1,1 @@
-"""The paper's table made by one command: models pretrained, tuned, distilled, evaluated."""
+"""The paper's table made by one command: models pretrained, fine-tuned, distilled, evaluated."""

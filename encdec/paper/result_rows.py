@@ -1,4 +1,4 @@
-"""Result rows of the comparison: one JSON line a run, from which every table can be rebuilt.
+"""Result rows of the comparison: one JSON line per run, from which every table can be rebuilt.
 
 A line holds the scores, and what each example adds to the sums of the scores that are compared
 pairwise, so that another machine goes on from the file alone: a run whose line is there is done.

@@ -103,7 +103,7 @@ _pick = jax.vmap(lambda values, *places: values[places])
 def picked_logits(
     logits_BxTxK: jax.Array, teacher: Fields, start: int | jax.Array = 0
 ) -> jax.Array:
-    """The student's score of every stored pair, [B, P]; 0 for ids outside ``start`` ... + K - 1.
+    """The student's logit of every stored pair, [B, P]; 0 for ids outside ``start`` ... + K - 1.
 
     So the parts of a vocabulary worked through in tiles add up to the whole.
     """

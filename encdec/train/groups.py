@@ -1,4 +1,4 @@
-"""Groups of parameters by name: frozen ones, and learning rates of their own.
+"""Groups of parameters by name: frozen ones, and separate learning rates.
 
 Patterns are of names with unrolled layers, ``decoder/layers_3/encoder_attention/q/kernel``, and
 ``*`` matches slashes too. They are read one after the other and the last that matches decides; a

@@ -1,4 +1,4 @@
-"""A run before it begins: everything that is checked first, and what passed."""
+"""A run before it starts: all checks, and what they return."""
 
 from __future__ import annotations
 

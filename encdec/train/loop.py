@@ -1,4 +1,4 @@
-"""The life of a run: begin or resume, step, report, evaluate, save, end."""
+"""The life of a run: start or resume, step, report, evaluate, save, end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something of one's own that is done as a run goes on.
+    """The user's own function, called between the steps of a run.
 
     Attributes:
         call: takes the ``Session`` between two steps, on every process; the step's metrics are

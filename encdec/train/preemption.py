@@ -1,4 +1,4 @@
-"""The notice that a machine will be taken away, seen by all processes at the same moment.
+"""The notice of a preemption, seen by all processes at the same moment.
 
 Clouds, GKE and Slurm announce it by SIGTERM, often to one machine alone. Where processes have
 joined, jax's coordination service takes the signal, spreads it, and names the moment at which all
@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 
 class Notice:
-    """Whether to save and leave. A context: signals are taken inside alone."""
+    """Whether to save and exit. A context: signals are handled only inside it."""
 
     def __init__(self) -> None:
         self._calls, self._reached = 0, False

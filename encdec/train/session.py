@@ -1,4 +1,4 @@
-"""A run that is going on: its state, and what is done with it between steps."""
+"""A run in progress: its state, and what is done between steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from encdec.train.workdir import STARTED_NOTE, note_source, notes, write_workdir
 
 @dataclasses.dataclass
 class Session:
-    """Everything that a run has at hand while it goes on. All processes do the same with theirs.
+    """Everything that a running run needs. All processes do the same with theirs.
 
     Attributes:
         job: the run, checked.
@@ -228,7 +228,7 @@ def out_of_patience(losses: Sequence[float], patience: int) -> bool:
 
 
 def _introduce(job: Job, console: Console) -> None:
-    """Says what is about to happen."""
+    """Prints what the run will do."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in job.program.mesh.shape.items())
     device = jax.devices()[0].device_kind
     console.say(

@@ -22,7 +22,7 @@ Batch = Mapping[str, jax.Array]
 
 
 class Metrics(flax.struct.PyTreeNode):
-    """What a batch gave: sums and counts, which add up exactly over batches and hosts.
+    """The result of a batch: sums and counts, which add up exactly over batches and hosts.
 
     Attributes:
         losses: sums over target positions.

@@ -69,7 +69,9 @@ def test_directory_without_a_card_is_said_to_be_unfinished(records):
 
 
 def test_addresses_that_nothing_opens_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="gs:/bucket/x, an address.*did you mean gs://bucket/x"):
+    with pytest.raises(
+        ConfigError, match="gs:/bucket/x, an unsupported address.*did you mean gs://bucket/x"
+    ):
         open_records("gs:/bucket/x")
     with pytest.raises(ConfigError, match="hf://b, an unsupported address"):
         prepare(out="hf://b", vocabulary="bytes", task="stdlib_text")

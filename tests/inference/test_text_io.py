@@ -130,7 +130,7 @@ def test_what_the_vocabulary_cannot_write_is_named(tmp_path):
     for ids, message in (
         ([], "has no tokens"),
         ([3, vocabulary.size], "has the token 2"),
-        ([-1], "the token -1, and the vocabulary has ids from 0"),
+        ([-1], "the token -1, but the vocabulary has ids from 0"),
     ):
         with pytest.raises(DataError, match=message):
             strict.fit(ids)

@@ -156,7 +156,7 @@ def test_eos_in_a_prompt_divides_input_and_answer():
             {"prompt": [5, 259]},
             400,
             "prompt",
-            "the token 259, and the vocabulary has ids from 0 to",
+            "the token 259, but the vocabulary has ids from 0 to",
         ),
         ({"prompt": [-3]}, 400, "prompt", "the token -3"),
         (

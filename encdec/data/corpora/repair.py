@@ -1,4 +1,4 @@
-"""Short functions of the standard library with small faults put into them, and as they were.
+"""Short functions of the standard library with small faults, and their originals.
 
 What a faulty function becomes follows from its text alone, so the same interpreter gives the same
 examples. Most faults can be seen in the line itself (another language's word, a misspelt name, a

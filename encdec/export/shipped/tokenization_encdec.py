@@ -1,4 +1,4 @@
-"""encdec's tokenizer for transformers: labels (``text_target``) are framed apart from inputs."""
+"""encdec's tokenizer for transformers: special tokens of labels and inputs differ."""
 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
