@@ -31,7 +31,7 @@ def laptop() -> ConfigDict:
     config = ConfigDict()
     config.model = "micro-300k"  # preset of the students' reference, an encoder-decoder
     config.teacher = "quickstart-dec"  # preset, decoder-only
-    config.teacher_layers = 5  # in place of the preset's; at least 4 times a student's parameters
+    config.teacher_layers = 5  # instead of the preset's; at least 4 times a student's parameters
     config.splits = ("2/3", "1/2", "1/3")  # encoder's share of the layers; the first is the measure
     config.by_parameters = ()  # rows repeated with as many parameters as the first split has
     # Rows of the table that also learn from the teacher: from its stored draws (+KD), or on its
@@ -58,11 +58,11 @@ def laptop() -> ConfigDict:
     config.distill = ConfigDict(dict(alpha=0.9, draws=50))  # teacher's weight (paper's), draws
 
     config.pretrain = ConfigDict()
-    config.pretrain.inputs, config.pretrain.targets = 256, 64  # tokens of a row
-    config.pretrain.batch_size = 4  # rows of a step
+    config.pretrain.inputs, config.pretrain.targets = 256, 64  # tokens per row
+    config.pretrain.batch_size = 4  # rows per step
     config.pretrain.steps = 1_500  # 0: no pretraining, and no text for it
-    config.pretrain.document_bytes = 12_000  # text taken of each document: all of them are met
-    config.pretrain.held_out_every = 100  # documents; one of so many is for the held-out loss
+    config.pretrain.document_bytes = 12_000  # text taken from each document, so that all are seen
+    config.pretrain.held_out_every = 100  # one document in this many is held out for the loss
 
     config.columns = ConfigDict()
     config.columns.code = column(("code_java2cs",), 128, 128, 8, 120, "skip", 3_500, 250)
@@ -125,8 +125,8 @@ def column(
     config = ConfigDict()
     config.tasks = tasks
     config.train_file = ""  # below data_dir, in place of the (only) task's own training file
-    config.inputs, config.targets = inputs, targets  # tokens of a row
-    config.batch_size = batch_size  # rows of a step
+    config.inputs, config.targets = inputs, targets  # tokens per row
+    config.batch_size = batch_size  # rows per step
     config.steps = steps
     # Examples longer than a row, in training and in evaluation: "skip" leaves them out, "cut" cuts
     # their ends. Both are counted.

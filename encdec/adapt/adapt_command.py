@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     for flag in ("seed", "extra_ids"):
         if getattr(options, flag) < 0:
             raise ConfigError(f"--{flag} is {getattr(options, flag)}; expected 0 or more")
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.adapt.adapting import TABLE_FILE, make_plan, write
     from encdec.adapt.parameters import Choice
     from encdec.adapt.sources import open_source

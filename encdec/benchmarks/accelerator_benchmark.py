@@ -48,7 +48,7 @@ _T5_LARGE = (
     ("num_kv_heads", 16),
 )
 MODELS = ("330m", "330m-tpu", "1b-tpu", T5_LARGE)
-MFU_GOAL, SEQUENCES_GOAL = 0.45, 175  # on an H200; sequences a second of T5_LARGE at 512 + 114
+MFU_GOAL, SEQUENCES_GOAL = 0.45, 175  # on an H200; sequences per second of T5_LARGE at 512 + 114
 RESULTS = "accelerator.json"
 Part = Callable[[], Mapping[str, Any]]
 

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         ConfigError, DataError: settings or text that do not fit.
     """
     options = vars(_parser().parse_args(argv))
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.benchmarks.adaptation_experiment import Setting, run_experiment, summary
 
     paths = {name: tuple(options.pop(name)) for name in ("text", "eval_text")}
@@ -65,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         ("layers", int, 6, "layers of the source, a multiple of 3"),
         ("steps", int, 3_000, "steps of the source's training"),
         ("further_steps", int, 1_500, "further steps of the source; every row gets their FLOPs"),
-        ("inputs", int, 256, "source tokens of a row"),
-        ("targets", int, 64, "target tokens of a row"),
-        ("batch_size", int, 8, "rows of a step"),
+        ("inputs", int, 256, "source tokens per row"),
+        ("targets", int, 64, "target tokens per row"),
+        ("batch_size", int, 8, "rows per step"),
         ("vocabulary", int, 2_048, "ids without sentinels"),
         ("learning_rate", float, 1e-3, "at the peak"),
         ("evaluations", int, 8, "points of each curve"),

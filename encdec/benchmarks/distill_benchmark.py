@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         ConfigError, DataError: settings or records that do not fit.
     """
     options = _parser().parse_args(argv)
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.benchmarks.distill_experiment import Setting, run_experiment
     from encdec.benchmarks.distill_report import write_report
 

@@ -405,8 +405,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in (
         ("batch_size", "rows of a batch (8; of 330m 2)"),
-        ("inputs_length", "source tokens of a row (256; of 330m 512)"),
-        ("targets_length", "target tokens of a row (48; of 330m 128)"),
+        ("inputs_length", "source tokens per row (256; for 330m 512)"),
+        ("targets_length", "target tokens per row (48; for 330m 128)"),
     ):
         parser.add_argument(f"--{name}", type=int, default=0, help=text)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (5)")

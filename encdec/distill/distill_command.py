@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.distill.rollout import Written, rollout
 
     begin = time.monotonic()

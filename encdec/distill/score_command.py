@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         _dry_run(settings, options.student)
         return 0
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.distill.scoring import score
 
     progress = ScoringProgress(settings.records)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     import_modules(options.module)
     settings = _settings(options)
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.evaluation.examples import load_examples
 
     tasks = load_examples(settings)

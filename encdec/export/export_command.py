@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if options.check_pairs < 1:
         raise ConfigError(f"check_pairs is {options.check_pairs}; expected 1 or more")
     started = time.monotonic()
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.export import quality
     from encdec.export.export_model import export_model
     from encdec.inference.generator import read_prompt_format

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     settings = _settings(options)
     _check(options)
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.inference.answer_files import ResumableOutput, read_inputs
     from encdec.inference.generator import read_prompt_format
     from encdec.inference.load_generator import load

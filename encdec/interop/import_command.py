@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
         DataError: files are missing, truncated or do not belong together.
     """
     options = _parser().parse_args(argv)
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.interop.import_model import import_model
 
     started = time.monotonic()

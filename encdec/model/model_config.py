@@ -85,7 +85,7 @@ class ModelConfig:
 
     # Embedding and head
     tie_embeddings: bool = True
-    share_embeddings: bool = True  # encoder and decoder read one token table; else one each
+    share_embeddings: bool = True  # encoder and decoder share one token table; else one each
     embedding_scale: bool = False  # multiply input embeddings by sqrt(d_model)
     final_logit_cap: float = 0.0  # cap * tanh(logits / cap); 0 switches it off
 

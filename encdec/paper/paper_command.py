@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] == "costs":
         return _costs(argv[1:])
     options, setting = _read(_parser(), argv)
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.evaluation.results_table import table_markdown
     from encdec.files import sole_process
     from encdec.jobs import claim_settings

@@ -41,7 +41,7 @@ from encdec.storage import as_path, on_this_machine
 
 FINGERPRINTS = "fingerprints"
 STATE = ("params", "optimizer")
-# Reasons for which a whole checkpoint may be unreadable for the moment: no sign of damage.
+# Transient errors: they do not mean that the checkpoint is damaged.
 _PASSING = (PermissionError, ConnectionError, TimeoutError, MemoryError)
 _PASSING_CODES = (
     "PERMISSION_DENIED",

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().parse_args(argv)
     _check(options)
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     from encdec.inference.exported import export_format
     from encdec.inference.generator import read_prompt_format
     from encdec.saved.saved_params import load_params_for_inference

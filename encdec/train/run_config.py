@@ -35,7 +35,7 @@ Tail = Literal["merged", "dropped"]
 class DataConfig:
     records: str = ""  # directory made by `encdec prepare`
     eval_records: str = ""  # the held-out directory; empty: no evaluation
-    shuffle: bool = True  # another order of the rows in every epoch
+    shuffle: bool = True  # a different order of the rows in every epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,11 @@ class MeshConfig:
     data: int = -1  # copies of the model
     fsdp: int = 1  # shards of parameters and optimizer state, each with its own rows
     tensor: int = 1  # shards of heads, MLP and vocabulary, which share their rows
-    # When what fsdp split is put together: once a step (each device holds the whole model in the
+    # When fsdp's shards are gathered: once per step (each device holds the whole model in the
     # compute dtype), or at every use (least memory)
     gather: Literal["step", "use"] = "step"
-    # In which gradients are summed over devices and leave the matrix unit; with bfloat16 weights
-    # travel in it, too. (Sums over micro-batches are float32 always.)
+    # dtype in which gradients are produced and all-reduced; with bfloat16, gathered weights use it
+    # too. (Sums over micro-batches are always float32.)
     reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -64,19 +64,19 @@ class OptimizerConfig:
     eps: float = 1e-8  # AdamW: added to the root of the second moment
     momentum: float = 0.95  # Muon: decay of the momentum
     decay_rate: float = 0.8  # Adafactor: second moment decays by 1 - step^-decay_rate
-    # Groups whose learning rate is another, as in "encoder/*=0.5,*/encoder_attention/*=2": patterns
+    # Groups with a different learning rate, as in "encoder/*=0.5,*/encoder_attention/*=2": patterns
     # of names with unrolled layers, the last that matches decides; empty: none
     factors: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class FreezeConfig:
-    """Parameters that stay as they are at first, and with them their part of the optimizer."""
+    """Parameters that are frozen at first, together with their part of the optimizer."""
 
-    # Patterns of names with unrolled layers; the last that matches decides, and "!" takes back, as
+    # Patterns of names with unrolled layers; the last that matches decides, and "!" excludes, as
     # in "*,!*/encoder_attention/*": all but cross-attention; empty: none
     parameters: str = ""
-    steps: float = 0.0  # for how long; below 1: that part of the run; 0: all of it
+    steps: float = 0.0  # for how long; below 1: a fraction of the run; 0: the whole run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,9 @@ class ScheduleConfig:
     """Linear warmup, then a decay; fractions are of the peak or of the run, in [0, 1]."""
 
     name: Literal["cosine", "linear", "rsqrt", "wsd", "constant"] = "cosine"
-    warmup_steps: float = 0.01  # up to the peak; below 1: that part of the run
+    warmup_steps: float = 0.01  # up to the peak; below 1: a fraction of the run
     final_fraction: float = 0.0  # of the peak, at the last step (cosine, linear, wsd)
-    decay_fraction: float = 0.2  # wsd: the part of the run spent decaying linearly
+    decay_fraction: float = 0.2  # wsd: the fraction of the run spent decaying linearly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +103,16 @@ class DistillConfig:
     teacher: str = ""  # directory made by `encdec score` on data.records; empty: no distillation
     loss: Divergence = "forward_kl"  # see encdec/train/distillation_losses.py
     alpha: float = 0.9  # weight of the teacher, in [0, 1]
-    alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises to alpha, "learning_rate" falls
-    warmup_steps: float = 0.0  # of alpha, with alpha_schedule "warmup"; below 1: a part of the run
-    temperature: float = 1.0  # of both distributions; the one that the teacher was stored at
+    alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises, "learning_rate" decays
+    warmup_steps: float = 0.0  # of alpha's "warmup" schedule; below 1: a fraction of the run
+    temperature: float = 1.0  # of both distributions; as in the stored teacher
     beta: float = 0.5  # jensen_shannon: the teacher's share of the mixture
-    tail: Tail = "merged"  # top-k rows: mass left out is one outcome, or forgotten (biased)
+    tail: Tail = "merged"  # top-k rows: the mass left out is one outcome, or ignored (biased)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    # Steps between evaluations; below 1: that part of the run; 0: only after the last step
+    # Steps between evaluations; below 1: a fraction of the run; 0: only after the last step
     every: float = 0.05
     batches: int = 0  # batches evaluated each time; 0: every row once
     batch_size: int = 0  # rows; 0: as many as one training micro-batch
@@ -121,11 +121,11 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    # Steps between checkpoints; below 1: that part of the run; 0: none but the last step's, which
-    # is always saved
+    # Steps between checkpoints; below 1: a fraction of the run; 0: only the last step's, which is
+    # always saved
     every: float = 0.05
     keep: int = 2  # newest checkpoints kept; 0 keeps all
-    keep_best: int = 0  # also keep so many of the lowest held-out loss; 0: none
+    keep_best: int = 0  # also keep this many with the lowest held-out loss; 0: none
     keep_every: int = 0  # also keep each checkpoint whose step is a multiple; 0: none
 
 
@@ -151,14 +151,14 @@ class RunConfig:
     accumulation: int = 1  # micro-batches that make up one optimizer step
     steps: int = 100_000  # optimizer steps of the whole run
     seed: int = 0  # of the initial parameters, dropout and the rows' order
-    init_from: str = ""  # work directory whose parameters the run starts from; empty: drawn ones
-    # Where the architecture differs from that of the source: stop, take the source's over in place
-    # of the preset's, or keep the run's (a longer context, say)
+    init_from: str = ""  # work directory whose parameters the run starts from; empty: random
+    # If the architecture differs from the source's: stop, use the source's instead of the preset's,
+    # or keep the run's (for example with a longer context)
     init_architecture: Literal["refuse", "source", "run"] = "refuse"
-    # Parameters that may be drawn, or left behind in the source: patterns of names with unrolled
-    # layers, as in "encoder/*,*/layers_3/*"; empty: none
+    # Parameters that may be initialized randomly, or dropped from the source: patterns of names
+    # with unrolled layers, as in "encoder/*,*/layers_3/*"; empty: none
     init_partial: str = ""
-    init_grow: bool = False  # draw the rows that the source's vocabulary tables lack
+    init_grow: bool = False  # randomly initialize rows that the source's vocabulary tables lack
     log_every: int = 50  # steps between two lines of metrics
     trackers: str = ""  # further writers of metrics: "wandb", "mlflow" or "wandb,mlflow"
     data: DataConfig = DataConfig()

@@ -141,7 +141,7 @@ def make_train_step(
             )
         )
         (sums,) = to_masters(sums)
-        # A batch without any target is no reason to divide by zero: its gradient is zero.
+        # Avoid dividing by zero when a batch has no target tokens; its gradient is zero.
         count = jnp.maximum(metrics.losses.weight, 1.0)
         gradients = jax.tree.map(lambda g: g / count, sums)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

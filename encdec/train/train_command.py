@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     hooks = [_hook(target) for target in options.hook]
     on_report: Any = named_function("--on_report", options.on_report) if options.on_report else None
     join_processes(options)
-    # Imported late: a mistake in the command line is answered at once.
+    # Imported late, so that mistakes in the command line are reported at once.
     import jax
 
     from encdec.train.checkpoints import kept_state
