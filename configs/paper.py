@@ -6,7 +6,7 @@
 
 ``codexglue`` is one task that small models can learn from scratch; ``laptop`` and ``gpu`` are the
 paper's table of four columns, after pretraining. All models read the same rows, and all students
-cost as many FLOPs a row as the encoder-decoder of the first split, except those of
+cost as many FLOPs per row as the encoder-decoder of the first split, except those of
 ``by_parameters``. Set any field with --config.FIELD=VALUE. All numbers except the splits, the tasks
 and the teacher's weight are our choice, because the paper does not give them.
 

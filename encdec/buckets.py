@@ -165,7 +165,7 @@ def copy_objects(source: str, target: str, names: list[str]) -> None:
 
 
 def remove_objects(address: str | os.PathLike[str], names: list[str] | None = None) -> None:
-    """Deletes the named objects below an address, or all of them; what is missing is no error."""
+    """Deletes the named objects below an address, or all of them; missing ones are ignored."""
     address = os.fspath(address)
     fs = file_system(address)
     for name in sorted(objects(address)) if names is None else names:

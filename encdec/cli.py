@@ -161,7 +161,7 @@ def _main(arguments: list[str]) -> int:
         if arguments and arguments[0] in ("-V", "--version"):
             print(f"encdec {encdec.__version__}")
             return 0
-        # A full disk or a missing right is no bug of the program's: one line instead of the
+        # A full disk or a missing right is not a bug in the program: one line instead of the
         # traceback of whichever library met it.
         with refusals_explained(lambda: KEPT, _output(arguments)):
             code = _dispatch("encdec", COMMANDS, arguments)

@@ -121,7 +121,7 @@ def _replace(out: pathlib.Path, finished: pathlib.Path) -> None:
 
 
 def _replace_objects(out: epath.Path, finished: epath.Path, card: str) -> None:
-    """``_replace`` in a bucket, where nothing is renamed; called again after a kill, it goes on.
+    """``_replace`` in a bucket, where nothing is renamed; called again after a kill, it continues.
 
     Between the removal of the old card and the writing of the new one ``out`` is unfinished, and
     REPLACED, written before, says that ``finished`` is to take its place.

@@ -79,7 +79,7 @@ def storage_error(error: BaseException, safe: str = "", where: str = "") -> Stor
 
     Args:
         error: an exception; its causes, contexts and the members of groups are searched.
-        safe: a sentence on what is not lost and how to go on.
+        safe: a sentence on what is not lost and how to continue.
         where: what was being written, if the error names no path.
     """
     found = [refusal for refusal in map(_refusal, _causes(error)) if refusal]
@@ -298,7 +298,7 @@ def any_path(text: str) -> str:
 def _check_no_address(path: str | os.PathLike[str]) -> None:
     """Raises ConfigError for what ``pathlib`` makes of an address: no folder is called gs:."""
     if re.match(r"(gs|s3):/", os.fspath(path)):
-        raise ConfigError(f"{path} is no address any more; give it as gs://BUCKET/PATH, as text")
+        raise ConfigError(f"{path} is no longer an address; give it as gs://BUCKET/PATH, as text")
 
 
 def is_free(out: str | os.PathLike[str]) -> bool:

@@ -505,7 +505,7 @@ def test_addresses_that_name_no_place(address):
 
 def test_an_address_that_became_a_path_makes_no_folder():
     for write in (make_directory, lambda path: whole_directory(path).__enter__()):
-        with pytest.raises(ConfigError, match="gs:/b/x is no address any more"):
+        with pytest.raises(ConfigError, match="gs:/b/x is no longer an address"):
             write(pathlib.Path("gs://b/x"))
 
 

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
         ConfigError: a source that is an encoder-decoder, layers that it does not have, sources that
             do not go together, or an output directory in use. Nothing was written.
         DataError: sources with different vocabularies.
-        CheckpointError: a source that is no work directory, or a damaged checkpoint.
+        CheckpointError: a source that is not a work directory, or a damaged checkpoint.
     """
     options = _parser().parse_args(argv)
     for flag in ("seed", "extra_ids"):

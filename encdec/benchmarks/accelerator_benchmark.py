@@ -2,7 +2,7 @@
 
 Attention kernels against plain XLA, step time and MFU, generation with transformers next to it,
 and a profile of one step. Every part is written to ``accelerator.json`` when it is done, so that a
-machine that is taken away costs one part; the same command goes on with those that are missing.
+machine that is taken away costs one part; repeat the command to run the missing ones.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def train_part(options: argparse.Namespace, model: str, matmul_flops: float) -> 
 
 
 def generation_part(options: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Greedy generation in bfloat16, ours and transformers' by turns; on a CPU, where reading
+    """Greedy generation in bfloat16, ours and transformers' alternating; on a CPU, where reading
     bfloat16 one row at a time is not measured, in float32."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     precisions = {} if options.no_torch else {"transformers": dtype}

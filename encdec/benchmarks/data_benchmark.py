@@ -52,7 +52,7 @@ class Step:
     host_cores: int
 
     def one_core_share(self, tokens_per_second: float) -> float:
-        """Share of one core's time that reading takes, every position of the rows a token."""
+        """Share of one core's time that reading takes, if every position holds a token."""
         tokens = self.rows_per_chip * self.chips_per_host * self.positions
         return tokens / tokens_per_second / self.seconds
 

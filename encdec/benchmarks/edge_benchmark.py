@@ -76,7 +76,7 @@ def measure(
         inputs: lengths of the inputs.
         outputs: new tokens.
         repeats: timings expected of each path.
-        read_rate: measures the bandwidth, in bytes a second; called around every timing's later
+        read_rate: measures the bandwidth, in bytes per second; called around every timing's later
             tokens.
         calm: a timing during which other processes took more than this share of the cores is
             taken again, in as many as 8 times ``repeats`` turns; what came last then stands.

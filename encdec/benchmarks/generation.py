@@ -57,7 +57,7 @@ class GenerationTiming:
         first_token_seconds: from the inputs' tokens to the first new token, of each repeat.
         total_seconds: to the last new token, of each repeat.
         same_tokens: share of the new tokens that are those of the model of the same parameters
-            that this one is held against; None where there is none.
+            with which this one is compared; None where there is none.
     """
 
     model: str

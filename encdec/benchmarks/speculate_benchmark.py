@@ -134,7 +134,7 @@ def _drawn(config: ModelConfig, rows: int, inputs: int) -> np.ndarray:
 def measure_steps(
     steps: Mapping[str, Callable[[int], None]], rows: int, repeats: int
 ) -> list[StepCost]:
-    """Medians of runs by turns of every runtime and size, after one of each to compile."""
+    """Medians of alternating runs of every runtime and size, after one of each to compile."""
     turns = [(name, size) for name in steps for size in SIZES]
     for name, size in turns:
         steps[name](size)
@@ -184,7 +184,7 @@ def measure_task(
     limit: int,
     max_tokens: int | None,
 ) -> TaskRate:
-    """Answers a file's texts twice, by turns a window at a time, and once before to compile."""
+    """Answers a file's texts twice, alternating by windows, and once before to compile."""
     texts = read_inputs(path)[:limit]
     settings = GenerationSettings(max_tokens=max_tokens)
     rows = generators[0].batch_rows

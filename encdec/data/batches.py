@@ -33,7 +33,7 @@ class Batches:
     """``batches[step]``: this host's slice of the global batch of a step, as numpy fields.
 
     layout "encoder_decoder": the eight fields, [global_batch // host_count, S or T].
-    layout "decoder_only": the five decoder fields over S + T, from the very same rows.
+    layout "decoder_only": the five decoder fields over S + T, from the same rows.
     repeat=False: one epoch of all rows, ``len(batches)`` steps, the last batch filled up with
     empty rows (segment ids and loss weights 0), for evaluation.
 

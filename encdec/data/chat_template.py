@@ -14,7 +14,7 @@ def chat_template_of(directory: pathlib.Path) -> str | None:
     """The chat template of a Hugging Face model: a file of its own, or in its tokenizer's config.
 
     Raises:
-        DataError: that config is no JSON.
+        DataError: that config is not JSON.
     """
     if (file := directory / TEMPLATE_FILE).is_file():
         return file.read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from encdec.shipped import shipped_folder
 
 
 def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
-    """Bind what gin files and bindings say and nothing else; ConfigError where they are wrong."""
+    """Bind exactly what gin files and bindings say; ConfigError where they are wrong."""
     gin.clear_config()
     _bindables()
     if files and os.getcwd() not in sys.path:

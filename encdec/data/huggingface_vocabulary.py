@@ -36,7 +36,7 @@ BYTE_OF_LETTER = _byte_of_letter()
 
 
 def _each_replaced(letter: str) -> str:
-    """U+FFFD for a byte that is no part of a character (an escaped surrogate)."""
+    """U+FFFD for a byte that is not part of a character (an escaped surrogate)."""
     return "\ufffd" if "\udc80" <= letter <= "\udcff" else letter
 
 
@@ -145,7 +145,7 @@ class HuggingFaceVocabulary(Vocabulary):
         return None
 
     def _decode_plain(self, ids: list[int]) -> str:
-        """The library's text, save that bytes which are no character do not take with them the
+        """The library's text, except that bytes which are not a character do not take with them the
         characters before them, as in SentencePiece: what a text begins with stays as it grows."""
         if not self._has_byte_pieces or self._tokenizer.decoder is None:
             return self._tokenizer.decode(ids, skip_special_tokens=False)

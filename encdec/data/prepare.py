@@ -1,7 +1,7 @@
 """``encdec prepare``: text to a records directory, all or nothing.
 
 Documents are cut into blocks, each written as one shard by any worker. An interrupted preparation
-goes on where it was (``encdec.jobs``).
+continues where it was (``encdec.jobs``).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def prepare(
 
     Raises ConfigError for settings that cannot work and DataError for bad input or, if asked for
     ``lossless``, a vocabulary that loses text, after removing what this call wrote. A call that is
-    killed can be repeated and goes on.
+    killed can be repeated and continues.
     """
     settings = dataclasses.replace(settings, **fields)
     settings.check()
@@ -182,7 +182,7 @@ def _check_objective(settings: PrepareSettings, task: TextTask, form: Form) -> O
 
 
 def _passes(source: TextTask, settings: PrepareSettings, bad_rows: BadRows) -> Iterator[Document]:
-    """The documents, ``passes`` times; their numbers go on, and with them the objective's noise."""
+    """The documents, ``passes`` times; their numbers continue, so the objective's noise differs."""
     for number in range(settings.passes):
         # Faults were counted on the first pass.
         faults = BadRows(sys.maxsize) if number else bad_rows

@@ -36,7 +36,7 @@ from encdec.data.text_files import JSONL_ENDINGS, BrokenStream, open_lines, plai
 from encdec.errors import ConfigError, DataError
 from encdec.storage import as_path, on_this_machine, user_place
 
-# Enough to fix a file by; the count goes on.
+# Enough to fix a file by; further faults are only counted.
 NAMED_BAD_ROWS = 10_000
 # A plain text file is cut at a line's end about here, so that files of any size stream.
 DOCUMENT_BYTES = 1 << 20

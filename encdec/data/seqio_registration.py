@@ -1,6 +1,6 @@
 """The text tasks as seqio tasks; importing this registers them.
 
-``seqio.get_mixture_or_task(name).get_dataset(...)`` gives the very examples that ``prepare``
+``seqio.get_mixture_or_task(name).get_dataset(...)`` gives exactly the examples that ``prepare``
 writes, through seqio's own pipeline: for mixtures, feature converters and evaluation.
 """
 

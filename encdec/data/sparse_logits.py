@@ -157,7 +157,7 @@ class SparseLogits:
 
 
 def there(values: np.ndarray | None) -> np.ndarray:
-    """A field that the format at hand has."""
+    """A field that this format has."""
     assert values is not None
     return values
 

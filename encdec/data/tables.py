@@ -37,7 +37,7 @@ class Fault:
 
 
 def table_kind(path: pathlib.Path) -> str | None:
-    """ "csv", "tsv", "parquet", "arrow" or "arrow stream"; None for a file that is no table."""
+    """ "csv", "tsv", "parquet", "arrow" or "arrow stream"; None for a file that is not a table."""
     ending = pathlib.PurePath(plain_name(path)).suffix.lower()
     if ending in DELIMITED:
         return ending[1:]

@@ -44,7 +44,7 @@ def register_mixture(name: str, tasks: Sequence[str], rates: Sequence[float] | N
 
 
 def mixture_parts(name: str) -> tuple[str, ...] | None:
-    """The tasks of a mixture, ours or of seqio's registry; None where it is no mixture."""
+    """The tasks of a mixture, ours or of seqio's registry; None where it is not a mixture."""
     if name in MIXTURES:
         return MIXTURES[name]
     found = None if name in TEXT_TASKS else seqio_mixture(name)

@@ -30,7 +30,7 @@ def register_task(task: TextTask | FileTask) -> None:
     """Enters a task of the user's own by its name, for every command that takes names of tasks.
 
     Raises:
-        ConfigError: another task has its name, or the name is no word.
+        ConfigError: another task has its name, or the name is not a word.
     """
     if not re.fullmatch(r"[\w.-]+", task.name):
         raise ConfigError(

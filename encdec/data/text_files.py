@@ -94,7 +94,7 @@ def open_lines(path: pathlib.Path) -> Iterator[bytes]:
     bzip2, xz or zstd, whatever the name.
 
     Raises:
-        DataError: the content is no such text, or not what the name's ending says.
+        DataError: the content is not such text, or not what the name's ending says.
         BrokenStream: it breaks off; lines before were given.
     """
     if path.suffix == ".br":

@@ -6,7 +6,7 @@ distillation (arXiv 1606.07947). Training mixes them with gold targets by rate:
 ``--config.data.records=GOLD=1,WRITTEN=1 --config.distill.teacher=SCORED_GOLD,SCORED_WRITTEN``.
 
 Each block of the records' rows becomes one shard; what a text is answered with depends on the seed
-and its own place alone, so a killed rollout goes on and ends in the same bytes.
+and its own place alone, so a killed rollout continues and ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What is kept of a token depends on the seed, the row's number and the token's place, and on nothing
 else.
 
-Shards are written by blocks of rows, and a killed run goes on where it was (``encdec.jobs``):
+Shards are written by blocks of rows, and a killed run continues where it was (``encdec.jobs``):
 batches never cross shards, so the bytes come out the same.
 Several processes on one file system write one shard each at a time.
 """
@@ -55,7 +55,7 @@ def score(
 ) -> TeacherCard:
     """Writes a teacher directory as ``settings`` say, or with these of its ``fields``.
 
-    A call that was interrupted is repeated and goes on.
+    Repeat an interrupted call to continue.
 
     Args:
         settings: what to score, with what, and what to keep.

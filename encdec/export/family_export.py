@@ -110,7 +110,7 @@ def choose(config: ModelConfig) -> tuple[_Form | None, list[Need]]:
     fitting = next((form for form, unmet in found if not unmet), None)
     if fitting is not None:
         return fitting, []
-    # A Llama, where another is no nearer.
+    # A Llama, unless another is nearer.
     nearest = min(found, key=lambda pair: (len(pair[1]), pair[0].name != "llama"))
     return None, nearest[1]
 

@@ -245,9 +245,9 @@ def compare_decoding(found: list[CompiledDecoding], console: Console) -> None:
         "model",
         "rows",
         "prefill ms",
-        "a token ms",
+        "token ms",
         "tokens/s",
-        "tokens/s a chip",
+        "tokens/s per chip",
         title="Predicted",
     )
     for one in found:

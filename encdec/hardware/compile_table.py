@@ -119,7 +119,7 @@ def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int,
     """Weak scaling: rate per device as slices grow with constant rows per device.
 
     Returns:
-        By model, kind of chip and rows a device, all settings but the mesh equal: (devices,
+        By model, kind of chip and rows per device, all settings but the mesh equal: (devices,
         tokens/s of a device relative to the fewest devices), ascending; only with at least
         two sizes. Of several meshes, as after a search, the fastest counts.
     """
@@ -141,7 +141,7 @@ def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int,
     for (model, kind, rows, inputs, targets, changes), rates in groups.items():
         if len(rates) < 2:
             continue
-        name = f"{model}, {kind}, {rows} rows of {inputs} + {targets} tokens a device"
+        name = f"{model}, {kind}, {rows} rows of {inputs} + {targets} tokens per device"
         if name in curves:
             name += f", {changes}"
         curves[name] = [(n, rates[n] / rates[min(rates)]) for n in sorted(rates)]

@@ -103,7 +103,7 @@ def rows_of(
 class ResumableOutput:
     """A JSONL file of answers in the order of the inputs, written a window at a time.
 
-    Next to it, ``FILE.settings.json`` says which model and settings made it: a later call goes on
+    Next to it, ``FILE.settings.json`` says which model and settings made it: a later call continues
     where the file ends if they are the same, and is refused if not. In a bucket the answers are
     objects of FILE.parts until all are there (``encdec.files``), and FILE at the end.
 
@@ -126,7 +126,7 @@ class ResumableOutput:
 
         Raises:
             ConfigError: other settings or another model made the file.
-            DataError: it answers other inputs, or is no file of answers.
+            DataError: it answers other inputs, or is not a file of answers.
         """
         if self.path.suffix in ENDINGS:
             raise ConfigError(

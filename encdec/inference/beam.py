@@ -123,13 +123,13 @@ def beam_search(
 
 
 def _grow(config: ModelConfig, plan: BeamPlan, search: _Search, alpha: jax.Array) -> _Search:
-    """Every hypothesis by one token: the best K go on, those with EOS become complete."""
+    """Every hypothesis by one token: the best K continue, those with EOS become complete."""
     alive, (batch, beams) = search.alive, search.alive.scores_BxK.shape
     size = search.logits_RxV.shape[-1]
     log_probs = jax.nn.log_softmax(search.logits_RxV).reshape(batch, beams, size)
     allowed = jnp.arange(size) < plan.vocabulary_size
     scores = alive.scores_BxK[:, :, None] + jnp.where(allowed, log_probs, -jnp.inf)
-    # At most K of the best 2K have EOS, so that K remain to go on.
+    # At most K of the best 2K have EOS, so that K remain to continue.
     scores_BxC, places_BxC = jax.lax.top_k(scores.reshape(batch, -1), 2 * beams)
     parents_BxC, tokens_BxC = places_BxC // size, (places_BxC % size).astype(jnp.int32)
     steps_BxC = jnp.take_along_axis(log_probs.reshape(batch, -1), places_BxC, axis=1)

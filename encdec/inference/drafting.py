@@ -233,7 +233,7 @@ def drafting_pays(config: ModelConfig) -> bool:
 
 
 def texts_of(tokens_BxS: np.ndarray, lengths_B: np.ndarray, times: int, prefix: int) -> Sources:
-    """What is copied from to answer each input ``times`` times; the prefix is no text."""
+    """What is copied from to answer each input ``times`` times; the prefix is not text."""
     return Sources(
         np.repeat(tokens_BxS[:, prefix:], times, axis=0).astype(np.int32),
         np.repeat(np.maximum(lengths_B - prefix, 0), times).astype(np.int32),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LONGEST = 4  # tokens looked up
-# What is no token: the place before a text's first, before an answer's first, and behind a text.
+# Stands for no token: the place before a text's first, before an answer's first, and behind a text.
 _BEGIN, _BEFORE, NOTHING = -2, -3, -1
 
 
@@ -38,7 +38,7 @@ def look_up(
 
     The longest match wins; of matches of one length that nearest to the answer's own place in the
     source, then the last one in the answer. A source is drafted to its end and an EOS behind it,
-    and an answer that repeats itself goes on to.
+    and the continuation of an answer that repeats itself.
 
     Args:
         sources: the texts.

@@ -85,7 +85,7 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
         threads: of the runtime; 0 is one a core.
 
     Raises:
-        CheckpointError: it is no such directory, or a file is missing.
+        CheckpointError: it is not such a directory, or a file is missing.
         ConfigError: the runtime is not installed.
     """
     kind = export_format(directory)

@@ -32,7 +32,7 @@ class GenerationSettings:
         no_repeat_ngram: no n-gram of this length comes twice in an answer; 0 is off.
         seed: of drawing; the same input, number and seed give the same answer in any batch.
         samples: answers to each input.
-        beams: hypotheses that beam search keeps; 1 is no beam search.
+        beams: hypotheses that beam search keeps; 1 means no beam search.
         length_penalty: alpha of beam search, 0 or more; above 0 favours longer answers.
         stop: strings that end an answer, not part of it.
 
@@ -151,7 +151,7 @@ class GenerationSettings:
 
 
 def check_numbers(options: object, **least: int) -> None:
-    """Raises ConfigError for a number among the attributes below its least; None is no number."""
+    """Raises ConfigError for a number attribute below its least; None is not a number."""
     for name, wanted in least.items():
         value = getattr(options, name)
         if value is not None and value < wanted:

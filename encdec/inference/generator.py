@@ -335,7 +335,7 @@ def read_prompt_format(
         max_input_tokens: longest input allowed; by default the longest in training.
 
     Raises:
-        CheckpointError: it is no work directory.
+        CheckpointError: it is not a work directory.
         DataError: its vocabulary is missing or another one.
     """
     content = read_config(workdir)

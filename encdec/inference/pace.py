@@ -1,4 +1,4 @@
-"""How many tokens a step verifies, from how often drafts were right and how long steps took."""
+"""How many tokens to verify per step, from how often drafts were right and how long steps took."""
 
 from __future__ import annotations
 

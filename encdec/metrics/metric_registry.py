@@ -48,7 +48,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "squad_v2",
-            "SQuAD 2.0's official evaluator (Rajpurkar et al. 2018); 'unanswerable' is no answer",
+            "SQuAD 2.0's official evaluator (Rajpurkar et al. 2018); 'unanswerable': no answer",
             text_metrics.squad_v2,
             tuple(f"{part}{name}" for name in ("em", "f1") for part in text_metrics.SQUAD_PARTS),
         ),

@@ -14,7 +14,7 @@ class ExecutionConfig:
     """How a model is compiled and run; results are equal up to rounding under every choice.
 
     The first group is set for training, by name among ``config.model_overrides``. The
-    second is chosen by ``encdec.inference.ready`` for the machine at hand and is never stored.
+    second is chosen by ``encdec.inference.ready`` for this machine and is never stored.
 
     Raises:
         ConfigError: a value of the wrong type, out of range, or in conflict with another field.

@@ -60,7 +60,7 @@ def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
 
     ``linear`` divides positions by the factor (arXiv 2306.15595); ``ntk`` has another base
     (``rope_base``); ``per_pair`` divides each frequency by a number of its own, which covers
-    Llama 3's rule and LongRoPE (arXiv 2402.13753). None depends on the sequence at hand: packing,
+    Llama 3's rule and LongRoPE (arXiv 2402.13753). None depends on the sequence: packing,
     padding and keys cached earlier change nothing.
     """
     dim = config.head_dim

@@ -64,7 +64,7 @@ def step_seconds(setting: Setting, row: str, column: Column) -> float:
 def cost_rows(
     setting: Setting, column: Column, remark: str, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A result row for every model; generation is timed by turns, one text at a time.
+    """A result row for every model; generation timings alternate, one text at a time.
 
     Args:
         setting: of the comparison.

@@ -1,7 +1,7 @@
 """Result rows of the comparison: one JSON line per run, from which every table can be rebuilt.
 
 A line holds the scores, and what each example adds to the sums of the scores that are compared
-pairwise, so that another machine goes on from the file alone: a run whose line is there is done.
+pairwise, so that another machine continues from the file alone: a run whose line is there is done.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_results(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
     """All whole lines; none where there is no file.
 
     Raises:
-        DataError: a line that is no result row.
+        DataError: a line that is not a result row.
     """
     rows: list[dict[str, Any]] = []
     if not lines_exist(path):

@@ -221,7 +221,7 @@ def make_runs(
         )
     flops = [training_flops(c, batch_size=task.batch_size, **shape) for c in (ours, peer)]
     _tell(
-        f"training FLOPs a step: {flops[0]:.4g} and {flops[1]:.4g} "
+        f"training FLOPs per step: {flops[0]:.4g} and {flops[1]:.4g} "
         f"(ratio {flops[1] / flops[0]:.4f})"
     )
     return runs

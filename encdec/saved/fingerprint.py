@@ -1,9 +1,8 @@
 """Fingerprints of arrays: 64 bits of their content, however they are split over devices.
 
-A checkpoint carries the fingerprints of what was to be saved, and what is read back is held
-against them. So damage is seen wherever it arose, in files that no longer say what was written or
-on the way to them, at the cost of one pass over the arrays on the devices that hold them and of
-no second reading.
+A checkpoint carries the fingerprints of what was to be saved, and what is read back is compared
+with them. So damage is seen wherever it arose, in the files or on the way to them, at the cost of
+one pass over the arrays on the devices that hold them, and without a second read.
 """
 
 from __future__ import annotations

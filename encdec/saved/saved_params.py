@@ -6,7 +6,7 @@
     DIR/params                         of an imported model, in place of checkpoints
 
 A step's folder gets its name only when it is complete; unfinished ones are never taken for it.
-What is read is held against the fingerprints, so that damage of any kind is found.
+What is read is compared with the fingerprints, so that damage of any kind is found.
 """
 
 from __future__ import annotations

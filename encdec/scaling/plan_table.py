@@ -52,7 +52,7 @@ def _run_json(run: PlannedRun, rate: float | None, figures: Figures | None) -> d
         if step is None
         else {
             **{
-                name: None if value != value else value  # NaN is no JSON
+                name: None if value != value else value  # NaN is not JSON
                 for name, value in dataclasses.asdict(step).items()
             },
             "chip_hours": None if step.reason else step.chip_hours(run.steps),

@@ -32,7 +32,7 @@ def make_schedule(run: RunConfig) -> optax.Schedule:
     """Learning rate of step 0, 1, ...: linear warmup, then the decay that ``run.schedule`` names.
 
     The warmup's first step already learns (peak / warmup_steps). "rsqrt" decays by
-    sqrt(warmup_steps / step) for as long as the run goes on; "wsd" stays at the peak and falls
+    sqrt(warmup_steps / step) as long as the run continues; "wsd" stays at the peak and falls
     linearly in the last ``decay_fraction`` of the run; "constant" stays.
     """
     config, peak, steps = run.schedule, run.optimizer.learning_rate, run.steps

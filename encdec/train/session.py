@@ -77,7 +77,7 @@ class Session:
         """Begins to save the state, once its metrics are known to be finite."""
         self.reports.settle()
         with self.reports.window.pause("checkpoint"):
-            # A run that goes on from a checkpoint knows the metrics of all steps before it.
+            # A run that continues from a checkpoint knows the metrics of all steps before it.
             self.reports.flush()
             self.checkpoints.save(self.step, self.state)
 
@@ -97,7 +97,7 @@ class Session:
         self.reports.write(self.step, report | self.reports.goodput.report())
 
     def lacks_evaluation(self) -> bool:
-        """Whether the step at hand is to be evaluated before anything else.
+        """Whether the current step is to be evaluated before anything else.
 
         A finished run is evaluated again, to say how good it is; another where its last process
         ended between saving and evaluating.
@@ -197,7 +197,7 @@ def open_session(
 def _begin(
     job: Job, workdir: epath.PathLike, checkpoints: Checkpoints, console: Console
 ) -> tuple[TrainState, int]:
-    """The state to go on from, and its step: the last whole checkpoint's, or a new one."""
+    """The state from which to continue, and its step: the last whole checkpoint's, or a new one."""
     restored = checkpoints.restore(job.program.abstract_state)
     if restored:
         console.say(f"resuming {workdir} after step {restored[1]:,}")

@@ -63,8 +63,8 @@ def leave_at_once(error: Exception) -> None:
     """Ends this process without the last meeting with the others, which may never come to it.
 
     An error may be one process's own, such as a shard that only it reads. The others then wait
-    for it in a step, and it for them at its end, for minutes. An error that is no mistake of the
-    user's is a bug: it keeps its traceback and gives 1.
+    for it in a step, and it for them at its end, for minutes. An error that is not the
+    user's mistake is a bug: it keeps its traceback and gives 1.
     """
     code = 1
     if isinstance(error, EncdecError):

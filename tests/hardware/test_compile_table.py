@@ -73,7 +73,7 @@ def test_weak_scaling_compares_equal_rows_of_equal_settings():
         [report("v5e:4x4", 16, 0.25), report("v5e:16x16", 256, 0.26, accumulation=4)]
     )
     ((name, points),) = curves.items()
-    assert name == "330m-tpu, v5e, 16 rows of 1024 + 256 tokens a device"
+    assert name == "330m-tpu, v5e, 16 rows of 1024 + 256 tokens per device"
     assert [n for n, _ in points] == [16, 256, 512]
     assert [share for _, share in points] == pytest.approx([1, 0.25 / 0.26, 0.25 / 0.28])
 

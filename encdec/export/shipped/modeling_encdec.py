@@ -91,7 +91,7 @@ class EncdecAttention(nn.Module):
         return k, v
 
     def forward(self, x, allowed, table=None, source=None, cache=None, weights=False):
-        """Returns outputs [B, T, M] and, where asked for or at hand, weights [B, H, T, S].
+        """Returns outputs [B, T, M] and, where asked for or available, weights [B, H, T, S].
 
         ``allowed`` [B, 1, T, S] says what is read, None: all; ``source`` given, this is
         cross-attention, or, merged, the source is read before the target.

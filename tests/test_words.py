@@ -1,0 +1,47 @@
+"""No page, docstring, comment or message has a word that CONTRIBUTING.md replaces."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from tests.pages import PAGES, ROOT
+
+TABLE = re.compile(r"^\| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
+SOURCES = [
+    path for name in ("encdec", "launch", "configs") for path in sorted((ROOT / name).rglob("*.py"))
+]
+NAMES = re.compile(r"`[^`]*`|\{[^{}]*\}|```.*?^ *```", re.DOTALL | re.MULTILINE)  # and code
+
+
+def avoided() -> re.Pattern[str]:
+    """The second column of the table: words, where X is one of some units."""
+    style = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("| write | not |")[2]
+    words = [word.strip() for cell in TABLE.findall(style) for word in cell.split(",")]
+    assert len(words) > 20
+    units = "(?:tokens?|steps?|seconds?|bytes?|rows?|chips?|devices?|parameters?|cores?)"
+    patterns = [re.escape(word).replace("X", units) for word in words if word != "is no"]
+    patterns.append(r"(?<!there )is no (?!longer|better|more|less)\w+")  # of a thing
+    return re.compile(rf"\b(?:{'|'.join(patterns)})\b", re.IGNORECASE)
+
+
+def prose(path) -> str:
+    """A page without its code and the table; a module's comments and strings, joined."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".md":
+        return NAMES.sub(" ", text.partition("| write | not |")[0])
+    parts = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
+    parts = [part for part in parts if isinstance(part, str)] + re.findall(r"#(.*)", text)
+    return NAMES.sub(" ", "\n".join(parts))
+
+
+def test_words_to_avoid_are_avoided():
+    pattern = avoided()
+    found = {path: pattern.findall(" ".join(prose(path).split())) for path in [*PAGES, *SOURCES]}
+    assert {str(path.relative_to(ROOT)): words for path, words in found.items() if words} == {}
+
+
+def test_words_to_avoid_are_found():
+    found = lambda text: avoided().search(text) is not None
+    assert found("It lies beside the rows") and found("50 bytes a token") and found("it is no file")
+    assert not found("it is no longer there") and not found("bytes per token, next to the rows")
