@@ -33,7 +33,7 @@ class GradientError:
     """Of one stored format.
 
     Attributes:
-        kind: "draws", "top-k" (renormalised) or "top-k, tail merged".
+        kind: "draws", "top-k" (renormalized) or "top-k, tail merged".
         size: N or k.
         bytes_per_token: of the rows as encoded.
         angle: degrees between its gradient and that of every logit.

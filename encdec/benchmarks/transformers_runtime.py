@@ -115,7 +115,7 @@ class TransformersModel:
     Args:
         directory: of ``artefact``.
         precision: float32, bfloat16 (weights, cache and products) or int8 (torch's dynamic
-            quantisation of every linear layer; on a CPU alone).
+            quantization of every linear layer; on a CPU alone).
         device: cpu or cuda.
     """
 

@@ -21,7 +21,7 @@ N_d - N_x counts the weights of a decoder-only layer and N_x the keys' and value
 source tokens pay for too.
 
 Training is three forward passes: backward is one product for the input's gradient and one for
-the weight's. MFU does not count what rematerialisation computes again, which is not a model FLOP.
+the weight's. MFU does not count what rematerialization computes again, which is not a model FLOP.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tasks and mixtures of seqio's registry as text tasks, where a user's module registered some.
 
 seqio is never imported here: a module of the user's own that registers tasks with it has done so.
-Text is taken where the task's preprocessors turn it into tokens, and tokenised by the vocabulary
+Text is taken where the task's preprocessors turn it into tokens, and tokenized by the vocabulary
 that ``encdec prepare`` is given. A task that changes its tokens is read to its end, as ids.
 """
 
@@ -174,7 +174,7 @@ def _vocabulary(task: Any, fields: Sequence[str]) -> tuple[Vocabulary | None, st
 
 
 def _holds_ids(task: Any, fields: Sequence[str]) -> bool:
-    """Whether a task without a step that tokenises gives ids all the same."""
+    """Whether a task without a step that tokenizes gives ids all the same."""
     try:
         spec = _dataset(task, task.preprocessors, next(iter(task.splits)), None).element_spec
         return all(spec[field].dtype.is_integer for field in fields)

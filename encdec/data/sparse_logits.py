@@ -5,17 +5,17 @@ Three formats, chosen by ``SparseFormat.method``:
 * ``sampled``: N draws with replacement, as unique ids and their counts (arXiv 2503.16870). Counts
   over N estimate the teacher's distribution without bias, so gradients of a cross entropy
   against them are unbiased too. Draws from a proposal (the distribution to the power ``proposal``,
-  normalised) carry the logarithm of their importance ratio, too (16 bits).
+  normalized) carry the logarithm of their importance ratio, too (16 bits).
 * ``top_k``: the k likeliest ids with their log probabilities (15 bits, steps of 2^-10 nats) and
   the mass of all others.
 * ``full``: every log probability as float32; exact, for small vocabularies.
 
-Every token has, besides its pairs of an id and a value, the log-normaliser of the teacher's scores
+Every token has, besides its pairs of an id and a value, the log-normalizer of the teacher's scores
 and the entropy of its distribution (nats, float16).
 
 A row's bytes: CRC-32 of the rest, number of tokens n, number of pairs P (uint32 each, little
 endian), then a raw deflate stream. Deflated are byte planes, one after another, the most
-significant byte of a field first: per token its number of pairs less one, log-normaliser, entropy
+significant byte of a field first: per token its number of pairs less one, log-normalizer, entropy
 and, for top_k, the tail mass; per pair the gap from the token's id before (of its first pair the
 id itself), and the count less one, log ratio or log probability. Full rows have n x V float32 in
 place of pairs. Each plane is a Huffman block of its own: the bytes of a plane resemble each other
@@ -50,7 +50,7 @@ class SparseFormat:
 
     Attributes:
         method: "sampled", "top_k" or "full"; see the module.
-        vocab_size: ids of the records' vocabulary; the distribution is normalised over these.
+        vocab_size: ids of the records' vocabulary; the distribution is normalized over these.
         draws: N of "sampled".
         k: ids kept by "top_k".
         temperature: of the stored distribution.
@@ -187,7 +187,7 @@ def count_draws(draws_nxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def encode_row(row: SparseLogits, fmt: SparseFormat) -> bytes:
-    """One row's distributions as bytes; the inverse of ``decode_rows`` up to quantisation.
+    """One row's distributions as bytes; the inverse of ``decode_rows`` up to quantization.
 
     Raises:
         ValueError: more pairs of a token than can be stored, or ids that do not ascend.

@@ -1,6 +1,6 @@
 """``encdec vocab``: train a SentencePiece vocabulary that is lossless for any text.
 
-Identity normalisation, no dummy prefix, white space kept, byte fallback for what training did
+Identity normalization, no dummy prefix, white space kept, byte fallback for what training did
 not see: code survives with its newlines, tabs and runs of spaces. One character does not, U+2581,
 SentencePiece's own mark for a space.
 """

@@ -1,7 +1,7 @@
 """What a vocabulary loses from the prepared text, counted over all of it.
 
 Three measures, the first two over all of it: unknown ids among the tokens; characters that do not
-come back from between two letters (case folding, normalisation, alphabets without byte fallback);
+come back from between two letters (case folding, normalization, alphabets without byte fallback);
 and whole texts encoded and decoded, which finds what no character shows alone (white space that is
 joined or stripped). Decoding costs as much as encoding, so of large blocks an even sample of
 pieces is decoded.

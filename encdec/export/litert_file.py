@@ -1,4 +1,4 @@
-"""TFLite files under construction: operators, tensors, quantised weights, written to disk.
+"""TFLite files under construction: operators, tensors, quantized weights, written to disk.
 
 The format is the flatbuffer schema that the ``ai-edge-litert`` package ships
 (``ai_edge_litert.schema_py_generated``). Weights are appended behind the flatbuffer and named by
@@ -54,7 +54,7 @@ class LitertGraph:
         *,
         name: str = "",
         buffer: int = 0,
-        quantisation: Any = None,
+        quantization: Any = None,
     ) -> int:
         tensor = schema.TensorT()
         tensor.shape = [1 if size == ANY else int(size) for size in shape]
@@ -62,7 +62,7 @@ class LitertGraph:
             tensor.shapeSignature = [int(size) for size in shape]
         tensor.type, tensor.buffer, tensor.hasRank = kind, buffer, True
         tensor.name = name or f"t{len(self._graph.tensors)}"
-        tensor.quantization = quantisation
+        tensor.quantization = quantization
         self._graph.tensors.append(tensor)
         return len(self._graph.tensors) - 1
 
@@ -82,7 +82,7 @@ class LitertGraph:
         name: str = "",
         kind: int | None = None,
         shape: Sequence[int] | None = None,
-        quantisation: Any = None,
+        quantization: Any = None,
     ) -> int:
         array = np.ascontiguousarray(value)
         self._buffers.append(array)
@@ -91,7 +91,7 @@ class LitertGraph:
             _TYPES[array.dtype.name] if kind is None else kind,
             name=name,
             buffer=len(self._buffers),
-            quantisation=quantisation,
+            quantization=quantization,
         )
 
     def ints(self, *values: int) -> int:
@@ -230,7 +230,7 @@ class LitertGraph:
         )
 
     def fully_connected(self, x: int, weights: int, bias: int | None = None) -> int:
-        """``x @ weights.T + bias``; weights [out, in] may be quantised, ``x`` is not."""
+        """``x @ weights.T + bias``; weights [out, in] may be quantized, ``x`` is not."""
         options = schema.FullyConnectedOptionsT()
         options.keepNumDims, options.asymmetricQuantizeInputs = True, False
         inputs = (x, weights) if bias is None else (x, weights, bias)

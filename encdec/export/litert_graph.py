@@ -5,7 +5,7 @@ product for queries, keys and values; norm scales and the scores' scale folded i
 behind them; rotation as a product with a constant; sums as products with ones; keys laid out
 [S, D] and values [D, S], the layout that XNNPACK packs in half the time of any other tried (it
 packs the right side of a product of two activations at every call). Weights are int8 by output
-channel or int4 by block, and activations are quantised at run time, inside the operator. Source
+channel or int4 by block, and activations are quantized at run time, inside the operator. Source
 length and cache capacity are dynamic: the reader resizes inputs.
 """
 
@@ -51,7 +51,7 @@ class _Layers:
             stored = g.constant(weights, name=name)
         elif precision == "int8":
             levels, scales = eight_bits(weights, axis=1)
-            stored = g.constant(levels, name=name, quantisation=channel_scales(scales[:, 0]))
+            stored = g.constant(levels, name=name, quantization=channel_scales(scales[:, 0]))
         else:
             # XNNPACK supports whole blocks only; other weights have a scale for each output.
             block = BLOCK if weights.shape[1] % BLOCK == 0 else weights.shape[1]
@@ -65,7 +65,7 @@ class _Layers:
                 name=name,
                 kind=Type.INT4,
                 shape=weights.shape,
-                quantisation=found,
+                quantization=found,
             )
         return g.fully_connected(
             x, stored, None if bias is None else g.constant(bias.astype(np.float32))

@@ -92,7 +92,7 @@ class Graph:
         return y if bias is None else self.op("Add", y, self.constant(bias, f"{name}.bias"))
 
     def _eight_bits(self, x: str, kernel: np.ndarray, name: str) -> str:
-        """Integer product: weights scaled by output column, activations quantised at run time."""
+        """Integer product: weights scaled by output column, activations quantized at run time."""
         weights, scales = eight_bits(kernel, axis=0)
         if x not in self._quantised:
             self._quantised[x] = tuple(self.op("DynamicQuantizeLinear", x, outputs=3))
@@ -102,7 +102,7 @@ class Graph:
         return self.op("Mul", self.op("Cast", sums, to=TensorProto.FLOAT), scale)
 
     def _in_blocks(self, x: str, kernel: np.ndarray, name: str, bits: int) -> str:
-        """Weights scaled by block, activations quantised at run time (accuracy level 4)."""
+        """Weights scaled by block, activations quantized at run time (accuracy level 4)."""
         block = BLOCK if bits == 4 else 256
         while block > BLOCK and len(kernel) % block:  # an incomplete last block would be padded
             block //= 2

@@ -1,4 +1,4 @@
-"""Cost of quantisation: an export compared with the float32 model, on real pairs of records."""
+"""Cost of quantization: an export compared with the float32 model, on real pairs of records."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class CompiledStep(Compiled):
         mesh: devices along (data, fsdp, tensor).
         inputs: source tokens per row.
         targets: target tokens per row.
-        model_flops: of one step, all devices together; rematerialisation does not count.
+        model_flops: of one step, all devices together; rematerialization does not count.
         unsharded: parameters that stay unsharded against the rules, as text.
     """
 

@@ -36,7 +36,7 @@ class CompiledLayer(Compiled):
         rows: on the device.
         length: tokens per row.
         layers: how many.
-        model_flops: forward and backward; rematerialisation does not count.
+        model_flops: forward and backward; rematerialization does not count.
     """
 
     run: RunConfig

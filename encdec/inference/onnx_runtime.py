@@ -40,7 +40,7 @@ class OnnxModel:
         content = read_config(directory)
         self.config = model_config_of(content)
         self.vocabulary_size = content["data"]["vocabulary"]["size"]
-        # The quantised decoder of a decoder-only model has one scale for all activations of a
+        # The quantized decoder of a decoder-only model has one scale for all activations of a
         # product: a step of several tokens would give other logits than several steps. That of an
         # encoder-decoder has scales for each, but a rounding before them may move a level.
         exact = content.get("export", {}).get("precision", "float32") == "float32"

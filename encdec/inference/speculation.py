@@ -6,7 +6,7 @@ logits that differ from a one-token step's by rounding alone. A token is drawn w
 place in the answer, so that also a drawn answer is the one of plain decoding: to draw x from p and
 keep a drafted token if it equals x is the acceptance rule of speculative sampling
 (arXiv 2211.17192) for a draft of one token without a distribution, p(draft) to accept and p without
-the draft, normalised, otherwise.
+the draft, normalized, otherwise.
 
 The memory needs no rollback: a slot is a position, and nothing reads beyond its own.
 """

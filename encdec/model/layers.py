@@ -123,7 +123,7 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of the last axis (arXiv 1910.07467), in float32.
+    """Root-mean-square normalization of the last axis (arXiv 1910.07467), in float32.
 
     ``norm_cast`` says whether the result returns to the compute dtype before or after it is
     scaled; ``norm_plus_one`` scales by ``1 + w`` with ``w`` starting at 0.

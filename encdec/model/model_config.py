@@ -76,10 +76,10 @@ class ModelConfig:
     mlp_activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
     mlp_bias: bool = False
 
-    # Normalisation (RMSNorm, computed in float32)
+    # Normalization (RMSNorm, computed in float32)
     norm_eps: float = 1e-6
     norm_cast: Literal["before_scale", "after_scale"] = "after_scale"  # when to leave float32
-    norm_plus_one: bool = False  # scale by (1 + w), w initialised to 0 (Gemma), instead of w
+    norm_plus_one: bool = False  # scale by (1 + w), w initialized to 0 (Gemma), instead of w
     omit_pre_norms: bool = False  # sublayers read the residual as it is (OLMo 2; with post_norms)
     post_norms: bool = False  # a second norm on each sublayer's output (Gemma 2, T5Gemma)
 
@@ -89,7 +89,7 @@ class ModelConfig:
     embedding_scale: bool = False  # multiply input embeddings by sqrt(d_model)
     final_logit_cap: float = 0.0  # cap * tanh(logits / cap); 0 switches it off
 
-    # Regularisation and initialisation
+    # Regularization and initialization
     attention_dropout: float = 0.0  # on attention probabilities
     mlp_dropout: float = 0.0  # on the MLP's output
     residual_dropout: float = 0.0  # on the attention sublayers' outputs and the embeddings

@@ -24,7 +24,7 @@ class Timing:
 
     Attributes:
         inputs: source tokens.
-        first_token_seconds: from the tokenised source to the first new token.
+        first_token_seconds: from the tokenized source to the first new token.
         total_seconds: to the last new token.
         tokens_per_second: of the tokens after the first.
     """

@@ -1,6 +1,6 @@
 """``encdec average``: the mean of a run's last checkpoints, as a model of its own.
 
-Averaging weights along the end of a run often generalises better than its last step does
+Averaging weights along the end of a run often generalizes better than its last step does
 (Izmailov et al. 2018, arXiv 1803.05407; T5 and Transformer reports average the last checkpoints).
 """
 

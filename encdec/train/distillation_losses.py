@@ -65,7 +65,7 @@ def distillation_losses(
         divergence: which one.
         temperature: T, that of the stored rows.
         beta: share of the teacher in the mixture of ``jensen_shannon``.
-        tail: top-k rows: "merged" as described above; "dropped" renormalises the kept ids and
+        tail: top-k rows: "merged" as described above; "dropped" renormalizes the kept ids and
             forgets the others, the plain top-k of the literature, biased towards overconfidence.
     """
     precision = jnp.promote_types(logits_BxTxV.dtype, jnp.float32)  # at least
