@@ -1,4 +1,4 @@
-# make quickstart   environment, installation, then the whole story on this machine
+# make quickstart   environment, installation, then the whole workflow on this machine
 # make test         environment with the test tools, then every test
 # make test-light   the same for an environment without TensorFlow, with its own tests
 # make check        style (ruff.toml), types (pyproject.toml), sizes of functions and of the core
@@ -8,8 +8,8 @@
 # make mutants      puts known faults into a copy, one at a time: do the tests notice?
 #                   (PACKAGE=train: those of one package; ARGS: flags of tests/mutants.py)
 # make docs         the documentation as a site in site/, every link and anchor checked
-# make lm-eval      lm-evaluation-harness in an environment of its own, against `encdec serve`
-# make launcher-parsers   xpk in an environment of its own: does it take the launchers' lines?
+# make lm-eval      lm-evaluation-harness in a separate environment, against `encdec serve`
+# make launcher-parsers   xpk in a separate environment: does it accept the launchers' lines?
 # make transformers-4.57   an environment in ENV with that version, whose test is skipped without it
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 to 3.14)
@@ -90,7 +90,7 @@ $(ENV)-docs/.installed:
 lm-eval: $(TESTED) $(ENV)-lm-eval/.installed
 	ENCDEC_LM_EVAL=$(ENV)-lm-eval/bin/python $(BIN)/python -m pytest tests/serving/test_harness.py
 
-# Its hundred packages are none of ours, and their versions not ours to pin.
+# Its hundred packages and their versions are not ours to pin.
 $(ENV)-lm-eval/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(ENV)-lm-eval
 	$(ENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check \

@@ -74,7 +74,7 @@ EXTRAS = {
         "torch>=2.6,<3",
         "transformers>=4.57,<6",
     ],
-    # In an environment of its own: Beam's pins contradict constraints.txt (protobuf below 7).
+    # In a separate environment: Beam conflicts with constraints.txt (protobuf below 7).
     "beam": ["apache-beam>=2.70,<3"],
     # Work in buckets: addresses gs://BUCKET/PATH and s3://BUCKET/PATH.
     "gcs": GCS,
