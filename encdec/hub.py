@@ -115,7 +115,7 @@ def data_files(address: str, wanted: Callable[[str], bool]) -> list[pathlib.Path
 
 
 def _parts(address: str) -> tuple[str, str, str | None, str]:
-    """(kind of repository, its name, revision, path in it); ConfigError where it is unlike that."""
+    """(kind of repository, its name, revision, path in it); ConfigError if it has another form."""
     match = _DATA.fullmatch(address)
     if match is None:
         raise ConfigError(

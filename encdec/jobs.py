@@ -92,7 +92,7 @@ class Notes(Generic[T]):
         return (shard, tally) if shard is None or shard.is_whole(self.directory) else None
 
     def missing(self, numbers: Iterable[int]) -> tuple[list[int], T]:
-        """The blocks that are not finished, and what the finished ones come to."""
+        """The blocks that are not finished, and the totals of the finished ones."""
         missing, total = [], self.tally()
         for number in numbers:
             found = self.find(number)

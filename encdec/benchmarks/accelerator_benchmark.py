@@ -277,10 +277,10 @@ def summary(result: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark accelerator",
-        description="On a GPU or TPU, in about ten minutes: attention kernels against plain XLA, training "
-        f"steps with MFU (goal on an H200: {MFU_GOAL:.0%}, and {SEQUENCES_GOAL} sequences/s of "
-        f"{T5_LARGE}), generation with transformers next to it, a profile. Results are written "
-        "as they come; repeat the command to continue.",
+        description="On a GPU or TPU, in about ten minutes: attention kernels against plain "
+        f"XLA, training steps with MFU (goal on an H200: {MFU_GOAL:.0%}, and {SEQUENCES_GOAL} "
+        f"sequences/s of {T5_LARGE}), generation with transformers next to it, a profile. "
+        "Results are written as they come; repeat the command to continue.",
     )
     names = lambda text: tuple(text.split(","))
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="results")

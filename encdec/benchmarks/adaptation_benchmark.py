@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark adaptation",
-        description="Held-out loss at equal FLOPs after a decoder-only model's training: the same model "
-        "trained further, encoder-decoders adapted from it, others from scratch.",
+        description="Held-out loss at equal FLOPs after a decoder-only model's training: the "
+        "same model trained further, encoder-decoders adapted from it, others from scratch.",
     )
     parser.add_argument(
         "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"

@@ -68,7 +68,7 @@ class ReadRate:
         self.best(1)  # compiles
 
     def best(self, tries: int) -> float:
-        """Of so many tries of the best way."""
+        """The best rate of this many tries."""
         return max(
             sum(piece.nbytes for piece in pieces)
             / _best(lambda pieces=pieces: _products(pieces, self._vector), tries)

@@ -447,9 +447,9 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark inference",
-        description="Greedy generation by an encoder-decoder and by decoder-only peers of equal parameters "
-        "and of equal training FLOPs, cached and uncached, alternating in one run; parameters "
-        "are random, since their values do not affect the time.",
+        description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
+        "parameters and of equal training FLOPs, cached and uncached, alternating in one run; "
+        "parameters are random, since their values do not affect the time.",
     )
     parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
     parser.add_argument(

@@ -371,8 +371,9 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark speculate",
-        description="The cost of a step that verifies several tokens, of a model with random parameters; "
-        "and the rate of a trained model's answers with and without drafts, alternating.",
+        description="The cost of a step that verifies several tokens, of a model with random "
+        "parameters; and the rate of a trained model's answers with and without drafts, "
+        "alternating.",
         epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "
         "--jsonl=dev.jsonl",
     )

@@ -383,8 +383,9 @@ def _names(allowed: Sequence[str] = ()) -> Callable[[str], tuple[str, ...]]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark train",
-        description="Our jitted training step next to PyTorch's of the same architecture, parameters, "
-        "batch and optimizer, alternating in one run; and where the time of ours goes.",
+        description="Our jitted training step next to PyTorch's of the same architecture, "
+        "parameters, batch and optimizer, alternating in one run; and where the time of ours "
+        "goes.",
     )
     parser.add_argument(
         "--models", type=_names(), default=("quickstart",), metavar="A,B", help="presets"

@@ -131,7 +131,7 @@ def _write_shards(
     writer: WriteBlocks | None,
     progress: Progress | None,
 ) -> tuple[Counts, list[Shard]]:
-    """The shards of all blocks, in order, and what they come to."""
+    """The shards of all blocks, in order, and their totals."""
     vocabulary.save(notes.directory)
     counts = Counts()
     shards: list[Shard] = []

@@ -193,7 +193,7 @@ class Teacher(ShardedRows):
 def batch_fields(
     tokens: np.ndarray, table: SparseLogits, fmt: SparseFormat, length: int, max_pairs: int
 ) -> dict[str, np.ndarray]:
-    """The columns that ``Teacher.fields`` gives, from rows of so many ``tokens`` each.
+    """The columns that ``Teacher.fields`` gives, from rows with these numbers of ``tokens``.
 
     ``length`` is T, ``max_pairs`` is P.
     """

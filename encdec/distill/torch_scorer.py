@@ -266,7 +266,7 @@ def _keep(
 
 
 def _by_length(lengths: list[int]) -> list[list[int]]:
-    """Texts of like length together, in groups of at most BATCH_TOKENS with their padding."""
+    """Texts of similar length together, in groups of at most BATCH_TOKENS with their padding."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if groups and lengths[index] * (len(groups[-1]) + 1) <= BATCH_TOKENS:

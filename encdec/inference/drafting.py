@@ -149,7 +149,7 @@ class Drafters:
         times: int,
         prefix: int,
     ) -> Callable[[Decoding, int], Decoding]:
-        """What makes about so many more tokens of the answers to a batch of inputs.
+        """Makes about this many more tokens of the answers to a batch of inputs.
 
         Args:
             plan: the batch's.
@@ -216,7 +216,7 @@ class Paces:
         return list(self._paces.values())
 
     def of(self, rows: int) -> Pace | None:
-        """The pace of batches of so many rows; None where nothing is drafted for them."""
+        """The pace of batches with this many rows; None where nothing is drafted for them."""
         auto = self._draft == AUTO
         if self._draft == OFF or (auto and not (self._pays and rows <= MOST_ROWS)):
             return None

@@ -114,7 +114,7 @@ class LitertMemory:
         self._rows: list[dict[str, np.ndarray]] = []  # of several rows, each one's cache
 
     def repeat(self, times: int) -> None:
-        """The row so many times."""
+        """The row, repeated ``times`` times."""
         if times > 1:
             self._rows = [
                 {name: self._graph.view(name).copy() for name in self._caches} for _ in range(times)

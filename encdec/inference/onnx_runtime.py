@@ -138,7 +138,7 @@ class _Memory:
         self._fed = 0  # tokens by the last ``verify``
 
     def repeat(self, times: int) -> None:
-        """Repeats every row so many times, copies next to each other."""
+        """Repeats every row, with its copies next to each other."""
         if times > 1:
             again = functools.partial(np.repeat, repeats=times, axis=0)
             self._source, self._cache = (

@@ -213,7 +213,7 @@ def fitting_pairs(
 
 
 def evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """At most so many, spread evenly; 0: all."""
+    """At most ``most``, spread evenly; 0: all."""
     if not most or len(pairs) <= most:
         return list(pairs)
     return [pairs[index * len(pairs) // most] for index in range(most)]

@@ -29,7 +29,7 @@ from encdec.storage import any_path, as_path, is_free, user_place, whole_directo
 
 
 def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> list[int]:
-    """The checkpoints to average: the last so many, or those named.
+    """The checkpoints to average: the last ``last``, or those named.
 
     Raises:
         ConfigError: fewer than two asked for.

@@ -200,7 +200,7 @@ def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def read_whole(step: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads items of a step and proves them; all processes come to the same verdict.
+    """Reads items of a step and proves them; all processes reach the same verdict.
 
     Args:
         step: its folder.

@@ -224,7 +224,7 @@ class Engine:
             self._wakeup.notify()
 
     def _retry_seconds(self, more: int) -> int:
-        """Estimated seconds until so many answers fit, from the time that past answers took."""
+        """Estimated seconds until this many answers fit, from the time that past answers took."""
         rounds = (len(self._queue) + more) / self.plan.slots
         return max(1, min(60, math.ceil(rounds * self._answer_seconds / 2)))
 

@@ -157,7 +157,7 @@ def frozen_at_first(
     frozen: Tree,
     steps: int,
 ) -> optax.GradientTransformation:
-    """An optimizer that holds some parameters for ``steps`` steps, or for good if that is 0.
+    """An optimizer that freezes some parameters for ``steps`` steps, or for the whole run if 0.
 
     Held parameters have a gradient of zero before clipping, and neither their moments nor their
     counts move: they begin as new when they are let go, at the learning rate of that step.

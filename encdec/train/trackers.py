@@ -74,7 +74,7 @@ def _line(error: Exception) -> str:
 
 
 class _Guarded(ScalarWriter):
-    """A tracker whose failures are told once, and end it instead of the run."""
+    """A tracker whose first failure is reported and ends it instead of the run."""
 
     def __init__(self, name: str, tracker: Any, say: Say):
         self._name, self._tracker, self._say = name, tracker, say

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def leave_at_once(error: Exception) -> None:
-    """Ends this process without the last meeting with the others, which may never come to it.
+    """Ends this process without the final barrier, which the others may never reach.
 
     An error may be one process's own, such as a shard that only it reads. The others then wait
     for it in a step, and it for them at its end, for minutes. An error that is not the
