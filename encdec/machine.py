@@ -16,7 +16,7 @@ def available_cores() -> int:
 def user_cache() -> pathlib.Path:
     """Where copies of ours are kept: ``$XDG_CACHE_HOME/encdec``, or ``~/.cache/encdec``.
 
-    A variable that is no path from the root counts as unset, as its standard says.
+    A variable that is not an absolute path counts as unset, as its standard says.
     """
     home = os.environ.get("XDG_CACHE_HOME", "")
     return pathlib.Path(home if os.path.isabs(home) else os.path.expanduser("~/.cache")) / "encdec"

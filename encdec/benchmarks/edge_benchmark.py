@@ -343,8 +343,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec benchmark edge",
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
-        "models of the same parameters, in transformers, OpenVINO and CTranslate2 (extras hf and "
-        "peers), too, by turns in one run. "
+        "models of the same parameters, and by transformers, OpenVINO and CTranslate2 (extras hf "
+        "and peers), alternating in one run. "
         '"same tokens" counts those before the first that differs from JAX float32. '
         "Parameters are random: their values do not affect the time.",
     )

@@ -51,7 +51,7 @@ DEFAULT = (
     "onnx-int8",
     *(name for name, (kind, _) in PATHS.items() if kind in PEERS),
 )
-REFERENCE = "jax-float32"  # whose tokens the others' are held against
+REFERENCE = "jax-float32"  # whose tokens are compared with the others'
 
 # From an input's tokens to the first new token and a state; from the state to all others.
 Run = tuple[Callable[[np.ndarray], Any], Callable[[Any, int], Any]]

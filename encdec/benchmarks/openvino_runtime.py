@@ -115,7 +115,7 @@ class OpenvinoMemory:
 
 
 class _Graph:
-    """A compiled graph, whose two requests run by turns."""
+    """A compiled graph, whose two requests alternate."""
 
     def __init__(self, core: Any, path: pathlib.Path, precision: str, settings: dict[str, Any]):
         model = core.read_model(path)

@@ -74,7 +74,7 @@ def _on_a_disk(workdir: str) -> pathlib.Path:
         f"--workdir is {workdir}; expected a directory on a disk: processes divide the runs by "
         "locked files, and neither a bucket nor its mount has locks that end with their process. "
         f"Give one on this machine, with --results={workdir}/results.jsonl, from which any other "
-        f"machine goes on, and copy what else is to be kept ({copy} DIR {workdir})"
+        f"machine continues, and copy what else is to be kept ({copy} DIR {workdir})"
     )
 
 
