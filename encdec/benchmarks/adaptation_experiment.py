@@ -31,6 +31,7 @@ from encdec.distill.scoring import score
 from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.jobs import claim_settings
+from encdec.markup import markdown_table
 from encdec.model import ModelConfig, preset
 from encdec.saved.saved_config import CONFIG_FILE, model_config_of, read_config
 from encdec.train.loop import train
@@ -340,15 +341,14 @@ def _taught(setting: Setting, seed: int, source: pathlib.Path) -> str:
 
 def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The table as Markdown, and where the curves of models adapted and from scratch cross."""
-    lines = ["| model | parameters | steps | held-out loss | seeds |", "|---|---|---|---|---|"]
+    rows = []
     for name, runs in results.items():
         losses = np.array([run["loss"] for run in runs])
         spread = f" ± {losses.std(ddof=1):.3f}" if len(losses) > 1 else ""
-        lines.append(
-            f"| {name} | {runs[0]['parameters']:,} | {runs[0]['curve'][-1][0]:,.0f} "
-            f"| {losses.mean():.3f}{spread} | {len(runs)} |"
-        )
-    lines.append("")
+        sizes = (f"{runs[0]['parameters']:,}", f"{runs[0]['curve'][-1][0]:,.0f}")
+        rows.append((name, *sizes, f"{losses.mean():.3f}{spread}", str(len(runs))))
+    head = ("model", "parameters", "steps", "held-out loss", "seeds")
+    lines = [*markdown_table(head, rows), ""]
     for shape in ("2/3-1/3", "all-all", "all-all, UL2"):
         adapted, fresh = results.get(f"adapted {shape}"), results.get(f"scratch {shape}")
         if adapted and fresh:

@@ -18,7 +18,9 @@ from encdec.benchmarks.distill_experiment import (
 )
 from encdec.benchmarks.distill_gradients import GradientError, gradient_errors
 from encdec.data.teacher_rows import read_teacher_card
+from encdec.figures import new_figure
 from encdec.files import write_json
+from encdec.markup import markdown_table
 
 GRADIENTS_FILE, RATIOS_FILE = "gradients.json", "step_ratios.json"
 
@@ -69,24 +71,26 @@ def _kept(path: pathlib.Path, measure: Callable[[], Any]) -> Any:
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: one line for each kind of student, means over seeds with standard deviations."""
     baseline = results["students"][0]["loss"]
-    lines = [
-        "| student | seeds | held-out loss | against CE | ECE | bytes per token | step time |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for row in results["students"]:
         size = f"{row['bytes_per_token']:,.1f}" if "bytes_per_token" in row else "0"
         ratio = f"{row['step_ratio']:.2f}" if row.get("step_ratio") else ""
-        lines.append(
-            f"| {row['name']} | {row['seeds']} | {_pm(row, 'loss', 4)} | "
-            f"{row['loss'] / baseline - 1:+.2%} | {_pm(row, 'ece', 4)} | {size} | {ratio} |"
-        )
+        values = (_pm(row, "loss", 4), f"{row['loss'] / baseline - 1:+.2%}", _pm(row, "ece", 4))
+        rows.append((row["name"], str(row["seeds"]), *values, size, ratio))
     teacher = results["teacher"]
-    lines.append(
-        f"| the teacher, {teacher['parameters']:,} parameters | 1 | "
-        f"{teacher['loss']:.4f} | {teacher['loss'] / baseline - 1:+.2%} | "
-        f"{teacher['ece']:.4f} | | |"
+    name = f"the teacher, {teacher['parameters']:,} parameters"
+    ahead = f"{teacher['loss'] / baseline - 1:+.2%}"
+    rows.append((name, "1", f"{teacher['loss']:.4f}", ahead, f"{teacher['ece']:.4f}", "", ""))
+    head = (
+        "student",
+        "seeds",
+        "held-out loss",
+        "against CE",
+        "ECE",
+        "bytes per token",
+        "step time",
     )
-    return "\n".join(lines)
+    return "\n".join(markdown_table(head, rows))
 
 
 def _pm(row: Mapping[str, Any], name: str, digits: int) -> str:
@@ -98,7 +102,7 @@ def _pm(row: Mapping[str, Any], name: str, digits: int) -> str:
 def draw_students(results: Mapping[str, Any], path: pathlib.Path) -> None:
     """Held-out loss and calibration error of every student, one point per seed."""
     rows = results["students"]
-    figure, axes = _figure(2, (8.0, 0.9 + 0.36 * len(rows)))
+    figure, axes = new_figure((8.0, 0.9 + 0.36 * len(rows)), 2)
     for axis, name, label in zip(
         axes,
         ("loss", "ece"),
@@ -130,7 +134,7 @@ _LOOKS = {
 
 def draw_gradients(errors: Sequence[GradientError], path: pathlib.Path) -> None:
     """Angle and norm of each format's gradient against its bytes."""
-    figure, axes = _figure(2, (8.0, 3.3))
+    figure, axes = new_figure((8.0, 3.3), 2)
     for kind, (colour, marker, line) in _LOOKS.items():
         found = [error for error in errors if error.kind == kind]
         size = [error.bytes_per_token for error in found]
@@ -157,18 +161,3 @@ def draw_gradients(errors: Sequence[GradientError], path: pathlib.Path) -> None:
         )
     axes[1].legend()
     figure.savefig(path, dpi=150)
-
-
-def _figure(panels: int, inches: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels)
-    for axis in axes:
-        axis.grid(True, color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    return figure, axes

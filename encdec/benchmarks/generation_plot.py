@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from encdec.benchmarks.generation import GenerationTiming
+from encdec.figures import new_figure
 
 # Okabe and Ito's colours, told apart by marker and line too.
 _LOOKS = (
@@ -28,18 +29,14 @@ def draw(timings: Sequence[GenerationTiming], folder: pathlib.Path) -> list[path
 
 
 def _figure(timings: Sequence[GenerationTiming], path: pathlib.Path) -> list[pathlib.Path]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, both = new_figure((9, 4), 2)
     names = list(dict.fromkeys(one.model for one in timings))
     first = timings[0]
     panels = (
         ("first_token", "first token (seconds)"),
         ("total", f"{first.output_length} tokens (seconds)"),
     )
-    for axes, (field, label) in zip(figure.subplots(1, 2), panels):
+    for axes, (field, label) in zip(both, panels):
         for model, (colour, marker, line) in zip(names, _LOOKS):
             for cached in (True, False):
                 found = [t for t in timings if (t.model, t.cached) == (model, cached)]
@@ -63,8 +60,6 @@ def _figure(timings: Sequence[GenerationTiming], path: pathlib.Path) -> list[pat
         axes.set_xticks(sorted({one.input_length for one in timings}))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
         axes.xaxis.set_minor_formatter(lambda value, _: "")
-        axes.grid(True, alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"Greedy generation, batch {first.batch}", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=130)

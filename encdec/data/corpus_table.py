@@ -19,6 +19,7 @@ from encdec.data.vocabulary_losses import Losses
 from encdec.errors import ConfigError
 from encdec.logs import logger
 from encdec.machine import available_cores
+from encdec.markup import markdown_table
 from encdec.storage import local_path
 
 _LOG = logger(__name__)
@@ -107,8 +108,7 @@ def print_table(given: argparse.Namespace) -> int:
         f"({platform.machine()}, load {os.getloadavg()[0]:.1f} at the start), "
         f"Python {platform.python_version()}\n"
     )
-    print(f"| {' | '.join(COLUMNS)} |")
-    print(f"|---|{'---:|' * (len(COLUMNS) - 1)}", flush=True)
+    print("\n".join(markdown_table(COLUMNS, ())), flush=True)
     for file, inputs_length, targets_length in jobs:
         path = pathlib.Path(file)
         name = pathlib.Path(plain_name(path)).stem

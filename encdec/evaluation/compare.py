@@ -17,6 +17,7 @@ from encdec.evaluation.examples import Example
 from encdec.evaluation.judge import kept_opinions
 from encdec.evaluation.likelihood import Likelihood, LikelihoodFiles, likelihood_scores
 from encdec.evaluation.predictions import read_answers
+from encdec.markup import markdown_table
 from encdec.metrics.intervals import TRIALS, Statistic, compare, randomisation_test
 from encdec.metrics.metric_registry import DEFAULT, score_texts
 from encdec.metrics.score import Score, mean_score
@@ -191,23 +192,22 @@ def _mean_of(scores: Sequence[Score]) -> Statistic:
 def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
     """The comparison as Markdown; a difference whose interval excludes zero is in bold."""
     first, second = names
+    rows = []
+    for row in content["rows"]:
+        low, high = row["low"], row["high"]
+        sure = low is not None and high is not None and (low > 0 or high < 0)
+        difference = f"**{shown(row['difference'])}**" if sure else shown(row["difference"])
+        p_value = "–" if row["p_value"] is None else f"{row['p_value']:.4f}"
+        values = (shown(row.get("first")), shown(row.get("second")), difference)
+        interval = f"{shown(low)} to {shown(high)}"
+        rows.append((row["task"], row["score"], *values, interval, p_value, f"{row['examples']:,}"))
+    columns = ("task", "score", first, second, "difference", "95 % interval", "p", "examples")
     lines = [
         f"{second} minus {first}, with paired bootstrap intervals of 95 % over examples and "
         f"two-sided p-values of a randomization test of {content['trials']:,} trials, which swaps "
         f"the two models' answers example by example (not corrected for the {len(content['rows'])} "
         "comparisons).",
         "",
-        f"| task | score | {first} | {second} | difference | 95 % interval | p | examples |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *markdown_table(columns, rows, left=2),
     ]
-    for row in content["rows"]:
-        low, high = row["low"], row["high"]
-        sure = low is not None and high is not None and (low > 0 or high < 0)
-        difference = f"**{shown(row['difference'])}**" if sure else shown(row["difference"])
-        p_value = "–" if row["p_value"] is None else f"{row['p_value']:.4f}"
-        lines.append(
-            f"| {row['task']} | {row['score']} | {shown(row.get('first'))} | "
-            f"{shown(row.get('second'))} | {difference} | {shown(low)} to {shown(high)} | "
-            f"{p_value} | {row['examples']:,} |"
-        )
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from typing import Any
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Prediction
 from encdec.files import write_text
+from encdec.markup import markdown_table
 from encdec.metrics.intervals import Interval, compare
 from encdec.metrics.metric_registry import metric_named
 from encdec.metrics.score import Score
@@ -133,30 +134,29 @@ def check_distinct(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> None
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a page; intervals are of 95 % over examples."""
     model = report["model"]
+    scores = [
+        (task, name, shown(score["value"]), _range(score), f"{score['examples']:,}")
+        for task, part in report["tasks"].items()
+        for name, score in part["scores"].items()
+    ]
+    counts = ("sources_cut", "sources_skipped", "answers_without_end", "empty_answers")
+    answers = [
+        (task, *(f"{part[name]:,}" for name in counts), f"{part['mean_answer_tokens']:.1f}")
+        for task, part in report["tasks"].items()
+    ]
     lines = [
         "# Evaluation",
         "",
         f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters), step "
         f"{model['step']:,}, {report['decoding']['kind']} decoding.",
         "",
-        "| task | score | value | 95 % interval | examples |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for task, part in report["tasks"].items():
-        for name, score in part["scores"].items():
-            value, low, high = (shown(score[key]) for key in ("value", "low", "high"))
-            lines.append(f"| {task} | {name} | {value} | {low} to {high} | {score['examples']:,} |")
-    lines += [
+        *markdown_table(("task", "score", "value", "95 % interval", "examples"), scores, left=2),
         "",
-        "| task | sources cut | skipped | answers without end | empty | mean tokens |",
-        "|---|---:|---:|---:|---:|---:|",
+        *markdown_table(
+            ("task", "sources cut", "skipped", "answers without end", "empty", "mean tokens"),
+            answers,
+        ),
     ]
-    for task, part in report["tasks"].items():
-        lines.append(
-            f"| {task} | {part['sources_cut']:,} | {part['sources_skipped']:,} | "
-            f"{part['answers_without_end']:,} | {part['empty_answers']:,} | "
-            f"{part['mean_answer_tokens']:.1f} |"
-        )
     lines += [
         f"\nEmpty sources of {task}, skipped with an empty answer: {part['sources_empty']:,}"
         for task, part in report["tasks"].items()
@@ -193,23 +193,21 @@ def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
     }
     if not passes:
         return []
+    rows = []
+    for task, part in passes.items():
+        for name, score in part["scores"].items():
+            own, other = shown(tasks[task]["scores"][name]["value"]), score["difference"]
+            values = (shown(score["value"]), _range(score), shown(other["value"]), _range(other))
+            rows.append((task, name, own, *values))
+    head = ("task", "score", "own", "shuffled", "95 % interval", "difference", "95 % interval")
     lines = [
         "",
         "The same references, each with the source of another example: a model that uses its "
         "source loses most of its score, a model that ignores it does not. Differences are paired "
         "by example.",
         "",
-        "| task | score | own | shuffled | 95 % interval | difference | 95 % interval |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        *markdown_table(head, rows, left=2),
     ]
-    for task, part in passes.items():
-        for name, score in part["scores"].items():
-            own, other = tasks[task]["scores"][name], score["difference"]
-            lines.append(
-                f"| {task} | {name} | {shown(own['value'])} | {shown(score['value'])} | "
-                f"{shown(score['low'])} to {shown(score['high'])} | {shown(other['value'])} | "
-                f"{shown(other['low'])} to {shown(other['high'])} |"
-            )
     lines += [
         f"\nOf {task} {part['sources_kept']:,} examples kept a source of the same text, since more "
         "than half of them have it."
@@ -217,6 +215,10 @@ def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
         if part["sources_kept"]
     ]
     return lines
+
+
+def _range(score: Mapping[str, Any]) -> str:
+    return f"{shown(score['low'])} to {shown(score['high'])}"
 
 
 def shown(value: float | None) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from encdec.markup import markdown_table
 from encdec.metrics.intervals import Interval, t_interval
 
 # The paper's columns: (task, our score, heading).
@@ -173,6 +174,22 @@ def table_markdown(content: Mapping[str, Any]) -> str:
     """The table as Markdown: our Rouge-L with its interval, then the paper's in a separate
     table."""
     headings = [heading for _, _, heading in COLUMNS]
+    ours, papers = [], []
+    for row in content["rows"]:
+        cells = [_ours(row["ours"].get(task)) for task in content["columns"]]
+        sizes = " / ".join(f"{value:,}" for value in row["parameters"]) or "–"
+        # One run per task: each has its own cost.
+        flops = [f"{value:.2e}" for value in row["training_flops"]]
+        cost = "–" if not flops else flops[0] if len(flops) == 1 else f"{flops[0]} to {flops[-1]}"
+        mean = "–" if row["mean"] is None else f"{row['mean']:.1f}"
+        ours.append((row["model"], *cells, mean, sizes, cost))
+        if row["paper"]:
+            cells = [
+                f"{row['paper'][task]['rougeL']:.0f} / {row['paper'][task]['ragas']:.0f}"
+                for task in content["columns"]
+            ]
+            mean = " / ".join(f"{100 * value:.0f}" for value in PAPER_MEANS[row["model"]])
+            papers.append((row["model"], *cells, mean))
     lines = [
         "## Measured here",
         "",
@@ -184,17 +201,8 @@ def table_markdown(content: Mapping[str, Any]) -> str:
             else "No judge was asked."
         ),
         "",
-        "| model | " + " | ".join(headings) + " | mean | parameters | training FLOPs |",
-        "|---|" + "---:|" * (len(headings) + 3),
+        *markdown_table(("model", *headings, "mean", "parameters", "training FLOPs"), ours),
     ]
-    for row in content["rows"]:
-        cells = [_ours(row["ours"].get(task)) for task in content["columns"]]
-        sizes = " / ".join(f"{value:,}" for value in row["parameters"]) or "–"
-        # One run per task: each has its own cost.
-        flops = [f"{value:.2e}" for value in row["training_flops"]]
-        cost = "–" if not flops else flops[0] if len(flops) == 1 else f"{flops[0]} to {flops[-1]}"
-        mean = "–" if row["mean"] is None else f"{row['mean']:.1f}"
-        lines.append(f"| {row['model']} | {' | '.join(cells)} | {mean} | {sizes} | {cost} |")
     lines += _other_scores(content["rows"])
     for found in content["judges"]:
         lines += _judge_table(found)
@@ -206,17 +214,8 @@ def table_markdown(content: Mapping[str, Any]) -> str:
         "intervals are given. Its sizes, data and training differ from ours: only orders "
         "can be compared.",
         "",
-        "| model | " + " | ".join(headings) + " | mean |",
-        "|---|" + "---:|" * (len(headings) + 1),
+        *markdown_table(("model", *headings, "mean"), papers),
     ]
-    for row in content["rows"]:
-        if row["paper"]:
-            cells = [
-                f"{row['paper'][task]['rougeL']:.0f} / {row['paper'][task]['ragas']:.0f}"
-                for task in content["columns"]
-            ]
-            mean = " / ".join(f"{100 * value:.0f}" for value in PAPER_MEANS[row["model"]])
-            lines.append(f"| {row['model']} | {' | '.join(cells)} | {mean} |")
     return "\n".join(lines) + "\n"
 
 
@@ -227,23 +226,27 @@ def _other_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if not headings:
         return []
-    lines = [
-        "",
-        "Other scores of the same models, intervals as above:",
-        "",
-        "| model | " + " | ".join(headings) + " |",
-        "|---|" + "---:|" * len(headings),
+    cells = [
+        (row["model"], *(_ours(row["others"].get(heading), 2) for heading in headings))
+        for row in rows
+        if row["others"]
     ]
-    for row in rows:
-        if row["others"]:
-            cells = [_ours(row["others"].get(heading), 2) for heading in headings]
-            lines.append(f"| {row['model']} | {' | '.join(cells)} |")
-    return lines
+    title = "Other scores of the same models, intervals as above:"
+    return ["", title, "", *markdown_table(("model", *headings), cells)]
 
 
 def _judge_table(found: Mapping[str, Any]) -> list[str]:
     judge, tasks = found["judge"], found["tasks"]
-    lines = [
+
+    def opinion(one: Mapping[str, Any] | None) -> str:
+        missing = f", {one['missing']:,} missing" if one and one["missing"] else ""
+        return _ours(one) + missing
+
+    rows = [
+        (row["model"], *(opinion(row["tasks"].get(task)) for task in tasks))
+        for row in found["rows"]
+    ]
+    return [
         "",
         f"## Opinion of {judge['model']} ({judge['endpoint']})",
         "",
@@ -252,17 +255,8 @@ def _judge_table(found: Mapping[str, Any]) -> list[str]:
         "is stored in report.json: the figures are not Ragas scores, and not comparable with the "
         "paper's or another judge's.",
         "",
-        "| model | " + " | ".join(tasks) + " |",
-        "|---|" + "---:|" * len(tasks),
+        *markdown_table(("model", *tasks), rows),
     ]
-    for row in found["rows"]:
-        cells = []
-        for task in tasks:
-            one = row["tasks"].get(task)
-            missing = f", {one['missing']:,} missing" if one and one["missing"] else ""
-            cells.append(_ours(one) + missing)
-        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
-    return lines
 
 
 def _ours(found: Mapping[str, Any] | None, digits: int = 1) -> str:

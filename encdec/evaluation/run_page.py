@@ -24,6 +24,7 @@ from encdec.evaluation.predictions import read_answers
 from encdec.fields import differences, flattened
 from encdec.files import whole_lines, write_text
 from encdec.flags import Parser
+from encdec.markup import html_page, html_table
 from encdec.storage import absolute, any_path, as_path, file_names, make_directory
 
 # (title, number of metrics.jsonl, what a unit is)
@@ -149,11 +150,7 @@ def page(runs: Sequence[Run]) -> str:
         _configurations(runs),
         _evaluations(runs),
     ]
-    title = html.escape(", ".join(run.name for run in runs))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1>\n" + "\n".join(parts)
-    ) + "\n</body></html>\n"
+    return html_page(", ".join(run.name for run in runs), STYLE, parts)
 
 
 def _stroke(place: int) -> str:
@@ -205,12 +202,6 @@ def chart(title: str, unit: str, curves: Sequence[Sequence[tuple[float, float]]]
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = lambda kind, row: "".join(f"<{kind}>{html.escape(str(x))}</{kind}>" for x in row)
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
-
-
 def _totals(runs: Sequence[Run]) -> str:
     def last(run: Run, number: str, form: str = "{:.4f}") -> str:
         curve = run.curve(number)
@@ -240,7 +231,7 @@ def _totals(runs: Sequence[Run]) -> str:
         for run in runs
     ]
     head = ("run", "steps", "loss", "held-out", "best held-out", "target tokens/s", "goodput")
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _configurations(runs: Sequence[Run]) -> str:
@@ -252,7 +243,7 @@ def _configurations(runs: Sequence[Run]) -> str:
     for other in contents[1:]:
         names += [name for name in differences(contents[0], other) if name not in names]
     if len(runs) == 1:
-        return "<h2>Configuration</h2>" + _table(
+        return "<h2>Configuration</h2>" + html_table(
             ("field", runs[0].name), sorted(flattened(contents[0]).items())
         )
     if not names:
@@ -262,7 +253,7 @@ def _configurations(runs: Sequence[Run]) -> str:
         [name, *("–" if (value := one.get(name)) is None else value for one in flat)]
         for name in sorted(names)
     ]
-    return "<h2>Configurations: what differs</h2>" + _table(
+    return "<h2>Configurations: what differs</h2>" + html_table(
         ("field", *(run.name for run in runs)), rows
     )
 
@@ -290,9 +281,9 @@ def _evaluations(runs: Sequence[Run]) -> str:
         return ""
     return (
         "<h2>Evaluations</h2>"
-        + _table(("run", "task", "score", "value, 95 % interval"), scores)
+        + html_table(("run", "task", "score", "value, 95 % interval"), scores)
         + "<h2>Answers</h2>"
-        + _table(("run", "task", "source", "reference", "answer"), answers)
+        + html_table(("run", "task", "source", "reference", "answer"), answers)
     )
 
 

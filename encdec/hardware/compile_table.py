@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError, DataError
+from encdec.figures import new_figure
 from encdec.flags import Parser
+from encdec.markup import markdown_table
 from encdec.storage import local_path
 
 GIB = 2**30
@@ -87,7 +89,7 @@ def read_reports(file: str) -> list[dict[str, Any]]:
 
 def markdown(reports: Sequence[dict[str, Any]]) -> str:
     """One line per report, in the order given."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * 2 + "|---:" * (len(COLUMNS) - 2) + "|"]
+    rows = []
     for one in reports:
         memory = one["memory_bytes"]
         cells = (
@@ -105,8 +107,8 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
             f"{one['tokens_per_second']:,.0f}",
             f"{one['chip_hours'] / one['token_budget'] * 1e9:.1f}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return "\n".join(markdown_table(COLUMNS, rows, left=2))
 
 
 def _rows(report: dict[str, Any]) -> str:
@@ -150,12 +152,7 @@ def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int,
 
 def plot(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None:
     """Draws ``weak_scaling``'s curves."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = new_figure((7.5, 4))
     for place, (name, points) in enumerate(curves.items()):
         colour, marker = _LOOKS[place % len(_LOOKS)]
         axes.plot(
@@ -176,8 +173,6 @@ def plot(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None
         max(102, *(100 * share + 1 for points in curves.values() for _, share in points)),
     )
     axes.axhline(95, color="0.6", linestyle=":", linewidth=1)
-    axes.grid(True, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     figure.suptitle("Weak scaling by prediction", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=130)

@@ -10,6 +10,7 @@ from typing import Any
 
 from encdec.evaluation.compare import compare_scores
 from encdec.evaluation.evaluation_report import shown
+from encdec.markup import markdown_table
 from encdec.metrics.intervals import RESAMPLES, t_interval
 from encdec.paper.result_rows import BITS, COSTS, RUN, by_row, score_of
 
@@ -81,14 +82,12 @@ def score_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for decoding, score, heading in SCORES
         if any(_scores_of(row, decoding).get(score) for of in models.values() for row in of)
     ]
-    lines = [
-        "| model | seeds | " + " | ".join(heading for *_, heading in columns) + " |",
-        "|---|---:|" + "---:|" * len(columns),
+    head = ("model", "seeds", *(heading for *_, heading in columns))
+    cells = [
+        (name, str(len(of_seeds)), *(cell(of_seeds, how, score) for how, score, _ in columns))
+        for name, of_seeds in models.items()
     ]
-    for name, of_seeds in models.items():
-        cells = [cell(of_seeds, decoding, score) for decoding, score, _ in columns]
-        lines.append(f"| {name} | {len(of_seeds)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(markdown_table(head, cells)) + "\n"
 
 
 def cost_table(
@@ -96,11 +95,11 @@ def cost_table(
 ) -> str:
     """What each model cost to train and costs to run; a taught one runs as its plain one does."""
     costs = {row["row"]: row for row in rows if row["kind"] == COSTS}
-    lines = [
-        "| model | layers | parameters | training FLOPs | training time, min | first token, ms | "
-        "tokens/s | memory, MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = (
+        *("model", "layers", "parameters", "training FLOPs", "training time, min"),
+        *("first token, ms", "tokens/s", "memory, MiB"),
+    )
+    cells = []
     for name, of_seeds in models.items():
         row, plain = of_seeds[0], name
         for ending in TAUGHT:
@@ -115,10 +114,9 @@ def cost_table(
                 f"{cost['memory_bytes'] / 2**20:.1f}",
             ]
         shape = f"{layers[0]} + {layers[1]}" if layers[0] else str(layers[1])
-        lines.append(
-            f"| {name} | {shape} | {row['parameters']:,} | {row['training_flops']:.3g} | "
-            f"{' | '.join(timed)} |"
-        )
+        sizes = (f"{row['parameters']:,}", f"{row['training_flops']:.3g}")
+        cells.append((name, shape, *sizes, *timed))
+    lines = markdown_table(head, cells)
     measured = next(iter(costs.values()), None)
     if measured:
         lines += ["", f"Times: {measured['remark']}, {measured['device']}, {measured['date']}."]
@@ -145,11 +143,8 @@ def paired_table(models: Mapping[str, Sequence[Mapping[str, Any]]], trials: int)
                 f"{made['difference']:+.2f} ({made['low']:.2f} to {made['high']:.2f}), "
                 f"p {made['p_value']:.3f}"
             )
-        lines.append(f"| {second} minus {first} | {len(seeds)} | {' | '.join(cells)} |")
+        lines.append((f"{second} minus {first}", str(len(seeds)), *cells))
     if not lines:
         return ""
-    head = [
-        "| paired | seeds | " + " | ".join(heading for *_, heading in PAIRED) + " |",
-        "|---|---:|" + "---:|" * len(PAIRED),
-    ]
-    return "\n".join([*head, *lines]) + "\n"
+    head = ("paired", "seeds", *(heading for *_, heading in PAIRED))
+    return "\n".join(markdown_table(head, lines)) + "\n"

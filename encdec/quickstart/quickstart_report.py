@@ -7,6 +7,9 @@ import json
 import pathlib
 from typing import Any
 
+from encdec.figures import new_figure
+from encdec.markup import markdown_table
+
 # Okabe and Ito's colours, distinguishable with any kind of colour vision; each line also has
 # its own marker, for print in grey.
 COLOURS = {
@@ -195,7 +198,6 @@ def write(report: QuickstartReport, folder: pathlib.Path, at_inputs: int) -> lis
 def markdown(report: QuickstartReport, at_inputs: int) -> str:
     """The report as Markdown: table, ratios, figures, samples."""
     header, *rows = table(report, at_inputs)
-    cells = lambda row: "| " + " | ".join(row) + " |"
     lines = [
         "# Quickstart: an encoder-decoder, its decoder-only peer at equal training FLOPs, and a "
         "distilled student",
@@ -206,9 +208,7 @@ def markdown(report: QuickstartReport, at_inputs: int) -> str:
         f"{report.data['held_out_examples']:,} held out (other modules). One run each, one seed: "
         "read small differences as noise.",
         "",
-        cells(header),
-        "|" + " --- |" * len(header),
-        *(cells(row) for row in rows),
+        *markdown_table(header, rows),
         "",
         *(f"- {line}" for line in ratios(report, at_inputs)),
         "",
@@ -255,16 +255,9 @@ def _answer(title: str, source: str, text: str) -> str:
 
 
 def _axes(xlabel: str, ylabel: str, title: str):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, (axes,) = new_figure((7, 4.5))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(True, which="major", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from encdec.markup import html_page, html_table
 from encdec.metrics.intervals import Interval
 from encdec.scaling.analysis import Analysis, Distillation, Fitted
 from encdec.scaling.frontier import Comparison
@@ -480,14 +481,9 @@ th, td { text-align: left; padding: 0.25em 1em 0.25em 0; border-bottom: 1px soli
 """
 
 
-def write_html(
-    analysis: Analysis, figures: Sequence[Drawn], path: pathlib.Path, title: str = "Scaling curves"
-) -> pathlib.Path:
+def write_html(analysis: Analysis, figures: Sequence[Drawn], path: pathlib.Path) -> pathlib.Path:
     """One page with all figures and tables in it; it needs no other file, script or address."""
-    parts = [
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-        f"<style>{_CSS}</style></head><body><h1>{title}</h1>"
-    ]
+    parts = []
     for figure in figures:
         # As an image, so that the ids of two drawings cannot collide.
         content = base64.b64encode(figure.svg.read_bytes()).decode()
@@ -499,13 +495,9 @@ def write_html(
     for section in sections(analysis):
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         if section.rows:
-            head = "".join(f"<th>{html.escape(name)}</th>" for name in section.header)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-                for row in section.rows
-            )
-            parts.append(f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>")
+            table = html_table(section.header, section.rows)
+            parts.append(f"<div class='wide'>{table}</div>")
         if section.remark:
             parts.append(f"<p class='remark'>{html.escape(section.remark.strip())}</p>")
-    path.write_text("".join(parts) + "</body></html>\n", encoding="utf-8")
+    path.write_text(html_page("Scaling curves", _CSS, parts), encoding="utf-8")
     return path
