@@ -106,16 +106,16 @@ MUTANTS = (
     ),
     Mutant(
         "beam length penalty inverted",
-        "encdec/inference/beam.py",
+        "encdec/inference/beam_steps.py",
         "final_BxC = jnp.where(ended_BxC, scores_BxC / length_penalty(count, alpha), -jnp.inf)",
         "final_BxC = jnp.where(ended_BxC, scores_BxC * length_penalty(count, alpha), -jnp.inf)",
         ("tests/inference/test_beam.py::test_wide_beams_find_the_best_of_all_answers",),
     ),
     Mutant(
         "beam search stops too early",
-        "encdec/inference/beam.py",
-        "hope_B = search.alive.scores_BxK[:, 0] / length_penalty(limit, alpha)",
-        "hope_B = search.alive.scores_BxK[:, 0] / length_penalty(search.count, alpha)",
+        "encdec/inference/beam_steps.py",
+        "hope_B = alive.scores_BxK[:, 0] / length_penalty(limit, alpha)",
+        "hope_B = alive.scores_BxK[:, 0] / length_penalty(alive.counts_BxK[:, 0], alpha)",
         (
             "tests/inference/test_beam.py::test_narrow_beams_stop_early_only_where_nothing_better_can_come",
         ),

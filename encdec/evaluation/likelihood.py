@@ -23,7 +23,7 @@ from encdec.data.records import encode_row
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
 from encdec.files import append_rows, line_files, whole_lines
-from encdec.inference.rows import bucket
+from encdec.inference.shapes import bucket
 from encdec.inference.text_io import PromptFormat
 from encdec.metrics.score import Score, bits_per_byte, ratio_score
 from encdec.model import ModelConfig, build_model

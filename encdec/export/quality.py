@@ -12,7 +12,7 @@ import numpy as np
 
 from encdec.data.records import decode_row, open_records
 from encdec.errors import DataError
-from encdec.inference.rows import bucket
+from encdec.inference.shapes import bucket
 from encdec.model import ModelConfig, build_model
 
 

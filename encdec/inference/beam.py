@@ -1,81 +1,73 @@
-"""Beam search over the cached one-token step, with the length penalty of GNMT."""
+"""Beam search over cached steps, with the length penalty of GNMT.
+
+The hypotheses of an input share one row of the cache (``encdec.inference.beam_steps``). The search
+goes on in segments of a few steps. Between two of them the host looks which inputs are decided:
+they leave the batch when that halves it. When the slots are full, those that no hypothesis consists
+of any more are given up: hypotheses of one input differ in their last tokens mostly.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 
-import flax
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from encdec.inference.decoding import Memory, decode_step, prefill, take_rows
+from encdec.inference.beam_steps import (
+    BeamPlan,
+    Search,
+    advance,
+    begin,
+    length_penalty,
+    prompt_slots,
+    rearrange,
+)
+from encdec.inference.shapes import coarse_bucket
 from encdec.model import ModelConfig, Params
 
+LEAST_STEPS = 32  # that new slots are made for
+SEGMENT = 16  # steps at most between two looks at which inputs are decided
+# Multiplications in a step that a smaller batch must save: about half a millisecond of two cores,
+# where a program takes two seconds to compile.
+WORTH = 5 * 10**7
 
-class Hypotheses(flax.struct.PyTreeNode):
-    """K hypotheses an input.
+
+@dataclasses.dataclass(frozen=True)
+class Hypotheses:
+    """K hypotheses an input, NumPy arrays.
 
     Attributes:
         tokens_BxKxN: int32, EOS included, then zeros.
         log_probs_BxKxN: float32, of each token, then zeros.
         counts_BxK: int32, tokens in each.
-        scores_BxK: float32, best first; sums of log-probabilities while alive, divided by the
-            length penalty when complete; -inf where there is no hypothesis.
+        scores_BxK: float32, best first; sums of log-probabilities, divided by the length penalty;
+            -inf where there is no hypothesis.
     """
 
-    tokens_BxKxN: jax.Array
-    log_probs_BxKxN: jax.Array
-    counts_BxK: jax.Array
-    scores_BxK: jax.Array
+    tokens_BxKxN: np.ndarray
+    log_probs_BxKxN: np.ndarray
+    counts_BxK: np.ndarray
+    scores_BxK: np.ndarray
 
 
-class _Search(flax.struct.PyTreeNode):
-    memory: Memory  # of B * K rows
-    logits_RxV: jax.Array
-    alive: Hypotheses
-    complete: Hypotheses
-    count: jax.Array
-
-
-def length_penalty(length: jax.Array, alpha: jax.Array) -> jax.Array:
-    """``((5 + length) / 6) ** alpha`` (GNMT, arXiv 1609.08144, eq. 14); 1 for alpha = 0."""
-    return ((5.0 + length) / 6.0) ** alpha
-
-
-@dataclasses.dataclass(frozen=True)
-class BeamPlan:
-    """What a compiled beam search depends on, besides the model.
-
-    Attributes:
-        beams: K, hypotheses kept alive for each input, and returned.
-        room: N, the cache's capacity for new tokens.
-        start_id: the decoder's first input.
-        eos_id: completes a hypothesis.
-        vocabulary_size: ids from here on are never chosen.
-    """
-
-    beams: int
-    room: int
-    start_id: int
-    eos_id: int
-    vocabulary_size: int
-
-
-@functools.partial(jax.jit, static_argnames=("config", "plan"))
 def beam_search(
     config: ModelConfig,
     plan: BeamPlan,
     params: Params,
-    tokens_BxS: jax.Array,
-    lengths_B: jax.Array,
-    alpha: jax.Array,
-    limit: jax.Array,
+    tokens_BxS: jax.Array | np.ndarray,
+    lengths_B: jax.Array | np.ndarray,
+    alpha: float,
+    limit: int,
+    *,
+    inputs: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Hypotheses:
     """The best complete hypotheses found for each input, best first.
 
-    A hypothesis is complete with EOS or at ``limit`` tokens. The search ends when no hypothesis
-    that is alive can still enter the complete ones.
+    A hypothesis is complete with EOS or at ``limit`` tokens. An input is decided when no hypothesis
+    of it that is alive can still enter the complete ones.
 
     Args:
         config: the model.
@@ -85,88 +77,114 @@ def beam_search(
         lengths_B: tokens of each input.
         alpha: of ``length_penalty``, 0 or more.
         limit: new tokens at most, from 1 to ``plan.room``.
+        inputs: how many of the rows are inputs, the first; by default all. The others are there
+            for the batch's size, and get no hypotheses.
+        sharding: of the rows over copies of the model; None on one device.
     """
-    batch, beams, room = tokens_BxS.shape[0], plan.beams, plan.room
-    logits_BxV, memory = prefill(
-        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, room=room
+    batch, width = tokens_BxS.shape
+    real_B = np.arange(batch) < (batch if inputs is None else inputs)
+    slots = coarse_bucket(prompt_slots(config, width) + LEAST_STEPS * plan.beams)
+    search, look = begin(config, plan, slots, params, tokens_BxS, lengths_B, real_B, alpha, limit)
+    found = _nothing_found(batch, plan)
+    rows_B = np.where(real_B, np.arange(batch), -1)  # the inputs that are still in the search
+    weights = _weights(params)
+    while True:
+        look = jax.device_get(look)
+        undecided, rows = int(look.open_B.sum()), len(look.open_B)
+        if not undecided or look.count >= limit:
+            break
+        steps = min((slots - int(look.used)) // plan.beams, SEGMENT, limit - int(look.count))
+        size = _smaller(rows, undecided, _copies(sharding), weights * plan.beams)
+        if size < rows:
+            _write_down(found, plan, search, rows_B, alpha)
+            chosen_R = np.resize(np.flatnonzero(look.open_B), size)
+            rows_B = np.where(np.arange(size) < undecided, rows_B[chosen_R], -1)
+        elif steps < 1:
+            chosen_R = np.arange(rows)
+        else:
+            search, look = advance(config, plan, params, search, alpha, limit, steps)
+            continue
+        slots = coarse_bucket(int(look.kept_B[chosen_R].max()) + LEAST_STEPS * plan.beams)
+        search, look = rearrange(config, slots, search, chosen_R, rows_B >= 0)
+        if sharding is not None:
+            search = _placed(search, sharding)
+    _write_down(found, plan, search, rows_B, alpha)
+    return found
+
+
+def _smaller(rows: int, undecided: int, copies: int, work: int) -> int:
+    """The size that a batch of ``rows`` should shrink to: a half or less, or the same.
+
+    ``work`` are the multiplications of one row's step. Each size is one program more to compile.
+    """
+    size = rows
+    while size % (2 * copies) == 0 and undecided <= size // 2 and size // 2 * work >= WORTH:
+        size //= 2
+    return size
+
+
+def _weights(params: Params) -> int:
+    """Parameters that a step multiplies with, about."""
+    read = [part for name, part in params.items() if "encoder" not in name]
+    return sum(leaf.size for leaf in jax.tree.leaves(read))
+
+
+def _copies(sharding: NamedSharding | None) -> int:
+    """Devices, or groups of them, that each hold some of the rows."""
+    return sharding.mesh.shape[sharding.spec[0]] if sharding else 1
+
+
+def _placed(search: Search, sharding: NamedSharding) -> Search:
+    """The search with its rows over the devices."""
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(search, jax.tree.map(lambda x: sharding if x.ndim else whole, search))
+
+
+def _nothing_found(batch: int, plan: BeamPlan) -> Hypotheses:
+    shape = (batch, plan.beams)
+    return Hypotheses(
+        np.zeros((*shape, plan.room), np.int32),
+        np.zeros((*shape, plan.room), np.float32),
+        np.zeros(shape, np.int32),
+        np.full(shape, -np.inf, np.float32),
     )
-    rows_R = jnp.repeat(jnp.arange(batch), beams)
-    nothing = Hypotheses(
-        jnp.zeros((batch, beams, room), jnp.int32),
-        jnp.zeros((batch, beams, room), jnp.float32),
-        jnp.zeros((batch, beams), jnp.int32),
-        jnp.full((batch, beams), -jnp.inf),
+
+
+def _write_down(
+    found: Hypotheses, plan: BeamPlan, search: Search, rows_B: np.ndarray, alpha: float
+) -> None:
+    """Puts the best hypotheses so far of the search's inputs into their rows (-1: no input)."""
+    alive, complete, history, count = jax.device_get(
+        (search.alive, search.complete, search.history, search.count)
     )
-    # One empty hypothesis an input; with K, all would grow identically.
-    alive = nothing.replace(scores_BxK=nothing.scores_BxK.at[:, 0].set(0.0))
-    search = _Search(
-        take_rows(config, memory, rows_R), logits_BxV[rows_R], alive, nothing, jnp.int32(0)
-    )
-    search = _grow(config, plan, search, alpha)
-
-    def undecided(search: _Search) -> jax.Array:
-        # Log-probabilities only fall, and the longest answer is divided by the most.
-        hope_B = search.alive.scores_BxK[:, 0] / length_penalty(limit, alpha)
-        return (search.count < limit) & jnp.any(hope_B > search.complete.scores_BxK[:, -1])
-
-    def step(search: _Search) -> _Search:
-        last_R = jnp.take(search.alive.tokens_BxKxN, search.count - 1, axis=2).reshape(-1)
-        logits_RxV, memory = decode_step(config, params, search.memory, last_R)
-        search = search.replace(memory=memory, logits_RxV=logits_RxV)
-        return _grow(config, plan, search, alpha)
-
-    search = jax.lax.while_loop(undecided, step, search)
-    cut_off = search.alive.replace(
-        scores_BxK=search.alive.scores_BxK / length_penalty(search.count, alpha)
-    )
-    return _best(search.complete, cut_off)
-
-
-def _grow(config: ModelConfig, plan: BeamPlan, search: _Search, alpha: jax.Array) -> _Search:
-    """Every hypothesis by one token: the best K continue, those with EOS become complete."""
-    alive, (batch, beams) = search.alive, search.alive.scores_BxK.shape
-    size = search.logits_RxV.shape[-1]
-    log_probs = jax.nn.log_softmax(search.logits_RxV).reshape(batch, beams, size)
-    allowed = jnp.arange(size) < plan.vocabulary_size
-    scores = alive.scores_BxK[:, :, None] + jnp.where(allowed, log_probs, -jnp.inf)
-    # At most K of the best 2K have EOS, so that K remain to continue.
-    scores_BxC, places_BxC = jax.lax.top_k(scores.reshape(batch, -1), 2 * beams)
-    parents_BxC, tokens_BxC = places_BxC // size, (places_BxC % size).astype(jnp.int32)
-    steps_BxC = jnp.take_along_axis(log_probs.reshape(batch, -1), places_BxC, axis=1)
-    candidates = _pick(alive, parents_BxC)
-    count = search.count + 1
-    candidates = Hypotheses(
-        candidates.tokens_BxKxN.at[:, :, search.count].set(tokens_BxC),
-        candidates.log_probs_BxKxN.at[:, :, search.count].set(steps_BxC),
-        jnp.full_like(tokens_BxC, count),
-        scores_BxC,
-    )
-    ended_BxC = tokens_BxC == plan.eos_id
-    final_BxC = jnp.where(ended_BxC, scores_BxC / length_penalty(count, alpha), -jnp.inf)
-    complete = _best(search.complete, candidates.replace(scores_BxK=final_BxC))
-    # Stable: candidates come best first.
-    going_on_BxK = jnp.argsort(ended_BxC, axis=1, stable=True)[:, :beams]
-    alive = _pick(candidates, going_on_BxK)
-    still = ~jnp.take_along_axis(ended_BxC, going_on_BxK, axis=1)
-    alive = alive.replace(scores_BxK=jnp.where(still, alive.scores_BxK, -jnp.inf))
-    parents_BxK = jnp.take_along_axis(parents_BxC, going_on_BxK, axis=1)
-    rows_R = (parents_BxK + beams * jnp.arange(batch)[:, None]).reshape(-1)
-    # The source is the same for all hypotheses of an input, so it stays where it is.
-    memory = take_rows(config, search.memory.replace(source=None), rows_R)
-    memory = memory.replace(source=search.memory.source)
-    return _Search(memory, search.logits_RxV, alive, complete, count)
+    scores_BxK = (alive.scores_BxK / length_penalty(count, alpha)).astype(np.float32)
+    cut_off = alive.replace(scores_BxK=scores_BxK)
+    ends = jax.tree.map(lambda *both: np.concatenate(both, axis=1), complete, cut_off)
+    best_BxK = np.argsort(-ends.scores_BxK, axis=1, kind="stable")[:, : plan.beams]
+    ends = jax.tree.map(lambda x: np.take_along_axis(x, best_BxK, axis=1), ends)
+    there_BxK = np.isfinite(ends.scores_BxK)
+    counts_BxK = np.where(there_BxK, ends.counts_BxK, 0)
+    tokens_BxKxN = np.zeros((*counts_BxK.shape, plan.room), np.int32)
+    log_probs_BxKxN = np.zeros(tokens_BxKxN.shape, np.float32)
+    beams_BxK = np.zeros_like(counts_BxK)  # where each one's token is in the history
+    for place in reversed(range(int(counts_BxK.max()))):
+        of = functools.partial(_at, place, beams_BxK)
+        last_BxK, before_BxK = counts_BxK == place + 1, counts_BxK > place + 1
+        for past, end, out in (
+            (history.tokens_BxNxK, ends.tokens_BxK, tokens_BxKxN),
+            (history.log_probs_BxNxK, ends.log_probs_BxK, log_probs_BxKxN),
+        ):
+            out[:, :, place] = np.where(last_BxK, end, np.where(before_BxK, of(past), 0))
+        parents_BxK = np.where(before_BxK, of(history.parents_BxNxK), 0)
+        beams_BxK = np.where(last_BxK, ends.parents_BxK, parents_BxK)
+    for into, made in (
+        (found.tokens_BxKxN, tokens_BxKxN),
+        (found.log_probs_BxKxN, log_probs_BxKxN),
+        (found.counts_BxK, counts_BxK),
+        (found.scores_BxK, ends.scores_BxK),
+    ):
+        into[rows_B[rows_B >= 0]] = made[rows_B >= 0]
 
 
-def _pick(hypotheses: Hypotheses, places_BxK: jax.Array) -> Hypotheses:
-    def take(x: jax.Array) -> jax.Array:
-        places = places_BxK.reshape(places_BxK.shape + (1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, places, axis=1)
-
-    return jax.tree.map(take, hypotheses)
-
-
-def _best(first: Hypotheses, second: Hypotheses) -> Hypotheses:
-    """The best of two sets, as many as the first holds; the first set's come first in a tie."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
-    _, places = jax.lax.top_k(both.scores_BxK, first.scores_BxK.shape[1])
-    return _pick(both, places)
+def _at(place: int, beams_BxK: np.ndarray, past_BxNxK: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(past_BxNxK[:, place], beams_BxK, axis=1)

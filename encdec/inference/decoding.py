@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from encdec.inference.sampling import Choosing, RowSettings, choose, likeliest
 from encdec.model import ModelConfig, Params, build_model, init_cache
+from encdec.model.cache import CachePlaces
 
 
 class Memory(flax.struct.PyTreeNode):
@@ -181,6 +182,47 @@ def _feed(
         memory.source,
         method="decode_cached",
     )
+
+
+def branch_step(
+    config: ModelConfig,
+    params: Params,
+    memory: Memory,
+    tokens_BxK: jax.Array,
+    positions_B: jax.Array,
+    visible_BxKxC: jax.Array,
+    positions_BxC: jax.Array,
+) -> tuple[jax.Array, Memory]:
+    """Feeds the next token of K continuations of every row's text.
+
+    They share its source and its cache.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        memory: of B rows; the tokens go to the slots from ``slots_R`` on, K of them.
+        tokens_BxK: one of each continuation.
+        positions_B: theirs, the same for all continuations of a row.
+        visible_BxKxC: the slots that each reads, its own among them.
+        positions_BxC: of what is in each slot, these tokens included.
+
+    Returns:
+        Logits [B, K, V] float32 of what follows each, and the memory with them.
+    """
+    beams = tokens_BxK.shape[1]
+    slots_BxK = memory.slots_R[:, None] + jnp.arange(beams)
+    model = build_model(config)
+    hidden_BxKxM, cache = model.apply(
+        {"params": params},
+        tokens_BxK,
+        jnp.broadcast_to(positions_B[:, None], tokens_BxK.shape),
+        memory.cache,
+        memory.source,
+        places=CachePlaces(slots_BxK, visible_BxKxC, positions_BxC),
+        method="decode_cached",
+    )
+    logits = model.apply({"params": params}, hidden_BxKxM, method="logits")
+    return cast(jax.Array, logits), memory.replace(cache=cache, slots_R=memory.slots_R + beams)
 
 
 def take_rows(config: ModelConfig, memory: Memory, rows_R: jax.Array) -> Memory:

@@ -18,8 +18,9 @@ from encdec.inference.drafting import Answering, Paces, texts_of
 from encdec.inference.drafts import Sources, look_up
 from encdec.inference.generation_settings import AUTO, LOOKUP, OFF, GenerationSettings
 from encdec.inference.generator import TextGenerator, read_prompt_format
-from encdec.inference.rows import PreparedInput, bucket, choosing_of, row_settings, until_finished
+from encdec.inference.rows import PreparedInput, choosing_of, row_settings, until_finished
 from encdec.inference.sampling import Choosing, greedy_choice
+from encdec.inference.shapes import bucket
 from encdec.inference.speculation import accept
 from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig

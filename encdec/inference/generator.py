@@ -15,6 +15,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.inference.drafting import Draft
 from encdec.inference.generation_settings import AUTO, GenerationSettings
 from encdec.inference.rows import CompiledRows, PreparedInput, RowDecoder, Rows
+from encdec.inference.shapes import rows_within
 from encdec.inference.text_io import (
     SOURCE,
     PromptFormat,
@@ -144,7 +145,8 @@ class TextGenerator:
         answer = self._beam_batch if settings.beams > 1 else self._batch
         # Like lengths together, longest first: what needs most memory comes at once.
         inputs.sort(key=lambda item: -len(item.ids))
-        at_once = max(1, self.batch_rows // max(settings.samples, settings.beams))
+        # As many as fill a program's rows.
+        at_once = rows_within(max(1, self.batch_rows // max(settings.samples, settings.beams)))
         for begin in range(0, len(inputs), at_once):
             part = inputs[begin : begin + at_once]
             answers = answer(part, settings)
@@ -249,7 +251,6 @@ class TextGenerator:
         self, inputs: Sequence[PreparedInput], settings: GenerationSettings
     ) -> list[list[Generation]]:
         found = self._rows.search(inputs, settings, self.prompts, self._limit(settings))
-        found = jax.tree.map(np.asarray, found)
         return [
             [
                 generation_of(

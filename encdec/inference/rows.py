@@ -13,12 +13,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
-from encdec.inference.beam import BeamPlan, Hypotheses, beam_search
+from encdec.inference.beam import Hypotheses, beam_search
+from encdec.inference.beam_steps import BeamPlan
 from encdec.inference.decoding import Decoding, DecodingPlan, start_compiled
 from encdec.inference.drafting import Draft, Drafters, DraftModel, Paces
 from encdec.inference.generation_settings import AUTO, GenerationSettings
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
+from encdec.inference.shapes import bucket, row_count
 from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes
 from encdec.train.run_config import MeshConfig
@@ -36,14 +38,6 @@ class PreparedInput:
     place: int  # among the texts of the call
     ids: list[int]
     truncated: bool
-
-
-def bucket(length: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, little waste."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
 
 
 class RowDecoder(Protocol):
@@ -130,9 +124,8 @@ class CompiledRows:
 
     def _arrays(self, inputs: Sequence[PreparedInput]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [B, S] and lengths [B]; both sizes rounded up, padding rows of one pad token."""
-        rows = 1 << (len(inputs) - 1).bit_length()
-        if self._rows_sharding:
-            rows = max(rows, self._rows_sharding.mesh.shape["data"])
+        copies = self._rows_sharding.mesh.shape["data"] if self._rows_sharding else 1
+        rows = row_count(len(inputs), copies)
         width = bucket(max(len(item.ids) for item in inputs))
         tokens_BxS, lengths_B = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
         for row, item in enumerate(inputs):
@@ -177,13 +170,17 @@ class CompiledRows:
             eos_id=prompts.vocabulary.eos_id,
             vocabulary_size=prompts.vocabulary.size,
         )
+        tokens_BxS, lengths_B = self._placed(self._arrays(inputs))
         return beam_search(
             self.config,
             plan,
             self.params,
-            *self._placed(self._arrays(inputs)),
+            tokens_BxS,
+            lengths_B,
             settings.length_penalty,
             limit,
+            inputs=len(inputs),
+            sharding=self._rows_sharding,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 
@@ -26,12 +27,27 @@ class CacheLayout:
         return self.keys.index("S") - 4, self.values.index("S") - 4
 
 
-# As the products of a decoder in shards read them without a copy (``cpu_layout``).
+# As products on a CPU read them without a copy (``cpu_layout``).
 HEADS_FIRST = CacheLayout("BKDS", "BKSD")
 
 
 def cache_layout(config: ModelConfig) -> CacheLayout:
-    return HEADS_FIRST if config.execution.cpu_shards else CacheLayout()
+    return HEADS_FIRST if config.execution.for_cpu else CacheLayout()
+
+
+class CachePlaces(flax.struct.PyTreeNode):
+    """Where new tokens are written, and what they read, where slots are not positions: several
+    continuations of one text share a row of the cache.
+
+    Attributes:
+        slots_BxN: int32, of the new tokens; in order, one after the other.
+        visible_BxNxC: bool, the slots that each of them reads, its own among them.
+        positions_BxC: int32, the position of what is in each slot.
+    """
+
+    slots_BxN: jax.Array
+    visible_BxNxC: jax.Array
+    positions_BxC: jax.Array
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Any:
@@ -65,6 +81,20 @@ def widen(config: ModelConfig, key_values: Any, width: int) -> Any:
     return tuple(tuple(map(wider, pair, axes)) for pair in key_values)
 
 
+def rearranged(config: ModelConfig, cache: Any, rows_R: jax.Array, slots_RxC: jax.Array) -> Any:
+    """A cache of the given rows, each with the given slots of its own."""
+    first, layout = int(config.execution.scan_layers), cache_layout(config)
+
+    def take(x: jax.Array, axis: int) -> jax.Array:
+        shape = [1] * x.ndim
+        shape[first], shape[axis] = slots_RxC.shape
+        rows = jnp.take(x, rows_R, axis=first, mode="clip")
+        return jnp.take_along_axis(rows, slots_RxC.reshape(shape), axis=axis, mode="clip")
+
+    pair = lambda keys_values: tuple(map(take, keys_values, layout.token_axes))
+    return pair(cache) if first else tuple(map(pair, cache))
+
+
 def cached_self_attention(
     config: ModelConfig,
     cache: Any,
@@ -72,16 +102,24 @@ def cached_self_attention(
     local: bool = False,
     from_start: bool = False,
     offset: jax.Array | int = 0,
+    places: CachePlaces | None = None,
 ) -> AttentionInputs:
-    """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too.
+    """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too unless
+    ``places`` says otherwise.
 
     ``local`` gives those of layers that read the attention window alone; ``from_start`` says that
     the tokens are the first of their rows, in order. They are rotated as if ``offset`` tokens were
     before them.
     """
-    capacity = jax.tree.leaves(cache)[0].shape[cache_layout(config).token_axes[0]]
-    mask_BxNxC = jnp.arange(capacity) <= positions_BxN[..., None]
-    if local:
-        mask_BxNxC &= window_mask(positions_BxN, jnp.arange(capacity), config.attention_window)
     rope = rope_table(config, positions_BxN + offset, local)
-    return AttentionInputs(mask_BxNxC, rope, rope, positions_BxN, causal=from_start)
+    if places is None:
+        slots_BxN = positions_BxN
+        capacity = jax.tree.leaves(cache)[0].shape[cache_layout(config).token_axes[0]]
+        mask_BxNxC = jnp.arange(capacity) <= positions_BxN[..., None]
+        kv_positions = jnp.arange(capacity)
+    else:
+        slots_BxN, mask_BxNxC = places.slots_BxN, places.visible_BxNxC
+        kv_positions = places.positions_BxC
+    if local:
+        mask_BxNxC &= window_mask(positions_BxN, kv_positions, config.attention_window)
+    return AttentionInputs(mask_BxNxC, rope, rope, slots_BxN, causal=from_start)

@@ -5,11 +5,11 @@ them fastest.
 ``encdec.inference.ready`` does. There are two layouts:
 
 * In blocks (``attention_block``): parameters as trained; many queries attend block after block,
-  and an encoder may compute in another dtype than the decoder (``encoder_dtype``).
+  keys and values are kept heads first, and an encoder may compute in another dtype than the
+  decoder (``encoder_dtype``).
 * In shards (``cpu_shards``), besides: every decoder kernel [in, out] is kept as [shards,
-  out / shards, in], one kernel makes the queries, keys and values of self-attention, a separate
-  head is kept as [V, M], and keys and values are kept heads first. ``shard_for_cpu`` converts
-  parameters.
+  out / shards, in], one kernel makes the queries, keys and values of self-attention, and a
+  separate head is kept as [V, M]. ``shard_for_cpu`` converts parameters.
 
 Both are for inference: there is no dropout on attention probabilities.
 """
@@ -26,14 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from encdec.errors import ConfigError
-from encdec.model.attention import (
-    Attention,
-    AttentionInputs,
-    KeyValues,
-    after_prefix,
-    dot_product_attention,
-    joined,
-)
+from encdec.model.attention import Attention, AttentionInputs, KeyValues, joined
 from encdec.model.coverage import refuse_unknown
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
@@ -241,34 +234,9 @@ class ShardedProjection(Projection):
 
 
 class CpuAttention(Attention):
-    """More than ``attention_block`` queries attend in blocks."""
+    """Attention whose keys and values are kept heads first; many queries attend in blocks."""
 
-    projection_type = CpuProjection
-
-    def attend(
-        self,
-        q_BxTxHxD: jax.Array,
-        key_values: KeyValues,
-        inputs: AttentionInputs,
-        dropout_key: jax.Array | None = None,
-        prefix: KeyValues | None = None,
-    ) -> jax.Array:
-        config, how = self.config, self.config.execution
-        _refuse_dropout(config, dropout_key)
-        mask, causal = inputs.mask_BxTxS, inputs.causal
-        if 0 < how.attention_block < q_BxTxHxD.shape[1] or how.accumulate_in_float32:
-            before = prefix[0].shape[1] if prefix is not None else 0
-            k_BxKxDxS, v_BxKxSxD = heads_first(after_prefix(prefix, key_values))
-            return attention_in_blocks(
-                config, q_BxTxHxD, k_BxKxDxS, v_BxKxSxD, mask, causal, before
-            )
-        return dot_product_attention(config, q_BxTxHxD, *key_values, mask, prefix=prefix)
-
-
-class ShardedAttention(Attention):
-    """Attention whose keys and values are kept heads first."""
-
-    projection_type = ShardedProjection
+    projection_type: type[Projection] = CpuProjection
 
     def attend(
         self,
@@ -278,7 +246,6 @@ class ShardedAttention(Attention):
         dropout_key: jax.Array | None = None,
         prefix: KeyValues | None = None,
     ) -> jax.Array:
-        _refuse_dropout(self.config, dropout_key)
         before, (k, v) = 0, key_values
         if prefix is not None:
             before = prefix[0].shape[-1]
@@ -287,41 +254,9 @@ class ShardedAttention(Attention):
             self.config, q_BxTxHxD, k, v, inputs.mask_BxTxS, inputs.causal, before
         )
 
-
-class ShardedCrossAttention(ShardedAttention):
     def key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
         """Keys [B, K, D, S] (normed and rotated) and values [B, K, S, D] of a sequence."""
         return heads_first(super().key_values(x_BxSxM, rope))
-
-
-class ShardedSelfAttention(ShardedAttention):
-    """Queries, keys and values come from one kernel, which holds them one after the other."""
-
-    def make_projections(self) -> None:
-        config = self.config
-        width = config.attention_width + 2 * config.kv_width
-        self.qkv = ShardedProjection(
-            config, "btm,mf->btf", (config.d_model, width), ("embed", "heads"), int(config.qkv_bias)
-        )
-
-    def projected(self, x_BxTxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        config = self.config
-        cuts = (config.attention_width, config.attention_width + config.kv_width)
-        parts = jnp.split(self.qkv(x_BxTxM), cuts, axis=-1)
-        q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts)
-        return q, k, v
-
-    def key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
-        """Keys [B, K, D, S] (normed and rotated) and values [B, K, S, D] of a source: the product
-        with their part of the kernel alone."""
-        config, kernel = self.config, self.qkv.kernel
-        start, width = config.attention_width, config.attention_width + 2 * config.kv_width
-        rows_OxI = kernel.reshape(-1, kernel.shape[-1])[start:width].astype(x_BxSxM.dtype)
-        both = jnp.einsum("...i,oi->...o", x_BxSxM, rows_OxI)
-        if config.qkv_bias:
-            both = both + self.qkv.bias[start:].astype(both.dtype)
-        k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in jnp.split(both, 2, axis=-1))
-        return heads_first((self._key(k, rope), v))
 
     def written(self, cache: KeyValues, new: KeyValues, slots_BxT: jax.Array) -> KeyValues:
         """The cache with new keys and values [B, T, K, D] in their slots."""
@@ -342,7 +277,11 @@ class ShardedSelfAttention(ShardedAttention):
         prefix: KeyValues | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """``Attention.__call__``, without its own keys and values made before."""
+        if not deterministic:
+            _refuse_dropout(self.config)
+        if key_values is not None:
+            q = self._query(self.q(x_BxTxM), inputs.q_rope)
+            return self.o(self.attend(q, key_values, inputs, prefix=prefix)), cache
         q, k, v = self.projected(x_BxTxM)
         q, new = self._query(q, inputs.q_rope), (self._key(k, inputs.kv_rope), v)
         if cache is not None and (q.shape[1] == 1 or not inputs.causal):
@@ -387,8 +326,42 @@ class ShardedSelfAttention(ShardedAttention):
         return self.o(out), cache
 
 
-def _refuse_dropout(config: ModelConfig, key: jax.Array | None) -> None:
-    if key is not None:
+class ShardedAttention(CpuAttention):
+    projection_type = ShardedProjection
+
+
+class ShardedSelfAttention(ShardedAttention):
+    """Queries, keys and values come from one kernel, which holds them one after the other."""
+
+    def make_projections(self) -> None:
+        config = self.config
+        width = config.attention_width + 2 * config.kv_width
+        self.qkv = ShardedProjection(
+            config, "btm,mf->btf", (config.d_model, width), ("embed", "heads"), int(config.qkv_bias)
+        )
+
+    def projected(self, x_BxTxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config = self.config
+        cuts = (config.attention_width, config.attention_width + config.kv_width)
+        parts = jnp.split(self.qkv(x_BxTxM), cuts, axis=-1)
+        q, k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in parts)
+        return q, k, v
+
+    def key_values(self, x_BxSxM: jax.Array, rope: Rotation | None) -> KeyValues:
+        """Keys [B, K, D, S] (normed and rotated) and values [B, K, S, D] of a source: the product
+        with their part of the kernel alone."""
+        config, kernel = self.config, self.qkv.kernel
+        start, width = config.attention_width, config.attention_width + 2 * config.kv_width
+        rows_OxI = kernel.reshape(-1, kernel.shape[-1])[start:width].astype(x_BxSxM.dtype)
+        both = jnp.einsum("...i,oi->...o", x_BxSxM, rows_OxI)
+        if config.qkv_bias:
+            both = both + self.qkv.bias[start:].astype(both.dtype)
+        k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in jnp.split(both, 2, axis=-1))
+        return heads_first((self._key(k, rope), v))
+
+
+def _refuse_dropout(config: ModelConfig) -> None:
+    if config.attention_dropout:
         raise ConfigError(
             f"ModelConfig.attention_dropout is {config.attention_dropout} in a model laid out for "
             "inference on CPUs, which has no dropout on attention probabilities; expected "
@@ -412,7 +385,7 @@ class CpuBlock(Block):
 
 class ShardedBlock(Block):
     self_attention_type = ShardedSelfAttention
-    cross_attention_type = ShardedCrossAttention
+    cross_attention_type = ShardedAttention
     mlp_type = ShardedMlp
 
 

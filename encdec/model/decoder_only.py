@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from encdec.model.attention import packed_self_attention
-from encdec.model.cache import cached_self_attention
+from encdec.model.cache import CachePlaces, cached_self_attention
 from encdec.model.encoder_decoder import Batch
 from encdec.model.layers import Embedder
 from encdec.model.model_config import ModelConfig
@@ -50,10 +50,16 @@ class DecoderOnly(nn.Module):
         cache: Any,
         source: None = None,
         from_start: bool = False,
+        places: CachePlaces | None = None,
     ) -> tuple[jax.Array, Any]:
         """The next N tokens of every row, prompt or answer: see EncoderDecoder.decode_cached."""
         inputs_of = functools.partial(
-            cached_self_attention, self.config, cache, positions_BxN, from_start=from_start
+            cached_self_attention,
+            self.config,
+            cache,
+            positions_BxN,
+            from_start=from_start,
+            places=places,
         )
         attention, local = inputs_of(), None
         if self.config.attention_window:

@@ -17,7 +17,7 @@ from encdec.model.attention import (
     packed_attention,
     packed_self_attention,
 )
-from encdec.model.cache import cached_self_attention
+from encdec.model.cache import CachePlaces, cached_self_attention
 from encdec.model.layers import Embedder
 from encdec.model.model_config import ModelConfig
 from encdec.model.positions import Rotation, encoder_rope_positions, rope_table
@@ -137,12 +137,13 @@ class EncoderDecoder(nn.Module):
         cache: Any,
         source: Source,
         from_start: bool = False,
+        places: CachePlaces | None = None,
     ) -> tuple[jax.Array, Any]:
         """The next N tokens of every row: normed output [B, N, M] and the updated cache.
 
-        A token's position is also its cache slot. A row may be padded on the right by tokens
-        whose positions are overwritten later: nothing reads a slot beyond its own position.
-        ``from_start`` says that the positions are 0 to N - 1, which can save work.
+        A token's position is also its cache slot, without ``places``. A row may be padded on the
+        right by tokens whose positions are overwritten later: nothing reads a slot beyond its own
+        position. ``from_start`` says that the positions are 0 to N - 1, which can save work.
         """
         batch, length = tokens_BxN.shape
         cross_mask = jnp.broadcast_to(
@@ -157,6 +158,7 @@ class EncoderDecoder(nn.Module):
             positions_BxN,
             from_start=from_start,
             offset=self._own_offset(source_lengths),
+            places=places,
         )
         attention = inputs_of()
         local = inputs_of(local=True) if self.config.attention_window else None

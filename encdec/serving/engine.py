@@ -20,8 +20,9 @@ from encdec.inference.generation_settings import AUTO, MOST_BIASES, GenerationSe
 from encdec.inference.generator import generation_of
 from encdec.inference.pace import SIZES
 from encdec.inference.ready import ready_for_decoding
-from encdec.inference.rows import bucket, settings_of_answers
+from encdec.inference.rows import settings_of_answers
 from encdec.inference.sampling import Choosing, RowSettings
+from encdec.inference.shapes import bucket
 from encdec.inference.speculation import Drafting, speculate_compiled
 from encdec.inference.text_io import PromptFormat, TextStream, find_stop, text_after
 from encdec.logs import logger

@@ -1,19 +1,20 @@
-"""Beam search against all answers there are."""
+"""Beam search against all answers there are, and against a search by full forward passes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from encdec.inference import beam
-from encdec.inference.beam import BeamPlan, beam_search
+from encdec.inference import beam, beam_steps
+from encdec.inference.beam import beam_search
+from encdec.inference.beam_steps import BeamPlan
 from encdec.inference.decoding import Memory
-from tests.inference.examples import START, greedy, model, next_log_probs, padded
+from encdec.inference.ready import ready_for_decoding
+from encdec.model import for_decoding, shard_for_cpu
+from tests.inference.examples import CONFIGS, START, greedy, model, next_log_probs, padded
 
 V, EOS = 4, 1
 INPUTS = ([3, 2, 2, 0, 2], [2, 3])
@@ -100,15 +101,90 @@ def test_narrow_beams_keep_what_they_promise():
         assert found.scores_BxK[row, 0] > sum(greedy(config, params, source, 7)[1]) - 1e-4
 
 
+def search_by_full_passes(config, params, source, beams, limit, alpha, eos):
+    """One input's hypotheses with their scores, best first, as the definition has it."""
+    penalty = lambda count: ((5 + count) / 6) ** alpha
+    alive, complete = [(0.0, ())], []
+    for count in range(1, limit + 1):
+        rows = next_log_probs(config, params, source, [answer for _, answer in alive])[:, -1]
+        grown = [
+            (score + float(row[token]), (*answer, token))
+            for (score, answer), row in zip(alive, rows)
+            for token in range(len(row))
+        ]
+        grown = sorted(grown, reverse=True)[: 2 * beams]
+        complete += [(score / penalty(count), one) for score, one in grown if one[-1] == eos]
+        complete = sorted(complete, reverse=True)[:beams]
+        alive = [one for one in grown if one[1][-1] != eos][:beams]
+        if len(complete) == beams and alive[0][0] / penalty(limit) <= complete[-1][0]:
+            return complete
+    complete += [(score / penalty(limit), answer) for score, answer in alive]
+    return sorted(complete, reverse=True)[:beams]
+
+
+WINDOWED = {"decoder_layers": 2, "attention_window": 4, "decoder_global_layers": (1,)}
+SEVERAL = ([5, 9, 3, 4, 7, 8, 2], [8, 3], [3, 4, 3], [9], [6, 6, 2, 9, 4], [10, 2, 3, 7])
+
+
+@pytest.mark.parametrize(
+    "name, changes, layout",
+    [
+        ("encoder_decoder", {}, ready_for_decoding),
+        ("encoder_decoder", WINDOWED | {"merged_attention": True}, "shards"),
+        ("decoder_only", {}, lambda config, params: (config, params)),  # scanned
+        ("decoder_only", WINDOWED, ready_for_decoding),
+    ],
+)
+def test_a_search_in_segments_is_the_one_by_full_passes(name, changes, layout, monkeypatch):
+    """While slots run out every few steps, and decided inputs leave the batch."""
+    if changes:
+        changes = changes | {"scan_layers": False}
+    config, params = model(name, std=0.2, vocab_size=12, **changes)
+    if layout == "shards":
+        made, weights = shard_for_cpu(*for_decoding(config, params), 2)
+    else:
+        made, weights = layout(config, params)
+    beams, limit, alpha = 3, 14, 0.6
+    plan = BeamPlan(beams, limit, START, EOS, 12)
+    sizes = []
+
+    def noted(config, slots, search, rows_R, real_R):
+        sizes.append((len(search.positions_B), len(rows_R)))
+        return beam_steps.rearrange(config, slots, search, rows_R, real_R)
+
+    for constant, value in (("LEAST_STEPS", 2), ("SEGMENT", 3), ("WORTH", 0)):
+        monkeypatch.setattr(beam, constant, value)
+    monkeypatch.setattr(beam, "rearrange", noted)
+    monkeypatch.setattr(beam, "coarse_bucket", lambda length: -(-length // 12) * 12)
+    found = beam_search(made, plan, weights, *padded(SEVERAL), alpha, limit)
+    assert any(before == after for before, after in sizes), sizes
+    assert any(before > after for before, after in sizes), sizes
+    for row, source in enumerate(SEVERAL):
+        wanted = search_by_full_passes(config, params, source, beams, limit, alpha, EOS)
+        assert answers_of(found, row) == [one for _, one in wanted]
+        np.testing.assert_allclose(found.scores_BxK[row], [score for score, _ in wanted], rtol=1e-4)
+    assert len(set(found.counts_BxK[:, 0].tolist())) > 2
+
+
 @pytest.fixture
 def chain(monkeypatch):
     """A model whose next token depends on the last alone: its parameters are log-probabilities."""
-    memory = Memory(jnp.zeros(()), None, jnp.zeros((), jnp.int32))
-    first = lambda config, params, *source, **more: (params[START][None], memory)
-    after = lambda config, params, memory, last_R: (params[last_R], memory)
-    monkeypatch.setattr(beam, "prefill", first)
-    monkeypatch.setattr(beam, "decode_step", after)
-    monkeypatch.setattr(beam, "take_rows", lambda config, memory, rows: memory)
+
+    def first(config, params, tokens_BxS, lengths_B, **more):
+        logits_BxV = jnp.tile(params["table"][START], (len(tokens_BxS), 1))
+        return logits_BxV, Memory((), None, jnp.ones(len(tokens_BxS), jnp.int32))
+
+    def after(config, params, memory, tokens_BxK, *more):
+        slots_B = memory.slots_R + tokens_BxK.shape[1]
+        return params["table"][tokens_BxK], memory.replace(slots_R=slots_B)
+
+    monkeypatch.setattr(beam_steps, "prefill", first)
+    monkeypatch.setattr(beam_steps, "branch_step", after)
+    programs = beam_steps.begin, beam_steps.advance
+    forget = lambda: [program.clear_cache() for program in programs]
+    forget()
+    yield forget
+    forget()
 
 
 def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monkeypatch):
@@ -124,29 +200,29 @@ def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monke
         [0.02, 0.95, 0.01, 0.02],
     ]
     plan = BeamPlan(beams=2, room=limit, start_id=START, eos_id=EOS, vocabulary_size=V)
-    run = functools.partial(
-        beam_search.__wrapped__,
-        None,
-        plan,
-        tokens_BxS=np.zeros((1, 1), np.int32),
-        lengths_B=None,
-        alpha=0.6,
-        limit=limit,
+    config, source = CONFIGS["encoder_decoder"], (np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    run = lambda table: beam_search(
+        config, plan, {"table": np.log(table + 1e-9)}, *source, 0.6, limit
     )
-    early = jax.jit(lambda params: run(params))
-    found = [early(np.log(table + 1e-9)) for table in tables]
+    ends = []
 
-    ends, loop = [], jax.lax.while_loop
+    def advance(config, plan, params, search, alpha, limit, steps):
+        ends[-1] += 1
+        return beam_steps.advance(config, plan, params, search, alpha, limit, steps)
 
-    def to_the_limit(undecided, step, search):
-        jax.debug.callback(lambda n: ends.append(int(n)), loop(undecided, step, search).count)
-        return loop(lambda search: search.count < limit, step, search)
-
-    monkeypatch.setattr(jax.lax, "while_loop", to_the_limit)
-    whole = jax.jit(lambda params: run(params))
+    monkeypatch.setattr(beam, "advance", advance)
+    monkeypatch.setattr(beam, "SEGMENT", 1)
+    found = []
+    for table in tables:
+        ends.append(1)
+        found.append(run(table))
+    never_decided = lambda alive, complete, alpha, limit: alive.scores_BxK[:, 0] > -jnp.inf
+    monkeypatch.setattr(beam_steps, "_hopeful", never_decided)
+    chain()
+    monkeypatch.setattr(beam, "advance", beam_steps.advance)
+    monkeypatch.setattr(beam, "SEGMENT", limit)
     for table, first in zip(tables, found):
-        full = whole(np.log(table + 1e-9))
+        full = run(table)
         np.testing.assert_array_equal(first.tokens_BxKxN, full.tokens_BxKxN)
         np.testing.assert_allclose(first.scores_BxK, full.scores_BxK, rtol=1e-5)
-    jax.effects_barrier()
     assert len(ends) == len(tables) and 0.2 < np.mean(np.array(ends) < limit) < 1, ends

@@ -12,10 +12,12 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.inference import beam
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
 from encdec.inference.load_generator import load
-from encdec.inference.rows import PreparedInput, bucket
+from encdec.inference.rows import PreparedInput
+from encdec.inference.shapes import bucket
 from encdec.inference.text_io import PromptFormat
 from tests.inference.conftest import LEARNED
 from tests.inference.examples import START, greedy, model
@@ -94,7 +96,7 @@ def test_a_stretched_rope_gives_the_same_answers_in_any_bucket(name):
     assert together[1][0].tokens == greedy(config, params, ids, 6)[0][: len(together[1][0].tokens)]
 
 
-def test_rows_and_parameters_are_split_over_a_mesh(generator):
+def test_rows_and_parameters_are_split_over_a_mesh(generator, monkeypatch):
     """Four devices: two copies of the parameters, each over two."""
     name = generator.config.architecture
     spread = Generator(
@@ -109,6 +111,9 @@ def test_rows_and_parameters_are_split_over_a_mesh(generator):
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 2}
     assert len(kernel.addressable_shards) == 4
     same(spread.generate(TEXTS), generator.generate(TEXTS))
+    beams = GenerationSettings(beams=2, samples=2)
+    monkeypatch.setattr(beam, "WORTH", 0)  # rows leave
+    same(spread.generate(TEXTS, beams), generator.generate(TEXTS, beams))
     with pytest.raises(ConfigError, match="6 devices cannot hold .* tensor = 2"):
         Generator(*printing_model(name), PROMPTS, devices=jax.devices()[:6], tensor=2)
 
@@ -122,7 +127,7 @@ def test_shapes_are_few(single):
                 PreparedInput(i, i, [5] * (length if i == 0 else 1), False) for i in range(rows)
             ]
             shapes.add(single._rows._arrays(inputs)[0].shape)
-    assert len(shapes) == 5 * 11
+    assert len(shapes) == 8 * 11  # rows are 1, 2, 3, 4, 6, 8, 12, 16
 
 
 def test_samples_depend_on_seed_and_number_alone(single):
