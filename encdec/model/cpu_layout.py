@@ -211,7 +211,7 @@ class CpuProjection(Projection):
         return y.astype(x.dtype)
 
 
-class ShardedProjection(Projection):
+class ShardedProjection(CpuProjection):
     """The same product with a ``sharded_kernel``."""
 
     def make_kernel(self) -> jax.Array:
@@ -236,7 +236,7 @@ class ShardedProjection(Projection):
 class CpuAttention(Attention):
     """Attention whose keys and values are kept heads first; many queries attend in blocks."""
 
-    projection_type: type[Projection] = CpuProjection
+    projection_type = CpuProjection
 
     def attend(
         self,

@@ -106,8 +106,8 @@ def test_parameters_cast_beforehand_change_nothing():
     assert same["embedder"]["embedding"].dtype == jnp.bfloat16
     assert same["decoder"]["final_norm"]["scale"].dtype == jnp.float32
     first, wanted = (
-        start_compiled(config, plan(config, 1), weights, *padded(INPUTS), rows(3, 1))
-        for config, weights in ((kept, same), (config, params))
+        start_compiled(kept, plan(kept, 1), weights, *padded(INPUTS), rows(3, 1))
+        for weights in (same, params)
     )
     np.testing.assert_array_equal(first.tokens_RxN, wanted.tokens_RxN)
     np.testing.assert_array_equal(first.log_probs_RxN, wanted.log_probs_RxN)
