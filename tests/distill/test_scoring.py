@@ -269,7 +269,7 @@ def test_what_is_in_the_way_is_left_alone(records, teacher, scored, tmp_path):
         ({"step": 5}, CheckpointError, "checkpoint 5"),
         ({"draws": 300}, ConfigError, "--draws is 300"),
         ({"batch_rows": 3}, ConfigError, "multiple of the 8 data"),
-        ({"records": f"{records},{records}"}, ConfigError, "score each separately"),
+        ({"records": f"{records},{records}"}, ConfigError, "score each of them separately"),
     ):
         arguments = {"teacher": teacher, "records": records} | changes
         with pytest.raises(error, match=message):
