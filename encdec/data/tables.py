@@ -159,20 +159,18 @@ def _batches(path: pathlib.Path, kind: str, wanted: Sequence[str] | None):
     return opened.schema.names, opened
 
 
-def dataset_shards(folder: pathlib.Path, split: str | None = None) -> list[pathlib.Path] | None:
+def dataset_shards(folder: pathlib.Path) -> list[pathlib.Path] | None:
     """The Arrow files, in order, of a folder that the datasets library saved; None for another.
 
     Raises:
-        DataError: it has several splits and ``split`` names none of them.
+        DataError: it has several splits, each a folder of its own, or holds a selection of rows.
     """
     if (folder / DATASET_SPLITS).is_file():
         splits = json.loads((folder / DATASET_SPLITS).read_text())["splits"]
-        if split is None or split not in splits:
-            raise DataError(
-                f"{folder} has the splits {', '.join(splits)}; name one of the folders, such as "
-                f"{folder / splits[0]}"
-            )
-        folder = folder / split
+        raise DataError(
+            f"{folder} has the splits {', '.join(splits)}; name one of the folders, such as "
+            f"{folder / splits[0]}"
+        )
     if not (folder / DATASET_STATE).is_file():
         return None
     state = json.loads((folder / DATASET_STATE).read_text())

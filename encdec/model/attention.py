@@ -105,11 +105,11 @@ def joined(parts: Sequence[jax.Array], axis: int = -1) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
 
 
-def after_prefix(prefix: KeyValues | None, key_values: KeyValues, axis: int = 1) -> KeyValues:
+def after_prefix(prefix: KeyValues | None, key_values: KeyValues) -> KeyValues:
     """Keys and values of both, one after the other along the axis of tokens."""
     if prefix is None:
         return key_values
-    k, v = (jnp.concatenate(pair, axis=axis) for pair in zip(prefix, key_values, strict=True))
+    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, key_values, strict=True))
     return k, v
 
 

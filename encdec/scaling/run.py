@@ -44,7 +44,6 @@ _FREE = ("records", "eval_records", "sizes", "budgets", "seeds", "distilled")
 # Run settings that determine where and how runs compute, not what they compute.
 _OPERATIONAL = {name.partition(".")[0] for name in OPERATIONAL if "." not in name.rstrip(".")}
 
-Say = Callable[[str], None]
 Train = Callable[[Any, str], Any]
 
 
@@ -146,12 +145,7 @@ def check_division(workdir: str | os.PathLike, named: bool, alone: bool) -> None
 
 
 def run_plan(
-    plan: Plan,
-    workdir: str | os.PathLike,
-    *,
-    only: Sequence[str] = (),
-    say: Say = _LOG.info,
-    train: Train | None = None,
+    plan: Plan, workdir: str | os.PathLike, *, only: Sequence[str] = (), train: Train | None = None
 ) -> Outcome:
     """Trains the unfinished runs, and records them.
 
@@ -162,7 +156,6 @@ def run_plan(
         plan: of a ladder with records and held-out records.
         workdir: the ladder's directory.
         only: names of the runs to do; empty: all.
-        say: takes lines of progress.
         train: ``encdec.train.loop.train``, or a replacement.
 
     Raises:
@@ -182,7 +175,7 @@ def run_plan(
     place.claim(ladder)
     before = place.gather(plan)
     todo = [run for run in wanted if run.name not in before]
-    say(
+    _LOG.info(
         f"{len(wanted) - len(todo)} of {len(wanted)} runs are done; "
         f"{sum(run.flops for run in todo):.3g} FLOPs to go"
     )
@@ -192,20 +185,20 @@ def run_plan(
     for number, run in enumerate(todo, 1):
         with place.lock(run.name) as mine:
             if not mine:
-                say(f"{run.name}: another process is running it")
+                _LOG.info(f"{run.name}: another process is running it")
                 busy.append(run.name)
                 continue
             # Another process may have finished it since the results were read.
             rows = collect(run, place.run_directory(run.name))
             if not any(row["final"] for row in rows):
-                say(
+                _LOG.info(
                     f"[{number}/{len(todo)}] {run.name}: {run.steps:,} steps of "
                     f"{run.batch_size} rows, {run.flops:.3g} FLOPs"
                 )
                 error = _train_one(ladder, run, place, train)
                 if error:
                     failed[run.name] = error
-                    say(f"{run.name}: {error}")
+                    _LOG.info(f"{run.name}: {error}")
                     continue
         place.results.append(collect(run, place.run_directory(run.name)))
         done.append(run.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -30,9 +29,7 @@ _LOG = logger(__name__)
 EVALUATION = "evaluation"  # folder of a run's work directory
 
 
-def score_plan(
-    plan: Plan, workdir: str | os.PathLike, task: Examples, say: Callable[[str], None] = _LOG.info
-) -> list[str]:
+def score_plan(plan: Plan, workdir: str | os.PathLike, task: Examples) -> list[str]:
     """Scores every finished run without scores; returns their names.
 
     A run generates greedily, up to the ladder's target length, with inputs cut like its training
@@ -42,7 +39,6 @@ def score_plan(
         plan: of the ladder in ``workdir``.
         workdir: the ladder's directory.
         task: examples that no run was trained on, and the metrics.
-        say: takes lines of progress.
     """
     place = Workdir(workdir)
     place.claim(plan.ladder)
@@ -52,7 +48,7 @@ def score_plan(
         for run in plan.runs
         if run.name in finished and not (place.run_directory(run.name) / SCORES_FILE).exists()
     ]
-    say(
+    _LOG.info(
         f"{len(finished)} of {len(plan.runs)} runs are finished; {len(todo)} to score on "
         f"{len(task.examples)} examples of {task.name}"
     )
@@ -60,13 +56,13 @@ def score_plan(
     for number, run in enumerate(todo, 1):
         with place.lock(run.name) as mine:
             if not mine:
-                say(f"{run.name}: another process is scoring it")
+                _LOG.info(f"{run.name}: another process is scoring it")
                 continue
             folder = place.run_directory(run.name)
             scores = _scores(folder, run.targets, task)
             write_text(folder / SCORES_FILE, json.dumps(scores) + "\n")
         text = ", ".join(f"{name} {value['value']:.2f}" for name, value in scores.items())
-        say(f"[{number}/{len(todo)}] {run.name}: {text}")
+        _LOG.info(f"[{number}/{len(todo)}] {run.name}: {text}")
         done.append(run.name)
     place.gather(plan)
     return done
