@@ -34,7 +34,7 @@ class ExecutionConfig:
     attention_block: int = 0  # queries whose scores are held at once; 0: all of them
     cpu_shards: int = 0  # shards of each decoder kernel that cores read in parallel; 0: as trained
     encoder_dtype: Literal["", "bfloat16"] = ""  # of the encoder's computation; "": the model's
-    accumulate_in_float32: bool = False  # sums of bfloat16 products
+    accumulate_in_float32: bool = False  # sums of bfloat16 products, and activations
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -167,7 +167,6 @@ class Mlp(nn.Module):
             ("embed", "mlp"),
             bias_dims=int(config.mlp_bias),
         )
-        activation = ACTIVATIONS[config.mlp_activation]
         save = lambda x: checkpoint_name(x, MLP_HIDDEN)
         if config.mlp_gated:
             gate, up = into(name="gate"), into(name="up")
@@ -178,11 +177,11 @@ class Mlp(nn.Module):
                 if gate_bias is not None and up_bias is not None:
                     both = both + jnp.stack((gate_bias, up_bias))[:, None, None]
                 both = save(both)
-                hidden_BxTxF = activation(both[0]) * both[1]
+                hidden_BxTxF = self.activate(both[0]) * both[1]
             else:
-                hidden_BxTxF = activation(save(gate(x_BxTxM))) * save(up(x_BxTxM))
+                hidden_BxTxF = self.activate(save(gate(x_BxTxM))) * save(up(x_BxTxM))
         else:
-            hidden_BxTxF = activation(save(into(name="up")(x_BxTxM)))
+            hidden_BxTxF = self.activate(save(into(name="up")(x_BxTxM)))
         hidden_BxTxF = nn.with_logical_constraint(hidden_BxTxF, ("batch", "length", "mlp"))
         return self.projection_type(
             config,
@@ -192,6 +191,10 @@ class Mlp(nn.Module):
             bias_dims=int(config.mlp_bias),
             name="down",
         )(hidden_BxTxF)
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """The activation, in the dtype of ``x``."""
+        return ACTIVATIONS[self.config.mlp_activation](x)
 
 
 class Embedder(nn.Module):

@@ -24,11 +24,13 @@ from encdec.model import build_model, check_params, for_decoding, preset, shard_
 from encdec.model.attention import dot_product_attention
 from encdec.model.cpu_layout import (
     FEW_ROWS,
+    CpuMlp,
     attention_in_blocks,
     heads_first,
     product_by_shards,
     sharded_kernel,
 )
+from encdec.model.layers import Mlp
 from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
 from tests.export.examples import batch, pair
 from tests.inference.examples import START
@@ -217,6 +219,18 @@ def test_a_model_of_bfloat16_encodes_in_it_where_the_cpu_can(monkeypatch):
         assert {x.dtype.name for x in up} == {dtype or "float32"}
         apart = np.abs(two_steps(made, kernels) - plain).max() / np.abs(plain).max()
         assert apart < (0.02 if able else 1e-5)
+
+
+def test_an_encoder_in_bfloat16_rounds_its_activation_once():
+    config = pair("paper")[0].replace(dtype="bfloat16", accumulate_in_float32=True)
+    x = jnp.linspace(-3, -0.1, 500, dtype=jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    true = wide / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    apart = [
+        np.abs(np.asarray(made, np.float64) / true - 1).max()
+        for made in (CpuMlp(config).activate(x), Mlp(config).activate(x))
+    ]
+    assert apart[0] < 2**-8 < 0.1 < apart[1]  # bfloat16 has 8 bits; tanh nears -1
 
 
 def test_inference_on_cpus_attends_by_blocks_and_training_does_not():
