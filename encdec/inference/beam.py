@@ -1,7 +1,7 @@
 """Beam search over cached steps, with the length penalty of GNMT.
 
 The hypotheses of an input share one row of the cache (``encdec.inference.beam_steps``). The search
-goes on in segments of a few steps. Between two of them the host looks which inputs are decided:
+runs in segments of a few steps. Between two of them the host looks which inputs are decided:
 they leave the batch when that halves it. When the slots are full, those that no hypothesis consists
 of any more are given up: hypotheses of one input differ in their last tokens mostly.
 """
