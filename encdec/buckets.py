@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, StorageError
 from encdec.logs import logger
 from encdec.machine import user_cache
 from encdec.packages import require
@@ -101,12 +101,24 @@ def file_system(address: str | os.PathLike[str]) -> Any:
 
 
 @contextlib.contextmanager
-def _named(address: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds the address to a refusal, whose own text often lacks it."""
+def _named(address: str | os.PathLike[str], writes: bool = False) -> Iterator[None]:
+    """Adds the address to a refusal, whose own text often lacks it.
+
+    Raises StorageError where the bucket itself is missing: of what is written all else may be.
+    """
+    address = os.fspath(address)
     try:
         yield
     except PermissionError as error:
-        raise PermissionError(errno.EACCES, str(error), os.fspath(address)) from error
+        raise PermissionError(errno.EACCES, str(error), address) from error
+    except FileNotFoundError as error:
+        # A file of this machine has its name in the error.
+        if not (writes and not error.filename) and "bucket does not exist" not in str(error):
+            raise
+        bucket = "/".join(address.split("/")[:3])
+        raise StorageError(
+            f"{address}: there is no bucket {bucket}; create it, or correct the address"
+        ) from error
 
 
 def objects(address: str | os.PathLike[str]) -> dict[str, tuple[int, str]]:
@@ -143,13 +155,13 @@ def read_many(addresses: list[str]) -> list[bytes]:
 
 def write_bytes(address: str | os.PathLike[str], content: bytes) -> None:
     """Writes one object: it is there in full on return, or as it was before."""
-    with _named(address):
+    with _named(address, writes=True):
         file_system(address).pipe_file(os.fspath(address), content)
 
 
 def send_file(source: pathlib.Path, address: str | os.PathLike[str]) -> None:
     """Copies a file to an object, which appears only when it is complete."""
-    with _named(address):
+    with _named(address, writes=True):
         file_system(address).put_file(str(source), os.fspath(address))
 
 

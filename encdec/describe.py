@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from encdec.buckets import is_address
 from encdec.cost.flops import (
     FlopCount,
     cache_bytes,
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> None:
 
 def find_model(name: str) -> tuple[str, ModelConfig]:
     """A model's name and configuration, from a preset or from a work directory's config.json."""
-    if name in preset_names() or not as_path(name).is_dir():
+    if name in preset_names() or not (is_address(name) or as_path(name).is_dir()):
         return name, preset(name)
     # Imported here, so that describing a preset does not load the training packages.
     from encdec.saved.saved_config import model_config_of, read_config

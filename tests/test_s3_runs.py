@@ -135,8 +135,9 @@ def test_what_is_done_with_a_model_takes_its_address(life, records):
     assert cli.main(evaluate) == 0
     assert {"report.json", "report.md"} <= set(buckets.objects(out))
     more = f"{use}/more"
-    assert train(_run(str(records), init_from=LIFE), more, stop_at=1).step == 1
+    assert train(_run(str(records), model=LIFE), more, stop_at=1).step == 1
     assert saved_steps(more) == [1]
+    assert cli.main(["describe", LIFE]) == 0
     mean = f"{use}/mean"
     assert cli.main(["average", model, "--last=2", f"--out={mean}"]) == 0
     assert saved_steps(mean) == [6]
@@ -175,6 +176,23 @@ def test_a_bucket_that_denies_writing_is_told_before_anything_is_computed(
     said = capsys.readouterr().err
     assert f"{place}/vocabulary.json: permission denied" in said.splitlines()[-1]
     assert "Traceback" not in said and not buckets.objects("s3://bucket/denied")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--checkpoint=java2cs", "--file=FILE", "--out=s3://none/x.jsonl"],
+        ["average", "--checkpoint=s3://none/x", "--last=2", "--out=o"],
+        ["paper", "table", "s3://none/x"],
+    ],
+)
+def test_a_bucket_that_is_not_there_is_named(command, s3, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("x")
+    command = [word.replace("FILE", f"{tmp_path}/a.txt") for word in command]
+    assert cli.main(command) == 7
+    said = capsys.readouterr().err
+    assert "there is no bucket s3://none; create it" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 def test_only_one_process_can_save_there(records, monkeypatch):

@@ -24,7 +24,7 @@ from encdec.fields import Require, field_types, requirements, value_of
 from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
 from encdec.model.model_config import ModelConfig
 from encdec.model.presets import preset, preset_names
-from encdec.storage import local, user_place
+from encdec.storage import user_place
 
 Divergence = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
 AlphaSchedule = Literal["constant", "warmup", "learning_rate"]
@@ -280,7 +280,7 @@ def _from_directory(run: RunConfig) -> RunConfig:
     """The run with ``config.model=DIR`` spelled out: where it starts from, and as what."""
     if not is_directory(run.model):
         return run
-    place = local("config.model", run.model)
+    place = user_place("config.model", run.model)
     if run.init_from not in ("", run.model, place):
         raise ConfigError(
             f"config.model={run.model} is a model's directory, from which the run starts, but "
