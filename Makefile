@@ -10,6 +10,7 @@
 # make docs         the documentation as a site in site/, every link and anchor checked
 # make lm-eval      lm-evaluation-harness in a separate environment, against `encdec serve`
 # make launcher-parsers   xpk in a separate environment: does it accept the launchers' lines?
+#                   (make xpk: that environment alone, whose tests every `make test` then runs)
 # make transformers-4.57   an environment in ENV with that version, whose test is skipped without it
 #
 # PYTHON=...        the interpreter to build .venv with (Python 3.11 to 3.14)
@@ -43,7 +44,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 	"$$name" -c '$(FITS)' >/dev/null 2>&1 && { echo "$$name"; exit; }; done)
 
 .PHONY: quickstart install test test-light check guard coverage mutants docs lm-eval \
-	launcher-parsers transformers-4.57 clean
+	launcher-parsers xpk transformers-4.57 clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(ENV)/.installed
@@ -97,12 +98,24 @@ $(ENV)-lm-eval/.installed: | $(BIN)/python
 		"lm-eval[api]>=0.4.9,<0.5"
 	@touch $@
 
-launcher-parsers: $(TESTED) $(ENV)-xpk/.installed
+launcher-parsers: xpk
 	ENCDEC_XPK=$(ENV)-xpk/bin/xpk $(BIN)/python -m pytest tests/launch
 
-$(ENV)-xpk/.installed: | $(BIN)/python
+xpk: $(ENV)-xpk/.installed
+
+# xpk pins a hundred packages to be whole; its parser and its manifests import these, and of ENV's
+# (which it shares) what has to do with Google's cloud and with YAML.
+XPK_PACKAGES := "xpk>=1.16,<1.17" argcomplete cloud-accelerator-diagnostics docker durationpy \
+	google-cloud-common google-cloud-filestore google-cloud-resource-manager grpc-google-iam-v1 \
+	kubernetes==35.0.0 oauthlib requests-oauthlib ruamel.yaml==0.18.10 setuptools-scm tabulate \
+	vcs-versioning websocket-client
+
+$(ENV)-xpk/.installed: | $(TESTED)
 	$(BIN)/python -m venv $(ENV)-xpk
-	$(ENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check "xpk>=1.16,<2"
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(ENV)-xpk/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/env.pth"
+	$(ENV)-xpk/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+		$(XPK_PACKAGES)
 	@touch $@
 
 transformers-4.57: $(OTHER)/.installed

@@ -101,10 +101,10 @@ def file_system(address: str | os.PathLike[str]) -> Any:
 
 
 @contextlib.contextmanager
-def _named(address: str | os.PathLike[str], writes: bool = False) -> Iterator[None]:
+def _named(address: str | os.PathLike[str], needs_bucket: bool = False) -> Iterator[None]:
     """Adds the address to a refusal, whose own text often lacks it.
 
-    Raises StorageError where the bucket itself is missing: of what is written all else may be.
+    Raises StorageError where the bucket is missing; with ``needs_bucket`` nothing else can be.
     """
     address = os.fspath(address)
     try:
@@ -113,7 +113,7 @@ def _named(address: str | os.PathLike[str], writes: bool = False) -> Iterator[No
         raise PermissionError(errno.EACCES, str(error), address) from error
     except FileNotFoundError as error:
         # A file of this machine has its name in the error.
-        if not (writes and not error.filename) and "bucket does not exist" not in str(error):
+        if not (needs_bucket and not error.filename) and "bucket does not exist" not in str(error):
             raise
         bucket = "/".join(address.split("/")[:3])
         raise StorageError(
@@ -129,7 +129,7 @@ def objects(address: str | os.PathLike[str]) -> dict[str, tuple[int, str]]:
     address = os.fspath(address)
     below = address.partition("://")[2]
     found = {}
-    with _named(address):
+    with _named(address, needs_bucket=True):
         listed = file_system(address).find(address, detail=True)
     for name, info in listed.items():
         if info["type"] != "file" or name.endswith("/"):  # a console's "folder"
@@ -155,13 +155,13 @@ def read_many(addresses: list[str]) -> list[bytes]:
 
 def write_bytes(address: str | os.PathLike[str], content: bytes) -> None:
     """Writes one object: it is there in full on return, or as it was before."""
-    with _named(address, writes=True):
+    with _named(address, needs_bucket=True):
         file_system(address).pipe_file(os.fspath(address), content)
 
 
 def send_file(source: pathlib.Path, address: str | os.PathLike[str]) -> None:
     """Copies a file to an object, which appears only when it is complete."""
-    with _named(address, writes=True):
+    with _named(address, needs_bucket=True):
         file_system(address).put_file(str(source), os.fspath(address))
 
 

@@ -26,7 +26,7 @@ from encdec.cost.peers import match_decoder_only
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.model import ModelConfig, preset, preset_names
-from encdec.storage import as_path
+from encdec.storage import as_path, user_place
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -101,12 +101,13 @@ def main(argv: list[str]) -> None:
 
 def find_model(name: str) -> tuple[str, ModelConfig]:
     """A model's name and configuration, from a preset or from a work directory's config.json."""
-    if name in preset_names() or not (is_address(name) or as_path(name).is_dir()):
+    place = user_place("the model", name)
+    if name in preset_names() or not (is_address(place) or as_path(place).is_dir()):
         return name, preset(name)
     # Imported here, so that describing a preset does not load the training packages.
     from encdec.saved.saved_config import model_config_of, read_config
 
-    return as_path(name).name, model_config_of(read_config(name))
+    return as_path(place).name, model_config_of(read_config(place))
 
 
 def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Description:

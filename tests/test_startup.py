@@ -47,9 +47,15 @@ def test_a_folder_that_cannot_be_written_costs_no_answer(tmp_path):
 
 
 def test_a_folder_given_by_the_environment_stays(monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     startup.use_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "gs://bucket")  # its standard: relative paths are ignored
+    startup.use_compilation_cache()
+    home = os.path.expanduser("~/.cache/encdec/jax/")
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(home)
 
 
 FAULTS = """

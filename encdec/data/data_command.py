@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from encdec.buckets import is_address
 from encdec.data import corpus_table as table
 from encdec.data.file_tasks import FileTask
 from encdec.data.objectives import Form
@@ -135,7 +136,10 @@ def _presence(task: FileTask, data_dir: str | None) -> str:
     if not task.tfds:
         return "give --data_dir (not in tensorflow-datasets)"
     # By its folder alone: importing tensorflow-datasets takes seconds.
-    root = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    place = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    if is_address(place):
+        return f"tensorflow-datasets {task.tfds}, if it is in {place}"
+    root = pathlib.Path(os.path.expanduser(place))
     if any(root.glob(f"{task.tfds}/*/dataset_info.json")):
         return f"tensorflow-datasets {task.tfds}, present"
     return f"tensorflow-datasets {task.tfds}, absent (tfds build {task.tfds}), or give --data_dir"

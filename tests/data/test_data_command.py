@@ -34,6 +34,9 @@ def test_list_names_every_task_its_sizes_and_where_its_data_is(tmp_path, capsys,
     assert "xsum, absent (tfds build xsum)" in printed
     assert "splits: train 344,664 without ielts_band, validation 23,705 without" in printed
     assert "data of c4: tensorflow-datasets c4/en, absent" in printed
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
+    assert encdec(["data", "list"]) == 0
+    assert "tensorflow-datasets c4/en, if it is in gs://bucket/tfds" in capsys.readouterr().out
     (tmp_path / "xsum").mkdir()
     write_jsonl(tmp_path / "xsum" / "dev.jsonl", [{"source": "a", "target": "b"}])
     assert encdec(["data", "list", f"--data_dir={tmp_path}"]) == 0
