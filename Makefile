@@ -103,8 +103,7 @@ launcher-parsers: xpk
 
 xpk: $(ENV)-xpk/.installed
 
-# xpk pins a hundred packages to be whole; its parser and its manifests import these, and of ENV's
-# (which it shares) what has to do with Google's cloud and with YAML.
+# What xpk's parser and manifests import, without its other 50 packages; it shares those of ENV.
 XPK_PACKAGES := "xpk>=1.16,<1.17" argcomplete cloud-accelerator-diagnostics docker durationpy \
 	google-cloud-common google-cloud-filestore google-cloud-resource-manager grpc-google-iam-v1 \
 	kubernetes==35.0.0 oauthlib requests-oauthlib ruamel.yaml==0.18.10 setuptools-scm tabulate \
