@@ -100,10 +100,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def _forget(protocol: str) -> None:
+    """The file systems of a process know a server that has ended."""
+    import fsspec
+    from etils.epath import backend
+
+    fsspec.get_filesystem_class(protocol).clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
 @contextlib.contextmanager
 def google() -> Iterator[tuple[Proxy, dict[str, str]]]:
     """A server with the bucket "bucket", and the environment in which libraries find it."""
-    import fsspec
     from gcp_storage_emulator.server import create_server
 
     port = free_port()
@@ -124,13 +132,12 @@ def google() -> Iterator[tuple[Proxy, dict[str, str]]]:
     finally:
         proxy.close()
         server.stop()
-        fsspec.get_filesystem_class("gcs").clear_instance_cache()  # they know this server
+        _forget("gcs")
 
 
 @contextlib.contextmanager
 def amazon() -> Iterator[tuple[Proxy, dict[str, str]]]:
     """The same for S3."""
-    import fsspec
     from moto.server import ThreadedMotoServer
 
     port = free_port()
@@ -153,7 +160,7 @@ def amazon() -> Iterator[tuple[Proxy, dict[str, str]]]:
     finally:
         proxy.close()
         server.stop()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        _forget("s3")
 
 
 def main(folder: str, *command: str) -> int:

@@ -466,7 +466,7 @@ def test_a_ladder_is_recorded_in_a_bucket(gs, records, eval_records, monkeypatch
 @needs_google
 def test_result_rows_of_the_paper_are_added_in_a_bucket(gs):
     path = as_path("gs://bucket/paper/results.jsonl")
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         paper_main(["table", str(path)])
     row = {"kind": "costs", "setting": "a", "row": "DEC"}
     append_results(path, [row])
