@@ -3,7 +3,7 @@
 A window of a document's tokens becomes a source, in which each corrupted span is replaced by a
 sentinel, and a target, in which each sentinel is followed by the span it stands for. Sentinels
 are the vocabulary's extra ids, counted from its last id down: the first is <extra_id_0>. Both
-sides end in EOS. ``rebuild`` undoes all of it.
+sides end in EOS.
 
 Mode tokens tell a mixture's denoisers apart. They are the first extra ids after the vocabulary's
 own: base_size + 0 is [R], + 1 is [S], + 2 is [X], at the head of the source. A user of such a
@@ -278,27 +278,6 @@ class SpanCorruption(Objective):
 
     def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
         return self._mixture.encode(documents, first_document, form)
-
-
-def rebuild(
-    source: Sequence[int], target: Sequence[int], vocabulary: Vocabulary, mode_tokens: bool = False
-) -> list[int]:
-    """The window that gave a source and a target of this module, without EOS and mode token."""
-    source, target = list(map(int, source)), list(map(int, target))
-    kept = source[int(mode_tokens) : -1]
-    noise = target[:-1]
-    if not noise or noise[0] < vocabulary.base_size:
-        return kept + noise
-    spans: dict[int, list[int]] = {}
-    for token in noise:
-        if token >= vocabulary.base_size:
-            span = spans.setdefault(token, [])
-        else:
-            span.append(token)
-    window: list[int] = []
-    for token in kept:
-        window += spans[token] if token >= vocabulary.base_size else [token]
-    return window
 
 
 @named("ul2")

@@ -83,9 +83,6 @@ class Observations:
             }
         )
 
-    def replace_loss(self, loss: np.ndarray) -> Observations:
-        return dataclasses.replace(self, loss=loss)
-
     def _arrays(self) -> dict[str, np.ndarray | None]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 

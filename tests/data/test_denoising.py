@@ -20,7 +20,6 @@ from encdec.data.denoising import (
     MixtureOfDenoisers,
     SpanCorruption,
     mode_id,
-    rebuild,
 )
 from encdec.data.objectives import CausalLM, Form
 from encdec.data.prepare import prepare
@@ -38,6 +37,25 @@ OBJECTIVES = {
     "t5gemma2": (MixtureOfDenoisers(T5GEMMA2_DENOISERS), True),
     "no modes": (MixtureOfDenoisers(UL2_DENOISERS, mode_tokens=False), False),
 }
+
+
+def rebuild(source, target, vocabulary, mode_tokens: bool = False) -> list[int]:
+    """The window that gave a source and a target, without EOS and mode token."""
+    source, target = list(map(int, source)), list(map(int, target))
+    kept = source[int(mode_tokens) : -1]
+    noise = target[:-1]
+    if not noise or noise[0] < vocabulary.base_size:
+        return kept + noise
+    spans: dict[int, list[int]] = {}
+    for token in noise:
+        if token >= vocabulary.base_size:
+            span = spans.setdefault(token, [])
+        else:
+            span.append(token)
+    window: list[int] = []
+    for token in kept:
+        window += spans[token] if token >= vocabulary.base_size else [token]
+    return window
 
 
 def _encode(objective, documents, lengths=(64, 32), first=0, seed=0, vocabulary=VOCABULARY):

@@ -13,7 +13,7 @@ import os
 
 import pytest
 
-from encdec.hardware.guard import growth
+from tests.hardware.guard import growth
 from tests.hardware.record import FILE, STEPS, compiled_report, read_recorded
 
 # Two minutes of one core, a seventh of all other tests together: `make guard` compiles it.

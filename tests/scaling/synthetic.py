@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from encdec.scaling.fit import Law, Observations
@@ -28,7 +30,7 @@ def ladder(
     random = np.random.default_rng(seed)
     runs = Observations(n, d, np.ones_like(n), share * n, (1 - share) * n, flops_factor * n * d)
     loss = law.predict(runs) * np.exp(noise * random.standard_normal(len(runs)))
-    return runs.replace_loss(loss)
+    return dataclasses.replace(runs, loss=loss)
 
 
 def random_law(seed: int) -> Law:

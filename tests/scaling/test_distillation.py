@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -97,10 +99,12 @@ def test_refuses_what_cannot_determine_it():
     below = runs.loss.copy()
     below[5] = teacher[5] - 0.01
     assert "1 of 27 students have a lower loss than their teacher" in refused(
-        runs.replace_loss(below), teacher
+        dataclasses.replace(runs, loss=below), teacher
     )
     below[5] = np.nan
-    assert "loss is not a positive finite number" in refused(runs.replace_loss(below), teacher)
+    assert "loss is not a positive finite number" in refused(
+        dataclasses.replace(runs, loss=below), teacher
+    )
 
 
 LADDER = {

@@ -33,7 +33,7 @@ def test_recovers_encoder_and_decoder_exponents():
 
 def test_is_indifferent_to_units():
     runs = ladder(PLANTED, noise=0.005)
-    in_bits = fit_law(runs.replace_loss(runs.loss / np.log(2)))
+    in_bits = fit_law(dataclasses.replace(runs, loss=runs.loss / np.log(2)))
     law = fit_law(runs)
     assert in_bits.E == pytest.approx(law.E / np.log(2), rel=1e-3)
     assert in_bits.alpha == pytest.approx(law.alpha, rel=1e-3)
@@ -55,9 +55,11 @@ def test_one_spoilt_run_hardly_moves_the_fit():
     runs = ladder(PLANTED, noise=0.001)
     loss = runs.loss.copy()
     loss[7] *= 1.5  # diverged
-    law = fit_law(runs.replace_loss(loss))
+    law = fit_law(dataclasses.replace(runs, loss=loss))
     assert law.alpha == pytest.approx(PLANTED.alpha, rel=0.05)
-    assert residuals(law, runs.replace_loss(loss))[7] == pytest.approx(np.log(1.5), abs=0.01)
+    assert residuals(law, dataclasses.replace(runs, loss=loss))[7] == pytest.approx(
+        np.log(1.5), abs=0.01
+    )
 
 
 @pytest.mark.slow
@@ -97,7 +99,7 @@ def test_extrapolates_to_the_size_held_out():
     assert held.mean_absolute_error < 0.01
     # The law must not have seen them: spoiling them changes nothing but the error.
     spoilt = np.where(runs.parameters > 2e7, 2 * runs.loss, runs.loss)
-    assert hold_out_largest(runs.replace_loss(spoilt)).law == held.law
+    assert hold_out_largest(dataclasses.replace(runs, loss=spoilt)).law == held.law
 
 
 def refused(runs: Observations, form: str = "total") -> str:
@@ -117,7 +119,7 @@ def test_refuses_what_cannot_be_fitted():
     assert "1 token count;" in refused(wide.select(wide.tokens == wide.tokens[0]))
     nan = runs.loss.copy()
     nan[3] = np.nan
-    assert "row 3: nan" in refused(runs.replace_loss(nan))
+    assert "row 3: nan" in refused(dataclasses.replace(runs, loss=nan))
     zero = dataclasses.replace(runs, tokens=np.where(runs.tokens == 1e6, 0, runs.tokens))
     assert "tokens is not a positive finite number in 5 of 25 rows" in refused(zero)
 
