@@ -24,14 +24,12 @@ from encdec.inference.beam_steps import (
     prompt_slots,
     rearrange,
 )
-from encdec.inference.shapes import coarse_bucket
+from encdec.inference.decoding import weights_of_a_step
+from encdec.inference.shapes import coarse_bucket, shrunk
 from encdec.model import ModelConfig, Params
 
 LEAST_STEPS = 32  # that new slots are made for
 SEGMENT = 16  # steps at most between two looks at which inputs are decided
-# Multiplications in a step that a smaller batch must save: about half a millisecond of two cores,
-# where a program takes two seconds to compile.
-WORTH = 5 * 10**7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +85,14 @@ def beam_search(
     search, look = begin(config, plan, slots, params, tokens_BxS, lengths_B, real_B, alpha, limit)
     found = _nothing_found(batch, plan)
     rows_B = np.where(real_B, np.arange(batch), -1)  # the inputs that are still in the search
-    weights = _weights(params)
+    multiplications = plan.beams * weights_of_a_step(params)
     while True:
         look = jax.device_get(look)
         undecided, rows = int(look.open_B.sum()), len(look.open_B)
         if not undecided or look.count >= limit:
             break
         steps = min((slots - int(look.used)) // plan.beams, SEGMENT, limit - int(look.count))
-        size = _smaller(rows, undecided, _copies(sharding), weights * plan.beams)
+        size = shrunk(rows, undecided, multiplications, _copies(sharding))
         if size < rows:
             _write_down(found, plan, search, rows_B, alpha)
             chosen_R = np.resize(np.flatnonzero(look.open_B), size)
@@ -110,23 +108,6 @@ def beam_search(
             search = _placed(search, sharding)
     _write_down(found, plan, search, rows_B, alpha)
     return found
-
-
-def _smaller(rows: int, undecided: int, copies: int, work: int) -> int:
-    """The size that a batch of ``rows`` should shrink to: a half or less, or the same.
-
-    ``work`` are the multiplications of one row's step. Each size is one program more to compile.
-    """
-    size = rows
-    while size % (2 * copies) == 0 and undecided <= size // 2 and size // 2 * work >= WORTH:
-        size //= 2
-    return size
-
-
-def _weights(params: Params) -> int:
-    """Parameters that a step multiplies with, about."""
-    read = [part for name, part in params.items() if "encoder" not in name]
-    return sum(leaf.size for leaf in jax.tree.leaves(read))
 
 
 def _copies(sharding: NamedSharding | None) -> int:

@@ -238,6 +238,12 @@ def take_rows(config: ModelConfig, memory: Memory, rows_R: jax.Array) -> Memory:
     return Memory(jax.tree.map(stacked, memory.cache), source, memory.slots_R[rows_R])
 
 
+def weights_of_a_step(params: Params) -> int:
+    """Parameters that a row's step multiplies with, about."""
+    read = [part for name, part in params.items() if "encoder" not in name]
+    return sum(leaf.size for leaf in jax.tree.leaves(read))
+
+
 def start(
     config: ModelConfig,
     plan: DecodingPlan,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Multiplications in a step that a smaller batch must save: about half a millisecond of two cores,
+# where a program takes two seconds to compile.
+WORTH = 5 * 10**7
 FINE = 1024  # lengths from which on a step of two would cost more than compiling again
 
 
@@ -29,3 +32,18 @@ def row_count(count: int, multiple: int = 1) -> int:
 def rows_within(count: int) -> int:
     """The most rows, ``count`` at most, that fill a batch of ``row_count``."""
     return next(rows for rows in range(count, 0, -1) if row_count(rows) == rows)
+
+
+def shrunk(rows: int, needed: int, multiplications: int, multiple: int = 1) -> int:
+    """The size that a batch of ``rows`` should shrink to when so many are needed: a half or less,
+    or the same.
+
+    ``multiplications`` are those of one row's step. Each size is one program more to compile, so
+    that small savings are left.
+    """
+    size = rows
+    while size % (2 * multiple) == 0 and needed <= size // 2:
+        if size // 2 * multiplications < WORTH:
+            break
+        size //= 2
+    return size

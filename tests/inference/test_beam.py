@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from encdec.inference import beam, beam_steps
+from encdec.inference import beam, beam_steps, shapes
 from encdec.inference.beam import beam_search
 from encdec.inference.beam_steps import BeamPlan
 from encdec.inference.decoding import Memory
@@ -152,8 +152,9 @@ def test_a_search_in_segments_is_the_one_by_full_passes(name, changes, layout, m
         sizes.append((len(search.positions_B), len(rows_R)))
         return beam_steps.rearrange(config, slots, search, rows_R, real_R)
 
-    for constant, value in (("LEAST_STEPS", 2), ("SEGMENT", 3), ("WORTH", 0)):
+    for constant, value in (("LEAST_STEPS", 2), ("SEGMENT", 3)):
         monkeypatch.setattr(beam, constant, value)
+    monkeypatch.setattr(shapes, "WORTH", 0)
     monkeypatch.setattr(beam, "rearrange", noted)
     monkeypatch.setattr(beam, "coarse_bucket", lambda length: -(-length // 12) * 12)
     found = beam_search(made, plan, weights, *padded(SEVERAL), alpha, limit)

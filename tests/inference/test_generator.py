@@ -12,7 +12,8 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference import beam
+from encdec.inference import generator as generator_module
+from encdec.inference import leaving, shapes
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
 from encdec.inference.load_generator import load
@@ -112,7 +113,7 @@ def test_rows_and_parameters_are_split_over_a_mesh(generator, monkeypatch):
     assert len(kernel.addressable_shards) == 4
     same(spread.generate(TEXTS), generator.generate(TEXTS))
     beams = GenerationSettings(beams=2, samples=2)
-    monkeypatch.setattr(beam, "WORTH", 0)  # rows leave
+    monkeypatch.setattr(shapes, "WORTH", 0)  # rows leave
     same(spread.generate(TEXTS, beams), generator.generate(TEXTS, beams))
     with pytest.raises(ConfigError, match="6 devices cannot hold .* tensor = 2"):
         Generator(*printing_model(name), PROMPTS, devices=jax.devices()[:6], tensor=2)
@@ -152,6 +153,24 @@ def test_stop_strings_end_answers(generator):
     assert cut.tokens == free.tokens[: len(cut.tokens)]
     assert ByteVocabulary().decode(cut.tokens).endswith(stop)
     np.testing.assert_allclose(cut.log_probs, free.log_probs[: len(cut.tokens)], atol=1e-5)
+
+
+def test_finished_rows_leave_and_change_no_answer(monkeypatch):
+    """Greedy and drawn, rows that end by EOS, by a stop string and by the limit."""
+    generator = make("decoder_only")
+    texts = [*TEXTS, *TEXTS[::-1], "abc", "zz"]
+    settings = GenerationSettings(temperature=1.5, samples=2, max_tokens=30, stop=["e", "o", "a"])
+    monkeypatch.setattr(generator_module, "STEPS_BETWEEN_LOOKS", 2)
+    generator.batch_rows = 16
+    whole = generator.generate(texts, settings)
+    sizes = []
+    taken = leaving._taken
+    monkeypatch.setattr(shapes, "WORTH", 0)
+    monkeypatch.setattr(leaving, "_taken", lambda *args: sizes.append(len(args[2])) or taken(*args))
+    same(generator.generate(texts, settings), whole)
+    assert sizes and max(sizes) < 16
+    ends = {one.finish for made in whole for one in made}
+    assert len(ends) > 1, ends
 
 
 @pytest.mark.parametrize("steps", [1, 5])
