@@ -92,15 +92,18 @@ def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _answering(options: argparse.Namespace) -> Answering:
-    from encdec.distill.rollout import Answering
+    from encdec.distill.rollout import ON_POLICY, Answering
     from encdec.inference.generation_settings import GenerationSettings
 
+    given = {
+        name: getattr(options, name)
+        for name in ("temperature", "top_k", "top_p")
+        if getattr(options, name) is not None
+    }
+    if options.beams == 1:  # beam search has none of these, and refuses them where they are given
+        given = {"temperature": ON_POLICY.temperature, "top_k": ON_POLICY.top_k} | given
     settings = GenerationSettings(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
+        beams=options.beams, seed=options.seed, max_tokens=options.max_tokens, **given
     )
     return Answering(
         settings, rows=options.rows, batch_rows=options.batch_rows, draft=options.draft
@@ -207,22 +210,18 @@ def _add_rounds(parts: Any) -> None:
 
 def _writing_options(part: argparse.ArgumentParser) -> None:
     part.add_argument(
-        "--temperature",
-        type=float,
-        default=0.9,
-        help="sampling temperature; 0 is greedy (default %(default)s)",
+        "--temperature", type=float, help="sampling temperature; 0 is greedy (default 0.9)"
     )
     part.add_argument(
-        "--top_k",
+        "--top_k", type=int, help="sample from the k likeliest tokens; 0: all (default 128)"
+    )
+    part.add_argument("--top_p", type=float, help="nucleus sampling; 1: all tokens (default 1)")
+    part.add_argument(
+        "--beams",
         type=int,
-        default=128,
-        help="sample from the k likeliest tokens; 0: all (default %(default)s)",
-    )
-    part.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="nucleus sampling; 1: all tokens (default %(default)s)",
+        default=1,
+        metavar="N",
+        help="hypotheses of beam search, whose best is the answer; 1: sampling (default 1)",
     )
     part.add_argument("--seed", type=int, default=0, help="sampling seed (default %(default)s)")
     part.add_argument(

@@ -9,7 +9,8 @@ from encdec.cli import main
 from encdec.data.records import decode_row, open_records
 from encdec.data.verify import verify_records
 from encdec.data.vocabulary import ByteVocabulary
-from encdec.distill.rollout import Answering, rollout
+from encdec.distill import distill_command
+from encdec.distill.rollout import ON_POLICY, Answering, rollout
 from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.inference.generation_settings import GenerationSettings
@@ -65,6 +66,19 @@ def test_targets_are_the_writers_answers_to_the_same_sources(records, student, t
     unfinished = sum(target[-1] != vocabulary.eos_id for _, target in after)
     assert card.truncated == ({"answers_without_eos": unfinished} if unfinished else {})
     assert not verify_records(tmp_path / "out").faults
+
+
+def test_beams_take_the_place_of_drawing():
+    """Whose defaults do not stand in their way; what is given with them is refused."""
+    parse = lambda *flags: distill_command._answering(
+        distill_command._parser().parse_args(
+            ["rollout", "--checkpoint=a", "--records=b", "--out=c", *flags]
+        )
+    )
+    assert parse().settings == ON_POLICY
+    assert parse("--beams=5", "--seed=3").settings == GenerationSettings(beams=5, seed=3)
+    with pytest.raises(ConfigError, match="temperature is 0.9, which beam search"):
+        parse("--beams=5", "--temperature=0.9")
 
 
 def test_a_round_gold_and_written_by_student_and_teacher(records, student, teacher, tmp_path):
