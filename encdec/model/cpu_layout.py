@@ -371,7 +371,7 @@ def _refuse_dropout(config: ModelConfig) -> None:
 
 class CpuMlp(Mlp):
     """May compute the activation in float32 (``accumulate_in_float32``): XLA rounds each operation
-    on bfloat16 numbers to bfloat16, which takes a CPU five times as long as the activation."""
+    on bfloat16 numbers to bfloat16, which takes a CPU three times as long (processor time)."""
 
     projection_type = CpuProjection
 
