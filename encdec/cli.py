@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("encdec.data.data_command:main", "list tasks, show examples, verify records"),
     "describe": ("encdec.describe:main", "parameters, FLOPs and bytes of a model and its peers"),
     "config": (
-        "encdec.train.config_command:main",
+        "encdec.config_command:main",
         "a run's configuration: every field, its value, meaning and default",
     ),
     "train": ("encdec.train.train_command:main", "train a model on records, or resume a run"),

@@ -106,6 +106,7 @@ MAY_IMPORT = {
     # Travels with exports; run by the library that loads them, in torch.
     "export.shipped": set(),
     "describe": {"errors", "cost", "model", "saved"},
+    "config_command": {"model", "train"},
     "hardware": {"errors", "cost", "model", "train", "inference"},
     "scaling": {
         "errors",

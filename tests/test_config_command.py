@@ -12,11 +12,11 @@ import pytest
 
 from encdec import cli
 from encdec.completion import SCRIPTS, candidates
-from encdec.train.config_command import meanings, model_table, run_table
+from encdec.config_command import meanings, model_table, run_table
 from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.train_command import load_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = f"{ROOT}/configs/pretrain.py:330m"
 
 
