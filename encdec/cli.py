@@ -117,6 +117,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "encdec.benchmarks.speculate_benchmark:main",
         "drafted tokens: what a step of several costs, and what tasks gain",
     ),
+    "beam": ("encdec.benchmarks.beam_benchmark:main", "answers by beam search against greedy ones"),
     "accelerator": (
         "encdec.benchmarks.accelerator_benchmark:main",
         "on a GPU or TPU: kernels, MFU, generation and a profile, in ten minutes",
