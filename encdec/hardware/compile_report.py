@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from encdec.cost.flops import count_parameters
 from encdec.hardware.compile import (
     PRODUCT_SIDE,
     SUM_SIDE,
@@ -20,6 +21,8 @@ from encdec.hardware.compile import (
 from encdec.hardware.decode import CompiledDecoding
 from encdec.hardware.layer import CompiledLayer
 from encdec.hardware.search import Searched
+from encdec.model.execution import EXECUTION_FIELDS
+from encdec.train.run_config import RunConfig
 
 GIB = 2**30
 COSTLIEST = 10
@@ -39,6 +42,14 @@ DECODING_PARTS = {
     "outputs": "outputs, and new keys and values",
     "code": "code",
 }
+
+
+def model_name(run: RunConfig) -> str:
+    """The preset, with its parameters where overrides make another model of it."""
+    if not run.model_overrides.keys() - set(EXECUTION_FIELDS):
+        return run.model
+    parameters = count_parameters(run.model_config()).total
+    return f"{run.model} with other fields ({parameters:,} parameters)"
 
 
 def as_json(step: CompiledStep) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def show(step: CompiledStep, console: Console) -> None:
     layers = "scanned" if config.execution.scan_layers else "unrolled"
     pieces = f" in {run.accumulation} micro-batches" if run.accumulation > 1 else ""
     console.print(
-        f"[bold]{escape(run.model)}[/] on {step.topology.name}, {len(step.topology.devices)} "
+        f"[bold]{escape(model_name(run))}[/] on {step.topology.name}, {len(step.topology.devices)} "
         f"devices, {mesh}; {run.batch_size} rows of {step.inputs} + {step.targets} tokens{pieces}; "
         f"layers {layers}, remat {config.execution.remat}; compiled in {step.compile_seconds:.0f} s"
     )
@@ -205,7 +216,7 @@ def show_decoding(decoding: CompiledDecoding, console: Console) -> None:
     """Prints generation's report."""
     mesh = " x ".join(f"{n}={size}" for n, size in zip(("data", "fsdp", "tensor"), decoding.mesh))
     console.print(
-        f"[bold]{escape(decoding.run.model)}[/] generating on {decoding.topology.name}, "
+        f"[bold]{escape(model_name(decoding.run))}[/] generating on {decoding.topology.name}, "
         f"{len(decoding.topology.devices)} devices, {mesh}; {decoding.run.batch_size} rows of "
         f"{decoding.inputs} input tokens, at most {decoding.targets} new ones"
     )
@@ -278,8 +289,8 @@ def layer_as_json(layer: CompiledLayer) -> dict[str, Any]:
 
 def show_layer(layer: CompiledLayer, console: Console) -> None:
     console.print(
-        f"{layer.topology.name}: {layer.layers} layers of {escape(layer.run.model)}, forward and "
-        f"backward, {layer.rows} rows of {layer.length} tokens on one chip: "
+        f"{layer.topology.name}: {layer.layers} layers of {escape(model_name(layer.run))}, "
+        f"forward and backward, {layer.rows} rows of {layer.length} tokens on one chip: "
         f"{_ms(layer.step_seconds)} ms, of which kernels by roofline "
         f"{_ms(layer.prediction.pallas_seconds)}; {100 * layer.share_of_peak:.1f} % of the peak "
         f"rate; {layer.memory.temporary / GIB:.2f} GiB of activations and gradients; compiled in "

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import pytest
 
 from encdec.cost.chips import find_chip
@@ -23,11 +24,12 @@ from encdec.hardware.compile import (
     smaller,
 )
 from encdec.hardware.compile_command import main
+from encdec.hardware.compile_report import model_name
 from encdec.hardware.decode import CompiledDecoding
 from encdec.hardware.predict import Collective, Prediction
 from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
-from encdec.model import preset
+from encdec.model import build_model, init_params, preset
 from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
 from encdec.train.run_config import MeshConfig, RunConfig, parse_config
 from encdec.train.sharding import make_mesh
@@ -411,3 +413,14 @@ def test_compiles_generation_a_layer_and_the_calibration(tmp_path, capsys):
     assert 0.8 < calibration["share_of_peak"] <= 1  # docs/pod.md has both
     assert 0.2 < calibration["share_of_bandwidth"] <= 1
     assert "% of the peak rate" in capsys.readouterr().out
+
+
+def test_a_report_names_a_preset_alone_where_it_is_that_model():
+    run = RunConfig(model="test", model_overrides={"remat": "full", "scan_layers": True})
+    assert model_name(run) == "test"
+    longer = dataclasses.replace(run, model_overrides={"decoder_layers": 3})
+    shapes = jax.eval_shape(
+        lambda: init_params(build_model(longer.model_config()), jax.random.key(0))
+    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert model_name(longer) == f"test with other fields ({parameters:,} parameters)"
