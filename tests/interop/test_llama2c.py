@@ -121,7 +121,7 @@ def test_a_file_that_is_no_such_model_is_refused(tmp_path):
     for data, message in (
         (b"\1" * 20, "header"),
         (b"\0" * 64, "header"),
-        (np.array([8, 8, 1, 2, 1, 9, 4], "<i4").tobytes() + b"\0" * 40, "asks"),
+        (np.array([8, 8, 1, 2, 1, 9, 4], "<i4").tobytes() + b"\0" * 40, "implies"),
     ):
         path.write_bytes(data)
         with pytest.raises(DataError, match=message):
