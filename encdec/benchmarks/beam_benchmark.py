@@ -18,7 +18,7 @@ from encdec.benchmarks.inference_benchmark import numbers
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.inference.answer_files import read_inputs
-from encdec.inference.generation_settings import OFF, GenerationSettings
+from encdec.inference.generation_settings import OFF, GenerationSettings, check_numbers
 from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
 from encdec.storage import local_path
@@ -29,7 +29,7 @@ class BeamCost:
     """One model's answers to the same inputs with one number of beams.
 
     Attributes:
-        model: its directory's name.
+        model: its directory.
         beams: hypotheses of each input; 1: greedy.
         inputs: how many.
         tokens: of the best answers.
@@ -88,22 +88,15 @@ def main(argv: list[str]) -> int:
         CheckpointError, DataError: no model or no texts there.
     """
     options = _parser().parse_args(argv)
-    for name, values in (("repeats", [options.repeats]), ("beams", options.beams)):
-        if min(values) < 1:
-            raise ConfigError(f"--{name} has {min(values)}; expected 1 or more")
+    check_numbers(options, max_examples=1, batch_rows=1, repeats=1, max_tokens=1)
     texts = read_inputs(options.jsonl)[: options.max_examples]
     if not texts:
-        raise ConfigError(f"--jsonl={options.jsonl} has no inputs, or --max_examples is 0")
+        raise ConfigError(f"--jsonl={options.jsonl} has no inputs; give a file that has some")
     costs = []
     for directory in options.checkpoint:
         generator = load(directory, batch_rows=options.batch_rows, draft=OFF)
         costs += measure_beams(
-            pathlib.Path(directory).name,
-            generator,
-            texts,
-            options.beams,
-            options.max_tokens,
-            options.repeats,
+            directory, generator, texts, options.beams, options.max_tokens, options.repeats
         )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(cost_table(costs))
@@ -138,7 +131,7 @@ def cost_table(costs: Sequence[BeamCost]) -> Table:
     base = {cost.model: cost for cost in reversed(costs)}
     for cost in costs:
         table.add_row(
-            cost.model,
+            pathlib.Path(cost.model).name,
             str(cost.beams),
             f"{cost.inputs:,}",
             f"{cost.tokens:,}",

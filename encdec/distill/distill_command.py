@@ -101,7 +101,9 @@ def _answering(options: argparse.Namespace) -> Answering:
         if getattr(options, name) is not None
     }
     if options.beams == 1:  # beam search has none of these, and refuses them where they are given
-        given = {"temperature": ON_POLICY.temperature, "top_k": ON_POLICY.top_k} | given
+        given = {"temperature": ON_POLICY.temperature} | given
+        if given["temperature"] > 0:  # greedy answers have no top_k
+            given = {"top_k": ON_POLICY.top_k} | given
     settings = GenerationSettings(
         beams=options.beams, seed=options.seed, max_tokens=options.max_tokens, **given
     )

@@ -34,7 +34,7 @@ from encdec.data.records import (
 from encdec.data.teacher_rows import short
 from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference.generation_settings import AUTO, GenerationSettings
+from encdec.inference.generation_settings import AUTO, GenerationSettings, check_draft
 from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
@@ -167,6 +167,7 @@ def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -
             f"samples is {answering.settings.samples}; expected 1: repeat the rollout with another "
             "seed for more answers"
         )
+    check_draft(answering.draft, answering.settings)
     if answering.block_rows < 1:
         raise ConfigError(f"block_rows is {answering.block_rows}; expected 1 or more")
     seen = recorded_vocabulary(read_config(writer), writer)["fingerprint"]

@@ -32,6 +32,7 @@ from encdec.evaluation.predictions import (
     open_windows,
     predict,
 )
+from encdec.inference.generation_settings import check_draft
 from encdec.inference.generator import Generator
 from encdec.inference.progress import Progress
 from encdec.logs import logger
@@ -62,6 +63,7 @@ def evaluate(
         DataError: a task without data, or sources that are too long and refused.
         CheckpointError: no trained model there.
     """
+    check_draft(settings.draft, settings.generation)
     tasks = load_examples(settings) if tasks is None else tasks
     generator, reader, model = load_models(
         settings.checkpoint,

@@ -13,7 +13,7 @@ import functools
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from encdec.inference.beam_steps import (
     BeamPlan,
@@ -25,6 +25,7 @@ from encdec.inference.beam_steps import (
     rearrange,
 )
 from encdec.inference.decoding import weights_of_a_step
+from encdec.inference.leaving import rows_leave
 from encdec.inference.shapes import coarse_bucket, shrunk
 from encdec.model import ModelConfig, Params
 
@@ -81,7 +82,8 @@ def beam_search(
     """
     batch, width = tokens_BxS.shape
     real_B = np.arange(batch) < (batch if inputs is None else inputs)
-    slots = coarse_bucket(prompt_slots(config, width) + LEAST_STEPS * plan.beams)
+    new_slots = min(LEAST_STEPS, limit) * plan.beams
+    slots = coarse_bucket(prompt_slots(config, width) + new_slots)
     search, look = begin(config, plan, slots, params, tokens_BxS, lengths_B, real_B, alpha, limit)
     found = _nothing_found(batch, plan)
     rows_B = np.where(real_B, np.arange(batch), -1)  # the inputs that are still in the search
@@ -92,7 +94,9 @@ def beam_search(
         if not undecided or look.count >= limit:
             break
         steps = min((slots - int(look.used)) // plan.beams, SEGMENT, limit - int(look.count))
-        size = shrunk(rows, undecided, multiplications, _copies(sharding))
+        size = rows
+        if rows_leave():
+            size = shrunk(rows, undecided, multiplications, _copies(sharding))
         if size < rows:
             _write_down(found, plan, search, rows_B, alpha)
             chosen_R = np.resize(np.flatnonzero(look.open_B), size)
@@ -102,10 +106,11 @@ def beam_search(
         else:
             search, look = advance(config, plan, params, search, alpha, limit, steps)
             continue
-        slots = coarse_bucket(int(look.kept_B[chosen_R].max()) + LEAST_STEPS * plan.beams)
+        slots = coarse_bucket(int(look.kept_B[chosen_R].max()) + new_slots)
+        before = jax.tree.map(lambda x: x.sharding, search) if sharding else None
         search, look = rearrange(config, slots, search, chosen_R, rows_B >= 0)
-        if sharding is not None:
-            search = _placed(search, sharding)
+        if before is not None:
+            search = jax.device_put(search, before)
     _write_down(found, plan, search, rows_B, alpha)
     return found
 
@@ -113,12 +118,6 @@ def beam_search(
 def _copies(sharding: NamedSharding | None) -> int:
     """Devices, or groups of them, that each hold some of the rows."""
     return sharding.mesh.shape[sharding.spec[0]] if sharding else 1
-
-
-def _placed(search: Search, sharding: NamedSharding) -> Search:
-    """The search with its rows over the devices."""
-    whole = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.device_put(search, jax.tree.map(lambda x: sharding if x.ndim else whole, search))
 
 
 def _nothing_found(batch: int, plan: BeamPlan) -> Hypotheses:

@@ -14,7 +14,12 @@ from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.hub import data_path
-from encdec.inference.generation_settings import GenerationSettings, add_draft_option, check_numbers
+from encdec.inference.generation_settings import (
+    GenerationSettings,
+    add_draft_option,
+    check_draft,
+    check_numbers,
+)
 from encdec.inference.progress import Progress
 from encdec.logs import logger
 from encdec.storage import any_path, as_path
@@ -52,6 +57,7 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().parse_args(argv)
     settings = _settings(options)
+    check_draft(options.draft, settings)
     _check(options)
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.inference.answer_files import ResumableOutput, read_inputs

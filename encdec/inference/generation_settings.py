@@ -158,6 +158,14 @@ def check_numbers(options: object, **least: int) -> None:
             raise ConfigError(f"{name} is {value}; expected {wanted} or more")
 
 
+def check_draft(draft: str, settings: GenerationSettings) -> None:
+    """Raises ConfigError for drafts that are asked for where none are made."""
+    if settings.beams > 1 and draft not in (AUTO, OFF):
+        raise ConfigError(
+            f"draft is {draft}, which has no effect in beam search; leave it out, or set beams to 1"
+        )
+
+
 def add_draft_option(parser: argparse.ArgumentParser) -> None:
     """The flag whose value ``encdec.inference.draft_model.load_draft`` reads."""
     parser.add_argument(

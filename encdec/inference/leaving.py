@@ -19,6 +19,14 @@ ANSWERS = (
 )
 
 
+def rows_leave() -> bool:
+    """Whether a smaller batch may be worth its compilation: on CPUs, where that was measured.
+
+    Elsewhere a step of few rows is bound by reading the weights, and gains little.
+    """
+    return jax.default_backend() == "cpu"
+
+
 class LeavingRows:
     """Advances a batch on one device, from which finished rows leave when that halves it.
 
@@ -54,7 +62,9 @@ class LeavingRows:
             self._rows_R = np.where(
                 np.arange(size) < running_R.sum(), self._rows_R[chosen_R], -1
             ).astype(np.int32)
-            part = _taken(self._config, part, chosen_R)
+            whole, part = part, _taken(self._config, part, chosen_R)
+            for leaf in jax.tree.leaves(whole.memory):
+                leaf.delete()  # callers keep the old state, and would keep its cache alive
         elif self._part is None:
             return self._plain(decoding, steps)
         there_R = self._rows_R >= 0

@@ -18,7 +18,7 @@ from encdec.inference.beam_steps import BeamPlan
 from encdec.inference.decoding import Decoding, DecodingPlan, start_compiled
 from encdec.inference.drafting import Draft, Drafters, DraftModel, Paces
 from encdec.inference.generation_settings import AUTO, GenerationSettings
-from encdec.inference.leaving import LeavingRows
+from encdec.inference.leaving import LeavingRows, rows_leave
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.shapes import bucket, row_count
@@ -156,7 +156,7 @@ class CompiledRows:
             plan, tokens_BxS, lengths_B, settings.samples, len(prompts.inputs_prefix)
         )
         count = len(rows.limit_R)
-        if self._rows_sharding is None and self.paces.of(count) is None:
+        if rows_leave() and self._rows_sharding is None and self.paces.of(count) is None:
             advance = LeavingRows(self.config, self.params, advance, count).advance
         yield from until_finished(decoding, advance, steps)
 

@@ -34,9 +34,9 @@ def test_greedy_and_beams_are_measured_on_the_same_inputs(
 
 def test_what_cannot_be_measured_is_refused(texts):
     for arguments, message in (
-        (["--repeats=0"], "--repeats has 0"),
+        (["--repeats=0"], "repeats is 0"),
         (["--beams=1,0"], "expected"),
-        (["--max_examples=0"], "has no inputs"),
+        (["--max_examples=-1"], "max_examples is -1"),
     ):
         with pytest.raises(ConfigError, match=message):
             main([f"--checkpoint={texts.parent}", f"--jsonl={texts}", *arguments])

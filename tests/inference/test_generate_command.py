@@ -154,6 +154,7 @@ def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
         (["x", "--temperature=-1"], 2, "temperature is -1.0; expected 0 (greedy)"),
         (["x", "--top_p=0.5"], 2, "set temperature above 0"),
         (["x", "--beams=2", "--stop=y"], 2, "beam search"),
+        (["x", "--beams=2", "--draft=lookup"], 2, "draft is lookup, which has no effect"),
         (["x", "--batch_rows=0"], 2, "batch_rows is 0; expected 1 or more"),
         (["x", "--max_input_tokens=1"], 2, "max_input_tokens is 1; expected 2 or more"),
         (["x", "--devices=9"], 2, "devices is 9, but this machine has 8"),

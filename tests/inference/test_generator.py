@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.inference import beam, beam_steps, leaving, shapes
 from encdec.inference import generator as generator_module
-from encdec.inference import leaving, shapes
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
 from encdec.inference.load_generator import load
@@ -114,7 +115,18 @@ def test_rows_and_parameters_are_split_over_a_mesh(generator, monkeypatch):
     same(spread.generate(TEXTS), generator.generate(TEXTS))
     beams = GenerationSettings(beams=2, samples=2)
     monkeypatch.setattr(shapes, "WORTH", 0)  # rows leave
+    monkeypatch.setattr(beam, "LEAST_STEPS", 2)  # and slots are freed
+    layouts = []
+
+    def noted(config, plan, params, search, *rest):
+        if not isinstance(search.count.sharding, SingleDeviceSharding):
+            layouts.append([leaf.sharding.spec for leaf in jax.tree.leaves(search.memory)])
+        return beam_steps.advance(config, plan, params, search, *rest)
+
+    monkeypatch.setattr(beam, "advance", noted)
     same(spread.generate(TEXTS, beams), generator.generate(TEXTS, beams))
+    assert any("tensor" in spec for spec in layouts[0]), layouts[0]
+    assert all(layout == layouts[0] for layout in layouts)
     with pytest.raises(ConfigError, match="6 devices cannot hold .* tensor = 2"):
         Generator(*printing_model(name), PROMPTS, devices=jax.devices()[:6], tensor=2)
 
