@@ -22,7 +22,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from encdec.errors import ConfigError, StorageError
@@ -112,6 +112,10 @@ def _named(address: str | os.PathLike[str], needs_bucket: bool = False) -> Itera
     except PermissionError as error:
         raise PermissionError(errno.EACCES, str(error), address) from error
     except FileNotFoundError as error:
+        # s3fs says so, too, of an upload in parts that somebody else ended.
+        response = getattr(error.__cause__, "response", {})
+        if response.get("Error", {}).get("Code") == "NoSuchUpload":
+            raise
         # A file of this machine has its name in the error.
         if not (needs_bucket and not error.filename) and "bucket does not exist" not in str(error):
             raise
@@ -309,12 +313,21 @@ def _files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def send_files(folder: pathlib.Path, address: str, last: str) -> None:
-    """Copies the files of a folder to objects; the one called ``last`` after all others."""
+def send_files(
+    folder: pathlib.Path,
+    address: str,
+    last: str,
+    before_last: Callable[[Mapping[str, int], str], None] = lambda sizes, address: None,
+) -> None:
+    """Copies the files of a folder to objects; the one called ``last`` after all others.
+
+    Before it, ``before_last`` is given the bytes of the others by name, and the address.
+    """
     files = _files_below(folder)
     with concurrent.futures.ThreadPoolExecutor(TRANSFERS) as pool:
         rest = [name for name in files if name != last]
         list(pool.map(lambda name: send_file(files[name], f"{address}/{name}"), rest))
+    before_last({name: files[name].stat().st_size for name in rest}, address)
     if last in files:
         send_file(files[last], f"{address}/{last}")
 

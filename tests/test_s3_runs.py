@@ -247,6 +247,19 @@ def test_a_step_is_whole_by_its_last_object_alone(s3, monkeypatch, tmp_path):
     later.save(4, small_state(4))
     later.close()
     assert saved_steps(place) == [2, 4] and not buckets.objects(f"{steps}/1")
+
+    def taken_away(source: pathlib.Path, address: str) -> None:
+        real(source, address)
+        if "checkpoints/6/params" in address:  # a second process that begins takes it for left over
+            buckets.remove_objects(f"{steps}/6", [address.removeprefix(f"{steps}/6/")])
+
+    later = Checkpoints(place, CheckpointConfig(keep=1))
+    monkeypatch.setattr(buckets, "send_file", taken_away)
+    later.save(6, small_state(6))
+    with pytest.raises(StorageError, match="does another process work in this directory"):
+        later.wait()
+    monkeypatch.setattr(buckets, "send_file", real)
+    assert saved_steps(place) == [2, 4]
     # Copied to a disk, it is what Orbax would have written there.
     shutil.copytree(buckets.cached(place), tmp_path / "copy")
     state, step, _ = restore(tmp_path / "copy", states[1])

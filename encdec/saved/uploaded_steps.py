@@ -12,13 +12,14 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 
 from encdec import buckets
+from encdec.errors import StorageError
 from encdec.logs import logger
 
 _LOG = logger(__name__)
@@ -85,6 +86,8 @@ class UploadedSteps:
         Raises what the save before met, which is complete on return.
         """
         self.wait_until_finished()
+        if step in self._steps:
+            return
         self._writer.save(self._staging / str(step), args=args, force=True)
         steps = [*self._steps, step]
         kept = self._kept(steps)
@@ -99,10 +102,25 @@ class UploadedSteps:
             self._remove(step, found[step])
         folder, address = self._staging / str(step), f"{self._directory}/{step}"
         _LOG.debug("%s is sent to %s", folder, address)
-        buckets.send_files(folder, address, last=MARKER)
+        buckets.send_files(folder, address, last=MARKER, before_last=self._check_sent)
         shutil.rmtree(folder)
         for one in old:
             self._remove(one, found.get(one, []))
+
+    @staticmethod
+    def _check_sent(sizes: Mapping[str, int], address: str) -> None:
+        """Raises StorageError unless all files of a step are there, before it counts as whole.
+
+        A second process that begins in the same place takes a step on its way for unfinished, and
+        removes it.
+        """
+        there = buckets.objects(address)
+        for name, size in sizes.items():
+            if there.get(name, (-1, ""))[0] != size:
+                raise StorageError(
+                    f"{address}/{name} was uploaded, and is missing or has another size now; does "
+                    "another process work in this directory? End it, and repeat the command"
+                )
 
     def _remove(self, step: int, names: Sequence[str]) -> None:
         address = f"{self._directory}/{step}"

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from encdec.buckets import forget
 from encdec.errors import CheckpointError
 from encdec.logs import logger
 from encdec.processes import from_first, wait_for_all
@@ -117,6 +118,8 @@ class Checkpoints:
                 damaged[step] = str(error)
                 continue
             self._set_aside(damaged, step)
+            if are_uploaded(self.directory):
+                forget(str(self.directory / str(step)))  # room for the next step on its way
             counter = jax.device_put(jnp.int32(step), abstract_state.step.sharding)
             return TrainState(counter, items["params"], items["optimizer"]), step
         if damaged:

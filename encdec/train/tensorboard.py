@@ -97,8 +97,8 @@ class SummaryWriter:
             )
             self._summary(step, key, tensor, metadata)
 
-    def write_summaries(self, step: int, values: Any, metadata: Any = None) -> None:
-        raise NotImplementedError("this writer knows scalars; write those instead")
+    def write_summaries(self, *arguments: Any, **more: Any) -> None:
+        """Nothing but scalars is written here."""
 
     write_images = write_videos = write_audios = write_texts = write_summaries
     write_histograms = write_hparams = write_summaries
