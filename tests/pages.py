@@ -361,9 +361,14 @@ def check_python(block: Block) -> None:
     stand_in.generate.side_effect = lambda model, texts, **given: GenerationSettings(**given)
     stand_in.evaluate.side_effect = lambda model, out, **given: EvaluationSettings("", "", **given)
     import encdec
+    from encdec.metrics.metric_registry import METRICS
 
     try:
-        with mock.patch.object(encdec, "api", stand_in), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            mock.patch.object(encdec, "api", stand_in),
+            mock.patch.dict(METRICS),  # what a block registers ends with it
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             exec(compile(block.text, block.place, "exec"), {})
     except Exception as error:
         raise Unchecked(f"{block.place}: {type(error).__name__}: {error}") from error

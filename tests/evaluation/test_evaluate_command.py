@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from encdec.evaluation.predictions import PredictionFiles, open_windows
 from encdec.inference.generator import Generation
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
+from encdec.metrics.metric_registry import METRICS
 from encdec.saved.saved_params import load_params_for_inference
 from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
 
@@ -240,6 +242,14 @@ def test_shuffled_sources_take_the_score_of_a_model_that_reads_and_no_others(
     assert report["scores"]["rougeL"]["value"] == 25
 
 
+@pytest.fixture
+def own_metrics():
+    """What a test registers ends with it."""
+    with mock.patch.dict(METRICS):
+        yield
+
+
+@pytest.mark.usefixtures("own_metrics")
 def test_files_of_the_users_own_need_no_task(encoder_decoder_run, tmp_path, capsys, monkeypatch):
     """Fields by flag, metrics by name, one of them from a module; every reference counts."""
     with open(tmp_path / "mine.v2.jsonl", "w") as file:
