@@ -264,12 +264,18 @@ def _without_time(rows: list[dict]) -> list[dict]:
 
 
 RECORDS, LIFE = "gs://bucket/life/records", "gs://bucket/life/run"
+# A process with an error of its own says it and leaves at once; one that hangs says where.
 CHILD = """
-import json, sys, jax
+import faulthandler, json, sys, jax
+faulthandler.dump_traceback_later(240, exit=True)
 jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
 from encdec.train.loop import train
-train(json.loads(sys.argv[1]), sys.argv[2])
+from encdec.train.train_command import leave_at_once
+try:
+    train(json.loads(sys.argv[1]), sys.argv[2])
+except Exception as error:
+    leave_at_once(error)
 """
 
 
@@ -312,7 +318,12 @@ def life(gs, two_devices, tmp_path_factory) -> dict[str, Any]:
             command = [sys.executable, "-c", CHILD, json.dumps(_run(RECORDS)), LIFE, address, index]
             environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
             processes.append(subprocess.Popen(command, env=environment))
-        seen["codes"] = [process.wait(timeout=300) for process in processes]
+        while (codes := [process.poll() for process in processes]).count(None) and not any(codes):
+            time.sleep(0.1)
+        # The other process is being killed, too, or would wait for the one that left.
+        seen["codes"] = (
+            [process.wait(timeout=60) for process in processes] if -9 in codes else codes
+        )
     finally:
         gs.fault = None
         for process in processes:
