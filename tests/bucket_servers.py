@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import json
 import os
 import pathlib
 import re
@@ -16,19 +17,44 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
 
 Fault = Callable[[str, str], int | None]
 
 
 class Proxy:
-    """Passes requests on to a server; ``fault(method, path)`` may answer with a status instead."""
+    """Passes requests on to a server; ``fault(method, path)`` may answer with a status instead.
 
-    def __init__(self, target: int):
+    With ``generations`` an object's content comes with its generation, and a write or deletion that
+    names another is refused, as Google does and its emulator does not: tensorstore relies on both.
+    """
+
+    def __init__(self, target: int, generations: bool = False):
         self.fault: Fault | None = None
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         proxy = self
+
+        def ask(
+            method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}
+        ) -> tuple[http.client.HTTPResponse, bytes]:
+            server = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
+            with contextlib.closing(server):
+                server.request(method, path, body, headers)
+                reply = server.getresponse()
+                return reply, reply.read()
+
+        def generation(path: str) -> str | None:
+            """Of the object that a request names; None where there is none."""
+            if not (match := re.search(r"/b/([^/?]+)/o(?:/([^?]+))?", path)):
+                return None
+            name = match[2] or next(iter(re.findall(r"[?&]name=([^&]+)", path)), "")
+            name = urllib.parse.quote(urllib.parse.unquote(name), safe="")
+            reply, content = (
+                ask("GET", f"/storage/v1/b/{match[1]}/o/{name}") if name else (None, b"")
+            )
+            return json.loads(content)["generation"] if reply and reply.status == 200 else None
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -59,12 +85,14 @@ class Proxy:
                 dropped = ("transfer-encoding", "content-length", "connection", "expect")
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
                 with proxy.lock:  # the servers mix up requests at one time
-                    server = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
-                    server.request(self.command, self.path, body, headers)
-                    reply = server.getresponse()
-                    content = reply.read()
-                    server.close()
-                self.answer(reply.status, reply.getheaders(), content)
+                    seen = generation(path) if generations else None
+                    wanted = re.search(r"[?&]ifGenerationMatch=(\d+)", path)
+                    if generations and wanted and wanted[1] != (seen or "0"):
+                        self.answer(412, [], b"another generation")
+                        return
+                    reply, content = ask(self.command, self.path, body, headers)
+                known = [("x-goog-generation", seen)] if seen and self.command == "GET" else []
+                self.answer(reply.status, [*reply.getheaders(), *known], content)
 
             def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
                 self.send_response_only(status)
@@ -117,7 +145,7 @@ def google() -> Iterator[tuple[Proxy, dict[str, str]]]:
     port = free_port()
     server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     server.start()
-    proxy = Proxy(port)
+    proxy = Proxy(port, generations=True)
     try:
         yield (
             proxy,

@@ -8,6 +8,7 @@ last checkpoint that is whole.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -169,10 +170,31 @@ def kept_state(workdir: epath.PathLike) -> str:
 
 
 class _Manager(ocp.CheckpointManager):
+    failure: BaseException | None = None  # of this process, while it saved in the background
+
     def reached_preemption(self, step: int) -> bool:
         """Never: the loop asks, with a count of its own (``preemption.Notice``), and another
         count in between would spoil the protocol."""
         return False
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def wait_until_finished(self) -> None:
+        """Also raises what this process met while the others still wait for it.
+
+        Orbax's thread first meets the others at a barrier, to which they come only after ten
+        minutes of waiting for this one's part of the checkpoint.
+        """
+        while self.is_saving_in_progress():
+            if self.failure:
+                raise self.failure
+            time.sleep(0.01)
+        super().wait_until_finished()
 
 
 def kept_steps(
