@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -55,21 +54,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec config",
         description="Prints the configuration of a run, with every field's meaning and default.",
         epilog="Fields are set as in `encdec train`, by --config.FIELD=VALUE. Example: encdec "
         "config --config=configs/pretrain.py:330m --config.steps=2000",
     )
-    parser.add_argument(
+    parser.add(
         "--config",
-        type=local_path,
+        "config file and its argument, e.g. configs/pretrain.py:330m",
+        local_path,
         required=True,
         metavar="FILE.py[:ARGUMENT]",
-        help="config file and its argument, e.g. configs/pretrain.py:330m",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add("--json", "print JSON, for programs", default=False)
     add_module_flag(parser)
     return parser
 

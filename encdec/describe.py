@@ -80,15 +80,13 @@ def main(argv: list[str]) -> None:
         "decoder-only models with equal parameters and with equal training FLOPs.",
         epilog="presets: " + ", ".join(preset_names()),
     )
-    parser.add_argument("model", metavar="PRESET", help="a preset, or a run's work directory")
+    parser.add("model", "a preset, or a run's work directory", metavar="PRESET")
     for name, tokens, kind in (
         ("inputs_length", 1024, "source"),
         ("targets_length", 256, "target"),
     ):
-        parser.add_argument(
-            f"--{name}", type=int, default=tokens, metavar="N", help=f"{kind} tokens (%(default)s)"
-        )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        parser.add(f"--{name}", f"{kind} tokens", int, tokens)
+    parser.add("--json", "print JSON instead of tables", default=False)
     arguments = parser.parse_args(argv)
     name, config = find_model(arguments.model)
     description = describe(name, config, arguments.inputs_length, arguments.targets_length)

@@ -1,4 +1,4 @@
-"""The parser of every command: ``--quiet``, ``--verbose``, and flags' former names."""
+"""The parser of every command: its flags in one form, ``--quiet``, ``--verbose``, former names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 
 import encdec
 from encdec import logs
+from encdec.storage import any_path, local_path
 
 _LOG = logs.logger(__name__)
+
+_METAVARS: dict[Any, str] = {any_path: "DIR", local_path: "DIR", int: "N", float: "X"}
 
 # Names that flags had once: the former, today's (with a value what the former meant), and the
 # commands. They are accepted and in no help.
@@ -76,6 +79,33 @@ class Parser(argparse.ArgumentParser):
                 default=argparse.SUPPRESS,
                 help=text,
             )
+
+    def add(
+        self, name: str, about: str, type: Any = None, default: Any = None, **options: Any
+    ) -> argparse.Action:
+        """``add_argument`` of one flag, or of one argument without dashes.
+
+        Args:
+            name: with its dashes.
+            about: the help; states the default at its end, unless it says something of it.
+            type: of the value; paths and numbers have a metavar unless ``options`` give one.
+            default: of the value; False makes a switch, [] a flag that may be repeated.
+            options: what else ``add_argument`` takes.
+        """
+        if default is False:
+            options["action"] = "store_true"
+            return self.add_argument(name, help=about, **options)
+        if type in _METAVARS and "choices" not in options:
+            options.setdefault("metavar", _METAVARS[type])
+        if default not in (None, "", (), []) and "default" not in about:
+            several = isinstance(default, tuple)
+            shown = ",".join(map(str, default)) if several else "%(default)s"
+            about = f"{about} (default {shown})"
+        if default == []:
+            options["action"] = "append"
+        given = {"type": type, "default": default}
+        options |= {key: value for key, value in given.items() if value is not None}
+        return self.add_argument(name, help=about, **options)
 
     def parse_known_args(  # type: ignore[override]  # argparse's stubs overload it
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -10,20 +9,20 @@ from collections.abc import Callable, Sequence
 
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
+from encdec.flags import Parser
 from encdec.logs import logger
 
 _LOG = logger(__name__)
 
 
-def add_module_flag(parser: argparse.ArgumentParser) -> None:
+def add_module_flag(parser: Parser) -> None:
     """The option ``--module``, for ``import_modules``."""
-    parser.add_argument(
+    parser.add(
         "--module",
-        action="append",
+        "Python module to import first, which registers tasks, mixtures, metrics or "
+        "objectives of your own (docs/own-data.md); may be repeated",
         default=[],
         metavar="NAME",
-        help="Python module to import first, which registers tasks, mixtures, metrics or "
-        "objectives of your own (docs/own-data.md); may be repeated",
     )
 
 

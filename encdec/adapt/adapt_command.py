@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 
 from encdec.adapt.layer_choice import FORMS, chosen_layers
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec adapt",
         description="Turns a decoder-only model into an encoder-decoder: its layers, read both "
@@ -87,56 +86,48 @@ def _parser() -> argparse.ArgumentParser:
         "2504.06225). The result is a work directory that train (--config.init_from), score, "
         "generate and export read.",
     )
-    parser.add_argument(
+    parser.add(
         "source",
-        type=any_path,
+        "work directory of `encdec train` or `encdec import` with a decoder-only model",
+        any_path,
         metavar="SOURCE",
-        help="work directory of `encdec train` or `encdec import` with a decoder-only model",
     )
-    parser.add_argument(
-        "--out", type=any_path, required=True, metavar="DIR", help="directory to write"
-    )
-    parser.add_argument("--step", type=int, metavar="N", help="SOURCE's checkpoint (default: last)")
+    parser.add("--out", "directory to write", any_path, required=True)
+    parser.add("--step", "SOURCE's checkpoint (default: last)", int)
     for side in ("encoder", "decoder"):
-        parser.add_argument(
+        parser.add(
             f"--{side}_layers",
+            f"layers that the {side} takes: {FORMS}",
             default="all",
             metavar="LAYERS",
-            help=f"layers that the {side} takes: {FORMS} (default %(default)s)",
         )
-    parser.add_argument(
+    parser.add(
         "--encoder_source",
-        type=any_path,
-        metavar="DIR",
-        help="another model for the encoder, of SOURCE's widths and vocabulary",
+        "another model for the encoder, of SOURCE's widths and vocabulary",
+        any_path,
     )
-    parser.add_argument(
-        "--encoder_step", type=int, metavar="N", help="--encoder_source's checkpoint"
-    )
-    parser.add_argument(
+    parser.add("--encoder_step", "--encoder_source's checkpoint", int)
+    parser.add(
         "--cross_attention",
-        choices=("self", "zero", "random", "merged"),
-        default="self",
-        help="start from the decoder's self-attention, drawn and adding nothing at first (the "
+        "start from the decoder's self-attention, drawn and adding nothing at first (the "
         "decoder computes what SOURCE does), or drawn; or merged with self-attention, without "
-        "parameters of its own, as in T5Gemma 2 (default %(default)s)",
+        "parameters of its own, as in T5Gemma 2",
+        default="self",
+        choices=("self", "zero", "random", "merged"),
     )
-    parser.add_argument(
+    parser.add(
         "--embeddings",
-        choices=("shared", "separate"),
-        help="one token table for both sides (default), or one each (with --encoder_source); the "
+        "one token table for both sides (default), or one each (with --encoder_source); the "
         "head is tied to the decoder's as in SOURCE",
+        choices=("shared", "separate"),
     )
-    parser.add_argument(
+    parser.add(
         "--extra_ids",
-        type=int,
-        default=0,
-        metavar="N",
-        help="number of sentinels in the vocabulary, which UL2 needs (default: SOURCE's)",
+        "number of sentinels in the vocabulary, which UL2 needs (default: SOURCE's)",
+        int,
+        0,
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of random parameters (default %(default)s)"
-    )
-    parser.add_argument("--name", help="the model's name in cards (default: SOURCE's-adapted)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
+    parser.add("--seed", "seed of random parameters", int, 0)
+    parser.add("--name", "the model's name in cards (default: SOURCE's-adapted)")
+    parser.add("--overwrite", "replace a model in --out", default=False)
     return parser

@@ -274,7 +274,7 @@ def summary(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in result.items())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark accelerator",
         description="On a GPU or TPU, in about ten minutes: attention kernels against plain "
@@ -283,18 +283,10 @@ def _parser() -> argparse.ArgumentParser:
         "Results are written as they come; repeat the command to continue.",
     )
     names = lambda text: tuple(text.split(","))
-    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="results")
-    parser.add_argument(
-        "--models", type=names, default=MODELS, metavar="A,B", help=f"presets and {T5_LARGE}"
-    )
-    parser.add_argument("--generated", default="330m", metavar="PRESET", help="model (330m)")
-    parser.add_argument(
-        "--batches",
-        type=numbers,
-        default=(1, 8, 64),
-        metavar="N,N",
-        help="batch sizes of generation (1,8,64)",
-    )
+    parser.add("--out", "results", local_path, required=True)
+    parser.add("--models", "presets", names, MODELS, metavar="A,B")
+    parser.add("--generated", "model", default="330m", metavar="PRESET")
+    parser.add("--batches", "batch sizes of generation", numbers, (1, 8, 64), metavar="N,N")
     for name, default, text in (
         ("batch_size", 32, "rows of a training step; halved where memory is too small"),
         ("inputs_length", 512, "source tokens"),
@@ -303,8 +295,8 @@ def _parser() -> argparse.ArgumentParser:
         ("repeats", 3, "rounds of five timed steps"),
         ("minutes", 10, "after which no part begins"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--no_torch", action="store_true", help="without transformers")
+        parser.add(f"--{name}", text, int, default)
+    parser.add("--no_torch", "without transformers", default=False)
     return parser
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -145,33 +144,28 @@ def cost_table(costs: Sequence[BeamCost]) -> Table:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark beam",
         description="Time of a trained model's answers to a file by beam search and greedily, "
         "alternating; processor time tells more than wall time on a shared machine.",
         epilog="Example: encdec benchmark beam --checkpoint=runs/mine --jsonl=dev.jsonl",
     )
-    parser.add_argument(
+    parser.add(
         "--checkpoint",
-        type=local_path,
+        "a trained model; may be given several times",
+        local_path,
         action="append",
         required=True,
-        metavar="DIR",
-        help="a trained model; may be given several times",
     )
-    parser.add_argument(
-        "--jsonl", type=local_path, required=True, metavar="FILE", help="texts, in 'source'"
-    )
-    parser.add_argument(
-        "--beams", type=numbers, default=(1, 5), metavar="N,N", help="hypotheses per input (1,5)"
-    )
+    parser.add("--jsonl", "texts, in 'source'", local_path, required=True, metavar="FILE")
+    parser.add("--beams", "hypotheses per input", numbers, (1, 5), metavar="N,N")
     for name, default, text in (
         ("batch_rows", 128, "answers made together at most: inputs times beams"),
         ("max_examples", 64, "texts of the file"),
         ("max_tokens", None, "longest answer (default: as in training)"),
         ("repeats", 3, "timed runs of each number of beams"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
-    parser.add_argument("--out", type=local_path, metavar="DIR", help="write beam.json there")
+        parser.add(f"--{name}", text, int, default)
+    parser.add("--out", "write beam.json there", local_path)
     return parser

@@ -5,7 +5,6 @@ Processor time next to wall time: ratios of processor time hold on a machine tha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -215,25 +214,25 @@ def measure_fetching(address: str) -> dict[str, float]:
     }
 
 
-def _flags(name: str) -> argparse.ArgumentParser:
+def _flags(name: str) -> Parser:
     flags = Parser(prog=f"encdec benchmark {name}")
-    flags.add_argument("--json", action="store_true", help="print JSON alone")
+    flags.add("--json", "print JSON alone", default=False)
     return flags
 
 
-def _prepare_flags() -> argparse.ArgumentParser:
+def _prepare_flags() -> Parser:
     flags = _flags("prepare")
-    flags.add_argument("--task", help="a task by name (stdlib_text)")
-    flags.add_argument("--jsonl", type=local_path, nargs="+", metavar="FILE")
-    flags.add_argument("--text", type=local_path, nargs="+", metavar="FILE")
-    flags.add_argument(
-        "--vocabulary", type=local_path, help="a .model; trained on the text if left out"
+    flags.add("--task", "a task by name (stdlib_text)")
+    flags.add("--jsonl", "rows with source and target", local_path, nargs="+", metavar="FILE")
+    flags.add("--text", "text, or rows with text", local_path, nargs="+", metavar="FILE")
+    flags.add(
+        "--vocabulary", "a .model; trained on the text if left out", local_path, metavar="FILE"
     )
-    flags.add_argument("--inputs_length", type=int, default=1024)
-    flags.add_argument("--targets_length", type=int, default=256)
-    flags.add_argument("--megabytes", type=float, default=8.0, help="text measured (8)")
-    flags.add_argument("--repeats", type=int, default=3)
-    flags.add_argument("--workers", type=int, default=available_cores())
+    flags.add("--inputs_length", "source tokens per row", int, 1024)
+    flags.add("--targets_length", "target tokens per row", int, 256)
+    flags.add("--megabytes", "of text that are measured", float, 8.0)
+    flags.add("--repeats", "timed runs of each", int, 3)
+    flags.add("--workers", "processes that share the work", int, available_cores())
     return flags
 
 
@@ -281,24 +280,23 @@ def prepare_main(argv: list[str]) -> int:
 def read_main(argv: list[str]) -> int:
     """``encdec benchmark data``: reading shuffled batches of records."""
     flags = _flags("data")
-    flags.add_argument(
+    flags.add(
         "--records",
-        type=any_path,
-        metavar="DIR",
-        help="made of the standard library if left out; of those in a bucket, it is also measured "
+        "made of the standard library if left out; of those in a bucket, it is also measured "
         "how fast they come to this machine",
+        any_path,
     )
-    flags.add_argument("--batch_size", type=int, default=64)
-    flags.add_argument("--steps", type=int, default=50)
-    flags.add_argument(
+    flags.add("--batch_size", "rows of a batch", int, 64)
+    flags.add("--steps", "batches that are read", int, 50)
+    flags.add(
         "--compile_report",
-        type=local_path,
-        metavar="FILE",
-        help="compare reading with this step, of encdec compile --out (default: the "
+        "compare reading with this step, of encdec compile --out (default: the "
         "330m-tpu of docs/prediction.md)",
+        local_path,
+        metavar="FILE",
     )
-    flags.add_argument("--chips_per_host", type=int, default=PREDICTED.chips_per_host)
-    flags.add_argument("--host_cores", type=int, default=PREDICTED.host_cores)
+    flags.add("--chips_per_host", "chips that the host reads for", int, PREDICTED.chips_per_host)
+    flags.add("--host_cores", "cores of the host", int, PREDICTED.host_cores)
     given = flags.parse_args(argv)
     host = given.chips_per_host, given.host_cores
     step = dataclasses.replace(PREDICTED, chips_per_host=host[0], host_cores=host[1])

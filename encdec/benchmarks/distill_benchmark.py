@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import time
 
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     from encdec.benchmarks.distill_experiment import Setting
 
     parser = Parser(
@@ -57,24 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         description="One decoder-only teacher, students of one size on gold targets alone, every "
         "logit, draws and top-k rows, at equal steps: loss, calibration, bytes, step time.",
     )
-    parser.add_argument(
-        "--workdir", type=local_path, required=True, metavar="DIR", help="receives runs and results"
-    )
-    parser.add_argument(
-        "--records", type=local_path, required=True, metavar="DIR", help="the students' records"
-    )
-    parser.add_argument(
-        "--eval_records", type=local_path, required=True, metavar="DIR", help="held out"
-    )
-    parser.add_argument(
+    parser.add("--workdir", "receives runs and results", local_path, required=True)
+    parser.add("--records", "the students' records", local_path, required=True)
+    parser.add("--eval_records", "held out", local_path, required=True)
+    parser.add(
         "--teacher_records",
-        type=local_path,
-        metavar="DIR",
-        help="the teacher's records, if it has more (default: the students')",
+        "the teacher's records, if it has more (default: the students')",
+        local_path,
     )
-    parser.add_argument(
-        "--out", type=local_path, metavar="DIR", help="for the pictures (default: --workdir)"
-    )
+    parser.add("--out", "for the pictures (default: --workdir)", local_path)
     for name, what in (
         ("student", "preset"),
         ("teacher", "decoder-only preset, 4 times the student or more"),
@@ -87,7 +77,5 @@ def _parser() -> argparse.ArgumentParser:
         ("learning_rate", "Muon's peak learning rate"),
     ):
         default = getattr(Setting, name)
-        parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=f"{what} (default %(default)s)"
-        )
+        parser.add(f"--{name}", what, type(default), default)
     return parser

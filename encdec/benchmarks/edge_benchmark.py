@@ -339,7 +339,7 @@ def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Ta
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark edge",
         description="Greedy generation at batch 1 on this machine's CPU by JAX and by exported "
@@ -348,41 +348,32 @@ def _parser() -> argparse.ArgumentParser:
         '"same tokens" counts those before the first that differs from JAX float32. '
         "Parameters are random: their values do not affect the time.",
     )
-    parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
-    parser.add_argument(
+    parser.add("--model", "preset of the encoder-decoder", default="330m")
+    parser.add(
         "--paths",
-        type=lambda text: tuple(text.split(",")),
-        metavar="A,B",
-        help=f"paths to time, of {', '.join(PATHS)} ({','.join(DEFAULT)}; of the peers those that "
+        f"paths to time, of {', '.join(PATHS)} ({','.join(DEFAULT)}; of the peers those that "
         "this machine can run)",
+        lambda text: tuple(text.split(",")),
+        metavar="A,B",
     )
-    parser.add_argument(
-        "--inputs_length", type=numbers, default=(512,), metavar="N,N", help="input tokens (512)"
-    )
-    parser.add_argument("--outputs", type=int, default=64, help="new tokens (64)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
-    parser.add_argument(
+    parser.add("--inputs_length", "input tokens", numbers, (512,), metavar="N,N")
+    parser.add("--outputs", "new tokens", int, 64)
+    parser.add("--repeats", "timed runs of each", int, 5)
+    parser.add(
         "--calm",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="take a timing again during which other processes took more than "
+        "take a timing again during which other processes took more than "
         "this share of the cores (1: never)",
+        float,
+        1.0,
+        metavar="SHARE",
     )
-    parser.add_argument(
-        "--artefacts",
-        type=local_path,
-        default="runs/edge",
-        metavar="DIR",
-        help="exports are kept and found here (runs/edge)",
-    )
-    parser.add_argument("--export_only", action="store_true", help="write exports, time nothing")
-    parser.add_argument(
+    parser.add("--artefacts", "exports are kept and found here", local_path, "runs/edge")
+    parser.add("--export_only", "write exports, time nothing", default=False)
+    parser.add(
         "--no_memory",
-        action="store_true",
-        help="leave the peak memory out, for which each path runs once more in a "
-        "process of its own",
+        "leave the peak memory out, for which each path runs once more in a process of its own",
+        default=False,
     )
-    parser.add_argument("--out", type=local_path, metavar="DIR", help="write edge.json there")
-    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    parser.add("--out", "write edge.json there", local_path)
+    parser.add("--peak", argparse.SUPPRESS, default=False)
     return parser

@@ -444,59 +444,51 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark inference",
         description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
         "parameters and of equal training FLOPs, cached and uncached, alternating in one run; "
         "parameters are random, since their values do not affect the time.",
     )
-    parser.add_argument("--model", default="330m", help="preset of the encoder-decoder (330m)")
-    parser.add_argument(
+    parser.add("--model", "preset of the encoder-decoder", default="330m")
+    parser.add(
         "--peers",
-        type=_names,
-        default=("parameters", "flops"),
-        metavar="A,B",
-        help="decoder-only models of equal parameters or flops; transformers "
+        "decoder-only models of equal parameters or flops; transformers "
         "and transformers-bfloat16: the encoder-decoder by transformers' generate, "
-        "in --dtype or in bfloat16 (parameters,flops)",
+        "in --dtype or in bfloat16",
+        _names,
+        ("parameters", "flops"),
+        metavar="A,B",
     )
     for name, default, text in (
         ("inputs_length", (128, 512, 2048), "input tokens"),
         ("outputs", (64,), "new tokens"),
         ("batches", (1,), "rows"),
     ):
-        parser.add_argument(
-            f"--{name}",
-            type=numbers,
-            default=default,
-            metavar="N,N",
-            help=f"{text} ({','.join(map(str, default))})",
-        )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (5)")
-    parser.add_argument(
+        parser.add(f"--{name}", text, numbers, default, metavar="N,N")
+    parser.add("--repeats", "timed runs of each", int, 5)
+    parser.add(
         "--dtype",
+        "dtype of weights, cache and products",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="dtype of weights, cache and products (float32)",
     )
-    parser.add_argument(
+    parser.add(
         "--uncached_inputs",
-        type=lambda text: numbers(text) if text else (),
-        metavar="N,N",
-        help="those of --inputs_length at which decoder-only models "
+        "those of --inputs_length at which decoder-only models "
         "generate without a cache, too, which takes the longer the longer they "
         "are (all; empty: none)",
+        lambda text: numbers(text) if text else (),
+        metavar="N,N",
     )
-    parser.add_argument(
+    parser.add(
         "--no_memory",
-        action="store_true",
-        help="leave the peak memory out, for which each model runs once more in a "
+        "leave the peak memory out, for which each model runs once more in a "
         "process of its own; what weights and cache take is always computed",
+        default=False,
     )
-    parser.add_argument(
-        "--out", type=local_path, metavar="DIR", help="write JSON and pictures there"
-    )
+    parser.add("--out", "write JSON and pictures there", local_path)
     return parser
 
 

@@ -181,19 +181,15 @@ class _BareLoop:
 def loop_main(argv: list[str]) -> int:
     """``encdec benchmark loop``: step time in the loop against the bare jitted step."""
     flags = Parser(prog="encdec benchmark loop", description=loop_main.__doc__)
-    flags.add_argument(
-        "--model",
-        default="quickstart",
-        choices=preset_names(),
-        metavar="PRESET",
-        help="model to train (default %(default)s)",
+    flags.add(
+        "--model", "model to train", default="quickstart", choices=preset_names(), metavar="PRESET"
     )
-    flags.add_argument("--batch_size", type=int, default=0, help="rows; default 8 a device")
-    flags.add_argument("--inputs_length", type=int, default=256, help="%(default)s tokens per row")
-    flags.add_argument("--targets_length", type=int, default=64, help="%(default)s tokens per row")
-    flags.add_argument("--window", type=int, default=10, help="steps between turns (%(default)s)")
-    flags.add_argument("--repeats", type=int, default=7, help="turns (%(default)s)")
-    flags.add_argument("--json", action="store_true", help="print JSON alone")
+    flags.add("--batch_size", "rows of a batch (default: 8 per device)", int, 0)
+    flags.add("--inputs_length", "source tokens per row", int, 256)
+    flags.add("--targets_length", "target tokens per row", int, 64)
+    flags.add("--window", "steps between turns", int, 10)
+    flags.add("--repeats", "turns", int, 7)
+    flags.add("--json", "print JSON alone", default=False)
     given = flags.parse_args(argv)
     if given.window < 2 or given.repeats < 1:
         flags.error("expected --window of 2 or more and --repeats of 1 or more")

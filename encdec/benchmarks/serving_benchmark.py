@@ -213,18 +213,14 @@ def text_of(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark serving",
         description="Throughput of continuous batching, over HTTP on loopback, against the same "
         "requests one after the other on a server of one slot.",
     )
-    add = lambda name, default, text: parser.add_argument(
-        f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default %(default)s)"
-    )
-    parser.add_argument(
-        "--model", default="micro-8m", help="preset, with random weights (default %(default)s)"
-    )
+    add = lambda name, default, text: parser.add(f"--{name}", text, int, default)
+    parser.add("--model", "preset, with random weights", default="micro-8m")
     add("requests", 64, "requests in a pass")
     add("slots", 16, "slots of the server that takes all at once")
     add("inputs_from", 32, "shortest input, in tokens")
@@ -233,5 +229,5 @@ def _parser() -> argparse.ArgumentParser:
     add("tokens_to", 64, "longest answer")
     add("repeats", 3, "passes of each kind")
     add("seed", 0, "seed of the requests")
-    parser.add_argument("--out", type=local_path, metavar="FILE.json", help="receives the numbers")
+    parser.add("--out", "receives the numbers", local_path, metavar="FILE.json")
     return parser

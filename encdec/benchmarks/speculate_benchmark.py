@@ -368,7 +368,7 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark speculate",
         description="The cost of a step that verifies several tokens, of a model with random "
@@ -377,29 +377,26 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "
         "--jsonl=dev.jsonl",
     )
-    parser.add_argument("--model", default="", help="preset whose steps are timed")
-    parser.add_argument(
+    parser.add("--model", "preset whose steps are timed", default="")
+    parser.add(
         "--runtimes",
-        type=_runtimes,
-        default=("jax",),
+        f"runtimes of --model: some of {','.join(RUNTIMES)}",
+        _runtimes,
+        ("jax",),
         metavar="A,B",
-        help=f"runtimes of --model: some of {','.join(RUNTIMES)} (jax)",
     )
-    parser.add_argument(
+    parser.add(
         "--checkpoint",
-        type=local_path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a trained model or an ONNX export that answers --jsonl; may be given several times",
+        "a trained model or an ONNX export that answers --jsonl; may be given several times",
+        local_path,
+        [],
     )
-    parser.add_argument(
+    parser.add(
         "--jsonl",
-        type=local_path,
-        action="append",
-        default=[],
+        "texts, in the field 'source'; may be given several times",
+        local_path,
+        [],
         metavar="FILE",
-        help="texts, in the field 'source'; may be given several times",
     )
     for name, default, text in (
         ("inputs_length", 512, "tokens read before the steps of --model"),
@@ -407,17 +404,15 @@ def _parser() -> argparse.ArgumentParser:
         ("max_examples", 64, "texts of each file"),
         ("max_tokens", None, "longest answer (default: as in training)"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
-    parser.add_argument(
+        parser.add(f"--{name}", text, int, default)
+    parser.add(
         "--transformers",
-        action="store_true",
-        help="answer by transformers, too, plain and with its prompt lookup, from an export of "
+        "answer by transformers, too, plain and with its prompt lookup, from an export of "
         "each checkpoint (extra hf)",
+        default=False,
     )
-    parser.add_argument(
-        "--batches", type=numbers, default=(1,), metavar="N,N", help="rows at once (1)"
-    )
-    parser.add_argument("--out", type=local_path, metavar="DIR", help="write speculate.json there")
+    parser.add("--batches", "rows at once", numbers, (1,), metavar="N,N")
+    parser.add("--out", "write speculate.json there", local_path)
     return parser
 
 

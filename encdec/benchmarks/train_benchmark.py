@@ -380,48 +380,35 @@ def _names(allowed: Sequence[str] = ()) -> Callable[[str], tuple[str, ...]]:
     return names
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark train",
         description="Our jitted training step next to PyTorch's of the same architecture, "
         "parameters, batch and optimizer, alternating in one run; and where the time of ours "
         "goes.",
     )
-    parser.add_argument(
-        "--models", type=_names(), default=("quickstart",), metavar="A,B", help="presets"
-    )
-    parser.add_argument(
+    parser.add("--models", "presets", _names(), ("quickstart",), metavar="A,B")
+    parser.add(
         "--dtypes",
-        type=_names(("float32", "bfloat16")),
-        default=("float32",),
+        "float32 and bfloat16",
+        _names(("float32", "bfloat16")),
+        ("float32",),
         metavar="A,B",
-        help="float32 and bfloat16 (float32)",
     )
-    parser.add_argument(
-        "--optimizers",
-        type=_names(("adamw", "muon")),
-        default=("adamw",),
-        metavar="A,B",
-        help="adamw and muon (adamw)",
+    parser.add(
+        "--optimizers", "adamw and muon", _names(("adamw", "muon")), ("adamw",), metavar="A,B"
     )
     for name, text in (
-        ("batch_size", "rows of a batch (8; of 330m 2)"),
-        ("inputs_length", "source tokens per row (256; for 330m 512)"),
-        ("targets_length", "target tokens per row (48; for 330m 128)"),
+        ("batch_size", "rows of a batch (default: 8; of 330m 2)"),
+        ("inputs_length", "source tokens per row (default: 256; for 330m 512)"),
+        ("targets_length", "target tokens per row (default: 48; for 330m 128)"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=0, help=text)
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each (5)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn (5)")
-    parser.add_argument("--no_torch", action="store_true", help="ours alone")
-    parser.add_argument(
-        "--no_compile", action="store_true", help="PyTorch without torch.compile, which needs g++"
-    )
-    parser.add_argument(
-        "--out",
-        type=local_path,
-        metavar="DIR",
-        help="write train.json there; what it has is not measured again",
-    )
+        parser.add(f"--{name}", text, int, 0)
+    parser.add("--repeats", "turns of each", int, 5)
+    parser.add("--steps", "steps of a turn", int, 5)
+    parser.add("--no_torch", "ours alone", default=False)
+    parser.add("--no_compile", "PyTorch without torch.compile, which needs g++", default=False)
+    parser.add("--out", "write train.json there; what it has is not measured again", local_path)
     return parser
 
 

@@ -17,6 +17,7 @@ from encdec.data.text_files import plain_name
 from encdec.data.vocabulary import load_vocabulary
 from encdec.data.vocabulary_losses import Losses
 from encdec.errors import ConfigError
+from encdec.flags import Parser
 from encdec.logs import logger
 from encdec.machine import available_cores
 from encdec.markup import markdown_table
@@ -73,24 +74,26 @@ def table_row(name: str, card: DatasetCard, seconds: float) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def add_flags(flags: argparse.ArgumentParser) -> None:
+def add_flags(flags: Parser) -> None:
     """The flags of ``encdec data table``."""
-    flags.add_argument(
+    flags.add(
         "files",
-        type=local_path,
+        "JSONL of pairs or text, or text; S+T for other lengths than the flags'",
+        local_path,
         nargs="+",
         metavar="FILE[:S+T]",
-        help="JSONL of pairs or text, or text; S+T for other lengths than the flags'",
     )
-    flags.add_argument(
-        "--vocabulary", type=local_path, required=True, help="a .model, tokenizer.json or 'bytes'"
+    flags.add(
+        "--vocabulary",
+        "a .model, tokenizer.json or 'bytes'",
+        local_path,
+        required=True,
+        metavar="FILE",
     )
-    flags.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="one directory a file below it"
-    )
-    flags.add_argument("--inputs_length", type=int, default=1024)
-    flags.add_argument("--targets_length", type=int, default=256)
-    flags.add_argument("--max_bad_rows", type=int, default=0)
+    flags.add("--out", "one directory a file below it", local_path, required=True)
+    flags.add("--inputs_length", "source tokens per row", int, 1024)
+    flags.add("--targets_length", "target tokens per row", int, 256)
+    flags.add("--max_bad_rows", "bad rows to leave out and count", int, 0)
     flags.set_defaults(run=print_table)
 
 

@@ -96,7 +96,7 @@ def loss_warning(lost: Losses) -> str:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """A flag for each of ``PrepareSettings``; others keep what gin binds, else defaults."""
     flags = Parser(
         prog="encdec prepare",
@@ -107,13 +107,13 @@ def parser() -> argparse.ArgumentParser:
     )
     PrepareSettings.add_flags(flags)
     add_module_flag(flags)
-    flags.add_argument(
+    flags.add(
         "--beam_options",
+        "prepare on Apache Beam with its flags, e.g. '--runner=DirectRunner'",
         metavar="FLAGS",
-        help="prepare on Apache Beam with its flags, e.g. '--runner=DirectRunner'",
     )
-    flags.add_argument("--gin_file", type=local_path, action="append", default=[], metavar="FILE")
-    flags.add_argument("--gin_bindings", action="append", default=[], metavar="BINDING")
+    flags.add("--gin_file", "a gin file; may be repeated", local_path, [], metavar="FILE")
+    flags.add("--gin_bindings", "a gin binding; may be repeated", default=[], metavar="BINDING")
     return flags
 
 

@@ -7,7 +7,6 @@ SentencePiece's own mark for a space.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import random
@@ -156,29 +155,23 @@ def task_texts(
             yield from document
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     flags = Parser(prog="encdec vocab", description="Train a vocabulary.")
     tasks = ", ".join(TEXT_TASKS)
-    flags.add_argument("--task", action="append", help=f"train on a task's text: {tasks}")
-    flags.add_argument(
-        "--jsonl", type=data_path, nargs="+", metavar="FILE", help="rows with source and target"
-    )
-    flags.add_argument(
-        "--text", type=data_path, nargs="+", metavar="FILE", help="text, or rows with text"
-    )
+    flags.add("--task", f"train on a task's text: {tasks}", action="append")
+    flags.add("--jsonl", "rows with source and target", data_path, nargs="+", metavar="FILE")
+    flags.add("--text", "text, or rows with text", data_path, nargs="+", metavar="FILE")
     for name in FIELD_FLAGS:
         field = PrepareSettings.__dataclass_fields__[name]
         flags.add_argument(f"--{name}", **field.metadata["flag"])
-    flags.add_argument("--split", help="the task's split (train)")
-    flags.add_argument("--size", type=int, default=8192, help="ids, with 259 for bytes (8192)")
-    flags.add_argument("--model_type", choices=MODEL_TYPES, default="bpe")
-    flags.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text used (100 MiB)")
-    flags.add_argument("--seed", type=int, default=0, help="seed of the sample (0)")
-    flags.add_argument("--max_bad_rows", type=int, default=0)
-    flags.add_argument(
-        "--out", type=any_path, required=True, metavar="FILE", help="the .model file to write"
-    )
-    flags.add_argument("--overwrite", action="store_true")
+    flags.add("--split", "the task's split (train)")
+    flags.add("--size", "ids, with 259 for bytes", int, 8192)
+    flags.add("--model_type", "how pieces are learned", default="bpe", choices=MODEL_TYPES)
+    flags.add("--sample_bytes", "bytes of text used (default: 100 MiB)", int, SAMPLE_BYTES)
+    flags.add("--seed", "seed of the sample", int, 0)
+    flags.add("--max_bad_rows", "bad rows to leave out and count", int, 0)
+    flags.add("--out", "the .model file to write", any_path, required=True, metavar="FILE")
+    flags.add("--overwrite", "replace the file", default=False)
     add_module_flag(flags)
     return flags
 

@@ -112,7 +112,7 @@ def _answering(options: argparse.Namespace) -> Answering:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(prog="encdec distill")
     parts = parser.add_subparsers(required=True, metavar="{rollout,rounds}")
     _add_rollout(parts)
@@ -128,25 +128,13 @@ def _add_rollout(parts: Any) -> None:
         "score (on-policy), or a teacher's (sequence-level distillation).",
     )
     part.set_defaults(function=_rollout)
-    part.add_argument(
-        "--checkpoint",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="work directory of encdec train or encdec import",
+    part.add(
+        "--checkpoint", "work directory of encdec train or encdec import", any_path, required=True
     )
-    part.add_argument(
-        "--records",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="records whose sources are answered",
-    )
-    part.add_argument(
-        "--out", type=any_path, required=True, metavar="DIR", help="the records to write"
-    )
-    part.add_argument("--step", type=int, help="the writer's checkpoint (default: the last)")
-    part.add_argument("--overwrite", action="store_true", help="replace records in --out")
+    part.add("--records", "records whose sources are answered", any_path, required=True)
+    part.add("--out", "the records to write", any_path, required=True)
+    part.add("--step", "the writer's checkpoint (default: the last)", int)
+    part.add("--overwrite", "replace records in --out", default=False)
     _writing_options(part)
 
 
@@ -160,84 +148,43 @@ def _add_rounds(parts: Any) -> None:
         "--teacher=teacher --workdir=runs/rounds --config.data.records=data/train",
     )
     part.set_defaults(function=_rounds)
-    part.add_argument(
+    part.add(
         "--config",
-        type=local_path,
+        "config file of every round's training; set any field by --config.FIELD=VALUE",
+        local_path,
         required=True,
         metavar="FILE.py[:ARG]",
-        help="config file of every round's training; set any field by --config.FIELD=VALUE",
     )
-    part.add_argument(
-        "--teacher",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="work directory of encdec train or encdec import",
+    part.add(
+        "--teacher", "work directory of encdec train or encdec import", any_path, required=True
     )
-    part.add_argument(
-        "--workdir", type=any_path, required=True, metavar="DIR", help="receives everything"
-    )
-    part.add_argument(
-        "--rounds",
-        type=int,
-        required=True,
-        metavar="N",
-        help="number of rounds after the first student",
-    )
+    part.add("--workdir", "receives everything", any_path, required=True)
+    part.add("--rounds", "number of rounds after the first student", int, required=True)
     for name, default in (("gold", 1.0), ("teacher_written", 0.0), ("student_written", 1.0)):
-        part.add_argument(
-            f"--{name}",
-            type=float,
-            default=default,
-            metavar="RATE",
-            help="share of such targets (default %(default)s)",
-        )
-    part.add_argument(
+        part.add(f"--{name}", "share of such targets", float, default, metavar="RATE")
+    part.add(
         "--method",
-        choices=("sampled", "top_k", "full"),
+        "what is kept of the teacher",
         default="sampled",
-        help="what is kept of the teacher (default %(default)s)",
+        choices=("sampled", "top_k", "full"),
     )
-    part.add_argument(
-        "--draws",
-        type=int,
-        default=50,
-        help="draws per token with --method=sampled (default %(default)s)",
-    )
-    part.add_argument(
-        "--k", type=int, default=12, help="ids per token with --method=top_k (default %(default)s)"
-    )
+    part.add("--draws", "draws per token with --method=sampled", int, 50)
+    part.add("--k", "ids per token with --method=top_k", int, 12)
     _writing_options(part)
 
 
-def _writing_options(part: argparse.ArgumentParser) -> None:
-    part.add_argument(
-        "--temperature", type=float, help="sampling temperature; 0 is greedy (default 0.9)"
-    )
-    part.add_argument(
-        "--top_k", type=int, help="sample from the k likeliest tokens; 0: all (default 128)"
-    )
-    part.add_argument("--top_p", type=float, help="nucleus sampling; 1: all tokens (default 1)")
-    part.add_argument(
+def _writing_options(part: Parser) -> None:
+    part.add("--temperature", "sampling temperature; 0 is greedy (default 0.9)", float)
+    part.add("--top_k", "sample from the k likeliest tokens; 0: all (default 128)", int)
+    part.add("--top_p", "nucleus sampling; 1: all tokens (default 1)", float)
+    part.add(
         "--beams",
-        type=int,
-        default=1,
-        metavar="N",
-        help="hypotheses of beam search, whose best is the answer; 1: sampling (default 1)",
+        "hypotheses of beam search, whose best is the answer; 1: sampling (default 1)",
+        int,
+        1,
     )
-    part.add_argument("--seed", type=int, default=0, help="sampling seed (default %(default)s)")
-    part.add_argument(
-        "--max_tokens",
-        type=int,
-        metavar="N",
-        help="longest answer (default: the records' targets_length)",
-    )
-    part.add_argument("--rows", type=int, help="answer this many rows (default: all)")
-    part.add_argument(
-        "--batch_rows",
-        type=int,
-        default=64,
-        metavar="N",
-        help="texts answered together (default %(default)s)",
-    )
+    part.add("--seed", "sampling seed", int, 0)
+    part.add("--max_tokens", "longest answer (default: the records' targets_length)", int)
+    part.add("--rows", "answer this many rows (default: all)", int)
+    part.add("--batch_rows", "texts answered together", int, 64)
     add_draft_option(part)

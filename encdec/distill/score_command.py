@@ -120,20 +120,18 @@ class ScoringProgress:
             self._console.close()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec score",
         description="Reads records once with a teacher and stores its distributions for "
         "students, in a few bytes per target token. Repeat the command to resume.",
     )
     ScoringSettings.add_flags(parser)
-    parser.add_argument(
-        "--dry_run", action="store_true", help="only print what it will cost: bytes, FLOPs, hours"
-    )
-    parser.add_argument(
+    parser.add("--dry_run", "only print what it will cost: bytes, FLOPs, hours", default=False)
+    parser.add(
         "--student",
+        "with --dry_run: what the teacher adds to this student's training",
         metavar="PRESET",
-        help="with --dry_run: what the teacher adds to this student's training",
     )
     add_process_options(parser)
     return parser

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from encdec.errors import ConfigError
 from encdec.files import write_json, write_text
 from encdec.flags import Parser
@@ -42,7 +40,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec evaluate compare",
         description="Compares two models' finished evaluations of the same examples: paired "
@@ -51,22 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         "--second='ED=runs/ed/evaluation'",
     )
     for flag in ("first", "second"):
-        parser.add_argument(
+        parser.add(
             f"--{flag}",
+            "a name and the --out directories of its evaluations; seeds are averaged per example",
             required=True,
             metavar="NAME=DIR,DIR",
-            help="a name and the --out directories of its evaluations; seeds are "
-            "averaged per example",
         )
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="number of bootstrap samples (default %(default)s)",
-    )
+    parser.add("--resamples", "number of bootstrap samples", int, 1000)
     add_module_flag(parser)
-    parser.add_argument(
-        "--out", type=any_path, metavar="DIR", help="receives comparison.md and .json"
-    )
+    parser.add("--out", "receives comparison.md and .json", any_path)
     return parser

@@ -90,7 +90,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec evaluate",
         description="Answers the examples of tasks with a trained model, and scores the answers. "
@@ -100,17 +100,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: encdec evaluate --checkpoint=runs/squad --tasks=squad_v2,xsum "
         "--data_dir=data --out=runs/squad/evaluation",
     )
-    parser.add_argument(
+    parser.add(
         "--checkpoint",
-        type=shipped.checkpoint,
+        "work directory of `encdec train` or `encdec import`",
+        shipped.checkpoint,
         required=True,
         metavar="DIR",
-        help="work directory of `encdec train` or `encdec import`",
     )
-    parser.add_argument(
-        "--step",
-        metavar="N|best",
-        help="checkpoint (default: the last; best: lowest held-out loss)",
+    parser.add(
+        "--step", "checkpoint (default: the last; best: lowest held-out loss)", metavar="N|best"
     )
     _add_task_flags(parser)
     _add_answer_flags(parser)
@@ -118,126 +116,95 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_task_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tasks", default="", metavar="A,B", help="names, see `encdec data list`")
-    parser.add_argument(
-        "--data_dir", type=any_path, metavar="DIR", help="directory with the tasks' files"
-    )
-    parser.add_argument("--split", default="validation", help="default %(default)s")
-    parser.add_argument(
+def _add_task_flags(parser: Parser) -> None:
+    parser.add("--tasks", "names, see `encdec data list`", default="", metavar="A,B")
+    parser.add("--data_dir", "directory with the tasks' files", any_path)
+    parser.add("--split", "of the tasks", default="validation")
+    parser.add(
         "--jsonl",
-        type=data_path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="your own examples: rows of JSONL, CSV, TSV, Parquet or Arrow, a folder of them, a "
+        "your own examples: rows of JSONL, CSV, TSV, Parquet or Arrow, a folder of them, a "
         "pattern, or - for standard input; may be repeated, each a task named like the file",
+        data_path,
+        [],
+        metavar="FILE",
     )
-    parser.add_argument(
-        "--source_field",
-        default="source",
-        metavar="NAME",
-        help="with --jsonl (default %(default)s)",
-    )
-    parser.add_argument(
+    parser.add("--source_field", "with --jsonl", default="source", metavar="NAME")
+    parser.add(
         "--target_field",
+        "with --jsonl (default %(default)s); further references are a list in targets",
         default="target",
         metavar="NAME",
-        help="with --jsonl (default %(default)s); further references are a list in targets",
     )
-    parser.add_argument(
+    parser.add(
         "--metrics",
-        default="",
-        metavar="A,B",
-        help="metrics instead of the tasks' own, and for files (default exact_match,rouge): "
+        "metrics instead of the tasks' own, and for files (default exact_match,rouge): "
         + ", ".join(METRICS)
         + ", or one of their scores, such as rougeL_stemmed",
+        default="",
+        metavar="A,B",
     )
     add_module_flag(parser)
-    parser.add_argument(
+    parser.add(
         "--shuffle_sources",
+        "answer a second time with the sources permuted among the examples, and report "
+        "these scores next to the plain ones (seed 0 unless given)",
+        int,
         nargs="?",
         const=0,
-        type=int,
         metavar="SEED",
-        help="answer a second time with the sources permuted among the examples, and report "
-        "these scores next to the plain ones (seed 0 unless given)",
     )
     add_draft_option(parser)
-    parser.add_argument("--max_examples", type=int, metavar="N", help="the first N examples only")
-    parser.add_argument(
-        "--out",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="receives predictions, report.json and report.md",
-    )
+    parser.add("--max_examples", "the first N examples only", int)
+    parser.add("--out", "receives predictions, report.json and report.md", any_path, required=True)
 
 
-def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_answer_flags(parser: Parser) -> None:
+    parser.add(
         "--too_long",
-        choices=("refuse", "cut", "skip"),
-        default="cut",
-        help="sources longer than the model reads: refuse to begin, cut their end, "
+        "sources longer than the model reads: refuse to begin, cut their end, "
         "or skip them with an empty answer (default %(default)s; always counted)",
+        default="cut",
+        choices=("refuse", "cut", "skip"),
     )
-    parser.add_argument(
-        "--max_input_tokens",
-        type=int,
-        metavar="N",
-        help="longest source (default: the longest in training)",
+    parser.add("--max_input_tokens", "longest source (default: the longest in training)", int)
+    parser.add("--max_tokens", "longest answer", int)
+    parser.add("--temperature", "0: greedy (default)", float, 0.0)
+    parser.add("--top_k", "sample from the k likeliest tokens; 0: all", int, 0)
+    parser.add("--top_p", "nucleus sampling; 1: all tokens", float, 1.0)
+    parser.add("--beams", "hypotheses of beam search; 1: none", int, 1)
+    parser.add(
+        "--length_penalty", "alpha of beam search; above 0 favours longer answers", float, 0.6
     )
-    parser.add_argument("--max_tokens", type=int, metavar="N", help="longest answer")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)"
-    )
-    parser.add_argument("--top_k", type=int, default=0, metavar="N")
-    parser.add_argument("--top_p", type=float, default=1.0, metavar="X")
-    parser.add_argument("--beams", type=int, default=1, metavar="N")
-    parser.add_argument("--length_penalty", type=float, default=0.6, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="sampling seed")
-    parser.add_argument(
-        "--batch_rows",
-        type=int,
-        default=16,
-        metavar="N",
-        help="most answers generated at once (default %(default)s)",
-    )
+    parser.add("--seed", "sampling seed", int, 0)
+    parser.add("--batch_rows", "most answers generated at once", int, 16)
 
 
-def _add_work_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_work_flags(parser: Parser) -> None:
+    parser.add(
         "--shard",
+        "part I of N processes that divide the examples; the last to finish writes the report",
         default="0/1",
         metavar="I/N",
-        help="part I of N processes that divide the examples; the last to finish writes the report",
     )
-    parser.add_argument(
+    parser.add(
         "--judge_endpoint",
-        metavar="URL",
-        help="OpenAI-compatible address up to /v1: ask its language model to judge every "
+        "OpenAI-compatible address up to /v1: ask its language model to judge every "
         "answer; replies are kept in DIR/judge, the key is read from OPENAI_API_KEY",
+        metavar="URL",
     )
-    parser.add_argument(
+    parser.add(
         "--judge_model",
-        type=local_path,
-        metavar="NAME",
-        help="name of the endpoint's model; without an endpoint, directory of a "
+        "name of the endpoint's model; without an endpoint, directory of a "
         "Hugging Face model to ask on this machine (needs the extra hf)",
+        local_path,
+        metavar="NAME",
     )
-    parser.add_argument(
+    parser.add(
         "--no_likelihood",
-        action="store_true",
-        help="skip perplexity, bits per byte and calibration error, which read each reference once",
+        "skip perplexity, bits per byte and calibration error, which read each reference once",
+        default=False,
     )
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="number of bootstrap samples (default %(default)s)",
-    )
+    parser.add("--resamples", "number of bootstrap samples", int, 1000)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from encdec.errors import ConfigError
@@ -47,22 +46,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec evaluate table",
         description="Shows evaluations in the form of the paper's Table 1, its figures separately.",
         epilog="Example: encdec evaluate table --model='DEC=runs/dec/squad,runs/dec/xsum' "
         "--model='ED 2/3-1/3=runs/ed/squad,runs/ed/xsum' --out=runs/table",
     )
-    parser.add_argument(
+    parser.add(
         "--model",
+        "a row and the --out directories of its evaluations: one per "
+        "task and seed, or with several tasks in one",
         action="append",
         required=True,
         metavar="NAME=DIR,DIR",
-        help="a row and the --out directories of its evaluations: one per "
-        "task and seed, or with several tasks in one",
     )
-    parser.add_argument(
-        "--out", type=any_path, required=True, metavar="DIR", help="receives table.md and .json"
-    )
+    parser.add("--out", "receives table.md and .json", any_path, required=True)
     return parser

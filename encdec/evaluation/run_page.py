@@ -81,11 +81,9 @@ def main(argv: list[str]) -> int:
         description="Writes runs side by side as one HTML file: curves, configurations, answers.",
         epilog="Example: encdec report runs/a runs/b --out=runs/a-b.html",
     )
-    parser.add_argument(
-        "runs", type=any_path, nargs="+", metavar="RUN", help="work directory of `encdec train`"
-    )
-    parser.add_argument("--out", type=any_path, required=True, metavar="FILE.html")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add("runs", "work directory of `encdec train`", any_path, nargs="+", metavar="RUN")
+    parser.add("--out", "receives the page", any_path, required=True, metavar="FILE.html")
+    parser.add("--overwrite", "replace the file", default=False)
     options = parser.parse_args(argv)
     out = as_path(options.out)
     if out.exists() and not options.overwrite:

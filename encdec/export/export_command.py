@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 
 from encdec import shipped
@@ -88,76 +87,64 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec export",
         description="Writes a trained model in the format of another program.",
         epilog="Example: encdec export --checkpoint=runs/mine --format=litert --precision=int8 "
         "--out=mine-int8 --check=records/validation; encdec generate --checkpoint=mine-int8 'x'",
     )
-    parser.add_argument(
+    parser.add(
         "--checkpoint",
-        type=shipped.checkpoint,
+        "work directory of `encdec train` or `encdec import`",
+        shipped.checkpoint,
         required=True,
         metavar="DIR",
-        help="work directory of `encdec train` or `encdec import`",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
-    parser.add_argument(
+    parser.add("--step", "checkpoint (default: the last)", int)
+    parser.add(
         "--format",
-        required=True,
-        choices=tuple(FORMATS),
-        help="; ".join(f"{name}: {one.about}" for name, one in FORMATS.items())
+        "; ".join(f"{name}: {one.about}" for name, one in FORMATS.items())
         + "; `encdec generate` runs "
         + ", ".join(name for name, one in FORMATS.items() if one.runs),
+        required=True,
+        choices=tuple(FORMATS),
     )
-    parser.add_argument(
-        "--out", type=any_path, required=True, metavar="DIR", help="directory to write"
-    )
-    parser.add_argument(
+    parser.add("--out", "directory to write", any_path, required=True)
+    parser.add(
         "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="precision of the weights (default %(default)s); "
+        "precision of the weights (default %(default)s); "
         + "; ".join(f"{name}: {', '.join(one.precisions)}" for name, one in FORMATS.items()),
+        default="float32",
+        choices=PRECISIONS,
     )
-    parser.add_argument(
-        "--own",
-        action="store_true",
-        help="hf: our modelling file even where T5Gemma could express the model",
+    parser.add(
+        "--own", "hf: our modelling file even where T5Gemma could express the model", default=False
     )
-    parser.add_argument(
+    parser.add(
         "--license",
-        type=local_path,  # an identifier stays as it is
+        "license of the model, for its card: an identifier such as apache-2.0, or a file",
+        local_path,
         metavar="ID|FILE",
-        help="license of the model, for its card: an identifier such as apache-2.0, or a file",
     )
-    parser.add_argument(
+    parser.add(
         "--template",
-        metavar="TEXT",
-        help="of every input, {source} in the place of its own text, such as that of the task "
+        "of every input, {source} in the place of its own text, such as that of the task "
         "which the model was trained on; `encdec generate` and `serve` then add it (not for hf)",
+        metavar="TEXT",
     )
-    parser.add_argument(
+    parser.add(
         "--push",
+        "also send the directory to this repository of the Hugging Face Hub (HF_TOKEN)",
         metavar="ORG/NAME",
-        help="also send the directory to this repository of the Hugging Face Hub (HF_TOKEN)",
     )
-    parser.add_argument(
-        "--private", action="store_true", help="make the repository of --push private, if it is new"
-    )
-    parser.add_argument(
+    parser.add("--private", "make the repository of --push private, if it is new", default=False)
+    parser.add(
         "--check",
-        type=any_path,
-        metavar="RECORDS",
-        help="what `encdec generate` runs: loss per token and greedy agreement with the float32 "
+        "what `encdec generate` runs: loss per token and greedy agreement with the float32 "
         "model on these records",
+        any_path,
+        metavar="RECORDS",
     )
-    parser.add_argument(
-        "--check_pairs",
-        type=int,
-        default=64,
-        metavar="N",
-        help="with --check: number of (source, target) pairs to read (default %(default)s)",
-    )
+    parser.add("--check_pairs", "with --check: number of (source, target) pairs to read", int, 64)
     return parser

@@ -79,7 +79,7 @@ def leave_at_once(error: Exception) -> None:
     os._exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec train",
         description="Trains a model on records, or resumes the run of the work directory.",
@@ -87,39 +87,37 @@ def _parser() -> argparse.ArgumentParser:
         "--config.batch_size=64 --config.optimizer.name=muon; `encdec config --config=FILE.py` "
         "prints all of them with their meanings and values.",
     )
-    parser.add_argument(
+    parser.add(
         "--config",
-        type=local_path,
+        "config file and its argument, e.g. configs/pretrain.py:330m",
+        local_path,
         required=True,
         metavar="FILE.py[:ARGUMENT]",
-        help="config file and its argument, e.g. configs/pretrain.py:330m",
     )
-    parser.add_argument(
+    parser.add(
         "--workdir",
-        type=any_path,
+        "receives checkpoints, metrics and all that inference needs",
+        any_path,
         required=True,
-        metavar="DIR",
-        help="receives checkpoints, metrics and all that inference needs",
     )
-    parser.add_argument(
+    parser.add(
         "--stop_at",
-        type=int,
+        "stop and save at this step; the same command continues later",
+        int,
         metavar="STEP",
-        help="stop and save at this step; the same command continues later",
     )
     add_module_flag(parser)
-    parser.add_argument(
+    parser.add(
         "--on_report",
+        "call a function of yours with (step, numbers) at every line of metrics",
         metavar="MODULE:FUNCTION",
-        help="call a function of yours with (step, numbers) at every line of metrics",
     )
-    parser.add_argument(
+    parser.add(
         "--hook",
-        action="append",
+        "call a function of yours with the session every so many steps and after the last "
+        "(docs/design.md, Hooks); may be repeated",
         default=[],
         metavar="MODULE:FUNCTION[:EVERY]",
-        help="call a function of yours with the session every so many steps and after the last "
-        "(docs/design.md, Hooks); may be repeated",
     )
     add_process_options(parser)
     return parser
@@ -135,17 +133,17 @@ def _hook(target: str) -> tuple[Callable[..., object], int]:
     return named_function("--hook", name), int(every)
 
 
-def add_process_options(parser: argparse.ArgumentParser) -> None:
+def add_process_options(parser: Parser) -> None:
     """The options of ``join_processes``."""
-    parser.add_argument(
+    parser.add(
         "--distributed",
-        action="store_true",
-        help="one of several processes; on TPU pods, Slurm and GKE they find each "
+        "one of several processes; on TPU pods, Slurm and GKE they find each "
         "other, elsewhere the next three options say how",
+        default=False,
     )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
-    parser.add_argument("--process_id", type=int, metavar="I", help="this process, from 0")
+    parser.add("--coordinator", "address of process 0", metavar="HOST:PORT")
+    parser.add("--num_processes", "processes in all", int)
+    parser.add("--process_id", "this process, from 0", int, metavar="I")
 
 
 def join_processes(options: argparse.Namespace) -> None:
