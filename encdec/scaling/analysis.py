@@ -21,6 +21,7 @@ from encdec.scaling.law_uncertainty import (
 from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
 from encdec.scaling.results_file import (
     LOSSES,
+    Choices,
     Row,
     final_rows,
     metrics_of,
@@ -30,16 +31,6 @@ from encdec.scaling.results_file import (
 from encdec.scaling.rungs import Rung, loss_rungs, score_rungs
 
 ENCODER_DECODER = "ed"  # all splits together, with the form "parts"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """What is counted as N, D and L; see ``results.observations``."""
-
-    tokens: str = "target"
-    parameters: str = "total"
-    loss: str = "nats_per_token"
-    draws: int = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,18 +197,10 @@ def _distillation(
 ) -> dict[str, Distillation]:
     found = {}
     for plain in dict.fromkeys(plain_name(name) for name in series if is_distilled(name)):
-        rows = [
-            row
-            for row in final
-            if is_distilled(row["series"]) and plain_name(row["series"]) == plain
-        ]
-        runs = observations(
-            rows, tokens=choices.tokens, parameters=choices.parameters, loss=choices.loss
-        )
+        rows = [row for row in final if row["series"].startswith(f"{plain}+")]
         teachers = np.array([float(row.get("teacher_loss", 0.0)) for row in rows])
-        found[plain] = _distilled_law(
-            Distillation(plain, runs, teachers), series.get(plain), choices
-        )
+        one = Distillation(plain, observations(rows, choices), teachers)
+        found[plain] = _distilled_law(one, series.get(plain), choices)
     return found
 
 
@@ -248,9 +231,7 @@ def _distilled_law(one: Distillation, plain: Fitted | None, choices: Choices) ->
 
 def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -> Fitted:
     """One group of finished runs, fitted as far as possible."""
-    runs = observations(
-        rows, tokens=choices.tokens, parameters=choices.parameters, loss=choices.loss
-    )
+    runs = observations(rows, choices)
     found = Fitted(name, runs, tuple(rows))
     try:
         law = fit_law(runs, form)

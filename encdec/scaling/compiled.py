@@ -15,12 +15,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows
 from encdec.scaling.ladder import Ladder, PlannedRun, run_config
+from encdec.scaling.results_file import json_value
 from encdec.train.run_config import RunConfig, to_dict
 
 Say = Callable[[str], None]
@@ -67,6 +67,28 @@ class StepFigures:
 Compile = Callable[[RunConfig, str, int, int], StepFigures]
 
 
+def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) -> StepFigures:
+    """Compiles one step; a step that does not fit is a result too."""
+    import jax
+
+    from encdec.hardware.compile import DoesNotFit, compile_step
+    from encdec.hardware.topology import find_topology
+
+    if not jax.config.jax_platforms:  # do not use this machine's accelerators
+        jax.config.update("jax_platforms", "cpu")
+    where = find_topology(topology)
+    chips = math.prod(where.sides) * where.slices
+    try:
+        step = compile_step(run, where, inputs, targets)
+    except DoesNotFit as error:
+        return StepFigures(topology, chips, reason=str(error))
+    finally:
+        jax.clear_caches()  # otherwise dozens of programs would stay in memory
+    return StepFigures(
+        topology, chips, step.memory.peak, step.memory.limit, step.step_seconds, step.mfu
+    )
+
+
 def step_figures(
     ladder: Ladder,
     runs: Iterable[PlannedRun],
@@ -89,14 +111,14 @@ def step_figures(
         ConfigError: an unknown topology, no TPU compiler, or a batch not divisible by the mesh.
         DataError: a damaged file of kept figures.
     """
-    if compile_ is None:
-        compile_ = compile_figures
     found = read_kept(kept) if kept else {}
     keys = {run.name: step_key(ladder, run, topology) for run in runs}
     todo = {keys[run.name]: run for run in runs if keys[run.name] not in found}
     for number, (key, run) in enumerate(todo.items(), 1):
         say(f"[{number}/{len(todo)}] compiling {run.name}: {run.batch_size} rows on {topology}")
-        found[key] = compile_(run_config(ladder, run), topology, run.inputs, run.targets)
+        found[key] = (compile_ or compile_figures)(
+            run_config(ladder, run), topology, run.inputs, run.targets
+        )
         if kept:
             _append(pathlib.Path(kept), key, found[key])
     return {name: found[key] for name, key in keys.items()}
@@ -113,28 +135,6 @@ def step_key(ladder: Ladder, run: PlannedRun, topology: str) -> str:
         [content, run.inputs, run.targets, topology, _versions()], sort_keys=True, default=str
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) -> StepFigures:
-    """Compiles one step; a step that does not fit is a result too."""
-    import jax
-
-    from encdec.hardware.compile import DoesNotFit, compile_step
-    from encdec.hardware.topology import find_topology
-
-    if not jax.config.jax_platforms:  # do not use this machine's accelerators
-        jax.config.update("jax_platforms", "cpu")
-    where = find_topology(topology)
-    chips = math.prod(where.sides) * where.slices
-    try:
-        step = compile_step(run, where, inputs, targets)
-    except DoesNotFit as error:
-        return StepFigures(topology, chips, reason=str(error))
-    finally:
-        jax.clear_caches()  # otherwise dozens of programs would stay in memory
-    return StepFigures(
-        topology, chips, step.memory.peak, step.memory.limit, step.step_seconds, step.mfu
-    )
 
 
 def read_kept(path: str | os.PathLike) -> dict[str, StepFigures]:
@@ -160,13 +160,9 @@ def read_kept(path: str | os.PathLike) -> dict[str, StepFigures]:
 
 
 def _append(path: pathlib.Path, key: str, figures: StepFigures) -> None:
-    values: Mapping[str, Any] = {
-        name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in dataclasses.asdict(figures).items()
-    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        append_rows(path, [{"key": key, **values}])
+        append_rows(path, [json_value({"key": key, **dataclasses.asdict(figures)})])
     except OSError as error:
         raise ConfigError(f"--compiled={path} cannot be written: {error}") from None
 

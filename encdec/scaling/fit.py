@@ -40,7 +40,7 @@ _SMALLEST_TERM = np.exp(-20.0)  # relative to the mean loss; smaller terms count
 
 @dataclasses.dataclass(frozen=True)
 class Observations:
-    """Runs as arrays of float64, one entry a run.
+    """Runs as arrays of float64, one entry per run.
 
     Attributes:
         parameters: N, parameters of the model.
@@ -67,7 +67,7 @@ class Observations:
             if values.shape != np.shape(self.loss):
                 raise DataError(
                     f"{field.name} has shape {values.shape}, loss "
-                    f"{np.shape(self.loss)}; expected one value a run"
+                    f"{np.shape(self.loss)}; expected one value per run"
                 )
             object.__setattr__(self, field.name, values)
 

@@ -59,7 +59,7 @@ class HeldOut:
 
     Attributes:
         parameters: N of the size held out.
-        predicted: loss by the law, one entry a run of that size.
+        predicted: loss by the law, one entry per run of that size.
         observed: loss of these runs.
         law: the law fitted to all smaller sizes.
     """

@@ -104,7 +104,9 @@ def matched(
 
     wanted = cost(reference)
     found: list[tuple[tuple[bool, float], ModelConfig]] = []
-    for rank, multiple in enumerate(_multiples(reference)):
+    # The most convenient multiples of the MLP's width first.
+    multiples = [m for m in (128, 64, 8, 4, 2, 1) if reference.mlp_dim % m == 0]
+    for rank, multiple in enumerate(multiples):
         try:
             if series == DECODER_ONLY:
                 model = match_decoder_only(
@@ -129,15 +131,10 @@ def matched(
     return min(found, key=lambda entry: entry[0])[1]
 
 
-def _multiples(config: ModelConfig) -> tuple[int, ...]:
-    """Multiples of the MLP's width to try, the most convenient first."""
-    return tuple(m for m in (128, 64, 8, 4, 2, 1) if config.mlp_dim % m == 0)
-
-
 def _with_width(
     config: ModelConfig, cost: Callable[[ModelConfig], float], wanted: float, multiple: int
 ) -> ModelConfig:
-    """The MLP width, a multiple of ``multiple``, at which ``cost`` is closest to ``expected``."""
+    """The MLP width, a multiple of ``multiple``, at which ``cost`` is closest to ``wanted``."""
     base = cost(config.replace(mlp_dim=multiple))
     step = cost(config.replace(mlp_dim=2 * multiple)) - base  # cost is linear in the width
     units = max(1, round(1 + (wanted - base) / step))

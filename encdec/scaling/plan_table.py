@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from encdec.scaling.compiled import StepFigures
 from encdec.scaling.ladder import Plan, PlannedRun
+from encdec.scaling.results_file import json_value
 
 Figures = Mapping[str, StepFigures]
 _GIB = 2**30
@@ -21,8 +21,8 @@ _GIB = 2**30
 def as_json(
     plan: Plan, flops_per_second: float | None = None, figures: Figures | None = None
 ) -> dict[str, Any]:
-    """Every run with its figures, the rungs left out, and the total cost."""
-    return {
+    """Every run with its figures, the rungs left out, and the total cost; NaN as null."""
+    content = {
         "ladder": dataclasses.asdict(plan.ladder),
         "runs": [_run_json(run, flops_per_second, figures) for run in plan.runs],
         "left_out": list(plan.left_out),
@@ -31,6 +31,7 @@ def as_json(
         "chip_hours": chip_hours(plan, figures) if figures else None,
         "do_not_fit": do_not_fit(plan, figures) if figures else None,
     }
+    return json_value(content)
 
 
 def chip_hours(plan: Plan, figures: Figures) -> float:
@@ -45,25 +46,15 @@ def do_not_fit(plan: Plan, figures: Figures) -> list[str]:
 
 
 def _run_json(run: PlannedRun, rate: float | None, figures: Figures | None) -> dict[str, Any]:
-    count = run.parameters
-    step = figures[run.name] if figures else None
-    compiled = (
-        None
-        if step is None
-        else {
-            **{
-                name: None if value != value else value  # NaN is not JSON
-                for name, value in dataclasses.asdict(step).items()
-            },
-            "chip_hours": None if step.reason else step.chip_hours(run.steps),
-        }
-    )
+    count, compiled = run.parameters, None
+    if figures:
+        step = figures[run.name]
+        compiled = dataclasses.asdict(step) | {"chip_hours": step.chip_hours(run.steps)}
     return dataclasses.asdict(run) | {
         "compiled": compiled,
         "rows": run.rows,
         "flops": run.flops,
         "state_bytes": run.state_bytes,
-        "epochs": None if math.isnan(run.epochs) else run.epochs,
         "parameters": dataclasses.asdict(count) | {"total": count.total},
         "hours": run.flops / rate / 3600 if rate else None,
     }
@@ -152,11 +143,7 @@ def _show_bill(plan: Plan, figures: Figures, console: Console) -> None:
 
 def _cells(run: PlannedRun, rate: float | None, step: StepFigures | None) -> list[str]:
     model, count = run.model, run.parameters
-    layers = (
-        f"{model.encoder_layers}+{model.decoder_layers}"
-        if model.is_encoder_decoder
-        else str(model.decoder_layers)
-    )
+    layers = f"{model.encoder_layers}+" * model.is_encoder_decoder + str(model.decoder_layers)
     cells = [
         layers,
         str(model.d_model),

@@ -9,6 +9,7 @@ that two processes recorded at one time is read once.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -21,6 +22,7 @@ import numpy as np
 from encdec.buckets import is_address
 from encdec.errors import DataError
 from encdec.files import append_rows, lines_exist, whole_lines
+from encdec.metrics.intervals import Interval
 from encdec.scaling.fit import Observations
 from encdec.scaling.ladder import PlannedRun
 from encdec.storage import as_path
@@ -149,7 +151,7 @@ def collect(run: PlannedRun, workdir: str | os.PathLike) -> list[Row]:
     found = list(rows.values())
     scores = folder / SCORES_FILE
     if scores.exists() and run.steps in rows:
-        found.append(_row(run, rows[run.steps]) | _read_scores(scores))
+        found.append(rows[run.steps] | _read_scores(scores))
     return found
 
 
@@ -177,23 +179,28 @@ def _read_scores(path: pathlib.Path | epath.Path) -> Row:
 def _row(run: PlannedRun, numbers: Mapping[str, Any]) -> Row:
     step = int(numbers["step"])
     done = step / run.steps
-    row = describe(run) | {
+    names = ("loss", "bits_per_byte", "accuracy")
+    return describe(run) | {
         "step": step,
         "final": step == run.steps,
         "flops": run.flops * done,
         "source_tokens": run.source_tokens * done,
         "target_tokens": run.target_tokens * done,
+        **{name: numbers[f"eval/{name}"] for name in names if f"eval/{name}" in numbers},
     }
-    for name, key in (
-        ("loss", "eval/loss"),
-        ("bits_per_byte", "eval/bits_per_byte"),
-        ("accuracy", "eval/accuracy"),
-    ):
-        if key in numbers:
-            row[name] = numbers[key]
-        elif name in numbers:
-            row[name] = numbers[name]
-    return row
+
+
+def json_value(value: Any) -> Any:
+    """Numbers, arrays and intervals in mappings and sequences as JSON has them; NaN is null."""
+    if isinstance(value, Interval):
+        value = value.low, value.high
+    if isinstance(value, Mapping):
+        return {name: json_value(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [json_value(inner) for inner in value]
+    if isinstance(value, float):  # NumPy's float64 is one
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def final_rows(rows: Iterable[Row]) -> list[Row]:
@@ -206,41 +213,41 @@ def metrics_of(rows: Iterable[Row]) -> list[str]:
     return sorted({name for row in rows for name in row.get("scores", {})})
 
 
-def observations(
-    rows: list[Row],
-    *,
-    tokens: str = "target",
-    parameters: str = "total",
-    loss: str = "nats_per_token",
-) -> Observations:
-    """Rows as arrays.
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What is counted as D (a name in TOKENS), N (in PARAMETERS) and L (in LOSSES).
 
-    Args:
-        rows: of the results file.
-        tokens: those counted as D: "target", "source" or "both".
-        parameters: those counted as N: "total" or "non_embedding".
-        loss: its unit, "nats_per_token" or "bits_per_byte".
+    ``draws``: bootstrap samples for intervals; 0: none.
     """
+
+    tokens: str = "target"
+    parameters: str = "total"
+    loss: str = "nats_per_token"
+    draws: int = 200
+
+
+def observations(rows: list[Row], choices: Choices) -> Observations:
+    """Rows of the results file as arrays."""
 
     def column(name: str) -> np.ndarray:
         return np.array([float(row.get(name, math.nan)) for row in rows])
 
     size = column("parameters")
-    if parameters == "non_embedding":
+    if choices.parameters == "non_embedding":
         size = size - column("embedding_parameters")
     counts = {"target": column("target_tokens"), "source": column("source_tokens")}
     counts["both"] = counts["target"] + counts["source"]
     return Observations(
         size,
-        counts[tokens],
-        column(LOSSES[loss]),
+        counts[choices.tokens],
+        column(LOSSES[choices.loss]),
         column("encoder_parameters"),
         column("decoder_parameters"),
         column("flops"),
     )
 
 
-def seed_noise(rows: list[Row], loss: str = "nats_per_token") -> tuple[float, int]:
+def seed_noise(rows: list[Row], loss: str) -> tuple[float, int]:
     """Standard deviation of log loss between seeds, pooled, and its degrees of freedom."""
     groups: dict[tuple, list[float]] = {}
     for row in rows:

@@ -1,7 +1,7 @@
 """Runs a plan: all unfinished runs, one after the other; it can be killed and resumed.
 
     WORKDIR/ladder.json     the ladder as first run; a different one is refused
-    WORKDIR/results.jsonl   one line per run and evaluation (``results``)
+    WORKDIR/results.jsonl   one line per run and evaluation (``results_file``)
     WORKDIR/runs/NAME/      a work directory of ``encdec train``
     WORKDIR/locks/NAME      held while NAME is being run, released by the system if the process dies
                             (not in a bucket: see ``check_division``)

@@ -56,7 +56,7 @@ class Rung:
 
 
 def loss_rungs(final: Sequence[Row], loss: str) -> list[Rung]:
-    """Held-out losses of finished runs; ``loss`` is a key of ``results.LOSSES``."""
+    """Held-out losses of finished runs; ``loss`` is a key of ``results_file.LOSSES``."""
     return _rungs(final, lambda row: row.get(LOSSES[loss], math.nan), -1.0)
 
 

@@ -364,8 +364,8 @@ class RunsFailed(EncdecError):
 
 def _analysed(options: argparse.Namespace) -> Any:
     from encdec.files import lines_exist
-    from encdec.scaling.analysis import Choices, analyse
-    from encdec.scaling.results_file import RESULTS_FILE, ResultsFile
+    from encdec.scaling.analysis import analyse
+    from encdec.scaling.results_file import RESULTS_FILE, Choices, ResultsFile
 
     path = as_path(options.results)
     path = path / RESULTS_FILE if lines_exist(path / RESULTS_FILE) else path

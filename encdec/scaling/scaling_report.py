@@ -7,7 +7,7 @@ import dataclasses
 import html
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,12 @@ from rich.table import Table
 from encdec.markup import html_page, html_table
 from encdec.metrics.intervals import Interval
 from encdec.scaling.analysis import Analysis, Distillation, Fitted
+from encdec.scaling.distillation import DistillationLaw
+from encdec.scaling.fit import Law
 from encdec.scaling.frontier import Comparison
 from encdec.scaling.plan_table import short
 from encdec.scaling.plots import Drawn, label_of
+from encdec.scaling.results_file import json_value
 from encdec.scaling.rungs import Cell, Rung
 
 _TOKENS = {"target": "target tokens", "source": "source tokens", "both": "source + target tokens"}
@@ -57,12 +60,18 @@ def sections(analysis: Analysis) -> list[Section]:
     return [section for section in found if section.rows or section.remark]
 
 
-def _groups(analysis: Analysis) -> list[Fitted]:
-    return [*analysis.series.values(), *([analysis.parts] if analysis.parts else [])]
+def _bounds_hit(law: Law | DistillationLaw) -> str:
+    if not law.bounds_hit:
+        return ""
+    return f"{', '.join(law.bounds_hit)} ended on a bound, so these runs do not determine it."
+
+
+def _root_mean_square(residuals: np.ndarray) -> str:
+    return f"{np.sqrt(np.mean(residuals**2)):.2%}"
 
 
 def _number(value: float, interval: Interval | None = None) -> str:
-    if value is None or math.isnan(value):
+    if math.isnan(value):
         return "-"
     text = f"{value:.4g}"
     if interval and not math.isnan(interval.low):
@@ -83,21 +92,11 @@ def _laws(analysis: Analysis) -> Section:
             _number(constants[key], one.intervals.get(key))
             for key in ("E", "A", "alpha", "B", "beta")
         ]
-        spread = float(np.sqrt(np.mean(one.residuals**2)))
-        rows.append(
-            (
-                label_of(name),
-                str(len(one.runs)),
-                *cells,
-                f"{spread:.2%}",
-                _number(one.frontier.size_exponent),
-            )
-        )
-        if one.law.bounds_hit:
-            reasons.append(
-                f"{label_of(name)}: {', '.join(one.law.bounds_hit)} ended on a bound, "
-                "so these runs do not determine it."
-            )
+        spread = _root_mean_square(one.residuals)
+        exponent = _number(one.frontier.size_exponent)
+        rows.append((label_of(name), str(len(one.runs)), *cells, spread, exponent))
+        if hit := _bounds_hit(one.law):
+            reasons.append(f"{label_of(name)}: {hit}")
     noise, freedom = analysis.seed_noise
     remark = (
         f"L in {choices.loss.replace('_', ' ')}; N: {choices.parameters.replace('_', ' ')} "
@@ -126,17 +125,14 @@ def _parts(one: Fitted) -> Section:
     if not one.law:
         return Section(title, (), (), f"{remark} Not fitted: {one.reason}.")
     constants = one.law.constants()
-    if one.law.bounds_hit:
-        remark += (
-            f" {', '.join(one.law.bounds_hit)} ended on a bound, so these runs do not determine it."
-        )
     cells = tuple(_number(value, one.intervals.get(key)) for key, value in constants.items())
-    return Section(title, ("runs", *constants), ((str(len(one.runs)), *cells),), remark)
+    row = (str(len(one.runs)), *cells)
+    return Section(title, ("runs", *constants), (row,), f"{remark} {_bounds_hit(one.law)}")
 
 
 def _held_out(analysis: Analysis) -> Section:
     rows, reasons = [], {}
-    for one in _groups(analysis):
+    for one in filter(None, [*analysis.series.values(), analysis.parts]):
         name = label_of(one.name) if one.name != "ed" else "all encoder-decoders"
         if one.held_out is None:
             if one.law:
@@ -164,50 +160,23 @@ def _held_out(analysis: Analysis) -> Section:
 
 def _comparisons(analysis: Analysis) -> Section:
     reasons = " ".join(f"{label_of(name)}: {why}." for name, why in analysis.not_compared.items())
-    remark = (
-        "At the largest FLOPs at which both were run. The ratio is the FLOPs of decoder-only "
-        "over those of the encoder-decoder at equal loss; above 1 the encoder-decoder is "
-        "cheaper. "
-        if analysis.comparisons
-        else ""
-    )
-    return Section(
+    return _compared(
         "Encoder-decoder against decoder-only, along the frontiers",
-        (
-            "series",
-            "its loss",
-            "decoder-only's",
-            "ahead in draws",
-            "FLOPs ratio",
-            "at loss",
-            "frontiers cross at FLOPs",
-        ),
-        _compared(analysis.comparisons),
-        remark + reasons,
+        "decoder-only's",
+        analysis.comparisons,
+        "The ratio is the FLOPs of decoder-only over those of the encoder-decoder at equal loss; "
+        "above 1 the encoder-decoder is cheaper.",
+        reasons,
     )
 
 
 def _against_plain(analysis: Analysis) -> Section:
-    remark = (
-        "At the largest FLOPs at which both were run. The ratio is the FLOPs on gold targets "
-        "alone over the student's with a teacher at equal loss; above 1 the teacher helps. "
-        "The teacher's training and scoring are not counted. "
-        if analysis.against_plain
-        else ""
-    )
-    return Section(
+    return _compared(
         "With a teacher against gold targets alone, along the frontiers",
-        (
-            "series",
-            "its loss",
-            "without",
-            "ahead in draws",
-            "FLOPs ratio",
-            "at loss",
-            "frontiers cross at FLOPs",
-        ),
-        _compared(analysis.against_plain),
-        remark,
+        "without",
+        analysis.against_plain,
+        "The ratio is the FLOPs on gold targets alone over the student's with a teacher at equal "
+        "loss; above 1 the teacher helps. The teacher's training and scoring are not counted.",
     )
 
 
@@ -220,31 +189,22 @@ def _distillation(one: Distillation) -> Section:
     )
     if not one.law:
         return Section(title, (), (), f"{remark} Not fitted: {one.reason}.")
-    spread = float(np.sqrt(np.mean(one.residuals**2)))
-    if one.law.bounds_hit:
-        remark += (
-            f" {', '.join(one.law.bounds_hit)} ended on a bound, so these runs do not determine it."
-        )
     overtaken = "; ".join(
         f"at N = {short(n)} " + ("nowhere" if d is None else f"from D = {short(d)}")
         for n, d in one.overtaken_at.items()
     )
+    if hit := _bounds_hit(one.law):
+        remark += f" {hit}"
     remark += (
         " Compared with the best teacher, gold targets alone are better, up to 100 times the "
         f"tokens run, {overtaken}."
     )
-    teachers = len(np.unique(one.teacher_loss))
+    counts = (str(len(one.runs)), str(len(np.unique(one.teacher_loss))))
+    constants = (f"{value:.4g}" for value in one.law.constants.values())
     return Section(
         title,
         ("runs", "teachers", *one.law.constants, "residual (rms)"),
-        (
-            (
-                str(len(one.runs)),
-                str(teachers),
-                *(f"{value:.4g}" for value in one.law.constants.values()),
-                f"{spread:.2%}",
-            ),
-        ),
+        ((*counts, *constants, _root_mean_square(one.residuals)),),
         remark,
     )
 
@@ -280,26 +240,21 @@ def _cell(cell: Cell, digits: int) -> str:
     return text
 
 
-def _compared(comparisons: Mapping[str, Comparison]) -> tuple[tuple[str, ...], ...]:
+def _compared(
+    title: str, other: str, comparisons: Mapping[str, Comparison], ratio: str, reasons: str = ""
+) -> Section:
+    """Comparisons with ``other``; the remark explains the ``ratio`` if there are any."""
     rows = []
     for name, found in comparisons.items():
-        last = -1
-        gain = (
-            Interval(*(float(x) for x in found.ratio_band[:, last]))
-            if found.losses.size
-            else (None)
-        )
-        ratio = float(found.ratio[last]) if found.losses.size else math.nan
-        loss = f"{found.losses[last]:.3f}" if found.losses.size else "-"
+        gain, loss = "-", "-"
+        if found.losses.size:
+            gain = _number(found.ratio[-1], Interval(*found.ratio_band[:, -1]))
+            loss = f"{found.losses[-1]:.3f}"
         crossing = found.crossing
-        where = (
-            "none within two orders of magnitude"
-            if crossing.flops is None
-            else (
-                _number(crossing.flops, crossing.interval)
-                + (" (extrapolated)" if crossing.extrapolated else "")
-            )
-        )
+        where = "none within two orders of magnitude"
+        if crossing.flops is not None:
+            where = _number(crossing.flops, crossing.interval)
+            where += " (extrapolated)" * crossing.extrapolated
         if not math.isnan(crossing.share):
             where += f"; {crossing.share:.0%} of draws cross"
         ahead = "-" if math.isnan(found.share_first_ahead) else f"{found.share_first_ahead:.0%}"
@@ -309,12 +264,14 @@ def _compared(comparisons: Mapping[str, Comparison]) -> tuple[tuple[str, ...], .
                 f"{found.first_loss[-1]:.4f}",
                 f"{found.second_loss[-1]:.4f}",
                 ahead,
-                _number(ratio, gain),
+                gain,
                 loss,
                 where,
             )
         )
-    return tuple(rows)
+    flops = ("ahead in draws", "FLOPs ratio", "at loss", "frontiers cross at FLOPs")
+    remark = f"At the largest FLOPs at which both were run. {ratio} " if rows else ""
+    return Section(title, ("series", "its loss", other, *flops), tuple(rows), remark + reasons)
 
 
 def _largest_residuals(analysis: Analysis) -> Section:
@@ -374,11 +331,10 @@ def show(analysis: Analysis, console: Console) -> None:
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
     """All numbers; intervals as [low, high], NaN and infinity as null."""
-
-    return {
+    content = {
         "choices": dataclasses.asdict(analysis.choices),
-        "seed_noise": _finite(analysis.seed_noise[0]),
-        "unfinished": list(analysis.unfinished),
+        "seed_noise": analysis.seed_noise[0],
+        "unfinished": analysis.unfinished,
         "series": {name: _fitted_as_json(one) for name, one in analysis.series.items()},
         "parts": _fitted_as_json(analysis.parts) if analysis.parts else None,
         "comparisons": _comparisons_as_json(analysis.comparisons),
@@ -388,9 +344,9 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
                 "runs": len(one.runs),
                 "reason": one.reason or None,
                 "law": one.law.constants if one.law else None,
-                "bounds_hit": list(one.law.bounds_hit) if one.law else [],
-                "residuals": one.residuals.tolist() if one.residuals is not None else None,
-                "overtaken_at": [[n, d] for n, d in one.overtaken_at.items()],
+                "bounds_hit": one.law.bounds_hit if one.law else [],
+                "residuals": one.residuals,
+                "overtaken_at": list(one.overtaken_at.items()),
             }
             for name, one in analysis.distillation.items()
         },
@@ -398,6 +354,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         "scores": {name: _rungs_as_json(rungs) for name, rungs in analysis.scores.items()},
         "not_compared": analysis.not_compared,
     }
+    return json_value(content)
 
 
 def _fitted_as_json(one: Fitted) -> dict[str, Any]:
@@ -406,12 +363,10 @@ def _fitted_as_json(one: Fitted) -> dict[str, Any]:
         "runs": [row["run"] for row in one.rows],
         "reason": one.reason or None,
         "law": one.law.constants() if one.law else None,
-        "bounds_hit": list(one.law.bounds_hit) if one.law else [],
-        "intervals": {name: _interval(value) for name, value in one.intervals.items()},
-        "residuals": one.residuals.tolist() if one.residuals is not None else None,
-        "held_out": {"parameters": held.parameters, "errors": held.errors.tolist()}
-        if held
-        else None,
+        "bounds_hit": one.law.bounds_hit if one.law else [],
+        "intervals": one.intervals,
+        "residuals": one.residuals,
+        "held_out": {"parameters": held.parameters, "errors": held.errors} if held else None,
         "held_out_reason": one.held_out_reason or None,
         "cost": dataclasses.asdict(one.cost) if one.cost else None,
     }
@@ -420,20 +375,15 @@ def _fitted_as_json(one: Fitted) -> dict[str, Any]:
 def _comparisons_as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
     return {
         name: {
-            "flops": _list(found.flops),
-            "first_loss": _list(found.first_loss),
-            "second_loss": _list(found.second_loss),
-            "losses": _list(found.losses),
-            "ratio": _list(found.ratio),
-            "ratio_low": _list(found.ratio_band[0]),
-            "ratio_high": _list(found.ratio_band[1]),
-            "crossing": {
-                "flops": found.crossing.flops,
-                "interval": _interval(found.crossing.interval),
-                "share": _finite(found.crossing.share),
-                "extrapolated": found.crossing.extrapolated,
-            },
-            "share_first_ahead": _finite(found.share_first_ahead),
+            "flops": found.flops,
+            "first_loss": found.first_loss,
+            "second_loss": found.second_loss,
+            "losses": found.losses,
+            "ratio": found.ratio,
+            "ratio_low": found.ratio_band[0],
+            "ratio_high": found.ratio_band[1],
+            "crossing": vars(found.crossing),
+            "share_first_ahead": found.share_first_ahead,
         }
         for name, found in comparisons.items()
     }
@@ -447,27 +397,15 @@ def _rungs_as_json(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
             "flops": rung.flops,
             "series": {
                 name: {
-                    "values": list(cell.values),
-                    "ahead_of_decoder_only": _finite(cell.ahead),
-                    "interval": _interval(cell.interval),
+                    "values": cell.values,
+                    "ahead_of_decoder_only": cell.ahead,
+                    "interval": cell.interval,
                 }
                 for name, cell in rung.cells.items()
             },
         }
         for rung in rungs
     ]
-
-
-def _interval(one: Interval) -> list[float | None]:
-    return [_finite(one.low), _finite(one.high)]
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _list(values: Iterable[float]) -> list[float | None]:
-    return [_finite(value) for value in values]
 
 
 _CSS = """

@@ -1,5 +1,4 @@
-"""Scores of a ladder's finished runs on a downstream task, stored where ``results`` collects
-them."""
+"""Scores of a ladder's finished runs on a downstream task, for ``results_file`` to collect."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ from matplotlib.image import imread
 
 from encdec.cli import main
 from encdec.errors import DataError
-from encdec.scaling.analysis import Choices, analyse
+from encdec.scaling.analysis import analyse
 from encdec.scaling.fit import Law
 from encdec.scaling.ladder import parse_ladder, plan
-from encdec.scaling.results_file import ResultsFile
+from encdec.scaling.results_file import Choices, ResultsFile
 from encdec.scaling.scaling_command import load_ladder
 from tests.scaling.synthetic import planned_rows
 
