@@ -141,10 +141,10 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
             ),
         )
     if running:
-        if not codes:
-            return _strange("training runs on some hosts only", Action.STOP, memory, limits)
-        # They will follow: by the same signal, the same error, or because the others are missing.
-        return _strange("training has ended on some hosts", Action.STOP, memory, limits)
+        # Where some have ended, the others will follow: by the same signal, the same error, or
+        # because those are missing.
+        reason = "training has ended on some hosts" if codes else "training runs on some hosts only"
+        return _strange(reason, Action.STOP, memory, limits)
     memory = update(strange=0, running=0)
     start = lambda reason, **changes: Decision(
         Action.START if memory.ready else Action.SET_UP,

@@ -114,8 +114,10 @@ def actions_parser(
     return parser
 
 
-def train_arguments(given: Sequence[str]) -> list[str]:
+def train_arguments(given: Sequence[str], *, alone: bool = False) -> list[str]:
     """``encdec train``'s arguments for one of several processes that connect to each other.
+
+    ``alone``: for the only process of a run, which may train in s3://, too.
 
     Raises:
         SystemExit: an argument that launchers cannot pass on.
@@ -126,13 +128,15 @@ def train_arguments(given: Sequence[str]) -> list[str]:
                 f"argument {argument!r} spans several lines; put such a value into a config file"
             )
     places = [a.split("=", 1)[1] for a in given if a.startswith("--workdir=")]
-    if not places or not places[-1].startswith(("/", "gs://")):
+    if not places or not places[-1].startswith(("/", "gs://", *["s3://"] * alone)):
         raise SystemExit(
             f"--workdir is {places[-1] if places else 'missing'}; expected "
             "--workdir=/DIR after `--`, a directory that every machine shares, such "
             "as one in a mounted bucket, or --workdir=gs://BUCKET/DIR"
+            + " or --workdir=s3://BUCKET/DIR"
+            * alone
         )
-    return [*given, "--distributed"]
+    return [*given, *["--distributed"] * (not alone)]
 
 
 def slices_option(text: str) -> Slices:

@@ -279,11 +279,6 @@ def _place(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def pods(options: argparse.Namespace, job: int = 0) -> str:
-    """The selector of a slice's pods."""
-    return f"jobset.sigs.k8s.io/jobset-name={options.name},jobset.sigs.k8s.io/job-index={job}"
-
-
 ACTIONS = {
     "jobset": f"apply the manifest (with --dry_run: print it); JobSet {LEAST_JOBSET} or newer",
     "xpk": "create the workload with xpk",
@@ -313,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             [
                 "kubectl",
                 "logs",
-                f"--selector={pods(options)},batch.kubernetes.io/job-completion-index=0",
+                f"--selector=jobset.sigs.k8s.io/jobset-name={options.name},"
+                "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0",
                 f"--container={CONTAINER}",
                 f"--tail={options.lines}",
             ]

@@ -135,6 +135,7 @@ def _headers(options: argparse.Namespace) -> list[str]:
 
 def _srun(options: argparse.Namespace) -> list[str]:
     """Options of srun."""
+    mounts = ",".join(options.container_mount)
     return [
         # A failed process ends the others, which would otherwise wait for it forever, but not at
         # once: after a signal each process ends when it has saved, and none before the others.
@@ -144,11 +145,7 @@ def _srun(options: argparse.Namespace) -> list[str]:
         # Since Slurm 22.05 srun does not take this over from sbatch.
         *([f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []),
         *([f"--container-image={options.container}"] if options.container else []),
-        *(
-            [f"--container-mounts={','.join(options.container_mount)}"]
-            if options.container_mount
-            else []
-        ),
+        *([f"--container-mounts={mounts}"] if mounts else []),
         *options.srun,
     ]
 
@@ -175,11 +172,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.action == "ladder":
         if not options.runs or options.runs < 1:
             parser.error(f"--runs is {options.runs}; give the plan's number of runs")
-        options.arguments = train_arguments(given)[:-1]  # each run is one process
+        options.arguments = train_arguments(given, alone=True)  # each run is one process
     else:
-        options.arguments = train_arguments(given)
-        if options.nodes * options.tasks_per_node == 1:
-            options.arguments.remove("--distributed")
+        alone = options.nodes * options.tasks_per_node == 1
+        options.arguments = train_arguments(given, alone=alone)
     if options.container:
         _check_mounted(parser, options)
     return options

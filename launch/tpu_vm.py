@@ -140,11 +140,8 @@ class Pod:
 
     def on_workers(self, *arguments: str, where: Sequence[str] = EVERYWHERE) -> list[str]:
         """``worker.sh ARGUMENTS`` on the hosts; quoted for the shell there."""
-        command = shlex.join(
-            ["env", *self._options.env, "bash", "worker.sh", *arguments]
-            if self._options.env
-            else ["bash", "worker.sh", *arguments]
-        )
+        environment = ["env", *self._options.env] if self._options.env else []
+        command = shlex.join([*environment, "bash", "worker.sh", *arguments])
         return [
             *GCLOUD,
             "ssh",
@@ -229,16 +226,10 @@ def set_up(pod: Pod, run: Runner) -> int:
 
 
 def babysit(
-    pod: Pod,
-    run: Runner,
-    hosts: int,
-    *,
-    limits: Limits = Limits(),
-    poll_seconds: float = POLL_SECONDS,
-    delete: bool = False,
+    pod: Pod, run: Runner, hosts: int, *, poll_seconds: float = POLL_SECONDS, delete: bool = False
 ) -> int:
     """Polls, decides and acts until the run is done or given up; returns its exit code."""
-    memory, said = Memory(), ""
+    limits, memory, said = Limits(), Memory(), ""
     while True:
         before, decision = memory, decide(look(pod, run, hosts), memory, limits)
         memory = decision.memory
@@ -356,7 +347,6 @@ ACTIONS = {
     "status": "Google Cloud's description of the slice",
     "delete": "delete the slice",
 }
-
 
 # Actions that log in to hosts.
 WITH_SSH = ("babysit", "setup", "run", "state", "stop", "logs")

@@ -201,6 +201,13 @@ def test_a_ladders_array_counts_as_the_plan_does():
     assert _parser().parse_args(["run", *rest, "--index=71"]).index == 71
 
 
+@pytest.mark.parametrize("action", [["train"], ["ladder", "--runs=3"]])
+def test_a_single_process_may_work_in_s3(action):
+    where = "--workdir=s3://bucket/run"
+    text = slurm.script(slurm.parse([*action, "--time=1", "--", where]))
+    assert where in text and "--distributed" not in text
+
+
 def test_it_is_given_to_sbatch(tmp_path, monkeypatch):
     fake = tmp_path / "sbatch"
     fake.write_text(
@@ -232,6 +239,7 @@ def test_it_is_given_to_sbatch(tmp_path, monkeypatch):
             "expected /DIR",
         ),
         (["train", "--time=1", "--", "--config=c.py"], "--workdir is missing"),
+        (["train", "--nodes=2", "--time=1", "--", "--workdir=s3://b/a"], "expected --workdir=/DIR"),
         (["train", "--time=1", "--", *TRAIN, "a\nb"], "spans several lines"),
     ],
 )
