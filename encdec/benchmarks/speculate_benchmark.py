@@ -10,7 +10,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from encdec.flags import Parser
 from encdec.inference.answer_files import read_inputs
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
 from encdec.inference.drafting import Drafters, Paces
-from encdec.inference.exported import export_format, load_exported_model
+from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
 from encdec.inference.generation_settings import LOOKUP, OFF, GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
@@ -38,12 +38,16 @@ from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.machine import available_cores
 from encdec.model import ModelConfig, Params, build_model, init_params, preset
+from encdec.shipped import checkpoint, model_directory
 from encdec.storage import local_path
 
 SIZES = (1, 2, 4, 8, 16)
 STEPS = 12  # of one size, timed together
 TOKENS = 256  # made where every draft is wrong
-RUNTIMES = ("jax", "onnx-float32", "onnx-int8")
+RUNTIMES = (
+    "jax",
+    *(f"{kind}-{weights}" for kind in ("onnx", "litert") for weights in ("float32", "int8")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class TaskRate:
         plain_rate: tokens per second without drafts, first tokens included.
         drafted_rate: with.
         same_answers: share of the answers that are equal in every token.
+        different: the others' places in the file, counted from 0.
         tokens_a_step: of verifying steps, each row; 0 where there were none.
         acceptance: share of the drafted tokens that were kept.
     """
@@ -84,6 +89,7 @@ class TaskRate:
     same_answers: float
     tokens_a_step: float
     acceptance: float
+    different: tuple[int, ...] = ()
 
 
 def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Callable[[int], None]:
@@ -184,13 +190,15 @@ def measure_task(
     limit: int,
     max_tokens: int | None,
 ) -> TaskRate:
-    """Answers a file's texts twice, alternating by windows, and once before to compile."""
+    """Answers a file's texts twice, alternating by windows, and before, to compile, once more;
+    exports, which compile next to nothing, only the first of them."""
     texts = read_inputs(path)[:limit]
     settings = GenerationSettings(max_tokens=max_tokens)
     rows = generators[0].batch_rows
-    seconds, tokens, same, count = [0.0, 0.0], [0, 0], 0, 0
+    seconds, tokens, different = [0.0, 0.0], [0, 0], []
     for one in generators:
-        one.generate(texts, settings, truncate=True)
+        first = texts[:rows] if isinstance(one, ExportedGenerator) else texts
+        one.generate(first, settings, truncate=True)
     before = _counts(generators[1].paces)
     for begin in range(0, len(texts), 4 * rows):
         made = []
@@ -200,8 +208,7 @@ def measure_task(
             seconds[which] += time.perf_counter() - clock
             made.append([answer.tokens for (answer,) in answers])
             tokens[which] += sum(map(len, made[-1]))
-        same += sum(a == b for a, b in zip(*made))
-        count += len(made[0])
+        different += [begin + i for i, (a, b) in enumerate(zip(*made)) if a != b]
     steps, drafted, accepted = _counts(generators[1].paces) - before
     return TaskRate(
         runtime,
@@ -210,9 +217,10 @@ def measure_task(
         tokens[0],
         tokens[0] / seconds[0],
         tokens[1] / seconds[1],
-        same / count,
+        1 - len(different) / len(texts),
         1 + accepted / steps if steps else 0.0,
         accepted / drafted if drafted else 0.0,
+        tuple(different),
     )
 
 
@@ -232,21 +240,21 @@ def measure_transformers(
     model, prompts = TransformersModel(directory, "float32"), generator.prompts
     sources = [prompts.encode(text, truncate=True)[0] for text in read_inputs(path)[:limit]]
     count, eos = max_tokens or generator.max_tokens, prompts.vocabulary.eos_id
-    seconds, tokens, same = [0.0, 0.0], [0, 0], 0
-    for ids in [sources[0], *sources]:
-        if ids is sources[0]:  # the first time is preparation
-            seconds, tokens, same = [0.0, 0.0], [0, 0], 0
+    seconds, tokens, different = [0.0, 0.0], [0, 0], []
+    for number, ids in enumerate([sources[0], *sources]):
+        if number == 1:  # the first time is preparation
+            seconds, tokens, different = [0.0, 0.0], [0, 0], []
         made = []
         for which, more in enumerate(({}, {"prompt_lookup_num_tokens": LONGEST_DRAFT})):
             clock = time.perf_counter()
             made.append(model.answer(ids, count, eos, prompts.decoder_start_id, **more))
             seconds[which] += time.perf_counter() - clock
             tokens[which] += len(made[-1])
-        same += made[0] == made[1]
+        different += [number - 1] * (made[0] != made[1])
     task = pathlib.Path(path).name.split(".")[0]
     plain, drafted = (n / taken for n, taken in zip(tokens, seconds))
-    share = same / len(sources)
-    return TaskRate("transformers", task, 1, tokens[0], plain, drafted, share, 0.0, 0.0)
+    share, which = 1 - len(different) / len(sources), tuple(different)
+    return TaskRate("transformers", task, 1, tokens[0], plain, drafted, share, 0.0, 0.0, which)
 
 
 def _counts(paces: Paces) -> np.ndarray:
@@ -276,7 +284,7 @@ def main(argv: list[str]) -> int:
         console.print(_cost_table(costs, options.model))
         console.print(f"drafts that are always wrong: {wrong:.2f} of plain decoding's time")
         report |= {"costs": [dataclasses.asdict(cost) for cost in costs], "always_wrong": wrong}
-    rates = [rate for path in options.jsonl for rate in _rates(options, path)]
+    rates = _rates(options) if options.checkpoint else []
     if rates:
         console.print(_rate_table(rates))
         report["tasks"] = [dataclasses.asdict(rate) for rate in rates]
@@ -302,7 +310,9 @@ def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
         del drawn
         for rows in options.batches:
             steps = {
-                name: exported_steps(x, options.inputs_length, rows) for name, x in exported.items()
+                name: exported_steps(x, options.inputs_length, rows)
+                for name, x in exported.items()
+                if rows <= (x.rows_at_once or rows)
             }
             if "jax" in options.runtimes:
                 steps = {"jax": jax_steps(config, params, options.inputs_length, rows)} | steps
@@ -310,21 +320,45 @@ def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
     return found, wrong_drafts_cost(config, params, options.inputs_length, options.repeats)
 
 
-def _rates(options: argparse.Namespace, path: str) -> list[TaskRate]:
+def _rates(options: argparse.Namespace) -> list[TaskRate]:
+    """Of every checkpoint, runtime, number of rows and file. Exports of checkpoints are written to
+    a folder that is removed."""
     found = []
     for directory in options.checkpoint:
-        kind = export_format(directory)
-        for rows in options.batches:
-            generators = tuple(load(directory, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
-            name = f"{kind or 'jax'} {pathlib.Path(directory).name}"
-            asked = path, options.max_examples, options.max_tokens
-            found.append(measure_task(name, generators, *asked))
-        if options.transformers and not kind:
-            with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, one in _models(directory, options, pathlib.Path(folder)):
+                for rows in options.batches:
+                    generators = tuple(load(one, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
+                    if generators[0].batch_rows < rows:
+                        continue  # LiteRT's one row
+                    for path in options.jsonl:
+                        asked = path, options.max_examples, options.max_tokens
+                        found.append(measure_task(name, generators, *asked))
+            if options.transformers and not export_format(model_directory(directory)):
                 out = pathlib.Path(folder) / "hf"
                 export_main([f"--checkpoint={directory}", "--format=hf", f"--out={out}"])
-                found.append(measure_transformers(generators[0], out, *asked))
+                for path in options.jsonl:
+                    asked = path, options.max_examples, options.max_tokens
+                    found.append(measure_transformers(load(directory), out, *asked))
     return found
+
+
+def _models(
+    directory: str, options: argparse.Namespace, folder: pathlib.Path
+) -> Iterator[tuple[str, str | pathlib.Path]]:
+    """Names and directories: an export as it is, a work directory by every runtime."""
+    short = pathlib.Path(directory).name
+    if kind := export_format(model_directory(directory)):
+        yield f"{kind} {short}", directory
+        return
+    for name in options.runtimes:
+        if name == "jax":
+            yield f"jax {short}", directory
+            continue
+        kind, precision = name.split("-")
+        arguments = [f"--format={kind}", f"--precision={precision}", f"--out={folder / name}"]
+        export_main([f"--checkpoint={directory}", *arguments])
+        yield f"{name} {short}", folder / name
 
 
 def _cost_table(costs: Sequence[StepCost], model: str) -> Table:
@@ -363,7 +397,7 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
             f"{rate.drafted_rate / rate.plain_rate:.2f}",
             f"{rate.tokens_a_step:.2f}",
             f"{rate.acceptance:.0%}",
-            f"{rate.same_answers:.1%}",
+            f"{rate.same_answers:.1%}" + (f", but for {rate.different}" if rate.different else ""),
         )
     return table
 
@@ -380,16 +414,18 @@ def _parser() -> Parser:
     parser.add("--model", "preset whose steps are timed", default="")
     parser.add(
         "--runtimes",
-        f"runtimes of --model: some of {','.join(RUNTIMES)}",
+        "runtimes of --model and of --checkpoint, which is exported for them: some of "
+        f"{','.join(RUNTIMES)}; LiteRT's decode one row",
         _runtimes,
         ("jax",),
         metavar="A,B",
     )
     parser.add(
         "--checkpoint",
-        "a trained model or an ONNX export that answers --jsonl; may be given several times",
-        local_path,
+        "a trained model or an export that answers --jsonl; may be given several times",
+        checkpoint,
         [],
+        metavar="DIR",
     )
     parser.add(
         "--jsonl",

@@ -173,14 +173,18 @@ class LitertGraph:
         )
 
     def slice(self, x: int, axis: int, begin: int, size: int) -> int:
+        """Part of one axis; all others whole, whatever the reader sets: XNNPACK's SLICE wants
+        sizes, and its STRIDED_SLICE takes masks instead."""
         shape = self.shape(x)
-        starts, sizes = [0] * len(shape), list(shape)
-        starts[axis], sizes[axis] = begin, size
+        starts, ends = [0] * len(shape), [0] * len(shape)
+        starts[axis], ends[axis], shape[axis] = begin, begin + size, size
+        options = schema.StridedSliceOptionsT()
+        options.beginMask = options.endMask = sum(1 << i for i in range(len(shape)) if i != axis)
         return self.op(
-            Operator.SLICE,
-            (x, self.ints(*starts), self.ints(*sizes)),
-            sizes,
-            schema.SliceOptionsT(),
+            Operator.STRIDED_SLICE,
+            (x, self.ints(*starts), self.ints(*ends), self.ints(*[1] * len(shape))),
+            shape,
+            options,
         )
 
     def concatenate(self, parts: Sequence[int], axis: int) -> int:
@@ -214,12 +218,14 @@ class LitertGraph:
         last = self.shape(y)[-2 if transpose_y else -1]
         return self.op(Operator.BATCH_MATMUL, (x, y), [*self.shape(x)[:-1], last], options)
 
-    def reduce(self, kind: int, x: int) -> int:
-        """Mean over the last axis, which is kept with size 1."""
+    def reduce(self, kind: int, x: int, *axes: int) -> int:
+        """Over the last axis or others, which are kept with size 1."""
         options = schema.ReducerOptionsT()
         options.keepDims = True
         shape = self.shape(x)
-        return self.op(kind, (x, self.ints(len(shape) - 1)), [*shape[:-1], 1], options)
+        axes = axes or (len(shape) - 1,)
+        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        return self.op(kind, (x, self.ints(*axes)), kept, options)
 
     def argmax(self, x: int) -> int:
         options = schema.ArgMaxOptionsT()

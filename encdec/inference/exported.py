@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Generator, Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from encdec.inference.drafts import Sources, look_up
 from encdec.inference.generation_settings import AUTO, LOOKUP, OFF, GenerationSettings
 from encdec.inference.generator import TextGenerator, read_prompt_format
 from encdec.inference.rows import PreparedInput, choosing_of, row_settings, until_finished
-from encdec.inference.sampling import Choosing, greedy_choice
+from encdec.inference.sampling import Choosing
 from encdec.inference.shapes import bucket
 from encdec.inference.speculation import accept
 from encdec.inference.text_io import PromptFormat
@@ -29,6 +29,7 @@ from encdec.storage import on_this_machine
 
 append_compiled = jax.jit(append, static_argnames="plan", donate_argnames="decoding")
 accept_compiled = jax.jit(accept, static_argnames="plan", donate_argnames="decoding")
+Choices = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
 class ExportedMemory(Protocol):
@@ -46,6 +47,9 @@ class ExportedMemory(Protocol):
     def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:
         """Feeds N tokens per row; logits [R, N, V] after each. ``keep`` must come next."""
 
+    def verify_greedy(self, tokens_RxN: np.ndarray) -> Choices:
+        """Feeds N tokens per row; what follows the one at a place, as ``greedy`` tells it."""
+
     def keep(self, counts_R: np.ndarray) -> None:
         """Of the tokens that ``verify`` fed, keeps each row's first ones."""
 
@@ -56,7 +60,7 @@ class ExportedModel(Protocol):
     Attributes:
         config: the model.
         rows_at_once: how many inputs it reads together; 0 is any number.
-        verifies: whether its memory has ``verify`` and ``keep``.
+        verifies: whether its memory's ``verify``, ``verify_greedy`` and ``keep`` can be used.
     """
 
     config: ModelConfig
@@ -99,7 +103,7 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
     if kind == "litert":
         from encdec.inference.litert_runtime import LitertModel
 
-        return cast(ExportedModel, LitertModel(directory, threads))  # its memory is its own
+        return LitertModel(directory, threads)
     raise CheckpointError(
         f"{directory} holds no exported model; write one with encdec export "
         "--format=litert or --format=onnx"
@@ -123,7 +127,8 @@ class ExportedRows:
         if draft == LOOKUP and not model.verifies:
             raise ConfigError(
                 f"--draft={draft}, but this export supports one token per step; leave --draft out, "
-                "or export with --format=onnx (a decoder-only model in float32)"
+                "or run encdec export again if it is of an earlier version (a decoder-only model: "
+                "in float32)"
             )
         self.paces = Paces(draft, pays=False)  # of exports it has not been measured
 
@@ -209,12 +214,12 @@ class _Work:
             )
             drafts_RxD = look_up(self.texts, tokens_RxN, counts_R, eos_R, size - 1, np)
             fed_RxK = np.concatenate([last_R[:, None], np.maximum(drafts_RxD, 0)], axis=1)
-            counts_R, logits = counts_R.copy(), self.memory.verify(fed_RxK)
+            counts_R = counts_R.copy()
             if self.greedy:
-                decoding = accept_greedy(
-                    decoding, drafts_RxD, logits, self.plan.choosing.vocabulary_size
-                )
+                choices = self.memory.verify_greedy(fed_RxK)
+                decoding = accept_greedy(decoding, drafts_RxD, choices)
             else:
+                logits = self.memory.verify(fed_RxK)
                 decoding = accept_compiled(self.plan, decoding, drafts_RxD, logits)
             made_R = np.asarray(decoding.counts_R) - counts_R
             self.memory.keep(made_R)
@@ -266,14 +271,12 @@ def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndar
     )
 
 
-def accept_greedy(
-    decoding: Decoding, drafts_RxD: np.ndarray, logits_RxKxV: np.ndarray, size: int
-) -> Decoding:
+def accept_greedy(decoding: Decoding, drafts_RxD: np.ndarray, choices: Choices) -> Decoding:
     """``speculation.accept`` of rows that take the likeliest token, on NumPy arrays."""
     going_R = ~decoding.finished_R
-    for place in range(logits_RxKxV.shape[1]):
+    for place in range(drafts_RxD.shape[1] + 1):
         ended_R = decoding.finished_R
-        chosen_R, log_probs_R = greedy_choice(logits_RxKxV[:, place], size)
+        chosen_R, log_probs_R = choices(place)
         decoding = append_greedy(decoding.replace(finished_R=~going_R), chosen_R, log_probs_R)
         decoding = decoding.replace(finished_R=np.where(going_R, decoding.finished_R, ended_R))
         if place == drafts_RxD.shape[1]:

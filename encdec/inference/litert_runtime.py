@@ -1,20 +1,24 @@
 """Exported LiteRT models, as ``encdec.inference.exported`` needs them: one row at a time.
 
-The decoder's cache is the interpreter's own input tensors: a step writes the new token's keys
-and values there, so that nothing is copied from one step to the next.
+The decoder's cache is the interpreter's own input tensors: a step writes its tokens' keys and
+values there, so that nothing is copied from one step to the next. A step of another number of
+tokens than the one before it needs other shapes, for which the runtime moves all tensors: the
+cache is then copied out and back.
 """
 
 from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.huge_pages import NewMemory
+from encdec.inference.pace import SIZES
+from encdec.logs import logger
 from encdec.machine import available_cores
 from encdec.packages import install_hint
 from encdec.saved.saved_config import model_config_of, read_config
@@ -23,11 +27,17 @@ if TYPE_CHECKING:
     from ai_edge_litert.interpreter import Interpreter
 
 ENCODER_FILE, DECODER_FILE = "encoder.tflite", "decoder.tflite"
+MOST_TOKENS = max(SIZES)  # of one step
 _NEVER = np.float32(-1e9)  # added to the scores of cache slots that hold nothing
+_FAR = 1 << 40  # more tokens than any cache holds
+_log = logger(__name__)
 
 
 class LitertModel:
-    """The encoder and the one-token decoder of an export.
+    """The encoder and the decoder of an export.
+
+    Attributes:
+        verifies: whether a step takes several tokens; those of exports by earlier versions do not.
 
     Args:
         directory: what ``encdec export --format=litert`` wrote.
@@ -39,7 +49,6 @@ class LitertModel:
     """
 
     rows_at_once = 1
-    verifies = False  # the graph takes one token
 
     def __init__(self, directory: str | os.PathLike[str], threads: int = 0):
         directory = pathlib.Path(directory)
@@ -47,15 +56,21 @@ class LitertModel:
         threads = threads or available_cores()
         self._encoder = _Graph(directory / ENCODER_FILE, threads)
         self.decoder = _Graph(directory / DECODER_FILE, threads)
-        if "first" not in self.decoder.inputs:
-            raise CheckpointError(
-                f"{directory / DECODER_FILE} has the format of an earlier version; run encdec "
-                "export again"
+        self.verifies = "place" in self.decoder.inputs
+        if not self.verifies:
+            if "first" not in self.decoder.inputs:
+                raise CheckpointError(
+                    f"{directory / DECODER_FILE} has the format of an earlier version; run encdec "
+                    "export again"
+                )
+            _log.info(
+                "%s is of an earlier version, whose steps take one token: it decodes without "
+                "drafts; run encdec export again to use them",
+                directory / DECODER_FILE,
             )
-        self._source: dict[str, np.ndarray] = {}
 
     def encode(self, tokens_S: np.ndarray) -> dict[str, np.ndarray]:
-        """Cross-attention's keys and values of one source, by the decoder's input names."""
+        """What the decoder's layers read of one source: keys ``key_i``, values ``value_i``."""
         graph, length = self._encoder, len(tokens_S)
         graph.resize({"tokens": (1, length), "positions": (length,)})
         graph.write("tokens", np.asarray(tokens_S, np.int32)[None])
@@ -82,82 +97,172 @@ class LitertModel:
 class LitertMemory:
     """What the decoder remembers of the rows that answer one input.
 
-    With a single row everything lives in the interpreter; with several, each keeps a copy of its
+    The cache has ``MOST_TOKENS`` slots that stay empty and stand for the tokens that are fed; then,
+    in merged attention, the source's; then one for each token of the answer. With a single
+    row everything lives in the interpreter; with several, each keeps a copy of its
     cache, which goes in and out at every step.
     """
 
     def __init__(self, model: LitertModel, source: dict[str, np.ndarray], capacity: int):
         config, graph = model.config, model.decoder
-        self._graph, self._layers, self._heads = graph, config.decoder_layers, config.num_kv_heads
-        self._capacity = capacity
-        slots = 1 + capacity  # the first, always empty, stands for the token that is fed
-        past = {
-            "key": (1, config.num_kv_heads, slots, config.head_dim),
-            "value": (1, config.num_kv_heads, config.head_dim, slots),
-        }
-        shapes: dict[str, tuple[int, ...]] = {name: (1, 1, 1, slots) for name in ("mask", "first")}
-        shapes |= {name: value.shape for name, value in source.items()}
-        shapes |= {
-            f"past_{kind}_{i}": shape for kind, shape in past.items() for i in range(self._layers)
-        }
-        graph.resize(shapes)
-        self._caches = [name for name in shapes if name.startswith("past_")]
-        for name, value in source.items():
-            graph.write(name, value)
+        self._config, self._graph, self._capacity = config, graph, capacity
+        merged, length = config.merged_attention, source["key_0"].shape[2]
+        # Several query heads read a key head; the graphs of earlier versions have one mask for all.
+        self._mask_rows = config.num_heads // config.num_kv_heads if model.verifies else 1
+        self._place = "place" if model.verifies else "first"
+        self._begin = MOST_TOKENS + merged * length  # slot of the answer's first token
+        self._width = self._begin + capacity
+        self._offset = length * (config.cross_attention_rope == "continued")
+        heads, dim = config.num_kv_heads, config.head_dim
+        past = {"key": (1, heads, self._width, dim), "value": (1, heads, dim, self._width)}
+        layers = range(config.decoder_layers)
+        self._shapes = {f"past_{kind}_{i}": past[kind] for kind in past for i in layers}
+        self._caches = list(self._shapes)
+        if not merged:
+            self._shapes |= {name: value.shape for name, value in source.items()}
+        self._count = 0  # tokens that the graph's shapes are for
+        self._fit(1)
         for name in self._caches:
-            graph.write(name, np.zeros(shapes[name], np.float32))
-        first = np.zeros(shapes["first"], np.float32)
-        first[..., 0] = 1
-        graph.write("first", first)
-        graph.write("mask", (1 - first) * _NEVER)
-        self._slot = 0
+            graph.write(name, np.zeros(self._shapes[name], np.float32))
+        for name, value in source.items():
+            if merged:
+                spot = np.s_[..., MOST_TOKENS : self._begin]
+                graph.view(f"past_{name}")[spot if "value" in name else (*spot, np.s_[:])] = value
+            else:
+                graph.write(name, value)
+        self._slots = np.zeros(1, np.int64)  # tokens in each row's cache
         self._rows: list[dict[str, np.ndarray]] = []  # of several rows, each one's cache
+        self._fed: list[tuple[np.ndarray, np.ndarray]] = []  # by the last ``verify``: their own
 
     def repeat(self, times: int) -> None:
         """The row, repeated ``times`` times."""
         if times > 1:
+            self._slots = np.repeat(self._slots, times)
             self._rows = [
                 {name: self._graph.view(name).copy() for name in self._caches} for _ in range(times)
             ]
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
         """Feeds one token a row; logits [R, V] of the next."""
-        return np.concatenate([self._graph.read("logits") for _ in self._feed(tokens_R)])
+        graph, rows = self._graph, self._feed_one(tokens_R)
+        return np.concatenate([graph.read("logits").reshape(1, -1) for _ in rows])
 
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
-        graph = self._graph
-        found = [
-            (graph.view("next")[0], graph.view("next_log_prob")[0, 0]) for _ in self._feed(tokens_R)
-        ]
-        chosen, log_probs = zip(*found)
-        return np.array(chosen, np.int32), np.array(log_probs, np.float32)
+        chosen, log_probs = zip(*(self._choices() for _ in self._feed_one(tokens_R)))
+        return np.concatenate(chosen), np.concatenate(log_probs)
 
-    def _feed(self, tokens_R: np.ndarray):
+    def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:
+        """Feeds N tokens per row; logits [R, N, V] after each. ``keep`` must come next."""
+        return np.concatenate([self._graph.read("logits") for _ in self._feed_several(tokens_RxN)])
+
+    def verify_greedy(
+        self, tokens_RxN: np.ndarray
+    ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        """Feeds N tokens per row; what follows each, as ``greedy`` tells it, by its place."""
+        found = [self._choices() for _ in self._feed_several(tokens_RxN)]
+        chosen_RxN, log_probs_RxN = map(np.stack, zip(*found))
+        return lambda place: (chosen_RxN[:, place], log_probs_RxN[:, place])
+
+    def keep(self, counts_R: np.ndarray) -> None:
+        """Of the tokens that ``verify`` fed, keeps each row's first ones."""
+        for row, (new, count) in enumerate(zip(self._fed, counts_R, strict=True)):
+            self._write(row, *new, int(count))
+        self._fed = []
+
+    def _choices(self) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens [N] of the row that was run, and their log-probabilities."""
+        chosen, log_probs = map(self._graph.read, ("next", "next_log_prob"))
+        return chosen.reshape(-1), log_probs.reshape(-1)
+
+    def _feed_one(self, tokens_R: np.ndarray) -> Iterator[int]:
         """Runs the graph for each row; its outputs are to be read before the next."""
-        if self._slot >= self._capacity:
+        for row in self._feed(np.asarray(tokens_R)[:, None]):
+            yield row
+            self._write(row, self._graph.view("new_keys"), self._graph.view("new_values"), 1)
+
+    def _feed_several(self, tokens_RxN: np.ndarray) -> Iterator[int]:
+        """The same with several tokens each, which ``keep`` writes to the cache."""
+        if tokens_RxN.shape[1] > MOST_TOKENS:
+            raise ConfigError(
+                f"{tokens_RxN.shape[1]} tokens in one step; an exported LiteRT model reads "
+                f"{MOST_TOKENS} at most"
+            )
+        self._fed = []
+        for row in self._feed(tokens_RxN):
+            yield row
+            self._fed.append((self._graph.read("new_keys"), self._graph.read("new_values")))
+
+    def _feed(self, tokens_RxN: np.ndarray) -> Iterator[int]:
+        # Of several rows, those that are finished are fed on beyond their last slot.
+        if self._slots.min() >= self._capacity:
             raise ConfigError(f"the cache holds {self._capacity} tokens; raise its capacity")
-        graph, heads, slot = self._graph, self._heads, self._slot
-        graph.view("position")[0] = slot
-        for row, token in enumerate(tokens_R):
+        self._fit(tokens_RxN.shape[1])
+        graph, steps_N = self._graph, np.arange(tokens_RxN.shape[1])
+        for row, tokens_N in enumerate(tokens_RxN):
             if self._rows:
                 for name, value in self._rows[row].items():
                     graph.write(name, value)
-            graph.view("token")[0, 0] = token
+            slot = int(self._slots[row])
+            merged = self._config.merged_attention
+            graph.view("token")[0] = tokens_N
+            graph.view("position")[:] = slot + self._offset * merged + steps_N
+            if "cross_position" in graph.inputs:
+                graph.view("cross_position")[:] = slot + self._offset + steps_N
+            for name in ("mask", "local_mask"):
+                if name in graph.inputs:
+                    self._write_mask(name, slot)
             graph.run()
             yield row
-            keys, values = graph.view("new_keys"), graph.view("new_values")
-            for index in range(self._layers):
-                own = slice(heads * index, heads * (index + 1))
+
+    def _write_mask(self, name: str, slot: int) -> None:
+        """What every token reads: the source, the tokens before, and those fed up to itself."""
+        mask_NxHxC = self._graph.view(name).reshape(self._count, self._mask_rows, self._width)
+        mask_NxHxC[:] = _NEVER
+        mask_NxHxC[..., MOST_TOKENS : self._begin] = 0
+        reach = self._config.attention_window if name == "local_mask" else _FAR
+        for place, mask_HxC in enumerate(mask_NxHxC):
+            mask_HxC[:, max(0, place - reach + 1) : place + 1] = 0
+            mask_HxC[:, self._begin + max(0, slot + place - reach + 1) : self._begin + slot] = 0
+
+    def _write(self, row: int, keys: np.ndarray, values: np.ndarray, count: int) -> None:
+        """Appends the first tokens of [1, L * K, N, D] to a row's cache."""
+        heads, slot = self._config.num_kv_heads, int(self._slots[row])
+        begin, count_now = self._begin + slot, min(count, self._capacity - slot)
+        if count_now > 0:
+            for index in range(self._config.decoder_layers):
+                own = np.s_[heads * index : heads * (index + 1), :count_now]
                 for name, place, new in (
-                    (f"past_key_{index}", np.s_[0, :, 1 + slot], keys[0, own, 0]),
-                    (f"past_value_{index}", np.s_[0, :, :, 1 + slot], values[0, own, 0]),
+                    (f"past_key_{index}", np.s_[0, :, begin : begin + count_now], keys[0][own]),
+                    (
+                        f"past_value_{index}",
+                        np.s_[0, :, :, begin : begin + count_now],
+                        values[0][own].swapaxes(1, 2),
+                    ),
                 ):
-                    cache = self._rows[row][name] if self._rows else graph.view(name)
+                    cache = self._rows[row][name] if self._rows else self._graph.view(name)
                     cache[place] = new
-            del keys, values, cache, new  # the interpreter runs only while nobody looks into it
-        graph.view("mask")[0, 0, 0, 1 + slot] = 0
-        self._slot += 1
+        self._slots[row] += count
+
+    def _fit(self, count: int) -> None:
+        """Shapes for steps of this many tokens."""
+        if count == self._count:
+            return
+        graph, masks = self._graph, count * self._mask_rows
+        held = {
+            name: graph.view(name).copy()
+            for name in self._shapes
+            if self._count and not (self._rows and name in self._caches)
+        }
+        shapes: dict[str, tuple[int, ...]] = {"mask": (1, 1, masks, self._width)}
+        shapes |= {"local_mask": shapes["mask"], "cross_position": (count,)}
+        shapes |= {"token": (1, count), "position": (count,)}
+        shapes[self._place] = (1, 1, count, self._width)
+        graph.resize({name: x for name, x in shapes.items() if name in graph.inputs} | self._shapes)
+        for name, value in held.items():
+            graph.write(name, value)
+        graph.write(self._place, np.eye(count, self._width, dtype=np.float32)[None, None])
+        self._count = count
 
 
 class _Graph:

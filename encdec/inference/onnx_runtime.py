@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,6 +177,13 @@ class _Memory:
         )
         self._fed = count
         return logits
+
+    def verify_greedy(
+        self, tokens_RxN: np.ndarray
+    ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        """Feeds N tokens per row; what follows the one at a place, as ``greedy`` tells it."""
+        logits, size = self.verify(tokens_RxN), self._model.vocabulary_size
+        return lambda place: greedy_choice(logits[:, place], size)
 
     def keep(self, counts_R: np.ndarray) -> None:
         """Of the tokens that ``verify`` fed, keeps each row's first ones."""

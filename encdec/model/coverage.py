@@ -38,6 +38,7 @@ ALSO: dict[str, frozenset[str]] = {
     "cpu": _OUTSIDE_KERNELS,
     "hf": _OUTSIDE_KERNELS,
     "onnx": _OUTSIDE_KERNELS,
+    "litert": _OUTSIDE_KERNELS,
     # Read back into the plain modules.
     "encdec": frozenset(field.name for field in dataclasses.fields(ModelConfig)) - EVERYWHERE,
 }

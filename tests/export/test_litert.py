@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from encdec.evaluation.evaluate_command import main as evaluate_main
 from encdec.export import formats, quality
 from encdec.export.export_command import main
 from encdec.export.quantise import four_bits, in_blocks, nibbles
-from encdec.inference.exported import ExportedGenerator
+from encdec.inference.exported import ExportedGenerator, load_exported_generator
 from encdec.inference.generate_command import main as generate_main
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
@@ -66,31 +68,101 @@ def pairs(count=3):
     ]
 
 
-@pytest.mark.parametrize("name", ["paper", "unrolled", "t5gemma folded", "stretched"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "paper",
+        "unrolled",
+        "windowed pair",
+        "from zero",
+        "continued",
+        "merged, continued",
+        "of later families",
+        "t5gemma2",
+    ],
+)
 def test_float32_graphs_compute_our_logits(name, export):
     found = quality.measure(export(name)[0], *pair(name), pairs(), START)
     assert found.largest_difference < 1e-4 and found.agreement == 1
     assert abs(found.loss - found.reference_loss) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["paper", "merged, continued", "of later families", "t5gemma2"])
+@pytest.mark.parametrize("precision, most", [("float32", 1e-4), ("int8", 1e-3)])
+def test_steps_of_several_tokens_are_those_of_one(name, precision, most, export):
+    """What was not kept leaves nothing behind; rows of one input may be at unlike places."""
+    model = export(name, precision)[0]
+    rng = np.random.default_rng(1)
+    source, target = rng.integers(3, 259, (1, 9)), rng.integers(3, 259, 19)
+
+    def begin():
+        return model.prefill(source, np.array([9]), START, len(target))
+
+    logits, memory = begin()
+    plain = np.concatenate([logits, *(memory.step(target[i : i + 1]) for i in range(len(target)))])
+    several, memory = begin()
+    memory.repeat(2)
+    several, places = [several[0]], np.zeros(2, int)
+    for size, kept in ((4, (4, 2)), (8, (3, 8)), (1, (1, 1)), (8, (8, 7))):
+        fed = rng.integers(3, 259, (2, size))
+        for row, (place, count) in enumerate(zip(places, kept)):
+            fed[row, :count] = target[place : place + count]
+        if size == 1:
+            found = memory.step(fed[:, 0])[:, None]
+        else:
+            found = memory.verify(fed)
+            memory.keep(np.array(kept))
+        for row, (place, count) in enumerate(zip(places, kept)):
+            expected = plain[place + 1 : place + 1 + count]
+            np.testing.assert_allclose(found[row, :count], expected, atol=most)
+            assert (found[row, :count].argmax(-1) == expected.argmax(-1)).all()
+        several += list(found[0, : kept[0]])
+        places += kept
+    np.testing.assert_allclose(several, plain[: len(several)], atol=most)
+    assert np.ptp(plain) > 1 and list(places) == [16, 18]
+
+
 def test_answers_are_ours(export):
-    """Greedy by the graph's own choice, and several drawn samples that share the source."""
+    """Greedy by the graph's own choice, and several drawn samples that share the source, plainly
+    and with drafts."""
     ours = Generator(*pair("paper"), PROMPTS, max_tokens=8)
-    theirs = ExportedGenerator(export("paper")[0], PROMPTS, max_tokens=8)
+    theirs = ExportedGenerator(export("paper")[0], PROMPTS, max_tokens=8, draft="off")
+    drafted = ExportedGenerator(export("paper")[0], PROMPTS, max_tokens=8, draft="lookup")
     sampled = GenerationSettings(temperature=0.7, top_k=20, samples=2, seed=3)
     for settings in (GenerationSettings(), sampled):
-        for a, b in zip(ours.generate(TEXTS, settings), theirs.generate(TEXTS, settings)):
+        plain = theirs.generate(TEXTS, settings)
+        for a, b in zip(ours.generate(TEXTS, settings), plain):
             assert [one.tokens for one in a] == [one.tokens for one in b]
             np.testing.assert_allclose(a[0].log_probs, b[0].log_probs, atol=1e-4)
+        for a, b in zip(plain, drafted.generate(TEXTS, settings)):
+            assert [one.tokens for one in a] == [one.tokens for one in b]
+            np.testing.assert_allclose(a[0].log_probs, b[0].log_probs, atol=1e-5)
+    assert any(pace.steps for pace in drafted.paces.all)
+    assert not theirs.paces.all
     with pytest.raises(ConfigError, match="no beam search"):
         theirs.generate(TEXTS, GenerationSettings(beams=2))
     text = theirs.generate(["a hare"])[0][0].text
-    assert text == "".join(theirs.stream("a hare"))
+    assert text == "".join(theirs.stream("a hare")) == "".join(drafted.stream("a hare"))
+
+
+def test_exports_whose_steps_take_one_token_are_still_read(tmp_path, caplog):
+    """An export as earlier versions wrote them, with the answers that they gave."""
+    with zipfile.ZipFile(pathlib.Path(__file__).with_name("one_token_litert.zip")) as archive:
+        archive.extractall(tmp_path)
+    with caplog.at_level("INFO", "encdec"):
+        plain = load_exported_generator(tmp_path, threads=1)
+    assert "decodes without drafts; run encdec export again" in caplog.text
+    for text, tokens in json.loads((tmp_path / "answers.json").read_text()).items():
+        assert plain.generate([text])[0][0].tokens == tokens
+    with pytest.raises(ConfigError, match="one token per step.*run encdec export again"):
+        load_exported_generator(tmp_path, threads=1, draft="lookup")
 
 
 def test_a_full_cache_is_refused(export):
     model = export("paper")[0]
     memory = LitertMemory(model, model.encode(np.array([5, 6, 7])), 1)
+    with pytest.raises(ConfigError, match="9 tokens in one step"):
+        memory.verify(np.full((1, 9), 4))
     memory.step(np.array([START]))
     with pytest.raises(ConfigError, match="cache holds 1 tokens"):
         memory.step(np.array([4]))
@@ -166,16 +238,6 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         LitertModel(out)
 
 
-@pytest.mark.parametrize(
-    "name, changes, message",
-    [
-        ("paper", {"cross_attention_rope": "from_zero"}, "cross_attention_rope is 'from_zero'"),
-        ("llama", {}, "architecture is 'decoder_only'"),
-    ],
-)
-def test_what_the_graphs_cannot_express_is_refused_by_field(name, changes, message, tmp_path):
-    config, params = pair(name)
-    with pytest.raises(ConfigError, match=message):
-        formats.write(
-            "litert", tmp_path / "x", formats.Export(config.replace(**changes), params, PROMPTS)
-        )
+def test_what_the_graphs_cannot_express_is_refused_by_field(tmp_path):
+    with pytest.raises(ConfigError, match="architecture is 'decoder_only'"):
+        formats.write("litert", tmp_path / "x", formats.Export(*pair("llama"), PROMPTS))
