@@ -178,19 +178,12 @@ def test_a_run_that_is_cut_around_the_switch_ends_in_the_same_bits(trained, tmp_
         np.testing.assert_array_equal(now[name], value, err_msg=name)
 
 
-def test_a_trained_adaptation_is_a_t5gemma_of_transformers(trained, tmp_path):
+def agrees_with_transformers(run, directory):
+    """What transformers computes from an export of the run is what we compute."""
     torch = pytest.importorskip("torch", reason="needs torch: the extra hf of setup.py")
     transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
-    folder, _ = trained
-    command = [f"--checkpoint={folder / 'run'}", "--format=hf", f"--out={tmp_path / 'hf'}"]
-    assert export_main(command) == 0
-    stated = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert stated["model_type"] == "t5gemma"
-    assert stated["encoder"]["layer_types"] == ["sliding_attention"]
-    kinds = ["sliding_attention", "full_attention"]
-    assert stated["decoder"]["layer_types"] == kinds
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf", dtype="float32")
-    config, params, _ = load_params_for_inference(folder / "run")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory, dtype="float32")
+    config, params, _ = load_params_for_inference(run)
     tokens = np.random.default_rng(0).integers(3, 259, (2, 9))
     ours = jax.jit(lambda p, b: build_model(config).apply({"params": p}, b))(
         params, fields(config, tokens)
@@ -203,3 +196,53 @@ def test_a_trained_adaptation_is_a_t5gemma_of_transformers(trained, tmp_path):
         ).logits
     assert np.ptp(ours) > 1
     np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-4, rtol=0)
+
+
+def test_a_trained_adaptation_is_a_t5gemma_of_transformers(trained, tmp_path):
+    folder, _ = trained
+    command = [f"--checkpoint={folder / 'run'}", "--format=hf", f"--out={tmp_path / 'hf'}"]
+    assert export_main(command) == 0
+    stated = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert stated["model_type"] == "t5gemma"
+    assert stated["encoder"]["layer_types"] == ["sliding_attention"]
+    kinds = ["sliding_attention", "full_attention"]
+    assert stated["decoder"]["layer_types"] == kinds
+    agrees_with_transformers(folder / "run", tmp_path / "hf")
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_gemma_3_with_merged_attention_becomes_a_t5gemma_2_of_transformers(tmp_path):
+    """Adapted, trained for three steps, exported."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
+    if not hasattr(transformers, "T5Gemma2Config"):
+        pytest.skip("needs a transformers that has T5Gemma 2")
+    gemma3 = GEMMA.replace(
+        decoder_layers=2,
+        attention_logit_cap=0.0,
+        final_logit_cap=0.0,
+        qk_norm=True,
+        attention_scale=0.25,
+        local_rope_theta=100.0,
+        rope_scaling="linear",
+        rope_factor=8.0,
+    )
+    adapted, run = tmp_path / "adapted", tmp_path / "run"
+    source = write_source(tmp_path / "source", gemma3)
+    options = ["--cross_attention=merged", "--embeddings=shared", "--encoder_layers=last:1"]
+    assert adapt_main([str(source), f"--out={adapted}", *options]) == 0
+    records = write_records(
+        tmp_path / "records", random_pairs(24, 0), ByteVocabulary(4), start_id=2
+    )
+    settings = small_run(
+        records, steps=3, batch_size=8, init_from=str(adapted), init_architecture="source"
+    )
+    settings["model_overrides"].pop("vocab_size")
+    train(settings, run)
+    before, after = flat(adapted), flat(run)
+    assert not [name for name in after if "encoder_attention" in name]
+    assert all(not np.array_equal(before[name], after[name]) for name in after)
+    arguments = [f"--checkpoint={run}", "--format=hf", f"--out={tmp_path / 'hf'}"]
+    assert export_main(arguments) == 0
+    stated = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert stated["model_type"] == "t5gemma2"
+    agrees_with_transformers(run, tmp_path / "hf")
