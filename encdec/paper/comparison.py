@@ -13,6 +13,7 @@ from encdec.evaluation.evaluation_report import shown
 from encdec.markup import markdown_table
 from encdec.metrics.intervals import RESAMPLES, t_interval
 from encdec.paper.result_rows import BITS, COSTS, RUN, by_row, score_of
+from encdec.paper.search_tables import search_markdown
 
 # (decoding, score, heading); "shuffled" are greedy answers to another example's source.
 SCORES = (
@@ -56,6 +57,8 @@ def comparison_markdown(rows: Sequence[Mapping[str, Any]], trials: int = 2_000) 
         parts.append(f"## {task}\n\n{score_table(models)}\n{cost_table(models, rows)}")
         if pairs := paired_table(models, trials):
             parts.append(pairs)
+    if searched := search_markdown(rows):
+        parts.append(searched)
     return "\n".join(parts) if parts else "No run is finished yet.\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fractions
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -23,46 +24,56 @@ from encdec.storage import any_path, as_path, local_path
 _LOG = logger(__name__)
 
 if TYPE_CHECKING:
+    from etils import epath
+
+    from encdec.paper.corpora import Corpora
     from encdec.paper.setting import Setting
 
 
 def main(argv: list[str]) -> int:
-    """``encdec paper --config=FILE:SIZE --data_dir=DIR --workdir=DIR``, ``costs`` or ``table``.
+    """``encdec paper --config=FILE:SIZE --data_dir=DIR --workdir=DIR``, ``search``, ``costs`` or
+    ``table``.
 
     Raises:
         ConfigError: invalid settings, or a work directory with other settings.
         DataError: text or examples are missing.
     """
-    if argv and argv[0] == "table":
-        return _table(argv[1:])
-    if argv and argv[0] == "costs":
-        return _costs(argv[1:])
+    parts = {"table": _table, "costs": _costs, "search": _search}
+    if argv and argv[0] in parts:
+        return parts[argv[0]](argv[1:])
     options, setting = _read(_parser(), argv)
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.evaluation.results_table import table_markdown
-    from encdec.files import sole_process
-    from encdec.jobs import claim_settings
     from encdec.paper.setting import table_rows
 
     columns = _chosen("columns", options.columns, [column.name for column in setting.columns])
     rows = _chosen("rows", options.rows, list(table_rows(setting)))
-    work = _on_a_disk(options.workdir)
-    work.mkdir(parents=True, exist_ok=True)
-    identity = setting.identity()
-    path = work / "setting.json"
-    claim_settings(
-        path, identity, holder=work, remedy=f"give another --workdir, or those of {path}"
-    )
-    from encdec.paper.corpora import Corpora
+    work, corpora, results = _at_work(options, setting)
     from encdec.paper.runs import Experiment
 
-    corpora = Corpora(setting, work, options.data_dir, options.text)
-    with sole_process(work / "locks" / "corpora", wait=True):
-        corpora.make(_say)
-    results = as_path(options.results or work / "results.jsonl")
     experiment = Experiment(setting, work, corpora, results, columns, rows, _say)
     print(table_markdown(experiment.run()))
     return 0
+
+
+def _at_work(
+    options: argparse.Namespace, setting: Setting
+) -> tuple[pathlib.Path, Corpora, pathlib.Path | epath.Path]:
+    """The work directory, claimed for the setting, its corpora, made, and the results' file."""
+    from encdec.files import sole_process
+    from encdec.jobs import claim_settings
+    from encdec.paper.corpora import Corpora
+
+    work = _on_a_disk(options.workdir)
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "setting.json"
+    claim_settings(
+        path, setting.identity(), holder=work, remedy=f"give another --workdir, or those of {path}"
+    )
+    corpora = Corpora(setting, work, options.data_dir, options.text)
+    with sole_process(work / "locks" / "corpora", wait=True):
+        corpora.make(_say)
+    return work, corpora, as_path(options.results or work / "results.jsonl")
 
 
 def _on_a_disk(workdir: str) -> pathlib.Path:
@@ -136,6 +147,81 @@ def _costs(argv: list[str]) -> int:
     return 0
 
 
+def _search(argv: list[str]) -> int:
+    """``encdec paper search``: short runs with each learning rate and dropout of a grid."""
+    options, setting = _read(_search_parser(), argv)
+    from encdec.paper.search import Grid, Search
+    from encdec.paper.search_tables import search_markdown
+    from encdec.paper.setting import DEC, TEACHER, row_name, table_rows
+
+    usual = [row_name(setting.splits[0]), DEC]
+    rate = setting.optimizer.learning_rate
+    grid = Grid(
+        tuple(_chosen("rows", options.rows, [*table_rows(setting), TEACHER]) or usual),
+        options.learning_rates or (rate / 2, rate, 2 * rate),
+        options.dropouts or (setting.dropout,),
+        options.fraction,
+        options.seeds,
+    )
+    columns = _chosen("columns", options.columns, [column.name for column in setting.columns])
+    tried = [column for column in setting.columns if not columns or column.name in columns]
+    Search.check(setting)
+    work, corpora, results = _at_work(options, setting)
+    print(search_markdown(Search(setting, work, corpora, results, _say).run(grid, tried)))
+    return 0
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers such as 1e-2,2e-2") from None
+
+
+def _share(text: str) -> fractions.Fraction:
+    try:
+        return fractions.Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a share such as 1/6") from None
+
+
+def _search_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="encdec paper search",
+        description="Tries learning rates and dropouts in short runs, each with its whole "
+        "schedule, on the comparison's records, for each model alike; the best evaluation in "
+        "held-out bits per byte counts. Repeat the command to resume.",
+        epilog="Example: encdec paper search --config=configs/paper.py:codexglue --data_dir=data "
+        "--workdir=runs/codexglue --learning_rates=5e-3,1e-2,2e-2 --dropouts=0,0.1",
+    )
+    _add_places(parser)
+    parser.add_argument(
+        "--rows",
+        metavar="A,B",
+        help="models, such as 'DEC,teacher' (default: the first split's ED and DEC)",
+    )
+    parser.add_argument(
+        "--learning_rates",
+        type=_numbers,
+        metavar="A,B",
+        help="peaks to try (default: half, once and twice config.optimizer.learning_rate)",
+    )
+    parser.add_argument(
+        "--dropouts", type=_numbers, metavar="A,B", help="to try (default: config.dropout)"
+    )
+    parser.add_argument(
+        "--fraction",
+        type=_share,
+        default=fractions.Fraction(1, 6),
+        metavar="1/N",
+        help="share of a column's steps that a trial has (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="of each combination (default: 1)"
+    )
+    return parser
+
+
 def _chosen(flag: str, given: str | None, names: Sequence[str]) -> list[str]:
     chosen = given.split(",") if given else []
     if unknown := sorted(set(chosen) - set(names)):
@@ -164,6 +250,28 @@ def _parser() -> argparse.ArgumentParser:
         "--config=configs/paper.py:laptop --data_dir=data --text=data/books.jsonl "
         "--workdir=runs/paper",
     )
+    _add_places(parser)
+    parser.add_argument(
+        "--rows",
+        metavar="A,B",
+        help="only these students, such as 'DEC,ED 2/3-1/3'; processes with one --workdir divide "
+        "the runs",
+    )
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=local_path,
+        required=True,
+        metavar="FILE.py[:SIZE]",
+        help="configs/paper.py:codexglue, :laptop or :gpu, or your own",
+    )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """What is run, on what, and where."""
     _add_config(parser)
     parser.add_argument(
         "--data_dir",
@@ -196,20 +304,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_module_flag(parser)
     parser.add_argument("--columns", metavar="A,B", help="only these columns (default: all)")
-    parser.add_argument(
-        "--rows",
-        metavar="A,B",
-        help="only these students, such as 'DEC,ED 2/3-1/3'; processes with one --workdir divide "
-        "the runs",
-    )
-    return parser
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=local_path,
-        required=True,
-        metavar="FILE.py[:SIZE]",
-        help="configs/paper.py:codexglue, :laptop or :gpu, or your own",
-    )

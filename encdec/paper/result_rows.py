@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PAIRED = ("bleu_codexglue", "exact_match")  # metrics whose parts are kept by example
 BITS = "bits_per_byte"
-RUN, COSTS = "run", "costs"  # kinds of lines
+RUN, COSTS, SEARCH = "run", "costs", "search"  # kinds of lines
 
 
 def setting_digest(identity: Mapping[str, Any]) -> str:
@@ -52,7 +52,7 @@ def read_results(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
     for number, line in whole_lines(path):
         try:
             row = json.loads(line)
-            assert row["kind"] in (RUN, COSTS)
+            assert row["kind"] in (RUN, COSTS, SEARCH)
         except (ValueError, TypeError, KeyError, AssertionError):
             raise DataError(f"{path}:{number} is not a result row; remove the line") from None
         rows.append(row)
