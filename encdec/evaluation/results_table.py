@@ -27,6 +27,8 @@ OTHERS = (
     ("code_java2cs", "bleu_codexglue", "Java to C#, BLEU as CodeXGLUE"),
     ("code_java2cs", "exact_match", "Java to C#, exact match"),
     ("code_java2cs", "syntax_match", "Java to C#, syntax"),
+    ("code_refine_small", "bleu_codexglue", "refinement, BLEU as CodeXGLUE"),
+    ("code_refine_small", "exact_match", "refinement, exact match"),
     ("dialogsum", "rougeL", "DialogSum, Rouge-L"),
     ("dialogsum", "rougeL_stemmed", "DialogSum, Rouge-L stemmed"),
     ("squad_v2", "bits_per_byte", "SQuAD, bits per byte"),
@@ -34,6 +36,7 @@ OTHERS = (
     ("code_java2cs", "bits_per_byte", "Java to C#, bits per byte"),
     ("xsum", "bits_per_byte", "XSum, bits per byte"),
     ("dialogsum", "bits_per_byte", "DialogSum, bits per byte"),
+    ("code_refine_small", "bits_per_byte", "refinement, bits per byte"),
 )
 # arXiv 2501.16273, Table 1: (Rouge-L, Ragas) at 330M in the order of COLUMNS, from 0 to 1. The
 # paper gives neither seeds nor intervals.

@@ -22,9 +22,16 @@ SCORES = (
     ("beam", "bleu_codexglue", "BLEU, beam"),
     ("beam", "exact_match", "exact match, beam"),
     ("greedy", "syntax_match", "syntax"),
+    ("greedy", "rouge1_stemmed", "Rouge-1"),
+    ("greedy", "rouge2_stemmed", "Rouge-2"),
+    ("greedy", "rougeL_stemmed", "Rouge-L"),
+    ("beam", "rouge1_stemmed", "Rouge-1, beam"),
+    ("beam", "rouge2_stemmed", "Rouge-2, beam"),
+    ("beam", "rougeL_stemmed", "Rouge-L, beam"),
     ("greedy", "bits_per_byte", "bits per byte"),
     ("shuffled", "bleu_codexglue", "BLEU, shuffled sources"),
     ("shuffled", "exact_match", "exact match, shuffled sources"),
+    ("shuffled", "rougeL_stemmed", "Rouge-L, shuffled sources"),
     ("shuffled", "bits_per_byte", "bits per byte, shuffled sources"),
 )
 # (second, first): the difference is second minus first.
@@ -43,6 +50,8 @@ PAIRED = (
     ("greedy", "bleu_codexglue", "BLEU"),
     ("greedy", "exact_match", "exact match"),
     ("beam", "bleu_codexglue", "BLEU, beam"),
+    ("greedy", "rougeL_stemmed", "Rouge-L"),
+    ("beam", "rougeL_stemmed", "Rouge-L, beam"),
     ("greedy", BITS, "bits per byte"),
 )
 TAUGHT = ("+KD", "+SeqKD")
@@ -128,6 +137,11 @@ def cost_table(
 
 def paired_table(models: Mapping[str, Sequence[Mapping[str, Any]]], trials: int) -> str:
     """Differences of two models over the seeds that both have; empty where no pair has any."""
+    columns = [
+        (decoding, score, heading)
+        for decoding, score, heading in PAIRED
+        if any(row["parts"].get(decoding, {}).get(score) for of in models.values() for row in of)
+    ]
     lines = []
     for second, first in PAIRS:
         if second not in models or first not in models:
@@ -136,7 +150,7 @@ def paired_table(models: Mapping[str, Sequence[Mapping[str, Any]]], trials: int)
         sides = [{row["seed"]: row for row in models[name]} for name in (first, second)]
         # A teacher has one seed.
         seeds = sorted(sides[0].keys() & sides[1].keys())
-        for decoding, score, _ in PAIRED:
+        for decoding, score, _ in columns:
             found = [[score_of(side[seed], decoding, score) for seed in seeds] for side in sides]
             if not seeds or any(one is None for side in found for one in side):
                 cells.append("–")
@@ -149,5 +163,5 @@ def paired_table(models: Mapping[str, Sequence[Mapping[str, Any]]], trials: int)
         lines.append((f"{second} minus {first}", str(len(seeds)), *cells))
     if not lines:
         return ""
-    head = ("paired", "seeds", *(heading for *_, heading in PAIRED))
+    head = ("paired", "seeds", *(heading for *_, heading in columns))
     return "\n".join(markdown_table(head, lines)) + "\n"

@@ -19,7 +19,15 @@ from encdec.benchmarks.train_benchmark import OurStep
 from encdec.cost.flops import cache_bytes, weight_bytes
 from encdec.model import build_model, init_params
 from encdec.paper.result_rows import COSTS, where_and_when
-from encdec.paper.setting import TEACHER, Column, Setting, model_of, run_config, table_rows
+from encdec.paper.setting import (
+    TEACHER,
+    Column,
+    Setting,
+    model_of,
+    run_config,
+    steps_of,
+    table_rows,
+)
 from encdec.train.run_config import RunConfig
 
 STEPS = 10  # timed
@@ -48,7 +56,7 @@ def step_seconds(setting: Setting, row: str, column: Column) -> float:
         records="",
         eval_records="",
         batch_size=column.batch_size,
-        steps=column.steps,
+        steps=steps_of(setting, row, column),
         seed=0,
     )
     step = OurStep(_Shape(run, column.batch_size, column.inputs, column.targets))
@@ -94,7 +102,7 @@ def cost_rows(
                 "row": name,
                 "column": column.name,
                 "step_seconds": seconds,
-                "training_seconds": seconds * column.steps,
+                "training_seconds": seconds * steps_of(setting, name, column),
                 "first_token_seconds": timings[name].first_token.median,
                 "tokens_per_second": timings[name].tokens_per_second.median,
                 "memory_bytes": weight_bytes(config) + cache_bytes(config, INPUTS, NEW_TOKENS),

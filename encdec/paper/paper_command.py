@@ -244,8 +244,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="encdec paper",
         description="Rebuilds the paper's comparison: pretrains DEC and ED at three splits at "
         "equal FLOPs, fine-tunes them on tasks, distils, evaluates. Repeat the command to "
-        "resume. `encdec paper costs --help`: what each model costs; `encdec paper table --help`: "
-        "tables from result rows.",
+        "resume. `encdec paper search --help`: learning rate and dropout; `encdec paper costs "
+        "--help`: what each model costs; `encdec paper table --help`: tables from result rows.",
         epilog="Any field of the config is set by --config.FIELD=VALUE. Example: encdec paper "
         "--config=configs/paper.py:laptop --data_dir=data --text=data/books.jsonl "
         "--workdir=runs/paper",
@@ -266,7 +266,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         type=local_path,
         required=True,
         metavar="FILE.py[:SIZE]",
-        help="configs/paper.py:codexglue, :laptop or :gpu, or your own",
+        help="configs/paper.py:codexglue, :dialogsum, :refinement, :laptop or :gpu, or your own",
     )
 
 

@@ -30,7 +30,12 @@ from encdec.storage import make_directory
 if TYPE_CHECKING:
     from etils import epath
 
-PAIRED = ("bleu_codexglue", "exact_match")  # metrics whose parts are kept by example
+# Scores whose parts are kept by example where a task has them, and the metric of each.
+PAIRED = {
+    "bleu_codexglue": "bleu_codexglue",
+    "exact_match": "exact_match",
+    "rougeL_stemmed": "rouge_stemmed",
+}
 BITS = "bits_per_byte"
 RUN, COSTS, SEARCH = "run", "costs", "search"  # kinds of lines
 
@@ -106,7 +111,10 @@ def run_rows(
                 "examples": reports["greedy"]["tasks"][task]["examples"],
                 "scores": scores,
                 "shuffled": shuffled["scores"] if shuffled else {},
-                "parts": {name: _parts(folder / task) for name, folder in folders.items()},
+                "parts": {
+                    name: _parts(folder / task, [one for one in PAIRED if one in scores[name]])
+                    for name, folder in folders.items()
+                },
             }
             | where_and_when()
         )
@@ -122,17 +130,22 @@ def where_and_when() -> dict[str, str]:
     }
 
 
-def _parts(folder: pathlib.Path) -> dict[str, list[list[float]]]:
-    """What each example adds to the sums of the paired scores."""
+def _parts(folder: pathlib.Path, names: Sequence[str]) -> dict[str, list[list[float]]]:
+    """What each example adds to the sums of the scores of these names, and of bits per byte."""
     answers = {index: (one, made.text) for _, index, one, made in read_answers(folder)}
     order = sorted(answers)
-    found = score_texts(
-        PAIRED, [answers[i][0].references for i in order], [answers[i][1] for i in order]
-    )
+    references = [answers[i][0].references for i in order]
+    found = [_scored(name, references, [answers[i][1] for i in order]) for name in names]
     read = LikelihoodFiles(folder).read()
     if read:
         found += [one for one in likelihood_scores([read[i] for i in order]) if one.name == BITS]
     return {score.name: _plain(score.parts_ExK) for score in found}
+
+
+def _scored(name: str, references: list[Sequence[str]], texts: list[str]) -> Score:
+    """One of the PAIRED scores."""
+    [found] = [one for one in score_texts([PAIRED[name]], references, texts) if one.name == name]
+    return found
 
 
 def _plain(parts_ExK: np.ndarray) -> list[list[float]]:
@@ -150,16 +163,16 @@ def score_of(row: Mapping[str, Any], decoding: str, name: str) -> Score | None:
     if name == BITS:
         return Score(name, np.array(parts, np.float64), lambda sums: bits_per_byte(*sums.T))
     # The function of the sums is the metric's own, whatever the texts.
-    [template] = score_texts([name], [["a"]], ["a"])
+    template = _scored(name, [["a"]], ["a"])
     return dataclasses.replace(template, parts_ExK=np.array(parts, np.float64))
 
 
-def done_runs(rows: Iterable[Mapping[str, Any]], digest: str) -> set[tuple[str, str, int]]:
-    """(row, column, seed) of the runs with these settings."""
+def done_runs(rows: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str, int]]:
+    """(digest of the settings, row, column, seed) of the runs."""
     return {
-        (row["row"], row["column"], row["seed"])
+        (row["setting"], row["row"], row["column"], row["seed"])
         for row in rows
-        if row["kind"] == RUN and row["setting"] == digest
+        if row["kind"] == RUN
     }
 
 

@@ -43,6 +43,7 @@ from encdec.paper.setting import (
     planned,
     run_config,
     slug,
+    steps_of,
     table_rows,
 )
 from encdec.train.loop import train
@@ -83,7 +84,7 @@ class Experiment:
         say: Say,
     ):
         self._setting, self._work, self._corpora, self._say = setting, work, corpora, say
-        self._results, self._digest = results, setting_digest(setting.identity())
+        self._results = results
         self._columns = [c for c in setting.columns if not columns or c.name in columns]
         self._rows = [row for row in table_rows(setting) if not rows or row in rows]
 
@@ -98,20 +99,25 @@ class Experiment:
 
     def _needed(self, run: Run) -> bool:
         """Whether a run is missing in the results; the teacher also if a pupil's is."""
-        done = done_runs(read_results(self._results), self._digest)
-        if (run.title, run.column, run.seed) not in done:
+        done = done_runs(read_results(self._results))
+        if self._key(run) not in done:
             return True
         pupils = [one for one in self._runs if one.teaching and one.column == run.column]
         return (
             run.row == TEACHER
             and not self._finished(run)
-            and any((one.title, one.column, one.seed) not in done for one in pupils)
+            and any(self._key(one) not in done for one in pupils)
         )
+
+    def _key(self, run: Run) -> tuple[str, str, str, int]:
+        """What names a run in the results."""
+        digest = setting_digest(self._setting.identity(run.with_teacher))
+        return digest, run.title, run.column, run.seed
 
     def _record(self, run: Run, column: Column) -> None:
         """Adds the run's line to the results, unless it is there."""
         model, shape = model_of(self._setting, run.row), self._setting.pretrain
-        flops = column.steps * training_flops(
+        flops = steps_of(self._setting, run.row, column) * training_flops(
             model, column.inputs, column.targets, batch_size=column.batch_size
         )
         if shape.steps:
@@ -119,13 +125,13 @@ class Experiment:
                 model, shape.inputs, shape.targets, batch_size=shape.batch_size
             )
         with sole_process(self._work / "locks" / "results", wait=True):
-            key = (run.title, run.column, run.seed)
-            if key in done_runs(read_results(self._results), self._digest):
+            key = self._key(run)
+            if key in done_runs(read_results(self._results)):
                 return
             append_results(
                 self._results,
                 run_rows(
-                    digest=self._digest,
+                    digest=key[0],
                     title=run.title,
                     column=run.column,
                     seed=run.seed,
@@ -221,7 +227,7 @@ class Experiment:
                 records=records,
                 eval_records=self._corpora.records(column.name, "held_out"),
                 batch_size=column.batch_size,
-                steps=column.steps,
+                steps=steps_of(self._setting, run.row, column),
                 seed=run.seed,
                 init_from=str(self._pretrained(run) or ""),
                 teacher=self._draws(column) if run.teaching == "draws" else "",

@@ -31,7 +31,7 @@ from encdec.paper.result_rows import (
     setting_digest,
     where_and_when,
 )
-from encdec.paper.setting import Column, Setting, model_of, run_config, slug
+from encdec.paper.setting import TEACHER, Column, Setting, model_of, run_config, slug, steps_of
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 
@@ -101,7 +101,14 @@ def planned_trials(setting: Setting, grid: Grid, columns: Sequence[Column]) -> l
     dropouts = sorted(grid.dropouts, key=lambda share: share != setting.dropout)
     rates = sorted(grid.learning_rates, key=lambda rate: rate != setting.optimizer.learning_rate)
     return [
-        Trial(row, column.name, rate, dropout, max(1, round(grid.fraction * column.steps)), seed)
+        Trial(
+            row,
+            column.name,
+            rate,
+            dropout,
+            max(1, round(grid.fraction * steps_of(setting, row, column))),
+            seed,
+        )
         for column, seed, dropout, rate, row in itertools.product(
             columns, range(grid.seeds), dropouts, rates, grid.rows
         )
@@ -109,10 +116,14 @@ def planned_trials(setting: Setting, grid: Grid, columns: Sequence[Column]) -> l
 
 
 def setting_of(setting: Setting, trial: Trial) -> Setting:
-    """The comparison's setting with the trial's learning rate and dropout."""
+    """The comparison's setting with the trial's learning rate and dropout.
+
+    The dropout is the teacher's own where it has one.
+    """
+    own = trial.row == TEACHER and setting.teacher_dropout >= 0
     return dataclasses.replace(
         setting,
-        dropout=trial.dropout,
+        **{"teacher_dropout" if own else "dropout": trial.dropout},
         optimizer=dataclasses.replace(setting.optimizer, learning_rate=trial.learning_rate),
     )
 
@@ -138,7 +149,6 @@ class Search:
     ):
         self._setting, self._work, self._corpora = setting, work, corpora
         self._results, self._say = results, say
-        self._digest = setting_digest(setting.identity())
 
     @staticmethod
     def check(setting: Setting) -> None:
@@ -169,8 +179,12 @@ class Search:
         return {
             Trial(**{name: line[name] for name in names}): line
             for line in read_results(self._results)
-            if line["kind"] == SEARCH and line["setting"] == self._digest
+            if line["kind"] == SEARCH and line["setting"] == self._digest(line["row"])
         }
+
+    def _digest(self, row: str) -> str:
+        """Names the settings that decide a row's trials."""
+        return setting_digest(self._setting.identity(with_teacher=row == TEACHER))
 
     def _try(self, trial: Trial, column: Column) -> None:
         folder = self._work / "search" / trial.name
@@ -193,9 +207,9 @@ class Search:
         flops = training_flops(model, column.inputs, column.targets, batch_size=column.batch_size)
         line = dataclasses.asdict(trial) | {
             "kind": SEARCH,
-            "setting": self._digest,
-            "of_steps": column.steps,
-            "in_use": setting_of(self._setting, trial) == self._setting,
+            "setting": self._digest(trial.row),
+            "of_steps": steps_of(self._setting, trial.row, column),
+            "in_use": altered == self._setting,
             "bits_per_byte": best,
             "best_step": best_step,
             "curve": curve,

@@ -23,6 +23,9 @@ BY_PARAMETERS = " (parameters)"  # ends the name of a row that matches the measu
 TEACHING = {"": "", "draws": "+KD", "answers": "+SeqKD"}
 # Fields that add runs, but do not change any run.
 GROWING = ("seeds", "distilled", "answers", "one_seed", "by_parameters")
+# Fields that concern the teacher and its pupils alone, and the values that mean "as the students".
+# With those they change nothing, so that lines from before there were such fields stay valid.
+TEACHERS_OWN = {"teacher_steps": 0, "teacher_dropout": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +96,21 @@ class Setting:
     distill: DistillSetting
     pretrain: PretrainSetting
     columns: tuple[Column, ...]
+    teacher_steps: int = TEACHERS_OWN["teacher_steps"]
+    teacher_dropout: float = TEACHERS_OWN["teacher_dropout"]
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that determines finished runs, as plain values."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in GROWING}
+    def identity(self, with_teacher: bool = True) -> dict[str, Any]:
+        """Everything that determines finished runs, as plain values.
+
+        Args:
+            with_teacher: False for students that learn from gold targets alone, whose runs stay
+                valid when the teacher is trained in another way.
+        """
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in GROWING}
+        for name, as_students in TEACHERS_OWN.items():
+            if not with_teacher or values[name] == as_students:
+                del values[name]
+        return values
 
 
 def parse_setting(values: Mapping[str, Any]) -> Setting:
@@ -135,6 +149,12 @@ def _check(setting: Setting) -> None:
             raise ConfigError(
                 f"config.{field} is {getattr(setting, field)}; expected {least} or more"
             )
+    if setting.teacher_steps < 0 or setting.teacher_dropout >= 1:
+        raise ConfigError(
+            f"config.teacher_steps is {setting.teacher_steps} and config.teacher_dropout "
+            f"{setting.teacher_dropout}; expected 0 or more steps (0: as the students) and a "
+            "dropout below 1 (negative: as the students)"
+        )
     if setting.pretrain.steps < 0:
         raise ConfigError(
             f"config.pretrain.steps is {setting.pretrain.steps}; expected 0 (none) or more"
@@ -217,6 +237,11 @@ class Run:
         """Name of the row in the results: ``ED 2/3-1/3+KD``."""
         return self.row + TEACHING[self.teaching]
 
+    @property
+    def with_teacher(self) -> bool:
+        """Whether it depends on the teacher's settings."""
+        return self.row == TEACHER or bool(self.teaching)
+
 
 def planned(setting: Setting) -> list[Run]:
     """All fine-tunings, the most telling first.
@@ -251,6 +276,11 @@ def slug(row: str) -> str:
     return series_name(row.removeprefix("ED ").split("-")[0])
 
 
+def steps_of(setting: Setting, row: str, column: Column) -> int:
+    """Steps of a row's fine-tuning on a column."""
+    return (setting.teacher_steps if row == TEACHER else 0) or column.steps
+
+
 def measure_shape(setting: Setting) -> tuple[int, int]:
     """Row lengths, in tokens, at which training FLOPs are equal: pretraining's, or, without any,
     the first column's."""
@@ -265,9 +295,10 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
         ConfigError: no such preset, or no model of these FLOPs within 1 %.
     """
     common = {"vocab_size": setting.vocabulary, "scan_layers": False}
-    if setting.dropout:
+    own = row == TEACHER and setting.teacher_dropout >= 0
+    if dropout := setting.teacher_dropout if own else setting.dropout:
         # Not on attention probabilities: there it costs a CPU as much as the attention itself.
-        common |= {"mlp_dropout": setting.dropout, "residual_dropout": setting.dropout}
+        common |= {"mlp_dropout": dropout, "residual_dropout": dropout}
     if row == TEACHER:
         if setting.teacher_layers:
             common["decoder_layers"] = setting.teacher_layers

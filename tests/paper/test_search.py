@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -14,7 +15,7 @@ from encdec.paper.paper_command import load_config, main
 from encdec.paper.result_rows import read_results
 from encdec.paper.search import Grid, planned_trials, setting_of
 from encdec.paper.search_tables import search_markdown, verdicts
-from encdec.paper.setting import model_of, parse_setting
+from encdec.paper.setting import TEACHER, model_of, parse_setting
 from tests.paper.test_paper_command import CONFIG, TINY
 
 ED = "ED 2/3-1/3"
@@ -95,7 +96,8 @@ def test_trials_are_short_runs_done_once(inputs, tmp_path, capsys, monkeypatch):
 def test_models_take_turns_and_only_what_is_tried_differs():
     setting = parse_setting(load_config(f"{CONFIG}:codexglue").to_dict())
     grid = Grid((ED, "DEC"), (5e-3, 1e-2), (0.0, 0.1), Fraction(1, 6))
-    trials = planned_trials(setting, grid, setting.columns)
+    [column] = setting.columns
+    trials = planned_trials(setting, grid, [column])
     assert [(trial.row, trial.learning_rate, trial.dropout) for trial in trials[:4]] == [
         (ED, 1e-2, 0.1),
         ("DEC", 1e-2, 0.1),
@@ -106,6 +108,11 @@ def test_models_take_turns_and_only_what_is_tried_differs():
     assert setting_of(setting, trials[0]) == setting
     changed = setting_of(setting, trials[-1])
     assert (changed.dropout, changed.optimizer.learning_rate) == (0.0, 5e-3)
+    with_own = dataclasses.replace(setting, teacher_dropout=0.2, teacher_steps=900)
+    [own] = planned_trials(with_own, Grid((TEACHER,), (1e-2,), (0.3,), Fraction(1, 9)), [column])
+    assert own.steps == 100
+    assert setting_of(with_own, own).teacher_dropout == 0.3
+    assert setting_of(with_own, own).dropout == setting.dropout
     assert model_of(changed, "DEC") == model_of(setting, "DEC").replace(
         mlp_dropout=0.0, residual_dropout=0.0
     )
