@@ -150,7 +150,7 @@ def _costs(argv: list[str]) -> int:
 def _search(argv: list[str]) -> int:
     """``encdec paper search``: short runs with each learning rate and dropout of a grid."""
     options, setting = _read(_search_parser(), argv)
-    from encdec.paper.search import Grid, Search
+    from encdec.paper.rate_search import Grid, Search
     from encdec.paper.search_tables import search_markdown
     from encdec.paper.setting import DEC, TEACHER, row_name, table_rows
 

@@ -10,10 +10,10 @@ import pytest
 
 from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError
-from encdec.paper import search
+from encdec.paper import rate_search as search
 from encdec.paper.paper_command import load_config, main
 from encdec.paper.result_rows import read_results
-from encdec.paper.search import Grid, planned_trials, setting_of
+from encdec.paper.rate_search import Grid, planned_trials, setting_of
 from encdec.paper.search_tables import search_markdown, verdicts
 from encdec.paper.setting import TEACHER, model_of, parse_setting
 from tests.paper.test_paper_command import CONFIG, TINY
