@@ -10,10 +10,10 @@ import pytest
 
 from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError
-from encdec.paper import rate_search as search
+from encdec.paper import rate_search
 from encdec.paper.paper_command import load_config, main
-from encdec.paper.result_rows import read_results
 from encdec.paper.rate_search import Grid, planned_trials, setting_of
+from encdec.paper.result_rows import read_results
 from encdec.paper.search_tables import search_markdown, verdicts
 from encdec.paper.setting import TEACHER, model_of, parse_setting
 from tests.paper.test_paper_command import CONFIG, TINY
@@ -46,7 +46,7 @@ def arguments(inputs, work, *more):
 @pytest.mark.usefixtures("one_device")
 def test_trials_are_short_runs_done_once(inputs, tmp_path, capsys, monkeypatch):
     rates = "--learning_rates=0.02,0.01"
-    taught, real = [], search.train
+    taught, real = [], rate_search.train
 
     def interrupted(run, folder):
         if len(taught) == 1:
@@ -54,7 +54,7 @@ def test_trials_are_short_runs_done_once(inputs, tmp_path, capsys, monkeypatch):
         taught.append(run)
         return real(run, folder)
 
-    monkeypatch.setattr(search, "train", interrupted)
+    monkeypatch.setattr(rate_search, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(arguments(inputs, tmp_path, rates))
     [line] = read_results(tmp_path / "results.jsonl")
@@ -80,7 +80,7 @@ def test_trials_are_short_runs_done_once(inputs, tmp_path, capsys, monkeypatch):
 
     folder = tmp_path / "search" / "ed-2of3-code-0.02-0.1-2-0"
     before = json.loads((folder / "spent.json").read_text())  # of the interrupted trial
-    monkeypatch.setattr(search, "train", imitated)
+    monkeypatch.setattr(rate_search, "train", imitated)
     assert main(arguments(inputs, tmp_path, rates)) == 0
     assert seen == [0.02]
     lines = read_results(tmp_path / "results.jsonl")
