@@ -29,7 +29,9 @@ from encdec.storage import on_this_machine
 
 append_compiled = jax.jit(append, static_argnames="plan", donate_argnames="decoding")
 accept_compiled = jax.jit(accept, static_argnames="plan", donate_argnames="decoding")
-Choices = Callable[[int], tuple[np.ndarray, np.ndarray]]
+# Of a step of N tokens: the likeliest token after each, int32 [R, N]; and the log-probabilities
+# [R, C] of the first C of them.
+Choices = tuple[np.ndarray, Callable[[int], np.ndarray]]
 
 
 class ExportedMemory(Protocol):
@@ -48,7 +50,7 @@ class ExportedMemory(Protocol):
         """Feeds N tokens per row; logits [R, N, V] after each. ``keep`` must come next."""
 
     def verify_greedy(self, tokens_RxN: np.ndarray) -> Choices:
-        """Feeds N tokens per row; what follows the one at a place, as ``greedy`` tells it."""
+        """Feeds N tokens per row; what ``greedy`` would tell after each."""
 
     def keep(self, counts_R: np.ndarray) -> None:
         """Of the tokens that ``verify`` fed, keeps each row's first ones."""
@@ -273,18 +275,31 @@ def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndar
 
 def accept_greedy(decoding: Decoding, drafts_RxD: np.ndarray, choices: Choices) -> Decoding:
     """``speculation.accept`` of rows that take the likeliest token, on NumPy arrays."""
-    going_R = ~decoding.finished_R
-    for place in range(drafts_RxD.shape[1] + 1):
-        ended_R = decoding.finished_R
-        chosen_R, log_probs_R = choices(place)
-        decoding = append_greedy(decoding.replace(finished_R=~going_R), chosen_R, log_probs_R)
-        decoding = decoding.replace(finished_R=np.where(going_R, decoding.finished_R, ended_R))
-        if place == drafts_RxD.shape[1]:
-            break
-        going_R = going_R & ~decoding.finished_R & (chosen_R == drafts_RxD[:, place])
-        if not going_R.any():
-            break
-    return decoding
+    settings, counts_R = decoding.settings, decoding.counts_R
+    chosen_RxK, log_probs_of = choices
+    tokens, log_probs = decoding.tokens_RxN.copy(), decoding.log_probs_RxN.copy()
+    # A token is followed by the next if it is the drafted one, and ends no answer.
+    goes_on_RxD = (chosen_RxK[:, :-1] == drafts_RxD) & (
+        chosen_RxK[:, :-1] != np.asarray(settings.eos_R)[:, None]
+    )
+    limit_R = np.minimum(settings.limit_R, tokens.shape[1])
+    made_R = 1 + np.logical_and.accumulate(goes_on_RxD, axis=1).sum(axis=1)
+    made_R = np.where(decoding.finished_R, 0, np.minimum(made_R, limit_R - counts_R))
+    log_probs_RxC = log_probs_of(int(made_R.max()))
+    last_R = decoding.last_R.copy()
+    for row in np.flatnonzero(made_R):
+        made, place = made_R[row], np.s_[row, counts_R[row] : counts_R[row] + made_R[row]]
+        tokens[place], log_probs[place] = chosen_RxK[row, :made], log_probs_RxC[row, :made]
+        last_R[row] = chosen_RxK[row, made - 1]
+    counts_R = counts_R + made_R
+    ended_R = (made_R > 0) & ((last_R == settings.eos_R) | (counts_R >= limit_R))
+    return decoding.replace(
+        last_R=last_R,
+        tokens_RxN=tokens,
+        log_probs_RxN=log_probs,
+        counts_R=counts_R.astype(np.int32),
+        finished_R=decoding.finished_R | ended_R,
+    )
 
 
 def load_exported_generator(

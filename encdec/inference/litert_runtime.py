@@ -158,11 +158,11 @@ class LitertMemory:
 
     def verify_greedy(
         self, tokens_RxN: np.ndarray
-    ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        """Feeds N tokens per row; what follows each, as ``greedy`` tells it, by its place."""
+    ) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+        """Feeds N tokens per row; what ``greedy`` would tell after each."""
         found = [self._choices() for _ in self._feed_several(tokens_RxN)]
         chosen_RxN, log_probs_RxN = map(np.stack, zip(*found))
-        return lambda place: (chosen_RxN[:, place], log_probs_RxN[:, place])
+        return chosen_RxN, lambda count: log_probs_RxN[:, :count]
 
     def keep(self, counts_R: np.ndarray) -> None:
         """Of the tokens that ``verify`` fed, keeps each row's first ones."""

@@ -180,10 +180,11 @@ class _Memory:
 
     def verify_greedy(
         self, tokens_RxN: np.ndarray
-    ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        """Feeds N tokens per row; what follows the one at a place, as ``greedy`` tells it."""
+    ) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+        """Feeds N tokens per row; what ``greedy`` would tell after each."""
         logits, size = self.verify(tokens_RxN), self._model.vocabulary_size
-        return lambda place: greedy_choice(logits[:, place], size)
+        chosen_RxN = logits[..., :size].argmax(axis=-1).astype(np.int32)
+        return chosen_RxN, lambda count: greedy_choice(logits[:, :count], size)[1]
 
     def keep(self, counts_R: np.ndarray) -> None:
         """Of the tokens that ``verify`` fed, keeps each row's first ones."""

@@ -181,12 +181,13 @@ def likeliest(logits_RxV: jax.Array, choosing: Choosing) -> tuple[jax.Array, jax
     return ids_RxK.astype(jnp.int32), values_RxK - total_R[:, None]
 
 
-def greedy_choice(logits_RxV: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest of the first ``size`` tokens and its log-probability among all, both [R]."""
-    chosen_R = logits_RxV[:, :size].argmax(axis=-1)
-    rows, top_R = np.arange(len(chosen_R)), logits_RxV.max(axis=-1)
-    total_R = np.exp(logits_RxV - top_R[:, None]).sum(axis=-1)
-    return chosen_R.astype(np.int32), logits_RxV[rows, chosen_R] - top_R - np.log(total_R)
+def greedy_choice(logits: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest of the first ``size`` tokens and its log-probability among all, both [...], of
+    logits [..., V]."""
+    chosen, top = logits[..., :size].argmax(axis=-1), logits.max(axis=-1)
+    total = np.exp(logits - top[..., None]).sum(axis=-1)
+    score = np.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+    return chosen.astype(np.int32), score - top - np.log(total)
 
 
 def _where_asked(

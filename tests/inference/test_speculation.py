@@ -9,8 +9,9 @@ import pytest
 
 from encdec.inference.decoding import DecodingPlan, advance_compiled, blank, start_compiled
 from encdec.inference.drafts import NOTHING, Sources, hindsight, look_up
+from encdec.inference.exported import accept_greedy, append_greedy
 from encdec.inference.ready import ready_for_decoding
-from encdec.inference.sampling import NO_EOS, Choosing
+from encdec.inference.sampling import NO_EOS, Choosing, greedy_rows
 from encdec.inference.speculation import (
     Drafting,
     accept,
@@ -230,3 +231,34 @@ def test_drawn_tokens_follow_the_models_distribution_whatever_is_drafted():
                 continue  # too few for the test
             statistic = ((np.bincount(seen, minlength=size) - wanted) ** 2 / wanted).sum()
             assert statistic < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_exports_accept_a_draft_as_one_token_at_a_time_would_be_chosen():
+    """On NumPy arrays: EOS and the limit inside a draft, finished rows, every count accepted."""
+    random, count, size, eos = np.random.default_rng(3), 200, 5, 0
+    plan = DecodingPlan(Choosing(4), 9, 2)
+    settings = greedy_rows(count, 0).replace(
+        limit_R=random.integers(0, 12, count), eos_R=np.full(count, eos)
+    )
+    decoding = jax.tree.map(np.array, blank(plan, None, settings.replace(keys_R=None)))
+    for _ in range(3):
+        chosen_RxK = random.integers(0, 4, (count, size), np.int32)
+        log_probs_RxK = random.normal(size=(count, size)).astype(np.float32)
+        drafts_RxD = np.where(random.random((count, size - 1)) < 0.8, chosen_RxK[:, :-1], NOTHING)
+        wanted, going_R = decoding, ~decoding.finished_R
+        for place in range(size):
+            before_R = wanted.finished_R
+            wanted = append_greedy(
+                wanted.replace(finished_R=~going_R), chosen_RxK[:, place], log_probs_RxK[:, place]
+            )
+            wanted = wanted.replace(finished_R=np.where(going_R, wanted.finished_R, before_R))
+            if place < size - 1:
+                going_R = (
+                    going_R & ~wanted.finished_R & (chosen_RxK[:, place] == drafts_RxD[:, place])
+                )
+        choices = chosen_RxK, lambda most, all=log_probs_RxK: all[:, :most]
+        found = accept_greedy(decoding, drafts_RxD, choices)
+        for name in ("last_R", "tokens_RxN", "log_probs_RxN", "counts_R", "finished_R"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), name)
+        decoding = found
+    assert 0 < decoding.finished_R.sum() < count and set(decoding.counts_R) >= {0, 1, 5, 9}
