@@ -21,18 +21,23 @@ def main(argv: list[str]) -> int:
     """
     options = vars(_parser().parse_args(argv))
     # Imported late, so that mistakes in the command line are reported at once.
-    from encdec.benchmarks.adaptation_experiment import Setting, run_experiment, summary
+    from encdec.benchmarks.adaptation_experiment import Results, Setting, run_experiment
+    from encdec.benchmarks.adaptation_results import draw, summary
 
-    paths = {name: tuple(options.pop(name)) for name in ("text", "eval_text")}
-    setting = Setting(pathlib.Path(options.pop("workdir")), **paths, **options)
+    lists = {name: tuple(options.pop(name)) for name in ("text", "eval_text", "rows")}
+    setting = Setting(pathlib.Path(options.pop("workdir")), **lists, **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:
         _LOG.info(f"[{time.monotonic() - begin:,.0f} s] {text}")
 
-    table = summary(run_experiment(setting, say))
-    (setting.work / "table.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
+    def report(results: Results) -> None:
+        """Table and figure, current after every run and so after an interruption too."""
+        if results:
+            (setting.work / "table.md").write_text(summary(results) + "\n", encoding="utf-8")
+            draw(results, setting.work / "loss.png")
+
+    print(summary(run_experiment(setting, say, report)))
     return 0
 
 
@@ -45,15 +50,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workdir", type=local_path, required=True, metavar="DIR", help="receives everything"
     )
-    for name, what in (("text", "to learn from"), ("eval_text", "held out")):
+    for name, what in (
+        ("text", "to learn from (default: the standard library)"),
+        ("eval_text", "held out (default: every 20th document of --text)"),
+    ):
         parser.add_argument(
             f"--{name}",
             type=local_path,
             action="append",
             default=[],
             metavar="FILE",
-            help=f"text {what}; may be repeated (default: the standard library)",
+            help=f"text {what}; may be repeated",
         )
+    parser.add_argument(
+        "--results",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="receives a JSON line of every run; runs that it has are not done again (default: "
+        "results.jsonl in --workdir)",
+    )
+    parser.add_argument(
+        "--row",
+        dest="rows",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this row of the table; may be repeated",
+    )
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="of all (default: adamw)"
+    )
     renamed = {
         "inputs": "inputs_length",
         "targets": "targets_length",
@@ -72,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         ("learning_rate", float, 1e-3, "at the peak"),
         ("evaluations", int, 8, "points of each curve"),
         ("eval_rows", int, 512, "held-out rows of an evaluation"),
+        ("document_bytes", int, 0, "text taken from each document; 0: all"),
         ("documents", int, 0, "documents of the text that are read; 0: all"),
-        ("seeds", int, 3, "runs of the headline rows"),
+        ("seeds", int, 3, "runs of each headline row"),
     ):
         parser.add_argument(
             f"--{renamed.get(name, name)}",

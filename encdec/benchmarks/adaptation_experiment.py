@@ -9,16 +9,16 @@ of one prefix-LM set. Every run is a directory of its own, and what is finished 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
-
-import numpy as np
 
 from encdec.adapt.adapting import make_plan, write
 from encdec.adapt.layer_choice import chosen_layers
 from encdec.adapt.parameters import Choice
 from encdec.adapt.sources import open_source
+from encdec.benchmarks.adaptation_results import KIND, read_lines
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.data.corpora.stdlib import stdlib_text
 from encdec.data.denoising import ul2
@@ -26,29 +26,35 @@ from encdec.data.objectives import CausalLM, PrefixLM
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
 from encdec.data.vocab_command import train_vocabulary
-from encdec.data.vocabulary import CARD_FILE
+from encdec.data.vocabulary import CARD_FILE, load_vocabulary
 from encdec.distill.scoring import score
-from encdec.errors import ConfigError
-from encdec.files import write_json
+from encdec.errors import ConfigError, DataError
+from encdec.files import append_rows, write_text
 from encdec.jobs import claim_settings
-from encdec.markup import markdown_table
 from encdec.model import ModelConfig, preset
+from encdec.paper.result_rows import setting_digest, where_and_when
 from encdec.saved.saved_config import CONFIG_FILE, model_config_of, read_config
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from encdec.train.run_config import RunConfig, parse_config
 
+HELD_OUT_EVERY = 20  # one document in this many is held out where no other text is
 EXTRA_IDS = 136  # what UL2's sentinels and mode tokens take
 Say = Callable[[str], None]
+Results = dict[str, list[dict[str, Any]]]  # lines of the results by row, one for each seed
+Report = Callable[[Results], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The settings; every field but ``work`` and ``seeds`` is part of the runs' identity.
+    """The settings; every field but ``work``, ``results``, ``seeds`` and ``rows`` is part of the
+    runs' identity.
 
     Attributes:
         work: receives everything.
-        text, eval_text: files to learn from and to be held out; none: the standard library.
+        text, eval_text: files to learn from and to be held out; without the latter every 20th
+            document of the former is held out, without both they are the standard library.
+        document_bytes: text taken from each document of ``text``, so that all are seen; 0: all.
         model: preset of the source's widths; its layers are ``layers``.
         layers: of the source; the small adapted model splits them 2/3-1/3.
         steps: of the source's training.
@@ -56,18 +62,22 @@ class Setting:
         inputs, targets: tokens of a row.
         batch_size: rows per step.
         vocabulary: ids, sentinels not among them.
+        optimizer: of all.
         learning_rate: of all, at the peak.
         hold: part of a run in which all but drawn cross-attention waits.
         alpha: the teacher's weight where it teaches.
         evaluations: points of each curve.
         eval_rows: held-out rows of an evaluation, the same each time.
         documents: of the text that are read; 0: all.
-        seeds: runs of each row.
+        seeds: runs of each headline row.
+        rows: names of the rows that are run; none: all.
+        results: receives a JSON line of every run; None: ``results.jsonl`` in ``work``.
     """
 
     work: pathlib.Path
     text: tuple[str, ...] = ()
     eval_text: tuple[str, ...] = ()
+    document_bytes: int = 0
     model: str = "micro-3m"
     layers: int = 6
     steps: int = 3_000
@@ -76,6 +86,7 @@ class Setting:
     targets: int = 64
     batch_size: int = 8
     vocabulary: int = 2_048
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     hold: float = 0.05
     alpha: float = 0.5
@@ -83,6 +94,12 @@ class Setting:
     eval_rows: int = 512
     documents: int = 0
     seeds: int = 3
+    rows: tuple[str, ...] = ()
+    results: pathlib.Path | None = None
+
+    @property
+    def results_file(self) -> pathlib.Path:
+        return self.results or self.work / "results.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,43 +134,95 @@ def table_rows(setting: Setting) -> list[Row]:
     split, whole = (str(setting.layers - third), str(third)), ("all", "all")
     return [
         Row("decoder-only, trained on", None, headline=True),
-        Row("adapted 2/3-1/3", split, headline=True),
-        Row("scratch 2/3-1/3", split, "", headline=True),
         Row("adapted all-all", whole, headline=True),
         Row("scratch all-all", whole, "", headline=True),
-        Row("adapted all-all, zero", whole, "zero"),
-        Row("adapted all-all, random", whole, "random"),
+        Row("adapted 2/3-1/3", split, headline=True),
+        Row("scratch 2/3-1/3", split, "", headline=True),
         Row("adapted all-all, merged", whole, "merged"),
         Row("adapted all-all, distilled", whole, distilled=True),
+        Row("adapted all-all, zero", whole, "zero"),
+        Row("adapted all-all, random", whole, "random"),
         Row("adapted all-all, UL2", whole, objective="ul2"),
         Row("scratch all-all, UL2", whole, "", objective="ul2"),
     ]
 
 
-def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
-    """Runs what is missing; returns all results, written to ``results.json`` after every run.
+def run_experiment(setting: Setting, say: Say, report: Report = lambda results: None) -> Results:
+    """Runs what is missing, and appends a line to the results after every run; returns all.
+
+    ``report`` is given the results so far, first those of earlier calls.
 
     Raises:
         ConfigError: settings that cannot be run, or others than in ``work``.
+        Preempted: SIGTERM came; a repeated call continues in the middle of the run.
     """
     _check(setting)
     work = setting.work
     work.mkdir(parents=True, exist_ok=True)
-    identity = {k: v for k, v in _plain(setting).items() if k not in ("work", "seeds")}
+    open_to_change = ("work", "seeds", "rows", "results")
+    identity = {k: v for k, v in _plain(setting).items() if k not in open_to_change}
     path = work / "setting.json"
     claim_settings(
         path, identity, holder=work, remedy=f"give another --workdir, or those of {path}"
     )
     _make_records(setting, say)
-    results: dict[str, Any] = {}
-    for seed in range(setting.seeds):
-        source = _source(setting, seed, say)
-        for row in table_rows(setting):
-            if seed and not row.headline:
-                continue
-            results.setdefault(row.name, []).append(_run(setting, row, seed, source, say))
-            write_json(work / "results.json", {"setting": _plain(setting), "rows": results})
-    return results
+    digest = _digest(setting, identity)
+    todo = _todo(setting, digest)
+    _say_size(setting, todo, say)
+    source_flops = setting.steps * _step_flops(setting, source_model(setting))
+    report(finished(setting, digest))
+    sources: dict[int, pathlib.Path] = {}
+    for seed, row in todo:
+        if seed not in sources:
+            sources[seed] = _source(setting, seed, say)
+        line = {"kind": KIND, "setting": digest, "row": row.name, "seed": seed}
+        line |= _run(setting, row, seed, sources[seed], say)
+        line |= {"source_flops": source_flops} | where_and_when()
+        append_rows(setting.results_file, [line])
+        report(finished(setting, digest))
+    return finished(setting, digest)
+
+
+def finished(setting: Setting, digest: str) -> Results:
+    """The runs that are done, by row, in the order of the table and of seeds."""
+    found = read_lines(setting.results_file, digest)
+    return {
+        row.name: [found[row.name][seed] for seed in sorted(found[row.name])]
+        for row in table_rows(setting)
+        if row.name in found
+    }
+
+
+def _digest(setting: Setting, identity: dict[str, Any]) -> str:
+    """Names the settings and the text, by the vocabulary learned from it, but no paths."""
+    vocabulary = load_vocabulary(_vocabulary(setting), extra_ids=EXTRA_IDS).fingerprint
+    paths = ("text", "eval_text")
+    return setting_digest(
+        {k: v for k, v in identity.items() if k not in paths} | {"vocabulary": vocabulary}
+    )
+
+
+def _todo(setting: Setting, digest: str) -> list[tuple[int, Row]]:
+    """(seed, row) of the runs without a result, those that matter most first."""
+    done = read_lines(setting.results_file, digest)
+    return [
+        (seed, row)
+        for seed in range(setting.seeds)
+        for row in table_rows(setting)
+        if (row.headline or not seed)
+        and (not setting.rows or row.name in setting.rows)
+        and seed not in done.get(row.name, {})
+    ]
+
+
+def _say_size(setting: Setting, todo: list[tuple[int, Row]], say: Say) -> None:
+    step = _step_flops(setting, source_model(setting))
+    sources = len({seed for seed, _ in todo})
+    steps = sources * setting.steps + len(todo) * setting.further_steps
+    say(
+        f"{len(todo)} runs and the source of {sources} seeds are left: {steps * step:.3g} FLOPs, "
+        f"as many as {steps:,} steps of the source"
+    )
 
 
 def _check(setting: Setting) -> None:
@@ -161,8 +230,13 @@ def _check(setting: Setting) -> None:
         raise ConfigError(
             f"--layers is {setting.layers}; expected a multiple of 3, so that it can be split"
         )
-    if bool(setting.text) != bool(setting.eval_text):
-        raise ConfigError("--text and --eval_text go together; give both, or neither")
+    if setting.eval_text and not setting.text:
+        raise ConfigError("--eval_text is given, but no --text; give both, or --text alone")
+    if setting.document_bytes < 0:
+        raise ConfigError(f"--document_bytes is {setting.document_bytes}; expected 0 or more")
+    names = [row.name for row in table_rows(setting)]
+    if unknown := [name for name in setting.rows if name not in names]:
+        raise ConfigError(f"--rows: {unknown[0]!r} is unknown; expected some of {'; '.join(names)}")
     for name in ("steps", "further_steps", "evaluations", "seeds", "batch_size"):
         if getattr(setting, name) < 1:
             raise ConfigError(f"--{name} is {getattr(setting, name)}; expected 1 or more")
@@ -177,13 +251,15 @@ def _plain(setting: Setting) -> dict[str, Any]:
 
 def _make_records(setting: Setting, say: Say) -> None:
     """Vocabulary and records: whole texts for the source, halves and UL2 for the others."""
-    vocabulary = setting.work / "vocabulary.model"
+    vocabulary = _vocabulary(setting)
+    train, held_out = setting.text, setting.eval_text
+    if setting.text:
+        train, held_out = _write_texts(setting, say)
     if not vocabulary.exists():
         say(f"a vocabulary of {setting.vocabulary:,} ids")
         texts: Any = stdlib_text("train")
-        if setting.text:
-            files = check_files(list(setting.text))
-            texts = (text for (text,) in text_documents(files, BadRows()))
+        if train:
+            texts = (text for (text,) in text_documents(check_files(train), BadRows()))
         train_vocabulary(texts, vocabulary, size=setting.vocabulary)
     whole = dict(inputs_length=0, targets_length=setting.inputs + setting.targets)
     halves = dict(inputs_length=setting.inputs, targets_length=setting.targets)
@@ -196,11 +272,10 @@ def _make_records(setting: Setting, say: Say) -> None:
         out = setting.work / "records" / name
         if (out / CARD_FILE).is_file():
             continue
-        held_out = name == "held_out"
-        files = setting.eval_text if held_out else setting.text
+        files = held_out if name == "held_out" else train
         what: dict[str, Any] = {"text": list(files)} if files else {"task": "stdlib_text"}
         if not files:
-            what["split"] = "validation" if held_out else "train"
+            what["split"] = "validation" if name == "held_out" else "train"
         # One vocabulary for all, so that every model can read every set.
         card = prepare(
             out=out,
@@ -213,6 +288,39 @@ def _make_records(setting: Setting, say: Say) -> None:
             **what,
         )
         say(f"records {name}: {card.rows:,} rows, {card.target_tokens:,} target tokens")
+
+
+def _vocabulary(setting: Setting) -> pathlib.Path:
+    return setting.work / "vocabulary.model"
+
+
+def _write_texts(setting: Setting, say: Say) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files to learn from and held out: excerpts of all documents, written once."""
+    folder = setting.work / "text"
+    parts = {name: folder / f"{name}.jsonl" for name in ("train", "held_out")}
+    if not all(path.is_file() for path in parts.values()):
+        taken: dict[str, list[str]] = {"train": [], "held_out": []}
+        for number, text in enumerate(_excerpts(setting, setting.text)):
+            held = not setting.eval_text and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            taken["held_out" if held else "train"].append(text)
+        taken["held_out"] += _excerpts(setting, setting.eval_text)
+        if not taken["held_out"]:
+            raise DataError(
+                f"--text has {len(taken['train'])} documents; give {HELD_OUT_EVERY} or more, so "
+                "that one can be held out, or --eval_text"
+            )
+        folder.mkdir(exist_ok=True)
+        for name, texts in taken.items():
+            say(f"text, {name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
+            write_text(parts[name], "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return (str(parts["train"]),), (str(parts["held_out"]),)
+
+
+def _excerpts(setting: Setting, files: tuple[str, ...]) -> Iterator[str]:
+    """The beginning of every document."""
+    for (text,) in text_documents(check_files(files), BadRows()) if files else ():
+        most = setting.document_bytes or None
+        yield text.encode()[:most].decode(errors="ignore")
 
 
 def _records(setting: Setting, name: str) -> str:
@@ -236,7 +344,7 @@ def source_model(setting: Setting) -> ModelConfig:
 def _config(
     setting: Setting, model: ModelConfig, records: str, steps: int, seed: int, **changes: Any
 ) -> RunConfig:
-    every = max(1, steps // setting.evaluations)
+    every = max(1, round(steps / setting.evaluations))
     return parse_config(
         {
             "model": setting.model,
@@ -246,12 +354,17 @@ def _config(
             "seed": seed,
             "log_every": every,
             "data": {"records": records, "eval_records": _records(setting, "held_out")},
-            "optimizer": {"learning_rate": setting.learning_rate, "weight_decay": 0.1},
+            "optimizer": {
+                "name": setting.optimizer,
+                "learning_rate": setting.learning_rate,
+                "weight_decay": 0.1,
+            },
             "schedule": {"warmup_steps": max(1, steps // 20) if steps > 1 else 0},
             "eval": {
                 "every": every,
                 "batch_size": setting.batch_size,
                 "batches": max(1, setting.eval_rows // setting.batch_size),
+                "at_start": True,
             },
             "checkpoint": {"every": 0, "keep": 1},
         }
@@ -301,7 +414,7 @@ def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) 
         }
     if row.distilled:
         changes["distill"] = {"teacher": _taught(setting, seed, source), "alpha": setting.alpha}
-    say(f"{row.name}, seed {seed}: {steps:,} steps")
+    say(f"{row.name}, seed {seed}: {steps:,} steps, {steps * per_step:.3g} FLOPs")
     run = _config(setting, model, _records(setting, row.objective), steps, seed + 100, **changes)
     folder = setting.work / "runs" / f"{row.folder}-{seed}"
     train(run, folder)
@@ -337,74 +450,3 @@ def _taught(setting: Setting, seed: int, source: pathlib.Path) -> str:
     out = setting.work / "scored" / str(seed)
     score(teacher=str(source), records=_records(setting, "prefix_lm"), out=str(out))
     return str(out)
-
-
-def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The table as Markdown, and where the curves of models adapted and from scratch cross."""
-    rows = []
-    for name, runs in results.items():
-        losses = np.array([run["loss"] for run in runs])
-        spread = f" ± {losses.std(ddof=1):.3f}" if len(losses) > 1 else ""
-        sizes = (f"{runs[0]['parameters']:,}", f"{runs[0]['curve'][-1][0]:,.0f}")
-        rows.append((name, *sizes, f"{losses.mean():.3f}{spread}", str(len(runs))))
-    head = ("model", "parameters", "steps", "held-out loss", "seeds")
-    lines = [*markdown_table(head, rows), ""]
-    for shape in ("2/3-1/3", "all-all", "all-all, UL2"):
-        adapted, fresh = results.get(f"adapted {shape}"), results.get(f"scratch {shape}")
-        if adapted and fresh:
-            lines.append(_compared(shape, mean_curve(adapted), mean_curve(fresh)))
-    return "\n".join(lines)
-
-
-def mean_curve(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """[points, 3]: step, FLOPs and the loss, a mean over the seeds."""
-    return np.mean([run["curve"] for run in runs], axis=0)
-
-
-def _compared(shape: str, adapted: np.ndarray, fresh: np.ndarray) -> str:
-    worth = steps_worth(adapted, fresh)
-    words = f"{shape}: " + (
-        f"after {worth[0]:,.0f} steps the adapted model matches {worth[1]:,.0f} steps from scratch"
-        if worth
-        else "training from scratch reaches no loss of the adapted model's curve"
-    )
-    cross = crossing(adapted, fresh)
-    return words + (
-        f"; the curves cross at {cross:.3g} FLOPs"
-        if cross
-        else "; the curves do not cross: "
-        + ("the adapted model" if adapted[-1, 2] <= fresh[-1, 2] else "the model from scratch")
-        + " is ahead at the end"
-    )
-
-
-def steps_worth(adapted: np.ndarray, fresh: np.ndarray) -> tuple[float, float] | None:
-    """A step of the adapted model, the earliest evaluated whose loss the fresh model reaches, and
-    the step at which that does, between two of its evaluations by a straight line."""
-    for step, _, loss in adapted:
-        below = np.flatnonzero(fresh[:, 2] <= loss)
-        if not below.size:
-            continue
-        place = int(below[0])
-        if not place:
-            return float(step), float(fresh[0, 0])
-        (a, _, high), (b, _, low) = fresh[place - 1], fresh[place]
-        return float(step), float(a + (b - a) * (high - loss) / (high - low))
-    return None
-
-
-def crossing(adapted: np.ndarray, fresh: np.ndarray) -> float | None:
-    """FLOPs at which the better one becomes the worse, by straight lines between evaluations; None
-    where it stays the better. Read off the data: nothing is fitted or extended."""
-    flops = np.union1d(adapted[:, 1], fresh[:, 1])
-    flops = flops[
-        (flops >= max(adapted[0, 1], fresh[0, 1])) & (flops <= min(adapted[-1, 1], fresh[-1, 1]))
-    ]
-    gap = np.interp(flops, adapted[:, 1], adapted[:, 2]) - np.interp(
-        flops, fresh[:, 1], fresh[:, 2]
-    )
-    changes = np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0)
-    if not changes.size:
-        return None
-    i = int(changes[-1])
-    return float(flops[i] + (flops[i + 1] - flops[i]) * gap[i] / (gap[i] - gap[i + 1]))

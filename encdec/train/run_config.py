@@ -117,6 +117,7 @@ class EvalConfig:
     batches: int = 0  # batches evaluated each time; 0: every row once
     batch_size: int = 0  # rows; 0: as many as one training micro-batch
     patience: int = 0  # evaluations without a lower loss after which the run ends; 0: never
+    at_start: bool = False  # also before the first step: what a start from other weights gives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +214,7 @@ READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "distill.warmup_steps": ("distill.alpha_schedule", ("warmup",)),
     "distill.beta": ("distill.loss", ("jensen_shannon",)),
     "eval.batches": ("data.eval_records", ()),
+    "eval.at_start": ("data.eval_records", ()),
     "eval.batch_size": ("data.eval_records", ()),
     "profile.steps": ("profile.first_step", ()),
 }

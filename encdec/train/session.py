@@ -100,11 +100,15 @@ class Session:
         """Whether the current step is to be evaluated before anything else.
 
         A finished run is evaluated again, to say how good it is; another where its last process
-        ended between saving and evaluating.
+        ended between saving and evaluating; a new one if ``eval.at_start``.
         """
-        every = self.job.run.eval.every
-        missed = every > 0 and self.step % every == 0 and self.step not in self.losses
-        return bool(self.evaluator and self.step) and (self.step == self.job.run.steps or missed)
+        settings = self.job.run.eval
+        if not self.evaluator:
+            return False
+        if not self.step:
+            return settings.at_start
+        missed = settings.every > 0 and not self.step % settings.every
+        return self.step == self.job.run.steps or (missed and self.step not in self.losses)
 
     def leave_if_told(self) -> None:
         """Saves and raises Preempted if the machine will be taken away."""
