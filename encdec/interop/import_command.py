@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--vocabulary",
         type=any_path,
         metavar="FILE",
-        help="the model's vocabulary, as for prepare (default: PATH's "
-        "tokenizer.model or tokenizer.json, if there is one)",
+        help="the model's vocabulary, as for prepare, or llama2.c's tokenizer.bin (default: PATH's "
+        "tokenizer.model or tokenizer.json, or the tok*.bin next to it, if there is one)",
     )
     parser.add_argument(
         "--head_dim",

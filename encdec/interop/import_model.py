@@ -69,7 +69,8 @@ def import_model(
             Hugging Face Hub (hf), the paper's model.pt (mu), or a .bin file (llama2c).
         out: directory to write, new or empty unless ``overwrite``.
         format: of ``source``.
-        vocabulary: as for ``prepare``; None: the one in ``source``, if it has one.
+        vocabulary: as for ``prepare``, or llama2.c's ``tokenizer.bin``; None: the one in
+            ``source`` or next to it, if there is one.
         head_dim: width of a head, for mu's files without model_config; None: 64.
         param_dtype: of the stored parameters; None: unchanged, but float16 becomes float32.
         name: of the model in cards; None: the last part of ``source``.
@@ -92,14 +93,13 @@ def import_model(
     if not as_path(source).exists():
         raise DataError(f"{source} does not exist; give the downloaded file or directory")
     source = on_this_machine(source)
-    given = load_vocabulary(vocabulary) if vocabulary else None
+    given = _given_vocabulary(vocabulary, format) if vocabulary else None
     if format == "hf":
         found = _read_huggingface(source, out, given)
     elif format == "mu":
         found = _read_mu(source, head_dim)
     else:
-        model, params, longest = llama2c.read_model(source)
-        found = _Found(model, params, "llama2.c", longest, Framing(llama2c.START_ID))
+        found = _read_llama2c(source, given)
     vocabulary_found = given or found.vocabulary
     stored = write_model(
         out,
@@ -125,6 +125,30 @@ def import_model(
             f"text; import it again with --vocabulary=FILE --overwrite --out={out}"
         )
     return ImportReport(stored, found.family, found.max_length, tuple(notes))
+
+
+def _given_vocabulary(vocabulary: str, format: Format) -> Vocabulary:
+    path = pathlib.Path(vocabulary)
+    if format == "llama2c" and path.suffix == ".bin" and path.is_file():
+        return llama2c.read_tokenizer(path)
+    return load_vocabulary(vocabulary)
+
+
+def _read_llama2c(source: pathlib.Path, given: Vocabulary | None) -> _Found:
+    model, params, longest = llama2c.read_model(source)
+    vocabulary, notes = None, []
+    if given is None and (path := llama2c.find_tokenizer(source, model.vocab_size)):
+        vocabulary = llama2c.read_tokenizer(path)
+        notes.append(f"The vocabulary is {path.name}, next to the model; texts end at <s>")
+    if given is not None and given.eos_id != llama2c.START_ID:
+        notes.append(
+            f"Texts end at {given.piece(given.eos_id)} (id {given.eos_id}); models that llama2.c "
+            "itself trained end them with id 1. For these give its tokenizer.bin"
+        )
+    framing = Framing(llama2c.START_ID)
+    return _Found(
+        model, params, "llama2.c", longest, framing, vocabulary=vocabulary, notes=tuple(notes)
+    )
 
 
 def _read_huggingface(

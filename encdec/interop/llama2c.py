@@ -1,4 +1,4 @@
-"""Models of llama2.c (its legacy float32 export) as our decoder-only model.
+"""Models of llama2.c (its legacy float32 export) as our decoder-only model, and its tokenizers.
 
 Seven int32 (dim, hidden, layers, heads, kv heads, vocabulary, longest sequence; a negative
 vocabulary stands for an untied head), then float32 tensors kind by kind, all layers of a kind
@@ -8,15 +8,20 @@ together. Rotation pairs neighbours there and halves of a head here.
 from __future__ import annotations
 
 import pathlib
+import re
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from encdec.errors import DataError
+from encdec.data.vocabulary import SentencePieceVocabulary
+from encdec.errors import ConfigError, DataError
 from encdec.model import ExecutionConfig, ModelConfig
 
-START_ID = 1  # BOS of its tokenizers
+# BOS of its tokenizers. It comes between texts, and run.c stops there: it is EOS, too.
+START_ID = 1
+_BYTE = re.compile(rb"<0x[0-9A-F]{2}>")
 
 
 def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
@@ -109,3 +114,77 @@ def _params(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str,
             "mlp": {name: {"kernel": kernel(name).T} for name in ("gate", "up", "down")},
         }
     return {"embedder": embedder, "decoder": decoder}
+
+
+def find_tokenizer(model: pathlib.Path, vocab_size: int) -> pathlib.Path | None:
+    """The tokenizer next to a model: the one file ``tok*.bin`` with as many pieces, if there is."""
+    fitting = []
+    for path in sorted(model.parent.glob("tok*.bin")):
+        try:
+            if path != model and len(_pieces(path)) == vocab_size:
+                fitting.append(path)
+        except DataError:
+            continue
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def read_tokenizer(path: pathlib.Path) -> SentencePieceVocabulary:
+    """A tokenizer (``tokenizer.bin``) as the SentencePiece model from which it was exported.
+
+    BPE by the pieces' scores, with bytes for what no piece writes. Text is not normalized, as in
+    run.c.
+
+    Raises:
+        ConfigError: the package protobuf is missing.
+        DataError: the file is no such tokenizer.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception as error:
+        raise ConfigError(
+            f"{path} needs protobuf to be read ({error}); install it with: pip install protobuf"
+        ) from None
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    kinds = model.SentencePiece
+    pieces = _pieces(path)
+    for token, (score, text) in enumerate(pieces):
+        kind = kinds.NORMAL
+        if token < 3:
+            kind = kinds.CONTROL if token else kinds.UNKNOWN
+        elif _BYTE.fullmatch(text):
+            kind = kinds.BYTE
+        name = ("<unk>", "<s>", "</s>")[token] if token < 3 else text.decode().replace(" ", "▁")
+        model.pieces.add(piece=name, score=score, type=kind)
+    spec = model.trainer_spec
+    spec.model_type, spec.vocab_size = spec.BPE, len(pieces)
+    spec.byte_fallback = sum(piece.type == kinds.BYTE for piece in model.pieces) == 256
+    spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id = 0, START_ID, START_ID, -1
+    spec.eos_piece = "<s>"
+    normal = model.normalizer_spec
+    normal.name, normal.add_dummy_prefix = "identity", True
+    normal.remove_extra_whitespaces, normal.escape_whitespaces = False, True
+    return SentencePieceVocabulary(model.SerializeToString(deterministic=True), name=str(path))
+
+
+def _pieces(path: pathlib.Path) -> list[tuple[float, bytes]]:
+    """Score and text of every piece: int32 (longest piece), then float32, int32 (bytes), bytes."""
+    data = path.read_bytes()
+    refusal = DataError(f"{path} is not a tokenizer of llama2.c (tokenizer.bin)")
+    pieces, at = [], 4
+    while at < len(data):
+        if at + 8 > len(data):
+            raise refusal
+        score, length = struct.unpack_from("<fi", data, at)
+        at += 8 + length
+        if not 0 < length <= 4_096 or at > len(data):
+            raise refusal
+        pieces.append((score, data[at - length : at]))
+    # SentencePiece's own names are written with newlines around them.
+    names = [text.strip() for _, text in pieces[:3]]
+    try:
+        "".join(text.decode() for _, text in pieces)
+    except UnicodeDecodeError:
+        raise refusal from None
+    if names != [b"<unk>", b"<s>", b"</s>"]:
+        raise refusal
+    return pieces

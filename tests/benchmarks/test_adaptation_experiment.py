@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pathlib
 
 import numpy as np
 import pytest
 
+from encdec.benchmarks import adaptation_experiment
 from encdec.benchmarks.adaptation_experiment import (
     Setting,
     budget,
-    crossing,
     run_experiment,
     source_model,
-    steps_worth,
-    summary,
     table_rows,
 )
+from encdec.benchmarks.adaptation_results import crossing, draw, first_step_at, steps_worth, summary
 from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError
 from encdec.train.run_config import parse_config
@@ -31,6 +32,7 @@ def test_a_step_is_worth_as_many_as_reach_its_loss():
     assert steps_worth(ADAPTED, FRESH) == (10.0, 30.0)
     assert steps_worth(ADAPTED - [0, 0, 5], FRESH) is None
     assert steps_worth(ADAPTED + [0, 0, 9], FRESH) == (10.0, 10.0)
+    assert first_step_at(ADAPTED, 2.45) == pytest.approx(60.0)
 
 
 def test_curves_cross_between_evaluations_or_not_at_all():
@@ -40,8 +42,8 @@ def test_curves_cross_between_evaluations_or_not_at_all():
     run = lambda curve: {"parameters": 7, "curve": curve.tolist(), "loss": curve[-1, 2]}
     both = {"adapted all-all": [run(ADAPTED)] * 2, "scratch all-all": [run(FRESH)]}
     text = summary(both)
-    assert "| adapted all-all | 7 | 80 | 2.400 ± 0.000 | 2 |" in text
-    assert "after 10 steps the adapted model matches 30 steps from" in text
+    assert "| adapted all-all | 7 | 80 | 3.000 | 2.400 ± 0.000 | 2 |" in text
+    assert "after 10 steps the adapted model matches 30 from scratch" in text
     assert "cross at 358 FLOPs" in text
     both["adapted all-all"] = [run(ADAPTED - [0, 0, 1])]
     assert "do not cross: the adapted model is ahead" in summary(both)
@@ -53,17 +55,61 @@ def test_the_budget_is_what_the_source_would_cost_further():
     assert budget(setting) == 10 * one
     rows = table_rows(setting)
     assert len({row.folder for row in rows}) == len(rows)
-    assert rows[1].layers == ("4", "2") and sum(row.headline for row in rows) == 5
+    assert rows[3].layers == ("4", "2") and sum(row.headline for row in rows) == 5
 
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"layers": 4}, "multiple of 3"), ({"text": ("a",)}, "go together"), ({"seeds": 0}, "1 or")],
+    [
+        ({"layers": 4}, "multiple of 3"),
+        ({"eval_text": ("a",)}, "no --text"),
+        ({"seeds": 0}, "1 or"),
+        (
+            {"rows": ("adapted",)},
+            "'adapted' is unknown; expected some of decoder-only, trained on;",
+        ),
+    ],
 )
 def test_settings_that_cannot_be_run_are_refused(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run_experiment(Setting(tmp_path / "work", **changes), print)
     assert not (tmp_path / "work").exists()
+
+
+def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
+    """Text is held out by document; a later call runs what lacks a line, headline rows first."""
+    text = tmp_path / "text.jsonl"
+    words = lambda i: " ".join(f"{place} plus {i} is {place + i}." for place in range(30))
+    text.write_text("".join(json.dumps({"text": words(i)}) + "\n" for i in range(45)))
+    started = []
+
+    def run(setting, row, seed, source, say):
+        started.append((row.name, seed))
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return {"parameters": 7, "curve": [[0, 0.0, 3.0], [2, 8.0, 2.0]], "loss": 2.0}
+
+    monkeypatch.setattr(adaptation_experiment, "_run", run)
+    monkeypatch.setattr(adaptation_experiment, "_source", lambda *_: tmp_path)
+    few = {"inputs": 8, "targets": 8, "vocabulary": 280, "document_bytes": 400}
+    setting = Setting(tmp_path / "work", (str(text),), model="test", layers=3, seeds=2, **few)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(setting, print)
+    held_out = (setting.work / "text" / "held_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in held_out] == [words(19)[:400], words(39)[:400]]
+    reports = []
+    results = run_experiment(setting, print, lambda found: reports.append(len(found)))
+    names = [row.name for row in table_rows(setting)]
+    assert started[2:14] == [(name, 0) for name in names[2:]] + [(name, 1) for name in names[:3]]
+    assert list(results) == names and reports[0] == 2
+    assert [line["seed"] for line in results["adapted all-all"]] == [0, 1]
+    draw(results, tmp_path / "loss.png")
+    # The same results elsewhere are done; with other settings they are not.
+    results_file, started = setting.results_file, []
+    again = dataclasses.replace(setting, work=tmp_path / "other", results=results_file)
+    assert run_experiment(again, print) == results and not started
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(dataclasses.replace(again, work=tmp_path / "third", steps=7), print)
 
 
 @pytest.mark.parametrize(

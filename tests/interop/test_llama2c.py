@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 
 from encdec.errors import DataError
 from encdec.interop.import_command import main
+from encdec.interop.llama2c import find_tokenizer, read_tokenizer
 from encdec.model import build_model, init_cache
 from encdec.saved.saved_params import load_params_for_inference
 
@@ -114,6 +117,48 @@ def test_halves_and_neighbours_rotate_alike(tmp_path):
         gate = y @ w1[layer].T
         x = x + (gate / (1 + np.exp(-gate)) * (y @ w3[layer].T)) @ w2[layer].T
     np.testing.assert_allclose(got, rms(x, last) @ head.T, rtol=1e-4, atol=1e-4)
+
+
+def tokenizer_bytes(pieces) -> bytes:
+    """llama2.c's tokenizer.bin: longest piece, then score, size and text of each."""
+    parts = [struct.pack("<i", max(len(text) for _, text in pieces))]
+    return b"".join(parts + [struct.pack("<fi", s, len(text)) + text for s, text in pieces])
+
+
+def merged(text: str, pieces) -> list[int]:
+    """run.c's encode(): characters, else bytes; then the best-scored pair again and again."""
+    scores = {text: (score, token) for token, (score, text) in enumerate(pieces)}
+    parts = []
+    for character in " " + text if text else "":
+        data = character.encode()
+        parts += [data] if data in scores else [b"<0x%02X>" % byte for byte in data]
+    while True:
+        found = enumerate(itertools.pairwise(parts))
+        pairs = [(scores[a + b][0], -i) for i, (a, b) in found if a + b in scores]
+        if not pairs:
+            return [scores[part][1] for part in parts]
+        i = -max(pairs)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_the_tokenizer_next_to_a_model_is_read_as_run_c_reads_it(tmp_path):
+    learned = [" t", "he", " the", "  ", " a", "an", " an", "é"]
+    letters = sorted(set(" thean.nx"))
+    pieces = [(0.0, b"<unk>"), (0.0, b"\n<s>\n"), (0.0, b"\n</s>\n")]
+    pieces += [(0.0, b"<0x%02X>" % byte) for byte in range(256)]
+    pieces += [(-float(i), piece.encode()) for i, piece in enumerate(learned + letters)]
+    (tmp_path / "tok.bin").write_bytes(tokenizer_bytes(pieces))
+    assert find_tokenizer(tmp_path / "model.bin", len(pieces) + 1) is None
+    vocabulary = read_tokenizer(find_tokenizer(tmp_path / "model.bin", len(pieces)))
+    assert (vocabulary.eos_id, vocabulary.unk_id, vocabulary.size) == (1, 0, len(pieces))
+    for text in ("the hen", " an ant  ate\nthé ", "x<s>", "日", "", "a.a"):
+        assert vocabulary.encode(text) == merged(text, pieces), text
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+    for data in (b"", tokenizer_bytes(pieces)[:-1], tokenizer_bytes(pieces[3:]), b"\xff" * 99):
+        (tmp_path / "tok.bin").write_bytes(data)
+        assert find_tokenizer(tmp_path / "model.bin", len(pieces)) is None
+        with pytest.raises(DataError, match="not a tokenizer of llama2.c"):
+            read_tokenizer(tmp_path / "tok.bin")
 
 
 def test_a_file_that_is_no_such_model_is_refused(tmp_path):

@@ -207,6 +207,7 @@ ELSEWHERE = {
     "init_architecture": test_warm_start.test_the_sources_architecture_is_taken_over_where_asked,
     "init_partial": test_warm_start.test_a_partial_start_takes_all_but_what_its_patterns_name,
     "init_grow": test_warm_start.test_tables_grow_where_asked_and_extra_ids_keep_their_numbers,
+    "eval.at_start": test_warm_start.test_a_start_can_be_evaluated_before_its_first_step,
     "eval.patience": test_warm_start.test_a_run_ends_when_patience_does_and_keeps_its_best,
     "freeze.parameters": test_groups.test_held_parameters_begin_as_new_when_they_are_let_go,
     "freeze.steps": test_groups.test_held_parameters_begin_as_new_when_they_are_let_go,

@@ -392,6 +392,25 @@ def test_a_run_ends_when_patience_does_and_keeps_its_best(records, eval_records,
     assert read_metrics(tmp_path / "run")[-1]["step"] == 3
 
 
+def test_a_start_can_be_evaluated_before_its_first_step(
+    pretrained, records, eval_records, tmp_path
+):
+    # The loss of the start counts for patience as any other's does.
+    config = small_run(
+        records,
+        steps=9,
+        init_from=str(pretrained),
+        eval={"every": 1, "patience": 1, "at_start": True},
+        checkpoint={"every": 1, "keep": 2},
+        data={"records": str(records), "eval_records": str(eval_records)},
+        optimizer={"learning_rate": 1e-30},
+    )
+    assert train(config, tmp_path / "run").step == 1
+    lines = [line for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert lines[0]["eval/loss"] == lines[1]["eval/loss"]
+
+
 def test_patience_without_evaluations_is_refused(records):
     with pytest.raises(ConfigError, match=r"config\.eval\.patience is 2"):
         parse_config(small_run(records, eval={"patience": 2}))
