@@ -39,6 +39,21 @@ LLAMA = dict(
     mlp_dropout=0.0,
 )
 SHAPES = {
+    "stories260k": dict(
+        LLAMA,
+        vocab_size=512,
+        encoder_layers=5,
+        decoder_layers=5,
+        d_model=64,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
+        mlp_dim=172,
+        norm_eps=1e-5,
+        scan_layers=False,
+        dtype="float32",
+        param_dtype="float32",
+    ),
     "smollm2-135m": dict(
         LLAMA,
         vocab_size=49_152,

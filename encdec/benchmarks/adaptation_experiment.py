@@ -63,7 +63,8 @@ class Setting:
         batch_size: rows per step.
         vocabulary: ids, sentinels not among them.
         optimizer: of all.
-        learning_rate: of all, at the peak.
+        learning_rate: at the peak, of all that start from random parameters.
+        further_learning_rate: of those that start from the source's; 0: the same.
         hold: part of a run in which all but drawn cross-attention waits.
         alpha: the teacher's weight where it teaches.
         evaluations: points of each curve.
@@ -88,6 +89,7 @@ class Setting:
     vocabulary: int = 2_048
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
+    further_learning_rate: float = 0.0
     hold: float = 0.05
     alpha: float = 0.5
     evaluations: int = 8
@@ -232,8 +234,9 @@ def _check(setting: Setting) -> None:
         )
     if setting.eval_text and not setting.text:
         raise ConfigError("--eval_text is given, but no --text; give both, or --text alone")
-    if setting.document_bytes < 0:
-        raise ConfigError(f"--document_bytes is {setting.document_bytes}; expected 0 or more")
+    for name in ("document_bytes", "further_learning_rate"):
+        if getattr(setting, name) < 0:
+            raise ConfigError(f"--{name} is {getattr(setting, name)}; expected 0 or more")
     names = [row.name for row in table_rows(setting)]
     if unknown := [name for name in setting.rows if name not in names]:
         raise ConfigError(f"--rows: {unknown[0]!r} is unknown; expected some of {'; '.join(names)}")
@@ -354,11 +357,7 @@ def _config(
             "seed": seed,
             "log_every": every,
             "data": {"records": records, "eval_records": _records(setting, "held_out")},
-            "optimizer": {
-                "name": setting.optimizer,
-                "learning_rate": setting.learning_rate,
-                "weight_decay": 0.1,
-            },
+            "optimizer": _optimizer(setting, setting.learning_rate),
             "schedule": {"warmup_steps": max(1, steps // 20) if steps > 1 else 0},
             "eval": {
                 "every": every,
@@ -370,6 +369,10 @@ def _config(
         }
         | changes
     )
+
+
+def _optimizer(setting: Setting, learning_rate: float) -> dict[str, Any]:
+    return {"name": setting.optimizer, "learning_rate": learning_rate, "weight_decay": 0.1}
 
 
 def _source(setting: Setting, seed: int, say: Say) -> pathlib.Path:
@@ -407,6 +410,8 @@ def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) 
     changes: dict[str, Any] = {}
     if row.layers is None or row.cross_attention:
         changes["init_from"] = str(start)
+        peak = setting.further_learning_rate or setting.learning_rate
+        changes["optimizer"] = _optimizer(setting, peak)
     if row.cross_attention in ("zero", "random") and round(setting.hold * steps) >= 1:
         changes["freeze"] = {
             "parameters": "*,!*/encoder_attention/*,!*/cross_attention_*",

@@ -61,6 +61,7 @@ def prepare(
     """
     settings = dataclasses.replace(settings, **fields)
     settings.check()
+    settings = settings.resolved()
     source = settings.text_task()
     inputs, targets = source.row_lengths(settings.inputs_length, settings.targets_length)
     source = source.at_lengths(inputs, targets)

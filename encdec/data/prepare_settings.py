@@ -20,7 +20,7 @@ from encdec.data.task_mixtures import MIXTURES, task_or_mixture
 from encdec.data.task_registry import TEXT_TASKS
 from encdec.data.text_files import plain_name
 from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
-from encdec.data.vocabulary import Vocabulary
+from encdec.data.vocabulary import Vocabulary, recorded_start_id
 from encdec.errors import ConfigError
 from encdec.hub import data_path
 from encdec.settings import Settings, setting
@@ -72,7 +72,9 @@ class PrepareSettings(Settings):
         None, f"what to learn from the text: {', '.join(OBJECTIVES)}"
     )
     vocabulary: str | os.PathLike[str] | Vocabulary | None = setting(
-        None, "a .model, a tokenizer.json, or 'bytes'", type=any_path
+        None,
+        "a .model, a tokenizer.json, 'bytes', or a directory of a model or of records",
+        type=any_path,
     )
     extra_ids: int | None = setting(None, "sentinels at the vocabulary's end (0)", least=0)
     out: str | os.PathLike[str] | None = setting(
@@ -90,7 +92,13 @@ class PrepareSettings(Settings):
     packing: str = setting(
         "best_fit", f"{', '.join(METHODS)}; greedy is seqio's order (best_fit)", identity=True
     )
-    decoder_start_id: int = setting(0, "first decoder input (0)", identity=True, least=0)
+    decoder_start_id: int | None = setting(
+        None,
+        "first decoder input (that of --vocabulary, if it is the directory of a model or of "
+        "records, else 0)",
+        identity=True,
+        least=0,
+    )
     seed: int = setting(0, "seed of the objective (0)", identity=True, least=0)
     passes: int = setting(
         1, "passes over the text, each with new noise (1)", identity=True, least=1
@@ -122,6 +130,15 @@ class PrepareSettings(Settings):
         """Where the records go."""
         assert self.out is not None
         return as_path(user_place("--out", self.out))
+
+    def resolved(self) -> PrepareSettings:
+        """These settings with the ``decoder_start_id`` that follows where none is given."""
+        if self.decoder_start_id is not None:
+            return self
+        found = None
+        if not isinstance(self.vocabulary, Vocabulary) and self.vocabulary not in (None, "bytes"):
+            found = recorded_start_id(self.vocabulary)
+        return dataclasses.replace(self, decoder_start_id=found or 0)
 
     def check(self) -> None:
         """ConfigError for what is missing, out of range or at odds whatever the text is."""

@@ -251,6 +251,22 @@ def recorded_vocabulary(content: Mapping[str, Any], workdir: str | os.PathLike) 
     return spec
 
 
+def recorded_start_id(directory: str | os.PathLike[str]) -> int | None:
+    """The decoder's first input in a work or records directory; None if it is no such."""
+    path = as_path(user_place("the vocabulary", os.fspath(directory)))
+    for name, group in (("config.json", "data"), (CARD_FILE, None)):
+        if not (path / name).is_file():
+            continue
+        try:
+            content = json.loads((path / name).read_text())
+            start_id = (content[group] if group else content)["decoder_start_id"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(start_id, int):
+            return start_id
+    return None
+
+
 def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:
     """The tokenizer.model or tokenizer.json of a Hugging Face model's directory, if any."""
     for name in ("tokenizer.model", "tokenizer.json"):

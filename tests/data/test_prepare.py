@@ -21,7 +21,7 @@ from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records, read_card
 from encdec.data.task_mixtures import MIXTURES
 from encdec.data.task_registry import text_task
-from encdec.data.vocabulary import load_vocabulary
+from encdec.data.vocabulary import copy_vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import write_jsonl
 
@@ -225,6 +225,26 @@ def test_wrong_settings_are_named_and_write_nothing(tmp_path, jsonl, change, err
     with pytest.raises(error, match=message):
         prepare(**{**options, **change})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_start_token_is_that_of_the_directory_with_the_vocabulary(tmp_path, jsonl):
+    """A directory of records, or of a model; --decoder_start_id is obeyed where it is given."""
+    prepare(
+        out=tmp_path / "first", vocabulary="bytes", jsonl=[jsonl], decoder_start_id=5, **LENGTHS
+    )
+    model = tmp_path / "model"
+    copy_vocabulary(tmp_path / "first", model)
+    (model / "config.json").write_text('{"data": {"decoder_start_id": 7}}')
+    for vocabulary, given, expected in (("first", {}, 5), ("model", {}, 7), ("model", 0, 0)):
+        card = prepare(
+            out=tmp_path / "next",
+            vocabulary=tmp_path / vocabulary,
+            jsonl=[jsonl],
+            overwrite=True,
+            **LENGTHS,
+            **({} if given == {} else {"decoder_start_id": given}),
+        )
+        assert card.decoder_start_id == expected
 
 
 def test_text_without_examples_is_refused(tmp_path):
