@@ -188,7 +188,7 @@ class TextGenerator:
     def _stream(
         self, inputs: list[PreparedInput], settings: GenerationSettings, steps: int
     ) -> Iterator[str]:
-        pieces = TextStream(self.prompts.vocabulary, settings.stop)
+        pieces = TextStream(self.prompts.vocabulary, settings.stop, self._context(inputs[0]))
         for decoding in self._run(inputs, settings, steps):
             ids = np.array(decoding.tokens_RxN)[0, : int(decoding.counts_R[0])]
             last = bool(decoding.finished_R[0])
@@ -209,6 +209,15 @@ class TextGenerator:
             inputs.append(PreparedInput(number, place, ids, cut))
         return inputs
 
+    def _context(self, item: PreparedInput) -> list[int]:
+        """The tokens whose text an answer continues: a decoder-only model's input, unless EOS
+        ends it. Without them a vocabulary that puts a space before every text, as Llama's, would
+        leave out an answer's first space."""
+        if self.config.is_encoder_decoder or self.prompts.inputs_eos:
+            return []
+        own, eos = item.ids[len(self.prompts.inputs_prefix) :], self.prompts.vocabulary.eos_id
+        return own[len(own) - own[::-1].index(eos) :] if eos in own else own
+
     def _limit(self, settings: GenerationSettings) -> int:
         return settings.max_tokens or self.max_tokens
 
@@ -222,6 +231,7 @@ class TextGenerator:
     ) -> list[list[Generation]]:
         run = self._run(inputs, settings, STEPS_BETWEEN_LOOKS)
         rows, stop = len(inputs) * settings.samples, settings.stop
+        contexts = [self._context(item) for item in inputs for _ in range(settings.samples)]
         decoding = next(run)
         while True:
             # Copies: the buffers themselves are given over to the next steps.
@@ -232,20 +242,25 @@ class TextGenerator:
             if stop:
                 stopped_R = np.zeros(len(counts), bool)
                 for row in range(rows):
-                    text = self.prompts.vocabulary.decode(tokens[row, : counts[row]])
+                    made = tokens[row, : counts[row]].tolist()
+                    text = text_after(self.prompts.vocabulary, contexts[row], made)
                     stopped_R[row] = find_stop(text, stop) is not None
             try:
                 decoding = run.send(stopped_R)
             except StopIteration:
                 break
         vocabulary = self.prompts.vocabulary
-        made = [
+        answers = [
             generation_of(
-                vocabulary, tokens[row, : counts[row]].tolist(), log_probs[row].tolist(), stop
+                vocabulary,
+                tokens[row, : counts[row]].tolist(),
+                log_probs[row].tolist(),
+                stop,
+                context=contexts[row],
             )
             for row in range(rows)
         ]
-        return [made[i : i + settings.samples] for i in range(0, rows, settings.samples)]
+        return [answers[i : i + settings.samples] for i in range(0, rows, settings.samples)]
 
     def _beam_batch(
         self, inputs: Sequence[PreparedInput], settings: GenerationSettings
@@ -259,6 +274,7 @@ class TextGenerator:
                     found.log_probs_BxKxN[row, beam].tolist(),
                     (),
                     float(found.scores_BxK[row, beam]),
+                    self._context(inputs[row]),
                 )
                 for beam in range(settings.samples)
                 if np.isfinite(found.scores_BxK[row, beam])

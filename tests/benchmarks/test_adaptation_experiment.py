@@ -59,6 +59,35 @@ def test_the_budget_is_what_the_source_would_cost_further():
 
 
 @pytest.mark.parametrize(
+    "row, further, peak",
+    [("adapted 2/3-1/3", 0.2, 0.2), ("adapted 2/3-1/3", 0, 0.5), ("scratch 2/3-1/3", 0.2, 0.5)],
+)
+def test_a_start_has_a_learning_rate_of_its_own(row, further, peak, tmp_path, monkeypatch):
+    runs = []
+
+    class Enough(Exception):
+        pass
+
+    def train(run, folder):
+        runs.append(run)
+        raise Enough
+
+    setting = Setting(
+        tmp_path, optimizer="muon", learning_rate=0.5, further_learning_rate=further, model="test"
+    )
+    monkeypatch.setattr(adaptation_experiment, "train", train)
+    monkeypatch.setattr(adaptation_experiment, "_start", lambda *_: tmp_path)
+    monkeypatch.setattr(adaptation_experiment, "read_config", lambda _: None)
+    monkeypatch.setattr(adaptation_experiment, "model_config_of", lambda _: source_model(setting))
+    [wanted] = [one for one in table_rows(setting) if one.name == row]
+    with pytest.raises(Enough):
+        adaptation_experiment._run(setting, wanted, 0, tmp_path, print)
+    [run] = runs
+    assert (run.optimizer.name, run.optimizer.learning_rate) == ("muon", peak)
+    assert bool(run.init_from) == row.startswith("adapted")
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         ({"layers": 4}, "multiple of 3"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import struct
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 
 from encdec.errors import DataError
+from encdec.inference.generation_settings import GenerationSettings
+from encdec.inference.generator import TextGenerator
+from encdec.inference.text_io import PromptFormat
 from encdec.interop.import_command import main
 from encdec.interop.llama2c import find_tokenizer, read_tokenizer
-from encdec.model import build_model, init_cache
+from encdec.model import ModelConfig, build_model, init_cache
 from encdec.saved.saved_params import load_params_for_inference
 
 
@@ -159,6 +163,42 @@ def test_the_tokenizer_next_to_a_model_is_read_as_run_c_reads_it(tmp_path):
         assert find_tokenizer(tmp_path / "model.bin", len(pieces)) is None
         with pytest.raises(DataError, match="not a tokenizer of llama2.c"):
             read_tokenizer(tmp_path / "tok.bin")
+
+
+class FixedRows:
+    """A row decoder whose every answer is the same."""
+
+    rows_at_once, paces = 0, None
+    config = ModelConfig(architecture="decoder_only", vocab_size=512, encoder_layers=0)
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def run(self, inputs, settings, *_):
+        tokens = np.array([self.tokens] * len(inputs) * settings.samples)
+        counts, zeros = np.full(len(tokens), tokens.shape[1]), np.zeros(tokens.shape)
+        done = np.ones(len(tokens), bool)
+        yield SimpleNamespace(
+            tokens_RxN=tokens, counts_R=counts, log_probs_RxN=zeros, finished_R=done
+        )
+
+
+def test_an_answer_keeps_the_space_before_it(tmp_path):
+    """The text of a decoder-only model's answer goes on where the prompt ends."""
+    pieces = [(0.0, b"<unk>"), (0.0, b"<s>"), (0.0, b"</s>"), (0.0, b" a"), (0.0, b"b")]
+    pieces += [(-1.0, letter) for letter in (b" ", b"a")]
+    (tmp_path / "tok.bin").write_bytes(tokenizer_bytes(pieces))
+    vocabulary = read_tokenizer(tmp_path / "tok.bin")
+    for inputs_eos, answer in ((False, " ab a"), (True, "ab a")):
+        prompts = PromptFormat(vocabulary, inputs_eos=inputs_eos)
+        generator = TextGenerator(FixedRows([3, 4, 3]), prompts, max_tokens=3, batch_rows=2)
+        [[made]] = generator.generate(["ab"])
+        assert made.text == "".join(generator.stream("ab")) == answer
+        [[made]] = generator.generate(["ab"], GenerationSettings(stop=(" a",)))
+        assert made.text == ("" if answer[0] == " " else "ab")
+        if not inputs_eos:
+            [[made]] = generator.generate_from_tokens([[4, 1]])
+            assert made.text == "ab a"
 
 
 def test_a_file_that_is_no_such_model_is_refused(tmp_path):
