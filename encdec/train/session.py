@@ -27,7 +27,7 @@ from encdec.train.reports import OnReport, Reports
 from encdec.train.run_config import to_dict
 from encdec.train.state import TrainState
 from encdec.train.trackers import make_trackers, tracker_names
-from encdec.train.warm_start import plan_start, start_from
+from encdec.train.warm_start import architecture, plan_start, start_from
 from encdec.train.workdir import STARTED_NOTE, note_source, notes, write_workdir
 
 
@@ -235,8 +235,13 @@ def _introduce(job: Job, console: Console) -> None:
     """Prints what the run will do."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in job.program.mesh.shape.items())
     device = jax.devices()[0].device_kind
+    model = job.run.model
+    if job.run.init_architecture == "source":
+        model = f"the model of {job.run.init_from}"
+    elif architecture(job.model) != architecture(job.run.base_model()):
+        model += ", changed by config.model_overrides"
     console.say(
-        f"{job.run.model}: {parameter_count(job.program.abstract_state.params):,} parameters, "
+        f"{model}: {parameter_count(job.program.abstract_state.params):,} parameters, "
         f"{job.run.steps:,} steps of {job.run.batch_size} rows, {jax.device_count()} x {device} "
         f"({mesh})"
     )
