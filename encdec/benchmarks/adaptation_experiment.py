@@ -32,7 +32,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows, write_text
 from encdec.jobs import claim_settings
 from encdec.model import ModelConfig, preset
-from encdec.paper.result_rows import setting_digest, where_and_when
+from encdec.result_lines import setting_digest, where_and_when
 from encdec.saved.saved_config import CONFIG_FILE, model_config_of, read_config
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics

@@ -18,7 +18,7 @@ from encdec.benchmarks.generation import time_generation
 from encdec.benchmarks.train_benchmark import OurStep
 from encdec.cost.flops import cache_bytes, weight_bytes
 from encdec.model import build_model, init_params
-from encdec.paper.result_rows import COSTS, where_and_when
+from encdec.paper.result_rows import COSTS
 from encdec.paper.setting import (
     TEACHER,
     Column,
@@ -28,6 +28,7 @@ from encdec.paper.setting import (
     steps_of,
     table_rows,
 )
+from encdec.result_lines import where_and_when
 from encdec.train.run_config import RunConfig
 
 STEPS = 10  # timed

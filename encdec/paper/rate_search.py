@@ -24,14 +24,9 @@ from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
 from encdec.files import sole_process, write_json
 from encdec.paper.corpora import Corpora, Say
-from encdec.paper.result_rows import (
-    SEARCH,
-    append_results,
-    read_results,
-    setting_digest,
-    where_and_when,
-)
+from encdec.paper.result_rows import SEARCH, append_results, read_results
 from encdec.paper.setting import TEACHER, Column, Setting, model_of, run_config, slug, steps_of
+from encdec.result_lines import setting_digest, where_and_when
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 

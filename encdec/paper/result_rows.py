@@ -7,15 +7,11 @@ pairwise, so that another machine continues from the file alone: a run whose lin
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import hashlib
 import json
 import pathlib
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from encdec.errors import DataError
@@ -25,6 +21,7 @@ from encdec.evaluation.predictions import read_answers
 from encdec.files import append_rows, lines_exist, whole_lines
 from encdec.metrics.metric_registry import score_texts
 from encdec.metrics.score import Score, bits_per_byte
+from encdec.result_lines import where_and_when
 from encdec.storage import make_directory
 
 if TYPE_CHECKING:
@@ -38,11 +35,6 @@ PAIRED = {
 }
 BITS = "bits_per_byte"
 RUN, COSTS, SEARCH = "run", "costs", "search"  # kinds of lines
-
-
-def setting_digest(identity: Mapping[str, Any]) -> str:
-    """Names the settings that decide a run."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_results(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
@@ -119,15 +111,6 @@ def run_rows(
             | where_and_when()
         )
     return lines
-
-
-def where_and_when() -> dict[str, str]:
-    """Device and date, for a result row."""
-    return {
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "machine": platform.machine(),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def _parts(folder: pathlib.Path, names: Sequence[str]) -> dict[str, list[list[float]]]:

@@ -27,13 +27,7 @@ from encdec.evaluation.results_table import table, table_markdown
 from encdec.files import sole_process, write_json
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.paper.corpora import Corpora, Say
-from encdec.paper.result_rows import (
-    append_results,
-    done_runs,
-    read_results,
-    run_rows,
-    setting_digest,
-)
+from encdec.paper.result_rows import append_results, done_runs, read_results, run_rows
 from encdec.paper.setting import (
     TEACHER,
     Column,
@@ -46,6 +40,7 @@ from encdec.paper.setting import (
     steps_of,
     table_rows,
 )
+from encdec.result_lines import setting_digest
 from encdec.train.loop import train
 from encdec.train.run_config import RunConfig
 

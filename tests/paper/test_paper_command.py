@@ -18,7 +18,7 @@ from encdec.paper import costs, result_rows
 from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, evenly
 from encdec.paper.paper_command import load_config, main
-from encdec.paper.result_rows import read_results, score_of, setting_digest
+from encdec.paper.result_rows import read_results, score_of
 from encdec.paper.runs import evaluations
 from encdec.paper.setting import (
     TEACHER,
@@ -29,6 +29,7 @@ from encdec.paper.setting import (
     steps_of,
     table_rows,
 )
+from encdec.result_lines import setting_digest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "paper.py"
