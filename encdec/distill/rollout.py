@@ -34,6 +34,7 @@ from encdec.data.records import (
 from encdec.data.teacher_rows import short
 from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.inference.draft_model import check_draft_model
 from encdec.inference.generation_settings import AUTO, GenerationSettings, check_draft
 from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
@@ -102,7 +103,8 @@ def rollout(
         progress: called after every block with what was written so far.
 
     Raises:
-        ConfigError: several answers to a text, a mixture, or records without sources.
+        ConfigError: several answers to a text, a mixture, records without sources, or a draft
+            model that cannot be used.
         DataError: another vocabulary, or ``out`` holds something else.
         CheckpointError: no writer there.
     """
@@ -177,6 +179,7 @@ def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -
             f"{records.directory} have {short(records.card.vocabulary.fingerprint)}; prepare "
             "records with the model's vocabulary"
         )
+    check_draft_model(answering.draft, records.vocabulary())
 
 
 def _write_block(

@@ -10,7 +10,7 @@ import jax
 from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError
 from encdec.evaluation.likelihood import LikelihoodModel
-from encdec.inference.draft_model import load_draft
+from encdec.inference.draft_model import check_draft_model, load_draft
 from encdec.inference.exported import load_exported_generator
 from encdec.inference.generation_settings import AUTO
 from encdec.inference.generator import Generator, read_prompt_format
@@ -51,6 +51,7 @@ def load_models(
         )
         return generator, None, _about_export(checkpoint, content, generator)
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
+    check_draft_model(draft, prompts.vocabulary)
     config, params, read_step = load_params_for_inference(checkpoint, chosen_step(checkpoint, step))
     # An imported model has no training run.
     run = content.get("run") or {"model": content["imported"]["name"], "seed": 0}

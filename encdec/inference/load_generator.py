@@ -7,7 +7,7 @@ import os
 import jax
 
 from encdec.errors import ConfigError
-from encdec.inference.draft_model import load_draft
+from encdec.inference.draft_model import check_draft_model, load_draft
 from encdec.inference.exported import export_format, load_exported_generator
 from encdec.inference.generation_settings import AUTO
 from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
@@ -41,7 +41,8 @@ def load(
         draft: see ``encdec.inference.draft_model.load_draft``.
 
     Raises:
-        ConfigError: more devices than there are, or settings that exports do not have.
+        ConfigError: more devices than there are, settings that exports do not have, or a draft
+            model that cannot be used.
         CheckpointError: no trained model there, or no such step.
         DataError: its vocabulary is missing or another one.
     """
@@ -59,6 +60,7 @@ def load(
             checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows, draft=draft
         )
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
+    check_draft_model(draft, prompts.vocabulary)
     config, params, read_step = load_params_for_inference(checkpoint, step)
     if devices > (there := jax.local_device_count()):
         raise ConfigError(f"devices is {devices}, but this machine has {there}")

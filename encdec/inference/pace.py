@@ -69,8 +69,13 @@ class Pace:
 
     def _cost(self, size: int) -> float:
         """Of a step, in those of a plain one."""
-        if size in self._seconds and PLAIN in self._seconds:
-            return self._seconds[size] / self._seconds[PLAIN]
+        if PLAIN in self._seconds:
+            if size in self._seconds:
+                return self._seconds[size] / self._seconds[PLAIN]
+            for timed in SIZES:  # what one size costs tells better than a guess what others do
+                if timed in self._seconds:
+                    more = max(0.0, self._seconds[timed] / self._seconds[PLAIN] - 1)
+                    return 1 + more * (size - 1) / (timed - 1)
         return 1 + GUESSED_COST * (size - 1) * self._rows
 
     def note_seconds(self, size: int, seconds: float) -> None:

@@ -82,8 +82,13 @@ def begin_drafting(
 def catch_up(
     config: ModelConfig, params: Params, drafting: Drafting, decoding: Decoding
 ) -> Drafting:
-    """Feeds a draft model what plain steps have made, but for the token chosen last."""
-    wanted_R, width = jnp.maximum(decoding.counts_R - 1, 0), decoding.tokens_RxN.shape[1]
+    """Feeds a draft model what plain steps have made, but for the token chosen last.
+
+    Finished rows are left as they are: nothing is drafted for them.
+    """
+    assert drafting.memory is not None and drafting.fed_R is not None  # of a draft model
+    wanted_R = jnp.where(decoding.finished_R, drafting.fed_R, jnp.maximum(decoding.counts_R - 1, 0))
+    width = decoding.tokens_RxN.shape[1]
 
     def behind(carry: tuple[Memory, jax.Array]) -> jax.Array:
         return jnp.any(carry[1] < wanted_R)
@@ -96,7 +101,6 @@ def catch_up(
         new_R = jnp.minimum(wanted_R - fed_R, FED_AT_ONCE)
         return memory.replace(slots_R=memory.slots_R + new_R), fed_R + new_R
 
-    assert drafting.memory is not None and drafting.fed_R is not None  # of a draft model
     memory, fed_R = jax.lax.while_loop(behind, feed, (drafting.memory, drafting.fed_R))
     return drafting.replace(memory=memory, fed_R=fed_R)
 

@@ -9,13 +9,11 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from encdec.errors import ConfigError
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled
-from encdec.inference.drafting import Answering, Paces
-from encdec.inference.drafts import Sources
+from encdec.inference.drafting import Answering, Draft, DraftModel, Paces
 from encdec.inference.generation_settings import AUTO, MOST_BIASES, GenerationSettings
 from encdec.inference.generator import generation_of
 from encdec.inference.pace import SIZES
@@ -23,13 +21,13 @@ from encdec.inference.ready import ready_for_decoding
 from encdec.inference.rows import settings_of_answers
 from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.shapes import bucket
-from encdec.inference.speculation import Drafting, speculate_compiled
 from encdec.inference.text_io import PromptFormat, TextStream, find_stop, text_after
 from encdec.logs import logger
 from encdec.model import ModelConfig
 from encdec.serving.prometheus_metrics import Metrics
 from encdec.serving.prompts import Prompt
 from encdec.serving.protocol import MOST_LOG_PROBS
+from encdec.serving.slot_drafts import SlotDrafts
 from encdec.serving.slots import (
     Prefilled,
     SlotPlan,
@@ -72,9 +70,9 @@ class Engine:
         max_queue: answers that may wait for a slot.
         metrics: counters of the server.
         dtype: see ``ready_for_decoding``.
-        draft: "lookup" drafts; "off" and "auto" do not, because how many tokens per step verifies
-            depends on all slots, and rounds an answer's log-probabilities otherwise: without
-            drafts they are the same bits whatever the neighbours.
+        draft: "lookup" and a model draft; "off" and "auto" do not, because how many tokens per
+            step verifies depends on all slots, and rounds an answer's log-probabilities otherwise:
+            without drafts they are the same bits whatever the neighbours.
 
     Raises:
         ConfigError: the vocabulary is larger than the model's.
@@ -91,7 +89,7 @@ class Engine:
         max_queue: int = 256,
         metrics: Metrics | None = None,
         dtype: str | None = None,
-        draft: str = AUTO,
+        draft: Draft = AUTO,
     ):
         vocabulary = prompts.vocabulary
         if vocabulary.size > config.vocab_size:
@@ -119,10 +117,13 @@ class Engine:
         self.metrics.slots.set(slots)
         self.metrics.watch(lambda: self.active, lambda: self.waiting)
         self._decoding = empty(self.config, self.plan, self._params)
-        # The slots' inputs, from which drafts are copied.
-        longest = prompts.max_input_tokens
-        self._texts = Sources(np.zeros((slots, longest), np.int32), np.zeros(slots, np.int32))
-        self._drafting: Drafting | None = None  # the same where the model is; None: to be copied
+        self.drafts = SlotDrafts(
+            self.config,
+            self._params,
+            self.plan,
+            len(prompts.inputs_prefix),
+            draft if isinstance(draft, DraftModel) else None,
+        )
         self._draft, self._answering = draft, self._new_answering(draft)
         self._rows: list[Answer | None] = [None] * slots
         self._queue: collections.deque[Answer] = collections.deque()
@@ -135,9 +136,9 @@ class Engine:
         self._answer_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="encdec-engine", daemon=True)
 
-    def _new_answering(self, draft: str) -> Answering:
+    def _new_answering(self, draft: Draft) -> Answering:
         pace = Paces(draft, pays=False).of(self.plan.slots)
-        return Answering(pace, self._plain, self._verify, self._texts)
+        return Answering(pace, self._plain, self.drafts.verify, self.drafts.texts)
 
     # Called by other threads.
 
@@ -164,22 +165,23 @@ class Engine:
     def warm_up(self) -> int:
         """Compiles every program, before ``start``; returns how many.
 
-        A request of every width is run twice: programs are compiled again when their arguments
-        come from another program, which may lay them out differently.
+        A request of every width is run twice, and more after drafts: programs are compiled again
+        when their arguments come from another program, which may lay them out differently.
         """
         widths = self.widths()
         scores = not self.config.is_encoder_decoder
         served, self.metrics = self.metrics, Metrics()
-        for width in 2 * widths:
-            for scored in {False, scores}:
-                self._answer_now(width, scored)
         drafted = SIZES if self._answering.pace else ()
-        for size in 2 * drafted:
-            self._decoding, _, _ = self._verify(self._decoding, size, 1)
+        for _ in range(2 + bool(drafted)):
+            for width in widths:
+                for scored in {False, scores}:
+                    self._answer_now(width, scored)
+            self._decoding = self.drafts.warm_up(self._decoding, widths, drafted)
         self.metrics, self._read = served, None
         self._step_seconds, self._answer_seconds = POLL_SECONDS, 1.0
         self._answering = self._new_answering(self._draft)
-        return len(widths) * (1 + scores) + 3 + len(drafted)
+        drafted_for = len(drafted) + isinstance(self._draft, DraftModel) * (len(widths) + 1)
+        return len(widths) * (1 + scores) + 3 + drafted_for
 
     def _answer_now(self, width: int, score_prompts: bool) -> None:
         """Answers one request of a width without the thread."""
@@ -330,10 +332,7 @@ class Engine:
                     self.prompts.vocabulary, ticket.settings.stop, prompt.context
                 )
             prefilled, answer.input_scores = self._prefilled(ticket, answer.place)
-            text = prompt.ids[len(self.prompts.inputs_prefix) :]
-            self._texts.tokens_RxS[row, : len(text)] = text
-            self._texts.lengths_R[row] = len(text)
-            self._drafting = None
+            self.drafts.put(row, prompt.ids)
             begun_N = np.zeros(self.max_tokens, np.int32)
             begun_N[: len(prompt.begun)] = prompt.begun
             self._decoding = insert_compiled(
@@ -386,37 +385,22 @@ class Engine:
 
     def _advance(self) -> None:
         """As many steps as fit between two polls; of drafts, as many as give that many tokens."""
-        begin, done = time.perf_counter(), self._answering.steps
+        begin, done, pace = time.perf_counter(), self._answering.steps, self._answering.pace
+        drafted, accepted = (pace.drafted, pace.accepted) if pace else (0, 0)
         steps = int(min(MOST_STEPS, max(1, POLL_SECONDS / self._step_seconds)))
         self._decoding = self._answering.advance(self._decoding, steps)
         jax.block_until_ready(self._decoding.counts_R)
         taken = (time.perf_counter() - begin) / steps
         self._step_seconds += 0.2 * (taken - self._step_seconds)
         self.metrics.steps.inc(self._answering.steps - done)
+        if pace:
+            self.metrics.drafted_tokens.inc(pace.drafted - drafted)
+            self.metrics.accepted_tokens.inc(pace.accepted - accepted)
 
     def _plain(self, decoding: Decoding, steps: int) -> Decoding:
         return advance_compiled(
             self.config, self.plan.decoding, self._params, decoding, np.int32(steps)
         )
-
-    def _verify(
-        self, decoding: Decoding, size: int, steps: int
-    ) -> tuple[Decoding, int, np.ndarray]:
-        """As ``Answering`` wants it."""
-        if self._drafting is None:
-            self._drafting = Drafting(jax.tree.map(jnp.array, self._texts))
-        decoding, self._drafting, tally = speculate_compiled(
-            self.config,
-            self.plan.decoding,
-            size,
-            None,
-            self._params,
-            None,
-            decoding,
-            self._drafting,
-            np.int32(steps),
-        )
-        return decoding, int(tally.steps), np.asarray(tally.made_K)
 
     def _poll(self) -> None:
         """Delivers the new part of every answer, and frees the slots of finished ones."""

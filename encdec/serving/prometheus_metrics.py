@@ -31,6 +31,12 @@ class Metrics:
         self.input_tokens = make(Counter, "input_tokens", "Input tokens read.")
         self.output_tokens = make(Counter, "output_tokens", "Tokens generated.")
         self.steps = make(Counter, "decode_steps", "Decoding steps of the whole batch.")
+        self.drafted_tokens = make(
+            Counter, "drafted_tokens", "Places after an answer's last token that steps verified."
+        )
+        self.accepted_tokens = make(
+            Counter, "accepted_tokens", "Drafted tokens that were right, and were kept."
+        )
         self.first_token = make(
             Histogram,
             "first_token_seconds",

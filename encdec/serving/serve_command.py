@@ -11,7 +11,7 @@ import time
 from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.inference.generation_settings import AUTO, LOOKUP, OFF, add_draft_option
+from encdec.inference.generation_settings import add_draft_option
 from encdec.logs import logger
 from encdec.packages import install_hint
 from encdec.storage import any_path
@@ -23,13 +23,15 @@ def main(argv: list[str]) -> int:
     """``encdec serve --checkpoint=DIR``: runs until SIGTERM or Ctrl-C.
 
     Raises:
-        ConfigError: flags out of range, an address in use, or missing packages.
+        ConfigError: flags out of range, an address in use, a draft model that cannot be used, or
+            missing packages.
         CheckpointError: the directory holds no trained model.
         DataError: its vocabulary is missing or is another one.
     """
     options = _parser().parse_args(argv)
     _check(options)
     # Imported late, so that mistakes in the command line are reported at once.
+    from encdec.inference.draft_model import check_draft_lengths, check_draft_model, load_draft
     from encdec.inference.exported import export_format
     from encdec.inference.generator import read_prompt_format
     from encdec.saved.saved_params import load_params_for_inference
@@ -52,6 +54,8 @@ def main(argv: list[str]) -> int:
     prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
     template = find_template(options.checkpoint, options.chat_template)
     max_tokens = options.max_tokens or trained_for
+    check_draft_model(options.draft, prompts.vocabulary)
+    check_draft_lengths(options.draft, prompts.max_input_tokens, max_tokens)
     config, params, step = load_params_for_inference(options.checkpoint, options.step)
     engine = Engine(
         config,
@@ -60,7 +64,7 @@ def main(argv: list[str]) -> int:
         max_tokens=max_tokens,
         slots=options.slots,
         max_queue=options.max_queue,
-        draft=options.draft,
+        draft=load_draft(options.draft, prompts.vocabulary),
     )
     begin = time.perf_counter()
     if options.warm_up:
@@ -75,7 +79,7 @@ def main(argv: list[str]) -> int:
         options.max_body_bytes,
         template=template,
     )
-    megabytes = slot_bytes(engine.config, engine.plan) / 1e6
+    megabytes = (slot_bytes(engine.config, engine.plan) + engine.drafts.slot_bytes) / 1e6
     _LOG.info(
         f"{name}, step {step:,}: {options.slots} slots of {prompts.max_input_tokens:,} tokens in "
         f"and {max_tokens:,} out, {megabytes:,.1f} MB each"
@@ -98,11 +102,6 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; expected {least} or more")
-    if options.draft not in (OFF, AUTO, LOOKUP):
-        raise ConfigError(
-            f"--draft={options.draft} is a draft model, which the server cannot use; expected "
-            f"{AUTO}, {OFF} or {LOOKUP}"
-        )
     if not options.timeout_seconds > 0:
         raise ConfigError(f"timeout_seconds is {options.timeout_seconds}; expected more than 0")
     if not options.grace_seconds >= 0:

@@ -9,6 +9,7 @@ an answer depends neither on its neighbours nor on the time of arrival.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import flax
 import jax
@@ -24,8 +25,11 @@ from encdec.inference.decoding import (
     read_inputs,
 )
 from encdec.inference.sampling import RowSettings, greedy_rows, likeliest, log_probs_of
+from encdec.inference.speculation import Drafting
 from encdec.model import ModelConfig, Params, build_model, init_cache
 from encdec.model.cache import widen
+
+_Rows = TypeVar("_Rows", Decoding, Memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +123,12 @@ def _as_wide_as_a_slot(config: ModelConfig, plan: SlotPlan, memory: Memory) -> M
 
 def empty(config: ModelConfig, plan: SlotPlan, params: Params) -> Decoding:
     """A batch with all slots free."""
+    memory = empty_memory(config, plan, params)
+    return blank(plan.decoding, memory, greedy_rows(plan.slots, 0, plan.decoding.choosing.biases))
+
+
+def empty_memory(config: ModelConfig, plan: SlotPlan, params: Params) -> Memory:
+    """What a model remembers of every slot before it has read anything."""
     tokens = jax.ShapeDtypeStruct((plan.slots, plan.longest_input), jnp.int32)
     lengths = jax.ShapeDtypeStruct((plan.slots,), jnp.int32)
     _, memory = jax.eval_shape(
@@ -134,8 +144,7 @@ def empty(config: ModelConfig, plan: SlotPlan, params: Params) -> Decoding:
         tokens,
         lengths,
     )
-    memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
-    return blank(plan.decoding, memory, greedy_rows(plan.slots, 0, plan.decoding.choosing.biases))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
 
 
 def insert(
@@ -161,6 +170,20 @@ def insert(
     row = blank(plan.decoding, prefilled.memory, settings).replace(tokens_RxN=begun_N[None])
     row = append(plan.decoding, row, prefilled.logits_1xV)
 
+    return _with_row(decoding, row, slot)
+
+
+def insert_for_drafts(drafting: Drafting, slot: jax.Array, memory: Memory) -> Drafting:
+    """Puts what a draft model remembers of an input, the result of ``read``, into a slot."""
+    assert drafting.memory is not None and drafting.fed_R is not None  # of a draft model
+    return drafting.replace(
+        memory=_with_row(drafting.memory, memory, slot), fed_R=drafting.fed_R.at[slot].set(0)
+    )
+
+
+def _with_row(whole: _Rows, row: _Rows, slot: jax.Array) -> _Rows:
+    """Arrays of rows with one of them replaced by the only row of other arrays."""
+
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:
         if jax.dtypes.issubdtype(whole.dtype, jax.dtypes.prng_key):
             return whole.at[slot].set(part[0])
@@ -170,7 +193,7 @@ def insert(
             whole, part.astype(whole.dtype), (slot,) + (0,) * (whole.ndim - 1)
         )
 
-    return jax.tree.map(write, decoding, row)
+    return jax.tree.map(write, whole, row)
 
 
 def release(decoding: Decoding, free_R: jax.Array) -> Decoding:
@@ -200,4 +223,5 @@ def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
 read_compiled = jax.jit(read, static_argnames=("config", "plan"))
 read_and_score_compiled = jax.jit(read_and_score, static_argnames=("config", "plan"))
 insert_compiled = jax.jit(insert, static_argnames=("config", "plan"), donate_argnames=("decoding",))
+insert_for_drafts_compiled = jax.jit(insert_for_drafts, donate_argnames=("drafting",))
 release_compiled = jax.jit(release, donate_argnames=("decoding",))

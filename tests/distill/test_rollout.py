@@ -125,6 +125,7 @@ def test_a_round_gold_and_written_by_student_and_teacher(records, student, teach
             "samples is 2",
         ),
         ({"writer": "/nowhere"}, CheckpointError, "/nowhere"),
+        ({"answering": Answering(draft="/no/draft")}, CheckpointError, "/no/draft has no config"),
         ({"answering": Answering(block_rows=0)}, ConfigError, "block_rows is 0"),
     ],
 )

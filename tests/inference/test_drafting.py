@@ -153,6 +153,17 @@ def test_shares_of_longer_drafts_follow_from_those_of_shorter_ones():
     assert pace.tokens(2) == 1.5
 
 
+def test_a_size_that_was_never_timed_costs_as_the_others_say():
+    """With many rows the guess would rule out every size for good."""
+    pace = Pace(16, True)
+    pace.note_shares(np.ones(LONGEST_DRAFT + 1))
+    for size, seconds in ((PLAIN, 1.0), (SIZES[0], 1.9)):
+        for _ in range(2):  # the first time is compiling's
+            pace.note_seconds(size, seconds)
+    assert pace._cost(SIZES[1]) == pytest.approx(1 + 0.3 * (SIZES[1] - 1))
+    assert pace.size() == SIZES[1]
+
+
 def test_auto_drafts_for_few_rows_where_it_pays():
     assert Paces("auto", True).of(1) and Paces("auto", True).of(1).size() == PLAIN
     assert Paces("auto", True).of(16) is None and Paces("auto", False).of(1) is None

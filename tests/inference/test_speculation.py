@@ -16,6 +16,7 @@ from encdec.inference.speculation import (
     Drafting,
     accept,
     begin_drafting_compiled,
+    catch_up,
     speculate_compiled,
 )
 from encdec.model import shard_for_cpu
@@ -149,6 +150,13 @@ def test_a_draft_model_of_either_kind_changes_nothing():
         found, _, steps = speculated(config, params, made, settings, drafting, draft, first=9)
         same(found, wanted)
         assert steps == 2 if name == "encoder_decoder" else steps > 3
+    # Nothing is fed for rows that are finished.
+    decoding = start_compiled(config, made, params, *padded(INPUTS), settings)
+    decoding = advance_compiled(config, made, params, decoding, 9)
+    finished_R = jnp.arange(8) % 2 == 0
+    drafting = begin_drafting_compiled(*draft, *padded(INPUTS), start_id=2, room=17)
+    drafting = catch_up(*draft, drafting, decoding.replace(finished_R=finished_R))
+    np.testing.assert_array_equal(drafting.fed_R, np.where(finished_R, 0, decoding.counts_R - 1))
 
 
 def reference(source, answer, eos, length):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from encdec import cli
+from encdec.data.vocabulary import ByteVocabulary
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params
@@ -116,6 +117,50 @@ def test_mistakes_are_named_at_once(workdir, capsys):
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
     taken.close()
+
+
+def test_draft_models_that_cannot_draft_are_refused(workdir, tmp_path, capsys):
+    """Before the model is read, whatever is wrong with them."""
+    content = json.loads((workdir / "config.json").read_text())
+    data = content["data"]
+
+    def refused(message, code=2, serve=(), **changes):
+        (tmp_path / "config.json").write_text(json.dumps(content | changes))
+        argv = ["serve", f"--checkpoint={workdir}", "--port=0", f"--draft={tmp_path}", *serve]
+        assert cli.main(argv) == code
+        assert message in capsys.readouterr().err
+
+    spec = data["vocabulary"] | {"size": 261, "extra_ids": 2}
+    vocabulary = ByteVocabulary(extra_ids=2)
+    spec["fingerprint"] = vocabulary.fingerprint
+    refused(
+        f"has another vocabulary than the model ({vocabulary.size} ids against 259)",
+        data=data | {"vocabulary": spec | {"size": vocabulary.size}},
+    )
+    refused("is an export", export={"format": "onnx"})
+    refused(
+        "has a table of 100 tokens, but the vocabulary has 259",
+        model=content["model"] | {"vocab_size": 100},
+    )
+    refused(
+        "trained with inputs of up to 39 tokens, but the server accepts 40; give a draft model "
+        "trained with as many, or lower --max_input_tokens to 39",
+        data=data | {"inputs_length": 39},
+    )
+    refused(
+        "trained with answers of up to 40 tokens, but the server accepts 41",
+        serve=["--max_tokens=41"],
+    )
+    decoder_only = {"architecture": "decoder_only", "encoder_layers": 0, "share_embeddings": True}
+    refused(
+        "trained with inputs and answers together of up to 79 tokens, but the server accepts 80",
+        data=data | {"inputs_length": 39},
+        model=content["model"] | decoder_only,
+    )
+    (tmp_path / "config.json").unlink()
+    refused_for = f"{tmp_path} has no config.json"
+    assert cli.main(["serve", f"--checkpoint={workdir}", f"--draft={tmp_path}", "--port=0"]) == 4
+    assert refused_for in capsys.readouterr().err
 
 
 def test_a_model_without_vocabulary_is_refused_by_name(workdir, tmp_path, capsys):
