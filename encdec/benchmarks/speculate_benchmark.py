@@ -27,6 +27,7 @@ from encdec.errors import ConfigError
 from encdec.export.export_command import main as export_main
 from encdec.flags import Parser
 from encdec.inference.answer_files import read_inputs
+from encdec.inference.compiled import Compiled
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
 from encdec.inference.drafting import Drafters, Paces
 from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
@@ -101,7 +102,7 @@ def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Ca
     _, memory = read(config, params, tokens_BxS, lengths_B, start_id=START_ID, room=room)
     begin_R = np.array(memory.slots_R)
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+    @functools.partial(Compiled, static_argnums=0, donate_argnums=2)
     def several(size: int, params: Params, memory: Memory) -> Memory:
         def step(_: int, carry: tuple[Memory, jax.Array]) -> tuple[Memory, jax.Array]:
             memory, fed_RxK = carry

@@ -19,6 +19,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from encdec.inference.compiled import Compiled
 from encdec.inference.decoding import Memory, branch_step, prefill, take_rows
 from encdec.inference.shapes import coarse_bucket
 from encdec.model import ModelConfig, Params
@@ -175,7 +176,7 @@ def _widened(config: ModelConfig, source: Source) -> Source:
     return Source(widen(config, source.cross_kv, width), mask_BxS)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("search",))
+@functools.partial(Compiled, static_argnames=("config", "plan"), donate_argnames=("search",))
 def advance(
     config: ModelConfig,
     plan: BeamPlan,

@@ -16,6 +16,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from encdec.inference.compiled import Compiled
 from encdec.inference.sampling import Choosing, RowSettings, choose, likeliest
 from encdec.model import ModelConfig, Params, build_model, init_cache
 from encdec.model.cache import CachePlaces
@@ -349,7 +350,7 @@ def _keep_likeliest(
 
 
 # The compiled forms. ``advance`` gives its memory over to the result.
-start_compiled = jax.jit(start, static_argnames=("config", "plan"))
-advance_compiled = jax.jit(
+start_compiled = Compiled(start, static_argnames=("config", "plan"))
+advance_compiled = Compiled(
     advance, static_argnames=("config", "plan"), donate_argnames=("decoding",)
 )

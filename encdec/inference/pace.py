@@ -8,8 +8,8 @@ PLAIN = 1
 SIZES = (4, 8)  # of verifying steps; each is a compiled program
 LONGEST_DRAFT = SIZES[-1] - 1
 # A step of k tokens is taken to cost this much more for each of the others until one was timed:
-# layers of the 330M model on two CPU cores.
-GUESSED_COST = 0.13
+# the 330M model on two CPU cores.
+GUESSED_COST = 0.06
 GAIN = 1.05  # that drafting must promise
 NEWEST = 0.5  # weight of what the last steps say of drafts
 MOST_SKIPPED = 31  # looks at what drafts would give, while that is too little

@@ -20,6 +20,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from encdec.inference.compiled import Compiled
 from encdec.inference.decoding import (
     Decoding,
     DecodingPlan,
@@ -241,10 +242,10 @@ def accept(
 
 
 # The compiled forms. The memories are given over to the results.
-begin_drafting_compiled = jax.jit(
+begin_drafting_compiled = Compiled(
     begin_drafting, static_argnames=("config", "start_id", "room", "times")
 )
-speculate_compiled = jax.jit(
+speculate_compiled = Compiled(
     speculate,
     static_argnames=("config", "plan", "size", "draft_config"),
     donate_argnames=("decoding", "drafting"),

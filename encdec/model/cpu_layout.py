@@ -7,9 +7,11 @@ them fastest.
 * In blocks (``attention_block``): parameters as trained; many queries attend block after block,
   keys and values are kept heads first, and an encoder may compute in another dtype than the
   decoder (``encoder_dtype``).
-* In shards (``cpu_shards``), besides: every decoder kernel [in, out] is kept as [shards,
-  out / shards, in], one kernel makes the queries, keys and values of self-attention, and a
-  separate head is kept as [V, M]. ``shard_for_cpu`` converts parameters.
+* In shards (``cpu_shards``), besides: every decoder kernel is kept as
+  ``encdec.model.cpu_products`` reads it, in panels in an encoder-decoder, in shards in a
+  decoder-only model, which reads its inputs by them, too; one kernel makes the queries, keys and
+  values of self-attention, and a separate head is kept as [V, M]. ``shard_for_cpu`` converts
+  parameters.
 
 Both are for inference: there is no dropout on attention probabilities.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +30,16 @@ from flax import linen as nn
 from encdec.errors import ConfigError
 from encdec.model.attention import Attention, AttentionInputs, KeyValues, joined
 from encdec.model.coverage import refuse_unknown
+from encdec.model.cpu_products import (
+    PANEL,
+    panelled_kernel,
+    panelled_shape,
+    product_by_panels,
+    product_by_shards,
+    rows_of_panels,
+    sharded_kernel,
+    sharded_shape,
+)
 from encdec.model.decoder_only import DecoderOnly
 from encdec.model.encoder_decoder import EncoderDecoder
 from encdec.model.layers import Embedder, Mlp, Projection
@@ -37,9 +49,6 @@ from encdec.model.stacks import Block, Stack
 
 # Groups of query blocks that causal attention compiles for, each with another number of keys.
 CAUSAL_SPANS = 8
-# Up to this many rows are multiplied by shards: at 64 rows that takes 0.75x the time of the plain
-# product, at 512 rows 1.2x.
-FEW_ROWS = 64
 
 
 def heads_first(key_values: KeyValues) -> KeyValues:
@@ -161,45 +170,6 @@ def _attend_block(
     return out.reshape(batch, length, heads, dim)
 
 
-def sharded_shape(out: int, width: int, shards: int) -> tuple[int, int, int]:
-    """The shape of ``sharded_kernel``."""
-    return shards, -(-out // shards), width
-
-
-def sharded_kernel(kernel_OxI: jax.Array, shards: int) -> jax.Array:
-    """[P, ceil(O / P), I]: an [out, in] kernel cut into P shards of equally many rows, the last
-    one padded with zeros."""
-    out, width = kernel_OxI.shape
-    shape = sharded_shape(out, width, shards)
-    return jnp.pad(kernel_OxI, ((0, shape[0] * shape[1] - out), (0, 0))).reshape(shape)
-
-
-def product_by_shards(
-    x: jax.Array, kernel_PxRxI: jax.Array, out: int, dtype: Any = None
-) -> jax.Array:
-    """``x [..., I]`` times a ``sharded_kernel``: [..., out], in ``dtype`` or theirs.
-
-    XLA's CPU compiler runs a matrix-vector product of up to 2 MiB on one core, and runs thunks
-    concurrently only where more than eight are ready; but it spreads the rows of a batched
-    product over the cores, whatever their size. So one row is multiplied as a batch of shards. So
-    are a few rows, as columns to the right of the kernel, which takes a third of the time of the
-    kernel to the right of them.
-    """
-    shards, rows, width = kernel_PxRxI.shape
-    count = math.prod(x.shape[:-1])
-    multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
-    if count == 1:
-        copies_PxI = jnp.broadcast_to(x.reshape(width), (shards, width))
-        y = multiply("pi,pri->pr", copies_PxI, kernel_PxRxI).reshape(*x.shape[:-1], -1)
-    elif count <= FEW_ROWS:
-        copies_PxIxN = jnp.broadcast_to(x.reshape(count, width).T, (shards, width, count))
-        y_PxRxN = multiply("pri,pin->prn", kernel_PxRxI, copies_PxIxN)
-        y = y_PxRxN.reshape(shards * rows, count).T.reshape(*x.shape[:-1], -1)
-    else:
-        y = multiply("...i,oi->...o", x, kernel_PxRxI.reshape(shards * rows, width))
-    return y[..., :out]
-
-
 class CpuProjection(Projection):
     """May add up products of bfloat16 numbers in float32 (``accumulate_in_float32``)."""
 
@@ -212,11 +182,15 @@ class CpuProjection(Projection):
 
 
 class ShardedProjection(CpuProjection):
-    """The same product with a ``sharded_kernel``."""
+    """The same product with a ``panelled_kernel`` or a ``sharded_kernel``."""
 
     def make_kernel(self) -> jax.Array:
         width, config = math.prod(self.shape[: self._summed()]), self.config
-        shape = sharded_shape(math.prod(self.shape) // width, width, config.execution.cpu_shards)
+        out = math.prod(self.shape) // width
+        if config.is_encoder_decoder:
+            shape = panelled_shape(out, width)
+        else:
+            shape = sharded_shape(out, width, config.execution.cpu_shards)
         init = nn.initializers.normal(config.init_std)
         return self.param("kernel", init, shape, jnp.dtype(config.param_dtype))
 
@@ -224,7 +198,8 @@ class ShardedProjection(CpuProjection):
         summed = self._summed()
         into = self.shape[summed:]
         x = x.reshape(*x.shape[: x.ndim - summed], -1)
-        y = product_by_shards(x, self.kernel.astype(x.dtype), math.prod(into))
+        multiply = product_by_panels if self.config.is_encoder_decoder else product_by_shards
+        y = multiply(x, self.kernel.astype(x.dtype), math.prod(into))
         return y.reshape(*y.shape[:-1], *into)
 
     def _summed(self) -> int:
@@ -352,7 +327,8 @@ class ShardedSelfAttention(ShardedAttention):
         with their part of the kernel alone."""
         config, kernel = self.config, self.qkv.kernel
         start, width = config.attention_width, config.attention_width + 2 * config.kv_width
-        rows_OxI = kernel.reshape(-1, kernel.shape[-1])[start:width].astype(x_BxSxM.dtype)
+        # Only an encoder-decoder has a source.
+        rows_OxI = rows_of_panels(kernel)[start:width].astype(x_BxSxM.dtype)
         both = jnp.einsum("...i,oi->...o", x_BxSxM, rows_OxI)
         if config.qkv_bias:
             both = both + self.qkv.bias[start:].astype(both.dtype)
@@ -406,7 +382,25 @@ class ShardedStack(Stack):
 
 
 class ShardedEmbedder(Embedder):
-    """The head is kept as [V, M], and multiplied by shards."""
+    """The head is kept in panels in an encoder-decoder, otherwise as [V, M] and multiplied by
+    shards. A tied head in panels is the table, too."""
+
+    def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
+        if name != self._in_panels():
+            return super().table(name, shape, axes)
+        config, init = self.config, nn.initializers.normal(self.config.init_std)
+        return self.param(name, init, panelled_shape(*shape), jnp.dtype(config.param_dtype))
+
+    def _in_panels(self) -> str:
+        """The parameter that is, if any."""
+        if not self.config.is_encoder_decoder:
+            return ""
+        return "embedding" if self.config.tie_embeddings else "head"
+
+    def rows(self, tokens_BxT: jax.Array) -> jax.Array:
+        if self._in_panels() != "embedding":
+            return super().rows(tokens_BxT)
+        return self.embedding[tokens_BxT // PANEL, :, tokens_BxT % PANEL]
 
     def make_head(self) -> jax.Array:
         shape = (self.config.vocab_size, self.config.d_model)
@@ -414,6 +408,9 @@ class ShardedEmbedder(Embedder):
 
     def scores(self, hidden: jax.Array, start: int, stop: int | None) -> jax.Array:
         table = self.embedding if self.config.tie_embeddings else self.head
+        if self._in_panels():
+            table, out = table.astype(hidden.dtype), self.config.vocab_size
+            return product_by_panels(hidden, table, out, jnp.float32)[..., start:stop]
         table, shards = table[start:stop].astype(hidden.dtype), self.config.execution.cpu_shards
         # A single row reads the table at full speed without shards, because of its size.
         if math.prod(hidden.shape[:-1]) > 1 and len(table) % shards == 0:
@@ -481,13 +478,21 @@ def shard_for_cpu(
     embedder = dict(params["embedder"])
     if not config.tie_embeddings:
         embedder["head"] = embedder["head"].T
-    decoder = _with_sharded_kernels(shards, params["decoder"])
+    lay_out: Callable[[jax.Array], jax.Array] = panelled_kernel
+    if config.is_encoder_decoder:
+        head = "embedding" if config.tie_embeddings else "head"
+        embedder[head] = panelled_kernel(embedder[head])
+    else:
+        lay_out = functools.partial(sharded_kernel, shards=shards)
+    decoder = _with_kernels(lay_out, params["decoder"])
     return config, params | {"embedder": embedder, "decoder": decoder}
 
 
-def _with_sharded_kernels(shards: int, params: dict[str, Any]) -> dict[str, Any]:
-    """A subtree with every ``kernel`` as ``sharded_kernel`` has it, those of self-attention's
-    queries, keys and values concatenated."""
+def _with_kernels(
+    lay_out: Callable[[jax.Array], jax.Array], params: dict[str, Any]
+) -> dict[str, Any]:
+    """A subtree with every ``kernel`` [out, in] laid out so, those of self-attention's queries,
+    keys and values concatenated."""
     result = {}
     for name, value in params.items():
         if name == "self_attention":
@@ -501,12 +506,12 @@ def _with_sharded_kernels(shards: int, params: dict[str, Any]) -> dict[str, Any]
             value = {k: v for k, v in value.items() if k not in ("q", "k", "v")}
             value["qkv"] = joined
         if isinstance(value, dict):
-            result[name] = _with_sharded_kernels(shards, value)
+            result[name] = _with_kernels(lay_out, value)
             if "kernel" in value:
                 kernel = value["kernel"]
                 # Only attention's output sums over two dimensions, heads and head width.
                 width = kernel.shape[0] if name != "o" else kernel.shape[0] * kernel.shape[1]
-                result[name]["kernel"] = sharded_kernel(kernel.reshape(width, -1).T, shards)
+                result[name]["kernel"] = lay_out(kernel.reshape(width, -1).T)
         else:
             result[name] = value
     return result

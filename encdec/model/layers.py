@@ -220,10 +220,14 @@ class Embedder(nn.Module):
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Embeddings [B, T, M] in the compute dtype."""
         dtype = jnp.dtype(self.config.dtype)
-        x_BxTxM = rows_of(self.embedding, tokens_BxT).astype(dtype)
+        x_BxTxM = self.rows(tokens_BxT).astype(dtype)
         if self.config.embedding_scale:
             x_BxTxM = x_BxTxM * jnp.asarray(self.config.d_model**0.5, dtype)
         return nn.with_logical_constraint(x_BxTxM, ("batch", "length", "embed_act"))
+
+    def rows(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Rows of the table [B, T, M]."""
+        return rows_of(self.embedding, tokens_BxT)
 
     def logits(self, hidden: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
         """Vocabulary scores [..., V], float32 whatever the compute dtype.

@@ -20,6 +20,10 @@ from optax.contrib import MuonDimensionNumbers, MuonState
 # Of the quintic iteration, and how often it is done: Muon's own, as optax has them.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 _EPS = 1e-8
+# Iterations that share one product with the matrix, where it is so many times as wide as tall that
+# this takes fewer operations. One run of five would lose small singular values to rounding: its
+# errors are 10 times those of the plain form, those of runs of 3 and 2 are as large.
+_RUNS, _WIDE = (3, 2), 1.5
 
 Tree = Any
 Dimensions = Callable[[Tree], Tree]  # of parameters: a MuonDimensionNumbers for each
@@ -107,13 +111,33 @@ def orthogonalised(updates: Tree, specs: Tree, *, together: bool) -> Tree:
 
 def _newton_schulz(x_NxIxO: jax.Array) -> jax.Array:
     """Of N matrices no taller than wide."""
-    a, b, c = COEFFICIENTS
     norm = jnp.sqrt(jnp.sum(jnp.square(x_NxIxO), axis=(1, 2), keepdims=True))
     x = x_NxIxO / (norm + _EPS)
-    for _ in range(ITERATIONS):
-        gram = jnp.einsum("nio,njo->nij", x, x)
-        x = a * x + jnp.einsum("nij,njo->nio", b * gram + c * gram @ gram, x)
+    wide = x.shape[2] >= _WIDE * x.shape[1]
+    for count in _RUNS if wide else (1,) * ITERATIONS:
+        x = _iterations_by_gram(x, count)
     return x
+
+
+def _iterations_by_gram(x_NxIxO: jax.Array, count: int) -> jax.Array:
+    """``count`` iterations x -> p(g) x with g = x x' and p(g) = a + b g + c g g.
+
+    All p(g) of a run and its g commute, so that g becomes p(g) g p(g), and x is multiplied once,
+    by the product of them all. For matrices four times as wide as tall, runs of 3 and 2
+    take 2/3 of the operations of five runs of one.
+    """
+    a, b, c = COEFFICIENTS
+    x = x_NxIxO
+    gram = jnp.einsum("nio,njo->nij", x, x)
+    if count == 1:
+        return a * x + (b * gram + c * gram @ gram) @ x
+    unit = a * jnp.eye(gram.shape[1], dtype=x.dtype)
+    factor = step = unit + b * gram + c * gram @ gram
+    for _ in range(1, count):
+        gram = step @ gram @ step
+        step = unit + b * gram + c * gram @ gram
+        factor = step @ factor
+    return factor @ x
 
 
 def _scale_by_muon(

@@ -11,6 +11,7 @@ import pytest
 
 from encdec.errors import ConfigError
 from encdec.inference import ready
+from encdec.inference.compiled import Compiled, compiler_options
 from encdec.inference.decoding import (
     DecodingPlan,
     advance_compiled,
@@ -22,12 +23,14 @@ from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import build_model, check_params, for_decoding, preset, shard_for_cpu
 from encdec.model.attention import dot_product_attention
-from encdec.model.cpu_layout import (
+from encdec.model.cpu_layout import CpuMlp, attention_in_blocks, heads_first
+from encdec.model.cpu_products import (
     FEW_ROWS,
-    CpuMlp,
-    attention_in_blocks,
-    heads_first,
+    PANEL,
+    panelled_kernel,
+    product_by_panels,
     product_by_shards,
+    rows_of_panels,
     sharded_kernel,
 )
 from encdec.model.layers import Mlp
@@ -66,8 +69,11 @@ def test_sharded_kernels_compute_the_same(name, rows):
     config, params = pair(name)
     plain = two_steps(*for_decoding(config, params), rows)
     config, params = shard_for_cpu(*for_decoding(config, params), 3)
-    down = params["decoder"]["layers_0"]["mlp"]["down"]
-    assert down["kernel"].shape == (3, 11, 128) and not down["kernel"][2, 10].any()
+    kernel = params["decoder"]["layers_0"]["mlp"]["down"]["kernel"]
+    if config.is_encoder_decoder:
+        assert kernel.shape == (1, 128, PANEL) and not kernel[0, :, 32:].any()
+    else:
+        assert kernel.shape == (3, 11, 128) and not kernel[2, 10].any()
     check_params(params, config)
     rounding = 3e-6 * max(10, np.abs(plain).max())  # merged's logits reach 27, others' 10
     np.testing.assert_allclose(two_steps(config, params, rows), plain, atol=rounding)
@@ -79,6 +85,33 @@ def test_products_by_shards_are_products_for_any_number_of_rows(shape):
     x, kernel = draw(size=(*shape, 6)).astype(np.float32), draw(size=(11, 6)).astype(np.float32)
     found = product_by_shards(jnp.array(x), sharded_kernel(jnp.array(kernel), 3), 11)
     np.testing.assert_allclose(found, x @ kernel.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 2), (200,)])
+@pytest.mark.parametrize("out", [PANEL, 2 * PANEL + 3])
+def test_products_by_panels_are_products_for_any_number_of_rows(shape, out):
+    draw = np.random.default_rng(0).normal
+    x, kernel = draw(size=(*shape, 6)).astype(np.float32), draw(size=(out, 6)).astype(np.float32)
+    panels = panelled_kernel(jnp.array(kernel))
+    found = Compiled(product_by_panels, static_argnums=2)(jnp.array(x), panels, out)
+    np.testing.assert_allclose(found, x @ kernel.T, atol=1e-5)
+    np.testing.assert_array_equal(rows_of_panels(panels)[:out], kernel)
+
+
+def test_programs_that_decode_copy_no_rows_for_panels():
+    """Where the compiler knows the option; the rows are broadcast within the product's fusion."""
+    if jax.default_backend() != "cpu" or not compiler_options():
+        pytest.skip("this compiler reads rows in another way")
+    x, panels = jnp.ones((8, 96)), jnp.ones((5, 96, PANEL))
+    text = Compiled(product_by_panels, static_argnums=2).lower(x, panels, 5 * PANEL).compile()
+    (product,) = re.findall(r"fusion\(([^)]*)\), kind=kCustom", text.as_text())
+    sizes = re.findall(r"= f32\[([\d,]+)\]\S* (?:fusion|broadcast|copy)\(", _entry(text.as_text()))
+    assert "5,8,96" not in sizes, product
+
+
+def _entry(text):
+    """The computation that is executed, without those that it calls."""
+    return text[text.index("ENTRY") :].partition("\n}")[0]
 
 
 @pytest.mark.parametrize(
