@@ -27,8 +27,8 @@ from encdec.errors import ConfigError
 from encdec.export.export_command import main as export_main
 from encdec.flags import Parser
 from encdec.inference.answer_files import read_inputs
-from encdec.inference.compiled import Compiled
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
+from encdec.inference.decoding_compiler import Compiled
 from encdec.inference.drafting import Drafters, Paces
 from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
 from encdec.inference.generation_settings import LOOKUP, OFF, GenerationSettings

@@ -19,8 +19,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.compiled import Compiled
 from encdec.inference.decoding import Memory, branch_step, prefill, take_rows
+from encdec.inference.decoding_compiler import Compiled
 from encdec.inference.shapes import coarse_bucket
 from encdec.model import ModelConfig, Params
 from encdec.model.cache import rearranged, widen

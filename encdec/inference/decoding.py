@@ -16,7 +16,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.compiled import Compiled
+from encdec.inference.decoding_compiler import Compiled
 from encdec.inference.sampling import Choosing, RowSettings, choose, likeliest
 from encdec.model import ModelConfig, Params, build_model, init_cache
 from encdec.model.cache import CachePlaces

@@ -20,7 +20,6 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.compiled import Compiled
 from encdec.inference.decoding import (
     Decoding,
     DecodingPlan,
@@ -31,6 +30,7 @@ from encdec.inference.decoding import (
     take_rows,
     verify_step,
 )
+from encdec.inference.decoding_compiler import Compiled
 from encdec.inference.drafts import NOTHING, Sources, look_up
 from encdec.model import ModelConfig, Params
 

@@ -47,7 +47,7 @@ def product_by_panels(
 
     A panel is read in the order of its addresses, once for all rows, and multiplies them without
     being rearranged first. Copies of ``x`` are not made where the program is compiled with
-    ``encdec.inference.compiled``.
+    ``encdec.inference.decoding_compiler``.
     """
     panels, width, columns = kernel_PxIxR.shape
     count = math.prod(x.shape[:-1])

@@ -11,7 +11,6 @@ import pytest
 
 from encdec.errors import ConfigError
 from encdec.inference import ready
-from encdec.inference.compiled import Compiled, compiler_options
 from encdec.inference.decoding import (
     DecodingPlan,
     advance_compiled,
@@ -19,6 +18,7 @@ from encdec.inference.decoding import (
     prefill,
     start_compiled,
 )
+from encdec.inference.decoding_compiler import Compiled, compiler_options
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import build_model, check_params, for_decoding, preset, shard_for_cpu
