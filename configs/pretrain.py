@@ -24,7 +24,7 @@ def get_config(model: str = "330m") -> ConfigDict:
 
 def _for_tpus(config: ConfigDict, model: str) -> None:
     """The fastest settings on TPU pods as predicted by `encdec compile`; see docs/prediction.md."""
-    config.batch_size = 256  # 16 rows on each of 16 chips; keep 16 a chip on larger slices
+    config.batch_size = 256  # 16 rows on each of 16 chips; keep 16 per chip on larger slices
     # AdamW's work and state are sharded over 16 chips, which divides every preset's width; larger
     # slices hold copies. A slice of fewer chips needs --config.mesh.fsdp=-1.
     config.mesh = ConfigDict(dict(data=-1, fsdp=16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 
 from tests.pages import PAGES, ROOT
@@ -11,6 +12,7 @@ TABLE = re.compile(r"^\| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
 SOURCES = [
     path for name in ("encdec", "launch", "configs") for path in sorted((ROOT / name).rglob("*.py"))
 ]
+NOTEBOOK = ROOT / "docs" / "first-model.ipynb"
 NAMES = re.compile(r"`[^`]*`|\{[^{}]*\}|```.*?^ *```", re.DOTALL | re.MULTILINE)  # and code
 
 
@@ -26,8 +28,10 @@ def avoided() -> re.Pattern[str]:
 
 
 def prose(path) -> str:
-    """A page without its code and the table; a module's comments and strings, joined."""
+    """A page without its code and the table; a module's comments and strings; a notebook's cells."""
     text = path.read_text("utf-8")
+    if path == NOTEBOOK:
+        return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
     if path.suffix == ".md":
         return NAMES.sub(" ", text.partition("| write | not |")[0])
     parts = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
@@ -37,7 +41,10 @@ def prose(path) -> str:
 
 def test_words_to_avoid_are_avoided():
     pattern = avoided()
-    found = {path: pattern.findall(" ".join(prose(path).split())) for path in [*PAGES, *SOURCES]}
+    found = {
+        path: pattern.findall(" ".join(prose(path).split()))
+        for path in [*PAGES, *SOURCES, NOTEBOOK]
+    }
     assert {str(path.relative_to(ROOT)): words for path, words in found.items() if words} == {}
 
 

@@ -168,7 +168,7 @@ class Ctranslate2Model:
         return answer
 
     def translate(self, tokens_BxS: np.ndarray, count: int, **more: Any) -> Any:
-        """CTranslate2's results, one a row, of ``count`` new tokens whatever they are."""
+        """CTranslate2's results, one per row, of ``count`` new tokens whatever they are."""
         return self._translator.translate_batch(
             [[str(token) for token in tokens_S] for tokens_S in tokens_BxS],
             beam_size=1,

@@ -151,9 +151,9 @@ def draw_gradients(errors: Sequence[GradientError], path: pathlib.Path) -> None:
                         fontsize=7,
                         color=colour,
                     )
-    axes[0].set_ylabel("degrees from the gradient with full distributions")
+    axes[0].set_ylabel("degrees from the full gradient")
     axes[0].set_ylim(bottom=0)
-    axes[1].set_ylabel("norm relative to full distributions")
+    axes[1].set_ylabel("norm relative to the full gradient")
     axes[1].axhline(1, color="#888888", linewidth=0.8)
     for axis in axes:
         axis.set_xlabel(

@@ -42,7 +42,7 @@ class OpenvinoModel:
         directory: ``encdec export --format=onnx`` in float32.
         precision: float32, bfloat16 (products), int8 or int4 (weights, as in our own exports: four
             bits for the decoder's MLPs; activations in what OpenVINO chooses for this CPU).
-        threads: 0 is one a core.
+        threads: 0 is one per core.
     """
 
     def __init__(self, directory: str | os.PathLike[str], precision: str, threads: int = 0):

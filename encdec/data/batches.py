@@ -26,7 +26,7 @@ class Column(Protocol):
     """Something known of every row, by row number."""
 
     def fields(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Batch fields with one entry a row; -1 stands for an empty row."""
+        """Batch fields with one entry per row; -1 stands for an empty row."""
 
 
 class Batches:

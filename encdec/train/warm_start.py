@@ -97,7 +97,7 @@ class StartPlan:
 
     Attributes:
         origin: the account.
-        parts: for each parameter of the run its parts: one, or one a layer where layers are
+        parts: for each parameter of the run its parts: one, or one per layer where layers are
             stacked. A part is the source's parameter and the place in its stack (None: not
             stacked), or None where it is initialized randomly.
         rows: of the vocabulary's tables: the source's row of each row of the run, -1 where it is
