@@ -54,14 +54,13 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return (
-            self.parameters
-            + self.optimizer
-            + self.batch
-            + self.temporary
-            + self.outputs
-            + self.code
-        )
+        return sum(vars(self).values()) - self.limit
+
+    def split(self, params: Any, opt_state: Any = ()) -> Memory:
+        """With the state, two sharded trees, separated from the other arguments in ``batch``."""
+        parameters, optimizer = device_bytes(params), device_bytes(opt_state)
+        batch = max(0, self.batch - parameters - optimizer)
+        return dataclasses.replace(self, parameters=parameters, optimizer=optimizer, batch=batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +157,11 @@ def compile_step(
     compiled = compile_lowered(
         program.train_step.lower(program.abstract_state, batch), topology, mesh, compiler_options
     )
-    state, memory = program.abstract_state, compiled.memory
-    parameters, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
-    memory = dataclasses.replace(
-        memory,
-        parameters=parameters,
-        optimizer=optimizer,
-        batch=max(0, memory.batch - parameters - optimizer),
-    )
+    state = program.abstract_state
+    memory = compiled.memory.split(state.params, state.opt_state)
     return checked(
         CompiledStep(
-            **(fields_of(compiled) | {"memory": memory}),
+            **(vars(compiled) | {"memory": memory}),
             run=run,
             topology=topology,
             mesh=tuple(mesh.devices.shape),
@@ -213,24 +206,23 @@ class Calibration:
 
 def calibrate(topology: Topology, compiler_options: dict[str, str] | None = None) -> Calibration:
     """Compiles both programs for one device, with the options of its chip."""
-    device = topology.devices[0]
-    mesh = jax.make_mesh(
-        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=[device]
-    )
+    mesh = one_device(topology)
 
     def compiled(function: Callable[..., jax.Array], side: int) -> Compiled:
         square = jax.ShapeDtypeStruct(
             (side, side), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P())
         )
-        jitted = jax.jit(function, compiler_options=chip_options(device.device_kind))
+        options = chip_options(topology.devices[0].device_kind)
+        jitted = jax.jit(function, compiler_options=options)
         return compile_lowered(jitted.lower(square, square), topology, mesh, compiler_options)
 
     return Calibration(topology, compiled(jnp.dot, PRODUCT_SIDE), compiled(jnp.add, SUM_SIDE))
 
 
-def fields_of(compiled: Compiled) -> dict[str, Any]:
-    """Shardings by name, for compiled programs that have more than one."""
-    return {field.name: getattr(compiled, field.name) for field in dataclasses.fields(Compiled)}
+def one_device(topology: Topology) -> jax.sharding.Mesh:
+    """A mesh of the topology's first device."""
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((1,), ("data",), axis_types=auto, devices=topology.devices[:1])
 
 
 def compile_lowered(
@@ -279,14 +271,14 @@ def checked(step: CompiledStep) -> CompiledStep:
 
 
 def nearest_fit(
-    variants: Sequence[RunConfig], attempt: Callable[[RunConfig], Any], attempts: int = 6
+    variants: Sequence[RunConfig], attempt: Callable[[RunConfig], Any]
 ) -> tuple[RunConfig, Any] | None:
-    """The first of a sequence of smaller variants of a run that ``attempt`` can compile.
+    """The first of (six) smaller and smaller variants of a run that ``attempt`` can compile.
 
     Returns:
         The variant and the result of ``attempt``; None if no variant fits.
     """
-    for variant in variants[:attempts]:
+    for variant in variants[:6]:
         try:
             return variant, attempt(variant)
         except DoesNotFit:

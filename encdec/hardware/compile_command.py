@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from encdec.hardware import compile_report as report
     from encdec.hardware.compile import DoesNotFit
+    from encdec.hardware.search import search
     from encdec.hardware.topology import find_topology
     from encdec.train.warm_start import with_source_model
 
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
         try:
             if options.search:
                 divides = functools.partial(_divides, kind, topology)
-                searched = _search(here, attempt, divides, options.search, meshes, console)
+                searched = search(here, attempt, divides, options.search, meshes)
+                report.compare(list(searched.steps), console)
                 found.append(searched.steps[0])
                 reports += report.searched_as_json(searched)
             else:
@@ -101,11 +103,8 @@ def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
     from encdec.hardware.layer import compile_layer
 
     chosen = dict(option.split("=", 1) for option in options.option)
-    lengths = {
-        "inputs": options.inputs_length,
-        "targets": options.targets_length,
-        "compiler_options": chosen,
-    }
+    inputs, targets = options.inputs_length, options.targets_length
+    lengths = {"inputs": inputs, "targets": targets, "compiler_options": chosen}
     on_one_chip = lambda run, topology: None  # nothing is split
     return {
         "train": _Kind(
@@ -125,9 +124,7 @@ def _kinds(options: argparse.Namespace) -> dict[str, _Kind]:
             report.decoding_as_json,
         ),
         "layer": _Kind(
-            lambda run, topology: compile_layer(
-                run, topology, options.inputs_length, options.layers, chosen
-            ),
+            lambda run, topology: compile_layer(run, topology, inputs, options.layers, chosen),
             on_one_chip,
             None,
             report.show_layer,
@@ -158,11 +155,9 @@ def _plan(
     devices = len(topology.devices)
     if options.rows:
         run = dataclasses.replace(run, batch_size=options.rows * devices * run.accumulation)
-    meshes = (
-        search_meshes(run.mesh, devices, topology.slices)
-        if "mesh" in (options.search or ())
-        else [run.mesh]
-    )
+    meshes = [run.mesh]
+    if "mesh" in (options.search or ()):
+        meshes = search_meshes(run.mesh, devices, topology.slices)
     for mesh in meshes:
         try:
             kind.check(dataclasses.replace(run, mesh=mesh), topology)
@@ -196,7 +191,7 @@ def _check_writable(flag: str, file: str | None) -> None:
         path.unlink()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec compile",
         description="Compiles the training step, or generation, for TPU topologies, on a machine "
@@ -206,84 +201,53 @@ def _parser() -> argparse.ArgumentParser:
         "reports. docs/prediction.md explains the method and its limits.",
     )
     parser.add_argument("--config", type=local_path, required=True, metavar="FILE.py[:ARGUMENT]")
-    parser.add_argument(
+    parser.add(
         "--topology",
+        "e.g. v5e:4x4, v5p:2x2x4, v5e:16x16*2 (two slices); several separated by commas give one "
+        "table",
+        lambda names: names.split(","),
         required=True,
         metavar="NAME",
-        type=lambda x: x.split(","),
-        help="e.g. v5e:4x4, v5p:2x2x4, v5e:16x16*2 (two slices); several "
-        "separated by commas give one table",
     )
-    parser.add_argument(
-        "--inputs_length",
-        type=_positive,
-        default=1024,
-        metavar="N",
-        help="source tokens per row (%(default)s)",
-    )
-    parser.add_argument(
-        "--targets_length",
-        type=_positive,
-        default=256,
-        metavar="N",
-        help="target tokens per row (%(default)s)",
-    )
-    parser.add_argument(
+    parser.add("--inputs_length", "source tokens per row", _positive, 1024, metavar="N")
+    parser.add("--targets_length", "target tokens per row", _positive, 256, metavar="N")
+    parser.add(
         "--rows",
-        type=_positive,
+        "rows per device, instead of config.batch_size: for comparing topologies of different "
+        "sizes",
+        _positive,
         metavar="N",
-        help="rows per device, instead of config.batch_size: for comparing "
-        "topologies of different sizes",
     )
-    parser.add_argument(
+    parser.add(
         "--what",
-        choices=("train", "decode", "layer", "calibrate"),
+        "the training step; prefill and decode step, with batch_size rows; layers alone, forward "
+        "and backward on one chip, for quick experiments; or one large product and one large sum, "
+        "which calibrate the estimates",
         default="train",
-        help="the training step; prefill and decode step, with "
-        "batch_size rows; layers alone, forward and backward on one chip, for quick "
-        "experiments; or one large product and one large sum, which calibrate "
-        "the estimates",
+        choices=("train", "decode", "layer", "calibrate"),
     )
-    parser.add_argument(
-        "--layers",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="with --what=layer: number of layers (%(default)s)",
-    )
-    _add_compilation_flags(parser)
-    return parser
-
-
-def _add_compilation_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    parser.add("--layers", "with --what=layer: number of layers", _positive, 1, metavar="N")
+    parser.add(
         "--search",
+        "find the fastest variant that fits, over batch (the config's, doubled while it fits or "
+        "halved until it does), remat and mesh (copies, and shards of the state); default: all "
+        "three",
+        _searched,
         nargs="?",
         const="batch,remat,mesh",
         metavar="OVER",
-        type=_searched,
-        help="find the fastest variant that fits, over batch (the config's, doubled while "
-        "it fits or halved until it does), remat and mesh (copies, and shards of "
-        "the state); default: all three",
     )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        type=_option,
-        help="compiler option for this compilation only",
-    )
-    parser.add_argument(
+    option = "compiler option for this compilation only"
+    parser.add("--option", option, _option, default=[], metavar="NAME=VALUE")
+    parser.add(
         "--out",
-        type=local_path,
+        "also write the figures here, after each topology; after a search, those of all variants "
+        "that fit, the fastest first",
+        local_path,
         metavar="FILE",
-        help="also write the figures here, after each topology; after a search, those "
-        "of all variants that fit, the fastest first",
     )
-    parser.add_argument(
-        "--hlo", type=local_path, metavar="FILE", help="write the last compiled program here"
-    )
+    parser.add("--hlo", "write the last compiled program here", local_path, metavar="FILE")
+    return parser
 
 
 def _searched(text: str) -> tuple[str, ...]:
@@ -322,23 +286,11 @@ def _fit(run: RunConfig, attempt, smaller: Callable[[RunConfig], list[RunConfig]
                 "(--config.mesh.fsdp=-1 --config.mesh.data=1)"
             ) from None
         variant, compiled = found
-        remat = variant.model_config().execution.remat
-        changed = (
-            ""
-            if remat == run.model_config().execution.remat
-            else (f" --config.model_overrides.remat={remat}")
-        )
+        remat, changed = variant.model_config().execution.remat, ""
+        if remat != run.model_config().execution.remat:
+            changed = f" --config.model_overrides.remat={remat}"
         raise DoesNotFit(
             f"it does not fit: {error} The nearest settings that do: "
             f"--config.batch_size={variant.batch_size}{changed} (predicted "
             f"{compiled.tokens_per_second:,.0f} tokens/s)"
         ) from None
-
-
-def _search(run: RunConfig, attempt, divides, over, meshes, console: Console):
-    from encdec.hardware.compile_report import compare
-    from encdec.hardware.search import search
-
-    searched = search(run, attempt, divides, over, meshes)
-    compare(list(searched.steps), console)
-    return searched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from encdec.hardware.layer import CompiledLayer
 from encdec.hardware.search import Searched
 from encdec.model.execution import EXECUTION_FIELDS
 from encdec.train.run_config import RunConfig
+from encdec.train.sharding import MESH_AXES
 
 GIB = 2**30
 COSTLIEST = 10
@@ -59,7 +61,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
     return {
         "topology": step.topology.name,
         "devices": len(step.topology.devices),
-        "mesh": dict(zip(("data", "fsdp", "tensor"), step.mesh)),
+        "mesh": dict(zip(MESH_AXES, step.mesh)),
         "model": run.model,
         "model_overrides": dict(run.model_overrides),
         "batch_size": run.batch_size,
@@ -90,9 +92,7 @@ def searched_as_json(searched: Searched) -> list[dict[str, Any]]:
         "best": True,
         "does_not_fit": [
             {
-                "mesh": dict(
-                    zip(("data", "fsdp", "tensor"), (run.mesh.data, run.mesh.fsdp, run.mesh.tensor))
-                ),
+                "mesh": {name: getattr(run.mesh, name) for name in MESH_AXES},
                 "remat": run.model_config().execution.remat,
                 "batch_size": run.batch_size,
                 "reason": reason,
@@ -107,7 +107,7 @@ def show(step: CompiledStep, console: Console) -> None:
     """Prints one readable report."""
     run = step.run
     config = run.model_config()
-    mesh = " x ".join(f"{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), step.mesh))
+    mesh = _mesh_text(step.mesh)
     layers = "scanned" if config.execution.scan_layers else "unrolled"
     pieces = f" in {run.accumulation} micro-batches" if run.accumulation > 1 else ""
     console.print(
@@ -166,7 +166,7 @@ def decoding_as_json(decoding: CompiledDecoding) -> dict[str, Any]:
     return {
         "topology": decoding.topology.name,
         "devices": len(decoding.topology.devices),
-        "mesh": dict(zip(("data", "fsdp", "tensor"), decoding.mesh)),
+        "mesh": dict(zip(MESH_AXES, decoding.mesh)),
         "model": decoding.run.model,
         "model_overrides": dict(decoding.run.model_overrides),
         "rows": decoding.run.batch_size,
@@ -189,23 +189,13 @@ def _figures(part: Compiled) -> dict[str, Any]:
     """Figures common to all compiled programs."""
     p = part.prediction
     return {
-        "memory_bytes": _memory_as_json(part.memory),
+        "memory_bytes": dataclasses.asdict(part.memory) | {"peak": part.memory.peak},
         "compute_seconds": p.compute_seconds,
         "pallas_roofline_seconds": p.pallas_seconds,
         "collective_seconds": p.collective_seconds,
         "collective_exposed_seconds": p.exposed_seconds,
         "collectives": _by_kind(part),
-        "costliest": [
-            {
-                "name": c.name,
-                "kind": c.kind,
-                "seconds": c.seconds,
-                "times": c.times,
-                "source": c.source,
-                "op_name": c.op_name,
-            }
-            for c in p.costs[:COSTLIEST]
-        ],
+        "costliest": [dataclasses.asdict(cost) for cost in p.costs[:COSTLIEST]],
         "unknown_loops": list(p.unknown_loops),
         "operations_without_estimate": p.unestimated,
         "compile_seconds": part.compile_seconds,
@@ -214,11 +204,11 @@ def _figures(part: Compiled) -> dict[str, Any]:
 
 def show_decoding(decoding: CompiledDecoding, console: Console) -> None:
     """Prints generation's report."""
-    mesh = " x ".join(f"{n}={size}" for n, size in zip(("data", "fsdp", "tensor"), decoding.mesh))
     console.print(
         f"[bold]{escape(model_name(decoding.run))}[/] generating on {decoding.topology.name}, "
-        f"{len(decoding.topology.devices)} devices, {mesh}; {decoding.run.batch_size} rows of "
-        f"{decoding.inputs} input tokens, at most {decoding.targets} new ones"
+        f"{len(decoding.topology.devices)} devices, {_mesh_text(decoding.mesh)}; "
+        f"{decoding.run.batch_size} rows of {decoding.inputs} input tokens, at most "
+        f"{decoding.targets} new ones"
     )
     parts = {"prefill": decoding.prefill, "a later token": decoding.step}
     console.print(
@@ -373,11 +363,6 @@ def _show_costs(compiled: Compiled, console: Console, title: str) -> None:
         console.print(f"note: executions without an estimate, not counted: {listed}")
 
 
-def _memory_as_json(memory: Memory) -> dict[str, int]:
-    names = ("parameters", "optimizer", "batch", "temporary", "outputs", "code", "peak", "limit")
-    return {name: getattr(memory, name) for name in names}
-
-
 def _memory_table(columns: Mapping[str, Memory], parts: Mapping[str, str]) -> Table:
     """A column for each program, a row for each of the named parts."""
     table = Table("part", *columns, title="Memory")
@@ -421,7 +406,7 @@ def _time_table(step: CompiledStep) -> Table:
 def _show_collectives(part: Compiled, console: Console, title: str = "Collectives") -> None:
     if not part.prediction.collectives:
         return
-    table = Table("collective", "count", "MB a device", "ms", "not hidden ms", title=title)
+    table = Table("collective", "count", "MB per device", "ms", "not hidden ms", title=title)
     for kind, row in _by_kind(part).items():
         table.add_row(
             kind,
@@ -445,6 +430,10 @@ def _by_kind(part: Compiled) -> dict[str, dict[str, float]]:
         row["seconds"] += c.seconds
         row["exposed_seconds"] += c.exposed_seconds
     return kinds
+
+
+def _mesh_text(sizes: tuple[int, ...]) -> str:
+    return " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes))
 
 
 def _mfu_at(step: CompiledStep, seconds: float) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from encdec.errors import ConfigError, DataError
 from encdec.figures import new_figure
@@ -129,14 +130,8 @@ def weak_scaling(reports: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int,
     for one in reports:
         devices = one["devices"]
         kind, rows = one["topology"].split(":")[0], _rows(one)
-        key = (
-            one["model"],
-            kind,
-            rows,
-            one["inputs"],
-            one["targets"],
-            json.dumps(one["model_overrides"], sort_keys=True),
-        )
+        changes = json.dumps(one["model_overrides"], sort_keys=True)
+        key = (one["model"], kind, rows, one["inputs"], one["targets"], changes)
         rates = groups.setdefault(key, {})
         rates[devices] = max(rates.get(devices, 0.0), one["tokens_per_second"] / devices)
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -155,37 +150,28 @@ def plot(curves: dict[str, list[tuple[int, float]]], path: pathlib.Path) -> None
     figure, (axes,) = new_figure((7.5, 4))
     for place, (name, points) in enumerate(curves.items()):
         colour, marker = _LOOKS[place % len(_LOOKS)]
-        axes.plot(
-            *zip(*((n, 100 * share) for n, share in points)),
-            color=colour,
-            marker=marker,
-            label=name,
-        )
+        devices, rates = zip(*points)
+        axes.plot(devices, 100 * np.array(rates), color=colour, marker=marker, label=name)
     sizes = sorted({n for points in curves.values() for n, _ in points})
     axes.set(
         xlabel="devices", ylabel="tokens/s of a device, % of the smallest slice's", xscale="log"
     )
     axes.set_xticks(sizes, [str(n) for n in sizes], minor=False)
     axes.set_xticks([], minor=True)
-    lowest = min(share for points in curves.values() for _, share in points)
-    axes.set_ylim(
-        min(90, 100 * lowest - 2),
-        max(102, *(100 * share + 1 for points in curves.values() for _, share in points)),
-    )
+    shares = [100 * share for points in curves.values() for _, share in points]
+    axes.set_ylim(min(90, min(shares) - 2), max(102, max(shares) + 1))
     axes.axhline(95, color="0.6", linestyle=":", linewidth=1)
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     figure.suptitle("Weak scaling by prediction", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=130)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec compile table",
         description="Reports of training steps (encdec compile --out=FILE) as one Markdown table, "
         "and the rate per device as slices grow.",
     )
     parser.add_argument("reports", type=local_path, nargs="+", metavar="REPORT.json")
-    parser.add_argument(
-        "--plot", type=local_path, metavar="FILE.png", help="draw the weak scaling curves"
-    )
+    parser.add("--plot", "draw the weak scaling curves", local_path, metavar="FILE.png")
     return parser

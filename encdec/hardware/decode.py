@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from encdec.cost.flops import generation_flops
 from encdec.errors import ConfigError
-from encdec.hardware.compile import Compiled, Memory, compile_lowered, device_bytes
+from encdec.hardware.compile import Compiled, compile_lowered
 from encdec.hardware.topology import Topology
 from encdec.inference.decoding import decode_step, prefill
 from encdec.model import ModelConfig, abstract_params, build_model, for_decoding, logical_axes
@@ -60,27 +60,23 @@ class CompiledDecoding:
 
     @property
     def prefill_mfu(self) -> float:
-        flops = (
-            self.run.batch_size
-            * generation_flops(self.run.model_config(), self.inputs, 1).first_token.total
-        )
+        row = generation_flops(self.run.model_config(), self.inputs, 1).first_token.total
         peak = self.topology.generation.chip.bf16_flops * len(self.topology.devices)
-        return flops / (self.prefill.step_seconds * peak)
+        return self.run.batch_size * row / (self.prefill.step_seconds * peak)
 
     @property
     def bytes_floor_seconds(self) -> float:
         """What reading a step's arguments (weights, keys and values) once takes at HBM speed."""
         memory = self.step.memory
-        return (memory.parameters + memory.batch) / (
-            self.topology.generation.chip.hbm_bytes_per_second
-        )
+        rate = self.topology.generation.chip.hbm_bytes_per_second
+        return (memory.parameters + memory.batch) / rate
 
 
 def check_decoding(run: RunConfig, topology: Topology) -> None:
-    """Finds, without compiling, that a mesh or the rows do not divide.
+    """Checks, without compiling, that mesh and rows divide.
 
     Raises:
-        ConfigError: that.
+        ConfigError: they do not.
     """
     shards = data_shards(make_mesh(run.mesh, topology.devices))
     if run.batch_size % shards:
@@ -127,9 +123,8 @@ def compile_decoding(
     step = compile_lowered(
         further.lower(params, memory, ids(run.batch_size)), topology, mesh, compiler_options
     )
-    held = device_bytes(params)
     first, step = (
-        dataclasses.replace(part, memory=_with(part.memory, held)) for part in (first, step)
+        dataclasses.replace(part, memory=part.memory.split(params)) for part in (first, step)
     )
     return CompiledDecoding(
         run,
@@ -158,9 +153,3 @@ def _parameters(
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     return config, jax.tree_util.tree_map_with_path(place, shapes, shardings), fitted, unsharded
-
-
-def _with(memory: Memory, parameters: int) -> Memory:
-    return dataclasses.replace(
-        memory, parameters=parameters, batch=max(0, memory.batch - parameters)
-    )

@@ -14,13 +14,8 @@ import re
 from collections.abc import Iterator
 
 _PACKAGE = str(pathlib.Path(__file__).resolve().parents[1])
-_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "token": 0,
-    "opaque": 0,
-}  # other types end in their number of bits
+# Other types end in their number of bits.
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(-?\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -42,7 +37,6 @@ class Instruction:
         operands: names of the instructions that it reads.
         arguments: text between the parentheses (the value, for a constant).
         attributes: text behind the operands.
-        computation: the one that contains it.
     """
 
     name: str
@@ -51,7 +45,6 @@ class Instruction:
     operands: tuple[str, ...]
     arguments: str
     attributes: str
-    computation: str
 
     @property
     def cycles(self) -> int | None:
@@ -166,7 +159,7 @@ def parse(text: str) -> Module:
             computations[name] = tuple(body)
             name = ""
         elif name:
-            instruction = _instruction(line, name)
+            instruction = _instruction(line)
             if instruction:
                 body.append(instruction)
         elif table and line.strip():
@@ -274,7 +267,7 @@ def _joined(text: str) -> Iterator[str]:
         yield pending
 
 
-def _instruction(line: str, computation: str) -> Instruction | None:
+def _instruction(line: str) -> Instruction | None:
     head, separator, rest = line.strip().removeprefix("ROOT ").partition(" = ")
     if not separator or not head.startswith("%"):
         return None
@@ -285,7 +278,7 @@ def _instruction(line: str, computation: str) -> Instruction | None:
     stop = _closing(rest, start)
     arguments = rest[start + 1 : stop]
     operands = tuple(_NAME.findall(arguments)) if "%" in arguments else ()
-    return Instruction(head[1:], opcode, shape, operands, arguments, rest[stop + 1 :], computation)
+    return Instruction(head[1:], opcode, shape, operands, arguments, rest[stop + 1 :])
 
 
 def _whole_number(i: Instruction) -> int | None:

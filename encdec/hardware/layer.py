@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.cost.flops import training_flops
-from encdec.hardware.compile import Compiled, compile_lowered, device_bytes, fields_of
+from encdec.hardware.compile import Compiled, compile_lowered, one_device
 from encdec.hardware.topology import Topology
 from encdec.model import ModelConfig
 from encdec.model.attention import packed_attention
@@ -64,10 +64,7 @@ def compile_layer(
     """
     config = run.model_config()
     rows = max(1, run.micro_batch_size // len(topology.devices))
-    device = topology.devices[0]
-    mesh = jax.make_mesh(
-        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=[device]
-    )
+    mesh = one_device(topology)
     here = jax.NamedSharding(mesh, jax.P())
     shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=here)
     stack, dtype = Stack(config, layers), jnp.dtype(config.dtype)
@@ -101,16 +98,11 @@ def compile_layer(
             lambda x: shape(x.shape, dtype if x.ndim > 1 else x.dtype), jax.eval_shape(init)
         )
     x, ids = shape((rows, length, config.d_model), dtype), shape((rows, length), jnp.int32)
-    lowered = jax.jit(both_ways, compiler_options=chip_options(device.device_kind)).lower(
-        params, x, x, ids
-    )
+    options = chip_options(topology.devices[0].device_kind)
+    lowered = jax.jit(both_ways, compiler_options=options).lower(params, x, x, ids)
     compiled = compile_lowered(lowered, topology, mesh, compiler_options)
-    held = device_bytes(params)
-    memory = dataclasses.replace(
-        compiled.memory, parameters=held, batch=max(0, compiled.memory.batch - held)
-    )
     return CompiledLayer(
-        **(fields_of(compiled) | {"memory": memory}),
+        **(vars(compiled) | {"memory": compiled.memory.split(params)}),
         run=run,
         topology=topology,
         rows=rows,

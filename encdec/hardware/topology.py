@@ -48,7 +48,7 @@ class Generation:
         return self.chip.bf16_flops / self.mxu_flops_per_cycle
 
 
-# (device kind, dims, matrix units' FLOPs a cycle, link GB/s, side that closes, usable GiB)
+# (device kind, dims, matrix units' FLOPs per cycle, link GB/s, side that closes, usable GiB)
 _GENERATIONS = {
     "v4": ("TPU v4", 3, 2 * 8 * 128 * 128, 45, 4, 30.75),
     "v5e": ("TPU v5 lite", 2, 2 * 4 * 128 * 128, 45, 16, 15.75),
