@@ -100,11 +100,10 @@ def _causal_layout(config: ModelConfig) -> list[Entry]:
         Entry("embed_tokens.weight", "embedder/embedding"),
         Entry("norm.weight", "decoder/final_norm/scale"),
     ]
-    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     for layer in range(config.decoder_layers):
         theirs, ours = f"layers.{layer}", f"decoder/layers_{layer}"
         entries += attention_entries(config, f"{theirs}.self_attn", f"{ours}/self_attention")
-        entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", names)
+        entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp")
         for theirs_name, our_name in (("self_attn", "self_attention"), ("mlp", "mlp")):
             entries.append(
                 Entry(f"{theirs}.pre_{theirs_name}_norm.weight", f"{ours}/{our_name}_norm/scale")

@@ -15,6 +15,10 @@ from typing import Any
 
 from encdec.data.vocabulary import SPEC_FILE, Vocabulary, load_vocabulary, vocabulary_file
 from encdec.errors import ConfigError, DataError
+from encdec.interop.huggingface_import import ids_of
+from encdec.logs import logger
+
+_LOG = logger(__name__)
 
 # Where our own exports keep the vocabulary as it was, extra ids and fingerprint included.
 VOCABULARY_FOLDER = "vocabulary"
@@ -57,9 +61,7 @@ class Framing:
 def read_eos_ids(directory: pathlib.Path, configured: Sequence[int]) -> tuple[int, ...]:
     """The ids that end a text: of generation_config.json, else of config.json."""
     found = _read(directory / "generation_config.json").get("eos_token_id")
-    if found is None:
-        return tuple(configured)
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    return tuple(configured) if found is None else ids_of(found)
 
 
 def other_ends(vocabulary: Vocabulary, eos_ids: Sequence[int]) -> str:
@@ -97,10 +99,9 @@ def read_vocabulary(directory: pathlib.Path, eos_ids: Sequence[int]) -> Vocabula
             file = directory / "tokenizer.json"
             vocabulary = HuggingFaceVocabulary(file.read_bytes(), eos_id=eos_ids[0], name=str(file))
         return vocabulary
-    except (
-        ConfigError
-    ) as error:  # a package is missing: the model can be used without its vocabulary
-        print(error)
+    except ConfigError as error:
+        # A package is missing: the model can be used without its vocabulary.
+        _LOG.warning("%s", error)
         return None
 
 

@@ -11,20 +11,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from encdec.errors import DataError
 from encdec.interop.families import FAMILIES, HARMLESS, Family
-from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
+from encdec.interop.layout import (
+    MLP_NAMES,
+    Entry,
+    attention_entries,
+    mlp_entries,
+    qk_norm_entries,
+    to_ours,
+)
 from encdec.interop.rope import read_rope, required
 from encdec.model import ExecutionConfig, ModelConfig
 
 Tensors = Mapping[str, np.ndarray]
-
-
 AS_TEACHER = (
     ". As a teacher, transformers may run it as it is: encdec score --backend=torch --teacher=DIR"
 )
@@ -93,6 +98,23 @@ class Imported:
     unread: tuple[str, ...] = ()
     rotated: int = 0
     multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def ids_of(value: Any) -> tuple[int, ...]:
+    """Token ids that a configuration gives as a list, as one number or not at all."""
+    ids = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+    return tuple(map(int, ids))
+
+
+def local_layers(
+    kinds: Sequence[str], layers: int, refuse: Callable[..., DataError], where: str = ""
+) -> list[bool]:
+    """Which layers have a sliding window, by the ``layer_types`` of ``where``."""
+    if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+        raise refuse(f"{where}layer_types", unknown[0], "not sliding_attention or full_attention")
+    if len(kinds) != layers:
+        raise refuse(f"{where}num_hidden_layers", layers, f"but {len(kinds)} layer_types")
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def model_type(directory: pathlib.Path) -> str | None:
@@ -166,7 +188,7 @@ def translate(
     heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
     head_dim = required({"head_dim": given("head_dim", width // heads)}, "head_dim", path)
     activation = given("hidden_activation", given("hidden_act", "silu"))
-    if name.startswith("gemma2") or name.startswith("gemma3"):
+    if name.startswith(("gemma2", "gemma3")):
         activation = given("hidden_activation", "gelu_pytorch_tanh")
     if activation not in ACTIVATIONS:
         raise refuse("hidden_act", activation, f"not one of {', '.join(ACTIVATIONS)}")
@@ -179,6 +201,7 @@ def translate(
         raise refuse(
             "partial_rotary_factor", rotated / head_dim, "together with query and key norms"
         )
+    key_heads = "num_key_value_heads"
     fields: dict[str, Any] = {
         "architecture": "decoder_only",
         "vocab_size": sizes["vocab_size"],
@@ -186,11 +209,7 @@ def translate(
         "decoder_layers": sizes["num_hidden_layers"],
         "d_model": width,
         "num_heads": heads,
-        "num_kv_heads": required(
-            {"num_key_value_heads": given("num_key_value_heads", heads)},
-            "num_key_value_heads",
-            path,
-        ),
+        "num_kv_heads": required({key_heads: given(key_heads, heads)}, key_heads, path),
         "head_dim": head_dim,
         "mlp_dim": sizes["intermediate_size"],
         "kv_pairing": "grouped",
@@ -210,14 +229,10 @@ def translate(
         fields["attention_scale"] = float(scalar) ** -0.5
     multipliers = _granite(fields, given, path) if name == "granite" else {}
     fields |= rope | _window(name, values, family, given, refuse, rope) | dict(family.fields)
-    fields["decoder_unrotated_layers"] = _unrotated(name, values, given, fields)
-    eos = given("eos_token_id", ())
-    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    start = given("bos_token_id", eos[0] if eos else 0)
-    eos = tuple(map(int, eos))
-    return Imported(
-        name, ModelConfig(**fields), max_length, int(start), eos, (), rotated, multipliers
-    )
+    fields["decoder_unrotated_layers"] = _unrotated(name, values, given, refuse, fields)
+    eos = ids_of(given("eos_token_id"))
+    start = int(given("bos_token_id", eos[0] if eos else 0))
+    return Imported(name, ModelConfig(**fields), max_length, start, eos, (), rotated, multipliers)
 
 
 def _granite(
@@ -256,11 +271,9 @@ def _window(
     layers = values["num_hidden_layers"]
     types = values.get("layer_types")
     if types:
-        if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
-            raise refuse("layer_types", unknown[0], "not sliding_attention or full_attention")
-        local = [kind == "sliding_attention" for kind in types]
+        local = local_layers(types, layers, refuse)
     elif name == "smollm3":
-        local = [not rotated for rotated in _rotates(given, layers)]
+        local = [not rotated for rotated in _rotates(given, layers, refuse)]
     elif every := given("sliding_window_pattern"):
         if not isinstance(every, int):
             raise refuse("sliding_window_pattern", every, "without layer_types")
@@ -287,30 +300,38 @@ def _window(
                 "rope_parameters", own, "but RoPE scaling of local layers alone is not supported"
             )
         base = own.get("rope_theta", base)
-    elif (
-        name == "olmo3" and own is None
-    ):  # as transformers 4 wrote it: their scaling is of the others
+    elif name == "olmo3" and own is None:
+        # As transformers 4 wrote it: the scaling is of the other layers.
         base = rope["rope_theta"] if rope.get("rope_scaling", "none") != "none" else None
     if base is not None:
         fields["local_rope_theta"] = float(base)
     return fields
 
 
-def _rotates(given: Callable[..., Any], layers: int) -> list[bool]:
+def _rotates(
+    given: Callable[..., Any], layers: int, refuse: Callable[..., DataError]
+) -> list[bool]:
     """Which layers of a SmolLM3 have RoPE."""
     listed, every = given("no_rope_layers"), given("no_rope_layer_interval")
     if listed is not None:
+        if len(listed) < layers:
+            raise refuse("num_hidden_layers", layers, f"but {len(listed)} no_rope_layers")
         return [bool(rotated) for rotated in listed[:layers]]
     return [(layer + 1) % every != 0 for layer in range(layers)]
 
 
 def _unrotated(
-    name: str, values: Mapping[str, Any], given: Callable[..., Any], fields: Mapping[str, Any]
+    name: str,
+    values: Mapping[str, Any],
+    given: Callable[..., Any],
+    refuse: Callable[..., DataError],
+    fields: Mapping[str, Any],
 ) -> tuple[int, ...]:
     """Layers without RoPE."""
     layers = fields["decoder_layers"]
     if name == "smollm3":
-        return tuple(i for i, rotated in enumerate(_rotates(given, layers)) if not rotated)
+        rotates = _rotates(given, layers, refuse)
+        return tuple(layer for layer in range(layers) if not rotates[layer])
     if name == "exaone4" and values.get("sliding_window", True):  # RoPE in local layers alone
         every, listed = fields.get("global_layer_every"), fields.get("decoder_global_layers", ())
         local = "attention_window" in fields
@@ -404,8 +425,7 @@ def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Ent
     form = FAMILIES[family]
     apart = ("q_proj", "k_proj", "v_proj")
     attention = (*(_QKV if "attention" in form.fused else apart), "o_proj")
-    joined = _GATE_UP if "mlp" in form.fused else ("gate_proj", "up_proj")
-    mlp = dict(zip(("gate", "up"), joined))
+    mlp = MLP_NAMES | (dict(zip(("gate", "up"), _GATE_UP)) if "mlp" in form.fused else {})
     norms = {"self_attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.post_norms:
         norms |= {
@@ -425,18 +445,13 @@ def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Ent
         entries += attention_entries(
             config, f"{theirs}.self_attn", f"{ours}/self_attention", attention
         )
-        entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", mlp | {"down": "down_proj"})
+        entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", mlp)
         entries += [
             Entry(f"{theirs}.{name}.weight", f"{ours}/{our_name}/scale")
             for our_name, name in norms.items()
         ]
         if config.qk_norm:
-            entries += [
-                Entry(
-                    f"{theirs}.self_attn.{x}_norm.weight", f"{ours}/self_attention/{x}_norm/scale"
-                )
-                for x in "qk"
-            ]
+            entries += qk_norm_entries(f"{theirs}.self_attn", f"{ours}/self_attention")
     return entries
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 
 from encdec.flags import Parser
@@ -42,46 +41,38 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec import",
         description="Converts another project's model to a work directory that score, generate and "
         "describe read.",
     )
-    parser.add_argument(
+    parser.add(
         "source",
-        type=any_path,
-        metavar="PATH",
-        help="directory with config.json and *.safetensors, or ORG/NAME[@REVISION] of the Hugging "
+        "directory with config.json and *.safetensors, or ORG/NAME[@REVISION] of the Hugging "
         "Face Hub (hf), the paper's model.pt (mu), or a .bin file (llama2c)",
+        any_path,
+        metavar="PATH",
     )
-    parser.add_argument(
-        "--format",
-        choices=("hf", "mu", "llama2c"),
-        default="hf",
-        help="format of PATH (default %(default)s)",
-    )
-    parser.add_argument(
-        "--out", type=any_path, required=True, metavar="DIR", help="directory to write"
-    )
-    parser.add_argument(
+    parser.add("--format", "format of PATH", default="hf", choices=("hf", "mu", "llama2c"))
+    parser.add("--out", "directory to write", any_path, required=True)
+    parser.add(
         "--vocabulary",
-        type=any_path,
-        metavar="FILE",
-        help="the model's vocabulary, as for prepare, or llama2.c's tokenizer.bin (default: PATH's "
+        "the model's vocabulary, as for prepare, or llama2.c's tokenizer.bin (default: PATH's "
         "tokenizer.model or tokenizer.json, or the tok*.bin next to it, if there is one)",
+        any_path,
+        metavar="FILE",
     )
-    parser.add_argument(
+    parser.add(
         "--head_dim",
-        type=int,
-        metavar="N",
-        help="mu: width of a head, for a model.pt without model_config (default 64, the release's)",
+        "mu: width of a head, for a model.pt without model_config (default 64, the release's)",
+        int,
     )
-    parser.add_argument(
+    parser.add(
         "--param_dtype",
+        "dtype of the stored parameters (default: unchanged; float16 becomes float32)",
         choices=("float32", "bfloat16"),
-        help="dtype of the stored parameters (default: unchanged; float16 becomes float32)",
     )
-    parser.add_argument("--name", help="the model's name in cards (default: PATH's last part)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
+    parser.add("--name", "the model's name in cards (default: PATH's last part)")
+    parser.add("--overwrite", "replace a model in --out", default=False)
     return parser

@@ -20,6 +20,7 @@ Kind = Literal["same", "matrix", "heads_in", "heads_out", "heads_bias"]
 Flat = dict[str, np.ndarray]
 
 SHOWN = 6  # how many tensor names a message lists per fault
+MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,8 @@ def attention_entries(
     entries = []
     for x, name in zip("qkvo", names, strict=True):
         out = x == "o"
-        entries.append(
-            Entry(
-                f"{theirs}.{name}.weight", f"{ours}/{x}/kernel", "heads_out" if out else "heads_in"
-            )
-        )
+        kind: Kind = "heads_out" if out else "heads_in"
+        entries.append(Entry(f"{theirs}.{name}.weight", f"{ours}/{x}/kernel", kind))
         if config.attention_out_bias if out else config.qkv_bias:
             entries.append(
                 Entry(f"{theirs}.{name}.bias", f"{ours}/{x}/bias", "same" if out else "heads_bias")
@@ -66,7 +64,7 @@ def attention_entries(
 
 
 def mlp_entries(
-    config: ModelConfig, theirs: str, ours: str, names: Mapping[str, str]
+    config: ModelConfig, theirs: str, ours: str, names: Mapping[str, str] = MLP_NAMES
 ) -> list[Entry]:
     """Matrices of one MLP; ``names`` are theirs for gate, up and down."""
     entries = []
@@ -75,6 +73,20 @@ def mlp_entries(
         if config.mlp_bias:
             entries.append(Entry(f"{theirs}.{names[x]}.bias", f"{ours}/{x}/bias"))
     return entries
+
+
+def qk_norm_entries(theirs: str, ours: str) -> list[Entry]:
+    """Norms of one attention sublayer's queries and keys."""
+    return [Entry(f"{theirs}.{x}_norm.weight", f"{ours}/{x}_norm/scale") for x in "qk"]
+
+
+def layernorm_entries(theirs: str, ours: str, names: Mapping[str, str]) -> list[Entry]:
+    """Norms before and after each sublayer of a layer; ``names`` are ours by theirs."""
+    return [
+        Entry(f"{theirs}.{when}_{name}_layernorm.weight", f"{ours}/{our_name}_{suffix}/scale")
+        for name, our_name in names.items()
+        for when, suffix in (("pre", "norm"), ("post", "post_norm"))
+    ]
 
 
 def to_theirs(layout: Iterable[Entry], params: Mapping[str, Any]) -> Flat:
@@ -120,10 +132,8 @@ def to_ours(
         DataError: tensors are missing, unexpected or of the wrong shape; the first of each are
             named.
     """
-    shapes = {
-        path: leaf.shape
-        for path, leaf in flattened(abstract_params(build_model(config)), "/").items()
-    }
+    leaves = flattened(abstract_params(build_model(config)), "/")
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
     wanted = {entry.theirs: _their_shape(entry.kind, shapes[entry.ours]) for entry in layout}
     missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in tensors]
     extra = [

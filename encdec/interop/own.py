@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.huggingface_import import ACTIVATIONS, Imported
-from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
+from encdec.interop.huggingface_import import ACTIVATIONS, Imported, ids_of
+from encdec.interop.layout import Entry, attention_entries, mlp_entries, qk_norm_entries, to_ours
 from encdec.interop.rope import required
 from encdec.model import ExecutionConfig, ModelConfig
 
 MODEL_TYPE = "encdec"
-_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 # Fields of config.json that are ours as they are.
 FIELDS = (
     "vocab_size",
@@ -79,16 +78,11 @@ def layout(config: ModelConfig, *, one_table: bool) -> list[Entry]:
                     continue
                 place = {"cross_attn": "encoder_attention"}.get(name, our_name)
                 if name == "mlp":
-                    entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", _MLP)
+                    entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp")
                 else:
                     entries += attention_entries(config, f"{theirs}.{name}", f"{ours}/{place}")
                     if config.qk_norm:
-                        entries += [
-                            Entry(
-                                f"{theirs}.{name}.{x}_norm.weight", f"{ours}/{place}/{x}_norm/scale"
-                            )
-                            for x in "qk"
-                        ]
+                        entries += qk_norm_entries(f"{theirs}.{name}", f"{ours}/{place}")
                 for when, suffix in (("pre", "norm"), ("post", "post_norm")):
                     if not config.omit_pre_norms if when == "pre" else config.post_norms:
                         entries.append(
@@ -129,13 +123,12 @@ def read_config(directory: pathlib.Path) -> Imported:
         share_embeddings=False,
         execution=ExecutionConfig(scan_layers=False),
     )
-    eos = values.get("eos_token_id")
-    eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return Imported(MODEL_TYPE, model, _LENGTH, int(values.get("decoder_start_token_id") or 0), eos)
+    start, eos = int(values.get("decoder_start_token_id") or 0), ids_of(values.get("eos_token_id"))
+    return Imported(MODEL_TYPE, model, _LENGTH, start, eos)
 
 
 def _rope(frequencies: np.ndarray, magnitude: float) -> dict[str, Any]:
-    """Our fields for radians a position of each pair: base and factor, or divisors one by one."""
+    """Our fields for radians per position of each pair: base and factor, or divisors one by one."""
     pairs = len(frequencies)
     theta = float(frequencies[0] / frequencies[1]) ** pairs if pairs > 1 else 10_000.0
     theta = float(f"{theta:.5g}")  # a round base was rounded to float32 frequencies

@@ -33,11 +33,8 @@ def required(values: Mapping[str, Any], key: str, where: object, kind: type = in
             "was made with"
         )
     kinds = {int: int, float: (int, float)}.get(kind, kind)
-    if (
-        not isinstance(value, kinds)
-        or kind in (int, float)
-        and not (not isinstance(value, bool) and value > 0)
-    ):
+    number = kind in (int, float)
+    if not isinstance(value, kinds) or number and (isinstance(value, bool) or not value > 0):
         wanted = {
             int: "a positive whole number",
             float: "a positive number",
@@ -65,11 +62,8 @@ def read_rope(
     partial = float(scaling.get("partial_rotary_factor") or given("partial_rotary_factor", 1.0))
     rotated = int(head_dim * partial)
     if not 0 < partial <= 1 or rotated < 2 or rotated % 2:
-        raise refuse(
-            "partial_rotary_factor",
-            partial,
-            f"not an even number of the {head_dim} dimensions of a head",
-        )
+        why = f"not an even number of the {head_dim} dimensions of a head"
+        raise refuse("partial_rotary_factor", partial, why)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     where = f"{path}, rope scaling {kind!r},"
     fields: dict[str, Any] = {"rope_theta": theta}
@@ -95,6 +89,8 @@ def read_rope(
         if magnitude is None:
             magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         divisors = np.array(required(scaling, "short_factor", where, list), np.float64)
+        if divisors.shape != (rotated // 2,):
+            raise refuse("short_factor", divisors.tolist(), f"expected {rotated // 2} numbers")
         # Beyond the original length the whole sequence would use other divisors.
         longest = original
     elif kind == "yarn":
@@ -112,16 +108,12 @@ def read_rope(
         wanted = theta ** (-np.arange(0, rotated, 2) / rotated) / divisors
         divisors = np.full(len(pairs), _STILL)
         divisors[: len(wanted)] = theta ** (-2 * pairs[: len(wanted)] / head_dim) / wanted
-    return (
-        fields
-        | {
-            "rope_scaling": "per_pair",
-            "rope_magnitude": float(magnitude),
-            "rope_divisors": tuple(map(float, divisors)),
-        },
-        longest,
-        rotated if partial < 1 else 0,
-    )
+    fields |= {
+        "rope_scaling": "per_pair",
+        "rope_magnitude": float(magnitude),
+        "rope_divisors": tuple(map(float, divisors)),
+    }
+    return fields, longest, rotated if partial < 1 else 0
 
 
 def _yarn(

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.huggingface_import import ACTIVATIONS, Imported
-from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
+from encdec.interop.huggingface_import import ACTIVATIONS, Imported, ids_of, local_layers
+from encdec.interop.layout import Entry, attention_entries, layernorm_entries, mlp_entries, to_ours
 from encdec.interop.rope import required
 from encdec.model import ExecutionConfig, ModelConfig
 
 MODEL_TYPE = "t5gemma"
-_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 # Values of absent keys, as transformers has them.
 _DEFAULTS = {
     "vocab_size": 256_000,
@@ -85,20 +84,8 @@ def layout(config: ModelConfig) -> list[Entry]:
                 entries += attention_entries(
                     config, f"{theirs}.cross_attn", f"{ours}/encoder_attention"
                 )
-            entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", _MLP)
-            for their_norm, our_norm in norms.items():
-                entries.append(
-                    Entry(
-                        f"{theirs}.pre_{their_norm}_layernorm.weight",
-                        f"{ours}/{our_norm}_norm/scale",
-                    )
-                )
-                entries.append(
-                    Entry(
-                        f"{theirs}.post_{their_norm}_layernorm.weight",
-                        f"{ours}/{our_norm}_post_norm/scale",
-                    )
-                )
+            entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp")
+            entries += layernorm_entries(theirs, ours, norms)
     return entries
 
 
@@ -176,8 +163,7 @@ def read_config(directory: pathlib.Path) -> Imported:
         **_windows(stacks, refuse),
     )
     longest = min(int(stack["max_position_embeddings"]) for stack in stacks.values())
-    eos = values.get("eos_token_id", decoder["eos_token_id"])
-    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    eos = ids_of(values.get("eos_token_id", decoder["eos_token_id"]))
     return Imported(MODEL_TYPE, model, longest, int(decoder["bos_token_id"]), eos)
 
 
@@ -188,14 +174,12 @@ def _windows(
     reads_all, windows = {}, {}
     for name, stack in stacks.items():
         layers = range(stack["num_hidden_layers"])
-        kinds = stack.get("layer_types") or [
-            "sliding_attention" if (layer + 1) % 2 else "full_attention" for layer in layers
-        ]
-        if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
-            raise refuse(
-                f"{name}.layer_types", unknown[0], "not sliding_attention or full_attention"
-            )
-        local = [kind == "sliding_attention" and bool(stack["sliding_window"]) for kind in kinds]
+        kinds = stack.get("layer_types")
+        local = [layer % 2 == 0 for layer in layers]
+        if kinds:
+            local = local_layers(kinds, len(layers), refuse, f"{name}.")
+        if not stack["sliding_window"]:
+            local = [False for _ in layers]
         reads_all[name] = tuple(layer for layer in layers if not local[layer])
         if any(local):
             windows[name] = int(stack["sliding_window"])
@@ -243,12 +227,7 @@ def convert(
     names = [f"model.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
     ignored = ["lm_head.out_proj.weight"] if config.tie_embeddings else []
     tables = [tensors.get(name) for name in names]
-    same = (
-        tables[1] is not None
-        and tables[0] is not None
-        and (tables[0].shape == tables[1].shape and np.array_equal(*tables))
-    )
-    if same:
+    if tables[0] is not None and np.array_equal(*tables):
         config = config.replace(share_embeddings=True)
         ignored.append(names[0])
     return config, to_ours(layout(config), config, tensors, ignored)

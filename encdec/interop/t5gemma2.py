@@ -15,8 +15,15 @@ import numpy as np
 
 from encdec.errors import DataError
 from encdec.interop import huggingface_import
-from encdec.interop.huggingface_import import Imported
-from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_ours
+from encdec.interop.huggingface_import import Imported, ids_of
+from encdec.interop.layout import (
+    Entry,
+    attention_entries,
+    layernorm_entries,
+    mlp_entries,
+    qk_norm_entries,
+    to_ours,
+)
 from encdec.interop.rope import required
 from encdec.model import ModelConfig
 
@@ -24,7 +31,6 @@ MODEL_TYPE = "t5gemma2"
 TABLE = "model.encoder.embed_tokens.weight"
 # Stored names that reading texts makes no use of.
 _IMAGES = ("vision_tower.", "multi_modal_projector.", "eoi_embedding")
-_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _OF_STACKS = ("encoder_layers", "decoder_layers", "global_layer_every", "decoder_global_layers")
 
 
@@ -39,19 +45,10 @@ def layout(config: ModelConfig) -> list[Entry]:
             theirs, ours = f"model.{stack}.layers.{layer}", f"{stack}/layers_{layer}"
             attention = f"{theirs}.self_attn", f"{ours}/self_attention"
             entries += attention_entries(config, *attention)
-            entries += [
-                Entry(f"{attention[0]}.{x}_norm.weight", f"{attention[1]}/{x}_norm/scale")
-                for x in "qk"
-            ]
-            entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp", _MLP)
-            for name, our_name in (("self_attn", "self_attention"), ("feedforward", "mlp")):
-                for when, suffix in (("pre", "norm"), ("post", "post_norm")):
-                    entries.append(
-                        Entry(
-                            f"{theirs}.{when}_{name}_layernorm.weight",
-                            f"{ours}/{our_name}_{suffix}/scale",
-                        )
-                    )
+            entries += qk_norm_entries(*attention)
+            entries += mlp_entries(config, f"{theirs}.mlp", f"{ours}/mlp")
+            norms = {"self_attn": "self_attention", "feedforward": "mlp"}
+            entries += layernorm_entries(theirs, ours, norms)
     return entries
 
 
@@ -87,9 +84,8 @@ def read_config(directory: pathlib.Path) -> Imported:
     encoder_model, model = found["encoder"].model, found["decoder"].model
     changes: dict[str, Any] = {}
     if window := model.attention_window:
-        layers = {"encoder": encoder_model, "decoder": model}
         changes = {"encoder_window": encoder_window(window), "global_layer_every": 0}
-        for name, stack in layers.items():
+        for name, stack in (("encoder", encoder_model), ("decoder", model)):
             changes[f"{name}_global_layers"] = tuple(
                 i for i in range(stack.decoder_layers) if not stack.is_local(i)
             )
@@ -100,13 +96,13 @@ def read_config(directory: pathlib.Path) -> Imported:
         tie_embeddings=bool(values.get("tie_word_embeddings", True)),
         **changes,
     )
-    eos = values.get("eos_token_id", found["decoder"].eos_ids)
+    eos = ids_of(values.get("eos_token_id", found["decoder"].eos_ids))
     return Imported(
         MODEL_TYPE,
         model,
         min(one.max_length for one in found.values()),
         int(stacks["decoder"].get("bos_token_id", 2)),
-        tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        eos,
     )
 
 

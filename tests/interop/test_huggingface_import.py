@@ -281,6 +281,15 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
             },
             "layer_types 'chunked_attention'",
         ),
+        (
+            {"sliding_window": 8, "layer_types": ["sliding_attention"], "model_type": "gemma2"},
+            r"num_hidden_layers \d, but 1 layer_types",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "but 1 no_rope_layers"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 9}},
+            "short_factor .* expected 6 numbers",
+        ),
     ],
 )
 def test_what_our_model_cannot_be_is_refused_by_name(change, message, tmp_path):
