@@ -111,101 +111,73 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec generate",
         description="Generates text with a trained model, from texts given here or in a file.",
         epilog="Example: encdec generate --checkpoint=runs/mine --beams=4 'def add(a, b): ...'",
     )
-    parser.add_argument("text", nargs="*", metavar="TEXT", help="an input")
-    parser.add_argument(
+    parser.add("text", "an input", nargs="*", metavar="TEXT")
+    parser.add(
         "--checkpoint",
-        type=shipped.checkpoint,
+        "work directory of `encdec train`, what `encdec export` wrote in another format than "
+        f"hf, or a model that comes with encdec: {', '.join(shipped.models())}",
+        shipped.checkpoint,
         required=True,
         metavar="DIR",
-        help="work directory of `encdec train`, what `encdec export` wrote in another format than "
-        f"hf, or a model that comes with encdec: {', '.join(shipped.models())}",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
-    parser.add_argument(
+    parser.add("--step", "checkpoint (default: the last)", int)
+    parser.add(
         "--file",
-        type=data_path,
+        "inputs, one per line: JSONL with the field 'source', or text; - is standard input",
+        data_path,
         metavar="IN",
-        help="inputs, one a line: JSONL with the field 'source', or text; - is standard input",
     )
-    parser.add_argument(
+    parser.add(
         "--format",
+        "format of --file (default: as its name ends; text for -)",
         choices=("jsonl", "text"),
-        help="format of --file (default: as its name ends; text for -)",
     )
-    parser.add_argument(
+    parser.add(
         "--out",
-        type=any_path,
+        "receives the answers; the same command continues it after a stop",
+        any_path,
         metavar="OUT.jsonl",
-        help="receives the answers; the same command continues it after a stop",
     )
     _add_answer_flags(parser)
     return parser
 
 
-def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
+def _add_answer_flags(parser: Parser) -> None:
     for name, kind, text in _FLAGS:
-        parser.add_argument(f"--{name}", type=kind, help=text, metavar="N" if kind is int else "X")
-    parser.add_argument(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="a string that ends an answer; may be given several times",
-    )
-    parser.add_argument(
-        "--max_input_tokens",
-        type=int,
-        metavar="N",
-        help="longest input allowed (default: the longest in training)",
-    )
-    parser.add_argument(
+        parser.add(f"--{name}", text, kind)
+    stop = "a string that ends an answer; may be given several times"
+    parser.add("--stop", stop, default=[], metavar="TEXT")
+    longest = "longest input allowed (default: the longest in training)"
+    parser.add("--max_input_tokens", longest, int)
+    parser.add(
         "--too_long",
-        choices=("refuse", "cut"),
+        "inputs longer than that: refuse them, or cut their end",
         default="refuse",
-        help="inputs longer than that: refuse them, or cut their end (default %(default)s)",
+        choices=("refuse", "cut"),
     )
-    parser.add_argument(
+    parser.add(
         "--keep_unknown",
-        action="store_true",
-        help="read what the vocabulary cannot write as its unknown token instead of refusing it",
+        "read what the vocabulary cannot write as its unknown token instead of refusing it",
+        default=False,
     )
-    parser.add_argument(
-        "--batch_rows",
-        type=int,
-        default=16,
-        metavar="N",
-        help="answers made together at most (default %(default)s)",
-    )
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=1,
-        metavar="N",
-        help="devices that share the rows (default %(default)s)",
-    )
-    parser.add_argument(
-        "--tensor",
-        type=int,
-        default=1,
-        metavar="N",
-        help="devices over which each copy of the model is split (default %(default)s)",
-    )
+    parser.add("--batch_rows", "answers made together at most", int, 16)
+    parser.add("--devices", "devices that share the rows", int, 1)
+    parser.add("--tensor", "devices over which each copy of the model is split", int, 1)
     add_draft_option(parser)
-    parser.add_argument(
-        "--logprobs", action="store_true", help="JSON lines with every token's log-probability"
-    )
-    parser.add_argument("--json", action="store_true", help="JSON lines instead of plain text")
+    parser.add("--logprobs", "JSON lines with every token's log-probability", default=False)
+    parser.add("--json", "JSON lines instead of plain text", default=False)
 
 
 def _settings(options: argparse.Namespace) -> GenerationSettings:
     given = {name: getattr(options, name) for name, _, _ in _FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
-    return GenerationSettings(**given, stop=options.stop or ())
+    return GenerationSettings(**given, stop=options.stop)
 
 
 def _cuts(options: argparse.Namespace) -> bool:

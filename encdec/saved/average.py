@@ -55,8 +55,8 @@ def chosen_steps(workdir: str, last: int | None, steps: Sequence[int] = ()) -> l
 def average(workdir: str, steps: Sequence[int], out: str) -> None:
     """Writes the mean parameters to ``out``, a work directory that all but training reads.
 
-    The mean is taken in float64 and kept in each parameter's own dtype; host memory holds three
-    times the model, once more for float64's sake.
+    The mean is taken in float64 and kept in each parameter's own dtype: host memory holds about
+    five times a model stored in float32.
 
     Raises:
         ConfigError: ``out`` is not empty.
@@ -102,19 +102,11 @@ def main(argv: list[str]) -> int:
         description="Averages the parameters of a run's checkpoints. The result can be used for "
         "generation, evaluation, export and --config.init_from like any other model.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="work directory of `encdec train`",
-    )
+    parser.add("--checkpoint", "work directory of `encdec train`", any_path, required=True)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--last", type=int, metavar="K", help="the last K checkpoints")
     which.add_argument("--steps", metavar="A,B,...", help="the checkpoints of these steps")
-    parser.add_argument(
-        "--out", type=any_path, required=True, metavar="DIR", help="receives the model"
-    )
+    parser.add("--out", "receives the model", any_path, required=True)
     options = parser.parse_args(argv)
     try:
         named = [int(step) for step in options.steps.split(",")] if options.steps else []

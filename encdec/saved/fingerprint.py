@@ -8,6 +8,7 @@ one pass over the arrays on the devices that hold them, and without a second rea
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,14 +86,10 @@ def _split(mesh: jax.sharding.Mesh, spec: PartitionSpec, ndim: int) -> Any:
     ]
 
     def local(x: jax.Array) -> jax.Array:
-        shape, start = [], []
-        for size, names in zip(x.shape, axes):
-            shards = 1
-            for name in names:
-                shards *= mesh.shape[name]
-            shape.append(size * shards)
-            start.append(jax.lax.axis_index(names) * size if names else 0)
-        return _digest(x, tuple(shape), tuple(start))[None]
+        split = list(zip(x.shape, axes))
+        shape = tuple(size * math.prod(mesh.shape[a] for a in names) for size, names in split)
+        start = tuple(jax.lax.axis_index(names) * size if names else 0 for size, names in split)
+        return _digest(x, shape, start)[None]
 
     return jax.jit(
         jax.shard_map(

@@ -59,54 +59,38 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan(actions: Any) -> None:
     parser = _action(actions, "plan", _plan, "show every run of a ladder and the total cost")
     _ladder_options(parser)
-    parser.add_argument("--chip", metavar="NAME", help="predict chip-hours on this chip, e.g. v5e")
-    parser.add_argument(
+    parser.add("--chip", "predict chip-hours on this chip, e.g. v5e", metavar="NAME")
+    parser.add(
         "--mfu",
-        type=float,
-        default=0.4,
+        "with --chip: assumed model FLOPs utilisation; `encdec compile` predicts it for a topology",
+        float,
+        0.4,
         metavar="SHARE",
-        help="with --chip: assumed model FLOPs utilisation (%(default)s); `encdec compile` "
-        "predicts it for a topology",
     )
-    parser.add_argument(
-        "--flops_per_second",
-        type=float,
-        metavar="RATE",
-        help="instead of --chip and --mfu: model FLOP/s of one machine",
-    )
-    parser.add_argument(
+    rate = "instead of --chip and --mfu: model FLOP/s of one machine"
+    parser.add("--flops_per_second", rate, float, metavar="RATE")
+    parser.add(
         "--topology",
+        "compile every step for this TPU topology, e.g. v5e:16x16, as `encdec compile` does, and "
+        "predict memory and chip-hours; takes minutes per distinct step",
         metavar="NAME",
-        help="compile every step for this TPU topology, e.g. v5e:16x16, as `encdec "
-        "compile` does, and predict memory and chip-hours; takes minutes per distinct step",
     )
-    parser.add_argument(
-        "--compiled",
-        type=local_path,
-        metavar="FILE",
-        help="keep the compiled steps' figures here, and read them again",
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="plan only this run (may be repeated)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    kept = "keep the compiled steps' figures here, and read them again"
+    parser.add("--compiled", kept, local_path, metavar="FILE")
+    only = "plan only this run (may be repeated)"
+    parser.add("--only", only, default=[], metavar="NAME")
+    parser.add("--json", "print JSON instead of a table", default=False)
 
 
 def _add_run(actions: Any) -> None:
     parser = _action(actions, "run", _run, "train all unfinished runs and record them")
     _ladder_options(parser)
-    parser.add_argument(
-        "--workdir", type=any_path, required=True, metavar="DIR", help="the ladder's directory"
-    )
-    parser.add_argument(
+    parser.add("--workdir", "the ladder's directory", any_path, required=True)
+    parser.add(
         "--alone",
-        action="store_true",
-        help="no other process works on this ladder: for a --workdir in a bucket, which has no "
+        "no other process works on this ladder: for a --workdir in a bucket, which has no "
         "locks, unless --only or --index names the runs",
+        default=False,
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -142,48 +126,33 @@ def _add_score(actions: Any) -> None:
         "generate answers with every finished run and compute a task's metrics",
     )
     _ladder_options(parser)
-    parser.add_argument(
-        "--workdir", type=any_path, required=True, metavar="DIR", help="the ladder's directory"
-    )
-    parser.add_argument(
-        "--alone", action="store_true", help="no other process scores this ladder, as for run"
-    )
-    parser.add_argument(
-        "--task", required=True, metavar="TASK", help="a task with metrics, see `encdec data list`"
-    )
+    parser.add("--workdir", "the ladder's directory", any_path, required=True)
+    parser.add("--alone", "no other process scores this ladder, as for run", default=False)
+    task = "a task with metrics, see `encdec data list`"
+    parser.add("--task", task, required=True, metavar="TASK")
     add_module_flag(parser)
-    parser.add_argument(
-        "--data_dir", type=any_path, metavar="DIR", help="directory with the task's files"
-    )
-    parser.add_argument("--split", default="validation", help="split of the task (%(default)s)")
-    parser.add_argument(
+    parser.add("--data_dir", "directory with the task's files", any_path)
+    parser.add("--split", "split of the task", default="validation")
+    parser.add(
         "--metrics",
+        "metrics instead of the task's own, such as rougeL; see `encdec evaluate --help`",
         default="",
         metavar="A,B",
-        help="metrics instead of the task's own, such as rougeL; see `encdec evaluate --help`",
     )
-    parser.add_argument(
-        "--max_examples", type=int, metavar="N", help="use the first N examples (default: all)"
-    )
+    parser.add("--max_examples", "use the first N examples (default: all)", int)
 
 
 def _add_fit(actions: Any) -> None:
     parser = _action(actions, "fit", _fit, "fit laws and compare the architectures")
     _fit_options(parser)
-    parser.add_argument(
-        "--out", type=any_path, metavar="FILE", help="also write all numbers to this file"
-    )
+    parser.add("--out", "also write all numbers to this file", any_path, metavar="FILE")
 
 
 def _add_plot(actions: Any) -> None:
     parser = _action(actions, "plot", _plot, "draw the curves and write the report")
     _fit_options(parser)
-    parser.add_argument(
-        "--out",
-        type=any_path,
-        metavar="DIR",
-        help="for the figures and report.html (default: `curves` next to the results)",
-    )
+    out = "for the figures and report.html (default: `curves` next to the results)"
+    parser.add("--out", out, any_path)
 
 
 def _action(actions: Any, name: str, function: Any, text: str) -> Parser:
@@ -192,53 +161,29 @@ def _action(actions: Any, name: str, function: Any, text: str) -> Parser:
     return parser
 
 
-def _ladder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _ladder_options(parser: Parser) -> None:
+    parser.add(
         "--ladder",
-        type=local_path,
+        "config file and its argument, e.g. configs/scaling.py:micro; any field by "
+        "--ladder.FIELD=VALUE",
+        local_path,
         required=True,
         metavar="FILE.py[:NAME]",
-        help="config file and its argument, e.g. configs/scaling.py:micro; any "
-        "field by --ladder.FIELD=VALUE",
     )
 
 
 def _fit_options(parser: Parser) -> None:
-    from encdec.scaling.results_file import LOSSES, PARAMETERS, TOKENS
+    from encdec.scaling.results_file import LOSSES, PARAMETERS, TOKENS, Choices
 
-    parser.add_argument(
-        "--results",
-        type=any_path,
-        required=True,
-        metavar="PATH",
-        help="a ladder's directory, or a results file",
-    )
-    parser.add_argument(
-        "--tokens", choices=TOKENS, default="target", help="tokens counted as D (%(default)s)"
-    )
-    parser.add_argument(
-        "--parameters",
-        choices=PARAMETERS,
-        default="total",
-        help="parameters counted as N (%(default)s)",
-    )
-    parser.add_argument(
-        "--loss", choices=sorted(LOSSES), default="nats_per_token", help="unit of L (%(default)s)"
-    )
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=200,
-        metavar="N",
-        help="bootstrap samples for intervals; 0: none (%(default)s)",
-    )
-    parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="RUN",
-        help="leave this run out, e.g. one that diverged (may be repeated)",
-    )
+    results = "a ladder's directory, or a results file"
+    parser.add("--results", results, any_path, required=True, metavar="PATH")
+    parser.add("--tokens", "tokens counted as D", default=Choices.tokens, choices=TOKENS)
+    counted = "parameters counted as N"
+    parser.add("--parameters", counted, default=Choices.parameters, choices=PARAMETERS)
+    parser.add("--loss", "unit of L", default=Choices.loss, choices=sorted(LOSSES))
+    parser.add("--resamples", "bootstrap samples for intervals; 0: none", int, Choices.draws)
+    skip = "leave this run out, e.g. one that diverged (may be repeated)"
+    parser.add("--skip", skip, default=[], metavar="RUN")
 
 
 def load_ladder(source: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
