@@ -28,7 +28,7 @@ def avoided() -> re.Pattern[str]:
 
 
 def prose(path) -> str:
-    """A page without its code and the table; a module's comments and strings; a notebook's cells."""
+    """A page but for code and the table, a module's comments and strings, a notebook's cells."""
     text = path.read_text("utf-8")
     if path == NOTEBOOK:
         return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
