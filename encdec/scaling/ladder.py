@@ -496,7 +496,7 @@ def _check(ladder: Ladder) -> None:
         require(value_of(ladder, name) > 0, name, "a positive number")
     require(0 <= ladder.warmup_fraction < 1, "warmup_fraction", "a fraction in [0, 1)")
     _check_budgets_and_seeds(ladder, require)
-    _check_distilled(ladder)
+    _check_distilled(ladder, require)
     _check_run(ladder, require)
 
 
@@ -524,46 +524,31 @@ def _check_run(ladder: Ladder, require: Require) -> None:
             field,
         )
     build(RunConfig, ladder.run, label="ladder.run", what="ladder.run")
-    for group, field, instead in (
-        (
-            "distill",
-            "teacher",
-            "ladder.distilled.teachers instead, so that plain series stay plain",
-        ),
-        (
-            "optimizer",
-            "learning_rate",
-            "ladder.learning_rate.peak instead, which follows the width",
-        ),
-        ("schedule", "warmup_steps", "ladder.warmup_fraction instead"),
-        ("eval", "every", "ladder.evaluations instead"),
-    ):
-        require(field not in ladder.run.get(group, {}), f"run.{group}.{field}", instead)
+    elsewhere = {
+        "distill.teacher": "ladder.distilled.teachers instead, so that plain series stay plain",
+        "optimizer.learning_rate": "ladder.learning_rate.peak instead, which follows the width",
+        "schedule.warmup_steps": "ladder.warmup_fraction instead",
+        "eval.every": "ladder.evaluations instead",
+    }
+    for name, instead in elsewhere.items():
+        group, field = name.split(".")
+        require(field not in ladder.run.get(group, {}), f"run.{name}", instead)
 
 
-def _check_distilled(ladder: Ladder) -> None:
+def _check_distilled(ladder: Ladder, require: Require) -> None:
     distilled, names = ladder.distilled, [name for name, _ in _series(ladder)]
     for series in distilled.series:
-        if series not in names:
-            raise ConfigError(
-                f"ladder.distilled.series has {series!r}; expected series of the "
-                f"ladder: {', '.join(names)}"
-            )
+        known = f"series of the ladder: {', '.join(names)}"
+        require(series in names, "distilled.series", known, series)
+    teachers = "distilled.teachers"
     for name, entry in distilled.teachers.items():
-        if not isinstance(entry, Mapping) or not set(entry) <= {"rows", "loss"}:
-            raise ConfigError(
-                f"ladder.distilled.teachers.{name} is {entry!r}; expected "
-                "{'rows': DIR, 'loss': NATS}"
-            )
-        if {"_", "/", "+"} & set(name):
-            raise ConfigError(
-                f"ladder.distilled.teachers has {name!r}; expected names without '_', '/' and '+'"
-            )
-        if not entry.get("loss", 0.0) >= 0:
-            raise ConfigError(
-                f"ladder.distilled.teachers.{name}.loss is {entry['loss']!r}; expected nats per "
-                "target token, or 0 if it is not known"
-            )
+        fits = isinstance(entry, Mapping) and set(entry) <= {"rows", "loss"}
+        require(fits, f"{teachers}.{name}", "{'rows': DIR, 'loss': NATS}", entry)
+        plain = not {"_", "/", "+"} & set(name)
+        require(plain, teachers, "names without '_', '/' and '+'", name)
+        loss = entry.get("loss", 0.0)
+        nats = "nats per target token, or 0 if it is not known"
+        require(loss >= 0, f"{teachers}.{name}.loss", nats, loss)
     if distilled.series and not distilled.named():
         raise ConfigError(
             f"ladder.distilled.series is {distilled.series!r}, but no teacher has "

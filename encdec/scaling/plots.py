@@ -58,6 +58,12 @@ class Look:
             "linestyle": "none",
         }
 
+    def draw(self, axes: Axes, x, y, ends=None, **how) -> None:
+        """A line, with a band between the two rows of ``ends``."""
+        axes.plot(x, y, **({"color": self.colour, "linestyle": self.line, "linewidth": 1.8} | how))
+        if ends is not None:
+            axes.fill_between(x, *ends, color=self.colour, alpha=0.13, linewidth=0)
+
 
 _LOOKS = [
     Look("#0072B2", "o", "-"),
@@ -278,10 +284,9 @@ def _loss_flops(analysis: Analysis, looks: dict) -> Figure:
     axes = figure.subplots()
     for name, one in analysis.series.items():
         look = looks[name]
-        colour = look.colour
         for points in _curves(analysis, name).values():
             if len(points) > 1:
-                axes.plot(*zip(*points), color=colour, linewidth=0.5, alpha=0.35)
+                axes.plot(*zip(*points), color=look.colour, linewidth=0.5, alpha=0.35)
         axes.plot(one.runs.flops, one.runs.loss, **look.points)
         axes.plot(
             [],
@@ -291,13 +296,8 @@ def _loss_flops(analysis: Analysis, looks: dict) -> Figure:
         )
         if one.frontier:
             flops = np.geomspace(one.runs.flops.min(), one.runs.flops.max(), 200)
-            axes.plot(
-                flops, one.frontier.loss(flops), color=colour, linestyle=look.line, linewidth=1.8
-            )
-            if one.draws:
-                axes.fill_between(
-                    flops, *band(one.frontier_draws, flops), color=colour, alpha=0.13, linewidth=0
-                )
+            ends = band(one.frontier_draws, flops) if one.draws else None
+            look.draw(axes, flops, one.frontier.loss(flops), ends)
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
     _powers(axes.xaxis)
     # Early evaluations would compress the relevant range.
@@ -411,12 +411,8 @@ def _contours(analysis: Analysis, fitted: list[Fitted], looks: dict) -> Figure:
         axes.clabel(lines, levels[::2], fmt="%.2f", fontsize=7)
         axes.plot(one.runs.parameters, one.runs.tokens, **look.points)
         flops = np.geomspace(one.runs.flops.min() / 100, one.runs.flops.max() * 100, 400)
-        axes.plot(
-            one.frontier.parameters(flops),
-            one.frontier.tokens(flops),
-            color=look.colour,
-            linewidth=1.8,
-        )
+        best = one.frontier.parameters(flops), one.frontier.tokens(flops)
+        look.draw(axes, *best, linestyle="-")
         axes.set(
             xscale="log", yscale="log", xlim=(sizes[0], sizes[-1]), ylim=(tokens[0], tokens[-1])
         )
@@ -440,30 +436,14 @@ def _comparison(
     series."""
     figure, grid = _figure(2)
     left, right = grid[0]
-    drawn = set()
-
-    def frontier(name: str, flops: np.ndarray, loss: np.ndarray, ends: np.ndarray) -> None:
-        if name in drawn:
-            return
-        drawn.add(name)
-        look = looks[name]
-        left.plot(
-            flops, loss, color=look.colour, linestyle=look.line, linewidth=1.8, label=label_of(name)
-        )
-        left.fill_between(flops, *ends, color=look.colour, alpha=0.13, linewidth=0)
-
+    drawn = {}
     for name, found in comparisons.items():
-        frontier(others[name], found.flops, found.second_loss, found.second_band)
-        frontier(name, found.flops, found.first_loss, found.first_band)
-        look = looks[name]
-        right.plot(found.losses, found.ratio, color=look.colour, linestyle=look.line, linewidth=1.8)
-        right.fill_between(
-            found.losses,
-            *np.clip(found.ratio_band, 1e-3, 1e3),
-            color=look.colour,
-            alpha=0.13,
-            linewidth=0,
-        )
+        drawn.setdefault(others[name], (found.flops, found.second_loss, found.second_band))
+        drawn.setdefault(name, (found.flops, found.first_loss, found.first_band))
+        ends = np.clip(found.ratio_band, 1e-3, 1e3)
+        looks[name].draw(right, found.losses, found.ratio, ends)
+    for name, curve in drawn.items():
+        looks[name].draw(left, *curve, label=label_of(name))
     left.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
     low, high = left.get_ylim()
     left.set_ylim(low, high * (high / low) ** (0.06 * (1 + len(drawn))))  # space for the legend

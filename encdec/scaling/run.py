@@ -134,7 +134,7 @@ def check_division(workdir: str | os.PathLike, named: bool, alone: bool) -> None
 
     Processes that share a directory on a disk divide its runs by locks, which end with the process
     that holds them. A bucket has none: an object that marked a run as taken would stay after a
-    kill, and could not be told from that of a process that works.
+    kill, indistinguishable from that of a live process.
     """
     if is_address(workdir) and not (named or alone):
         raise ConfigError(
