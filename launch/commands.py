@@ -165,6 +165,30 @@ def bucket_option(text: str) -> tuple[str, str]:
     return bucket, directory
 
 
+def repeated_option(
+    parser: Any, name: str, text: str, kind: Callable[[str], Any], value: str
+) -> None:
+    """A flag that may be given several times; ``value`` stands for its value in the help."""
+    parser.add_argument(name, action="append", default=[], type=kind, metavar=value, help=text)
+
+
+def environment_option(parser: Any) -> None:
+    text = "environment variable of the training (may be repeated)"
+    repeated_option(parser, "--env", text, setting_option, "NAME=VALUE")
+
+
+def tool_option(parser: Any, name: str, tool: str) -> None:
+    """A flag that hands any other option to a tool."""
+    text = f"any other option of {tool} (may be repeated)"
+    repeated_option(parser, name, text, passed_option, "--OPTION=VALUE")
+
+
+def number_option(parser: Any, name: str, text: str, default: int, value: str = "N") -> None:
+    """A flag with a whole number; the help ends in its default."""
+    text += " (%(default)s)"
+    parser.add_argument(name, type=int, default=default, metavar=value, help=text)
+
+
 def dry_run_option(parser: argparse.ArgumentParser, text: str) -> None:
     """``--dry_run``, and hidden its former name."""
     parser.add_argument("--dry_run", action="store_true", help=text)

@@ -28,8 +28,10 @@ from launch.commands import (
     actions_parser,
     bucket_option,
     dry_run_option,
+    environment_option,
+    number_option,
+    repeated_option,
     run_main,
-    setting_option,
     slices_option,
     split_arguments,
     train_arguments,
@@ -332,24 +334,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="v4, v5e, v5p, v6e or tpu7x, e.g. v5e:16x16, or v5e:16x16*2",
     )
     parser.add_argument("--image", help="container image with encdec")
-    parser.add_argument(
-        "--bucket",
-        action="append",
-        default=[],
-        type=bucket_option,
-        metavar="BUCKET[=DIR]",
-        help="mounted in every pod (at /mnt/BUCKET)",
+    repeated_option(
+        parser, "--bucket", "mounted in every pod (at /mnt/BUCKET)", bucket_option, "BUCKET[=DIR]"
     )
-    parser.add_argument(
-        "--env", action="append", default=[], type=setting_option, metavar="NAME=VALUE"
-    )
+    environment_option(parser)
     _workload_options(parser)
     parser.add_argument("--cluster", help="xpk: the cluster")
     parser.add_argument("--project", help="xpk: default is gcloud's own")
     parser.add_argument("--zone", help="xpk: default is gcloud's own")
-    parser.add_argument(
-        "--lines", type=int, default=100, help="logs: number of lines (%(default)s)"
-    )
+    number_option(parser, "--lines", "logs: number of lines", 100)
     dry_run_option(parser, "print what would run")
     options = parser.parse_args(own)
     wanted = {
@@ -399,13 +392,7 @@ def _workload_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="restarts after crashes (%(default)s); xpk counts preemptions too",
     )
-    parser.add_argument(
-        "--grace_seconds",
-        type=int,
-        default=120,
-        metavar="S",
-        help="time from SIGTERM to SIGKILL (%(default)s)",
-    )
+    number_option(parser, "--grace_seconds", "time from SIGTERM to SIGKILL", 120, "S")
     parser.add_argument(
         "--ttl_seconds",
         type=int,

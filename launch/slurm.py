@@ -25,10 +25,12 @@ from launch.commands import (
     PREEMPTED,
     Runner,
     dry_run_option,
-    passed_option,
+    environment_option,
+    number_option,
+    repeated_option,
     run_main,
-    setting_option,
     split_arguments,
+    tool_option,
     train_arguments,
 )
 
@@ -191,15 +193,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("action", choices=("train", "ladder"))
     parser.add_argument("--name", default="encdec", help="name of the job (%(default)s)")
-    parser.add_argument(
-        "--nodes", type=int, default=1, metavar="N", help="train: number of nodes (%(default)s)"
-    )
-    parser.add_argument(
+    number_option(parser, "--nodes", "train: number of nodes", 1)
+    number_option(
+        parser,
         "--gpus_per_node",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train: one process per GPU; ladder: GPUs of each run; 0: request none (%(default)s)",
+        "train: one process per GPU; ladder: GPUs of each run; 0: request none",
+        1,
     )
     parser.add_argument(
         "--tasks_per_node", type=int, metavar="N", help="train: processes, if not one per GPU"
@@ -210,9 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="ladder: runs of the plan, as `encdec scaling plan` counts them",
     )
-    parser.add_argument(
-        "--at_once", type=int, default=8, metavar="N", help="ladder: runs at a time (%(default)s)"
-    )
+    number_option(parser, "--at_once", "ladder: runs at a time", 8)
     parser.add_argument("--cpus_per_task", type=int, metavar="N")
     parser.add_argument(
         "--memory",
@@ -231,38 +228,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        type=passed_option,
-        metavar="--OPTION=VALUE",
-        help="any other option of sbatch (may be repeated)",
-    )
-    parser.add_argument(
-        "--srun",
-        action="append",
-        default=[],
-        type=passed_option,
-        metavar="--OPTION=VALUE",
-        help="any other option of srun (may be repeated)",
-    )
+    tool_option(parser, "--sbatch", "sbatch")
+    tool_option(parser, "--srun", "srun")
     parser.add_argument(
         "--container",
         metavar="IMAGE",
         help="run in this image, by pyxis: a squashfs file or REGISTRY#IMAGE:TAG",
     )
-    parser.add_argument(
+    repeated_option(
+        parser,
         "--container_mount",
-        action="append",
-        default=[],
-        type=_mount,
-        metavar="/DIR[:/DIR[:FLAGS]]",
-        help="directory of the hosts inside the container (may be repeated)",
+        "directory of the hosts inside the container (may be repeated)",
+        _mount,
+        "/DIR[:/DIR[:FLAGS]]",
     )
-    parser.add_argument(
-        "--env", action="append", default=[], type=setting_option, metavar="NAME=VALUE"
-    )
+    environment_option(parser)
     parser.add_argument(
         "--directory",
         default=".",
@@ -278,19 +258,9 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         metavar="COMMAND",
         help="command that runs encdec, e.g. '/shared/venv/bin/encdec'",
     )
-    parser.add_argument(
-        "--max_restarts",
-        type=int,
-        default=10,
-        metavar="N",
-        help="requeues after which a crash ends the job (%(default)s)",
-    )
-    parser.add_argument(
-        "--grace_seconds",
-        type=int,
-        default=120,
-        metavar="S",
-        help="start saving this long before the time limit (%(default)s)",
+    number_option(parser, "--max_restarts", "requeues after which a crash ends the job", 10)
+    number_option(
+        parser, "--grace_seconds", "start saving this long before the time limit", 120, "S"
     )
     dry_run_option(parser, "print the batch script")
 

@@ -31,11 +31,13 @@ from launch.commands import (
     actions_parser,
     bucket_option,
     dry_run_option,
-    passed_option,
+    environment_option,
+    number_option,
+    repeated_option,
     run_main,
-    setting_option,
     slices_option,
     split_arguments,
+    tool_option,
     train_arguments,
 )
 from launch.slices import CHIPS
@@ -368,22 +370,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     _request_options(parser)
     _login_options(parser)
-    parser.add_argument(
-        "--bucket",
-        action="append",
-        default=[],
-        type=bucket_option,
-        metavar="BUCKET[=DIR]",
-        help="mounted on every host (at /mnt/BUCKET)",
+    repeated_option(
+        parser, "--bucket", "mounted on every host (at /mnt/BUCKET)", bucket_option, "BUCKET[=DIR]"
     )
-    parser.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        type=setting_option,
-        metavar="NAME=VALUE",
-        help="environment variable on the hosts (may be repeated)",
-    )
+    environment_option(parser)
     parser.add_argument(
         "--poll_seconds",
         type=float,
@@ -398,9 +388,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--node", default="0", help="logs: of which slice (%(default)s)")
     parser.add_argument("--worker", default="0", help="logs: of which host (%(default)s)")
-    parser.add_argument(
-        "--lines", type=int, default=100, help="logs: number of lines (%(default)s)"
-    )
+    number_option(parser, "--lines", "logs: number of lines", 100)
     dry_run_option(parser, "print what would run")
     options = parser.parse_args(own)
     if CHIPS[options.slice.chip].runtime is None:
@@ -437,14 +425,7 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
         "--service_account", help="service account of the hosts (default: Compute Engine's)"
     )
     group.add_argument("--alpha", action="store_true", help="request by gcloud's alpha command")
-    group.add_argument(
-        "--gcloud",
-        action="append",
-        default=[],
-        type=passed_option,
-        metavar="--OPTION=VALUE",
-        help="any other option of `queued-resources create` (may be repeated)",
-    )
+    tool_option(group, "--gcloud", "`queued-resources create`")
 
 
 def _private_key(text: str) -> pathlib.Path:
@@ -466,14 +447,7 @@ def _login_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"private key, made if it is missing (default: {ssh.KEY})",
     )
-    group.add_argument(
-        "--gcloud_ssh",
-        action="append",
-        default=[],
-        type=passed_option,
-        metavar="--OPTION=VALUE",
-        help="any other option of `queued-resources ssh` and `scp` (may be repeated)",
-    )
+    tool_option(group, "--gcloud_ssh", "`queued-resources ssh` and `scp`")
 
 
 if __name__ == "__main__":
