@@ -29,33 +29,21 @@ if TYPE_CHECKING:
     from encdec.model.model_config import ModelConfig
     from encdec.model.presets import preset, preset_names
 
+# The module of each name that is not in ``build``.
 _MODULES = {
-    "build": (
-        "Model",
-        "Params",
-        "abstract_params",
-        "build_model",
-        "check_params",
-        "for_decoding",
-        "init_params",
-        "logical_axes",
-        "parameter_count",
-        "scan_params",
-        "unroll_params",
-    ),
-    "cache": ("init_cache",),
-    "model_config": ("ModelConfig",),
-    "cpu_layout": ("shard_for_cpu",),
-    "execution": ("ExecutionConfig",),
-    "presets": ("preset", "preset_names"),
+    "ExecutionConfig": "execution",
+    "ModelConfig": "model_config",
+    "init_cache": "cache",
+    "preset": "presets",
+    "preset_names": "presets",
+    "shard_for_cpu": "cpu_layout",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'build')}"), name)
     globals()[name] = value
     return value
 

@@ -56,7 +56,7 @@ def logical_axes(model: Model) -> Params:
 
 @functools.lru_cache(maxsize=16)
 def _abstract_boxes(model: Model) -> Params:
-    """Traced once a model, which takes seconds where layers are many and unrolled."""
+    """Traced once per model, which takes seconds where layers are many and unrolled."""
     return jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
 
 

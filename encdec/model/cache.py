@@ -99,19 +99,25 @@ def cached_self_attention(
     config: ModelConfig,
     cache: Any,
     positions_BxN: jax.Array,
-    local: bool = False,
-    from_start: bool = False,
+    *,
+    from_start: bool,
+    places: CachePlaces | None,
     offset: jax.Array | int = 0,
-    places: CachePlaces | None = None,
-) -> AttentionInputs:
-    """Self-attention's inputs for new tokens at ``positions_BxN``, which are their slots too unless
-    ``places`` says otherwise.
+) -> tuple[AttentionInputs, AttentionInputs | None]:
+    """The inputs of self-attention for new tokens, in layers that read all and in local ones.
 
-    ``local`` gives those of layers that read the attention window alone; ``from_start`` says that
-    the tokens are the first of their rows, in order. They are rotated as if ``offset`` tokens were
-    before them.
+    Args:
+        config: the model.
+        cache: of all layers.
+        positions_BxN: positions of the tokens, which are their slots too without ``places``.
+        from_start: the tokens are the first of their rows, in order.
+        places: slots that are not positions.
+        offset: the tokens are rotated as if this many were before them.
+
+    Returns:
+        The second is None in a model without an attention window.
     """
-    rope = rope_table(config, positions_BxN + offset, local)
+    rope = rope_table(config, positions_BxN + offset)
     if places is None:
         slots_BxN = positions_BxN
         capacity = jax.tree.leaves(cache)[0].shape[cache_layout(config).token_axes[0]]
@@ -120,6 +126,10 @@ def cached_self_attention(
     else:
         slots_BxN, mask_BxNxC = places.slots_BxN, places.visible_BxNxC
         kv_positions = places.positions_BxC
-    if local:
-        mask_BxNxC &= window_mask(positions_BxN, kv_positions, config.attention_window)
-    return AttentionInputs(mask_BxNxC, rope, rope, slots_BxN, causal=from_start)
+    attention = AttentionInputs(mask_BxNxC, rope, rope, slots_BxN, causal=from_start)
+    if not config.attention_window:
+        return attention, None
+    near_BxNxC = window_mask(positions_BxN, kv_positions, config.attention_window)
+    rope = rope_table(config, positions_BxN + offset, local=True)
+    mask_BxNxC = mask_BxNxC & near_BxNxC
+    return attention, attention.replace(mask_BxTxS=mask_BxNxC, q_rope=rope, kv_rope=rope)

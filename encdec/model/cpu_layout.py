@@ -252,8 +252,12 @@ class CpuAttention(Attention):
         prefix: KeyValues | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, KeyValues | None]:
-        if not deterministic:
-            _refuse_dropout(self.config)
+        if not deterministic and self.config.attention_dropout:
+            raise ConfigError(
+                f"ModelConfig.attention_dropout is {self.config.attention_dropout} in a model laid "
+                "out for inference on CPUs, which has no dropout on attention probabilities; "
+                "expected attention_block=0, or attention_dropout=0.0"
+            )
         if key_values is not None:
             q = self._query(self.q(x_BxTxM), inputs.q_rope)
             return self.o(self.attend(q, key_values, inputs, prefix=prefix)), cache
@@ -334,15 +338,6 @@ class ShardedSelfAttention(ShardedAttention):
             both = both + self.qkv.bias[start:].astype(both.dtype)
         k, v = (x.reshape(*x.shape[:-1], -1, config.head_dim) for x in jnp.split(both, 2, axis=-1))
         return heads_first((self._key(k, rope), v))
-
-
-def _refuse_dropout(config: ModelConfig) -> None:
-    if config.attention_dropout:
-        raise ConfigError(
-            f"ModelConfig.attention_dropout is {config.attention_dropout} in a model laid out for "
-            "inference on CPUs, which has no dropout on attention probabilities; expected "
-            "attention_block=0, or attention_dropout=0.0"
-        )
 
 
 class CpuMlp(Mlp):

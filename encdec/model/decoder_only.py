@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -53,16 +52,8 @@ class DecoderOnly(nn.Module):
         places: CachePlaces | None = None,
     ) -> tuple[jax.Array, Any]:
         """The next N tokens of every row, prompt or answer: see EncoderDecoder.decode_cached."""
-        inputs_of = functools.partial(
-            cached_self_attention,
-            self.config,
-            cache,
-            positions_BxN,
-            from_start=from_start,
-            places=places,
+        attention, local = cached_self_attention(
+            self.config, cache, positions_BxN, from_start=from_start, places=places
         )
-        attention, local = inputs_of(), None
-        if self.config.attention_window:
-            local = inputs_of(local=True)
         inputs = LayerInputs(attention, local_attention=local)
         return self.decoder(self.embedder(tokens_BxN), inputs, None, cache)

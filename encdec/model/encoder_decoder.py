@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -86,21 +85,15 @@ class EncoderDecoder(nn.Module):
 
     def hidden(self, batch: Batch, deterministic: bool = True) -> jax.Array:
         """The decoder's normed output [B, T, M] under teacher forcing, on packed rows."""
-        source_segments, target_segments = (
-            batch["encoder_segment_ids"],
-            batch["decoder_segment_ids"],
-        )
+        source_segments, source_positions = batch["encoder_segment_ids"], batch["encoder_positions"]
+        target_segments, positions = batch["decoder_segment_ids"], batch["decoder_positions"]
         encoded_BxSxM = self.encode(
-            batch["encoder_input_tokens"],
-            source_segments,
-            batch["encoder_positions"],
-            deterministic,
+            batch["encoder_input_tokens"], source_segments, source_positions, deterministic
         )
         cross = packed_attention(target_segments, source_segments, None, None)
         # The length of the source that each target token belongs to.
         source_lengths_BxT = jnp.sum(cross.mask_BxTxS, axis=-1, dtype=jnp.int32)
-        positions = batch["decoder_positions"]
-        source_rope = self._source_rope(batch["encoder_positions"])
+        source_rope = self._source_rope(source_positions)
         cross = self._cross_attention(
             cross.mask_BxTxS, positions, source_lengths_BxT, source_rope
         ).replace(segments=cross.segments)
@@ -114,7 +107,7 @@ class EncoderDecoder(nn.Module):
         if self.config.merged_attention:
             attention = merged_inputs(attention, cross, source_rope)
             if local is not None:
-                local_rope = self._source_rope(batch["encoder_positions"], local=True)
+                local_rope = self._source_rope(source_positions, local=True)
                 local = merged_inputs(local, cross, local_rope)
         inputs = LayerInputs(attention, cross, encoded_BxSxM, local, deterministic=deterministic)
         return self.decoder(self.embedder(batch["decoder_input_tokens"]), inputs)[0]
@@ -122,7 +115,7 @@ class EncoderDecoder(nn.Module):
     def source(
         self, tokens_BxS: jax.Array, segments_BxS: jax.Array, positions_BxS: jax.Array
     ) -> Source:
-        """Encodes one unpacked source a row (segment 1, padding 0) and keys it for decoding."""
+        """Encodes one unpacked source per row (segment 1, padding 0) and keys it for decoding."""
         encoded_BxSxM = self.encode(tokens_BxS, segments_BxS, positions_BxS)
         mask_BxS = segments_BxS > 0
         rope = self._source_rope(positions_BxS)
@@ -151,17 +144,14 @@ class EncoderDecoder(nn.Module):
         )
         source_lengths = jnp.sum(source.mask_BxS, axis=-1, dtype=jnp.int32)[:, None]
         cross = self._cross_attention(cross_mask, positions_BxN, source_lengths)
-        inputs_of = functools.partial(
-            cached_self_attention,
+        attention, local = cached_self_attention(
             self.config,
             cache,
             positions_BxN,
             from_start=from_start,
-            offset=self._own_offset(source_lengths),
             places=places,
+            offset=self._own_offset(source_lengths),
         )
-        attention = inputs_of()
-        local = inputs_of(local=True) if self.config.attention_window else None
         if self.config.merged_attention:
             attention = merged_inputs(attention, cross)
             local = merged_inputs(local, cross) if local is not None else None

@@ -1,4 +1,4 @@
-"""Fused attention: splash (Pallas) on TPUs, cuDNN on NVIDIA GPUs, and which one is meant.
+"""Fused attention: splash (Pallas) on TPUs, cuDNN on NVIDIA GPUs, and the choice between them.
 
 Both take packed segments instead of a mask, so that scores are never held in memory, and compute
 what ``encdec.model.attention.dot_product_attention`` computes.
@@ -86,12 +86,12 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's flash attention under a mask; returns [B, T, H, D]. Needs an NVIDIA GPU."""
     q_BxTxHxD, k_BxSxKxD, v_BxSxKxD = named_inputs(
-        _grouped(config, q_BxTxHxD, axis=2), k_BxSxKxD, v_BxSxKxD
+        _grouped(config, q_BxTxHxD), k_BxSxKxD, v_BxSxKxD
     )
     out = jax.nn.dot_product_attention(
         q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask=mask_BxTxS[:, None], scale=1.0, implementation="cudnn"
     )
-    return _ungrouped(config, out, axis=2)
+    return _ungrouped(config, out)
 
 
 def splash_attention(
@@ -117,7 +117,7 @@ def splash_attention(
         causal: no query reads a later key.
         prefix: how many of the first keys are of a source, which no query comes before.
     """
-    q_BxHxTxD = _grouped(config, q_BxTxHxD, axis=2).swapaxes(1, 2)
+    q_BxHxTxD = _grouped(config, q_BxTxHxD).swapaxes(1, 2)
     k_BxKxSxD, v_BxKxSxD = k_BxSxKxD.swapaxes(1, 2), v_BxSxKxD.swapaxes(1, 2)
     length = q_BxHxTxD.shape[2]
     # Padding belongs to a segment of its own and reads itself; it is cut off below.
@@ -150,7 +150,7 @@ def splash_attention(
             check_vma=False,
         )
     out = function(q_BxHxTxD, k_BxKxSxD, v_BxKxSxD, q_segments, kv_segments)
-    return _ungrouped(config, out[:, :, :length].swapaxes(1, 2), axis=2)
+    return _ungrouped(config, out[:, :, :length].swapaxes(1, 2))
 
 
 def _splash(
@@ -211,22 +211,19 @@ def _padded(x: jax.Array, axis: int, value: int) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _grouped(config: ModelConfig, x: jax.Array, axis: int) -> jax.Array:
+def _grouped(config: ModelConfig, q_BxTxHxD: jax.Array) -> jax.Array:
     """Query heads in the order in which kernels pair them: h reads h // (H/K)."""
-    return _swap_heads(
-        config, x, axis, (config.num_heads // config.num_kv_heads, config.num_kv_heads)
-    )
+    return _swap_heads(config, q_BxTxHxD, config.num_heads // config.num_kv_heads)
 
 
-def _ungrouped(config: ModelConfig, x: jax.Array, axis: int) -> jax.Array:
-    return _swap_heads(
-        config, x, axis, (config.num_kv_heads, config.num_heads // config.num_kv_heads)
-    )
+def _ungrouped(config: ModelConfig, out_BxTxHxD: jax.Array) -> jax.Array:
+    return _swap_heads(config, out_BxTxHxD, config.num_kv_heads)
 
 
-def _swap_heads(config: ModelConfig, x: jax.Array, axis: int, split: tuple[int, int]) -> jax.Array:
-    if config.kv_pairing == "grouped" or 1 in split:
-        return x
-    shape = x.shape
-    x = x.reshape(*shape[:axis], *split, *shape[axis + 1 :])
-    return x.swapaxes(axis, axis + 1).reshape(shape)
+def _swap_heads(config: ModelConfig, x_BxTxHxD: jax.Array, rows: int) -> jax.Array:
+    """The heads, as a matrix of ``rows`` rows, transposed; as they are where they are grouped."""
+    if config.kv_pairing == "grouped" or config.num_kv_heads in (1, config.num_heads):
+        return x_BxTxHxD
+    batch, length, heads, dim = shape = x_BxTxHxD.shape
+    x = x_BxTxHxD.reshape(batch, length, rows, heads // rows, dim)
+    return x.swapaxes(2, 3).reshape(shape)

@@ -17,7 +17,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 def unrolled_names(params: Any) -> dict[str, list[str]]:
     """Each parameter's name, in the tree's order, with those of its parts: of a stack of layers
-    one a layer, named as unrolled layers are; else its own."""
+    one per layer, named as unrolled layers are; else its own."""
     names: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)

@@ -125,13 +125,8 @@ def preset_names() -> tuple[str, ...]:
     """All names that ``preset`` accepts."""
     names = []
     for base, config in _BASES.items():
-        for split in _SPLITS:
-            if (
-                split == "-half"
-                and config.num_layers % 2
-                or split == "-third"
-                and (config.num_layers % 3)
-            ):
+        for split, share in _SPLITS.items():
+            if share and config.num_layers % share[1]:
                 continue
             for shape in ("", "-tpu") if base in _TPU_BASES else ("",):
                 # A peer has no encoder, so it is a peer of the base whatever the split.

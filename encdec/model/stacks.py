@@ -25,7 +25,7 @@ REMAT_POLICIES = {
     "dots": _saved(NORM_FACTOR, ATTENTION_INPUTS, CONTEXT, RESIDUAL, MLP_HIDDEN),
     # The MLP's hidden activations are most of that, and take one product to recompute.
     "attention": _saved(NORM_FACTOR, ATTENTION_INPUTS, CONTEXT, RESIDUAL),
-    # Norms keep one number a token.
+    # Norms keep one number per token.
     "full": _saved(NORM_FACTOR),
 }
 
