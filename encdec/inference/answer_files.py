@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def read_inputs(path: str, file_format: str | None = None) -> list[str]:
-    """The texts of a file, one a line or row; ``-`` is standard input.
+    """The texts of a file, one per line or row; ``-`` is standard input.
 
     Args:
         path: rows with the field ``source`` (JSONL, CSV, TSV, Parquet, Arrow), or plain text; a

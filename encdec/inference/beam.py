@@ -1,9 +1,9 @@
 """Beam search over cached steps, with the length penalty of GNMT.
 
 The hypotheses of an input share one row of the cache (``encdec.inference.beam_steps``). The search
-runs in segments of a few steps. Between two of them the host looks which inputs are decided:
-they leave the batch when that halves it. When the slots are full, those that no hypothesis consists
-of any more are given up: hypotheses of one input differ in their last tokens mostly.
+runs in segments of a few steps. Between two segments the host removes decided inputs from the
+batch when that halves it. When the slots are full, those that no hypothesis needs are freed:
+hypotheses of one input mostly differ in their last tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEGMENT = 16  # steps at most between two looks at which inputs are decided
 
 @dataclasses.dataclass(frozen=True)
 class Hypotheses:
-    """K hypotheses an input, NumPy arrays.
+    """K hypotheses per input, NumPy arrays.
 
     Attributes:
         tokens_BxKxN: int32, EOS included, then zeros.
@@ -88,6 +88,7 @@ def beam_search(
     found = _nothing_found(batch, plan)
     rows_B = np.where(real_B, np.arange(batch), -1)  # the inputs that are still in the search
     multiplications = plan.beams * weights_of_a_step(params)
+    copies = sharding.mesh.shape[sharding.spec[0]] if sharding else 1  # that hold some of the rows
     while True:
         look = jax.device_get(look)
         undecided, rows = int(look.open_B.sum()), len(look.open_B)
@@ -96,7 +97,7 @@ def beam_search(
         steps = min((slots - int(look.used)) // plan.beams, SEGMENT, limit - int(look.count))
         size = rows
         if rows_leave():
-            size = shrunk(rows, undecided, multiplications, _copies(sharding))
+            size = shrunk(rows, undecided, multiplications, copies)
         if size < rows:
             _write_down(found, plan, search, rows_B, alpha)
             chosen_R = np.resize(np.flatnonzero(look.open_B), size)
@@ -113,11 +114,6 @@ def beam_search(
             search = jax.device_put(search, before)
     _write_down(found, plan, search, rows_B, alpha)
     return found
-
-
-def _copies(sharding: NamedSharding | None) -> int:
-    """Devices, or groups of them, that each hold some of the rows."""
-    return sharding.mesh.shape[sharding.spec[0]] if sharding else 1
 
 
 def _nothing_found(batch: int, plan: BeamPlan) -> Hypotheses:

@@ -3,8 +3,9 @@
 The hypotheses of an input share one row of the cache. A step writes the keys and values of each
 hypothesis's last token into a slot of its own, and a mask says which slots a hypothesis consists
 of: the prompt, read by all, and its own ancestors. So nothing is moved when hypotheses change
-places, the prompt and the source are kept and read once an input, and the queries of all hypotheses
-are one product. ``rearrange`` moves the slots that are still needed to the front, once in a while.
+places, the prompt and the source are kept and read once per input, and the queries of all
+hypotheses are one product. ``rearrange`` moves the slots that are still needed to the front, once
+in a while.
 
 Tokens are kept as they were chosen, with the places of their parents; nothing is rewritten when
 hypotheses change places there either.
@@ -47,7 +48,7 @@ class BeamPlan:
 
 
 class Ends(flax.struct.PyTreeNode):
-    """The last tokens of K hypotheses an input; the others are found in the history.
+    """The last tokens of K hypotheses per input; the others are found in the history.
 
     Attributes:
         scores_BxK: float32; -inf where there is none.
@@ -145,7 +146,7 @@ def begin(
         whole(-jnp.inf, jnp.float32),
         *(whole(0, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32)),
     )
-    # One empty hypothesis an input; with K, all would grow identically.
+    # One empty hypothesis per input; with K, all would grow identically.
     first_B = jnp.where(real_B, 0.0, -jnp.inf)
     alive = nothing.replace(scores_BxK=nothing.scores_BxK.at[:, 0].set(first_B))
     past = jnp.zeros((batch, plan.room, beams), jnp.int32)

@@ -2,7 +2,7 @@
 
 Both architectures go through the same three: ``prefill`` reads the inputs (the encoder and
 cross-attention's keys and values, or the decoder over start token and inputs), ``decode_step``
-feeds one token a row, and ``start`` with ``advance`` make answers of them. Rows have lengths,
+feeds one token per row, and ``start`` with ``advance`` make answers of them. Rows have lengths,
 positions, settings and random keys of their own.
 """
 
@@ -149,7 +149,7 @@ def read_inputs(
 def decode_step(
     config: ModelConfig, params: Params, memory: Memory, tokens_R: jax.Array
 ) -> tuple[jax.Array, Memory]:
-    """Feeds one token a row; logits [R, V] float32 of the next, and the memory with it."""
+    """Feeds one token per row; logits [R, V] float32 of the next, and the memory with it."""
     hidden_Rx1xM, cache = _feed(config, params, memory, tokens_R[:, None])
     logits = build_model(config).apply({"params": params}, hidden_Rx1xM[:, 0], method="logits")
     return cast(jax.Array, logits), memory.replace(cache=cache, slots_R=memory.slots_R + 1)
@@ -349,7 +349,7 @@ def _keep_likeliest(
     )
 
 
-# The compiled forms. ``advance`` gives its memory over to the result.
+# The compiled forms; the memory of ``advance`` is donated to the result.
 start_compiled = Compiled(start, static_argnames=("config", "plan"))
 advance_compiled = Compiled(
     advance, static_argnames=("config", "plan"), donate_argnames=("decoding",)

@@ -89,7 +89,7 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
 
     Args:
         directory: what was written.
-        threads: of the runtime; 0 is one a core.
+        threads: of the runtime; 0 is one per core.
 
     Raises:
         CheckpointError: it is not such a directory, or a file is missing.
@@ -115,6 +115,8 @@ def load_exported_model(directory: str | os.PathLike[str], threads: int = 0) -> 
 class ExportedRows:
     """``RowDecoder`` of an exported model; tokens are chosen as everywhere else.
 
+    ``draft`` is "auto", "lookup" or "off".
+
     Raises:
         ConfigError: a draft model, or drafts for a graph that cannot verify them.
     """
@@ -132,7 +134,7 @@ class ExportedRows:
                 "or run encdec export again if it is of an earlier version (a decoder-only model: "
                 "in float32)"
             )
-        self.paces = Paces(draft, pays=False)  # of exports it has not been measured
+        self.paces = Paces(draft, pays=False)  # not measured for exports
 
     def run(
         self,
@@ -207,7 +209,7 @@ class _Work:
         return decoding
 
     def verify(self, decoding: Decoding, size: int, steps: int) -> tuple[Decoding, int, np.ndarray]:
-        """As ``Answering`` wants it."""
+        """Verifying steps of ``size`` tokens, as ``Answering.verify`` describes them."""
         made_K, done = np.zeros(size, np.int64), 0
         while done < steps and not np.asarray(decoding.finished_R).all():
             tokens_RxN, counts_R, eos_R, last_R = map(
@@ -228,30 +230,6 @@ class _Work:
             made_K += (made_R[:, None] > np.arange(size)).sum(axis=0)
             done += 1
         return decoding, done, made_K
-
-
-class ExportedGenerator(TextGenerator):
-    """Texts in, texts out, by another runtime, without beam search.
-
-    Args:
-        model: the exported model.
-        prompts: how texts become inputs.
-        max_tokens: new tokens where the settings leave it open.
-        batch_rows: rows decoded together at most.
-        draft: "auto", "lookup" or "off".
-    """
-
-    def __init__(
-        self,
-        model: ExportedModel,
-        prompts: PromptFormat,
-        *,
-        max_tokens: int = 128,
-        batch_rows: int = 16,
-        draft: str = AUTO,
-    ):
-        rows = ExportedRows(model, draft)
-        super().__init__(rows, prompts, max_tokens=max_tokens, batch_rows=batch_rows)
 
 
 def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndarray) -> Decoding:
@@ -307,16 +285,10 @@ def load_exported_generator(
     *,
     max_input_tokens: int | None = None,
     batch_rows: int = 16,
-    threads: int = 0,
     draft: str = AUTO,
-) -> ExportedGenerator:
+) -> TextGenerator:
     """The generator of a directory that ``encdec export`` wrote for onnxruntime or LiteRT."""
     directory = on_this_machine(directory)
     prompts, max_tokens = read_prompt_format(directory, max_input_tokens=max_input_tokens)
-    return ExportedGenerator(
-        load_exported_model(directory, threads),
-        prompts,
-        max_tokens=max_tokens,
-        batch_rows=batch_rows,
-        draft=draft,
-    )
+    rows = ExportedRows(load_exported_model(directory), draft)
+    return TextGenerator(rows, prompts, max_tokens=max_tokens, batch_rows=batch_rows)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.errors import ConfigError
+from encdec.fields import requirements
 from encdec.storage import any_path
 
 MOST_BIASES = 300  # as in OpenAI's API
+WITH_BEAMS = ("max_tokens", "seed", "samples", "beams", "length_penalty")  # have an effect
 OFF, AUTO, LOOKUP = "off", "auto", "lookup"  # what drafts are made of, besides a directory's model
 
 
@@ -62,38 +64,27 @@ class GenerationSettings:
             value = getattr(self, name)
             if type(value) is not int and not (name == "max_tokens" and value is None):
                 raise ConfigError(f"{name} is {value!r}; expected a whole number")
-        self._require(
-            "max_tokens", self.max_tokens is None or 1 <= self.max_tokens < 2**31, "1 or more"
-        )
+        require, tokens = requirements(self, ""), self.max_tokens
+        require(tokens is None or 1 <= tokens < 2**31, "max_tokens", "1 or more")
         # So little that the division would overflow is meant to be greedy.
-        self._require(
-            "temperature",
-            self.temperature == 0 or 0.01 <= self.temperature <= 100,
-            "0 (greedy), or from 0.01 to 100",
-        )
-        self._require("top_k", 0 <= self.top_k < 2**31, "0 (off) or a number of tokens")
-        self._require("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)")
-        self._require(
-            "repetition_penalty",
-            0.01 <= self.repetition_penalty <= 100,
-            "from 0.01 to 100; 1 is off",
-        )
+        heat = self.temperature
+        require(heat == 0 or 0.01 <= heat <= 100, "temperature", "0 (greedy), or from 0.01 to 100")
+        require(0 <= self.top_k < 2**31, "top_k", "0 (off) or a number of tokens")
+        require(0 < self.top_p <= 1, "top_p", "above 0, up to 1 (off)")
+        repetition = 0.01 <= self.repetition_penalty <= 100
+        require(repetition, "repetition_penalty", "from 0.01 to 100; 1 is off")
         for name in ("presence_penalty", "frequency_penalty"):
-            self._require(name, -2 <= getattr(self, name) <= 2, "from -2 to 2; 0 is off")
-        self._require("logit_bias", len(self.logit_bias) <= MOST_BIASES, f"at most {MOST_BIASES}")
+            require(-2 <= getattr(self, name) <= 2, name, "from -2 to 2; 0 is off")
+        require(len(self.logit_bias) <= MOST_BIASES, "logit_bias", f"at most {MOST_BIASES}")
         if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
             raise ConfigError(f"logit_bias is {dict(self.logit_bias)}; expected -100 to 100 each")
-        self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram < 2**31, "0 (off) or a length")
-        self._require("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
-        self._require("samples", self.samples >= 1, "1 or more")
-        self._require("beams", self.beams >= 1, "1 or more")
-        self._require(
-            "length_penalty",
-            self.length_penalty >= 0 and math.isfinite(self.length_penalty),
-            "0 or more",
-        )
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ConfigError(f"stop is {self.stop!r}; expected strings that are not empty")
+        require(0 <= self.no_repeat_ngram < 2**31, "no_repeat_ngram", "0 (off) or a length")
+        require(0 <= self.seed < 2**32, "seed", "from 0 to 2**32 - 1")
+        require(self.samples >= 1, "samples", "1 or more")
+        require(self.beams >= 1, "beams", "1 or more")
+        require(0 <= self.length_penalty < math.inf, "length_penalty", "0 or more")
+        texts = all(isinstance(text, str) and text for text in self.stop)
+        require(texts, "stop", "strings that are not empty")
         if self.beams > 1:
             self._check_beams()
         elif self.temperature == 0:
@@ -113,24 +104,10 @@ class GenerationSettings:
                 del values[name]
         return values
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {wanted}")
-
     def _check_beams(self) -> None:
-        off = {
-            "temperature": 0.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "logit_bias": (),
-            "no_repeat_ngram": 0,
-            "stop": (),
-        }
-        for name, value in off.items():
-            if getattr(self, name) != value:
+        for field in dataclasses.fields(self):
+            name = field.name
+            if name not in WITH_BEAMS and getattr(self, name) != field.default:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, which beam search (beams is {self.beams}) "
                     "does not support; leave one of the two out"
@@ -142,8 +119,8 @@ class GenerationSettings:
             )
 
     def _check_greedy(self) -> None:
-        for name, off in (("top_k", 0), ("top_p", 1.0), ("samples", 1)):
-            if getattr(self, name) != off:
+        for name in ("top_k", "top_p", "samples"):
+            if getattr(self, name) != getattr(GenerationSettings, name):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, which has no effect in greedy generation; "
                     "set temperature above 0"

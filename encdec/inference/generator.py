@@ -118,7 +118,7 @@ class TextGenerator:
         ``numbers`` are part of each input's random key, by default its place.
 
         Raises:
-            DataError: an input without tokens, or with one that the model has not.
+            DataError: an input without tokens, or with a token outside the model's vocabulary.
         """
         for place, ids in enumerate(sources):
             if not len(ids):
@@ -234,7 +234,7 @@ class TextGenerator:
         contexts = [self._context(item) for item in inputs for _ in range(settings.samples)]
         decoding = next(run)
         while True:
-            # Copies: the buffers themselves are given over to the next steps.
+            # Copies: the buffers themselves are donated to the next steps.
             tokens, counts, log_probs = map(
                 np.array, (decoding.tokens_RxN, decoding.counts_R, decoding.log_probs_RxN)
             )

@@ -43,11 +43,7 @@ def arrays_onto_huge_pages(tree: Any) -> int:
     """
     held: set[int] = set()
     for array in jax.tree.leaves(tree):
-        if (
-            isinstance(array, jax.Array)
-            and {d.platform for d in array.devices()} == {"cpu"}
-            and (len(array.devices()) == 1)
-        ):
+        if isinstance(array, jax.Array) and [d.platform for d in array.devices()] == ["cpu"]:
             begin = array.unsafe_buffer_pointer()
             held.update(range(begin // _BLOCK, -(-(begin + array.nbytes) // _BLOCK)))
     return _collapse(held & _blocks())

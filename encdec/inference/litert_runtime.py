@@ -41,7 +41,7 @@ class LitertModel:
 
     Args:
         directory: what ``encdec export --format=litert`` wrote.
-        threads: 0 is one a core.
+        threads: 0 is one per core.
 
     Raises:
         CheckpointError: a graph is missing.
@@ -143,12 +143,12 @@ class LitertMemory:
             ]
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
-        """Feeds one token a row; logits [R, V] of the next."""
+        """Feeds one token per row; logits [R, V] of the next."""
         graph, rows = self._graph, self._feed_one(tokens_R)
         return np.concatenate([graph.read("logits").reshape(1, -1) for _ in rows])
 
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
+        """Feeds one token per row; the likeliest next token and its log-probability, both [R]."""
         chosen, log_probs = zip(*(self._choices() for _ in self._feed_one(tokens_R)))
         return np.concatenate(chosen), np.concatenate(log_probs)
 

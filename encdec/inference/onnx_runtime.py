@@ -149,7 +149,7 @@ class _Memory:
             self._keys, self._slots = again(self._keys), again(self._slots)
 
     def step(self, tokens_R: np.ndarray) -> np.ndarray:
-        """Feeds one token a row; logits [R, V] of the next."""
+        """Feeds one token per row; logits [R, V] of the next."""
         self._keys = np.concatenate([self._keys, self._slots[:, None]], axis=1)
         logits, self._cache = self._model.decode(
             tokens_R[:, None],
@@ -163,7 +163,7 @@ class _Memory:
         return logits[:, 0]
 
     def greedy(self, tokens_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Feeds one token a row; the likeliest next token and its log-probability, both [R]."""
+        """Feeds one token per row; the likeliest next token and its log-probability, both [R]."""
         return greedy_choice(self.step(tokens_R), self._model.vocabulary_size)
 
     def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:

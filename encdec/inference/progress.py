@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from encdec.logs import logger, shows_progress
 
@@ -54,17 +53,9 @@ class Progress:
         seconds = max(time.perf_counter() - self._begin, 1e-9)
         return f"{self._tokens / seconds:,.0f} tokens/s"
 
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()

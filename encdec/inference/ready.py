@@ -50,7 +50,7 @@ def ready_for_decoding(
         params = params | {"encoder": cast(params["encoder"], "bfloat16")}
     if sharded:
         arrays_onto_huge_pages(jax.block_until_ready(params))
-        return_freed_memory()  # what laying them out took besides
+        return_freed_memory()  # of the conversion
     return config, params
 
 

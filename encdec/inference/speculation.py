@@ -241,7 +241,7 @@ def accept(
     ]
 
 
-# The compiled forms. The memories are given over to the results.
+# The compiled forms; the memories are donated to the results.
 begin_drafting_compiled = Compiled(
     begin_drafting, static_argnames=("config", "start_id", "room", "times")
 )

@@ -84,7 +84,7 @@ class PromptFormat:
         """The input of a text whose tokens are ``ids``, and whether it was cut.
 
         Raises:
-            DataError: no tokens, one that the vocabulary has not, or too many.
+            DataError: no tokens, one outside the vocabulary, or too many.
         """
         self.check_tokens(ids, name)
         room = self.max_input_tokens - self.added
@@ -99,7 +99,7 @@ class PromptFormat:
         return [*self.inputs_prefix, *ids[:room], *end], cut
 
     def check_tokens(self, ids: Sequence[int], name: str = "the input") -> None:
-        """Raises DataError for no tokens, or one that the vocabulary has not."""
+        """Raises DataError for no tokens, or one outside the vocabulary."""
         if not ids:
             raise DataError(f"{name} has no tokens; give at least one")
         size = self.vocabulary.size

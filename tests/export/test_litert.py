@@ -15,10 +15,10 @@ from encdec.evaluation.evaluate_command import main as evaluate_main
 from encdec.export import formats, quality
 from encdec.export.export_command import main
 from encdec.export.quantise import four_bits, in_blocks, nibbles
-from encdec.inference.exported import ExportedGenerator, load_exported_generator
+from encdec.inference.exported import ExportedRows, load_exported_generator
 from encdec.inference.generate_command import main as generate_main
 from encdec.inference.generation_settings import GenerationSettings
-from encdec.inference.generator import Generator
+from encdec.inference.generator import Generator, TextGenerator
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params
@@ -126,8 +126,11 @@ def test_answers_are_ours(export):
     """Greedy by the graph's own choice, and several drawn samples that share the source, plainly
     and with drafts."""
     ours = Generator(*pair("paper"), PROMPTS, max_tokens=8)
-    theirs = ExportedGenerator(export("paper")[0], PROMPTS, max_tokens=8, draft="off")
-    drafted = ExportedGenerator(export("paper")[0], PROMPTS, max_tokens=8, draft="lookup")
+    model = export("paper")[0]
+    theirs, drafted = (
+        TextGenerator(ExportedRows(model, draft), PROMPTS, max_tokens=8, batch_rows=16)
+        for draft in ("off", "lookup")
+    )
     sampled = GenerationSettings(temperature=0.7, top_k=20, samples=2, seed=3)
     for settings in (GenerationSettings(), sampled):
         plain = theirs.generate(TEXTS, settings)

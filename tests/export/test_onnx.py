@@ -13,7 +13,7 @@ from encdec.export import formats, quality
 from encdec.export.export_command import main
 from encdec.inference.generate_command import main as generate_main
 from encdec.inference.generation_settings import GenerationSettings
-from encdec.inference.generator import Generator
+from encdec.inference.generator import Generator, TextGenerator
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params
@@ -26,7 +26,7 @@ pytest.importorskip("onnxruntime", reason="needs onnxruntime: the extra onnx of 
 
 from encdec.export.quantise import eight_bits, in_blocks
 from encdec.inference import onnx_runtime
-from encdec.inference.exported import ExportedGenerator
+from encdec.inference.exported import ExportedRows
 from encdec.inference.onnx_runtime import OnnxModel
 
 TEXTS = ["a hare", "and a tortoise", "two"]
@@ -90,8 +90,10 @@ def test_answers_are_ours(name, content, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_runtime, "MOST_WASTED", 2)
     model = export(name, content, tmp_path / "onnx")
     ours = Generator(*pair(name), PROMPTS, max_tokens=8)
-    theirs = ExportedGenerator(model, PROMPTS, max_tokens=8, draft="off")
-    drafted = ExportedGenerator(model, PROMPTS, max_tokens=8, draft="lookup")
+    theirs, drafted = (
+        TextGenerator(ExportedRows(model, draft), PROMPTS, max_tokens=8, batch_rows=16)
+        for draft in ("off", "lookup")
+    )
     sampled = GenerationSettings(temperature=0.7, top_k=20, samples=2, seed=3)
     for settings in (GenerationSettings(), sampled)[: 1 + (name == "paper")]:
         for a, b in zip(ours.generate(TEXTS, settings), theirs.generate(TEXTS, settings)):
@@ -102,7 +104,7 @@ def test_answers_are_ours(name, content, tmp_path, monkeypatch):
             np.testing.assert_allclose(a[0].log_probs, b[0].log_probs, atol=1e-5)
     assert any(pace.steps for pace in drafted.paces.all)
     with pytest.raises(ConfigError, match="--draft=x is a draft model, which an export cannot use"):
-        ExportedGenerator(model, PROMPTS, draft="x")
+        ExportedRows(model, "x")
     with pytest.raises(ConfigError, match="no beam search"):
         theirs.generate(TEXTS, GenerationSettings(beams=2))
     text = theirs.generate(["a hare"])[0][0].text
