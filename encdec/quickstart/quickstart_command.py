@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import os
@@ -63,7 +62,7 @@ PARTS = 5
 _console = Console()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     result = Parser(
         prog="encdec quickstart",
         description="Prepare the Python standard library as a corpus of functions with and "
@@ -71,23 +70,18 @@ def parser() -> argparse.ArgumentParser:
         "FLOPs on the same examples, distil a second encoder-decoder from the peer, compare "
         "quality and speed. Repeat the command to resume.",
     )
-    result.add_argument(
-        "--workdir", type=local_path, default="runs/quickstart", help="directory for all results"
-    )
-    result.add_argument(
+    result.add("--workdir", "directory for all results", local_path, "runs/quickstart")
+    result.add(
         "--task",
-        choices=TASKS,
-        default="repair",
-        help="repair: undo small faults put into functions (default); summaries: write the first "
+        "repair: undo small faults put into functions (default); summaries: write the first "
         "sentence of a function's docstring, which needs far more training to be right",
+        default="repair",
+        choices=TASKS,
     )
-    result.add_argument(
-        "--steps", type=int, help=f"optimizer steps of each model (default {TASKS['repair'].steps})"
-    )
-    result.add_argument("--seed", type=int, default=0, help="seed of parameters and row order")
-    result.add_argument(
-        "--max_examples", type=int, default=None, help="use only N functions, for a quick trial"
-    )
+    steps = f"optimizer steps of each model (default {TASKS['repair'].steps})"
+    result.add("--steps", steps, int)
+    result.add("--seed", "seed of parameters and row order", int, 0)
+    result.add("--max_examples", "use only N functions, for a quick trial", int)
     return result
 
 
@@ -108,10 +102,7 @@ def main(argv: list[str]) -> int:
     _say(2, "Training: two models, the same rows, equal FLOPs")
     runs = make_runs(workdir, cards, task, arguments.seed)
     train_seconds = {name: train_one(workdir / name, run) for name, run in runs.items()}
-    _say(
-        3,
-        "Distillation: the decoder-only model's draws on every row, and a student trained on them",
-    )
+    _say(3, "Distillation: the decoder-only model's draws on every row, and a student on them")
     teacher, seconds = score_rows(workdir)
     runs["distilled"] = distilled_run(runs["encoder_decoder"], workdir)
     train_seconds["distilled"] = train_one(workdir / "distilled", runs["distilled"])
@@ -193,13 +184,11 @@ def make_runs(
     steps, shape = task.steps, {"inputs": task.inputs, "targets": task.targets}
     peer = match_decoder_only(ours, by="training_flops", **shape)
     runs = {}
-    for config in (ours, peer):
-        base = preset("quickstart" if config is ours else "quickstart-dec")
-        changes = config.changes_from(base)
+    for name, config in (("quickstart", ours), ("quickstart-dec", peer)):
         runs[config.architecture] = parse_config(
             {
-                "model": "quickstart" if config is ours else "quickstart-dec",
-                "model_overrides": changes,
+                "model": name,
+                "model_overrides": config.changes_from(preset(name)),
                 "batch_size": task.batch_size,
                 "steps": steps,
                 "seed": seed,
@@ -272,7 +261,7 @@ class Answers:
     """A model's answers to held-out functions.
 
     Attributes:
-        texts: one a function.
+        texts: one per function.
         scores: by metric.
         shuffled: the same metrics where each function is answered from another one.
     """
@@ -324,9 +313,7 @@ def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, lis
         result[one.model]["cached" if one.cached else "uncached"].append(
             Timing(
                 one.input_length,
-                one.first_token.median,
-                one.total.median,
-                one.tokens_per_second.median,
+                *(x.median for x in (one.first_token, one.total, one.tokens_per_second)),
             )
         )
     return result
@@ -401,10 +388,11 @@ def describe_teacher(card: TeacherCard, seconds: float) -> dict[str, Any]:
     }
 
 
-def pick_samples(examples: Sequence[Example], count: int = 3) -> list[int]:
-    """Short functions, for reading on a terminal, evenly spread over the held-out modules."""
+def pick_samples(examples: Sequence[Example]) -> list[int]:
+    """Three functions, short ones if there are any, evenly spread over the held-out modules."""
     short = [i for i, example in enumerate(examples) if example.source.count("\n") <= 12]
-    return [short[(2 * k + 1) * len(short) // (2 * count)] for k in range(count)]
+    places = short or range(len(examples))
+    return [places[k * len(places) // 6] for k in (1, 3, 5)]
 
 
 def layers_text(config: ModelConfig) -> str:

@@ -108,7 +108,11 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
     timing = [next((t for t in m.timings if t.inputs == at_inputs), None) for m in models]
     shown = lambda text: tuple(text(t) if t else "same architecture" for t in timing)
     target_tokens = report.data["target_tokens_seen"]
-    rows = [
+    scores = lambda on, of_models: [
+        (f"{metric_title(name)}, {on}", *(f"{of[name]:.1f}" for of in of_models))
+        for name in of_models[0]
+    ]
+    return [
         ("", *(m.title for m in models)),
         ("layers", *(m.layers for m in models)),
         ("parameters", *(f"{m.parameters:,}" for m in models)),
@@ -120,20 +124,8 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
         ),
         ("held-out loss, nats per target token", *(f"{m.loss:.4f}" for m in models)),
         ("held-out bits per byte", *(f"{m.bits_per_byte:.4f}" for m in models)),
-        *(
-            (
-                f"{metric_title(name)}, held-out functions",
-                *(f"{m.scores[name]:.1f}" for m in models),
-            )
-            for name in models[0].scores
-        ),
-        *(
-            (
-                f"{metric_title(name)}, shuffled sources",
-                *(f"{m.shuffled[name]:.1f}" for m in models),
-            )
-            for name in models[0].shuffled
-        ),
+        *scores("held-out functions", [m.scores for m in models]),
+        *scores("shuffled sources", [m.shuffled for m in models]),
         (
             f"first token, {at_inputs} input tokens",
             *shown(lambda t: f"{1e3 * t.first_token_seconds:.1f} ms"),
@@ -141,7 +133,6 @@ def table(report: QuickstartReport, at_inputs: int) -> list[tuple[str, ...]]:
         ("tokens per second, cached", *shown(lambda t: f"{t.tokens_per_second:,.0f}")),
         ("weights and cache", *(f"{m.memory_bytes / 2**20:.1f} MiB" for m in models)),
     ]
-    return rows
 
 
 def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:

@@ -161,3 +161,9 @@ def test_of_a_long_answer_the_lines_that_differ_are_shown(found):
         "distilled encoder-decoder: x",
         "",
     ]
+
+
+def test_samples_are_short_where_there_are_short_functions():
+    lines = lambda *counts: [Example("x\n" * count, ("y",)) for count in counts]
+    assert command.pick_samples(lines(40, 3, 40, 5, 7, 40)) == [1, 3, 4]
+    assert command.pick_samples(lines(*[40] * 8)) == [1, 4, 6]
