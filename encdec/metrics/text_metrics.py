@@ -95,7 +95,7 @@ def rouge_stemmed(references: References, predictions: Texts) -> list[Score]:
 
 def rouge_unicode(references: References, predictions: Texts) -> list[Score]:
     """The same over ``unicode_words``, for text in any script."""
-    return _rouge(references, predictions, "_unicode", tokenizer=UNICODE_TOKENIZER)
+    return _rouge(references, predictions, "_unicode", tokenizer=UnicodeTokenizer)
 
 
 # Written without spaces, so that a word cannot be told: each character with its marks is one.
@@ -125,14 +125,10 @@ def unicode_words(text: str) -> list[str]:
     return words
 
 
-class _UnicodeTokenizer:
+class UnicodeTokenizer:
     """``unicode_words`` under the name that rouge-score calls."""
 
-    def tokenize(self, text: str) -> list[str]:
-        return unicode_words(text)
-
-
-UNICODE_TOKENIZER = _UnicodeTokenizer()
+    tokenize = staticmethod(unicode_words)
 
 
 @functools.cache
@@ -169,12 +165,9 @@ def _letters_not_read(references: References, name: str) -> str:
     other = [texts for texts in references if any(map(foreign, texts))]
     if not other:
         return ""
-    nothing = sum(not any(read.search(text.lower()) for text in texts) for texts in other)
-    zero = (
-        f"; {nothing:,} have no other words, so that even an identical answer scores 0"
-        if nothing
-        else ""
-    )
+    zero, nothing = "", sum(not any(read.search(x.lower()) for x in texts) for texts in other)
+    if nothing:
+        zero = f"; {nothing:,} have no other words, so that even an identical answer scores 0"
     return (
         f"{name} reads only the letters a to z and digits (rouge-score's tokenizer), and "
         f"{len(other):,} of {len(references):,} references have other letters{zero}. The metric "
@@ -276,19 +269,13 @@ def bands(references: References, predictions: Texts) -> list[Score]:
     """
     wanted = np.array([_gold_band(texts[0]) for texts in references])
     numbers = [_band(text) for text in predictions]
-    error = [
-        BANDS if number is None else abs(number - gold)
-        for number, gold in zip(numbers, wanted, strict=True)
-    ]
-    given = np.array(
-        [
-            (0.0 if gold > BANDS / 2 else BANDS) if number is None else number
-            for number, gold in zip(numbers, wanted)
-        ]
-    )
+    missing = np.array([number is None for number in numbers], bool)
+    farthest = np.where(wanted > BANDS / 2, 0.0, BANDS)
+    given = np.where(missing, farthest, np.array(numbers, np.float64))
+    error = np.where(missing, BANDS, np.abs(given - wanted))
     gold_E, found_E = np.round(2 * wanted).astype(int), np.round(2 * given).astype(int)
     scores = mean_score("band_error", error)
-    scores += mean_score("band_missing", [100.0 * (number is None) for number in numbers])
+    scores += mean_score("band_missing", 100.0 * missing)
     return [*scores, Score("kappa", kappa_parts(gold_E, found_E), kappa_of_sums)]
 
 

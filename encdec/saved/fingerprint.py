@@ -1,8 +1,8 @@
 """Fingerprints of arrays: 64 bits of their content, however they are split over devices.
 
-A checkpoint carries the fingerprints of what was to be saved, and what is read back is compared
-with them. So damage is seen wherever it arose, in the files or on the way to them, at the cost of
-one pass over the arrays on the devices that hold them, and without a second read.
+A checkpoint stores the fingerprints of the arrays that were to be saved, and what is read back is
+compared with them. This detects damage in the files and on the way to them, at the cost of one pass
+over the arrays on their devices, and without a second read.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _SEEDS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
-    """The fingerprint of every array of a tree, 16 hexadecimal digits, by its path's name.
+    """The fingerprint of every array of a tree, 16 hexadecimal digits, by the array's path.
 
-    Each element's bits are mixed with its place in the array (the finaliser of MurmurHash3, public
-    domain, https://github.com/aappleby/smhasher) and added up modulo 2^32, twice with different
-    constants. One changed element always changes both sums; anything else goes unseen with
-    probability 2^-64.
+    Each element's bits are mixed with its position in the array (the finaliser of MurmurHash3,
+    public domain, https://github.com/aappleby/smhasher) and added up modulo 2^32, twice with
+    different constants. One changed element always changes both sums; any other change is missed
+    with probability 2^-64.
 
-    All processes that hold parts of the arrays call this with the same tree.
+    All processes that hold parts of the arrays must call this with the same tree.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # Every device sums what it holds, without a word to the others: dozens of small collectives
-    # are slow everywhere, and on a CPU that plays many devices they starve each other.
+    # Each device sums its own parts without communication: dozens of small collectives are slow,
+    # and on a CPU that emulates many devices they block each other.
     partial = [_by_device(leaf) for _, leaf in leaves]
     sums = np.stack([_distinct(leaf, sums) for (_, leaf), sums in zip(leaves, partial)])
     if any(not leaf.is_fully_addressable for _, leaf in leaves):
@@ -55,7 +55,7 @@ def mismatches(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]
 
 
 def _by_device(leaf: jax.Array) -> jax.Array:
-    """[devices, 2] uint32: each device's sums over the part that it holds, in the work."""
+    """[devices, 2] uint32: each device's sums over its part, still being computed."""
     sharding = leaf.sharding
     if not isinstance(sharding, NamedSharding):
         return _whole(leaf)

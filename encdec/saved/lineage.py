@@ -18,11 +18,11 @@ class Lineage:
     """A run up to a step and, before it, the runs that it started from.
 
     Attributes:
-        training_flops: forward and backward over whole rows, padding included; a teacher's are
-            not in it. None behind an imported model, whose training is not known; an adapted one
-            knows what its sources know.
-        seeds: the run's own first; None behind an imported model, and where a run
-            behind it is not there any more.
+        training_flops: forward and backward over whole rows, padding included, without a
+            teacher's. None after an imported model, whose training is unknown; an adapted model
+            has those of its sources.
+        seeds: the run's own first; None after an imported model, and where an earlier run no
+            longer exists.
     """
 
     training_flops: float | None
@@ -32,8 +32,8 @@ class Lineage:
 def lineage(workdir: str | os.PathLike[str], step: int) -> Lineage:
     """The lineage of the checkpoint at ``step`` (0 for an imported model).
 
-    A run says from which step of its source it started; older ones do not, and for them it is
-    the source's last.
+    A run records from which step of its source it started; for runs of earlier versions, which do
+    not, the source's last step counts.
     """
     content = read_config(workdir)
     if "imported" in content:

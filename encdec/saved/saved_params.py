@@ -5,8 +5,8 @@
                         /fingerprints  of every array, taken before it was written
     DIR/params                         of an imported model, in place of checkpoints
 
-A step's folder gets its name only when it is complete; unfinished ones are never taken for it.
-What is read is compared with the fingerprints, so that damage of any kind is found.
+A step's folder gets its name only when it is complete. What is read is compared with the
+fingerprints, which detects damage of any kind.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _PASSING_CODES = (
 
 
 class Damaged(Exception):
-    """A checkpoint that does not give back what was saved."""
+    """A checkpoint whose content is not what was saved."""
 
 
 def load_params_for_inference(
@@ -193,14 +193,14 @@ def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, sha
 
 
 def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
-    """Where checkpoints are, as orbax takes it."""
+    """The folder of checkpoints, in the form that Orbax expects."""
     if is_address(workdir):
         return as_path(workdir) / CHECKPOINTS_FOLDER
     return epath.Path(workdir).resolve() / CHECKPOINTS_FOLDER
 
 
 def read_whole(step: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads items of a step and proves them; all processes reach the same verdict.
+    """Reads items of a step and verifies them; all processes come to the same result.
 
     Args:
         step: its folder.

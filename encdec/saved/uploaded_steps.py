@@ -81,9 +81,9 @@ class UploadedSteps:
         return max(self._steps, default=None)
 
     def save(self, step: int, args: Any, force: bool = False) -> None:
-        """Copies the state off the devices; the rest is done in threads.
+        """Copies the state off the devices; threads do the rest.
 
-        Raises what the save before met, which is complete on return.
+        The previous save is complete on return; its error is raised here.
         """
         self.wait_until_finished()
         if step in self._steps:
@@ -111,8 +111,8 @@ class UploadedSteps:
     def _check_sent(sizes: Mapping[str, int], address: str) -> None:
         """Raises StorageError unless all files of a step are there, before it counts as whole.
 
-        A second process that begins in the same place takes a step on its way for unfinished, and
-        removes it.
+        A second process that starts in the same directory would remove a step that is still being
+        uploaded as unfinished.
         """
         there = buckets.objects(address)
         for name, size in sizes.items():
