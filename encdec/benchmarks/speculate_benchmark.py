@@ -30,9 +30,9 @@ from encdec.inference.answer_files import read_inputs
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
 from encdec.inference.decoding_compiler import Compiled
 from encdec.inference.drafting import Drafters, Paces
-from encdec.inference.exported import ExportedGenerator, export_format, load_exported_model
+from encdec.inference.exported import export_format, load_exported_model
 from encdec.inference.generation_settings import LOOKUP, OFF, GenerationSettings
-from encdec.inference.generator import TextGenerator
+from encdec.inference.generator import Generator, TextGenerator
 from encdec.inference.load_generator import load
 from encdec.inference.pace import LONGEST_DRAFT
 from encdec.inference.ready import ready_for_decoding
@@ -198,7 +198,7 @@ def measure_task(
     rows = generators[0].batch_rows
     seconds, tokens, different = [0.0, 0.0], [0, 0], []
     for one in generators:
-        first = texts[:rows] if isinstance(one, ExportedGenerator) else texts
+        first = texts if isinstance(one, Generator) else texts[:rows]
         one.generate(first, settings, truncate=True)
     before = _counts(generators[1].paces)
     for begin in range(0, len(texts), 4 * rows):
