@@ -155,7 +155,7 @@ MUTANTS = (
     Mutant(
         "tiled KV pairing read as grouped in the kernel wrappers",
         "encdec/model/kernels.py",
-        'if config.kv_pairing == "grouped" or 1 in split:',
+        'if config.kv_pairing == "grouped" or config.num_kv_heads in (1, config.num_heads):',
         "if True:",
         ("tests/model/test_kernels.py::test_splash_equals_xla",),
     ),
