@@ -72,7 +72,9 @@ def verdicts(trials: Sequence[Mapping[str, Any]]) -> list[str]:
         text = f"{name}: learning rate {chosen[0]:g} with dropout {chosen[1]:g} "
         if used in means:
             in_use[name] = means[used]
-        if chosen == used:
+        if len(means) == 1:
+            text += f"is all that was tried ({best[name]:.4f})"
+        elif chosen == used:
             text += f"is in use and the best tried ({best[name]:.4f})"
         elif name in in_use:
             text += f"would be chosen: {best[name]:.4f} against {in_use[name]:.4f} in use"
@@ -81,7 +83,9 @@ def verdicts(trials: Sequence[Mapping[str, Any]]) -> list[str]:
         if edge := _edge(chosen[0], [rate for rate, _ in means]):
             text += f"; it is the {edge} learning rate tried, and one beyond may be better"
         lines.append(text)
-    if len(best) > 1 and best.keys() == in_use.keys():
+    if any(choices.keys() != next(iter(bits.values())).keys() for choices in bits.values()):
+        lines.append("Not every model has tried the same values yet: finish the search to compare")
+    elif len(best) > 1 and best.keys() == in_use.keys():
         orders = [sorted(values, key=values.get) for values in (in_use, best)]
         same = "the same" if orders[0] == orders[1] else "another"
         lines.append(
