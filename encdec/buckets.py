@@ -151,8 +151,6 @@ def read_bytes(address: str | os.PathLike[str]) -> bytes:
 
 def read_many(addresses: list[str]) -> list[bytes]:
     """The contents of several objects of one bucket, by as many requests at a time."""
-    if not addresses:
-        return []
     with concurrent.futures.ThreadPoolExecutor(TRANSFERS) as pool:
         return list(pool.map(read_bytes, addresses))
 
@@ -228,7 +226,8 @@ def cached(address: str) -> pathlib.Path:
     with concurrent.futures.ThreadPoolExecutor(TRANSFERS) as pool:
         list(pool.map(fetch, found))
     if known != found:
-        _write_whole(manifest, json.dumps(found).encode())
+        with _whole(manifest) as partial:
+            partial.write_text(json.dumps(found))
     return target
 
 
@@ -299,11 +298,6 @@ def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
-def _write_whole(path: pathlib.Path, content: bytes) -> None:
-    with _whole(path) as partial:
-        partial.write_bytes(content)
-
-
 def is_unfinished(found: Mapping[str, Any]) -> bool:
     """Whether ``sent_directory`` was killed while it sent these objects (``objects``)."""
     return UNFINISHED in found
@@ -316,10 +310,10 @@ def _files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 def send_files(
     folder: pathlib.Path,
     address: str,
-    last: str,
+    last: str = "",
     before_last: Callable[[Mapping[str, int], str], None] = lambda sizes, address: None,
 ) -> None:
-    """Copies the files of a folder to objects; the one called ``last`` after all others.
+    """Copies the files of a folder to objects; the one called ``last``, if any, after all others.
 
     Before it, ``before_last`` is given the bytes of the others by name, and the address.
     """

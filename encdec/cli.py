@@ -6,13 +6,12 @@ import importlib
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 
 import encdec
 from encdec.errors import ConfigError, EncdecError
 from encdec.fields import nearest
-from encdec.logs import logger, restored, shows_tracebacks
+from encdec.logs import logger, restored, show_error
 from encdec.startup import keep_memory, use_compilation_cache
 from encdec.storage import refusals_explained
 
@@ -170,7 +169,7 @@ def _main(arguments: list[str]) -> int:
         sys.stdout.flush()  # a closed pipe shows itself here, not when Python exits
         return code
     except EncdecError as error:
-        return _told(error)
+        return show_error(error)
     except KeyboardInterrupt:
         print("encdec: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -188,13 +187,6 @@ def _output(arguments: list[str]) -> str:
         if name in ("--out", "--workdir", "--work"):
             return value if equals else "".join(arguments[number + 1 : number + 2])
     return ""
-
-
-def _told(error: EncdecError) -> int:
-    if shows_tracebacks():
-        traceback.print_exception(error)
-    print(f"encdec: error: {error}", file=sys.stderr)
-    return error.exit_code
 
 
 def benchmark(argv: list[str]) -> int:

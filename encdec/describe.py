@@ -14,7 +14,6 @@ from rich.table import Table
 
 from encdec.buckets import is_address
 from encdec.cost.flops import (
-    FlopCount,
     cache_bytes,
     count_parameters,
     forward_flops,
@@ -140,7 +139,7 @@ def costs(config: ModelConfig, inputs: int, targets: int) -> dict[str, Any]:
     FLOPs are of one row; causal self-attention counts half, and the head is paid per target token.
     Bytes of the cache are of one row in the compute dtype.
     """
-    count = count_parameters(config)
+    count, forward = count_parameters(config), forward_flops(config, inputs, targets)
     generation: dict[str, Any] = {}
     for kind, cached in (("cached", True), ("uncached", False)):
         flops = generation_flops(config, inputs, targets, cached=cached)
@@ -151,16 +150,12 @@ def costs(config: ModelConfig, inputs: int, targets: int) -> dict[str, Any]:
         }
     return {
         "parameters": dataclasses.asdict(count) | {"total": count.total},
-        "forward_flops": _with_total(forward_flops(config, inputs, targets)),
+        "forward_flops": dataclasses.asdict(forward) | {"total": forward.total},
         "training_flops": training_flops(config, inputs, targets),
         "generation_flops": generation,
         "weight_bytes": {dtype: weight_bytes(config, dtype) for dtype in WEIGHT_DTYPES},
         "cache_bytes": cache_bytes(config, inputs, targets),
     }
-
-
-def _with_total(flops: FlopCount) -> dict[str, float]:
-    return dataclasses.asdict(flops) | {"total": flops.total}
 
 
 def as_json(description: Description) -> dict[str, Any]:
@@ -192,15 +187,11 @@ def architecture(config: ModelConfig) -> dict[str, str]:
         rope += f", encoder {config.encoder_positions.replace('_', ' ')}"
         merged = "merged " * config.merged_attention
         rope += f", {merged}cross {config.cross_attention_rope.replace('_', ' ')}"
-    biases = [
-        name
-        for name, on in (
-            ("q k v", config.qkv_bias),
-            ("attention out", config.attention_out_bias),
-            ("MLP", config.mlp_bias),
-        )
-        if on
-    ]
+    biases = {
+        "q k v": config.qkv_bias,
+        "attention out": config.attention_out_bias,
+        "MLP": config.mlp_bias,
+    }
     norm = f"RMSNorm {config.norm_eps:g}, cast {config.norm_cast.replace('_', ' ')}"
     norm += ", plus one" * config.norm_plus_one + ", post-norms" * config.post_norms
     norm += ", no pre-norms" * config.omit_pre_norms
@@ -222,7 +213,7 @@ def architecture(config: ModelConfig) -> dict[str, str]:
         + ", scaled" * config.embedding_scale,
         "positions": rope,
         "norm": norm,
-        "biases": ", ".join(biases) or "none",
+        "biases": ", ".join(name for name, on in biases.items() if on) or "none",
         "logit caps": _settings(caps),
         "dropout": _settings(dropout),
         "dtypes": f"{config.dtype}, parameters {config.param_dtype}",

@@ -11,6 +11,7 @@ import collections.abc
 import dataclasses
 import difflib
 import functools
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -67,7 +68,7 @@ def field_types(kind: type) -> dict[str, Any]:
 
 
 def check_types(config: Any) -> None:
-    """Holds a config dataclass's values against their types, as its ``__post_init__`` does.
+    """Checks the values of a config dataclass by their types, for its ``__post_init__``.
 
     Whole numbers become floats, and lists (as JSON has them) tuples.
 
@@ -133,11 +134,7 @@ def typed(value: Any, hint: Any, name: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise _ill_typed(name, value, "a sequence")
-        return (
-            tuple(typed(item, arguments[0], name) for item in value)
-            if arguments
-            else (tuple(value))
-        )
+        return tuple(typed(item, arguments[0], name) if arguments else item for item in value)
     if origin in _MAPPINGS:
         if not isinstance(value, Mapping):
             raise _ill_typed(name, value, "a group of fields")
@@ -146,6 +143,8 @@ def typed(value: Any, hint: Any, name: str) -> Any:
         return float(value)
     if hint is not typing.Any and type(value) is not hint:
         raise _ill_typed(name, value, hint.__name__)
+    if hint is float and not math.isfinite(value):
+        raise _ill_typed(name, value, "a finite number")
     return value
 
 

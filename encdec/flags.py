@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import encdec
 from encdec import logs
+from encdec.errors import ConfigError
 from encdec.storage import any_path, local_path
 
 _LOG = logs.logger(__name__)
@@ -81,7 +82,13 @@ class Parser(argparse.ArgumentParser):
             )
 
     def add(
-        self, name: str, about: str, type: Any = None, default: Any = None, **options: Any
+        self,
+        name: str,
+        about: str,
+        type: Any = None,
+        default: Any = None,
+        least: int | None = None,
+        **options: Any,
     ) -> argparse.Action:
         """``add_argument`` of one flag, or of one argument without dashes.
 
@@ -90,6 +97,7 @@ class Parser(argparse.ArgumentParser):
             about: the help; states the default at its end, unless it says something of it.
             type: of the value; paths and numbers have a metavar unless ``options`` give one.
             default: of the value; False makes a switch, [] a flag that may be repeated.
+            least: the smallest number that may be given; ConfigError for a smaller one.
             options: what else ``add_argument`` takes.
         """
         if default is False:
@@ -103,6 +111,8 @@ class Parser(argparse.ArgumentParser):
             about = f"{about} (default {shown})"
         if default == []:
             options["action"] = "append"
+        if least is not None:
+            type = _at_least(least, name, type)
         given = {"type": type, "default": default}
         options |= {key: value for key, value in given.items() if value is not None}
         return self.add_argument(name, help=about, **options)
@@ -124,6 +134,17 @@ class Parser(argparse.ArgumentParser):
                 _LOG.info("%s: %s is now called %s", self.prog, name, self.former[name])
                 found[place] = self.former[name] + equals + value
         return found
+
+
+def _at_least(least: int, name: str, number: Callable[[str], float]) -> Callable[[str], float]:
+    def checked(text: str) -> float:
+        value = number(text)
+        if not value >= least:
+            raise ConfigError(f"{name} is {text}; expected {least} or more")
+        return value
+
+    checked.__name__ = number.__name__  # argparse names it where the text is no number
+    return checked
 
 
 class _SetLevel(argparse.Action):

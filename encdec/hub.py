@@ -169,16 +169,13 @@ def _show_bars() -> None:
 @contextlib.contextmanager
 def _explained(name: str, remedy: str) -> Iterator[None]:
     """The Hub's errors, and those of the connection to it, in one line."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub import errors
 
     of_hub = (
-        *(HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError),
-        OfflineModeIsEnabled,
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.LocalTokenNotFoundError,
+        errors.OfflineModeIsEnabled,
     )
     try:
         yield

@@ -12,7 +12,10 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
+
+from encdec.errors import EncdecError
 
 VARIABLE = "ENCDEC_LOG_LEVEL"  # the level of a process that a command starts, or of any
 QUIET, USUAL, VERBOSE = logging.WARNING, logging.INFO, logging.DEBUG
@@ -56,9 +59,12 @@ def shows_progress() -> bool:
     return logger("encdec").isEnabledFor(USUAL)
 
 
-def shows_tracebacks() -> bool:
-    """Whether an error that a user can fix comes with its traceback: after ``--verbose``."""
-    return logger("encdec").isEnabledFor(VERBOSE)
+def show_error(error: EncdecError) -> int:
+    """Prints an error that a user can fix, its traceback too after ``--verbose``; its exit code."""
+    if logger("encdec").isEnabledFor(VERBOSE):
+        traceback.print_exception(error)
+    print(f"encdec: error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 @contextlib.contextmanager

@@ -1,10 +1,16 @@
-"""Tables as Markdown and HTML, and whole HTML pages that need no other file."""
+"""Tables as text, Markdown and HTML, and whole HTML pages that need no other file."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of rows, columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:

@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from encdec.buckets import (
@@ -30,7 +30,7 @@ from encdec.buckets import (
     normal_address,
     objects,
     remove_objects,
-    send_file,
+    send_files,
     sent_directory,
 )
 from encdec.errors import ConfigError, EncdecError, StorageError
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _PARTIAL = ".partial"  # what a command has not finished writing
 _SPACE = "free some space there"
 _RIGHTS = "allow this user to use it, or name another path"
-# errno: (what it is called, what libraries write for it in their own errors, remedy)
+# errno: (what it is called, by libraries in their own errors too; remedy)
 _REFUSALS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("No space left on device", f"{_SPACE}, or name a path on another disk"),
     errno.EDQUOT: ("Disk quota exceeded", f"{_SPACE} or raise the quota, or name another path"),
@@ -231,6 +231,16 @@ def absolute(text: str | os.PathLike[str]) -> pathlib.Path | epath.Path:
     return as_path(text) if is_address(text) else pathlib.Path(text).resolve()
 
 
+def path_ends(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The ends of different paths, all as long as it takes to tell them apart."""
+    parts = [os.fspath(path).split("/") for path in paths]
+    for length in range(1, 1 + max(map(len, parts))):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def entries(directory: pathlib.Path | epath.Path) -> set[str]:
     """The names in a directory; none where it is not there."""
     if is_address(directory):
@@ -307,9 +317,7 @@ def is_free(out: str | os.PathLike[str]) -> bool:
         found = objects(as_path(out))
         return not found or is_unfinished(found)
     path = pathlib.Path(out)
-    return not path.exists() or (
-        path.is_dir() and {entry.name for entry in path.iterdir()} <= {_PARTIAL}
-    )
+    return not path.exists() or (path.is_dir() and entries(path) <= {_PARTIAL})
 
 
 @contextlib.contextmanager
@@ -325,8 +333,7 @@ def filled_directory(out: pathlib.Path | epath.Path) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory(prefix="encdec-") as folder:
         local = pathlib.Path(folder)
         yield local
-        for file in sorted(path for path in local.rglob("*") if path.is_file()):
-            send_file(file, f"{os.fspath(out)}/{file.relative_to(local)}")
+        send_files(local, os.fspath(out))
 
 
 @contextlib.contextmanager

@@ -170,7 +170,10 @@ def test_verbose_shows_where_an_error_began(capsys):
 
 
 def test_processes_that_a_command_starts_have_its_level():
-    program = "from encdec import logs; print(logs.shows_progress(), logs.shows_tracebacks())"
+    program = (
+        "from encdec import logs; "
+        "print(logs.shows_progress(), logs.logger('encdec').isEnabledFor(logs.VERBOSE))"
+    )
     for level, shown in ((logs.QUIET, "False False"), (logs.VERBOSE, "True True")):
         logs.set_level(level)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -305,3 +308,29 @@ def test_former_names_are_accepted_and_said_to_have_changed(capsys):
         cli.load(cli.COMMANDS["scaling"][0])(
             ["score", "--ladder=x", "--workdir=y", "--task=z", "--examples=-1"]
         )
+
+
+@pytest.mark.parametrize(
+    "words, flag, least",
+    [
+        ("adapt", "--seed", 0),
+        ("benchmark accelerator", "--outputs", 2),
+        ("benchmark data", "--host_cores", 1),
+        ("benchmark data", "--steps", 1),
+        ("benchmark loop", "--batch_size", 1),
+        ("benchmark prepare", "--repeats", 1),
+        ("data verify", "--rows", 1),
+        ("distill rollout", "--batch_rows", 1),
+        ("distill rollout", "--rows", 1),
+        ("distill rounds", "--rounds", 1),
+        ("vocab", "--max_bad_rows", 0),
+    ],
+)
+def test_a_number_below_the_least_is_refused(words, flag, least, capsys):
+    """Before anything else is said of the command line."""
+    parse = all_parsers()[f"encdec {words}"].parse_args
+    with pytest.raises(ConfigError, match=f"{flag} is {least - 1}; expected {least} or more"):
+        parse([f"{flag}={least - 1}"])
+    with pytest.raises(SystemExit):
+        parse([f"{flag}=few"])
+    assert f"argument {flag}: invalid int value: 'few'" in capsys.readouterr().err

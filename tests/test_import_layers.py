@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "figures": set(),
     "files": set(),
     "flags": set(),
-    "logs": set(),
+    "logs": {"errors"},
     "jobs": {"errors"},
     "settings": {"errors"},
     "storage": {"errors"},

@@ -20,9 +20,6 @@ def main(argv: list[str]) -> int:
         CheckpointError: a source that is not a work directory, or a damaged checkpoint.
     """
     options = _parser().parse_args(argv)
-    for flag in ("seed", "extra_ids"):
-        if getattr(options, flag) < 0:
-            raise ConfigError(f"--{flag} is {getattr(options, flag)}; expected 0 or more")
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.adapt.adapting import TABLE_FILE, make_plan, write
     from encdec.adapt.parameters import Choice
@@ -126,8 +123,9 @@ def _parser() -> Parser:
         "number of sentinels in the vocabulary, which UL2 needs (default: SOURCE's)",
         int,
         0,
+        least=0,
     )
-    parser.add("--seed", "seed of random parameters", int, 0)
+    parser.add("--seed", "seed of random parameters", int, 0, least=0)
     parser.add("--name", "the model's name in cards (default: SOURCE's-adapted)")
     parser.add("--overwrite", "replace a model in --out", default=False)
     return parser

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from encdec.errors import ConfigError
+from encdec.markup import aligned
 from encdec.model import ExecutionConfig, ModelConfig, abstract_params, build_model
 from encdec.model.parameter_names import path_name
 
@@ -238,10 +239,5 @@ def table_text(table: Sequence[Origin], sources: Mapping[str, str]) -> str:
         where = f"{sources[one.side]}: {one.source}" if one.side else one.source
         rows.append((one.name, "x".join(map(str, one.shape)), one.how, where))
         totals[one.how] = totals.get(one.how, 0) + int(np.prod(one.shape))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
     counts = ", ".join(f"{number:,} {how}" for how, number in totals.items())
-    return "\n".join([*lines, "", f"{sum(totals.values()):,} scalars: {counts}"]) + "\n"
+    return "\n".join([*aligned(rows), "", f"{sum(totals.values()):,} scalars: {counts}"]) + "\n"

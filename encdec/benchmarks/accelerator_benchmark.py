@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -22,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from encdec.benchmarks.device_rates import measure_rates
+from encdec.benchmarks.device_rates import best_seconds, measure_rates
 from encdec.benchmarks.inference_benchmark import OURS as GENERATED
 from encdec.benchmarks.inference_benchmark import measure as measure_generation
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.benchmarks.train_benchmark import OURS, OurStep, Setting, measure
+from encdec.benchmarks.transformers_runtime import missing
 from encdec.cost.chips import peak_flops
 from encdec.errors import ConfigError
 from encdec.files import write_json
@@ -86,11 +86,17 @@ def compare_attention(config: ModelConfig, rows: int, length: int, causal: bool)
             return cudnn_attention(config, q, k, v, mask)
         return dot_product_attention(config, q, k, v, mask)
 
-    plain = functools.partial(_plain, config, mask)
-    both = lambda f: jax.jit(lambda q, k, v, g: _value_and_gradients(f, real, q, k, v, g))
-    exact = both(plain)(q, k, v, gradient)
+    def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+        def both(q: Any, k: Any, v: Any, gradient: Any) -> tuple[jax.Array, ...]:
+            out, pull = jax.vjp(lambda *x: jnp.where(real, function(*x), 0), q, k, v)
+            return (out, *pull(gradient.astype(out.dtype)))
+
+        return jax.jit(both)
+
+    plain = with_gradients(lambda *qkv: dot_product_attention(config, *qkv, mask))
+    exact = plain(q, k, v, gradient)
     small = [x.astype(config.dtype) for x in (q, k, v, gradient)]
-    programs = {"kernel": both(fused), "plain": both(plain)}
+    programs = {"kernel": with_gradients(fused), "plain": plain}
     found = {name: program(*small) for name, program in programs.items()}
     result: dict[str, Any] = {"implementation": kernel, "causal": causal, "length": length}
     for name, values in found.items():
@@ -98,33 +104,13 @@ def compare_attention(config: ModelConfig, rows: int, length: int, causal: bool)
             what: float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
             for what, a, b in zip(("value", "dq", "dk", "dv"), values, exact, strict=True)
         }
-        result[f"{name}_seconds"] = _best(functools.partial(programs[name], *small))
+        result[f"{name}_seconds"] = best_seconds(functools.partial(programs[name], *small))
     # Twice what the dtype itself costs, or float32's own rounding.
     result["agrees"] = all(
         error <= max(2 * result["plain_errors"][what], 1e-5)
         for what, error in result["kernel_errors"].items()
     )
     return result
-
-
-def _plain(config: ModelConfig, mask: jax.Array, *qkv: jax.Array) -> jax.Array:
-    return dot_product_attention(config, *qkv, mask)
-
-
-def _value_and_gradients(
-    function: Callable[..., jax.Array], real: jax.Array, q: Any, k: Any, v: Any, gradient: Any
-) -> tuple[jax.Array, ...]:
-    out, pull = jax.vjp(lambda *x: jnp.where(real, function(*x), 0), q, k, v)
-    return (out, *pull(gradient.astype(out.dtype)))
-
-
-def _best(run: Callable[[], Any], tries: int = 5) -> float:
-    taken = []
-    for _ in range(tries):
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
 
 
 def train_part(options: argparse.Namespace, model: str, matmul_flops: float) -> dict[str, Any]:
@@ -287,15 +273,15 @@ def _parser() -> Parser:
     parser.add("--models", "presets", names, MODELS, metavar="A,B")
     parser.add("--generated", "model", default="330m", metavar="PRESET")
     parser.add("--batches", "batch sizes of generation", numbers, (1, 8, 64), metavar="N,N")
-    for name, default, text in (
-        ("batch_size", 32, "rows of a training step; halved where memory is too small"),
-        ("inputs_length", 512, "source tokens"),
-        ("targets_length", 114, "target tokens"),
-        ("outputs", 64, "generated tokens"),
-        ("repeats", 3, "rounds of five timed steps"),
-        ("minutes", 10, "after which no part begins"),
+    for name, default, least, text in (
+        ("batch_size", 32, 1, "rows of a training step; halved where memory is too small"),
+        ("inputs_length", 512, 1, "source tokens"),
+        ("targets_length", 114, 1, "target tokens"),
+        ("outputs", 64, 2, "generated tokens"),
+        ("repeats", 3, 1, "rounds of five timed steps"),
+        ("minutes", 10, 0, "after which no part begins"),
     ):
-        parser.add(f"--{name}", text, int, default)
+        parser.add(f"--{name}", text, int, default, least)
     parser.add("--no_torch", "without transformers", default=False)
     return parser
 
@@ -303,15 +289,9 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> int:
     """``encdec benchmark accelerator --out=DIR``; 1 if a part failed or is missing."""
     options = _parser().parse_args(argv)
-    for name in ("batch_size", "inputs_length", "targets_length", "outputs", "repeats"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name}={getattr(options, name)}; expected 1 or more")
-    if options.outputs < 2:
-        raise ConfigError(f"--outputs={options.outputs}; expected 2 or more")
-    for package in ("torch", "transformers"):
-        if not options.no_torch and importlib.util.find_spec(package) is None:
-            _LOG.warning(f"{package} is not installed: only encdec is measured")
-            options.no_torch = True
+    if not options.no_torch and (why := missing("float32")):
+        _LOG.warning(f"{why}; only encdec is measured")
+        options.no_torch = True
     if not options.no_torch:  # torch finds its memory taken otherwise
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     preset(options.generated)

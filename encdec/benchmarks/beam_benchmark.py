@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
+from encdec.benchmarks.console import text_table, wide_console
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.errors import ConfigError
+from encdec.files import write_json
 from encdec.flags import Parser
 from encdec.inference.answer_files import read_inputs
-from encdec.inference.generation_settings import OFF, GenerationSettings, check_numbers
+from encdec.inference.generation_settings import OFF, GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
 from encdec.storage import local_path
@@ -87,7 +87,6 @@ def main(argv: list[str]) -> int:
         CheckpointError, DataError: no model or no texts there.
     """
     options = _parser().parse_args(argv)
-    check_numbers(options, max_examples=1, batch_rows=1, repeats=1, max_tokens=1)
     texts = read_inputs(options.jsonl)[: options.max_examples]
     if not texts:
         raise ConfigError(f"--jsonl={options.jsonl} has no inputs; give a file that has some")
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> int:
         costs += measure_beams(
             directory, generator, texts, options.beams, options.max_tokens, options.repeats
         )
-    console = Console(width=None if Console().is_terminal else 160)
+    console = wide_console(160)
     console.print(cost_table(costs))
     if options.out:
         out = pathlib.Path(options.out)
@@ -106,42 +105,27 @@ def main(argv: list[str]) -> int:
             "device": jax.devices()[0].device_kind,
             "costs": [dataclasses.asdict(cost) for cost in costs],
         }
-        (out / "beam.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(out / "beam.json", report)
         console.print(str(out / "beam.json"), highlight=False)
     return 0
 
 
 def cost_table(costs: Sequence[BeamCost]) -> Table:
     """A line per model and number of beams; the ratio is to the model's first line."""
-    table = Table(title="answers to a file, without compiling")
-    for column in (
-        "model",
-        "beams",
-        "inputs",
-        "tokens",
-        "tokens/s",
-        "seconds",
-        "CPU seconds",
-        "CPU ms per input",
-        "CPU ratio",
-        "first time, seconds",
-    ):
-        table.add_column(column, justify="left" if column == "model" else "right")
     base = {cost.model: cost for cost in reversed(costs)}
-    for cost in costs:
-        table.add_row(
-            pathlib.Path(cost.model).name,
-            str(cost.beams),
-            f"{cost.inputs:,}",
-            f"{cost.tokens:,}",
-            f"{cost.tokens / cost.seconds:,.0f}",
-            f"{cost.seconds:.2f}",
-            f"{cost.cpu_seconds:.2f}",
-            f"{1e3 * cost.cpu_seconds / cost.inputs:.1f}",
-            f"{cost.cpu_seconds / base[cost.model].cpu_seconds:.2f}",
-            f"{cost.first_seconds:.1f}",
-        )
-    return table
+    columns: dict[str, Callable[[BeamCost], str]] = {
+        "model": lambda one: pathlib.Path(one.model).name,
+        "beams": lambda one: str(one.beams),
+        "inputs": lambda one: f"{one.inputs:,}",
+        "tokens": lambda one: f"{one.tokens:,}",
+        "tokens/s": lambda one: f"{one.tokens / one.seconds:,.0f}",
+        "seconds": lambda one: f"{one.seconds:.2f}",
+        "CPU seconds": lambda one: f"{one.cpu_seconds:.2f}",
+        "CPU ms per input": lambda one: f"{1e3 * one.cpu_seconds / one.inputs:.1f}",
+        "CPU ratio": lambda one: f"{one.cpu_seconds / base[one.model].cpu_seconds:.2f}",
+        "first time, seconds": lambda one: f"{one.first_seconds:.1f}",
+    }
+    return text_table("answers to a file, without compiling", costs, columns)
 
 
 def _parser() -> Parser:
@@ -166,6 +150,6 @@ def _parser() -> Parser:
         ("max_tokens", None, "longest answer (default: as in training)"),
         ("repeats", 3, "timed runs of each number of beams"),
     ):
-        parser.add(f"--{name}", text, int, default)
+        parser.add(f"--{name}", text, int, default, least=1)
     parser.add("--out", "write beam.json there", local_path)
     return parser

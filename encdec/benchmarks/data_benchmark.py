@@ -228,11 +228,11 @@ def _prepare_flags() -> Parser:
     flags.add(
         "--vocabulary", "a .model; trained on the text if left out", local_path, metavar="FILE"
     )
-    flags.add("--inputs_length", "source tokens per row", int, 1024)
-    flags.add("--targets_length", "target tokens per row", int, 256)
+    flags.add("--inputs_length", "source tokens per row", int, 1024, least=0)
+    flags.add("--targets_length", "target tokens per row", int, 256, least=2)
     flags.add("--megabytes", "of text that are measured", float, 8.0)
-    flags.add("--repeats", "timed runs of each", int, 3)
-    flags.add("--workers", "processes that share the work", int, available_cores())
+    flags.add("--repeats", "timed runs of each", int, 3, least=1)
+    flags.add("--workers", "processes that share the work", int, available_cores(), least=1)
     return flags
 
 
@@ -286,8 +286,8 @@ def read_main(argv: list[str]) -> int:
         "how fast they come to this machine",
         any_path,
     )
-    flags.add("--batch_size", "rows of a batch", int, 64)
-    flags.add("--steps", "batches that are read", int, 50)
+    flags.add("--batch_size", "rows of a batch", int, 64, least=1)
+    flags.add("--steps", "batches that are read", int, 50, least=1)
     flags.add(
         "--compile_report",
         "compare reading with this step, of encdec compile --out (default: the "
@@ -295,8 +295,11 @@ def read_main(argv: list[str]) -> int:
         local_path,
         metavar="FILE",
     )
-    flags.add("--chips_per_host", "chips that the host reads for", int, PREDICTED.chips_per_host)
-    flags.add("--host_cores", "cores of the host", int, PREDICTED.host_cores)
+    for name, text in (
+        ("chips_per_host", "chips that the host reads for"),
+        ("host_cores", "cores of the host"),
+    ):
+        flags.add(f"--{name}", text, int, getattr(PREDICTED, name), least=1)
     given = flags.parse_args(argv)
     host = given.chips_per_host, given.host_cores
     step = dataclasses.replace(PREDICTED, chips_per_host=host[0], host_cores=host[1])

@@ -18,33 +18,22 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError, DataError: settings or records that do not fit.
     """
-    options = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.benchmarks.distill_experiment import Setting, run_experiment
     from encdec.benchmarks.distill_report import write_report
 
-    setting = Setting(
-        pathlib.Path(options.workdir),
-        options.records,
-        options.eval_records,
-        options.teacher_records or options.records,
-        options.student,
-        options.teacher,
-        options.teacher_layers,
-        options.steps,
-        options.teacher_steps,
-        options.batch_size,
-        options.seeds,
-        options.alpha,
-        options.learning_rate,
-    )
+    work = pathlib.Path(options.pop("workdir"))
+    out = pathlib.Path(options.pop("out") or work)
+    options["teacher_records"] = options["teacher_records"] or options["records"]
+    setting = Setting(work, **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:
         _LOG.info(f"[{time.monotonic() - begin:,.0f} s] {text}")
 
     run_experiment(setting, say)
-    print(write_report(setting, say, pathlib.Path(options.out or options.workdir)))
+    print(write_report(setting, say, out))
     return 0
 
 

@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The settings; every field but ``work`` is part of the runs' identity.
+    """The settings; every field but ``work`` and ``seeds`` is part of the runs' identity.
 
     Attributes:
         work: receives everything.
@@ -144,8 +144,7 @@ def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
     teacher = _teacher(setting, say)
     sampled = _scored(setting, SAMPLED, say)
     kinds = variants(sampled.pairs / sampled.tokens)
-    first = kinds[:4]
-    for batch in (first, kinds[4:]):
+    for batch in (kinds[:4], kinds[4:]):
         for seed in range(setting.seeds):
             for variant in batch:
                 _student(setting, variant, seed, say)
@@ -180,17 +179,10 @@ def collect(
             }
         rows.append(row)
     return {
-        "setting": _plain(setting),
+        "setting": dataclasses.asdict(setting) | {"work": str(setting.work)},
         "teacher": dict(teacher),
         "students": rows,
         "device": jax.devices()[0].device_kind,
-    }
-
-
-def _plain(setting: Setting) -> dict[str, Any]:
-    return {
-        k: str(v) if isinstance(v, pathlib.Path) else v
-        for k, v in dataclasses.asdict(setting).items()
     }
 
 

@@ -184,15 +184,13 @@ def loop_main(argv: list[str]) -> int:
     flags.add(
         "--model", "model to train", default="quickstart", choices=preset_names(), metavar="PRESET"
     )
-    flags.add("--batch_size", "rows of a batch (default: 8 per device)", int, 0)
-    flags.add("--inputs_length", "source tokens per row", int, 256)
-    flags.add("--targets_length", "target tokens per row", int, 64)
-    flags.add("--window", "steps between turns", int, 10)
-    flags.add("--repeats", "turns", int, 7)
+    flags.add("--batch_size", "rows of a batch (default: 8 per device)", int, 0, least=1)
+    flags.add("--inputs_length", "source tokens per row", int, 256, least=1)
+    flags.add("--targets_length", "target tokens per row", int, 64, least=1)
+    flags.add("--window", "steps between turns", int, 10, least=2)
+    flags.add("--repeats", "turns", int, 7, least=1)
     flags.add("--json", "print JSON alone", default=False)
     given = flags.parse_args(argv)
-    if given.window < 2 or given.repeats < 1:
-        flags.error("expected --window of 2 or more and --repeats of 1 or more")
     result = measure_loop(
         model=given.model,
         batch_size=given.batch_size or 8 * jax.device_count(),

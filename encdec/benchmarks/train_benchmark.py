@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from encdec.benchmarks.device_rates import measure_rates
+from encdec.benchmarks.generation import random_params
 from encdec.benchmarks.loop_benchmark import write_random_records
 from encdec.benchmarks.step_profile import seconds_by_part
+from encdec.benchmarks.transformers_runtime import missing
 from encdec.cost.chips import peak_flops
 from encdec.cost.flops import training_flops
 from encdec.data.records import open_records
@@ -28,7 +29,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.files import write_json
 from encdec.flags import Parser
 from encdec.logs import logger
-from encdec.model import ModelConfig, build_model, init_params
+from encdec.model import ModelConfig
 from encdec.storage import local_path
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.program import Program, abstract_batch, build_program
@@ -46,18 +47,6 @@ SHAPES = {
 }
 OURS, EAGER, COMPILED = "ours", "PyTorch", "PyTorch, compiled"
 LEARNING_RATE = 1e-4
-
-
-class Shaped(Protocol):
-    """A run and the shape of its batches, all rows full."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def inputs(self) -> int: ...
-    @property
-    def targets(self) -> int: ...
-    def run(self) -> RunConfig: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +129,7 @@ class OurStep:
         batch: host arrays of rows without packing: one source and one target fill each.
     """
 
-    def __init__(self, setting: Shaped) -> None:
+    def __init__(self, setting: Setting) -> None:
         run = setting.run()
         self.config: ModelConfig = run.model_config()
         self.program: Program = build_program(
@@ -172,7 +161,7 @@ class OurStep:
         return seconds_by_part(self, self._compiled.as_text(), steps)
 
 
-def unpacked_batch(program: Program, setting: Shaped) -> dict[str, np.ndarray]:
+def unpacked_batch(program: Program, setting: Setting) -> dict[str, np.ndarray]:
     """Random ids in rows that one source and one target fill; the loss on targets alone."""
     draw, batch = np.random.default_rng(0), {}
     spec = abstract_batch(program, setting.rows, setting.inputs, setting.targets)
@@ -194,8 +183,7 @@ def torch_steps(setting: Setting, ours: OurStep, compiled: bool) -> dict[str, Ca
     from encdec.benchmarks.inference_benchmark import torch_device
     from encdec.benchmarks.torch_training import TorchStep, build
 
-    key = jax.random.key(setting.run().seed)
-    params = jax.jit(init_params, static_argnums=0)(build_model(ours.config), key)
+    params = random_params(ours.config, setting.run().seed)
     optimizer, steps = setting.run().optimizer, {}
     for name in (EAGER, COMPILED) if compiled else (EAGER,):
         step = TorchStep(
@@ -403,9 +391,9 @@ def _parser() -> Parser:
         ("inputs_length", "source tokens per row (default: 256; for 330m 512)"),
         ("targets_length", "target tokens per row (default: 48; for 330m 128)"),
     ):
-        parser.add(f"--{name}", text, int, 0)
-    parser.add("--repeats", "turns of each", int, 5)
-    parser.add("--steps", "steps of a turn", int, 5)
+        parser.add(f"--{name}", text, int, 0, least=0)
+    parser.add("--repeats", "turns of each", int, 5, least=1)
+    parser.add("--steps", "steps of a turn", int, 5, least=1)
     parser.add("--no_torch", "ours alone", default=False)
     parser.add("--no_compile", "PyTorch without torch.compile, which needs g++", default=False)
     parser.add("--out", "write train.json there; what it has is not measured again", local_path)
@@ -415,23 +403,10 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> int:
     """``encdec benchmark train``."""
     options = _parser().parse_args(argv)
-    if (
-        min(options.repeats, options.steps) < 1
-        or min(options.batch_size, options.inputs_length, options.targets_length) < 0
-    ):
-        raise ConfigError(
-            f"--repeats={options.repeats} --steps={options.steps} "
-            f"--batch_size={options.batch_size} --inputs_length={options.inputs_length} "
-            f"--targets_length={options.targets_length}; expected positive numbers"
-        )
     settings = settings_of(options)
     torch = not options.no_torch
-    if torch and (
-        missing := [
-            name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None
-        ]
-    ):
-        _LOG.warning(f"{missing[0]} is not installed: only encdec is measured")
+    if torch and (why := missing("float32")):
+        _LOG.warning(f"{why}; only encdec is measured")
         torch = False
     rates: Mapping[str, float] = {
         dtype: measure_rates(dtype).flops_per_second for dtype in options.dtypes

@@ -13,8 +13,6 @@ from typing import Any
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
 
-_GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -39,52 +37,37 @@ class Chip:
     source: str
 
 
-def _chip(
-    name: str,
-    kinds: Sequence[str],
-    tflops: float,
-    gib: float,
-    gb_per_s: float,
-    link_gb_per_s: float,
-    source: str,
-) -> Chip:
-    return Chip(
-        name,
-        tuple(kinds),
-        tflops * 1e12,
-        int(gib * _GIB),
-        gb_per_s * 1e9,
-        link_gb_per_s * 1e9,
-        source,
-    )
-
-
 _TPU = "cloud.google.com/tpu/docs/"
 _SHEET = "NVIDIA data sheet, "
 
-CHIPS: tuple[Chip, ...] = (
+# name, kinds, bfloat16 TFLOP/s, memory in GiB, its GB/s, the links' GB/s, source
+_TABLE: tuple[tuple[str, tuple[str, ...], float, int, float, float, str], ...] = (
     # One device is a whole chip (its two cores fused, where it has two) ...
-    _chip("TPU v4", ["TPU v4"], 275, 32, 1228, 600, _TPU + "v4; links: six of 50 GB/s each way"),
-    _chip("TPU v5e", ["TPU v5 lite", "TPU v5e"], 197, 16, 819, 400, _TPU + "v5e"),
-    _chip("TPU v5p", ["TPU v5", "TPU v5p"], 459, 95, 2765, 1200, _TPU + "v5p"),
-    _chip("TPU v6e", ["TPU v6 lite", "TPU v6e"], 918, 32, 1638, 800, _TPU + "tpu7x (comparison)"),
+    ("TPU v4", ("TPU v4",), 275, 32, 1228, 600, _TPU + "v4; links: six of 50 GB/s each way"),
+    ("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819, 400, _TPU + "v5e"),
+    ("TPU v5p", ("TPU v5", "TPU v5p"), 459, 95, 2765, 1200, _TPU + "v5p"),
+    ("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 1638, 800, _TPU + "tpu7x (comparison)"),
     # ... except here: each of the two chiplets is a device, so these are half of the chip's
     # 2,307 TFLOP/s, 192 GiB, 7,380 GB/s and 1,200 GB/s.
-    _chip("TPU7x", ["TPU7x"], 2307 / 2, 96, 7380 / 2, 600, _TPU + "tpu7x; halved per device"),
-    _chip("A100 40GB", ["NVIDIA A100-SXM4-40GB"], 312, 40, 1555, 600, _SHEET + "A100"),
-    _chip("A100 80GB", ["NVIDIA A100-SXM4-80GB"], 312, 80, 2039, 600, _SHEET + "A100"),
-    _chip("A100 PCIe 40GB", ["NVIDIA A100-PCIE-40GB"], 312, 40, 1555, 64, _SHEET + "A100"),
-    _chip("A100 PCIe 80GB", ["NVIDIA A100 80GB PCIe"], 312, 80, 1935, 64, _SHEET + "A100"),
-    _chip("H100 SXM", ["NVIDIA H100 80GB HBM3"], 989.4, 80, 3350, 900, _SHEET + "H100"),
-    _chip("H100 PCIe", ["NVIDIA H100 PCIe"], 756, 80, 2000, 128, _SHEET + "H100"),
-    _chip("H100 NVL", ["NVIDIA H100 NVL"], 835, 94, 3900, 600, _SHEET + "H100"),
-    _chip("H200", ["NVIDIA H200"], 989.4, 141, 4800, 900, _SHEET + "H200"),
-    _chip("H200 NVL", ["NVIDIA H200 NVL"], 835, 141, 4800, 900, _SHEET + "H200"),
-    _chip("B200", ["NVIDIA B200"], 2250, 180, 7700, 1800, _SHEET + "HGX B200"),
-    _chip("L4", ["NVIDIA L4"], 121, 24, 300, 64, _SHEET + "L4"),
-    _chip("L40S", ["NVIDIA L40S"], 362, 48, 864, 64, _SHEET + "L40S"),
+    ("TPU7x", ("TPU7x",), 2307 / 2, 96, 7380 / 2, 600, _TPU + "tpu7x; halved per device"),
+    ("A100 40GB", ("NVIDIA A100-SXM4-40GB",), 312, 40, 1555, 600, _SHEET + "A100"),
+    ("A100 80GB", ("NVIDIA A100-SXM4-80GB",), 312, 80, 2039, 600, _SHEET + "A100"),
+    ("A100 PCIe 40GB", ("NVIDIA A100-PCIE-40GB",), 312, 40, 1555, 64, _SHEET + "A100"),
+    ("A100 PCIe 80GB", ("NVIDIA A100 80GB PCIe",), 312, 80, 1935, 64, _SHEET + "A100"),
+    ("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.4, 80, 3350, 900, _SHEET + "H100"),
+    ("H100 PCIe", ("NVIDIA H100 PCIe",), 756, 80, 2000, 128, _SHEET + "H100"),
+    ("H100 NVL", ("NVIDIA H100 NVL",), 835, 94, 3900, 600, _SHEET + "H100"),
+    ("H200", ("NVIDIA H200",), 989.4, 141, 4800, 900, _SHEET + "H200"),
+    ("H200 NVL", ("NVIDIA H200 NVL",), 835, 141, 4800, 900, _SHEET + "H200"),
+    ("B200", ("NVIDIA B200",), 2250, 180, 7700, 1800, _SHEET + "HGX B200"),
+    ("L4", ("NVIDIA L4",), 121, 24, 300, 64, _SHEET + "L4"),
+    ("L40S", ("NVIDIA L40S",), 362, 48, 864, 64, _SHEET + "L40S"),
 )
 
+CHIPS = tuple(
+    Chip(name, kinds, 1e12 * tflops, gib * 2**30, 1e9 * memory, 1e9 * links, source)
+    for name, kinds, tflops, gib, memory, links, source in _TABLE
+)
 _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
 
 

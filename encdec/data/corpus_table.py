@@ -91,9 +91,9 @@ def add_flags(flags: Parser) -> None:
         metavar="FILE",
     )
     flags.add("--out", "one directory a file below it", local_path, required=True)
-    flags.add("--inputs_length", "source tokens per row", int, 1024)
-    flags.add("--targets_length", "target tokens per row", int, 256)
-    flags.add("--max_bad_rows", "bad rows to leave out and count", int, 0)
+    flags.add("--inputs_length", "source tokens per row", int, 1024, least=0)
+    flags.add("--targets_length", "target tokens per row", int, 256, least=2)
+    flags.add("--max_bad_rows", "bad rows to leave out and count", int, 0, least=0)
     flags.set_defaults(run=print_table)
 
 

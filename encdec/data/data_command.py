@@ -63,17 +63,17 @@ def parser() -> Parser:
     show.add("--data_dir", "where the task's files are", any_path)
     show.add("--split", "train, validation or test (train)")
     show.add("--vocabulary", "a .model or tokenizer.json (bytes)", any_path, metavar="FILE")
-    show.add("--extra_ids", "sentinels at the vocabulary's end", int)
+    show.add("--extra_ids", "sentinels at the vocabulary's end", int, least=0)
     show.add("--objective", "another objective than the task's own")
-    show.add("--inputs_length", "source tokens per row (the task's)", int)
-    show.add("--targets_length", "target tokens per row (the task's)", int)
-    show.add("--count", "examples, or rows of records", int, 3)
+    show.add("--inputs_length", "source tokens per row (the task's)", int, least=0)
+    show.add("--targets_length", "target tokens per row (the task's)", int, least=2)
+    show.add("--count", "examples, or rows of records", int, 3, least=1)
     add_module_flag(show)
     show.set_defaults(run=show_examples)
     verify = commands.add_parser("verify", help="check a records directory against its card")
     verify.add("directory", "a records directory", any_path)
     verify.add("--full", "read every row, not a sample", default=False)
-    verify.add("--rows", f"rows of the sample ({SAMPLE_ROWS})", int)
+    verify.add("--rows", f"rows of the sample ({SAMPLE_ROWS})", int, least=1)
     verify.set_defaults(run=verify_directory)
     table.add_flags(commands.add_parser("table", help="prepare files, with a table of them"))
     return flags
@@ -145,8 +145,6 @@ def _presence(task: FileTask, data_dir: str | None) -> str:
 
 def show_examples(given: argparse.Namespace) -> int:
     """Print examples as text and as tokens, one colour a segment on a terminal."""
-    if given.count < 1:
-        raise ConfigError(f"--count={given.count}; expected 1 or more")
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     if (as_path(given.what) / CARD_FILE).is_file():
         for name in OF_TASKS:
@@ -213,13 +211,10 @@ def verify_directory(given: argparse.Namespace) -> int:
         raise ConfigError(
             f"--rows={given.rows} reads a sample and --full all rows; give one of them"
         )
-    rows = SAMPLE_ROWS if given.rows is None else given.rows
-    if rows < 1:
-        raise ConfigError(f"--rows={rows}; expected 1 or more")
     started = time.perf_counter()
     verdict = verify_records(
         given.directory,
-        sample_rows=None if given.full else rows,
+        sample_rows=None if given.full else given.rows or SAMPLE_ROWS,
         progress=lambda what: _LOG.info(f"verify: {what}"),
     )
     if verdict.faults:

@@ -169,7 +169,7 @@ def parser() -> Parser:
     flags.add("--model_type", "how pieces are learned", default="bpe", choices=MODEL_TYPES)
     flags.add("--sample_bytes", "bytes of text used (default: 100 MiB)", int, SAMPLE_BYTES)
     flags.add("--seed", "seed of the sample", int, 0)
-    flags.add("--max_bad_rows", "bad rows to leave out and count", int, 0)
+    flags.add("--max_bad_rows", "bad rows to leave out and count", int, 0, least=0)
     flags.add("--out", "the .model file to write", any_path, required=True, metavar="FILE")
     flags.add("--overwrite", "replace the file", default=False)
     add_module_flag(flags)

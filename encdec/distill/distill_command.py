@@ -159,7 +159,7 @@ def _add_rounds(parts: Any) -> None:
         "--teacher", "work directory of encdec train or encdec import", any_path, required=True
     )
     part.add("--workdir", "receives everything", any_path, required=True)
-    part.add("--rounds", "number of rounds after the first student", int, required=True)
+    part.add("--rounds", "rounds after the first student", int, least=1, required=True)
     for name, default in (("gold", 1.0), ("teacher_written", 0.0), ("student_written", 1.0)):
         part.add(f"--{name}", "share of such targets", float, default, metavar="RATE")
     part.add(
@@ -185,6 +185,6 @@ def _writing_options(part: Parser) -> None:
     )
     part.add("--seed", "sampling seed", int, 0)
     part.add("--max_tokens", "longest answer (default: the records' targets_length)", int)
-    part.add("--rows", "answer this many rows (default: all)", int)
-    part.add("--batch_rows", "texts answered together", int, 64)
+    part.add("--rows", "answer this many rows (default: all)", int, least=1)
+    part.add("--batch_rows", "texts answered together", int, 64, least=1)
     add_draft_option(part)

@@ -35,7 +35,12 @@ from encdec.data.teacher_rows import short
 from encdec.data.vocabulary import CARD_FILE, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.inference.draft_model import check_draft_model
-from encdec.inference.generation_settings import AUTO, GenerationSettings, check_draft
+from encdec.inference.generation_settings import (
+    AUTO,
+    GenerationSettings,
+    check_draft,
+    check_numbers,
+)
 from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
@@ -170,8 +175,7 @@ def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -
             "seed for more answers"
         )
     check_draft(answering.draft, answering.settings)
-    if answering.block_rows < 1:
-        raise ConfigError(f"block_rows is {answering.block_rows}; expected 1 or more")
+    check_numbers(answering, rows=1, batch_rows=1, block_rows=1)
     seen = recorded_vocabulary(read_config(writer), writer)["fingerprint"]
     if seen != records.card.vocabulary.fingerprint:
         raise DataError(

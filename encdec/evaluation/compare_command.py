@@ -5,7 +5,6 @@ from __future__ import annotations
 from encdec.errors import ConfigError
 from encdec.files import write_json, write_text
 from encdec.flags import Parser
-from encdec.inference.generation_settings import check_numbers
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, make_directory, user_place
 
@@ -18,7 +17,6 @@ def main(argv: list[str]) -> int:
         DataError: a directory without a finished evaluation, or evaluations of other examples.
     """
     options = _parser().parse_args(argv)
-    check_numbers(options, resamples=1)
     sides = {}
     for flag in ("first", "second"):
         name, _, folders = getattr(options, flag).partition("=")
@@ -55,7 +53,7 @@ def _parser() -> Parser:
             required=True,
             metavar="NAME=DIR,DIR",
         )
-    parser.add("--resamples", "number of bootstrap samples", int, 1000)
+    parser.add("--resamples", "number of bootstrap samples", int, 1000, least=1)
     add_module_flag(parser)
     parser.add("--out", "receives comparison.md and .json", any_path)
     return parser

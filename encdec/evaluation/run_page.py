@@ -25,7 +25,7 @@ from encdec.fields import differences, flattened
 from encdec.files import whole_lines, write_text
 from encdec.flags import Parser
 from encdec.markup import html_page, html_table
-from encdec.storage import absolute, any_path, as_path, file_names, make_directory
+from encdec.storage import absolute, any_path, as_path, file_names, make_directory, path_ends
 
 # (title, number of metrics.jsonl, what a unit is)
 CHARTS = (
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     """``encdec report RUN ... --out=FILE.html``.
 
     Raises:
-        ConfigError: the file exists already.
+        ConfigError: the file exists already, or a run is given twice.
         DataError: a directory holds no run.
     """
     parser = Parser(
@@ -88,26 +88,17 @@ def main(argv: list[str]) -> int:
     out = as_path(options.out)
     if out.exists() and not options.overwrite:
         raise ConfigError(f"--out={out} exists; give another file, or --overwrite")
+    places = [os.fspath(absolute(path)) for path in options.runs]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"a run is given twice: {', '.join(options.runs)}")
     runs = [
-        read_run(path, name) for path, name in zip(options.runs, _names(options.runs), strict=True)
+        read_run(path, name) for path, name in zip(options.runs, path_ends(places), strict=True)
     ]
     make_directory(out.parent)
     content = page(runs)
     write_text(out, content)
     print(f"{out}: {len(runs)} runs, {len(content.encode()):,} bytes")
     return 0
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = [tuple(os.fspath(absolute(path)).split("/")) for path in paths]
-    if len(set(parts)) < len(parts):
-        raise ConfigError(f"a run is given twice: {', '.join(paths)}")
-    for length in itertools.count(1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError
 
 
 def read_run(directory: str, name: str) -> Run:

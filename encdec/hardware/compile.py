@@ -132,7 +132,7 @@ def check_step(run: RunConfig, topology: Topology) -> None:
     Raises:
         ConfigError: they do not.
     """
-    check_batch(run, data_shards(make_mesh(run.mesh, topology.devices)), eval_rows=True)
+    check_batch(run, data_shards(make_mesh(run.mesh, topology.devices)))
 
 
 def compile_step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from encdec.data.records import Records
 from encdec.model import ModelConfig
+from encdec.storage import path_ends
 from encdec.train.feed import on_devices, open_batches
 from encdec.train.metrics import eval_report
 from encdec.train.program import Program
@@ -30,7 +31,8 @@ class Evaluator:
         shares = getattr(records, "shares", (1.0,))
         size = run.eval.batch_size or run.micro_batch_size
         self._parts = []
-        for name, part, share in zip(_names(parts), parts, shares):
+        names = path_ends(part.directory for part in parts)
+        for name, part, share in zip(names, parts, shares):
             batches = open_batches(
                 part,
                 model,
@@ -87,17 +89,6 @@ class Evaluator:
         for metrics in waiting:
             total = _add(total, metrics)
         return total
-
-
-def _names(parts: Sequence[Records]) -> list[str]:
-    """The parts' directories by the ends of their paths, as long as it takes to tell them apart."""
-    paths = [part.directory.parts for part in parts]
-    names = ["/".join(path[-1:]) for path in paths]
-    for length in range(2, 1 + max(map(len, paths))):
-        if len(set(names)) == len(names):
-            break
-        names = ["/".join(path[-length:]) for path in paths]
-    return names
 
 
 def _add(total: Any, metrics: Any) -> Any:

@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from encdec.buckets import CACHE, is_address
+from encdec.data.card import MUST_AGREE
 from encdec.data.records import DatasetCard, Records, open_records
 from encdec.data.teacher_rows import TeacherRows, open_teacher
 from encdec.errors import ConfigError, DataError, StorageError
@@ -143,14 +144,9 @@ def check_records(model: ModelConfig, card: DatasetCard, eval_card: DatasetCard 
         )
     if eval_card is None:
         return
-    for name, pick in (
-        ("vocabulary fingerprint", lambda c: c.vocabulary.fingerprint[:16]),
-        ("inputs_length", lambda c: c.inputs_length),
-        ("targets_length", lambda c: c.targets_length),
-        ("decoder_start_id", lambda c: c.decoder_start_id),
-    ):
-        if pick(card) != pick(eval_card):
+    for name, read in MUST_AGREE.items():
+        if read(card) != read(eval_card):
             raise DataError(
-                f"held-out records have {name} {pick(eval_card)}, the training records "
-                f"{pick(card)}; prepare both with the same settings"
+                f"{name} is {read(eval_card)} in the held-out records and {read(card)} in the "
+                "training records; prepare both with the same settings"
             )

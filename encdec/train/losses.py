@@ -62,9 +62,6 @@ class LossSums(flax.struct.PyTreeNode):
     weight: jax.Array
     teacher: TeacherSums | None = None
 
-    def __add__(self, other: LossSums) -> LossSums:
-        return jax.tree.map(jnp.add, self, other)
-
 
 def target_losses(
     head: Callable[..., jax.Array],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,12 +15,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from encdec.cost.chips import peak_flops
-from encdec.cost.flops import model_flops_utilisation, training_flops
+from encdec.cost.flops import model_flops_utilisation
 from encdec.files import LineAppender, keep_lines, whole_lines
 from encdec.logs import shows_progress
 from encdec.metrics.score import bits_per_byte
-from encdec.model import ModelConfig
 from encdec.storage import as_path
 from encdec.train.goodput import Goodput
 from encdec.train.step import Metrics, StepMetrics
@@ -31,35 +28,21 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Model FLOPs of one training step and, where the chip is known, what the devices can do.
-
-    Attributes:
-        step_flops: forward and backward over whole rows, padding included.
-        peak: FLOP/s of all devices; None on chips without a published figure.
-    """
-
-    step_flops: float
-    peak: float | None
-
-    @classmethod
-    def of(
-        cls, model: ModelConfig, rows: int, inputs: int, targets: int, devices: list[jax.Device]
-    ) -> Cost:
-        return cls(training_flops(model, inputs, targets, batch_size=rows), peak_flops(devices))
-
-
 class Window:
     """The steps since the last report: their sums, and the time they took.
 
     Time is taken where a step's metrics arrive, so that the device's work is in it; what is
     done under ``pause`` (evaluation, waiting for a checkpoint) is not, nor is compilation, which
     ends when the first step's metrics arrive.
+
+    Args:
+        step_flops: of one step, forward and backward over whole rows, padding included.
+        peak: FLOP/s of all devices; None on chips without a published figure.
+        goodput: takes the time by what it was spent on.
     """
 
-    def __init__(self, cost: Cost, goodput: Goodput):
-        self._cost, self._goodput = cost, goodput
+    def __init__(self, step_flops: float, peak: float | None, goodput: Goodput):
+        self._step_flops, self._peak, self._goodput = step_flops, peak, goodput
         self._clock: float | None = None
         self._reset()
 
@@ -112,7 +95,7 @@ class Window:
             "train/gradient_norm": float(last.gradient_norm),
             "train/param_norm": float(last.param_norm),
             "train/learning_rate": float(last.learning_rate),
-            "train/flops": self._cost.step_flops * steps_done,
+            "train/flops": self._step_flops * steps_done,
         }
         if losses.teacher is not None and last.alpha is not None:
             report |= {
@@ -128,9 +111,9 @@ class Window:
                 "train/source_tokens_per_second": float(source),
                 "train/target_tokens_per_second": float(target),
             }
-            if self._cost.peak:
+            if self._peak:
                 report["train/mfu"] = model_flops_utilisation(
-                    self._cost.step_flops, step_seconds, self._cost.peak
+                    self._step_flops, step_seconds, self._peak
                 )
         self._reset()
         return report | self._goodput.report()

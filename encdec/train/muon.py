@@ -60,10 +60,6 @@ def muon(
     return optax.partition({"muon": rules, "adam": optax.adamw(schedule)}, labels)
 
 
-def _is_dimensions(x: Any) -> bool:
-    return isinstance(x, MuonDimensionNumbers)
-
-
 def _axes(x: jax.Array, spec: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
     """Dimensions that hold separate matrices, inputs, and outputs."""
     sides = [
@@ -80,7 +76,7 @@ def _sizes(x: jax.Array, spec: MuonDimensionNumbers) -> tuple[int, ...]:
 def orthogonalised(updates: Tree, specs: Tree, *, together: bool) -> Tree:
     """Every matrix by five Newton-Schulz iterations, from its Frobenius norm."""
     leaves, structure = jax.tree.flatten(updates)
-    dimensions = jax.tree.leaves(specs, is_leaf=_is_dimensions)
+    dimensions = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, MuonDimensionNumbers))
     groups: dict[Any, list[int]] = collections.defaultdict(list)
     matrices = []
     for index, (x, spec) in enumerate(zip(leaves, dimensions, strict=True)):

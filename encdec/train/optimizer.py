@@ -121,9 +121,8 @@ def _update_rule(
         dimensions=_masked_like(dimensions),
         together=_on_one_cpu,
     )
-    is_spec = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
     labels = jax.tree.map(
-        lambda spec: "adamw" if spec is None else "muon", dimensions, is_leaf=is_spec
+        lambda spec: "adamw" if spec is None else "muon", dimensions, is_leaf=_is_spec
     )
     return optax.partition({"muon": matrices, "adamw": adamw}, _masked_like(labels))
 
@@ -170,14 +169,9 @@ def _map_axes(function: Any, logical_axes: Tree) -> Tree:
 
 def _masked_like(tree: Tree) -> Any:
     """``tree`` as a function of parameters of which ``optax.partition`` may have masked some."""
-    flat = {
-        path: leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(
-            tree, is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
-        )
-    }
+    flat = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_spec))
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: flat[path], params)
 
-    def select(params: Tree) -> Tree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: flat[path], params)
 
-    return select
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)

@@ -58,8 +58,8 @@ class Program:
     unsharded: tuple[Unsharded, ...]
 
 
-def check_batch(run: RunConfig, mesh_shards: int, eval_rows: bool = False) -> None:
-    """Raises ConfigError unless every micro-batch splits evenly over the mesh."""
+def check_batch(run: RunConfig, mesh_shards: int) -> None:
+    """Raises ConfigError unless every micro-batch, held-out ones too, splits over the mesh."""
     if run.micro_batch_size % mesh_shards:
         wanted = mesh_shards * run.accumulation
         raise ConfigError(
@@ -68,7 +68,7 @@ def check_batch(run: RunConfig, mesh_shards: int, eval_rows: bool = False) -> No
             f"(mesh.data x mesh.fsdp) x {run.accumulation} (accumulation): for example "
             f"{max(wanted, run.batch_size // wanted * wanted)}"
         )
-    if eval_rows and run.eval.batch_size % mesh_shards:
+    if run.eval.batch_size % mesh_shards:
         raise ConfigError(
             f"config.eval.batch_size is {run.eval.batch_size}; expected a multiple of "
             f"the {mesh_shards} data shards (mesh.data x mesh.fsdp)"
@@ -94,7 +94,7 @@ def build_program(
     Raises:
         ConfigError: rules that collide, or a batch that does not split over the mesh.
     """
-    check_batch(run, data_shards(mesh), eval_rows=True)
+    check_batch(run, data_shards(mesh))
     model = build_model(model_config)
     axes, params = logical_axes(model), abstract_params(model)
     optimizer = make_optimizer(run, axes, params)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from encdec.cost.chips import peak_flops
+from encdec.cost.flops import training_flops
 from encdec.errors import NonFiniteError
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.goodput import Goodput
 from encdec.train.job import Job
-from encdec.train.metrics import Cost, Window
+from encdec.train.metrics import Window
 from encdec.train.step import StepMetrics
 from encdec.train.tensorboard import metric_writers
 
@@ -31,14 +33,10 @@ class Reports:
         goodput: Goodput,
     ):
         card = job.records.card
+        lengths = card.inputs_length, card.targets_length
         self.window = Window(
-            Cost.of(
-                job.model,
-                job.run.batch_size,
-                card.inputs_length,
-                card.targets_length,
-                list(job.program.mesh.devices.flat),
-            ),
+            training_flops(job.model, *lengths, batch_size=job.run.batch_size),
+            peak_flops(list(job.program.mesh.devices.flat)),
             goodput,
         )
         self.goodput = goodput

@@ -308,23 +308,18 @@ def _with_paths(run: RunConfig) -> RunConfig:
 
 def _in_steps(run: RunConfig) -> RunConfig:
     """The run with numbers of steps in place of parts of the run."""
-
-    def steps(name: str) -> int:
-        group, field = name.split(".")
-        value = getattr(getattr(run, group), field)
+    changes: dict[str, dict[str, int]] = {}
+    for name in PARTS_OF_THE_RUN:
+        value = value_of(run, name)
         if 0 < value < 1:
-            return max(1, round(value * run.steps))
-        if value != int(value):
+            value = max(1, round(value * run.steps))
+        elif not value.is_integer():
             raise ConfigError(
                 f"config.{name} is {value!r}; expected a whole number of steps, or a fraction of "
                 "the run between 0 and 1"
             )
-        return int(value)
-
-    changes: dict[str, dict[str, int]] = {}
-    for name in PARTS_OF_THE_RUN:
         group, field = name.split(".")
-        changes.setdefault(group, {})[field] = steps(name)
+        changes.setdefault(group, {})[field] = int(value)
     # A warmup of one step in a run of one would leave none to decay in.
     if 0 < run.schedule.warmup_steps < 1:
         warmup = min(changes["schedule"]["warmup_steps"], run.steps - 1)
@@ -477,8 +472,7 @@ def _check_evaluation_and_checkpoints(run: RunConfig, require: Require) -> None:
         "checkpoint.keep_every",
         "profile.first_step",
     ):
-        group, field = name.split(".")
-        require(getattr(getattr(run, group), field) >= 0, name, "0 or a positive number")
+        require(value_of(run, name) >= 0, name, "0 or a positive number")
     require(
         not run.eval.patience or bool(run.eval.every and run.data.eval_records),
         "eval.patience",

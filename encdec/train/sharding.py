@@ -224,8 +224,7 @@ def like_params(abstract_tree: Any, abstract_params: Any, shardings: Any, mesh: 
     """Shardings of a tree that holds values per parameter, such as the optimizer's state.
 
     A leaf whose path ends in a parameter's path and that has its shape is placed where the
-    parameter
-    is; all others (step counts, Adafactor's factors) are small and are on every device.
+    parameter is; all others (step counts, Adafactor's factors) are small and are on every device.
     """
     known = {
         tuple(path): (leaf.shape, sharding)

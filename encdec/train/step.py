@@ -34,9 +34,6 @@ class Metrics(flax.struct.PyTreeNode):
     source_tokens: jax.Array
     target_tokens: jax.Array
 
-    def __add__(self, other: Metrics) -> Metrics:
-        return jax.tree.map(jnp.add, self, other)
-
 
 class StepMetrics(flax.struct.PyTreeNode):
     """A training step's sums, and what describes the step as a whole (float32 scalars).

@@ -95,7 +95,10 @@ class SummaryWriter:
                 float_val=[float(np.asarray(value))],
                 tensor_shape=tensor_shape_pb2.TensorShapeProto(),
             )
-            self._summary(step, key, tensor, metadata)
+            summary = summary_pb2.Summary(
+                value=[summary_pb2.Summary.Value(tag=key, tensor=tensor, metadata=metadata)]
+            )
+            self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
     def write_summaries(self, *arguments: Any, **more: Any) -> None:
         """Nothing but scalars is written here."""
@@ -108,14 +111,6 @@ class SummaryWriter:
 
     def close(self) -> None:
         self._file.close()
-
-    def _summary(self, step: int, tag: str, tensor: Any, metadata: Any) -> None:
-        value = summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
-        self._write(
-            event_pb2.Event(
-                wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=[value])
-            )
-        )
 
     def _write(self, event: event_pb2.Event) -> None:
         if isinstance(self._file, _SentFile) and self._file.tell() > SENT_BYTES:

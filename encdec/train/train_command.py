@@ -14,7 +14,7 @@ import ml_collections
 from encdec.config_files import read_config_file, split_overrides, with_overrides
 from encdec.errors import ConfigError, EncdecError, Preempted
 from encdec.flags import Parser
-from encdec.logs import shows_tracebacks
+from encdec.logs import show_error
 from encdec.modules import add_module_flag, import_modules, named_function
 from encdec.storage import any_path, local_path, refusals_explained
 from encdec.train.run_config import complete, parse_config, unknown_field
@@ -68,10 +68,7 @@ def leave_at_once(error: Exception) -> None:
     """
     code = 1
     if isinstance(error, EncdecError):
-        code = error.exit_code
-        if shows_tracebacks():
-            traceback.print_exception(error)
-        print(f"encdec: error: {error}", file=sys.stderr)
+        code = show_error(error)
     else:
         traceback.print_exception(error)
     sys.stdout.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,9 @@ from etils import epath
 from encdec.data.records import DatasetCard, Records
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError
-from encdec.fields import differences
 from encdec.files import write_json, write_text
+from encdec.jobs import differences, plain
+from encdec.markup import aligned
 from encdec.model import ModelConfig, abstract_params, logical_axes, parameter_count
 from encdec.model.parameter_names import path_name
 from encdec.saved.saved_config import (
@@ -66,7 +66,7 @@ def describe_run(
 
 
 def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bool:
-    """Whether ``workdir`` holds this very run; False where it holds none yet.
+    """Whether ``workdir`` holds the run described; False where it holds none yet.
 
     Raises:
         CheckpointError: it holds another run; every field that differs is named.
@@ -88,17 +88,10 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
             f"state; start from it: --config.init_from={workdir} with another "
             "--workdir"
         )
-    # As JSON on both sides: it has lists alone, where Python tells tuples apart.
-    old, new = _identity(content), _identity(json.loads(json.dumps(description)))
-    names = differences(old, new)
-    if names:
-        shown = "; ".join(
-            f"{name} is {_value(old, name)!r} there and {_value(new, name)!r} here"
-            for name in names
-        )
+    if differ := differences(plain(_identity(content)), _identity(description)):
         raise CheckpointError(
-            f"{workdir} holds another run: {shown}. Set these fields as they were to continue it, "
-            "or give another --workdir"
+            f"{workdir} holds another run: {'; '.join(differ)}. Set these fields as they were to "
+            "continue it, or give another --workdir"
         )
     return True
 
@@ -143,13 +136,6 @@ def _without(values: Mapping[str, Any], left_out: Sequence[str], prefix: str = "
     return kept
 
 
-def _value(values: Mapping[str, Any], name: str) -> Any:
-    value: Any = values
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
 def write_workdir(
     workdir: epath.PathLike, description: Mapping[str, Any], records: Records, program: Program
 ) -> None:
@@ -191,14 +177,7 @@ def parameter_table(program: Program) -> str:
     ):
         split = ", ".join("-" if part is None else str(part) for part in place.sharding.spec)
         rows.append((path_name(path), str(leaf.shape), f"{leaf.size:,}", ", ".join(names), split))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
-    lines += [
-        "",
-        f"total {parameter_count(params):,} parameters",
-        f"mesh {dict(program.mesh.shape)}",
-    ]
+    total = f"total {parameter_count(params):,} parameters"
+    lines = [*aligned(rows), "", total, f"mesh {dict(program.mesh.shape)}"]
     lines += [f"not sharded: {item}" for item in program.unsharded]
     return "\n".join(lines) + "\n"

@@ -67,5 +67,5 @@ def test_what_cannot_be_measured_is_refused():
         train_benchmark.main(["--models=tset"])
     with pytest.raises(ConfigError, match="float16"):
         train_benchmark.main(["--dtypes=float16"])
-    with pytest.raises(ConfigError, match="--repeats=0"):
+    with pytest.raises(ConfigError, match="--repeats is 0; expected 1 or more"):
         train_benchmark.main(["--repeats=0"])

@@ -116,7 +116,7 @@ class _Part:
 
 
 def _rows_only(monkeypatch, sizes, rates):
-    monkeypatch.setattr(mixing, "_MUST_AGREE", {})
+    monkeypatch.setattr(mixing, "MUST_AGREE", {})
     monkeypatch.setattr(mixing, "_mixed_card", lambda *given: None)
     monkeypatch.setattr(_Part, "directory", ".", raising=False)
     return MixedRecords([_Part(size) for size in sizes], mixing_rates(sizes, rates))

@@ -127,6 +127,8 @@ def test_a_round_gold_and_written_by_student_and_teacher(records, student, teach
         ({"writer": "/nowhere"}, CheckpointError, "/nowhere"),
         ({"answering": Answering(draft="/no/draft")}, CheckpointError, "/no/draft has no config"),
         ({"answering": Answering(block_rows=0)}, ConfigError, "block_rows is 0"),
+        ({"answering": Answering(batch_rows=0)}, ConfigError, "batch_rows is 0"),
+        ({"answering": Answering(rows=-1)}, ConfigError, "rows is -1"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, error, message, records, student, tmp_path):
