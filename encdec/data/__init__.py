@@ -1,5 +1,5 @@
 """Text to records, and records to batches.
 
 What training needs begins at ``records`` and ``batches`` and knows no task. TensorFlow is imported
-by ``tasks`` (ours as seqio's), ``gin_bindings``, ``prepare_command`` and ``tfds_source`` alone.
+by ``seqio_registration`` (our tasks as seqio's) and ``tfds_source`` alone.
 """

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from encdec.data.features import LAYOUTS, decoder_only_features, encoder_decoder_features
+from encdec.data.features import LAYOUTS
 from encdec.data.records import Records
 from encdec.data.shuffle import shuffled_rows
 from encdec.errors import ConfigError
@@ -123,10 +123,7 @@ class Batches:
         stored = iter(self.records.read(numbers[real]))
         rows = [next(stored) if present else b"" for present in real]
         card = self.records.card
-        convert = (
-            encoder_decoder_features if self.layout == "encoder_decoder" else decoder_only_features
-        )
-        fields = convert(
+        fields = LAYOUTS[self.layout](
             rows,
             inputs_length=card.inputs_length,
             targets_length=card.targets_length,

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from encdec.data.vocabulary import CARD_FILE, VocabularySpec
@@ -26,8 +26,9 @@ class DatasetCard:
     Lengths are tokens per packed row. Token counts include EOS and exclude padding;
     ``target_bytes`` are the UTF-8 bytes of text the target tokens stand for. ``truncated`` counts
     examples and tokens cut off, ``dropped`` what was left out, by reason; ``lost`` is what the
-    vocabulary cannot write (``losses.Losses``; empty in cards of before it was counted). ``fits``
-    counts the examples that are whole within usual lengths ("sources 256"), for pairs alone.
+    vocabulary cannot write (``vocabulary_losses.Losses``; empty in cards of before it was counted).
+    ``fits`` counts the examples that are whole within usual lengths ("sources 256"), for pairs
+    alone.
     ``origin`` says where the text came from (file names, Python's version).
     """
 
@@ -117,6 +118,15 @@ def _card_from_dict(content: Any, path: pathlib.Path) -> DatasetCard:
     except TypeError as error:
         raise DataError(f"{path} is malformed: {error}; prepare again") from error
     return DatasetCard(**values)
+
+
+# What the records of a mixture, or of training and evaluation, have in common.
+MUST_AGREE: dict[str, Callable[[DatasetCard], object]] = {
+    "the vocabulary's fingerprint": lambda card: card.vocabulary.fingerprint[:16],
+    "inputs_length": lambda card: card.inputs_length,
+    "targets_length": lambda card: card.targets_length,
+    "decoder_start_id": lambda card: card.decoder_start_id,
+}
 
 
 def token_dtype(vocabulary_size: int, inputs_length: int, targets_length: int) -> str:

@@ -21,7 +21,6 @@ DECODER_FIELDS = (
     "decoder_segment_ids",
     "decoder_positions",
 )
-LAYOUTS = ("encoder_decoder", "decoder_only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,3 +197,7 @@ def decoder_only_features(
         "decoder_segment_ids": segment_ids,
         "decoder_positions": canvas.ramps(np.zeros(len(stored.row), np.int64), segment_ids),
     }
+
+
+# By the architecture that reads them.
+LAYOUTS = {"encoder_decoder": encoder_decoder_features, "decoder_only": decoder_only_features}

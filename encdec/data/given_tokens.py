@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 
 from encdec.data.objectives import FIT_LENGTHS, Document, Encoded, Form, Objective
-from encdec.data.vocabulary import Vocabulary
 from encdec.errors import ConfigError, DataError
 
 
@@ -77,8 +76,9 @@ class GivenTokens(Objective):
             for side, ids in (("sources", source), ("targets", target)):
                 for length in FIT_LENGTHS:
                     encoded.fits[f"{side} {length}"] += len(ids) <= length
-            source = _cut(encoded, vocabulary, "source", source, form.inputs_length)
-            target = _cut(encoded, vocabulary, "target", target, form.targets_length)
+            end_of = lambda ids: vocabulary.eos_id if ids[-1:] == vocabulary.eos_id else None
+            source = encoded.cut("source", source, form.inputs_length, end_of(source))
+            target = encoded.cut("target", target, form.targets_length, end_of(target))
             encoded.add(source, target, int(vocabulary.byte_lengths[target].sum()))
         return encoded
 
@@ -90,15 +90,3 @@ class GivenTargets(GivenTokens):
     inputs_eos: bool = False
     document_fields: ClassVar[tuple[str, ...]] = ("ids of targets",)
     has_source = False
-
-
-def _cut(
-    encoded: Encoded, vocabulary: Vocabulary, side: str, ids: np.ndarray, length: int
-) -> np.ndarray:
-    if len(ids) <= length:
-        return ids
-    encoded.truncated[f"{side}s"] += 1
-    encoded.truncated[f"{side}_tokens"] += len(ids) - length
-    if ids[-1] != vocabulary.eos_id:
-        return ids[:length]
-    return np.append(ids[: length - 1], np.int32(vocabulary.eos_id))

@@ -15,12 +15,12 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from encdec.data.card import DatasetCard
+from encdec.data.card import MUST_AGREE, DatasetCard
 from encdec.data.shards import Records, open_directory
 from encdec.data.shuffle import epoch_order_seed, permuted, shuffled_rows
 from encdec.data.vocabulary import Vocabulary
@@ -127,7 +127,7 @@ class MixedRecords:
         first = self.parts[0]
         self.directory = first.directory
         for part in self.parts[1:]:
-            for name, read in _MUST_AGREE.items():
+            for name, read in MUST_AGREE.items():
                 mine, other = read(first.card), read(part.card)
                 if mine != other:
                     raise ConfigError(
@@ -171,14 +171,6 @@ class MixedRecords:
     def vocabulary(self) -> Vocabulary:
         """The vocabulary that all parts share."""
         return self.parts[0].vocabulary()
-
-
-_MUST_AGREE: dict[str, Callable[[DatasetCard], object]] = {
-    "the vocabulary's fingerprint": lambda card: card.vocabulary.fingerprint[:16],
-    "inputs_length": lambda card: card.inputs_length,
-    "targets_length": lambda card: card.targets_length,
-    "decoder_start_id": lambda card: card.decoder_start_id,
-}
 
 
 def _mixed_card(
@@ -227,14 +219,13 @@ def mix_records(
     rates: Sequence[float] | None = None,
     *,
     temperature: float = 1.0,
-    maximum: int | None = None,
 ) -> MixedRecords:
     """Open several records directories as a mixture; rates as in ``mixing_rates``, by rows."""
     if len(directories) < 2:
         raise ConfigError(f"a mixture of {list(directories)}; expected two directories or more")
     parts = [open_directory(directory) for directory in directories]
     sizes = [len(part) for part in parts]
-    shares = mixing_rates(sizes, rates, temperature=temperature, maximum=maximum)
+    shares = mixing_rates(sizes, rates, temperature=temperature)
     return MixedRecords(parts, shares.tolist())
 
 

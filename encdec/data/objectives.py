@@ -46,6 +46,14 @@ class Encoded:
         self.targets.append(target)
         self.target_bytes += target_bytes
 
+    def cut(self, side: str, ids: np.ndarray, length: int, end: int | None) -> np.ndarray:
+        """``ids`` [length] at most, what is cut off counted; ``end``, if any, stays the last."""
+        if len(ids) <= length:
+            return ids
+        self.truncated[f"{side}s"] += 1
+        self.truncated[f"{side}_tokens"] += len(ids) - length
+        return ids[:length] if end is None else np.append(ids[: length - 1], np.int32(end))
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -133,6 +141,8 @@ class SequenceToSequence(Objective):
 
     def encode(self, documents: Sequence[Document], first_document: int, form: Form) -> Encoded:
         encoded, vocabulary = Encoded(), form.vocabulary
+        eos = vocabulary.eos_id
+        source_end = eos if self.inputs_eos else None
         for start in range(0, len(documents), ENCODE_BATCH):
             part = documents[start : start + ENCODE_BATCH]
             sources = vocabulary.encode_batch([pair[0] for pair in part], self.inputs_eos)
@@ -151,13 +161,9 @@ class SequenceToSequence(Objective):
             whole = itertools.compress((pair[1] for pair in part), kept & fits)
             encoded.target_bytes += len("".join(whole).encode("utf-8"))
             for i in np.flatnonzero(kept & ~fits).tolist():
-                sources[i] = self._cut(
-                    encoded, vocabulary, "source", sources[i], form.inputs_length
-                )
+                sources[i] = encoded.cut("source", sources[i], form.inputs_length, source_end)
                 if len(targets[i]) > form.targets_length:
-                    targets[i] = self._cut(
-                        encoded, vocabulary, "target", targets[i], form.targets_length
-                    )
+                    targets[i] = encoded.cut("target", targets[i], form.targets_length, eos)
                     encoded.target_bytes += int(vocabulary.byte_lengths[targets[i]].sum())
                 else:
                     encoded.target_bytes += len(part[i][1].encode("utf-8"))
@@ -165,18 +171,6 @@ class SequenceToSequence(Objective):
             encoded.targets += itertools.compress(targets, kept)
         encoded.dropped = +encoded.dropped
         return encoded
-
-    def _cut(
-        self, encoded: Encoded, vocabulary: Vocabulary, side: str, ids: np.ndarray, length: int
-    ) -> np.ndarray:
-        """``ids`` without their end where they are too long, which is counted; EOS stays."""
-        if len(ids) <= length:
-            return ids
-        encoded.truncated[f"{side}s"] += 1
-        encoded.truncated[f"{side}_tokens"] += len(ids) - length
-        if side == "source" and not self.inputs_eos:
-            return ids[:length]
-        return np.append(ids[: length - 1], np.int32(vocabulary.eos_id))
 
 
 @named("prefix_lm")

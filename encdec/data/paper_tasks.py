@@ -50,11 +50,25 @@ def _text(row: Row) -> Document:
     return (row["text"],)
 
 
-_REFINE = _prompted(
-    "Fix the bug in the following Java method.", [("Buggy", "buggy")], "Fixed", "fixed"
-)
 _ESSAY = [("Task", "task"), ("Essay", "essay")]
 _CODE = ("bleu", "bleu_codexglue", "chrf", "exact_match", "rouge")
+
+
+def _refine(size: str, tokens: str, splits: Mapping[str, int]) -> FileTask:
+    return FileTask(
+        f"code_refine_{size}",
+        f"CodeXGLUE code refinement: Java methods {tokens} tokens",
+        ("buggy", "fixed"),
+        _prompted(
+            "Fix the bug in the following Java method.", [("Buggy", "buggy")], "Fixed", "fixed"
+        ),
+        splits,
+        pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
+        lengths=(512, 512),
+        fine_tune_steps=1_500,
+        metrics=(*_CODE, "syntax_java"),
+    )
+
 
 PAPER_TASKS: dict[str, FileTask] = {
     task.name: task
@@ -131,28 +145,8 @@ PAPER_TASKS: dict[str, FileTask] = {
             fine_tune_steps=1_000,
             metrics=(*_CODE, "syntax_c_sharp"),
         ),
-        FileTask(
-            "code_refine_small",
-            "CodeXGLUE code refinement: Java methods up to 50 tokens",
-            ("buggy", "fixed"),
-            _REFINE,
-            {"train": 46_680, "validation": 5_835, "test": 5_835},
-            pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
-            lengths=(512, 512),
-            fine_tune_steps=1_500,
-            metrics=(*_CODE, "syntax_java"),
-        ),
-        FileTask(
-            "code_refine_medium",
-            "CodeXGLUE code refinement: Java methods of 50 to 100 tokens",
-            ("buggy", "fixed"),
-            _REFINE,
-            {"train": 52_364, "validation": 6_545, "test": 6_545},
-            pairs=("{split}.buggy-fixed.buggy", "{split}.buggy-fixed.fixed"),
-            lengths=(512, 512),
-            fine_tune_steps=1_500,
-            metrics=(*_CODE, "syntax_java"),
-        ),
+        _refine("small", "up to 50", {"train": 46_680, "validation": 5_835, "test": 5_835}),
+        _refine("medium", "of 50 to 100", {"train": 52_364, "validation": 6_545, "test": 6_545}),
         FileTask(
             "ielts_band",
             "IELTS essay to its band",

@@ -1,7 +1,7 @@
 """Tasks over text read in Python, without TensorFlow: what an example is, and where it is.
 
-``tasks`` registers each of them with seqio. ``prepare`` reads them here, since checking every row
-by file and line and encoding in batches is not what tf.data does well.
+``seqio_registration`` registers each of them with seqio. ``prepare`` reads them here, since
+checking every row by file and line and encoding in batches is not what tf.data does well.
 """
 
 from __future__ import annotations
@@ -77,18 +77,14 @@ class TextTask:
         return iter(self.read(split, bad_rows))
 
 
-def jsonl_task(
-    files: Sequence[str],
-    objective: Objective | None = None,
-    fields: Sequence[str] = readers.PAIR_FIELDS,
-) -> TextTask:
+def jsonl_task(files: Sequence[str], fields: Sequence[str] = readers.PAIR_FIELDS) -> TextTask:
     """The user's own rows (``fields`` for source and target, optional ``targets``)."""
     paths = readers.check_files(files)
     named = {} if tuple(fields) == readers.PAIR_FIELDS else {"fields": list(fields)}
     return TextTask(
         "jsonl",
         lambda split, bad_rows: readers.pair_documents(paths, bad_rows, fields),
-        objective or PAIRS,
+        PAIRS,
         lambda: {"files": [path.name for path in paths]} | named,
     )
 
@@ -125,20 +121,6 @@ def text_files_task(
     )
 
 
-def _stdlib_pairs(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
-    for example in stdlib.stdlib_examples(split):
-        yield example["source"], example["target"]
-
-
-def _repair_pairs(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
-    return iter(repair.repair_examples(split))
-
-
-def _stdlib_text(split: str, bad_rows: readers.BadRows) -> Iterator[Document]:
-    for text in stdlib.stdlib_text(split):
-        yield (text,)
-
-
 def bind_file_task(task: FileTask, data_dir: str | None = None) -> TextTask:
     """A task over the files below ``data_dir``, else over tensorflow-datasets."""
     return TextTask(
@@ -155,24 +137,32 @@ def bind_file_task(task: FileTask, data_dir: str | None = None) -> TextTask:
 
 
 EMBEDDED_TASKS: dict[str, TextTask] = {
-    "stdlib_code_summarization": TextTask(
-        "stdlib_code_summarization",
-        _stdlib_pairs,
-        SequenceToSequence(),
-        stdlib.origin,
-        stdlib.SPLITS,
-        ("exact_match", "rouge", "rouge_stemmed"),
-        lengths=(512, 64),
-    ),
-    "stdlib_repair": TextTask(
-        "stdlib_repair",
-        _repair_pairs,
-        SequenceToSequence(),
-        stdlib.origin,
-        stdlib.SPLITS,
-        ("exact_match", "rouge"),
-    ),
-    "stdlib_text": TextTask(
-        "stdlib_text", _stdlib_text, PrefixLM(), stdlib.origin, stdlib.SPLITS, lengths=(512, 128)
-    ),
+    task.name: task
+    for task in (
+        TextTask(
+            "stdlib_code_summarization",
+            lambda split, _: ((x["source"], x["target"]) for x in stdlib.stdlib_examples(split)),
+            PAIRS,
+            stdlib.origin,
+            stdlib.SPLITS,
+            ("exact_match", "rouge", "rouge_stemmed"),
+            lengths=(512, 64),
+        ),
+        TextTask(
+            "stdlib_repair",
+            lambda split, _: iter(repair.repair_examples(split)),
+            PAIRS,
+            stdlib.origin,
+            stdlib.SPLITS,
+            ("exact_match", "rouge"),
+        ),
+        TextTask(
+            "stdlib_text",
+            lambda split, _: ((text,) for text in stdlib.stdlib_text(split)),
+            PrefixLM(),
+            stdlib.origin,
+            stdlib.SPLITS,
+            lengths=(512, 128),
+        ),
+    )
 }

@@ -62,8 +62,6 @@ def verify_records(
     for path in sorted(directory.glob("*.arrayrecord*")):
         if path.name not in known:
             verdict.faults.append(f"{path.name} is not a shard of the card: remove it")
-    if (directory / "preparing").exists():
-        verdict.faults.append("preparing/ is left over from an unfinished preparation: remove it")
     if not verdict.faults and vocabulary:
         say("rows")
         _check_rows(Records(directory, card), vocabulary, sample_rows, verdict)
@@ -136,14 +134,12 @@ def _row_fault(
         return f"it cannot be decoded ({error})"
     lengths = [sum(map(len, side)) for side in (sources, targets)]
     if lengths[0] > card.inputs_length or lengths[1] > card.targets_length:
-        return f"{lengths[0]} + {lengths[1]} tokens, expected {card.inputs_length} + " + (
-            f"{card.targets_length} at most"
-        )
+        most = f"{card.inputs_length} + {card.targets_length}"
+        return f"{lengths[0]} + {lengths[1]} tokens, expected {most} at most"
     if not all(map(len, targets)) or (card.inputs_length and not all(map(len, sources))):
         return "a segment without tokens"
-    if (largest := max(int(part.max()) for part in (*sources, *targets) if len(part))) >= (
-        vocabulary.size
-    ):
+    largest = max(int(part.max()) for part in (*sources, *targets) if len(part))
+    if largest >= vocabulary.size:
         return f"id {largest}, the vocabulary has {vocabulary.size}"
     totals["examples"] += len(targets)
     totals["source_tokens"] += lengths[0]

@@ -108,8 +108,7 @@ class Vocabulary(abc.ABC):
         """The same vocabulary with another number of extra ids."""
         other = copy.copy(self)
         Vocabulary.__init__(other, extra_ids)
-        for name in ("byte_lengths",):  # cached, one number an id
-            other.__dict__.pop(name, None)
+        other.__dict__.pop("byte_lengths", None)  # cached, one number an id
         return other
 
     def extra_id(self, number: int) -> int:
@@ -184,7 +183,7 @@ class Vocabulary(abc.ABC):
 
     def piece(self, token: int) -> str:
         """How one id is shown to people."""
-        return repr(self.decode([token]))[1:-1] if token != self.eos_id else "</s>"
+        return repr(self.decode([token]))[1:-1] if token != self.eos_id else EOS_NAME
 
     def spec(self) -> VocabularySpec:
         return VocabularySpec(
