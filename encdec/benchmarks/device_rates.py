@@ -46,7 +46,7 @@ def measure_rates(dtype: str = "float32", tries: int = 5) -> DeviceRates:
     if not (jax.default_backend() == "cpu" and dtype == "bfloat16"):
         read = ReadRate(dtype).best(tries)
     square = jnp.ones((_SIDE, _SIDE), dtype)
-    multiply = _best(lambda: _square(square, square), tries)
+    multiply = best_seconds(lambda: _square(square, square), tries)
     return DeviceRates(read, 2 * _SIDE**3 / multiply)
 
 
@@ -71,7 +71,7 @@ class ReadRate:
         """The best rate of this many tries."""
         return max(
             sum(piece.nbytes for piece in pieces)
-            / _best(lambda pieces=pieces: _products(pieces, self._vector), tries)
+            / best_seconds(lambda pieces=pieces: _products(pieces, self._vector), tries)
             for pieces in self._ways
         )
 
@@ -86,8 +86,9 @@ def _square(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _best(work: Callable[[], Any], tries: int) -> float:
-    jax.block_until_ready(work())  # compiles
+def best_seconds(work: Callable[[], Any], tries: int = 5) -> float:
+    """The shortest of some calls, after one that compiles."""
+    jax.block_until_ready(work())
     taken = []
     for _ in range(tries):
         begin = time.perf_counter()

@@ -13,20 +13,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from encdec.benchmarks.console import shown_mib, text_table, wide_console
 from encdec.benchmarks.device_rates import Busy, DeviceRates, ReadRate, measure_rates, peak_memory
 from encdec.benchmarks.edge_paths import DEFAULT, PATHS, REFERENCE, Run, chosen_paths, load_path
-from encdec.benchmarks.generation import GenerationTiming, Spread
+from encdec.benchmarks.generation import GenerationTiming, Spread, random_params
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.cost.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
 from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.flags import Parser
-from encdec.model import ModelConfig, build_model, init_params, preset
+from encdec.model import ModelConfig, preset
 from encdec.storage import local_path
 
 
@@ -149,8 +148,8 @@ def evaluate(
         dtype="bfloat16" if precision == "bfloat16" else "float32",
     )
     taken = timing.total.median - timing.first_token.median
-    reduced = PATHS[timing.model][1] not in ("float32",)
-    rate = (fast if reduced else rates).flops_per_second
+    reduced = PATHS[timing.model][1] != "float32"
+    product_rate = (fast if reduced else rates).flops_per_second
     neighbouring = Spread.of(
         [
             (weights + cache) / rate / (total - first)
@@ -161,7 +160,7 @@ def evaluate(
         timing,
         (weights + cache) / rates.bytes_per_second / taken,
         neighbouring,
-        flops.first_token.total / timing.first_token.median / rate,
+        flops.first_token.total / timing.first_token.median / product_rate,
     )
 
 
@@ -195,13 +194,12 @@ def main(argv: list[str]) -> int:
     if options.peak:
         print(_peak(options, config, folder))
         return 0
-    draw = jax.jit(init_params, static_argnums=0)
-    params = draw(build_model(config), jax.random.key(0))
+    params = random_params(config)
     runs = {name: load_path(name, config, params, folder, options.outputs) for name in paths}
     if options.export_only:
         return 0
     del params
-    console = Console(width=None if Console().is_terminal else 180)
+    console = wide_console()
     rates: dict[str, list[DeviceRates]] = {"float32": [], "bfloat16": []}
 
     def measure_machine() -> None:
@@ -283,11 +281,7 @@ def _peaks(options: argparse.Namespace, paths: Sequence[str]) -> dict[str, int]:
 def _as_json(one: Measured) -> dict[str, Any]:
     return {
         "path": one.timing.model,
-        "inputs": one.timing.input_length,
-        "outputs": one.timing.output_length,
-        "first_token_seconds": dataclasses.asdict(one.timing.first_token),
-        "total_seconds": dataclasses.asdict(one.timing.total),
-        "tokens_per_second": dataclasses.asdict(one.timing.tokens_per_second),
+        **one.timing.to_dict(),
         "decode_floor_share": one.decode_floor_share,
         "neighbouring_floor_share": dataclasses.asdict(one.neighbouring_floor_share),
         "first_token_rate": one.first_token_rate,
@@ -297,46 +291,28 @@ def _as_json(one: Measured) -> dict[str, Any]:
 
 def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path) -> int:
     (name,) = options.paths
-    params = None
-    if PATHS[name][0] == "jax":
-        params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
+    params = random_params(config) if PATHS[name][0] == "jax" else None
     first, rest = load_path(name, config, params, folder, options.outputs)
     rest(first(np.full(max(options.inputs_length), 5)), options.outputs)
     return peak_memory()
 
 
 def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Table:
-    table = Table(title=f"Medians (quartiles), {outputs} tokens out", title_justify="left")
-    names = (
-        "path",
-        "in",
-        "first token, ms",
-        "tokens/s",
-        "total, s",
-        "of matmul rate",
-        "of read floor",
-        "of adjacent reads",
-        "peak memory",
-        "same tokens",
-    )
-    for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
-    for one in found:
-        timing = one.timing
-        peak = peaks.get(timing.model)
-        table.add_row(
-            timing.model,
-            str(timing.input_length),
-            timing.first_token.shown(1e3, 0),
-            timing.tokens_per_second.shown(1, 1),
-            timing.total.shown(1, 3),
-            f"{one.first_token_rate:.0%}",
-            f"{one.decode_floor_share:.0%}",
-            one.neighbouring_floor_share.shown(100, 0) + " %",
-            f"{peak / 2**20:,.0f} MiB" if peak else "",
-            "" if one.same_tokens is None else f"{one.same_tokens} of {outputs}",
-        )
-    return table
+    columns: dict[str, Callable[[Measured], str]] = {
+        "path": lambda one: one.timing.model,
+        "in": lambda one: str(one.timing.input_length),
+        "first token, ms": lambda one: one.timing.first_token.shown(1e3, 0),
+        "tokens/s": lambda one: one.timing.tokens_per_second.shown(1, 1),
+        "total, s": lambda one: one.timing.total.shown(1, 3),
+        "of matmul rate": lambda one: f"{one.first_token_rate:.0%}",
+        "of read floor": lambda one: f"{one.decode_floor_share:.0%}",
+        "of adjacent reads": lambda one: one.neighbouring_floor_share.shown(100, 0) + " %",
+        "peak memory": lambda one: shown_mib(peaks.get(one.timing.model)),
+        "same tokens": lambda one: (
+            "" if one.same_tokens is None else f"{one.same_tokens} of {outputs}"
+        ),
+    }
+    return text_table(f"Medians (quartiles), {outputs} tokens out", found, columns)
 
 
 def _parser() -> Parser:
@@ -357,8 +333,8 @@ def _parser() -> Parser:
         metavar="A,B",
     )
     parser.add("--inputs_length", "input tokens", numbers, (512,), metavar="N,N")
-    parser.add("--outputs", "new tokens", int, 64)
-    parser.add("--repeats", "timed runs of each", int, 5)
+    parser.add("--outputs", "new tokens", int, 64, least=2)
+    parser.add("--repeats", "timed runs of each", int, 5, least=1)
     parser.add(
         "--calm",
         "take a timing again during which other processes took more than "

@@ -17,9 +17,14 @@ from encdec.errors import ConfigError
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled, start_compiled
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
-from encdec.model import ModelConfig, Params, build_model
+from encdec.model import ModelConfig, Params, build_model, init_params
 
 START_ID = 0  # which token it is changes no time
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> Params:
+    """Parameters of a model that nobody trained: their values do not affect the time."""
+    return jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(seed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,16 @@ class GenerationTiming:
     first_token_seconds: tuple[float, ...]
     total_seconds: tuple[float, ...]
     same_tokens: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lengths and spreads, for reports."""
+        return {
+            "inputs": self.input_length,
+            "outputs": self.output_length,
+            "first_token_seconds": dataclasses.asdict(self.first_token),
+            "total_seconds": dataclasses.asdict(self.total),
+            "tokens_per_second": dataclasses.asdict(self.tokens_per_second),
+        }
 
     @property
     def first_token(self) -> Spread:

@@ -38,7 +38,7 @@ def measure_peaks(
             settings,
             {"config": config.to_dict(), "dtype": dtype},
         )
-        found.update({(name, setting): peak for setting, peak in peaks.items()})
+        found |= {(name, setting): peak for setting, peak in peaks.items()}
     return found
 
 
@@ -74,12 +74,10 @@ def _peaks(config: ModelConfig, settings: Sequence[Setting], dtype: str) -> list
     import jax.numpy as jnp
 
     from encdec.benchmarks.device_rates import peak_memory
-    from encdec.benchmarks.generation import cached_run
+    from encdec.benchmarks.generation import cached_run, random_params
     from encdec.inference.ready import ready_for_decoding
-    from encdec.model import build_model, init_params
 
-    params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
-    config, params = ready_for_decoding(config, params, dtype)
+    config, params = ready_for_decoding(config, random_params(config), dtype)
     found = []
     for batch, inputs, outputs in settings:
         first, rest = cached_run(config, params, jnp.full((batch, inputs), 5, jnp.int32), outputs)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -15,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from encdec.benchmarks import transformers_runtime
+from encdec.benchmarks.console import shown_mib, text_table, wide_console
 from encdec.benchmarks.device_rates import DeviceRates, measure_rates
-from encdec.benchmarks.generation import GenerationTiming, time_generation
+from encdec.benchmarks.generation import GenerationTiming, random_params, time_generation
 from encdec.benchmarks.generation_memory import measure_peaks, peaks_by_process
 from encdec.cost.flops import (
     BYTES_PER_VALUE,
@@ -31,9 +29,10 @@ from encdec.cost.flops import (
 )
 from encdec.cost.peers import match_decoder_only
 from encdec.errors import ConfigError
+from encdec.files import write_json
 from encdec.flags import Parser
 from encdec.logs import logger
-from encdec.model import ModelConfig, build_model, init_params, preset
+from encdec.model import ModelConfig, preset
 from encdec.storage import local_path
 
 _LOG = logger(__name__)
@@ -83,11 +82,7 @@ class Measured:
             "model": timing.model,
             "cached": timing.cached,
             "batch": timing.batch,
-            "inputs": timing.input_length,
-            "outputs": timing.output_length,
-            "first_token_seconds": dataclasses.asdict(timing.first_token),
-            "total_seconds": dataclasses.asdict(timing.total),
-            "tokens_per_second": dataclasses.asdict(timing.tokens_per_second),
+            **timing.to_dict(),
             "flops": self.flops,
             "memory_bytes": self.memory_bytes,
             "cache_bytes": self.cache_bytes,
@@ -148,18 +143,16 @@ def measure(
     The values of parameters change no time. ``precisions`` are those of RUNTIMES that run OURS,
     whose export is in ``folder``. Raises ConfigError for a setting that cannot be.
     """
-    draw = jax.jit(init_params, static_argnums=0)
-    models = {
-        name: (config, draw(build_model(config), jax.random.key(0)))
-        for name, config in configs.items()
-    }
+    models = {name: (config, random_params(config)) for name, config in configs.items()}
     loaded = {
         name: transformers_runtime.TransformersModel(
             transformers_runtime.artefact(*models[OURS], folder), precision, torch_device()
         )
         for name, precision in (precisions or {}).items()
     }
-    runtimes = {name: _runtime(model) for name, model in loaded.items()}
+    # What ``time_generation`` asks of a runtime.
+    runtime = lambda model: lambda tokens, count: (lambda: model.start(tokens, count), model.finish)
+    runtimes = {name: runtime(model) for name, model in loaded.items()}
     dtypes = dict.fromkeys(configs, dtype) | dict(precisions or {})
     rates = measure_rates(dtype)
     found = []
@@ -183,11 +176,6 @@ def measure(
                 for timing in timings
             ]
     return rates, found
-
-
-def _runtime(model: transformers_runtime.TransformersModel) -> Callable[..., Any]:
-    """What ``time_generation`` asks of a runtime."""
-    return lambda tokens_BxS, count: (lambda: model.start(tokens_BxS, count), model.finish)
 
 
 def torch_device() -> str:
@@ -229,7 +217,7 @@ def main(argv: list[str]) -> int:
         ConfigError: an unknown model or peer, or a length that cannot be.
     """
     options = _parser().parse_args(argv)
-    console = Console(width=None if Console().is_terminal else 200)
+    console = wide_console(200)
     configs, precisions = _models(options), _precisions(options)
     for length in options.uncached_inputs or ():
         if length not in options.inputs_length:
@@ -237,15 +225,12 @@ def main(argv: list[str]) -> int:
                 f"--uncached_inputs has {length}; expected some of --inputs_length, "
                 f"{','.join(map(str, options.inputs_length))}"
             )
-    progress = lambda text: _LOG.info(text)
-    peaks, settings = (
-        {},
-        list(itertools.product(options.batches, options.inputs_length, options.outputs)),
-    )
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    settings = list(itertools.product(options.batches, options.inputs_length, options.outputs))
+    peaks: dict[tuple[str, tuple[int, int, int]], int] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
         if not options.no_memory:  # before this process takes much of an accelerator's memory
-            progress("memory, each model in its own process")
+            _LOG.info("memory, each model in its own process")
             peaks = measure_peaks(configs, settings, options.dtype)
             peaks |= _peaks_of_runtimes(configs[OURS], precisions, folder, settings)
         rates, found = measure(
@@ -258,23 +243,14 @@ def main(argv: list[str]) -> int:
             dtype=options.dtype,
             precisions=precisions,
             folder=folder,
-            on_progress=progress,
+            on_progress=_LOG.info,
         )
-    found = [
-        dataclasses.replace(
-            one,
-            peak_bytes=peaks.get(
-                (
-                    one.timing.model,
-                    (one.timing.batch, one.timing.input_length, one.timing.output_length),
-                ),
-                0,
-            )
-            if one.timing.cached
-            else 0,
-        )
-        for one in found
-    ]
+
+    def peak(timing: GenerationTiming) -> int:
+        setting = timing.batch, timing.input_length, timing.output_length
+        return peaks.get((timing.model, setting), 0) if timing.cached else 0
+
+    found = [dataclasses.replace(one, peak_bytes=peak(one.timing)) for one in found]
     console.print(
         f"{jax.devices()[0].device_kind}, {platform.machine()}: "
         f"{rates.bytes_per_second / 1e9:.1f} GB/s read, "
@@ -302,22 +278,19 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "inference.json"
-    report.write_text(
-        json.dumps(
-            {
-                "device": jax.devices()[0].device_kind,
-                "machine": platform.machine(),
-                "dtype": dtype,
-                "bytes_per_second": rates.bytes_per_second,
-                "flops_per_second": rates.flops_per_second,
-                "models": {name: config.to_dict() for name, config in configs.items()},
-                "paper": PAPER,
-                "ratios": ratios(found),
-                "measured": [one.to_dict() for one in found],
-            },
-            indent=2,
-        )
-        + "\n"
+    write_json(
+        report,
+        {
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+            "dtype": dtype,
+            "bytes_per_second": rates.bytes_per_second,
+            "flops_per_second": rates.flops_per_second,
+            "models": {name: config.to_dict() for name, config in configs.items()},
+            "paper": PAPER,
+            "ratios": ratios(found),
+            "measured": [one.to_dict() for one in found],
+        },
     )
     return [report, *draw([one.timing for one in found], folder)]
 
@@ -346,8 +319,7 @@ def _peaks_of_runtimes(
     """As ``measure_peaks`` has it, of transformers."""
     if not precisions:
         return {}
-    params = jax.jit(init_params, static_argnums=0)(build_model(config), jax.random.key(0))
-    directory = transformers_runtime.artefact(config, params, folder)
+    directory = transformers_runtime.artefact(config, random_params(config), folder)
     return {
         (name, setting): peak
         for name, precision in precisions.items()
@@ -378,69 +350,42 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
 
 
 def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> Table:
-    table = Table(title="Medians (quartiles)", title_justify="left")
-    names = (
-        "model",
-        "parameters",
-        "batch",
-        "in",
-        "out",
-        "first token, ms",
-        "tokens/s",
-        "memory",
-        "peak memory",
-        "read, GB",
-        "GFLOP",
-        "of matmul rate",
-        "of read floor",
-    )
-    for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
-    for one in found:
-        timing = one.timing
-        table.add_row(
-            timing.model + ("" if timing.cached else ", no cache"),
-            f"{count_parameters(configs.get(timing.model, configs[OURS])).total / 1e6:.1f}M",
-            str(timing.batch),
-            str(timing.input_length),
-            str(timing.output_length),
-            timing.first_token.shown(1e3),
-            timing.tokens_per_second.shown(),
-            f"{one.memory_bytes / 2**20:,.0f} MiB",
-            f"{one.peak_bytes / 2**20:,.0f} MiB" if one.peak_bytes else "",
-            f"{one.bytes_moved / 1e9:,.1f}",
-            f"{one.flops / 1e9:,.1f}",
-            f"{one.first_token_rate:.0%}",
-            f"{one.decode_floor_share:.0%}" if timing.cached else "",
-        )
-    return table
+    size = lambda name: count_parameters(configs.get(name, configs[OURS])).total
+    columns: dict[str, Callable[[Measured], str]] = {
+        "model": lambda one: one.timing.model + ", no cache" * (not one.timing.cached),
+        "parameters": lambda one: f"{size(one.timing.model) / 1e6:.1f}M",
+        "batch": lambda one: str(one.timing.batch),
+        "in": lambda one: str(one.timing.input_length),
+        "out": lambda one: str(one.timing.output_length),
+        "first token, ms": lambda one: one.timing.first_token.shown(1e3),
+        "tokens/s": lambda one: one.timing.tokens_per_second.shown(),
+        "memory": lambda one: shown_mib(one.memory_bytes),
+        "peak memory": lambda one: shown_mib(one.peak_bytes),
+        "read, GB": lambda one: f"{one.bytes_moved / 1e9:,.1f}",
+        "GFLOP": lambda one: f"{one.flops / 1e9:,.1f}",
+        "of matmul rate": lambda one: f"{one.first_token_rate:.0%}",
+        "of read floor": lambda one: f"{one.decode_floor_share:.0%}" * one.timing.cached,
+    }
+    return text_table("Medians (quartiles)", found, columns)
 
 
 def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="The encoder-decoder against each peer", title_justify="left")
-    measures = ("first token", "tokens per second", "memory", "peak memory", "FLOPs")
-    for place, name in enumerate(("peer", "batch", "in", "out", *measures)):
-        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
-    for row in rows:
-        table.add_row(
-            row["peer"] + ("" if row["cached"] else ", no cache"),
-            str(row["batch"]),
-            str(row["inputs"]),
-            str(row["outputs"]),
-            f"{row['first token']:+.0%}",
-            f"{row['tokens per second']:.2f}x",
-            f"{row['memory']:+.0%}",
-            "" if row["peak memory"] is None else f"{row['peak memory']:+.0%}",
-            f"{row['FLOPs']:+.0%}",
-        )
+    change = lambda row, name: "" if row[name] is None else f"{row[name]:+.0%}"
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "peer": lambda row: row["peer"] + ", no cache" * (not row["cached"]),
+        "batch": lambda row: str(row["batch"]),
+        "in": lambda row: str(row["inputs"]),
+        "out": lambda row: str(row["outputs"]),
+        "first token": lambda row: change(row, "first token"),
+        "tokens per second": lambda row: f"{row['tokens per second']:.2f}x",
+        "memory": lambda row: change(row, "memory"),
+        "peak memory": lambda row: change(row, "peak memory"),
+        "FLOPs": lambda row: change(row, "FLOPs"),
+    }
+    table = text_table("The encoder-decoder against each peer", rows, columns)
     table.add_section()
-    table.add_row(
-        "the paper (lengths, batch not stated)",
-        "",
-        "",
-        "",
-        *(PAPER.get(name, "") for name in measures),
-    )
+    figures = [PAPER.get(name, "") for name in columns]
+    table.add_row("the paper (lengths, batch not stated)", *figures[1:])
     return table
 
 
@@ -467,7 +412,7 @@ def _parser() -> Parser:
         ("batches", (1,), "rows"),
     ):
         parser.add(f"--{name}", text, numbers, default, metavar="N,N")
-    parser.add("--repeats", "timed runs of each", int, 5)
+    parser.add("--repeats", "timed runs of each", int, 5, least=1)
     parser.add(
         "--dtype",
         "dtype of weights, cache and products",

@@ -103,17 +103,14 @@ def describe_student(name: str, cost: StudentCost) -> str:
 
 def describe_cost(cost: ScoringCost) -> str:
     """A few lines for a person, with hours on some chips at an assumed utilisation."""
-    lines = [
-        f"{cost.rows:,} rows, {cost.tokens:,} target tokens",
-        *(
-            [
-                f"about {cost.typical_bytes_per_token:.0f} bytes per token, "
-                f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, with "
-                f"{TYPICAL_IDS:.0f} different ids per token"
-            ]
-            if cost.typical_bytes_per_token
-            else []
-        ),
+    lines = [f"{cost.rows:,} rows, {cost.tokens:,} target tokens"]
+    if cost.typical_bytes_per_token:
+        lines.append(
+            f"about {cost.typical_bytes_per_token:.0f} bytes per token, "
+            f"{_size(cost.typical_bytes_per_token * cost.tokens)} in all, with "
+            f"{TYPICAL_IDS:.0f} different ids per token"
+        )
+    lines += [
         f"at most {cost.most_bytes_per_token:.0f} bytes per token, {_size(cost.most_bytes)} in all "
         f"(every logit in bfloat16: {_size(cost.dense_bytes)})",
         f"{cost.teacher_flops:.3g} FLOPs of the teacher, once",

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from encdec.data.records import Records, open_records, write_shard
 from encdec.data.sparse_logits import SparseFormat, encode_row
@@ -26,6 +25,7 @@ from encdec.distill.scorers import JaxScorer, Scorer, scoring_model
 from encdec.distill.scoring_settings import ScoringSettings
 from encdec.distill.torch_scorer import TorchScorer, torch_model
 from encdec.jobs import DirectoryJob, Notes, Tally
+from encdec.processes import wait_for_all
 from encdec.storage import as_path
 
 Progress = Callable[["ScoringTally"], None]
@@ -63,7 +63,7 @@ def score(
         fields: of ``settings``.
 
     Returns:
-        The card; at once where this very scoring is done already.
+        The card; at once where this scoring is done already.
 
     Raises:
         ConfigError: settings out of range or at odds with each other or the devices.
@@ -95,17 +95,17 @@ def score(
         card = read_teacher_card(out)
         job.check_finished(card.identity(), kept)
         return card
-    _meet("look")  # nobody writes before all have seen what is there
+    wait_for_all("encdec score: look")  # nobody writes before all have seen what is there
     if not jax.process_index():
         job.begin()
-    _meet("begin")
+    wait_for_all("encdec score: begin")
     run = _Run(settings, scorer, opened, fmt, job.notes, progress)
     run.all_shards()
-    _meet("shards")
+    wait_for_all("encdec score: shards")
     if not jax.process_index():
         run.card(teacher).write(job.directory)
         job.end()
-    _meet("card")
+    wait_for_all("encdec score: card")
     return read_teacher_card(out)
 
 
@@ -147,7 +147,7 @@ class _Run:
         ]
         missing = set(self._notes.missing(range(self.shards))[0])
         # Known to all before anyone writes on.
-        _meet("notes")
+        wait_for_all("encdec score: notes")
         for group in groups:
             if missing.isdisjoint(group):
                 for number in group:
@@ -243,8 +243,3 @@ class _Run:
             shards=tuple(shards),
             fingerprint=teacher_fingerprint(card.fingerprint, self._fmt, shards),
         )
-
-
-def _meet(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"encdec score: {name}")

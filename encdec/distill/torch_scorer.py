@@ -103,14 +103,8 @@ def torch_model(
     longest = max_length or getattr(text, "max_position_embeddings", None)
     if longest:
         check_longest(records, longest, directory)
-    start = next(
-        (
-            token
-            for token in (text.bos_token_id, text.eos_token_id, spec.eos_id)
-            if isinstance(token, int)
-        ),
-        0,
-    )
+    starts = (text.bos_token_id, text.eos_token_id, spec.eos_id)
+    start = next(token for token in starts if isinstance(token, int))
     return TorchModel(
         directory,
         {

@@ -119,19 +119,16 @@ def _read(folder: pathlib.Path, task: str, report: Mapping[str, Any]) -> _Evalua
     examples, texts = zip(*(found[index] for index in range(count)))
     judge = report.get("judge")
     opinions = kept_opinions(folder, judge, examples, texts) if judge else []
+    of_task = TEXT_TASKS[task].metrics if task in TEXT_TASKS else DEFAULT
     return _Evaluation(
         examples,
         texts,
         {index: one for index, one in LikelihoodFiles(folder / task).read().items() if one.tokens},
         {index: one for index, one in enumerate(opinions) if one is not None},
         judge,
-        tuple(report["tasks"][task].get("metrics") or _metrics_of(task)),
+        # Reports of earlier versions do not list them.
+        tuple(report["tasks"][task].get("metrics") or of_task),
     )
-
-
-def _metrics_of(task: str) -> tuple[str, ...]:
-    """The metrics of a task in a report of an earlier version, which does not list them."""
-    return TEXT_TASKS[task].metrics if task in TEXT_TASKS else DEFAULT
 
 
 def _scores(sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
@@ -164,7 +161,8 @@ def compare_scores(
 ) -> dict[str, Any]:
     """Plain values of one score of two sides, each one Score a seed, on the same examples."""
     [count] = {score.count for side in sides for score in side}
-    statistics = [_mean_of(side) for side in sides]
+    mean_of = lambda side: lambda indices: float(np.mean([s.statistic(indices) for s in side]))
+    statistics: list[Statistic] = [mean_of(side) for side in sides]
     difference = compare(*statistics, count, resamples=resamples)
     p_value = randomisation_test(
         *(np.mean([score.parts_ExK for score in side], axis=0) for side in sides),
@@ -183,10 +181,6 @@ def compare_scores(
     return {"examples": count} | {
         name: value if math.isfinite(value) else None for name, value in values.items()
     }
-
-
-def _mean_of(scores: Sequence[Score]) -> Statistic:
-    return lambda indices: float(np.mean([score.statistic(indices) for score in scores]))
 
 
 def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Prediction
-from encdec.files import write_text
+from encdec.files import write_json, write_text
 from encdec.markup import markdown_table
 from encdec.metrics.intervals import Interval, compare
 from encdec.metrics.metric_registry import metric_named
@@ -74,11 +74,8 @@ def _plain(value: float) -> float | None:
 
 def write_report(directory: pathlib.Path, report: Mapping[str, Any]) -> None:
     """Writes report.json and report.md, each atomically."""
-    for name, text in (
-        (REPORT_FILE, json.dumps(report, indent=2) + "\n"),
-        ("report.md", markdown(report)),
-    ):
-        write_text(directory / name, text)
+    write_json(directory / REPORT_FILE, report)
+    write_text(directory / "report.md", markdown(report))
 
 
 def read_report(directory: str | os.PathLike[str]) -> dict[str, Any]:

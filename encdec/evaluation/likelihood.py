@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from encdec.data.features import decoder_only_features, encoder_decoder_features
+from encdec.data.features import LAYOUTS
 from encdec.data.records import encode_row
 from encdec.errors import DataError
 from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
@@ -184,12 +184,9 @@ class LikelihoodModel:
     def _batch(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], size: int
     ) -> tuple[np.ndarray, ...]:
-        features = (
-            encoder_decoder_features if self._config.is_encoder_decoder else decoder_only_features
-        )
         targets_length = bucket(max(len(target) for _, target in pairs))
         rows = [encode_row([source], [target], "uint32") for source, target in pairs]
-        batch = features(
+        batch = LAYOUTS[self._config.architecture](
             rows + [b""] * (size - len(rows)),
             inputs_length=bucket(max(len(source) for source, _ in pairs)),
             targets_length=targets_length,

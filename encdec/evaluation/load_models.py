@@ -49,27 +49,13 @@ def load_models(
         generator = load_exported_generator(
             checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows, draft=draft
         )
-        return generator, None, _about_export(checkpoint, content, generator)
+        return generator, None, _facts(checkpoint, content, generator)
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
     check_draft_model(draft, prompts.vocabulary)
     config, params, read_step = load_params_for_inference(checkpoint, chosen_step(checkpoint, step))
     # An imported model has no training run.
     run = content.get("run") or {"model": content["imported"]["name"], "seed": 0}
     behind = lineage(checkpoint, read_step)
-    model = {
-        "checkpoint": str(checkpoint),
-        "step": read_step,
-        "name": run["model"],
-        "architecture": config.architecture,
-        "encoder_layers": config.encoder_layers,
-        "decoder_layers": config.decoder_layers,
-        "parameters": parameter_count(params),
-        "training_flops": behind.training_flops,
-        "seed": run["seed"],
-        "seeds": behind.seeds and list(behind.seeds),
-        "max_input_tokens": prompts.max_input_tokens,
-        "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
-    }
     generator = Generator(
         config,
         params,
@@ -84,16 +70,24 @@ def load_models(
         reader = LikelihoodModel(
             config, params, prompts, batch_rows=batch_rows, devices=jax.local_devices()
         )
-    return generator, reader, model
+    facts = _facts(checkpoint, content, generator) | {
+        "step": read_step,
+        "name": run["model"],
+        "parameters": parameter_count(params),
+        "training_flops": behind.training_flops,
+        "seed": run["seed"],
+        "seeds": behind.seeds and list(behind.seeds),
+    }
+    return generator, reader, facts
 
 
-def _about_export(checkpoint: str, content: dict[str, Any], generator: Generator) -> dict[str, Any]:
-    """The same for a directory written by ``encdec export``, which does not record the training."""
-    config, export = generator.config, content["export"]
+def _facts(checkpoint: str, content: dict[str, Any], generator: Generator) -> dict[str, Any]:
+    """Facts about a model, of an export all: it does not record its training."""
+    config, export = generator.config, content.get("export", {})
     return {
         "checkpoint": str(checkpoint),
         "step": 0,
-        "name": f"{export['format']} {export['precision']}",
+        "name": f"{export.get('format')} {export.get('precision')}",
         "architecture": config.architecture,
         "encoder_layers": config.encoder_layers,
         "decoder_layers": config.decoder_layers,

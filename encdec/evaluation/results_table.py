@@ -131,25 +131,18 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 def _judges(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Each judge's mean opinion of every model and task, one entry per judge."""
-    reports = [report for found in models.values() for report in found if report.get("judge")]
     judges = []
-    for judge in (report["judge"] for report in reports):
-        if judge not in judges:
-            judges.append(judge)
+    for report in (report for found in models.values() for report in found):
+        if report.get("judge") and report["judge"] not in judges:
+            judges.append(report["judge"])
     found = []
     for judge in judges:
         theirs = {
             name: [report for report in of_model if report.get("judge") == judge]
             for name, of_model in models.items()
         }
-        tasks = list(
-            dict.fromkeys(
-                task
-                for of_model in theirs.values()
-                for report in of_model
-                for task in report["tasks"]
-            )
-        )
+        asked = [report for of_model in theirs.values() for report in of_model]
+        tasks = list(dict.fromkeys(task for report in asked for task in report["tasks"]))
         rows = [
             {
                 "model": name,

@@ -55,12 +55,9 @@ def equal_biases(config: ModelConfig, params: Params) -> Pair:
         return config, params
     flat = flattened(params, "/")
     for path, kernel in list(flat.items()):
-        folder, _, name = path.rpartition("/")
-        if name == "kernel" and folder.endswith(("_attention/q", "_attention/k", "_attention/v")):
-            flat.setdefault(f"{folder}/bias", np.zeros(kernel.shape[1:], np.float32))
-        elif name == "kernel" and folder.endswith("_attention/o"):
-            flat.setdefault(f"{folder}/bias", np.zeros(kernel.shape[2:], np.float32))
-    return config.replace(qkv_bias=True, attention_out_bias=True), unflatten(flat)
+        if path.endswith("_attention/o/kernel"):
+            flat.setdefault(path.replace("kernel", "bias"), np.zeros(kernel.shape[2:], np.float32))
+    return query_biases(config.replace(attention_out_bias=True), unflatten(flat))
 
 
 def query_biases(config: ModelConfig, params: Params) -> Pair:

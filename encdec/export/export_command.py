@@ -35,8 +35,6 @@ def main(argv: list[str]) -> int:
         )
     if options.own and options.format != "hf":
         raise ConfigError(f"--own is for --format=hf, not --format={options.format}; leave it out")
-    if options.check_pairs < 1:
-        raise ConfigError(f"check_pairs is {options.check_pairs}; expected 1 or more")
     started = time.monotonic()
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.export import quality
@@ -46,9 +44,8 @@ def main(argv: list[str]) -> int:
     pairs = None
     if options.check:
         prompts, _ = read_prompt_format(options.checkpoint)
-        pairs = quality.read_pairs(
-            options.check, options.check_pairs, prompts.vocabulary.fingerprint
-        )
+        fingerprint = prompts.vocabulary.fingerprint
+        pairs = quality.read_pairs(options.check, options.check_pairs, fingerprint)
     report = export_model(
         options.checkpoint,
         out,
@@ -75,15 +72,9 @@ def main(argv: list[str]) -> int:
     if pairs:
         from encdec.inference.exported import load_exported_model
 
-        print(
-            quality.measure(
-                load_exported_model(out),
-                export.config,
-                export.params,
-                pairs,
-                export.prompts.decoder_start_id,
-            )
-        )
+        start_id = export.prompts.decoder_start_id
+        exported = load_exported_model(out)
+        print(quality.measure(exported, export.config, export.params, pairs, start_id))
     return 0
 
 
@@ -146,5 +137,7 @@ def _parser() -> Parser:
         any_path,
         metavar="RECORDS",
     )
-    parser.add("--check_pairs", "with --check: number of (source, target) pairs to read", int, 64)
+    parser.add(
+        "--check_pairs", "with --check: number of (source, target) pairs to read", int, 64, least=1
+    )
     return parser

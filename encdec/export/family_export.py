@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from encdec.export import equivalents
 from encdec.export.equivalents import Params
@@ -159,6 +159,13 @@ def common(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def layer_types(config: ModelConfig, stack: Literal["encoder", "decoder"]) -> list[str]:
+    """Their names of layers with and without a window."""
+    layers = range(config.encoder_layers if stack == "encoder" else config.decoder_layers)
+    names = {True: "sliding_attention", False: "full_attention"}
+    return [names[config.is_local(layer, stack)] for layer in layers]
+
+
 def rotation(config: ModelConfig) -> dict[str, Any]:
     """Their rotation; divisors pair by pair are LongRoPE's factors, the same at every length."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_base(config)}
@@ -229,10 +236,7 @@ def convert(
 def _windows(form: _Form, config: ModelConfig, rope: dict[str, Any]) -> dict[str, Any]:
     """Keys of layers with and without a window, under the names that families have for them."""
     window = config.attention_window
-    local = [config.is_local(layer) for layer in range(config.decoder_layers)]
-    values: dict[str, Any] = {
-        "layer_types": ["sliding_attention" if near else "full_attention" for near in local]
-    }
+    values: dict[str, Any] = {"layer_types": layer_types(config, "decoder")}
     if form.name in ("qwen2", "qwen3", "smollm3"):
         values["use_sliding_window"] = bool(window)
         values["max_window_layers"] = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,7 @@ from encdec import safetensors
 from encdec.errors import ConfigError
 from encdec.export import equivalents, family_export, tokenizer
 from encdec.export.equivalents import Params
-from encdec.export.family_export import ACTIVATIONS, MAX_POSITIONS, Need, common
+from encdec.export.family_export import ACTIVATIONS, MAX_POSITIONS, Need, common, layer_types
 from encdec.export.formats import Export, Written
 from encdec.export.special_ids import padding_id
 from encdec.files import write_json
@@ -32,6 +32,7 @@ from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
 
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
+STACKS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Their major versions are read alike: tests/export/test_transformers_versions.py tries each.
 TRANSFORMERS = {"least": "4.57", "tested": ["4.57.3", "5.24.0"]}
@@ -145,9 +146,6 @@ def t5gemma_needs(config: ModelConfig, longest: int) -> list[Need]:
         ),
         ("local_rope_theta", not config.local_rope_theta, "0"),
         *_as_always(config),
-        ("post_norms", config.post_norms, "True"),
-        ("mlp_gated", config.mlp_gated, "True"),
-        ("mlp_bias", not config.mlp_bias, "False"),
         ("qk_norm", not config.qk_norm, "False"),
         ("rope_scaling", config.rope_scaling != "per_pair", "not 'per_pair'"),
         (
@@ -177,14 +175,11 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
     stacks = {
         name: stack
         | {
-            "num_hidden_layers": layers,
-            "layer_types": [
-                "sliding_attention" if config.is_local(layer, name) else "full_attention"
-                for layer in range(layers)
-            ],
+            "num_hidden_layers": len(layer_types(config, name)),
+            "layer_types": layer_types(config, name),
             "is_decoder": name == "decoder",
         }
-        for name, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers))
+        for name in STACKS
     }
     values = stacks | {
         "model_type": t5gemma.MODEL_TYPE,
@@ -205,11 +200,14 @@ def to_t5gemma(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Map
 
 
 def _as_always(config: ModelConfig) -> list[Need]:
-    """That a stack has nothing which came with later decoder-only families."""
+    """What every T5Gemma has, and that a stack has nothing of later decoder-only families."""
     fields = ("encoder_unrotated_layers", "decoder_unrotated_layers")
     return [
         ("omit_pre_norms", not config.omit_pre_norms, "False"),
         *((field, not getattr(config, field), "()") for field in fields),
+        ("post_norms", config.post_norms, "True"),
+        ("mlp_gated", config.mlp_gated, "True"),
+        ("mlp_bias", not config.mlp_bias, "False"),
     ]
 
 
@@ -218,9 +216,6 @@ def t5gemma2_needs(config: ModelConfig, longest: int) -> list[Need]:
     window = config.attention_window
     return [
         *_as_always(config),
-        ("post_norms", config.post_norms, "True"),
-        ("mlp_gated", config.mlp_gated, "True"),
-        ("mlp_bias", not config.mlp_bias, "False"),
         ("qk_norm", config.qk_norm and not config.qk_norm_over_heads, "True, of single heads"),
         ("attention_logit_cap", not config.attention_logit_cap, "0"),
         ("share_embeddings", config.share_embeddings, "True"),
@@ -254,16 +249,13 @@ def to_t5gemma2(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Ma
     }
     for key in ("rope_theta", "rope_scaling"):  # of transformers 4, which has no such model
         del stack[key]
-    kinds = {
-        name: [
-            "sliding_attention" if config.is_local(layer, name) else "full_attention"
-            for layer in range(layers)
-        ]
-        for name, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers))
-    }
     of_stack = {
-        name: stack | {"num_hidden_layers": len(types), "layer_types": types}
-        for name, types in kinds.items()
+        name: stack
+        | {
+            "num_hidden_layers": len(layer_types(config, name)),
+            "layer_types": layer_types(config, name),
+        }
+        for name in STACKS
     }
     width, no_id = 2, config.vocab_size  # of the images' side; an id that no text has
     encoder = {

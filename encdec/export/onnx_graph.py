@@ -160,12 +160,10 @@ class _Layers:
         if g.precision == "float32":
             return g.op("Gather", g.constant(table * factor, "embedding"), tokens)
         levels, scales = eight_bits(table, axis=1)
-        rows = g.op(
-            "Cast", g.op("Gather", g.constant(levels, "embedding"), tokens), to=TensorProto.FLOAT
-        )
-        return g.op(
-            "Mul", rows, g.op("Gather", g.constant(scales * factor, "embedding.scale"), tokens)
-        )
+        rows = g.op("Gather", g.constant(levels, "embedding"), tokens)
+        rows = g.op("Cast", rows, to=TensorProto.FLOAT)
+        scales = g.op("Gather", g.constant(scales * factor, "embedding.scale"), tokens)
+        return g.op("Mul", rows, scales)
 
     def rope(self, positions: str, local: bool = False) -> tuple[str, str]:
         """Cosines and sines [B, T, 1, D] of positions [B, T], both halves next to each other."""
@@ -248,23 +246,17 @@ class _Layers:
 
     def mlp(self, x: str, params: Params, path: str) -> str:
         g, config = self.g, self.config
-        into = lambda name: g.linear(
+        product = lambda name, x: g.linear(
             x,
             params[name]["kernel"],
             params[name].get("bias"),
             f"{path}/{name}",
-            precision=self.g.mlp_precision,
-        )
-        hidden = self.activate(into("gate" if config.mlp_gated else "up"))
-        if config.mlp_gated:
-            hidden = g.op("Mul", hidden, into("up"))
-        return g.linear(
-            hidden,
-            params["down"]["kernel"],
-            params["down"].get("bias"),
-            f"{path}/down",
             precision=g.mlp_precision,
         )
+        hidden = self.activate(product("gate" if config.mlp_gated else "up", x))
+        if config.mlp_gated:
+            hidden = g.op("Mul", hidden, product("up", x))
+        return product("down", hidden)
 
     def activate(self, x: str) -> str:
         g, kind = self.g, self.config.mlp_activation
@@ -481,12 +473,8 @@ def _cross_attention(
 
 
 def _decoder_values(config: ModelConfig) -> tuple[list[Any], list[Any]]:
-    K, D, integer, real = (
-        config.num_kv_heads,
-        config.head_dim,
-        TensorProto.INT64,
-        TensorProto.FLOAT,
-    )
+    K, D = config.num_kv_heads, config.head_dim
+    integer, real = TensorProto.INT64, TensorProto.FLOAT
     inputs = [
         _value("tokens", integer, "batch", "new"),
         _value("positions", integer, "batch", "new"),

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 
+from encdec.data.huggingface_vocabulary import BYTE_PIECE
 from encdec.data.vocabulary import ByteVocabulary, Vocabulary
 
 PADDING_TOKEN = "<|padding|>"  # of a row behind the vocabulary
-_BYTES = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _UNUSED = re.compile(r"pad|unused|reserved", re.IGNORECASE)
 
 
@@ -40,8 +40,8 @@ def padding_id(
     pieces = [vocabulary.piece(i) for i in range(vocabulary.base_size)]
     candidates = [vocabulary.pad_id] if vocabulary.pad_id in (*unwritten, unknown) else []
     candidates += [i for i in unwritten if _UNUSED.search(pieces[i])]
-    writes_all = isinstance(vocabulary, ByteVocabulary)
-    if unknown is not None and (writes_all or sum(map(bool, map(_BYTES.fullmatch, pieces))) == 256):
+    spelled = sum(BYTE_PIECE.fullmatch(piece) is not None for piece in pieces)
+    if unknown is not None and (isinstance(vocabulary, ByteVocabulary) or spelled == 256):
         candidates.append(unknown)
     if vocabulary.size < rows:
         candidates.append(vocabulary.size)

@@ -15,6 +15,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from encdec.data.huggingface_vocabulary import BYTE_OF_LETTER
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from encdec.errors import ConfigError
 from encdec.export.special_ids import PADDING_TOKEN
@@ -138,18 +139,11 @@ def _added(token: int, name: str, special: bool = True) -> dict[str, Any]:
     }
 
 
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level tokenizers: itself where it is
-    printable, and one from U+0100 on elsewhere."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
 def _bytes_content(vocabulary: ByteVocabulary) -> dict[str, Any]:
     """Plain bytes as byte-level BPE without merges; incomplete characters decode to nothing."""
     vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2}
-    vocab |= {x: vocabulary.offset + byte for byte, x in enumerate(_byte_characters())}
+    letters = sorted(BYTE_OF_LETTER, key=BYTE_OF_LETTER.__getitem__)
+    vocab |= {letter: vocabulary.offset + byte for byte, letter in enumerate(letters)}
     added = [_added(token, name) for name, token in list(vocab.items())[: vocabulary.offset]]
     for token in range(vocabulary.base_size, vocabulary.size):
         vocab[_extra(vocabulary, token)] = token
