@@ -313,7 +313,7 @@ def _in_steps(run: RunConfig) -> RunConfig:
         value = value_of(run, name)
         if 0 < value < 1:
             value = max(1, round(value * run.steps))
-        elif not value.is_integer():
+        elif value != int(value):
             raise ConfigError(
                 f"config.{name} is {value!r}; expected a whole number of steps, or a fraction of "
                 "the run between 0 and 1"
