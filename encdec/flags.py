@@ -143,7 +143,7 @@ def _at_least(least: int, name: str, number: Callable[[str], float]) -> Callable
             raise ConfigError(f"{name} is {text}; expected {least} or more")
         return value
 
-    checked.__name__ = number.__name__  # argparse names it where the text is no number
+    checked.__name__ = number.__name__  # argparse names it where the text is not a number
     return checked
 
 

@@ -10,7 +10,11 @@ from encdec import cli
 from encdec.flags import Parser
 
 # Actions that a command looks for itself; those of argparse's subparsers are found there.
-ACTIONS = {"evaluate": ("table", "compare"), "paper": ("table", "costs"), "compile": ("table",)}
+ACTIONS = {
+    "evaluate": ("table", "compare"),
+    "paper": ("table", "costs", "search"),
+    "compile": ("table",),
+}
 
 
 class _Parsed(BaseException):

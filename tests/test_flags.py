@@ -235,6 +235,7 @@ OTHER_MEANINGS = {
     "encdec score": {"--draws", "--teacher"},
     "encdec compile": {"--hlo"},
     "encdec paper": {"--results"},
+    "encdec paper search": {"--results"},
     "encdec generate": {"--logprobs"},
     "encdec serve": {"--slots"},
     "encdec benchmark edge": {"--export_only"},
