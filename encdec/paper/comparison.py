@@ -88,7 +88,7 @@ def cell(of_seeds: Sequence[Mapping[str, Any]], decoding: str, score: str) -> st
 
 
 def score_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One line a model; a score that no model has is left out."""
+    """One line per model; a score that no model has is left out."""
     columns = [
         (decoding, score, heading)
         for decoding, score, heading in SCORES

@@ -110,7 +110,7 @@ def _table(argv: list[str]) -> int:
         prog="encdec paper table",
         description="Prints the comparison's tables, with paired differences, from result rows.",
     )
-    parser.add_argument("results", type=any_path, metavar="FILE", help="JSON lines of results")
+    parser.add("results", "JSON lines of results", any_path, metavar="FILE")
     path = as_path(parser.parse_args(argv).results)
     from encdec.files import lines_exist
     from encdec.paper.comparison import comparison_markdown
@@ -130,13 +130,9 @@ def _costs(argv: list[str]) -> int:
         "a few minutes, and adds them to the result rows. Run it on a quiet machine.",
     )
     _add_config(parser)
-    parser.add_argument("--results", type=any_path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--remark",
-        default="",
-        metavar="TEXT",
-        help="remark on the machine and what else ran on it, for the table",
-    )
+    parser.add("--results", "receives the lines", any_path, required=True, metavar="FILE")
+    remark = "remark on the machine and what else ran on it, for the table"
+    parser.add("--remark", remark, default="", metavar="TEXT")
     options, setting = _read(parser, argv)
     from encdec.paper.costs import cost_rows
     from encdec.paper.result_rows import append_results
@@ -185,7 +181,7 @@ def _share(text: str) -> fractions.Fraction:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a share such as 1/6") from None
 
 
-def _search_parser() -> argparse.ArgumentParser:
+def _search_parser() -> Parser:
     parser = Parser(
         prog="encdec paper search",
         description="Tries learning rates and dropouts in short runs, each with its whole "
@@ -195,30 +191,14 @@ def _search_parser() -> argparse.ArgumentParser:
         "--workdir=runs/codexglue --learning_rates=5e-3,1e-2,2e-2 --dropouts=0,0.1",
     )
     _add_places(parser)
-    parser.add_argument(
-        "--rows",
-        metavar="A,B",
-        help="models, such as 'DEC,teacher' (default: the first split's ED and DEC)",
-    )
-    parser.add_argument(
-        "--learning_rates",
-        type=_numbers,
-        metavar="A,B",
-        help="peaks to try (default: half, once and twice config.optimizer.learning_rate)",
-    )
-    parser.add_argument(
-        "--dropouts", type=_numbers, metavar="A,B", help="to try (default: config.dropout)"
-    )
-    parser.add_argument(
-        "--fraction",
-        type=_share,
-        default=fractions.Fraction(1, 6),
-        metavar="1/N",
-        help="share of a column's steps that a trial has (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="of each combination (default: 1)"
-    )
+    rows = "models, such as 'DEC,teacher' (default: the first split's ED and DEC)"
+    parser.add("--rows", rows, metavar="A,B")
+    rates = "peaks to try (default: half, once and twice config.optimizer.learning_rate)"
+    parser.add("--learning_rates", rates, _numbers, metavar="A,B")
+    parser.add("--dropouts", "to try (default: config.dropout)", _numbers, metavar="A,B")
+    share = "share of a column's steps that a trial has"
+    parser.add("--fraction", share, _share, fractions.Fraction(1, 6), metavar="1/N")
+    parser.add("--seeds", "of each combination", int, 1)
     return parser
 
 
@@ -239,7 +219,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.Co
     return with_overrides(read_config_file(source), overrides, unknown)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec paper",
         description="Rebuilds the paper's comparison: pretrains DEC and ED at three splits at "
@@ -251,56 +231,35 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir=runs/paper",
     )
     _add_places(parser)
-    parser.add_argument(
+    parser.add(
         "--rows",
+        "only these students, such as 'DEC,ED 2/3-1/3'; processes with one --workdir divide the "
+        "runs",
         metavar="A,B",
-        help="only these students, such as 'DEC,ED 2/3-1/3'; processes with one --workdir divide "
-        "the runs",
     )
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=local_path,
-        required=True,
-        metavar="FILE.py[:SIZE]",
-        help="configs/paper.py:codexglue, :dialogsum, :refinement, :laptop or :gpu, or your own",
-    )
+def _add_config(parser: Parser) -> None:
+    config = "configs/paper.py:codexglue, :dialogsum, :refinement, :laptop or :gpu, or your own"
+    parser.add("--config", config, local_path, required=True, metavar="FILE.py[:SIZE]")
 
 
-def _add_places(parser: argparse.ArgumentParser) -> None:
+def _add_places(parser: Parser) -> None:
     """What is run, on what, and where."""
     _add_config(parser)
-    parser.add_argument(
-        "--data_dir",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="directory with the tasks' files, see `encdec data list`",
-    )
-    parser.add_argument(
-        "--text",
-        type=data_path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="text to pretrain on; may be repeated",
-    )
-    parser.add_argument(
-        "--workdir",
-        type=any_path,
-        required=True,
-        metavar="DIR",
-        help="receives everything; a directory on a disk",
-    )
-    parser.add_argument(
+    files = "directory with the tasks' files, see `encdec data list`"
+    parser.add("--data_dir", files, any_path, required=True)
+    text = "text to pretrain on; may be repeated"
+    parser.add("--text", text, data_path, default=[], metavar="FILE")
+    work = "receives everything; a directory on a disk"
+    parser.add("--workdir", work, any_path, required=True)
+    parser.add(
         "--results",
-        type=any_path,
+        "receives a JSON line of every run, also in a bucket; runs that it has are not done again "
+        "(default: results.jsonl in --workdir)",
+        any_path,
         metavar="FILE",
-        help="receives a JSON line of every run, also in a bucket; runs that it has are not done "
-        "again (default: results.jsonl in --workdir)",
     )
     add_module_flag(parser)
-    parser.add_argument("--columns", metavar="A,B", help="only these columns (default: all)")
+    parser.add("--columns", "only these columns (default: all)", metavar="A,B")

@@ -71,7 +71,7 @@ def run_rows(
     training_flops: float,
     folders: Mapping[str, pathlib.Path],
 ) -> list[dict[str, Any]]:
-    """The lines of one run, one a task.
+    """The lines of one run, one per task.
 
     Args:
         digest: of the settings.
@@ -160,7 +160,7 @@ def done_runs(rows: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str, int
 
 
 def by_row(rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Run rows of a task by the model's name, one a seed: the last where one is there twice."""
+    """Run rows of a task by the model's name, one per seed: the last where one is there twice."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         if row["kind"] == RUN and row["task"] == task:

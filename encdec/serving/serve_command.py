@@ -111,7 +111,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"encdec serve needs {package}: {install_hint('serve')}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="encdec serve",
         description="Serves a trained model over HTTP, in OpenAI's protocols, with "
@@ -119,90 +119,34 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: encdec serve --checkpoint=runs/mine --port=8000; curl "
         'http://127.0.0.1:8000/v1/completions -d \'{"prompt": "...", "temperature": 0}\'',
     )
-    parser.add_argument(
+    parser.add(
         "--checkpoint",
-        type=shipped.checkpoint,
+        "work directory of `encdec train` or `encdec import`",
+        shipped.checkpoint,
         required=True,
         metavar="DIR",
-        help="work directory of `encdec train` or `encdec import`",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
-    parser.add_argument("--name", help="the model's name (default: the directory's)")
-    parser.add_argument(
+    parser.add("--step", "checkpoint (default: the last)", int)
+    parser.add("--name", "the model's name (default: the directory's)")
+    parser.add(
         "--chat_template",
-        type=any_path,
-        metavar="FILE",
-        help="Jinja template that turns a chat's messages into one text (default: the checkpoint's "
+        "Jinja template that turns a chat's messages into one text (default: the checkpoint's "
         "chat_template.jinja, which an import copies; without one, the input is a single message)",
+        any_path,
+        metavar="FILE",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address (default %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="0: any free port (default %(default)s)"
-    )
-    _add_limit_flags(parser)
-    return parser
-
-
-def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--slots",
-        type=int,
-        default=16,
-        metavar="N",
-        help="answers generated at once (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max_queue",
-        type=int,
-        default=256,
-        metavar="N",
-        help="answers that may wait for a slot; more get 429 (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max_input_tokens",
-        type=int,
-        metavar="N",
-        help="longest input (default: the longest in training)",
-    )
-    parser.add_argument(
-        "--max_tokens",
-        type=int,
-        metavar="N",
-        help="most new tokens (default: the length of training targets)",
-    )
-    parser.add_argument(
-        "--max_answers",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most answers to one request: prompts times n (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max_body_bytes",
-        type=int,
-        default=1 << 20,
-        metavar="N",
-        help="longest request body (default %(default)s)",
-    )
-    parser.add_argument(
-        "--timeout_seconds",
-        type=float,
-        default=120.0,
-        metavar="X",
-        help="time until a request is abandoned (default %(default)s)",
-    )
-    parser.add_argument(
-        "--grace_seconds",
-        type=float,
-        default=30.0,
-        metavar="X",
-        help="time that running requests get at shutdown (default %(default)s)",
-    )
-    parser.add_argument(
-        "--keep_unknown",
-        action="store_true",
-        help="read text outside the vocabulary as its unknown token instead of refusing it",
-    )
+    parser.add("--host", "address", default="127.0.0.1")
+    parser.add("--port", "0: any free port", int, 8000)
+    parser.add("--slots", "answers generated at once", int, 16)
+    parser.add("--max_queue", "answers that may wait for a slot; more get 429", int, 256)
+    parser.add("--max_input_tokens", "longest input (default: the longest in training)", int)
+    parser.add("--max_tokens", "most new tokens (default: the length of training targets)", int)
+    parser.add("--max_answers", "most answers to one request: prompts times n", int, 64)
+    parser.add("--max_body_bytes", "longest request body", int, 1 << 20)
+    parser.add("--timeout_seconds", "time until a request is abandoned", float, 120.0)
+    parser.add("--grace_seconds", "time that running requests get at shutdown", float, 30.0)
+    unknown = "read text outside the vocabulary as its unknown token instead of refusing it"
+    parser.add("--keep_unknown", unknown, default=False)
     add_draft_option(parser)
     parser.add_argument(
         "--no_warm_up",
@@ -210,3 +154,4 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not compile at start-up, but when a program is first needed",
     )
+    return parser
