@@ -68,17 +68,17 @@ def mean_curve(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 def _compared(shape: str, adapted: np.ndarray, fresh: np.ndarray) -> str:
     words = []
-    if worth := steps_worth(adapted, fresh):
+    # What both start from is no step's doing.
+    if worth := steps_worth(adapted[adapted[:, 0] > 0], fresh):
         words.append(
             f"after {worth[0]:,.0f} steps the adapted model matches {worth[1]:,.0f} from scratch"
         )
     else:
-        words.append("training from scratch reaches no loss of the adapted model's curve")
-    early = first_step_at(adapted, fresh[-1, 2])
-    if early is not None:
+        words.append("training from scratch reaches no loss of the adapted model's evaluations")
+    if (early := np.flatnonzero(adapted[:, 2] <= fresh[-1, 2])).size:
         words.append(
-            f"the adapted model reaches the loss of all {fresh[-1, 0]:,.0f} steps from scratch at "
-            f"step {early:,.0f}"
+            f"the loss of all {fresh[-1, 0]:,.0f} steps from scratch is reached by the adapted "
+            f"model's evaluation after {adapted[early[0], 0]:,.0f} steps"
         )
     cross = crossing(adapted, fresh)
     ahead = "the adapted model" if adapted[-1, 2] <= fresh[-1, 2] else "the model from scratch"

@@ -47,6 +47,7 @@ def test_curves_cross_between_evaluations_or_not_at_all():
     assert "cross at 358 FLOPs" in text
     both["adapted all-all"] = [run(ADAPTED - [0, 0, 1])]
     assert "do not cross: the adapted model is ahead" in summary(both)
+    assert "is reached by the adapted model's evaluation after 10 steps" in summary(both)
 
 
 def test_the_budget_is_what_the_source_would_cost_further():
