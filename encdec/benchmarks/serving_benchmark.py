@@ -11,14 +11,38 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
+from encdec.inference.generation_settings import LOOKUP
 from encdec.storage import local_path
 
 ALONE, AT_ONCE = "one after the other", "at once"
+# Flags for random weights, and flags for a trained model.
+OF_RANDOM = ("model", "inputs_from", "inputs_to", "tokens_from", "tokens_to")
+OF_TRAINED = ("draft", "mixed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One request's answer.
+
+    Attributes:
+        tokens: their texts.
+        log_probs: of each token.
+        finish: why it ended.
+        first_token_seconds: as its client saw it.
+        seconds: until its end.
+    """
+
+    tokens: list[str]
+    log_probs: list[float]
+    finish: str
+    first_token_seconds: float
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +51,17 @@ class Pass:
 
     Attributes:
         seconds: for all of them.
-        tokens: generated.
-        first_token_seconds: of each request, as its client saw it.
-        answer_seconds: of each request, until its end.
+        processor_seconds: of all threads of this process, client and server.
+        answers: in the requests' order.
     """
 
     seconds: float
-    tokens: int
-    first_token_seconds: list[float]
-    answer_seconds: list[float]
+    processor_seconds: float
+    answers: list[Answer]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
 
     @property
     def rate(self) -> float:
@@ -44,12 +70,32 @@ class Pass:
 
 def main(argv: list[str]) -> int:
     """Two servers of one model in this process, over loopback: one slot and requests one after the
-    other, against many slots and all requests at once; the two alternate.
+    other, against many slots and all requests at once; the two alternate. Or servers of a trained
+    model with different drafts (``serving_drafts``); 1 where drafts changed an answer.
 
     Raises:
-        ConfigError: flags out of range.
+        ConfigError: flags out of range, or without effect.
+        CheckpointError, DataError: no model or no texts there.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    _check(options, parser)
+    if options.checkpoint:
+        from encdec.benchmarks import serving_drafts
+
+        report = serving_drafts.summary(options, serving_drafts.measure(options))
+        text, arms = serving_drafts.text_of(report), report["arms"].values()
+        wrong = any(arm["equal_answers"] < arm["answers"] for arm in arms)
+    else:
+        report, wrong = summary(options, measure(options)), False
+        text = text_of(report)
+    print(text)
+    if options.out:
+        pathlib.Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+    return int(wrong)
+
+
+def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for name in ("requests", "slots", "repeats", "inputs_from", "tokens_from"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name} is {getattr(options, name)}; expected 1 or more")
@@ -59,12 +105,16 @@ def main(argv: list[str]) -> int:
                 f"{high} is {getattr(options, high)}; expected {low} = "
                 f"{getattr(options, low)} or more"
             )
-    rounds = measure(options)
-    report = summary(options, rounds)
-    print(text_of(report))
-    if options.out:
-        pathlib.Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    if bool(options.checkpoint) != bool(options.jsonl):
+        raise ConfigError("--checkpoint=DIR and --jsonl=FILE go together; give both or none")
+    unused = OF_RANDOM if options.checkpoint else OF_TRAINED
+    for name in unused:
+        if (value := getattr(options, name)) != parser.get_default(name):
+            state = "with" if options.checkpoint else "without"
+            raise ConfigError(
+                f"{name} is {value}, which has no effect {state} --checkpoint; leave it out"
+            )
+    options.draft = options.draft or [LOOKUP]
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Pass]]:
@@ -104,7 +154,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Pass]]:
         rounds = []
         for number in range(options.repeats + 1):
             order = list(arms) if number % 2 else list(arms)[::-1]
-            made = {name: asyncio.run(_pass(urls[name], requests, arms[name][1])) for name in order}
+            made = {
+                name: asyncio.run(ask_all(urls[name], requests, arms[name][1])) for name in order
+            }
             if number:
                 rounds.append(made)
     return rounds
@@ -130,64 +182,81 @@ def make_requests(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-async def _pass(url: str, requests: Sequence[dict[str, Any]], at_once: int) -> Pass:
+async def ask_all(url: str, requests: Sequence[Mapping[str, Any]], at_once: int) -> Pass:
+    """Answers to all requests, streamed or not, so many at once."""
     import httpx
 
     limits = httpx.Limits(max_connections=at_once)
     gate = asyncio.Semaphore(at_once)
 
-    async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float, float, int]:
+    async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Answer:
         async with gate:
-            begin, first, tokens = time.perf_counter(), 0.0, 0
+            begin, first = time.perf_counter(), 0.0
+            tokens, log_probs, finish = [], [], ""
             async with client.stream("POST", "/v1/completions", json=body) as response:
-                response.raise_for_status()
+                if response.is_error:
+                    raise RuntimeError((await response.aread()).decode())
                 async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        first = first or time.perf_counter() - begin
-                        (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-                        tokens += len(choice["logprobs"]["tokens"])
-            return first, time.perf_counter() - begin, tokens
+                    part = line.removeprefix("data: ") if body["stream"] else line
+                    if not part.startswith("{"):
+                        continue
+                    first = first or time.perf_counter() - begin
+                    (choice,) = json.loads(part)["choices"]
+                    tokens += choice["logprobs"]["tokens"]
+                    log_probs += choice["logprobs"]["token_logprobs"]
+                    finish = choice["finish_reason"] or finish
+            return Answer(tokens, log_probs, finish, first, time.perf_counter() - begin)
 
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=3600) as client:
-        begin = time.perf_counter()
-        results = await asyncio.gather(*(ask(client, body) for body in requests))
-        seconds = time.perf_counter() - begin
-    firsts, wholes, tokens = zip(*results)
-    return Pass(seconds, sum(tokens), list(firsts), list(wholes))
+        begin, worked = time.perf_counter(), time.process_time()
+        answers = await asyncio.gather(*(ask(client, body) for body in requests))
+        seconds, worked = time.perf_counter() - begin, time.process_time() - worked
+        return Pass(seconds, worked, answers)
+
+
+def about_machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import jax
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def latencies(passes: Sequence[Pass]) -> dict[str, dict[str, float]]:
+    """Median and 95th percentile of times until the first token and the end."""
+    answers = [answer for one in passes for answer in one.answers]
+    found = {}
+    for name, times in (
+        ("first_token_seconds", sorted(answer.first_token_seconds for answer in answers)),
+        ("answer_seconds", sorted(answer.seconds for answer in answers)),
+    ):
+        p95 = times[int(0.95 * (len(times) - 1))]
+        found[name] = {"median": statistics.median(times), "p95": p95}
+    return found
 
 
 def summary(options: argparse.Namespace, rounds: Sequence[dict[str, Pass]]) -> dict[str, Any]:
     """Medians over the rounds, and the ratio of each round's rates."""
-    import jax
-
     ratios = [made[AT_ONCE].rate / made[ALONE].rate for made in rounds]
     report: dict[str, Any] = {
         "settings": vars(options),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        **about_machine(),
         "arms": {},
         "throughput_ratio": statistics.median(ratios),
         "ratios": ratios,
     }
     for name in (ALONE, AT_ONCE):
         passes = [made[name] for made in rounds]
-        firsts = sorted(x for one in passes for x in one.first_token_seconds)
-        wholes = sorted(x for one in passes for x in one.answer_seconds)
         report["arms"][name] = {
             "tokens_per_second": statistics.median(one.rate for one in passes),
             "requests_per_second": statistics.median(
                 options.requests / one.seconds for one in passes
             ),
             "tokens": passes[0].tokens,
-            "first_token_seconds": {
-                "median": statistics.median(firsts),
-                "p95": firsts[int(0.95 * (len(firsts) - 1))],
-            },
-            "answer_seconds": {
-                "median": statistics.median(wholes),
-                "p95": wholes[int(0.95 * (len(wholes) - 1))],
-            },
+            **latencies(passes),
         }
     return report
 
@@ -217,7 +286,10 @@ def _parser() -> Parser:
     parser = Parser(
         prog="encdec benchmark serving",
         description="Throughput of continuous batching, over HTTP on loopback, against the same "
-        "requests one after the other on a server of one slot.",
+        "requests one after the other on a server of one slot. With --checkpoint: of a trained "
+        "model's server with drafts against the same without; exit code 1 where an answer differs.",
+        epilog="Example: encdec benchmark serving --checkpoint=java2cs --jsonl=dev.jsonl "
+        "--draft=lookup --requests=1000 --mixed",
     )
     add = lambda name, default, text: parser.add(f"--{name}", text, int, default)
     parser.add("--model", "preset, with random weights", default="micro-8m")
@@ -229,5 +301,20 @@ def _parser() -> Parser:
     add("tokens_to", 64, "longest answer")
     add("repeats", 3, "passes of each kind")
     add("seed", 0, "seed of the requests")
+    parser.add("--checkpoint", "a trained model to serve", shipped.checkpoint, metavar="DIR")
+    parser.add("--jsonl", "its inputs, in the field 'source'", local_path, metavar="FILE")
+    parser.add(
+        "--draft",
+        "drafts of a server of --checkpoint; may be given several times (default lookup)",
+        local_path,
+        [],
+        metavar="lookup|DIR",
+    )
+    parser.add(
+        "--mixed",
+        "every second request of --jsonl has other settings: drawn, limited, with penalties or "
+        "stop strings; otherwise all are greedy",
+        default=False,
+    )
     parser.add("--out", "receives the numbers", local_path, metavar="FILE.json")
     return parser

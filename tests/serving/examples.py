@@ -6,7 +6,13 @@ import functools
 import json
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from encdec.inference.drafting import DraftModel
 from encdec.inference.generator import Generator
+from encdec.inference.ready import ready_for_decoding
 from encdec.serving.app import Service
 from encdec.serving.engine import Engine
 from encdec.serving.protocol import Limits
@@ -30,6 +36,15 @@ class SlowEngine(Engine):
 def make_engine(name="encoder_decoder", kind=Engine, **settings) -> Engine:
     settings = {"max_tokens": MAX_TOKENS, "slots": 4, "max_queue": 64} | settings
     return kind(*printing_model(name), PROMPTS, **settings)
+
+
+@functools.cache
+def noisy_draft(name="encoder_decoder") -> DraftModel:
+    """A draft model that often chooses what the model itself would, but not always."""
+    config, params = ready_for_decoding(*printing_model(name))
+    rng = np.random.default_rng(0)
+    change = lambda x: x + jnp.asarray(rng.normal(0, 0.03, x.shape), x.dtype)
+    return DraftModel(config, jax.tree.map(change, params), PROMPTS.decoder_start_id)
 
 
 def make_service(engine: Engine, **settings) -> Service:

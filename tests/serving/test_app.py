@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.inference.generation_settings import GenerationSettings
+from encdec.inference.pace import PLAIN, SIZES
 from encdec.serving.server import running
 from tests.serving.examples import (
     NAME,
@@ -22,6 +24,7 @@ from tests.serving.examples import (
     generator,
     make_engine,
     make_service,
+    noisy_draft,
     until,
 )
 
@@ -181,12 +184,18 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
-def test_everything_is_compiled_before_it_listens(name):
-    engine = make_engine(name, slots=3, max_tokens=14)  # of no other test, so nothing is there
+@pytest.mark.parametrize(
+    "name, draft", [("encoder_decoder", "encoder_decoder"), ("decoder_only", None)]
+)
+def test_everything_is_compiled_before_it_listens(name, draft, monkeypatch):
+    settings = {"slots": 3, "max_tokens": 14}  # of no other test, so nothing is there
+    engine = make_engine(name, draft=noisy_draft(draft) if draft else "off", **settings)
     with compilations() as before:
         engine.warm_up()
     assert len(before) >= len(engine.widths()) + 3
+    if draft:
+        sizes = itertools.cycle([*SIZES, PLAIN])
+        monkeypatch.setattr(engine._answering.pace, "size", lambda: next(sizes))
     with running(make_service(engine)) as (url, _), httpx.Client(base_url=url) as client:
         with compilations() as after:
             for fields in (
