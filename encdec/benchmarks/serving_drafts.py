@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, DraftedPass]]:
             order = list(found) if number % 2 else list(found)[::-1]
             made = {name: _pass(*found[name], bodies) for name in order}
             if number or options.repeats == 1:
-                rounds.append(made)
+                rounds.append({name: made[name] for name in found})
     return rounds
 
 
