@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
-import os
 import pathlib
-import platform
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from encdec import shipped
+from encdec.benchmarks.serving_client import Pass, about_machine, ask_all, latencies
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.inference.generation_settings import LOOKUP
@@ -24,48 +21,6 @@ ALONE, AT_ONCE = "one after the other", "at once"
 # Flags for random weights, and flags for a trained model.
 OF_RANDOM = ("model", "inputs_from", "inputs_to", "tokens_from", "tokens_to")
 OF_TRAINED = ("draft", "mixed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One request's answer.
-
-    Attributes:
-        tokens: their texts.
-        log_probs: of each token.
-        finish: why it ended.
-        first_token_seconds: as its client saw it.
-        seconds: until its end.
-    """
-
-    tokens: list[str]
-    log_probs: list[float]
-    finish: str
-    first_token_seconds: float
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """All requests, answered once.
-
-    Attributes:
-        seconds: for all of them.
-        processor_seconds: of all threads of this process, client and server.
-        answers: in the requests' order.
-    """
-
-    seconds: float
-    processor_seconds: float
-    answers: list[Answer]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(answer.tokens) for answer in self.answers)
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
 
 
 def main(argv: list[str]) -> int:
@@ -180,62 +135,6 @@ def make_requests(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for number in range(options.requests)
     ]
-
-
-async def ask_all(url: str, requests: Sequence[Mapping[str, Any]], at_once: int) -> Pass:
-    """Answers to all requests, streamed or not, so many at once."""
-    import httpx
-
-    limits = httpx.Limits(max_connections=at_once)
-    gate = asyncio.Semaphore(at_once)
-
-    async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Answer:
-        async with gate:
-            begin, first = time.perf_counter(), 0.0
-            tokens, log_probs, finish = [], [], ""
-            async with client.stream("POST", "/v1/completions", json=body) as response:
-                if response.is_error:
-                    raise RuntimeError((await response.aread()).decode())
-                async for line in response.aiter_lines():
-                    part = line.removeprefix("data: ") if body["stream"] else line
-                    if not part.startswith("{"):
-                        continue
-                    first = first or time.perf_counter() - begin
-                    (choice,) = json.loads(part)["choices"]
-                    tokens += choice["logprobs"]["tokens"]
-                    log_probs += choice["logprobs"]["token_logprobs"]
-                    finish = choice["finish_reason"] or finish
-            return Answer(tokens, log_probs, finish, first, time.perf_counter() - begin)
-
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=3600) as client:
-        begin, worked = time.perf_counter(), time.process_time()
-        answers = await asyncio.gather(*(ask(client, body) for body in requests))
-        seconds, worked = time.perf_counter() - begin, time.process_time() - worked
-        return Pass(seconds, worked, answers)
-
-
-def about_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import jax
-
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-
-
-def latencies(passes: Sequence[Pass]) -> dict[str, dict[str, float]]:
-    """Median and 95th percentile of times until the first token and the end."""
-    answers = [answer for one in passes for answer in one.answers]
-    found = {}
-    for name, times in (
-        ("first_token_seconds", sorted(answer.first_token_seconds for answer in answers)),
-        ("answer_seconds", sorted(answer.seconds for answer in answers)),
-    ):
-        p95 = times[int(0.95 * (len(times) - 1))]
-        found[name] = {"median": statistics.median(times), "p95": p95}
-    return found
 
 
 def summary(options: argparse.Namespace, rounds: Sequence[dict[str, Pass]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from encdec.benchmarks.serving_benchmark import Pass, about_machine, ask_all, latencies
+from encdec.benchmarks.serving_client import Pass, about_machine, ask_all, latencies
 from encdec.inference.generation_settings import OFF
 from encdec.serving.app import Service
 

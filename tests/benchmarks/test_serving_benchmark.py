@@ -12,7 +12,7 @@ import pytest
 
 from encdec import cli
 from encdec.benchmarks import serving_drafts
-from encdec.benchmarks.serving_benchmark import Answer, Pass
+from encdec.benchmarks.serving_client import Answer, Pass
 from encdec.benchmarks.serving_drafts import DraftedPass
 from encdec.inference.generation_settings import OFF
 from encdec.inference.pace import SIZES, Pace
