@@ -107,7 +107,10 @@ def codexglue() -> ConfigDict:
 
 
 def dialogsum() -> ConfigDict:
-    """Dialogues to summaries from scratch; Rouge with stemming, as in DialogSum's script."""
+    """Dialogues to summaries from scratch; Rouge with stemming, as in DialogSum's script.
+
+    A run of ED has 1.3 times the FLOPs of codexglue's: about 13 minutes of a quiet core, by FLOPs.
+    """
     config = from_scratch()
     # 98 % of the pairs fit. Sources have 192 tokens in the median, 606 at the 99th percentile,
     # summaries 37 and 96: both sides of packed rows are full. 3 epochs.
@@ -118,7 +121,10 @@ def dialogsum() -> ConfigDict:
 
 
 def refinement() -> ConfigDict:
-    """Faulty Java methods to right ones (CodeXGLUE, small) from scratch; exact match tells."""
+    """Faulty Java methods to right ones (CodeXGLUE, small) from scratch; exact match tells.
+
+    A run of ED has 0.87 times the FLOPs of codexglue's: about 9 minutes of a quiet core, by FLOPs.
+    """
     config = from_scratch()
     # The text, whose names are numbered, has 2,131 pieces at most.
     config.vocabulary = 1024
