@@ -34,7 +34,7 @@ from encdec.inference.exported import export_format, load_exported_model
 from encdec.inference.generation_settings import LOOKUP, OFF, GenerationSettings
 from encdec.inference.generator import Generator, TextGenerator
 from encdec.inference.load_generator import load
-from encdec.inference.pace import LONGEST_DRAFT
+from encdec.inference.pace import LONGEST_DRAFT, Insistent
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.machine import available_cores
@@ -332,6 +332,8 @@ def _rates(options: argparse.Namespace) -> list[TaskRate]:
                     generators = tuple(load(one, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
                     if generators[0].batch_rows < rows:
                         continue  # LiteRT's one row
+                    if options.always:
+                        generators[1].paces.kind = Insistent
                     for path in options.jsonl:
                         asked = path, options.max_examples, options.max_tokens
                         found.append(measure_task(name, generators, *asked))
@@ -449,6 +451,12 @@ def _parser() -> Parser:
         default=False,
     )
     parser.add("--batches", "rows at once", numbers, (1,), metavar="N,N")
+    parser.add(
+        "--always",
+        "verify drafts at every step, whether it pays or not, in steps of every size: a check that "
+        "answers to --jsonl are equal, not a measurement of their rate",
+        default=False,
+    )
     parser.add("--out", "write speculate.json there", local_path)
     return parser
 

@@ -209,6 +209,7 @@ class Paces:
     def __init__(self, draft: Draft, pays: bool):
         self._draft, self._pays = draft, pays
         self._paces: dict[int, Pace] = {}
+        self.kind: type[Pace] = Pace  # of the paces that are begun from now on
 
     @property
     def all(self) -> list[Pace]:
@@ -220,7 +221,7 @@ class Paces:
         auto = self._draft == AUTO
         if self._draft == OFF or (auto and not (self._pays and rows <= MOST_ROWS)):
             return None
-        return self._paces.setdefault(rows, Pace(rows, eager=not auto))
+        return self._paces.setdefault(rows, self.kind(rows, eager=not auto))
 
 
 def drafting_pays(config: ModelConfig) -> bool:

@@ -116,7 +116,9 @@ class LitertMemory:
         heads, dim = config.num_kv_heads, config.head_dim
         past = {"key": (1, heads, self._width, dim), "value": (1, heads, dim, self._width)}
         layers = range(config.decoder_layers)
-        self._shapes = {f"past_{kind}_{i}": past[kind] for kind in past for i in layers}
+        self._shapes: dict[str, tuple[int, ...]] = {
+            f"past_{kind}_{i}": past[kind] for kind in past for i in layers
+        }
         self._caches = list(self._shapes)
         if not merged:
             self._shapes |= {name: value.shape for name, value in source.items()}
@@ -161,7 +163,7 @@ class LitertMemory:
     ) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
         """Feeds N tokens per row; what ``greedy`` would tell after each."""
         found = [self._choices() for _ in self._feed_several(tokens_RxN)]
-        chosen_RxN, log_probs_RxN = map(np.stack, zip(*found))
+        chosen_RxN, log_probs_RxN = (np.stack(parts) for parts in zip(*found))
         return chosen_RxN, lambda count: log_probs_RxN[:, :count]
 
     def keep(self, counts_R: np.ndarray) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 PLAIN = 1
@@ -105,3 +107,15 @@ class Pace:
     def note_shares(self, shares: np.ndarray) -> None:
         before = shares if self.shares is None else self.shares
         self.shares = before + NEWEST * (shares - before)
+
+
+class Insistent(Pace):
+    """Verifies whether it pays or not, with steps of every size in turn: for checks that drafts
+    change no answer."""
+
+    def __init__(self, rows: int, eager: bool):
+        super().__init__(rows, eager)
+        self._sizes = itertools.cycle(SIZES)
+
+    def size(self) -> int:
+        return next(self._sizes)

@@ -37,6 +37,11 @@ def test_steps_and_tasks_are_measured(encoder_decoder_run, tmp_path, capsys):
     # How often drafts are verified follows from times; where none was, there is no rate.
     assert rate["tokens_a_step"] == 0 or 1 <= rate["tokens_a_step"] <= 8
     assert 0 <= rate["acceptance"] <= 1
+    # Where every step verifies, there are such steps, and the answers are still the same.
+    always = ["--always", f"--checkpoint={encoder_decoder_run}", f"--jsonl={texts}"]
+    assert main([*always, f"--out={tmp_path}"]) == 0
+    (rate,) = json.loads((tmp_path / "speculate.json").read_text())["tasks"]
+    assert rate["same_answers"] == 1 and not rate["different"] and 1 <= rate["tokens_a_step"] <= 8
 
 
 def test_what_cannot_be_measured_is_refused():

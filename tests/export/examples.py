@@ -154,7 +154,7 @@ MODELS: dict[str, ModelConfig] = {
         rope_length=40,
     ),
 }
-# For graphs alone: no format but ONNX has all of these.
+# For graphs alone: no format but ONNX and LiteRT has all of these.
 MODELS_OF_GRAPHS = MODELS | {
     # Cross-attention that knows places: counted from zero, and on from the source's end.
     "from zero": TINY.replace(cross_attention_rope="from_zero"),
