@@ -153,12 +153,12 @@ def test_exports_whose_steps_take_one_token_are_still_read(tmp_path, caplog):
     with zipfile.ZipFile(pathlib.Path(__file__).with_name("one_token_litert.zip")) as archive:
         archive.extractall(tmp_path)
     with caplog.at_level("INFO", "encdec"):
-        plain = load_exported_generator(tmp_path, threads=1)
+        plain = load_exported_generator(tmp_path)
     assert "decodes without drafts; run encdec export again" in caplog.text
     for text, tokens in json.loads((tmp_path / "answers.json").read_text()).items():
         assert plain.generate([text])[0][0].tokens == tokens
     with pytest.raises(ConfigError, match="one token per step.*run encdec export again"):
-        load_exported_generator(tmp_path, threads=1, draft="lookup")
+        load_exported_generator(tmp_path, draft="lookup")
 
 
 def test_a_full_cache_is_refused(export):
