@@ -236,6 +236,7 @@ OTHER_MEANINGS = {
     "encdec compile": {"--hlo"},
     "encdec paper": {"--results"},
     "encdec paper search": {"--results"},
+    "encdec benchmark adaptation": {"--results"},
     "encdec generate": {"--logprobs"},
     "encdec serve": {"--slots"},
     "encdec benchmark edge": {"--export_only"},
