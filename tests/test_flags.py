@@ -148,7 +148,8 @@ def test_a_batch_larger_than_the_data_is_warned_of_even_if_quiet(batch_size, cap
         abstract_state=SimpleNamespace(params={}),
         unsharded=[],
     )
-    run = SimpleNamespace(model="test", steps=5, batch_size=batch_size)
+    start = {"model": "test", "init_architecture": "source", "init_from": "runs/a"}
+    run = SimpleNamespace(**start, steps=5, batch_size=batch_size)
     job = SimpleNamespace(program=program, run=run, teacher=None, records=range(15))
     logs.set_level(logs.QUIET)
     _introduce(job, Console(5))

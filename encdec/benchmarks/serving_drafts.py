@@ -1,6 +1,6 @@
 """``encdec benchmark serving --checkpoint=DIR``: a trained model's server, plain and with drafts.
 
-Servers of one model, one for each kind of drafts, answer the same requests by turns. The first one
+Servers of one model, one for each kind of drafts, answer the same requests, alternating. The first one
 drafts nothing: its answers are what those of the others have to be.
 """
 

@@ -65,7 +65,7 @@ def prepare(
     source = settings.text_task()
     inputs, targets = source.row_lengths(settings.inputs_length, settings.targets_length)
     source = source.at_lengths(inputs, targets)
-    assert settings.vocabulary is not None
+    assert settings.vocabulary is not None and settings.decoder_start_id is not None
     vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
     recipe = Recipe(
         _check_objective(settings, source, Form(vocabulary, inputs, targets)),
@@ -165,6 +165,7 @@ def _check_objective(settings: PrepareSettings, task: TextTask, form: Form) -> O
             f"{' and '.join(given)}; choose another --objective or text"
         )
     objective.check(form)
+    assert settings.decoder_start_id is not None  # resolved
     if not settings.decoder_start_id < form.vocabulary.size:
         raise ConfigError(
             f"decoder_start_id is {settings.decoder_start_id}; expected an id of the vocabulary, "

@@ -252,7 +252,7 @@ def recorded_vocabulary(content: Mapping[str, Any], workdir: str | os.PathLike) 
 
 
 def recorded_start_id(directory: str | os.PathLike[str]) -> int | None:
-    """The decoder's first input in a work or records directory; None if it is no such."""
+    """The decoder's first input in a work or records directory; None for any other directory."""
     path = as_path(user_place("the vocabulary", os.fspath(directory)))
     for name, group in (("config.json", "data"), (CARD_FILE, None)):
         if not (path / name).is_file():

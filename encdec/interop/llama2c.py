@@ -136,7 +136,7 @@ def read_tokenizer(path: pathlib.Path) -> SentencePieceVocabulary:
 
     Raises:
         ConfigError: the package protobuf is missing.
-        DataError: the file is no such tokenizer.
+        DataError: the file is not such a tokenizer.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2

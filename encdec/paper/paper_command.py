@@ -130,7 +130,7 @@ def _costs(argv: list[str]) -> int:
         "a few minutes, and adds them to the result rows. Run it on a quiet machine.",
     )
     _add_config(parser)
-    parser.add("--results", "receives the lines", any_path, required=True, metavar="FILE")
+    parser.add("--results", "result rows; these are added", any_path, required=True, metavar="FILE")
     remark = "remark on the machine and what else ran on it, for the table"
     parser.add("--remark", remark, default="", metavar="TEXT")
     options, setting = _read(parser, argv)
