@@ -68,7 +68,7 @@ def mean_curve(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 def _compared(shape: str, adapted: np.ndarray, fresh: np.ndarray) -> str:
     words = []
-    # What both start from is no step's doing.
+    # The start, common to both, is not due to any step.
     if worth := steps_worth(adapted[adapted[:, 0] > 0], fresh):
         words.append(
             f"after {worth[0]:,.0f} steps the adapted model matches {worth[1]:,.0f} from scratch"

@@ -1,7 +1,7 @@
 """``encdec benchmark serving --checkpoint=DIR``: a trained model's server, plain and with drafts.
 
-Servers of one model, one for each kind of drafts, answer the same requests, alternating. The first one
-drafts nothing: its answers are what those of the others have to be.
+Servers of one model, one for each kind of drafts, answer the same requests in alternation. The
+first one drafts nothing: its answers are what those of the others have to be.
 """
 
 from __future__ import annotations
