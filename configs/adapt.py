@@ -14,8 +14,9 @@ Further words of the argument, after commas:
 
 * `hold`: all but cross-attention waits at first, as where it was drawn (`encdec adapt
   --cross_attention=random` or `zero`): configs/adapt.py:prefix_lm,hold
-* a shape (smollm2-135m, smollm2-360m, qwen3-0.6b, gemma-3-1b) in place of a source's, for
-  predictions: encdec compile --config=configs/adapt.py:prefix_lm,qwen3-0.6b --topology=v5e:4x4
+* a shape (stories260k, smollm2-135m, smollm2-360m, qwen3-0.6b, gemma-3-1b) in place of a
+  source's, from random parameters or for predictions:
+  encdec compile --config=configs/adapt.py:prefix_lm,qwen3-0.6b --topology=v5e:4x4
 
 Fields not set here are as in pretraining: encdec/train/run_config.py explains every field.
 
