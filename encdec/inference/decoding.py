@@ -350,7 +350,7 @@ def _keep_likeliest(
 
 
 # The compiled forms; the memory of ``advance`` is donated to the result.
-start_compiled = Compiled(start, static_argnames=("config", "plan"))
+start_compiled = jax.jit(start, static_argnames=("config", "plan"))
 advance_compiled = Compiled(
     advance, static_argnames=("config", "plan"), donate_argnames=("decoding",)
 )

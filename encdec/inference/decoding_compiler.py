@@ -1,4 +1,8 @@
-"""``jax.jit`` for programs that decode, with the compiler's options for this machine."""
+"""``jax.jit`` for programs that decode, with the compiler's options for this machine.
+
+Not for those that read the source: an encoder's products of hundreds of rows take 1.2 to 1.3 times
+as long with them (330M, 512 tokens).
+"""
 
 from __future__ import annotations
 

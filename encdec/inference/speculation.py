@@ -242,7 +242,7 @@ def accept(
 
 
 # The compiled forms; the memories are donated to the results.
-begin_drafting_compiled = Compiled(
+begin_drafting_compiled = jax.jit(
     begin_drafting, static_argnames=("config", "start_id", "room", "times")
 )
 speculate_compiled = Compiled(
