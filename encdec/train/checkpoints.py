@@ -190,7 +190,9 @@ class _Manager(ocp.CheckpointManager):
         Orbax's thread first meets the others at a barrier, to which they come only after ten
         minutes of waiting for this one's part of the checkpoint.
         """
-        while self.is_saving_in_progress():
+        several = jax.process_count() > 1
+        # Not is_saving_in_progress, which stays true after a save that raised before its thread.
+        while several and self._finalize_thread.map(lambda thread: thread and thread.is_alive()):
             if self.failure:
                 raise self.failure
             time.sleep(0.01)

@@ -5,6 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import pytest
+
+from encdec.train.checkpoints import Checkpoints
+from encdec.train.state import TrainState
 from launch.local import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -49,3 +54,18 @@ def test_a_process_that_cannot_write_its_part_says_so_instead_of_waiting_for_the
         waits.wait()
     assert fails.returncode == 1 and "the storage refused this" in fails.stderr
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+
+
+def test_after_a_save_that_was_refused_nothing_is_waited_for(tmp_path, monkeypatch):
+    array = jax.numpy.ones(4)
+    checkpoints = Checkpoints(tmp_path)
+    state = TrainState(array, {"a": array}, {"b": array})
+
+    def refuse(*args, **kwargs):
+        raise OSError("the storage refused this")
+
+    monkeypatch.setattr(checkpoints._manager._checkpointer, "save", refuse)
+    with pytest.raises(OSError, match="refused"):
+        checkpoints.save(1, state)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    checkpoints.wait()
