@@ -25,6 +25,11 @@ def ids_of(text: str) -> np.ndarray:
     return np.array(text.split(), np.int32)
 
 
+def ends_with(ids: np.ndarray, token: int) -> bool:
+    """Whether a token is the last of these; False where there are none."""
+    return len(ids) > 0 and bool(ids[-1] == token)
+
+
 @dataclasses.dataclass(frozen=True)
 class GivenTokens(Objective):
     """Pairs of ids, taken as they are; too long ones lose their end, but not an EOS there.
@@ -76,7 +81,8 @@ class GivenTokens(Objective):
             for side, ids in (("sources", source), ("targets", target)):
                 for length in FIT_LENGTHS:
                     encoded.fits[f"{side} {length}"] += len(ids) <= length
-            end_of = lambda ids: vocabulary.eos_id if ids[-1:] == vocabulary.eos_id else None
+            eos_id = vocabulary.eos_id
+            end_of = lambda ids: eos_id if ends_with(ids, eos_id) else None
             source = encoded.cut("source", source, form.inputs_length, end_of(source))
             target = encoded.cut("target", target, form.targets_length, end_of(target))
             encoded.add(source, target, int(vocabulary.byte_lengths[target].sum()))

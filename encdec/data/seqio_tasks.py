@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from encdec.data.given_tokens import GivenTargets, GivenTokens, as_document, ids_of
+from encdec.data.given_tokens import GivenTargets, GivenTokens, as_document, ends_with, ids_of
 from encdec.data.objectives import Document, Objective, PrefixLM, SequenceToSequence
 from encdec.data.readers import BadRows
 from encdec.data.text_tasks import TextTask
@@ -107,7 +107,7 @@ class _TaskOfIds(TextTask):
             texts = []
             for ids in map(ids_of, document):
                 texts.append(self.vocabulary.decode(ids))
-                if ids[-1:] == self.vocabulary.eos_id:
+                if ends_with(ids, self.vocabulary.eos_id):
                     ids = ids[:-1]
                 if self.vocabulary.encode(texts[-1]) != ids.tolist():
                     raise DataError(

@@ -113,13 +113,17 @@ def masked(dataset, sequence_length, output_features):
     return dataset.map(lambda row: row | {"inputs": head(row["inputs"])})
 
 
-def add(name, vocabulary, source, *steps):
+def targets_alone(dataset):
+    return dataset.map(lambda row: {"targets": row["targets"]})
+
+
+def add(name, vocabulary, source, *steps, sides=("inputs", "targets")):
     feature = seqio.Feature(vocabulary)
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(source, splits=("train", "validation")),
         preprocessors=steps,
-        output_features={"inputs": feature, "targets": feature},
+        output_features={side: feature for side in sides},
         metric_fns=[],
     )
 
@@ -129,6 +133,7 @@ add("my_text", ours, words, twice, tokens.tokenize, tokens.append_eos)
 add("my_backwards", ours, words, twice, tokens.tokenize, backwards, tokens.append_eos)
 add("my_masked", ours, words, twice, tokens.tokenize, masked, tokens.append_eos)
 add("my_lists", seqio.PassThroughVocabulary(263), lists)
+add("my_targets", ours, words, twice, targets_alone, tokens.tokenize, backwards, sides=["targets"])
 add("my_other", seqio.ByteVocabulary(extra_ids=9), words, twice, tokens.tokenize, backwards)
 seqio.MixtureRegistry.add("my_mixture", [("my_text", 3.0), ("my_masked", 1.0)])
 """
@@ -158,7 +163,8 @@ def stored_pairs(directory):
 def seqio_pairs(seqio, name, lengths):
     dataset = seqio.get_mixture_or_task(name).get_dataset(lengths, "train", shuffle=False)
     taken = dataset.take(12).as_numpy_iterator()
-    return sorted((tuple(x["inputs"].tolist()), tuple(x["targets"].tolist())) for x in taken)
+    sides = [[tuple(x[side]) if side in x else () for side in ("inputs", "targets")] for x in taken]
+    return sorted(map(tuple, sides))
 
 
 def test_tasks_that_change_their_tokens_are_read_as_ids(ids_module, capsys):
@@ -191,6 +197,14 @@ def test_ids_of_a_source_and_of_other_vocabularies(ids_module, capsys):
     assert "its own vocabulary of 263 ids" in capsys.readouterr().err
     assert cli.main(["prepare", *flags, "--task=my_other", "--extra_ids=4", "--out=x"]) == 2
     assert "--extra_ids=9" in capsys.readouterr().err
+
+
+def test_ids_of_a_task_without_sources_are_for_decoder_only_models(ids_module):
+    flags = ["--module=my_ids", "--inputs_length=0", "--targets_length=7", "--vocabulary=bytes"]
+    assert cli.main(["prepare", *flags, "--task=my_targets", "--extra_ids=4", "--out=alone"]) == 0
+    card, pairs = stored_pairs("alone")
+    assert pairs == seqio_pairs(ids_module, "my_targets", {"targets": 7})
+    assert card.inputs_length == 0 and card.truncated["targets"] == 4  # "elm tree" has 8 ids
 
 
 def test_a_mixture_with_ids_keeps_its_rates(ids_module):
