@@ -81,8 +81,7 @@ class GivenTokens(Objective):
             for side, ids in (("sources", source), ("targets", target)):
                 for length in FIT_LENGTHS:
                     encoded.fits[f"{side} {length}"] += len(ids) <= length
-            eos_id = vocabulary.eos_id
-            end_of = lambda ids: eos_id if ends_with(ids, eos_id) else None
+            end_of = lambda ids: vocabulary.eos_id if ends_with(ids, vocabulary.eos_id) else None
             source = encoded.cut("source", source, form.inputs_length, end_of(source))
             target = encoded.cut("target", target, form.targets_length, end_of(target))
             encoded.add(source, target, int(vocabulary.byte_lengths[target].sum()))
