@@ -135,10 +135,8 @@ class PrepareSettings(Settings):
         """These settings with the ``decoder_start_id`` that follows where none is given."""
         if self.decoder_start_id is not None:
             return self
-        found = None
-        if not isinstance(self.vocabulary, Vocabulary) and self.vocabulary not in (None, "bytes"):
-            found = recorded_start_id(self.vocabulary)
-        return dataclasses.replace(self, decoder_start_id=found or 0)
+        start_id = recorded_start_id(self.vocabulary) or 0
+        return dataclasses.replace(self, decoder_start_id=start_id)
 
     def check(self) -> None:
         """ConfigError for what is missing, out of range or at odds whatever the text is."""

@@ -203,15 +203,15 @@ def load_vocabulary(
         if isinstance(source, Vocabulary):
             return source
         return _from_spec(source, as_path(directory or "."))
-    text = user_place("the vocabulary", str(source))
+    text, stated = _place_and_extra_ids(source)
     path = as_path(text)
-    if not path.exists() and (match := re.fullmatch(r"(.+)\+(\d+)", text)):
-        if extra_ids not in (None, int(match[2])):
+    if stated is not None:
+        if extra_ids not in (None, stated):
             raise DataError(
-                f"{text} states {match[2]} extra ids and --extra_ids is {extra_ids}; give only one "
+                f"{source} states {stated} extra ids and --extra_ids is {extra_ids}; give only one "
                 "of them"
             )
-        text, path, extra_ids = match[1], as_path(match[1]), int(match[2])
+        extra_ids = stated
     if text == "bytes":
         return ByteVocabulary(extra_ids or 0)
     if path.is_dir():
@@ -251,9 +251,26 @@ def recorded_vocabulary(content: Mapping[str, Any], workdir: str | os.PathLike) 
     return spec
 
 
-def recorded_start_id(directory: str | os.PathLike[str]) -> int | None:
-    """The decoder's first input in a work or records directory; None for any other directory."""
-    path = as_path(user_place("the vocabulary", os.fspath(directory)))
+def _place_and_extra_ids(source: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """A path, or "bytes", without the number of 'PATH+100'; the number, None without."""
+    text = user_place("the vocabulary", str(source))
+    match = re.fullmatch(r"(.+)\+(\d+)", text)
+    if match is None or as_path(text).exists():
+        return text, None
+    return match[1], int(match[2])
+
+
+def recorded_start_id(source: Any) -> int | None:
+    """The decoder's first input in the work or records directory that ``load_vocabulary`` reads.
+
+    None for all else that it takes: "bytes", files, specs and vocabularies.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return None
+    text, _ = _place_and_extra_ids(source)
+    if text == "bytes":
+        return None
+    path = as_path(text)
     for name, group in (("config.json", "data"), (CARD_FILE, None)):
         if not (path / name).is_file():
             continue

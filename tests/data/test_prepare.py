@@ -235,16 +235,19 @@ def test_the_start_token_is_that_of_the_directory_with_the_vocabulary(tmp_path, 
     model = tmp_path / "model"
     copy_vocabulary(tmp_path / "first", model)
     (model / "config.json").write_text('{"data": {"decoder_start_id": 7}}')
-    for vocabulary, given, expected in (("first", {}, 5), ("model", {}, 7), ("model", 0, 0)):
+    spec = load_vocabulary("bytes").spec()
+    cases = (("first", {}, 5), ("model", {}, 7), ("model", 0, 0), ("model+4", {}, 7), (spec, {}, 0))
+    for vocabulary, given, expected in cases:
         card = prepare(
             out=tmp_path / "next",
-            vocabulary=tmp_path / vocabulary,
+            vocabulary=tmp_path / vocabulary if isinstance(vocabulary, str) else vocabulary,
             jsonl=[jsonl],
             overwrite=True,
             **LENGTHS,
             **({} if given == {} else {"decoder_start_id": given}),
         )
         assert card.decoder_start_id == expected
+        assert card.vocabulary.extra_ids == (4 if vocabulary == "model+4" else 0)
 
 
 def test_text_without_examples_is_refused(tmp_path):
