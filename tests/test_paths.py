@@ -64,8 +64,10 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         for target in targets.values():
             command = cli.load(target)
             source = open(sys.modules[command.__module__].__file__).read()
-            # Parts of a command that it finds itself: `if argv and argv[0] == "table"`.
+            # Parts of a command that it finds itself: `if argv and argv[0] == "table"`, or a table.
             parts = re.findall(r'argv\[(?:0|:1)\] == \[?"(\w+)"', source)
+            for table in re.findall(r"^    parts = \{(.*)\}$", source, re.MULTILINE):
+                parts += re.findall(r'"(\w+)":', table)
             for argv in ([], *([part] for part in parts)):
                 with pytest.raises(Parsed):
                     command(argv)
@@ -75,7 +77,9 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 def path_flags() -> Iterator[tuple[str, argparse.Action]]:
     for name, parser in parsers().items():
         for action in parser._actions:
-            if action.nargs == 0 or action.choices or action.type in (int, float):
+            # By its name, which a number with a smallest value has too.
+            number = getattr(action.type, "__name__", "") in ("int", "float")
+            if action.nargs == 0 or action.choices or number:
                 continue
             text = f"{action.metavar or ''} {action.help or ''} {action.dest}"
             typed = action.type in (any_path, local_path)
@@ -89,7 +93,8 @@ def test_the_walk_sees_every_command():
         assert name == "benchmark" or any(
             f"{found} ".startswith(f"encdec {name} ") for found in names
         )
-    assert {"encdec paper table", "encdec scaling score", "encdec distill rounds"} <= names
+    assert {"encdec paper table", "encdec paper search", "encdec scaling score"} <= names
+    assert {"encdec distill rounds", "encdec compile table"} <= names
     assert len(list(path_flags())) > 90
 
 

@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
     from encdec.benchmarks.adaptation_results import draw, summary
 
     lists = {name: tuple(options.pop(name)) for name in ("text", "eval_text", "rows")}
-    setting = Setting(pathlib.Path(options.pop("workdir")), **lists, **options)
+    work, results = (options.pop(name) for name in ("workdir", "results"))
+    results_file = pathlib.Path(results) if results else None
+    setting = Setting(pathlib.Path(work), results=results_file, **lists, **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument(
         "--results",
-        type=pathlib.Path,
+        type=local_path,
         metavar="FILE",
         help="receives a JSON line of every run; runs that it has are not done again (default: "
         "results.jsonl in --workdir)",

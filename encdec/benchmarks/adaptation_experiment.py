@@ -20,13 +20,14 @@ from encdec.adapt.parameters import Choice
 from encdec.adapt.sources import open_source
 from encdec.benchmarks.adaptation_results import KIND, read_lines
 from encdec.cost.flops import count_parameters, training_flops
+from encdec.data.card import read_card
 from encdec.data.corpora.stdlib import stdlib_text
 from encdec.data.denoising import ul2
 from encdec.data.objectives import CausalLM, PrefixLM
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
 from encdec.data.vocab_command import train_vocabulary
-from encdec.data.vocabulary import CARD_FILE, load_vocabulary
+from encdec.data.vocabulary import CARD_FILE
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows, write_text
@@ -40,6 +41,7 @@ from encdec.train.run_config import RunConfig, parse_config
 
 HELD_OUT_EVERY = 20  # one document in this many is held out where no other text is
 EXTRA_IDS = 136  # what UL2's sentinels and mode tokens take
+RECORDS = ("causal_lm", "prefix_lm", "ul2", "held_out")
 Say = Callable[[str], None]
 Results = dict[str, list[dict[str, Any]]]  # lines of the results by row, one for each seed
 Report = Callable[[Results], None]
@@ -196,11 +198,11 @@ def finished(setting: Setting, digest: str) -> Results:
 
 
 def _digest(setting: Setting, identity: dict[str, Any]) -> str:
-    """Names the settings and the text, by the vocabulary learned from it, but no paths."""
-    vocabulary = load_vocabulary(_vocabulary(setting), extra_ids=EXTRA_IDS).fingerprint
+    """Names the settings and the text, by what all records made of it contain, but no paths."""
     paths = ("text", "eval_text")
+    records = {name: read_card(_records(setting, name)).fingerprint for name in RECORDS}
     return setting_digest(
-        {k: v for k, v in identity.items() if k not in paths} | {"vocabulary": vocabulary}
+        {k: v for k, v in identity.items() if k not in paths} | {"records": records}
     )
 
 
@@ -239,7 +241,7 @@ def _check(setting: Setting) -> None:
             raise ConfigError(f"--{name} is {getattr(setting, name)}; expected 0 or more")
     names = [row.name for row in table_rows(setting)]
     if unknown := [name for name in setting.rows if name not in names]:
-        raise ConfigError(f"--rows: {unknown[0]!r} is unknown; expected some of {'; '.join(names)}")
+        raise ConfigError(f"--row: {unknown[0]!r} is unknown; expected some of {'; '.join(names)}")
     for name in ("steps", "further_steps", "evaluations", "seeds", "batch_size"):
         if getattr(setting, name) < 1:
             raise ConfigError(f"--{name} is {getattr(setting, name)}; expected 1 or more")
@@ -266,12 +268,8 @@ def _make_records(setting: Setting, say: Say) -> None:
         train_vocabulary(texts, vocabulary, size=setting.vocabulary)
     whole = dict(inputs_length=0, targets_length=setting.inputs + setting.targets)
     halves = dict(inputs_length=setting.inputs, targets_length=setting.targets)
-    for name, objective, lengths in (
-        ("causal_lm", CausalLM(), whole),
-        ("prefix_lm", PrefixLM(), halves),
-        ("ul2", ul2(), halves),
-        ("held_out", PrefixLM(), halves),
-    ):
+    contents = ((CausalLM(), whole), (PrefixLM(), halves), (ul2(), halves), (PrefixLM(), halves))
+    for name, (objective, lengths) in zip(RECORDS, contents, strict=True):
         out = setting.work / "records" / name
         if (out / CARD_FILE).is_file():
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_a_start_has_a_learning_rate_of_its_own(row, further, peak, tmp_path, mo
         ({"seeds": 0}, "1 or"),
         (
             {"rows": ("adapted",)},
-            "'adapted' is unknown; expected some of decoder-only, trained on;",
+            "--row: 'adapted' is unknown; expected some of decoder-only, trained on;",
         ),
     ],
 )
@@ -141,6 +142,12 @@ def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
     assert run_experiment(again, print) == results and not started
     with pytest.raises(KeyboardInterrupt):
         run_experiment(dataclasses.replace(again, work=tmp_path / "third", steps=7), print)
+    # Nor where what is held out is another text, although the vocabulary is the same.
+    (again.work / "text" / "held_out.jsonl").write_text(json.dumps({"text": words(99)}) + "\n")
+    shutil.rmtree(again.work / "records" / "held_out")
+    started.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(again, print)
 
 
 @pytest.mark.parametrize(
