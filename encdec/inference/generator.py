@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, recorded_vocabulary
-from encdec.errors import ConfigError, DataError
+from encdec.errors import ConfigError
 from encdec.inference.drafting import Draft
 from encdec.inference.generation_settings import AUTO, GenerationSettings
 from encdec.inference.rows import CompiledRows, PreparedInput, RowDecoder, Rows
@@ -118,16 +118,11 @@ class TextGenerator:
         ``numbers`` are part of each input's random key, by default its place.
 
         Raises:
-            DataError: an input without tokens, or with a token outside the model's vocabulary.
+            DataError: an input without tokens, or with a token outside the vocabulary: the model's
+                table may be larger, but such tokens have no text.
         """
         for place, ids in enumerate(sources):
-            if not len(ids):
-                raise DataError(f"input {place} has no tokens; give at least one")
-            if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-                raise DataError(
-                    f"input {place} has tokens from {min(ids)} to {max(ids)}; the "
-                    f"model has 0 to {self.config.vocab_size - 1}"
-                )
+            self.prompts.check_tokens(list(map(int, ids)), f"input {place}")
         numbers = range(len(sources)) if numbers is None else numbers
         inputs = [
             PreparedInput(number, place, list(map(int, ids)), False)
