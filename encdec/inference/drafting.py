@@ -28,6 +28,7 @@ from encdec.model import ModelConfig, Params
 
 MOST_ROWS = 4  # at which ``auto`` drafts
 FIRST_LOOK = 12  # plain steps before the first hindsight
+FEW_STEPS = 4  # enough to time verifying steps; the time of fewer plain ones is mostly the call's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +82,8 @@ class Answering:
             return self._plain_steps(self.pace, decoding, steps)
         begin = time.perf_counter()
         wanted = math.ceil(steps / self.pace.tokens(size))
+        if self.pace.shares is not None and not self.pace.knows(size):
+            wanted = min(wanted, FEW_STEPS)
         decoding, done, made_K = self.verify(decoding, size, wanted)
         self.steps += done
         if done:
@@ -101,7 +104,8 @@ class Answering:
         later_R = np.asarray(decoding.counts_R)
         done = int((later_R - counts_R).max())
         self.steps += done
-        if done:
+        # Fewer than wanted are the end of the last answers.
+        if done and done >= min(steps, FEW_STEPS):
             pace.note_seconds(PLAIN, (time.perf_counter() - begin) / done)
         if self.texts is not None:
             self._look_back(pace, self.texts, decoding, later_R)
@@ -117,7 +121,7 @@ class Answering:
         shares = hindsight(texts, tokens_RxN, counts_R, eos_R, LONGEST_DRAFT)
         if shares is None:
             return
-        pace.note_shares(shares)
+        pace.note_hindsight(shares)
 
 
 class Drafters:

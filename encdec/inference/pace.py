@@ -31,6 +31,7 @@ class Pace:
         self._seconds: dict[int, float] = {}
         self._seen: set[int] = set()
         self.shares: np.ndarray | None = None  # how often the first j of a draft are right
+        self._again = False  # hindsight says that it may be time to try drafts again
         self._skip = self._skipped = 0
         # Of all verifying steps, each row counted: how many, tokens drafted, tokens kept of them.
         self.steps = self.drafted = self.accepted = 0
@@ -58,10 +59,13 @@ class Pace:
         timed = [size for size in SIZES if size in self._seconds]
         if timed and PLAIN not in self._seconds:
             return PLAIN  # it must be timed once, or nothing tells whether drafting pays
+        if self._eager and not timed and self.tokens(SIZES[0]) > GAIN:
+            return SIZES[0]  # until now only its compiling was; with many rows guesses rule it out
         rates = {size: self.tokens(size) / self._cost(size) for size in (PLAIN, *SIZES)}
         best = max(SIZES, key=rates.__getitem__)
+        again, self._again = self._again, False
         if rates[best] <= GAIN * rates[PLAIN]:
-            return PLAIN
+            return SIZES[0] if again else PLAIN
         self._skip = 0  # from now on, looks may change something
         return best
 
@@ -79,6 +83,10 @@ class Pace:
                     more = max(0.0, self._seconds[timed] / self._seconds[PLAIN] - 1)
                     return 1 + more * (size - 1) / (timed - 1)
         return 1 + GUESSED_COST * (size - 1) * self._rows
+
+    def note_compiled(self) -> None:
+        """All programs are compiled, so that the first time of each counts, too."""
+        self._seen.update((PLAIN, *SIZES))
 
     def note_seconds(self, size: int, seconds: float) -> None:
         """How long a step took, on average of some; the first time is compiling's.
@@ -103,6 +111,15 @@ class Pace:
         while len(shares) <= LONGEST_DRAFT:  # each as often as the last after the one before
             shares.append(shares[-1] * shares[-1] / max(shares[-2], 1e-9))
         self.note_shares(np.array(shares))
+
+    def note_hindsight(self, shares: np.ndarray) -> None:
+        """How often drafts would have been right while none were made.
+
+        If they would pay at the guessed cost for one row, they are tried again: the steps may have
+        been timed while a program was compiled for a new shape or the machine was busy.
+        """
+        self.note_shares(shares)
+        self._again = self.tokens(SIZES[0]) > GAIN * (1 + GUESSED_COST * (SIZES[0] - 1))
 
     def note_shares(self, shares: np.ndarray) -> None:
         before = shares if self.shares is None else self.shares

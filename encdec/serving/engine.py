@@ -180,6 +180,8 @@ class Engine:
         self.metrics, self._read = served, None
         self._step_seconds, self._answer_seconds = POLL_SECONDS, 1.0
         self._answering = self._new_answering(self._draft)
+        if self._answering.pace:
+            self._answering.pace.note_compiled()
         drafted_for = len(drafted) + isinstance(self._draft, DraftModel) * (len(widths) + 1)
         return len(widths) * (1 + scores) + 3 + drafted_for
 

@@ -138,6 +138,49 @@ def test_drafts_are_as_long_as_they_are_right(answer, seconds, eager, mostly, mo
         assert len(sizes) - sizes.count(PLAIN) <= eager
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_many_rows_are_drafted_for_as_long_as_drafts_are_right(compiled, monkeypatch):
+    """Whatever is guessed of their cost, which would rule out every size."""
+    seconds = {PLAIN: 1.0, SIZES[0]: 1.2, SIZES[1]: 1.5}
+    mostly_right = np.where(np.arange(300) % 12 == 5, OTHER, TEXT).tolist()
+    for answer, right in ((mostly_right, True), (OTHER, False), (TEXT[:40] + OTHER[40:], False)):
+        pace = Pace(16, True)
+        if compiled:
+            pace.note_compiled()
+        script = Scripted(answer, TEXT, seconds, monkeypatch)
+        sizes = script.answers(pace)
+        if right:
+            assert set(sizes[6:]) <= set(SIZES) and script.now < 0.6 * len(answer)
+            assert sizes.count(PLAIN) == (1 if compiled else 2)
+        else:
+            assert set(sizes[-9:]) == {PLAIN} and script.now < 1.15 * len(answer)
+
+
+def test_drafts_that_were_dear_once_are_tried_again(monkeypatch):
+    """As after a compilation for a new shape, which nobody told the pace of."""
+    pace = Pace(16, True)
+    pace.note_compiled()
+    for size in (PLAIN, *SIZES):
+        pace.note_seconds(size, 1.0 if size == PLAIN else 50.0)
+    pace.note_shares(np.ones(LONGEST_DRAFT + 1))
+    assert pace.size() == PLAIN
+    sizes = Scripted(TEXT, TEXT, CHEAP, monkeypatch).answers(pace)
+    assert sizes[0] == PLAIN and set(sizes[-5:]) <= set(SIZES)
+    assert set(Scripted(OTHER, TEXT, DEAR, monkeypatch).answers(pace)[-9:]) == {PLAIN}
+
+
+def test_the_end_of_an_answer_tells_no_time(monkeypatch):
+    """A call for 16 steps that makes 3 takes as long as the call does; one for 3 counts."""
+    for steps, counts in ((16, False), (3, True)):
+        pace = Pace(1, False)
+        pace.note_compiled()
+        script = Scripted(TEXT[:4], TEXT, CHEAP, monkeypatch)
+        texts = Sources(np.array([TEXT], np.int32), np.array([len(TEXT)], np.int32))
+        answering = Answering(pace, script.plain, script.verify, texts)
+        answering.advance(_State(np.zeros((1, 4), int), np.array([1])), steps)
+        assert answering.steps == 3 and pace.knows(PLAIN) == counts
+
+
 def test_steps_that_cost_what_they_give_are_not_taken(monkeypatch):
     """Whatever was guessed of their cost: it is measured."""
     pace = Pace(1, True)
