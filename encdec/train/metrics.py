@@ -162,15 +162,21 @@ class JsonLinesWriter(ScalarWriter):
 
     def __init__(self, path: epath.PathLike, start_step: int = 0):
         """Continues the file; lines after ``start_step`` were written by a process that ended
-        before it saved, and are dropped, because this one will write them again."""
+        before it saved, and are dropped, because this one will write them again. So are all where
+        nothing was saved, with the evaluation before the first step."""
         path = as_path(path)
-        keep_lines(path, lambda line: _step_of(line) <= start_step)
+        keep_lines(path, lambda line: _step_of(line) < _first_step(start_step))
         self._lines = LineAppender(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         record = {"step": step, "time": round(time.time(), 3)}
         record |= {name: float(value) for name, value in scalars.items()}
         self._lines.append(record)
+
+
+def _first_step(start_step: int) -> int:
+    """The first step whose numbers a process that starts at ``start_step`` writes again."""
+    return start_step + 1 if start_step else 0
 
 
 def _step_of(line: bytes) -> float:
@@ -292,7 +298,7 @@ def make_writer(
     files = metric_writers.AsyncMultiWriter(
         [
             JsonLinesWriter(workdir / METRICS_FILE, start_step),
-            SummaryWriter(os.fspath(workdir / TENSORBOARD_FOLDER), start_step + 1),
+            SummaryWriter(os.fspath(workdir / TENSORBOARD_FOLDER), _first_step(start_step)),
             *trackers(),
         ]
     )

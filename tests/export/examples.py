@@ -169,9 +169,22 @@ MODELS_OF_GRAPHS = MODELS | {
         decoder_unrotated_layers=(2,),
         qk_norm=True,
     ),
-    "continued": TINY.replace(cross_attention_rope="continued"),
     "stretched": TINY.replace(
         rope_scaling="ntk", rope_factor=2.0, rope_max_length=4, rope_length=40
+    ),
+    # What local layers are spared.
+    "stretched by pairs": TINY.replace(
+        scan_layers=False,
+        encoder_layers=2,
+        decoder_layers=2,
+        attention_window=4,
+        encoder_global_layers=(0,),
+        decoder_global_layers=(1,),
+        local_rope_theta=100.0,
+        rope_scaling="per_pair",
+        rope_divisors=tuple(1.0 + i / 2 for i in range(TINY.head_dim // 2)),
+        rope_magnitude=1.1,
+        cross_attention_rope="continued",
     ),
     "windowed": MODELS["llama"].replace(
         scan_layers=False,

@@ -75,10 +75,11 @@ def pairs(count=3):
         "unrolled",
         "windowed pair",
         "from zero",
-        "continued",
         "merged, continued",
         "of later families",
         "t5gemma2",
+        "stretched",
+        "stretched by pairs",
     ],
 )
 def test_float32_graphs_compute_our_logits(name, export):

@@ -70,10 +70,11 @@ def pairs(count=3):
         "windowed",
         "windowed pair",
         "from zero",
-        "continued",
         "merged, continued",
         "of later families",
         "t5gemma2",
+        "stretched",
+        "stretched by pairs",
     ],
 )
 def test_float32_graphs_compute_our_logits(name, content, tmp_path):

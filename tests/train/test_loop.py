@@ -18,7 +18,7 @@ from encdec.model import build_model, preset
 from encdec.saved.saved_config import read_config
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import Hook, train
-from encdec.train.metrics import read_metrics
+from encdec.train.metrics import Console, JsonLinesWriter, make_writer, read_metrics
 from tests.train.conftest import DECAYING, SHARED, random_pairs, small_run, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -138,14 +138,23 @@ def test_a_finished_run_is_not_trained_further(straight, records, eval_records):
 
 
 def test_lines_after_the_last_checkpoint_are_written_once(tmp_path):
-    from encdec.train.metrics import JsonLinesWriter
-
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5, "a": 1}\n{"step": 10, "a": 2}\n{"step": 15, "a": 3}\n{"st')
     writer = JsonLinesWriter(path, start_step=10)
     writer.write_scalars(15, {"a": 4})
     writer.close()
     assert [(x["step"], x["a"]) for x in read_metrics(tmp_path)] == [(5, 1), (10, 2), (15, 4)]
+
+
+def test_evaluations_before_the_first_step_are_written_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for loss in (5.0, 6.0):  # of two processes, the first of which saved nothing
+        writer = make_writer(tmp_path, 0, Console(9))
+        writer.write_scalars(0, {"eval/loss": loss})
+        writer.close()
+    assert [(x["step"], x["eval/loss"]) for x in read_metrics(tmp_path)] == [(0, 6.0)]
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [x.tensor_proto.float_val[0] for x in events.Tensors("eval/loss")] == [6.0]
 
 
 def test_killed_between_a_checkpoint_and_its_evaluation(straight, records, eval_records, tmp_path):
