@@ -30,9 +30,13 @@ class CheckpointError(EncdecError):
 
 
 class NonFiniteError(EncdecError):
-    """Training met a NaN or an infinity."""
+    """Training met a NaN or an infinity at ``step``."""
 
     exit_code = 5
+
+    def __init__(self, message: str, step: int = 0):
+        super().__init__(message)
+        self.step = step
 
 
 class StorageError(EncdecError):

@@ -2,7 +2,8 @@
 
 A trial is a short run of its own: the whole schedule, from warm-up to zero, in a fraction of the
 comparison's steps, on its records. What counts is its best evaluation in held-out bits per byte,
-because the comparison scores a run's best checkpoint. Each trial is a line of the results.
+because the comparison scores a run's best checkpoint. Each trial is a line of the results, also one
+that diverges.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ import jax
 from etils import epath
 
 from encdec.cost.flops import count_parameters, training_flops
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, NonFiniteError
 from encdec.files import sole_process, write_json
 from encdec.paper.corpora import Corpora, Say
 from encdec.paper.result_rows import SEARCH, append_results, read_results
@@ -161,11 +163,11 @@ class Search:
             if trial in self._done():
                 continue
             with sole_process(self._work / "locks" / f"search-{trial.name}") as mine:
-                if mine:
+                if not mine:
+                    self._say(f"{trial.name}: skipped, another process is working on it")
+                elif trial not in self._done():  # another process may have just ended it
                     [column] = [one for one in columns if one.name == trial.column]
                     self._try(trial, column)
-                else:
-                    self._say(f"{trial.name}: skipped, another process is working on it")
         done = self._done()
         return [done[trial] for trial in trials if trial in done]
 
@@ -194,11 +196,18 @@ class Search:
             steps=trial.steps,
             seed=trial.seed,
         )
+        steps, diverged, curve = trial.steps, None, []
         with spending(folder / SPENT_FILE):
-            train(run, folder)
+            try:
+                train(run, folder)
+            except NonFiniteError as error:
+                steps, diverged = error.step, str(error)
         jax.clear_caches()
-        curve = [(row["step"], row[BITS]) for row in read_metrics(folder) if BITS in row]
-        best_step, best = min(curve, key=lambda point: point[1])
+        if not diverged:
+            found = [(row["step"], row[BITS]) for row in read_metrics(folder) if BITS in row]
+            curve = [(step, bits) for step, bits in found if math.isfinite(bits)]
+            diverged = None if curve else f"no evaluation was finite: {found}"
+        best_step, best = min(curve, key=lambda point: point[1], default=(None, None))
         flops = training_flops(model, column.inputs, column.targets, batch_size=column.batch_size)
         line = dataclasses.asdict(trial) | {
             "kind": SEARCH,
@@ -207,14 +216,16 @@ class Search:
             "in_use": altered == self._setting,
             "bits_per_byte": best,
             "best_step": best_step,
+            "diverged": diverged,
             "curve": curve,
             "parameters": count_parameters(model).total,
-            "training_flops": trial.steps * flops,
+            "training_flops": steps * flops,
         }
         line |= json.loads((folder / SPENT_FILE).read_text()) | where_and_when()
         with sole_process(self._work / "locks" / "results", wait=True):
             append_results(self._results, [line])
-        self._say(f"{trial.name}: {best:.4f} bits per byte, {line['cpu_seconds']:,.0f} CPU seconds")
+        ended = f"diverged: {diverged}" if diverged else f"{best:.4f} bits per byte"
+        self._say(f"{trial.name}: {ended}, {line['cpu_seconds']:,.0f} CPU seconds")
 
 
 @contextlib.contextmanager

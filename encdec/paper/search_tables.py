@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,9 +35,12 @@ def _section(trials: Sequence[Mapping[str, Any]]) -> str:
     for (name, rate, dropout), of_seeds in sorted(tried.items()):
         used = " (in use)" if of_seeds[0]["in_use"] else ""
         minutes = sum(row["cpu_seconds"] for row in of_seeds) / 60
-        bits = statistics.fmean(row["bits_per_byte"] for row in of_seeds)
+        bits = [_bits(row) for row in of_seeds]
         shape = (f"{rate:g}{used}", f"{dropout:g}", str(len(of_seeds)))
-        cells.append((name, *shape, f"{bits:.4f}", f"{minutes:.1f}"))
+        shown = _shown(statistics.fmean(bits))
+        if 0 < (count := bits.count(math.inf)) < len(bits):
+            shown += f" in {count}"
+        cells.append((name, *shape, shown, f"{minutes:.1f}"))
     flops = sum(row["training_flops"] for row in trials)
     hours = [sum(row[name] for row in trials) / 3600 for name in ("cpu_seconds", "seconds")]
     return "\n".join(
@@ -52,39 +56,53 @@ def _section(trials: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _bits(row: Mapping[str, Any]) -> float:
+    """A trial's bits per byte; infinite where it diverged."""
+    return math.inf if row["bits_per_byte"] is None else row["bits_per_byte"]
+
+
+def _shown(bits: float) -> str:
+    return "diverged" if bits == math.inf else f"{bits:.4f}"
+
+
 def verdicts(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each model whether the values in use are the best tried; for all, whether it matters.
+
+    A model's values are compared over the seeds that all of them have.
 
     Args:
         trials: lines of one setting, column and length.
     """
-    bits: dict[str, dict[tuple[float, float], list[float]]] = {}
+    bits: dict[str, dict[tuple[float, float], dict[int, float]]] = {}
     used = None
     for row in trials:
         choice = (row["learning_rate"], row["dropout"])
-        bits.setdefault(row["row"], {}).setdefault(choice, []).append(row["bits_per_byte"])
+        bits.setdefault(row["row"], {}).setdefault(choice, {})[row["seed"]] = _bits(row)
         used = choice if row["in_use"] else used
     lines, best, in_use = [], {}, {}
     for name, choices in bits.items():
-        means = {choice: statistics.fmean(values) for choice, values in choices.items()}
-        chosen = min(means, key=means.get)
-        best[name] = means[chosen]
-        text = f"{name}: learning rate {chosen[0]:g} with dropout {chosen[1]:g} "
+        seeds = set.intersection(*map(set, choices.values()))
+        if not seeds:
+            lines.append(f"{name}: the values tried have no seed in common yet")
+            continue
+        means = {
+            choice: statistics.fmean(found[seed] for seed in seeds)
+            for choice, found in choices.items()
+        }
+        best[name] = min(means.values())
         if used in means:
             in_use[name] = means[used]
-        if len(means) == 1:
-            text += f"is all that was tried ({best[name]:.4f})"
-        elif chosen == used:
-            text += f"is in use and the best tried ({best[name]:.4f})"
-        elif name in in_use:
-            text += f"would be chosen: {best[name]:.4f} against {in_use[name]:.4f} in use"
-        else:
-            text += f"would be chosen ({best[name]:.4f}); the values in use were not tried"
-        if edge := _edge(chosen[0], [rate for rate, _ in means]):
-            text += f"; it is the {edge} learning rate tried, and one beyond may be better"
-        lines.append(text)
-    if any(choices.keys() != next(iter(bits.values())).keys() for choices in bits.values()):
-        lines.append("Not every model has tried the same values yet: finish the search to compare")
+        lines.append(_choice_of(name, means, used))
+    # What has been tried with which seeds; finished, every model has the same, and so every value.
+    tried = [{choice: set(found) for choice, found in choices.items()} for choices in bits.values()]
+    seeds_of = [seeds for of_choice in tried for seeds in of_choice.values()]
+    if any(one != tried[0] for one in tried) or any(one != seeds_of[0] for one in seeds_of):
+        lines.append(
+            "Not every model has tried the same values with the same seeds yet: finish the search "
+            "to compare"
+        )
+    elif len(best) > 1 and math.inf in (*best.values(), *in_use.values()):
+        lines.append("Where something diverged, the models have no order")
     elif len(best) > 1 and best.keys() == in_use.keys():
         orders = [sorted(values, key=values.get) for values in (in_use, best)]
         same = "the same" if orders[0] == orders[1] else "another"
@@ -93,6 +111,28 @@ def verdicts(trials: Sequence[Mapping[str, Any]]) -> list[str]:
             + ("" if orders[0] == orders[1] else f": {', '.join(orders[1])}")
         )
     return lines
+
+
+def _choice_of(
+    name: str, means: Mapping[tuple[float, float], float], used: tuple[float, float] | None
+) -> str:
+    """What a model's bits per byte with each (learning rate, dropout) say of those in use."""
+    chosen = min(means, key=means.get)
+    best = means[chosen]
+    if best == math.inf:
+        return f"{name}: all that was tried diverged"
+    text = f"{name}: learning rate {chosen[0]:g} with dropout {chosen[1]:g} "
+    if len(means) == 1:
+        text += f"is all that was tried ({best:.4f})"
+    elif chosen == used:
+        text += f"is in use and the best tried ({best:.4f})"
+    elif used in means:
+        text += f"would be chosen: {best:.4f} against {_shown(means[used])} in use"
+    else:
+        text += f"would be chosen ({best:.4f}); the values in use were not tried"
+    if edge := _edge(chosen[0], [rate for rate, _ in means]):
+        text += f"; it is the {edge} learning rate tried, and one beyond may be better"
+    return text
 
 
 def _edge(value: float, tried: Sequence[float]) -> str:

@@ -92,5 +92,6 @@ class Reports:
         )
         raise NonFiniteError(
             f"step {step}: {', '.join(bad)}; {where}. A lower config.optimizer.learning_rate, a "
-            "longer warmup or config.loss.z_loss=1e-4 may help"
+            "longer warmup or config.loss.z_loss=1e-4 may help",
+            step,
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import types
 from fractions import Fraction
 
 import pytest
 
 from encdec.cost.flops import training_flops
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, NonFiniteError
 from encdec.paper import rate_search
 from encdec.paper.paper_command import load_config, main
 from encdec.paper.rate_search import Grid, planned_trials, setting_of
-from encdec.paper.result_rows import read_results
+from encdec.paper.result_rows import append_results, read_results
 from encdec.paper.search_tables import search_markdown, verdicts
 from encdec.paper.setting import TEACHER, model_of, parse_setting
 from tests.paper.test_paper_command import CONFIG, TINY
@@ -138,11 +140,91 @@ def test_the_verdict_says_what_would_be_chosen_and_whether_the_order_changes():
     # An unfinished search compares nothing.
     _, one, unfinished = verdicts(rows[:4])
     assert "is all that was tried (0.7000)" in one and "finish the search" in unfinished
-    # The mean over seeds counts.
-    assert "is in use and the best" in verdicts([*rows, line("DEC", 2e-2, 1.4, seed=1)])[0]
+    # The mean over seeds counts, where all values have them.
+    second = [line("DEC", 1e-2, 0.8, True, seed=1), line("DEC", 5e-3, 0.9, seed=1)]
+    assert "0.6000 against 0.8000 in use" in verdicts([*rows, *second])[0]
+    second.append(line("DEC", 2e-2, 1.4, seed=1))
+    assert "is in use and the best" in verdicts([*rows, *second])[0]
     page = search_markdown([*rows, {"kind": "run"}])
     assert "Cost: 6 trials, 6e+12 FLOPs, 0.15 hours of processor time, 0.30 of wall time" in page
     assert search_markdown([]) == ""
+
+
+def test_an_unfinished_search_of_several_seeds_claims_no_order():
+    rows = [line(ED, 1e-2, 0.7, True), line(ED, 1e-2, 0.6, True, seed=1), line(ED, 2e-2, 0.8)]
+    rows += [line("DEC", 1e-2, 0.69, True), line("DEC", 2e-2, 0.75)]
+    ed, _, unfinished = verdicts(rows)
+    assert "(0.7000)" in ed and "finish the search" in unfinished
+    # Nor do models that have tried the same, one value with more seeds than the other.
+    assert "finish the search" in verdicts([*rows, line("DEC", 1e-2, 0.69, True, seed=1)])[2]
+    rows += [line("DEC", 1e-2, 0.69, True, seed=1)]
+    rows += [line(row, 2e-2, 0.8, seed=1) for row in (ED, "DEC")]
+    ed, _, order = verdicts(rows)
+    assert "(0.6500)" in ed and f"{ED}, DEC; the same" in order
+
+
+@pytest.fixture
+def search(inputs, tmp_path):
+    """A search whose runs are imitated, and its columns."""
+    setting = parse_setting(load_config(f"{inputs / 'config.py'}").to_dict())
+    corpora = types.SimpleNamespace(records=lambda column, split: f"{column}/{split}")
+    results = tmp_path / "results.jsonl"
+    return rate_search.Search(setting, tmp_path, corpora, results, print), setting.columns, results
+
+
+def test_a_learning_rate_that_diverges_is_noted_and_the_search_goes_on(search, capsys, monkeypatch):
+    search, columns, results = search
+    seen = []
+
+    def imitated(run, folder):
+        seen.append(run.optimizer.learning_rate)
+        if run.optimizer.learning_rate == 0.5:
+            raise NonFiniteError("step 1: loss is nan", 1)
+        folder.mkdir(parents=True)
+        row = {"step": 2, "eval/bits_per_byte": 8}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(rate_search, "train", imitated)
+    grid = Grid((ED,), (0.5, 0.02, 0.01), (0.1,), Fraction(2, 3))
+    first = search.run(grid, columns)
+    assert search.run(grid, columns) == first == read_results(results)
+    assert seen == [0.01, 0.5, 0.02]
+    _, line, finite = first
+    assert (line["bits_per_byte"], line["diverged"]) == (None, "step 1: loss is nan")
+    assert line["training_flops"] * 2 == finite["training_flops"] and finite["diverged"] is None
+    assert "-0.5-0.1-2-0: diverged: step 1" in capsys.readouterr().out
+    page = search_markdown(first)
+    assert "| 0.5 | 0.1 | 1 | diverged |" in page
+    assert "is in use and the best tried (8.0000)" in page
+
+
+def test_a_trial_that_another_process_has_just_ended_is_not_repeated(search, monkeypatch):
+    search, columns, results = search
+    monkeypatch.setattr(rate_search, "train", lambda run, folder: pytest.fail("trained"))
+    grid = Grid((ED,), (0.01,), (0.1,), Fraction(2, 3))
+    [trial] = planned_trials(search._setting, grid, columns)
+
+    @contextlib.contextmanager
+    def late(path):
+        """A lock that is free because the other process has written its line."""
+        line = {**dataclasses.asdict(trial), "kind": "search", "setting": search._digest(ED)}
+        append_results(results, [line])
+        yield True
+
+    monkeypatch.setattr(rate_search, "sole_process", late)
+    [line] = search.run(grid, columns)
+    assert line["row"] == ED and len(read_results(results)) == 1
+
+
+def test_verdicts_on_what_diverged():
+    rows = [line(ED, 1e-2, 0.7, True), line(ED, 1e-2, 0.6, True, seed=1)]
+    rows += [line(ED, 2e-2, None), line(ED, 2e-2, 0.5, seed=1)]
+    [text] = verdicts(rows)
+    assert "is in use and the best tried (0.6500)" in text
+    assert "| diverged in 1 |" in search_markdown(rows)
+    assert verdicts([line(ED, 2e-2, None)]) == [f"{ED}: all that was tried diverged"]
+    ed, _, order = verdicts([*rows[:1], line("DEC", 1e-2, None, True)])
+    assert "no order" in order
 
 
 @pytest.mark.parametrize(

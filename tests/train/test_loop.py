@@ -190,7 +190,7 @@ def test_nan_stops_naming_step_and_last_good_checkpoint(
     config = run_of(records, eval_records)
     with pytest.raises(NonFiniteError, match="step 3: .*no checkpoint had been saved") as error:
         train(config, tmp_path / "early")
-    assert error.value.exit_code == 5
+    assert (error.value.exit_code, error.value.step) == (5, 3)
     POISONED = 7
     with pytest.raises(NonFiniteError, match="step 8: .*last good checkpoint is step 5 in"):
         train(config, tmp_path / "late")
