@@ -35,7 +35,7 @@ def laptop() -> ConfigDict:
     config.teacher = "quickstart-dec"  # preset, decoder-only
     config.teacher_layers = 5  # instead of the preset's; at least 4 times a student's parameters
     config.teacher_steps = 0  # of its fine-tuning; 0: a column's, as the students have
-    config.teacher_dropout = -1.0  # negative: as the students
+    config.teacher_dropout = -1.0  # -1: as the students
     config.splits = ("2/3", "1/2", "1/3")  # encoder's share of the layers; the first is the measure
     config.by_parameters = ()  # rows repeated with as many parameters as the first split has
     # Rows of the table that also learn from the teacher: from its stored draws (+KD), or on its

@@ -149,11 +149,14 @@ def _check(setting: Setting) -> None:
             raise ConfigError(
                 f"config.{field} is {getattr(setting, field)}; expected {least} or more"
             )
-    if setting.teacher_steps < 0 or setting.teacher_dropout >= 1:
+    # One value alone means "as the students", so that equal settings have one identity.
+    as_students = TEACHERS_OWN["teacher_dropout"]
+    own = setting.teacher_dropout
+    if setting.teacher_steps < 0 or not (own == as_students or 0 <= own < 1):
         raise ConfigError(
-            f"config.teacher_steps is {setting.teacher_steps} and config.teacher_dropout "
-            f"{setting.teacher_dropout}; expected 0 or more steps (0: as the students) and a "
-            "dropout below 1 (negative: as the students)"
+            f"config.teacher_steps is {setting.teacher_steps} and config.teacher_dropout {own}; "
+            "expected 0 or more steps (0: as the students) and a dropout from 0 up to 1 "
+            f"({as_students:g}: as the students)"
         )
     if setting.pretrain.steps < 0:
         raise ConfigError(

@@ -284,8 +284,10 @@ def test_a_teacher_of_its_own_steps_leaves_the_lines_of_untaught_students_valid(
         mlp_dropout=0.2, residual_dropout=0.2
     )
     assert model_of(longer, "DEC") == model_of(plain, "DEC")
-    with pytest.raises(ConfigError, match="config.teacher_dropout 1.0; expected"):
-        parse_setting(load_config(f"{CONFIG}:codexglue", ["--config.teacher_dropout=1"]).to_dict())
+    for wrong in ("1", "-2", "-0.5"):  # and -1.0 alone means "as the students"
+        flags = [f"--config.teacher_dropout={wrong}"]
+        with pytest.raises(ConfigError, match=r"config.teacher_dropout \S+; expected"):
+            parse_setting(load_config(f"{CONFIG}:codexglue", flags).to_dict())
 
 
 def test_parts_are_those_of_the_tasks_scores_and_give_them_again(tmp_path, monkeypatch):
