@@ -191,7 +191,7 @@ class _Manager(ocp.CheckpointManager):
         minutes of waiting for this one's part of the checkpoint.
         """
         several = jax.process_count() > 1
-        # Not is_saving_in_progress, which stays true after a save that raised before its thread.
+        # Not is_saving_in_progress, which stays true if a save raised before its thread began.
         while several and self._finalize_thread.map(lambda thread: thread and thread.is_alive()):
             if self.failure:
                 raise self.failure
