@@ -1,8 +1,8 @@
 """Products of few rows with large kernels, in the layouts that XLA's CPU compiler reads fastest.
 
-A kernel [out, in] of a decoder is kept either in panels [out / PANEL, in, PANEL], for up to about a
-hundred rows, or in shards [shards, out / shards, in], for one row and for hundreds alike. Both are
-multiplied as a batch: XLA's CPU compiler (jaxlib 0.10.2) runs a matrix-vector product of up to
+A kernel [out, in] of a decoder is kept either in panels [out / PANEL, in, PANEL], the fastest for
+some dozen rows, or in shards [shards, out / shards, in], for one row and for hundreds alike. Both
+are multiplied as a batch: XLA's CPU compiler (jaxlib 0.10.2) runs a matrix-vector product of up to
 2 MiB on one core, and runs thunks concurrently only where more than eight are ready; but it spreads
 the rows of a batched product over the cores, whatever their size.
 """
@@ -18,6 +18,10 @@ import jax.numpy as jnp
 
 # Columns of a panel: four vectors of 16 numbers. Of 32, 64 and 128, the fastest for 8 rows.
 PANEL = 64
+# Rows multiplied by panels at once: more of a wide product may take several times as long.
+PANEL_ROWS = 16
+# More rows than this are multiplied with panels that were put together again first.
+BATCHED_ROWS = 128
 # Up to this many rows are multiplied by shards: at 64 rows that takes 0.75x the time of the plain
 # product, at 512 rows 1.2x.
 FEW_ROWS = 64
@@ -45,19 +49,39 @@ def product_by_panels(
 ) -> jax.Array:
     """``x [..., I]`` times a ``panelled_kernel``: [..., out], in ``dtype`` or theirs.
 
-    A panel is read in the order of its addresses, once for all rows, and multiplies them without
-    being rearranged first. Copies of ``x`` are not made where the program is compiled with
-    ``encdec.inference.decoding_compiler``.
+    A panel is read in the order of its addresses, once for up to PANEL_ROWS rows, and multiplies
+    them without being rearranged first. Copies of ``x`` are not made where the program is compiled
+    with ``encdec.inference.decoding_compiler``. More rows follow one another in batches; so many
+    that rearranging the kernel costs little in comparison are multiplied as a whole.
     """
     panels, width, columns = kernel_PxIxR.shape
     count = math.prod(x.shape[:-1])
-    copies_PxNxI = jnp.broadcast_to(x.reshape(count, width), (panels, count, width))
+    rows_NxI = x.reshape(count, width)
     multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
     if count == 1:
-        y = multiply("pi,pir->pr", copies_PxNxI[:, 0], kernel_PxIxR)
+        copies_PxI = jnp.broadcast_to(rows_NxI, (panels, width))
+        y = multiply("pi,pir->pr", copies_PxI, kernel_PxIxR)
+    elif count <= PANEL_ROWS:
+        y = _batch_by_panels(rows_NxI, kernel_PxIxR, dtype)
+    elif count <= BATCHED_ROWS:
+        batches = -(-count // PANEL_ROWS)
+        rows = -(-count // batches)
+        padded_NxI = jnp.pad(rows_NxI, ((0, batches * rows - count), (0, 0)))
+        y = jax.lax.map(
+            lambda batch_NxI: _batch_by_panels(batch_NxI, kernel_PxIxR, dtype),
+            padded_NxI.reshape(batches, rows, width),
+        )
+        y = y.reshape(batches * rows, panels * columns)[:count]
     else:
-        y = multiply("pni,pir->pnr", copies_PxNxI, kernel_PxIxR).swapaxes(0, 1)
+        y = multiply("ni,pir->npr", rows_NxI, kernel_PxIxR)
     return y.reshape(*x.shape[:-1], panels * columns)[..., :out]
+
+
+def _batch_by_panels(x_NxI: jax.Array, kernel_PxIxR: jax.Array, dtype: Any) -> jax.Array:
+    """[N, P, PANEL]."""
+    copies_PxNxI = jnp.broadcast_to(x_NxI, (len(kernel_PxIxR), *x_NxI.shape))
+    y_PxNxR = jnp.einsum("pni,pir->pnr", copies_PxNxI, kernel_PxIxR, preferred_element_type=dtype)
+    return y_PxNxR.swapaxes(0, 1)
 
 
 def sharded_shape(out: int, width: int, shards: int) -> tuple[int, int, int]:

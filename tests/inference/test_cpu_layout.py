@@ -25,8 +25,10 @@ from encdec.model import build_model, check_params, for_decoding, preset, shard_
 from encdec.model.attention import dot_product_attention
 from encdec.model.cpu_layout import CpuMlp, attention_in_blocks, heads_first
 from encdec.model.cpu_products import (
+    BATCHED_ROWS,
     FEW_ROWS,
     PANEL,
+    PANEL_ROWS,
     panelled_kernel,
     product_by_panels,
     product_by_shards,
@@ -87,7 +89,7 @@ def test_products_by_shards_are_products_for_any_number_of_rows(shape):
     np.testing.assert_allclose(found, x @ kernel.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1,), (5, 2), (200,)])
+@pytest.mark.parametrize("shape", [(1,), (5, 2), (7, 5), (BATCHED_ROWS + 1,)])
 @pytest.mark.parametrize("out", [PANEL, 2 * PANEL + 3])
 def test_products_by_panels_are_products_for_any_number_of_rows(shape, out):
     draw = np.random.default_rng(0).normal
@@ -98,20 +100,19 @@ def test_products_by_panels_are_products_for_any_number_of_rows(shape, out):
     np.testing.assert_array_equal(rows_of_panels(panels)[:out], kernel)
 
 
-def test_programs_that_decode_copy_no_rows_for_panels():
-    """Where the compiler knows the option; the rows are broadcast within the product's fusion."""
+@pytest.mark.parametrize("rows", [8, 2 * PANEL_ROWS, BATCHED_ROWS + 1])
+def test_programs_that_decode_copy_no_rows_for_panels(rows):
+    """Where the compiler knows the option; the rows are broadcast within the product's fusion, or
+    multiplied with the whole kernel."""
     if jax.default_backend() != "cpu" or not compiler_options():
         pytest.skip("this compiler reads rows in another way")
-    x, panels = jnp.ones((8, 96)), jnp.ones((5, 96, PANEL))
-    text = Compiled(product_by_panels, static_argnums=2).lower(x, panels, 5 * PANEL).compile()
-    (product,) = re.findall(r"fusion\(([^)]*)\), kind=kCustom", text.as_text())
-    sizes = re.findall(r"= f32\[([\d,]+)\]\S* (?:fusion|broadcast|copy)\(", _entry(text.as_text()))
-    assert "5,8,96" not in sizes, product
-
-
-def _entry(text):
-    """The computation that is executed, without those that it calls."""
-    return text[text.index("ENTRY") :].partition("\n}")[0]
+    x, panels = jnp.ones((rows, 96)), jnp.ones((5, 96, PANEL))
+    program = Compiled(product_by_panels, static_argnums=2).lower(x, panels, 5 * PANEL).compile()
+    # Without what is fused: the entry and the bodies of loops.
+    parts = program.as_text().split("\n\n")
+    steps = "".join(part for part in parts if not re.match(r"\s*%(fused|wrapped)_", part))
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (?:fusion|broadcast|copy)\(", steps)
+    assert made and not {f"5,{count},96" for count in (rows, PANEL_ROWS)} & set(made), made
 
 
 @pytest.mark.parametrize(
