@@ -25,9 +25,9 @@ def main(argv: list[str]) -> int:
     from encdec.benchmarks.adaptation_results import draw, summary
 
     lists = {name: tuple(options.pop(name)) for name in ("text", "eval_text", "rows")}
-    work, results = (options.pop(name) for name in ("workdir", "results"))
-    results_file = pathlib.Path(results) if results else None
-    setting = Setting(pathlib.Path(work), results=results_file, **lists, **options)
+    if options["results"]:
+        options["results"] = pathlib.Path(options["results"])
+    setting = Setting(pathlib.Path(options.pop("workdir")), **lists, **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:

@@ -22,7 +22,11 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 _EPS = 1e-8
 # Iterations that share one product with the matrix, where it is so many times as wide as tall that
 # this takes fewer operations. One run of five would lose small singular values to rounding, with
-# 5 to 20 times the errors of the plain form; those of runs of 3 and 2 are as large as its.
+# 5 to 20 times the errors of the plain form; those of runs of 3 and 2 are as large as its, provided
+# that products are float32's own. Accelerators round what they multiply, to bfloat16 or TF32, and
+# powers of a Gram matrix bear that badly: for matrices near a low rank, products of bfloat16 gave
+# errors of 27 to 44 % instead of 0.3 to 0.4. Exact ones take six passes of a TPU, which makes the
+# runs three times as expensive as the plain form, or more.
 _RUNS, _WIDE = (3, 2), 1.5
 
 Tree = Any
@@ -37,6 +41,7 @@ def muon(
     rms: float,
     dimensions: Dimensions,
     together: Callable[[], bool],
+    exact: Callable[[], bool],
 ) -> optax.GradientTransformation:
     """``optax.contrib.muon`` with Nesterov momentum and updates of one size whatever the shape.
 
@@ -48,9 +53,11 @@ def muon(
         dimensions: which dimensions are inputs and outputs.
         together: whether matrices of equal shapes are stacked; asked while tracing. Right where
             they are on one device.
+        exact: whether float32 products are computed in float32, asked while tracing: then the
+            iterations of wide matrices share products. Right on CPUs.
     """
     rules = optax.chain(
-        _scale_by_muon(beta, dimensions, together),
+        _scale_by_muon(beta, dimensions, together, exact),
         _scale_by_shape(rms, dimensions),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(schedule),
@@ -73,8 +80,8 @@ def _sizes(x: jax.Array, spec: MuonDimensionNumbers) -> tuple[int, ...]:
     return tuple(math.prod(x.shape[i] for i in axes) for axes in _axes(x, spec))
 
 
-def orthogonalised(updates: Tree, specs: Tree, *, together: bool) -> Tree:
-    """Every matrix by five Newton-Schulz iterations, from its Frobenius norm."""
+def orthogonalised(updates: Tree, specs: Tree, *, together: bool, exact: bool) -> Tree:
+    """Every matrix by five Newton-Schulz iterations, from its Frobenius norm; see ``muon``."""
     leaves, structure = jax.tree.flatten(updates)
     dimensions = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, MuonDimensionNumbers))
     groups: dict[Any, list[int]] = collections.defaultdict(list)
@@ -89,7 +96,7 @@ def orthogonalised(updates: Tree, specs: Tree, *, together: bool) -> Tree:
     results: list[Any] = [None] * len(leaves)
     for members in groups.values():
         stacked = jnp.concatenate([matrices[i] for i in members])
-        done = _newton_schulz(stacked)
+        done = _newton_schulz(stacked, exact and stacked.dtype == jnp.float32)
         ends = [0]
         for i in members:
             ends.append(ends[-1] + len(matrices[i]))
@@ -105,12 +112,12 @@ def orthogonalised(updates: Tree, specs: Tree, *, together: bool) -> Tree:
     return jax.tree.unflatten(structure, results)
 
 
-def _newton_schulz(x_NxIxO: jax.Array) -> jax.Array:
+def _newton_schulz(x_NxIxO: jax.Array, exact: bool) -> jax.Array:
     """Of N matrices no taller than wide."""
     norm = jnp.sqrt(jnp.sum(jnp.square(x_NxIxO), axis=(1, 2), keepdims=True))
     x = x_NxIxO / (norm + _EPS)
     wide = x.shape[2] >= _WIDE * x.shape[1]
-    for count in _RUNS if wide else (1,) * ITERATIONS:
+    for count in _RUNS if exact and wide else (1,) * ITERATIONS:
         x = _iterations_by_gram(x, count)
     return x
 
@@ -137,7 +144,7 @@ def _iterations_by_gram(x_NxIxO: jax.Array, count: int) -> jax.Array:
 
 
 def _scale_by_muon(
-    beta: float, dimensions: Dimensions, together: Callable[[], bool]
+    beta: float, dimensions: Dimensions, together: Callable[[], bool], exact: Callable[[], bool]
 ) -> optax.GradientTransformation:
     def init(params: Tree) -> MuonState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -153,7 +160,8 @@ def _scale_by_muon(
         mixed = jax.tree.map(
             lambda m, g: beta * (m / ahead) + (1 - beta) * (g / now), momentum, updates
         )
-        updates = orthogonalised(mixed, dimensions(mixed), together=together())
+        specs = dimensions(mixed)
+        updates = orthogonalised(mixed, specs, together=together(), exact=exact())
         return updates, MuonState(count, momentum, state.ns_coeffs)
 
     return optax.GradientTransformation(init, update)

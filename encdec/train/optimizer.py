@@ -120,6 +120,7 @@ def _update_rule(
         rms=_MUON_RMS,
         dimensions=_masked_like(dimensions),
         together=_on_one_cpu,
+        exact=lambda: platform() == "cpu",
     )
     labels = jax.tree.map(
         lambda spec: "adamw" if spec is None else "muon", dimensions, is_leaf=_is_spec
