@@ -114,7 +114,8 @@ def rollout(
         CheckpointError: no writer there.
     """
     opened = open_records(records)
-    _check(writer, opened, answering)
+    check_answering(opened, answering)
+    check_writer(writer, opened)
     rows = min(answering.rows or len(opened), len(opened))
     block_rows = answering.block_rows
     content = read_config(writer)
@@ -162,7 +163,8 @@ def rollout(
     return card
 
 
-def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -> None:
+def check_answering(records: Records, answering: Answering) -> None:
+    """Everything that ``rollout`` checks before it knows its writer; raises the same."""
     if isinstance(records, MixedRecords):
         raise ConfigError("--records is a mixture; generate answers for each part separately")
     if records.card.inputs_length == 0:
@@ -176,6 +178,11 @@ def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -
         )
     check_draft(answering.draft, answering.settings)
     check_numbers(answering, rows=1, batch_rows=1, block_rows=1)
+    check_draft_model(answering.draft, records.vocabulary())
+
+
+def check_writer(writer: str | pathlib.Path, records: Records) -> None:
+    """Raises DataError for a model of another vocabulary than the records'."""
     seen = recorded_vocabulary(read_config(writer), writer)["fingerprint"]
     if seen != records.card.vocabulary.fingerprint:
         raise DataError(
@@ -183,7 +190,6 @@ def _check(writer: str | pathlib.Path, records: Records, answering: Answering) -
             f"{records.directory} have {short(records.card.vocabulary.fingerprint)}; prepare "
             "records with the model's vocabulary"
         )
-    check_draft_model(answering.draft, records.vocabulary())
 
 
 def _write_block(

@@ -18,8 +18,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from encdec.distill.rollout import Answering, rollout
+from encdec.data.records import open_records
+from encdec.distill.rollout import Answering, check_answering, check_writer, rollout
 from encdec.distill.scoring import score
+from encdec.distill.scoring_settings import ScoringSettings
 from encdec.errors import ConfigError
 from encdec.logs import logger
 from encdec.storage import as_path
@@ -101,7 +103,8 @@ def distill_in_rounds(
         The students' work directories, the last one's being the result.
 
     Raises:
-        ConfigError: no rounds or records, or a teacher that is given twice.
+        ConfigError: no rounds or records, a teacher that is given twice, or a setting of answers
+            or scores that no round could use; nothing was written.
         DataError, CheckpointError: see ``score``, ``rollout`` and ``train``.
     """
     if rounds < 1:
@@ -117,16 +120,17 @@ def distill_in_rounds(
         )
     check_place(workdir)
     workdir, gold = as_path(workdir), as_path(run.data.records)
+    _check_parts(gold, teacher, workdir, answering, shares, scoring or {})
+    _seeded(answering, rounds)
 
     def scored(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
         say(f"the teacher scores {records}")
         score(teacher=teacher, records=records, out=out, **scoring or {})
         return out
 
-    def written(writer: str | pathlib.Path, out: pathlib.Path, seed: int) -> pathlib.Path:
+    def written(writer: str | pathlib.Path, out: pathlib.Path, number: int) -> pathlib.Path:
         say(f"{writer} answers {gold}")
-        drawn = dataclasses.replace(answering.settings, seed=seed)
-        rollout(writer, gold, out, answering=dataclasses.replace(answering, settings=drawn))
+        rollout(writer, gold, out, answering=_seeded(answering, number))
         return out
 
     parts = []
@@ -134,20 +138,44 @@ def distill_in_rounds(
         parts.append(_Part(shares.gold, gold, scored(gold, workdir / "gold" / "scored")))
     if shares.teacher:
         place = workdir / "teacher"
-        text = written(teacher, place / "written", answering.settings.seed)
+        text = written(teacher, place / "written", 0)
         parts.append(_Part(shares.teacher, text, scored(text, place / "scored")))
     students: list[pathlib.Path] = []
     for number in range(rounds + 1):
         place = workdir / f"round-{number:03d}"
         known = list(parts)
         if students:
-            text = written(students[-1], place / "written", answering.settings.seed + number)
+            text = written(students[-1], place / "written", number)
             known.append(_Part(shares.student, text, scored(text, place / "scored")))
         say(f"round {number} of {rounds}: {run.steps:,} steps")
         start = str(students[-1]) if students else run.init_from
         train(_round(run, known, start, run.seed + number), place / "student")
         students.append(place / "student")
     return students
+
+
+def _check_parts(
+    gold: pathlib.Path,
+    teacher: str | pathlib.Path,
+    workdir: pathlib.Path,
+    answering: Answering,
+    shares: Shares,
+    scoring: dict[str, Any],
+) -> None:
+    """What ``rollout`` and ``score`` would refuse only when hours have passed."""
+    opened = open_records(gold)
+    check_answering(opened, answering)
+    if shares.teacher:
+        check_writer(teacher, opened)
+    settings = ScoringSettings(teacher=teacher, records=gold, out=workdir, **scoring)
+    settings.check()
+    settings.format(opened.card.vocabulary.size)
+
+
+def _seeded(answering: Answering, number: int) -> Answering:
+    """How round ``number`` is answered; ConfigError where its seed is too large."""
+    settings = dataclasses.replace(answering.settings, seed=answering.settings.seed + number)
+    return dataclasses.replace(answering, settings=settings)
 
 
 def _round(run: RunConfig, parts: list[_Part], init_from: str, seed: int) -> RunConfig:

@@ -11,7 +11,8 @@ from encdec.data.records import read_card
 from encdec.data.teacher_rows import read_teacher_card
 from encdec.distill.rollout import Answering
 from encdec.distill.rounds import Shares, distill_in_rounds
-from encdec.errors import ConfigError
+from encdec.errors import CheckpointError, ConfigError
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.saved.saved_config import read_config
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.run_config import parse_config
@@ -84,8 +85,8 @@ def test_shares_without_sense_are_refused(shares, message):
 
 
 def test_bad_settings_are_refused_before_anything_is_written(records, teacher, tmp_path):
-    refuse = lambda run, rounds=1: distill_in_rounds(
-        parse_config(run), teacher, tmp_path / "out", rounds
+    refuse = lambda run, rounds=1, **given: distill_in_rounds(
+        parse_config(run), teacher, tmp_path / "out", rounds, **given
     )
     with pytest.raises(ConfigError, match=r"--rounds is 0"):
         refuse(small_run(records), 0)
@@ -93,6 +94,21 @@ def test_bad_settings_are_refused_before_anything_is_written(records, teacher, t
         refuse(small_run(""))
     with pytest.raises(ConfigError, match=r"leave it out"):
         refuse(small_run(records, distill={"teacher": "x"}))
+    with pytest.raises(ConfigError, match=r"mixture"):
+        refuse(small_run(f"{records}=1,{records}=2"))
+    beams, late = GenerationSettings(beams=2), GenerationSettings(seed=2**32 - 1)
+    for answering, message in (
+        (Answering(beams, draft="lookup"), "no effect in beam search"),
+        (Answering(rows=0), "rows is 0"),
+        (Answering(block_rows=0), "block_rows is 0"),
+        (Answering(GenerationSettings(beams=2, samples=2)), "samples is 2"),
+        (Answering(draft=str(tmp_path / "none")), "none"),
+        (Answering(late), "seed is 4294967296"),
+    ):
+        with pytest.raises((ConfigError, CheckpointError), match=message):
+            refuse(small_run(records), answering=answering)
+    with pytest.raises(ConfigError, match=r"draws is 0"):
+        refuse(small_run(records), scoring={"draws": 0}, shares=Shares(gold=0, teacher=1))
     assert not (tmp_path / "out").exists()
 
 
