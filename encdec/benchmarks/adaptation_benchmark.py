@@ -24,10 +24,11 @@ def main(argv: list[str]) -> int:
     from encdec.benchmarks.adaptation_experiment import Results, Setting, run_experiment
     from encdec.benchmarks.adaptation_results import draw, summary
 
-    lists = {name: tuple(options.pop(name)) for name in ("text", "eval_text", "rows")}
+    for name in ("text", "eval_text", "rows"):
+        options[name] = tuple(options[name])
     if options["results"]:
         options["results"] = pathlib.Path(options["results"])
-    setting = Setting(pathlib.Path(options.pop("workdir")), **lists, **options)
+    setting = Setting(pathlib.Path(options.pop("workdir")), **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:
