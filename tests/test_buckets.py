@@ -27,6 +27,8 @@ from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.files import LineAppender, append_rows, keep_lines, whole_lines, write_text
 from encdec.inference import answer_files
 from encdec.inference.answer_files import ResumableOutput
+from encdec.interop.import_model import _given_vocabulary
+from encdec.interop.llama2c import find_tokenizers, read_tokenizer
 from encdec.paper.paper_command import main as paper_main
 from encdec.paper.result_rows import append_results, read_results
 from encdec.saved.fingerprint import fingerprints
@@ -51,6 +53,7 @@ from encdec.train.sharding import make_mesh
 from tests import bucket_servers
 from tests.adapt.test_workflow import write_source
 from tests.bucket_servers import Proxy
+from tests.interop.test_llama2c import tokenizer_bytes
 from tests.scaling.test_run import tiny
 from tests.train.conftest import eval_records, records, small_run  # noqa: F401
 
@@ -407,6 +410,20 @@ def test_how_fast_records_come_from_a_bucket_is_measured(gs, capsys, tmp_path):
     rate, step = result["fetched_megabytes_per_second"], result["step"]
     megabytes = 4 * 16 * 1280 * result["bytes_per_token"] / 1e6
     assert result["step_share_of_fetching"] == pytest.approx(megabytes / rate / step["seconds"])
+
+
+def test_a_tokenizer_next_to_a_models_address_is_found(server):
+    """Of what is next to it nothing else is copied."""
+    folder = f"{server[0]}/llama2c"
+    pieces = [(0.0, b"<unk>"), (0.0, b"<s>"), (0.0, b"</s>"), (0.0, b"a")]
+    for name in ("tok4.bin", "other.bin", "deeper/tok4.bin"):
+        buckets.write_bytes(f"{folder}/{name}", tokenizer_bytes(pieces))
+    model = as_path(f"{folder}/model.bin")
+    [found] = find_tokenizers(model, 4)
+    assert found.name == "tok4.bin" and len(list(found.parent.glob("**/*.bin"))) == 1
+    assert find_tokenizers(model, 5) == []
+    given = _given_vocabulary(f"{folder}/tok4.bin", "llama2c")
+    assert given.size == 4 and given.fingerprint == read_tokenizer(found).fingerprint
 
 
 @pytest.mark.parametrize("server", ["s3"], indirect=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from encdec import hub, safetensors
 from encdec.data.chat_template import TEMPLATE_FILE, chat_template_of
@@ -15,7 +15,10 @@ from encdec.interop import huggingface_import, llama2c, mu, own, t5gemma, t5gemm
 from encdec.interop.framing import Framing, other_ends, read_eos_ids, read_framing, read_vocabulary
 from encdec.interop.importing import free_bytes, write_model
 from encdec.model import ModelConfig
-from encdec.storage import as_path, on_this_machine
+from encdec.storage import as_path, on_this_machine, user_place
+
+if TYPE_CHECKING:
+    from etils import epath
 
 Format = Literal["hf", "mu", "llama2c"]
 
@@ -92,14 +95,14 @@ def import_model(
         source = hub.download(*found_on_hub)
     if not as_path(source).exists():
         raise DataError(f"{source} does not exist; give the downloaded file or directory")
-    source = on_this_machine(source)
+    place, source = as_path(source), on_this_machine(source)
     given = _given_vocabulary(vocabulary, format) if vocabulary else None
     if format == "hf":
         found = _read_huggingface(source, out, given)
     elif format == "mu":
         found = _read_mu(source, head_dim)
     else:
-        found = _read_llama2c(source, given)
+        found = _read_llama2c(source, place, given)
     vocabulary_found = given or found.vocabulary
     stored = write_model(
         out,
@@ -128,18 +131,28 @@ def import_model(
 
 
 def _given_vocabulary(vocabulary: str, format: Format) -> Vocabulary:
-    path = pathlib.Path(vocabulary)
+    path = as_path(user_place("the vocabulary", vocabulary))
     if format == "llama2c" and path.suffix == ".bin" and path.is_file():
-        return llama2c.read_tokenizer(path)
+        return llama2c.read_tokenizer(on_this_machine(path))
     return load_vocabulary(vocabulary)
 
 
-def _read_llama2c(source: pathlib.Path, given: Vocabulary | None) -> _Found:
+def _read_llama2c(
+    source: pathlib.Path, place: pathlib.Path | epath.Path, given: Vocabulary | None
+) -> _Found:
+    """``place`` is where the user has the model, ``source`` its copy on this machine."""
     model, params, longest = llama2c.read_model(source)
     vocabulary, notes = None, []
-    if given is None and (path := llama2c.find_tokenizer(source, model.vocab_size)):
-        vocabulary = llama2c.read_tokenizer(path)
-        notes.append(f"The vocabulary is {path.name}, next to the model; texts end at <s>")
+    found = [] if given else llama2c.find_tokenizers(place, model.vocab_size)
+    if len(found) == 1:
+        vocabulary = llama2c.read_tokenizer(found[0])
+        notes.append(f"The vocabulary is {found[0].name}, next to the model; texts end at <s>")
+    elif found:
+        names = ", ".join(path.name for path in found)
+        notes.append(
+            f"{len(found)} different tokenizers next to the model have its {model.vocab_size:,} "
+            f"pieces, so none is taken: {names}; name the right one with --vocabulary"
+        )
     if given is not None and given.eos_id != llama2c.START_ID:
         notes.append(
             f"Texts end at {given.piece(given.eos_id)} (id {given.eos_id}); models that llama2.c "

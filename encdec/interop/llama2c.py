@@ -11,13 +11,17 @@ import pathlib
 import re
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from encdec.data.vocabulary import SentencePieceVocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.model import ExecutionConfig, ModelConfig
+from encdec.storage import on_this_machine
+
+if TYPE_CHECKING:
+    from etils import epath
 
 # BOS of its tokenizers. It comes between texts, and run.c stops there: it is EOS, too.
 START_ID = 1
@@ -116,16 +120,23 @@ def _params(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str,
     return {"embedder": embedder, "decoder": decoder}
 
 
-def find_tokenizer(model: pathlib.Path, vocab_size: int) -> pathlib.Path | None:
-    """The tokenizer next to a model: the one file ``tok*.bin`` with as many pieces, if there is."""
-    fitting = []
-    for path in sorted(model.parent.glob("tok*.bin")):
+def find_tokenizers(model: pathlib.Path | epath.Path, vocab_size: int) -> list[pathlib.Path]:
+    """The tokenizers next to a model: files ``tok*.bin`` with as many pieces, of each content one.
+
+    Those next to an address in a bucket are copied to this machine.
+    """
+    fitting: dict[bytes, pathlib.Path] = {}
+    for found in sorted(model.parent.glob("tok*.bin")):
+        if found == model:
+            continue
+        path = on_this_machine(found)
         try:
-            if path != model and len(_pieces(path)) == vocab_size:
-                fitting.append(path)
+            pieces = _pieces(path)
         except DataError:
             continue
-    return fitting[0] if len(fitting) == 1 else None
+        if len(pieces) == vocab_size:
+            fitting.setdefault(path.read_bytes(), path)
+    return list(fitting.values())
 
 
 def read_tokenizer(path: pathlib.Path) -> SentencePieceVocabulary:

@@ -17,7 +17,7 @@ from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.text_io import PromptFormat
 from encdec.interop.import_command import main
-from encdec.interop.llama2c import find_tokenizer, read_tokenizer
+from encdec.interop.llama2c import find_tokenizers, read_tokenizer
 from encdec.model import ModelConfig, build_model, init_cache
 from encdec.saved.saved_params import load_params_for_inference
 
@@ -60,7 +60,7 @@ def test_the_tiny_story_teller_tells_its_golden_story(corpora, tmp_path):
     assert text.strip().startswith(golden.strip()[:150])
 
 
-def test_halves_and_neighbours_rotate_alike(tmp_path):
+def test_halves_and_neighbours_rotate_alike(tmp_path, capsys):
     """A random model against a plain forward pass in llama2.c's own layout."""
     random = np.random.default_rng(0)
     M, F, L, H, K, V, longest = 16, 24, 2, 4, 2, 11, 20
@@ -85,7 +85,13 @@ def test_halves_and_neighbours_rotate_alike(tmp_path):
     path = tmp_path / "model.bin"
     header = np.array([M, F, L, H, K, -V, longest], "<i4").tobytes()
     path.write_bytes(header + b"".join(w.tobytes() for w in weights))
+    pieces = [(0.0, b"<unk>"), (0.0, b"<s>"), (0.0, b"</s>"), *((0.0, b"%d" % i) for i in range(8))]
+    for name, one in (("tok_a", pieces), ("tok_b", pieces), ("token", [*pieces[:-1], (1.0, b"9")])):
+        (tmp_path / f"{name}.bin").write_bytes(tokenizer_bytes(one))
     main([str(path), "--format=llama2c", f"--out={tmp_path / 'ours'}"])
+    # Two that differ, and a copy: which is the model's, nobody knows.
+    said = capsys.readouterr().out
+    assert "2 different tokenizers" in said and "tok_a.bin, token.bin" in said
     config, params, _ = load_params_for_inference(tmp_path / "ours")
     tokens = random.integers(0, V, 7)
     batch = {
@@ -149,15 +155,16 @@ def test_the_tokenizer_next_to_a_model_is_read_as_run_c_reads_it(tmp_path):
     pieces += [(0.0, b"<0x%02X>" % byte) for byte in range(256)]
     pieces += [(-float(i), piece.encode()) for i, piece in enumerate(learned + letters)]
     (tmp_path / "tok.bin").write_bytes(tokenizer_bytes(pieces))
-    assert find_tokenizer(tmp_path / "model.bin", len(pieces) + 1) is None
-    vocabulary = read_tokenizer(find_tokenizer(tmp_path / "model.bin", len(pieces)))
+    assert find_tokenizers(tmp_path / "model.bin", len(pieces) + 1) == []
+    [found] = find_tokenizers(tmp_path / "model.bin", len(pieces))
+    vocabulary = read_tokenizer(found)
     assert (vocabulary.eos_id, vocabulary.unk_id, vocabulary.size) == (1, 0, len(pieces))
     for text in ("the hen", " an ant  ate\nthé ", "x<s>", "日", "", "a.a"):
         assert vocabulary.encode(text) == merged(text, pieces), text
         assert vocabulary.decode(vocabulary.encode(text)) == text
     for data in (b"", tokenizer_bytes(pieces)[:-1], tokenizer_bytes(pieces[3:]), b"\xff" * 99):
         (tmp_path / "tok.bin").write_bytes(data)
-        assert find_tokenizer(tmp_path / "model.bin", len(pieces)) is None
+        assert find_tokenizers(tmp_path / "model.bin", len(pieces)) == []
         with pytest.raises(DataError, match="not a tokenizer of llama2.c"):
             read_tokenizer(tmp_path / "tok.bin")
 
