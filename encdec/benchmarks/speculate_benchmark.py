@@ -121,16 +121,16 @@ def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Ca
 
 
 def exported_steps(model: Any, inputs: int, rows: int) -> Callable[[int], None]:
-    """The same of an exported model; each step keeps one token."""
+    """The same of an exported model; no step keeps what it fed, so that all have one cache."""
     tokens_BxS = _drawn(model.config, rows, inputs).astype(np.int64)
 
     def run(size: int) -> None:
-        fed_RxK, one_R = np.ones((rows, size), np.int64), np.ones(rows, np.int64)
+        fed_RxK, none_R = np.ones((rows, size), np.int64), np.zeros(rows, np.int64)
         for _ in range(STEPS):
             memory.verify(fed_RxK)
-            memory.keep(one_R)
+            memory.keep(none_R)
 
-    _, memory = model.prefill(tokens_BxS, np.full(rows, inputs), START_ID, STEPS)
+    _, memory = model.prefill(tokens_BxS, np.full(rows, inputs), START_ID, max(SIZES))
     return run
 
 
@@ -139,10 +139,17 @@ def _drawn(config: ModelConfig, rows: int, inputs: int) -> np.ndarray:
 
 
 def measure_steps(
-    steps: Mapping[str, Callable[[int], None]], rows: int, repeats: int
+    steps: Mapping[str, Callable[[int], None]],
+    rows: int,
+    repeats: int,
+    largest: Mapping[str, int] = {},
 ) -> list[StepCost]:
-    """Medians of alternating runs of every runtime and size, after one of each to compile."""
-    turns = [(name, size) for name in steps for size in SIZES]
+    """Medians of alternating runs of every runtime and size, after one of each to compile.
+
+    ``largest``: sizes that a runtime takes at most, where it does not take all.
+    """
+    sizes = {name: [k for k in SIZES if k <= largest.get(name, k)] for name in steps}
+    turns = [(name, size) for name in steps for size in sizes[name]]
     for name, size in turns:
         steps[name](size)
     taken: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
@@ -152,7 +159,7 @@ def measure_steps(
             steps[name](size)
             taken[name, size].append((time.perf_counter() - begin) / STEPS)
     return [
-        StepCost(name, rows, {size: statistics.median(taken[name, size]) for size in SIZES})
+        StepCost(name, rows, {size: statistics.median(taken[name, size]) for size in sizes[name]})
         for name in steps
     ]
 
@@ -317,7 +324,8 @@ def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
             }
             if "jax" in options.runtimes:
                 steps = {"jax": jax_steps(config, params, options.inputs_length, rows)} | steps
-            found += measure_steps(steps, rows, options.repeats)
+            largest = {name: x.tokens_at_once for name, x in exported.items() if x.tokens_at_once}
+            found += measure_steps(steps, rows, options.repeats, largest)
     return found, wrong_drafts_cost(config, params, options.inputs_length, options.repeats)
 
 
@@ -369,7 +377,10 @@ def _cost_table(costs: Sequence[StepCost], model: str) -> Table:
     for column in ("runtime", "rows", *(f"k = {size}" for size in SIZES)):
         table.add_column(column, justify="left" if column == "runtime" else "right")
     for cost in costs:
-        cells = [f"{cost.seconds[k] * 1e3:.2f} ({cost.ratio(k):.2f})" for k in SIZES]
+        cells = [
+            f"{cost.seconds[k] * 1e3:.2f} ({cost.ratio(k):.2f})" if k in cost.seconds else "–"
+            for k in SIZES
+        ]
         table.add_row(cost.runtime, str(cost.rows), *cells)
     return table
 

@@ -62,11 +62,13 @@ class ExportedModel(Protocol):
     Attributes:
         config: the model.
         rows_at_once: how many inputs it reads together; 0 is any number.
+        tokens_at_once: how many tokens of a row a step takes at most; 0 is any number.
         verifies: whether its memory's ``verify``, ``verify_greedy`` and ``keep`` can be used.
     """
 
     config: ModelConfig
     rows_at_once: int
+    tokens_at_once: int
     verifies: bool
 
     def prefill(

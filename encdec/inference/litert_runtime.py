@@ -48,7 +48,7 @@ class LitertModel:
         ConfigError: ai-edge-litert is not installed.
     """
 
-    rows_at_once = 1
+    rows_at_once, tokens_at_once = 1, MOST_TOKENS
 
     def __init__(self, directory: str | os.PathLike[str], threads: int = 0):
         directory = pathlib.Path(directory)

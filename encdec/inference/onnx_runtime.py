@@ -34,7 +34,7 @@ class OnnxModel:
         ConfigError: onnxruntime is not installed.
     """
 
-    rows_at_once = 0  # any number
+    rows_at_once = tokens_at_once = 0  # any number
 
     def __init__(self, directory: str | os.PathLike[str], threads: int = 0):
         directory = pathlib.Path(directory)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from encdec.benchmarks.speculate_benchmark import SIZES, StepCost, main
+from encdec.benchmarks.speculate_benchmark import SIZES, StepCost, main, measure_steps
 from encdec.errors import ConfigError
 from tests.inference.conftest import LEARNED, encoder_decoder_run  # noqa: F401
 
@@ -14,6 +14,14 @@ from tests.inference.conftest import LEARNED, encoder_decoder_run  # noqa: F401
 def test_ratios_are_against_a_step_of_one_token():
     cost = StepCost("jax", 1, {1: 0.5, 4: 0.75})
     assert cost.ratio(1) == 1 and cost.ratio(4) == 1.5
+
+
+def test_a_runtime_is_given_no_more_tokens_than_it_takes():
+    asked = {"jax": [], "litert": []}
+    steps = {name: asked[name].append for name in asked}
+    jax, litert = measure_steps(steps, 1, 1, {"litert": 8})
+    assert set(jax.seconds) == set(asked["jax"]) == set(SIZES)
+    assert set(litert.seconds) == set(asked["litert"]) == {1, 2, 4, 8}
 
 
 @pytest.mark.slow
@@ -42,6 +50,16 @@ def test_steps_and_tasks_are_measured(encoder_decoder_run, tmp_path, capsys):
     assert main([*always, f"--out={tmp_path}"]) == 0
     (rate,) = json.loads((tmp_path / "speculate.json").read_text())["tasks"]
     assert rate["same_answers"] == 1 and not rate["different"] and 1 <= rate["tokens_a_step"] <= 8
+
+
+@pytest.mark.slow
+def test_steps_of_exports_are_measured(tmp_path):
+    exports = "--runtimes=onnx-float32,litert-float32"
+    arguments = ["--model=test", exports, "--inputs_length=4", "--repeats=1", f"--out={tmp_path}"]
+    assert main(arguments) == 0
+    costs = json.loads((tmp_path / "speculate.json").read_text())["costs"]
+    sizes = {cost["runtime"]: list(map(int, cost["seconds"])) for cost in costs}
+    assert sizes == {"onnx-float32": list(SIZES), "litert-float32": [1, 2, 4, 8]}
 
 
 def test_what_cannot_be_measured_is_refused():
