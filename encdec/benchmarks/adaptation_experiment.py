@@ -2,8 +2,9 @@
 
 A decoder-only model is trained on text. Then, for as many FLOPs again as it would take to train it
 on for ``further_steps`` steps: that model itself, encoder-decoders adapted from it, and
-encoder-decoders of the same shapes from random parameters. All are compared by the held-out loss
-of one prefix-LM set. Every run is a directory of its own, and what is finished is not run again.
+encoder-decoders of the same shapes from random parameters, two of which get the FLOPs of the
+source's training too. All are compared by the held-out loss of one prefix-LM set. Every run is a
+directory of its own, and what is finished is not run again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from encdec.adapt.adapting import make_plan, write
 from encdec.adapt.layer_choice import chosen_layers
 from encdec.adapt.parameters import Choice
 from encdec.adapt.sources import open_source
-from encdec.benchmarks.adaptation_results import KIND, read_lines
+from encdec.benchmarks.adaptation_results import KIND, SOURCE_FLOPS_TOO, read_lines
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.data.card import read_card
 from encdec.data.corpora.stdlib import stdlib_text
@@ -118,6 +119,7 @@ class Row:
         objective: "prefix_lm" or "ul2".
         distilled: whether the source teaches.
         headline: whether it is run for every seed, and not for the first alone.
+        source_flops_too: whether its budget includes the FLOPs of the source's training.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Row:
     objective: str = "prefix_lm"
     distilled: bool = False
     headline: bool = False
+    source_flops_too: bool = False
 
     @property
     def folder(self) -> str:
@@ -142,6 +145,8 @@ def table_rows(setting: Setting) -> list[Row]:
         Row("scratch all-all", whole, "", headline=True),
         Row("adapted 2/3-1/3", split, headline=True),
         Row("scratch 2/3-1/3", split, "", headline=True),
+        Row(f"scratch all-all{SOURCE_FLOPS_TOO}", whole, "", source_flops_too=True),
+        Row(f"scratch 2/3-1/3{SOURCE_FLOPS_TOO}", split, "", source_flops_too=True),
         Row("adapted all-all, merged", whole, "merged"),
         Row("adapted all-all, distilled", whole, distilled=True),
         Row("adapted all-all, zero", whole, "zero"),
@@ -173,7 +178,6 @@ def run_experiment(setting: Setting, say: Say, report: Report = lambda results: 
     digest = _digest(setting, identity)
     todo = _todo(setting, digest)
     _say_size(setting, todo, say)
-    source_flops = setting.steps * _step_flops(setting, source_model(setting))
     report(finished(setting, digest))
     sources: dict[int, pathlib.Path] = {}
     for seed, row in todo:
@@ -181,7 +185,7 @@ def run_experiment(setting: Setting, say: Say, report: Report = lambda results: 
             sources[seed] = _source(setting, seed, say)
         line = {"kind": KIND, "setting": digest, "row": row.name, "seed": seed}
         line |= _run(setting, row, seed, sources[seed], say)
-        line |= {"source_flops": source_flops} | where_and_when()
+        line |= {"source_flops": source_flops(setting)} | where_and_when()
         append_rows(setting.results_file, [line])
         report(finished(setting, digest))
     return finished(setting, digest)
@@ -220,11 +224,11 @@ def _todo(setting: Setting, digest: str) -> list[tuple[int, Row]]:
 
 
 def _say_size(setting: Setting, todo: list[tuple[int, Row]], say: Say) -> None:
-    step = _step_flops(setting, source_model(setting))
     sources = len({seed for seed, _ in todo})
-    steps = sources * setting.steps + len(todo) * setting.further_steps
+    flops = sources * source_flops(setting) + sum(budget(setting, row) for _, row in todo)
+    steps = round(flops / _step_flops(setting, source_model(setting)))
     say(
-        f"{len(todo)} runs and the source of {sources} seeds are left: {steps * step:.3g} FLOPs, "
+        f"{len(todo)} runs and the source of {sources} seeds are left: {flops:.3g} FLOPs, "
         f"as many as {steps:,} steps of the source"
     )
 
@@ -390,9 +394,15 @@ def _source(setting: Setting, seed: int, say: Say) -> pathlib.Path:
     return folder
 
 
-def budget(setting: Setting) -> float:
-    """FLOPs of every row beyond the source's."""
-    return setting.further_steps * _step_flops(setting, source_model(setting))
+def source_flops(setting: Setting) -> float:
+    """FLOPs of the source's training."""
+    return setting.steps * _step_flops(setting, source_model(setting))
+
+
+def budget(setting: Setting, row: Row) -> float:
+    """FLOPs of a row's own training: as many for all, and the source's too where it has them."""
+    further = setting.further_steps * _step_flops(setting, source_model(setting))
+    return further + row.source_flops_too * source_flops(setting)
 
 
 def _step_flops(setting: Setting, model: ModelConfig) -> float:
@@ -404,7 +414,7 @@ def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) 
     start = _start(setting, row, seed, source)
     model = model_config_of(read_config(start))
     per_step = _step_flops(setting, model)
-    steps = max(1, round(budget(setting) / per_step))
+    steps = max(1, round(budget(setting, row) / per_step))
     changes: dict[str, Any] = {}
     if row.layers is None or row.cross_attention:
         changes["init_from"] = str(start)

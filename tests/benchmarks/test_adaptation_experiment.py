@@ -30,9 +30,9 @@ ADAPTED = np.array([[10, 50.0, 3.0], [40, 200.0, 2.5], [80, 400.0, 2.4]])
 
 def test_a_step_is_worth_as_many_as_reach_its_loss():
     # From 4.0 at step 20 to 2.0 at step 40: 3.0 halfway.
-    assert steps_worth(ADAPTED, FRESH) == (10.0, 30.0)
-    assert steps_worth(ADAPTED - [0, 0, 5], FRESH) is None
-    assert steps_worth(ADAPTED + [0, 0, 9], FRESH) == (10.0, 10.0)
+    assert steps_worth(ADAPTED, FRESH) == [(10, 30), (40, 35), (80, 36)]
+    assert steps_worth(ADAPTED - [0, 0, 5], FRESH) == []
+    assert steps_worth(ADAPTED + [0, 0, 9], FRESH)[0] == (10, 10)
     assert first_step_at(ADAPTED, 2.45) == pytest.approx(60.0)
 
 
@@ -40,22 +40,59 @@ def test_curves_cross_between_evaluations_or_not_at_all():
     # At 200: 2.5 and 4.0; at 400: 2.4 and 2.0. The gap goes from -1.5 to 0.4.
     assert crossing(ADAPTED, FRESH) == pytest.approx(200 + 200 * 1.5 / 1.9)
     assert crossing(ADAPTED - [0, 0, 1], FRESH) is None
-    run = lambda curve: {"parameters": 7, "curve": curve.tolist(), "loss": curve[-1, 2]}
-    both = {"adapted all-all": [run(ADAPTED)] * 2, "scratch all-all": [run(FRESH)]}
+
+
+def line(curve, seed=0, higher=0.0):
+    curve = curve + [0, 0, higher]
+    return {
+        "parameters": 7,
+        "curve": curve.tolist(),
+        "loss": curve[-1, 2],
+        "seed": seed,
+        "source_flops": 100.0,
+    }
+
+
+def test_the_summary_gives_flops_intervals_and_differences_of_equal_seeds():
+    # Differences 0.3, 0.5: mean 0.4, half width 12.706 * 0.1414 / sqrt(2).
+    results = {
+        "adapted all-all": [line(ADAPTED, 0), line(ADAPTED, 1, 0.1), line(ADAPTED, 2, 0.1)],
+        "scratch all-all": [line(FRESH, 0, 0.1), line(FRESH, 1), line(FRESH, 5)],
+    }
+    text = summary(results)
+    cells = "| adapted all-all | 7 | 80 | 400 | 500 | 3.067 | 2.467 [2.323, 2.610] | 3 |"
+    assert cells in text and "| scratch all-all | 7 | 40 | 400 | 400 |" in text
+    assert "| adapted all-all minus scratch all-all | +0.400 [-0.871, +1.671] | 2 |" in text
+
+
+def test_steps_and_crossings_stay_within_what_was_measured():
+    both = {"adapted all-all": [line(ADAPTED)], "scratch all-all": [line(FRESH)]}
     text = summary(both)
-    assert "| adapted all-all | 7 | 80 | 3.000 | 2.400 ± 0.000 | 2 |" in text
-    assert "after 10 steps the adapted model matches 30 from scratch" in text
-    assert "cross at 358 FLOPs" in text
-    both["adapted all-all"] = [run(ADAPTED - [0, 0, 1])]
-    assert "do not cross: the adapted model is ahead" in summary(both)
-    assert "is reached by the adapted model's evaluation after 10 steps" in summary(both)
+    assert "after 10 steps the adapted model matches 30 from scratch, 3 for each" in text
+    assert "after 80 steps the adapted model matches 36 from scratch, 0.45 for each" in text
+    assert "cross at 358 FLOPs: the model from scratch is ahead at the end" in text
+    both["adapted all-all"] = [line(ADAPTED, higher=-0.7)]
+    text = summary(both)
+    assert "after 10 steps the adapted model matches 37 from scratch" in text
+    assert "after 40 steps, 1.800, is beyond the measured range: 40 steps from scratch" in text
+    both["adapted all-all"] = [line(ADAPTED, higher=-1)]
+    text = summary(both)
+    assert "do not cross: the adapted model is ahead" in text
+    assert "is reached by the adapted model's evaluation after 10 steps" in text
+    # With the source's FLOPs on both sides: at 400, 1.95 and 2.0; at 500, 1.9 and 1.0.
+    longer = np.concatenate([FRESH, [[50, 500.0, 1.0]]])
+    both["scratch all-all, source's FLOPs too"] = [line(longer)]
+    both["adapted all-all"] = [line(ADAPTED - [0, 0, 0.5])]
+    assert "the source's FLOPs too: after 10 steps the adapted model matches 35" in summary(both)
+    assert "cross at 405 FLOPs" in summary(both)
 
 
 def test_the_budget_is_what_the_source_would_cost_further():
     setting = Setting(pathlib.Path("w"), model="test", layers=6, further_steps=10, batch_size=4)
     one = training_flops(source_model(setting), setting.inputs, setting.targets, batch_size=4)
-    assert budget(setting) == 10 * one
     rows = table_rows(setting)
+    assert budget(setting, rows[0]) == budget(setting, rows[4]) == 10 * one
+    assert budget(setting, rows[5]) == budget(setting, rows[6]) == (10 + setting.steps) * one
     assert len({row.folder for row in rows}) == len(rows)
     assert rows[3].layers == ("4", "2") and sum(row.headline for row in rows) == 5
 
