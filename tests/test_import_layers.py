@@ -126,6 +126,7 @@ MAY_IMPORT = {
         "adapt",
         "cost",
         "model",
+        "metrics",
         "data",
         "saved",
         "train",
