@@ -25,7 +25,7 @@ from encdec.interop.import_model import ImportReport, import_model
 from encdec.train.loop import Hook, Summary
 from encdec.train.loop import train as _train
 from encdec.train.reports import OnReport
-from encdec.train.train_command import load_config
+from encdec.train.run_config import load_config
 
 __all__ = [
     "ExportReport",

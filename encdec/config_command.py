@@ -18,8 +18,7 @@ from encdec.flags import Parser
 from encdec.model.execution import INFERENCE_FIELDS
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
-from encdec.train.run_config import RunConfig, is_directory, parse_config, to_dict
-from encdec.train.train_command import load_config
+from encdec.train.run_config import RunConfig, is_directory, load_config, parse_config, to_dict
 
 WIDTH = 100  # of a line of the table
 NAME_WIDTH = 28

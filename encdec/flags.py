@@ -152,3 +152,25 @@ class _SetLevel(argparse.Action):
         logs.set_level(self.const)
         system = f"Python {platform.python_version()}, {platform.platform()}"
         _LOG.debug("encdec %s, %s, arguments %s", encdec.__version__, system, sys.argv[1:])
+
+
+def add_process_options(parser: Parser) -> None:
+    """The options of ``join_processes``."""
+    parser.add(
+        "--distributed",
+        "one of several processes; on TPU pods, Slurm and GKE they find each "
+        "other, elsewhere the next three options say how",
+        default=False,
+    )
+    parser.add("--coordinator", "address of process 0", metavar="HOST:PORT")
+    parser.add("--num_processes", "processes in all", int)
+    parser.add("--process_id", "this process, from 0", int, metavar="I")
+
+
+def join_processes(options: argparse.Namespace) -> None:
+    """Makes this process one of several, if the command line says so."""
+    if not options.distributed:
+        return
+    import jax
+
+    jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)

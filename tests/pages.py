@@ -253,7 +253,7 @@ def _check_configuration(options: argparse.Namespace, command: str, words: list[
     from encdec.paper import paper_command
     from encdec.paper.setting import parse_setting
     from encdec.scaling import scaling_command
-    from encdec.train import train_command
+    from encdec.train import run_config
     from encdec.train.run_config import parse_config
 
     given = vars(options)
@@ -267,7 +267,7 @@ def _check_configuration(options: argparse.Namespace, command: str, words: list[
         overrides, _ = split_overrides(words)
         # A preset of the reader's stands for any.
         overrides = [word.replace("=PRESET", "=test") for word in overrides]
-        parse_config(train_command.load_config(given["config"], overrides))
+        parse_config(run_config.load_config(given["config"], overrides))
 
 
 def _check_encdec(words: list[str]) -> None:
@@ -349,8 +349,7 @@ def check_python(block: Block) -> None:
     from encdec import api
     from encdec.evaluation.evaluation_settings import EvaluationSettings
     from encdec.inference.generation_settings import GenerationSettings
-    from encdec.train.run_config import parse_config
-    from encdec.train.train_command import load_config
+    from encdec.train.run_config import load_config, parse_config
 
     def train(config, workdir, overrides=None, **_):
         given = [f"--config.{name}={value}" for name, value in (overrides or {}).items()]

@@ -13,8 +13,7 @@ import pytest
 from encdec import cli
 from encdec.completion import SCRIPTS, candidates
 from encdec.config_command import meanings, model_table, run_table
-from encdec.train.run_config import RunConfig, parse_config
-from encdec.train.train_command import load_config
+from encdec.train.run_config import RunConfig, load_config, parse_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = f"{ROOT}/configs/pretrain.py:330m"

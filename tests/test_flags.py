@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from encdec import cli, flags, logs
-from encdec.data.prepare_command import ProgressLine
-from encdec.distill.score_command import ScoringProgress
+from encdec.data.prepare_progress import ProgressLine
+from encdec.distill.scoring_progress import ScoringProgress
 from encdec.errors import ConfigError
 from encdec.inference import progress
 from encdec.inference.progress import Progress
@@ -113,8 +113,8 @@ def test_verify_says_less_and_more(records, capsys):
 
 def test_bars_and_lines_of_progress_are_left_out_and_warnings_are_not(records, capsys, monkeypatch):
     monkeypatch.setattr(progress, "REPORT_SECONDS", -1)
-    monkeypatch.setattr("encdec.data.prepare_command.LOG_SECONDS", -1)
-    monkeypatch.setattr("encdec.distill.score_command.REPORT_SECONDS", -1)
+    monkeypatch.setattr("encdec.data.prepare_progress.LOG_SECONDS", -1)
+    monkeypatch.setattr("encdec.distill.scoring_progress.REPORT_SECONDS", -1)
 
     class Counts:
         examples = rows = tokens = bytes = 7

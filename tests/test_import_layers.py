@@ -276,6 +276,20 @@ def imported_files(path: pathlib.Path, files: Container[str]) -> set[str]:
     return {name for name in found if name in files}
 
 
+def test_commands_are_called_by_the_command_line_alone():
+    """What other code needs of a command is a function in another file; only ``cli``, by name, and
+    a command that hands its arguments on to one of its own (``evaluate table``) call its ``main``."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE.parent).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            if {alias.name for alias in node.names} & {"main"} or node.module.endswith("_command"):
+                assert [alias.name for alias in node.names] == ["main"], name
+                same_package = node.module.rpartition(".")[0] == ".".join(path.parts[-3:-1])
+                assert same_package or path.stem == "__main__", f"{name} calls {node.module}"
+
+
 def test_a_files_name_says_which_file_it_is():
     """Names that can be opened by name: only ``__init__`` stands for the package around it."""
     by_name = collections.defaultdict(list)

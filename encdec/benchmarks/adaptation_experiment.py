@@ -27,8 +27,8 @@ from encdec.data.denoising import ul2
 from encdec.data.objectives import CausalLM, PrefixLM
 from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
-from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import CARD_FILE
+from encdec.data.vocabulary_training import train_vocabulary
 from encdec.distill.scoring import score
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows, write_text

@@ -27,8 +27,8 @@ from encdec.data.prepare_settings import choose_task
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, open_records
 from encdec.data.text_tasks import TextTask
-from encdec.data.vocab_command import task_texts, train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
+from encdec.data.vocabulary_training import task_texts, train_vocabulary
 from encdec.errors import DataError
 from encdec.flags import Parser
 from encdec.machine import available_cores

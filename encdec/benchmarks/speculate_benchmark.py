@@ -24,7 +24,7 @@ from encdec.benchmarks.generation import START_ID
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.benchmarks.transformers_runtime import TransformersModel, missing
 from encdec.errors import ConfigError
-from encdec.export.export_command import main as export_main
+from encdec.export.export_model import export_model
 from encdec.flags import Parser
 from encdec.inference.answer_files import read_inputs
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
@@ -347,7 +347,7 @@ def _rates(options: argparse.Namespace) -> list[TaskRate]:
                         found.append(measure_task(name, generators, *asked))
             if options.transformers and not export_format(model_directory(directory)):
                 out = pathlib.Path(folder) / "hf"
-                export_main([f"--checkpoint={directory}", "--format=hf", f"--out={out}"])
+                export_model(directory, out)
                 for path in options.jsonl:
                     asked = path, options.max_examples, options.max_tokens
                     found.append(measure_transformers(load(directory), out, *asked))
@@ -367,8 +367,7 @@ def _models(
             yield f"jax {short}", directory
             continue
         kind, precision = name.split("-")
-        arguments = [f"--format={kind}", f"--precision={precision}", f"--out={folder / name}"]
-        export_main([f"--checkpoint={directory}", *arguments])
+        export_model(directory, folder / name, format=kind, precision=precision)
         yield f"{name} {short}", folder / name
 
 

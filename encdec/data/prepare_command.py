@@ -1,25 +1,24 @@
-"""The command line of ``encdec prepare``: flags, gin files, progress and the final report."""
+"""The command line of ``encdec prepare``: flags, gin files and the final report."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import itertools
-import sys
 import time
 from typing import Any
 
 import gin
-from encdec.data.blocks import Counts
 from encdec.data.gin_bindings import choose_objective, mixture, parse_gin, refuse_unused
 from encdec.data.objectives import FIT_LENGTHS
 from encdec.data.prepare import BAD_ROWS_FILE, prepare
+from encdec.data.prepare_progress import ProgressLine
 from encdec.data.prepare_settings import FIELD_FLAGS, PrepareSettings
 from encdec.data.records import DatasetCard
 from encdec.data.vocabulary_losses import Losses
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.logs import logger, shows_progress
+from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import local_path
 
@@ -30,70 +29,16 @@ FILES: dict[str, Any] = {
     **{"jsonl": (), "text": (), "documents": None},
     **dict.fromkeys(FIELD_FLAGS),
 }
-LOG_SECONDS = 10.0
 SHOWN_BAD_ROWS = 5
 # Of a side's texts that a suggested length holds whole.
 ENOUGH = 0.99
 # Fewer rows than a usual batch, each of many pairs: lengths were chosen for other data.
 FEW_ROWS = 128
 PAIRS_A_ROW = 8
-TERMINAL_SECONDS = 0.2
-
-
-class ProgressLine:
-    """Counts and rate: one line rewritten on a terminal, plain lines every ten seconds else."""
-
-    def __init__(self):
-        self.stream = sys.stderr
-        self.terminal = self.stream.isatty()
-        self.started = time.perf_counter()
-        self.shown = self.started if not self.terminal else 0.0
-        self.width = 0
-        self.warned = False
-
-    def __call__(self, counts: Counts) -> None:
-        if counts.lost and not self.warned:
-            # At once: hours of preparing may follow.
-            self.close()
-            _LOG.warning(f"prepare: warning: {loss_warning(counts.lost)}")
-            self.warned = True
-        now = time.perf_counter()
-        if not shows_progress() or now - self.shown < (
-            TERMINAL_SECONDS if self.terminal else LOG_SECONDS
-        ):
-            return
-        self.shown = now
-        seconds = max(now - self.started, 1e-9)
-        line = (
-            f"prepare: {counts.examples:,} examples, {counts.rows:,} rows, "
-            f"{counts.tokens / 1e6:.1f}M tokens, {counts.tokens / seconds / 1e3:,.0f}k tokens/s"
-        )
-        self._write(line)
-
-    def _write(self, line: str) -> None:
-        if self.terminal:
-            self.stream.write("\r" + line.ljust(self.width))
-            self.width = len(line)
-        else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
-
-    def close(self) -> None:
-        if self.terminal and self.width:
-            self.stream.write("\r" + " " * self.width + "\r")
-            self.stream.flush()
 
 
 # gin's copy of the class: what it binds are the defaults of those flags that are not given.
 _bound_settings = gin.external_configurable(PrepareSettings, "prepare")
-
-
-def loss_warning(lost: Losses) -> str:
-    """What the vocabulary loses and what to do about it."""
-    return (
-        f"this vocabulary is not lossless: {lost.describe()}. Use one with byte fallback and "
-        "without normalization (encdec vocab trains one); --lossless rejects others"
-    )
 
 
 def parser() -> Parser:

@@ -68,8 +68,7 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
     from encdec.distill.rounds import Shares, distill_in_rounds
-    from encdec.train.run_config import parse_config
-    from encdec.train.train_command import load_config
+    from encdec.train.run_config import load_config, parse_config
 
     shares = Shares(options.gold, options.teacher_written, options.student_written)
     run = parse_config(load_config(options.config, overrides))

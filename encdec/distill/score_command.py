@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from typing import TYPE_CHECKING
 
 from encdec.distill.scoring_settings import ScoringSettings
 from encdec.errors import ConfigError
-from encdec.flags import Parser
-from encdec.train.train_command import add_process_options, join_processes
+from encdec.flags import Parser, add_process_options, join_processes
 
 if TYPE_CHECKING:
     from encdec.data.records import Records
-    from encdec.distill.scoring import ScoringTally
-
-REPORT_SECONDS = 10.0
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +33,7 @@ def main(argv: list[str]) -> int:
         return 0
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.distill.scoring import score
+    from encdec.distill.scoring_progress import ScoringProgress
 
     progress = ScoringProgress(settings.records)
     try:
@@ -79,45 +75,6 @@ def _forward_flops(settings: ScoringSettings, records: Records) -> float:
 
         model = scoring_model(settings.teacher, records, settings.step, settings.max_length)
     return model.forward_flops(records)
-
-
-class ScoringProgress:
-    """Tokens scored, rate, bytes per token and time left: a bar, or a line now and then."""
-
-    def __init__(self, records: str):
-        self._records, self._begin, self._said = records, 0.0, 0.0
-        self._console, self._first, self._seen = None, None, None
-
-    def __call__(self, tally: ScoringTally) -> None:
-        now = time.monotonic()
-        if self._console is None:
-            from encdec.data.records import open_records
-            from encdec.train.metrics import Console
-
-            self._rows = len(open_records(self._records))
-            self._console = Console(self._rows, tally.rows, what="score")
-            # The first batch took the compilation and what was there before.
-            self._begin, self._first = now, (tally.rows, tally.tokens)
-        self._seen = tally.rows, tally.tokens
-        self._console.advance(tally.rows)
-        if now - self._said > REPORT_SECONDS and sum(self._seen) > sum(self._first):
-            self._said = now
-            left = (now - self._begin) * (self._rows - tally.rows) / (tally.rows - self._first[0])
-            self._console.say(
-                f"{tally.rows:,} of {self._rows:,} rows{self.rate()}, "
-                f"{tally.bytes / max(tally.tokens, 1):.1f} bytes per token, {left:,.0f} s left"
-            )
-
-    def rate(self) -> str:
-        """ ", N tokens/s" once there is something to tell."""
-        seconds = time.monotonic() - self._begin
-        if self._seen is None or self._seen == self._first or not seconds:
-            return ""
-        return f", {(self._seen[1] - self._first[1]) / seconds:,.0f} target tokens/s"
-
-    def close(self) -> None:
-        if self._console:
-            self._console.close()
 
 
 def _parser() -> Parser:

@@ -18,8 +18,7 @@ from encdec.config_files import split_overrides
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.storage import local_path
-from encdec.train.run_config import RunConfig, parse_config
-from encdec.train.train_command import load_config
+from encdec.train.run_config import RunConfig, load_config, parse_config
 
 
 def main(argv: list[str]) -> int:

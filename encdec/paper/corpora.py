@@ -18,8 +18,8 @@ from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
 from encdec.data.task_registry import FILE_TASKS, text_task
 from encdec.data.text_tasks import jsonl_task
-from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
+from encdec.data.vocabulary_training import train_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import whole_file, write_json
 from encdec.paper.setting import Column, Setting

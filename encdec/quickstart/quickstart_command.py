@@ -22,12 +22,12 @@ from encdec.cost.flops import cache_bytes, count_parameters, training_flops, wei
 from encdec.cost.peers import match_decoder_only
 from encdec.data.corpora.stdlib import stdlib_text
 from encdec.data.prepare import prepare
-from encdec.data.prepare_command import ProgressLine
+from encdec.data.prepare_progress import ProgressLine
 from encdec.data.records import DatasetCard, read_card
 from encdec.data.teacher_rows import TeacherCard
-from encdec.data.vocab_command import train_vocabulary
-from encdec.distill.score_command import ScoringProgress
+from encdec.data.vocabulary_training import train_vocabulary
 from encdec.distill.scoring import score
+from encdec.distill.scoring_progress import ScoringProgress
 from encdec.errors import ConfigError
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_settings import EvaluationSettings

@@ -18,7 +18,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from encdec import fields
-from encdec.config_files import field_names
+from encdec.config_files import field_names, read_config_file, with_overrides
 from encdec.errors import ConfigError
 from encdec.fields import Require, field_types, requirements, value_of
 from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
@@ -334,6 +334,16 @@ def _in_steps(run: RunConfig) -> RunConfig:
 def to_dict(run: RunConfig) -> dict[str, Any]:
     """Nested plain values, the inverse of ``parse_config``."""
     return dataclasses.asdict(run)
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The ConfigDict of ``FILE.py[:ARGUMENT]`` with all fields present and overrides applied.
+
+    Raises:
+        ConfigError: no such file, a file without ``get_config``, an unknown field (naming the
+            nearest), or a value that is not of the field's type.
+    """
+    return with_overrides(complete(read_config_file(source)), overrides, unknown_field)
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

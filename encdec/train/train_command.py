@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import ml_collections
-
-from encdec.config_files import read_config_file, split_overrides, with_overrides
+from encdec.config_files import split_overrides
 from encdec.errors import ConfigError, EncdecError, Preempted
-from encdec.flags import Parser
+from encdec.flags import Parser, add_process_options, join_processes
 from encdec.logs import show_error
 from encdec.modules import add_module_flag, import_modules, named_function
 from encdec.storage import any_path, local_path, refusals_explained
-from encdec.train.run_config import complete, parse_config, unknown_field
+from encdec.train.run_config import load_config, parse_config
 
 
 def main(argv: list[str]) -> int:
@@ -128,35 +125,3 @@ def _hook(target: str) -> tuple[Callable[..., object], int]:
     if not every.isdigit():
         raise ConfigError(f"--hook={target}; expected MODULE:FUNCTION:EVERY, EVERY in steps")
     return named_function("--hook", name), int(every)
-
-
-def add_process_options(parser: Parser) -> None:
-    """The options of ``join_processes``."""
-    parser.add(
-        "--distributed",
-        "one of several processes; on TPU pods, Slurm and GKE they find each "
-        "other, elsewhere the next three options say how",
-        default=False,
-    )
-    parser.add("--coordinator", "address of process 0", metavar="HOST:PORT")
-    parser.add("--num_processes", "processes in all", int)
-    parser.add("--process_id", "this process, from 0", int, metavar="I")
-
-
-def join_processes(options: argparse.Namespace) -> None:
-    """Makes this process one of several, if the command line says so."""
-    if not options.distributed:
-        return
-    import jax
-
-    jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
-
-
-def load_config(source: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """The ConfigDict of ``FILE.py[:ARGUMENT]`` with all fields present and overrides applied.
-
-    Raises:
-        ConfigError: no such file, a file without ``get_config``, an unknown field (naming the
-            nearest), or a value that is not of the field's type.
-    """
-    return with_overrides(complete(read_config_file(source)), overrides, unknown_field)

@@ -21,8 +21,7 @@ from encdec.benchmarks.adaptation_experiment import (
 from encdec.benchmarks.adaptation_results import crossing, draw, first_step_at, steps_worth, summary
 from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError
-from encdec.train.run_config import parse_config
-from encdec.train.train_command import load_config
+from encdec.train.run_config import load_config, parse_config
 
 FRESH = np.array([[10, 100.0, 6.0], [20, 200.0, 4.0], [40, 400.0, 2.0]])
 ADAPTED = np.array([[10, 50.0, 3.0], [40, 200.0, 2.5], [80, 400.0, 2.4]])

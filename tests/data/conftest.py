@@ -10,8 +10,8 @@ import pytest
 from encdec.data.blocks import Counts, Recipe, make_card, pack_rows
 from encdec.data.objectives import SequenceToSequence
 from encdec.data.records import Records, open_records, write_shard
-from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import load_vocabulary
+from encdec.data.vocabulary_training import train_vocabulary
 
 TRAINING_TEXT = """
 def read_lines(path):

@@ -11,8 +11,9 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encdec.data.vocab_command import _chunks, _sample, main, train_vocabulary
+from encdec.data.vocab_command import main
 from encdec.data.vocabulary import ByteVocabulary, copy_vocabulary, load_vocabulary
+from encdec.data.vocabulary_training import _chunks, _sample, train_vocabulary
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import TRAINING_TEXT
 

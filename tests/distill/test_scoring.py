@@ -280,10 +280,10 @@ def test_what_is_in_the_way_is_left_alone(records, teacher, scored, tmp_path):
 def test_progress_tells_rate_and_bytes_a_token_before_a_shard_is_whole(
     records, teacher, tmp_path, capsys, monkeypatch
 ):
-    from encdec.distill import score_command
+    from encdec.distill import scoring_progress
 
-    monkeypatch.setattr(score_command, "REPORT_SECONDS", 0.0)
-    progress = score_command.ScoringProgress(str(records))
+    monkeypatch.setattr(scoring_progress, "REPORT_SECONDS", 0.0)
+    progress = scoring_progress.ScoringProgress(str(records))
     card = score(
         teacher=teacher,
         records=records,

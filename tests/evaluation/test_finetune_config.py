@@ -8,8 +8,7 @@ import pytest
 
 from encdec.data.task_registry import TEXT_TASKS
 from encdec.errors import ConfigError
-from encdec.train.run_config import parse_config
-from encdec.train.train_command import load_config
+from encdec.train.run_config import load_config, parse_config
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "finetune.py"
 TASKS = (

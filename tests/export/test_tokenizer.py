@@ -7,8 +7,8 @@ import pathlib
 
 import pytest
 
-from encdec.data.vocab_command import train_vocabulary
 from encdec.data.vocabulary import Vocabulary, load_vocabulary
+from encdec.data.vocabulary_training import train_vocabulary
 from encdec.export import tokenizer
 from encdec.export.special_ids import padding_id
 from encdec.inference.text_io import PromptFormat

@@ -31,9 +31,8 @@ from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
 from encdec.model import build_model, init_params, preset
 from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
-from encdec.train.run_config import MeshConfig, RunConfig, parse_config
+from encdec.train.run_config import MeshConfig, RunConfig, load_config, parse_config
 from encdec.train.sharding import make_mesh
-from encdec.train.train_command import load_config
 
 CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 needs_compiler = pytest.mark.skipif(

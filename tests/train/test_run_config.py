@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from encdec.config_files import field_names, read_config_file, split_overrides
 from encdec.errors import ConfigError
 from encdec.fields import differences
-from encdec.train.run_config import RunConfig, complete, parse_config, to_dict
+from encdec.train.run_config import RunConfig, complete, load_config, parse_config, to_dict
 from encdec.train.sharding import mesh_shape
-from encdec.train.train_command import load_config
 
 PRETRAIN = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 
