@@ -277,8 +277,8 @@ def imported_files(path: pathlib.Path, files: Container[str]) -> set[str]:
 
 
 def test_commands_are_called_by_the_command_line_alone():
-    """What other code needs of a command is a function in another file; only ``cli``, by name, and
-    a command that hands its arguments on to one of its own (``evaluate table``) call its ``main``."""
+    """What other code needs of a command is a function in another file. Only ``cli`` calls its
+    ``main``, by name, and a command that has one below it (``evaluate table``)."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE.parent).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
