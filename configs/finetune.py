@@ -5,8 +5,8 @@
         --config.model=runs/330m \
         --config.data.records=data/squad_v2 --config.data.eval_records=data/squad_v2-dev
 
-A task or mixture of your own is named alike (`--module=my_tasks`, docs/own-data.md); records of
-plain files need no name: `--config=configs/finetune.py`.
+A task or mixture of your own is named in the same way (`--module=my_tasks`, docs/own-data.md);
+records of plain files need no name: `--config=configs/finetune.py`.
 
 config.model is a trained or imported model's directory, of either architecture. With a preset and
 --config.init_from=DIR instead, the run says where their architectures differ.

@@ -1,6 +1,6 @@
 """Configurations as frozen dataclasses: built from plain values, with errors that name the field.
 
-Runs, models, ladders and papers are configured alike: a frozen dataclass states each field's type,
+Runs, models, ladders and papers have one form: a frozen dataclass states each field's type,
 default and meaning; ``build`` makes it of a nested mapping, as config files, JSON and command lines
 give it.
 """

@@ -102,7 +102,7 @@ def open_bytes(path: str | os.PathLike[str]) -> BinaryIO:
 def whole_lines(path: pathlib.Path | epath.Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line with its end); what a killed process left of its last is left out.
 
-    Lines end at line feeds alone: JSON may hold the separators that Unicode knows besides.
+    Lines end at line feeds alone: JSON may hold the separators that Unicode has as well.
     Of a file in a bucket, or copied from one, the lines that were appended follow its own.
 
     Raises FileNotFoundError where there are neither.

@@ -1,4 +1,4 @@
-"""What a line of measured results says besides the numbers: settings, machine and date."""
+"""What a line of measured results says in addition to the numbers: settings, machine and date."""
 
 from __future__ import annotations
 

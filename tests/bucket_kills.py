@@ -153,7 +153,7 @@ def _live(place: str, text: pathlib.Path) -> int:
 
 
 def _killed(proxy: Proxy, bucket: str, target: tuple[str, str], text: pathlib.Path) -> int:
-    """Lets the life go on until it makes such a request, which is not answered; its exit code."""
+    """Lets it continue until it makes such a request, which is not answered; its exit code."""
     process = None
 
     def fault(method: str, path: str) -> int | None:

@@ -85,7 +85,7 @@ def one_device() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _programs() -> Iterator[dict[Any, Any]]:
-    """Runs of one configuration share their functions: a run that goes on, or is done once more,
+    """Runs of one configuration share their functions: a run that continues, or is done once more,
     would otherwise spend most of its time tracing what was traced before."""
     from encdec.train import job
 

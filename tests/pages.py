@@ -42,7 +42,7 @@ SHELL = ("sh", "bash")
 _FENCE = re.compile(r"( *)```(\w*)\s*")
 CHECKED = "checked, not run"
 _MARK = re.compile(rf"<!-- (run|not run|{CHECKED}): (.+) -->")
-_MORE = ("…", "...")  # a line that goes on, or a value of the reader's
+_MORE = ("…", "...")  # a line that continues, or a value of the reader's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +345,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 
 def check_python(block: Block) -> None:
-    """Runs a block of Python; calls of ``encdec.api`` are only held against what it takes."""
+    """Runs a block of Python; calls of ``encdec.api`` are only compared with what it takes."""
     from encdec import api
     from encdec.evaluation.evaluation_settings import EvaluationSettings
     from encdec.inference.generation_settings import GenerationSettings

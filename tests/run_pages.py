@@ -3,7 +3,7 @@
     python -m tests.run_pages tests/test_walk.py
 
 One process for all of them, with one device, so that programs are compiled once: ``encdec`` is
-called in it. A command with ``&`` goes on until ``kill %1``; the lines between them are run when it
+called in it. A command with ``&`` runs until ``kill %1``; the lines between them are run when it
 has printed its first report, or that it listens. Python that begins with a file's name is
 that file, other Python is executed, in one namespace for all blocks.
 """

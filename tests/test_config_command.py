@@ -1,4 +1,4 @@
-"""``encdec config`` and completion: what a run is set to, what a command line may go on with."""
+"""``encdec config`` and completion: what a run is set to, what a command line may continue with."""
 
 from __future__ import annotations
 

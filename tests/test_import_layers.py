@@ -174,7 +174,7 @@ TENSORFLOW_SIDE = {
     "encdec/data/prepare_command.py",
     "encdec/data/tfds_source.py",
 }
-# Travels with exports and imports torch, which is no requirement here.
+# Travels with exports and imports torch, which is not a requirement here.
 NOT_IMPORTED_HERE = "encdec/export/shipped/"
 TENSORFLOW_PACKAGES = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "gin"}
 

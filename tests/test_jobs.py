@@ -181,7 +181,7 @@ def test_what_is_in_the_way_is_left_alone(tmp_path):
     assert (tmp_path / "out.new" / "thesis.txt").exists()
 
 
-# The users. Each fills a directory `out` from scratch or goes on, and calls `step` after a block.
+# The users. Each fills a directory `out` from scratch or continues, and calls `step` after a block.
 
 
 class Stopped(Exception):

@@ -10,7 +10,10 @@ from tests.pages import PAGES, ROOT
 
 TABLE = re.compile(r"^\| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
 SOURCES = [
-    path for name in ("encdec", "launch", "configs") for path in sorted((ROOT / name).rglob("*.py"))
+    path
+    for name in ("encdec", "launch", "configs", "tests")
+    for path in sorted((ROOT / name).rglob("*.py"))
+    if path.name != "test_words.py"
 ]
 NOTEBOOK = ROOT / "docs" / "first-model.ipynb"
 NAMES = re.compile(r"`[^`]*`|\{[^{}]*\}|```.*?^ *```", re.DOTALL | re.MULTILINE)  # and code
@@ -28,13 +31,19 @@ def avoided() -> re.Pattern[str]:
 
 
 def prose(path) -> str:
-    """A page but for code and the table, a module's comments and strings, a notebook's cells."""
+    """A page but for code and the table, a module's comments and strings, a notebook's cells; of
+    tests, whose strings are also data, comments and docstrings."""
     text = path.read_text("utf-8")
     if path == NOTEBOOK:
         return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
     if path.suffix == ".md":
         return NAMES.sub(" ", text.partition("| write | not |")[0])
-    parts = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
+    nodes = list(ast.walk(ast.parse(text)))
+    if path.is_relative_to(ROOT / "tests"):
+        described = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        parts = [ast.get_docstring(node) for node in nodes if isinstance(node, described)]
+    else:
+        parts = [node.value for node in nodes if isinstance(node, ast.Constant)]
     parts = [part for part in parts if isinstance(part, str)] + re.findall(r"#(.*)", text)
     return NAMES.sub(" ", "\n".join(parts))
 

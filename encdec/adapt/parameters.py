@@ -96,7 +96,7 @@ def adapted_config(decoder: ModelConfig, encoder: ModelConfig, choice: Choice) -
         choice: what is taken.
 
     Raises:
-        ConfigError: the two are not alike in what both stacks share.
+        ConfigError: the two differ in what both stacks share.
     """
     _check_alike(decoder, encoder)
     reads_all = {

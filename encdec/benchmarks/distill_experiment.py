@@ -98,7 +98,7 @@ SAMPLED = Variant("50 draws", "sampled")
 def variants(pairs_per_token: float) -> list[Variant]:
     """The students, the most important first; top-k with as many bytes as the draws.
 
-    A drawn id takes 3 bytes and a token 5 besides them, a kept id 4 and a token 7.
+    A drawn id takes 3 bytes and a token 5 more, a kept id 4 and a token 7 more.
     """
     k = max(1, round((3 * pairs_per_token + 5 - 7) / 4))
     equal = Variant(f"top-{k}, bytes of 50 draws", "top_k", k=k)

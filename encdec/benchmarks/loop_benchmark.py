@@ -1,8 +1,8 @@
-"""``encdec benchmark loop``: what the training loop costs besides the step it runs.
+"""``encdec benchmark loop``: what the training loop costs in addition to its step.
 
 The real loop trains on records; after each of its windows of steps, the same jitted step runs
 equally often in a bare hot loop, on a batch that is on the devices already. The two take turns
-in one process, so that a machine's changing load meets both alike.
+in one process, so that a machine's changing load affects both equally.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from encdec.jobs import Tally
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that decides a shard's bytes, besides its documents."""
+    """Everything that decides a shard's bytes, except its documents."""
 
     objective: Objective
     inputs_length: int

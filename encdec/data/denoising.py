@@ -203,7 +203,7 @@ class MixtureOfDenoisers(Objective):
             raise ConfigError("a mixture of denoisers needs at least one denoiser")
 
     def _capacities(self, form: Form) -> tuple[int, int]:
-        """Tokens of a window's source and target, besides EOS and mode token."""
+        """Tokens of a window's source and target, without EOS and mode token."""
         return form.inputs_length - 1 - self.mode_tokens, form.targets_length - 1
 
     def check(self, form: Form) -> None:

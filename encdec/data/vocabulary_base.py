@@ -85,7 +85,7 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def _model_bytes(self) -> bytes:
-        """What, besides the kind and the extra ids, makes two vocabularies the same."""
+        """What, in addition to the kind and the extra ids, makes two vocabularies the same."""
 
     @functools.cached_property
     @abc.abstractmethod

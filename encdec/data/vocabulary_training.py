@@ -138,7 +138,7 @@ def _sample(chunks: Iterable[str], count: int, seed: int) -> list[str]:
 def task_texts(
     tasks: Sequence[TextTask], split: str = "train", max_bad_rows: int = 0
 ) -> Iterator[str]:
-    """All texts of some tasks' documents, sources and targets alike."""
+    """All texts of some tasks' documents, both sources and targets."""
     bad_rows = BadRows(max_bad_rows)
     for task in tasks:
         if not task.objective.reads_text:

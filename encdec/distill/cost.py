@@ -10,7 +10,7 @@ from encdec.data.records import DatasetCard
 from encdec.data.sparse_logits import SparseFormat
 from encdec.model import ModelConfig
 
-# Bytes per token besides its pairs: size and two float16, one more for top_k; see sparse_logits.
+# Bytes per token, without its pairs: size and two float16, one more for top_k; see sparse_logits.
 _SCALAR_BYTES = {"sampled": 5, "top_k": 7, "full": 4}
 EXAMPLE_CHIPS = ("TPU v5e", "TPU v5p", "H100 SXM")
 # What deflated rows of 50 draws took of SmolLM2-135M at 49,152 ids, a token and an id more; and the

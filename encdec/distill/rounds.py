@@ -39,7 +39,7 @@ class Shares:
     """Rates of the rows of each kind in training; they need not add up to anything.
 
     Raises:
-        ConfigError: a negative rate, or none at all besides the student's.
+        ConfigError: a negative rate, or none except the student's.
     """
 
     gold: float = 1.0

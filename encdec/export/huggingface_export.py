@@ -34,7 +34,7 @@ from encdec.model.positions import rope_frequencies
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 STACKS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-# Their major versions are read alike: tests/export/test_transformers_versions.py tries each.
+# Exports are the same for both major versions: tests/export/test_transformers_versions.py.
 TRANSFORMERS = {"least": "4.57", "tested": ["4.57.3", "5.24.0"]}
 
 

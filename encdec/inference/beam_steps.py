@@ -30,7 +30,7 @@ from encdec.model.encoder_decoder import Source
 
 @dataclasses.dataclass(frozen=True)
 class BeamPlan:
-    """What a compiled beam search depends on, besides the model.
+    """What a compiled beam search depends on, in addition to the model.
 
     Attributes:
         beams: K, hypotheses kept alive for each input, and returned.

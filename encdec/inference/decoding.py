@@ -64,7 +64,7 @@ class Decoding(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class DecodingPlan:
-    """What is compiled into a decoding program besides the model.
+    """What is compiled into a decoding program in addition to the model.
 
     Attributes:
         choosing: how tokens are chosen.

@@ -14,7 +14,7 @@ from encdec.storage import any_path
 
 MOST_BIASES = 300  # as in OpenAI's API
 WITH_BEAMS = ("max_tokens", "seed", "samples", "beams", "length_penalty")  # have an effect
-OFF, AUTO, LOOKUP = "off", "auto", "lookup"  # what drafts are made of, besides a directory's model
+OFF, AUTO, LOOKUP = "off", "auto", "lookup"  # what makes drafts, if not a directory's model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class PromptFormat:
 
     @property
     def added(self) -> int:
-        """How many tokens an input has besides those of its text."""
+        """How many tokens an input has in addition to its text."""
         return len(self.inputs_prefix) + self.inputs_eos
 
     def framed(self, text: str) -> str:

@@ -53,7 +53,7 @@ def layout(config: ModelConfig) -> list[Entry]:
 
 
 def encoder_window(window: int) -> tuple[int, int]:
-    """Tokens (back, ahead) that its encoder's local layers read besides their own."""
+    """Tokens (back, ahead) that its encoder's local layers read in addition to their own."""
     return (window + 1) // 2 - 1, window // 2
 
 

@@ -114,7 +114,7 @@ def after_prefix(prefix: KeyValues | None, key_values: KeyValues) -> KeyValues:
 
 
 class AttentionInputs(flax.struct.PyTreeNode):
-    """What one attention sublayer needs besides its input and keys; the same in every layer.
+    """What one attention sublayer needs in addition to its input and keys; the same in every layer.
 
     Attributes:
         mask_BxTxS: True where a query may read a key.

@@ -7,7 +7,7 @@ them fastest.
 * In blocks (``attention_block``): parameters as trained; many queries attend block after block,
   keys and values are kept heads first, and an encoder may compute in another dtype than the
   decoder (``encoder_dtype``).
-* In shards (``cpu_shards``), besides: every decoder kernel is kept as
+* In shards (``cpu_shards``), in addition: every decoder kernel is kept as
   ``encdec.model.cpu_products`` reads it, in panels in an encoder-decoder, in shards in a
   decoder-only model, which reads its inputs by them, too; one kernel makes the queries, keys and
   values of self-attention, and a separate head is kept as [V, M]. ``shard_for_cpu`` converts

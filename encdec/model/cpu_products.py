@@ -1,7 +1,7 @@
 """Products of few rows with large kernels, in the layouts that XLA's CPU compiler reads fastest.
 
 A kernel [out, in] of a decoder is kept either in panels [out / PANEL, in, PANEL], the fastest for
-some dozen rows, or in shards [shards, out / shards, in], for one row and for hundreds alike. Both
+some dozen rows, or in shards [shards, out / shards, in], for any number of rows. Both
 are multiplied as a batch: XLA's CPU compiler (jaxlib 0.10.2) runs a matrix-vector product of up to
 2 MiB on one core, and runs thunks concurrently only where more than eight are ready; but it spreads
 the rows of a batched product over the cores, whatever their size.

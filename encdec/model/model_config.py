@@ -307,7 +307,7 @@ def _check_numbered_layers(config: ModelConfig, stack: str, require: Require) ->
     require(
         not (getattr(config, f"{stack}_unrotated_layers") and config.execution.scan_layers),
         f"{stack}_unrotated_layers",
-        "() with scan_layers=True, which runs every layer alike; set scan_layers=False",
+        "() with scan_layers=True, which makes all layers the same; set scan_layers=False",
     )
     require(
         not (getattr(config, field) and config.global_layer_every),
@@ -330,7 +330,7 @@ def _check_windows(config: ModelConfig, require: Require) -> None:
         require(
             not config.execution.scan_layers,
             "attention_window",
-            "0 with scan_layers=True, which runs every layer alike; set scan_layers=False",
+            "0 with scan_layers=True, which makes all layers the same; set scan_layers=False",
         )
     else:
         for field, off in (

@@ -31,7 +31,7 @@ REMAT_POLICIES = {
 
 
 class LayerInputs(flax.struct.PyTreeNode):
-    """What every layer of a stack reads besides the running activations.
+    """What every layer of a stack reads in addition to the running activations.
 
     Attributes:
         self_attention: mask and rotations of self-attention; merged with cross-attention, its mask

@@ -185,7 +185,7 @@ def _search_parser() -> Parser:
     parser = Parser(
         prog="encdec paper search",
         description="Tries learning rates and dropouts in short runs, each with its whole "
-        "schedule, on the comparison's records, for each model alike; the best evaluation in "
+        "schedule, on the comparison's records, the same for each model; the best evaluation in "
         "held-out bits per byte counts. Repeat the command to resume.",
         epilog="Example: encdec paper search --config=configs/paper.py:codexglue --data_dir=data "
         "--workdir=runs/codexglue --learning_rates=5e-3,1e-2,2e-2 --dropouts=0,0.1",

@@ -1,4 +1,4 @@
-"""Learning rate and dropout chosen on held-out text, for every architecture alike.
+"""Learning rate and dropout chosen on held-out text, the same way for every architecture.
 
 A trial is a short run of its own: the whole schedule, from warm-up to zero, in a fraction of the
 comparison's steps, on its records. What counts is its best evaluation in held-out bits per byte,

@@ -120,7 +120,7 @@ class Checkpoints:
                 continue
             self._set_aside(damaged, step)
             if are_uploaded(self.directory):
-                forget(str(self.directory / str(step)))  # room for the next step on its way
+                forget(str(self.directory / str(step)))  # space for the next step
             counter = jax.device_put(jnp.int32(step), abstract_state.step.sharding)
             return TrainState(counter, items["params"], items["optimizer"]), step
         if damaged:

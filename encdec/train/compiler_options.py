@@ -1,6 +1,6 @@
 """Options of the TPU compiler by chip: what differs from its defaults, each with its reason.
 
-They reach training on a TPU and ``encdec compile`` alike. docs/pod.md has what each gave.
+They reach both training on a TPU and ``encdec compile``. docs/pod.md has what each gave.
 """
 
 from __future__ import annotations

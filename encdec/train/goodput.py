@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-# What a process does besides steps: up to its first step's end, evaluations, waiting for saves.
+# What a process does other than steps: up to its first step's end, evaluations, waiting for saves.
 PARTS = ("step", "startup", "evaluation", "checkpoint")
 
 

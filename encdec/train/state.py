@@ -1,4 +1,4 @@
-"""The training state: everything the next step depends on besides its batch."""
+"""The training state: everything the next step depends on, except its batch."""
 
 from __future__ import annotations
 

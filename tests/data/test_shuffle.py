@@ -1,4 +1,4 @@
-"""The order of rows: grain's own where grain's is sound, a permutation everywhere, hosts alike."""
+"""The order of rows: grain's own where it is sound, always a permutation, the same on all hosts."""
 
 from __future__ import annotations
 

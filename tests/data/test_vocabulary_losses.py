@@ -162,5 +162,5 @@ def test_blocks_add_up_whatever_their_size(vocabularies, tmp_path):
         prepare(out=tmp_path / f"out{size}", block_bytes=size, **given) for size in (100, 10**6)
     ]
     assert cards[0].lost == cards[1].lost and cards[0].lost["characters"] == {"W": 60, "é": 60}
-    # Another vocabulary's losses are no fault of what lies in the rows.
+    # Another vocabulary's losses are no fault of the rows.
     assert cards[0].lost["changed"] == 120

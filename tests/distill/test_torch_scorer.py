@@ -121,7 +121,7 @@ def test_packed_rows_are_scored_as_transformers_scores_each_text(family, records
 
 def test_a_model_that_both_know_is_scored_alike(records, tmp_path):
     """The same weights imported and run by torch: the same distributions, and the same draws but
-    for those that lie on a rounding's edge."""
+    for those on a rounding's edge."""
     save_model(
         tmp_path / "hf",
         "Llama",
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
 
 
 def test_weights_that_the_files_lack_are_not_drawn(tmp_path):
-    """As the second teacher's, a judge's weights: transformers would warn, and go on."""
+    """As the second teacher's, a judge's weights: transformers would warn, and continue."""
     save_model(tmp_path / "hf", *UNKNOWN["gpt2"])
     assert load_causal_model(tmp_path / "hf") is not None
     file = tmp_path / "hf" / "model.safetensors"

@@ -208,7 +208,7 @@ def test_a_model_on_this_machine(model_that_writes, tmp_path):
     folder = str(model_that_writes("7"))
     ask = local_model(folder)
     assert set(ask("any words at all").split()) == {"7"}
-    # It writes on after its number, until its room ends; a number and an end is an opinion.
+    # It writes on after its number, until its limit; a number and an end is an opinion.
     judge = Judge("local", folder, tmp_path, lambda prompt: ask(prompt).split()[0], attempts=1)
     assert judge.opinions(EXAMPLES[:1], ["good"]) == [70]
     with pytest.raises(ValueError, match="the judge reads at most 128"):

@@ -100,7 +100,7 @@ def test_greedy_answers_are_ours(exported):
     with torch.no_grad():
         theirs = model.generate(**inputs, do_sample=False, num_beams=1)
     hook.remove()
-    assert model.generation_config.suppress_tokens == [263]  # has a row, and is no id
+    assert model.generation_config.suppress_tokens == [263]  # has a row, but is not an id
     assert len(fed) > 5 and set(fed[1:]) == {1}  # one token at a time
     skip = 1 if name != "llama" else inputs["input_ids"].shape[1]
     for answer, row in zip(ours, theirs.tolist(), strict=True):

@@ -74,7 +74,7 @@ def read_recorded() -> dict[str, Any]:
 
 
 def record(names: list[str]) -> None:
-    """Compiles the named steps, or all, and writes them into ``FILE`` beside the others'."""
+    """Compiles the named steps, or all, and writes them into ``FILE`` next to the others'."""
     steps = read_recorded()["steps"] if FILE.exists() else {}
     for name in names or STEPS:
         report = compiled_report(name)

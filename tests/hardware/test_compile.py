@@ -165,7 +165,7 @@ def part(**changes) -> dict:
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Steps fit with so many rows a device, by topology; the list holds what was compiled."""
+    """Steps fit with so many rows per device, by topology; the list holds what was compiled."""
     room, compiled = {"v5e:2x2": 8, "v5e:2x4": 1, "v5e:4x4": 8}, []
 
     def compile_step(run, topology, inputs, targets, compiler_options):
@@ -326,7 +326,7 @@ def test_compiles_the_real_step_and_reports(model, tmp_path, capsys):
     memory = report["memory_bytes"]
     names = ("parameters", "optimizer", "batch", "temporary", "outputs", "code")
     assert sum(memory[name] for name in names) == memory["peak"] < memory["limit"]
-    # AdamW's two moments and a step count beside the parameters, all whole on every device.
+    # AdamW's two moments and a step count next to the parameters, all whole on every device.
     assert 2 * memory["parameters"] <= memory["optimizer"] <= 2 * memory["parameters"] + 64
     assert 0 < report["mfu"] < 1
     assert report["step_seconds"] == pytest.approx(

@@ -20,7 +20,7 @@ TEXT = (pathlib.Path(__file__).parent / "step.hlo.txt").read_text()
 
 
 class Chip:
-    """Where a device lies; all that the prediction asks of one."""
+    """Where a device is; all that the prediction asks of one."""
 
     def __init__(self, *coords, slice_index=0):
         self.coords, self.slice_index = coords, slice_index

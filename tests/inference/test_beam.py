@@ -190,7 +190,7 @@ def chain(monkeypatch):
 
 def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monkeypatch):
     """With a length penalty, longer answers may still overtake: the search ends with what the
-    same search finds that goes on to the limit."""
+    same search finds that continues to the limit."""
     limit, random = 12, np.random.default_rng(0)
     tables = random.dirichlet([0.4] * V, (60, V)).astype(np.float32)
     # Two poor short answers, and a long one that gains on them by its length alone.

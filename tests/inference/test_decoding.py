@@ -65,7 +65,7 @@ def test_eos_and_limits_end_rows_while_others_go_on(name):
     )
     assert [tokens for tokens, _ in answers] == [full[0][: full[0].index(eos) + 1], full[1][:3], []]
     assert bool(decoding.finished_R.all())
-    # The room bounds rows whose limit is larger, and nothing happens after the end.
+    # The capacity bounds rows whose limit is larger, and nothing happens after the end.
     answers, _ = run(config, params, INPUTS, rows(3, 100), plan(config, NEW), steps=[50])
     assert [tokens for tokens, _ in answers] == full
 

@@ -116,7 +116,7 @@ class _State:
 
 
 CHEAP = {PLAIN: 1.0} | {size: 1.2 for size in SIZES}
-DEAR = {PLAIN: 1.0} | {size: 1.0 * size for size in SIZES}
+EXPENSIVE = {PLAIN: 1.0} | {size: 1.0 * size for size in SIZES}
 TEXT = np.random.default_rng(0).integers(3, 9000, 300).tolist()
 OTHER = np.random.default_rng(1).integers(3, 9000, 300).tolist()
 
@@ -166,7 +166,7 @@ def test_drafts_that_were_dear_once_are_tried_again(monkeypatch):
     assert pace.size() == PLAIN
     sizes = Scripted(TEXT, TEXT, CHEAP, monkeypatch).answers(pace)
     assert sizes[0] == PLAIN and set(sizes[-5:]) <= set(SIZES)
-    assert set(Scripted(OTHER, TEXT, DEAR, monkeypatch).answers(pace)[-9:]) == {PLAIN}
+    assert set(Scripted(OTHER, TEXT, EXPENSIVE, monkeypatch).answers(pace)[-9:]) == {PLAIN}
 
 
 def test_the_end_of_an_answer_tells_no_time(monkeypatch):
@@ -185,7 +185,7 @@ def test_steps_that_cost_what_they_give_are_not_taken(monkeypatch):
     """Whatever was guessed of their cost: it is measured."""
     pace = Pace(1, True)
     for _ in range(2):  # of the first times, each program's is its compiling
-        sizes = Scripted(TEXT, TEXT, DEAR, monkeypatch).answers(pace)
+        sizes = Scripted(TEXT, TEXT, EXPENSIVE, monkeypatch).answers(pace)
     assert set(sizes[-3:]) == {PLAIN}
 
 

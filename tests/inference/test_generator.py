@@ -86,7 +86,7 @@ def test_greedy_answers_are_those_of_full_passes_whatever_the_batch(generator):
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
 def test_a_stretched_rope_gives_the_same_answers_in_any_bucket(name):
-    """Beyond rope_max_length, whatever the rows' width and the room for new tokens."""
+    """Beyond rope_max_length, whatever the rows' width and the capacity for new tokens."""
     config, params = printing_model(name)
     config = config.replace(rope_scaling="ntk", rope_factor=4.0, rope_max_length=8, rope_length=48)
     generator = Generator(config, params, PROMPTS, max_tokens=6, batch_rows=4)

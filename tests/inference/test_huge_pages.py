@@ -32,7 +32,7 @@ def test_memory_written_since_is_moved_with_its_contents():
     moved = memory.onto_huge_pages()
     if not moved:
         pytest.skip("this kernel does not move memory onto huge pages")
-    # Where large pages are scarce not all of it is moved; both ends may lie within a block.
+    # Where large pages are scarce not all of it is moved; both ends may be within a block.
     assert huge_bytes() >= min(moved, size) - (4 << 20)
     assert moved < size + (8 << 20)
     for kept in (area, other):

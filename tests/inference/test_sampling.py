@@ -174,7 +174,7 @@ def test_tokens_that_repeat_an_ngram_against_a_search(n):
 
 
 def test_rows_get_what_they_ask_for_whatever_else_is_compiled_in_or_asked_for():
-    """Bit for bit: a row's choice under everything, beside other rows, is its choice alone."""
+    """Bit for bit: a row's choice under everything, next to other rows, is its choice alone."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (6, 50)).astype(np.float32)
     answers, counts = rng.integers(0, 50, (6, 9)), np.array([9, 8, 9, 4, 9, 9])
@@ -208,7 +208,7 @@ def test_rows_get_what_they_ask_for_whatever_else_is_compiled_in_or_asked_for():
 
 
 def test_presence_and_frequency_penalties_and_biases_move_scores():
-    """By their definitions, one row each, beside a row that asks for nothing."""
+    """By their definitions, one row each, next to a row that asks for nothing."""
     answers = np.array([[0, 0, 1, 7], [0, 0, 1, 7], [0, 0, 1, 7], [0, 0, 1, 7]], np.int32)
     presence, frequency = np.array([0.0, 0.6, 0.0, 0.0]), np.array([0.0, 0.0, 0.2, 0.0])
     settings = rows(4, 9, presence_penalty=presence, frequency_penalty=frequency)
@@ -245,7 +245,7 @@ def test_tokens_that_are_given_are_not_chosen():
 
 
 def test_the_likeliest_tokens_are_the_vocabularys():
-    logits = np.concatenate([LOGITS, [99.0]])[None]  # a place of the table that is no token
+    logits = np.concatenate([LOGITS, [99.0]])[None]  # a row of the table that is not a token
     ids, log_probs = likeliest(logits, Choosing(8, alternatives=3))
     assert ids.tolist() == [[0, 1, 2]]
     assert log_probs[0, 0] == log_probs_of(logits, jnp.array([0]))[0]

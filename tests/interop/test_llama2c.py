@@ -188,7 +188,7 @@ class FixedRows:
 
 
 def test_an_answer_keeps_the_space_before_it(tmp_path):
-    """The text of a decoder-only model's answer goes on where the prompt ends."""
+    """The text of a decoder-only model's answer continues where the prompt ends."""
     pieces = [(0.0, b"<unk>"), (0.0, b"<s>"), (0.0, b"</s>"), (0.0, b" a"), (0.0, b"b")]
     pieces += [(-1.0, letter) for letter in (b" ", b"a")]
     (tmp_path / "tok.bin").write_bytes(tokenizer_bytes(pieces))

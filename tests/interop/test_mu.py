@@ -102,7 +102,7 @@ def forward(state, source, target, *, theta=10_000, interleaved=False):
     return norm(x, "ln_f") @ get("wte").T
 
 
-SETTINGS = {  # as their training saves them beside the weights
+SETTINGS = {  # as their training saves them next to the weights
     "n_encoder_layer": 2,
     "n_decoder_layer": 2,
     "n_embd": M,

@@ -167,7 +167,7 @@ def test_what_a_metric_cannot_read_is_said():
 
 
 def codexglue_bleu(references, predictions):
-    """CodeXGLUE's evaluator as its code states it, written here anew: lists of words, smooth."""
+    """CodeXGLUE's evaluator as its code states it, written again here: lists of words, smooth."""
     matches, possible, length, wanted = [0] * 4, [0] * 4, 0, 0
     for texts, prediction in zip(references, predictions):
         words, golds = prediction.strip().split(), [text.strip().split() for text in texts]

@@ -1,4 +1,4 @@
-"""Packed batches for model tests, built independently of the data room."""
+"""Packed batches for model tests, built independently of the data package."""
 
 from __future__ import annotations
 

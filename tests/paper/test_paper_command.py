@@ -154,7 +154,7 @@ def test_all_runs_of_a_student_and_again(inputs, tmp_path, capsys, monkeypatch):
     assert main(arguments(inputs, tmp_path, student)) == 0
     assert (tmp_path / "table.md").read_text() == before
     assert before in capsys.readouterr().out
-    # Another machine goes on from the rows alone.
+    # Another machine continues from the rows alone.
     moved = tmp_path / "moved"
     results = f"--results={tmp_path / 'results.jsonl'}"
     assert main(arguments(inputs, moved, student, results)) == 0

@@ -12,7 +12,7 @@ from encdec.scaling.frontier import Frontier, fit_cost
 from encdec.scaling.law_uncertainty import constant_intervals, refitted_draws
 
 # arXiv 2404.10102: the refit and its standard errors, on 240 of 245 runs; five outliers, the runs
-# with the fewest tokens a parameter, are left out there.
+# with the fewest tokens per parameter, are left out there.
 REFIT = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 STANDARD_ERRORS = {"E": 0.03, "A": 124.58, "B": 1293.23, "alpha": 0.02, "beta": 0.02}
 SIZE_EXPONENT = 0.5126  # best N ~ C^a

@@ -125,7 +125,7 @@ def test_refuses_what_cannot_be_fitted():
 
 
 def test_refuses_tokens_in_proportion_to_size():
-    """A ladder at 20 tokens a parameter says nothing about either exponent alone."""
+    """A ladder at 20 tokens per parameter says nothing about either exponent alone."""
     runs = ladder(PLANTED, sizes=9)
     bound = dataclasses.replace(runs, tokens=20 * runs.parameters)
     assert "fixed proportion" in refused(bound)

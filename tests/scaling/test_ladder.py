@@ -29,7 +29,7 @@ def planned(name: str, **fields: str):
     return plan(parse_ladder(load_ladder(f"{LADDERS}:{name}", overrides)))
 
 
-# All that each shipped ladder changes of the defaults, besides its name and sizes.
+# All that each shipped ladder changes of the defaults, except its name and sizes.
 SHIPPED = {
     "micro": (
         *("batch.largest", "batch.reference_rows", "batch.rows", "batch.smallest"),

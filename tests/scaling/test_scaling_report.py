@@ -19,7 +19,7 @@ from encdec.scaling.scaling_command import load_ladder
 from tests.scaling.synthetic import planned_rows
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")
-LAWS = {  # truths whose best sizes lie inside the micro ladder
+LAWS = {  # truths whose best sizes are inside the micro ladder
     "ed-2of3": Law("total", 2.0, 470.0, 28.0, (0.42,), 0.30),
     "ed-1of2": Law("total", 2.0, 490.0, 29.0, (0.42,), 0.30),
     "ed-1of3": Law("total", 2.0, 510.0, 30.0, (0.42,), 0.30),

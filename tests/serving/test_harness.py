@@ -66,7 +66,7 @@ def test_loglikelihoods_are_those_of_a_whole_pass(server, true_nats):
         assert "".join(kept["tokens"]) == choice["text"]
         assert choice["text"].startswith(f"{pair[0]}</s>{pair[1]}")
         for value, top in zip(kept["token_logprobs"], kept["top_logprobs"]):
-            # Whether a token is the likeliest is asked of the very numbers.
+            # Whether a token is the likeliest is asked of the same numbers.
             assert value is None or max(top.values()) >= value
     # Texts say the same by the name of EOS, and one prompt what many say.
     for pair, choice in zip(PAIRS, choices):

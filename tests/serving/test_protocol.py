@@ -34,7 +34,7 @@ def test_defaults_are_openais_and_the_models():
     assert (made.settings.temperature, made.settings.top_p, made.samples) == (1.0, 1.0, 1)
     assert made.max_tokens == 30
     assert (made.stream, made.log_probs, made.include_usage) == (False, None, False)
-    assert parse(prompt="abc").settings.seed != made.settings.seed  # drawn anew
+    assert parse(prompt="abc").settings.seed != made.settings.seed  # drawn again
     # What asks for nothing is let pass, as clients send it.
     assert parse(
         prompt="abc",
@@ -138,7 +138,7 @@ def test_eos_in_a_prompt_divides_input_and_answer():
         (prompt,) = parse(front, prompt=tokens).prompts
         assert (prompt.ids, prompt.own, prompt.before) == (read, tokens, 1)
     free = PromptReader(PromptFormat(ByteVocabulary(), inputs_eos=False), False)
-    (prompt,) = parse(free, prompt="ab", echo=True).prompts  # goes on the same text
+    (prompt,) = parse(free, prompt="ab", echo=True).prompts  # continues the same text
     assert prompt.ids == prompt.own == prompt.context == encode("ab")
 
 

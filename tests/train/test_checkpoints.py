@@ -79,7 +79,7 @@ CONFIGS = st.builds(
 )
 
 
-# Losses of the very steps, some of them equal, some unknown.
+# Losses of the same steps, some of them equal, some unknown.
 STEPS_AND_LOSSES = st.dictionaries(
     st.integers(1, 60), st.one_of(st.none(), st.integers(0, 5)), min_size=1
 )
@@ -352,7 +352,7 @@ def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
         mean,
         *each,
     )
-    # It is a model to start from, not a run to go on with.
+    # It is a model to start from, not a run to continue.
     with pytest.raises(CheckpointError, match="config.init_from="):
         train(run, out)
     train(

@@ -278,7 +278,7 @@ def test_eight_devices_learn_as_one_device(records, scored, tmp_path):
 
 def test_at_330m_the_teacher_costs_less_than_a_tenth_of_the_step():
     """By XLA's own count of the lowered program: everything that the teacher adds, over the
-    model's FLOPs; and no array of the size of the logits beside those that plain training has."""
+    model's FLOPs; and no array of the size of the logits next to those that plain training has."""
     inputs, targets, rows = 1024, 256, 8
     model = preset("330m")
 

@@ -153,7 +153,7 @@ def run_hint(name: str) -> Any:
     return kind
 
 
-# What may change when a run goes on; records and teachers are compared by content instead.
+# What may change when a run continues; records and teachers are compared by content instead.
 FREE = (
     *("data.records", "data.eval_records", "distill.teacher", "log_every", "loss.vocab_tile"),
     *("mesh", "eval", "checkpoint", "profile", "trackers"),

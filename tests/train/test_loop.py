@@ -194,7 +194,7 @@ def test_nan_stops_naming_step_and_last_good_checkpoint(
     POISONED = 7
     with pytest.raises(NonFiniteError, match="step 8: .*last good checkpoint is step 5 in"):
         train(config, tmp_path / "late")
-    # What was good is kept, nothing after it is saved, and the run goes on once mended.
+    # What was good is kept, nothing after it is saved, and the run continues once that is fixed.
     assert load_params_for_inference(tmp_path / "late")[2] == 5
     monkeypatch.setattr(Batches, "__getitem__", read)
     train(config, tmp_path / "late")

@@ -116,7 +116,7 @@ def test_muon_updates_scanned_and_unrolled_layers_alike():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), together, apart
     )
-    # The attention kernel's update, as the [M, H*D] matrix it is, has all directions alike.
+    # The attention kernel's update, as the [M, H*D] matrix it is, has all directions of equal size.
     q = -apart["decoder"]["layers_0"]["self_attention"]["q"]["kernel"].reshape(32, 32)
     values = np.linalg.svd(np.asarray(q) - 1e-2 * 0.1, compute_uv=False)  # without the decay
     assert values.max() / values.min() < 5

@@ -95,8 +95,8 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
     records, eval_records, tmp_path
 ):
     """Two processes of two devices get the machine's notice in one of them: both save the same
-    step and leave. Four of one device go on from there, so that parameters, too, are divided among
-    processes. One process is the measure of both."""
+    step and leave. Four of one device continue from there, so that parameters, too, are
+    divided among processes. One process is the measure of both."""
 
     def arguments(name: str, steps: int) -> list[str]:
         # The constant schedule leaves the number of steps open until it is known.

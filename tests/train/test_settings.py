@@ -101,8 +101,8 @@ TRACED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", TRACED)
 def test_a_field_of_the_step_changes_its_program(name):
-    value, beside = TRACED[name]
-    assert traced(run_of(beside)) != traced(run_of(beside, {name: value}))
+    value, others = TRACED[name]
+    assert traced(run_of(others)) != traced(run_of(others, {name: value}))
 
 
 @pytest.mark.parametrize("name, value", [("data.shuffle", False), ("seed", 1)])
@@ -144,7 +144,7 @@ def calls(run: RunConfig) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name, value, beside",
+    "name, value, others",
     [
         ("eval.every", 3, {}),
         ("checkpoint.every", 3, {}),
@@ -152,8 +152,8 @@ def calls(run: RunConfig) -> list[Any]:
         ("profile.steps", 3, {"profile.first_step": 2}),
     ],
 )
-def test_a_field_of_what_is_due_changes_when(name, value, beside):
-    assert calls(run_of(beside)) != calls(run_of(beside, {name: value}))
+def test_a_field_of_what_is_due_changes_when(name, value, others):
+    assert calls(run_of(others)) != calls(run_of(others, {name: value}))
 
 
 def test_fields_of_what_is_kept_change_it():
@@ -199,7 +199,7 @@ def test_reports_come_as_often_as_asked(monkeypatch):
     assert written(5) == [5, 10, 15, 20] and written(8) == [8, 16, 20]
 
 
-# Fields whose effect other tests show, or that nothing goes on without.
+# Fields whose effect other tests show, or that nothing works without.
 ELSEWHERE = {
     "data.records": test_loop.test_records_without_their_card_are_refused,
     "data.eval_records": test_loop.test_held_out_records_must_be_of_the_same_kind,
@@ -254,8 +254,8 @@ def traced_model(config: ModelConfig, gradient: bool = False) -> str:
     return re.sub(r"0x[0-9a-f]+", "", str(closed)) + str(constants)
 
 
-# What a field needs besides to have any effect at these sizes.
-BESIDE = {
+# What else a field needs to have any effect at these sizes.
+NEEDED = {
     "rope_max_length": {"rope_scaling": "ntk", "rope_factor": 2.0, "rope_length": 4096},
     "rope_length": {"rope_scaling": "ntk", "rope_factor": 2.0, "rope_length": 3000},
     "rope_magnitude": {"rope_scaling": "per_pair", "rope_divisors": (2.0,) * 4},
@@ -280,7 +280,7 @@ AGAIN = {
 @pytest.mark.parametrize("name", MODEL_CHANGES)
 def test_a_field_of_a_model_changes_its_program(name):
     decoder_only = name in test_warm_start.WINDOWS
-    base = preset("test-dec" if decoder_only else "test").replace(**BESIDE.get(name, {}))
+    base = preset("test-dec" if decoder_only else "test").replace(**NEEDED.get(name, {}))
     changes = AGAIN.get(name, MODEL_CHANGES[name])
     if name == "attention_kernel":  # those of other machines are refused by name
         with pytest.raises(ConfigError, match="attention_kernel is 'cudnn' on cpu"):

@@ -144,7 +144,7 @@ def test_another_size_is_refused(pretrained, records, tmp_path, changes, words):
     assert not (tmp_path / "run").exists()
 
 
-# Every field that changes what is computed from the same sizes, with what it needs besides.
+# Every field that changes what is computed from the same sizes, with what else it needs.
 FUNCTION = {
     "kv_pairing": {"kv_pairing": "grouped"},
     "qkv_bias": {"qkv_bias": False},
