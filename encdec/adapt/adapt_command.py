@@ -61,13 +61,14 @@ def main(argv: list[str]) -> int:
     check_out(out, options.overwrite)
     name = options.name or f"{decoder.name}-adapted"
     config = write(plan, out, name=name, overwrite=options.overwrite)
-    print(plan.text())
+    print(plan.summary())
     count = lambda model: parameter_count(abstract_params(build_model(model)))
     print(
         f"{config.encoder_layers} + {config.decoder_layers} layers, width {config.d_model}, "
         f"{count(config):,} parameters of {count(decoder.config):,} ({config.param_dtype}), in "
-        f"{out}; the table is in {TABLE_FILE} ({time.monotonic() - started:.1f} s)"
+        f"{out} ({time.monotonic() - started:.1f} s)"
     )
+    print(f"The origin of every parameter: {out / TABLE_FILE}")
     print(
         f"Train it: encdec train --config=configs/adapt.py --config.init_from={out} "
         "--config.data.records=RECORDS --workdir=DIR"

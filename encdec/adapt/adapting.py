@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
 
-from encdec.adapt.parameters import Choice, Origin, adapted_config, origins, table_text, values
+from encdec.adapt.parameters import (
+    Choice,
+    Origin,
+    adapted_config,
+    origins,
+    summary_text,
+    table_text,
+    values,
+)
 from encdec.adapt.sources import VOCABULARY_AXIS, Source, check_same_vocabulary, grown, with_rows
 from encdec.data.chat_template import TEMPLATE_FILE
 from encdec.data.vocabulary import Vocabulary
@@ -45,9 +53,16 @@ class Plan:
 
     def text(self) -> str:
         """The table of origins, for people."""
+        return self._written(table_text)
+
+    def summary(self) -> str:
+        """The same by module."""
+        return self._written(summary_text)
+
+    def _written(self, text: Callable[..., str]) -> str:
         names = {"encoder": str(self.encoder.directory), "decoder": str(self.decoder.directory)}
         new = "" if self.rows is None else f"{int((self.rows < 0).sum())} rows of ids drawn\n"
-        return table_text(self.table, names) + new
+        return text(self.table, names) + new
 
 
 def make_plan(decoder: Source, encoder: Source, choice: Choice, extra_ids: int = 0) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -234,10 +234,55 @@ def values(
 def table_text(table: Sequence[Origin], sources: Mapping[str, str]) -> str:
     """The origins as aligned text, with the number of scalars of each kind at the end."""
     rows = [("parameter", "shape", "how", "from")]
-    totals: dict[str, int] = {}
     for one in table:
         where = f"{sources[one.side]}: {one.source}" if one.side else one.source
         rows.append((one.name, "x".join(map(str, one.shape)), one.how, where))
+    return "\n".join([*aligned(rows), "", _totals(table)]) + "\n"
+
+
+def summary_text(table: Sequence[Origin], sources: Mapping[str, str]) -> str:
+    """The origins by module: parameters of all its layers, and which layers they are from."""
+    groups: dict[tuple[str, ...], list[Origin]] = {}
+    for one in table:
+        # Outside of layers a source's name says enough, drawn values have none.
+        origin = _module(one.source)[0] if one.side else one.source
+        groups.setdefault((_module(one.name)[0], one.how, one.side, origin), []).append(one)
+    rows = [("module", "layers", "parameters", "how", "from")]
+    for (module, how, side, origin), members in groups.items():
+        ours, theirs = (
+            dict.fromkeys(_module(name)[1] for name in names)
+            for names in ([one.name for one in members], [one.source for one in members])
+        )
+        where = f"{sources[side]}: {origin}" if side else origin
+        if side and None not in theirs:
+            where += f" {_ranges(theirs)}"
+        count = f"{sum(int(np.prod(one.shape)) for one in members):,}"
+        rows.append((module, "" if None in ours else _ranges(ours), count, how, where))
+    return "\n".join([*aligned(rows), "", _totals(table)]) + "\n"
+
+
+def _module(name: str) -> tuple[str, int | None]:
+    """A parameter's module, norms with the sublayer that they belong to, and its layer if any."""
+    if not (match := _LAYER.fullmatch(name)):
+        return name, None
+    module = match[3].split("/")[0].removesuffix("_norm").removesuffix("_post")
+    return f"{match[1]} {module.replace('encoder_attention', 'cross_attention')}", int(match[2])
+
+
+def _ranges(numbers: Iterable[int | None]) -> str:
+    """Numbers as ``0-3, 5``."""
+    parts: list[list[int]] = []
+    for number in sorted(x for x in numbers if x is not None):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _totals(table: Sequence[Origin]) -> str:
+    totals: dict[str, int] = {}
+    for one in table:
         totals[one.how] = totals.get(one.how, 0) + int(np.prod(one.shape))
     counts = ", ".join(f"{number:,} {how}" for how, number in totals.items())
-    return "\n".join([*aligned(rows), "", f"{sum(totals.values()):,} scalars: {counts}"]) + "\n"
+    return f"{sum(totals.values()):,} parameters: {counts}"

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from encdec.adapt.layer_choice import chosen_layers
-from encdec.adapt.parameters import Choice, adapted_config, origins, values
+from encdec.adapt.parameters import (
+    Choice,
+    adapted_config,
+    origins,
+    summary_text,
+    table_text,
+    values,
+)
 from encdec.errors import ConfigError
 from encdec.interop.huggingface_import import read_config
 from encdec.interop.layout import unflatten
@@ -137,6 +144,20 @@ def test_every_parameter_is_the_one_that_the_table_names():
     # With one table for both sides there is nothing of an encoder's own.
     shared = adapt(DECODER, flat, Choice((0,), (1,)))[2]
     assert [one.name for one in shared if one.how == "shared"] == ["embedder/embedding"]
+
+
+def test_the_summary_says_which_layers_went_where():
+    source = DECODER.replace(decoder_layers=12)
+    choice = Choice((0, 1, 2, *range(5, 12)), (11,), "zero", "separate")
+    table = origins(adapted_config(source, source, choice), choice)
+    lines = summary_text(table, {"encoder": "runs/a", "decoder": "runs/b"}).splitlines()
+    found = [" ".join(line.split()) for line in lines]
+    assert "decoder cross_attention 0 32 constant -1" in found  # the norm's scale, to be silent
+    [one] = [line for line in found if line.startswith("encoder mlp")]
+    assert one.startswith("encoder mlp 0-9") and one.endswith("runs/a: decoder mlp 0-2, 5-11")
+    assert any(line.endswith("runs/b: decoder mlp 11") for line in found)
+    places = {"encoder": "runs/a", "decoder": "runs/b"}
+    assert len(lines) < 16 and lines[-1] == table_text(table, places).splitlines()[-1]
 
 
 def test_merged_attention_needs_no_parameters_and_without_a_source_is_the_source():
