@@ -7,7 +7,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from encdec.errors import ConfigError
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled, start_compiled
 from encdec.inference.ready import ready_for_decoding
-from encdec.inference.sampling import Choosing, greedy_rows
+from encdec.inference.sampling import Choosing, first_highest, greedy_rows
 from encdec.model import ModelConfig, Params, build_model, init_params
 
 START_ID = 0  # which token it is changes no time
@@ -268,7 +268,7 @@ def next_token_uncached(
     hidden = model.apply({"params": params}, fields, method="hidden")
     last_BxM = jax.lax.dynamic_index_in_dim(hidden, place, axis=1, keepdims=False)
     logits_BxV = model.apply({"params": params}, last_BxM, method="logits")
-    return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    return cast(jax.Array, first_highest(logits_BxV))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -36,7 +36,7 @@ from encdec.inference.generator import Generator, TextGenerator
 from encdec.inference.load_generator import load
 from encdec.inference.pace import LONGEST_DRAFT, Insistent
 from encdec.inference.ready import ready_for_decoding
-from encdec.inference.sampling import Choosing, greedy_rows
+from encdec.inference.sampling import Choosing, first_highest, greedy_rows
 from encdec.machine import available_cores
 from encdec.model import ModelConfig, Params, build_model, init_params, preset
 from encdec.shipped import checkpoint, model_directory
@@ -107,8 +107,7 @@ def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Ca
         def step(_: int, carry: tuple[Memory, jax.Array]) -> tuple[Memory, jax.Array]:
             memory, fed_RxK = carry
             logits_RxKxV, memory = verify_step(config, params, memory, fed_RxK)
-            chosen_RxK = jnp.argmax(logits_RxKxV, axis=-1).astype(jnp.int32)
-            return memory.replace(slots_R=memory.slots_R + 1), chosen_RxK
+            return memory.replace(slots_R=memory.slots_R + 1), first_highest(logits_RxKxV)
 
         return jax.lax.fori_loop(0, STEPS, step, (memory, jnp.ones((rows, size), jnp.int32)))[0]
 

@@ -14,6 +14,8 @@ import flax
 import jax.numpy as jnp
 import numpy as np
 
+from encdec.inference.sampling import first_highest
+
 LONGEST = 4  # tokens looked up
 # Stands for no token: the place before a text's first, before an answer's first, and behind a text.
 _BEGIN, _BEFORE, NOTHING = -2, -3, -1
@@ -73,7 +75,7 @@ def look_up(
         in_source_P, xp.abs(places_P - 1 - counts), width + 2 * capacity - places_P + answer_begin
     )
     worth_RxP = matched_RxP * (4 * (width + capacity)) - far_RxP
-    best = xp.argmax(worth_RxP, axis=1)[:, None]
+    best = first_highest(worth_RxP, xp)[:, None]
     found = xp.take_along_axis(matched_RxP, best, axis=1) > 0
     steps_D = xp.arange(length)
     # An answer has nothing behind its end: what it repeats is repeated again.

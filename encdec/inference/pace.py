@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import numpy as np
@@ -15,7 +16,8 @@ GUESSED_COST = 0.06
 GAIN = 1.05  # that drafting must promise
 NEWEST = 0.5  # weight of what the last steps say of drafts
 MOST_SKIPPED = 31  # looks at what drafts would give, while that is too little
-SLOWER = 0.2  # and of how long they took, where that was longer
+TIMED = 9  # the last times of a size that count
+RETIMED = 24  # times that drafts are verified before a plain step is timed again
 
 
 class Pace:
@@ -28,7 +30,8 @@ class Pace:
 
     def __init__(self, rows: int, eager: bool):
         self._rows, self._eager = rows, eager
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, collections.deque[float]] = {}
+        self._drafting = 0  # times that drafts were verified since a plain step
         self._seen: set[int] = set()
         self.shares: np.ndarray | None = None  # how often the first j of a draft are right
         self._again = False  # hindsight says that it may be time to try drafts again
@@ -57,8 +60,8 @@ class Pace:
         if self.shares is None:
             return SIZES[0] if self._eager else PLAIN
         timed = [size for size in SIZES if size in self._seconds]
-        if timed and PLAIN not in self._seconds:
-            return PLAIN  # it must be timed once, or nothing tells whether drafting pays
+        if timed and (PLAIN not in self._seconds or self._drafting >= RETIMED):
+            return PLAIN  # nothing else tells whether drafting pays, now as before
         if self._eager and not timed and self.tokens(SIZES[0]) > GAIN:
             return SIZES[0]  # until now only its compiling was; with many rows guesses rule it out
         rates = {size: self.tokens(size) / self._cost(size) for size in (PLAIN, *SIZES)}
@@ -76,29 +79,35 @@ class Pace:
     def _cost(self, size: int) -> float:
         """Of a step, in those of a plain one."""
         if PLAIN in self._seconds:
+            plain = self._usual(PLAIN)
             if size in self._seconds:
-                return self._seconds[size] / self._seconds[PLAIN]
+                return self._usual(size) / plain
             for timed in SIZES:  # what one size costs tells better than a guess what others do
                 if timed in self._seconds:
-                    more = max(0.0, self._seconds[timed] / self._seconds[PLAIN] - 1)
+                    more = max(0.0, self._usual(timed) / plain - 1)
                     return 1 + more * (size - 1) / (timed - 1)
         return 1 + GUESSED_COST * (size - 1) * self._rows
+
+    def _usual(self, size: int) -> float:
+        """The median of a size's last times, of two the shorter.
+
+        Not their least: it falls with every time that is taken, so that on a busy machine the size
+        that is used would seem faster than the one that is not.
+        """
+        times = sorted(self._seconds[size])
+        return times[(len(times) - 1) // 2]
 
     def note_compiled(self) -> None:
         """All programs are compiled, so that the first time of each counts, too."""
         self._seen.update((PLAIN, *SIZES))
 
     def note_seconds(self, size: int, seconds: float) -> None:
-        """How long a step took, on average of some; the first time is compiling's.
-
-        What else runs on a machine makes steps slower, never faster: a shorter time counts as it
-        is, a longer one in part.
-        """
+        """How long a step took, on average of some; the first time is compiling's."""
+        self._drafting = 0 if size == PLAIN else self._drafting + 1
         if size not in self._seen:
             self._seen.add(size)
             return
-        before = self._seconds.get(size, seconds)
-        self._seconds[size] = seconds if seconds < before else before + SLOWER * (seconds - before)
+        self._seconds.setdefault(size, collections.deque(maxlen=TIMED)).append(seconds)
 
     def note_made(self, made_K: np.ndarray) -> None:
         """How many rows and steps gave more than j tokens, by j."""

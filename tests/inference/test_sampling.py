@@ -11,6 +11,7 @@ from scipy import stats
 from encdec.inference.sampling import (
     Choosing,
     choose,
+    first_highest,
     likeliest,
     log_probs_of,
     repeating_tokens,
@@ -112,6 +113,16 @@ def test_truncation_equals_sorting(top_k, top_p):
             np.flatnonzero(result > -np.inf), np.sort(keep[row[keep] > -np.inf])
         )
         np.testing.assert_array_equal(result[keep], row[keep])
+
+
+def test_the_first_highest_is_argmax():
+    """Of equal numbers, infinite ones, and a place of the row where nothing is a number."""
+    x = np.random.default_rng(0).integers(0, 9, (40, 37)).astype(np.float32)
+    x[3], x[4, 5:], x[5, 7] = -np.inf, -np.inf, np.inf
+    for made in (first_highest(x, np), jax.jit(first_highest)(x)):
+        np.testing.assert_array_equal(made, x.argmax(-1))
+        assert made.dtype == np.int32
+    assert first_highest(np.full((1, 4), np.nan), np)[0] in range(4)
 
 
 def test_ids_beyond_the_vocabulary_are_never_chosen():
