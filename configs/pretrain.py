@@ -8,7 +8,10 @@ The recipe is the defaults of encdec/train/run_config.py, which explains every f
 them with --config.FIELD=VALUE. For a shorter run --config.steps is enough: warmup, evaluations and
 checkpoints scale with it.
 
-Time and loss: not measured for 330m, 500m and 1b; docs/prediction.md has predicted times.
+Time and loss: micro-300k on `encdec prepare --task=stdlib_repair` in rows of 96 + 96 tokens
+(vocabulary of 2,048, --config.steps=1000 --config.batch_size=16) ends at 3.39 nats per held-out
+token after 100 s of processor time on shared cores of an AMD EPYC (Zen 5), 2026-11-29. 330m, 500m
+and 1b are not measured; docs/prediction.md has predicted times.
 """
 
 from ml_collections import ConfigDict
