@@ -51,7 +51,7 @@ def unknown_field(name: str, names: Iterable[str], what: str) -> ConfigError:
     return ConfigError(f"{what} has no field {name!r}{hint}")
 
 
-def names_of(kind: type, prefix: str = "") -> list[str]:
+def names_of(kind: Any, prefix: str = "") -> list[str]:
     """Dotted names of a config dataclass's fields, groups included."""
     names = []
     for name, hint in field_types(kind).items():
@@ -62,7 +62,7 @@ def names_of(kind: type, prefix: str = "") -> list[str]:
 
 
 @functools.cache
-def field_types(kind: type) -> dict[str, Any]:
+def field_types(kind: Any) -> dict[str, Any]:
     """The type hints of a config dataclass by field."""
     return get_type_hints(kind)
 
@@ -75,15 +75,15 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: a value of another type.
     """
-    kind = type(config).__name__
-    for name, hint in field_types(type(config)).items():
+    kind: Any = type(config)
+    for name, hint in field_types(kind).items():
         before = getattr(config, name)
-        after = typed(before, hint, f"{kind}.{name}")
+        after = typed(before, hint, f"{kind.__name__}.{name}")
         if after is not before:
             object.__setattr__(config, name, after)
 
 
-def build(kind: type, values: Mapping[str, Any], *, label: str, what: str, prefix: str = "") -> Any:
+def build(kind: Any, values: Mapping[str, Any], *, label: str, what: str, prefix: str = "") -> Any:
     """A config dataclass of plain values.
 
     Args:

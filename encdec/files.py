@@ -14,7 +14,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from encdec import buckets
 from encdec.buckets import is_address
@@ -82,7 +82,7 @@ def clear_partial(directory: pathlib.Path | epath.Path) -> None:
 
 def file_size(path: pathlib.Path | epath.Path) -> int:
     """Bytes of a file on this machine or in a bucket."""
-    status = path.stat()
+    status: Any = path.stat()
     return status.length if is_address(path) else status.st_size
 
 
@@ -92,7 +92,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_bytes(path: str | os.PathLike[str]) -> BinaryIO:
+def open_bytes(path: str | os.PathLike[str]) -> Any:
     """A file on this machine or in a bucket, open to be read."""
     if is_address(path):
         return buckets.file_system(path).open(os.fspath(path), "rb")
@@ -119,8 +119,8 @@ def _contents(path: pathlib.Path | epath.Path) -> Iterator[Iterable[bytes]]:
     """The lines of a file and of what was appended to it in a bucket, in order."""
     text = os.fspath(path)
     if not is_address(path):
-        parts = sorted(pathlib.Path(text + PARTS).glob("*.jsonl"))
-        for one in [path, *parts] if os.path.exists(path) or not parts else parts:
+        files = sorted(pathlib.Path(text + PARTS).glob("*.jsonl"))
+        for one in [path, *files] if os.path.exists(path) or not files else files:
             with open(one, "rb") as file:
                 yield file
         return
@@ -177,6 +177,7 @@ def part_name(path: str | os.PathLike[str]) -> str:
 def keep_lines(path: pathlib.Path | epath.Path, keep: Callable[[bytes], bool]) -> None:
     """Drops the lines of a file, and of its parts, that ``keep`` refuses."""
     text = os.fspath(path)
+    contents: Iterable[tuple[str, bytes]]
     if is_address(path):
         parts = [f"{text}{PARTS}/{name}" for name in buckets.objects(text + PARTS)]
         parts += [text] * path.is_file()
@@ -207,8 +208,8 @@ class LineAppender:
     PART_LINES = 128
 
     def __init__(self, path: pathlib.Path | epath.Path):
-        self._path = path
-        self._part, self._lines = "", []
+        self._path, self._part = path, ""
+        self._lines: list[bytes] = []
 
     def append(self, row: Any) -> None:
         line = json.dumps(row).encode() + b"\n"

@@ -23,9 +23,10 @@ def load_causal_model(directory: str | os.PathLike[str], **options: Any) -> Any:
     """
     import transformers
 
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory, local_files_only=True, output_loading_info=True, **options
     )
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     misshapen = sorted(str(key[0]) for key in found.get("mismatched_keys", ()))
     if missing or misshapen:

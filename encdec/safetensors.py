@@ -156,5 +156,5 @@ def _write_file(
         put(len(text).to_bytes(8, "little"))
         put(text)
         for tensor in tensors.values():
-            put(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+            put(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -35,7 +35,7 @@ class Settings:
         suppresses them."""
         suppressed = parser.argument_default == argparse.SUPPRESS
         for field in dataclasses.fields(cls):
-            default = {} if suppressed else {"default": field.default}
+            default: dict[str, Any] = {} if suppressed else {"default": field.default}
             parser.add_argument(f"--{field.name}", **field.metadata["flag"], **default)
 
     def check(self) -> None:

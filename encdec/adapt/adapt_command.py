@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from encdec.adapt.layer_choice import FORMS, chosen_layers
 from encdec.errors import ConfigError
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
             f"--encoder_step={options.encoder_step} goes with --encoder_source=DIR; "
             "--step names the checkpoint of a single source"
         )
-    embeddings = options.embeddings or ("separate" if options.encoder_source else "shared")
+    embeddings: Any = options.embeddings or ("separate" if options.encoder_source else "shared")
     if options.encoder_source and embeddings == "shared":
         raise ConfigError(
             "--embeddings=shared with --encoder_source: the encoder would read a table that its "
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
             (options.decoder_layers, decoder, "--decoder_layers"),
         )
     ]
-    choice = Choice(*layers, options.cross_attention, embeddings, options.seed)
+    choice = Choice(layers[0], layers[1], options.cross_attention, embeddings, options.seed)
     plan = make_plan(decoder, encoder, choice, options.extra_ids)
     for source in (decoder, encoder):
         if absolute(out) == absolute(source.directory):

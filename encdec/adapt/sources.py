@@ -169,7 +169,7 @@ def with_rows(name: str, table: np.ndarray, rows: np.ndarray, seed: int) -> np.n
     shape = list(table.shape)
     shape[axis] = int((rows < 0).sum())
     drawn = mean + spread * np.random.default_rng([seed, axis]).standard_normal(shape)
-    index = [slice(None)] * table.ndim
+    index: list[Any] = [slice(None)] * table.ndim
     index[axis] = np.flatnonzero(rows < 0)
     taken[tuple(index)] = drawn.astype(table.dtype)
     return taken

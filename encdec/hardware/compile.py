@@ -330,7 +330,8 @@ def _out_of_memory() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """Programs for absent devices cannot be loaded back from a compilation cache."""
-    old = jax.config.jax_enable_compilation_cache
+    config: Any = jax.config
+    old = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

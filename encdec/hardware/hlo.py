@@ -147,13 +147,14 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
     tables: dict[str, list[str]] = {}
-    entry, name, body, table = "", "", [], ""
+    entry = name = table = ""
+    body: list[Instruction] = []
     for line in _joined(text):
         if line.startswith(("FileNames", "FunctionNames", "FileLocations", "StackFrames")):
             table = line.strip()
             tables[table] = []
         elif line.startswith(("%", "ENTRY ")) and line.rstrip().endswith("{"):
-            name, body, table = _NAME.search(line)[1], [], ""
+            name, body, table = _NAME.findall(line)[0], [], ""
             entry = name if line.startswith("ENTRY") else entry
         elif line.rstrip() == "}":
             computations[name] = tuple(body)
@@ -302,13 +303,13 @@ def _frames(tables: dict[str, list[str]]) -> dict[int, tuple[str, ...]]:
     """Joins XLA's tables of files, locations and frames into source lines, innermost first."""
     files = {}
     for line in tables.get("FileNames", []):
-        number, _, name = line.partition(" ")
-        files[int(number)] = name.strip('"')
+        key, _, name = line.partition(" ")
+        files[int(key)] = name.strip('"')
     places, parents = {}, {}
     for line in tables.get("FileLocations", []):
         number = int(line.split()[0])
-        values = dict(re.findall(r"(\w+)=(\d+)", line))
-        places[number] = f"{files.get(int(values['file_name_id']), '?')}:{values['line']}"
+        values = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)}
+        places[number] = f"{files.get(values['file_name_id'], '?')}:{values['line']}"
     for line in tables.get("StackFrames", []):
         number = int(line.split()[0])
         values = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)}
@@ -316,7 +317,8 @@ def _frames(tables: dict[str, list[str]]) -> dict[int, tuple[str, ...]]:
         parents[number] = (values["file_location_id"], values.get("parent_frame_id", 1) - 1)
     frames = {}
     for number in parents:
-        lines, at = [], number
+        lines: list[str] = []
+        at = number
         while at in parents and len(lines) <= len(parents):
             lines.append(places.get(parents[at][0], "?"))
             at = parents[at][1]

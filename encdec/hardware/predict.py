@@ -127,7 +127,8 @@ def predict(
     """
     order = list(range(len(topology.devices))) if order is None else order
     clock = topology.generation.clock_hz
-    costs, collectives, unestimated = [], [], {}
+    costs, collectives = [], []
+    unestimated: dict[str, int] = {}
     for body in hlo.executions(module):
         now = 0.0  # on the schedule of this computation, waiting included
         free = 0.0  # when the links have moved all that was started

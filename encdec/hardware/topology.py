@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from encdec.cost.chips import Chip, find_chip
+from encdec.cost.chips import Chip, chip_named
 from encdec.errors import ConfigError
 from encdec.packages import install_hint
 
@@ -125,7 +125,7 @@ def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
 
 def generation_named(name: str) -> Generation:
     kind, dims, flops_per_cycle, link, wraps_at, gib = _GENERATIONS[name]
-    return Generation(find_chip(kind), dims, flops_per_cycle, link * 1e9, wraps_at, gib)
+    return Generation(chip_named(kind), dims, flops_per_cycle, link * 1e9, wraps_at, gib)
 
 
 @functools.cache

@@ -65,7 +65,7 @@ _SIZES = (
     "num_attention_heads",
     "intermediate_size",
 )
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Any] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -426,9 +426,13 @@ def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Ent
     apart = ("q_proj", "k_proj", "v_proj")
     attention = (*(_QKV if "attention" in form.fused else apart), "o_proj")
     mlp = MLP_NAMES | (dict(zip(("gate", "up"), _GATE_UP)) if "mlp" in form.fused else {})
-    norms = {"self_attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    norms: Mapping[str, str] = {
+        "self_attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
     if config.post_norms:
-        norms |= {
+        norms = {
+            "self_attention_norm": "input_layernorm",
             "self_attention_post_norm": "post_attention_layernorm",
             "mlp_norm": "pre_feedforward_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",

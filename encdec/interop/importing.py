@@ -77,7 +77,9 @@ def write_model(
     config = config.replace(param_dtype=param_dtype, dtype=param_dtype)
     if overwrite:
         remove_directory(out)
-    tensors = {name: _Cast(leaf, _DTYPES[param_dtype]) for name, leaf in leaves.items()}
+    tensors: dict[str, Any] = {
+        name: _Cast(leaf, _DTYPES[param_dtype]) for name, leaf in leaves.items()
+    }
     with whole_directory(out) as partial:
         files = safetensors.write_directory(partial / PARAMS_FOLDER, tensors)
         content = {

@@ -86,7 +86,7 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str
     return tensors, None if settings is None else dict(settings)
 
 
-def _numpy(tensor: object) -> np.ndarray:
+def _numpy(tensor: Any) -> np.ndarray:
     """A view; NumPy has no bfloat16, so those tensors are viewed as 16-bit integers."""
     import torch
 
@@ -197,11 +197,11 @@ def _checked(
         DataError: a field is unknown, of another type, contradicts the tensors, or
             is not supported.
     """
+    given = dict(settings)
     refuse = lambda key, why: DataError(
         f"the checkpoint's model_config has {key} {given[key]!r}, {why}; this model cannot be "
         "imported"
     )
-    given = dict(settings)
     if unknown := sorted(set(given) - set(FIELDS)):
         raise refuse(unknown[0], f"which is not one of {', '.join(FIELDS)}")
     given = FIELDS | given

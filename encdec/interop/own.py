@@ -157,7 +157,9 @@ def convert(
     Raises:
         DataError: tensors are missing, unexpected or of the wrong shape.
     """
-    tables = [tensors.get(f"{stack}.embed_tokens.weight") for stack in ("encoder", "decoder")]
+    tables: list[Any] = [
+        tensors.get(f"{stack}.embed_tokens.weight") for stack in ("encoder", "decoder")
+    ]
     one_table = tables[0] is None
     same = tables[1] is not None and (one_table or np.array_equal(*tables))
     config = config.replace(share_embeddings=bool(same))

@@ -32,7 +32,7 @@ def required(values: Mapping[str, Any], key: str, where: object, kind: type = in
             f"{where} has no {key}; download the file again, or add the value that the model "
             "was made with"
         )
-    kinds = {int: int, float: (int, float)}.get(kind, kind)
+    kinds: Any = {int: int, float: (int, float)}.get(kind, kind)
     number = kind in (int, float)
     if not isinstance(value, kinds) or number and (isinstance(value, bool) or not value > 0):
         wanted = {
@@ -85,9 +85,10 @@ def read_rope(
         }
         divisors = np.array(_llama3_divisors(theta, rotated, numbers))
     elif kind in ("longrope", "su"):
-        factor, magnitude = longest / original, scaling.get("attention_factor")
-        if magnitude is None:
-            magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        factor = longest / original
+        grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        stated = scaling.get("attention_factor")
+        magnitude = grown if stated is None else stated
         divisors = np.array(required(scaling, "short_factor", where, list), np.float64)
         if divisors.shape != (rotated // 2,):
             raise refuse("short_factor", divisors.tolist(), f"expected {rotated // 2} numbers")

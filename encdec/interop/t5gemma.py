@@ -226,7 +226,7 @@ def convert(
     """
     names = [f"model.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
     ignored = ["lm_head.out_proj.weight"] if config.tie_embeddings else []
-    tables = [tensors.get(name) for name in names]
+    tables: list[Any] = [tensors.get(name) for name in names]
     if tables[0] is not None and np.array_equal(*tables):
         config = config.replace(share_embeddings=True)
         ignored.append(names[0])
