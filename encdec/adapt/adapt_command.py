@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     choice = Choice(layers[0], layers[1], options.cross_attention, embeddings, options.seed)
     plan = make_plan(decoder, encoder, choice, options.extra_ids)
     for source in (decoder, encoder):
-        if absolute(out) == absolute(source.directory):
+        if str(absolute(out)) == source.place:
             raise ConfigError(f"--out={out} is a source; give another directory")
     check_out(out, options.overwrite)
     name = options.name or f"{decoder.name}-adapted"
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     count = lambda model: parameter_count(abstract_params(build_model(model)))
     print(
         f"{config.encoder_layers} + {config.decoder_layers} layers, width {config.d_model}, "
-        f"{count(config):,} parameters of {count(decoder.config):,} ({config.param_dtype}), in "
-        f"{out} ({time.monotonic() - started:.1f} s)"
+        f"{count(config):,} parameters ({config.param_dtype}; SOURCE has "
+        f"{count(decoder.config):,}), in {out} ({time.monotonic() - started:.1f} s)"
     )
     print(f"The origin of every parameter: {out / TABLE_FILE}")
     print(

@@ -60,7 +60,10 @@ class Plan:
         return self._written(summary_text)
 
     def _written(self, text: Callable[..., str]) -> str:
-        names = {"encoder": str(self.encoder.directory), "decoder": str(self.decoder.directory)}
+        sides = {"encoder": self.encoder, "decoder": self.decoder}
+        names = {side: str(source.directory) for side, source in sides.items()}
+        if self.encoder.place == self.decoder.place and self.encoder.step != self.decoder.step:
+            names = {side: f"{names[side]}, step {source.step:,}" for side, source in sides.items()}
         new = "" if self.rows is None else f"{int((self.rows < 0).sum())} rows of ids drawn\n"
         return text(self.table, names) + new
 
@@ -72,7 +75,7 @@ def make_plan(decoder: Source, encoder: Source, choice: Choice, extra_ids: int =
         ConfigError: the sources do not go together.
         DataError: they have different vocabularies.
     """
-    if encoder.directory != decoder.directory:
+    if encoder.place != decoder.place:
         check_same_vocabulary(decoder, encoder)
     vocabulary, size, rows = grown(decoder, extra_ids)
     config = adapted_config(decoder.config, encoder.config, choice).replace(vocab_size=size)
@@ -83,7 +86,7 @@ def make_plan(decoder: Source, encoder: Source, choice: Choice, extra_ids: int =
 def carry_out(plan: Plan) -> Params:
     """The adapted model's parameters, unrolled."""
     decoder = plan.decoder.parameters()
-    same = plan.encoder.directory == plan.decoder.directory
+    same = plan.encoder.checkpoint == plan.decoder.checkpoint
     sources = {"decoder": decoder, "encoder": decoder if same else plan.encoder.parameters()}
     flat = values(plan.table, sources, plan.config, plan.choice.seed)
     if plan.rows is not None:
@@ -122,7 +125,7 @@ def write(
                 side: {"directory": str(source.directory), "name": source.name, "step": source.step}
                 for side, source in sides.items()
             },
-            "lineage": dataclasses.asdict(_joined([plan.decoder, plan.encoder])),
+            "lineage": dataclasses.asdict(joined([plan.decoder, plan.encoder])),
         },
         vocabulary=plan.vocabulary,
         framing=plan.decoder.framing,
@@ -132,9 +135,13 @@ def write(
     )
 
 
-def _joined(sources: Sequence[Source]) -> Lineage:
-    """The cost and the seeds of all sources together, each counted once."""
-    lines = [one.lineage() for one in {source.directory: source for source in sources}.values()]
+def joined(sources: Sequence[Source]) -> Lineage:
+    """The cost and the seeds of all sources together, each counted once.
+
+    Of two checkpoints of one run the later one's, which includes the earlier one's.
+    """
+    last = {source.place: source for source in sorted(sources, key=lambda source: source.step)}
+    lines = [source.lineage() for source in last.values()]
     flops = [line.training_flops for line in lines]
     seeds = [line.seeds for line in lines]
     return Lineage(

@@ -19,6 +19,7 @@ from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import Lineage, lineage
 from encdec.saved.saved_config import model_config_of, read_config
 from encdec.saved.saved_params import latest_step, load_params_for_inference
+from encdec.storage import absolute
 
 # Tables with one row, or column, an id of the vocabulary: the axis of ids.
 VOCABULARY_AXIS = {"embedder/embedding": 0, "encoder_embedder/embedding": 0, "embedder/head": 1}
@@ -39,6 +40,16 @@ class Source:
     content: Mapping[str, Any]
     config: ModelConfig
     step: int
+
+    @property
+    def place(self) -> str:
+        """Its directory, equal for all spellings of it."""
+        return str(absolute(self.directory))
+
+    @property
+    def checkpoint(self) -> tuple[str, int]:
+        """What tells its parameters from those of other sources."""
+        return self.place, self.step
 
     @property
     def name(self) -> str:

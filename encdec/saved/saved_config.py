@@ -24,7 +24,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """A work directory's ``config.json``.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is none, it cannot be read, or it is another project's.
     """
     path = as_path(workdir) / CONFIG_FILE
     if not path.exists():
@@ -34,6 +34,11 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text())
+        if "model_type" in content and "format_version" not in content:
+            raise CheckpointError(
+                f"{workdir} is a Hugging Face model's directory; read it into a work directory "
+                f"first: encdec import {workdir} --out=DIR"
+            )
         version = content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore it from a copy") from None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from encdec.adapt import adapting
 from encdec.adapt.adapt_command import main as adapt_main
-from encdec.adapt.adapting import TABLE_FILE
+from encdec.adapt.adapting import TABLE_FILE, carry_out, make_plan
+from encdec.adapt.parameters import Choice
+from encdec.adapt.sources import Source, open_source
 from encdec.cli import main as encdec
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError
@@ -19,7 +23,7 @@ from encdec.interop.importing import write_model
 from encdec.interop.layout import unflatten
 from encdec.model import build_model, preset
 from encdec.model.parameter_names import path_name
-from encdec.saved.lineage import lineage
+from encdec.saved.lineage import Lineage, lineage
 from encdec.saved.saved_config import read_config
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import train
@@ -74,10 +78,13 @@ def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(s
     assert adapt_main([str(source), f"--out={adapted}", "--decoder_layers=1"]) == 0
     wider = write_source(tmp_path / "wider", GEMMA.replace(d_model=48))
     other = write_source(tmp_path / "other", vocabulary=ByteVocabulary(5))
-    out = tmp_path / "out"
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "llama"}')
     for options, kind, message in (
         ([adapted], ConfigError, "is already an encoder-decoder"),
         ([tmp_path], CheckpointError, "not the work directory"),
+        ([theirs], CheckpointError, f"Hugging Face model's .* encdec import {theirs} --out=DIR"),
         ([source, "--encoder_layers=4"], ConfigError, "asks for 4 layers, but .* has 3"),
         ([source, f"--encoder_source={wider}"], ConfigError, "d_model is 48 in the encoder's"),
         ([source, f"--encoder_source={other}"], DataError, "the vocabularies differ"),
@@ -129,6 +136,22 @@ def test_what_travels_with_the_parameters(source, tmp_path, capsys):
         np.testing.assert_array_equal(rows[size + 2 : size + 6], old[size - 4 : size])
         assert np.abs(rows[size - 4 : size + 2]).max(1).min() > 0
     assert params["encoder"]["layers_0"]["mlp"]["up"]["kernel"].shape == (32, GEMMA.mlp_dim)
+
+
+def test_two_checkpoints_of_one_run_are_two_sources(source, monkeypatch):
+    """Each side from its own, with the cost of the later one, however the directory is spelled."""
+    early = dataclasses.replace(open_source(source, None, "the source"), step=1)
+    late = dataclasses.replace(early, directory=source / ".." / source.name, step=2)
+    filled = lambda one: {name: x * 0 + one.step for name, x in random_params(GEMMA).items()}
+    monkeypatch.setattr(Source, "parameters", filled)
+    monkeypatch.setattr(Source, "lineage", lambda one: Lineage(10.0 * one.step, (5,)))
+    for decoder, encoder in ((late, early), (early, late), (late, late)):
+        plan = make_plan(decoder, encoder, Choice((0,), (1,), "self", "separate"))
+        params = carry_out(plan)
+        for stack, wanted in (("encoder", encoder), ("decoder", decoder)):
+            assert set(np.ravel(params[stack]["layers_0"]["mlp"]["up"]["kernel"])) == {wanted.step}
+        assert adapting.joined([decoder, encoder]) == Lineage(20.0, (5,))
+        assert (f"{encoder.directory}, step 1: " in plan.text()) == (encoder is early)
 
 
 HOLD, STEPS = 2, 4
