@@ -199,6 +199,12 @@ def table_markdown(content: Mapping[str, Any]) -> str:
         "",
         *markdown_table(("model", *headings, "mean", "parameters", "training FLOPs"), ours),
     ]
+    for run in content.get("diverged", ()):
+        lines += [
+            "",
+            f"Diverged, and in no figure: {run['model']} on {run['column']}, seed {run['seed']}: "
+            f"{run['message']}",
+        ]
     lines += _other_scores(content["rows"])
     for found in content["judges"]:
         lines += _judge_table(found)

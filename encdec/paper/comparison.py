@@ -1,19 +1,22 @@
 """The comparison's tables from result rows: scores next to costs, and paired differences.
 
-``encdec paper table FILE`` needs nothing but the file.
+``encdec paper table FILE …`` needs nothing but the files. Runs of other settings or on other data
+have tables of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from encdec.evaluation.compare import compare_scores
 from encdec.evaluation.evaluation_report import shown
 from encdec.markup import markdown_table
 from encdec.metrics.intervals import RESAMPLES, t_interval
-from encdec.paper.result_rows import BITS, COSTS, RUN, by_row, score_of
+from encdec.paper.divergence import has_diverged
+from encdec.paper.result_rows import BITS, COPY, COSTS, RUN, by_row, score_of
 from encdec.paper.search_tables import search_markdown
+from encdec.paper.setting import TEACHER, TEACHING
 
 # (decoding, score, heading); "shuffled" are greedy answers to another example's source.
 SCORES = (
@@ -54,16 +57,88 @@ PAIRED = (
     ("beam", "rougeL_stemmed", "Rouge-L, beam"),
     ("greedy", BITS, "bits per byte"),
 )
-TAUGHT = ("+KD", "+SeqKD")
+TAUGHT = tuple(ending for ending in TEACHING.values() if ending)
+COPIED = "the source, copied"
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-def comparison_markdown(rows: Sequence[Mapping[str, Any]], trials: int = 2_000) -> str:
+class Section(NamedTuple):
+    """What one set of tables holds: the runs of one task, comparison, teacher and data.
+
+    Attributes:
+        task: that the runs are scored on.
+        comparison: digest of the settings of students without a teacher.
+        setting: digest of the teacher's and its pupils' settings.
+        data: fingerprint of the data; "" in lines from before it was recorded.
+    """
+
+    task: str
+    comparison: str
+    setting: str
+    data: str
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a run's row is one of its runs: a plain student is part of every teacher's."""
+        found = section_of(row)
+        plain = found._replace(setting=self.setting) if not _with_teacher(row) else found
+        return self == plain
+
+
+def _with_teacher(row: Mapping[str, Any]) -> bool:
+    return row["row"] == TEACHER or row["row"].endswith(TAUGHT)
+
+
+def _rank(name: str) -> int:
+    """Order of the tables: students without a teacher, the teacher, its pupils."""
+    return 2 if name.endswith(TAUGHT) else int(name == TEACHER)
+
+
+def section_of(row: Mapping[str, Any]) -> Section:
+    """Of a run's row."""
+    setting = row.get("setting", "")
+    return Section(row["task"], row.get("comparison", setting), setting, row.get("data", ""))
+
+
+def sections(rows: Rows) -> dict[Section, list[Mapping[str, Any]]]:
+    """The run rows by section; one without a teacher only where its students have none."""
+    runs = [row for row in rows if row["kind"] == RUN]
+    found = dict.fromkeys(section_of(row) for row in runs)
+    taught = {section_of(row) for row in runs if _with_teacher(row)}
+    chosen = [
+        one
+        for one in found
+        if one in taught or all(other._replace(setting=one.setting) != one for other in taught)
+    ]
+    return {one: [row for row in runs if one.holds(row)] for one in chosen}
+
+
+def comparison_markdown(rows: Rows, trials: int = 2_000) -> str:
     """All tables of the result rows, by task."""
-    tasks = dict.fromkeys(row["task"] for row in rows if row["kind"] == RUN)
     parts = []
-    for task in tasks:
-        models = by_row(rows, task)
-        parts.append(f"## {task}\n\n{score_table(models)}\n{cost_table(models, rows)}")
+    found = sections(rows)
+    tasks = [section.task for section in found]
+    for section, runs in found.items():
+        models = by_row(sorted(runs, key=lambda row: _rank(row["row"])))
+        title = section.task
+        if tasks.count(section.task) > 1:
+            title += f" (setting {section.setting}, data {section.data or 'not recorded'})"
+        copied = [
+            row
+            for row in rows
+            if row["kind"] == COPY
+            and (row["task"], row["setting"], row["data"])
+            == (section.task, section.comparison, section.data)
+        ]
+        settings = (section.comparison, section.setting)
+        costs = [
+            row
+            for row in rows
+            if row["kind"] == COSTS
+            and row["column"] == runs[0]["column"]
+            and row.get("setting") in settings
+        ]
+        parts.append(f"## {title}\n\n{score_table(models, copied)}\n{cost_table(models, costs)}")
         if pairs := paired_table(models, trials):
             parts.append(pairs)
     if searched := search_markdown(rows):
@@ -72,11 +147,23 @@ def comparison_markdown(rows: Sequence[Mapping[str, Any]], trials: int = 2_000) 
 
 
 def _scores_of(row: Mapping[str, Any], decoding: str) -> Mapping[str, Any]:
-    return row["shuffled"] if decoding == "shuffled" else row["scores"].get(decoding, {})
+    return row.get("shuffled", {}) if decoding == "shuffled" else row["scores"].get(decoding, {})
 
 
-def cell(of_seeds: Sequence[Mapping[str, Any]], decoding: str, score: str) -> str:
-    """Mean over seeds with Student's interval, or one seed's value with its own over examples."""
+def cell(of_seeds: Rows, decoding: str, score: str) -> str:
+    """Mean over seeds with Student's interval, or one seed's value with its own over examples.
+
+    Seeds that diverged are in no mean, and counted.
+    """
+    finite = [row for row in of_seeds if not has_diverged(row)]
+    lost = len(of_seeds) - len(finite)
+    if not finite:
+        return "diverged" if lost else "–"
+    text = _cell(finite, decoding, score)
+    return f"{text}; {lost} diverged" if lost else text
+
+
+def _cell(of_seeds: Rows, decoding: str, score: str) -> str:
     found = [_scores_of(row, decoding).get(score) for row in of_seeds]
     found = [one for one in found if one and one["value"] is not None]
     if not found:
@@ -87,8 +174,13 @@ def cell(of_seeds: Sequence[Mapping[str, Any]], decoding: str, score: str) -> st
     return f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] (n={len(found)})"
 
 
-def score_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One line per model; a score that no model has is left out."""
+def score_table(models: Mapping[str, Rows], copied: Rows = ()) -> str:
+    """One line per model; a score that no model has is left out.
+
+    Args:
+        models: run rows by the model's name.
+        copied: at most one row of scores of the sources themselves, or its repetitions.
+    """
     columns = [
         (decoding, score, heading)
         for decoding, score, heading in SCORES
@@ -99,21 +191,27 @@ def score_table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         (name, str(len(of_seeds)), *(cell(of_seeds, how, score) for how, score, _ in columns))
         for name, of_seeds in models.items()
     ]
+    if copied:
+        scores = (cell(copied[-1:], how, score) for how, score, _ in columns)
+        cells.append((COPIED, "–", *scores))
     return "\n".join(markdown_table(head, cells)) + "\n"
 
 
-def cost_table(
-    models: Mapping[str, Sequence[Mapping[str, Any]]], rows: Sequence[Mapping[str, Any]]
-) -> str:
-    """What each model cost to train and costs to run; a taught one runs as its plain one does."""
-    costs = {row["row"]: row for row in rows if row["kind"] == COSTS}
+def cost_table(models: Mapping[str, Rows], rows: Rows) -> str:
+    """What each model cost to train and costs to run; a taught one runs as its plain one does.
+
+    Args:
+        models: run rows by the model's name.
+        rows: of costs, of these settings.
+    """
+    costs = {row["row"]: row for row in rows}
     head = (
         *("model", "layers", "parameters", "training FLOPs", "training time, min"),
         *("first token, ms", "tokens/s", "memory, MiB"),
     )
     cells = []
     for name, of_seeds in models.items():
-        row, plain = of_seeds[0], name
+        row, plain = min(of_seeds, key=has_diverged), name  # one that ended, if any did
         for ending in TAUGHT:
             plain = plain.removesuffix(ending)
         cost, layers = costs.get(plain), row["layers"]
@@ -129,13 +227,23 @@ def cost_table(
         sizes = (f"{row['parameters']:,}", f"{row['training_flops']:.3g}")
         cells.append((name, shape, *sizes, *timed))
     lines = markdown_table(head, cells)
-    measured = next(iter(costs.values()), None)
+    measured = dict.fromkeys(
+        ", ".join(filter(None, (row["remark"], row["device"], row["date"])))
+        for row in costs.values()
+    )
     if measured:
-        lines += ["", f"Times: {measured['remark']}, {measured['device']}, {measured['date']}."]
+        lines += ["", f"Times: {'; '.join(measured)}."]
     return "\n".join(lines) + "\n"
 
 
-def paired_table(models: Mapping[str, Sequence[Mapping[str, Any]]], trials: int) -> str:
+def _difference(made: Mapping[str, float | None]) -> str:
+    if made["difference"] is None or made["p_value"] is None:
+        return "–"
+    p_value = "p < 0.001" if made["p_value"] < 0.001 else f"p {made['p_value']:.3f}"
+    return f"{made['difference']:+.2f} ({shown(made['low'])} to {shown(made['high'])}), {p_value}"
+
+
+def paired_table(models: Mapping[str, Rows], trials: int) -> str:
     """Differences of two models over the seeds that both have; empty where no pair has any."""
     columns = [
         (decoding, score, heading)
@@ -149,18 +257,18 @@ def paired_table(models: Mapping[str, Sequence[Mapping[str, Any]]], trials: int)
         cells = []
         sides = [{row["seed"]: row for row in models[name]} for name in (first, second)]
         # A teacher has one seed.
-        seeds = sorted(sides[0].keys() & sides[1].keys())
+        both = sorted(sides[0].keys() & sides[1].keys())
+        seeds = [seed for seed in both if not any(has_diverged(side[seed]) for side in sides)]
+        count = str(len(seeds))
+        if lost := len(both) - len(seeds):
+            count += f"; {lost} diverged"
         for decoding, score, _ in columns:
             found = [[score_of(side[seed], decoding, score) for seed in seeds] for side in sides]
             if not seeds or any(one is None for side in found for one in side):
                 cells.append("–")
                 continue
-            made = compare_scores(found, RESAMPLES, trials)
-            cells.append(
-                f"{made['difference']:+.2f} ({made['low']:.2f} to {made['high']:.2f}), "
-                f"p {made['p_value']:.3f}"
-            )
-        lines.append((f"{second} minus {first}", str(len(seeds)), *cells))
+            cells.append(_difference(compare_scores(found, RESAMPLES, trials)))
+        lines.append((f"{second} minus {first}", count, *cells))
     if not lines:
         return ""
     head = ("paired", "seeds", *(heading for *_, heading in columns))

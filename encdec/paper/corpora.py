@@ -1,15 +1,18 @@
 """The experiment's text: excerpts for pretraining, examples of tasks that fit, one vocabulary.
 
 Everything is chosen by rule and counted in ``counts.json``: available, too long, taken. The tasks'
-files written here are what ``encdec prepare`` and ``encdec evaluate`` read.
+files written here are what ``encdec prepare`` and ``encdec evaluate`` read. ``data.json`` has a
+fingerprint of each task's examples and of the text, as they were read: neither the work directory
+nor a result row is taken for one of other data.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +26,15 @@ from encdec.data.vocabulary_training import train_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import whole_file, write_json
 from encdec.paper.setting import Column, Setting
+from encdec.result_lines import setting_digest
 from encdec.storage import as_path
 
 HELD_OUT = 0.05  # last training examples of a task, held out to choose a checkpoint
 HELD_OUT_MOST = 64  # examples
 SPLITS = ("train", "validation")
 COUNTS_FILE = "counts.json"
+DATA_FILE = "data.json"
+TEXT = "text"  # name of the pretraining text among the fingerprints
 
 Pair = tuple[str, tuple[str, ...]]
 Say = Callable[[str], None]
@@ -53,7 +59,8 @@ class Corpora:
 
         Raises:
             ConfigError: text, and no pretraining that would read it.
-            DataError: text or a task's file is missing, or no example of a task fits.
+            DataError: text or a task's file is missing, no example of a task fits, or the files
+                that exist were made of other data.
         """
         counts_path = self._work / COUNTS_FILE
         counts = json.loads(counts_path.read_text()) if counts_path.is_file() else {}
@@ -63,6 +70,7 @@ class Corpora:
                 f"--text={self._text[0]} is for pretraining, but config.pretrain.steps is 0; "
                 "leave it out, or set --config.pretrain.steps"
             )
+        self._claim_data(counts)
         if pretrained and "pretrain" not in counts:
             counts["pretrain"] = self._write_excerpts()
             write_json(counts_path, counts)
@@ -102,6 +110,67 @@ class Corpora:
                     jsonl=[str(self.tasks_dir / part / f"{task}.jsonl") for task in column.tasks],
                 )
 
+    @property
+    def data(self) -> str:
+        """Fingerprint of all that was read, for result rows; the files are made."""
+        return setting_digest(json.loads((self._work / DATA_FILE).read_text()))
+
+    def _claim_data(self, counts: dict[str, Any]) -> None:
+        """Writes the fingerprints of what is read, or compares them with those that are there."""
+        path = self._work / DATA_FILE
+        made = json.loads(path.read_text()) if path.is_file() else {}
+        if self._setting.pretrain.steps and not self._text and TEXT not in made:
+            raise DataError("no text to pretrain on; give files with --text=FILE")
+        now = {
+            task: fingerprint(
+                (split, source, list(references))
+                for split in SPLITS
+                for source, references in self._examples(column, task, split)
+            )
+            for column in self._setting.columns
+            for task in column.tasks
+        }
+        if self._text:
+            documents = text_documents(check_files(self._text), BadRows())
+            now[TEXT] = fingerprint(text for (text,) in documents)
+        elif TEXT in made:  # excerpts exist, so that the text is not needed again
+            now[TEXT] = made[TEXT]
+        if made and (other := [name for name in now if made.get(name) != now[name]]):
+            flag = "--text" if other[0] == TEXT else "--data_dir"
+            raise DataError(
+                f"{self._work} was made from other data: {other[0]} is {now[other[0]]} here and "
+                f"{made.get(other[0])} there (fingerprints, {path}); give the {flag} that it was "
+                "made from, or another --workdir"
+            )
+        if not made:
+            self._check_older(counts)
+            write_json(path, now)
+
+    def _check_older(self, counts: dict[str, Any]) -> None:
+        """DataError where files from before there were fingerprints are of other data."""
+        for column in self._setting.columns:
+            for task in (task for task in column.tasks if task in counts):
+                found = {split: self._examples(column, task, split) for split in SPLITS}
+                for part in (*SPLITS, "held_out"):
+                    pairs = found.get(part, found["train"])
+                    known = {(source, tuple(references)) for source, references in pairs}
+                    path = self.tasks_dir / part / f"{task}.jsonl"
+                    with open(path, encoding="utf-8") as file:
+                        rows = [json.loads(line) for line in file]
+                    if any((row["source"], tuple(row["targets"])) not in known for row in rows):
+                        raise DataError(
+                            f"{path} has examples that are not in --data_dir={self._data_dir}; "
+                            "give the one that it was made from, or another --workdir"
+                        )
+        if self._text and "pretrain" in counts:
+            documents = text_documents(check_files(self._text), BadRows())
+            found_bytes = sum(len(text.encode()) for (text,) in documents)
+            if found_bytes != counts["pretrain"]["bytes_found"]:
+                raise DataError(
+                    f"{self._work} was made from {counts['pretrain']['bytes_found']:,} bytes of "
+                    f"text, --text has {found_bytes:,}; give the same text, or another --workdir"
+                )
+
     def _prepare(
         self, name: str, part: str, inputs: int, targets: int, say: Say, **source: Any
     ) -> None:
@@ -124,8 +193,6 @@ class Corpora:
 
     def _write_excerpts(self) -> dict[str, Any]:
         """Writes the beginning of every document to text/train.jsonl and text/held_out.jsonl."""
-        if not self._text:
-            raise DataError("no text to pretrain on; give files with --text=FILE")
         shape = self._setting.pretrain
         taken: dict[str, list[str]] = {"train": [], "held_out": []}
         found = 0
@@ -198,6 +265,14 @@ class Corpora:
             )
             counts[part] = {"found": len(pairs), "too_long": long, "taken": len(chosen)}
         return counts
+
+
+def fingerprint(rows: Iterable[Any]) -> str:
+    """Names rows of plain values, in their order: the first 12 hex digits of a sha256."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()[:12]
 
 
 def fitting_pairs(

@@ -100,6 +100,7 @@ def cost_rows(
         rows.append(
             {
                 "kind": COSTS,
+                "setting": setting.digest(with_teacher=name == TEACHER),
                 "row": name,
                 "column": column.name,
                 "step_seconds": seconds,

@@ -66,6 +66,8 @@ def _at_work(
 
     work = _on_a_disk(options.workdir)
     work.mkdir(parents=True, exist_ok=True)
+    from encdec.paper.result_rows import check_data
+
     path = work / "setting.json"
     claim_settings(
         path, setting.identity(), holder=work, remedy=f"give another --workdir, or those of {path}"
@@ -73,7 +75,14 @@ def _at_work(
     corpora = Corpora(setting, work, options.data_dir, options.text)
     with sole_process(work / "locks" / "corpora", wait=True):
         corpora.make(_say)
-    return work, corpora, as_path(options.results or work / "results.jsonl")
+    results = as_path(options.results or work / "results.jsonl")
+    settings = {setting.digest(with_teacher) for with_teacher in (False, True)}
+    for data, count in check_data(results, settings, corpora.data).items():
+        _say(
+            f"{results} has {count} lines of these settings on other data ({data}; here it is "
+            f"{corpora.data}), which count as other runs"
+        )
+    return work, corpora, results
 
 
 def _on_a_disk(workdir: str) -> pathlib.Path:
@@ -105,20 +114,21 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 
 def _table(argv: list[str]) -> int:
-    """``encdec paper table FILE``: the comparison's tables from result rows alone."""
+    """``encdec paper table FILE …``: the comparison's tables from result rows alone."""
     parser = Parser(
         prog="encdec paper table",
         description="Prints the comparison's tables, with paired differences, from result rows.",
     )
-    parser.add("results", "JSON lines of results", any_path, metavar="FILE")
-    path = as_path(parser.parse_args(argv).results)
+    parser.add("results", "JSON lines of results", any_path, metavar="FILE", nargs="+")
+    paths = [as_path(path) for path in parser.parse_args(argv).results]
     from encdec.files import lines_exist
     from encdec.paper.comparison import comparison_markdown
     from encdec.paper.result_rows import read_results
 
-    if not lines_exist(path):
-        raise DataError(f"{path} is not a file; give the --results of `encdec paper`")
-    print(comparison_markdown(read_results(path)))
+    for path in paths:
+        if not lines_exist(path):
+            raise DataError(f"{path} is not a file; give the --results of `encdec paper`")
+    print(comparison_markdown([row for path in paths for row in read_results(path)]))
     return 0
 
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -23,17 +22,16 @@ import jax
 from etils import epath
 
 from encdec.cost.flops import count_parameters, training_flops
-from encdec.errors import ConfigError, NonFiniteError
+from encdec.errors import ConfigError
 from encdec.files import sole_process, write_json
 from encdec.paper.corpora import Corpora, Say
+from encdec.paper.divergence import finite_curve, noting_divergence
 from encdec.paper.result_rows import SEARCH, append_results, read_results
 from encdec.paper.setting import TEACHER, Column, Setting, model_of, run_config, slug, steps_of
-from encdec.result_lines import setting_digest, where_and_when
+from encdec.result_lines import where_and_when
 from encdec.train.loop import train
-from encdec.train.metrics import read_metrics
 
 SPENT_FILE = "spent.json"
-BITS = "eval/bits_per_byte"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +174,14 @@ class Search:
         return {
             Trial(**{name: line[name] for name in names}): line
             for line in read_results(self._results)
-            if line["kind"] == SEARCH and line["setting"] == self._digest(line["row"])
+            if line["kind"] == SEARCH
+            and line["setting"] == self._digest(line["row"])
+            and line["data"] == self._corpora.data
         }
 
     def _digest(self, row: str) -> str:
         """Names the settings that decide a row's trials."""
-        return setting_digest(self._setting.identity(with_teacher=row == TEACHER))
+        return self._setting.digest(with_teacher=row == TEACHER)
 
     def _try(self, trial: Trial, column: Column) -> None:
         folder = self._work / "search" / trial.name
@@ -196,27 +196,22 @@ class Search:
             steps=trial.steps,
             seed=trial.seed,
         )
-        steps, diverged, curve = trial.steps, None, []
-        with spending(folder / SPENT_FILE):
-            try:
-                train(run, folder)
-            except NonFiniteError as error:
-                steps, diverged = error.step, str(error)
+        with spending(folder / SPENT_FILE), noting_divergence() as noted:
+            train(run, folder)
         jax.clear_caches()
-        if not diverged:
-            found = [(row["step"], row[BITS]) for row in read_metrics(folder) if BITS in row]
-            curve = [(step, bits) for step, bits in found if math.isfinite(bits)]
-            diverged = None if curve else f"no evaluation was finite: {found}"
+        curve = finite_curve(folder, noted)
+        steps = trial.steps if noted.step is None else noted.step
         best_step, best = min(curve, key=lambda point: point[1], default=(None, None))
         flops = training_flops(model, column.inputs, column.targets, batch_size=column.batch_size)
         line = dataclasses.asdict(trial) | {
             "kind": SEARCH,
             "setting": self._digest(trial.row),
+            "data": self._corpora.data,
             "of_steps": steps_of(self._setting, trial.row, column),
             "in_use": altered == self._setting,
             "bits_per_byte": best,
             "best_step": best_step,
-            "diverged": diverged,
+            **noted.fields(),
             "curve": curve,
             "parameters": count_parameters(model).total,
             "training_flops": steps * flops,
@@ -224,7 +219,7 @@ class Search:
         line |= json.loads((folder / SPENT_FILE).read_text()) | where_and_when()
         with sole_process(self._work / "locks" / "results", wait=True):
             append_results(self._results, [line])
-        ended = f"diverged: {diverged}" if diverged else f"{best:.4f} bits per byte"
+        ended = f"diverged: {noted.message}" if noted else f"{best:.4f} bits per byte"
         self._say(f"{trial.name}: {ended}, {line['cpu_seconds']:,.0f} CPU seconds")
 
 

@@ -1,15 +1,16 @@
 """All runs of the experiment in the order of ``planned``, each in its own directory.
 
-Finished runs are not repeated, and the table is written after every evaluation. Several processes
-may work on one directory: each run is one process's.
+Finished runs are not repeated, nor are those that diverged, and the table is written after every
+evaluation. Several processes may work on one directory: each run is one process's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +22,24 @@ from encdec.distill.scoring import score
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.evaluation_settings import EvaluationSettings
+from encdec.evaluation.examples import of_task
 from encdec.evaluation.load_models import chosen_step
 from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.results_table import table, table_markdown
 from encdec.files import sole_process, write_json
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.paper.corpora import Corpora, Say
-from encdec.paper.result_rows import append_results, done_runs, read_results, run_rows
+from encdec.paper.divergence import Divergence, finite_curve, has_diverged, noting_divergence
+from encdec.paper.result_rows import (
+    COPY,
+    Identity,
+    append_results,
+    copy_row,
+    diverged_rows,
+    done_runs,
+    read_results,
+    run_rows,
+)
 from encdec.paper.setting import (
     TEACHER,
     Column,
@@ -40,11 +52,11 @@ from encdec.paper.setting import (
     steps_of,
     table_rows,
 )
-from encdec.result_lines import setting_digest
 from encdec.train.loop import train
 from encdec.train.run_config import RunConfig
 
 DONE_FILE = "done.json"
+DIVERGED_FILE = "diverged.json"  # of a pretraining: its fine-tunings are not tried
 GREEDY = "evaluation"  # folders of a run's evaluations
 BEAM = "evaluation-beam"
 DECODINGS = {GREEDY: "greedy", BEAM: "beam"}  # as result rows name them
@@ -85,6 +97,7 @@ class Experiment:
 
     def run(self) -> dict[str, Any]:
         """Does the missing runs that no other process is at, and returns the table's content."""
+        self._record_copies()
         for run in self._runs:
             if self._needed(run):
                 with self._claimed(run) as mine:
@@ -96,7 +109,13 @@ class Experiment:
         """Whether a run is missing in the results; the teacher also if a pupil's is."""
         done = done_runs(read_results(self._results))
         if self._key(run) not in done:
+            teacher = done.get(self._key(Run(TEACHER, run.column)), {})
+            if run.teaching and has_diverged(teacher):
+                self._say(f"{self.folder(run).name}: skipped, its teacher diverged")
+                return False
             return True
+        if has_diverged(done[self._key(run)]):
+            return False
         pupils = [one for one in self._runs if one.teaching and one.column == run.column]
         return (
             run.row == TEACHER
@@ -104,39 +123,60 @@ class Experiment:
             and any(self._key(one) not in done for one in pupils)
         )
 
-    def _key(self, run: Run) -> tuple[str, str, str, int]:
+    def _key(self, run: Run) -> Identity:
         """What names a run in the results."""
-        digest = setting_digest(self._setting.identity(run.with_teacher))
-        return digest, run.title, run.column, run.seed
+        digest = self._setting.digest(run.with_teacher)
+        return Identity(digest, self._corpora.data, run.title, run.column, run.seed)
 
-    def _record(self, run: Run, column: Column) -> None:
-        """Adds the run's line to the results, unless it is there."""
+    def _record(self, run: Run, column: Column, noted: Divergence) -> None:
+        """Adds the run's lines to the results, unless they are there."""
         model, shape = model_of(self._setting, run.row), self._setting.pretrain
-        flops = steps_of(self._setting, run.row, column) * training_flops(
+        steps = steps_of(self._setting, run.row, column) if noted.step is None else noted.step
+        flops = steps * training_flops(
             model, column.inputs, column.targets, batch_size=column.batch_size
         )
         if shape.steps:
             flops += shape.steps * training_flops(
                 model, shape.inputs, shape.targets, batch_size=shape.batch_size
             )
+        key, comparison = self._key(run), self._setting.digest(with_teacher=False)
         with sole_process(self._work / "locks" / "results", wait=True):
-            key = self._key(run)
             if key in done_runs(read_results(self._results)):
                 return
-            append_results(
-                self._results,
-                run_rows(
-                    digest=key[0],
-                    title=run.title,
-                    column=run.column,
-                    seed=run.seed,
+            if noted:
+                self._say(f"{self.folder(run).name}: diverged, {noted.message}")
+                rows = diverged_rows(
+                    key,
+                    noted,
+                    comparison=comparison,
+                    tasks=column.tasks,
+                    model=model,
                     training_flops=flops,
-                    folders={
-                        DECODINGS[name]: self.folder(run) / name
-                        for name, _ in evaluations(self._setting)
-                    },
-                ),
-            )
+                )
+            else:
+                folders = {
+                    DECODINGS[name]: self.folder(run) / name
+                    for name, _ in evaluations(self._setting)
+                }
+                rows = run_rows(key, comparison=comparison, training_flops=flops, folders=folders)
+            append_results(self._results, rows)
+
+    def _record_copies(self) -> None:
+        """Adds the scores of answers that are the sources themselves, unless they are there."""
+        setting, data = self._setting.digest(with_teacher=False), self._corpora.data
+        with sole_process(self._work / "locks" / "results", wait=True):
+            there = {
+                (row["setting"], row["data"], row["task"])
+                for row in read_results(self._results)
+                if row["kind"] == COPY
+            }
+            for column in self._columns:
+                for name in column.tasks:
+                    if (setting, data, name) in there:
+                        continue
+                    task = of_task(name, str(self._corpora.tasks_dir), "validation")
+                    row = copy_row(task, setting=setting, data=data, column=column.name)
+                    append_results(self._results, [row])
 
     @property
     def _runs(self) -> list[Run]:
@@ -187,17 +227,21 @@ class Experiment:
 
     def _do(self, run: Run) -> None:
         [column] = [one for one in self._columns if one.name == run.column]
-        self._pretrain(run)
-        self._tune(run, column)
-        for folder, beams in evaluations(self._setting):
-            self._evaluate(run, column, folder, beams)
-        self._record(run, column)
+        noted = self._pretrain(run) or self._tune(run, column)
+        if not noted:
+            for folder, beams in evaluations(self._setting):
+                self._evaluate(run, column, folder, beams)
+        self._record(run, column, noted)
         self.write_table()
 
-    def _pretrain(self, run: Run) -> None:
+    def _pretrain(self, run: Run) -> Divergence:
+        """What became of the pretraining, in terms of a fine-tuning from it."""
         folder, shape = self._pretrained(run), self._setting.pretrain
-        if folder:
-            self._train(
+        if not folder:
+            return Divergence()
+        path = folder / DIVERGED_FILE
+        if not path.is_file():
+            noted = self._train(
                 folder,
                 run_config(
                     self._setting,
@@ -209,12 +253,19 @@ class Experiment:
                     seed=0,
                 ),
             )
+            if not noted:
+                return noted
+            write_json(path, noted.fields())
+        message = json.loads(path.read_text())["diverged"]
+        return Divergence(
+            f"in pretraining (to try again, remove this line and {path}): {message}", 0
+        )
 
-    def _tune(self, run: Run, column: Column) -> None:
+    def _tune(self, run: Run, column: Column) -> Divergence:
         records = self._corpora.records(column.name, "train")
         if run.teaching == "answers":
             records = self._answers(column)
-        self._train(
+        return self._train(
             self.folder(run),
             run_config(
                 self._setting,
@@ -229,12 +280,15 @@ class Experiment:
             ),
         )
 
-    def _train(self, folder: pathlib.Path, run: RunConfig) -> None:
+    def _train(self, folder: pathlib.Path, run: RunConfig) -> Divergence:
         if (folder / DONE_FILE).is_file():
-            return
+            return Divergence()
         begin, cpu = time.monotonic(), time.process_time()
-        summary = train(run, folder)
+        with noting_divergence() as noted:
+            summary = train(run, folder)
         jax.clear_caches()  # compiled programs of finished runs
+        if not finite_curve(folder, noted):
+            return noted
         write_json(
             folder / DONE_FILE,
             {
@@ -248,6 +302,7 @@ class Experiment:
             f"{folder.name}: held-out loss {summary.eval['eval/loss']:.4f}, "
             f"{time.monotonic() - begin:,.0f} s"
         )
+        return noted
 
     def _draws(self, column: Column) -> str:
         """The teacher's draws on a column's training rows; returns their directory."""
@@ -329,6 +384,16 @@ class Experiment:
         for name, report in self._reports():
             models.setdefault(name, []).append(report)
         content = table(models)
+        done = done_runs(read_results(self._results))
+        content["diverged"] = [
+            {"model": run.title, "column": run.column, "seed": run.seed} | _why(done[key])
+            for run in planned(self._setting)
+            if (key := self._key(run)) in done and has_diverged(done[key])
+        ]
         write_json(self._work / "table.json", content)
         (self._work / "table.md").write_text(table_markdown(content))
         return content
+
+
+def _why(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": row["diverged_step"], "message": row["diverged"]}

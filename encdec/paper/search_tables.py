@@ -10,8 +10,8 @@ from typing import Any
 from encdec.markup import markdown_table
 from encdec.paper.result_rows import SEARCH
 
-# What one table compares: trials of one setting, task and length.
-_GROUP = ("setting", "column", "steps", "of_steps")
+# What one table compares: trials of one setting, data, task and length.
+_GROUP = ("setting", "data", "column", "steps", "of_steps")
 # What a table's line is: the mean over its seeds.
 _CHOICE = ("row", "learning_rate", "dropout")
 
@@ -21,7 +21,7 @@ def search_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["kind"] == SEARCH:
-            groups.setdefault(tuple(row[name] for name in _GROUP), []).append(row)
+            groups.setdefault(tuple(row.get(name) for name in _GROUP), []).append(row)
     return "\n".join(_section(trials) for trials in groups.values())
 
 

@@ -11,6 +11,7 @@ from encdec.errors import ConfigError
 from encdec.evaluation.results_table import PAPER
 from encdec.fields import build
 from encdec.model import ModelConfig, preset
+from encdec.result_lines import setting_digest
 from encdec.scaling.matching import DECODER_ONLY, encoder_share, matched, series_name
 from encdec.train.run_config import RunConfig, parse_config
 
@@ -112,6 +113,10 @@ class Setting:
                 del values[name]
         return values
 
+    def digest(self, with_teacher: bool = True) -> str:
+        """Names the settings of ``identity`` in result rows."""
+        return setting_digest(self.identity(with_teacher))
+
 
 def parse_setting(values: Mapping[str, Any]) -> Setting:
     """The Setting for a config file's values.
@@ -161,6 +166,13 @@ def _check(setting: Setting) -> None:
     if setting.pretrain.steps < 0:
         raise ConfigError(
             f"config.pretrain.steps is {setting.pretrain.steps}; expected 0 (none) or more"
+        )
+    tasks = [task for column in setting.columns for task in column.tasks]
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise ConfigError(
+            f"the task {twice[0]} is {tasks.count(twice[0])} times in config.columns, but its "
+            "examples are chosen once, by one column's lengths; leave it out of the others, or "
+            "run those with a --workdir of their own"
         )
     for column in setting.columns:
         where = f"config.columns.{column.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import sys
 import types
 
@@ -12,9 +13,9 @@ import pytest
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.data import task_registry
 from encdec.data.records import open_records
-from encdec.errors import ConfigError, DataError
-from encdec.evaluation.examples import of_task
-from encdec.paper import costs, result_rows
+from encdec.errors import ConfigError, DataError, NonFiniteError
+from encdec.evaluation.examples import Example, Examples, of_task
+from encdec.paper import costs, result_rows, runs
 from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, evenly
 from encdec.paper.paper_command import load_config, main
@@ -130,6 +131,9 @@ def test_all_runs_of_a_student_and_again(inputs, tmp_path, capsys, monkeypatch):
     assert report["model"]["training_flops"] > 0
     assert report["tasks"]["code_java2cs"]["sources_cut"] == 0
     rows = read_results(tmp_path / "results.jsonl")
+    assert (rows[0]["kind"], rows[0]["examples"]) == ("copy", 3)
+    [data] = {row["data"] for row in rows}
+    rows = rows[1:]
     assert [(row["row"], row["seed"]) for row in rows] == [
         ("ED 2/3-1/3", 0),
         (TEACHER, 0),
@@ -159,6 +163,23 @@ def test_all_runs_of_a_student_and_again(inputs, tmp_path, capsys, monkeypatch):
     results = f"--results={tmp_path / 'results.jsonl'}"
     assert main(arguments(inputs, moved, student, results)) == 0
     assert not (moved / "runs").exists()
+    assert len(read_results(tmp_path / "results.jsonl")) == 5
+    # The same settings on other data are another experiment.
+    lines = (tmp_path / "results.jsonl").read_text()
+    other = tmp_path / "data"
+    shutil.copytree(inputs / "data", other)
+    with open(other / "train" / "code_java2cs.jsonl", "a") as file:
+        file.write(json.dumps({"source": "new", "target": "NEW"}) + "\n")
+    with pytest.raises(DataError, match="from other data: code_java2cs is .*--data_dir"):
+        main(arguments(inputs, tmp_path, student, f"--data_dir={other}"))
+    again = tmp_path / "again"
+    monkeypatch.setattr("encdec.paper.runs.Experiment._do", lambda self, run: None)
+    assert main(arguments(inputs, again, results, f"--data_dir={other}")) == 0
+    assert f"4 lines of these settings on other data ({data};" in capsys.readouterr().err
+    assert len(read_results(tmp_path / "results.jsonl")) == 6  # its own copies
+    (tmp_path / "results.jsonl").write_text(lines.replace(f'"data": "{data}", ', ""))
+    with pytest.raises(DataError, match=f'4 lines of these .* add "data": "{data}" to each'):
+        main(arguments(inputs, tmp_path, student))
     with pytest.raises(ConfigError, match=r"other settings: pretrain.steps is .* and 4 here"):
         main(arguments(inputs, tmp_path, "--config.pretrain.steps=4"))
 
@@ -309,26 +330,163 @@ def test_parts_are_those_of_the_tasks_scores_and_give_them_again(tmp_path, monke
     assert score_of({"parts": {"greedy": parts}}, "greedy", "bleu_codexglue") is None
 
 
-def test_rows_of_several_seeds_are_compared_over_those_that_both_have():
-    def row(name, seed, right):
-        return {
-            "kind": "run",
-            "row": name,
-            "task": "t",
-            "seed": seed,
-            "layers": [0, 2],
-            "parameters": 10,
-            "training_flops": 1e9,
-            "scores": {"greedy": {"exact_match": {"value": 50.0 + seed, "low": 0, "high": 100}}},
-            "shuffled": {},
-            "parts": {"greedy": {"exact_match": [[100 * hit, 1] for hit in right]}},
-        }
+def line(name, seed=0, value=50.0, right=(1, 0) * 20, **changed):
+    """A run's row, of one score."""
+    return {
+        **{"kind": "run", "row": name, "task": "t", "column": "c", "seed": seed},
+        **{"setting": "s", "data": "d", "layers": [0, 2], "parameters": 10},
+        "training_flops": 1e9,
+        "scores": {"greedy": {"exact_match": {"value": value, "low": 0, "high": 100}}},
+        "shuffled": {},
+        "parts": {"greedy": {"exact_match": [[100 * hit, 1] for hit in right]}},
+        **changed,
+    }
 
-    rows = [row("DEC", seed, [1, 0] * 20) for seed in (0, 1, 2)]
-    rows += [row("ED 2/3-1/3", seed, [1, 1] * 20) for seed in (0, 1)]
+
+def lost(name, seed=0, **changed):
+    """The row of a run that diverged."""
+    nothing = {"scores": {}, "shuffled": {}, "parts": {}, "diverged": "step 7: loss is nan"}
+    return line(name, seed, **nothing, **{"training_flops": 1e8, **changed})
+
+
+def test_rows_of_several_seeds_are_compared_over_those_that_both_have():
+    rows = [line("DEC", seed, 50.0 + seed) for seed in (0, 1, 2)]
+    rows += [line("ED 2/3-1/3", seed, right=[1, 1] * 20) for seed in (0, 1)]
     page = comparison_markdown(rows, trials=100)
     assert "| DEC | 3 | 51.00 [48.52, 53.48] (n=3) |" in page
     assert "| ED 2/3-1/3 minus DEC | 2 | +50.00" in page and "BLEU" not in page
+
+
+def test_what_diverged_is_shown_and_in_no_mean():
+    rows = [lost("DEC"), line("DEC", 1), line("DEC", 2), line("ED 2/3-1/3"), line("ED 2/3-1/3", 1)]
+    rows.append(lost("DEC (parameters)"))
+    page = comparison_markdown(rows, trials=100)
+    assert "| DEC | 3 | 50.00 [50.00, 50.00] (n=2); 1 diverged |" in page
+    assert "| DEC (parameters) | 1 | diverged |" in page
+    assert "| DEC | 2 | 10 | 1e+09 |" in page  # the cost of a run that ended
+    assert "| ED 2/3-1/3 minus DEC | 1; 1 diverged | +0.00" in page
+    assert "| ED 2/3-1/3 minus DEC (parameters) | 0; 1 diverged | – |" in page
+
+
+def test_tasks_settings_teachers_and_data_have_tables_of_their_own():
+    of = lambda name, **costs: {
+        **{"kind": "costs", "column": "c", "setting": "s", "row": name, "remark": "quiet"},
+        **{"device": "a", "date": "b", "first_token_seconds": 1, "tokens_per_second": 1},
+        **{"training_seconds": 60.0, "memory_bytes": 1 << 20, **costs},
+    }
+    rouge = {"rouge1_stemmed": {"value": 30.0, "low": 1, "high": 2}}
+    rows = [line("DEC"), line("DEC+KD"), line("DEC+KD", value=70.0, setting="s2", comparison="s")]
+    rows += [line("DEC", value=10.0, data="d2")]
+    rows += [line("DEC", column="c2", task="talks", scores={"greedy": rouge}, parts={})]
+    rows += [of("DEC"), of("DEC", column="c2", training_seconds=120.0, remark="")]
+    rows += [of("DEC", setting="s3", training_seconds=1e6)]
+    rows += [
+        {"kind": "copy", "task": "t", "setting": "s", "data": data, "scores": {"greedy": scores}}
+        for data, scores in (("d", line("")["scores"]["greedy"]), ("d2", {}))
+    ]
+    page = comparison_markdown(rows, trials=100)
+    first, other_data, other_teacher, talks = (
+        page[page.index(title) :].split("\n## ")[0]
+        for title in (
+            "t (setting s, data d)",
+            "t (setting s, data d2)",
+            "t (setting s2, data d)",
+            "talks\n",
+        )
+    )
+    assert "| DEC | 1 | 50.00" in first and "| DEC+KD | 1 | 50.00" in first
+    assert "| the source, copied | – | 50.00" in first and "| 1.0 | 1000.0 | 1 | 1.0 |" in first
+    assert "Times: quiet, a, b." in first
+    assert "| DEC | 1 | 50.00" in other_teacher and "| DEC+KD | 1 | 70.00" in other_teacher
+    assert "| DEC | 1 | 10.00" in other_data and "KD" not in other_data
+    assert "| the source, copied | – | – |" in other_data
+    assert "| Rouge-1 |" in talks and "exact match" not in talks and "copied" not in talks
+    assert "| 2.0 | 1000.0 |" in talks and "Times: a, b." in talks
+    # Costs are not shown where there are none.
+    assert "| DEC | 2 | 10 | 1e+09 | – | – | – | – |" in comparison_markdown([line("DEC")])
+
+
+def test_copies_are_of_the_sources_without_their_instructions():
+    examples = tuple(Example(f"Translate.\n{text}\nC#:\n", (text,)) for text in ("a b", "a\nc"))
+    row = result_rows.copy_row(
+        Examples("t", examples, ("exact_match",)), setting="s", data="d", column="c"
+    )
+    assert row["scores"]["greedy"]["exact_match"]["value"] == 100 and row["examples"] == 2
+    assert result_rows.without_instructions(["a", "b"]) == ["a", "b"]
+    assert result_rows.without_instructions(["a\nb"]) == ["b"]
+
+
+@pytest.fixture
+def experiment(inputs, tmp_path, monkeypatch):
+    """A function that runs all of it, trainings imitated: those named end with a NaN at step 2."""
+    corpora = types.SimpleNamespace(records=lambda *name: "/".join(name), data="d", tasks_dir="")
+    monkeypatch.setattr(runs.Experiment, "_record_copies", lambda self: None)
+    monkeypatch.setattr(runs.Experiment, "_draws", lambda self, column: "draws")
+    monkeypatch.setattr(runs.Experiment, "_answers", lambda self, column: "answers")
+    trained = []
+
+    def evaluate(self, run, column, name, beams):
+        report = self.folder(run) / name / "report.json"
+        report.parent.mkdir()
+        model = {"architecture": "a", "encoder_layers": 1, "decoder_layers": 1, "seed": run.seed}
+        model |= {"parameters": 1, "step": 3}
+        task = {"examples": 1, "scores": {}}
+        report.write_text(json.dumps({"model": model, "tasks": {"code_java2cs": task}}))
+
+    def run_all(diverging, *changes):
+        def train(config, folder):
+            trained.append(folder.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder.name in diverging:
+                raise NonFiniteError("step 2: loss is nan", 2)
+            (folder / "metrics.jsonl").write_text('{"step": 3, "eval/bits_per_byte": 1.0}\n')
+            return types.SimpleNamespace(train={}, eval={"eval/loss": 1.0})
+
+        monkeypatch.setattr(runs, "train", train)
+        flags = [f"--config.{one}" for one in changes]
+        setting = parse_setting(load_config(str(inputs / "config.py"), flags).to_dict())
+        results, said = tmp_path / "results.jsonl", []
+        trained.clear()
+        runs.Experiment(setting, tmp_path, corpora, results, (), (), said.append).run()
+        return list(trained), read_results(results), said
+
+    monkeypatch.setattr(runs.Experiment, "_evaluate", evaluate)
+    monkeypatch.setattr(result_rows, "_parts", lambda folder, names: {})
+    return run_all
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(experiment, tmp_path):
+    ended = ["ed-2of3-code-0", "teacher-code-0", "ed-2of3-code-kd-0", "ed-2of3-code-seqkd-0"]
+    trained, rows, said = experiment(["ed-2of3-code-kd-0"], "pretrain.steps=0")
+    assert trained == [*ended, "dec-code-0"]
+    assert [row["row"] for row in rows if row["diverged"]] == ["ED 2/3-1/3+KD"]
+    [row] = [row for row in rows if row["diverged"]]
+    assert (row["diverged"], row["diverged_step"]) == ("step 2: loss is nan", 2)
+    whole = next(row for row in rows if row["row"] == "ED 2/3-1/3")["training_flops"]
+    assert row["training_flops"] == pytest.approx(whole * 2 / 3) and row["scores"] == {}
+    assert "ed-2of3-code-kd-0: diverged, step 2: loss is nan" in said
+    page = (tmp_path / "table.md").read_text()
+    assert "Diverged, and in no figure: ED 2/3-1/3+KD on code, seed 0: step 2" in page
+    assert json.loads((tmp_path / "table.json").read_text())["diverged"][0]["step"] == 2
+    assert experiment([], "pretrain.steps=0")[0] == []  # unless its line is removed
+    kept = [json.dumps(row) + "\n" for row in rows if not row["diverged"]]
+    (tmp_path / "results.jsonl").write_text("".join(kept))
+    assert experiment([], "pretrain.steps=0")[0] == ["ed-2of3-code-kd-0"]
+
+
+def test_pupils_of_a_teacher_that_diverged_are_left_out(experiment):
+    trained, rows, said = experiment(["teacher-code-0"], "pretrain.steps=0")
+    assert trained == ["ed-2of3-code-0", "teacher-code-0", "dec-code-0"]
+    assert "ed-2of3-code-kd-0: skipped, its teacher diverged" in said
+    assert experiment([], "pretrain.steps=0")[0] == []
+
+
+def test_no_fine_tuning_starts_from_a_pretraining_that_diverged(experiment):
+    trained, rows, _ = experiment(["ed-2of3-pretrain"])
+    assert trained.count("ed-2of3-pretrain") == 1 and "ed-2of3-code-0" not in trained
+    lost = [row["row"] for row in rows if (row["diverged"] or "").startswith("in pretraining")]
+    assert lost == ["ED 2/3-1/3", "ED 2/3-1/3+KD", "ED 2/3-1/3+SeqKD"]
+    assert {"teacher-code-0", "dec-code-0"} < set(trained)
 
 
 def test_mistakes_are_named_before_anything_is_run(inputs, tmp_path):

@@ -167,7 +167,7 @@ def test_an_unfinished_search_of_several_seeds_claims_no_order():
 def search(inputs, tmp_path):
     """A search whose runs are imitated, and its columns."""
     setting = parse_setting(load_config(f"{inputs / 'config.py'}").to_dict())
-    corpora = types.SimpleNamespace(records=lambda column, split: f"{column}/{split}")
+    corpora = types.SimpleNamespace(records=lambda column, split: f"{column}/{split}", data="d")
     results = tmp_path / "results.jsonl"
     return rate_search.Search(setting, tmp_path, corpora, results, print), setting.columns, results
 
@@ -191,6 +191,7 @@ def test_a_learning_rate_that_diverges_is_noted_and_the_search_goes_on(search, c
     assert seen == [0.01, 0.5, 0.02]
     _, line, finite = first
     assert (line["bits_per_byte"], line["diverged"]) == (None, "step 1: loss is nan")
+    assert line["diverged_step"] == 1 and finite["diverged_step"] is None
     assert line["training_flops"] * 2 == finite["training_flops"] and finite["diverged"] is None
     assert "-0.5-0.1-2-0: diverged: step 1" in capsys.readouterr().out
     page = search_markdown(first)
@@ -207,7 +208,8 @@ def test_a_trial_that_another_process_has_just_ended_is_not_repeated(search, mon
     @contextlib.contextmanager
     def late(path):
         """A lock that is free because the other process has written its line."""
-        line = {**dataclasses.asdict(trial), "kind": "search", "setting": search._digest(ED)}
+        line = dataclasses.asdict(trial) | {"kind": "search", "setting": search._digest(ED)}
+        line["data"] = "d"
         append_results(results, [line])
         yield True
 
