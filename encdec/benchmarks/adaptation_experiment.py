@@ -270,10 +270,9 @@ def _make_records(setting: Setting, say: Say) -> None:
         if train:
             texts = (text for (text,) in text_documents(check_files(train), BadRows()))
         train_vocabulary(texts, vocabulary, size=setting.vocabulary)
-    whole = dict(inputs_length=0, targets_length=setting.inputs + setting.targets)
-    halves = dict(inputs_length=setting.inputs, targets_length=setting.targets)
-    contents = ((CausalLM(), whole), (PrefixLM(), halves), (ul2(), halves), (PrefixLM(), halves))
-    for name, (objective, lengths) in zip(RECORDS, contents, strict=True):
+    objectives = (CausalLM(), PrefixLM(), ul2(), PrefixLM())
+    for name, objective in zip(RECORDS, objectives, strict=True):
+        inputs, targets = _lengths(setting, name)
         out = setting.work / "records" / name
         if (out / CARD_FILE).is_file():
             continue
@@ -289,10 +288,17 @@ def _make_records(setting: Setting, say: Say) -> None:
             objective=objective,
             workers=1,
             max_examples=setting.documents or None,
-            **lengths,
+            inputs_length=inputs,
+            targets_length=targets,
             **what,
         )
         say(f"records {name}: {card.rows:,} rows, {card.target_tokens:,} target tokens")
+
+
+def _lengths(setting: Setting, records: str) -> tuple[int, int]:
+    """Inputs and targets of a row of some records: the source's are targets as a whole."""
+    whole = setting.inputs + setting.targets
+    return (0, whole) if records == "causal_lm" else (setting.inputs, setting.targets)
 
 
 def _vocabulary(setting: Setting) -> pathlib.Path:
@@ -395,8 +401,8 @@ def _source(setting: Setting, seed: int, say: Say) -> pathlib.Path:
 
 
 def source_flops(setting: Setting) -> float:
-    """FLOPs of the source's training."""
-    return setting.steps * _step_flops(setting, source_model(setting))
+    """FLOPs of the source's training, in which every token of a row is a target."""
+    return setting.steps * _step_flops(setting, source_model(setting), "causal_lm")
 
 
 def budget(setting: Setting, row: Row) -> float:
@@ -405,8 +411,8 @@ def budget(setting: Setting, row: Row) -> float:
     return further + row.source_flops_too * source_flops(setting)
 
 
-def _step_flops(setting: Setting, model: ModelConfig) -> float:
-    return training_flops(model, setting.inputs, setting.targets, batch_size=setting.batch_size)
+def _step_flops(setting: Setting, model: ModelConfig, records: str = "prefix_lm") -> float:
+    return training_flops(model, *_lengths(setting, records), batch_size=setting.batch_size)
 
 
 def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) -> dict[str, Any]:

@@ -128,7 +128,17 @@ def before(name: str, runs: Sequence[Mapping[str, Any]]) -> float:
 
 
 def mean_curve(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """[points, 3]: step, FLOPs and the loss, a mean over the seeds."""
+    """[points, 3]: step, FLOPs and the loss, a mean over the seeds.
+
+    Raises:
+        DataError: runs of other steps, from versions with other budgets.
+    """
+    if len({tuple(point[0] for point in run["curve"]) for run in runs}) > 1:
+        ends = sorted({run["curve"][-1][0] for run in runs})
+        raise DataError(
+            f"the runs of {runs[0].get('row')!r} were evaluated after other steps (they end at "
+            f"{', '.join(f'{end:,.0f}' for end in ends)}); remove the lines of one kind"
+        )
     return np.mean([run["curve"] for run in runs], axis=0)
 
 
@@ -188,10 +198,11 @@ def crossing(adapted: np.ndarray, fresh: np.ndarray) -> float | None:
     gap = np.interp(flops, adapted[:, 1], adapted[:, 2]) - np.interp(
         flops, fresh[:, 1], fresh[:, 2]
     )
-    changes = np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0)
+    unequal = np.flatnonzero(gap)  # where the curves meet, neither is the better
+    changes = np.flatnonzero(np.diff(np.sign(gap[unequal])))
     if not changes.size:
         return None
-    i = int(changes[-1])
+    i = int(unequal[changes[-1]])
     return float(flops[i] + (flops[i + 1] - flops[i]) * gap[i] / (gap[i] - gap[i + 1]))
 
 

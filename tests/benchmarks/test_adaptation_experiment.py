@@ -15,12 +15,21 @@ from encdec.benchmarks.adaptation_experiment import (
     Setting,
     budget,
     run_experiment,
+    source_flops,
     source_model,
     table_rows,
 )
-from encdec.benchmarks.adaptation_results import crossing, draw, first_step_at, steps_worth, summary
+from encdec.benchmarks.adaptation_results import (
+    crossing,
+    draw,
+    first_step_at,
+    mean_curve,
+    steps_worth,
+    summary,
+)
 from encdec.cost.flops import training_flops
-from encdec.errors import ConfigError
+from encdec.data.card import read_card
+from encdec.errors import ConfigError, DataError
 from encdec.train.run_config import load_config, parse_config
 
 FRESH = np.array([[10, 100.0, 6.0], [20, 200.0, 4.0], [40, 400.0, 2.0]])
@@ -39,6 +48,10 @@ def test_curves_cross_between_evaluations_or_not_at_all():
     # At 200: 2.5 and 4.0; at 400: 2.4 and 2.0. The gap goes from -1.5 to 0.4.
     assert crossing(ADAPTED, FRESH) == pytest.approx(200 + 200 * 1.5 / 1.9)
     assert crossing(ADAPTED - [0, 0, 1], FRESH) is None
+    # Also where one evaluation has the same loss; not where they meet and part again.
+    met = np.array([[10, 100.0, 5.0], [20, 200.0, 4.0], [40, 400.0, 3.0]])
+    assert crossing(met, FRESH) == 200
+    assert crossing(met - [[0, 0, 0], [0, 0, 0], [0, 0, 2]], FRESH) is None
 
 
 def line(curve, seed=0, higher=0.0):
@@ -62,6 +75,14 @@ def test_the_summary_gives_flops_intervals_and_differences_of_equal_seeds():
     cells = "| adapted all-all | 7 | 80 | 400 | 500 | 3.067 | 2.467 [2.323, 2.610] | 3 |"
     assert cells in text and "| scratch all-all | 7 | 40 | 400 | 400 |" in text
     assert "| adapted all-all minus scratch all-all | +0.400 [-0.871, +1.671] | 2 |" in text
+
+
+def test_runs_of_other_budgets_have_no_mean():
+    """Of an earlier version's budget, with as many evaluations."""
+    with pytest.raises(DataError, match="'a' were evaluated .* 80, 90.; remove the lines"):
+        mean_curve(
+            [{"row": "a"} | line(ADAPTED), line(ADAPTED + [[0, 0, 0], [0, 0, 0], [10, 0, 0]])]
+        )
 
 
 def test_steps_and_crossings_stay_within_what_was_measured():
@@ -91,7 +112,11 @@ def test_the_budget_is_what_the_source_would_cost_further():
     one = training_flops(source_model(setting), setting.inputs, setting.targets, batch_size=4)
     rows = table_rows(setting)
     assert budget(setting, rows[0]) == budget(setting, rows[4]) == 10 * one
-    assert budget(setting, rows[5]) == budget(setting, rows[6]) == (10 + setting.steps) * one
+    # All tokens of the source's rows are targets, which pay for the head.
+    whole = training_flops(source_model(setting), 0, 256 + 64, batch_size=4)
+    assert whole > one and source_flops(setting) == setting.steps * whole
+    both = 10 * one + setting.steps * whole
+    assert budget(setting, rows[5]) == budget(setting, rows[6]) == both
     assert len({row.folder for row in rows}) == len(rows)
     assert rows[3].layers == ("4", "2") and sum(row.headline for row in rows) == 5
 
@@ -171,6 +196,10 @@ def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
     assert started[2:] == [(names[2], 0), *wanted]
     assert list(results) == names and reports[0] == 2
     assert [line["seed"] for line in results["adapted all-all"]] == [0, 1]
+    card = read_card(setting.work / "records" / "causal_lm")
+    lengths = card.inputs_length, card.targets_length
+    step = training_flops(source_model(setting), *lengths, batch_size=setting.batch_size)
+    assert results[names[0]][0]["source_flops"] == setting.steps * step
     draw(results, tmp_path / "loss.png")
     # The same results elsewhere are done; with other settings they are not.
     results_file, started = setting.results_file, []
