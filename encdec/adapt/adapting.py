@@ -21,6 +21,7 @@ from encdec.adapt.parameters import (
 from encdec.adapt.sources import VOCABULARY_AXIS, Source, check_same_vocabulary, grown, with_rows
 from encdec.data.chat_template import TEMPLATE_FILE
 from encdec.data.vocabulary import Vocabulary
+from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.interop.layout import unflatten
 from encdec.model import ModelConfig, Params
@@ -50,6 +51,16 @@ class Plan:
     table: tuple[Origin, ...]
     vocabulary: Vocabulary | None
     rows: np.ndarray | None
+
+    @property
+    def framing(self) -> Framing:
+        """The encoder's inputs begin as its source's texts did: start token, then prefix."""
+        own, before = self.decoder.framing, self.encoder.framing
+        return dataclasses.replace(
+            own,
+            inputs_eos=before.inputs_eos,
+            inputs_prefix=(before.start_id, *before.inputs_prefix),
+        )
 
     def text(self) -> str:
         """The table of origins, for people."""
@@ -128,7 +139,7 @@ def write(
             "lineage": dataclasses.asdict(joined([plan.decoder, plan.encoder])),
         },
         vocabulary=plan.vocabulary,
-        framing=plan.decoder.framing,
+        framing=plan.framing,
         max_length=min(source.max_length for source in sides.values()),
         overwrite=overwrite,
         texts=texts,

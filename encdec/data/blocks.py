@@ -34,13 +34,17 @@ from encdec.jobs import Tally
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a shard's bytes, except its documents."""
+    """Everything that decides a shard's bytes, except its documents.
+
+    ``inputs_prefix`` are ids in front of every source, within ``inputs_length``.
+    """
 
     objective: Objective
     inputs_length: int
     targets_length: int
     packing: str = "best_fit"
     seed: int = 0
+    inputs_prefix: tuple[int, ...] = ()
 
     def __post_init__(self):
         names: tuple[str, ...] = ("inputs_length", "targets_length")
@@ -55,6 +59,23 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 2:
                 raise ConfigError(f"{name} is {value!r}; expected an integer of 2 or more tokens")
+        prefix = list(self.inputs_prefix)
+        if prefix and self.inputs_length < len(prefix) + 2:
+            kind = type(self.objective).__name__
+            raise ConfigError(
+                f"inputs_prefix is {prefix}, but "
+                + (
+                    f"inputs_length is {self.inputs_length}; give {len(prefix) + 2} or more"
+                    if self.objective.has_source
+                    else f"{kind} has no sources; leave it out"
+                )
+            )
+
+    def form(self, vocabulary: Vocabulary) -> Form:
+        """What the objective encodes for; the prefix takes its part of the source's length."""
+        added = len(self.inputs_prefix)
+        length = self.inputs_length - added
+        return Form(vocabulary, length, self.targets_length, self.seed, added)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +147,12 @@ def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[Bloc
 
 def encode_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> Encoded:
     """The block's examples as token pairs, before packing."""
-    form = Form(vocabulary, recipe.inputs_length, recipe.targets_length, recipe.seed)
-    return recipe.objective.encode(block.documents, block.first_document, form)
+    form = recipe.form(vocabulary)
+    encoded = recipe.objective.encode(block.documents, block.first_document, form)
+    if recipe.inputs_prefix:
+        prefix = np.array(recipe.inputs_prefix, np.int32)
+        encoded.sources = [np.concatenate([prefix, source]) for source in encoded.sources]
+    return encoded
 
 
 def pack_rows(
@@ -228,5 +253,8 @@ def make_card(
         lost=counts.lost.to_card(),
         fits={name: counts.fits[name] for name in counts.fits},
         shards=tuple(shards),
-        fingerprint=content_fingerprint(shards, spec, *lengths, decoder_start_id),
+        fingerprint=content_fingerprint(
+            shards, spec, *lengths, decoder_start_id, recipe.inputs_prefix
+        ),
+        inputs_prefix=recipe.inputs_prefix,
     )

@@ -28,7 +28,7 @@ class DatasetCard:
     examples and tokens cut off, ``dropped`` what was left out, by reason; ``lost`` is what the
     vocabulary cannot write (``vocabulary_losses.Losses``; empty in cards of before it was counted).
     ``fits`` counts the examples that are whole within usual lengths ("sources 256"), for pairs
-    alone.
+    alone. ``inputs_prefix`` are ids in front of every source, counted like others.
     ``origin`` says where the text came from (file names, Python's version).
     """
 
@@ -58,6 +58,7 @@ class DatasetCard:
     format_version: int = FORMAT_VERSION
     lost: dict[str, Any] = dataclasses.field(default_factory=dict)
     fits: dict[str, int] = dataclasses.field(default_factory=dict)
+    inputs_prefix: tuple[int, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -110,12 +111,13 @@ def _card_from_dict(content: Any, path: pathlib.Path) -> DatasetCard:
     for key in values:
         if key not in names:
             raise DataError(f"{path} has the unknown field {key!r}{did_you_mean(key, names)}")
-    if missing := names - set(values) - {"lost", "fits"}:
+    if missing := names - set(values) - {"lost", "fits", "inputs_prefix"}:
         raise DataError(f"{path} lacks {sorted(missing)}; prepare again")
     try:
         values["vocabulary"] = VocabularySpec(**values["vocabulary"])
         values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
-    except TypeError as error:
+        values["inputs_prefix"] = tuple(map(int, values.get("inputs_prefix", ())))
+    except (TypeError, ValueError) as error:
         raise DataError(f"{path} is malformed: {error}; prepare again") from error
     return DatasetCard(**values)
 
@@ -126,6 +128,7 @@ MUST_AGREE: dict[str, Callable[[DatasetCard], object]] = {
     "inputs_length": lambda card: card.inputs_length,
     "targets_length": lambda card: card.targets_length,
     "decoder_start_id": lambda card: card.decoder_start_id,
+    "inputs_prefix": lambda card: list(card.inputs_prefix),
 }
 
 
@@ -141,9 +144,13 @@ def content_fingerprint(
     inputs_length: int,
     targets_length: int,
     decoder_start_id: int,
+    inputs_prefix: Sequence[int] = (),
 ) -> str:
-    """sha256 over all that a teacher's column or a run must agree on with the records."""
-    content = [
+    """sha256 over all that a teacher's column or a run must agree on with the records.
+
+    Without a prefix it is that of records from before there was one.
+    """
+    content: list[object] = [
         FORMAT_VERSION,
         vocabulary.fingerprint,
         inputs_length,
@@ -151,4 +158,6 @@ def content_fingerprint(
         decoder_start_id,
         [(shard.rows, shard.sha256) for shard in shards],
     ]
+    if inputs_prefix:
+        content.append({"inputs_prefix": list(inputs_prefix)})
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

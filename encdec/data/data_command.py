@@ -16,8 +16,8 @@ from rich.text import Text
 
 from encdec.buckets import is_address
 from encdec.data import corpus_table as table
+from encdec.data.blocks import Block, Recipe, encode_block
 from encdec.data.file_tasks import FileTask
-from encdec.data.objectives import Form
 from encdec.data.readers import BadRows
 from encdec.data.records import decode_row, open_records
 from encdec.data.seqio_tasks import seqio_mixture, seqio_mixture_names, seqio_task_names
@@ -25,7 +25,7 @@ from encdec.data.task_mixtures import MIXTURES, task_or_mixture
 from encdec.data.task_registry import FILE_TASKS, TEXT_TASKS
 from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask
 from encdec.data.verify import SAMPLE_ROWS, verify_records
-from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
+from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary, recorded_framing
 from encdec.data.vocabulary_losses import Losses
 from encdec.errors import ConfigError, DataError
 from encdec.flags import Parser
@@ -169,13 +169,15 @@ def show_examples(given: argparse.Namespace) -> int:
     inputs_length, targets_length = task.row_lengths(given.inputs_length, given.targets_length)
     if given.inputs_length and not objective.has_source:
         raise ConfigError(f"--inputs_length={inputs_length}, but {given.objective} has no sources")
-    form = Form(vocabulary, inputs_length * objective.has_source, targets_length)
-    objective.check(form)
-    sized = task.at_lengths(form.inputs_length, form.targets_length)
+    inputs_length *= objective.has_source
+    prefix = recorded_framing(given.vocabulary)[1] if inputs_length else ()
+    recipe = Recipe(objective, inputs_length, targets_length, inputs_prefix=prefix)
+    objective.check(recipe.form(vocabulary))
+    sized = task.at_lengths(inputs_length, targets_length)
     documents = itertools.islice(sized.documents(given.split or "train", BadRows()), given.count)
     shown = 0
     for number, document in enumerate(documents):
-        encoded = objective.encode([document], number, form)
+        encoded = encode_block(recipe, vocabulary, Block(number, number, [document]))
         for source, target in zip(encoded.sources, encoded.targets):
             if shown == given.count:
                 return 0

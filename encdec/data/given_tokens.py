@@ -78,9 +78,10 @@ class GivenTokens(Objective):
             if not len(target) or (self.has_source and not len(source)):
                 encoded.dropped["empty_source" if len(target) else "empty_target"] += 1
                 continue
-            for side, ids in (("sources", source), ("targets", target)):
+            stored = {"sources": len(source) + form.prefix_tokens, "targets": len(target)}
+            for side, tokens in stored.items():
                 for length in FIT_LENGTHS:
-                    encoded.fits[f"{side} {length}"] += len(ids) <= length
+                    encoded.fits[f"{side} {length}"] += tokens <= length
             end_of = lambda ids: vocabulary.eos_id if ends_with(ids, vocabulary.eos_id) else None
             source = encoded.cut("source", source, form.inputs_length, end_of(source))
             target = encoded.cut("target", target, form.targets_length, end_of(target))

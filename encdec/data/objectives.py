@@ -57,12 +57,16 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What documents are encoded for: vocabulary, longest source and target, seed."""
+    """What documents are encoded for: vocabulary, longest source and target, seed.
+
+    ``prefix_tokens`` are put in front of each source afterwards; ``inputs_length`` is without them.
+    """
 
     vocabulary: Vocabulary
     inputs_length: int
     targets_length: int
     seed: int = 0
+    prefix_tokens: int = 0
 
 
 class Objective(abc.ABC):
@@ -151,7 +155,8 @@ class SequenceToSequence(Objective):
             target_lengths = np.fromiter(map(len, targets), np.int64, len(part))
             kept = (source_lengths > 0) & (target_lengths > 1)
             fits = (source_lengths <= form.inputs_length) & (target_lengths <= form.targets_length)
-            for side, lengths in (("sources", source_lengths), ("targets", target_lengths)):
+            stored = (("sources", source_lengths + form.prefix_tokens), ("targets", target_lengths))
+            for side, lengths in stored:
                 below = np.searchsorted(np.sort(lengths[kept]), FIT_LENGTHS, side="right")
                 for length, count in zip(FIT_LENGTHS, below.tolist()):
                     encoded.fits[f"{side} {length}"] += count

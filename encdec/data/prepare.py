@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from encdec.data.blocks import Block, Counts, Recipe, cut_blocks, make_card, shard_name, write_block
-from encdec.data.objectives import Document, Form, Objective, describe_objective
+from encdec.data.objectives import Document, Objective, describe_objective
 from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.readers import BadRows
 from encdec.data.records import DatasetCard, Shard, read_card
@@ -59,21 +59,17 @@ def prepare(
     ``lossless``, a vocabulary that loses text, after removing what this call wrote. A call that is
     killed can be repeated and continues.
     """
-    settings = dataclasses.replace(settings, **fields)
-    settings.check()
-    settings = settings.resolved()
+    given = dataclasses.replace(settings, **fields)
+    given.check()
+    settings = given.resolved()
     source = settings.text_task()
     inputs, targets = source.row_lengths(settings.inputs_length, settings.targets_length)
     source = source.at_lengths(inputs, targets)
     assert settings.vocabulary is not None and settings.decoder_start_id is not None
     vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
-    recipe = Recipe(
-        _check_objective(settings, source, Form(vocabulary, inputs, targets)),
-        inputs,
-        targets,
-        settings.packing,
-        settings.seed,
-    )
+    if given.inputs_prefix is None and inputs == 0:  # nothing that it could be in front of
+        settings = dataclasses.replace(settings, inputs_prefix=())
+    recipe = _recipe(settings, source, vocabulary, (inputs, targets))
     bad_rows = BadRows(settings.max_bad_rows)
     passes = {"passes": settings.passes} if settings.passes > 1 else {}
     job = settings.identity() | {
@@ -152,8 +148,10 @@ def _write_shards(
     return counts, shards
 
 
-def _check_objective(settings: PrepareSettings, task: TextTask, form: Form) -> Objective:
-    """The objective; ConfigError where text, vocabulary or settings do not suit it."""
+def _recipe(
+    settings: PrepareSettings, task: TextTask, vocabulary: Vocabulary, lengths: tuple[int, int]
+) -> Recipe:
+    """How documents become rows; ConfigError where text, vocabulary or settings do not suit it."""
     objective = settings.objective or task.objective
     if not isinstance(objective, Objective):
         raise ConfigError(f"objective is {objective!r}; expected an Objective (flags take names)")
@@ -164,13 +162,18 @@ def _check_objective(settings: PrepareSettings, task: TextTask, form: Form) -> O
             f"{name} reads documents of {' and '.join(wanted)}, but {task.name} has "
             f"{' and '.join(given)}; choose another --objective or text"
         )
-    objective.check(form)
-    assert settings.decoder_start_id is not None  # resolved
-    if not settings.decoder_start_id < form.vocabulary.size:
-        raise ConfigError(
-            f"decoder_start_id is {settings.decoder_start_id}; expected an id of the vocabulary, "
-            f"0..{form.vocabulary.size - 1}"
-        )
+    assert settings.decoder_start_id is not None and settings.inputs_prefix is not None  # resolved
+    prefix = tuple(settings.inputs_prefix)
+    for field, tokens in (
+        ("decoder_start_id", [settings.decoder_start_id]),
+        ("inputs_prefix", prefix),
+    ):
+        if wrong := [token for token in tokens if not 0 <= token < vocabulary.size]:
+            raise ConfigError(
+                f"{field} is {wrong[0]}; expected an id of the vocabulary, 0..{vocabulary.size - 1}"
+            )
+    recipe = Recipe(objective, *lengths, settings.packing, settings.seed, prefix)
+    objective.check(recipe.form(vocabulary))
     if settings.passes > 1 and not objective.is_random:
         raise ConfigError(
             f"passes is {settings.passes}, but {name} has no noise: every pass would be the same; "
@@ -180,7 +183,7 @@ def _check_objective(settings: PrepareSettings, task: TextTask, form: Form) -> O
         raise ConfigError(
             f"seed is {settings.seed}, but {name} has nothing random; leave --seed out"
         )
-    return objective
+    return recipe
 
 
 def _passes(source: TextTask, settings: PrepareSettings, bad_rows: BadRows) -> Iterator[Document]:

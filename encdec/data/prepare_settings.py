@@ -20,7 +20,7 @@ from encdec.data.task_mixtures import MIXTURES, task_or_mixture
 from encdec.data.task_registry import TEXT_TASKS
 from encdec.data.text_files import plain_name
 from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
-from encdec.data.vocabulary import Vocabulary, recorded_start_id
+from encdec.data.vocabulary import Vocabulary, recorded_framing
 from encdec.errors import ConfigError
 from encdec.hub import data_path
 from encdec.settings import Settings, setting
@@ -99,6 +99,15 @@ class PrepareSettings(Settings):
         identity=True,
         least=0,
     )
+    inputs_prefix: Sequence[int] | None = setting(
+        None,
+        "ids in front of every source (those of --vocabulary, if it is the directory of a model or "
+        "of records, else none; without ids: none)",
+        type=int,
+        nargs="*",
+        metavar="ID",
+        identity=True,
+    )
     seed: int = setting(0, "seed of the objective (0)", identity=True, least=0)
     passes: int = setting(
         1, "passes over the text, each with new noise (1)", identity=True, least=1
@@ -132,11 +141,20 @@ class PrepareSettings(Settings):
         return as_path(user_place("--out", self.out))
 
     def resolved(self) -> PrepareSettings:
-        """These settings with the ``decoder_start_id`` that follows where none is given."""
+        """These settings with the framing of texts that follows where none is given."""
+        start_id, prefix = recorded_framing(self.vocabulary)
         if self.decoder_start_id is not None:
-            return self
-        start_id = recorded_start_id(self.vocabulary) or 0
-        return dataclasses.replace(self, decoder_start_id=start_id)
+            start_id = self.decoder_start_id
+        if self.inputs_prefix is not None:
+            prefix = tuple(self.inputs_prefix)
+        return dataclasses.replace(self, decoder_start_id=start_id or 0, inputs_prefix=prefix)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what is written; no prefix is as before there was one."""
+        fields = super().identity()
+        if not fields["inputs_prefix"]:
+            del fields["inputs_prefix"]
+        return fields
 
     def check(self) -> None:
         """ConfigError for what is missing, out of range or at odds whatever the text is."""

@@ -70,7 +70,8 @@ def verify_records(
 
 def _check_card(directory: pathlib.Path, card: DatasetCard, verdict: Verdict) -> Vocabulary | None:
     lengths = card.inputs_length, card.targets_length
-    wanted = content_fingerprint(card.shards, card.vocabulary, *lengths, card.decoder_start_id)
+    framing = card.decoder_start_id, card.inputs_prefix
+    wanted = content_fingerprint(card.shards, card.vocabulary, *lengths, *framing)
     if wanted != card.fingerprint:
         verdict.faults.append(
             f"dataset.json states the fingerprint {card.fingerprint[:16]}, its own fields give "
@@ -138,6 +139,9 @@ def _row_fault(
         return f"{lengths[0]} + {lengths[1]} tokens, expected {most} at most"
     if not all(map(len, targets)) or (card.inputs_length and not all(map(len, sources))):
         return "a segment without tokens"
+    prefix = card.inputs_prefix
+    if not all(tuple(source[: len(prefix)]) == prefix for source in sources):
+        return f"a source that does not begin with the card's inputs_prefix {list(prefix)}"
     largest = max(int(part.max()) for part in (*sources, *targets) if len(part))
     if largest >= vocabulary.size:
         return f"id {largest}, the vocabulary has {vocabulary.size}"

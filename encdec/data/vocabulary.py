@@ -260,28 +260,32 @@ def _place_and_extra_ids(source: str | os.PathLike[str]) -> tuple[str, int | Non
     return match[1], int(match[2])
 
 
-def recorded_start_id(source: Any) -> int | None:
-    """The decoder's first input in the work or records directory that ``load_vocabulary`` reads.
+def recorded_framing(source: Any) -> tuple[int | None, tuple[int, ...]]:
+    """What frames texts in the work or records directory that ``load_vocabulary`` reads.
 
-    None for all else that it takes: "bytes", files, specs and vocabularies.
+    Returns:
+        The decoder's first input, and the ids in front of every source; None and nothing for all
+        else that it takes: "bytes", files, specs and vocabularies.
     """
+    nothing: tuple[None, tuple[int, ...]] = (None, ())
     if not isinstance(source, str | os.PathLike):
-        return None
+        return nothing
     text, _ = _place_and_extra_ids(source)
     if text == "bytes":
-        return None
+        return nothing
     path = as_path(text)
     for name, group in (("config.json", "data"), (CARD_FILE, None)):
         if not (path / name).is_file():
             continue
         try:
             content = json.loads((path / name).read_text())
-            start_id = (content[group] if group else content)["decoder_start_id"]
-        except (ValueError, KeyError, TypeError):
+            framing = content[group] if group else content
+            start_id, prefix = framing["decoder_start_id"], framing.get("inputs_prefix", ())
+            if isinstance(start_id, int):
+                return start_id, tuple(map(int, prefix))
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if isinstance(start_id, int):
-            return start_id
-    return None
+    return nothing
 
 
 def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from encdec.data.input_prefix import with_prefix
 from encdec.data.mixing import MixedRecords
 from encdec.data.packing import pack
 from encdec.data.records import (
@@ -146,7 +147,7 @@ def rollout(
         generator = load(
             writer,
             step,
-            max_input_tokens=opened.card.inputs_length,
+            max_input_tokens=_longest_input(content, opened.card),
             batch_rows=answering.batch_rows,
             draft=answering.draft,
         )
@@ -192,6 +193,12 @@ def check_writer(writer: str | pathlib.Path, records: Records) -> None:
         )
 
 
+def _longest_input(content: Mapping[str, Any], card: DatasetCard) -> int:
+    """Of the records' sources, with the writer's prefix in place of theirs."""
+    added = len(content["data"].get("inputs_prefix", ())) - len(card.inputs_prefix)
+    return card.inputs_length + max(0, added)
+
+
 def _write_block(
     generator: TextGenerator,
     settings: GenerationSettings,
@@ -202,12 +209,16 @@ def _write_block(
 ) -> Written:
     """Answers the texts of some rows and packs them again into one shard."""
     dtype = records.card.token_dtype
-    sources, keys = [], []
+    sources, asked, keys = [], [], []
     for row_number, data in zip(numbers, records.read(numbers)):
         found = decode_row(data, dtype)[0]
         sources += found
+        asked += [
+            with_prefix(ids, records.card.inputs_prefix, generator.prompts.inputs_prefix)
+            for ids in found
+        ]
         keys += [(row_number * _SEGMENTS + place) % 2**32 for place in range(len(found))]
-    answers = [made[0] for made in generator.generate_from_tokens(sources, settings, numbers=keys)]
+    answers = [made[0] for made in generator.generate_from_tokens(asked, settings, numbers=keys)]
     targets = [np.asarray(answer.tokens) for answer in answers]
     lengths = (np.array([len(ids) for ids in side]) for side in (sources, targets))
     rows = pack(*lengths, records.card.inputs_length, records.card.targets_length, PACKING)
@@ -248,6 +259,11 @@ def _card(
         lost={},
         shards=tuple(shards),
         fingerprint=content_fingerprint(
-            shards, card.vocabulary, card.inputs_length, card.targets_length, card.decoder_start_id
+            shards,
+            card.vocabulary,
+            card.inputs_length,
+            card.targets_length,
+            card.decoder_start_id,
+            card.inputs_prefix,
         ),
     )

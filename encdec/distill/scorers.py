@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from encdec.cost.flops import count_parameters, forward_flops
 from encdec.data.batches import Batches
+from encdec.data.input_prefix import with_prefixes
 from encdec.data.mixing import MixedRecords
 from encdec.data.records import Records
 from encdec.data.sparse_logits import SparseFormat
@@ -79,6 +80,7 @@ class ScoringModel:
         step: of the checkpoint; 0 of an imported model.
         identity: name, step, parameters and a fingerprint, for the card.
         start_id: the id before the first token of a text, as it was trained.
+        inputs_prefix: the ids in front of a source, after ``start_id`` or in an encoder.
     """
 
     workdir: pathlib.Path
@@ -86,6 +88,7 @@ class ScoringModel:
     step: int
     identity: dict[str, Any]
     start_id: int
+    inputs_prefix: tuple[int, ...] = ()
 
     def forward_flops(self, records: Records) -> float:
         """Of one pass over all rows, padding included."""
@@ -127,7 +130,8 @@ def scoring_model(
         "architecture": config.architecture,
         "parameters": count_parameters(config).total,
     }
-    return ScoringModel(as_path(workdir), config, step, identity, data["decoder_start_id"])
+    prefix = tuple(data.get("inputs_prefix", ()))
+    return ScoringModel(as_path(workdir), config, step, identity, data["decoder_start_id"], prefix)
 
 
 def check_records(
@@ -263,9 +267,9 @@ class JaxScorer:
         self._sharding = NamedSharding(devices, PartitionSpec(ShardingRules().batch))
         self.host, self.hosts = host_slice(self._sharding, self.batch_rows)
         self.writes = _writes(self._sharding, self.batch_rows)
-        # The teacher's own id before a text, which need not be the student's.
-        own = copy.copy(records)
-        own.card = dataclasses.replace(records.card, decoder_start_id=model.start_id)
+        # The teacher's own ids before a text, which need not be the student's.
+        own = copy.copy(with_prefixes(records, model.inputs_prefix))
+        own.card = dataclasses.replace(own.card, decoder_start_id=model.start_id)
         self._batches = Batches(
             own,
             global_batch=self.batch_rows,

@@ -18,8 +18,10 @@ import jax
 import numpy as np
 
 from encdec import safetensors
+from encdec.data.input_prefix import with_prefix
 from encdec.data.records import Records, decode_row
 from encdec.data.sparse_logits import SparseFormat
+from encdec.data.tokenizer_files import tokens_around
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_file
 from encdec.distill.draw import Kept, keep
 from encdec.distill.scorers import check_longest, check_records
@@ -42,11 +44,13 @@ class TorchModel:
         directory: holds config.json and *.safetensors.
         identity: name, parameters and a fingerprint, for the card.
         start_id: the id before the first token of a text: BOS, else EOS.
+        inputs_prefix: what else its tokenizer puts in front of a text.
     """
 
     directory: pathlib.Path
     identity: dict[str, Any]
     start_id: int
+    inputs_prefix: tuple[int, ...] = ()
 
     def forward_flops(self, records: Records) -> float:
         """Of one pass over all tokens: twice the parameters for each; attention is left out."""
@@ -105,6 +109,7 @@ def torch_model(
         check_longest(records, longest, directory)
     starts = (text.bos_token_id, text.eos_token_id, spec.eos_id)
     start = next(token for token in starts if isinstance(token, int))
+    start, *prefix = tokens_around(directory)[0] or [start]
     return TorchModel(
         directory,
         {
@@ -115,6 +120,7 @@ def torch_model(
             "parameters": sum(int(tensor.size) for tensor in tensors.values()),
         },
         start,
+        tuple(prefix),
     )
 
 
@@ -194,11 +200,12 @@ class TorchScorer:
         """All segments of the rows: sources, targets, the row's place in the batch, and the place
         of the first target among the row's."""
         sources, targets, rows, starts = [], [], [], []
+        prefixes = self._records.card.inputs_prefix, self._teacher.inputs_prefix
         real = np.flatnonzero(numbers >= 0)
         for index, data in zip(real, self._records.read(numbers[real])):
             row_sources, row_targets = decode_row(data, self._records.card.token_dtype)
             lengths = [len(target) for target in row_targets]
-            sources += row_sources
+            sources += [with_prefix(source, *prefixes) for source in row_sources]
             targets += row_targets
             rows += [index] * len(lengths)
             starts += np.cumsum([0, *lengths[:-1]]).tolist()

@@ -50,7 +50,11 @@ def write(out: pathlib.Path, export: Export) -> Written:
     config, params, prompts = export.config, export.params, export.prompts
     vocabulary, start_id = prompts.vocabulary, prompts.decoder_start_id
     pad_id = padding_id(
-        vocabulary, config.vocab_size, start_id, is_encoder_decoder=config.is_encoder_decoder
+        vocabulary,
+        config.vocab_size,
+        start_id,
+        prompts.inputs_prefix,
+        is_encoder_decoder=config.is_encoder_decoder,
     )
     reasons = []
     if config.is_encoder_decoder and not export.own:
@@ -59,6 +63,9 @@ def write(out: pathlib.Path, export: Export) -> Written:
         reasons = obstacles(needs(config, longest), config)
         if pad_id == start_id:
             reasons.append(f"no id is left for padding: the decoder starts with EOS, {start_id}")
+        both = pad_id == vocabulary.eos_id and prompts.inputs_eos
+        if both and start_id in prompts.inputs_prefix:
+            reasons.append("no id is left for padding: inputs have the start token and EOS")
     form = None if config.is_encoder_decoder else family_export.choose(config)[0]
     native = "t5gemma2" if config.merged_attention else "t5gemma"
     family = form.name if form else native if not export.own and not reasons else "encdec"
@@ -82,7 +89,8 @@ def write(out: pathlib.Path, export: Export) -> Written:
     }
     for stack in stacks.values():
         stack |= {k: ids[k] for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
-    if "encoder" in stacks and pad_id == vocabulary.eos_id:
+    begins = start_id in prompts.inputs_prefix
+    if "encoder" in stacks and pad_id == vocabulary.eos_id and not begins:
         # Inputs end with EOS, and a mask derived from it would hide that; none has the start token.
         stacks["encoder"]["pad_token_id"] = start_id
     out.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ Our start token is 0, as T5's is, and so is our padding. transformers takes ever
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from encdec.data.huggingface_vocabulary import BYTE_PIECE
 from encdec.data.vocabulary import ByteVocabulary, Vocabulary
@@ -17,9 +18,14 @@ _UNUSED = re.compile(r"pad|unused|reserved", re.IGNORECASE)
 
 
 def padding_id(
-    vocabulary: Vocabulary, rows: int, start_id: int, *, is_encoder_decoder: bool
+    vocabulary: Vocabulary,
+    rows: int,
+    start_id: int,
+    inputs_prefix: Sequence[int] = (),
+    *,
+    is_encoder_decoder: bool,
 ) -> int:
-    """The first of these ids that is neither the start token nor EOS:
+    """The first of these ids that is neither the start token nor EOS, nor in front of inputs:
 
     1. what pads here, where no text is written with it;
     2. a control piece that is named as padding, unused or reserved;
@@ -33,6 +39,7 @@ def padding_id(
         vocabulary: the model's.
         rows: of the model's embeddings.
         start_id: the decoder's first input.
+        inputs_prefix: ids in front of every input.
         is_encoder_decoder: of the model's architecture.
     """
     unknown = 2 if isinstance(vocabulary, ByteVocabulary) else vocabulary.unk_id
@@ -47,5 +54,5 @@ def padding_id(
         candidates.append(vocabulary.size)
     if unknown is not None and not is_encoder_decoder:
         candidates.append(unknown)
-    taken = (start_id, vocabulary.eos_id)
+    taken = (start_id, vocabulary.eos_id, *inputs_prefix)
     return next((i for i in candidates if i not in taken), vocabulary.eos_id)

@@ -8,11 +8,11 @@ and from ``config.json`` and ``generation_config.json``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from encdec.data.tokenizer_files import read_object, tokens_around
 from encdec.data.vocabulary import SPEC_FILE, Vocabulary, load_vocabulary, vocabulary_file
 from encdec.errors import ConfigError, DataError
 from encdec.interop.huggingface_import import ids_of
@@ -22,8 +22,6 @@ _LOG = logger(__name__)
 
 # Where our own exports keep the vocabulary as it was, extra ids and fingerprint included.
 VOCABULARY_FOLDER = "vocabulary"
-# Tokenizers that put BOS in front of every text where no file says otherwise.
-_BOS_CLASSES = ("Llama", "CodeLlama", "Gemma")
 _UNBOUNDED = 10**9  # transformers writes 1e30 for a tokenizer without a longest input
 
 
@@ -60,7 +58,7 @@ class Framing:
 
 def read_eos_ids(directory: pathlib.Path, configured: Sequence[int]) -> tuple[int, ...]:
     """The ids that end a text: of generation_config.json, else of config.json."""
-    found = _read(directory / "generation_config.json").get("eos_token_id")
+    found = read_object(directory / "generation_config.json").get("eos_token_id")
     return tuple(configured) if found is None else ids_of(found)
 
 
@@ -119,10 +117,10 @@ def read_framing(
     Raises:
         DataError: inputs end with a token other than EOS.
     """
-    config = _read(directory / "config.json")
-    generation = _read(directory / "generation_config.json")
-    settings = _read(directory / "tokenizer_config.json")
-    before, after = _around(directory, settings, config)
+    config = read_object(directory / "config.json")
+    generation = read_object(directory / "generation_config.json")
+    settings = read_object(directory / "tokenizer_config.json")
+    before, after = tokens_around(directory)
     if after and after != [eos_id]:
         raise DataError(
             f"the tokenizer in {directory} ends inputs with the ids {after}; supported are EOS "
@@ -147,57 +145,3 @@ def read_framing(
         generation.get("max_new_tokens"),
         adds_start,
     )
-
-
-def _around(
-    directory: pathlib.Path, settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[list[int], list[int]]:
-    """Ids before and after a text, as the tokenizer adds them."""
-    content = _read(directory / "tokenizer.json")
-    if content:
-        return _template(content.get("post_processor")) or ([], [])
-    kind = str(settings.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer")
-    ids = {}
-    for side, default in (("bos", kind in _BOS_CLASSES), ("eos", False)):
-        token, adds = config.get(f"{side}_token_id"), settings.get(f"add_{side}_token")
-        token = token[0] if isinstance(token, list) else token
-        wanted = default if adds is None else adds
-        ids[side] = [token] if wanted and token is not None else []
-    return ids["bos"], ids["eos"]
-
-
-def _template(processor: Mapping[str, Any] | None) -> tuple[list[int], list[int]] | None:
-    """Ids before and after a single text in a tokenizer.json's post-processor, if it adds any."""
-    if not processor:
-        return None
-    if processor.get("type") == "Sequence":
-        found = [_template(one) for one in processor.get("processors", ())]
-        return next((one for one in found if one is not None), None)
-    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
-        return [processor["cls"][1]], [processor["sep"][1]]
-    if processor.get("type") != "TemplateProcessing":
-        return None
-    sides: tuple[list[int], list[int]] = ([], [])
-    side = 0
-    for part in processor["single"]:
-        if "Sequence" in part:
-            side = 1
-        else:
-            name = part["SpecialToken"]["id"]
-            sides[side].extend(processor["special_tokens"][name]["ids"])
-    return sides
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; empty if the file does not exist.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not readable JSON: {error}; download it again") from error
-    return content if isinstance(content, dict) else {}

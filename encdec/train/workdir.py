@@ -59,6 +59,7 @@ def describe_run(
             "targets_length": card.targets_length,
             "inputs_eos": card.inputs_eos,
             "decoder_start_id": card.decoder_start_id,
+            "inputs_prefix": list(card.inputs_prefix),
             "vocabulary": card.vocabulary.to_dict(),
         },
         "versions": {name: importlib.metadata.version(name) for name in packages},

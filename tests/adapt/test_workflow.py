@@ -15,9 +15,15 @@ from encdec.adapt.adapting import TABLE_FILE, carry_out, make_plan
 from encdec.adapt.parameters import Choice
 from encdec.adapt.sources import Source, open_source
 from encdec.cli import main as encdec
-from encdec.data.vocabulary import ByteVocabulary
+from encdec.data.prepare import prepare
+from encdec.data.records import open_records, read_card
+from encdec.data.teacher_rows import open_teacher
+from encdec.data.verify import verify_records
+from encdec.data.vocabulary import CARD_FILE, ByteVocabulary
+from encdec.distill.scoring import score
 from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError
 from encdec.export.export_command import main as export_main
+from encdec.inference.generator import read_prompt_format
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.interop.layout import unflatten
@@ -26,6 +32,7 @@ from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import Lineage, lineage
 from encdec.saved.saved_config import read_config
 from encdec.saved.saved_params import load_params_for_inference
+from encdec.train.job import check_records
 from encdec.train.loop import train
 from tests.adapt.test_parameters import fields, random_params
 from tests.devices import one_device
@@ -119,8 +126,9 @@ def test_what_travels_with_the_parameters(source, tmp_path, capsys):
     assert f"{second}: decoder/layers_2/mlp/up/kernel" in table
     content = read_config(out)
     was = read_config(source)["data"]
-    for name in ("decoder_start_id", "inputs_eos", "inputs_prefix", "targets_length"):
+    for name in ("decoder_start_id", "inputs_eos", "targets_length"):
         assert content["data"][name] == was[name]
+    assert content["data"]["inputs_prefix"] == [2]  # the encoder's source has no prefix
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert content["data"]["vocabulary"]["extra_ids"] == 10
     assert lineage(out, 0).training_flops is None  # nobody knows what these cost
@@ -155,6 +163,16 @@ def test_two_checkpoints_of_one_run_are_two_sources(source, monkeypatch):
 
 
 HOLD, STEPS = 2, 4
+LENGTHS = {"inputs_length": 24, "targets_length": 12, "workers": 1}
+
+
+def pairs_file(folder):
+    """JSONL with the pairs of random rows."""
+    file = folder / "pairs.jsonl"
+    pairs = [pair for row in random_pairs(40, 0) for pair in row]
+    lines = [json.dumps({"source": source, "target": target}) for source, target in pairs]
+    file.write_text("\n".join(lines))
+    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +180,10 @@ HOLD, STEPS = 2, 4
 def trained(source, tmp_path_factory):
     """An adapted model's run with all but cross-attention held at first, and its settings."""
     folder = tmp_path_factory.mktemp("trained")
-    records = write_records(folder / "records", random_pairs(40, 0), ByteVocabulary(4), start_id=2)
     options = ["--cross_attention=random", "--encoder_layers=1", "--decoder_layers=first:2"]
     assert adapt_main([str(source), f"--out={folder / 'adapted'}", *options]) == 0
+    records = folder / "records"
+    prepare(out=records, vocabulary=folder / "adapted", jsonl=[pairs_file(folder)], **LENGTHS)
     run = small_run(
         records,
         steps=STEPS,
@@ -183,6 +202,52 @@ def trained(source, tmp_path_factory):
 def flat(workdir, step=None):
     _, params, _ = load_params_for_inference(workdir, step)
     return {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def test_the_sources_start_and_prefix_are_in_front_of_every_input(trained):
+    """In records, in the run, and in the texts that its model and its exports read."""
+    folder, _ = trained
+    card = read_card(folder / "records")
+    assert (card.decoder_start_id, card.inputs_prefix) == (2, (2, 7))
+    assert not verify_records(folder / "records", sample_rows=None).faults
+    prompts, _ = read_prompt_format(folder / "run")
+    assert prompts.encode("ab")[0] == [2, 7, *ByteVocabulary().encode("ab"), 1]
+    assert read_config(folder / "run")["data"]["inputs_prefix"] == [2, 7]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_source_scores_texts_as_it_reads_them(source, trained, tmp_path):
+    """Its own start and prefix once, whatever the records have in front of their sources."""
+    folder, _ = trained
+    kept = {}
+    for name, prefix in (("whole", (2, 7)), ("bare", ()), ("other", (5, 6, 7, 8))):
+        records = tmp_path / name
+        prepare(
+            out=records,
+            vocabulary=folder / "adapted",
+            jsonl=[pairs_file(tmp_path)],
+            inputs_prefix=prefix,
+            packing="none",
+            max_examples=8,
+            **LENGTHS,
+        )
+        score(
+            teacher=source, records=records, out=tmp_path / "scored", method="full", overwrite=True
+        )
+        taught = open_teacher(tmp_path / "scored", open_records(records))
+        kept[name] = taught.fields(np.arange(8))["teacher_log_probs"]
+        np.testing.assert_allclose(kept[name], kept["whole"], atol=1e-5)
+    bare = open_records(tmp_path / "bare")
+    with pytest.raises(DataError, match=r"scored other records than .*bare: records fingerprint"):
+        open_teacher(tmp_path / "scored", bare)
+    # The prefix may be all that differs, and records of before there was one have no such field.
+    stated = json.loads((tmp_path / "bare" / CARD_FILE).read_text())
+    del stated["inputs_prefix"]
+    (tmp_path / "bare" / CARD_FILE).write_text(json.dumps(stated))
+    assert read_card(tmp_path / "bare") == bare.card
+    assert not verify_records(tmp_path / "bare").faults
+    with pytest.raises(DataError, match=r"inputs_prefix is \[\] in the held-out records"):
+        check_records(GEMMA, read_card(tmp_path / "whole"), bare.card)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -232,6 +297,11 @@ def test_a_trained_adaptation_is_a_t5gemma_of_transformers(trained, tmp_path):
     kinds = ["sliding_attention", "full_attention"]
     assert stated["decoder"]["layer_types"] == kinds
     agrees_with_transformers(folder / "run", tmp_path / "hf")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = read_prompt_format(folder / "run")[0].encode("a b")[0]
+    assert tokenizer("a b").input_ids == ids and tokenizer.pad_token_id not in ids
 
 
 @pytest.mark.usefixtures("one_device")

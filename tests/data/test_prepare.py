@@ -21,6 +21,7 @@ from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, open_records, read_card
 from encdec.data.task_mixtures import MIXTURES
 from encdec.data.task_registry import text_task
+from encdec.data.verify import verify_records
 from encdec.data.vocabulary import copy_vocabulary, load_vocabulary
 from encdec.errors import ConfigError, DataError
 from tests.data.conftest import write_jsonl
@@ -216,6 +217,8 @@ def test_existing_directories_are_refused(tmp_path, jsonl):
         (dict(inputs_length=1), ConfigError, "inputs_length is 1"),
         (dict(packing="tight"), ConfigError, "packing is 'tight'"),
         (dict(decoder_start_id=259), ConfigError, r"decoder_start_id is 259.*0\.\.258"),
+        (dict(inputs_prefix=[1, 259]), ConfigError, r"inputs_prefix is 259.*0\.\.258"),
+        (dict(inputs_prefix=[1] * 255), ConfigError, "inputs_length is 256; give 257 or more"),
         (dict(workers=0), ConfigError, "workers is 0"),
         (dict(max_examples=0), ConfigError, "max_examples is 0"),
     ],
@@ -227,14 +230,14 @@ def test_wrong_settings_are_named_and_write_nothing(tmp_path, jsonl, change, err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_start_token_is_that_of_the_directory_with_the_vocabulary(tmp_path, jsonl):
-    """A directory of records, or of a model; --decoder_start_id is obeyed where it is given."""
+def test_the_framing_is_that_of_the_directory_with_the_vocabulary(tmp_path, jsonl):
+    """A directory of records, or of a model; what is given is obeyed."""
     prepare(
         out=tmp_path / "first", vocabulary="bytes", jsonl=[jsonl], decoder_start_id=5, **LENGTHS
     )
     model = tmp_path / "model"
     copy_vocabulary(tmp_path / "first", model)
-    (model / "config.json").write_text('{"data": {"decoder_start_id": 7}}')
+    (model / "config.json").write_text('{"data": {"decoder_start_id": 7, "inputs_prefix": [7, 9]}}')
     spec = load_vocabulary("bytes").spec()
     cases = (("first", {}, 5), ("model", {}, 7), ("model", 0, 0), ("model+4", {}, 7), (spec, {}, 0))
     for vocabulary, given, expected in cases:
@@ -247,6 +250,13 @@ def test_the_start_token_is_that_of_the_directory_with_the_vocabulary(tmp_path, 
             **({} if given == {} else {"decoder_start_id": given}),
         )
         assert card.decoder_start_id == expected
+        prefix = (7, 9) if str(vocabulary).startswith("model") else ()
+        rows = open_records(tmp_path / "next").read(range(card.rows))
+        sources = [s for row in rows for s in decode_row(row, card.token_dtype)[0]]
+        assert card.inputs_prefix == prefix
+        assert {tuple(ids[:2]) == (7, 9) for ids in sources} == {bool(prefix)}
+        assert card.source_tokens == sum(map(len, sources))
+        assert not verify_records(tmp_path / "next", sample_rows=None).faults
         assert card.vocabulary.extra_ids == (4 if vocabulary == "model+4" else 0)
 
 

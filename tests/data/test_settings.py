@@ -65,6 +65,7 @@ CHANGES = {
     "targets_length": (PAIRS, ["--targets_length=99"]),
     "packing": (PAIRS, ["--packing=none"]),
     "decoder_start_id": (PAIRS, ["--decoder_start_id=2"]),
+    "inputs_prefix": (PAIRS, ["--inputs_prefix", "2", "5"]),
     "seed": (TEXT, ["--seed=3"]),
     "passes": (TEXT, ["--passes=2"]),
     "max_examples": (PAIRS, ["--max_examples=7"]),

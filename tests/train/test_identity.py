@@ -49,6 +49,7 @@ def records_print(**changes: Any) -> str:
         changes.get("inputs_length", 8),
         changes.get("targets_length", 6),
         changes.get("decoder_start_id", 0),
+        changes.get("inputs_prefix", ()),
     )
 
 
@@ -57,6 +58,7 @@ RECORDS = {
     "inputs_length": 9,
     "targets_length": 7,
     "decoder_start_id": 1,
+    "inputs_prefix": (1,),
     "shards": [SHARDS[1], SHARDS[0]],
 }
 
