@@ -20,7 +20,7 @@ from encdec.adapt.layer_choice import chosen_layers
 from encdec.adapt.parameters import Choice
 from encdec.adapt.sources import open_source
 from encdec.benchmarks.adaptation_results import KIND, SOURCE_FLOPS_TOO, read_lines
-from encdec.cost.flops import count_parameters, training_flops
+from encdec.cost.flops import count_parameters, forward_flops, training_flops
 from encdec.data.card import read_card
 from encdec.data.corpora.stdlib import stdlib_text
 from encdec.data.denoising import ul2
@@ -405,6 +405,15 @@ def source_flops(setting: Setting) -> float:
     return setting.steps * _step_flops(setting, source_model(setting), "causal_lm")
 
 
+def teacher_flops(setting: Setting) -> float:
+    """FLOPs of the source's reading all rows that it scores, once; its child's budget, of training
+    alone, does not include them."""
+    rows = read_card(_records(setting, "prefix_lm")).rows
+    return forward_flops(
+        source_model(setting), setting.inputs, setting.targets, batch_size=rows
+    ).total
+
+
 def budget(setting: Setting, row: Row) -> float:
     """FLOPs of a row's own training: as many for all, and the source's too where it has them."""
     further = setting.further_steps * _step_flops(setting, source_model(setting))
@@ -442,6 +451,7 @@ def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) 
     }
     return {
         "parameters": count_parameters(model).total,
+        "teacher_flops": teacher_flops(setting) if row.distilled else 0.0,
         "flops_per_step": per_step,
         "curve": [[step, step * per_step, loss] for step, loss in sorted(curve.items())],
         "loss": curve[max(curve)],

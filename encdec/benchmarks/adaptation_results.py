@@ -61,14 +61,16 @@ def summary(results: Runs) -> str:
                 f"{runs[0]['parameters']:,}",
                 f"{curve[-1, 0]:,.0f}",
                 f"{curve[-1, 1]:.3g}",
-                f"{curve[-1, 1] + before(name, runs):.3g}",
+                _teachers(name, runs),
+                f"{curve[-1, 1] + (taught(name, runs) or 0) + before(name, runs):.3g}",
                 f"{curve[0, 2]:.3f}",
                 _with_interval([run["loss"] for run in runs], ".3f"),
                 str(len(runs)),
             )
         )
-    head = ("model", "parameters", "steps", "FLOPs", "with the source's", "loss at the start")
-    lines = markdown_table((*head, "held-out loss", "seeds"), rows)
+    head = ("model", "parameters", "steps", "training FLOPs", "teacher's FLOPs")
+    head += ("with these and the source's", "loss at the start", "held-out loss", "seeds")
+    lines = markdown_table(head, rows)
     if differences := _differences(results):
         lines += ["", *markdown_table(("difference", "nats per token", "seeds"), differences)]
     for shape in ("2/3-1/3", "all-all", "all-all, UL2"):
@@ -125,6 +127,18 @@ def paired(results: Runs, first: str, second: str) -> tuple[list[Any], list[Any]
 def before(name: str, runs: Sequence[Mapping[str, Any]]) -> float:
     """FLOPs that made the parameters from which a row starts."""
     return 0.0 if name.startswith("scratch") else runs[0]["source_flops"]
+
+
+def taught(name: str, runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """FLOPs of the source's reading the records for its child, a mean over the seeds; 0 of rows
+    that are not distilled, None of distilled ones from versions that did not count them."""
+    counts = [run.get("teacher_flops", None if "distilled" in name else 0.0) for run in runs]
+    return None if None in counts else float(np.mean(counts))
+
+
+def _teachers(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    count = taught(name, runs)
+    return "not counted" if count is None else f"{count:.3g}"
 
 
 def mean_curve(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -220,6 +234,7 @@ def draw(results: Runs, path: pathlib.Path) -> None:
     for axes, (names, label) in zip(every, panels, strict=True):
         for number, name in enumerate(names):
             curve = mean_curve(results[name])
+            curve[:, 1] += taught(name, results[name]) or 0.0
             if label == total:
                 curve[:, 1] += before(name, results[name])
             axes.plot(

@@ -18,6 +18,7 @@ from encdec.benchmarks.adaptation_experiment import (
     source_flops,
     source_model,
     table_rows,
+    teacher_flops,
 )
 from encdec.benchmarks.adaptation_results import (
     crossing,
@@ -72,9 +73,17 @@ def test_the_summary_gives_flops_intervals_and_differences_of_equal_seeds():
         "scratch all-all": [line(FRESH, 0, 0.1), line(FRESH, 1), line(FRESH, 5)],
     }
     text = summary(results)
-    cells = "| adapted all-all | 7 | 80 | 400 | 500 | 3.067 | 2.467 [2.323, 2.610] | 3 |"
-    assert cells in text and "| scratch all-all | 7 | 40 | 400 | 400 |" in text
+    cells = "| adapted all-all | 7 | 80 | 400 | 0 | 500 | 3.067 | 2.467 [2.323, 2.610] | 3 |"
+    assert cells in text and "| scratch all-all | 7 | 40 | 400 | 0 | 400 |" in text
     assert "| adapted all-all minus scratch all-all | +0.400 [-0.871, +1.671] | 2 |" in text
+
+
+def test_a_teachers_flops_are_counted_where_they_are_known():
+    """Lines of before they were counted say so."""
+    name = "adapted all-all, distilled"
+    text = summary({name: [line(ADAPTED) | {"teacher_flops": 60.0}]})
+    assert f"| {name} | 7 | 80 | 400 | 60 | 560 |" in text
+    assert f"| {name} | 7 | 80 | 400 | not counted | 500 |" in summary({name: [line(ADAPTED)]})
 
 
 def test_runs_of_other_budgets_have_no_mean():
@@ -200,6 +209,10 @@ def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
     lengths = card.inputs_length, card.targets_length
     step = training_flops(source_model(setting), *lengths, batch_size=setting.batch_size)
     assert results[names[0]][0]["source_flops"] == setting.steps * step
+    # A forward pass is a third of a step, and every row is read once.
+    rows = read_card(setting.work / "records" / "prefix_lm").rows
+    read = training_flops(source_model(setting), 8, 8, batch_size=rows) / 3
+    assert teacher_flops(setting) == pytest.approx(read)
     draw(results, tmp_path / "loss.png")
     # The same results elsewhere are done; with other settings they are not.
     results_file, started = setting.results_file, []
