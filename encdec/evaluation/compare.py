@@ -32,8 +32,8 @@ def compare_evaluations(
     Args:
         first: --out directories of one model's evaluations, one a seed (or a task and seed).
         second: the other model's. A score is the mean of the seeds' scores, and an interval over
-            examples, given these seeds. The randomisation test swaps all seeds' outputs of an
-            example together: what an example adds to the sums is averaged over them.
+            examples, given these seeds. The randomisation test is of the same means, and swaps
+            all seeds' outputs of an example together.
         resamples: of the bootstrap.
         trials: of the randomisation test.
 
@@ -165,7 +165,7 @@ def compare_scores(
     statistics: list[Statistic] = [mean_of(side) for side in sides]
     difference = compare(*statistics, count, resamples=resamples)
     p_value = randomisation_test(
-        *(np.mean([score.parts_ExK for score in side], axis=0) for side in sides),
+        *(np.stack([score.parts_ExK for score in side]) for side in sides),
         sides[0][0].of_sums,
         trials=trials,
     )

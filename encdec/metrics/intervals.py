@@ -84,8 +84,8 @@ def compare(
 
 
 def randomisation_test(
-    first_ExK: np.ndarray,
-    second_ExK: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
     score_of: ScoreOfSums,
     *,
     trials: int = TRIALS,
@@ -99,9 +99,14 @@ def randomisation_test(
     A swap moves an example's part of the sums, so that a trial is one row of a matrix product. A
     trial whose score is not defined counts as large.
 
+    Of several training seeds, a model's score is the mean of theirs, as the difference shown is. A
+    trial swaps an example's outputs of all seeds, and its score is the mean over all pairs of a
+    seed of one model and a seed of the other.
+
     Args:
-        first_ExK: what each example adds to the first model's sums.
-        second_ExK: the same for the second model, on the same examples.
+        first: what each example adds to the first model's sums, [E, K], or, of several seeds,
+            [S, E, K].
+        second: the same for the second model, on the same examples; its seeds may be more or fewer.
         score_of: sums [N, K] to scores [N].
         trials: how many.
         seed: of the swaps.
@@ -109,21 +114,31 @@ def randomisation_test(
     Returns:
         The p-value; NaN where the observed difference is not defined.
     """
-    first, second = np.asarray(first_ExK, np.float64), np.asarray(second_ExK, np.float64)
-    if first.shape != second.shape:
+    sides = [np.asarray(side, np.float64) for side in (first, second)]
+    sides = [side if side.ndim == 3 else side[None] for side in sides]
+    if sides[0].shape[1:] != sides[1].shape[1:]:
         raise ValueError(
-            f"parts of shape {first.shape} against {second.shape}; expected the same examples"
+            f"parts of shape {sides[0].shape[1:]} against {sides[1].shape[1:]}; expected the same "
+            "examples"
         )
-    sums_K, moves_ExK = np.stack([first.sum(axis=0), second.sum(axis=0)]), second - first
-    low, high = score_of(sums_K)
-    observed = abs(high - low)
+    sums = [side_SxExK.sum(axis=1) for side_SxExK in sides]
+    observed = abs(score_of(sums[1]).mean() - score_of(sums[0]).mean())
     if not np.isfinite(observed):
         return float("nan")
+
+    def mean_scores(kept_SxTxK: np.ndarray, moved_RxTxK: np.ndarray) -> np.ndarray:
+        """[T]: of what is left of one model's outputs with what comes from the other's."""
+        sums_SxRxTxK = kept_SxTxK[:, None] + moved_RxTxK
+        scores_N = score_of(sums_SxRxTxK.reshape(-1, sums_SxRxTxK.shape[-1]))
+        return scores_N.reshape(-1, kept_SxTxK.shape[1]).mean(axis=0)
+
     rng = np.random.default_rng(seed)
     hits = 0
     for begin in range(0, trials, 500):
-        swaps_TxE = rng.integers(0, 2, (min(500, trials - begin), len(first)))
-        moved_TxK = swaps_TxE.astype(np.float64) @ moves_ExK
-        found_T = score_of(sums_K[1] - moved_TxK) - score_of(sums_K[0] + moved_TxK)
+        count = min(500, trials - begin)
+        swaps_TxE = rng.integers(0, 2, (count, sides[0].shape[1])).astype(np.float64)
+        moved = [swaps_TxE @ side_SxExK for side_SxExK in sides]
+        kept = [whole[:, None] - part for whole, part in zip(sums, moved, strict=True)]
+        found_T = mean_scores(kept[1], moved[0]) - mean_scores(kept[0], moved[1])
         hits += int((~(np.abs(found_T) < observed * (1 - 1e-9) - 1e-12)).sum())
     return (hits + 1) / (trials + 1)

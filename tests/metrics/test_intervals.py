@@ -96,26 +96,36 @@ SECOND = [
 ]
 
 
-def test_swaps_within_a_corpus_score_equal_all_of_them_counted_by_the_library():
-    """p of BLEU against every one of the 2^7 swaps, each scored by sacrebleu from the texts."""
+@pytest.mark.parametrize("seeds", [[FIRST], [FIRST, FIRST[:3] + SECOND[3:5] + ["so", "no"]]])
+def test_swaps_within_a_corpus_score_equal_all_of_them_counted_by_the_library(seeds):
+    """p of BLEU against every one of the 2^7 swaps, each scored by sacrebleu from the texts; of
+    several seeds, with the mean of their BLEU, which is not that of their mean counts."""
 
     def corpus_bleu(texts):
         return sacrebleu.corpus_bleu(texts, [REFERENCES], tokenize="none", force=True).score
 
-    differences = []
-    for swaps in itertools.product((False, True), repeat=len(FIRST)):
-        sides = [
-            [pair[swap ^ side] for pair, swap in zip(zip(FIRST, SECOND), swaps)]
-            for side in (False, True)
+    def mean_bleu(swaps, side):
+        pairs = [zip(zip(one, SECOND), swaps) for one in seeds]
+        return np.mean([corpus_bleu([pair[swap ^ side] for pair, swap in one]) for one in pairs])
+
+    differences = np.array(
+        [
+            abs(mean_bleu(swaps, True) - mean_bleu(swaps, False))
+            for swaps in itertools.product((False, True), repeat=len(FIRST))
         ]
-        differences.append(abs(corpus_bleu(sides[1]) - corpus_bleu(sides[0])))
-    exact = np.mean(np.array(differences) >= differences[0] - 1e-9)
+    )
+    exact = np.mean(differences >= differences[0] - 1e-9)
     wanted = [[text] for text in REFERENCES]
-    [first], [second] = scores.bleu(wanted, FIRST), scores.bleu(wanted, SECOND)
-    found = intervals.randomisation_test(first.parts_ExK, second.parts_ExK, first.of_sums)
+    [second], *first = [scores.bleu(wanted, texts) for texts in (SECOND, *seeds)]
+    found = intervals.randomisation_test(
+        np.stack([one.parts_ExK for [one] in first]),
+        second.parts_ExK,
+        second.of_sums,
+        trials=50_000,
+    )
     assert 0.03 < exact < 0.9
-    # Five standard errors of 10,000 trials.
-    assert found == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 10_000))
+    # Five standard errors of 50,000 trials.
+    assert found == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 50_000))
 
 
 def test_a_score_that_is_not_defined_has_no_p_value_and_its_trials_count_as_large():
