@@ -21,6 +21,9 @@ class Family:
         norms: our norms of a layer by their names there; by default as ``layout`` says.
         fused: projections stored as one tensor: "attention", "mlp".
         interleaved: whether RoPE turns neighbouring dimensions of a head, not its halves.
+        aliases: names of its own for keys, by those of Llama.
+        renamed: parts of its tensors' names, and what Llama's have there.
+        never: keys that have to be absent or off.
     """
 
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -29,6 +32,9 @@ class Family:
     norms: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: tuple[str, ...] = ()
     interleaved: bool = False
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    never: tuple[str, ...] = ()
 
 
 # Norms after the sublayers alone.
@@ -47,11 +53,104 @@ _GLM_DEFAULTS = {
 }
 _GEMMA = {"norm_plus_one": True, "norm_cast": "after_scale", "embedding_scale": True}
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 256_000}
+# The text models within those that also see images, with what their configurations leave out.
+WITH_IMAGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"model_type": "gemma3_text"},
+    "mistral3": {"model_type": "mistral"},
+}
+_CWM_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16_384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 FAMILIES = {
     "llama": Family(),
     "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
     "ministral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral3": Family(
+        {
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262_144,
+            "rope_scaling": _MINISTRAL3_ROPE,
+        }
+    ),
     "granite": Family({"attention_multiplier": 1.0}),
+    "hyperclovax": Family(
+        {"use_post_norm": True},
+        norms={
+            "self_attention_norm": "input_layernorm",
+            "self_attention_post_norm": "post_norm1",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_norm2",
+        },
+    ),
+    "exaone": Family(
+        {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 5e5},
+        aliases={
+            "num_hidden_layers": "num_layers",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "hidden_act": "activation_function",
+        },
+        renamed={
+            "transformer.wte.": "model.embed_tokens.",
+            "transformer.ln_f.": "model.norm.",
+            "transformer.h.": "model.layers.",
+            ".ln_1.": ".input_layernorm.",
+            ".ln_2.": ".post_attention_layernorm.",
+            ".attn.attention.": ".self_attn.",
+            ".self_attn.out_proj.": ".self_attn.o_proj.",
+            ".mlp.c_fc_0.": ".mlp.gate_proj.",
+            ".mlp.c_fc_1.": ".mlp.up_proj.",
+            ".mlp.c_proj.": ".mlp.down_proj.",
+        },
+    ),
+    "cwm": Family(
+        {
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "sliding_window": 8192,
+            "rope_scaling": _CWM_ROPE,
+        }
+    ),
+    "ernie4_5": Family(
+        {
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+            "rope_theta": 5e5,
+            "tie_word_embeddings": True,
+        },
+        interleaved=True,
+        aliases={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
+    ),
+    "helium": Family(
+        {"rms_norm_eps": 1e-8, "head_dim": 128, "num_key_value_heads": 20, "rope_theta": 1e5},
+        {"norm_cast": "after_scale", "attention_out_bias": False},
+        interleaved=True,
+    ),
+    "internlm3": Family(
+        {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 2},
+        aliases={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
+    ),
+    "iquestcoder": Family(
+        {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8},
+        never=("clip_qkv", "use_sliding_window"),
+    ),
     "smollm3": Family(
         {
             "tie_word_embeddings": True,
@@ -107,6 +206,19 @@ FAMILIES = {
             "sliding_window_pattern": 2,
         },
         _GEMMA | {"post_norms": True},
+    ),
+    "vaultgemma": Family(
+        _GEMMA_DEFAULTS
+        | {
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+            "num_key_value_heads": 4,
+        },
+        _GEMMA,
+        norms={"self_attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"},
     ),
     "gemma3_text": Family(
         _GEMMA_DEFAULTS

@@ -2,13 +2,15 @@
 
 Families: Llama 2 and 3, SmolLM2 (``llama``), SmolLM3, Mistral, Ministral, Phi-3, 3.5 and 4-mini
 (``phi3``), Qwen 2 and 2.5 (``qwen2``), Qwen 3, Gemma 1, 2 and 3 (text), Granite, OLMo 2 and 3,
-EXAONE 4, GLM 4, Seed-OSS. An unsupported setting is refused by name. Read from
+EXAONE 3 and 4, GLM 4, Seed-OSS, Ministral 3 (text), VaultGemma, ERNIE 4.5, Helium, InternLM 3,
+HyperCLOVA X, CWM, IQuest-Coder. An unsupported setting is refused by name. Read from
 ``config.json`` alone, as written by transformers 4 and 5.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.families import FAMILIES, HARMLESS, Family
+from encdec.interop.families import FAMILIES, HARMLESS, WITH_IMAGES, Family
 from encdec.interop.layout import (
     MLP_NAMES,
     Entry,
@@ -26,6 +28,7 @@ from encdec.interop.layout import (
     qk_norm_entries,
     to_ours,
 )
+from encdec.interop.multipliers import multiplied, read_multipliers
 from encdec.interop.rope import read_rope, required
 from encdec.model import ExecutionConfig, ModelConfig
 
@@ -146,21 +149,30 @@ def read_config(directory: pathlib.Path) -> Imported:
             f"{path} contains a JSON {type(values).__name__}, expected an object; give a "
             "Hugging Face model's directory"
         )
-    if values.get("model_type") == "gemma3":  # the text model within one that also sees images
-        values = required(values, "text_config", path, dict) | {"model_type": "gemma3_text"}
+    quantized = values.get("quantization_config")
+    if values.get("model_type") in WITH_IMAGES:
+        values = WITH_IMAGES[values["model_type"]] | required(values, "text_config", path, dict)
     name = values.get("model_type")
     if name not in FAMILIES:
         raise DataError(
             f"{path} has model_type {name!r}; supported: {', '.join(FAMILIES)}{AS_TEACHER}"
         )
     values = _Read(values)
-    if values.get("quantization_config"):
+    if quantized or values.get("quantization_config"):
         raise DataError(
             f"{path} has quantization_config, but quantized weights cannot be read; give the "
             f"unquantized model{AS_TEACHER}"
         )
     found = translate(name, values, path)
     return dataclasses.replace(found, unread=values.unread())
+
+
+def _given(family: Family, values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A key's value by its name or the family's own; absent and null mean the family's default."""
+    for name in (key, family.aliases.get(key)):
+        if name is not None and values.get(name) is not None:
+            return values[name]
+    return family.defaults.get(key, default)
 
 
 def translate(
@@ -178,9 +190,7 @@ def translate(
         DataError: a setting is not supported.
     """
     family = FAMILIES[name]
-    given = lambda key, default=None: (  # absent and null mean the family's default
-        values[key] if values.get(key) is not None else family.defaults.get(key, default)
-    )
+    given = functools.partial(_given, family, values)
     refuse = lambda key, value, why: DataError(
         f"{path} has {key} {value!r}, {why}; this model cannot be imported{hint}"
     )
@@ -188,12 +198,15 @@ def translate(
     heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
     head_dim = required({"head_dim": given("head_dim", width // heads)}, "head_dim", path)
     activation = given("hidden_activation", given("hidden_act", "silu"))
-    if name.startswith(("gemma2", "gemma3")):
+    if name.startswith(("gemma2", "gemma3", "vaultgemma")):
         activation = given("hidden_activation", "gelu_pytorch_tanh")
     if activation not in ACTIVATIONS:
         raise refuse("hidden_act", activation, f"not one of {', '.join(ACTIVATIONS)}")
     if values.get("use_bidirectional_attention"):
         raise refuse("use_bidirectional_attention", True, "but encdec's decoders are always causal")
+    for key in family.never:
+        if values.get(key):
+            raise refuse(key, values[key], f"which {name} does not have in transformers either")
     bias = bool(given("attention_bias", False))
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
     rotated = rotated or head_dim * family.interleaved
@@ -227,27 +240,14 @@ def translate(
     }
     if scalar := given("query_pre_attn_scalar"):
         fields["attention_scale"] = float(scalar) ** -0.5
-    multipliers = _granite(fields, given, path) if name == "granite" else {}
+    multipliers = read_multipliers(name, fields, given, path)
     fields |= rope | _window(name, values, family, given, refuse, rope) | dict(family.fields)
+    if name == "hyperclovax":
+        fields["post_norms"] = bool(given("use_post_norm"))
     fields["decoder_unrotated_layers"] = _unrotated(name, values, given, refuse, fields)
     eos = ids_of(given("eos_token_id"))
     start = int(given("bos_token_id", eos[0] if eos else 0))
     return Imported(name, ModelConfig(**fields), max_length, start, eos, (), rotated, multipliers)
-
-
-def _granite(
-    fields: dict[str, Any], given: Callable[..., Any], path: pathlib.Path
-) -> dict[str, float]:
-    """Granite's multipliers; its attention scale and untied head go into ``fields``."""
-    scale = {"attention_multiplier": given("attention_multiplier")}
-    fields["attention_scale"] = required(scale, "attention_multiplier", path, float)
-    multipliers = {
-        key: float(required({key: given(key, 1.0)}, key, path, float))
-        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-    }
-    split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
-    fields["tie_embeddings"] = fields["tie_embeddings"] and not split
-    return multipliers
 
 
 def _cap(values: Mapping[str, Any], family: Family, key: str) -> float:
@@ -265,13 +265,15 @@ def _window(
 ) -> dict[str, Any]:
     """Our fields for sliding-window layers."""
     window = values.get("sliding_window", family.defaults.get("sliding_window"))
-    optional = name.startswith("qwen") or name == "smollm3"
+    optional = name.startswith("qwen") or name in ("smollm3", "iquestcoder")
     if not window or (optional and not values.get("use_sliding_window")):
         return {}
     layers = values["num_hidden_layers"]
     types = values.get("layer_types")
     if types:
         local = local_layers(types, layers, refuse)
+    elif name == "cwm":
+        local = [layer % 4 != 0 for layer in range(layers)]
     elif name == "smollm3":
         local = [not rotated for rotated in _rotates(given, layers, refuse)]
     elif every := given("sliding_window_pattern"):
@@ -357,6 +359,7 @@ def convert(
     Raises:
         DataError: tensors are missing, unexpected or of the wrong shape.
     """
+    tensors = _renamed(tensors, FAMILIES[family].renamed)
     found = [name for name in tensors if name.endswith("embed_tokens.weight")]
     if len(found) != 1:
         raise DataError(
@@ -380,7 +383,7 @@ def convert(
     if FAMILIES[family].fused:
         tensors = _split_fused(config, prefix, tensors)
     if multipliers and any(value != 1 for value in multipliers.values()):
-        tensors = _multiplied(config, prefix, head, tensors, multipliers)
+        tensors = multiplied(config, prefix, head, tensors, multipliers)
     params = to_ours(layout(config, family, prefix, head), config, tensors, ignored)
     if rotated:
         first = np.arange(config.head_dim)
@@ -403,21 +406,16 @@ def convert(
     return params
 
 
-def _multiplied(
-    config: ModelConfig, prefix: str, head: str, tensors: Tensors, multipliers: Mapping[str, float]
-) -> dict[str, np.ndarray]:
-    """Weights with Granite's embedding, residual and logits multipliers folded in."""
-    scaled = lambda x, by: np.asarray(x, np.float32) * np.float32(by)
-    changed = dict(tensors)
-    table = tensors[f"{prefix}embed_tokens.weight"]
-    if not config.tie_embeddings:
-        changed[head] = scaled(tensors.get(head, table), 1 / multipliers["logits_scaling"])
-    changed[f"{prefix}embed_tokens.weight"] = scaled(table, multipliers["embedding_multiplier"])
-    ends = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
-    for name in tensors:
-        if name.endswith(ends):
-            changed[name] = scaled(tensors[name], multipliers["residual_multiplier"])
-    return changed
+def _renamed(tensors: Tensors, pairs: Mapping[str, str]) -> Tensors:
+    """Tensors under the names that Llama's have; ``pairs`` are parts of names, ours by theirs."""
+    if not pairs:
+        return tensors
+    named = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in pairs.items():
+            name = name.replace(theirs, ours)
+        named[name] = tensor
+    return named
 
 
 def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Entry]:
@@ -437,7 +435,8 @@ def layout(config: ModelConfig, family: str, prefix: str, head: str) -> list[Ent
             "mlp_norm": "pre_feedforward_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",
         }
-    norms = form.norms or norms
+    if form.norms and config.post_norms == any("post" in name for name in form.norms):
+        norms = form.norms
     entries = [
         Entry(f"{prefix}embed_tokens.weight", "embedder/embedding"),
         Entry(f"{prefix}norm.weight", "decoder/final_norm/scale"),

@@ -56,7 +56,7 @@ def read_rope(
     of a head are rotated (0: all)."""
     parameters = dict(values.get("rope_parameters") or {})
     parameters = dict(parameters.get("full_attention", parameters))
-    scaling = parameters or dict(values.get("rope_scaling") or {})
+    scaling = parameters or dict(given("rope_scaling", {}))
     theta = float(scaling.get("rope_theta") or given("rope_theta", 10_000.0))
     longest = int(given("max_position_embeddings", 8192))
     partial = float(scaling.get("partial_rotary_factor") or given("partial_rotary_factor", 1.0))
@@ -64,6 +64,8 @@ def read_rope(
     if not 0 < partial <= 1 or rotated < 2 or rotated % 2:
         why = f"not an even number of the {head_dim} dimensions of a head"
         raise refuse("partial_rotary_factor", partial, why)
+    if scaling.get("llama_4_scaling_beta"):  # queries grow from the original length on
+        longest = min(longest, int(required(scaling, "original_max_position_embeddings", path)))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     where = f"{path}, rope scaling {kind!r},"
     fields: dict[str, Any] = {"rope_theta": theta}

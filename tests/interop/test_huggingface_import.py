@@ -59,6 +59,7 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+BETA = {"original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1}
 MODELS = {
     "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
@@ -130,6 +131,30 @@ MODELS = {
         {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 3},
     ),
     "glm4": ("Glm4", {"pad_token_id": 0, "head_dim": 16, "eos_token_id": 2}),
+    "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": YARN | BETA}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "hyperclovax without post-norms": (
+        "HyperCLOVAX",
+        {"use_post_norm": False, "residual_multiplier": 0.6, "tie_word_embeddings": True},
+    ),
+    "exaone": ("Exaone", {"pad_token_id": 0}),
+    "cwm": ("Cwm", {"head_dim": 16, "sliding_window": 6, "num_hidden_layers": 5}),
+    "ernie4.5": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "helium": ("Helium", {"head_dim": 12, "attention_bias": True}),
+    "internlm3": ("InternLM3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "iquestcoder": ("IQuestCoder", {"head_dim": 16}),
+    "vaultgemma": (
+        "VaultGemma",
+        {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24},
+    ),
     "seed-oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True}),
     "qwen2 with late windows": (
         "Qwen2",
@@ -166,8 +191,7 @@ def save_model(directory, name, changes=None, **save):
     config = getattr(transformers, f"{kind}Config")(**(SIZE | settings | (changes or {})))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    names = {"Gemma3Text": "Gemma3ForCausalLM"}
-    model = getattr(transformers, names.get(kind, f"{kind}ForCausalLM"))(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():  # norms and biases are constant at first: vary them too
         with torch.no_grad():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -213,6 +237,35 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     if name in CACHED:
         steps = our_steps(tmp_path / "ours", tokens[:, : LENGTH // 2])
         np.testing.assert_allclose(steps, wanted[:, : LENGTH // 2], atol=1e-4, rtol=0)
+
+
+def test_the_text_model_within_one_that_sees_images(tmp_path):
+    config = transformers.Mistral3Config(
+        text_config=transformers.Ministral3Config(
+            **SIZE | {"head_dim": 16, "rope_parameters": YARN | BETA, "tie_word_embeddings": True}
+        ),
+        vision_config=transformers.PixtralVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        ),
+        tie_word_embeddings=True,
+    )
+    model = transformers.Mistral3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    assert main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"]) == 0
+    tokens = np.random.default_rng(0).integers(11, 96, (2, LENGTH))
+    with torch.no_grad():
+        wanted = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), wanted, atol=1e-4, rtol=0)
+    assert read_workdir(tmp_path / "ours")["imported"]["max_length"] == 32  # queries grow from here
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"bits": 8}}))
+    with pytest.raises(DataError, match="give the unquantized model"):
+        read_config(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -285,6 +338,7 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
             {"sliding_window": 8, "layer_types": ["sliding_attention"], "model_type": "gemma2"},
             r"num_hidden_layers \d, but 1 layer_types",
         ),
+        ({"model_type": "iquestcoder", "clip_qkv": 8.0}, "clip_qkv 8.0, which iquestcoder"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "but 1 no_rope_layers"),
         (
             {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 9}},

@@ -1,0 +1,57 @@
+"""Multipliers of Granite and HyperCLOVA X, folded into weights."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from encdec.interop.rope import required
+from encdec.model import ModelConfig
+
+
+def read_multipliers(
+    name: str, fields: dict[str, Any], given: Callable[..., Any], path: pathlib.Path
+) -> dict[str, float]:
+    """The multipliers of a family that has some; its attention scale and untied head go into
+    ``fields``. ``logits_scaling`` divides logits, as Granite's does: HyperCLOVA X's multiplies."""
+    if name not in ("granite", "hyperclovax"):
+        return {}
+    if (scale := given("attention_multiplier")) is not None:
+        scale = required({"attention_multiplier": scale}, "attention_multiplier", path, float)
+        fields["attention_scale"] = scale
+    multipliers = {
+        key: float(required({key: given(key, 1.0)}, key, path, float))
+        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    }
+    if name == "hyperclovax":
+        multipliers["logits_scaling"] = 1 / multipliers["logits_scaling"]
+    split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
+    fields["tie_embeddings"] = fields["tie_embeddings"] and not split
+    return multipliers
+
+
+def multiplied(
+    config: ModelConfig,
+    prefix: str,
+    head: str,
+    tensors: Mapping[str, np.ndarray],
+    multipliers: Mapping[str, float],
+) -> dict[str, np.ndarray]:
+    """Weights with the embedding, residual and logits multipliers folded in, float32."""
+    scaled = lambda x, by: np.asarray(x, np.float32) * np.float32(by)
+    changed = dict(tensors)
+    table = tensors[f"{prefix}embed_tokens.weight"]
+    if not config.tie_embeddings:
+        changed[head] = scaled(tensors.get(head, table), 1 / multipliers["logits_scaling"])
+    changed[f"{prefix}embed_tokens.weight"] = scaled(table, multipliers["embedding_multiplier"])
+    # What comes last before the sum: a norm there would undo a factor of what it reads.
+    last: tuple[str, ...] = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
+    if config.post_norms:
+        last = ("post_norm1.weight", "post_norm2.weight")
+    for name in tensors:
+        if name.endswith(last):
+            changed[name] = scaled(tensors[name], multipliers["residual_multiplier"])
+    return changed
