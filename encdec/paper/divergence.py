@@ -22,10 +22,12 @@ class Divergence:
     Attributes:
         message: why it counts as diverged; None while it does not.
         step: at which that was noted.
+        pretraining_step: of the pretraining, if it is what diverged.
     """
 
     message: str | None = None
     step: int | None = None
+    pretraining_step: int | None = None
 
     def __bool__(self) -> bool:
         return self.message is not None

@@ -179,7 +179,7 @@ def diverged_rows(
         comparison: digest of the settings of students without a teacher.
         tasks: that it would have been scored on.
         model: what was trained.
-        training_flops: until it diverged, and of the pretraining behind it.
+        training_flops: until it diverged, with the pretraining before it.
     """
     return [
         {

@@ -136,7 +136,8 @@ class Experiment:
             model, column.inputs, column.targets, batch_size=column.batch_size
         )
         if shape.steps:
-            flops += shape.steps * training_flops(
+            ended = noted.pretraining_step
+            flops += (shape.steps if ended is None else ended) * training_flops(
                 model, shape.inputs, shape.targets, batch_size=shape.batch_size
             )
         key, comparison = self._key(run), self._setting.digest(with_teacher=False)
@@ -256,9 +257,11 @@ class Experiment:
             if not noted:
                 return noted
             write_json(path, noted.fields())
-        message = json.loads(path.read_text())["diverged"]
+        found = json.loads(path.read_text())
         return Divergence(
-            f"in pretraining (to try again, remove this line and {path}): {message}", 0
+            f"in pretraining (to try again, remove this line and {path}): {found['diverged']}",
+            step=0,
+            pretraining_step=found["diverged_step"],
         )
 
     def _tune(self, run: Run, column: Column) -> Divergence:

@@ -17,12 +17,16 @@ _CHOICE = ("row", "learning_rate", "dropout")
 
 
 def search_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every search's trials, what would be chosen for each model, and the cost; empty without."""
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    """Every search's trials, what would be chosen for each model, and the cost; empty without.
+
+    Of a trial that is there twice, as in two files of which one continues the other, the last.
+    """
+    groups: dict[tuple, dict[tuple, Mapping[str, Any]]] = {}
     for row in rows:
         if row["kind"] == SEARCH:
-            groups.setdefault(tuple(row.get(name) for name in _GROUP), []).append(row)
-    return "\n".join(_section(trials) for trials in groups.values())
+            trials = groups.setdefault(tuple(row.get(name) for name in _GROUP), {})
+            trials[tuple(row[name] for name in (*_CHOICE, "seed"))] = row
+    return "\n".join(_section(list(trials.values())) for trials in groups.values())
 
 
 def _section(trials: Sequence[Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from encdec.data import task_registry
 from encdec.data.records import open_records
 from encdec.errors import ConfigError, DataError, NonFiniteError
 from encdec.evaluation.examples import Example, Examples, of_task
+from encdec.model import preset
 from encdec.paper import costs, result_rows, runs
 from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, evenly
@@ -107,6 +108,36 @@ def test_every_model_is_timed_and_joins_the_rows(inputs, tmp_path, capsys, monke
         assert row["memory_bytes"] > 4 * count_parameters(model_of(setting, name)).total
     assert "ms per step" in capsys.readouterr().err
     assert main(["table", str(results)]) == 0
+
+
+def test_all_that_is_read_is_in_the_fingerprint(inputs, tmp_path):
+    """Sources, references, order and split of the examples, and the text; not where they are."""
+    setting = parse_setting(load_config(f"{inputs / 'config.py'}").to_dict())
+    pairs = {"train": ["ab", "cd"], "validation": ["ef"]}
+    variants = [
+        (pairs, "xy"),
+        (pairs, "xz"),
+        ({**pairs, "train": ["ac", "cd"]}, "xy"),
+        ({**pairs, "train": ["bb", "cd"]}, "xy"),
+        ({**pairs, "train": ["cd", "ab"]}, "xy"),
+        ({**pairs, "validation": ["eg"]}, "xy"),
+        ({"train": ["ab"], "validation": ["cd", "ef"]}, "xy"),
+        (pairs, "xy"),
+    ]
+    found = []
+    for number, (splits, text) in enumerate(variants):
+        data = tmp_path / f"data{number}"
+        for split, rows in splits.items():
+            (data / split).mkdir(parents=True)
+            lines = [json.dumps({"source": one, "target": two}) for one, two in rows]
+            (data / split / "code_java2cs.jsonl").write_text("\n".join(lines))
+        (data / "text.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in text))
+        work = tmp_path / f"work{number}"
+        work.mkdir()
+        corpora = Corpora(setting, work, str(data), [str(data / "text.jsonl")])
+        corpora._claim_data({})
+        found.append(corpora.data)
+    assert found[0] == found.pop() and len(set(found)) == len(found)
 
 
 @pytest.mark.slow
@@ -486,6 +517,9 @@ def test_no_fine_tuning_starts_from_a_pretraining_that_diverged(experiment):
     assert trained.count("ed-2of3-pretrain") == 1 and "ed-2of3-code-0" not in trained
     lost = [row["row"] for row in rows if (row["diverged"] or "").startswith("in pretraining")]
     assert lost == ["ED 2/3-1/3", "ED 2/3-1/3+KD", "ED 2/3-1/3+SeqKD"]
+    # It cost what was trained: two steps, that the first and the later ones are told of.
+    step = training_flops(preset("test", vocab_size=340), 64, 32, batch_size=8)
+    assert [row["training_flops"] for row in rows if row["row"] in lost] == [2 * step] * 3
     assert {"teacher-code-0", "dec-code-0"} < set(trained)
 
 

@@ -147,6 +147,7 @@ def test_the_verdict_says_what_would_be_chosen_and_whether_the_order_changes():
     assert "is in use and the best" in verdicts([*rows, *second])[0]
     page = search_markdown([*rows, {"kind": "run"}])
     assert "Cost: 6 trials, 6e+12 FLOPs, 0.15 hours of processor time, 0.30 of wall time" in page
+    assert search_markdown([*rows, *rows]) == page  # of two files, a trial counts once
     assert search_markdown([]) == ""
 
 
