@@ -56,9 +56,12 @@ def main(argv: list[str]) -> int:
     ]
     choice = Choice(layers[0], layers[1], options.cross_attention, embeddings, options.seed)
     plan = make_plan(decoder, encoder, choice, options.extra_ids)
+    if options.seed and not plan.is_random:
+        raise ConfigError(f"--seed={options.seed}, but nothing is random here; leave --seed out")
     for source in (decoder, encoder):
-        if str(absolute(out)) == source.place:
-            raise ConfigError(f"--out={out} is a source; give another directory")
+        place = str(absolute(out))
+        if source.place == place or source.place.startswith(f"{place}/"):
+            raise ConfigError(f"--out={out} is a source, or holds one; give another directory")
     check_out(out, options.overwrite)
     name = options.name or f"{decoder.name}-adapted"
     config = write(plan, out, name=name, overwrite=options.overwrite)

@@ -56,11 +56,23 @@ class Plan:
     def framing(self) -> Framing:
         """The encoder's inputs begin as its source's texts did: start token, then prefix."""
         own, before = self.decoder.framing, self.encoder.framing
+        prefix = (before.start_id, *before.inputs_prefix)
         return dataclasses.replace(
             own,
+            start_id=self._place(own.start_id),
             inputs_eos=before.inputs_eos,
-            inputs_prefix=(before.start_id, *before.inputs_prefix),
+            inputs_prefix=tuple(map(self._place, prefix)),
         )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether anything is drawn."""
+        drawn = any(one.how == "drawn" for one in self.table)
+        return drawn or self.rows is not None and bool((self.rows < 0).any())
+
+    def _place(self, token: int) -> int:
+        """The id that a source's id has here: new sentinels are in front of those of the source."""
+        return token if self.rows is None else int(np.flatnonzero(self.rows == token)[0])
 
     def text(self) -> str:
         """The table of origins, for people."""

@@ -52,12 +52,13 @@ def _by_rule(rule: str, count: int, layers: int, flag: str, source: str) -> tupl
 def _listed(text: str, layers: int, flag: str, source: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    if not numbers or numbers != sorted(set(numbers)):
-        raise ConfigError(f"{flag} is {text!r}; expected layers in ascending order, each once")
-    if numbers[-1] >= layers:
-        raise ConfigError(
-            f"{flag} names layer {numbers[-1]}, but {source} has layers 0 to {layers - 1}"
-        )
+        begin, _, end = part.partition("-")
+        first, last = int(begin), int(end or begin)
+        if last < first or (numbers and first <= numbers[-1]):
+            raise ConfigError(f"{flag} is {text!r}; expected layers in ascending order, each once")
+        if last >= layers:
+            raise ConfigError(
+                f"{flag} names layer {last}, but {source} has layers 0 to {layers - 1}"
+            )
+        numbers += range(first, last + 1)
     return tuple(numbers)

@@ -99,6 +99,7 @@ def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(s
         ([source, "--step=3"], EncdecError, "has no checkpoint 3"),
         ([source, "--extra_ids=2"], ConfigError, "has 4 already"),
         ([source, "--encoder_step=2"], ConfigError, "goes with --encoder_source"),
+        ([source, "--seed=2"], ConfigError, "--seed=2, but nothing is random here"),
         (
             [source, f"--encoder_source={wider}", "--embeddings=shared"],
             ConfigError,
@@ -111,12 +112,16 @@ def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(s
     for target in (source, adapted):
         with pytest.raises(ConfigError, match="is a source|is not empty"):
             adapt_main([str(source), f"--out={target}"])
+    nested = write_source(adapted / "source")
+    with pytest.raises(ConfigError, match="is a source, or holds one"):
+        adapt_main([str(nested), f"--out={adapted}", "--overwrite"])
     assert (source / "config.json").exists()
 
 
 def test_what_travels_with_the_parameters(source, tmp_path, capsys):
     (source / "chat_template.jinja").write_text("{{ messages }}")
-    second = write_source(tmp_path / "second", seed=1)
+    # Its texts begin with a sentinel, whose id becomes another.
+    second = write_source(tmp_path / "second", seed=1, inputs_prefix=(260,))
     out = tmp_path / "out"
     command = ["adapt", str(source), f"--out={out}", f"--encoder_source={second}"]
     assert encdec([*command, "--encoder_layers=last:1", "--extra_ids=10"]) == 0
@@ -128,7 +133,7 @@ def test_what_travels_with_the_parameters(source, tmp_path, capsys):
     was = read_config(source)["data"]
     for name in ("decoder_start_id", "inputs_eos", "targets_length"):
         assert content["data"][name] == was[name]
-    assert content["data"]["inputs_prefix"] == [2]  # the encoder's source has no prefix
+    assert content["data"]["inputs_prefix"] == [2, 266]  # of the encoder's source
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert content["data"]["vocabulary"]["extra_ids"] == 10
     assert lineage(out, 0).training_flops is None  # nobody knows what these cost
