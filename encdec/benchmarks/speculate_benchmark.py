@@ -22,28 +22,27 @@ from rich.table import Table
 from encdec.benchmarks import edge_paths
 from encdec.benchmarks.generation import START_ID
 from encdec.benchmarks.inference_benchmark import numbers
-from encdec.benchmarks.transformers_runtime import TransformersModel, missing
+from encdec.benchmarks.speculate_tasks import PEER, TaskRate, measure_task, measure_transformers
+from encdec.benchmarks.transformers_runtime import missing
 from encdec.errors import ConfigError
 from encdec.export.export_model import export_model
 from encdec.flags import Parser
-from encdec.inference.answer_files import read_inputs
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
 from encdec.inference.decoding_compiler import Compiled
-from encdec.inference.drafting import Drafters, Paces
+from encdec.inference.drafting import Drafters
 from encdec.inference.exported import export_format, load_exported_model
-from encdec.inference.generation_settings import LOOKUP, OFF, GenerationSettings
-from encdec.inference.generator import Generator, TextGenerator
+from encdec.inference.generation_settings import LOOKUP, OFF
 from encdec.inference.load_generator import load
-from encdec.inference.pace import LONGEST_DRAFT, Insistent
+from encdec.inference.pace import Insistent
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, first_highest, greedy_rows
-from encdec.machine import available_cores
 from encdec.model import ModelConfig, Params, build_model, init_params, preset
 from encdec.shipped import checkpoint, model_directory
 from encdec.storage import local_path
 
 SIZES = (1, 2, 4, 8, 16)
 STEPS = 12  # of one size, timed together
+REGROUPED = 16  # rows of the other batches; 1 where there are as many already
 TOKENS = 256  # made where every draft is wrong
 RUNTIMES = (
     "jax",
@@ -62,35 +61,6 @@ class StepCost:
     def ratio(self, size: int) -> float:
         """Against a step of one token."""
         return self.seconds[size] / self.seconds[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskRate:
-    """One runtime on one file, with and without drafts.
-
-    Attributes:
-        runtime: its name.
-        task: the file's name.
-        rows: inputs answered together.
-        tokens: of all answers.
-        plain_rate: tokens per second without drafts, first tokens included.
-        drafted_rate: with.
-        same_answers: share of the answers that are equal in every token.
-        different: the others' places in the file, counted from 0.
-        tokens_a_step: of verifying steps, each row; 0 where there were none.
-        acceptance: share of the drafted tokens that were kept.
-    """
-
-    runtime: str
-    task: str
-    rows: int
-    tokens: int
-    plain_rate: float
-    drafted_rate: float
-    same_answers: float
-    tokens_a_step: float
-    acceptance: float
-    different: tuple[int, ...] = ()
 
 
 def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Callable[[int], None]:
@@ -190,86 +160,8 @@ def wrong_drafts_cost(config: ModelConfig, params: Params, inputs: int, repeats:
     return drafted / plain
 
 
-def measure_task(
-    runtime: str,
-    generators: tuple[TextGenerator, TextGenerator],
-    path: str,
-    limit: int,
-    max_tokens: int | None,
-) -> TaskRate:
-    """Answers a file's texts twice, alternating by windows, and before, to compile, once more;
-    exports, which compile next to nothing, only the first of them."""
-    texts = read_inputs(path)[:limit]
-    settings = GenerationSettings(max_tokens=max_tokens)
-    rows = generators[0].batch_rows
-    seconds, tokens, different = [0.0, 0.0], [0, 0], []
-    for one in generators:
-        first = texts if isinstance(one, Generator) else texts[:rows]
-        one.generate(first, settings, truncate=True)
-    before = _counts(generators[1].paces)
-    for begin in range(0, len(texts), 4 * rows):
-        made = []
-        for which, one in enumerate(generators):
-            clock = time.perf_counter()
-            answers = one.generate(texts[begin : begin + 4 * rows], settings, truncate=True)
-            seconds[which] += time.perf_counter() - clock
-            made.append([answer.tokens for (answer,) in answers])
-            tokens[which] += sum(map(len, made[-1]))
-        different += [begin + i for i, (a, b) in enumerate(zip(*made)) if a != b]
-    steps, drafted, accepted = _counts(generators[1].paces) - before
-    return TaskRate(
-        runtime,
-        pathlib.Path(path).name.split(".")[0],
-        rows,
-        tokens[0],
-        tokens[0] / seconds[0],
-        tokens[1] / seconds[1],
-        1 - len(different) / len(texts),
-        1 + accepted / steps if steps else 0.0,
-        accepted / drafted if drafted else 0.0,
-        tuple(different),
-    )
-
-
-def measure_transformers(
-    generator: TextGenerator, directory: pathlib.Path, path: str, limit: int, max_tokens: int | None
-) -> TaskRate:
-    """The same of transformers with and without its own prompt lookup, one row at a time.
-
-    Args:
-        generator: of the model that was exported.
-        directory: ``encdec export --format=hf`` of it.
-        path, limit, max_tokens: as for ``measure_task``.
-    """
-    import torch
-
-    torch.set_num_threads(available_cores())
-    model, prompts = TransformersModel(directory, "float32"), generator.prompts
-    sources = [prompts.encode(text, truncate=True)[0] for text in read_inputs(path)[:limit]]
-    count, eos = max_tokens or generator.max_tokens, prompts.vocabulary.eos_id
-    seconds, tokens, different = [0.0, 0.0], [0, 0], []
-    for number, ids in enumerate([sources[0], *sources]):
-        if number == 1:  # the first time is preparation
-            seconds, tokens, different = [0.0, 0.0], [0, 0], []
-        made = []
-        for which, more in enumerate(({}, {"prompt_lookup_num_tokens": LONGEST_DRAFT})):
-            clock = time.perf_counter()
-            made.append(model.answer(ids, count, eos, prompts.decoder_start_id, **more))
-            seconds[which] += time.perf_counter() - clock
-            tokens[which] += len(made[-1])
-        different += [number - 1] * (made[0] != made[1])
-    task = pathlib.Path(path).name.split(".")[0]
-    plain, drafted = (n / taken for n, taken in zip(tokens, seconds))
-    share, which = 1 - len(different) / len(sources), tuple(different)
-    return TaskRate("transformers", task, 1, tokens[0], plain, drafted, share, 0.0, 0.0, which)
-
-
-def _counts(paces: Paces) -> np.ndarray:
-    return np.sum([(0, 0, 0), *((p.steps, p.drafted, p.accepted) for p in paces.all)], axis=0)
-
-
 def main(argv: list[str]) -> int:
-    """Measures, prints tables, and writes JSON.
+    """Measures, prints tables, and writes JSON; 1 where a drafted answer is a fault.
 
     Raises:
         ConfigError: nothing to measure, or a runtime that is not known.
@@ -292,6 +184,7 @@ def main(argv: list[str]) -> int:
         console.print(f"drafts that are always wrong: {wrong:.2f} of plain decoding's time")
         report |= {"costs": [dataclasses.asdict(cost) for cost in costs], "always_wrong": wrong}
     rates = _rates(options) if options.checkpoint else []
+    faults = [rate for rate in rates if rate.runtime != PEER and set(rate.different) - {*rate.ties}]
     if rates:
         console.print(_rate_table(rates))
         report["tasks"] = [dataclasses.asdict(rate) for rate in rates]
@@ -300,7 +193,7 @@ def main(argv: list[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         (out / "speculate.json").write_text(json.dumps(report, indent=2) + "\n")
         console.print(str(out / "speculate.json"), highlight=False)
-    return 0
+    return int(bool(faults))
 
 
 def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
@@ -339,11 +232,16 @@ def _rates(options: argparse.Namespace) -> list[TaskRate]:
                     generators = tuple(load(one, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
                     if generators[0].batch_rows < rows:
                         continue  # LiteRT's one row
+                    regrouped = None
                     if options.always:
                         generators[1].paces.kind = Insistent
+                        other = 1 if rows == REGROUPED else REGROUPED
+                        regrouped = load(one, batch_rows=other, draft=OFF)
+                        if regrouped.batch_rows != other:
+                            regrouped = None
                     for path in options.jsonl:
                         asked = path, options.max_examples, options.max_tokens
-                        found.append(measure_task(name, generators, *asked))
+                        found.append(measure_task(name, generators, *asked, regrouped))
             if options.transformers and not export_format(model_directory(directory)):
                 out = pathlib.Path(folder) / "hf"
                 export_model(directory, out)
@@ -396,6 +294,8 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
         "tokens per verifying step",
         "accepted",
         "equal answers",
+        "log-probs within",
+        "by rows alone",
     ):
         table.add_column(column, justify="left" if column in ("model", "task") else "right")
     for rate in rates:
@@ -409,7 +309,11 @@ def _rate_table(rates: Sequence[TaskRate]) -> Table:
             f"{rate.drafted_rate / rate.plain_rate:.2f}",
             f"{rate.tokens_a_step:.2f}",
             f"{rate.acceptance:.0%}",
-            f"{rate.same_answers:.1%}" + (f", but for {rate.different}" if rate.different else ""),
+            f"{rate.same_answers:.1%}"
+            + (f", but for {rate.different}" if rate.different else "")
+            + (f", near-ties {rate.ties}" if rate.ties else ""),
+            "–" if rate.runtime == PEER else f"{rate.log_prob_difference:.1e}",
+            "–" if rate.regrouped_difference is None else f"{rate.regrouped_difference:.1e}",
         )
     return table
 
@@ -419,7 +323,7 @@ def _parser() -> Parser:
         prog="encdec benchmark speculate",
         description="The cost of a step that verifies several tokens, of a model with random "
         "parameters; and the rate of a trained model's answers with and without drafts, "
-        "alternating.",
+        "alternating. Exit code 1 where an answer differs with drafts at more than a near-tie.",
         epilog="Example: encdec benchmark speculate --model=330m --checkpoint=runs/mine "
         "--jsonl=dev.jsonl",
     )
@@ -463,7 +367,8 @@ def _parser() -> Parser:
     parser.add(
         "--always",
         "verify drafts at every step, whether it pays or not, in steps of every size: a check that "
-        "answers to --jsonl are equal, not a measurement of their rate",
+        "answers to --jsonl are equal, not a measurement of their rate; also compares the log-"
+        "probabilities of plain answers in batches of another size",
         default=False,
     )
     parser.add("--out", "write speculate.json there", local_path)

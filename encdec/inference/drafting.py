@@ -69,21 +69,24 @@ class Answering:
 
     def __post_init__(self) -> None:
         self.steps = 0  # that were made, of either kind
+        self._wanted = FEW_STEPS  # verifying steps of the last call
 
     def advance(self, decoding: Decoding, steps: int) -> Decoding:
         """About ``steps`` more tokens per row."""
         if self.pace is None:
             self.steps += steps
             return self.plain(decoding, steps)
-        size = self.pace.size()
-        if size == PLAIN and self._probes(self.pace):
-            size = SIZES[0]
+        size, trial = self.pace.size(), self.pace.trial
+        if size == PLAIN and not trial and self._probes(self.pace):
+            size, trial = SIZES[0], True
         if size == PLAIN:
-            return self._plain_steps(self.pace, decoding, steps)
-        begin = time.perf_counter()
+            # What is to be compared with verifying steps is a call of as many.
+            wanted = min(steps, max(FEW_STEPS, self._wanted)) if trial else steps
+            return self._plain_steps(self.pace, decoding, wanted)
         wanted = math.ceil(steps / self.pace.tokens(size))
-        if self.pace.shares is not None and not self.pace.knows(size):
-            wanted = min(wanted, FEW_STEPS)
+        self._wanted = wanted = min(wanted, FEW_STEPS) if trial else wanted
+        jax.block_until_ready(decoding.counts_R)  # reading of new inputs is no part of a step
+        begin = time.perf_counter()
         decoding, done, made_K = self.verify(decoding, size, wanted)
         self.steps += done
         if done:

@@ -8,16 +8,21 @@ import itertools
 import numpy as np
 
 PLAIN = 1
-SIZES = (4, 8)  # of verifying steps; each is a compiled program
+SIZES = (2, 4, 8)  # of verifying steps; each is a compiled program
 LONGEST_DRAFT = SIZES[-1] - 1
 # A step of k tokens is taken to cost this much more for each of the others until one was timed:
 # the 330M model on two CPU cores.
 GUESSED_COST = 0.06
-GAIN = 1.05  # that drafting must promise
+GAIN = 1.05  # that drafting must promise to begin
+KEPT_GAIN = 1.02  # and to go on: a time that is a little off changes nothing
+BETTER = 1.03  # another size must promise that much more than the one in use
 NEWEST = 0.5  # weight of what the last steps say of drafts
 MOST_SKIPPED = 31  # looks at what drafts would give, while that is too little
-TIMED = 9  # the last times of a size that count
-RETIMED = 24  # times that drafts are verified before a plain step is timed again
+TIMED = 9  # the last comparisons of a size that count
+# Times that drafts are verified before a plain step is timed again: few at first, when a single
+# comparison decides, then twice as many each time.
+FIRST_RETIMED, RETIMED = 3, 24
+SURE, HOPELESS = 3, 0.7  # a size that so many comparisons say gives so little is not tried again
 
 
 class Pace:
@@ -30,9 +35,18 @@ class Pace:
 
     def __init__(self, rows: int, eager: bool):
         self._rows, self._eager = rows, eager
-        self._seconds: dict[int, collections.deque[float]] = {}
+        self._size = PLAIN  # in use
+        # What a step of each size cost in those of a plain one: each ratio is of two calls that
+        # came one after the other, so that a machine that is busier later distorts none.
+        self._ratios: dict[int, collections.deque[float]] = {}
+        self._waiting: dict[int, float] = {}  # last times of sizes that no plain one followed yet
+        self._plain: float | None = None  # seconds of a plain step, if the last call made some
         self._drafting = 0  # times that drafts were verified since a plain step
+        self._retimed = FIRST_RETIMED
+        self._turns = itertools.cycle(SIZES)
         self._seen: set[int] = set()
+        self._known: set[int] = set()  # sizes that were timed
+        self.trial = False  # the size that was asked for last is only to be timed: few steps do
         self.shares: np.ndarray | None = None  # how often the first j of a draft are right
         self._again = False  # hindsight says that it may be time to try drafts again
         self._skip = self._skipped = 0
@@ -57,57 +71,86 @@ class Pace:
 
     def size(self) -> int:
         """Tokens that the next steps should feed."""
+        self.trial = False
         if self.shares is None:
             return SIZES[0] if self._eager else PLAIN
-        timed = [size for size in SIZES if size in self._seconds]
-        if timed and (PLAIN not in self._seconds or self._drafting >= RETIMED):
-            return PLAIN  # nothing else tells whether drafting pays, now as before
-        if self._eager and not timed and self.tokens(SIZES[0]) > GAIN:
+        again, self._again = self._again, False
+        if any(size not in self._ratios for size in self._known - {PLAIN}):
+            self.trial = True
+            return PLAIN  # nothing else tells whether drafting pays
+        if self._drafting >= self._retimed:
+            self.trial = True
+            return PLAIN  # nor whether it still does
+        if self._eager and not self._ratios and self.tokens(SIZES[0]) > GAIN:
+            self.trial = True
             return SIZES[0]  # until now only its compiling was; with many rows guesses rule it out
         rates = {size: self.tokens(size) / self._cost(size) for size in (PLAIN, *SIZES)}
+        if self._size != PLAIN and self._plain is not None and (other := self._other(rates)):
+            self.trial = True
+            return other
         best = max(SIZES, key=rates.__getitem__)
-        again, self._again = self._again, False
-        if rates[best] <= GAIN * rates[PLAIN]:
-            return SIZES[0] if again else PLAIN
+        if self._size != PLAIN and rates[best] < BETTER * rates[self._size]:
+            best = self._size
+        if rates[best] <= (GAIN if self._size == PLAIN else KEPT_GAIN) * rates[PLAIN]:
+            self._size, self._retimed, self.trial = PLAIN, FIRST_RETIMED, again
+            return best if again else PLAIN
+        self._size = best
         self._skip = 0  # from now on, looks may change something
+        self.trial = not self.knows(best)
         return best
+
+    def _other(self, rates: dict[int, float]) -> int | None:
+        """A size that is not in use, to be timed next to the plain step that just was."""
+        for size in itertools.islice(self._turns, len(SIZES)):
+            sure = len(self._ratios.get(size, ())) >= SURE
+            if size != self._size and not (sure and rates[size] < HOPELESS * rates[self._size]):
+                return size
+        return None
 
     def knows(self, size: int) -> bool:
         """Whether steps of this size were timed."""
-        return size in self._seconds
+        return size in self._known
 
     def _cost(self, size: int) -> float:
         """Of a step, in those of a plain one."""
-        if PLAIN in self._seconds:
-            plain = self._usual(PLAIN)
-            if size in self._seconds:
-                return self._usual(size) / plain
-            for timed in SIZES:  # what one size costs tells better than a guess what others do
-                if timed in self._seconds:
-                    more = max(0.0, self._usual(timed) / plain - 1)
-                    return 1 + more * (size - 1) / (timed - 1)
-        return 1 + GUESSED_COST * (size - 1) * self._rows
-
-    def _usual(self, size: int) -> float:
-        """The median of a size's last times, of two the shorter.
-
-        Not their least: it falls with every time that is taken, so that on a busy machine the size
-        that is used would seem faster than the one that is not.
-        """
-        times = sorted(self._seconds[size])
-        return times[(len(times) - 1) // 2]
+        if size == PLAIN:
+            return 1.0
+        if not self._ratios:
+            return 1 + GUESSED_COST * (size - 1) * self._rows
+        # What one size costs tells better than a guess what others do.
+        timed = min(self._ratios, key=lambda other: abs(other - size))
+        ratios = sorted(self._ratios[timed])
+        # The median, of two the lower. Not the least: it falls with every time that is taken.
+        usual = ratios[(len(ratios) - 1) // 2]
+        return usual if timed == size else 1 + max(0.0, usual - 1) * (size - 1) / (timed - 1)
 
     def note_compiled(self) -> None:
         """All programs are compiled, so that the first time of each counts, too."""
         self._seen.update((PLAIN, *SIZES))
 
     def note_seconds(self, size: int, seconds: float) -> None:
-        """How long a step took, on average of some; the first time is compiling's."""
-        self._drafting = 0 if size == PLAIN else self._drafting + 1
+        """How long a step took, on average of some; a size's first time is its compiling's."""
+        if size == PLAIN and self._drafting:
+            self._drafting, self._retimed = 0, min(2 * self._retimed, RETIMED)
+        self._drafting += size != PLAIN
+        plain, self._plain = self._plain, None
         if size not in self._seen:
             self._seen.add(size)
             return
-        self._seconds.setdefault(size, collections.deque(maxlen=TIMED)).append(seconds)
+        self._known.add(size)
+        if size == PLAIN:
+            self._plain = seconds
+            for other, taken in self._waiting.items():
+                self._compare(other, taken, seconds)
+            self._waiting.clear()
+        elif plain is None:
+            self._waiting[size] = seconds
+        else:
+            self._compare(size, seconds, plain)
+
+    def _compare(self, size: int, seconds: float, plain: float) -> None:
+        ratios = self._ratios.setdefault(size, collections.deque(maxlen=TIMED))
+        ratios.append(seconds / max(plain, 1e-9))
 
     def note_made(self, made_K: np.ndarray) -> None:
         """How many rows and steps gave more than j tokens, by j."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from encdec.benchmarks.speculate_benchmark import SIZES, StepCost, main, measure_steps
+from encdec.benchmarks.speculate_tasks import log_prob_difference, near_tie
 from encdec.errors import ConfigError
+from encdec.inference.load_generator import load
 from tests.inference.conftest import LEARNED, encoder_decoder_run  # noqa: F401
 
 
@@ -70,3 +74,19 @@ def test_what_cannot_be_measured_is_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             main(arguments)
+
+
+@pytest.mark.slow
+def test_a_near_tie_is_told_from_a_fault(encoder_decoder_run):
+    """Another answer is a near-tie only where plain decoding itself is that close to it."""
+    plain, text = load(encoder_decoder_run, draft="off"), LEARNED[0][0]
+    ((wanted,),) = plain.generate([text])
+    wrong = next(token for token in range(5, 20) if token not in wanted.tokens)
+    fault = dataclasses.replace(wanted, tokens=[wrong, *wanted.tokens[1:]])
+    assert not near_tie(plain, text, wanted, fault)
+    assert not near_tie(plain, text, wanted, dataclasses.replace(wanted, tokens=wanted.tokens[:-1]))
+    heavy = SimpleNamespace(  # plain decoding in which the other token is as likely
+        generate=lambda texts, settings, **more: [[fault if settings.logit_bias else wanted]]
+    )
+    assert near_tie(heavy, text, wanted, fault)
+    assert log_prob_difference(wanted, fault) == 0 == log_prob_difference(wanted, wanted)

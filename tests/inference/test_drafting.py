@@ -141,7 +141,7 @@ def test_drafts_are_as_long_as_they_are_right(answer, seconds, eager, mostly, mo
 @pytest.mark.parametrize("compiled", [False, True])
 def test_many_rows_are_drafted_for_as_long_as_drafts_are_right(compiled, monkeypatch):
     """Whatever is guessed of their cost, which would rule out every size."""
-    seconds = {PLAIN: 1.0, SIZES[0]: 1.2, SIZES[1]: 1.5}
+    seconds = {PLAIN: 1.0} | {size: 1 + 0.1 * (size - 1) for size in SIZES}
     mostly_right = np.where(np.arange(300) % 12 == 5, OTHER, TEXT).tolist()
     for answer, right in ((mostly_right, True), (OTHER, False), (TEXT[:40] + OTHER[40:], False)):
         pace = Pace(16, True)
@@ -150,8 +150,8 @@ def test_many_rows_are_drafted_for_as_long_as_drafts_are_right(compiled, monkeyp
         script = Scripted(answer, TEXT, seconds, monkeypatch)
         sizes = script.answers(pace)
         if right:
-            assert set(sizes[6:]) <= set(SIZES) and script.now < 0.6 * len(answer)
-            assert sizes.count(PLAIN) == (1 if compiled else 2)
+            assert sizes[6:].count(PLAIN) <= 3 and script.now < 0.6 * len(answer)
+            assert sizes.count(PLAIN) <= 4  # to time them: less and less often
         else:
             assert set(sizes[-9:]) == {PLAIN} and script.now < 1.15 * len(answer)
 
@@ -181,7 +181,7 @@ def test_a_plain_step_that_was_slow_once_is_timed_again(monkeypatch):
         sizes = script.answers(pace)
         taken.append(script.now)
         if len(taken) == 1:
-            assert PLAIN not in sizes[:12]
+            assert PLAIN not in sizes[:3]
     assert sum(taken[4:]) < 1.03 * 4 * len(TEXT)
 
 
@@ -216,11 +216,30 @@ def test_a_size_that_was_never_timed_costs_as_the_others_say():
     """With many rows the guess would rule out every size for good."""
     pace = Pace(16, True)
     pace.note_shares(np.ones(LONGEST_DRAFT + 1))
-    for size, seconds in ((PLAIN, 1.0), (SIZES[0], 1.9)):
+    for size, seconds in ((PLAIN, 1.0), (SIZES[0], 1.3)):
         for _ in range(2):  # the first time is compiling's
             pace.note_seconds(size, seconds)
+    pace.note_seconds(PLAIN, 1.0)
     assert pace._cost(SIZES[1]) == pytest.approx(1 + 0.3 * (SIZES[1] - 1))
-    assert pace.size() == SIZES[1]
+    assert pace.size() == SIZES[-1]
+
+
+def test_a_machine_that_becomes_slower_or_faster_says_nothing_of_drafts():
+    """Steps cost as much as they give, whatever the machine's speed at the moment."""
+    pace, rng, drafted = Pace(16, True), np.random.default_rng(0), 0
+    pace.note_compiled()
+    for call in range(2000):
+        size = pace.size()
+        speed = 1.0 + 9.0 * (call // 150 % 2)  # other work comes and goes
+        cost = {1: 1.0, 2: 1.6, 4: 2.8, 8: 5.2}[size]
+        pace.note_seconds(size, speed * cost * rng.uniform(0.9, 1.1))
+        if size == PLAIN:
+            if pace.looks():
+                pace.note_hindsight(0.5 ** np.arange(LONGEST_DRAFT + 1))
+        else:
+            pace.note_made(1000 * 0.5 ** np.arange(size))
+            drafted += 1
+    assert drafted < 100
 
 
 def test_auto_drafts_for_few_rows_where_it_pays():
