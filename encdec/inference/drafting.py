@@ -85,7 +85,7 @@ class Answering:
             return self._plain_steps(self.pace, decoding, wanted)
         wanted = math.ceil(steps / self.pace.tokens(size))
         self._wanted = wanted = min(wanted, FEW_STEPS) if trial else wanted
-        jax.block_until_ready(decoding.counts_R)  # reading of new inputs is no part of a step
+        jax.block_until_ready(decoding.counts_R)  # reading of new inputs does not count
         begin = time.perf_counter()
         decoding, done, made_K = self.verify(decoding, size, wanted)
         self.steps += done

@@ -14,7 +14,7 @@ LONGEST_DRAFT = SIZES[-1] - 1
 # the 330M model on two CPU cores.
 GUESSED_COST = 0.06
 GAIN = 1.05  # that drafting must promise to begin
-KEPT_GAIN = 1.02  # and to go on: a time that is a little off changes nothing
+KEPT_GAIN = 1.02  # and to continue: a time that is a little off changes nothing
 BETTER = 1.03  # another size must promise that much more than the one in use
 NEWEST = 0.5  # weight of what the last steps say of drafts
 MOST_SKIPPED = 31  # looks at what drafts would give, while that is too little
