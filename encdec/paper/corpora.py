@@ -119,7 +119,8 @@ class Corpora:
         """Writes the fingerprints of what is read, or compares them with those that are there."""
         path = self._work / DATA_FILE
         made = json.loads(path.read_text()) if path.is_file() else {}
-        if self._setting.pretrain.steps and not self._text and TEXT not in made:
+        written = TEXT in made and "pretrain" in counts  # excerpts, so that no text is needed again
+        if self._setting.pretrain.steps and not self._text and not written:
             raise DataError("no text to pretrain on; give files with --text=FILE")
         now = {
             task: fingerprint(
@@ -133,7 +134,7 @@ class Corpora:
         if self._text:
             documents = text_documents(check_files(self._text), BadRows())
             now[TEXT] = fingerprint(text for (text,) in documents)
-        elif TEXT in made:  # excerpts exist, so that the text is not needed again
+        elif TEXT in made:
             now[TEXT] = made[TEXT]
         if made and (other := [name for name in now if made.get(name) != now[name]]):
             flag = "--text" if other[0] == TEXT else "--data_dir"

@@ -138,6 +138,27 @@ def test_all_that_is_read_is_in_the_fingerprint(inputs, tmp_path):
         corpora._claim_data({})
         found.append(corpora.data)
     assert found[0] == found.pop() and len(set(found)) == len(found)
+    # Interrupted before the excerpts were written, it needs the text again.
+    with pytest.raises(DataError, match="give files with --text=FILE"):
+        Corpora(setting, work, str(data), []).make(print)
+
+
+def test_an_older_work_directory_takes_the_data_that_it_was_made_from(inputs, tmp_path):
+    """One from before there were fingerprints, whose files are compared instead."""
+    config = load_config(str(inputs / "config.py"), ["--config.pretrain.steps=0"])
+    setting = parse_setting(config.to_dict())
+    Corpora(setting, tmp_path, str(inputs / "data"), []).make(print)
+    (tmp_path / "data.json").unlink()
+    Corpora(setting, tmp_path, str(inputs / "data"), []).make(print)
+    for split in ("train", "validation"):
+        (tmp_path / "data.json").unlink(missing_ok=True)
+        other = tmp_path / split
+        shutil.copytree(inputs / "data", other)
+        path = other / split / "code_java2cs.jsonl"
+        path.write_text(path.read_text().replace("};", "} ;").replace("RETURN", "RETURNS"))
+        with pytest.raises(DataError, match=f"not in --data_dir={other}; give the one"):
+            Corpora(setting, tmp_path, str(other), []).make(print)
+        assert not (tmp_path / "data.json").exists()
 
 
 @pytest.mark.slow
@@ -531,6 +552,10 @@ def test_mistakes_are_named_before_anything_is_run(inputs, tmp_path):
         load_config(config, ["--config.pretrain.step=1"])
     with pytest.raises(ConfigError, match="expected 'skip' or 'cut'"):
         parse_setting(load_config(config, ["--config.columns.code.too_long=drop"]).to_dict())
+    twice = load_config(config).to_dict()
+    twice["columns"]["again"] = twice["columns"]["code"]
+    with pytest.raises(ConfigError, match="the task code_java2cs is 2 times in config.columns"):
+        parse_setting(twice)
     with pytest.raises(ConfigError, match="is not in the paper"):
         parse_setting({**load_config(config).to_dict(), "splits": ("1/6",)})
     with pytest.raises(ConfigError, match="--columns names 'x'; known: code"):
