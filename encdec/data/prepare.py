@@ -65,10 +65,10 @@ def prepare(
     source = settings.text_task()
     inputs, targets = source.row_lengths(settings.inputs_length, settings.targets_length)
     source = source.at_lengths(inputs, targets)
-    assert settings.vocabulary is not None and settings.decoder_start_id is not None
-    vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
     if given.inputs_prefix is None and inputs == 0:  # nothing that it could be in front of
         settings = dataclasses.replace(settings, inputs_prefix=())
+    assert settings.vocabulary is not None and settings.decoder_start_id is not None
+    vocabulary = load_vocabulary(settings.vocabulary, extra_ids=settings.extra_ids)
     recipe = _recipe(settings, source, vocabulary, (inputs, targets))
     bad_rows = BadRows(settings.max_bad_rows)
     passes = {"passes": settings.passes} if settings.passes > 1 else {}
