@@ -101,7 +101,7 @@ def generate(
 
 def evaluate(
     checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], **settings: Any
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Answers and scores tasks or files of pairs; repeat an interrupted call to continue.
 
     Args:
@@ -111,7 +111,7 @@ def evaluate(
             ``tasks``, ``jsonl``, ``metrics``, ``max_examples`` or ``shuffle_sources``.
 
     Returns:
-        The report: what report.json holds.
+        The report: what report.json holds; None where other processes (``shards``) are not done.
 
     Raises:
         ConfigError, DataError, CheckpointError: see ``encdec.evaluation.evaluate.evaluate``.

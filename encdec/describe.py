@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +23,7 @@ from encdec.cost.flops import (
     training_flops,
     weight_bytes,
 )
-from encdec.cost.peers import match_decoder_only
+from encdec.cost.peers import PeerMatch, match_decoder_only
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.model import ModelConfig, preset, preset_names
@@ -30,7 +32,10 @@ from encdec.storage import as_path, user_place
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 
 # Labels of tables: matched quantities of peers, parts of the parameters, stages of generation.
-_PEERS = {"parameters": "equal parameters", "training_flops": "equal training FLOPs"}
+_PEERS: dict[PeerMatch, str] = {
+    "parameters": "equal parameters",
+    "training_flops": "equal training FLOPs",
+}
 _PARTS = {
     "embedding": "embedding",
     "encoder": "encoder",
@@ -46,12 +51,21 @@ _STAGES = {"first token": "first_token", "each later token": "per_later_token", 
 Pick = Callable[[dict[str, Any]], float]
 
 
+def _at(*path: str) -> Pick:
+    """Picks the value below these keys."""
+
+    def pick(costs: Any) -> Any:
+        return functools.reduce(operator.getitem, path, costs)
+
+    return pick
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """One column of the table: a model, the quantity matched, and its costs as plain values."""
 
     name: str
-    matched_by: str  # "" for the described model, else a key of _PEERS
+    matched_by: PeerMatch | Literal[""]  # "" for the described model, else a key of _PEERS
     config: ModelConfig
     costs: dict[str, Any]
 
@@ -253,17 +267,17 @@ def show(description: Description, console: Console) -> None:
         table.add_row(label, *(choice[label] for choice in choices))
     section("Parameters")
     for label, part in _PARTS.items():
-        row(label, lambda c, p=part: c["parameters"][p], "{:,}".format, compare=part == "total")
+        row(label, _at("parameters", part), "{:,}".format, compare=part == "total")
     section("Training, FLOPs")
     row("forward", lambda c: c["forward_flops"]["total"], _flops)
     row("forward and backward", lambda c: c["training_flops"], _flops)
     section("Generation, FLOPs")
     for label, part in _STAGES.items():
-        row(label, lambda c, p=part: c["generation_flops"]["cached"][p], _flops)
+        row(label, _at("generation_flops", "cached", part), _flops)
     row("all, without a cache", lambda c: c["generation_flops"]["uncached"]["total"], _flops)
     section("Bytes")
     for dtype in WEIGHT_DTYPES:
-        row(f"weights, {dtype}", lambda c, d=dtype: c["weight_bytes"][d], _bytes)
+        row(f"weights, {dtype}", _at("weight_bytes", dtype), _bytes)
     row("key-value cache", lambda c: c["cache_bytes"], _bytes)
     console.print(table)
     console.print(

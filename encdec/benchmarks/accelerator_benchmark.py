@@ -93,7 +93,7 @@ def compare_attention(config: ModelConfig, rows: int, length: int, causal: bool)
 
         return jax.jit(both)
 
-    plain = with_gradients(lambda *qkv: dot_product_attention(config, *qkv, mask))
+    plain = with_gradients(lambda q, k, v: dot_product_attention(config, q, k, v, mask))
     exact = plain(q, k, v, gradient)
     small = [x.astype(config.dtype) for x in (q, k, v, gradient)]
     programs = {"kernel": with_gradients(fused), "plain": plain}
@@ -194,7 +194,8 @@ def parts_of(options: argparse.Namespace) -> dict[str, Part]:
                 compare_attention, config, 2, options.inputs_length, causal
             )
     for model in options.models:
-        parts[f"train {model}"] = lambda model=model: train_part(options, model, rate())
+        part = lambda name: train_part(options, name, rate())
+        parts[f"train {model}"] = functools.partial(part, model)
     for batch in options.batches:
         parts[f"generation {batch}"] = functools.partial(generation_part, options, batch)
     parts["profile"] = functools.partial(profile_part, options, options.models[0])
@@ -212,7 +213,9 @@ def run_parts(
     Raises:
         ConfigError: the file is of other settings.
     """
-    kept = json.loads(path.read_text()) if path.is_file() else {"settings": settings, "parts": {}}
+    kept: dict[str, Any] = {"settings": settings, "parts": {}}
+    if path.is_file():
+        kept = json.loads(path.read_text())
     if kept["settings"] != settings:
         raise ConfigError(
             f"{path} was measured with {kept['settings']}, not with {settings}; give another --out"

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from encdec.adapt.adapting import make_plan, write
 from encdec.adapt.layer_choice import chosen_layers
@@ -124,7 +124,7 @@ class Row:
 
     name: str
     layers: tuple[str, str] | None
-    cross_attention: str = "self"
+    cross_attention: Literal["self", "zero", "random", "merged", ""] = "self"
     objective: str = "prefix_lm"
     distilled: bool = False
     headline: bool = False
@@ -183,7 +183,7 @@ def run_experiment(setting: Setting, say: Say, report: Report = lambda results: 
     for seed, row in todo:
         if seed not in sources:
             sources[seed] = _source(setting, seed, say)
-        line = {"kind": KIND, "setting": digest, "row": row.name, "seed": seed}
+        line: dict[str, Any] = {"kind": KIND, "setting": digest, "row": row.name, "seed": seed}
         line |= _run(setting, row, seed, sources[seed], say)
         line |= {"source_flops": source_flops(setting)} | where_and_when()
         append_rows(setting.results_file, [line])
@@ -470,7 +470,11 @@ def _start(setting: Setting, row: Row, seed: int, source: pathlib.Path) -> pathl
             chosen_layers(text, opened.config.decoder_layers, "layers", str(source))
             for text in row.layers
         ]
-        write(make_plan(opened, opened, Choice(*layers, how, seed=seed)), out, name=row.name)
+        write(
+            make_plan(opened, opened, Choice(layers[0], layers[1], how, seed=seed)),
+            out,
+            name=row.name,
+        )
     return out
 
 

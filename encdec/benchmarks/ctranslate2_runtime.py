@@ -116,7 +116,9 @@ def specification(config: ModelConfig, params: Any) -> Any:
 
 
 def _set_layer(spec: Any, layer: Params, config: ModelConfig) -> None:
-    sublayers = [("self_attention", spec.self_attention, ("qkv", "o"))]
+    sublayers: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("self_attention", spec.self_attention, ("qkv", "o"))
+    ]
     if "encoder_attention" in layer:
         sublayers.append(("encoder_attention", spec.attention, ("q", "kv", "o")))
     for name, attention, products in sublayers:
@@ -161,7 +163,11 @@ class Ctranslate2Model:
         """Runs up to the first of ``count`` (2 or more) new tokens of the first row."""
         answer = Answer()
         answer.put(None)  # transformers' streamer gets the prompt first
-        go_on = lambda step: bool(answer.put(step))  # False: nothing is to end
+
+        def go_on(step: Any) -> bool:
+            answer.put(step)
+            return False  # nothing is to end
+
         call = lambda answer: self.translate(tokens_BxS, count, callback=go_on)
         threading.Thread(target=answer.run, args=[call]).start()
         answer.wait(answer.begun)

@@ -310,7 +310,7 @@ def read_main(argv: list[str]) -> int:
         if not records:
             records = pathlib.Path(folder) / "records"
             prepare(out=records, vocabulary="bytes", task="stdlib_text")
-        result = measure_fetching(records) if is_address(records) else {}
+        result: dict[str, Any] = measure_fetching(records) if is_address(records) else {}
         result |= measure_reading(records, batch=given.batch_size, steps=given.steps)
     speeds = {
         layout: result[f"{layout}_tokens_per_second_per_core"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 import resource
@@ -71,7 +72,7 @@ class ReadRate:
         """The best rate of this many tries."""
         return max(
             sum(piece.nbytes for piece in pieces)
-            / best_seconds(lambda pieces=pieces: _products(pieces, self._vector), tries)
+            / best_seconds(functools.partial(_products, pieces, self._vector), tries)
             for pieces in self._ways
         )
 

@@ -12,14 +12,14 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from encdec.cost.flops import count_parameters
-from encdec.data.batches import Batches
+from encdec.data.batches import Batches, Column
 from encdec.data.records import open_records
 from encdec.data.teacher_rows import TeacherCard, open_teacher, read_teacher_card
 from encdec.distill.scoring import score
@@ -31,7 +31,7 @@ from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import train
 from encdec.train.losses import loss_positions
 from encdec.train.program import build_program
-from encdec.train.run_config import RunConfig, parse_config
+from encdec.train.run_config import RunConfig, Tail, parse_config
 from encdec.train.sharding import make_mesh
 
 TEACHER_RATIO = 4.0  # the least size of the teacher, in students
@@ -82,7 +82,7 @@ class Variant:
     method: str = ""
     draws: int = 50
     k: int = 12
-    tail: str = "dropped"
+    tail: Tail = "dropped"
 
     @property
     def store(self) -> str:
@@ -320,11 +320,12 @@ def calibration_error(workdir: pathlib.Path, records: str, rows: int = 64) -> fl
 
     @jax.jit
     def sums(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        hidden = model.apply({"params": params}, batch, method="hidden")
+        hidden = cast(jax.Array, model.apply({"params": params}, batch, method="hidden"))
         targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
         if not config.is_encoder_decoder:
             hidden, targets, weights = loss_positions(hidden, batch, opened.card.targets_length)
-        log_probs = jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"))
+        logits = cast(jax.Array, model.apply({"params": params}, hidden, method="logits"))
+        log_probs = jax.nn.log_softmax(logits)
         confidence = jnp.exp(jnp.max(log_probs, axis=-1))
         correct = jnp.argmax(log_probs, axis=-1) == targets
         bin_ = jnp.minimum((confidence * BINS).astype(jnp.int32), BINS - 1)
@@ -332,7 +333,9 @@ def calibration_error(workdir: pathlib.Path, records: str, rows: int = 64) -> fl
         zeros = jnp.zeros((BINS, 3), jnp.float32)
         return zeros.at[bin_.reshape(-1)].add((values * weights[..., None]).reshape(-1, 3))
 
-    total = sum(np.asarray(sums(params, batch), np.float64) for batch in batches.iterate())
+    total = np.zeros((BINS, 3))
+    for batch in batches.iterate():
+        total += np.asarray(sums(params, batch), np.float64)
     return expected_calibration_error(*total.T)
 
 
@@ -356,7 +359,9 @@ def step_ratios(
         records = open_records(run.data.records)
         mesh = make_mesh(run.mesh)
         program = build_program(run, run.model_config(), mesh, records.card.targets_length)
-        columns = [open_teacher(run.distill.teacher, records)] if variant.method else []
+        columns: list[Column] = (
+            [open_teacher(run.distill.teacher, records)] if variant.method else []
+        )
         batch = Batches(records, global_batch=run.batch_size, columns=columns)[0]
         loops[variant.name] = _Loop(program, jax.device_put(batch, program.batch_sharding))
     seconds = np.array([[loop.seconds(steps) for loop in loops.values()] for _ in range(rounds)])

@@ -24,7 +24,7 @@ from encdec.distill.draw import to_sparse
 from encdec.distill.scorers import make_score_step
 from encdec.model import build_model
 from encdec.saved.saved_params import load_params_for_inference
-from encdec.train.run_config import DistillConfig, LossConfig
+from encdec.train.run_config import DistillConfig, LossConfig, Tail
 from encdec.train.step import batch_metrics
 
 
@@ -67,9 +67,10 @@ class _Gradients:
         self._batch_rows = batch_rows
         self._compiled: dict[str, Any] = {}
 
-    def of(self, fmt: SparseFormat, tail: str = "merged") -> tuple[np.ndarray, float]:
+    def of(self, fmt: SparseFormat, tail: Tail = "merged") -> tuple[np.ndarray, float]:
         """The gradient of the forward KL over all rows, flat, and bytes per token."""
-        total, size, count = 0.0, 0, 0
+        total: Any = 0.0  # broadcasts to the gradient's shape
+        size, count = 0, 0
         for (student_batch, _), (rows, tokens) in zip(self._batches, self._stored(fmt)):
             size, count = size + sum(map(len, rows)), count + tokens
             # One width for all formats, so that each loss is compiled once.
@@ -109,7 +110,7 @@ class _Gradients:
                 int(tokens.sum()),
             )
 
-    def _gradient(self, name: str, tail: str) -> Any:
+    def _gradient(self, name: str, tail: Tail) -> Any:
         if name not in self._compiled:
             model, config = build_model(self._student), DistillConfig("teacher", tail=tail)
 

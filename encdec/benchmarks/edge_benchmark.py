@@ -109,11 +109,11 @@ def measure(
             if all(len(times) == repeats for times in taken.values()):
                 break
         for name, times in taken.items():
-            firsts, totals, around = zip(*times)
+            firsts, totals, arounds = zip(*times)
             timings.append(
                 (
                     GenerationTiming(name, True, length, outputs, 1, firsts, totals),
-                    around,
+                    arounds,
                     alike(answers[name], answers[REFERENCE]) if REFERENCE in answers else None,
                 )
             )

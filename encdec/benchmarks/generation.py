@@ -175,7 +175,8 @@ def time_generation(
                 length,
                 output_length,
                 batch,
-                *zip(*times),
+                tuple(first for first, _ in times),
+                tuple(total for _, total in times),
                 same_tokens=same.get((name, cached)),
             )
             for (name, cached), times in taken.items()

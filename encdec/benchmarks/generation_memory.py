@@ -30,7 +30,7 @@ def measure_peaks(
     Raises:
         RuntimeError: a process that failed, with the end of what it said.
     """
-    found = {}
+    found: dict[tuple[str, Setting], int] = {}
     for name, config in configs.items():
         peaks = peaks_by_process(
             "encdec.benchmarks.generation_memory",

@@ -27,7 +27,7 @@ from encdec.cost.flops import (
     generation_flops,
     weight_bytes,
 )
-from encdec.cost.peers import match_decoder_only
+from encdec.cost.peers import PeerMatch, match_decoder_only
 from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.flags import Parser
@@ -37,7 +37,7 @@ from encdec.storage import local_path
 
 _LOG = logger(__name__)
 
-PEERS = {"parameters": "parameters", "flops": "training_flops"}
+PEERS: dict[str, PeerMatch] = {"parameters": "parameters", "flops": "training_flops"}
 OURS = "encoder-decoder"
 # The encoder-decoder by transformers' `generate`; the precision, or None for that of --dtype.
 RUNTIMES = {"transformers": None, "transformers-bfloat16": "bfloat16"}
@@ -144,11 +144,14 @@ def measure(
     whose export is in ``folder``. Raises ConfigError for a setting that cannot be.
     """
     models = {name: (config, random_params(config)) for name, config in configs.items()}
+    if precisions and folder is None:
+        raise ConfigError(f"{', '.join(precisions)} read an export; name the folder to write it to")
     loaded = {
         name: transformers_runtime.TransformersModel(
             transformers_runtime.artefact(*models[OURS], folder), precision, torch_device()
         )
         for name, precision in (precisions or {}).items()
+        if folder is not None
     }
     # What ``time_generation`` asks of a runtime.
     runtime = lambda model: lambda tokens, count: (lambda: model.start(tokens, count), model.finish)

@@ -127,8 +127,8 @@ def measure_loop(
             resumed = _clocks()
 
         train(run, root / "work", on_report=turn)
-    loop, hot = np.array(in_loop), np.array(hot)
-    wall, processor = (loop / hot).T
+    loop, alone = np.array(in_loop), np.array(hot)
+    wall, processor = (loop / alone).T
     return {
         "model": model,
         "batch_size": batch_size,
@@ -138,7 +138,7 @@ def measure_loop(
         "devices": jax.device_count(),
         "steps": window * rounds,
         "loop_step_seconds": float(np.median(loop[:, 0])),
-        "bare_step_seconds": float(np.median(hot[:, 0])),
+        "bare_step_seconds": float(np.median(alone[:, 0])),
         "ratio": float(np.median(wall)),
         "ratios": wall.round(4).tolist(),
         # Of all threads: where the device is the processor itself, on a machine that others use,

@@ -229,7 +229,8 @@ def _rates(options: argparse.Namespace) -> list[TaskRate]:
         with tempfile.TemporaryDirectory() as folder:
             for name, one in _models(directory, options, pathlib.Path(folder)):
                 for rows in options.batches:
-                    generators = tuple(load(one, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
+                    plain, drafting = (load(one, batch_rows=rows, draft=x) for x in (OFF, LOOKUP))
+                    generators = plain, drafting
                     if generators[0].batch_rows < rows:
                         continue  # LiteRT's one row
                     regrouped = None

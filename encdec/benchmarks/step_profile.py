@@ -83,11 +83,11 @@ def seconds_by_part(run: Callable[[], Any], hlo_text: str, steps: int) -> dict[s
                 jax.block_until_ready(run())
         files = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
         events = list(_events(ProfileData.from_file(str(file)) for file in files))
-    sums: collections.Counter[str] = collections.Counter()
+    sums: dict[str, float] = collections.defaultdict(float)
     for name, nanoseconds in events:
         if name in parts:
             sums[parts[name]] += nanoseconds / 1e9 / steps
-    return dict(sums.most_common())
+    return dict(sorted(sums.items(), key=lambda part: -part[1]))
 
 
 def _events(profiles: Iterable[Any]) -> Iterator[tuple[str, float]]:

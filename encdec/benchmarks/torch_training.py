@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def build(config: ModelConfig, params: Any, targets: int) -> nn.Module:
     if config.is_encoder_decoder:
         values, tensors = huggingface_export.own(config, params)
         module: nn.Module = TwoStacks(EncdecConfig(**values))
-        target = module.model
+        target: Any = module.model
     else:
         values = {
             name: getattr(config, name)
@@ -141,11 +141,14 @@ class TorchStep:
         self._parameters = list(module.parameters())
         put = lambda name: torch.as_tensor(np.asarray(batch[name], np.int64), device=device)
         if config.is_encoder_decoder:
-            self._inputs = (put("encoder_input_tokens"), put("decoder_input_tokens"))
+            self._inputs: tuple[torch.Tensor, ...] = (
+                put("encoder_input_tokens"),
+                put("decoder_input_tokens"),
+            )
             self._labels = put("decoder_target_tokens").flatten()
         else:
             self._inputs = (put("decoder_input_tokens"),)
-            self._labels = put("decoder_target_tokens")[:, -module.targets :].flatten()
+            self._labels = put("decoder_target_tokens")[:, -cast(int, module.targets) :].flatten()
         self._autocast: Callable[[], Any] = contextlib.nullcontext
         if config.dtype == "bfloat16":
             self._autocast = lambda: torch.autocast(device, torch.bfloat16)

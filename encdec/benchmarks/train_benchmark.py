@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -121,6 +122,25 @@ class Measured:
         return self.flops / self.median(who) / self.matmul_flops
 
 
+class SetStep(Protocol):
+    """A training step to build: its run and the shape of its batch."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+
+    @property
+    def inputs(self) -> int:
+        """Length of its sources."""
+
+    @property
+    def targets(self) -> int:
+        """Length of its targets."""
+
+    def run(self) -> RunConfig:
+        """The run that has this step."""
+
+
 class OurStep:
     """The program that ``encdec train`` runs, on one batch.
 
@@ -129,7 +149,7 @@ class OurStep:
         batch: host arrays of rows without packing: one source and one target fill each.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: SetStep) -> None:
         run = setting.run()
         self.config: ModelConfig = run.model_config()
         self.program: Program = build_program(
@@ -161,7 +181,7 @@ class OurStep:
         return seconds_by_part(self, self._compiled.as_text(), steps)
 
 
-def unpacked_batch(program: Program, setting: Setting) -> dict[str, np.ndarray]:
+def unpacked_batch(program: Program, setting: SetStep) -> dict[str, np.ndarray]:
     """Random ids in rows that one source and one target fill; the loss on targets alone."""
     draw, batch = np.random.default_rng(0), {}
     spec = abstract_batch(program, setting.rows, setting.inputs, setting.targets)
@@ -184,7 +204,9 @@ def torch_steps(setting: Setting, ours: OurStep, compiled: bool) -> dict[str, Ca
     from encdec.benchmarks.torch_training import TorchStep, build
 
     params = random_params(ours.config, setting.run().seed)
-    optimizer, steps = setting.run().optimizer, {}
+    optimizer = setting.run().optimizer
+    steps: dict[str, Callable[[], float]] = {}
+    loss = lambda step: float(step())
     for name in (EAGER, COMPILED) if compiled else (EAGER,):
         step = TorchStep(
             build(ours.config, params, setting.targets),
@@ -194,7 +216,7 @@ def torch_steps(setting: Setting, ours: OurStep, compiled: bool) -> dict[str, Ca
             compiled=name == COMPILED,
             device=torch_device(),
         )
-        steps[name] = lambda step=step: float(step())
+        steps[name] = functools.partial(loss, step)
     return steps
 
 

@@ -16,10 +16,13 @@ TOLERANCE = 0.01  # worse matches are refused
 _WIDTH_PER_MISMATCH = 10.0
 
 
+PeerMatch = Literal["parameters", "training_flops"]
+
+
 def match_decoder_only(
     config: ModelConfig,
     *,
-    by: Literal["parameters", "training_flops"] = "parameters",
+    by: PeerMatch = "parameters",
     inputs: int = 1024,
     targets: int = 256,
     mlp_multiple: int | None = None,

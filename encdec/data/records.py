@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import cast
 
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 
-def open_records(directory: str | pathlib.Path) -> Records:
+def open_records(directory: str | os.PathLike[str]) -> Records:
     """Open a records directory written by ``encdec prepare``, or a mixture of several.
 
     A mixture is "A=3,B=1" (rates), "A,B" (proportional to their rows) or "A,B;temperature=2"; it

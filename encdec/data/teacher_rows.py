@@ -246,7 +246,7 @@ class MixedTeacher:
     def describe(self) -> str:
         return "; ".join(part.describe() for part in self.parts)
 
-    def fields(self, row_numbers: Sequence[int]) -> dict[str, np.ndarray]:
+    def fields(self, row_numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """As ``Teacher.fields``; P is the most pairs of any row of any part."""
         numbers = np.asarray(row_numbers, np.int64)
         sums: dict[str, np.ndarray] = {}

@@ -296,7 +296,9 @@ def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def copy_vocabulary(source: str | pathlib.Path, target: str | pathlib.Path) -> VocabularySpec:
+def copy_vocabulary(
+    source: str | os.PathLike[str], target: str | os.PathLike[str]
+) -> VocabularySpec:
     """Copy the vocabulary of one records or work directory into another."""
     source, target = as_path(source), as_path(target)
     spec = _spec_in_directory(source)

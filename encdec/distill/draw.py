@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from encdec.data.sparse_logits import SparseFormat, SparseLogits, count_draws
 
-Kept = dict[str, jax.Array]
+Kept = Mapping[str, jax.Array | np.ndarray]
 
 
 def keep(logits_NxV: jax.Array, keys_N: jax.Array, fmt: SparseFormat) -> Kept:

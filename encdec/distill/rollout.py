@@ -220,8 +220,10 @@ def _write_block(
         keys += [(row_number * _SEGMENTS + place) % 2**32 for place in range(len(found))]
     answers = [made[0] for made in generator.generate_from_tokens(asked, settings, numbers=keys)]
     targets = [np.asarray(answer.tokens) for answer in answers]
-    lengths = (np.array([len(ids) for ids in side]) for side in (sources, targets))
-    rows = pack(*lengths, records.card.inputs_length, records.card.targets_length, PACKING)
+    lengths = [np.array([len(ids) for ids in side]) for side in (sources, targets)]
+    rows = pack(
+        lengths[0], lengths[1], records.card.inputs_length, records.card.targets_length, PACKING
+    )
     shard = write_shard(
         notes.directory / f"rows-{number:06d}.arrayrecord",
         (encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows),

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     from encdec.distill.scoring import score
     from encdec.distill.scoring_progress import ScoringProgress
 
-    progress = ScoringProgress(settings.records)
+    progress = ScoringProgress(str(settings.records))
     try:
         card = score(settings, progress=progress)
     finally:
@@ -69,12 +69,12 @@ def _forward_flops(settings: ScoringSettings, records: Records) -> float:
     if settings.backend == "torch":
         from encdec.distill.torch_scorer import torch_model
 
-        model = torch_model(settings.teacher, records, settings.vocabulary, settings.max_length)
-    else:
-        from encdec.distill.scorers import scoring_model
+        theirs = torch_model(settings.teacher, records, settings.vocabulary, settings.max_length)
+        return theirs.forward_flops(records)
+    from encdec.distill.scorers import scoring_model
 
-        model = scoring_model(settings.teacher, records, settings.step, settings.max_length)
-    return model.forward_flops(records)
+    ours = scoring_model(settings.teacher, records, settings.step, settings.max_length)
+    return ours.forward_flops(records)
 
 
 def _parser() -> Parser:

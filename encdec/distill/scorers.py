@@ -10,9 +10,10 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ class ScoringModel:
 
 
 def scoring_model(
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike[str],
     records: Records,
     step: int | None = None,
     max_length: int | None = None,
@@ -135,7 +136,7 @@ def scoring_model(
 
 
 def check_records(
-    records: Records, teacher: str | pathlib.Path, vocabulary: VocabularySpec, remedy: str
+    records: Records, teacher: str | os.PathLike[str], vocabulary: VocabularySpec, remedy: str
 ) -> None:
     """Refuses mixtures (ConfigError) and another vocabulary than the teacher's (DataError).
 
@@ -158,7 +159,10 @@ def check_records(
 
 
 def _check_lengths(
-    content: dict[str, Any], records: Records, max_length: int | None, workdir: str | pathlib.Path
+    content: dict[str, Any],
+    records: Records,
+    max_length: int | None,
+    workdir: str | os.PathLike[str],
 ) -> None:
     """Raises DataError where a text is longer than the teacher supports."""
     data = content["data"]
@@ -170,7 +174,7 @@ def _check_lengths(
     check_longest(records, right_for, workdir)
 
 
-def check_longest(records: Records, right_for: int, teacher: str | pathlib.Path) -> None:
+def check_longest(records: Records, right_for: int, teacher: str | os.PathLike[str]) -> None:
     """Raises DataError where a text has more than ``right_for`` tokens."""
     if records.card.inputs_length + records.card.targets_length <= right_for:
         return
@@ -208,7 +212,7 @@ def make_score_step(
     positions = -(-targets_length // HEAD_TOKENS) * HEAD_TOKENS
 
     def score_step(params: Any, batch: dict[str, jax.Array]) -> Kept:
-        hidden = model.apply({"params": params}, batch, method="hidden")
+        hidden = cast(jax.Array, model.apply({"params": params}, batch, method="hidden"))
         weights_BxT = batch["decoder_loss_weights"]
         if not model.config.is_encoder_decoder:
             hidden, _, weights_BxT = loss_positions(hidden, batch, targets_length)
@@ -222,6 +226,7 @@ def make_score_step(
         def some_tokens(part: tuple[jax.Array, jax.Array]) -> Kept:
             hidden_BxCxM, places_C = part
             logits = model.apply({"params": params}, hidden_BxCxM, method="logits")
+            logits = cast(jax.Array, logits)
             keys_BxC = jax.vmap(fold, in_axes=(0, None))(keys_B, places_C)
             kept = keep(logits.reshape(-1, logits.shape[-1]), keys_BxC.reshape(-1), fmt)
             return jax.tree.map(lambda x: x.reshape(rows, HEAD_TOKENS, *x.shape[1:]), kept)
@@ -256,15 +261,15 @@ class JaxScorer:
         """
         self._model, self._fmt, self._seed = model, fmt, seed
         self._targets_length = records.card.targets_length
-        devices = make_mesh(mesh)
-        shards = data_shards(devices)
+        self._mesh = make_mesh(mesh)
+        shards = data_shards(self._mesh)
         self.batch_rows = batch_rows or 8 * shards
         if self.batch_rows % shards:
             raise ConfigError(
                 f"--batch_rows is {batch_rows}; expected a multiple of the {shards} "
                 "data shards of the mesh"
             )
-        self._sharding = NamedSharding(devices, PartitionSpec(ShardingRules().batch))
+        self._sharding = NamedSharding(self._mesh, PartitionSpec(ShardingRules().batch))
         self.host, self.hosts = host_slice(self._sharding, self.batch_rows)
         self.writes = _writes(self._sharding, self.batch_rows)
         # The teacher's own ids before a text, which need not be the student's.
@@ -281,8 +286,7 @@ class JaxScorer:
         self._params: Any = None
 
     def load(self) -> None:
-        config, mesh = self._model.config, self._sharding.mesh
-        model = build_model(config)
+        mesh, model = self._mesh, build_model(self._model.config)
         shardings, fitted, _ = param_shardings(
             ShardingRules(), mesh, abstract_params(model), logical_axes(model)
         )
@@ -302,7 +306,7 @@ class JaxScorer:
         return self._step(self._params, to_devices(batch, self._sharding, self.batch_rows))
 
     def fetch(self, kept: Kept) -> dict[str, np.ndarray]:
-        return {name: _local_rows(x) for name, x in kept.items()}
+        return {name: _local_rows(cast(jax.Array, x)) for name, x in kept.items()}
 
 
 def _local_rows(x: jax.Array) -> np.ndarray:
@@ -314,10 +318,11 @@ def _local_rows(x: jax.Array) -> np.ndarray:
 def _writes(sharding: NamedSharding, rows: int) -> bool:
     """Whether this process is the first of those whose devices hold its rows."""
     holders: dict[int, int] = {}
-    for device, index in sharding.devices_indices_map((rows,)).items():
+    own, mine = jax.process_index(), set()
+    places: Mapping[Any, Any] = sharding.devices_indices_map((rows,))
+    for device, index in places.items():
         start = index[0].start or 0
         holders[start] = min(holders.get(start, device.process_index), device.process_index)
-    mine = [
-        index[0].start or 0 for index in sharding.addressable_devices_indices_map((rows,)).values()
-    ]
-    return all(holders[start] == jax.process_index() for start in mine)
+        if device.process_index == own:
+            mine.add(start)
+    return all(holders[start] == own for start in mine)

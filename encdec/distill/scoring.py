@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from encdec.data.records import Records, open_records, write_shard
+from encdec.data.shards import Shard
 from encdec.data.sparse_logits import SparseFormat, encode_row
 from encdec.data.teacher_rows import CARD_FILE, TeacherCard, read_teacher_card, teacher_fingerprint
 from encdec.distill.draw import Kept, to_sparse
@@ -219,10 +220,11 @@ class _Run:
 
     def card(self, teacher: dict[str, Any]) -> TeacherCard:
         """The card of all shards, made of their notes."""
-        shards, total = [], ScoringTally()
+        shards: list[Shard] = []
+        total = ScoringTally()
         for number in range(self.shards):
             shard, tally = self._notes.read(number)
-            shards.append(shard)
+            shards += [shard] if shard else []
             total.add(tally)
         card, tokens = self.records.card, max(total.tokens, 1)
         return TeacherCard(

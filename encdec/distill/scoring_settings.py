@@ -22,8 +22,8 @@ class ScoringSettings(Settings):
     What is stored does not depend on the mesh; ``batch_rows`` counts over all devices.
     """
 
-    teacher: str | os.PathLike[str] | None = setting(
-        None,
+    teacher: str | os.PathLike[str] = setting(
+        "",
         "work directory of encdec train or encdec import; with --backend=torch a Hugging Face "
         "directory",
         type=any_path,
@@ -41,12 +41,10 @@ class ScoringSettings(Settings):
         type=any_path,
         metavar="FILE",
     )
-    records: str | os.PathLike[str] | None = setting(
-        None, "directory of encdec prepare", type=any_path, metavar="DIR"
+    records: str | os.PathLike[str] = setting(
+        "", "directory of encdec prepare", type=any_path, metavar="DIR"
     )
-    out: str | os.PathLike[str] | None = setting(
-        None, "receives the shards", type=any_path, metavar="DIR"
-    )
+    out: str | os.PathLike[str] = setting("", "receives the shards", type=any_path, metavar="DIR")
     method: Literal["sampled", "top_k", "full"] = setting(
         "sampled",
         "draws with replacement (unbiased), the likeliest ids, or everything (default %(default)s)",
@@ -101,7 +99,7 @@ class ScoringSettings(Settings):
     def check(self) -> None:
         """ConfigError for what is missing, out of range or at odds whatever the teacher is."""
         for name in ("teacher", "records", "out"):
-            if getattr(self, name) is None:
+            if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing; give it")
         super().check()
         if self.seed >= 2**31:

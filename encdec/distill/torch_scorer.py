@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -59,9 +60,9 @@ class TorchModel:
 
 
 def torch_model(
-    directory: str | pathlib.Path,
+    directory: str | os.PathLike[str],
     records: Records,
-    vocabulary: str | pathlib.Path | Vocabulary | None = None,
+    vocabulary: str | os.PathLike[str] | Vocabulary | None = None,
     max_length: int | None = None,
 ) -> TorchModel:
     """The teacher, if it can read these records.
@@ -192,7 +193,7 @@ class TorchScorer:
         return kept | {"tokens": tokens}
 
     def fetch(self, kept: Kept) -> dict[str, np.ndarray]:
-        return dict(kept)
+        return {name: np.asarray(values) for name, values in kept.items()}
 
     def _texts(
         self, numbers: np.ndarray

@@ -163,12 +163,9 @@ def compare_scores(
     [count] = {score.count for side in sides for score in side}
     mean_of = lambda side: lambda indices: float(np.mean([s.statistic(indices) for s in side]))
     statistics: list[Statistic] = [mean_of(side) for side in sides]
-    difference = compare(*statistics, count, resamples=resamples)
-    p_value = randomisation_test(
-        *(np.stack([score.parts_ExK for score in side]) for side in sides),
-        sides[0][0].of_sums,
-        trials=trials,
-    )
+    difference = compare(statistics[0], statistics[1], count, resamples=resamples)
+    parts = [np.stack([score.parts_ExK for score in side]) for side in sides]
+    p_value = randomisation_test(parts[0], parts[1], sides[0][0].of_sums, trials=trials)
     everything = np.arange(count)
     values = {
         "first": statistics[0](everything),

@@ -33,7 +33,7 @@ from encdec.evaluation.predictions import (
     predict,
 )
 from encdec.inference.generation_settings import check_draft
-from encdec.inference.generator import Generator
+from encdec.inference.generator import TextGenerator
 from encdec.inference.progress import Progress
 from encdec.logs import logger
 from encdec.metrics.metric_registry import not_measured, score_texts
@@ -123,7 +123,7 @@ class _Pass:
         name: str,
         directory: pathlib.Path,
         examples: Sequence[Example],
-        generator: Generator,
+        generator: TextGenerator,
         reader: LikelihoodModel | None,
         settings: EvaluationSettings,
     ):
@@ -141,8 +141,14 @@ class _Pass:
     def make(self) -> None:
         """Answers and reads the missing examples of this process's share."""
         settings, count = self._settings, len(self.examples)
-        how = {"too_long": settings.too_long, "shard": settings.shard, "shards": settings.shards}
-        left = lambda done: sum(map(len, open_windows(count, done, how["shard"], how["shards"])))
+        how: dict[str, Any] = {
+            "too_long": settings.too_long,
+            "shard": settings.shard,
+            "shards": settings.shards,
+        }
+        left = lambda done: sum(
+            len(window) for window in open_windows(count, done, settings.shard, settings.shards)
+        )
         done = set(self._answers.read())
         _introduce(self.name, count, len(done), self.sources, settings.too_long)
         with Progress(self.name, left(done)) as progress:

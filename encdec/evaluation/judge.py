@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from encdec.errors import ConfigError
 from encdec.evaluation.predictions import Example
@@ -228,7 +228,8 @@ def local_model(directory: str) -> Ask:
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
         # Models without a chat format continue after their number.
-        lines = tokenizer.decode(found[0, count:], skip_special_tokens=True).strip().splitlines()
+        text = cast(str, tokenizer.decode(found[0, count:], skip_special_tokens=True))
+        lines = text.strip().splitlines()
         return lines[0] if lines else ""
 
     return ask

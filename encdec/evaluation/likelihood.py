@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ class LikelihoodModel:
                     float(nats[place]),
                     int(tokens[place]),
                     len(examples[index].references[0].encode()),
-                    tuple(tuple(map(float, row)) for row in bins[place]),
+                    tuple((float(n), float(sure), float(right)) for n, sure, right in bins[place]),
                 )
             if on_batch:
                 on_batch(len(part), int(tokens[: len(part)].sum()))
@@ -201,12 +201,12 @@ def _sums_function(config: ModelConfig) -> Callable[..., tuple[jax.Array, ...]]:
     model = build_model(config)
 
     def sums(params: Any, batch: Mapping[str, jax.Array], targets_length: int):
-        hidden = model.apply({"params": params}, batch, method="hidden")
+        hidden = cast(jax.Array, model.apply({"params": params}, batch, method="hidden"))
         targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
         if not config.is_encoder_decoder:
             hidden, targets, weights = loss_positions(hidden, batch, targets_length)
-        logits = model.apply({"params": params}, hidden, method="logits").astype(jnp.float32)
-        log_probs_BxTxV = jax.nn.log_softmax(logits)
+        logits = cast(jax.Array, model.apply({"params": params}, hidden, method="logits"))
+        log_probs_BxTxV = jax.nn.log_softmax(logits.astype(jnp.float32))
         picked = jnp.take_along_axis(log_probs_BxTxV, targets[..., None], axis=-1)[..., 0]
         confidence = jnp.exp(jnp.max(log_probs_BxTxV, axis=-1))
         right = jnp.argmax(log_probs_BxTxV, axis=-1) == targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from encdec.evaluation.likelihood import LikelihoodModel
 from encdec.inference.draft_model import check_draft_model, load_draft
 from encdec.inference.exported import load_exported_generator
 from encdec.inference.generation_settings import AUTO
-from encdec.inference.generator import Generator, read_prompt_format
+from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
 from encdec.model import parameter_count
 from encdec.saved.lineage import lineage
 from encdec.saved.saved_config import read_config
@@ -29,7 +30,7 @@ def load_models(
     batch_rows: int = 16,
     likelihood: bool = True,
     draft: str = AUTO,
-) -> tuple[Generator, LikelihoodModel | None, dict[str, Any]]:
+) -> tuple[TextGenerator, LikelihoodModel | None, dict[str, Any]]:
     """The generator, the likelihood reader (on all devices of this process) and model facts.
 
     Args:
@@ -46,10 +47,10 @@ def load_models(
             raise ConfigError(
                 f"{checkpoint} is an export, which has no checkpoints; leave --step out"
             )
-        generator = load_exported_generator(
+        exported = load_exported_generator(
             checkpoint, max_input_tokens=max_input_tokens, batch_rows=batch_rows, draft=draft
         )
-        return generator, None, _facts(checkpoint, content, generator)
+        return exported, None, _facts(checkpoint, content, exported)
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
     check_draft_model(draft, prompts.vocabulary)
     config, params, read_step = load_params_for_inference(checkpoint, chosen_step(checkpoint, step))
@@ -81,7 +82,7 @@ def load_models(
     return generator, reader, facts
 
 
-def _facts(checkpoint: str, content: dict[str, Any], generator: Generator) -> dict[str, Any]:
+def _facts(checkpoint: str, content: dict[str, Any], generator: TextGenerator) -> dict[str, Any]:
     """Facts about a model, of an export all: it does not record its training."""
     config, export = generator.config, content.get("export", {})
     return {
@@ -100,7 +101,7 @@ def _facts(checkpoint: str, content: dict[str, Any], generator: Generator) -> di
     }
 
 
-def chosen_step(workdir: str, step: str | None) -> int | None:
+def chosen_step(workdir: str | os.PathLike[str], step: str | None) -> int | None:
     """The checkpoint step that --step names.
 
     Raises:

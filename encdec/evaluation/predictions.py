@@ -18,7 +18,7 @@ from encdec.evaluation.evaluation_settings import TooLong
 from encdec.evaluation.examples import Example
 from encdec.files import append_rows, line_files, whole_lines
 from encdec.inference.generation_settings import GenerationSettings
-from encdec.inference.generator import Generator
+from encdec.inference.generator import TextGenerator
 from encdec.inference.text_io import PromptFormat
 from encdec.jobs import claim_settings
 from encdec.storage import make_directory
@@ -208,7 +208,7 @@ def check_vocabulary(vocabulary: Vocabulary, examples: Sequence[Example], task: 
 
 
 def predict(
-    generator: Generator,
+    generator: TextGenerator,
     files: PredictionFiles,
     examples: Sequence[Example],
     settings: GenerationSettings,

@@ -169,9 +169,9 @@ def chart(title: str, unit: str, curves: Sequence[Sequence[tuple[float, float]]]
             f'stroke="#ddd"/><text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" '
             f'text-anchor="end">{y:.3g}</text>'
         )
-    for x in sorted({round(left + (right - left) * place / 4) for place in range(5)}):
+    for tick in sorted({round(left + (right - left) * place / 4) for place in range(5)}):
         shapes.append(
-            f'<text x="{x_of(x):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{x:,.0f}</text>'
+            f'<text x="{x_of(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{tick:,.0f}</text>'
         )
     for place, curve in enumerate(curves):
         kept = curve[:: max(1, -(-len(curve) // MOST_POINTS))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 from encdec import shipped
 from encdec.errors import ConfigError
@@ -74,7 +75,11 @@ def main(argv: list[str]) -> int:
 
         start_id = export.prompts.decoder_start_id
         exported = load_exported_model(out)
-        print(quality.measure(exported, export.config, export.params, pairs, start_id))
+        print(
+            quality.measure(
+                cast(quality.ForcedModel, exported), export.config, export.params, pairs, start_id
+            )
+        )
     return 0
 
 

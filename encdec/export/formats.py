@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
@@ -42,7 +43,7 @@ class Export:
     prompts: PromptFormat
     precision: str = "float32"
     content: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    directory: str | pathlib.Path = ""
+    directory: str | os.PathLike[str] = ""
     targets_length: int = 128
     own: bool = False
     step: int = 0

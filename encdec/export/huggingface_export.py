@@ -76,7 +76,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
         rewrite = {"t5gemma": to_t5gemma, "t5gemma2": to_t5gemma2, "encdec": own}[family]
         values, tensors = rewrite(config, params)
     ids = {"pad_token_id": pad_id, "eos_token_id": vocabulary.eos_id, "bos_token_id": start_id}
-    generation = ids | {"max_new_tokens": export.targets_length}
+    generation: dict[str, Any] = ids | {"max_new_tokens": export.targets_length}
     if surplus := list(range(vocabulary.size, config.vocab_size)):
         generation["suppress_tokens"] = surplus  # rows of the table that are not ids
     if config.is_encoder_decoder:

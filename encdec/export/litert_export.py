@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+from typing import cast
 
 from encdec.errors import ConfigError
 from encdec.export import equivalents
 from encdec.export.formats import Export, Written
+from encdec.export.quantise import Precision
 from encdec.inference.litert_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
 from encdec.packages import install_hint
@@ -38,9 +40,8 @@ def write(out: pathlib.Path, export: Export) -> Written:
         ) from error
     config, params = equivalents.on_host(export.config, export.params)
     out.mkdir(parents=True, exist_ok=True)
-    written = litert_graph.encoder_graph(config, params, export.precision).save(out / ENCODER_FILE)
+    precision = cast(Precision, export.precision)  # one of the format's
+    written = litert_graph.encoder_graph(config, params, precision).save(out / ENCODER_FILE)
     size = export.content["data"]["vocabulary"]["size"]
-    written += litert_graph.decoder_graph(config, params, export.precision, size).save(
-        out / DECODER_FILE
-    )
+    written += litert_graph.decoder_graph(config, params, precision, size).save(out / DECODER_FILE)
     return export.finish(out, "litert", config, written)

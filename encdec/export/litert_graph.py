@@ -14,18 +14,15 @@ read the key head, its key, its value, or all of them.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from encdec.export.equivalents import Params
 from encdec.export.litert_file import ANY, LitertGraph, Operator, Type, block_scales, channel_scales
-from encdec.export.quantise import BLOCK, eight_bits, four_bits, in_blocks, nibbles
+from encdec.export.quantise import BLOCK, Precision, eight_bits, four_bits, in_blocks, nibbles
 from encdec.model import ModelConfig
 from encdec.model.model_config import Stack
 from encdec.model.positions import rope_frequencies
 
-Precision = Literal["float32", "int8", "int4"]
 NEVER = -1e9  # added to the scores of what a query may not read
 
 
@@ -121,7 +118,7 @@ class _Layers:
         tables = [g.unary(Operator.COS, angles), g.unary(Operator.SIN, angles)]
         if magnitude != 1:
             tables = [g.mul(table, g.float(magnitude)) for table in tables]
-        return tuple(tables)
+        return tables[0], tables[1]
 
     def rotate(self, x: int, table: tuple[int, int] | None) -> int:
         """Heads rotated: ``x * cos + turned(x) * sin``; as they are without a table."""
@@ -280,7 +277,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
         q, k, v = layers.self_attention_heads(x, layer, rope, path)
         # All queries that read one key head are rows of one product.
         scores = layers.capped(g.matmul(q, k, transpose_y=True), config.attention_logit_cap)
-        if local:
+        if near is not None and local:
             scores = g.add(scores, near)
         y = g.matmul(g.softmax(scores), v)
         y = layers.out(y, layer["self_attention"], f"{path}/self_attention")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+from typing import cast
 
 from encdec.errors import ConfigError
 from encdec.export import equivalents
 from encdec.export.formats import Export, Written
+from encdec.export.quantise import Precision
 from encdec.inference.onnx_runtime import DECODER_FILE, ENCODER_FILE
 from encdec.model import ModelConfig
 from encdec.packages import install_hint
@@ -42,7 +44,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
     for name, make in graphs.items():
         # Weights are stored next to the graph, which may not exceed 2 GB.
         onnx.save_model(
-            make(config, params, export.precision),
+            make(config, params, cast(Precision, export.precision)),
             str(out / name),
             save_as_external_data=True,
             all_tensors_to_one_file=True,

@@ -8,18 +8,17 @@ length, past length and number of new tokens are dynamic.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from encdec.export.equivalents import Params
-from encdec.export.quantise import BLOCK, eight_bits, four_bits, in_blocks, nibbles
+from encdec.export.quantise import BLOCK, Precision, eight_bits, four_bits, in_blocks, nibbles
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
 
-Precision = Literal["float32", "int8", "int4"]
 OPSET, IR_VERSION = 21, 10
 LEAST = float(np.finfo(np.float32).min)
 _CONTRIB = "com.microsoft"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import ml_dtypes
 import numpy as np
 
+Precision = Literal["float32", "int8", "int4"]  # of the formats that compute in graphs
 BLOCK = 32  # inputs that share a scale in int4
 _SHRINKING = np.linspace(1, 0.7, 7)  # tried on the scale that just fits the largest weight
 

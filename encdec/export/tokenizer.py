@@ -63,7 +63,7 @@ def write(
         middle=decoder_only,
     )
     write_json(out / "tokenizer.json", content)
-    settings = names | {
+    settings: dict[str, Any] = names | {
         # The start token comes in front of what max_input_tokens counts.
         "model_max_length": prompts.max_input_tokens + decoder_only,
         "clean_up_tokenization_spaces": False,
@@ -170,7 +170,8 @@ def sentencepiece_content(vocabulary: SentencePieceVocabulary) -> dict[str, Any]
     """A SentencePiece model, with our extra ids, as the content of a tokenizer.json."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary._model_bytes())
+    messages: Any = sentencepiece_model_pb2  # made at import, so that no type says its content
+    model = messages.ModelProto.FromString(vocabulary._model_bytes())
     if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
         raise ConfigError(
             "the vocabulary is a SentencePiece model of words or characters, and "

@@ -107,7 +107,7 @@ class TextGenerator:
 
     def generate_from_tokens(
         self,
-        sources: Sequence[Sequence[int]],
+        sources: Sequence[Sequence[int] | np.ndarray],
         settings: GenerationSettings = GenerationSettings(),
         *,
         numbers: Sequence[int] | None = None,

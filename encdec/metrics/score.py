@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class Score:
 
 
 # Maps references of each example, and the predictions, to scores.
+Sums = TypeVar("Sums", float, np.ndarray)
 Scorer = Callable[[Sequence[Sequence[str]], Sequence[str]], list[Score]]
 
 
@@ -140,6 +142,6 @@ def best_of(
     ]
 
 
-def bits_per_byte(nats: float, text_bytes: float) -> float:
+def bits_per_byte(nats: Sums, text_bytes: Sums) -> Sums:
     """Negative log-probability of texts, EOS included, in bits per UTF-8 byte."""
     return nats / text_bytes / math.log(2)

@@ -164,8 +164,8 @@ def cell(of_seeds: Rows, decoding: str, score: str) -> str:
 
 
 def _cell(of_seeds: Rows, decoding: str, score: str) -> str:
-    found = [_scores_of(row, decoding).get(score) for row in of_seeds]
-    found = [one for one in found if one and one["value"] is not None]
+    scores = (_scores_of(row, decoding).get(score) for row in of_seeds)
+    found = [one for one in scores if one and one["value"] is not None]
     if not found:
         return "–"
     if len(found) == 1:
@@ -263,8 +263,11 @@ def paired_table(models: Mapping[str, Rows], trials: int) -> str:
         if lost := len(both) - len(seeds):
             count += f"; {lost} diverged"
         for decoding, score, _ in columns:
-            found = [[score_of(side[seed], decoding, score) for seed in seeds] for side in sides]
-            if not seeds or any(one is None for side in found for one in side):
+            found = [
+                [one for seed in seeds if (one := score_of(side[seed], decoding, score))]
+                for side in sides
+            ]
+            if not seeds or any(len(side) < len(seeds) for side in found):
                 cells.append("–")
                 continue
             cells.append(_difference(compare_scores(found, RESAMPLES, trials)))

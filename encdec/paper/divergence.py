@@ -54,7 +54,7 @@ def finite_curve(folder: pathlib.Path, noted: Divergence) -> list[tuple[int, flo
     """
     if noted:
         return []
-    found = [(row["step"], row[BITS]) for row in read_metrics(folder) if BITS in row]
+    found = [(int(row["step"]), row[BITS]) for row in read_metrics(folder) if BITS in row]
     curve = [(step, bits) for step, bits in found if math.isfinite(bits)]
     if not curve:
         noted.message = f"no evaluation was finite: {found}"

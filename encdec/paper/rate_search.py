@@ -116,11 +116,9 @@ def setting_of(setting: Setting, trial: Trial) -> Setting:
     The dropout is the teacher's own where it has one.
     """
     own = trial.row == TEACHER and setting.teacher_dropout >= 0
-    return dataclasses.replace(
-        setting,
-        **{"teacher_dropout" if own else "dropout": trial.dropout},
-        optimizer=dataclasses.replace(setting.optimizer, learning_rate=trial.learning_rate),
-    )
+    changes: dict[str, Any] = {"teacher_dropout" if own else "dropout": trial.dropout}
+    optimizer = dataclasses.replace(setting.optimizer, learning_rate=trial.learning_rate)
+    return dataclasses.replace(setting, optimizer=optimizer, **changes)
 
 
 class Search:

@@ -214,9 +214,13 @@ def copy_row(task: Examples, *, setting: str, data: str, column: str) -> dict[st
     metrics = [name for name in task.metrics if not not_measured([name])]
     scores = score_texts(metrics, [example.references for example in task.examples], sources)
     line = {"kind": COPY, "setting": setting, "data": data, "column": column, "task": task.name}
-    line["examples"] = len(sources)
     report = task_report(scores, {}, RESAMPLES)
-    return line | {"scores": {"greedy": report["scores"]}} | where_and_when()
+    return (
+        line
+        | {"examples": len(sources)}
+        | {"scores": {"greedy": report["scores"]}}
+        | where_and_when()
+    )
 
 
 def without_instructions(sources: Sequence[str]) -> list[str]:
@@ -249,7 +253,7 @@ def _parts(folder: pathlib.Path, names: Sequence[str]) -> dict[str, list[list[fl
     return {score.name: _plain(score.parts_ExK) for score in found}
 
 
-def _scored(name: str, references: list[Sequence[str]], texts: list[str]) -> Score:
+def _scored(name: str, references: Sequence[Sequence[str]], texts: list[str]) -> Score:
     """One of the PAIRED scores."""
     [found] = [one for one in score_texts([PAIRED[name]], references, texts) if one.name == name]
     return found
@@ -277,11 +281,8 @@ def score_of(row: Mapping[str, Any], decoding: str, name: str) -> Score | None:
 def done_runs(rows: Iterable[Mapping[str, Any]]) -> dict[Identity, Mapping[str, Any]]:
     """The runs that have a line, each with one of its lines; those that diverged too."""
     names = [field.name for field in dataclasses.fields(Identity)]
-    return {
-        Identity(**{name: row.get(name) for name in names}): row
-        for row in rows
-        if row["kind"] == RUN
-    }
+    identity_of = lambda row: Identity(**{name: row.get(name) for name in names})
+    return {identity_of(row): row for row in rows if row["kind"] == RUN}
 
 
 def by_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

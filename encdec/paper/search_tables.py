@@ -78,12 +78,15 @@ def verdicts(trials: Sequence[Mapping[str, Any]]) -> list[str]:
         trials: lines of one setting, column and length.
     """
     bits: dict[str, dict[tuple[float, float], dict[int, float]]] = {}
-    used = None
+    used: dict[str, tuple[float, float]] = {}
     for row in trials:
         choice = (row["learning_rate"], row["dropout"])
         bits.setdefault(row["row"], {}).setdefault(choice, {})[row["seed"]] = _bits(row)
-        used = choice if row["in_use"] else used
-    lines, best, in_use = [], {}, {}
+        if row["in_use"]:  # a teacher may have its own dropout
+            used[row["row"]] = choice
+    lines: list[str] = []
+    best: dict[str, float] = {}
+    in_use: dict[str, float] = {}
     for name, choices in bits.items():
         seeds = set.intersection(*map(set, choices.values()))
         if not seeds:
@@ -94,9 +97,10 @@ def verdicts(trials: Sequence[Mapping[str, Any]]) -> list[str]:
             for choice, found in choices.items()
         }
         best[name] = min(means.values())
-        if used in means:
-            in_use[name] = means[used]
-        lines.append(_choice_of(name, means, used))
+        mine = used.get(name)
+        if mine in means:
+            in_use[name] = means[mine]
+        lines.append(_choice_of(name, means, mine))
     # What has been tried with which seeds; finished, every model has the same, and so every value.
     tried = [{choice: set(found) for choice, found in choices.items()} for choices in bits.values()]
     seeds_of = [seeds for of_choice in tried for seeds in of_choice.values()]
@@ -108,7 +112,7 @@ def verdicts(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     elif len(best) > 1 and math.inf in (*best.values(), *in_use.values()):
         lines.append("Where something diverged, the models have no order")
     elif len(best) > 1 and best.keys() == in_use.keys():
-        orders = [sorted(values, key=values.get) for values in (in_use, best)]
+        orders = [sorted(values, key=values.__getitem__) for values in (in_use, best)]
         same = "the same" if orders[0] == orders[1] else "another"
         lines.append(
             f"Order with the values in use: {', '.join(orders[0])}; {same} with each model's best"
@@ -121,7 +125,7 @@ def _choice_of(
     name: str, means: Mapping[tuple[float, float], float], used: tuple[float, float] | None
 ) -> str:
     """What a model's bits per byte with each (learning rate, dropout) say of those in use."""
-    chosen = min(means, key=means.get)
+    chosen = min(means, key=means.__getitem__)
     best = means[chosen]
     if best == math.inf:
         return f"{name}: all that was tried diverged"
@@ -130,7 +134,7 @@ def _choice_of(
         text += f"is all that was tried ({best:.4f})"
     elif chosen == used:
         text += f"is in use and the best tried ({best:.4f})"
-    elif used in means:
+    elif used is not None and used in means:
         text += f"would be chosen: {best:.4f} against {_shown(means[used])} in use"
     else:
         text += f"would be chosen ({best:.4f}); the values in use were not tried"

@@ -26,7 +26,7 @@ TEACHING = {"": "", "draws": "+KD", "answers": "+SeqKD"}
 GROWING = ("seeds", "distilled", "answers", "one_seed", "by_parameters")
 # Fields that concern the teacher and its pupils alone, and the values that mean "as the students".
 # With those they change nothing, so that lines from before there were such fields stay valid.
-TEACHERS_OWN = {"teacher_steps": 0, "teacher_dropout": -1.0}
+TEACHERS_OWN: dict[str, Any] = {"teacher_steps": 0, "teacher_dropout": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Column:
     targets: int
     batch_size: int
     steps: int
-    too_long: str
+    too_long: Literal["skip", "cut"]
     train_examples: int
     validation_examples: int
     evaluated_inputs: int
@@ -176,8 +176,6 @@ def _check(setting: Setting) -> None:
         )
     for column in setting.columns:
         where = f"config.columns.{column.name}"
-        if column.too_long not in ("skip", "cut"):
-            raise ConfigError(f"{where}.too_long is {column.too_long!r}; expected 'skip' or 'cut'")
         if column.train_file and len(column.tasks) != 1:
             raise ConfigError(
                 f"{where}.train_file is {column.train_file!r}, but the column has "
@@ -309,7 +307,7 @@ def model_of(setting: Setting, row: str) -> ModelConfig:
     Raises:
         ConfigError: no such preset, or no model of these FLOPs within 1 %.
     """
-    common = {"vocab_size": setting.vocabulary, "scan_layers": False}
+    common: dict[str, Any] = {"vocab_size": setting.vocabulary, "scan_layers": False}
     own = row == TEACHER and setting.teacher_dropout >= 0
     if dropout := setting.teacher_dropout if own else setting.dropout:
         # Not on attention probabilities: there it costs a CPU as much as the attention itself.

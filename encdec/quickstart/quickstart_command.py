@@ -181,9 +181,10 @@ def make_runs(
 ) -> dict[str, RunConfig]:
     """The two runs: equal except for the model, with equal training FLOPs per row."""
     ours = preset("quickstart")
-    steps, shape = task.steps, {"inputs": task.inputs, "targets": task.targets}
+    steps = task.steps
+    shape: dict[str, Any] = {"inputs": task.inputs, "targets": task.targets}
     peer = match_decoder_only(ours, by="training_flops", **shape)
-    runs = {}
+    runs: dict[str, RunConfig] = {}
     for name, config in (("quickstart", ours), ("quickstart-dec", peer)):
         runs[config.architecture] = parse_config(
             {
@@ -289,6 +290,7 @@ def answer(workdir: pathlib.Path, held_out: Examples, new_tokens: int) -> Answer
         ),
         [held_out],
     )
+    assert report is not None, "one process alone answers every example"
     found = report["tasks"][held_out.name]
     values = lambda scores: {name: scores[name]["value"] for name in held_out.metrics}
     return Answers(
@@ -308,7 +310,9 @@ def time_models(workdirs: Mapping[str, pathlib.Path]) -> dict[str, dict[str, lis
         uncached_lengths=UNCACHED_INPUTS,
         on_progress=lambda text: _tell(text, style="dim", highlight=False),
     )
-    result = {name: {"cached": [], "uncached": []} for name in workdirs}
+    result: dict[str, dict[str, list[Timing]]] = {
+        name: {"cached": [], "uncached": []} for name in workdirs
+    }
     for one in measured:
         result[one.model]["cached" if one.cached else "uncached"].append(
             Timing(

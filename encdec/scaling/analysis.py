@@ -64,6 +64,11 @@ class Fitted:
     draws: tuple[Law, ...] = ()
 
     @property
+    def flops(self) -> np.ndarray:
+        """Training FLOPs of the runs."""
+        return self.runs.required("flops")
+
+    @property
     def frontier(self) -> Frontier | None:
         """The frontier over the sizes that were run; it says nothing about others."""
         return Frontier(self.law, self.cost, self._sizes) if self.law and self.cost else None
@@ -160,7 +165,9 @@ def analyse(rows: Sequence[Row], choices: Choices = Choices()) -> Analysis:
     ]
     splits = {row["series"] for row in paired}
     parts = fitted(ENCODER_DECODER, paired, choices, "parts") if len(splits) > 1 else None
-    comparisons, against_plain, not_compared = {}, {}, {}
+    comparisons: dict[str, Comparison] = {}
+    against_plain: dict[str, Comparison] = {}
+    not_compared: dict[str, str] = {}
     for name in names:
         plain = plain_name(name)
         pairs = []
@@ -262,14 +269,16 @@ def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -
 
 
 def _compare(first: Fitted, second: Fitted) -> Comparison:
+    frontiers = []
     for one in (first, second):
         if one.frontier is None:
             raise DataError(f"{one.name} has no law: {one.reason}")
-    low = max(one.runs.flops.min() for one in (first, second))
-    high = min(one.runs.flops.max() for one in (first, second))
+        frontiers.append(one.frontier)
+    low = max(one.flops.min() for one in (first, second))
+    high = min(one.flops.max() for one in (first, second))
     return compare(
-        first.frontier,
-        second.frontier,
+        frontiers[0],
+        frontiers[1],
         (float(low), float(high)),
         first.frontier_draws,
         second.frontier_draws,

@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows
@@ -74,7 +75,7 @@ def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) ->
     from encdec.hardware.compile import DoesNotFit, compile_step
     from encdec.hardware.topology import find_topology
 
-    if not jax.config.jax_platforms:  # do not use this machine's accelerators
+    if not jax.config.values["jax_platforms"]:  # do not use this machine's accelerators
         jax.config.update("jax_platforms", "cpu")
     where = find_topology(topology)
     chips = math.prod(where.sides) * where.slices
@@ -144,13 +145,15 @@ def read_kept(path: str | os.PathLike) -> dict[str, StepFigures]:
         DataError: another line is damaged.
     """
     path = pathlib.Path(path)
-    found = {}
+    found: dict[str, StepFigures] = {}
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            values = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
-            key = values.pop("key")
-            found[key] = StepFigures(**values)
+            content: dict[str, Any] = json.loads(line)
+            values: dict[str, Any] = {
+                k: math.nan if v is None else v for k, v in content.items() if k != "key"
+            }
+            found[str(content["key"])] = StepFigures(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number} does not hold a step's figures ({error!r}); delete the "

@@ -47,7 +47,7 @@ class DistillationLaw:
     bounds_hit: tuple[str, ...] = ()
 
     def loss(
-        self, parameters: np.ndarray, tokens: np.ndarray, teacher_loss: np.ndarray
+        self, parameters: np.ndarray | float, tokens: np.ndarray, teacher_loss: np.ndarray | float
     ) -> np.ndarray:
         """Predicted loss of students with ``parameters`` after ``tokens``; arrays that
         broadcast."""

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import optimize
@@ -76,15 +76,25 @@ class Observations:
 
     def select(self, index: np.ndarray) -> Observations:
         """The runs selected by a mask or an array of indices."""
-        return Observations(
-            **{
-                name: None if values is None else values[index]
-                for name, values in self._arrays().items()
-            }
-        )
+        chosen: dict[str, Any] = {
+            name: None if values is None else values[index]
+            for name, values in self._arrays().items()
+        }
+        return Observations(**chosen)
 
     def _arrays(self) -> dict[str, np.ndarray | None]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def required(self, name: str) -> np.ndarray:
+        """An array that may be missing.
+
+        Raises:
+            DataError: it is.
+        """
+        values = getattr(self, name)
+        if values is None:
+            raise DataError(f"the runs have no {name}, which this needs")
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +136,7 @@ class Law:
         size = sum(a * np.log(n) for a, n in zip(self.size_exponents, _sizes(runs, self.form)))
         return self.E + self.A * np.exp(-size) + self.B * runs.tokens**-self.beta
 
-    def loss(self, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def loss(self, parameters: np.ndarray | float, tokens: np.ndarray) -> np.ndarray:
         """Loss at ``parameters`` N and ``tokens`` D, arrays that broadcast; "total" only."""
         if self.form != "total":
             raise ValueError("a law of the form 'parts' has no single N; use predict")
@@ -229,7 +239,7 @@ def _unused(form: Form) -> tuple[str, ...]:
 def _sizes(runs: Observations, form: Form) -> list[np.ndarray]:
     if form == "total":
         return [runs.parameters]
-    return [runs.encoder_parameters, runs.decoder_parameters]
+    return [runs.required("encoder_parameters"), runs.required("decoder_parameters")]
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from encdec.fields import Require, build, did_you_mean, requirements, value_of
 from encdec.model import ModelConfig, preset
 from encdec.scaling.matching import (
     DECODER_ONLY,
-    MATCHES,
+    Match,
     distilled_name,
     encoder_share,
     matched,
@@ -159,7 +159,7 @@ class Ladder:
     decoder_only: bool = True  # also run the decoder-only series "dec"
     # What is equal on a rung; the third always differs: "flops+data" the parameters (the paper's
     # claim), "parameters+data" the FLOPs, "flops+parameters" the rows read
-    match: str = "flops+data"
+    match: Match = "flops+data"
     inputs: int = 1024  # lengths of rows; those of the records
     targets: int = 256
     records: str = ""  # of training; without, plans count slots instead of tokens
@@ -491,7 +491,6 @@ def _check(ladder: Ladder) -> None:
     require(len(set(ladder.splits)) == len(ladder.splits), "splits", "no repetition")
     for split in ladder.splits:
         encoder_share(split)
-    require(ladder.match in MATCHES, "match", "one of " + ", ".join(MATCHES))
     for name in _POSITIVE:
         require(value_of(ladder, name) > 0, name, "a positive number")
     require(0 <= ladder.warmup_fraction < 1, "warmup_fraction", "a fraction in [0, 1)")

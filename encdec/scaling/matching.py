@@ -10,15 +10,14 @@ from __future__ import annotations
 import fractions
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 from encdec.cost.flops import count_parameters, training_flops
-from encdec.cost.peers import MATCH, TOLERANCE, match_decoder_only
+from encdec.cost.peers import MATCH, TOLERANCE, PeerMatch, match_decoder_only
 from encdec.errors import ConfigError
 from encdec.model import ModelConfig
 
 Match = Literal["flops+data", "parameters+data", "flops+parameters"]
-MATCHES: tuple[str, ...] = get_args(Match)
 
 DECODER_ONLY = "dec"  # the series of decoder-only models
 
@@ -95,7 +94,7 @@ def matched(
     Raises:
         ConfigError: no model within 1 %.
     """
-    by = "training_flops" if match == "flops+data" else "parameters"
+    by: PeerMatch = "training_flops" if match == "flops+data" else "parameters"
 
     def cost(config: ModelConfig) -> float:
         if by == "parameters":

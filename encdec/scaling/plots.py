@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,7 +24,7 @@ from encdec.scaling.frontier import Comparison, band
 from encdec.scaling.matching import DECODER_ONLY, is_distilled, plain_name
 from encdec.scaling.results_file import LOSSES
 
-_STYLE = {
+_STYLE: Any = {  # keys of matplotlib, whose types list each by name
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -139,7 +141,7 @@ _SCORE_CAPTION = (
 def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
     """Draws every figure that the analysis allows into ``directory``."""
     looks = _looks(analysis)
-    fitted = [one for one in analysis.series.values() if one.frontier]
+    fitted = [one for one in analysis.series.values() if one.law and one.frontier]
     drawings: dict[str, Callable[[], Figure]] = {
         "loss-flops": lambda: _loss_flops(analysis, looks),
         "isoflop": lambda: _isoflop(analysis),
@@ -287,7 +289,7 @@ def _loss_flops(analysis: Analysis, looks: dict) -> Figure:
         for points in _curves(analysis, name).values():
             if len(points) > 1:
                 axes.plot(*zip(*points), color=look.colour, linewidth=0.5, alpha=0.35)
-        axes.plot(one.runs.flops, one.runs.loss, **look.points)
+        axes.plot(one.flops, one.runs.loss, **look.points)
         axes.plot(
             [],
             [],
@@ -295,7 +297,7 @@ def _loss_flops(analysis: Analysis, looks: dict) -> Figure:
             label=label_of(name),
         )
         if one.frontier:
-            flops = np.geomspace(one.runs.flops.min(), one.runs.flops.max(), 200)
+            flops = np.geomspace(one.flops.min(), one.flops.max(), 200)
             ends = band(one.frontier_draws, flops) if one.draws else None
             look.draw(axes, flops, one.frontier.loss(flops), ends)
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=_loss_label(analysis))
@@ -312,9 +314,7 @@ def _isoflop(analysis: Analysis) -> Figure:
     names = list(analysis.series)
     columns = min(len(names), 2)
     figure, grid = _figure(columns, -(-len(names) // columns), sharex=True, sharey=True)
-    budgets = sorted(
-        {_budget(flops) for one in analysis.series.values() for flops in one.runs.flops}
-    )
+    budgets = sorted({_budget(flops) for one in analysis.series.values() for flops in one.flops})
     # From light to dark with the budget: readable without colour.
     shades = {
         budget: (
@@ -325,9 +325,10 @@ def _isoflop(analysis: Analysis) -> Figure:
         for i, budget in enumerate(budgets)
     }
     for axes, name in zip(grid.flat, names):
-        runs = analysis.series[name].runs
+        one = analysis.series[name]
+        runs = one.runs
         for i, budget in enumerate(budgets):
-            mine = np.array([_budget(flops) == budget for flops in runs.flops])
+            mine = np.array([_budget(flops) == budget for flops in one.flops])
             if mine.any():
                 _valley(
                     axes,
@@ -342,14 +343,14 @@ def _isoflop(analysis: Analysis) -> Figure:
     _hide(grid, len(names))
     _plain_log(grid.flat[0].yaxis)
     _powers(grid.flat[0].xaxis)
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axes in grid.flat[: len(names)]:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     order = sorted(handles, key=float)
     figure.legend(
-        [handles[label] for label in order],
-        order,
+        handles=[handles[label] for label in order],
+        labels=order,
         loc="outside right center",
         title="training\nFLOPs",
     )
@@ -401,7 +402,7 @@ def _contours(analysis: Analysis, fitted: list[Fitted], looks: dict) -> Figure:
     tokens = np.geomspace(
         min(r.tokens.min() for r in runs) / 1.6, max(r.tokens.max() for r in runs) * 1.6, 120
     )
-    surfaces = [one.law.loss(sizes[None], tokens[:, None]) for one in fitted]
+    surfaces = [one.law.loss(sizes[None], tokens[:, None]) for one in fitted if one.law]
     levels = np.geomspace(min(s.min() for s in surfaces), max(s.max() for s in surfaces), 14)[1:-1]
     for axes, one, surface in zip(grid.flat, fitted, surfaces):
         look = looks[one.name]
@@ -410,9 +411,10 @@ def _contours(analysis: Analysis, fitted: list[Fitted], looks: dict) -> Figure:
         )
         axes.clabel(lines, levels[::2], fmt="%.2f", fontsize=7)
         axes.plot(one.runs.parameters, one.runs.tokens, **look.points)
-        flops = np.geomspace(one.runs.flops.min() / 100, one.runs.flops.max() * 100, 400)
-        best = one.frontier.parameters(flops), one.frontier.tokens(flops)
-        look.draw(axes, *best, linestyle="-")
+        if one.frontier:
+            flops = np.geomspace(one.flops.min() / 100, one.flops.max() * 100, 400)
+            best = one.frontier.parameters(flops), one.frontier.tokens(flops)
+            look.draw(axes, *best, linestyle="-")
         axes.set(
             xscale="log", yscale="log", xlim=(sizes[0], sizes[-1]), ylim=(tokens[0], tokens[-1])
         )
@@ -436,7 +438,7 @@ def _comparison(
     series."""
     figure, grid = _figure(2)
     left, right = grid[0]
-    drawn = {}
+    drawn: dict[str, tuple[np.ndarray, ...]] = {}
     for name, found in comparisons.items():
         drawn.setdefault(others[name], (found.flops, found.second_loss, found.second_band))
         drawn.setdefault(name, (found.flops, found.first_loss, found.first_band))

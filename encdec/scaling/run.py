@@ -210,8 +210,9 @@ def _train_one(ladder: Ladder, run: PlannedRun, place: Workdir, train: Train | N
     if train is None:
         import jax
 
-        from encdec.train.loop import train
+        from encdec.train.loop import train as train_here
 
+        train = train_here
         jax.clear_caches()  # otherwise dozens of programs would stay in memory
     try:
         train(run_config(ladder, run), str(place.run_directory(run.name)))

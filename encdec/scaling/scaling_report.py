@@ -66,7 +66,9 @@ def _bounds_hit(law: Law | DistillationLaw) -> str:
     return f"{', '.join(law.bounds_hit)} ended on a bound, so these runs do not determine it."
 
 
-def _root_mean_square(residuals: np.ndarray) -> str:
+def _root_mean_square(residuals: np.ndarray | None) -> str:
+    if residuals is None:
+        return "-"
     return f"{np.sqrt(np.mean(residuals**2)):.2%}"
 
 
@@ -93,7 +95,7 @@ def _laws(analysis: Analysis) -> Section:
             for key in ("E", "A", "alpha", "B", "beta")
         ]
         spread = _root_mean_square(one.residuals)
-        exponent = _number(one.frontier.size_exponent)
+        exponent = _number(one.frontier.size_exponent if one.frontier else math.nan)
         rows.append((label_of(name), str(len(one.runs)), *cells, spread, exponent))
         if hit := _bounds_hit(one.law):
             reasons.append(f"{label_of(name)}: {hit}")
@@ -131,7 +133,8 @@ def _parts(one: Fitted) -> Section:
 
 
 def _held_out(analysis: Analysis) -> Section:
-    rows, reasons = [], {}
+    rows = []
+    reasons: dict[str, list[str]] = {}
     for one in filter(None, [*analysis.series.values(), analysis.parts]):
         name = label_of(one.name) if one.name != "ed" else "all encoder-decoders"
         if one.held_out is None:
@@ -278,7 +281,7 @@ def _largest_residuals(analysis: Analysis) -> Section:
     entries = [
         (abs(residual), residual, row["run"])
         for one in analysis.series.values()
-        if one.law
+        if one.residuals is not None
         for residual, row in zip(one.residuals, one.rows)
     ]
     entries.sort(reverse=True)
@@ -292,7 +295,7 @@ def _largest_residuals(analysis: Analysis) -> Section:
 def _runs(analysis: Analysis) -> Section:
     rows = []
     for one in analysis.series.values():
-        for i in np.argsort(one.runs.flops, kind="stable"):
+        for i in np.argsort(one.flops, kind="stable"):
             row = one.rows[i]
             residual = "" if one.residuals is None else f"{math.expm1(one.residuals[i]):+.2%}"
             rows.append(

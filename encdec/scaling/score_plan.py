@@ -79,6 +79,7 @@ def _scores(
         likelihood=False,
     )
     report = evaluate(settings, [task])
+    assert report is not None, "one process alone answers every example"
     return {
         name: {
             bound: score[bound] for bound in ("value", "low", "high") if score[bound] is not None

@@ -49,13 +49,27 @@ class PieceCutter:
         self._text, self._begin, self._end = "", 0, 0
         self._waiting: list[tuple[int, int, float | None, list[tuple[str, int, float]]]] = []
 
-    def push(self, text: str, scored: Scored, *, last: bool) -> list[Piece]:
-        """The pieces of tokens whose text is complete; with ``last``, of all that are left."""
+    def push(
+        self,
+        text: str,
+        tokens: Sequence[int],
+        log_probs: Sequence[float | None],
+        likeliest: Sequence[Sequence[tuple[int, float]]] = (),
+        *,
+        last: bool,
+    ) -> list[Piece]:
+        """The pieces of tokens whose text is complete; with ``last``, of all that are left.
+
+        Args:
+            text: that the tokens add; it may lag behind them.
+            tokens: new ones.
+            log_probs: of the tokens; None where the model has none.
+            likeliest: ids and log-probabilities at each token's place; empty if not asked for.
+            last: whether the text ends here.
+        """
         self._text += text
-        for token, log_prob, likeliest in zip(
-            scored.tokens, scored.log_probs, scored.likeliest or [[]] * len(scored.tokens)
-        ):
-            named = [(self._name(other), other, value) for other, value in likeliest]
+        for token, log_prob, others in zip(tokens, log_probs, likeliest or [[]] * len(tokens)):
+            named = [(self._name(other), other, value) for other, value in others]
             self._end += len(piece_after(self._vocabulary, self._before, token))
             self._before.append(token)
             self._waiting.append((self._end, token, log_prob, named))
@@ -85,7 +99,10 @@ class PieceCutter:
             if self._waiting[place][1] != eos:
                 ends[place:] = [whole] * (len(ends) - place)
                 break
-        self._waiting = [(end, *rest) for end, (_, *rest) in zip(ends, self._waiting)]
+        self._waiting = [
+            (end, token, log_prob, named)
+            for end, (_, token, log_prob, named) in zip(ends, self._waiting)
+        ]
 
     def _piece(
         self, end: int, token: int, log_prob: float | None, named: list[tuple[str, int, float]]
@@ -98,9 +115,8 @@ class PieceCutter:
                 name = text if other == token else name
                 alternatives[name] = max(_rounded(value), alternatives.get(name, LEAST_LOG_PROB))
         data = self._vocabulary.token_bytes(token)
-        return Piece(
-            text, begin, text.encode() if data is None else data, _rounded(log_prob), alternatives
-        )
+        rounded = None if log_prob is None else _rounded(log_prob)
+        return Piece(text, begin, text.encode() if data is None else data, rounded, alternatives)
 
     def _name(self, token: int) -> str:
         """A token that was not chosen, with the text that it would have added."""
@@ -112,8 +128,8 @@ class PieceCutter:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _rounded(log_prob: float | None) -> float | None:
-    return None if log_prob is None else round(max(log_prob, LEAST_LOG_PROB), 6)
+def _rounded(log_prob: float) -> float:
+    return round(max(log_prob, LEAST_LOG_PROB), 6)
 
 
 def echoed(vocabulary: Vocabulary, prompt: Prompt, scored: Scored | None) -> list[Piece]:
@@ -128,7 +144,8 @@ def echoed(vocabulary: Vocabulary, prompt: Prompt, scored: Scored | None) -> lis
     own, eos = prompt.own, vocabulary.eos_id
     known = scored or Scored([], [], [])
     missing = len(own) - len(known.tokens)
-    log_probs, likeliest = [None] * missing, [[] for _ in range(missing)]
+    log_probs: list[float | None] = [None] * missing
+    likeliest: list[list[tuple[int, float]]] = [[] for _ in range(missing)]
     if missing and own[missing - 1] == eos:
         log_probs[-1], likeliest[-1] = 0.0, [(eos, 0.0)]
     log_probs += known.log_probs
@@ -140,15 +157,17 @@ def echoed(vocabulary: Vocabulary, prompt: Prompt, scored: Scored | None) -> lis
         text = vocabulary.decode(own[begin:end])
         if end == len(own) and prompt.context:
             text = text.rstrip(INCOMPLETE)  # the answer's first tokens may complete it
-        part = Scored(own[begin:end], log_probs[begin:end], likeliest[begin:end])
-        for piece in PieceCutter(vocabulary).push(text, part, last=True):
+        part = own[begin:end], log_probs[begin:end], likeliest[begin:end]
+        for piece in PieceCutter(vocabulary).push(text, *part, last=True):
             pieces.append(dataclasses.replace(piece, begin=offset + piece.begin))
         offset += len(text)
         if end < len(own):
             name = next(iter(vocabulary.special_tokens))
-            value = _rounded(log_probs[end])
-            others = {vocabulary.piece(token): _rounded(one) for token, one in likeliest[end]}
-            others[name] = value
+            value, others = log_probs[end], {}
+            if value is not None:
+                value = _rounded(value)
+                others = {vocabulary.piece(token): _rounded(one) for token, one in likeliest[end]}
+                others[name] = value
             pieces.append(Piece(name, offset, name.encode(), value, others))
             offset += len(name)
         begin = end + 1
@@ -190,11 +209,11 @@ class Shaper:
                 echo = "".join(piece.text for piece in pieces)
                 text, self._offsets[index] = echo + text, len(echo)
         if asked is not None:
-            new = Scored(update.tokens, update.log_probs, cut(update.likeliest))
+            new = update.tokens, update.log_probs, cut(update.likeliest)
             pieces += [
                 dataclasses.replace(piece, begin=piece.begin + self._offsets[index])
                 for piece in self._cutters[index].push(
-                    update.text, new, last=update.finish is not None
+                    update.text, *new, last=update.finish is not None
                 )
             ]
         if not (text or pieces or update.finish):

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -86,6 +87,8 @@ def make_app(service: Service) -> Starlette:
     async def detokenize(request: Request) -> Response:
         return await _detokenize(service, request)
 
+    # Starlette calls each with errors of its class alone, which its types do not say.
+    handlers: dict[Any, Any] = {HTTPException: _no_route, ApiError: _refuse, Exception: _fault}
     return Starlette(
         routes=[
             Route("/v1/completions", _Completions(service), methods=["POST"]),
@@ -98,7 +101,7 @@ def make_app(service: Service) -> Starlette:
             Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _no_route, ApiError: _refuse, Exception: _fault},
+        exception_handlers=handlers,
     )
 
 
@@ -285,13 +288,18 @@ class _Completions:
         if service.engine.closing:
             raise _ended(service)
         body = await _read(Request(scope, receive), service.max_body_bytes)
-        known = {"model": service.name, "reader": service.reader, "limits": service.limits}
+        known: dict[str, Any] = {
+            "model": service.name,
+            "reader": service.reader,
+            "limits": service.limits,
+        }
         if self._chat:
             completion = parse_chat(body, template=service.template, **known)
         else:
             completion = parse_completion(body, **known)
         async with self._running(completion) as (ticket, news):
             shaper = Shaper(service.name, service.engine.prompts.vocabulary, completion)
+            answer: Coroutine[Any, Any, JSONResponse | None]
             if completion.stream:
                 answer = self._stream(completion, shaper, news, send)
             else:
@@ -358,10 +366,15 @@ class _Completions:
                 raise _failed(update, self._service)
             updates.append(update)
         updates.sort(key=lambda update: update.index)
-        choices = []
+        kept: list[Update] = []
         for begin in range(0, count, completion.samples):
-            choices += best(updates[begin : begin + completion.samples], completion.keep)
-        choices = [shaper.choice(update) | {"index": place} for place, update in enumerate(choices)]
+            kept += best(updates[begin : begin + completion.samples], completion.keep)
+        # None has no finish, so every one is a choice.
+        choices = [
+            choice | {"index": place}
+            for place, update in enumerate(kept)
+            if (choice := shaper.choice(update))
+        ]
         tokens = sum(len(update.tokens) for update in updates)
         return JSONResponse(shaper.body(choices, tokens))
 

@@ -412,10 +412,12 @@ class Engine:
             np.array,
             (decoding.counts_R, decoding.finished_R, decoding.tokens_RxN, decoding.log_probs_RxN),
         )
-        ids_RxNxK = values_RxNxK = None
+        likeliest: tuple[np.ndarray, ...] = ()
         if any(answer and answer.ticket.alternatives for answer in self._rows):
-            ids_RxNxK = np.array(decoding.likeliest_RxNxK)
-            values_RxNxK = np.array(decoding.likeliest_log_probs_RxNxK)
+            likeliest = (
+                np.array(decoding.likeliest_RxNxK),
+                np.array(decoding.likeliest_log_probs_RxNxK),
+            )
         free_R = np.zeros(len(self._rows), bool)
         for row, answer in enumerate(self._rows):
             if answer is None or answer.ticket.ended:
@@ -426,9 +428,7 @@ class Engine:
             if not (finished_R[row] or ticket.stream or ticket.settings.stop):
                 answer.seen = count
                 continue
-            arrays = [tokens_RxN, log_probs_RxN]
-            if ticket.alternatives:
-                arrays += [ids_RxNxK, values_RxNxK]
+            arrays = tokens_RxN, log_probs_RxN, *(likeliest if ticket.alternatives else ())
             made = _scored(*(array[row, :count] for array in arrays))
             free_R[row] = self._deliver(answer, made, bool(finished_R[row]))
         if free_R.any():
@@ -495,7 +495,7 @@ def _scored(
 ) -> Scored:
     """Arrays as lists."""
     likeliest = []
-    if ids_NxK is not None:
+    if ids_NxK is not None and values_NxK is not None:
         likeliest = [
             list(zip(*pair)) for pair in zip(ids_NxK.tolist(), values_NxK.tolist(), strict=True)
         ]

@@ -401,7 +401,7 @@ def _settings(values: Mapping[str, Any]) -> GenerationSettings:
     only the most likely token is left, and top_p 0, which keeps that token alone.
     """
     temperature, top_p = _number(values, "temperature", 1.0), _number(values, "top_p", 1.0)
-    given = {name: _number(values, name, 0) for name in _NUMBERS if name in values}
+    given: dict[str, Any] = {name: _number(values, name, 0) for name in _NUMBERS if name in values}
     seed = values.get("seed", secrets.randbits(32))
     if type(seed) is not int:
         raise ApiError(400, f"seed is {seed!r}; expected a whole number", param="seed")

@@ -9,7 +9,7 @@ an answer depends neither on its neighbours nor on the time of arrival.
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import flax
 import jax
@@ -94,7 +94,10 @@ def read_and_score(
         config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
     )
     model = build_model(config)
-    logits_of = lambda hidden: model.apply({"params": params}, hidden[None], method="logits")
+
+    def logits_of(hidden_M: jax.Array) -> jax.Array:
+        logits_1xV = model.apply({"params": params}, hidden_M[None], method="logits")
+        return cast(jax.Array, logits_1xV)
 
     def score(place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden_M, token = place

@@ -26,7 +26,7 @@ class Scored:
     """
 
     tokens: list[int]
-    log_probs: list[float | None]
+    log_probs: list[float]
     likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 

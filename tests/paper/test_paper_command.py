@@ -550,7 +550,7 @@ def test_mistakes_are_named_before_anything_is_run(inputs, tmp_path):
         parse_setting(load_config(config, ["--config.teacher_layers=1"]).to_dict())
     with pytest.raises(ConfigError, match="did you mean 'pretrain.steps'"):
         load_config(config, ["--config.pretrain.step=1"])
-    with pytest.raises(ConfigError, match="expected 'skip' or 'cut'"):
+    with pytest.raises(ConfigError, match="code.too_long is 'drop'; expected one of 'skip', 'cut'"):
         parse_setting(load_config(config, ["--config.columns.code.too_long=drop"]).to_dict())
     twice = load_config(config).to_dict()
     twice["columns"]["again"] = twice["columns"]["code"]

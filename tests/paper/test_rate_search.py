@@ -137,6 +137,9 @@ def test_the_verdict_says_what_would_be_chosen_and_whether_the_order_changes():
     assert "learning rate 0.02" in dec and "0.6000 against 0.8000 in use" in dec
     assert "the largest learning rate tried" in dec and "smallest" not in ed
     assert order.endswith(f"{ED}, DEC; another with each model's best: DEC, {ED}")
+    # Each model's own values are in use, a teacher's dropout among them.
+    teacher = [line("t", 1e-2, 0.5, True, dropout=0.3), line("t", 1e-2, 0.6)]
+    assert all("is in use and the best" in verdicts([*rows, *teacher])[i] for i in (1, 2))
     # An unfinished search compares nothing.
     _, one, unfinished = verdicts(rows[:4])
     assert "is all that was tried (0.7000)" in one and "finish the search" in unfinished

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import get_args
 
 import pytest
 
@@ -16,7 +17,7 @@ from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
 from encdec.fields import differences, flattened
 from encdec.scaling.ladder import Ladder, parse_ladder, plan, run_config
-from encdec.scaling.matching import MATCHES
+from encdec.scaling.matching import Match
 from encdec.scaling.scaling_command import load_ladder
 from encdec.train.run_config import RunConfig
 
@@ -92,7 +93,7 @@ def test_what_runs_share_is_checked_and_nothing_of_it_is_ignored(run, message):
         parse_ladder({**read_config_file(f"{LADDERS}:micro").to_dict(), "run": run})
 
 
-@pytest.mark.parametrize("match", MATCHES)
+@pytest.mark.parametrize("match", get_args(Match))
 @pytest.mark.parametrize("name", ["micro", "small", "paper"])
 def test_rungs_are_matched_as_asked(name, match):
     found = planned(name, match=match)
@@ -195,7 +196,7 @@ def test_rungs_that_are_too_short_are_named():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"match": "everything"}, "ladder.match is 'everything'; expected one of flops"),
+        ({"match": "everything"}, "ladder.match is 'everything'; expected one of 'flops"),
         ({"splits": "('2/3','3/5')"}, "6 layers cannot be split 3/5"),
         ({"splits": "('2/3','4/3')"}, "split is '4/3'"),
         ({"budgets.values": "(-1.0,)"}, "positive numbers"),

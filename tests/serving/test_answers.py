@@ -83,7 +83,7 @@ def test_pieces_join_to_the_text_whole_and_streamed(vocabularies, data):
     if (place := find_stop(text, stop)) is not None:
         text = text[:place]
     log_probs = [-float(i) for i in range(len(ids))]
-    whole = PieceCutter(vocabulary).push(text, Scored(ids, log_probs), last=True)
+    whole = PieceCutter(vocabulary).push(text, ids, log_probs, last=True)
     assert "".join(piece.text for piece in whole) == text
     assert [piece.log_prob for piece in whole] == log_probs
     begins = [piece.begin for piece in whole]
@@ -94,10 +94,10 @@ def test_pieces_join_to_the_text_whole_and_streamed(vocabularies, data):
     for cut in [*cuts, len(ids)]:
         last = cut == len(ids)
         piece = stream.push(ids[:cut], last=last)
-        made += cutter.push(piece, Scored(ids[seen:cut], log_probs[seen:cut]), last=last)
+        made += cutter.push(piece, ids[seen:cut], log_probs[seen:cut], last=last)
         seen = cut
         if stream.stopped:
-            made += cutter.push("", Scored([], []), last=True)
+            made += cutter.push("", [], [], last=True)
             break
     assert "".join(piece.text for piece in made) == text
     if not stop:  # where it stops, the stream tells of no tokens beyond
@@ -106,7 +106,7 @@ def test_pieces_join_to_the_text_whole_and_streamed(vocabularies, data):
 
 def test_characters_of_several_tokens_are_there_with_their_last_one():
     ids = BYTES.encode("h€!")
-    pieces = PieceCutter(BYTES).push("h€!", Scored([*ids, 1], [-1.0] * 6), last=True)
+    pieces = PieceCutter(BYTES).push("h€!", [*ids, 1], [-1.0] * 6, last=True)
     assert [piece.text for piece in pieces] == ["h", "", "", "€", "!", ""]
     assert [piece.begin for piece in pieces] == [0, 1, 1, 1, 2, 3]
     assert b"".join(piece.data for piece in pieces) == "h€!".encode()
@@ -116,11 +116,9 @@ def test_alternatives_are_named_by_what_they_would_add():
     eos, lead = BYTES.eos_id, 0xE2 + BYTES.offset
     (first, second) = PieceCutter(BYTES).push(
         "ab",
-        Scored(
-            BYTES.encode("ab"),
-            [-0.5, -3.0],
-            [[(BYTES.encode("a")[0], -0.5), (eos, -1.0)], [(lead, -0.1), (eos, -2.0)]],
-        ),
+        BYTES.encode("ab"),
+        [-0.5, -3.0],
+        [[(BYTES.encode("a")[0], -0.5), (eos, -1.0)], [(lead, -0.1), (eos, -2.0)]],
         last=True,
     )
     assert first.alternatives == {"a": -0.5, "</s>": -1.0}
@@ -146,6 +144,10 @@ def test_an_echo_shows_the_prompt_and_where_the_answer_begins():
     assert kept["text_offset"] == [0, 1, 2, 6, 7, 8]
     assert kept["top_logprobs"][:3] == [None, None, {"</s>": 0.0}]
     assert shaper.body([choice], 1)["usage"]["prompt_tokens"] == 5
+    # EOS inside the input has no probability, and so is not its own alternative either.
+    within = [1, *own]
+    first = echoed(BYTES, Prompt(within[:4], within[4:], within, within[4:]), scored)[0]
+    assert (first.text, first.log_prob, first.alternatives) == ("</s>", None, {})
 
 
 def test_choices_tell_why_they_end_and_streams_only_what_is_settled():

@@ -98,4 +98,5 @@ class EncdecConfig(PretrainedConfig):
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
         kwargs.setdefault("pad_token_id", 0)
         kwargs.pop("is_encoder_decoder", None)
-        super().__init__(is_encoder_decoder=True, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(is_encoder_decoder=True, **kwargs)

@@ -191,14 +191,15 @@ class EncdecPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     @property
-    def _supports_sdpa(self):
+    def _supports_sdpa(self):  # type: ignore[override]  # theirs is a class attribute
         return not self.config.attention_logit_cap
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, EncdecNorm):
             nn.init.constant_(module.weight, 0.0 if module.plus_one else 1.0)
 
@@ -213,6 +214,9 @@ class EncdecPreTrainedModel(PreTrainedModel):
 
 
 class EncdecStack(EncdecPreTrainedModel):
+    global_layers: set[int]
+    unrotated_layers: set[int]
+
     def __init__(self, config, layers, cross):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
@@ -470,7 +474,8 @@ class EncdecForConditionalGeneration(EncdecPreTrainedModel, GenerationMixin):
             tied["lm_head.weight"] = "decoder.embed_tokens.weight"
         if config.share_embeddings:
             tied["encoder.embed_tokens.weight"] = "decoder.embed_tokens.weight"
-        self._tied_weights_keys = tied if TIES_BY_MAPPING else list(tied)
+        keys = tied if TIES_BY_MAPPING else list(tied)
+        self._tied_weights_keys = keys  # type: ignore[assignment]  # by version of transformers
         super().__init__(config)
         self.encoder, self.decoder = EncdecEncoder(config), EncdecDecoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)

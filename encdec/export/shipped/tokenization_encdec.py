@@ -8,12 +8,12 @@ class EncdecTokenizer(PreTrainedTokenizerFast):
     """A tokenizer.json whose template frames inputs; labels are a text's ids and EOS."""
 
     def _switch_to_target_mode(self):
-        self._of_inputs = self._tokenizer.post_processor
+        self._of_inputs = self.backend_tokenizer.post_processor
         eos = self.eos_token
-        self._tokenizer.post_processor = TemplateProcessing(
+        self.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"$A {eos}", pair=f"$A $B {eos}", special_tokens=[(eos, self.eos_token_id)]
         )
 
     def _switch_to_input_mode(self):
         if getattr(self, "_of_inputs", None) is not None:
-            self._tokenizer.post_processor, self._of_inputs = self._of_inputs, None
+            self.backend_tokenizer.post_processor, self._of_inputs = self._of_inputs, None
