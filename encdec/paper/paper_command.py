@@ -43,7 +43,6 @@ def main(argv: list[str]) -> int:
         return parts[argv[0]](argv[1:])
     options, setting = _read(_parser(), argv)
     # Imported late, so that mistakes in the command line are reported at once.
-    from encdec.evaluation.results_table import table_markdown
     from encdec.paper.setting import table_rows
 
     columns = _chosen("columns", options.columns, [column.name for column in setting.columns])
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> int:
     from encdec.paper.runs import Experiment
 
     experiment = Experiment(setting, work, corpora, results, columns, rows, _say)
-    print(table_markdown(experiment.run()))
+    print(experiment.run())
     return 0
 
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,13 +25,16 @@ from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import of_task
 from encdec.evaluation.load_models import chosen_step
 from encdec.evaluation.predictions import WINDOW
-from encdec.evaluation.results_table import table, table_markdown
+from encdec.evaluation.results_table import has_papers_tasks, table, table_markdown
 from encdec.files import sole_process, write_json
 from encdec.inference.generation_settings import GenerationSettings
+from encdec.paper.comparison import comparison_markdown
 from encdec.paper.corpora import Corpora, Say
 from encdec.paper.divergence import Divergence, finite_curve, has_diverged, noting_divergence
 from encdec.paper.result_rows import (
     COPY,
+    RUN,
+    SEARCH,
     Identity,
     append_results,
     copy_row,
@@ -95,15 +98,15 @@ class Experiment:
         self._columns = [c for c in setting.columns if not columns or c.name in columns]
         self._rows = [row for row in table_rows(setting) if not rows or row in rows]
 
-    def run(self) -> dict[str, Any]:
-        """Does the missing runs that no other process is at, and returns the table's content."""
+    def run(self) -> str:
+        """Does the missing runs that no other process is at, and returns the tables."""
         self._record_copies()
         for run in self._runs:
             if self._needed(run):
                 with self._claimed(run) as mine:
                     if mine:
                         self._do(run)
-        return self.write_table()
+        return self.write_tables()
 
     def _needed(self, run: Run) -> bool:
         """Whether a run is missing in the results; the teacher also if a pupil's is."""
@@ -381,22 +384,39 @@ class Experiment:
             if (self.folder(run) / GREEDY / REPORT_FILE).is_file():
                 yield run.title, read_report(self.folder(run) / GREEDY)
 
-    def write_table(self) -> dict[str, Any]:
-        """Writes table.md and table.json from all finished evaluations."""
+    def write_tables(self) -> str:
+        """Writes table.md, which is returned, from the results; and table.json, the paper's table,
+        from this work directory's evaluations, also as Markdown if they cover its tasks."""
         models: dict[str, list[dict[str, Any]]] = {}
         for name, report in self._reports():
             models.setdefault(name, []).append(report)
         content = table(models)
-        done = done_runs(read_results(self._results))
+        rows = self._own_rows()
         content["diverged"] = [
-            {"model": run.title, "column": run.column, "seed": run.seed} | _why(done[key])
-            for run in planned(self._setting)
-            if (key := self._key(run)) in done and has_diverged(done[key])
+            {"model": row["row"], "column": row["column"], "seed": row["seed"]}
+            | {"step": row["diverged_step"], "message": row["diverged"]}
+            for row in rows
+            if row["kind"] == RUN and has_diverged(row)
         ]
         write_json(self._work / "table.json", content)
-        (self._work / "table.md").write_text(table_markdown(content))
-        return content
+        text = comparison_markdown(rows)
+        for run in content["diverged"]:
+            text += (
+                f"\nDiverged, and in no figure: {run['model']} on {run['column']}, seed "
+                f"{run['seed']}: {run['message']}\n"
+            )
+        if has_papers_tasks(content):
+            text += f"\n{table_markdown(content)}"
+        (self._work / "table.md").write_text(text)
+        return text
 
-
-def _why(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"step": row["diverged_step"], "message": row["diverged"]}
+    def _own_rows(self) -> list[dict[str, Any]]:
+        """The lines of the results with these settings and data, without the search's."""
+        settings = [self._setting.digest(with_teacher) for with_teacher in (False, True)]
+        return [
+            row
+            for row in read_results(self._results)
+            if row["kind"] != SEARCH
+            and row.get("setting") in settings
+            and row.get("data", self._corpora.data) == self._corpora.data
+        ]

@@ -8,7 +8,15 @@ import pytest
 
 from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluate_command import main
-from encdec.evaluation.results_table import COLUMNS, PAPER, PAPER_MEANS, cell, table, table_markdown
+from encdec.evaluation.results_table import (
+    COLUMNS,
+    PAPER,
+    PAPER_MEANS,
+    cell,
+    has_papers_tasks,
+    table,
+    table_markdown,
+)
 
 
 def report(seed, value, task="squad_v2", low=None):
@@ -63,6 +71,7 @@ def test_a_mean_wants_every_column_and_other_scores_have_their_own_table():
     content = table({"DEC": full, "ED 2/3-1/3": full[:3]})
     means = {row["model"]: row["mean"] for row in content["rows"]}
     assert means["DEC"] == 30 and means["ED 2/3-1/3"] is None and means["teacher"] is None
+    assert has_papers_tasks(content) and not has_papers_tasks(table({"DEC": full[:3]}))
     text = table_markdown(content)
     assert "| model | SQuAD F1, answerable |" in text
     assert "| DEC | 12.35 [1.00, nan] |" in text or "| DEC | 12.35 [1.00, –] |" in text
