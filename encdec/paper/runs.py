@@ -236,7 +236,7 @@ class Experiment:
             for folder, beams in evaluations(self._setting):
                 self._evaluate(run, column, folder, beams)
         self._record(run, column, noted)
-        self.write_table()
+        self.write_tables()
 
     def _pretrain(self, run: Run) -> Divergence:
         """What became of the pretraining, in terms of a fine-tuning from it."""
