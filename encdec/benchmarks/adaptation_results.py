@@ -68,7 +68,7 @@ def summary(results: Runs) -> str:
                 str(len(runs)),
             )
         )
-    head = ("model", "parameters", "steps", "training FLOPs", "teacher's FLOPs")
+    head: tuple[str, ...] = ("model", "parameters", "steps", "training FLOPs", "teacher's FLOPs")
     head += ("with these and the source's", "loss at the start", "held-out loss", "seeds")
     lines = markdown_table(head, rows)
     if differences := _differences(results):

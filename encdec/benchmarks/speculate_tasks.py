@@ -91,7 +91,10 @@ def measure_task(
     pairs = list(zip(*made))
     different = tuple(i for i, (a, b) in enumerate(pairs) if a.tokens != b.tokens)
     ties = tuple(i for i in different if near_tie(generators[0], texts[i], *pairs[i], max_tokens))
-    again = regrouped and [one for (one,) in regrouped.generate(texts, settings, truncate=True)]
+    between = None
+    if regrouped:
+        again = [one for (one,) in regrouped.generate(texts, settings, truncate=True)]
+        between = max(map(log_prob_difference, made[0], again))
     return TaskRate(
         runtime,
         pathlib.Path(path).name.split(".")[0],
@@ -105,7 +108,7 @@ def measure_task(
         different,
         ties,
         max(log_prob_difference(*pair) for pair in pairs),
-        again and max(map(log_prob_difference, made[0], again)),
+        between,
     )
 
 
@@ -155,7 +158,8 @@ def measure_transformers(
     model, prompts = TransformersModel(directory, "float32"), generator.prompts
     sources = [prompts.encode(text, truncate=True)[0] for text in read_inputs(path)[:limit]]
     count, eos = max_tokens or generator.max_tokens, prompts.vocabulary.eos_id
-    seconds, tokens, different = [0.0, 0.0], [0, 0], []
+    seconds, tokens = [0.0, 0.0], [0, 0]
+    different: list[int] = []
     for number, ids in enumerate([sources[0], *sources]):
         if number == 1:  # the first time is preparation
             seconds, tokens, different = [0.0, 0.0], [0, 0], []
@@ -168,8 +172,8 @@ def measure_transformers(
         different += [number - 1] * (made[0] != made[1])
     task = pathlib.Path(path).name.split(".")[0]
     plain, drafted = (n / taken for n, taken in zip(tokens, seconds))
-    share, which = 1 - len(different) / len(sources), tuple(different)
-    return TaskRate(PEER, task, 1, tokens[0], plain, drafted, share, 0.0, 0.0, which)
+    share = 1 - len(different) / len(sources)
+    return TaskRate(PEER, task, 1, tokens[0], plain, drafted, share, 0.0, 0.0, tuple(different))
 
 
 def _counts(paces: Paces) -> np.ndarray:

@@ -174,8 +174,11 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
     vocabulary = recorded_vocabulary(content, run.init_from)
     rows = _vocabulary_rows(run, model, source, vocabulary, card)
     # Training on texts framed in another way is a choice of the records; it is told.
-    here = {"decoder_start_id": card.decoder_start_id, "inputs_eos": card.inputs_eos}
-    here |= {"inputs_prefix": list(card.inputs_prefix)}
+    here = {
+        "decoder_start_id": card.decoder_start_id,
+        "inputs_eos": card.inputs_eos,
+        "inputs_prefix": list(card.inputs_prefix),
+    }
     differences = _compare(run, model, source) + tuple(
         f"{name} is {data[name]!r} there and {value!r} here"
         for name, value in here.items()
