@@ -22,8 +22,9 @@ class ScoringSettings(Settings):
     What is stored does not depend on the mesh; ``batch_rows`` counts over all devices.
     """
 
+    # teacher, records and out have no default; ``check`` refuses to go on without them.
     teacher: str | os.PathLike[str] = setting(
-        "",
+        None,
         "work directory of encdec train or encdec import; with --backend=torch a Hugging Face "
         "directory",
         type=any_path,
@@ -42,9 +43,9 @@ class ScoringSettings(Settings):
         metavar="FILE",
     )
     records: str | os.PathLike[str] = setting(
-        "", "directory of encdec prepare", type=any_path, metavar="DIR"
+        None, "directory of encdec prepare", type=any_path, metavar="DIR"
     )
-    out: str | os.PathLike[str] = setting("", "receives the shards", type=any_path, metavar="DIR")
+    out: str | os.PathLike[str] = setting(None, "receives the shards", type=any_path, metavar="DIR")
     method: Literal["sampled", "top_k", "full"] = setting(
         "sampled",
         "draws with replacement (unbiased), the likeliest ids, or everything (default %(default)s)",
@@ -99,7 +100,7 @@ class ScoringSettings(Settings):
     def check(self) -> None:
         """ConfigError for what is missing, out of range or at odds whatever the teacher is."""
         for name in ("teacher", "records", "out"):
-            if not getattr(self, name):
+            if getattr(self, name) is None:
                 raise ConfigError(f"--{name} is missing; give it")
         super().check()
         if self.seed >= 2**31:
