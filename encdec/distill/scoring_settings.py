@@ -22,7 +22,7 @@ class ScoringSettings(Settings):
     What is stored does not depend on the mesh; ``batch_rows`` counts over all devices.
     """
 
-    # teacher, records and out have no default; ``check`` refuses to go on without them.
+    # teacher, records and out have no default; ``check`` requires them.
     teacher: str | os.PathLike[str] = setting(
         None,
         "work directory of encdec train or encdec import; with --backend=torch a Hugging Face "
