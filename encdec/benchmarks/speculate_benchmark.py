@@ -235,7 +235,7 @@ def _rates(options: argparse.Namespace) -> list[TaskRate]:
                         continue  # LiteRT's one row
                     regrouped = None
                     if options.always:
-                        generators[1].paces.kind = Insistent
+                        generators[1].paces.begin(Insistent)
                         other = 1 if rows == REGROUPED else REGROUPED
                         regrouped = load(one, batch_rows=other, draft=OFF)
                         if regrouped.batch_rows != other:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from encdec.inference.answer_files import read_inputs
 from encdec.inference.drafting import Paces
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generation, Generator, TextGenerator
-from encdec.inference.pace import LONGEST_DRAFT
+from encdec.inference.pace import LONGEST_DRAFT, SIZES, Insistent
 from encdec.machine import available_cores
 
 PEER = "transformers"
@@ -66,8 +67,7 @@ def measure_task(
     max_tokens: int | None,
     regrouped: TextGenerator | None = None,
 ) -> TaskRate:
-    """Answers a file's texts twice, alternating by windows, and before, to compile, once more;
-    exports, which compile next to nothing, only the first of them.
+    """Answers a file's texts twice, alternating by windows, after all programs were compiled.
 
     ``regrouped``: decodes plainly, too, in batches of another size, to be compared.
     """
@@ -76,9 +76,7 @@ def measure_task(
     rows = generators[0].batch_rows
     seconds, tokens = [0.0, 0.0], [0, 0]
     made: tuple[list[Generation], list[Generation]] = ([], [])
-    for one in generators:
-        first = texts if isinstance(one, Generator) else texts[:rows]
-        one.generate(first, settings, truncate=True)
+    _prepare(generators, texts, settings)
     before = _counts(generators[1].paces)
     for begin in range(0, len(texts), 4 * rows):
         for which, one in enumerate(generators):
@@ -110,6 +108,28 @@ def measure_task(
         max(log_prob_difference(*pair) for pair in pairs),
         between,
     )
+
+
+def _prepare(
+    generators: tuple[TextGenerator, TextGenerator],
+    texts: Sequence[str],
+    settings: GenerationSettings,
+) -> None:
+    """Has compiled what answers need, whatever sizes of steps are chosen for which of them.
+
+    Exports compile next to nothing and answer only the first texts.
+    """
+    plain, drafted = generators
+    if not isinstance(drafted, Generator):
+        for one in generators:
+            one.generate(texts[: one.batch_rows], settings, truncate=True)
+        return
+    plain.generate(texts, settings, truncate=True)
+    kind = drafted.paces.kind
+    for size in SIZES:
+        drafted.paces.begin(functools.partial(Insistent, sizes=(size,)))
+        drafted.generate(texts, settings, truncate=True)
+    drafted.paces.begin(kind, compiled=True)
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int:

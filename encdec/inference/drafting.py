@@ -216,7 +216,25 @@ class Paces:
     def __init__(self, draft: Draft, pays: bool):
         self._draft, self._pays = draft, pays
         self._paces: dict[int, Pace] = {}
-        self.kind: type[Pace] = Pace  # of the paces that are begun from now on
+        self.kind: Callable[[int, bool], Pace] = Pace
+
+    def begin(self, kind: Callable[[int, bool], Pace], compiled: bool = False) -> None:
+        """Forgets what was learned.
+
+        Args:
+            kind: makes the paces from now on, of the number of rows and whether to draft before
+                anything is known.
+            compiled: no step's time will include compiling.
+        """
+
+        def make(rows: int, eager: bool) -> Pace:
+            pace = kind(rows, eager)
+            if compiled:
+                pace.note_compiled()
+            return pace
+
+        self.kind = make
+        self._paces.clear()
 
     @property
     def all(self) -> list[Pace]:
@@ -228,7 +246,7 @@ class Paces:
         auto = self._draft == AUTO
         if self._draft == OFF or (auto and not (self._pays and rows <= MOST_ROWS)):
             return None
-        return self._paces.setdefault(rows, self.kind(rows, eager=not auto))
+        return self._paces.setdefault(rows, self.kind(rows, not auto))
 
 
 def drafting_pays(config: ModelConfig) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -179,12 +180,12 @@ class Pace:
 
 
 class Insistent(Pace):
-    """Verifies whether it pays or not, with steps of every size in turn: for checks that drafts
-    change no answer."""
+    """Verifies whether it pays or not, with steps of the sizes in turn: for checks that drafts
+    change no answer, and to have programs compiled."""
 
-    def __init__(self, rows: int, eager: bool):
+    def __init__(self, rows: int, eager: bool, sizes: Sequence[int] = SIZES):
         super().__init__(rows, eager)
-        self._sizes = itertools.cycle(SIZES)
+        self._sizes = itertools.cycle(sizes)
 
     def size(self) -> int:
         return next(self._sizes)
