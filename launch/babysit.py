@@ -43,7 +43,7 @@ class Seen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class PollState:
     """State kept between polls.
 
     Attributes:
@@ -65,7 +65,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class RestartLimits:
     crashes: int = 5  # in a row, before it is given up
     refusals: int = 5  # in a row
     replaced: int = 5  # in a row: then it is this machine's login that fails, not the slices
@@ -77,11 +77,11 @@ class Limits:
 class Decision:
     action: Action
     reason: str
-    memory: Memory
+    memory: PollState
     code: int = 0  # of the whole, with Action.FINISH
 
 
-def decide(seen: Seen, memory: Memory, limits: Limits = Limits()) -> Decision:
+def decide(seen: Seen, memory: PollState, limits: RestartLimits = RestartLimits()) -> Decision:
     """The next action, its reason, and the state to keep."""
     update = lambda **changes: dataclasses.replace(memory, **changes)
     if seen.resource is None:
@@ -107,7 +107,7 @@ def decide(seen: Seen, memory: Memory, limits: Limits = Limits()) -> Decision:
     return _training(seen.workers, dataclasses.replace(memory, replaced=0), limits)
 
 
-def _unreachable(memory: Memory, limits: Limits) -> Decision:
+def _unreachable(memory: PollState, limits: RestartLimits) -> Decision:
     decision = _strange("hosts cannot be reached", Action.DELETE, memory, limits)
     if decision.action is not Action.DELETE:
         return decision
@@ -124,7 +124,7 @@ def _unreachable(memory: Memory, limits: Limits) -> Decision:
     )
 
 
-def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decision:
+def _training(workers: Sequence[str], memory: PollState, limits: RestartLimits) -> Decision:
     update = lambda **changes: dataclasses.replace(memory, **changes)
     codes = [int(state.split()[1]) for state in workers if state.startswith("exited")]
     running = sum(state == "running" for state in workers)
@@ -177,7 +177,7 @@ def _training(workers: Sequence[str], memory: Memory, limits: Limits) -> Decisio
     return start(f"training crashed with exit code {code}", crashes=memory.crashes + 1)
 
 
-def _strange(reason: str, then: Action, memory: Memory, limits: Limits) -> Decision:
+def _strange(reason: str, then: Action, memory: PollState, limits: RestartLimits) -> Decision:
     """Waits a few polls for the state to settle, then acts."""
     if memory.strange < limits.strange:
         return Decision(

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from launch import ssh
-from launch.babysit import Action, Decision, Limits, Memory, Seen, decide
+from launch.babysit import Action, Decision, PollState, RestartLimits, Seen, decide
 from launch.commands import (
     Runner,
     actions_parser,
@@ -231,7 +231,7 @@ def babysit(
     pod: Pod, run: Runner, hosts: int, *, poll_seconds: float = POLL_SECONDS, delete: bool = False
 ) -> int:
     """Polls, decides and acts until the run is done or given up; returns its exit code."""
-    limits, memory, said = Limits(), Memory(), ""
+    limits, memory, said = RestartLimits(), PollState(), ""
     while True:
         before, decision = memory, decide(look(pod, run, hosts), memory, limits)
         memory = decision.memory
@@ -245,7 +245,7 @@ def babysit(
             return decision.code
         if act(pod, run, decision) and decision.action in (Action.SET_UP, Action.START):
             # Set up again: gcloud reports success where it could not reach a single host.
-            memory = Memory(crashes=before.crashes + 1)
+            memory = PollState(crashes=before.crashes + 1)
             if memory.crashes > limits.crashes:
                 print(
                     f"could not {decision.action.value} {memory.crashes} times in a row", flush=True

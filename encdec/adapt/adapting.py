@@ -11,14 +11,20 @@ from etils import epath
 
 from encdec.adapt.parameters import (
     Choice,
-    Origin,
+    ParameterOrigin,
     adapted_config,
     origins,
     summary_text,
     table_text,
     values,
 )
-from encdec.adapt.sources import VOCABULARY_AXIS, Source, check_same_vocabulary, grown, with_rows
+from encdec.adapt.sources import (
+    VOCABULARY_AXIS,
+    AdaptationSource,
+    check_same_vocabulary,
+    grown,
+    with_rows,
+)
 from encdec.data.chat_template import TEMPLATE_FILE
 from encdec.data.vocabulary import Vocabulary
 from encdec.interop.framing import Framing
@@ -31,7 +37,7 @@ TABLE_FILE = "adaptation.txt"  # next to the parameters: where each of them come
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AdaptationPlan:
     """What will be made, decided from configurations alone.
 
     Attributes:
@@ -46,9 +52,9 @@ class Plan:
 
     config: ModelConfig
     choice: Choice
-    decoder: Source
-    encoder: Source
-    table: tuple[Origin, ...]
+    decoder: AdaptationSource
+    encoder: AdaptationSource
+    table: tuple[ParameterOrigin, ...]
     vocabulary: Vocabulary | None
     rows: np.ndarray | None
 
@@ -91,7 +97,9 @@ class Plan:
         return text(self.table, names) + new
 
 
-def make_plan(decoder: Source, encoder: Source, choice: Choice, extra_ids: int = 0) -> Plan:
+def make_plan(
+    decoder: AdaptationSource, encoder: AdaptationSource, choice: Choice, extra_ids: int = 0
+) -> AdaptationPlan:
     """The plan for adapting these sources.
 
     Raises:
@@ -103,10 +111,10 @@ def make_plan(decoder: Source, encoder: Source, choice: Choice, extra_ids: int =
     vocabulary, size, rows = grown(decoder, extra_ids)
     config = adapted_config(decoder.config, encoder.config, choice).replace(vocab_size=size)
     table = origins(config, choice)
-    return Plan(config, choice, decoder, encoder, tuple(table), vocabulary, rows)
+    return AdaptationPlan(config, choice, decoder, encoder, tuple(table), vocabulary, rows)
 
 
-def carry_out(plan: Plan) -> Params:
+def carry_out(plan: AdaptationPlan) -> Params:
     """The adapted model's parameters, unrolled."""
     decoder = plan.decoder.parameters()
     same = plan.encoder.checkpoint == plan.decoder.checkpoint
@@ -119,7 +127,7 @@ def carry_out(plan: Plan) -> Params:
 
 
 def write(
-    plan: Plan, out: pathlib.Path | epath.Path, *, name: str, overwrite: bool = False
+    plan: AdaptationPlan, out: pathlib.Path | epath.Path, *, name: str, overwrite: bool = False
 ) -> ModelConfig:
     """Carries the plan out and writes a work directory that every command reads.
 
@@ -158,7 +166,7 @@ def write(
     )
 
 
-def joined(sources: Sequence[Source]) -> Lineage:
+def joined(sources: Sequence[AdaptationSource]) -> Lineage:
     """The cost and the seeds of all sources together, each counted once.
 
     Of two checkpoints of one run the later one's, which includes the earlier one's.

@@ -68,7 +68,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class ParameterOrigin:
     """Where one parameter comes from.
 
     Attributes:
@@ -154,21 +154,23 @@ def _check_alike(decoder: ModelConfig, encoder: ModelConfig) -> None:
         )
 
 
-def origins(config: ModelConfig, choice: Choice) -> list[Origin]:
+def origins(config: ModelConfig, choice: Choice) -> list[ParameterOrigin]:
     """The origin of every parameter of ``config``, made by ``adapted_config``, in order."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(build_model(config)))
     return [_origin(path_name(path), tuple(leaf.shape), config, choice) for path, leaf in leaves]
 
 
-def _origin(name: str, shape: tuple[int, ...], config: ModelConfig, choice: Choice) -> Origin:
+def _origin(
+    name: str, shape: tuple[int, ...], config: ModelConfig, choice: Choice
+) -> ParameterOrigin:
     if name == "embedder/embedding" and config.share_embeddings:
-        return Origin(name, shape, "shared", "decoder", name)
+        return ParameterOrigin(name, shape, "shared", "decoder", name)
     if name.startswith("embedder/") or name == "decoder/final_norm/scale":
-        return Origin(name, shape, "copied", "decoder", name)
+        return ParameterOrigin(name, shape, "copied", "decoder", name)
     if name.startswith("encoder_embedder/"):
-        return Origin(name, shape, "copied", "encoder", name.removeprefix("encoder_"))
+        return ParameterOrigin(name, shape, "copied", "encoder", name.removeprefix("encoder_"))
     if name == "encoder/final_norm/scale":
-        return Origin(name, shape, "copied", "encoder", "decoder/final_norm/scale")
+        return ParameterOrigin(name, shape, "copied", "encoder", "decoder/final_norm/scale")
     match = _LAYER.fullmatch(name)
     if not match:
         raise ConfigError(f"adapt has no source for the parameter {name}")
@@ -176,15 +178,17 @@ def _origin(name: str, shape: tuple[int, ...], config: ModelConfig, choice: Choi
     taken = choice.encoder_layers if stack == "encoder" else choice.decoder_layers
     layer = f"decoder/layers_{taken[number]}"
     if not rest.startswith(("encoder_attention/", "cross_attention_")):
-        return Origin(name, shape, "copied", stack, f"{layer}/{rest}")
+        return ParameterOrigin(name, shape, "copied", stack, f"{layer}/{rest}")
     if choice.cross_attention == "self":
         own = rest.replace("encoder_attention/", "self_attention/", 1)
         own = own.replace("cross_attention_", "self_attention_", 1)
-        return Origin(name, shape, "copied", stack, f"{layer}/{own}")
+        return ParameterOrigin(name, shape, "copied", stack, f"{layer}/{own}")
     return _fresh(name, shape, config, choice.cross_attention)
 
 
-def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, how: CrossAttention) -> Origin:
+def _fresh(
+    name: str, shape: tuple[int, ...], config: ModelConfig, how: CrossAttention
+) -> ParameterOrigin:
     """A cross-attention parameter without a source.
 
     To add nothing, the output projection is zero. Where its output is normed afterwards, zeros
@@ -192,7 +196,7 @@ def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, how: CrossAtt
     size; so there the norm's scale is zero instead.
     """
     one = 0.0 if config.norm_plus_one else 1.0  # the stored scale that multiplies by 1
-    constant = lambda value: Origin(name, shape, "constant", "", f"{value:g}")
+    constant = lambda value: ParameterOrigin(name, shape, "constant", "", f"{value:g}")
     if name.endswith("/scale"):
         silent = how == "zero" and "/cross_attention_post_norm/" in name
         return constant(one - 1.0 if silent else one)
@@ -200,11 +204,11 @@ def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, how: CrossAtt
         return constant(0.0)
     if how == "zero" and name.endswith("/o/kernel") and not config.post_norms:
         return constant(0.0)
-    return Origin(name, shape, "drawn", "", f"N(0, {config.init_std:g})")
+    return ParameterOrigin(name, shape, "drawn", "", f"N(0, {config.init_std:g})")
 
 
 def values(
-    table: Sequence[Origin],
+    table: Sequence[ParameterOrigin],
     sources: Mapping[str, Mapping[str, Any]],
     config: ModelConfig,
     seed: int,
@@ -231,7 +235,7 @@ def values(
     return result
 
 
-def table_text(table: Sequence[Origin], sources: Mapping[str, str]) -> str:
+def table_text(table: Sequence[ParameterOrigin], sources: Mapping[str, str]) -> str:
     """The origins as aligned text, with the number of scalars of each kind at the end."""
     rows = [("parameter", "shape", "how", "from")]
     for one in table:
@@ -240,9 +244,9 @@ def table_text(table: Sequence[Origin], sources: Mapping[str, str]) -> str:
     return "\n".join([*aligned(rows), "", _totals(table)]) + "\n"
 
 
-def summary_text(table: Sequence[Origin], sources: Mapping[str, str]) -> str:
+def summary_text(table: Sequence[ParameterOrigin], sources: Mapping[str, str]) -> str:
     """The origins by module: parameters of all its layers, and which layers they are from."""
-    groups: dict[tuple[str, ...], list[Origin]] = {}
+    groups: dict[tuple[str, ...], list[ParameterOrigin]] = {}
     for one in table:
         # Outside of layers a source's name says enough, drawn values have none.
         origin = _module(one.source)[0] if one.side else one.source
@@ -280,7 +284,7 @@ def _ranges(numbers: Iterable[int | None]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def _totals(table: Sequence[Origin]) -> str:
+def _totals(table: Sequence[ParameterOrigin]) -> str:
     totals: dict[str, int] = {}
     for one in table:
         totals[one.how] = totals.get(one.how, 0) + int(np.prod(one.shape))

@@ -26,7 +26,7 @@ VOCABULARY_AXIS = {"embedder/embedding": 0, "encoder_embedder/embedding": 0, "em
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class AdaptationSource:
     """A decoder-only model's work directory; parameters are read only when needed.
 
     Attributes:
@@ -97,7 +97,9 @@ class Source:
         return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def open_source(directory: pathlib.Path | epath.Path, step: int | None, flag: str) -> Source:
+def open_source(
+    directory: pathlib.Path | epath.Path, step: int | None, flag: str
+) -> AdaptationSource:
     """A source that can be adapted; nothing of its parameters is read.
 
     Raises:
@@ -113,10 +115,10 @@ def open_source(directory: pathlib.Path | epath.Path, step: int | None, flag: st
         )
     # An imported model has no steps; asked for one, reading it says so.
     step = (step or 0) if "imported" in content else latest_step(directory, step)
-    return Source(directory, content, config, step)
+    return AdaptationSource(directory, content, config, step)
 
 
-def check_same_vocabulary(decoder: Source, encoder: Source) -> None:
+def check_same_vocabulary(decoder: AdaptationSource, encoder: AdaptationSource) -> None:
     """Raises DataError unless both sources are known to read the same ids."""
     prints = [
         recorded_vocabulary(source.content, source.directory)["fingerprint"]
@@ -130,7 +132,9 @@ def check_same_vocabulary(decoder: Source, encoder: Source) -> None:
         )
 
 
-def grown(source: Source, extra_ids: int) -> tuple[Vocabulary | None, int, np.ndarray | None]:
+def grown(
+    source: AdaptationSource, extra_ids: int
+) -> tuple[Vocabulary | None, int, np.ndarray | None]:
     """The vocabulary with ``extra_ids`` sentinels; 0 leaves it as it is.
 
     Returns:

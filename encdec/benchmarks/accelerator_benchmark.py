@@ -25,7 +25,7 @@ from encdec.benchmarks.device_rates import best_seconds, measure_rates
 from encdec.benchmarks.inference_benchmark import OURS as GENERATED
 from encdec.benchmarks.inference_benchmark import measure as measure_generation
 from encdec.benchmarks.inference_benchmark import numbers
-from encdec.benchmarks.train_benchmark import OURS, OurStep, Setting, measure
+from encdec.benchmarks.train_benchmark import OURS, OurStep, StepSetting, measure
 from encdec.benchmarks.transformers_runtime import missing
 from encdec.cost.chips import peak_flops
 from encdec.errors import ConfigError
@@ -53,10 +53,10 @@ RESULTS = "accelerator.json"
 Part = Callable[[], Mapping[str, Any]]
 
 
-def setting_of(options: argparse.Namespace, model: str, rows: int) -> Setting:
+def setting_of(options: argparse.Namespace, model: str, rows: int) -> StepSetting:
     """A training step in bfloat16 with AdamW."""
     name, overrides = ("330m", _T5_LARGE) if model == T5_LARGE else (model, ())
-    return Setting(
+    return StepSetting(
         name, "bfloat16", "adamw", rows, options.inputs_length, options.targets_length, overrides
     )
 

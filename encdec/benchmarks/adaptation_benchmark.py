@@ -21,14 +21,18 @@ def main(argv: list[str]) -> int:
     """
     options = vars(_parser().parse_args(argv))
     # Imported late, so that mistakes in the command line are reported at once.
-    from encdec.benchmarks.adaptation_experiment import Results, Setting, run_experiment
+    from encdec.benchmarks.adaptation_experiment import (
+        AdaptationExperiment,
+        Results,
+        run_experiment,
+    )
     from encdec.benchmarks.adaptation_results import draw, summary
 
     for name in ("text", "eval_text", "rows"):
         options[name] = tuple(options[name])
     if options["results"]:
         options["results"] = pathlib.Path(options["results"])
-    setting = Setting(pathlib.Path(options.pop("workdir")), **options)
+    setting = AdaptationExperiment(pathlib.Path(options.pop("workdir")), **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:

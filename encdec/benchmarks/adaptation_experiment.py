@@ -49,7 +49,7 @@ Report = Callable[[Results], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class AdaptationExperiment:
     """The settings; every field but ``work``, ``results``, ``seeds`` and ``rows`` is part of the
     runs' identity.
 
@@ -135,7 +135,7 @@ class Row:
         return "".join(x if x.isalnum() else "-" for x in self.name)
 
 
-def table_rows(setting: Setting) -> list[Row]:
+def table_rows(setting: AdaptationExperiment) -> list[Row]:
     """The rows, those that matter most first."""
     third = setting.layers // 3
     split, whole = (str(setting.layers - third), str(third)), ("all", "all")
@@ -156,7 +156,9 @@ def table_rows(setting: Setting) -> list[Row]:
     ]
 
 
-def run_experiment(setting: Setting, say: Say, report: Report = lambda results: None) -> Results:
+def run_experiment(
+    setting: AdaptationExperiment, say: Say, report: Report = lambda results: None
+) -> Results:
     """Runs what is missing, and appends a line to the results after every run; returns all.
 
     ``report`` is given the results so far, first those of earlier calls.
@@ -191,7 +193,7 @@ def run_experiment(setting: Setting, say: Say, report: Report = lambda results: 
     return finished(setting, digest)
 
 
-def finished(setting: Setting, digest: str) -> Results:
+def finished(setting: AdaptationExperiment, digest: str) -> Results:
     """The runs that are done, by row, in the order of the table and of seeds."""
     found = read_lines(setting.results_file, digest)
     return {
@@ -201,7 +203,7 @@ def finished(setting: Setting, digest: str) -> Results:
     }
 
 
-def _digest(setting: Setting, identity: dict[str, Any]) -> str:
+def _digest(setting: AdaptationExperiment, identity: dict[str, Any]) -> str:
     """Names the settings and the text, by what all records made of it contain, but no paths."""
     paths = ("text", "eval_text")
     records = {name: read_card(_records(setting, name)).fingerprint for name in RECORDS}
@@ -210,7 +212,7 @@ def _digest(setting: Setting, identity: dict[str, Any]) -> str:
     )
 
 
-def _todo(setting: Setting, digest: str) -> list[tuple[int, Row]]:
+def _todo(setting: AdaptationExperiment, digest: str) -> list[tuple[int, Row]]:
     """(seed, row) of the runs without a result, those that matter most first."""
     done = read_lines(setting.results_file, digest)
     return [
@@ -223,7 +225,7 @@ def _todo(setting: Setting, digest: str) -> list[tuple[int, Row]]:
     ]
 
 
-def _say_size(setting: Setting, todo: list[tuple[int, Row]], say: Say) -> None:
+def _say_size(setting: AdaptationExperiment, todo: list[tuple[int, Row]], say: Say) -> None:
     sources = len({seed for seed, _ in todo})
     flops = sources * source_flops(setting) + sum(budget(setting, row) for _, row in todo)
     steps = round(flops / _step_flops(setting, source_model(setting)))
@@ -233,7 +235,7 @@ def _say_size(setting: Setting, todo: list[tuple[int, Row]], say: Say) -> None:
     )
 
 
-def _check(setting: Setting) -> None:
+def _check(setting: AdaptationExperiment) -> None:
     if setting.layers < 3 or setting.layers % 3:
         raise ConfigError(
             f"--layers is {setting.layers}; expected a multiple of 3, so that it can be split"
@@ -251,14 +253,14 @@ def _check(setting: Setting) -> None:
             raise ConfigError(f"--{name} is {getattr(setting, name)}; expected 1 or more")
 
 
-def _plain(setting: Setting) -> dict[str, Any]:
+def _plain(setting: AdaptationExperiment) -> dict[str, Any]:
     return {
         k: str(v) if isinstance(v, pathlib.Path) else list(v) if isinstance(v, tuple) else v
         for k, v in dataclasses.asdict(setting).items()
     }
 
 
-def _make_records(setting: Setting, say: Say) -> None:
+def _make_records(setting: AdaptationExperiment, say: Say) -> None:
     """Vocabulary and records: whole texts for the source, halves and UL2 for the others."""
     vocabulary = _vocabulary(setting)
     train, held_out = setting.text, setting.eval_text
@@ -295,17 +297,19 @@ def _make_records(setting: Setting, say: Say) -> None:
         say(f"records {name}: {card.rows:,} rows, {card.target_tokens:,} target tokens")
 
 
-def _lengths(setting: Setting, records: str) -> tuple[int, int]:
+def _lengths(setting: AdaptationExperiment, records: str) -> tuple[int, int]:
     """Inputs and targets of a row of some records: the source's are targets as a whole."""
     whole = setting.inputs + setting.targets
     return (0, whole) if records == "causal_lm" else (setting.inputs, setting.targets)
 
 
-def _vocabulary(setting: Setting) -> pathlib.Path:
+def _vocabulary(setting: AdaptationExperiment) -> pathlib.Path:
     return setting.work / "vocabulary.model"
 
 
-def _write_texts(setting: Setting, say: Say) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _write_texts(
+    setting: AdaptationExperiment, say: Say
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The files to learn from and held out: excerpts of all documents, written once."""
     folder = setting.work / "text"
     parts = {name: folder / f"{name}.jsonl" for name in ("train", "held_out")}
@@ -327,18 +331,18 @@ def _write_texts(setting: Setting, say: Say) -> tuple[tuple[str, ...], tuple[str
     return (str(parts["train"]),), (str(parts["held_out"]),)
 
 
-def _excerpts(setting: Setting, files: tuple[str, ...]) -> Iterator[str]:
+def _excerpts(setting: AdaptationExperiment, files: tuple[str, ...]) -> Iterator[str]:
     """The beginning of every document."""
     for (text,) in text_documents(check_files(files), BadRows()) if files else ():
         most = setting.document_bytes or None
         yield text.encode()[:most].decode(errors="ignore")
 
 
-def _records(setting: Setting, name: str) -> str:
+def _records(setting: AdaptationExperiment, name: str) -> str:
     return str(setting.work / "records" / name)
 
 
-def source_model(setting: Setting) -> ModelConfig:
+def source_model(setting: AdaptationExperiment) -> ModelConfig:
     """The decoder-only source model."""
     return preset(
         setting.model,
@@ -353,7 +357,12 @@ def source_model(setting: Setting) -> ModelConfig:
 
 
 def _config(
-    setting: Setting, model: ModelConfig, records: str, steps: int, seed: int, **changes: Any
+    setting: AdaptationExperiment,
+    model: ModelConfig,
+    records: str,
+    steps: int,
+    seed: int,
+    **changes: Any,
 ) -> RunConfig:
     every = max(1, round(steps / setting.evaluations))
     return parse_config(
@@ -379,11 +388,11 @@ def _config(
     )
 
 
-def _optimizer(setting: Setting, learning_rate: float) -> dict[str, Any]:
+def _optimizer(setting: AdaptationExperiment, learning_rate: float) -> dict[str, Any]:
     return {"name": setting.optimizer, "learning_rate": learning_rate, "weight_decay": 0.1}
 
 
-def _source(setting: Setting, seed: int, say: Say) -> pathlib.Path:
+def _source(setting: AdaptationExperiment, seed: int, say: Say) -> pathlib.Path:
     """The trained decoder-only model of a seed; its held-out set is of other lengths, so none."""
     folder = setting.work / "runs" / f"source-{seed}"
     say(f"source, seed {seed}")
@@ -400,12 +409,12 @@ def _source(setting: Setting, seed: int, say: Say) -> pathlib.Path:
     return folder
 
 
-def source_flops(setting: Setting) -> float:
+def source_flops(setting: AdaptationExperiment) -> float:
     """FLOPs of the source's training, in which every token of a row is a target."""
     return setting.steps * _step_flops(setting, source_model(setting), "causal_lm")
 
 
-def teacher_flops(setting: Setting) -> float:
+def teacher_flops(setting: AdaptationExperiment) -> float:
     """FLOPs of the source's reading all rows that it scores, once; its child's budget, of training
     alone, does not include them."""
     rows = read_card(_records(setting, "prefix_lm")).rows
@@ -414,17 +423,21 @@ def teacher_flops(setting: Setting) -> float:
     ).total
 
 
-def budget(setting: Setting, row: Row) -> float:
+def budget(setting: AdaptationExperiment, row: Row) -> float:
     """FLOPs of a row's own training: as many for all, and the source's too where it has them."""
     further = setting.further_steps * _step_flops(setting, source_model(setting))
     return further + row.source_flops_too * source_flops(setting)
 
 
-def _step_flops(setting: Setting, model: ModelConfig, records: str = "prefix_lm") -> float:
+def _step_flops(
+    setting: AdaptationExperiment, model: ModelConfig, records: str = "prefix_lm"
+) -> float:
     return training_flops(model, *_lengths(setting, records), batch_size=setting.batch_size)
 
 
-def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) -> dict[str, Any]:
+def _run(
+    setting: AdaptationExperiment, row: Row, seed: int, source: pathlib.Path, say: Say
+) -> dict[str, Any]:
     """Trains a row's model for the budget and gives its curve."""
     start = _start(setting, row, seed, source)
     model = model_config_of(read_config(start))
@@ -458,7 +471,9 @@ def _run(setting: Setting, row: Row, seed: int, source: pathlib.Path, say: Say) 
     }
 
 
-def _start(setting: Setting, row: Row, seed: int, source: pathlib.Path) -> pathlib.Path:
+def _start(
+    setting: AdaptationExperiment, row: Row, seed: int, source: pathlib.Path
+) -> pathlib.Path:
     """The model from which a row starts, or, from scratch, the model with its architecture."""
     if row.layers is None:
         return source
@@ -478,7 +493,7 @@ def _start(setting: Setting, row: Row, seed: int, source: pathlib.Path) -> pathl
     return out
 
 
-def _taught(setting: Setting, seed: int, source: pathlib.Path) -> str:
+def _taught(setting: AdaptationExperiment, seed: int, source: pathlib.Path) -> str:
     """The source's distributions on the prefix-LM records."""
     out = setting.work / "scored" / str(seed)
     score(teacher=str(source), records=_records(setting, "prefix_lm"), out=str(out))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from encdec.benchmarks.generation import START_ID
-from encdec.benchmarks.transformers_runtime import Answer
+from encdec.benchmarks.transformers_runtime import StreamedAnswer
 from encdec.errors import ConfigError
 from encdec.export import equivalents
 from encdec.machine import available_cores
@@ -159,9 +159,9 @@ class Ctranslate2Model:
             str(directory), compute_type=precision, intra_threads=available_cores()
         )
 
-    def start(self, tokens_BxS: np.ndarray, count: int) -> Answer:
+    def start(self, tokens_BxS: np.ndarray, count: int) -> StreamedAnswer:
         """Runs up to the first of ``count`` (2 or more) new tokens of the first row."""
-        answer = Answer()
+        answer = StreamedAnswer()
         answer.put(None)  # transformers' streamer gets the prompt first
 
         def go_on(step: Any) -> bool:
@@ -184,7 +184,7 @@ class Ctranslate2Model:
             **more,
         )
 
-    def finish(self, answer: Answer) -> np.ndarray:
+    def finish(self, answer: StreamedAnswer) -> np.ndarray:
         """All new tokens [B, count]."""
         answer.go_on.set()
         answer.wait(answer.done)

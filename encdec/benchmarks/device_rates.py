@@ -116,7 +116,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Busy:
+class OthersLoad:
     """How much of the machine other processes take, from when it is made (Linux; else nothing)."""
 
     def __init__(self) -> None:

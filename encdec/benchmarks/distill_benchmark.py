@@ -20,13 +20,13 @@ def main(argv: list[str]) -> int:
     """
     options = vars(_parser().parse_args(argv))
     # Imported late, so that mistakes in the command line are reported at once.
-    from encdec.benchmarks.distill_experiment import Setting, run_experiment
+    from encdec.benchmarks.distill_experiment import DistillExperiment, run_experiment
     from encdec.benchmarks.distill_report import write_report
 
     work = pathlib.Path(options.pop("workdir"))
     out = pathlib.Path(options.pop("out") or work)
     options["teacher_records"] = options["teacher_records"] or options["records"]
-    setting = Setting(work, **options)
+    setting = DistillExperiment(work, **options)
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    from encdec.benchmarks.distill_experiment import Setting
+    from encdec.benchmarks.distill_experiment import DistillExperiment
 
     parser = Parser(
         prog="encdec benchmark distill",
@@ -65,6 +65,6 @@ def _parser() -> Parser:
         ("alpha", "weight of the teacher"),
         ("learning_rate", "Muon's peak learning rate"),
     ):
-        default = getattr(Setting, name)
+        default = getattr(DistillExperiment, name)
         parser.add(f"--{name}", what, type(default), default)
     return parser

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from encdec.cost.flops import count_parameters
-from encdec.data.batches import Batches, Column
+from encdec.data.batches import Batches, RowFields
 from encdec.data.records import open_records
 from encdec.data.teacher_rows import TeacherCard, open_teacher, read_teacher_card
 from encdec.distill.scoring import score
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class DistillExperiment:
     """The settings; every field but ``work`` and ``seeds`` is part of the runs' identity.
 
     Attributes:
@@ -113,7 +113,7 @@ def variants(pairs_per_token: float) -> list[Variant]:
     ]
 
 
-def check_setting(setting: Setting) -> None:
+def check_setting(setting: DistillExperiment) -> None:
     """Raises ConfigError unless the teacher is decoder-only and large enough."""
     teacher, student = (
         count_parameters(run.model_config()).total
@@ -131,7 +131,7 @@ def check_setting(setting: Setting) -> None:
         )
 
 
-def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
+def run_experiment(setting: DistillExperiment, say: Say) -> dict[str, Any]:
     """Runs what is missing; returns all results, written to ``results.json`` after every run."""
     check_setting(setting)
     work = setting.work
@@ -153,7 +153,7 @@ def run_experiment(setting: Setting, say: Say) -> dict[str, Any]:
 
 
 def collect(
-    setting: Setting, teacher: Mapping[str, Any], kinds: Sequence[Variant]
+    setting: DistillExperiment, teacher: Mapping[str, Any], kinds: Sequence[Variant]
 ) -> dict[str, Any]:
     """All finished runs by kind, with mean and sample standard deviation over the seeds."""
     rows = []
@@ -187,7 +187,7 @@ def collect(
 
 
 def _config(
-    setting: Setting, model: str, steps: int, records: str, seed: int, **changes: Any
+    setting: DistillExperiment, model: str, steps: int, records: str, seed: int, **changes: Any
 ) -> RunConfig:
     size = open_records(setting.records).card.vocabulary.size
     return parse_config(
@@ -214,14 +214,14 @@ def _config(
     )
 
 
-def _teacher_config(setting: Setting) -> RunConfig:
+def _teacher_config(setting: DistillExperiment) -> RunConfig:
     changes = {"decoder_layers": setting.teacher_layers} if setting.teacher_layers else {}
     return _config(
         setting, setting.teacher, setting.teacher_steps, setting.teacher_records, 1000, **changes
     )
 
 
-def student_config(setting: Setting, variant: Variant, seed: int) -> RunConfig:
+def student_config(setting: DistillExperiment, variant: Variant, seed: int) -> RunConfig:
     """The run of one student."""
     run = _config(setting, setting.student, setting.steps, setting.records, seed)
     if not variant.method:
@@ -237,7 +237,7 @@ def student_config(setting: Setting, variant: Variant, seed: int) -> RunConfig:
     )
 
 
-def folder_of(setting: Setting, variant: Variant, seed: int) -> pathlib.Path:
+def folder_of(setting: DistillExperiment, variant: Variant, seed: int) -> pathlib.Path:
     """The work directory of one student."""
     return setting.work / "runs" / f"{variant.name.replace(' ', '-').replace(',', '')}-{seed}"
 
@@ -267,7 +267,7 @@ def _trained(run: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
     return result
 
 
-def _teacher(setting: Setting, say: Say) -> dict[str, Any]:
+def _teacher(setting: DistillExperiment, say: Say) -> dict[str, Any]:
     run = _teacher_config(setting)
     say(f"teacher {setting.teacher}, {setting.teacher_steps} steps")
     result = _trained(run, setting.work / "teacher")
@@ -275,7 +275,7 @@ def _teacher(setting: Setting, say: Say) -> dict[str, Any]:
     return {"parameters": count_parameters(run.model_config()).total} | result
 
 
-def _scored(setting: Setting, variant: Variant, say: Say) -> TeacherCard:
+def _scored(setting: DistillExperiment, variant: Variant, say: Say) -> TeacherCard:
     out = setting.work / "scored" / variant.store
     out.parent.mkdir(exist_ok=True)
     card = score(
@@ -293,7 +293,7 @@ def _scored(setting: Setting, variant: Variant, say: Say) -> TeacherCard:
     return card
 
 
-def _student(setting: Setting, variant: Variant, seed: int, say: Say) -> None:
+def _student(setting: DistillExperiment, variant: Variant, seed: int, say: Say) -> None:
     folder = folder_of(setting, variant, seed)
     if variant.method:
         _scored(setting, variant, lambda text: None)
@@ -347,7 +347,7 @@ def expected_calibration_error(
 
 
 def step_ratios(
-    setting: Setting, kinds: Sequence[Variant], steps: int = 5, rounds: int = 9
+    setting: DistillExperiment, kinds: Sequence[Variant], steps: int = 5, rounds: int = 9
 ) -> dict[str, float]:
     """Median time of a student's step over that of the CE student, the two alternating.
 
@@ -359,7 +359,7 @@ def step_ratios(
         records = open_records(run.data.records)
         mesh = make_mesh(run.mesh)
         program = build_program(run, run.model_config(), mesh, records.card.targets_length)
-        columns: list[Column] = (
+        columns: list[RowFields] = (
             [open_teacher(run.distill.teacher, records)] if variant.method else []
         )
         batch = Batches(records, global_batch=run.batch_size, columns=columns)[0]

@@ -11,7 +11,7 @@ from typing import Any
 from encdec.benchmarks.distill_experiment import (
     CE,
     SAMPLED,
-    Setting,
+    DistillExperiment,
     folder_of,
     step_ratios,
     variants,
@@ -25,7 +25,9 @@ from encdec.markup import markdown_table
 GRADIENTS_FILE, RATIOS_FILE = "gradients.json", "step_ratios.json"
 
 
-def write_report(setting: Setting, say: Callable[[str], None], images: pathlib.Path) -> str:
+def write_report(
+    setting: DistillExperiment, say: Callable[[str], None], images: pathlib.Path
+) -> str:
     """Measures step times and gradients if that is not done, draws, and returns the table."""
     results = json.loads((setting.work / "results.json").read_text())
     ratios = _kept(setting.work / RATIOS_FILE, lambda: _ratios(setting, say))
@@ -50,7 +52,7 @@ def write_report(setting: Setting, say: Callable[[str], None], images: pathlib.P
     return table(results)
 
 
-def _ratios(setting: Setting, say: Callable[[str], None]) -> dict[str, float]:
+def _ratios(setting: DistillExperiment, say: Callable[[str], None]) -> dict[str, float]:
     say("step times, alternating")
     card = read_teacher_card(setting.work / "scored" / SAMPLED.store)
     kinds = [

@@ -17,7 +17,13 @@ import numpy as np
 from rich.table import Table
 
 from encdec.benchmarks.console import shown_mib, text_table, wide_console
-from encdec.benchmarks.device_rates import Busy, DeviceRates, ReadRate, measure_rates, peak_memory
+from encdec.benchmarks.device_rates import (
+    DeviceRates,
+    OthersLoad,
+    ReadRate,
+    measure_rates,
+    peak_memory,
+)
 from encdec.benchmarks.edge_paths import DEFAULT, PATHS, REFERENCE, Run, chosen_paths, load_path
 from encdec.benchmarks.generation import GenerationTiming, Spread, random_params
 from encdec.benchmarks.inference_benchmark import numbers
@@ -30,7 +36,7 @@ from encdec.storage import local_path
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredPath:
     """One path at one input length.
 
     Attributes:
@@ -82,8 +88,8 @@ def measure(
         between: called between turns.
 
     Returns:
-        The timings, each with the bandwidth around its repeats and ``Measured.same_tokens``; and
-        how many were taken again.
+        The timings, each with the bandwidth around its repeats and ``MeasuredPath.same_tokens``;
+        and how many were taken again.
     """
     timings, again = [], 0
     for length in inputs:
@@ -95,7 +101,7 @@ def measure(
             for name, (first, rest) in runs.items():
                 if len(taken[name]) == repeats:
                     continue
-                busy, begin = Busy(), time.perf_counter()
+                busy, begin = OthersLoad(), time.perf_counter()
                 state = first(tokens)
                 first_seconds = time.perf_counter() - begin
                 before, begin = read_rate(), time.perf_counter()
@@ -132,7 +138,7 @@ def evaluate(
     config: ModelConfig,
     rates: DeviceRates,
     fast: DeviceRates,
-) -> Measured:
+) -> MeasuredPath:
     """Compares a timing with the formulas and the machine's rates; ``around`` is of each repeat."""
     kind, precision = PATHS[timing.model]
     flops = generation_flops(config, timing.input_length, timing.output_length)
@@ -156,7 +162,7 @@ def evaluate(
             for rate, first, total in zip(around, timing.first_token_seconds, timing.total_seconds)
         ]
     )
-    return Measured(
+    return MeasuredPath(
         timing,
         (weights + cache) / rates.bytes_per_second / taken,
         neighbouring,
@@ -206,7 +212,7 @@ def main(argv: list[str]) -> int:
         for dtype, found in rates.items():
             found.append(measure_rates(dtype, tries=3))
 
-    reading, busy = ReadRate(), Busy()
+    reading, busy = ReadRate(), OthersLoad()
     timings, again = measure(
         runs,
         config,
@@ -278,7 +284,7 @@ def _peaks(options: argparse.Namespace, paths: Sequence[str]) -> dict[str, int]:
     return {name: peak_bytes([f"--paths={name}", *common]) for name in paths}
 
 
-def _as_json(one: Measured) -> dict[str, Any]:
+def _as_json(one: MeasuredPath) -> dict[str, Any]:
     return {
         "path": one.timing.model,
         **one.timing.to_dict(),
@@ -297,8 +303,8 @@ def _peak(options: argparse.Namespace, config: ModelConfig, folder: pathlib.Path
     return peak_memory()
 
 
-def _table(found: Sequence[Measured], peaks: dict[str, int], outputs: int) -> Table:
-    columns: dict[str, Callable[[Measured], str]] = {
+def _table(found: Sequence[MeasuredPath], peaks: dict[str, int], outputs: int) -> Table:
+    columns: dict[str, Callable[[MeasuredPath], str]] = {
         "path": lambda one: one.timing.model,
         "in": lambda one: str(one.timing.input_length),
         "first token, ms": lambda one: one.timing.first_token.shown(1e3, 0),

@@ -51,7 +51,7 @@ PAPER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """One model at one setting: its timing, and the figures from the formulas.
 
     Attributes:
@@ -96,7 +96,7 @@ class Measured:
 
 def evaluate(
     timing: GenerationTiming, config: ModelConfig, rates: DeviceRates, dtype: str
-) -> Measured:
+) -> MeasuredModel:
     """Compares a timing with the formulas and the machine's rates."""
     rows, inputs, outputs = timing.batch, timing.input_length, timing.output_length
     flops = generation_flops(config, inputs, outputs, cached=timing.cached)
@@ -114,7 +114,7 @@ def evaluate(
     else:
         read = (outputs - 1) * held
     cache = cache_bytes(config, inputs, outputs, batch_size=rows, dtype=dtype)
-    return Measured(
+    return MeasuredModel(
         timing,
         rows * flops.total,
         held + cache * timing.cached,
@@ -137,7 +137,7 @@ def measure(
     precisions: Mapping[str, str] | None = None,
     folder: pathlib.Path | None = None,
     on_progress: Callable[[str], None] | None = None,
-) -> tuple[DeviceRates, list[Measured]]:
+) -> tuple[DeviceRates, list[MeasuredModel]]:
     """Times every model at every setting, alternating, with random parameters.
 
     The values of parameters change no time. ``precisions`` are those of RUNTIMES that run OURS,
@@ -186,7 +186,7 @@ def torch_device() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
-def ratios(found: Sequence[Measured]) -> list[dict[str, Any]]:
+def ratios(found: Sequence[MeasuredModel]) -> list[dict[str, Any]]:
     """The encoder-decoder against each peer at each setting, as the paper states its claims."""
     settings = lambda one: (one.timing.batch, one.timing.output_length, one.timing.input_length)
     ours = {settings(one): one for one in found if one.timing.model == OURS}
@@ -270,7 +270,7 @@ def main(argv: list[str]) -> int:
 
 
 def write(
-    found: Sequence[Measured],
+    found: Sequence[MeasuredModel],
     rates: DeviceRates,
     configs: Mapping[str, ModelConfig],
     folder: pathlib.Path,
@@ -352,9 +352,9 @@ def _models(options: argparse.Namespace) -> dict[str, ModelConfig]:
     }
 
 
-def _measured_table(found: Sequence[Measured], configs: Mapping[str, ModelConfig]) -> Table:
+def _measured_table(found: Sequence[MeasuredModel], configs: Mapping[str, ModelConfig]) -> Table:
     size = lambda name: count_parameters(configs.get(name, configs[OURS])).total
-    columns: dict[str, Callable[[Measured], str]] = {
+    columns: dict[str, Callable[[MeasuredModel], str]] = {
         "model": lambda one: one.timing.model + ", no cache" * (not one.timing.cached),
         "parameters": lambda one: f"{size(one.timing.model) / 1e6:.1f}M",
         "batch": lambda one: str(one.timing.batch),

@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """One request's answer.
 
     Attributes:
@@ -44,7 +44,7 @@ class Pass:
 
     seconds: float
     processor_seconds: float
-    answers: list[Answer]
+    answers: list[TimedAnswer]
 
     @property
     def tokens(self) -> int:
@@ -62,7 +62,7 @@ async def ask_all(url: str, requests: Sequence[Mapping[str, Any]], at_once: int)
     limits = httpx.Limits(max_connections=at_once)
     gate = asyncio.Semaphore(at_once)
 
-    async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Answer:
+    async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> TimedAnswer:
         async with gate:
             begin, first = time.perf_counter(), 0.0
             tokens, log_probs, finish = [], [], ""
@@ -78,7 +78,7 @@ async def ask_all(url: str, requests: Sequence[Mapping[str, Any]], at_once: int)
                     tokens += choice["logprobs"]["tokens"]
                     log_probs += choice["logprobs"]["token_logprobs"]
                     finish = choice["finish_reason"] or finish
-            return Answer(tokens, log_probs, finish, first, time.perf_counter() - begin)
+            return TimedAnswer(tokens, log_probs, finish, first, time.perf_counter() - begin)
 
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=3600) as client:
         begin, worked = time.perf_counter(), time.process_time()

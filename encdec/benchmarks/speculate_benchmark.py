@@ -28,7 +28,7 @@ from encdec.errors import ConfigError
 from encdec.export.export_model import export_model
 from encdec.flags import Parser
 from encdec.inference.decoding import DecodingPlan, Memory, prefill, start_compiled, verify_step
-from encdec.inference.decoding_compiler import Compiled
+from encdec.inference.decoding_compiler import LazilyCompiled
 from encdec.inference.drafting import Drafters
 from encdec.inference.exported import export_format, load_exported_model
 from encdec.inference.generation_settings import LOOKUP, OFF
@@ -72,7 +72,7 @@ def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Ca
     _, memory = read(config, params, tokens_BxS, lengths_B, start_id=START_ID, room=room)
     begin_R = np.array(memory.slots_R)
 
-    @functools.partial(Compiled, static_argnums=0, donate_argnums=2)
+    @functools.partial(LazilyCompiled, static_argnums=0, donate_argnums=2)
     def several(size: int, params: Params, memory: Memory) -> Memory:
         def step(_: int, carry: tuple[Memory, jax.Array]) -> tuple[Memory, jax.Array]:
             memory, fed_RxK = carry

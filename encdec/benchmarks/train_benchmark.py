@@ -51,7 +51,7 @@ LEARNING_RATE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class StepSetting:
     """One comparison: a model, its shape, its dtype and optimizer."""
 
     model: str
@@ -83,7 +83,7 @@ class Setting:
 
 
 @dataclasses.dataclass
-class Measured:
+class MeasuredStep:
     """The result of one setting.
 
     Attributes:
@@ -99,7 +99,7 @@ class Measured:
         mfu: share of the accelerator's peak; None where that is unknown.
     """
 
-    setting: Setting
+    setting: StepSetting
     flops: float
     matmul_flops: float
     seconds: dict[str, list[float]]
@@ -198,7 +198,9 @@ def unpacked_batch(program: Program, setting: SetStep) -> dict[str, np.ndarray]:
     return batch
 
 
-def torch_steps(setting: Setting, ours: OurStep, compiled: bool) -> dict[str, Callable[[], float]]:
+def torch_steps(
+    setting: StepSetting, ours: OurStep, compiled: bool
+) -> dict[str, Callable[[], float]]:
     """PyTorch's steps, from the parameters that ours begins with."""
     from encdec.benchmarks.inference_benchmark import torch_device
     from encdec.benchmarks.torch_training import TorchStep, build
@@ -221,7 +223,7 @@ def torch_steps(setting: Setting, ours: OurStep, compiled: bool) -> dict[str, Ca
 
 
 def measure(
-    setting: Setting,
+    setting: StepSetting,
     *,
     rounds: int,
     steps: int,
@@ -229,7 +231,7 @@ def measure(
     compiled: bool,
     matmul_flops: float,
     profiled: int = 2,
-) -> Measured:
+) -> MeasuredStep:
     """Times a setting: ``rounds`` turns of ``steps`` steps each, ours and PyTorch's alternating."""
     taken: dict[str, Callable[[], float]] = {}
     seconds: dict[str, list[float]] = {}
@@ -256,7 +258,7 @@ def measure(
     flops = training_flops(ours.config, setting.inputs, setting.targets, batch_size=setting.rows)
     peak = peak_flops(jax.devices())
     median = statistics.median(seconds[OURS])
-    return Measured(
+    return MeasuredStep(
         setting,
         flops,
         matmul_flops,
@@ -270,7 +272,7 @@ def measure(
     )
 
 
-def seconds_of_data(setting: Setting, ours: OurStep, batches: int = 5) -> float:
+def seconds_of_data(setting: StepSetting, ours: OurStep, batches: int = 5) -> float:
     """To read, shuffle and move one batch of random records of the setting's lengths."""
     with tempfile.TemporaryDirectory() as folder:
         records = open_records(
@@ -289,7 +291,7 @@ def seconds_of_data(setting: Setting, ours: OurStep, batches: int = 5) -> float:
         return (time.perf_counter() - begin) / batches
 
 
-def settings_of(options: argparse.Namespace) -> list[Setting]:
+def settings_of(options: argparse.Namespace) -> list[StepSetting]:
     """Every model in every dtype with every optimizer."""
     found = []
     for model in options.models:
@@ -301,12 +303,12 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
         )
         for dtype in options.dtypes:
             for optimizer in options.optimizers:
-                found.append(Setting(model, dtype, optimizer, *shape))
+                found.append(StepSetting(model, dtype, optimizer, *shape))
                 found[-1].run()  # an unknown name is told before anything is measured
     return found
 
 
-def as_json(one: Measured) -> dict[str, Any]:
+def as_json(one: MeasuredStep) -> dict[str, Any]:
     """A row of ``train.json``."""
     return dataclasses.asdict(one) | {
         "device": jax.devices()[0].device_kind,
@@ -316,7 +318,7 @@ def as_json(one: Measured) -> dict[str, Any]:
     }
 
 
-def kept(path: pathlib.Path) -> list[Measured]:
+def kept(path: pathlib.Path) -> list[MeasuredStep]:
     """What an earlier call wrote to ``train.json``; none where there is no file.
 
     Raises:
@@ -324,14 +326,14 @@ def kept(path: pathlib.Path) -> list[Measured]:
     """
     if not path.is_file():
         return []
-    names = {field.name for field in dataclasses.fields(Measured)}
+    names = {field.name for field in dataclasses.fields(MeasuredStep)}
     found = []
     try:
         for row in json.loads(path.read_text()):
             setting = row["setting"]
             setting["overrides"] = tuple(map(tuple, setting["overrides"]))
             values = {name: value for name, value in row.items() if name in names}
-            found.append(Measured(**values | {"setting": Setting(**setting)}))
+            found.append(MeasuredStep(**values | {"setting": StepSetting(**setting)}))
     except (ValueError, TypeError, KeyError):
         raise DataError(
             f"{path} was not written by this command; give another --out, or remove the file"
@@ -339,7 +341,7 @@ def kept(path: pathlib.Path) -> list[Measured]:
     return found
 
 
-def step_table(found: Sequence[Measured]) -> Table:
+def step_table(found: Sequence[MeasuredStep]) -> Table:
     """Times, rates and ratios."""
     table = Table(title="A training step, medians; ratios within this run", title_justify="left")
     for place, name in enumerate(
@@ -363,7 +365,7 @@ def step_table(found: Sequence[Measured]) -> Table:
     return table
 
 
-def parts_table(found: Sequence[Measured]) -> Table:
+def parts_table(found: Sequence[MeasuredStep]) -> Table:
     """Our step by part, in milliseconds."""
     table = Table(title="Our step by part, ms", title_justify="left")
     table.add_column("part")

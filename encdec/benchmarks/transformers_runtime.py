@@ -62,7 +62,7 @@ def artefact(config: ModelConfig, params: Any, folder: pathlib.Path) -> pathlib.
     return out
 
 
-class Answer:
+class StreamedAnswer:
     """One call of ``generate``, of which this is the streamer: it waits after the first new token.
 
     Attributes:
@@ -89,7 +89,7 @@ class Answer:
     def end(self) -> None:
         """Called after the last token."""
 
-    def run(self, generate: Callable[[Answer], Any]) -> None:
+    def run(self, generate: Callable[[StreamedAnswer], Any]) -> None:
         """The whole call; an error is kept for those who wait."""
         try:
             self.tokens = generate(self)
@@ -149,7 +149,9 @@ class TransformersModel:
             decoder_start_token_id=START_ID if self._two_stacks else None,
         )
         self._model, self._device = model, device
-        self._calls: queue.SimpleQueue[tuple[Answer, Callable[[Answer], Any]]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[StreamedAnswer, Callable[[StreamedAnswer], Any]]] = (
+            queue.SimpleQueue()
+        )
         threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
@@ -160,7 +162,7 @@ class TransformersModel:
             answer, generate = self._calls.get()
             answer.run(generate)
 
-    def start(self, tokens_BxS: np.ndarray, count: int) -> Answer:
+    def start(self, tokens_BxS: np.ndarray, count: int) -> StreamedAnswer:
         """Runs up to the first of ``count`` (2 or more) new tokens of every row."""
         import torch
 
@@ -168,7 +170,7 @@ class TransformersModel:
         if not self._two_stacks:  # ours read a start token first
             tokens = torch.nn.functional.pad(tokens, (1, 0), value=START_ID)
         tokens = tokens.to(self._device)
-        answer = Answer()
+        answer = StreamedAnswer()
         self._calls.put(
             (
                 answer,
@@ -213,7 +215,7 @@ class TransformersModel:
         )[0]
         return made[1 if self._two_stacks else tokens.shape[1] :].tolist()
 
-    def finish(self, answer: Answer) -> np.ndarray:
+    def finish(self, answer: StreamedAnswer) -> np.ndarray:
         """All new tokens [B, count]."""
         answer.go_on.set()
         answer.wait(answer.done)

@@ -22,7 +22,7 @@ PREFETCH = 4
 READ_THREADS = 2
 
 
-class Column(Protocol):
+class RowFields(Protocol):
     """Something known of every row, by row number."""
 
     def fields(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ class Batches:
         repeat: bool = True,
         host_index: int = 0,
         host_count: int = 1,
-        columns: Sequence[Column] = (),
+        columns: Sequence[RowFields] = (),
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")

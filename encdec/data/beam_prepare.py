@@ -17,7 +17,7 @@ import pathlib
 import shlex
 from collections.abc import Iterator
 
-from encdec.data.blocks import Block, Counts, Recipe
+from encdec.data.blocks import Counts, DocumentBlock, Recipe
 from encdec.data.prepare import write_noted
 from encdec.data.records import Shard
 from encdec.data.vocabulary import Vocabulary, VocabularySpec, load_vocabulary
@@ -49,7 +49,11 @@ class BeamWriter:
         self._options = PipelineOptions(shlex.split(options))
 
     def __call__(
-        self, recipe: Recipe, notes: Notes[Counts], vocabulary: Vocabulary, blocks: Iterator[Block]
+        self,
+        recipe: Recipe,
+        notes: Notes[Counts],
+        vocabulary: Vocabulary,
+        blocks: Iterator[DocumentBlock],
     ) -> Iterator[tuple[Shard | None, Counts]]:
         spool = notes.directory / NOTES / SPOOL
         spool.mkdir(exist_ok=True)
@@ -66,7 +70,7 @@ class BeamWriter:
             yield notes.read(number)
 
 
-def _lay_down(spool: pathlib.Path, block: Block) -> int:
+def _lay_down(spool: pathlib.Path, block: DocumentBlock) -> int:
     write_json(spool / f"{block.number:06d}.json", [block.first_document, block.documents])
     return block.number
 
@@ -81,6 +85,6 @@ def _write_laid_down(
 ) -> int:
     path = notes.directory / NOTES / SPOOL / f"{number:06d}.json"
     first_document, documents = json.loads(path.read_text(encoding="utf-8"))
-    block = Block(number, first_document, [tuple(document) for document in documents])
+    block = DocumentBlock(number, first_document, [tuple(document) for document in documents])
     write_noted(recipe, notes, block, _vocabulary(spec, notes.directory))
     return number

@@ -79,7 +79,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class DocumentBlock:
     """Consecutive documents; ``first_document`` is the number of the first in the whole stream."""
 
     number: int
@@ -130,7 +130,7 @@ class Counts(Tally):
         return cls(**{**content, **counters, "lost": Losses(**content["lost"])})
 
 
-def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[Block]:
+def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[DocumentBlock]:
     """Blocks of about ``block_bytes`` of UTF-8 text each, at least one document."""
     number = first = size = 0
     held: list[Document] = []
@@ -139,13 +139,13 @@ def cut_blocks(documents: Iterable[Document], block_bytes: int) -> Iterator[Bloc
         # Characters stand in for bytes: any measure does that depends on the documents alone.
         size += sum(map(len, document))
         if size >= block_bytes:
-            yield Block(number, first, held)
+            yield DocumentBlock(number, first, held)
             number, first, held, size = number + 1, first + len(held), [], 0
     if held:
-        yield Block(number, first, held)
+        yield DocumentBlock(number, first, held)
 
 
-def encode_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> Encoded:
+def encode_block(recipe: Recipe, vocabulary: Vocabulary, block: DocumentBlock) -> Encoded:
     """The block's examples as token pairs, before packing."""
     form = recipe.form(vocabulary)
     encoded = recipe.objective.encode(block.documents, block.first_document, form)
@@ -170,7 +170,9 @@ def pack_rows(
     return [encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows]
 
 
-def build_block(recipe: Recipe, vocabulary: Vocabulary, block: Block) -> tuple[list[bytes], Counts]:
+def build_block(
+    recipe: Recipe, vocabulary: Vocabulary, block: DocumentBlock
+) -> tuple[list[bytes], Counts]:
     """Rows of a block and the count of what became of its documents."""
     encoded = encode_block(recipe, vocabulary, block)
     rows = pack_rows(recipe, encoded.sources, encoded.targets, vocabulary)
@@ -200,7 +202,7 @@ def shard_name(number: int) -> str:
 
 
 def write_block(
-    recipe: Recipe, vocabulary: Vocabulary, block: Block, directory: pathlib.Path
+    recipe: Recipe, vocabulary: Vocabulary, block: DocumentBlock, directory: pathlib.Path
 ) -> tuple[Shard | None, Counts]:
     """Write a block's shard; None where none of its documents gave an example."""
     rows, counts = build_block(recipe, vocabulary, block)

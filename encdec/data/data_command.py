@@ -16,7 +16,7 @@ from rich.text import Text
 
 from encdec.buckets import is_address
 from encdec.data import corpus_table as table
-from encdec.data.blocks import Block, Recipe, encode_block
+from encdec.data.blocks import DocumentBlock, Recipe, encode_block
 from encdec.data.file_tasks import FileTask
 from encdec.data.readers import BadRows
 from encdec.data.records import decode_row, open_records
@@ -177,7 +177,7 @@ def show_examples(given: argparse.Namespace) -> int:
     documents = itertools.islice(sized.documents(given.split or "train", BadRows()), given.count)
     shown = 0
     for number, document in enumerate(documents):
-        encoded = encode_block(recipe, vocabulary, Block(number, number, [document]))
+        encoded = encode_block(recipe, vocabulary, DocumentBlock(number, number, [document]))
         for source, target in zip(encoded.sources, encoded.targets):
             if shown == given.count:
                 return 0

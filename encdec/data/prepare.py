@@ -20,7 +20,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from encdec.data.blocks import Block, Counts, Recipe, cut_blocks, make_card, shard_name, write_block
+from encdec.data.blocks import (
+    Counts,
+    DocumentBlock,
+    Recipe,
+    cut_blocks,
+    make_card,
+    shard_name,
+    write_block,
+)
 from encdec.data.objectives import Document, Objective, describe_objective
 from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.readers import BadRows
@@ -38,7 +46,8 @@ BAD_ROWS_FILE = "bad_rows.txt"
 Progress = Callable[[Counts], None]
 # (recipe, notes, vocabulary, blocks) to each block's shard and counts, in order.
 WriteBlocks = Callable[
-    [Recipe, Notes[Counts], Vocabulary, Iterator[Block]], Iterator[tuple[Shard | None, Counts]]
+    [Recipe, Notes[Counts], Vocabulary, Iterator[DocumentBlock]],
+    Iterator[tuple[Shard | None, Counts]],
 ]
 
 
@@ -207,7 +216,11 @@ class _Processes:
         self.workers = workers
 
     def __call__(
-        self, recipe: Recipe, notes: Notes[Counts], vocabulary: Vocabulary, blocks: Iterator[Block]
+        self,
+        recipe: Recipe,
+        notes: Notes[Counts],
+        vocabulary: Vocabulary,
+        blocks: Iterator[DocumentBlock],
     ) -> Iterator[tuple[Shard | None, Counts]]:
         task = functools.partial(write_noted, recipe, notes)
         first = list(itertools.islice(blocks, 2))
@@ -255,7 +268,7 @@ def _start_worker(spec: VocabularySpec, directory: pathlib.Path) -> None:
 
 
 def write_noted(
-    recipe: Recipe, notes: Notes[Counts], block: Block, vocabulary: Vocabulary | None = None
+    recipe: Recipe, notes: Notes[Counts], block: DocumentBlock, vocabulary: Vocabulary | None = None
 ) -> tuple[Shard | None, Counts]:
     """Write a block's shard and a note of it, or take the shard that is already there."""
     digest = block.digest()

@@ -41,11 +41,11 @@ def main(argv: list[str]) -> int:
 
 def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
     # Imported late, so that mistakes in the command line are reported at once.
-    from encdec.distill.rollout import Written, rollout
+    from encdec.distill.rollout import RolloutTally, rollout
 
     begin = time.monotonic()
 
-    def progress(written: Written) -> None:
+    def progress(written: RolloutTally) -> None:
         rate = written.target_tokens / (time.monotonic() - begin)
         _LOG.info(f"{written.rows:,} rows, {written.examples:,} answers, {rate:,.0f} tokens/s")
 

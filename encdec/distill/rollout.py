@@ -53,11 +53,11 @@ PACKING = "best_fit"
 ON_POLICY = GenerationSettings(temperature=0.9, top_k=128)
 _SEGMENTS = 1 << 12  # the most texts in a row that random keys tell apart
 
-Progress = Callable[["Written"], None]
+Progress = Callable[["RolloutTally"], None]
 
 
 @dataclasses.dataclass
-class Written(Tally):
+class RolloutTally(Tally):
     """What was written; ``unfinished`` answers reached their length before EOS."""
 
     rows: int = 0
@@ -135,7 +135,9 @@ def rollout(
             "block_rows": block_rows,
         }
     )
-    job = DirectoryJob(as_path(out), "rollout", identity, CARD_FILE, Written, overwrite=overwrite)
+    job = DirectoryJob(
+        as_path(out), "rollout", identity, CARD_FILE, RolloutTally, overwrite=overwrite
+    )
     if job.finished:
         card = read_card(out)
         job.check_finished(card.origin.get("written", {}), identity)
@@ -203,10 +205,10 @@ def _write_block(
     generator: TextGenerator,
     settings: GenerationSettings,
     records: Records,
-    notes: Notes[Written],
+    notes: Notes[RolloutTally],
     number: int,
     numbers: range,
-) -> Written:
+) -> RolloutTally:
     """Answers the texts of some rows and packs them again into one shard."""
     dtype = records.card.token_dtype
     sources, asked, keys = [], [], []
@@ -228,7 +230,7 @@ def _write_block(
         notes.directory / f"rows-{number:06d}.arrayrecord",
         (encode_row([sources[i] for i in row], [targets[i] for i in row], dtype) for row in rows),
     )
-    written = Written(
+    written = RolloutTally(
         len(rows),
         len(sources),
         sum(map(len, sources)),
@@ -241,7 +243,7 @@ def _write_block(
 
 
 def _card(
-    card: DatasetCard, shards: list[Shard], total: Written, identity: dict[str, Any]
+    card: DatasetCard, shards: list[Shard], total: RolloutTally, identity: dict[str, Any]
 ) -> DatasetCard:
     slots = total.rows * (card.inputs_length + card.targets_length)
     return dataclasses.replace(

@@ -26,7 +26,7 @@ from encdec.evaluation.load_models import load_models
 from encdec.evaluation.predictions import (
     Prediction,
     PredictionFiles,
-    Sources,
+    UnreadableSources,
     check_sources,
     check_vocabulary,
     open_windows,
@@ -221,7 +221,7 @@ def _report(
     return report
 
 
-def _introduce(name: str, count: int, done: int, sources: Sources, too_long: str) -> None:
+def _introduce(name: str, count: int, done: int, sources: UnreadableSources, too_long: str) -> None:
     """Prints how much of a task is left to do, and which sources cannot be read whole."""
     _LOG.info(
         f"{name}: {count:,} examples, {done:,} already answered, "

@@ -143,7 +143,7 @@ def open_windows(count: int, done: set[int], shard: int, shards: int) -> list[ra
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
+class UnreadableSources:
     """Sources that the model cannot read unchanged, as indices of examples.
 
     Attributes:
@@ -155,14 +155,16 @@ class Sources:
     empty: tuple[int, ...]
 
 
-def check_sources(prompts: PromptFormat, examples: Sequence[Example], too_long: TooLong) -> Sources:
+def check_sources(
+    prompts: PromptFormat, examples: Sequence[Example], too_long: TooLong
+) -> UnreadableSources:
     """The sources that are too long or empty.
 
     Raises:
         DataError: some are too long, and ``too_long`` is "refuse".
     """
     kinds = [kind_of_source(prompts, example.source) for example in examples]
-    found = Sources(
+    found = UnreadableSources(
         *(
             tuple(index for index, one in enumerate(kinds) if one == kind)
             for kind in ("long", "empty")

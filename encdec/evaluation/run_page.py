@@ -55,7 +55,7 @@ text-align:left;vertical-align:top}td{white-space:pre-wrap;overflow-wrap:anywher
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """A run: its name on the page, the lines of its metrics, its configuration."""
 
     name: str
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_run(directory: str, name: str) -> Run:
+def read_run(directory: str, name: str) -> LoggedRun:
     """A run's files; DataError where there are none."""
     path = as_path(directory)
     try:
@@ -117,10 +117,10 @@ def read_run(directory: str, name: str) -> Run:
             metrics.append(json.loads(line))
         except ValueError:
             continue  # cut short when its process was killed
-    return Run(name, path, tuple(metrics), config)
+    return LoggedRun(name, path, tuple(metrics), config)
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[LoggedRun]) -> str:
     """The whole file."""
     charts = [
         chart(title, unit, [run.curve(number) for run in runs])
@@ -191,19 +191,19 @@ def chart(title: str, unit: str, curves: Sequence[Sequence[tuple[float, float]]]
     )
 
 
-def _totals(runs: Sequence[Run]) -> str:
-    def last(run: Run, number: str, form: str = "{:.4f}") -> str:
+def _totals(runs: Sequence[LoggedRun]) -> str:
+    def last(run: LoggedRun, number: str, form: str = "{:.4f}") -> str:
         curve = run.curve(number)
         return form.format(curve[-1][1]) if curve else "–"
 
-    def best(run: Run) -> str:
+    def best(run: LoggedRun) -> str:
         curve = run.curve("eval/loss")
         if not curve:
             return "–"
         step, loss = min(curve, key=lambda point: point[1])
         return f"{loss:.4f} (step {step:,})"
 
-    def steps(run: Run) -> str:
+    def steps(run: LoggedRun) -> str:
         done = run.metrics[-1]["step"] if run.metrics else 0
         return f"{done:,} of {run.config['run']['steps']:,}"
 
@@ -223,7 +223,7 @@ def _totals(runs: Sequence[Run]) -> str:
     return html_table(head, rows)
 
 
-def _configurations(runs: Sequence[Run]) -> str:
+def _configurations(runs: Sequence[LoggedRun]) -> str:
     contents = [
         {**{k: run.config.get(k, {}) for k in ("run", "model")}, "data": _data(run.config)}
         for run in runs
@@ -252,7 +252,7 @@ def _data(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config.get("data", {}).get(key) for key in keys}
 
 
-def _evaluations(runs: Sequence[Run]) -> str:
+def _evaluations(runs: Sequence[LoggedRun]) -> str:
     """Scores and first answers of every evaluation below the runs' directories."""
     scores, answers = [], []
     for run in runs:

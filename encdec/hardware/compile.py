@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from encdec.cost.flops import training_flops
 from encdec.errors import ConfigError
 from encdec.hardware import hlo
-from encdec.hardware.predict import Prediction, predict
+from encdec.hardware.predict import TimePrediction, predict
 from encdec.hardware.topology import Topology
 from encdec.train.compiler_options import compiler_options as chip_options
 from encdec.train.program import abstract_batch, build_program, check_batch
@@ -31,7 +31,7 @@ class DoesNotFit(ConfigError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes of one device's HBM, by part; the parts add up to ``peak``.
 
     Attributes:
@@ -56,7 +56,7 @@ class Memory:
     def peak(self) -> int:
         return sum(vars(self).values()) - self.limit
 
-    def split(self, params: Any, opt_state: Any = ()) -> Memory:
+    def split(self, params: Any, opt_state: Any = ()) -> PeakMemory:
         """With the state, two sharded trees, separated from the other arguments in ``batch``."""
         parameters, optimizer = device_bytes(params), device_bytes(opt_state)
         batch = max(0, self.batch - parameters - optimizer)
@@ -64,7 +64,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledProgram:
     """A program compiled for a topology, with predictions.
 
     Attributes:
@@ -74,8 +74,8 @@ class Compiled:
         text: the compiled HLO.
     """
 
-    memory: Memory
-    prediction: Prediction
+    memory: PeakMemory
+    prediction: TimePrediction
     compile_seconds: float
     text: str = dataclasses.field(repr=False)
 
@@ -85,7 +85,7 @@ class Compiled:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledStep(Compiled):
+class CompiledStep(CompiledProgram):
     """A training step compiled for a topology.
 
     Attributes:
@@ -188,8 +188,8 @@ class Calibration:
     """
 
     topology: Topology
-    product: Compiled
-    sum: Compiled
+    product: CompiledProgram
+    sum: CompiledProgram
 
     @property
     def share_of_peak(self) -> float:
@@ -208,7 +208,7 @@ def calibrate(topology: Topology, compiler_options: dict[str, str] | None = None
     """Compiles both programs for one device, with the options of its chip."""
     mesh = one_device(topology)
 
-    def compiled(function: Callable[..., jax.Array], side: int) -> Compiled:
+    def compiled(function: Callable[..., jax.Array], side: int) -> CompiledProgram:
         square = jax.ShapeDtypeStruct(
             (side, side), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P())
         )
@@ -230,8 +230,8 @@ def compile_lowered(
     topology: Topology,
     mesh: jax.sharding.Mesh,
     compiler_options: dict[str, str] | None = None,
-) -> Compiled:
-    """Compiles a lowered function; all its arguments count as ``Memory.batch``.
+) -> CompiledProgram:
+    """Compiles a lowered function; all its arguments count as ``PeakMemory.batch``.
 
     Raises:
         DoesNotFit: the compiler ran out of memory; its reason is the message.
@@ -243,7 +243,7 @@ def compile_lowered(
     places = {device.id: n for n, device in enumerate(topology.devices)}
     order = [places[device.id] for device in mesh.devices.flat]
     analysis = compiled.memory_analysis()
-    memory = Memory(
+    memory = PeakMemory(
         parameters=0,
         optimizer=0,
         batch=analysis.argument_size_in_bytes,
@@ -252,7 +252,7 @@ def compile_lowered(
         code=analysis.generated_code_size_in_bytes,
         limit=int(topology.generation.hbm_limit_gib * 2**30),
     )
-    return Compiled(memory, predict(hlo.parse(text), topology, order), seconds, text)
+    return CompiledProgram(memory, predict(hlo.parse(text), topology, order), seconds, text)
 
 
 def checked(step: CompiledStep) -> CompiledStep:

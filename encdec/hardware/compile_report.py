@@ -15,9 +15,9 @@ from encdec.hardware.compile import (
     PRODUCT_SIDE,
     SUM_SIDE,
     Calibration,
-    Compiled,
+    CompiledProgram,
     CompiledStep,
-    Memory,
+    PeakMemory,
 )
 from encdec.hardware.decode import CompiledDecoding
 from encdec.hardware.layer import CompiledLayer
@@ -28,7 +28,7 @@ from encdec.train.sharding import MESH_AXES
 
 GIB = 2**30
 COSTLIEST = 10
-# Contents of the parts of ``Memory``, in the order of the tables.
+# Contents of the parts of ``PeakMemory``, in the order of the tables.
 TRAINING_PARTS = {
     "parameters": "parameters",
     "optimizer": "optimizer",
@@ -181,11 +181,11 @@ def decoding_as_json(decoding: CompiledDecoding) -> dict[str, Any]:
     }
 
 
-def _part_as_json(part: Compiled) -> dict[str, Any]:
+def _part_as_json(part: CompiledProgram) -> dict[str, Any]:
     return {"seconds": part.step_seconds, **_figures(part)}
 
 
-def _figures(part: Compiled) -> dict[str, Any]:
+def _figures(part: CompiledProgram) -> dict[str, Any]:
     """Figures common to all compiled programs."""
     p = part.prediction
     return {
@@ -346,7 +346,7 @@ def text_of(found: CompiledStep | CompiledDecoding | Calibration) -> str:
     return found.step.text if isinstance(found, CompiledDecoding) else found.text
 
 
-def _show_costs(compiled: Compiled, console: Console, title: str) -> None:
+def _show_costs(compiled: CompiledProgram, console: Console, title: str) -> None:
     table = Table("ms", "times", "operation", "source", title=title)
     for cost in compiled.prediction.costs[:COSTLIEST]:
         table.add_row(
@@ -363,7 +363,7 @@ def _show_costs(compiled: Compiled, console: Console, title: str) -> None:
         console.print(f"note: executions without an estimate, not counted: {listed}")
 
 
-def _memory_table(columns: Mapping[str, Memory], parts: Mapping[str, str]) -> Table:
+def _memory_table(columns: Mapping[str, PeakMemory], parts: Mapping[str, str]) -> Table:
     """A column for each program, a row for each of the named parts."""
     table = Table("part", *columns, title="Memory")
     for name, label in parts.items():
@@ -403,7 +403,7 @@ def _time_table(step: CompiledStep) -> Table:
     return table
 
 
-def _show_collectives(part: Compiled, console: Console, title: str = "Collectives") -> None:
+def _show_collectives(part: CompiledProgram, console: Console, title: str = "Collectives") -> None:
     if not part.prediction.collectives:
         return
     table = Table("collective", "count", "MB per device", "ms", "not hidden ms", title=title)
@@ -418,7 +418,7 @@ def _show_collectives(part: Compiled, console: Console, title: str = "Collective
     console.print(table)
 
 
-def _by_kind(part: Compiled) -> dict[str, dict[str, float]]:
+def _by_kind(part: CompiledProgram) -> dict[str, dict[str, float]]:
     kinds: dict[str, dict[str, float]] = {}
     for c in part.prediction.collectives:
         row = kinds.setdefault(

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from encdec.cost.flops import generation_flops
 from encdec.errors import ConfigError
-from encdec.hardware.compile import Compiled, compile_lowered
+from encdec.hardware.compile import CompiledProgram, compile_lowered
 from encdec.hardware.topology import Topology
 from encdec.inference.decoding import decode_step, prefill
 from encdec.model import ModelConfig, abstract_params, build_model, for_decoding, logical_axes
@@ -44,8 +44,8 @@ class CompiledDecoding:
     mesh: tuple[int, ...]
     inputs: int
     targets: int
-    prefill: Compiled
-    step: Compiled
+    prefill: CompiledProgram
+    step: CompiledProgram
     unsharded: tuple[str, ...]
 
     @property

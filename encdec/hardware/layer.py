@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.cost.flops import training_flops
-from encdec.hardware.compile import Compiled, compile_lowered, one_device
+from encdec.hardware.compile import CompiledProgram, compile_lowered, one_device
 from encdec.hardware.topology import Topology
 from encdec.model import ModelConfig
 from encdec.model.attention import packed_attention
@@ -25,7 +25,7 @@ from encdec.train.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledLayer(Compiled):
+class CompiledLayer(CompiledProgram):
     """Layers of the encoder (of the decoder in a decoder-only model) on one device.
 
     The time includes the stack's final norm and reading its input.

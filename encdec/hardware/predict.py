@@ -42,7 +42,7 @@ DCN_BYTES_PER_SECOND = 6.25e9  # one chip's share of its host's network: 200 Gbi
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class InstructionCost:
     """The time of one instruction in a step."""
 
     name: str
@@ -77,7 +77,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class TimePrediction:
     """Predicted time of one run of a program on every device of a topology.
 
     Attributes:
@@ -93,7 +93,7 @@ class Prediction:
     compute_seconds: float
     pallas_seconds: float
     collectives: tuple[Collective, ...]
-    costs: tuple[Cost, ...]
+    costs: tuple[InstructionCost, ...]
     unknown_loops: tuple[str, ...]
     unestimated: dict[str, int]
 
@@ -115,7 +115,7 @@ def predict(
     topology: Topology,
     order: list[int] | None = None,
     causal_kernels: bool = True,
-) -> Prediction:
+) -> TimePrediction:
     """Adds up the predicted time of a compiled program.
 
     Args:
@@ -181,7 +181,7 @@ def predict(
         ]
     costs.sort(key=lambda cost: -cost.seconds)
     pallas = sum(cost.seconds for cost in costs if cost.kind == "pallas")
-    return Prediction(
+    return TimePrediction(
         compute_seconds=sum(cost.seconds for cost in costs) - pallas,
         pallas_seconds=pallas,
         collectives=tuple(sorted(collectives, key=lambda c: -c.seconds)),
@@ -368,5 +368,7 @@ def _traffic(
     )
 
 
-def _cost(module: hlo.Module, i: hlo.Instruction, kind: str, seconds: float, times: int) -> Cost:
-    return Cost(i.name, kind, seconds * times, times, module.source(i), i.op_name)
+def _cost(
+    module: hlo.Module, i: hlo.Instruction, kind: str, seconds: float, times: int
+) -> InstructionCost:
+    return InstructionCost(i.name, kind, seconds * times, times, module.source(i), i.op_name)

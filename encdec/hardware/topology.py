@@ -22,7 +22,7 @@ MISSING = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class ChipGeneration:
     """Facts about one kind of TPU, in addition to ``encdec.cost.chips``.
 
     Attributes:
@@ -71,7 +71,7 @@ class Topology:
     """
 
     name: str
-    generation: Generation
+    generation: ChipGeneration
     sides: tuple[int, ...]
     slices: int
     devices: tuple[Any, ...]
@@ -123,9 +123,9 @@ def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
     return match[1], sides, int(match[3] or 1)
 
 
-def generation_named(name: str) -> Generation:
+def generation_named(name: str) -> ChipGeneration:
     kind, dims, flops_per_cycle, link, wraps_at, gib = _GENERATIONS[name]
-    return Generation(chip_named(kind), dims, flops_per_cycle, link * 1e9, wraps_at, gib)
+    return ChipGeneration(chip_named(kind), dims, flops_per_cycle, link * 1e9, wraps_at, gib)
 
 
 @functools.cache

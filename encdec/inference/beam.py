@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from encdec.inference.beam_steps import (
     BeamPlan,
-    Search,
+    BeamState,
     advance,
     begin,
     length_penalty,
@@ -127,7 +127,7 @@ def _nothing_found(batch: int, plan: BeamPlan) -> Hypotheses:
 
 
 def _write_down(
-    found: Hypotheses, plan: BeamPlan, search: Search, rows_B: np.ndarray, alpha: float
+    found: Hypotheses, plan: BeamPlan, search: BeamState, rows_B: np.ndarray, alpha: float
 ) -> None:
     """Puts the best hypotheses so far of the search's inputs into their rows (-1: no input)."""
     alive, complete, history, count = jax.device_get(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.inference.decoding import Memory, branch_step, prefill, take_rows
-from encdec.inference.decoding_compiler import Compiled
+from encdec.inference.decoding_compiler import LazilyCompiled
 from encdec.inference.shapes import coarse_bucket
 from encdec.model import ModelConfig, Params
 from encdec.model.cache import rearranged, widen
@@ -73,7 +73,7 @@ class History(flax.struct.PyTreeNode):
     parents_BxNxK: jax.Array
 
 
-class Search(flax.struct.PyTreeNode):
+class BeamState(flax.struct.PyTreeNode):
     """The state of B inputs; C is the number of cache slots.
 
     Attributes:
@@ -97,7 +97,7 @@ class Search(flax.struct.PyTreeNode):
     count: jax.Array
 
 
-class Look(flax.struct.PyTreeNode):
+class BeamProgress(flax.struct.PyTreeNode):
     """What the host needs to know of a search.
 
     Attributes:
@@ -134,7 +134,7 @@ def begin(
     real_B: jax.Array,
     alpha: jax.Array,
     limit: jax.Array,
-) -> tuple[Search, Look]:
+) -> tuple[BeamState, BeamProgress]:
     """Reads the inputs and chooses the first tokens."""
     (batch, width), beams = tokens_BxS.shape, plan.beams
     room = slots - prompt_slots(config, width)
@@ -154,7 +154,7 @@ def begin(
         memory = memory.replace(source=_widened(config, memory.source))
     places_BxC = jnp.tile(jnp.arange(slots), (batch, 1))
     visible_BxC = places_BxC < memory.slots_R[:, None]
-    search = Search(
+    search = BeamState(
         memory,
         memory.slots_R,
         jnp.tile(visible_BxC[:, None], (1, beams, 1)),
@@ -177,23 +177,23 @@ def _widened(config: ModelConfig, source: Source) -> Source:
     return Source(widen(config, source.cross_kv, width), mask_BxS)
 
 
-@functools.partial(Compiled, static_argnames=("config", "plan"), donate_argnames=("search",))
+@functools.partial(LazilyCompiled, static_argnames=("config", "plan"), donate_argnames=("search",))
 def advance(
     config: ModelConfig,
     plan: BeamPlan,
     params: Params,
-    search: Search,
+    search: BeamState,
     alpha: jax.Array,
     limit: jax.Array,
     steps: jax.Array,
-) -> tuple[Search, Look]:
+) -> tuple[BeamState, BeamProgress]:
     """Up to ``steps`` more tokens, for which there are slots; ends when all inputs are decided."""
     last = search.count + steps
 
-    def undecided(search: Search) -> jax.Array:
+    def undecided(search: BeamState) -> jax.Array:
         return (search.count < last) & jnp.any(_open(search))
 
-    def step(search: Search) -> Search:
+    def step(search: BeamState) -> BeamState:
         memory = search.memory
         capacity = search.positions_BxC.shape[1]
         own_BxKxC = jnp.arange(capacity) == (
@@ -225,8 +225,8 @@ def advance(
 
 
 def _grow(
-    plan: BeamPlan, search: Search, logits_BxKxV: jax.Array, alpha: jax.Array, limit: jax.Array
-) -> Search:
+    plan: BeamPlan, search: BeamState, logits_BxKxV: jax.Array, alpha: jax.Array, limit: jax.Array
+) -> BeamState:
     """Every hypothesis by one token: the best K continue, those with EOS become complete."""
     alive, (batch, beams, size) = search.alive, logits_BxKxV.shape
     log_probs = jax.nn.log_softmax(logits_BxKxV)
@@ -275,26 +275,26 @@ def _hopeful(alive: Ends, complete: Ends, alpha: jax.Array, limit: jax.Array) ->
     return hope_B > complete.scores_BxK[:, -1]
 
 
-def _open(search: Search) -> jax.Array:
+def _open(search: BeamState) -> jax.Array:
     """The inputs that are not decided, bool [B]."""
     return jnp.any(search.alive.scores_BxK > -jnp.inf, axis=1)
 
 
-def _needed(search: Search) -> jax.Array:
+def _needed(search: BeamState) -> jax.Array:
     """The slots that any hypothesis alive consists of, bool [B, C]."""
     alive_BxKx1 = search.alive.scores_BxK[:, :, None] > -jnp.inf
     return jnp.any(search.visible_BxKxC & alive_BxKx1, axis=1)
 
 
-def _look(search: Search) -> Look:
+def _look(search: BeamState) -> BeamProgress:
     kept_B = jnp.sum(_needed(search), axis=1)
-    return Look(_open(search), kept_B, jnp.max(search.memory.slots_R), search.count)
+    return BeamProgress(_open(search), kept_B, jnp.max(search.memory.slots_R), search.count)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
 def rearrange(
-    config: ModelConfig, slots: int, search: Search, rows_R: jax.Array, real_R: jax.Array
-) -> tuple[Search, Look]:
+    config: ModelConfig, slots: int, search: BeamState, rows_R: jax.Array, real_R: jax.Array
+) -> tuple[BeamState, BeamProgress]:
     """The search of the given rows with ``slots`` slots, of which the needed ones come first.
 
     Rows that are not ``real_R`` have no hypotheses from now on.

@@ -16,7 +16,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from encdec.inference.decoding_compiler import Compiled
+from encdec.inference.decoding_compiler import LazilyCompiled
 from encdec.inference.sampling import Choosing, RowSettings, choose, likeliest
 from encdec.model import ModelConfig, Params, build_model, init_cache
 from encdec.model.cache import CachePlaces
@@ -351,6 +351,6 @@ def _keep_likeliest(
 
 # The compiled forms; the memory of ``advance`` is donated to the result.
 start_compiled = jax.jit(start, static_argnames=("config", "plan"))
-advance_compiled = Compiled(
+advance_compiled = LazilyCompiled(
     advance, static_argnames=("config", "plan"), donate_argnames=("decoding",)
 )

@@ -31,7 +31,7 @@ def compiler_options() -> dict[str, str]:
     return dict(_CPU)
 
 
-class Compiled:
+class LazilyCompiled:
     """A function as ``jax.jit`` compiles it, with ``compiler_options``: these depend on the
     machine's devices, which are looked for at the first call rather than on import."""
 

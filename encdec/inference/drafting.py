@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled
-from encdec.inference.drafts import Sources, hindsight
+from encdec.inference.drafts import LookupTexts, hindsight
 from encdec.inference.generation_settings import AUTO, OFF
 from encdec.inference.pace import LONGEST_DRAFT, PLAIN, SIZES, Pace
 from encdec.inference.speculation import Drafting, begin_drafting_compiled, speculate_compiled
@@ -51,7 +51,7 @@ Draft = str | DraftModel
 
 
 @dataclasses.dataclass
-class Answering:
+class SpeculativeDecoding:
     """Makes the tokens of one batch, by plain and by verifying steps.
 
     Attributes:
@@ -65,7 +65,7 @@ class Answering:
     pace: Pace | None
     plain: Callable[[Decoding, int], Decoding]
     verify: Callable[[Decoding, int, int], tuple[Decoding, int, np.ndarray]]
-    texts: Sources | None
+    texts: LookupTexts | None
 
     def __post_init__(self) -> None:
         self.steps = 0  # that were made, of either kind
@@ -115,7 +115,7 @@ class Answering:
         return decoding
 
     def _look_back(
-        self, pace: Pace, texts: Sources, decoding: Decoding, counts_R: np.ndarray
+        self, pace: Pace, texts: LookupTexts, decoding: Decoding, counts_R: np.ndarray
     ) -> None:
         """Tells the pace what drafts would have given; less often while that is little."""
         if not pace.looks():
@@ -196,7 +196,7 @@ class Drafters:
             )
             return decoding, int(tally.steps), np.asarray(tally.made_K)
 
-        return Answering(pace, plain, verify, texts).advance
+        return SpeculativeDecoding(pace, plain, verify, texts).advance
 
     def _placed(self, arrays: Any) -> Any:
         """Row arrays where the rows are computed, to be given over to a program."""
@@ -258,9 +258,9 @@ def drafting_pays(config: ModelConfig) -> bool:
     return config.execution.cpu_shards > 0 and config.dtype == "float32"
 
 
-def texts_of(tokens_BxS: np.ndarray, lengths_B: np.ndarray, times: int, prefix: int) -> Sources:
+def texts_of(tokens_BxS: np.ndarray, lengths_B: np.ndarray, times: int, prefix: int) -> LookupTexts:
     """What is copied from to answer each input ``times`` times; the prefix is not text."""
-    return Sources(
+    return LookupTexts(
         np.repeat(tokens_BxS[:, prefix:], times, axis=0).astype(np.int32),
         np.repeat(np.maximum(lengths_B - prefix, 0), times).astype(np.int32),
     )

@@ -21,7 +21,7 @@ LONGEST = 4  # tokens looked up
 _BEGIN, _BEFORE, NOTHING = -2, -3, -1
 
 
-class Sources(flax.struct.PyTreeNode):
+class LookupTexts(flax.struct.PyTreeNode):
     """The texts of which answers are made.
 
     Attributes:
@@ -34,7 +34,7 @@ class Sources(flax.struct.PyTreeNode):
 
 
 def look_up(
-    sources: Sources, answers_RxN: Any, counts_R: Any, eos_R: Any, length: int, xp: Any = jnp
+    sources: LookupTexts, answers_RxN: Any, counts_R: Any, eos_R: Any, length: int, xp: Any = jnp
 ) -> Any:
     """What may follow each answer, int32 [R, length]; ``NOTHING`` where no draft is found.
 
@@ -88,7 +88,7 @@ def look_up(
 
 
 def hindsight(
-    sources: Sources,
+    sources: LookupTexts,
     answers_RxN: np.ndarray,
     counts_R: np.ndarray,
     eos_R: np.ndarray,
@@ -113,7 +113,7 @@ def hindsight(
     # Without what is padding in all of them: this runs between two steps.
     tokens_QxN = answers_RxN[row_Q, : counts_R[rows].max()]
     lengths_Q = np.asarray(sources.lengths_R)[row_Q]
-    then = Sources(np.asarray(sources.tokens_RxS)[row_Q, : lengths_Q.max()], lengths_Q)
+    then = LookupTexts(np.asarray(sources.tokens_RxS)[row_Q, : lengths_Q.max()], lengths_Q)
     drafts_QxD = look_up(then, tokens_QxN, place_Q, eos_R[row_Q], length, np)
     places_QxD = place_Q[:, None] + np.arange(length)
     made_QxD = places_QxD < counts_R[row_Q][:, None]

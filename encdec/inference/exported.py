@@ -14,8 +14,8 @@ import numpy as np
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.beam import Hypotheses
 from encdec.inference.decoding import Decoding, DecodingPlan, append, blank
-from encdec.inference.drafting import Answering, Paces, texts_of
-from encdec.inference.drafts import Sources, look_up
+from encdec.inference.drafting import Paces, SpeculativeDecoding, texts_of
+from encdec.inference.drafts import LookupTexts, look_up
 from encdec.inference.generation_settings import AUTO, LOOKUP, OFF, GenerationSettings
 from encdec.inference.generator import TextGenerator, read_prompt_format
 from encdec.inference.rows import PreparedInput, choosing_of, row_settings, until_finished
@@ -167,7 +167,7 @@ class ExportedRows:
         work = _Work(plan, memory, greedy, texts)
         advance, pace = work.plain, self.paces.of(len(decoding.counts_R))
         if pace is not None:
-            advance = Answering(pace, work.plain, work.verify, texts).advance
+            advance = SpeculativeDecoding(pace, work.plain, work.verify, texts).advance
         yield from until_finished(decoding, advance, steps)
 
     def search(
@@ -197,7 +197,7 @@ class _Work:
     plan: DecodingPlan
     memory: ExportedMemory
     greedy: bool
-    texts: Sources
+    texts: LookupTexts
 
     def plain(self, decoding: Decoding, steps: int) -> Decoding:
         for _ in range(steps):
@@ -211,7 +211,7 @@ class _Work:
         return decoding
 
     def verify(self, decoding: Decoding, size: int, steps: int) -> tuple[Decoding, int, np.ndarray]:
-        """Verifying steps of ``size`` tokens, as ``Answering.verify`` describes them."""
+        """Verifying steps of ``size`` tokens, as ``SpeculativeDecoding.verify`` describes them."""
         made_K, done = np.zeros(size, np.int64), 0
         while done < steps and not np.asarray(decoding.finished_R).all():
             tokens_RxN, counts_R, eos_R, last_R = map(

@@ -30,8 +30,8 @@ from encdec.inference.decoding import (
     take_rows,
     verify_step,
 )
-from encdec.inference.decoding_compiler import Compiled
-from encdec.inference.drafts import NOTHING, Sources, look_up
+from encdec.inference.decoding_compiler import LazilyCompiled
+from encdec.inference.drafts import NOTHING, LookupTexts, look_up
 from encdec.model import ModelConfig, Params
 
 FED_AT_ONCE = 8  # tokens that a draft model is fed after plain steps
@@ -46,12 +46,12 @@ class Drafting(flax.struct.PyTreeNode):
         fed_R: int32, the answer's tokens that are in it.
     """
 
-    sources: Sources | None = None
+    sources: LookupTexts | None = None
     memory: Memory | None = None
     fed_R: jax.Array | None = None
 
 
-class Tally(flax.struct.PyTreeNode):
+class VerifiedCounts(flax.struct.PyTreeNode):
     """What verifying steps gave.
 
     Attributes:
@@ -116,7 +116,7 @@ def speculate(
     decoding: Decoding,
     drafting: Drafting,
     steps: jax.Array,
-) -> tuple[Decoding, Drafting, Tally]:
+) -> tuple[Decoding, Drafting, VerifiedCounts]:
     """Up to ``steps`` steps, each of which feeds ``size`` tokens per row; stops when all rows are
     finished.
 
@@ -131,7 +131,7 @@ def speculate(
         drafting: what drafts are made of.
         steps: how many.
     """
-    Carry = tuple[Decoding, Drafting, Tally]
+    Carry = tuple[Decoding, Drafting, VerifiedCounts]
 
     def unfinished(carry: Carry) -> jax.Array:
         decoding, _, tally = carry
@@ -164,17 +164,17 @@ def speculate(
         return (
             decoding.replace(memory=memory.replace(slots_R=before.slots_R + made_R)),
             drafting,
-            Tally(tally.steps + 1, tally.made_K + made_K),
+            VerifiedCounts(tally.steps + 1, tally.made_K + made_K),
         )
 
     if draft_config is not None:
         assert draft_params is not None
         drafting = catch_up(draft_config, draft_params, drafting, decoding)
-    nothing = Tally(jnp.int32(0), jnp.zeros(size, jnp.int32))
+    nothing = VerifiedCounts(jnp.int32(0), jnp.zeros(size, jnp.int32))
     return jax.lax.while_loop(unfinished, step, (decoding, drafting, nothing))
 
 
-def copied(sources: Sources | None, decoding: Decoding, length: int) -> jax.Array:
+def copied(sources: LookupTexts | None, decoding: Decoding, length: int) -> jax.Array:
     """A draft [R, length] from the source, the answer, and what is given of it."""
     assert sources is not None  # without a draft model
     settings, counts = decoding.settings, decoding.counts_R[:, None]
@@ -245,7 +245,7 @@ def accept(
 begin_drafting_compiled = jax.jit(
     begin_drafting, static_argnames=("config", "start_id", "room", "times")
 )
-speculate_compiled = Compiled(
+speculate_compiled = LazilyCompiled(
     speculate,
     static_argnames=("config", "plan", "size", "draft_config"),
     donate_argnames=("decoding", "drafting"),

@@ -11,7 +11,7 @@ from encdec.errors import DataError
 from encdec.metrics.intervals import Interval
 from encdec.scaling.distillation import DistillationLaw, fit_distillation
 from encdec.scaling.fit import Form, Law, Observations, fit_law, residuals
-from encdec.scaling.frontier import Comparison, Cost, Frontier, compare, fit_cost
+from encdec.scaling.frontier import Comparison, CostLaw, Frontier, compare, fit_cost
 from encdec.scaling.law_uncertainty import (
     HeldOut,
     constant_intervals,
@@ -60,7 +60,7 @@ class Fitted:
     residuals: np.ndarray | None = None
     held_out: HeldOut | None = None
     held_out_reason: str = ""
-    cost: Cost | None = None
+    cost: CostLaw | None = None
     draws: tuple[Law, ...] = ()
 
     @property

@@ -23,7 +23,7 @@ _GRID_POINTS = 400
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class CostLaw:
     """Training FLOPs C = factor * N^exponent * D.
 
     Attributes:
@@ -43,7 +43,7 @@ class Cost:
         return flops / (self.factor * parameters**self.exponent)
 
 
-def fit_cost(runs: Observations) -> Cost:
+def fit_cost(runs: Observations) -> CostLaw:
     """Least squares of log(C / D) on log N.
 
     Raises:
@@ -55,7 +55,7 @@ def fit_cost(runs: Observations) -> Cost:
     if np.ptp(sizes) == 0:
         raise DataError("all runs have the same size, so the cost of other sizes is unknown")
     exponent, intercept = np.polyfit(sizes, np.log(runs.flops / runs.tokens), 1)
-    cost = Cost(float(np.exp(intercept)), float(exponent))
+    cost = CostLaw(float(np.exp(intercept)), float(exponent))
     error = np.abs(cost.flops(runs.parameters, runs.tokens) / runs.flops - 1).max()
     return dataclasses.replace(cost, largest_error=float(error))
 
@@ -72,7 +72,7 @@ class Frontier:
     """
 
     law: Law
-    cost: Cost
+    cost: CostLaw
     sizes: tuple[float, float] = (0.0, math.inf)
 
     def parameters(self, flops: np.ndarray) -> np.ndarray:

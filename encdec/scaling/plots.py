@@ -40,7 +40,7 @@ _STYLE: Any = {  # keys of matplotlib, whose types list each by name
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class SeriesStyle:
     """Style of a series; a series with a teacher is drawn like its plain one with filled
     markers."""
 
@@ -68,13 +68,13 @@ class Look:
 
 
 _LOOKS = [
-    Look("#0072B2", "o", "-"),
-    Look("#009E73", "s", "--"),
-    Look("#CC79A7", "^", "-."),
-    Look("#E69F00", "v", ":"),
-    Look("#56B4E9", "P", (0, (5, 1))),
+    SeriesStyle("#0072B2", "o", "-"),
+    SeriesStyle("#009E73", "s", "--"),
+    SeriesStyle("#CC79A7", "^", "-."),
+    SeriesStyle("#E69F00", "v", ":"),
+    SeriesStyle("#56B4E9", "P", (0, (5, 1))),
 ]
-_DECODER_LOOK = Look("#D55E00", "D", (0, (3, 1, 1, 1)))
+_DECODER_LOOK = SeriesStyle("#D55E00", "D", (0, (3, 1, 1, 1)))
 _DISTILLED = [  # marker (the plain series' own, or another) and line, by teacher
     ("", (0, (1, 1))),
     ("X", (0, (5, 1, 1, 1, 1, 1))),
@@ -170,7 +170,7 @@ def draw_all(analysis: Analysis, directory: pathlib.Path) -> list[Drawn]:
     return drawn
 
 
-def _looks(analysis: Analysis) -> dict[str, Look]:
+def _looks(analysis: Analysis) -> dict[str, SeriesStyle]:
     plain = dict.fromkeys(plain_name(name) for name in analysis.series)
     paired = [name for name in plain if name.startswith("ed-")]
     looks = {name: _LOOKS[i % len(_LOOKS)] for i, name in enumerate(paired)}
@@ -181,7 +181,7 @@ def _looks(analysis: Analysis) -> dict[str, Look]:
             number = teachers.setdefault(name.partition("+")[2], len(teachers))
             marker, line = _DISTILLED[number % len(_DISTILLED)]
             look = looks[plain_name(name)]
-            looks[name] = Look(look.colour, marker or look.marker, line, filled=True)
+            looks[name] = SeriesStyle(look.colour, marker or look.marker, line, filled=True)
     return looks
 
 
@@ -431,7 +431,7 @@ def _comparison(
     analysis: Analysis,
     comparisons: Mapping[str, Comparison],
     others: Mapping[str, str],
-    looks: dict[str, Look],
+    looks: dict[str, SeriesStyle],
     ratio_label: str,
 ) -> Figure:
     """Frontiers on the left, FLOPs at equal loss on the right; ``others`` names the compared
@@ -463,7 +463,7 @@ def _comparison(
     return figure
 
 
-def _score(analysis: Analysis, metric: str, looks: dict[str, Look]) -> Figure:
+def _score(analysis: Analysis, metric: str, looks: dict[str, SeriesStyle]) -> Figure:
     """One panel per size: means over seeds, bars of a standard deviation."""
     rungs = analysis.scores[metric]
     sizes = list(dict.fromkeys(rung.size for rung in rungs))

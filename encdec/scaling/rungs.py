@@ -14,7 +14,7 @@ from encdec.scaling.results_file import LOSSES, Row
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class RungResult:
     """One series on one rung.
 
     Attributes:
@@ -52,7 +52,7 @@ class Rung:
     size: str
     budget: float
     flops: float
-    cells: dict[str, Cell]
+    cells: dict[str, RungResult]
 
 
 def loss_rungs(final: Sequence[Row], loss: str) -> list[Rung]:
@@ -97,8 +97,8 @@ def _rungs(rows: Sequence[Row], value: Callable[[Row], float], sign: float) -> l
     return sorted(found, key=lambda rung: (smallest[rung.size], rung.budget))
 
 
-def _cell(mine: dict[int, float], other: dict[int, float], sign: float) -> Cell:
+def _cell(mine: dict[int, float], other: dict[int, float], sign: float) -> RungResult:
     # Runs of one seed read the same rows in the same order, so they are compared in pairs.
     both = [sign * (mine[seed] - other[seed]) for seed in mine if seed in other]
     ahead = float(np.mean(both)) if both else math.nan
-    return Cell(tuple(mine.values()), ahead, t_interval(both))
+    return RungResult(tuple(mine.values()), ahead, t_interval(both))

@@ -24,13 +24,13 @@ from encdec.scaling.frontier import Comparison
 from encdec.scaling.plan_table import short
 from encdec.scaling.plots import Drawn, label_of
 from encdec.scaling.results_file import json_value
-from encdec.scaling.rungs import Cell, Rung
+from encdec.scaling.rungs import Rung, RungResult
 
 _TOKENS = {"target": "target tokens", "source": "source tokens", "both": "source + target tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A table with title, header and a remark below."""
 
     title: str
@@ -39,7 +39,7 @@ class Section:
     remark: str = ""
 
 
-def sections(analysis: Analysis) -> list[Section]:
+def sections(analysis: Analysis) -> list[ReportSection]:
     """Everything the report says, as tables of text."""
     found = [_laws(analysis)]
     if analysis.parts:
@@ -81,7 +81,7 @@ def _number(value: float, interval: Interval | None = None) -> str:
     return text
 
 
-def _laws(analysis: Analysis) -> Section:
+def _laws(analysis: Analysis) -> ReportSection:
     choices = analysis.choices
     rows, reasons = [], []
     for name, one in analysis.series.items():
@@ -110,7 +110,7 @@ def _laws(analysis: Analysis) -> Section:
         remark += f"Between seeds the loss differs by {noise:.2%} (standard deviation). "
     if analysis.unfinished:
         reasons.append(f"{len(analysis.unfinished)} runs are not finished and left out.")
-    return Section(
+    return ReportSection(
         "Laws: L = E + A / N^alpha + B / D^beta",
         ("series", "runs", "E", "A", "alpha", "B", "beta", "residual (rms)", "best N ~ C^a, a"),
         tuple(rows),
@@ -118,21 +118,21 @@ def _laws(analysis: Analysis) -> Section:
     )
 
 
-def _parts(one: Fitted) -> Section:
+def _parts(one: Fitted) -> ReportSection:
     title = "All encoder-decoders: L = E + A / (N_e^alpha_e N_d^alpha_d) + B / D^beta"
     remark = (
         "N_e and N_d are the parameters of the encoder's and the decoder's blocks, without "
         "the embedding."
     )
     if not one.law:
-        return Section(title, (), (), f"{remark} Not fitted: {one.reason}.")
+        return ReportSection(title, (), (), f"{remark} Not fitted: {one.reason}.")
     constants = one.law.constants()
     cells = tuple(_number(value, one.intervals.get(key)) for key, value in constants.items())
     row = (str(len(one.runs)), *cells)
-    return Section(title, ("runs", *constants), (row,), f"{remark} {_bounds_hit(one.law)}")
+    return ReportSection(title, ("runs", *constants), (row,), f"{remark} {_bounds_hit(one.law)}")
 
 
-def _held_out(analysis: Analysis) -> Section:
+def _held_out(analysis: Analysis) -> ReportSection:
     rows = []
     reasons: dict[str, list[str]] = {}
     for one in filter(None, [*analysis.series.values(), analysis.parts]):
@@ -152,7 +152,7 @@ def _held_out(analysis: Analysis) -> Section:
                 f"{worst:+.2%}",
             )
         )
-    return Section(
+    return ReportSection(
         "Extrapolation to the largest size, held out of the fit",
         ("series", "N", "runs", "mean error", "worst"),
         tuple(rows),
@@ -161,7 +161,7 @@ def _held_out(analysis: Analysis) -> Section:
     )
 
 
-def _comparisons(analysis: Analysis) -> Section:
+def _comparisons(analysis: Analysis) -> ReportSection:
     reasons = " ".join(f"{label_of(name)}: {why}." for name, why in analysis.not_compared.items())
     return _compared(
         "Encoder-decoder against decoder-only, along the frontiers",
@@ -173,7 +173,7 @@ def _comparisons(analysis: Analysis) -> Section:
     )
 
 
-def _against_plain(analysis: Analysis) -> Section:
+def _against_plain(analysis: Analysis) -> ReportSection:
     return _compared(
         "With a teacher against gold targets alone, along the frontiers",
         "without",
@@ -183,7 +183,7 @@ def _against_plain(analysis: Analysis) -> Section:
     )
 
 
-def _distillation(one: Distillation) -> Section:
+def _distillation(one: Distillation) -> ReportSection:
     title = f"{label_of(one.name)} + KD, over all teachers"
     remark = (
         "L = L_T + L_T^-c0 (1 + (L_T / (d1 L~))^(1/f1))^(-c1 f1) "
@@ -191,7 +191,7 @@ def _distillation(one: Distillation) -> Section:
         "the student's on gold targets alone, by its law."
     )
     if not one.law:
-        return Section(title, (), (), f"{remark} Not fitted: {one.reason}.")
+        return ReportSection(title, (), (), f"{remark} Not fitted: {one.reason}.")
     overtaken = "; ".join(
         f"at N = {short(n)} " + ("nowhere" if d is None else f"from D = {short(d)}")
         for n, d in one.overtaken_at.items()
@@ -204,7 +204,7 @@ def _distillation(one: Distillation) -> Section:
     )
     counts = (str(len(one.runs)), str(len(np.unique(one.teacher_loss))))
     constants = (f"{value:.4g}" for value in one.law.constants.values())
-    return Section(
+    return ReportSection(
         title,
         ("runs", "teachers", *one.law.constants, "residual (rms)"),
         ((*counts, *constants, _root_mean_square(one.residuals)),),
@@ -212,7 +212,7 @@ def _distillation(one: Distillation) -> Section:
     )
 
 
-def _rungs(title: str, rungs: Sequence[Rung], analysis: Analysis, digits: int) -> Section:
+def _rungs(title: str, rungs: Sequence[Rung], analysis: Analysis, digits: int) -> ReportSection:
     names = [name for name in analysis.series if any(name in rung.cells for rung in rungs)]
     rows = []
     for rung in rungs:
@@ -228,10 +228,10 @@ def _rungs(title: str, rungs: Sequence[Rung], analysis: Analysis, digits: int) -
         if rows
         else ""
     )
-    return Section(title, ("rung", *map(label_of, names)), tuple(rows), remark)
+    return ReportSection(title, ("rung", *map(label_of, names)), tuple(rows), remark)
 
 
-def _cell(cell: Cell, digits: int) -> str:
+def _cell(cell: RungResult, digits: int) -> str:
     text = f"{cell.mean:.{digits}f}"
     if not math.isnan(cell.deviation):
         text += f" ± {cell.deviation:.{digits}f}"
@@ -245,7 +245,7 @@ def _cell(cell: Cell, digits: int) -> str:
 
 def _compared(
     title: str, other: str, comparisons: Mapping[str, Comparison], ratio: str, reasons: str = ""
-) -> Section:
+) -> ReportSection:
     """Comparisons with ``other``; the remark explains the ``ratio`` if there are any."""
     rows = []
     for name, found in comparisons.items():
@@ -274,10 +274,12 @@ def _compared(
         )
     flops = ("ahead in draws", "FLOPs ratio", "at loss", "frontiers cross at FLOPs")
     remark = f"At the largest FLOPs at which both were run. {ratio} " if rows else ""
-    return Section(title, ("series", "its loss", other, *flops), tuple(rows), remark + reasons)
+    return ReportSection(
+        title, ("series", "its loss", other, *flops), tuple(rows), remark + reasons
+    )
 
 
-def _largest_residuals(analysis: Analysis) -> Section:
+def _largest_residuals(analysis: Analysis) -> ReportSection:
     entries = [
         (abs(residual), residual, row["run"])
         for one in analysis.series.values()
@@ -285,14 +287,14 @@ def _largest_residuals(analysis: Analysis) -> Section:
         for residual, row in zip(one.residuals, one.rows)
     ]
     entries.sort(reverse=True)
-    return Section(
+    return ReportSection(
         "Runs furthest from their law",
         ("run", "observed over predicted"),
         tuple((run, f"{math.expm1(residual):+.2%}") for _, residual, run in entries[:5]),
     )
 
 
-def _runs(analysis: Analysis) -> Section:
+def _runs(analysis: Analysis) -> ReportSection:
     rows = []
     for one in analysis.series.values():
         for i in np.argsort(one.flops, kind="stable"):
@@ -309,7 +311,7 @@ def _runs(analysis: Analysis) -> Section:
                     residual,
                 )
             )
-    return Section(
+    return ReportSection(
         "Finished runs",
         ("run", "parameters", "source tokens", "target tokens", "FLOPs", "loss", "from its law"),
         tuple(rows),

@@ -13,7 +13,7 @@ import numpy as np
 
 from encdec.errors import ConfigError
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled
-from encdec.inference.drafting import Answering, Draft, DraftModel, Paces
+from encdec.inference.drafting import Draft, DraftModel, Paces, SpeculativeDecoding
 from encdec.inference.generation_settings import AUTO, MOST_BIASES, GenerationSettings
 from encdec.inference.generator import generation_of
 from encdec.inference.pace import SIZES
@@ -24,7 +24,7 @@ from encdec.inference.shapes import bucket
 from encdec.inference.text_io import PromptFormat, TextStream, find_stop, text_after
 from encdec.logs import logger
 from encdec.model import ModelConfig
-from encdec.serving.prometheus_metrics import Metrics
+from encdec.serving.prometheus_metrics import ServerMetrics
 from encdec.serving.prompts import Prompt
 from encdec.serving.protocol import MOST_LOG_PROBS
 from encdec.serving.slot_drafts import SlotDrafts
@@ -87,7 +87,7 @@ class Engine:
         max_tokens: int,
         slots: int = 16,
         max_queue: int = 256,
-        metrics: Metrics | None = None,
+        metrics: ServerMetrics | None = None,
         dtype: str | None = None,
         draft: Draft = AUTO,
     ):
@@ -113,7 +113,7 @@ class Engine:
             slots,
             prompts.max_input_tokens,
         )
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics or ServerMetrics()
         self.metrics.slots.set(slots)
         self.metrics.watch(lambda: self.active, lambda: self.waiting)
         self._decoding = empty(self.config, self.plan, self._params)
@@ -136,9 +136,9 @@ class Engine:
         self._answer_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="encdec-engine", daemon=True)
 
-    def _new_answering(self, draft: Draft) -> Answering:
+    def _new_answering(self, draft: Draft) -> SpeculativeDecoding:
         pace = Paces(draft, pays=False).of(self.plan.slots)
-        return Answering(pace, self._plain, self.drafts.verify, self.drafts.texts)
+        return SpeculativeDecoding(pace, self._plain, self.drafts.verify, self.drafts.texts)
 
     # Called by other threads.
 
@@ -170,7 +170,7 @@ class Engine:
         """
         widths = self.widths()
         scores = not self.config.is_encoder_decoder
-        served, self.metrics = self.metrics, Metrics()
+        served, self.metrics = self.metrics, ServerMetrics()
         drafted = SIZES if self._answering.pace else ()
         for _ in range(2 + bool(drafted)):
             for width in widths:

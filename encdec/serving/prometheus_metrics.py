@@ -13,7 +13,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 
 
-class Metrics:
+class ServerMetrics:
     """Counters of one server, in their own registry."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from encdec.inference.decoding import Decoding, Memory
 from encdec.inference.drafting import DraftModel
-from encdec.inference.drafts import Sources
+from encdec.inference.drafts import LookupTexts
 from encdec.inference.shapes import bucket
 from encdec.inference.speculation import Drafting, speculate_compiled
 from encdec.model import ModelConfig, Params
@@ -53,10 +53,10 @@ class SlotDrafts:
         self._unread: dict[int, Sequence[int]] = {}
         self._last: tuple[Sequence[int], Memory] | None = None  # the input read last
         self._drafting: Drafting | None = None  # None: to be made of the texts
-        self.texts: Sources | None = None  # that are looked up in
+        self.texts: LookupTexts | None = None  # that are looked up in
         if model is None:
             shape = (plan.slots, plan.longest_input)
-            self.texts = Sources(np.zeros(shape, np.int32), np.zeros(plan.slots, np.int32))
+            self.texts = LookupTexts(np.zeros(shape, np.int32), np.zeros(plan.slots, np.int32))
             return
         decoding = dataclasses.replace(plan.decoding, start_id=model.start_id)
         self._model_plan = dataclasses.replace(plan, decoding=decoding)

@@ -51,7 +51,7 @@ _TRAINING = ("attention_dropout", "mlp_dropout", "residual_dropout", "init_std")
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class WarmStart:
     """Where a run's first parameters come from.
 
     Attributes:
@@ -104,7 +104,7 @@ class StartPlan:
             initialized randomly; None where the tables are loaded whole.
     """
 
-    origin: Origin
+    origin: WarmStart
     parts: Mapping[str, Sequence[tuple[str, int | None] | None]]
     rows: np.ndarray | None
 
@@ -219,7 +219,7 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
             f"{name}, rows {_ranges(rows)}" for name in sorted(tables) if (rows < 0).any()
         ]
     loaded = [leaf for leaf, pieces in sources.items() if any(pieces)]
-    origin = Origin(
+    origin = WarmStart(
         run.init_from,
         tuple(loaded),
         tuple(converted),
@@ -230,7 +230,9 @@ def plan_start(run: RunConfig, model: ModelConfig, card: DatasetCard) -> StartPl
     return StartPlan(origin, sources, rows)
 
 
-def start_from(state: TrainState, plan: StartPlan, model: ModelConfig) -> tuple[TrainState, Origin]:
+def start_from(
+    state: TrainState, plan: StartPlan, model: ModelConfig
+) -> tuple[TrainState, WarmStart]:
     """The state with the last checkpoint's parameters as ``plan`` says; the optimizer is new.
 
     Raises:

@@ -13,7 +13,7 @@ from encdec.adapt import adapting
 from encdec.adapt.adapt_command import main as adapt_main
 from encdec.adapt.adapting import TABLE_FILE, carry_out, make_plan
 from encdec.adapt.parameters import Choice
-from encdec.adapt.sources import Source, open_source
+from encdec.adapt.sources import AdaptationSource, open_source
 from encdec.cli import main as encdec
 from encdec.data.prepare import prepare
 from encdec.data.records import open_records, read_card
@@ -156,8 +156,8 @@ def test_two_checkpoints_of_one_run_are_two_sources(source, monkeypatch):
     early = dataclasses.replace(open_source(source, None, "the source"), step=1)
     late = dataclasses.replace(early, directory=source / ".." / source.name, step=2)
     filled = lambda one: {name: x * 0 + one.step for name, x in random_params(GEMMA).items()}
-    monkeypatch.setattr(Source, "parameters", filled)
-    monkeypatch.setattr(Source, "lineage", lambda one: Lineage(10.0 * one.step, (5,)))
+    monkeypatch.setattr(AdaptationSource, "parameters", filled)
+    monkeypatch.setattr(AdaptationSource, "lineage", lambda one: Lineage(10.0 * one.step, (5,)))
     for decoder, encoder in ((late, early), (early, late), (late, late)):
         plan = make_plan(decoder, encoder, Choice((0,), (1,), "self", "separate"))
         params = carry_out(plan)

@@ -12,7 +12,7 @@ import pytest
 
 from encdec.benchmarks import adaptation_experiment
 from encdec.benchmarks.adaptation_experiment import (
-    Setting,
+    AdaptationExperiment,
     budget,
     run_experiment,
     source_flops,
@@ -117,7 +117,9 @@ def test_steps_and_crossings_stay_within_what_was_measured():
 
 
 def test_the_budget_is_what_the_source_would_cost_further():
-    setting = Setting(pathlib.Path("w"), model="test", layers=6, further_steps=10, batch_size=4)
+    setting = AdaptationExperiment(
+        pathlib.Path("w"), model="test", layers=6, further_steps=10, batch_size=4
+    )
     one = training_flops(source_model(setting), setting.inputs, setting.targets, batch_size=4)
     rows = table_rows(setting)
     assert budget(setting, rows[0]) == budget(setting, rows[4]) == 10 * one
@@ -144,7 +146,7 @@ def test_a_start_has_a_learning_rate_of_its_own(row, further, peak, tmp_path, mo
         runs.append(run)
         raise Enough
 
-    setting = Setting(
+    setting = AdaptationExperiment(
         tmp_path, optimizer="muon", learning_rate=0.5, further_learning_rate=further, model="test"
     )
     monkeypatch.setattr(adaptation_experiment, "train", train)
@@ -173,7 +175,7 @@ def test_a_start_has_a_learning_rate_of_its_own(row, further, peak, tmp_path, mo
 )
 def test_settings_that_cannot_be_run_are_refused(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        run_experiment(Setting(tmp_path / "work", **changes), print)
+        run_experiment(AdaptationExperiment(tmp_path / "work", **changes), print)
     assert not (tmp_path / "work").exists()
 
 
@@ -193,7 +195,9 @@ def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation_experiment, "_run", run)
     monkeypatch.setattr(adaptation_experiment, "_source", lambda *_: tmp_path)
     few = {"inputs": 8, "targets": 8, "vocabulary": 300, "document_bytes": 400}
-    setting = Setting(tmp_path / "work", (str(text),), model="test", layers=3, seeds=2, **few)
+    setting = AdaptationExperiment(
+        tmp_path / "work", (str(text),), model="test", layers=3, seeds=2, **few
+    )
     with pytest.raises(KeyboardInterrupt):
         run_experiment(setting, print)
     held_out = (setting.work / "text" / "held_out.jsonl").read_text().splitlines()

@@ -10,7 +10,7 @@ import pytest
 
 from encdec.benchmarks.distill_experiment import (
     BINS,
-    Setting,
+    DistillExperiment,
     calibration_error,
     check_setting,
     expected_calibration_error,
@@ -79,7 +79,7 @@ def test_top_k_gets_the_bytes_of_the_draws():
 
 
 def test_settings_that_compare_nothing_are_refused(records):
-    make = lambda **changes: Setting(
+    make = lambda **changes: DistillExperiment(
         pathlib.Path("/nowhere"),
         str(records),
         str(records),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from encdec.benchmarks import edge_benchmark, edge_paths
-from encdec.benchmarks.device_rates import Busy, DeviceRates, peak_memory
+from encdec.benchmarks.device_rates import DeviceRates, OthersLoad, peak_memory
 from encdec.benchmarks.edge_benchmark import PATHS, evaluate, main
 from encdec.benchmarks.generation import GenerationTiming
 from encdec.cost.flops import cache_bytes, generation_flops
@@ -81,7 +81,7 @@ def test_every_path_is_measured_and_written(tmp_path, capsys):
 def test_disturbed_timings_are_taken_again_but_not_for_ever(monkeypatch):
     """Others take everything in every second timing, then in all."""
     shares = iter([0.9, 0.0] * 3 + [0.9] * 1000)
-    monkeypatch.setattr(edge_benchmark.Busy, "others", lambda self: next(shares))
+    monkeypatch.setattr(edge_benchmark.OthersLoad, "others", lambda self: next(shares))
     ran = []
     runs = {"jax": (lambda tokens: ran.append(len(tokens)), lambda state, count: None)}
     for again in (3, 21):  # then 7 times the repeats
@@ -141,7 +141,7 @@ def test_peak_memory_without_proc_is_the_kernel_s_own(monkeypatch):
 
 
 def test_what_others_take_is_a_share():
-    busy = Busy()
+    busy = OthersLoad()
     sum(range(200_000))
     assert 0 <= busy.others() <= 1
 

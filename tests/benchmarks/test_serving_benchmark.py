@@ -12,7 +12,7 @@ import pytest
 
 from encdec import cli
 from encdec.benchmarks import serving_drafts
-from encdec.benchmarks.serving_client import Answer, Pass
+from encdec.benchmarks.serving_client import Pass, TimedAnswer
 from encdec.benchmarks.serving_drafts import DraftedPass
 from encdec.inference.generation_settings import OFF
 from encdec.inference.pace import SIZES, Pace
@@ -90,7 +90,7 @@ def test_drafts_change_no_answer_of_a_server(tmp_path, capsys, monkeypatch):
 
 
 def test_an_answer_that_differs_is_counted():
-    one = Answer(["a", "b"], [-1.0, -2.0], "stop", 0.1, 0.2)
+    one = TimedAnswer(["a", "b"], [-1.0, -2.0], "stop", 0.1, 0.2)
     others = [
         dataclasses.replace(one, log_probs=[-1.0, -2.5]),
         dataclasses.replace(one, tokens=["a", "c"]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from encdec.data.batches import Batches
-from encdec.data.blocks import Block, Recipe, encode_block
+from encdec.data.blocks import DocumentBlock, Recipe, encode_block
 from encdec.data.readers import BadRows
 from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask
 from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
@@ -134,7 +134,7 @@ def _both_ways(task, vocabulary, lengths, split="train", limit=40):
     finally:
         seqio_registration.register(task)
     recipe = Recipe(task.objective, lengths["inputs"], lengths["targets"])
-    ours = encode_block(recipe, vocabulary, Block(0, 0, documents))
+    ours = encode_block(recipe, vocabulary, DocumentBlock(0, 0, documents))
     return theirs, ours
 
 

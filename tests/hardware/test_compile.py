@@ -14,10 +14,10 @@ from encdec.cost.chips import find_chip
 from encdec.errors import ConfigError
 from encdec.hardware import topology
 from encdec.hardware.compile import (
-    Compiled,
+    CompiledProgram,
     CompiledStep,
     DoesNotFit,
-    Memory,
+    PeakMemory,
     checked,
     halved,
     nearest_fit,
@@ -26,7 +26,7 @@ from encdec.hardware.compile import (
 from encdec.hardware.compile_command import main
 from encdec.hardware.compile_report import model_name
 from encdec.hardware.decode import CompiledDecoding
-from encdec.hardware.predict import Collective, Prediction
+from encdec.hardware.predict import Collective, TimePrediction
 from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
 from encdec.model import build_model, init_params, preset
@@ -156,8 +156,8 @@ def test_search_keeps_the_tensor_axis_and_splits_the_state_within_slices():
 def part(**changes) -> dict:
     traffic = Collective("x", "all-gather", 2e6, 4, 0.002, 0.001, "")
     return {
-        "memory": Memory(1 << 30, 2 << 30, 3 << 30, 4 << 30, 0, 0, 16 << 30),
-        "prediction": Prediction(0.1, 0.0, (traffic,), (), (), {"custom-call Eigh": 2}),
+        "memory": PeakMemory(1 << 30, 2 << 30, 3 << 30, 4 << 30, 0, 0, 16 << 30),
+        "prediction": TimePrediction(0.1, 0.0, (traffic,), (), (), {"custom-call Eigh": 2}),
         "compile_seconds": 1.0,
         "text": "HloModule",
     } | changes
@@ -186,7 +186,14 @@ def compiler(monkeypatch):
     def compile_decoding(run, topology, inputs, targets, compiler_options):
         compile_step(run, topology, inputs, targets, compiler_options)
         return CompiledDecoding(
-            run, topology, (4, 1, 1), inputs, targets, Compiled(**part()), Compiled(**part()), ()
+            run,
+            topology,
+            (4, 1, 1),
+            inputs,
+            targets,
+            CompiledProgram(**part()),
+            CompiledProgram(**part()),
+            (),
         )
 
     monkeypatch.setattr("encdec.hardware.compile.compile_step", compile_step)

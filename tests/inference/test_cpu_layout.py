@@ -18,7 +18,7 @@ from encdec.inference.decoding import (
     prefill,
     start_compiled,
 )
-from encdec.inference.decoding_compiler import Compiled, compiler_options
+from encdec.inference.decoding_compiler import LazilyCompiled, compiler_options
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import build_model, check_params, for_decoding, preset, shard_for_cpu
@@ -95,7 +95,7 @@ def test_products_by_panels_are_products_for_any_number_of_rows(shape, out):
     draw = np.random.default_rng(0).normal
     x, kernel = draw(size=(*shape, 6)).astype(np.float32), draw(size=(out, 6)).astype(np.float32)
     panels = panelled_kernel(jnp.array(kernel))
-    found = Compiled(product_by_panels, static_argnums=2)(jnp.array(x), panels, out)
+    found = LazilyCompiled(product_by_panels, static_argnums=2)(jnp.array(x), panels, out)
     np.testing.assert_allclose(found, x @ kernel.T, atol=1e-5)
     np.testing.assert_array_equal(rows_of_panels(panels)[:out], kernel)
 
@@ -107,7 +107,9 @@ def test_programs_that_decode_copy_no_rows_for_panels(rows):
     if jax.default_backend() != "cpu" or not compiler_options():
         pytest.skip("this compiler reads rows in another way")
     x, panels = jnp.ones((rows, 96)), jnp.ones((5, 96, PANEL))
-    program = Compiled(product_by_panels, static_argnums=2).lower(x, panels, 5 * PANEL).compile()
+    program = (
+        LazilyCompiled(product_by_panels, static_argnums=2).lower(x, panels, 5 * PANEL).compile()
+    )
     # Without what is fused: the entry and the bodies of loops.
     parts = program.as_text().split("\n\n")
     steps = "".join(part for part in parts if not re.match(r"\s*%(fused|wrapped)_", part))

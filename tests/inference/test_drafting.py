@@ -11,8 +11,8 @@ import pytest
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError
 from encdec.inference.draft_model import load_draft
-from encdec.inference.drafting import Answering, DraftModel, Paces
-from encdec.inference.drafts import Sources, look_up
+from encdec.inference.drafting import DraftModel, Paces, SpeculativeDecoding
+from encdec.inference.drafts import LookupTexts, look_up
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
 from encdec.inference.load_generator import load
@@ -71,8 +71,10 @@ class Scripted:
         monkeypatch.setattr("encdec.inference.drafting.time.perf_counter", lambda: self.now)
 
     def answers(self, pace):
-        texts = Sources(np.array([self.source], np.int32), np.array([len(self.source)], np.int32))
-        advance = Answering(pace, self.plain, self.verify, texts).advance
+        texts = LookupTexts(
+            np.array([self.source], np.int32), np.array([len(self.source)], np.int32)
+        )
+        advance = SpeculativeDecoding(pace, self.plain, self.verify, texts).advance
         state = _State(self.answer[None] * 0, np.array([0]))
         state = self._with(state, 1)
         while state.counts_R[0] < len(self.answer):
@@ -93,7 +95,9 @@ class Scripted:
     def verify(self, state, size, steps):
         self.sizes.append(size)
         made, done = np.zeros(size, int), 0
-        texts = Sources(np.array([self.source], np.int32), np.array([len(self.source)], np.int32))
+        texts = LookupTexts(
+            np.array([self.source], np.int32), np.array([len(self.source)], np.int32)
+        )
         while done < steps and state.counts_R[0] < len(self.answer):
             eos = np.array([1])
             drafts = look_up(texts, state.tokens_RxN, state.counts_R, eos, size - 1, np)[0]
@@ -191,8 +195,8 @@ def test_the_end_of_an_answer_tells_no_time(monkeypatch):
         pace = Pace(1, False)
         pace.note_compiled()
         script = Scripted(TEXT[:4], TEXT, CHEAP, monkeypatch)
-        texts = Sources(np.array([TEXT], np.int32), np.array([len(TEXT)], np.int32))
-        answering = Answering(pace, script.plain, script.verify, texts)
+        texts = LookupTexts(np.array([TEXT], np.int32), np.array([len(TEXT)], np.int32))
+        answering = SpeculativeDecoding(pace, script.plain, script.verify, texts)
         answering.advance(_State(np.zeros((1, 4), int), np.array([1])), steps)
         assert answering.steps == 3 and pace.knows(PLAIN) == counts
 

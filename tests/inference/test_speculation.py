@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from encdec.inference.decoding import DecodingPlan, advance_compiled, blank, start_compiled
-from encdec.inference.drafts import NOTHING, Sources, hindsight, look_up
+from encdec.inference.drafts import NOTHING, LookupTexts, hindsight, look_up
 from encdec.inference.exported import accept_greedy, append_greedy
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import NO_EOS, Choosing, greedy_rows
@@ -73,7 +73,7 @@ def with_mistakes(tokens_RxN, every=5):
     part."""
     texts = np.array(tokens_RxN)
     texts[:, every - 1 :: every] = 3
-    return Drafting(Sources(jnp.array(texts), jnp.full(len(texts), texts.shape[1])))
+    return Drafting(LookupTexts(jnp.array(texts), jnp.full(len(texts), texts.shape[1])))
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_drafts_are_what_followed_the_longest_match():
     lengths, counts = rng.integers(0, 13, 300), rng.integers(1, 11, 300)
     answers[::5, :4] = texts[::5, :4]  # answers that begin like their sources
     arrays = [x.astype(np.int32) for x in (texts, lengths, answers, counts, np.full(300, 1))]
-    host = look_up(Sources(*arrays[:2]), *arrays[2:], 5, np)
-    device = jax.jit(look_up, static_argnums=4)(Sources(*arrays[:2]), *arrays[2:], 5)
+    host = look_up(LookupTexts(*arrays[:2]), *arrays[2:], 5, np)
+    device = jax.jit(look_up, static_argnums=4)(LookupTexts(*arrays[:2]), *arrays[2:], 5)
     np.testing.assert_array_equal(host, device)
     for row in range(300):
         source, answer = texts[row, : lengths[row]], answers[row, : counts[row]]
@@ -205,7 +205,7 @@ def test_drafts_are_what_followed_the_longest_match():
 
 def test_hindsight_counts_what_drafts_would_have_given():
     source, answer = [5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 3, 9, 10, 11, 12, 1]
-    sources = Sources(np.array([source + [0, 0]], np.int32), np.array([8], np.int32))
+    sources = LookupTexts(np.array([source + [0, 0]], np.int32), np.array([8], np.int32))
     answers = np.array([answer + [0] * 3], np.int32)
     found = hindsight(sources, answers, np.array([9]), np.array([1]), 3)
     rights = []

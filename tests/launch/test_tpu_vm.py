@@ -17,7 +17,7 @@ import time
 import pytest
 
 from launch import ssh, tpu_vm
-from launch.babysit import UNAVAILABLE, Action, Limits, Memory, Seen, decide, summary
+from launch.babysit import UNAVAILABLE, Action, PollState, RestartLimits, Seen, decide, summary
 from launch.commands import Runner
 from launch.slices import Slices
 from tests.launch.golden import AWKWARD, check_golden
@@ -199,7 +199,7 @@ class TestKey:
 # Decisions.
 
 ACTIVE = lambda *workers: Seen("ACTIVE", workers)
-READY = Memory(ready=True)
+READY = PollState(ready=True)
 
 
 def test_from_nothing_to_training():
@@ -211,7 +211,7 @@ def test_from_nothing_to_training():
         ACTIVE("running", "running"),
         ACTIVE("exited 0", "exited 0"),
     ]
-    memory, actions = Memory(), []
+    memory, actions = PollState(), []
     for look in seen:
         decision = decide(look, memory)
         memory = decision.memory
@@ -271,7 +271,7 @@ def test_preemptions_are_resumed_for_ever_and_crashes_a_few_times():
         decision = decide(ACTIVE("exited 75"), memory)
         assert decision.action is Action.START
         memory = decision.memory
-    limits = Limits(crashes=3, settled=2)
+    limits = RestartLimits(crashes=3, settled=2)
     for _ in range(3):
         decision = decide(ACTIVE("exited 134"), memory, limits)
         assert decision.action is Action.START
@@ -284,7 +284,7 @@ def test_preemptions_are_resumed_for_ever_and_crashes_a_few_times():
 
 
 def test_hosts_that_lag_behind_are_waited_for_and_then_stopped():
-    limits, memory = Limits(strange=2), READY
+    limits, memory = RestartLimits(strange=2), READY
     actions = []
     for _ in range(3):
         decision = decide(ACTIVE("exited 137", "running"), memory, limits)
@@ -296,7 +296,7 @@ def test_hosts_that_lag_behind_are_waited_for_and_then_stopped():
 
 def test_a_slice_that_cannot_be_reached_is_replaced():
     memory = READY
-    for _ in range(Limits().strange):
+    for _ in range(RestartLimits().strange):
         decision = decide(Seen("ACTIVE", None), memory)
         assert decision.action is Action.WAIT
         memory = decision.memory
@@ -304,7 +304,7 @@ def test_a_slice_that_cannot_be_reached_is_replaced():
     assert decision.action is Action.DELETE and not decision.memory.ready
 
 
-def unreachable_until_acted(memory: Memory):
+def unreachable_until_acted(memory: PollState):
     while True:
         decision = decide(Seen("ACTIVE", None), memory)
         if decision.action is not Action.WAIT:
@@ -314,7 +314,7 @@ def unreachable_until_acted(memory: Memory):
 
 def test_slices_are_not_replaced_for_ever_where_the_fault_is_in_the_login():
     memory = READY
-    for _ in range(Limits().replaced):
+    for _ in range(RestartLimits().replaced):
         decision = unreachable_until_acted(memory)
         assert decision.action is Action.DELETE
         memory = decide(Seen(None), decision.memory).memory
@@ -327,8 +327,8 @@ def test_slices_are_not_replaced_for_ever_where_the_fault_is_in_the_login():
 
 
 def test_requests_that_keep_failing_are_given_up():
-    memory = Memory()
-    for _ in range(Limits().refusals):
+    memory = PollState()
+    for _ in range(RestartLimits().refusals):
         decision = decide(Seen("FAILED"), memory)
         assert decision.action is Action.DELETE
         memory = decide(Seen(None), decision.memory).memory
@@ -339,7 +339,7 @@ def test_requests_that_keep_failing_are_given_up():
 def test_every_state_has_an_action_and_running_hosts_are_never_started_again():
     workers = ["absent", "running", "exited 0", "exited 2", "exited 75", "exited 137"]
     for pair in itertools.product(workers, repeat=2):
-        for memory in (Memory(), READY, Memory(ready=True, crashes=5, strange=5)):
+        for memory in (PollState(), READY, PollState(ready=True, crashes=5, strange=5)):
             decision = decide(ACTIVE(*pair), memory)
             if "running" in pair:
                 assert decision.action in (Action.WAIT, Action.STOP)

@@ -7,7 +7,7 @@ import pytest
 
 from encdec.errors import DataError
 from encdec.scaling.fit import Law, fit_law
-from encdec.scaling.frontier import Cost, Frontier, band, compare, fit_cost
+from encdec.scaling.frontier import CostLaw, Frontier, band, compare, fit_cost
 from encdec.scaling.law_uncertainty import refitted_draws
 from tests.scaling.synthetic import ladder
 
@@ -17,7 +17,7 @@ RANGE = (1e13, 1e17)
 
 @pytest.mark.parametrize("exponent", [1.0, 0.85])
 def test_frontier_is_the_best_of_all_sizes(exponent):
-    frontier = Frontier(LAW, Cost(6.0, exponent))
+    frontier = Frontier(LAW, CostLaw(6.0, exponent))
     for flops in (1e14, 1e18):
         sizes = np.geomspace(1e4, 1e12, 200_001)
         losses = LAW.loss(sizes, frontier.cost.tokens(sizes, flops))
@@ -29,7 +29,7 @@ def test_frontier_is_the_best_of_all_sizes(exponent):
 
 
 def test_frontier_within_the_sizes_run():
-    bounded = Frontier(LAW, Cost(6.0, 0.9), (3e6, 3e7))
+    bounded = Frontier(LAW, CostLaw(6.0, 0.9), (3e6, 3e7))
     for flops in (1e12, 1e16, 1e22):  # best at the smallest, between, at the largest
         sizes = np.geomspace(3e6, 3e7, 100_001)
         losses = LAW.loss(sizes, bounded.cost.tokens(sizes, flops))
@@ -41,7 +41,7 @@ def test_frontier_within_the_sizes_run():
 
 
 def test_no_flops_reach_the_floor():
-    assert np.isinf(Frontier(LAW, Cost(6.0, 1.0)).flops(np.array([1.7, 1.0]))).all()
+    assert np.isinf(Frontier(LAW, CostLaw(6.0, 1.0)).flops(np.array([1.7, 1.0]))).all()
 
 
 def test_cost_is_fitted_with_its_error():
@@ -52,15 +52,15 @@ def test_cost_is_fitted_with_its_error():
 
 
 def test_ratio_of_equal_laws_is_that_of_their_prices():
-    found = compare(Frontier(LAW, Cost(4.0, 1.0)), Frontier(LAW, Cost(6.0, 1.0)), RANGE)
+    found = compare(Frontier(LAW, CostLaw(4.0, 1.0)), Frontier(LAW, CostLaw(6.0, 1.0)), RANGE)
     assert found.ratio == pytest.approx(np.full(50, 1.5))
     assert found.crossing.flops is None and np.isnan(found.crossing.share)
 
 
 def test_crossing_is_found_inside_and_outside_the_range():
     # Steeper in data but behind at first.
-    steep = Frontier(Law("total", 1.7, 400.0, 900.0, (0.34,), 0.32), Cost(6.0, 1.0))
-    flat = Frontier(LAW, Cost(6.0, 1.0))
+    steep = Frontier(Law("total", 1.7, 400.0, 900.0, (0.34,), 0.32), CostLaw(6.0, 1.0))
+    flat = Frontier(LAW, CostLaw(6.0, 1.0))
     found = compare(steep, flat, RANGE).crossing
     assert not found.extrapolated
     assert steep.loss(found.flops) == pytest.approx(flat.loss(found.flops), rel=1e-6)
@@ -81,8 +81,8 @@ def test_draws_say_how_sure_the_comparison_is():
     found = compare(first, second, RANGE, firsts, seconds)
     assert found.share_first_ahead > 0.95
     assert (found.ratio_band[0] <= found.ratio).all() and (found.ratio <= found.ratio_band[1]).all()
-    true = Frontier(LAW, Cost(6.0, 1.0)).flops(found.losses) / (
-        Frontier(better, Cost(6.0, 1.0)).flops(found.losses)
+    true = Frontier(LAW, CostLaw(6.0, 1.0)).flops(found.losses) / (
+        Frontier(better, CostLaw(6.0, 1.0)).flops(found.losses)
     )
     inside = (found.ratio_band[0] <= true) & (true <= found.ratio_band[1])
     assert inside.mean() > 0.8
@@ -90,6 +90,6 @@ def test_draws_say_how_sure_the_comparison_is():
 
 
 def test_refuses_disjoint_ranges():
-    frontier = Frontier(LAW, Cost(6.0, 1.0))
+    frontier = Frontier(LAW, CostLaw(6.0, 1.0))
     with pytest.raises(DataError, match="share no range"):
         compare(frontier, frontier, (1e15, 1e14))
