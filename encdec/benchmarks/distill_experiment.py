@@ -82,7 +82,7 @@ class Variant:
     method: str = ""
     draws: int = 50
     k: int = 12
-    tail: Tail = "dropped"
+    tail: Tail = "merged"
 
     @property
     def store(self) -> str:
@@ -101,8 +101,8 @@ def variants(pairs_per_token: float) -> list[Variant]:
     A drawn id takes 3 bytes and a token 5 more, a kept id 4 and a token 7 more.
     """
     k = max(1, round((3 * pairs_per_token + 5 - 7) / 4))
-    equal = Variant(f"top-{k}, bytes of 50 draws", "top_k", k=k)
-    others = [Variant(f"top-{n}", "top_k", k=n) for n in (12, 50) if n != k]
+    equal = Variant(f"top-{k}, bytes of 50 draws", "top_k", k=k, tail="dropped")
+    others = [Variant(f"top-{n}", "top_k", k=n, tail="dropped") for n in (12, 50) if n != k]
     return [
         CE,
         FULL,

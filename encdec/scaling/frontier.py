@@ -244,7 +244,9 @@ def _crossing(
 def _root(first: Frontier, second: Frontier, grid: np.ndarray, near: float) -> float | None:
     """log10 C of the crossing nearest to ``near``; None if there is none."""
     gap = first.loss(10**grid) - second.loss(10**grid)
-    places = np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0)
+    unequal = np.flatnonzero(gap)  # where the frontiers meet, neither is the better
+    signs = np.sign(gap[unequal])
+    places = unequal[np.flatnonzero(signs[:-1] * signs[1:] < 0)]
     if not places.size:
         return None
     i = places[np.argmin(np.abs(grid[places] - near))]

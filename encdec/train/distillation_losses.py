@@ -48,6 +48,15 @@ def check_divergence(divergence: Divergence, method: str) -> None:
         )
 
 
+def check_tail(tail: Tail, method: str) -> None:
+    """Raises ConfigError where rows stored by ``method`` leave no mass out that ``tail`` is for."""
+    if tail != "merged" and method != "top_k":
+        raise ConfigError(
+            f"config.distill.tail is {tail!r}, but the teacher's rows are {method}, which leave "
+            "nothing out; expected 'merged', or a teacher scored with --method=top_k"
+        )
+
+
 def distillation_losses(
     logits_BxTxV: jax.Array,
     teacher: Fields,

@@ -17,7 +17,7 @@ from encdec.errors import ConfigError, DataError, StorageError
 from encdec.model import ModelConfig
 from encdec.saved.uploaded_steps import are_uploaded, staging_folder
 from encdec.storage import user_place
-from encdec.train.distillation_losses import check_divergence
+from encdec.train.distillation_losses import check_divergence, check_tail
 from encdec.train.program import Program, build_program
 from encdec.train.run_config import RunConfig, parse_config
 from encdec.train.sharding import make_mesh
@@ -120,6 +120,7 @@ def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:
     """Raises ConfigError unless the stored distributions can give the loss that is asked for."""
     stored = teacher.format
     check_divergence(run.distill.loss, stored.method)
+    check_tail(run.distill.tail, stored.method)
     if stored.temperature != run.distill.temperature:
         raise ConfigError(
             f"config.distill.temperature is {run.distill.temperature}, but {run.distill.teacher} "

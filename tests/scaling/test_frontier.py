@@ -7,7 +7,7 @@ import pytest
 
 from encdec.errors import DataError
 from encdec.scaling.fit import Law, fit_law
-from encdec.scaling.frontier import CostLaw, Frontier, band, compare, fit_cost
+from encdec.scaling.frontier import CostLaw, Frontier, _root, band, compare, fit_cost
 from encdec.scaling.law_uncertainty import refitted_draws
 from tests.scaling.synthetic import ladder
 
@@ -93,3 +93,17 @@ def test_refuses_disjoint_ranges():
     frontier = Frontier(LAW, CostLaw(6.0, 1.0))
     with pytest.raises(DataError, match="share no range"):
         compare(frontier, frontier, (1e15, 1e14))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_frontiers_that_meet_on_a_point_of_the_grid_cross(shift):
+    class Line:
+        def __init__(self, slope):
+            self.slope = slope
+
+        def loss(self, flops):
+            return self.slope * (np.round(np.log10(flops), 9) - shift)
+
+    grid = np.linspace(-1, 1, 5)
+    assert _root(Line(1.0), Line(0.0), grid, 0.0) == pytest.approx(shift)
+    assert _root(Line(1.0), Line(1.0), grid, 0.0) is None

@@ -12,7 +12,12 @@ import pytest
 from encdec.data.sparse_logits import SparseFormat, decode_rows, encode_row
 from encdec.distill.draw import keep, to_sparse
 from encdec.errors import ConfigError
-from encdec.train.distillation_losses import alpha_schedule, check_divergence, distillation_losses
+from encdec.train.distillation_losses import (
+    alpha_schedule,
+    check_divergence,
+    check_tail,
+    distillation_losses,
+)
 from encdec.train.losses import Teaching, target_losses
 from encdec.train.run_config import DistillConfig, LossConfig
 
@@ -417,3 +422,11 @@ def test_alpha_schedules():
     np.testing.assert_allclose(get("constant"), [0.9] * 4, rtol=1e-6)
     np.testing.assert_allclose(get("warmup"), [0.09, 0.45, 0.9, 0.9], rtol=1e-6)
     np.testing.assert_allclose(get("learning_rate"), [0.9, 0.864, 0.819, 0.45], rtol=1e-6)
+
+
+def test_a_tail_is_dropped_only_where_something_was_left_out():
+    for method in ("sampled", "full"):
+        with pytest.raises(ConfigError, match=f"distill.tail is 'dropped', .* are {method}"):
+            check_tail("dropped", method)
+        check_tail("merged", method)
+    check_tail("dropped", "top_k")
