@@ -45,6 +45,12 @@ class StorageError(EncdecError):
     exit_code = 7  # 6 is a ladder with failed runs, see launch/slurm.py
 
 
+class InUseError(EncdecError):
+    """Another process writes the same directory or file; it can be repeated when that has ended."""
+
+    exit_code = 8
+
+
 class Preempted(EncdecError):
     """The run was preempted; its state is saved and the run can be resumed."""
 

@@ -18,9 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from encdec import buckets
 from encdec.buckets import is_address
+from encdec.errors import InUseError
+from encdec.logs import logger
 
 if TYPE_CHECKING:
     from etils import epath
+
+_LOG = logger(__name__)
 
 PARTIAL = ".partial"
 PARTS = ".parts"  # a bucket's objects do not grow: lines are appended as objects of DIR/NAME.parts
@@ -152,10 +156,13 @@ def lines_exist(path: pathlib.Path | epath.Path) -> bool:
     return os.path.exists(text) or any(pathlib.Path(text + PARTS).glob("*.jsonl"))
 
 
-def append_rows(path: pathlib.Path | epath.Path, rows: Iterable[Any]) -> None:
+def append_rows(
+    path: pathlib.Path | epath.Path, rows: Iterable[Any], *, held: bool = False
+) -> None:
     """Appends JSON lines behind the last whole one; on disk on return.
 
-    In a bucket they become one object of their own, which several processes may do at once.
+    Several processes may do this at once; on a disk they take turns, unless the caller has ``held``
+    the file by ``sole_writer``. In a bucket the lines become one object of their own.
     """
     content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     if is_address(path):
@@ -163,6 +170,8 @@ def append_rows(path: pathlib.Path | epath.Path, rows: Iterable[Any]) -> None:
             buckets.write_bytes(part_name(path), content)
         return
     with open(path, "a+b") as file:
+        if not held:  # between the two another process's line would be cut off
+            _lock(file.fileno(), wait=True)
         file.truncate(_whole_size(file))
         file.write(content)
         file.flush()
@@ -253,3 +262,56 @@ def sole_process(path: pathlib.Path, *, wait: bool = False) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+@contextlib.contextmanager
+def sole_writer(
+    path: str | os.PathLike[str],
+    *,
+    patience: float = 0.0,
+    shown: str | os.PathLike[str] | None = None,
+) -> Iterator[None]:
+    """Holds a directory or file that the block writes and no other process may write meanwhile.
+
+    The lock is on the directory or file itself, which exists, and ends with the process, however
+    it ends. Buckets, and file systems without such locks (directories on NFS), are not protected.
+
+    Args:
+        path: what is written.
+        patience: seconds to wait for a process that is about to end.
+        shown: the path in messages; by default ``path``.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    if is_address(path):
+        yield
+        return
+    shown = shown or path
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        end = time.monotonic() + patience
+        while not _lock(descriptor):
+            if time.monotonic() >= end:
+                raise InUseError(
+                    f"{shown} is in use: another process is writing it; wait until that has ended, "
+                    "or give another path"
+                )
+            if patience:
+                _LOG.info(f"{shown} is in use: waiting for the process that is writing it to end")
+                patience = 0.0
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Whether an open file is locked now, or cannot be: some file systems have no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -14,12 +14,12 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from encdec.buckets import copy_objects, is_address, objects, remove_objects
-from encdec.errors import ConfigError, DataError
-from encdec.files import clear_partial, file_sha256, file_size, write_bytes, write_json
+from encdec.errors import ConfigError, DataError, InUseError
+from encdec.files import clear_partial, file_sha256, file_size, sole_writer, write_bytes, write_json
 from encdec.storage import entries, make_directory, remove_directory
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def plain(content: Any) -> Any:
 
 
 class DirectoryJob(Generic[T]):
-    """One call of a command that fills a directory; nothing is written before ``begin``.
+    """One call of a command that fills a directory; nothing is written before ``writing``.
 
     With ``overwrite``, finished contents stay until the new ones are finished: these are made in
     ``OUT.new``.
@@ -194,7 +194,8 @@ class DirectoryJob(Generic[T]):
         overwrite: replace finished contents, discard an unfinished other job.
 
     Raises:
-        DataError: ``out`` is a file, holds something else, or an unfinished other job.
+        DataError: ``out`` is a file or the root directory, holds something else, or an unfinished
+            other job.
     """
 
     def __init__(
@@ -207,6 +208,10 @@ class DirectoryJob(Generic[T]):
         *,
         overwrite: bool = False,
     ):
+        if not is_address(out) and out.name in ("", ".."):
+            out = out.resolve()  # "." and ".." have no name that OUT.new could be made of
+            if not out.name:
+                raise DataError(f"{out} is the root directory; give another --out")
         self._out, self._what, self._card, self._overwrite = out, what, card, overwrite
         self._job = {"what": what} | plain(identity)
         new = out.with_name(out.name + ".new")
@@ -263,12 +268,26 @@ class DirectoryJob(Generic[T]):
                 "command, give another --out, or --overwrite to replace it"
             )
 
-    def begin(self) -> None:
-        """Makes the directory, or continues the existing one."""
-        if self._discards:
-            _clear(self.directory)
-        make_directory(self.directory / NOTES)
-        write_json(self.directory / NOTES / JOB_FILE, self._job)
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Makes the directory, or continues the existing one, which no other process writes
+        within the block.
+
+        Raises:
+            InUseError: another process writes it.
+        """
+        make_directory(self.directory)
+        with sole_writer(self.directory):
+            if self.directory == self._out and (self._out / self._card).is_file():
+                raise InUseError(
+                    f"another process has finished {self.directory} meanwhile; repeat the command"
+                )
+            self._look()
+            if self._discards:
+                _clear(self.directory)
+            make_directory(self.directory / NOTES)
+            write_json(self.directory / NOTES / JOB_FILE, self._job)
+            yield
 
     def discard(self) -> None:
         """Removes what this call began; a job that an earlier call began stays to be resumed."""

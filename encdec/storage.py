@@ -34,6 +34,7 @@ from encdec.buckets import (
     sent_directory,
 )
 from encdec.errors import ConfigError, EncdecError, StorageError
+from encdec.files import sole_writer
 
 if TYPE_CHECKING:
     from etils import epath
@@ -352,19 +353,21 @@ def whole_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     target = pathlib.Path(out).absolute()
     existed = target.is_dir()
     partial = target / _PARTIAL if existed else target.with_name(target.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not existed:
-            os.replace(partial, target)
-            return
-        for entry in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(entry, target / entry.name)  # config.json last: it says that all is there
-        partial.rmdir()
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial.mkdir(parents=True, exist_ok=True)
+    with sole_writer(partial, shown=target):
+        for entry in partial.iterdir():  # what a killed process left
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield partial
+            if not existed:
+                os.replace(partial, target)
+                return
+            for entry in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(entry, target / entry.name)  # config.json last: it says all is there
+            partial.rmdir()
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

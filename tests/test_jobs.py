@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -19,15 +22,16 @@ from encdec.data.vocabulary import ByteVocabulary
 from encdec.distill import rollout as rollout_module
 from encdec.distill import scoring
 from encdec.distill.scoring_settings import ScoringSettings
-from encdec.errors import ConfigError, DataError
+from encdec.errors import ConfigError, DataError, InUseError
 from encdec.evaluation.examples import Example
 from encdec.evaluation.predictions import PredictionFiles, predict
-from encdec.files import append_rows, whole_file, whole_lines, write_json
+from encdec.files import append_rows, sole_writer, whole_file, whole_lines, write_json
 from encdec.inference.answer_files import ResumableOutput
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generation
 from encdec.inference.text_io import PromptFormat
 from encdec.jobs import NOTES, DirectoryJob, Tally, differences
+from encdec.storage import whole_directory
 from tests.data.conftest import write_jsonl
 
 WORKER = """
@@ -43,17 +47,17 @@ def work(out, text, overwrite):
     job = DirectoryJob(out, "copy", {"text": text}, "card.txt", Count, overwrite=overwrite)
     if job.finished:
         return
-    job.begin()
-    missing, total = job.notes.missing(range(2))
-    for number in missing:
-        path = job.directory / f"{number}.txt"
-        write_text(path, f"{text} {number}")
-        shard = Shard(path.name, 1, path.stat().st_size, file_sha256(path))
-        job.notes.write(number, shard, Count(1))
-        total.add(Count(1))
-    assert total.rows == 2
-    write_text(job.directory / "card.txt", text)
-    job.end()
+    with job.writing():
+        missing, total = job.notes.missing(range(2))
+        for number in missing:
+            path = job.directory / f"{number}.txt"
+            write_text(path, f"{text} {number}")
+            shard = Shard(path.name, 1, path.stat().st_size, file_sha256(path))
+            job.notes.write(number, shard, Count(1))
+            total.add(Count(1))
+        assert total.rows == 2
+        write_text(job.directory / "card.txt", text)
+        job.end()
 
 def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -76,7 +80,8 @@ for case in ("fresh", "finished", "unfinished"):
         if case == "unfinished":
             (out / "encdec-unfinished").mkdir()
             (out / "card.txt").rename(out / "encdec-unfinished" / "000009.json")
-            DirectoryJob(folder / "x", "copy", {"text": "old"}, "card.txt", Count).begin()
+            with DirectoryJob(folder / "x", "copy", {"text": "old"}, "card.txt", Count).writing():
+                pass
             (folder / "x/encdec-unfinished/job.json").rename(out / "encdec-unfinished/job.json")
             (folder / "x/encdec-unfinished").rmdir(); (folder / "x").rmdir()
         child = os.fork()
@@ -148,6 +153,43 @@ def test_a_file_is_whole_or_absent(tmp_path):
             partial.write_text("half")
             raise error("stopped")
     assert json.loads(path.read_text()) == {"a": [1]} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_lock_ends_with_its_block_and_is_waited_for(tmp_path):
+    with pytest.raises(Stopped), sole_writer(tmp_path):
+        raise Stopped
+    held = contextlib.ExitStack()
+    held.enter_context(sole_writer(tmp_path))
+    threading.Timer(0.3, held.close).start()
+    with pytest.raises(InUseError), sole_writer(tmp_path, patience=0.01):
+        pass
+    with sole_writer(tmp_path, patience=60), pytest.raises(InUseError, match="other is in use"):
+        with sole_writer(tmp_path, shown="other"):
+            pass
+
+
+def test_a_model_that_another_process_writes_is_left_alone(tmp_path):
+    for out in (tmp_path / "new", tmp_path):  # a directory that is there is filled
+        with whole_directory(out) as partial:
+            (partial / "a").write_text("first")
+            with pytest.raises(InUseError, match="is in use"), whole_directory(out):
+                pass
+        assert (out / "a").read_text() == "first"
+
+
+def test_the_current_folder_is_a_directory_with_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = functools.partial(DirectoryJob, what="scoring", identity={}, card="card", tally=Tally)
+    with job(pathlib.Path(".")).writing():
+        pathlib.Path("card").write_text("old")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    assert job(pathlib.Path("..")).finished
+    (tmp_path / "inner").rmdir()
+    monkeypatch.chdir(tmp_path.parent)
+    assert job(tmp_path / "x" / "..", overwrite=True).directory.parent == tmp_path.parent
+    with pytest.raises(DataError, match="root directory"):
+        job(pathlib.Path("/"))
 
 
 def test_lines_follow_the_last_whole_one(tmp_path):
@@ -285,17 +327,13 @@ def users(tmp_path, monkeypatch):
     def generated(out, step, other=False):
         out.mkdir(exist_ok=True)
         output = ResumableOutput(out / "answers.jsonl", {"seed": int(other)}, SOURCES)
-        done = output.done()
-        output.begin()
-        for first in range(done, len(SOURCES), 4):
-            output.append(
-                [
-                    {"index": n, "source": SOURCES[n], "of": 2, "sample": s, "text": f"{n} {s}"}
-                    for n in range(first, first + 4)
-                    for s in range(2)
-                ]
-            )
-            step()
+        row = lambda n, s: {"index": n, "source": SOURCES[n], "of": 2, "sample": s, "text": f"{s}"}
+        with output.held():
+            done = output.done()
+            output.begin()
+            for first in range(done, len(SOURCES), 4):
+                output.append([row(n, s) for n in range(first, first + 4) for s in range(2)])
+                step()
 
     def predicted(out, step, other=False):
         examples = [Example(text, (text,)) for text in SOURCES]
@@ -360,6 +398,21 @@ def test_an_interrupted_job_ends_in_the_same_bytes(user, users, tmp_path):
     if user != "prepare":  # which tells of the blocks that were there, too
         assert 0 < len(again) < len(steps)
     assert contents(out) == whole
+
+
+@pytest.mark.parametrize("user", [*DIRECTORY_JOBS, "generate"])
+def test_a_second_process_is_refused_and_the_first_loses_nothing(user, users, tmp_path):
+    call, refused = users[user], []
+
+    def second():
+        with pytest.raises(InUseError, match="out.* is in use: another process"):
+            call(tmp_path / "out", lambda: None)
+        refused.append(contents(tmp_path / "out"))
+
+    call(tmp_path / "out", second)
+    call(tmp_path / "whole", lambda: None)
+    assert len(refused) > 5
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("user", ["prepare", "score", "rollout"])

@@ -100,31 +100,31 @@ def prepare(
             f"{settings.directory} already holds {card.rows:,} rows of {card.task}; give another "
             "--out, or --overwrite to replace them"
         )
-    building.begin()
-    try:
-        counts, shards = _write_shards(
-            settings, recipe, vocabulary, documents, building.notes, writer, progress
-        )
-        if bad_rows.count:
-            counts.dropped["bad_rows"] = bad_rows.count
-            write_text(building.directory / BAD_ROWS_FILE, bad_rows.listing())
-        card = make_card(
-            recipe,
-            vocabulary,
-            shards,
-            counts,
-            task=source.name,
-            split=settings.split_name,
-            origin=job["origin"],
-            decoder_start_id=settings.decoder_start_id,
-        )
-    except EncdecError:
-        building.discard()
-        raise
-    for name, content in (notes or {}).items():
-        write_text(building.directory / name, content)
-    card.write(building.directory)
-    building.end()
+    with building.writing():
+        try:
+            counts, shards = _write_shards(
+                settings, recipe, vocabulary, documents, building.notes, writer, progress
+            )
+            if bad_rows.count:
+                counts.dropped["bad_rows"] = bad_rows.count
+                write_text(building.directory / BAD_ROWS_FILE, bad_rows.listing())
+            card = make_card(
+                recipe,
+                vocabulary,
+                shards,
+                counts,
+                task=source.name,
+                split=settings.split_name,
+                origin=job["origin"],
+                decoder_start_id=settings.decoder_start_id,
+            )
+        except EncdecError:
+            building.discard()
+            raise
+        for name, content in (notes or {}).items():
+            write_text(building.directory / name, content)
+        card.write(building.directory)
+        building.end()
     return card
 
 

@@ -208,7 +208,7 @@ def located_rows(
             yield f"{path}:{number}", parse_row(line, ()), line
     elif kind in ("csv", "tsv"):
         lines = read_lines(path, bad_rows)
-        for number, row in delimited_rows(lines, DELIMITED[f".{kind}"]):
+        for number, row in delimited_rows(lines, DELIMITED[f".{kind}"], str(path)):
             yield f"{path}:{number}", row, b""
     else:
         for number, row in arrow_rows(path, kind, wanted):
@@ -228,6 +228,23 @@ def read_rows(
             yield row
 
 
+class _Repeating(dict):
+    """A JSON object with a name that comes twice, of which a dict keeps the last value alone."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]):
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.repeated = {name for name in self if names.count(name) > 1}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else _Repeating(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
     """One JSONL line as a checked row, or what is wrong with it."""
     # Files with a mark each, put one after another, have marks inside.
@@ -235,7 +252,7 @@ def parse_row(line: bytes, fields: Sequence[str]) -> dict[str, Any] | Fault:
     if not line.strip():
         return Fault("the line is empty", "delete the line")
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return _bad_utf8(line, error)
     except (ValueError, RecursionError) as error:
@@ -249,6 +266,10 @@ def check_fields(row: dict[str, Any], fields: Sequence[str], line: bytes) -> Fau
     """What is wrong with a row that needs ``fields`` as texts, read from ``line``."""
     # Half characters come by escapes alone: UTF-8 has none.
     escaped = b"\\u" in line
+    repeated = row.repeated if isinstance(row, _Repeating) else ()
+    for field in (*fields, "targets"):
+        if field in repeated:
+            return Fault(f"{field!r} is there twice in the object", "leave one of the two out")
     for field in fields:
         if field not in row:
             keys = ", ".join(sorted(map(repr, row))[:8]) or "none"

@@ -53,12 +53,12 @@ def table_kind(path: pathlib.Path) -> str | None:
 
 
 def delimited_rows(
-    lines: Iterable[tuple[int, bytes]], delimiter: str
+    lines: Iterable[tuple[int, bytes]], delimiter: str, name: str
 ) -> Iterator[tuple[int, Row | Fault]]:
     """(number of its last line, row) of CSV or TSV, whose first line names the fields.
 
-    ``lines`` are numbered, in UTF-8, with their ends. Quotes are CSV's: a quoted cell may hold the
-    delimiter, line ends and doubled quotes.
+    ``lines``, of the file ``name``, are numbered, in UTF-8, with their ends. Quotes are CSV's: a
+    quoted cell may hold the delimiter, line ends and doubled quotes.
     """
     csv.field_size_limit(sys.maxsize)
     # Half characters pass, to be found below in their row.
@@ -74,7 +74,7 @@ def delimited_rows(
             yield reader.line_num, Fault(f"invalid CSV: {error}", "quote cells as CSV does")
             continue
         if header is None:
-            header = _header(cells)
+            header = _header(cells, name)
         elif not cells:
             yield reader.line_num, Fault("the line is empty", "delete the line")
         elif len(cells) != len(header):
@@ -91,11 +91,11 @@ def delimited_rows(
             yield reader.line_num, dict(zip(header, cells))
 
 
-def _header(cells: Sequence[str]) -> list[str]:
+def _header(cells: Sequence[str], file: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if len(set(names)) != len(names):
         raise DataError(
-            f"the header line {names} has a name twice; give every field a different name"
+            f"{file}:1: the header line {names} has a name twice; give every field a different name"
         )
     return names
 

@@ -142,27 +142,27 @@ def rollout(
         card = read_card(out)
         job.check_finished(card.origin.get("written", {}), identity)
         return card
-    job.begin()
-    blocks = range(-(-rows // block_rows))
-    missing, total = job.notes.missing(blocks)
-    if missing:
-        generator = load(
-            writer,
-            step,
-            max_input_tokens=_longest_input(content, opened.card),
-            batch_rows=answering.batch_rows,
-            draft=answering.draft,
-        )
-    for number in missing:
-        numbers = range(number * block_rows, min((number + 1) * block_rows, rows))
-        total.add(_write_block(generator, settings, opened, job.notes, number, numbers))
-        if progress:
-            progress(total)
-    opened.vocabulary().save(job.directory)
-    shards = [job.notes.read(number)[0] for number in blocks]
-    card = _card(opened.card, [shard for shard in shards if shard], total, identity)
-    card.write(job.directory)
-    job.end()
+    with job.writing():
+        blocks = range(-(-rows // block_rows))
+        missing, total = job.notes.missing(blocks)
+        if missing:
+            generator = load(
+                writer,
+                step,
+                max_input_tokens=_longest_input(content, opened.card),
+                batch_rows=answering.batch_rows,
+                draft=answering.draft,
+            )
+        for number in missing:
+            numbers = range(number * block_rows, min((number + 1) * block_rows, rows))
+            total.add(_write_block(generator, settings, opened, job.notes, number, numbers))
+            if progress:
+                progress(total)
+        opened.vocabulary().save(job.directory)
+        shards = [job.notes.read(number)[0] for number in blocks]
+        card = _card(opened.card, [shard for shard in shards if shard], total, identity)
+        card.write(job.directory)
+        job.end()
     return card
 
 

@@ -10,6 +10,7 @@ Several processes on one file system write one shard each at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,15 +98,16 @@ def score(
         job.check_finished(card.identity(), kept)
         return card
     wait_for_all("encdec score: look")  # nobody writes before all have seen what is there
-    if not jax.process_index():
-        job.begin()
-    wait_for_all("encdec score: begin")
-    run = _Run(settings, scorer, opened, fmt, job.notes, progress)
-    run.all_shards()
-    wait_for_all("encdec score: shards")
-    if not jax.process_index():
-        run.card(teacher).write(job.directory)
-        job.end()
+    with contextlib.ExitStack() as held:
+        if not jax.process_index():
+            held.enter_context(job.writing())
+        wait_for_all("encdec score: begin")
+        run = _Run(settings, scorer, opened, fmt, job.notes, progress)
+        run.all_shards()
+        wait_for_all("encdec score: shards")
+        if not jax.process_index():
+            run.card(teacher).write(job.directory)
+            job.end()
     wait_for_all("encdec score: card")
     return read_teacher_card(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,15 @@ from encdec.data.readers import STDIN, BadRows, check_fields, check_files, locat
 from encdec.data.tables import Fault, table_kind
 from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, plain_name
 from encdec.errors import ConfigError, DataError
-from encdec.files import PARTS, append_rows, lines_exist, whole_lines, write_bytes, write_json
+from encdec.files import (
+    PARTS,
+    append_rows,
+    lines_exist,
+    sole_writer,
+    whole_lines,
+    write_bytes,
+    write_json,
+)
 from encdec.inference.generator import Generation
 from encdec.jobs import check_settings
 
@@ -140,7 +149,7 @@ class ResumableOutput:
             )
         if self.path.is_dir():
             raise ConfigError(f"--out={self.path} is a directory; give a file's name")
-        if not lines_exist(self.path):
+        if not self._begun():
             return 0
         remedy = "give another --out, or delete the file to start over"
         if not self.settings_path.exists():
@@ -183,16 +192,37 @@ class ResumableOutput:
                 answered, size, rows = answered + 1, place, 0
         return answered, size
 
+    def _begun(self) -> bool:
+        """Whether there are answers: a process makes an empty file to hold it."""
+        if is_address(self.path):
+            return lines_exist(self.path)
+        return self.path.exists() and self.path.stat().st_size > 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from writing the file within the block; ``done`` is asked in it.
+
+        Raises:
+            InUseError: another process writes it.
+        """
+        if is_address(self.path):
+            yield
+            return
+        self.done()  # refuses what cannot be written before a file is made
+        self.path.touch()
+        with sole_writer(self.path):
+            yield
+
     def begin(self) -> None:
         """Makes the file ready to be appended to: settings next to it, no incomplete answers."""
-        if not lines_exist(self.path):
+        if not self._begun():
             write_json(self.settings_path, self.identity)
         elif not is_address(self.path):  # an object of a bucket holds whole answers
             os.truncate(self.path, self._complete()[1])
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes all rows of some inputs, on disk when this returns."""
-        append_rows(self.path, rows)
+        append_rows(self.path, rows, held=True)
 
     def end(self) -> None:
         """Makes one object of all answers in a bucket; nothing for a file, which is one."""

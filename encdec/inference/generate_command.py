@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,6 @@ def main(argv: list[str]) -> int:
         draft=options.draft,
     )
     generator.prompts = prompts
-    output = None
     if options.out:
         run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
         output = ResumableOutput(
@@ -96,12 +96,12 @@ def main(argv: list[str]) -> int:
             },
             texts,
         )
-        if (done := output.done()) == len(texts):
-            output.end()
-            _LOG.info(f"{options.out} already has all {done:,} answers")
-            return 0
-    if output:
-        _write_file(generator, settings, options, output, texts, done)
+        with output.held():
+            if (done := output.done()) == len(texts):
+                output.end()
+                _LOG.info(f"{options.out} already has all {done:,} answers")
+            else:
+                _write_file(generator, settings, options, output, texts, done)
     elif options.json or options.logprobs or options.file is not None:
         for rows in _answer(generator, settings, options, texts, 0):
             for row in rows:
@@ -197,6 +197,9 @@ def _check(options: argparse.Namespace) -> None:
             f"--out={options.out} is for --file; for texts on the command line, redirect the "
             "output of --json"
         )
+    if options.out and os.path.exists(options.out):
+        if os.path.exists(options.file) and os.path.samefile(options.out, options.file):
+            raise ConfigError(f"--out={options.out} is the file of inputs; give another --out")
     # An input is one token at least, and its EOS.
     check_numbers(options, max_input_tokens=2, batch_rows=1, devices=1, tensor=1)
 

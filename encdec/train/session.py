@@ -11,11 +11,11 @@ import jax
 from etils import epath
 
 from encdec.errors import Preempted
-from encdec.files import lines_exist
+from encdec.files import lines_exist, sole_writer
 from encdec.model import parameter_count
 from encdec.processes import from_first
 from encdec.saved.lineage import source_note
-from encdec.storage import as_path
+from encdec.storage import as_path, make_directory
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.evaluator import Evaluator
 from encdec.train.feed import on_devices, open_batches
@@ -29,6 +29,9 @@ from encdec.train.state import TrainState
 from encdec.train.trackers import make_trackers, tracker_names
 from encdec.train.warm_start import architecture, plan_start, start_from
 from encdec.train.workdir import STARTED_NOTE, note_source, notes, write_workdir
+
+# What a process needs at most, as a rule, from SIGTERM to its end: a step and a checkpoint.
+PATIENCE_SECONDS = 60.0
 
 
 @dataclasses.dataclass
@@ -154,11 +157,17 @@ def open_session(
         stop: the step to end at.
         entered: Unix time at which this process began with the run.
         on_report: called with (step, numbers) at every report.
+
+    Raises:
+        InUseError: another process trains there and does not end.
     """
     run = job.run
-    kept = {STARTED_NOTE: entered} | notes(workdir)
-    write_workdir(workdir, job.description | kept, job.records, job.program)
     with contextlib.ExitStack() as closing:
+        if not jax.process_index():
+            make_directory(as_path(workdir))
+            closing.enter_context(sole_writer(as_path(workdir), patience=PATIENCE_SECONDS))
+        kept = {STARTED_NOTE: entered} | notes(workdir)
+        write_workdir(workdir, job.description | kept, job.records, job.program)
         notice = closing.enter_context(Notice())
         console = Console(run.steps)
         closing.callback(console.close)

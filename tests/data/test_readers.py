@@ -20,6 +20,8 @@ BAD_LINES = {
     "the line is empty.*delete the line": b"",
     "the line is empty": b"   ",
     "invalid JSON": b'{"source": "a", ',
+    "'source' is there twice": b'{"source": "a", "source": "b", "target": "c"}',
+    "'targets' is there twice": b'{"source": "a", "targets": [], "target": "c", "targets": ["d"]}',
     "a JSON list, expected an object": b"[1]",
     r"no 'target' \(keys: 'source'\).*add the field 'target'": b'{"source": "a"}',
     r"no 'source' \(keys: none\)": b"{}",

@@ -147,7 +147,7 @@ FAULTS = {
     "a.csv:2: invalid CSV": b'source,target\n"a"b,c\n',
     "a.csv:3: the line is empty": b"source,target\na,b\n\nc,d\n",
     "a.csv:2: invalid UTF-8": b"source,target\n\xff,b\n",
-    "a name twice": b"source,source\na,b\n",
+    "a.csv:1: .*a name twice": b"source,source\na,b\n",
     "a.csv:1: the file is empty": b"",
 }
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from encdec import cli
+from encdec.errors import ConfigError
 from encdec.inference.generate_command import main
 from encdec.inference.generator import Generator
 from tests.inference.conftest import LEARNED
@@ -79,6 +80,8 @@ def test_files_in_and_out(generate, tmp_path, capsys, monkeypatch):
     assert [row["source"] for row in rows] == SOURCES
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
     assert "4 inputs answered" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is the file of inputs; give another --out"):
+        generate(f"--file={path}", f"--out={tmp_path}/../{tmp_path.name}/{path.name}")
     plain = tmp_path / "in.txt"
     plain.write_text("\n".join(SOURCES[:2]))
     generate(f"--file={plain}")

@@ -13,7 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError, NonFiniteError
+from encdec.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EncdecError,
+    InUseError,
+    NonFiniteError,
+)
 from encdec.model import build_model, preset
 from encdec.saved.saved_config import read_config
 from encdec.saved.saved_params import load_params_for_inference
@@ -397,11 +404,17 @@ def test_errors_are_told_apart_by_exit_code():
     assert len({EncdecError.exit_code, *codes}) == 5
 
 
-def test_hooks_are_called_between_steps_and_see_the_state(records, one_device, tmp_path):
+def test_hooks_are_called_between_steps_and_see_the_state(
+    records, one_device, tmp_path, monkeypatch
+):
     seen = {"often": [], "end": []}
+    monkeypatch.setattr("encdec.train.session.PATIENCE_SECONDS", 0.0)
 
     def often(session):
         assert int(session.state.step) == session.step
+        if session.step == 3:  # as a second process would, which then leaves this one alone
+            with pytest.raises(InUseError, match="run is in use: another process"):
+                train(run, tmp_path / "run")
         seen["often"].append(session.step)
 
     hooks = [Hook(often, every=2), Hook(lambda session: seen["end"].append(session.step))]
