@@ -156,18 +156,46 @@ def tokens_to_stop(
 WINDOW = 16
 
 
-def piece_after(vocabulary: Vocabulary, before: Sequence[int], token: int) -> str:
-    """The text that a token adds behind those before it.
+class PieceTexts:
+    """The text that each token adds behind those before it.
 
     A token that completes a character adds all of it, and those that began it add nothing.
     Text that another token may still change (bytes of an incomplete character) is not counted.
+
+    Args:
+        vocabulary: of the tokens.
+        before: tokens of the same text before the first.
     """
-    begin = max(0, len(before) - WINDOW)
-    while begin and not vocabulary.decode(before[begin:]).strip():
-        begin = max(0, begin - WINDOW)
-    window = list(before[begin:])
-    settled = vocabulary.decode(window).rstrip(INCOMPLETE)
-    return vocabulary.decode([*window, token]).rstrip(INCOMPLETE)[len(settled) :]
+
+    def __init__(self, vocabulary: Vocabulary, before: Sequence[int] = ()):
+        self._vocabulary, self._tokens = vocabulary, list(before)
+        self._move()
+
+    def of(self, token: int) -> str:
+        """What ``token`` would add here."""
+        return self._text([*self._window, token])[len(self._settled) :]
+
+    def add(self, token: int) -> str:
+        """What ``token`` adds; it is before the next ones."""
+        text = self._text([*self._window, token])
+        piece, self._settled = text[len(self._settled) :], text
+        self._tokens.append(token)
+        self._window.append(token)
+        if len(self._window) > self._longest:
+            self._move()
+        return piece
+
+    def _move(self) -> None:
+        """Lets go of tokens that no longer matter, so that each one costs the same."""
+        before, begin = self._tokens, max(0, len(self._tokens) - WINDOW)
+        while begin and not self._vocabulary.decode(before[begin:]).strip():
+            begin = max(0, begin - WINDOW)
+        self._window = before[begin:]
+        self._longest = len(self._window) + 2 * WINDOW
+        self._settled = self._text(self._window)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._vocabulary.decode(tokens).rstrip(INCOMPLETE)
 
 
 class TextStream:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.data.vocabulary import Vocabulary
-from encdec.inference.text_io import INCOMPLETE, piece_after
+from encdec.inference.text_io import INCOMPLETE, PieceTexts
 from encdec.serving.prompts import Prompt
 from encdec.serving.protocol import Completion
 from encdec.serving.tickets import Scored, Update
@@ -45,7 +45,7 @@ class PieceCutter:
     """
 
     def __init__(self, vocabulary: Vocabulary, context: Sequence[int] = ()):
-        self._vocabulary, self._before = vocabulary, list(context)
+        self._vocabulary, self._texts = vocabulary, PieceTexts(vocabulary, context)
         self._text, self._begin, self._end = "", 0, 0
         self._waiting: list[tuple[int, int, float | None, list[tuple[str, int, float]]]] = []
 
@@ -70,8 +70,7 @@ class PieceCutter:
         self._text += text
         for token, log_prob, others in zip(tokens, log_probs, likeliest or [[]] * len(tokens)):
             named = [(self._name(other), other, value) for other, value in others]
-            self._end += len(piece_after(self._vocabulary, self._before, token))
-            self._before.append(token)
+            self._end += len(self._texts.add(token))
             self._waiting.append((self._end, token, log_prob, named))
         if last:
             self._settle()
@@ -120,7 +119,7 @@ class PieceCutter:
 
     def _name(self, token: int) -> str:
         """A token that was not chosen, with the text that it would have added."""
-        if text := piece_after(self._vocabulary, self._before, token):
+        if text := self._texts.of(token):
             return text
         data = self._vocabulary.token_bytes(token)
         if data is None:
