@@ -169,9 +169,12 @@ def write(
 def joined(sources: Sequence[AdaptationSource]) -> Lineage:
     """The cost and the seeds of all sources together, each counted once.
 
-    Of two checkpoints of one run the later one's, which includes the earlier one's.
+    Of two checkpoints of one run the later one's, which includes the earlier one's. Seeds are in
+    the order of the sources.
     """
-    last = {source.place: source for source in sorted(sources, key=lambda source: source.step)}
+    last: dict[str, AdaptationSource] = {}
+    for source in sources:
+        last[source.place] = max(last.get(source.place, source), source, key=lambda one: one.step)
     lines = [source.lineage() for source in last.values()]
     flops = [line.training_flops for line in lines]
     seeds = [line.seeds for line in lines]

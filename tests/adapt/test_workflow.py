@@ -157,7 +157,9 @@ def test_two_checkpoints_of_one_run_are_two_sources(source, monkeypatch):
     late = dataclasses.replace(early, directory=source / ".." / source.name, step=2)
     filled = lambda one: {name: x * 0 + one.step for name, x in random_params(GEMMA).items()}
     monkeypatch.setattr(AdaptationSource, "parameters", filled)
-    monkeypatch.setattr(AdaptationSource, "lineage", lambda one: Lineage(10.0 * one.step, (5,)))
+    seeds = {source.name: 5, "x": 6}
+    line = lambda one: Lineage(10.0 * one.step, (seeds[one.directory.name],))
+    monkeypatch.setattr(AdaptationSource, "lineage", line)
     for decoder, encoder in ((late, early), (early, late), (late, late)):
         plan = make_plan(decoder, encoder, Choice((0,), (1,), "self", "separate"))
         params = carry_out(plan)
@@ -165,6 +167,9 @@ def test_two_checkpoints_of_one_run_are_two_sources(source, monkeypatch):
             assert set(np.ravel(params[stack]["layers_0"]["mlp"]["up"]["kernel"])) == {wanted.step}
         assert adapting.joined([decoder, encoder]) == Lineage(20.0, (5,))
         assert (f"{encoder.directory}, step 1: " in plan.text()) == (encoder is early)
+    other = dataclasses.replace(early, directory=source.with_name("x"))
+    assert adapting.joined([late, other]) == Lineage(30.0, (5, 6))
+    assert adapting.joined([other, late]) == Lineage(30.0, (6, 5))
 
 
 HOLD, STEPS = 2, 4
