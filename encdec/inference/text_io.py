@@ -169,6 +169,7 @@ class PieceTexts:
 
     def __init__(self, vocabulary: Vocabulary, before: Sequence[int] = ()):
         self._vocabulary, self._tokens = vocabulary, list(before)
+        self._settled = ""  # text of the window
         self._move()
 
     def of(self, token: int) -> str:
