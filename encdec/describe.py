@@ -94,11 +94,11 @@ def main(argv: list[str]) -> None:
         epilog="presets: " + ", ".join(preset_names()),
     )
     parser.add("model", "a preset, or a run's work directory", metavar="PRESET")
-    for name, tokens, kind in (
-        ("inputs_length", 1024, "source"),
-        ("targets_length", 256, "target"),
+    for name, tokens, kind, lowest in (
+        ("inputs_length", 1024, "source", 0),
+        ("targets_length", 256, "target", 1),
     ):
-        parser.add(f"--{name}", f"{kind} tokens", int, tokens)
+        parser.add(f"--{name}", f"{kind} tokens", int, tokens, least=lowest)
     parser.add("--json", "print JSON instead of tables", default=False)
     arguments = parser.parse_args(argv)
     name, config = find_model(arguments.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import logging
 import os
 import pathlib
@@ -16,9 +17,12 @@ import pytest
 
 from encdec import cli, flags, logs
 from encdec.data.prepare_progress import ProgressLine
+from encdec.data.prepare_settings import PrepareSettings
 from encdec.distill.scoring_progress import ScoringProgress
+from encdec.distill.scoring_settings import ScoringSettings
 from encdec.errors import ConfigError
 from encdec.inference import progress
+from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.progress import Progress
 from encdec.train.metrics import Console
 from encdec.train.session import _introduce
@@ -307,33 +311,110 @@ def test_former_names_are_accepted_and_said_to_have_changed(capsys):
     # After -- they are texts.
     assert generate(["--checkpoint=a", "--", "--truncate"]).text == ["--truncate"]
     # An action has its own, as encdec's own parsing of actions calls it.
-    with pytest.raises(ConfigError, match="max_examples=-1"):
+    with pytest.raises(ConfigError, match="--max_examples is -1"):
         cli.load(cli.COMMANDS["scaling"][0])(
             ["score", "--ladder=x", "--workdir=y", "--task=z", "--examples=-1"]
         )
 
 
+# Numbers that a settings object checks, for Python too: its own tests hold their bounds.
+BY_SETTINGS = {
+    **dict.fromkeys(
+        ("generate", "evaluate", "distill rollout", "distill rounds"),
+        frozenset(field.name for field in dataclasses.fields(GenerationSettings)),
+    ),
+    "prepare": {field.name for field in dataclasses.fields(PrepareSettings)},
+    "score": {field.name for field in dataclasses.fields(ScoringSettings)},
+    "vocab": {"size"},
+}
+
+
+@pytest.mark.parametrize("words", all_parsers())
+def test_a_number_out_of_range_is_refused(words, capsys):
+    """Before anything else is said of the command line."""
+    parser = all_parsers()[words]
+    checked = BY_SETTINGS.get(words.removeprefix("encdec "), ())
+    for action in parser._actions:
+        kind = getattr(action.type, "__name__", "")
+        if kind not in ("int", "float") or action.dest in checked:
+            continue
+        flag = action.option_strings[-1]
+        with pytest.raises(ConfigError, match=f"{flag} is -7; expected .*(more|less)|-7.*to"):
+            parser.parse_args([f"{flag}=-7"])
+        if kind == "float":
+            with pytest.raises(ConfigError, match=f"{flag} is nan"):
+                parser.parse_args([f"{flag}=nan"])
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"{flag}=few"])
+        assert f"argument {flag}: invalid {kind} value: 'few'" in capsys.readouterr().err
+
+
+def test_numbers_that_settings_check_have_a_bound():
+    for kind in (PrepareSettings, ScoringSettings):
+        for field in dataclasses.fields(kind):
+            flag = field.metadata["flag"]
+            number = flag.get("type") in (int, float) and "nargs" not in flag
+            # The two of scoring that are no integers are SparseFormat's.
+            if number and field.name not in ("temperature", "proposal"):
+                assert field.metadata["least"] is not None, field.name
+
+
+def test_bounds_of_numbers():
+    parser = flags.Parser(prog="encdec x")
+    parser.add("--share", "a share", float, 0.5, above=0, most=1)
+    parser.add("--port", "a port", int, 80, least=0, most=65535)
+    assert vars(parser.parse_args(["--share=1", "--port=0"])) == {"share": 1.0, "port": 0}
+    for given, message in (
+        ("--share=0", "--share is 0; expected more than 0, up to 1"),
+        ("--share=1.5", "--share is 1.5; expected more than 0, up to 1"),
+        ("--share=inf", "--share is inf"),
+        ("--port=65536", "--port is 65536; expected 0 to 65535"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parser.parse_args([given])
+
+
 @pytest.mark.parametrize(
-    "words, flag, least",
+    "words, given, message",
     [
-        ("adapt", "--seed", 0),
-        ("benchmark accelerator", "--outputs", 2),
-        ("benchmark data", "--host_cores", 1),
-        ("benchmark data", "--steps", 1),
-        ("benchmark loop", "--batch_size", 1),
-        ("benchmark prepare", "--repeats", 1),
-        ("data verify", "--rows", 1),
-        ("distill rollout", "--batch_rows", 1),
-        ("distill rollout", "--rows", 1),
-        ("distill rounds", "--rounds", 1),
-        ("vocab", "--max_bad_rows", 0),
+        ("adapt s --out=o", "--encoder_step=3", "--encoder_step=3 .* without --encoder_source"),
+        ("export --checkpoint=c --format=hf --out=o", "--check_pairs=9", "without --check"),
+        ("export --checkpoint=c --format=hf --out=o", "--private", "--private .* without --push"),
+        ("export --checkpoint=c --format=onnx --out=o", "--own", "and --format is onnx; give both"),
+        ("generate --checkpoint=c text", "--format=jsonl", "without --file"),
+        ("import x --out=o", "--head_dim=64", "without --format=mu, and --format is hf"),
+        ("score", "--process_id=1", "without --distributed"),
+        ("train --config=c --workdir=w", "--num_processes=2", "without --distributed"),
+        ("scaling plan --ladder=l", "--mfu=0.3", "without --chip"),
+        ("benchmark speculate", "--always", "--always .* without --checkpoint"),
+        ("compile --config=c --topology=t", "--layers=3", "without --what=layer"),
+        ("compile --config=c --topology=t --what=layer", "--search", "--search.*--what=train"),
     ],
 )
-def test_a_number_below_the_least_is_refused(words, flag, least, capsys):
-    """Before anything else is said of the command line."""
-    parse = all_parsers()[f"encdec {words}"].parse_args
-    with pytest.raises(ConfigError, match=f"{flag} is {least - 1}; expected {least} or more"):
-        parse([f"{flag}={least - 1}"])
-    with pytest.raises(SystemExit):
-        parse([f"{flag}=few"])
-    assert f"argument {flag}: invalid int value: 'few'" in capsys.readouterr().err
+def test_a_flag_that_has_no_effect_is_refused(words, given, message):
+    name = max((n for n in all_parsers() if f"encdec {words} ".startswith(f"{n} ")), key=len)
+    rest = f"encdec {words}".removeprefix(name).split()
+    all_parsers()[name].parse_args(rest)
+    with pytest.raises(ConfigError, match=f"{message}.*leave"):
+        all_parsers()[name].parse_args([*rest, given])
+
+
+def test_a_flag_with_its_other_is_obeyed():
+    parser = all_parsers()["encdec export"]
+    given = ["--checkpoint=c", "--format=hf", "--out=o", "--own", "--check=r", "--check_pairs=9"]
+    assert parser.parse_args(given).check_pairs == 9
+    # After -- it is a text.
+    generate = all_parsers()["encdec generate"].parse_args
+    assert generate(["--checkpoint=a", "--", "--format=text"]).text == ["--format=text"]
+
+
+def test_an_empty_value_is_refused():
+    evaluate = all_parsers()["encdec evaluate"].parse_args
+    for given in (["--tasks="], ["--tasks", ""], ["--split="]):
+        with pytest.raises(ConfigError, match=f"{given[0].strip('=')} is empty; give a value"):
+            evaluate(["--checkpoint=c", "--out=o", *given])
+    assert all_parsers()["encdec prepare"].parse_args(["--beam_options="]).beam_options == ""
+    empty = all_parsers()["encdec benchmark inference"].parse_args(["--uncached_inputs="])
+    assert empty.uncached_inputs == ()
+    with pytest.raises(ConfigError, match="',a' has an empty name"):
+        flags.names(",a")

@@ -319,7 +319,9 @@ def users(tmp_path, monkeypatch):
             "echo",
             records,
             out,
-            answering=rollout_module.Answering(GenerationSettings(seed=int(other)), block_rows=1),
+            answering=rollout_module.Answering(
+                GenerationSettings(max_tokens=8 - int(other)), block_rows=1
+            ),
             overwrite=overwrite,
             progress=lambda written: step(),
         )

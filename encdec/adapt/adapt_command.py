@@ -36,11 +36,6 @@ def main(argv: list[str]) -> int:
         encoder = open_source(
             as_path(options.encoder_source), options.encoder_step, "--encoder_source"
         )
-    elif options.encoder_step is not None:
-        raise ConfigError(
-            f"--encoder_step={options.encoder_step} goes with --encoder_source=DIR; "
-            "--step names the checkpoint of a single source"
-        )
     embeddings: Any = options.embeddings or ("separate" if options.encoder_source else "shared")
     if options.encoder_source and embeddings == "shared":
         raise ConfigError(
@@ -95,7 +90,7 @@ def _parser() -> Parser:
         metavar="SOURCE",
     )
     parser.add("--out", "directory to write", any_path, required=True)
-    parser.add("--step", "SOURCE's checkpoint (default: last)", int)
+    parser.add("--step", "SOURCE's checkpoint (default: last)", int, least=0)
     for side in ("encoder", "decoder"):
         parser.add(
             f"--{side}_layers",
@@ -108,7 +103,9 @@ def _parser() -> Parser:
         "another model for the encoder, of SOURCE's widths and vocabulary",
         any_path,
     )
-    parser.add("--encoder_step", "--encoder_source's checkpoint", int)
+    parser.add(
+        "--encoder_step", "--encoder_source's checkpoint", int, least=0, needs="--encoder_source"
+    )
     parser.add(
         "--cross_attention",
         "start from the decoder's self-attention, drawn and adding nothing at first (the "

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from encdec.benchmarks.adaptation_experiment import AdaptationExperiment
+
     parser = Parser(
         prog="encdec benchmark adaptation",
         description="Held-out loss at equal FLOPs after a decoder-only model's training: the "
@@ -93,28 +95,27 @@ def _parser() -> argparse.ArgumentParser:
         "vocabulary": "vocabulary_size",
         "documents": "max_examples",
     }
-    for name, kind, default, what in (
-        ("model", str, "micro-3m", "preset that gives the widths"),
-        ("layers", int, 6, "layers of the source, a multiple of 3"),
-        ("steps", int, 3_000, "steps of the source's training"),
-        ("further_steps", int, 1_500, "further steps of the source; every row gets their FLOPs"),
-        ("inputs", int, 256, "source tokens per row"),
-        ("targets", int, 64, "target tokens per row"),
-        ("batch_size", int, 8, "rows per step"),
-        ("vocabulary", int, 2_048, "ids without sentinels"),
-        ("learning_rate", float, 1e-3, "at the peak, from random parameters"),
-        ("further_learning_rate", float, 0.0, "from the source's parameters; 0: the same"),
-        ("evaluations", int, 8, "points of each curve"),
-        ("eval_rows", int, 512, "held-out rows of an evaluation"),
-        ("document_bytes", int, 0, "text taken from each document; 0: all"),
-        ("documents", int, 0, "documents of the text that are read; 0: all"),
-        ("seeds", int, 3, "runs of each headline row"),
+    preset = "preset that gives the widths"
+    parser.add("--model", preset, default=AdaptationExperiment.model)
+    for name, least, what in (
+        ("layers", 3, "layers of the source, a multiple of 3"),
+        ("steps", 1, "steps of the source's training"),
+        ("further_steps", 1, "further steps of the source; every row gets their FLOPs"),
+        ("inputs", 1, "source tokens per row"),
+        ("targets", 2, "target tokens per row"),
+        ("batch_size", 1, "rows per step"),
+        ("vocabulary", 300, "ids without sentinels"),
+        ("evaluations", 1, "points of each curve"),
+        ("eval_rows", 1, "held-out rows of an evaluation"),
+        ("document_bytes", 0, "text taken from each document; 0: all"),
+        ("documents", 0, "documents of the text that are read; 0: all"),
+        ("seeds", 1, "runs of each headline row"),
     ):
-        parser.add_argument(
-            f"--{renamed.get(name, name)}",
-            dest=name,
-            type=kind,
-            default=default,
-            help=f"{what} (default %(default)s)",
-        )
+        default = getattr(AdaptationExperiment, name)
+        flag = f"--{renamed.get(name, name)}"
+        parser.add(flag, what, int, default, least=least, dest=name)
+    peak, rate = "at the peak, from random parameters", AdaptationExperiment.learning_rate
+    parser.add("--learning_rate", peak, float, rate, above=0)
+    further = "from the source's parameters; 0: the same"
+    parser.add("--further_learning_rate", further, float, 0.0, least=0)
     return parser

@@ -230,7 +230,7 @@ def _prepare_flags() -> Parser:
     )
     flags.add("--inputs_length", "source tokens per row", int, 1024, least=0)
     flags.add("--targets_length", "target tokens per row", int, 256, least=2)
-    flags.add("--megabytes", "of text that are measured", float, 8.0)
+    flags.add("--megabytes", "of text that are measured", float, 8.0, above=0)
     flags.add("--repeats", "timed runs of each", int, 3, least=1)
     flags.add("--workers", "processes that share the work", int, available_cores(), least=1)
     return flags

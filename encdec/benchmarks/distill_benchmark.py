@@ -54,17 +54,18 @@ def _parser() -> Parser:
         local_path,
     )
     parser.add("--out", "for the pictures (default: --workdir)", local_path)
-    for name, what in (
-        ("student", "preset"),
-        ("teacher", "decoder-only preset, 4 times the student or more"),
-        ("teacher_layers", "instead of the preset's; 0 keeps it"),
-        ("steps", "steps of a student"),
-        ("teacher_steps", "steps of the teacher"),
-        ("batch_size", "rows per step"),
-        ("seeds", "students of each kind"),
-        ("alpha", "weight of the teacher"),
-        ("learning_rate", "Muon's peak learning rate"),
+    bounds: dict[str, float]
+    for name, what, bounds in (
+        ("student", "preset", {}),
+        ("teacher", "decoder-only preset, 4 times the student or more", {}),
+        ("teacher_layers", "instead of the preset's; 0 keeps it", {"least": 0}),
+        ("steps", "steps of a student", {"least": 1}),
+        ("teacher_steps", "steps of the teacher", {"least": 1}),
+        ("batch_size", "rows per step", {"least": 1}),
+        ("seeds", "students of each kind", {"least": 1}),
+        ("alpha", "weight of the teacher", {"above": 0, "most": 1}),
+        ("learning_rate", "Muon's peak learning rate", {"above": 0}),
     ):
         default = getattr(DistillExperiment, name)
-        parser.add(f"--{name}", what, type(default), default)
+        parser.add(f"--{name}", what, type(default), default, **bounds)
     return parser

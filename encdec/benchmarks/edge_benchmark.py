@@ -347,6 +347,8 @@ def _parser() -> Parser:
         "this share of the cores (1: never)",
         float,
         1.0,
+        least=0,
+        most=1,
         metavar="SHARE",
     )
     parser.add("--artefacts", "exports are kept and found here", local_path, "runs/edge")

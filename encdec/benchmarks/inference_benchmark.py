@@ -394,6 +394,7 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _parser() -> Parser:
     parser = Parser(
+        may_be_empty=("--uncached_inputs",),
         prog="encdec benchmark inference",
         description="Greedy generation by an encoder-decoder and by decoder-only peers of equal "
         "parameters and of equal training FLOPs, cached and uncached, alternating in one run; "

@@ -51,9 +51,6 @@ def main(argv: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    for name in ("requests", "slots", "repeats", "inputs_from", "tokens_from"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name} is {getattr(options, name)}; expected 1 or more")
     for low, high in (("inputs_from", "inputs_to"), ("tokens_from", "tokens_to")):
         if getattr(options, low) > getattr(options, high):
             raise ConfigError(
@@ -190,7 +187,9 @@ def _parser() -> Parser:
         epilog="Example: encdec benchmark serving --checkpoint=java2cs --jsonl=dev.jsonl "
         "--draft=lookup --requests=1000 --mixed",
     )
-    add = lambda name, default, text: parser.add(f"--{name}", text, int, default)
+    add = lambda name, default, text: parser.add(
+        f"--{name}", text, int, default, least=name != "seed"
+    )
     parser.add("--model", "preset, with random weights", default="micro-8m")
     add("requests", 64, "requests in a pass")
     add("slots", 16, "slots of the server that takes all at once")

@@ -349,20 +349,22 @@ def _parser() -> Parser:
         "texts, in the field 'source'; may be given several times",
         local_path,
         [],
+        needs="--checkpoint",
         metavar="FILE",
     )
-    for name, default, text in (
-        ("inputs_length", 512, "tokens read before the steps of --model"),
-        ("repeats", 3, "timed runs of each step"),
-        ("max_examples", 64, "texts of each file"),
-        ("max_tokens", None, "longest answer (default: as in training)"),
+    for name, default, text, needs in (
+        ("inputs_length", 512, "tokens read before the steps of --model", "--model"),
+        ("repeats", 3, "timed runs of each step", "--model"),
+        ("max_examples", 64, "texts of each file", "--checkpoint"),
+        ("max_tokens", None, "longest answer (default: as in training)", "--checkpoint"),
     ):
-        parser.add(f"--{name}", text, int, default)
+        parser.add(f"--{name}", text, int, default, least=1, needs=needs)
     parser.add(
         "--transformers",
         "answer by transformers, too, plain and with its prompt lookup, from an export of "
         "each checkpoint (extra hf)",
         default=False,
+        needs="--checkpoint",
     )
     parser.add("--batches", "rows at once", numbers, (1,), metavar="N,N")
     parser.add(
@@ -371,6 +373,7 @@ def _parser() -> Parser:
         "answers to --jsonl are equal, not a measurement of their rate; also compares the log-"
         "probabilities of plain answers in batches of another size",
         default=False,
+        needs="--checkpoint",
     )
     parser.add("--out", "write speculate.json there", local_path)
     return parser

@@ -44,6 +44,7 @@ _bound_settings = gin.external_configurable(PrepareSettings, "prepare")
 def parser() -> Parser:
     """A flag for each of ``PrepareSettings``; others keep what gin binds, else defaults."""
     flags = Parser(
+        may_be_empty=("--beam_options",),
         prog="encdec prepare",
         description="Turn text into packed records for training.",
         epilog="Gin binds what an example is, e.g. --gin_bindings='prefix_lm.split = 0.3' or "

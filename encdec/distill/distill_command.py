@@ -132,7 +132,7 @@ def _add_rollout(parts: Any) -> None:
     )
     part.add("--records", "records whose sources are answered", any_path, required=True)
     part.add("--out", "the records to write", any_path, required=True)
-    part.add("--step", "the writer's checkpoint (default: the last)", int)
+    part.add("--step", "the writer's checkpoint (default: the last)", int, least=0)
     part.add("--overwrite", "replace records in --out", default=False)
     _writing_options(part)
 
@@ -160,15 +160,15 @@ def _add_rounds(parts: Any) -> None:
     part.add("--workdir", "receives everything", any_path, required=True)
     part.add("--rounds", "rounds after the first student", int, least=1, required=True)
     for name, default in (("gold", 1.0), ("teacher_written", 0.0), ("student_written", 1.0)):
-        part.add(f"--{name}", "share of such targets", float, default, metavar="RATE")
+        part.add(f"--{name}", "share of such targets", float, default, least=0, metavar="RATE")
     part.add(
         "--method",
         "what is kept of the teacher",
         default="sampled",
         choices=("sampled", "top_k", "full"),
     )
-    part.add("--draws", "draws per token with --method=sampled", int, 50)
-    part.add("--k", "ids per token with --method=top_k", int, 12)
+    part.add("--draws", "draws per token", int, 50, least=1, needs="--method=sampled")
+    part.add("--k", "ids per token", int, 12, least=1, needs="--method=top_k")
     _writing_options(part)
 
 

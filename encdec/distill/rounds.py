@@ -174,6 +174,8 @@ def _check_parts(
 
 def _seeded(answering: Answering, number: int) -> Answering:
     """How round ``number`` is answered; ConfigError where its seed is too large."""
+    if not answering.settings.temperature:
+        return answering  # greedy answers and beams have none
     settings = dataclasses.replace(answering.settings, seed=answering.settings.seed + number)
     return dataclasses.replace(answering, settings=settings)
 

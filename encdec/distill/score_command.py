@@ -7,7 +7,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from encdec.distill.scoring_settings import ScoringSettings
-from encdec.errors import ConfigError
 from encdec.flags import Parser, add_process_options, join_processes
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ def main(argv: list[str]) -> int:
     settings = ScoringSettings(**{name: given[name] for name in fields})
     settings.check()
     options = argparse.Namespace(**{name: given[name] for name in given.keys() - fields})
-    if options.student and not options.dry_run:
-        raise ConfigError(f"--student={options.student} is for --dry_run")
     join_processes(options)
     if options.dry_run:
         _dry_run(settings, options.student)
@@ -87,7 +84,8 @@ def _parser() -> Parser:
     parser.add("--dry_run", "only print what it will cost: bytes, FLOPs, hours", default=False)
     parser.add(
         "--student",
-        "with --dry_run: what the teacher adds to this student's training",
+        "what the teacher adds to this student's training",
+        needs="--dry_run",
         metavar="PRESET",
     )
     add_process_options(parser)

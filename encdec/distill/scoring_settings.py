@@ -51,8 +51,10 @@ class ScoringSettings(Settings):
         "draws with replacement (unbiased), the likeliest ids, or everything (default %(default)s)",
         choices=("sampled", "top_k", "full"),
     )
-    draws: int = setting(50, "draws a token (default %(default)s)", type=int, metavar="N")
-    k: int = setting(12, "ids of top_k (default %(default)s)", type=int)
+    draws: int = setting(
+        50, "draws a token (default %(default)s)", least=1, needs="method=sampled", metavar="N"
+    )
+    k: int = setting(12, "ids of top_k (default %(default)s)", least=1, needs="method=top_k")
     temperature: float = setting(
         1.0, "of the stored distribution (default %(default)s)", type=float, metavar="T"
     )
@@ -64,7 +66,9 @@ class ScoringSettings(Settings):
         metavar="POWER",
     )
     step: int | None = setting(None, "the teacher's checkpoint (default: the last)", least=0)
-    seed: int = setting(0, "of the draws (default %(default)s)", identity=True, least=0)
+    seed: int = setting(
+        0, "of the draws (default %(default)s)", identity=True, least=0, needs="method=sampled"
+    )
     batch_rows: int = setting(
         0, "in one forward pass (default: 8 a data shard)", least=0, metavar="ROWS"
     )
@@ -82,8 +86,8 @@ class ScoringSettings(Settings):
         least=1,
         metavar="TOKENS",
     )
-    fsdp: int = setting(1, "shards of the teacher's parameters", type=int)
-    tensor: int = setting(1, "shards of heads and MLP", type=int)
+    fsdp: int = setting(1, "shards of the teacher's parameters", least=1)
+    tensor: int = setting(1, "shards of heads and MLP", least=1)
     overwrite: bool = setting(False, "replace a scoring in --out")
 
     @property

@@ -149,12 +149,13 @@ def _add_task_flags(parser: Parser) -> None:
         "answer a second time with the sources permuted among the examples, and report "
         "these scores next to the plain ones (seed 0 unless given)",
         int,
+        least=0,
         nargs="?",
         const=0,
         metavar="SEED",
     )
     add_draft_option(parser)
-    parser.add("--max_examples", "the first N examples only", int)
+    parser.add("--max_examples", "the first N examples only", int, least=1)
     parser.add("--out", "receives predictions, report.json and report.md", any_path, required=True)
 
 
@@ -166,7 +167,8 @@ def _add_answer_flags(parser: Parser) -> None:
         default="cut",
         choices=("refuse", "cut", "skip"),
     )
-    parser.add("--max_input_tokens", "longest source (default: the longest in training)", int)
+    longest = "longest source (default: the longest in training)"
+    parser.add("--max_input_tokens", longest, int, least=2)  # a token and EOS
     parser.add("--max_tokens", "longest answer", int)
     parser.add("--temperature", "0: greedy (default)", float, 0.0)
     parser.add("--top_k", "sample from the k likeliest tokens; 0: all", int, 0)
@@ -176,7 +178,7 @@ def _add_answer_flags(parser: Parser) -> None:
         "--length_penalty", "alpha of beam search; above 0 favours longer answers", float, 0.6
     )
     parser.add("--seed", "sampling seed", int, 0)
-    parser.add("--batch_rows", "most answers generated at once", int, 16)
+    parser.add("--batch_rows", "most answers generated at once", int, 16, least=1)
 
 
 def _add_work_flags(parser: Parser) -> None:
@@ -204,7 +206,7 @@ def _add_work_flags(parser: Parser) -> None:
         "skip perplexity, bits per byte and calibration error, which read each reference once",
         default=False,
     )
-    parser.add("--resamples", "number of bootstrap samples", int, 1000)
+    parser.add("--resamples", "number of bootstrap samples", int, 1000, least=1)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -34,8 +34,6 @@ def main(argv: list[str]) -> int:
             f"--check is for exported graphs, which --format={options.format} does not write; "
             "leave it out, and evaluate the export with `encdec evaluate`"
         )
-    if options.own and options.format != "hf":
-        raise ConfigError(f"--own is for --format=hf, not --format={options.format}; leave it out")
     started = time.monotonic()
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.export import quality
@@ -97,7 +95,7 @@ def _parser() -> Parser:
         required=True,
         metavar="DIR",
     )
-    parser.add("--step", "checkpoint (default: the last)", int)
+    parser.add("--step", "checkpoint (default: the last)", int, least=0)
     parser.add(
         "--format",
         "; ".join(f"{name}: {one.about}" for name, one in FORMATS.items())
@@ -115,7 +113,10 @@ def _parser() -> Parser:
         choices=PRECISIONS,
     )
     parser.add(
-        "--own", "hf: our modelling file even where T5Gemma could express the model", default=False
+        "--own",
+        "hf: our modelling file even where T5Gemma could express the model",
+        default=False,
+        needs="--format=hf",
     )
     parser.add(
         "--license",
@@ -134,7 +135,12 @@ def _parser() -> Parser:
         "also send the directory to this repository of the Hugging Face Hub (HF_TOKEN)",
         metavar="ORG/NAME",
     )
-    parser.add("--private", "make the repository of --push private, if it is new", default=False)
+    parser.add(
+        "--private",
+        "make the repository of --push private, if it is new",
+        default=False,
+        needs="--push",
+    )
     parser.add(
         "--check",
         "what `encdec generate` runs: loss per token and greedy agreement with the float32 "
@@ -143,6 +149,11 @@ def _parser() -> Parser:
         metavar="RECORDS",
     )
     parser.add(
-        "--check_pairs", "with --check: number of (source, target) pairs to read", int, 64, least=1
+        "--check_pairs",
+        "number of (source, target) pairs of --check to read",
+        int,
+        64,
+        least=1,
+        needs="--check",
     )
     return parser

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from encdec.config_files import split_overrides
 from encdec.errors import ConfigError
-from encdec.flags import Parser
+from encdec.flags import Parser, names
 from encdec.storage import local_path
 from encdec.train.run_config import RunConfig, load_config, parse_config
 
@@ -36,10 +36,6 @@ def main(argv: list[str]) -> int:
     overrides, rest = split_overrides(argv)
     options = _parser().parse_args(rest)
     run = parse_config(load_config(options.config, overrides))
-    if options.search and options.what != "train":
-        raise ConfigError(
-            f"--search is for training steps, but --what is {options.what!r}; leave one of them out"
-        )
     for flag in ("out", "hlo"):
         _check_writable(flag, getattr(options, flag))
     # Before jax starts: this machine's accelerators are not used.
@@ -204,18 +200,18 @@ def _parser() -> Parser:
         "--topology",
         "e.g. v5e:4x4, v5p:2x2x4, v5e:16x16*2 (two slices); several separated by commas give one "
         "table",
-        lambda names: names.split(","),
+        names,
         required=True,
         metavar="NAME",
     )
-    parser.add("--inputs_length", "source tokens per row", _positive, 1024, metavar="N")
-    parser.add("--targets_length", "target tokens per row", _positive, 256, metavar="N")
+    parser.add("--inputs_length", "source tokens per row", int, 1024, least=1)
+    parser.add("--targets_length", "target tokens per row", int, 256, least=1)
     parser.add(
         "--rows",
         "rows per device, instead of config.batch_size: for comparing topologies of different "
         "sizes",
-        _positive,
-        metavar="N",
+        int,
+        least=1,
     )
     parser.add(
         "--what",
@@ -225,13 +221,14 @@ def _parser() -> Parser:
         default="train",
         choices=("train", "decode", "layer", "calibrate"),
     )
-    parser.add("--layers", "with --what=layer: number of layers", _positive, 1, metavar="N")
+    parser.add("--layers", "number of layers", int, 1, least=1, needs="--what=layer")
     parser.add(
         "--search",
         "find the fastest variant that fits, over batch (the config's, doubled while it fits or "
         "halved until it does), remat and mesh (copies, and shards of the state); default: all "
         "three",
         _searched,
+        needs="--what=train",
         nargs="?",
         const="batch,remat,mesh",
         metavar="OVER",
@@ -261,12 +258,6 @@ def _option(text: str) -> str:
     if "=" not in text:
         raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=VALUE")
     return text
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of 1 or more")
-    return int(text)
 
 
 def _fit(run: RunConfig, attempt, smaller: Callable[[RunConfig], list[RunConfig]] | None):

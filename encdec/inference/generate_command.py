@@ -15,12 +15,7 @@ from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.hub import data_path
-from encdec.inference.generation_settings import (
-    GenerationSettings,
-    add_draft_option,
-    check_draft,
-    check_numbers,
-)
+from encdec.inference.generation_settings import GenerationSettings, add_draft_option, check_draft
 from encdec.inference.progress import Progress
 from encdec.logs import logger
 from encdec.storage import any_path, as_path
@@ -126,7 +121,7 @@ def _parser() -> Parser:
         required=True,
         metavar="DIR",
     )
-    parser.add("--step", "checkpoint (default: the last)", int)
+    parser.add("--step", "checkpoint (default: the last)", int, least=0)
     parser.add(
         "--file",
         "inputs, one per line: JSONL with the field 'source', or text; - is standard input",
@@ -137,6 +132,7 @@ def _parser() -> Parser:
         "--format",
         "format of --file (default: as its name ends; text for -)",
         choices=("jsonl", "text"),
+        needs="--file",
     )
     parser.add(
         "--out",
@@ -154,7 +150,7 @@ def _add_answer_flags(parser: Parser) -> None:
     stop = "a string that ends an answer; may be given several times"
     parser.add("--stop", stop, default=[], metavar="TEXT")
     longest = "longest input allowed (default: the longest in training)"
-    parser.add("--max_input_tokens", longest, int)
+    parser.add("--max_input_tokens", longest, int, least=2)  # a token and EOS
     parser.add(
         "--too_long",
         "inputs longer than that: refuse them, or cut their end",
@@ -166,9 +162,9 @@ def _add_answer_flags(parser: Parser) -> None:
         "read what the vocabulary cannot write as its unknown token instead of refusing it",
         default=False,
     )
-    parser.add("--batch_rows", "answers made together at most", int, 16)
-    parser.add("--devices", "devices that share the rows", int, 1)
-    parser.add("--tensor", "devices over which each copy of the model is split", int, 1)
+    parser.add("--batch_rows", "answers made together at most", int, 16, least=1)
+    parser.add("--devices", "devices that share the rows", int, 1, least=1)
+    parser.add("--tensor", "devices over which each copy of the model is split", int, 1, least=1)
     add_draft_option(parser)
     parser.add("--logprobs", "JSON lines with every token's log-probability", default=False)
     parser.add("--json", "JSON lines instead of plain text", default=False)
@@ -200,8 +196,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.out and os.path.exists(options.out):
         if os.path.exists(options.file) and os.path.samefile(options.out, options.file):
             raise ConfigError(f"--out={options.out} is the file of inputs; give another --out")
-    # An input is one token at least, and its EOS.
-    check_numbers(options, max_input_tokens=2, batch_rows=1, devices=1, tensor=1)
 
 
 def _answer(

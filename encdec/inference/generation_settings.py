@@ -12,8 +12,10 @@ from encdec.errors import ConfigError
 from encdec.fields import requirements
 from encdec.storage import any_path
 
+# A program of more positions takes XLA seconds for constants alone, and its cache is large.
+MOST_TOKENS = 2**15
 MOST_BIASES = 300  # as in OpenAI's API
-WITH_BEAMS = ("max_tokens", "seed", "samples", "beams", "length_penalty")  # have an effect
+WITH_BEAMS = ("max_tokens", "samples", "beams", "length_penalty")  # have an effect
 OFF, AUTO, LOOKUP = "off", "auto", "lookup"  # what makes drafts, if not a directory's model
 
 
@@ -23,7 +25,7 @@ class GenerationSettings:
 
     Attributes:
         max_tokens: new tokens at most, EOS included; None for the length that the model was
-            trained to answer with.
+            trained to answer with; MOST_TOKENS at most.
         temperature: 0 is greedy; otherwise scores are divided by it and tokens drawn.
         top_k: draw from the k likeliest tokens only; 0 is off.
         top_p: draw from the likeliest tokens that together reach this mass; 1 is off.
@@ -65,7 +67,8 @@ class GenerationSettings:
             if type(value) is not int and not (name == "max_tokens" and value is None):
                 raise ConfigError(f"{name} is {value!r}; expected a whole number")
         require, tokens = requirements(self, ""), self.max_tokens
-        require(tokens is None or 1 <= tokens < 2**31, "max_tokens", "1 or more")
+        fits = tokens is None or 1 <= tokens <= MOST_TOKENS
+        require(fits, "max_tokens", f"1 to {MOST_TOKENS}")
         # So little that the division would overflow is meant to be greedy.
         heat = self.temperature
         require(heat == 0 or 0.01 <= heat <= 100, "temperature", "0 (greedy), or from 0.01 to 100")
@@ -87,6 +90,11 @@ class GenerationSettings:
         require(texts, "stop", "strings that are not empty")
         if self.beams > 1:
             self._check_beams()
+        elif self.length_penalty != GenerationSettings.length_penalty:
+            raise ConfigError(
+                f"length_penalty is {self.length_penalty}, which has no effect without beam "
+                "search; set beams above 1, or leave it out"
+            )
         elif self.temperature == 0:
             self._check_greedy()
 
@@ -119,11 +127,11 @@ class GenerationSettings:
             )
 
     def _check_greedy(self) -> None:
-        for name in ("top_k", "top_p", "samples"):
+        for name in ("top_k", "top_p", "samples", "seed"):
             if getattr(self, name) != getattr(GenerationSettings, name):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, which has no effect in greedy generation; "
-                    "set temperature above 0"
+                    f"set temperature above 0, or leave {name} out"
                 )
 
 

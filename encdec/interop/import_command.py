@@ -67,6 +67,8 @@ def _parser() -> Parser:
         "--head_dim",
         "mu: width of a head, for a model.pt without model_config (default 64, the release's)",
         int,
+        least=1,
+        needs="--format=mu",
     )
     parser.add(
         "--param_dtype",

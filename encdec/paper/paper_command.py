@@ -207,7 +207,7 @@ def _search_parser() -> Parser:
     parser.add("--dropouts", "to try (default: config.dropout)", _numbers, metavar="A,B")
     share = "share of a column's steps that a trial has"
     parser.add("--fraction", share, _share, fractions.Fraction(1, 6), metavar="1/N")
-    parser.add("--seeds", "of each combination", int, 1)
+    parser.add("--seeds", "of each combination", int, 1, least=1)
     return parser
 
 

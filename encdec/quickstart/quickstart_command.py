@@ -28,7 +28,6 @@ from encdec.data.teacher_rows import TeacherCard
 from encdec.data.vocabulary_training import train_vocabulary
 from encdec.distill.scoring import score
 from encdec.distill.scoring_progress import ScoringProgress
-from encdec.errors import ConfigError
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Example, Examples, of_task
@@ -79,9 +78,9 @@ def parser() -> Parser:
         choices=TASKS,
     )
     steps = f"optimizer steps of each model (default {TASKS['repair'].steps})"
-    result.add("--steps", steps, int)
-    result.add("--seed", "seed of parameters and row order", int, 0)
-    result.add("--max_examples", "use only N functions, for a quick trial", int)
+    result.add("--steps", steps, int, least=10)
+    result.add("--seed", "seed of parameters and row order", int, 0, least=0)
+    result.add("--max_examples", "use only N functions, for a quick trial", int, least=8)
     return result
 
 
@@ -89,11 +88,7 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     task = TASKS[arguments.task]
     if arguments.steps is not None:
-        if arguments.steps < 10:
-            raise ConfigError(f"--steps is {arguments.steps}; expected at least 10")
         task = dataclasses.replace(task, steps=arguments.steps)
-    if arguments.max_examples is not None and arguments.max_examples < 8:
-        raise ConfigError(f"--max_examples is {arguments.max_examples}; expected at least 8")
     started = time.monotonic()
     workdir = pathlib.Path(arguments.workdir)
     _tell(plan_text(task, measure_rates("float32").flops_per_second), highlight=False)

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
 from encdec.files import write_json
-from encdec.flags import Parser
+from encdec.flags import Parser, bounded
 from encdec.saved.fingerprint import fingerprints
 from encdec.saved.saved_config import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
 from encdec.saved.saved_params import (
@@ -104,7 +104,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add("--checkpoint", "work directory of `encdec train`", any_path, required=True)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--last", type=int, metavar="K", help="the last K checkpoints")
+    last = bounded("--last", int, least=2)
+    which.add_argument("--last", type=last, metavar="K", help="the last K checkpoints")
     which.add_argument("--steps", metavar="A,B,...", help="the checkpoints of these steps")
     parser.add("--out", "receives the model", any_path, required=True)
     options = parser.parse_args(argv)

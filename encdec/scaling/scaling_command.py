@@ -17,7 +17,7 @@ from rich.console import Console
 from encdec.config_files import read_config_file, split_overrides, with_overrides
 from encdec.errors import ConfigError, DataError, EncdecError
 from encdec.fields import unknown_field
-from encdec.flags import Parser
+from encdec.flags import Parser, bounded
 from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
 from encdec.storage import any_path, as_path, filled_directory, local_path
@@ -65,10 +65,13 @@ def _add_plan(actions: Any) -> None:
         "with --chip: assumed model FLOPs utilisation; `encdec compile` predicts it for a topology",
         float,
         0.4,
+        above=0,
+        most=1,
+        needs="--chip",
         metavar="SHARE",
     )
     rate = "instead of --chip and --mfu: model FLOP/s of one machine"
-    parser.add("--flops_per_second", rate, float, metavar="RATE")
+    parser.add("--flops_per_second", rate, float, above=0, metavar="RATE")
     parser.add(
         "--topology",
         "compile every step for this TPU topology, e.g. v5e:16x16, as `encdec compile` does, and "
@@ -76,7 +79,7 @@ def _add_plan(actions: Any) -> None:
         metavar="NAME",
     )
     kept = "keep the compiled steps' figures here, and read them again"
-    parser.add("--compiled", kept, local_path, metavar="FILE")
+    parser.add("--compiled", kept, local_path, needs="--topology", metavar="FILE")
     only = "plan only this run (may be repeated)"
     parser.add("--only", only, default=[], metavar="NAME")
     parser.add("--json", "print JSON instead of a table", default=False)
@@ -102,7 +105,7 @@ def _add_run(actions: Any) -> None:
     )
     which.add_argument(
         "--index",
-        type=int,
+        type=bounded("--index", int, least=0),
         metavar="I",
         help="do only the plan's run number I, as a task of an array job",
     )
@@ -139,7 +142,7 @@ def _add_score(actions: Any) -> None:
         default="",
         metavar="A,B",
     )
-    parser.add("--max_examples", "use the first N examples (default: all)", int)
+    parser.add("--max_examples", "use the first N examples (default: all)", int, least=1)
 
 
 def _add_fit(actions: Any) -> None:
@@ -181,7 +184,8 @@ def _fit_options(parser: Parser) -> None:
     counted = "parameters counted as N"
     parser.add("--parameters", counted, default=Choices.parameters, choices=PARAMETERS)
     parser.add("--loss", "unit of L", default=Choices.loss, choices=sorted(LOSSES))
-    parser.add("--resamples", "bootstrap samples for intervals; 0: none", int, Choices.draws)
+    sampled = "bootstrap samples for intervals; 0: none"
+    parser.add("--resamples", sampled, int, Choices.draws, least=0)
     skip = "leave this run out, e.g. one that diverged (may be repeated)"
     parser.add("--skip", skip, default=[], metavar="RUN")
 
@@ -218,10 +222,6 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     if options.chip and options.flops_per_second:
         raise ConfigError("--chip and --flops_per_second cannot be combined; give one")
-    if not 0 < options.mfu <= 1:
-        raise ConfigError(f"--mfu={options.mfu}; expected a share in (0, 1]")
-    if options.compiled and not options.topology:
-        raise ConfigError("--compiled stores the results of --topology; give both, or neither")
     if options.topology and (options.chip or options.flops_per_second):
         raise ConfigError(
             "--topology predicts the rate that --chip and --flops_per_second assume; give one"
@@ -292,8 +292,6 @@ def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from encdec.scaling.score_plan import score_plan
 
     check_division(options.workdir, False, options.alone)
-    if options.max_examples is not None and options.max_examples < 1:
-        raise ConfigError(f"--max_examples={options.max_examples}; expected a positive number")
     plan = _planned(options, overrides)
     metrics = tuple(name for name in options.metrics.split(",") if name)
     task = of_task(options.task, options.data_dir, options.split, metrics, options.max_examples)
@@ -319,8 +317,6 @@ def _analysed(options: argparse.Namespace) -> Any:
             f"{path} does not exist; expected a directory of `encdec scaling run "
             "--workdir=`, or its results file"
         )
-    if options.resamples < 0:
-        raise ConfigError(f"--resamples={options.resamples}; expected 0 or more")
     rows = ResultsFile(path).read()
     unknown = sorted(set(options.skip) - {row["run"] for row in rows})
     if unknown:

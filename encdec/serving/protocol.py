@@ -424,7 +424,7 @@ def _settings(values: Mapping[str, Any]) -> GenerationSettings:
     except (ConfigError, OverflowError) as error:
         raise ApiError(400, str(error), param=str(error).split()[0]) from None
     if greedy:
-        settings = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=0)
+        settings = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=0, seed=0)
     return settings
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import pathlib
@@ -11,7 +10,7 @@ import time
 from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.flags import Parser
-from encdec.inference.generation_settings import add_draft_option
+from encdec.inference.generation_settings import MOST_TOKENS, add_draft_option
 from encdec.logs import logger
 from encdec.packages import install_hint
 from encdec.storage import any_path
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> int:
         DataError: its vocabulary is missing or is another one.
     """
     options = _parser().parse_args(argv)
-    _check(options)
+    _check_packages()
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.inference.draft_model import check_draft_lengths, check_draft_model, load_draft
     from encdec.inference.exported import export_format
@@ -89,23 +88,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
-    for name, least in (
-        ("slots", 1),
-        ("max_queue", 0),
-        ("max_tokens", 1),
-        ("max_input_tokens", 2),
-        ("max_body_bytes", 1),
-        ("max_answers", 1),
-        ("port", 0),
-    ):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}; expected {least} or more")
-    if not options.timeout_seconds > 0:
-        raise ConfigError(f"timeout_seconds is {options.timeout_seconds}; expected more than 0")
-    if not options.grace_seconds >= 0:
-        raise ConfigError(f"grace_seconds is {options.grace_seconds}; expected 0 or more")
+def _check_packages() -> None:
     for package in ("jinja2", "starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"encdec serve needs {package}: {install_hint('serve')}")
@@ -126,7 +109,7 @@ def _parser() -> Parser:
         required=True,
         metavar="DIR",
     )
-    parser.add("--step", "checkpoint (default: the last)", int)
+    parser.add("--step", "checkpoint (default: the last)", int, least=0)
     parser.add("--name", "the model's name (default: the directory's)")
     parser.add(
         "--chat_template",
@@ -136,15 +119,19 @@ def _parser() -> Parser:
         metavar="FILE",
     )
     parser.add("--host", "address", default="127.0.0.1")
-    parser.add("--port", "0: any free port", int, 8000)
-    parser.add("--slots", "answers generated at once", int, 16)
-    parser.add("--max_queue", "answers that may wait for a slot; more get 429", int, 256)
-    parser.add("--max_input_tokens", "longest input (default: the longest in training)", int)
-    parser.add("--max_tokens", "most new tokens (default: the length of training targets)", int)
-    parser.add("--max_answers", "most answers to one request: prompts times n", int, 64)
-    parser.add("--max_body_bytes", "longest request body", int, 1 << 20)
-    parser.add("--timeout_seconds", "time until a request is abandoned", float, 120.0)
-    parser.add("--grace_seconds", "time that running requests get at shutdown", float, 30.0)
+    parser.add("--port", "0: any free port", int, 8000, least=0, most=65535)
+    parser.add("--slots", "answers generated at once", int, 16, least=1)
+    parser.add("--max_queue", "answers that may wait for a slot; more get 429", int, 256, least=0)
+    longest = "longest input (default: the longest in training)"
+    parser.add("--max_input_tokens", longest, int, least=2)  # a token and EOS
+    longest = "most new tokens (default: the length of training targets)"
+    parser.add("--max_tokens", longest, int, least=1, most=MOST_TOKENS)
+    parser.add("--max_answers", "most answers to one request: prompts times n", int, 64, least=1)
+    parser.add("--max_body_bytes", "longest request body", int, 1 << 20, least=1)
+    abandoned = "time until a request is abandoned"
+    parser.add("--timeout_seconds", abandoned, float, 120.0, above=0)
+    shutdown = "time that running requests get at shutdown"
+    parser.add("--grace_seconds", shutdown, float, 30.0, least=0)
     unknown = "read text outside the vocabulary as its unknown token instead of refusing it"
     parser.add("--keep_unknown", unknown, default=False)
     add_draft_option(parser)

@@ -98,6 +98,7 @@ def _parser() -> Parser:
         "--stop_at",
         "stop and save at this step; the same command continues later",
         int,
+        least=1,
         metavar="STEP",
     )
     add_module_flag(parser)

@@ -98,7 +98,7 @@ def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(s
         ([source, f"--encoder_source={adapted}"], ConfigError, "already an encoder-decoder"),
         ([source, "--step=3"], EncdecError, "has no checkpoint 3"),
         ([source, "--extra_ids=2"], ConfigError, "has 4 already"),
-        ([source, "--encoder_step=2"], ConfigError, "goes with --encoder_source"),
+        ([source, "--encoder_step=2"], ConfigError, "no effect without --encoder_source"),
         ([source, "--seed=2"], ConfigError, "--seed=2, but nothing is random here"),
         (
             [source, f"--encoder_source={wider}", "--embeddings=shared"],

@@ -77,7 +77,10 @@ def test_beams_take_the_place_of_drawing():
     )
     assert parse().settings == ON_POLICY
     assert parse("--temperature=0").settings == GenerationSettings(temperature=0)
-    assert parse("--beams=5", "--seed=3").settings == GenerationSettings(beams=5, seed=3)
+    assert parse("--beams=5").settings == GenerationSettings(beams=5)
+    for flags in (["--beams=5"], ["--temperature=0"]):
+        with pytest.raises(ConfigError, match="seed is 3"):
+            parse(*flags, "--seed=3")
     with pytest.raises(ConfigError, match="temperature is 0.9, which beam search"):
         parse("--beams=5", "--temperature=0.9")
 

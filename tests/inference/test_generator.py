@@ -235,7 +235,8 @@ def test_a_trained_model_says_what_it_learned(run, request):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_tokens": 0}, "max_tokens is 0; expected 1 or more"),
+        ({"max_tokens": 0}, "max_tokens is 0; expected 1 to 32768"),
+        ({"max_tokens": 100_000}, "max_tokens is 100000; expected 1 to 32768"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5; expected a whole number"),
         ({"temperature": -1.0}, r"temperature is -1.0; expected 0 \(greedy\)"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -246,6 +247,9 @@ def test_a_trained_model_says_what_it_learned(run, request):
         ({"top_k": 5}, "top_k is 5, which has no effect"),
         ({"samples": 2}, "samples is 2, which has no effect"),
         ({"samples": 0}, "samples is 0; expected 1 or more"),
+        ({"seed": 3}, "seed is 3, which has no effect in greedy"),
+        ({"beams": 2, "seed": 3}, "seed is 3, which beam search"),
+        ({"length_penalty": 0.0}, "length_penalty is 0.0, which has no effect .* set beams"),
         ({"seed": -1}, "seed is -1"),
         ({"beams": 2, "temperature": 1.0}, "temperature is 1.0, which beam search"),
         ({"beams": 2, "stop": ["x"]}, "stop is .*, which beam search"),

@@ -104,7 +104,7 @@ def test_the_bill_is_steps_times_seconds_times_chips(paper, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--compiled=x"], "--compiled stores the results of --topology"),
+        (["--compiled=x"], "--compiled=x has no effect without --topology"),
         (["--topology=v5e:4x4", "--chip=v5e"], "give one"),
         (["--topology=v9:4x4"], "v5e:4x4"),
         (["--only=dec_330m_6_s0"], "did you mean"),
