@@ -157,7 +157,7 @@ def test_an_unknown_preset_names_the_nearest_and_lists_them_all():
 
 
 def test_a_length_that_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match="targets is 0"):
+    with pytest.raises(ConfigError, match="targets_length is 0"):
         main(["test", "--targets_length=0"])
 
 

@@ -34,7 +34,10 @@ def main(argv: list[str]) -> int:
     encoder = decoder
     if options.encoder_source:
         encoder = open_source(
-            as_path(options.encoder_source), options.encoder_step, "--encoder_source"
+            as_path(options.encoder_source),
+            options.encoder_step,
+            "--encoder_source",
+            "--encoder_step",
         )
     embeddings: Any = options.embeddings or ("separate" if options.encoder_source else "shared")
     if options.encoder_source and embeddings == "shared":

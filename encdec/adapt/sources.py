@@ -18,7 +18,7 @@ from encdec.model import ModelConfig, unroll_params
 from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import Lineage, lineage
 from encdec.saved.saved_config import model_config_of, read_config
-from encdec.saved.saved_params import latest_step, load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference, step_to_read
 from encdec.storage import absolute
 
 # Tables with one row, or column, an id of the vocabulary: the axis of ids.
@@ -98,9 +98,11 @@ class AdaptationSource:
 
 
 def open_source(
-    directory: pathlib.Path | epath.Path, step: int | None, flag: str
+    directory: pathlib.Path | epath.Path, step: int | None, flag: str, step_flag: str = "--step"
 ) -> AdaptationSource:
     """A source that can be adapted; nothing of its parameters is read.
+
+    ``flag`` and ``step_flag`` are what messages call the directory and the step.
 
     Raises:
         CheckpointError: no work directory, or no such checkpoint.
@@ -113,9 +115,7 @@ def open_source(
             f"{flag} {directory} is already an encoder-decoder; expected a decoder-only model's "
             "work directory. To train it further: encdec train --config.init_from=DIR"
         )
-    # An imported model has no steps; asked for one, reading it says so.
-    step = (step or 0) if "imported" in content else latest_step(directory, step)
-    return AdaptationSource(directory, content, config, step)
+    return AdaptationSource(directory, content, config, step_to_read(directory, step, step_flag))
 
 
 def check_same_vocabulary(decoder: AdaptationSource, encoder: AdaptationSource) -> None:

@@ -188,7 +188,7 @@ def _parser() -> Parser:
         "--draft=lookup --requests=1000 --mixed",
     )
     add = lambda name, default, text: parser.add(
-        f"--{name}", text, int, default, least=name != "seed"
+        f"--{name}", text, int, default, least=int(name != "seed")
     )
     parser.add("--model", "preset, with random weights", default="micro-8m")
     add("requests", 64, "requests in a pass")

@@ -170,7 +170,7 @@ def show_examples(given: argparse.Namespace) -> int:
     if given.inputs_length and not objective.has_source:
         raise ConfigError(f"--inputs_length={inputs_length}, but {given.objective} has no sources")
     inputs_length *= objective.has_source
-    prefix = recorded_framing(given.vocabulary)[1] if inputs_length else ()
+    prefix = recorded_framing(given.vocabulary, given.extra_ids)[1] if inputs_length else ()
     recipe = Recipe(objective, inputs_length, targets_length, inputs_prefix=prefix)
     objective.check(recipe.form(vocabulary))
     sized = task.at_lengths(inputs_length, targets_length)

@@ -30,6 +30,13 @@ FILES: dict[str, Any] = {
     **dict.fromkeys(FIELD_FLAGS),
 }
 SHOWN_BAD_ROWS = 5
+# What was taken for a document, where a user may have meant something else.
+DOCUMENTS_NOTES = {
+    "files": ": each file is one, cut after each MiB; for its lines or paragraphs give "
+    "--documents=lines or paragraphs",
+    "lines": ": each line is one",
+    "paragraphs": ": lines between blank ones are one",
+}
 # Of a side's texts that a suggested length holds whole.
 ENOUGH = 0.99
 # Fewer rows than a usual batch, each of many pairs: lengths were chosen for other data.
@@ -116,7 +123,7 @@ def report(card: DatasetCard, seconds: float) -> str:
     tokens = card.source_tokens + card.target_tokens
     size = sum(shard.bytes for shard in card.shards)
     of = card.origin.get("documents")
-    kind = f" (--documents={of})" if of else ""
+    kind = f" (--documents={of}{DOCUMENTS_NOTES[of]})" if of else ""
     lines = [
         f"{_what(card)}: {card.documents:,} documents{kind}, {card.examples:,} "
         f"examples, {card.rows:,} rows of {card.inputs_length} + {card.targets_length} tokens",

@@ -142,7 +142,7 @@ class PrepareSettings(Settings):
 
     def resolved(self) -> PrepareSettings:
         """These settings with the framing of texts that follows where none is given."""
-        start_id, prefix = recorded_framing(self.vocabulary)
+        start_id, prefix = recorded_framing(self.vocabulary, self.extra_ids)
         if self.decoder_start_id is not None:
             start_id = self.decoder_start_id
         if self.inputs_prefix is not None:

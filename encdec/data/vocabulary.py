@@ -260,8 +260,13 @@ def _place_and_extra_ids(source: str | os.PathLike[str]) -> tuple[str, int | Non
     return match[1], int(match[2])
 
 
-def recorded_framing(source: Any) -> tuple[int | None, tuple[int, ...]]:
+def recorded_framing(
+    source: Any, extra_ids: int | None = None
+) -> tuple[int | None, tuple[int, ...]]:
     """What frames texts in the work or records directory that ``load_vocabulary`` reads.
+
+    Where more extra ids are asked for than it has, those that it has come after the new ones:
+    sentinels among the tokens returned have their new ids.
 
     Returns:
         The decoder's first input, and the ids in front of every source; None and nothing for all
@@ -270,10 +275,11 @@ def recorded_framing(source: Any) -> tuple[int | None, tuple[int, ...]]:
     nothing: tuple[None, tuple[int, ...]] = (None, ())
     if not isinstance(source, str | os.PathLike):
         return nothing
-    text, _ = _place_and_extra_ids(source)
+    text, stated = _place_and_extra_ids(source)
     if text == "bytes":
         return nothing
     path = as_path(text)
+    wanted = extra_ids if stated is None else stated
     for name, group in (("config.json", "data"), (CARD_FILE, None)):
         if not (path / name).is_file():
             continue
@@ -282,10 +288,20 @@ def recorded_framing(source: Any) -> tuple[int | None, tuple[int, ...]]:
             framing = content[group] if group else content
             start_id, prefix = framing["decoder_start_id"], framing.get("inputs_prefix", ())
             if isinstance(start_id, int):
-                return start_id, tuple(map(int, prefix))
+                start_id, *prefix = _moved((start_id, *map(int, prefix)), path, wanted)
+                return start_id, tuple(prefix)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return nothing
+
+
+def _moved(tokens: Sequence[int], directory: pathlib.Path, extra_ids: int | None) -> list[int]:
+    """Tokens of a directory's vocabulary as they are with so many extra ids; None: with its own."""
+    if extra_ids is None:
+        return list(tokens)
+    spec = _spec_in_directory(directory)
+    first, added = spec.size - spec.extra_ids, max(extra_ids - spec.extra_ids, 0)
+    return [token + added * (token >= first) for token in tokens]
 
 
 def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:

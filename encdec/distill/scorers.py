@@ -32,7 +32,7 @@ from encdec.distill.draw import Kept, keep
 from encdec.errors import ConfigError, DataError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
 from encdec.saved.saved_config import model_config_of, read_config
-from encdec.saved.saved_params import latest_step, load_params_for_inference
+from encdec.saved.saved_params import load_params_for_inference, step_to_read
 from encdec.storage import as_path
 from encdec.train.across_mesh import on_mesh
 from encdec.train.feed import host_slice, to_devices
@@ -117,11 +117,11 @@ def scoring_model(
     vocabulary = recorded_vocabulary(content, workdir)
     check_records(records, workdir, VocabularySpec(**vocabulary), str(workdir))
     _check_lengths(content, records, max_length, workdir)
-    imported = content.get("imported")
+    imported, step = content.get("imported"), step_to_read(workdir, step)
     if imported:
-        name, source, step = imported["name"], imported["fingerprint"], step or 0
+        name, source = imported["name"], imported["fingerprint"]
     else:
-        name, step = content["run"]["model"], latest_step(workdir, step)
+        name = content["run"]["model"]
         what = {part: content[part] for part in ("run", "model", "data")}
         source = hashlib.sha256(json.dumps([what, step], sort_keys=True).encode()).hexdigest()
     identity = {

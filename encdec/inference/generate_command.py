@@ -58,15 +58,35 @@ def main(argv: list[str]) -> int:
     # Imported late, so that mistakes in the command line are reported at once.
     from encdec.inference.answer_files import ResumableOutput, read_inputs
     from encdec.inference.generator import read_prompt_format
-    from encdec.inference.load_generator import load
+    from encdec.inference.load_generator import check_load, load
     from encdec.saved.saved_config import CONFIG_FILE
 
     prompts, _ = read_prompt_format(options.checkpoint, max_input_tokens=options.max_input_tokens)
+    step = check_load(
+        options.checkpoint, options.step, devices=options.devices, tensor=options.tensor
+    )
     prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
     texts = options.text if options.file is None else read_inputs(options.file, options.format)
     for number, text in enumerate(texts):
         name = "the input" if len(texts) == 1 else f"input {number}"
         prompts.encode(text, truncate=_cuts(options), name=name)
+    output = None
+    if options.out:
+        run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
+        output = ResumableOutput(
+            as_path(options.out),
+            {
+                "run": hashlib.sha256(run).hexdigest(),
+                "step": step,
+                "max_input_tokens": prompts.max_input_tokens,
+                "truncate": _cuts(options),
+                "logprobs": options.logprobs,
+                **({"keep_unknown": True} if options.keep_unknown else {}),
+                **settings.to_dict(),
+            },
+            texts,
+        )
+        output.done()  # refuses what cannot be written, or continued, before anything is loaded
     generator = load(
         options.checkpoint,
         options.step,
@@ -77,20 +97,7 @@ def main(argv: list[str]) -> int:
         draft=options.draft,
     )
     generator.prompts = prompts
-    if options.out:
-        run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
-        output = ResumableOutput(
-            as_path(options.out),
-            {
-                "run": hashlib.sha256(run).hexdigest(),
-                "step": generator.step,
-                "max_input_tokens": prompts.max_input_tokens,
-                "truncate": _cuts(options),
-                "logprobs": options.logprobs,
-                **settings.to_dict(),
-            },
-            texts,
-        )
+    if output:
         with output.held():
             if (done := output.done()) == len(texts):
                 output.end()

@@ -82,6 +82,17 @@ class RowDecoder(Protocol):
         """
 
 
+def check_division(devices: int, tensor: int) -> int:
+    """The copies of a model on so many devices; ConfigError where they do not divide."""
+    copies = devices // max(tensor, 1)
+    if tensor < 1 or devices % tensor or copies & (copies - 1):
+        raise ConfigError(
+            f"{devices} devices cannot hold copies of the model over tensor = {tensor} devices "
+            "each; expected tensor times 1, 2, 4, 8, ..."
+        )
+    return copies
+
+
 class CompiledRows:
     """``RowDecoder`` of our own compiled programs; ``Generator`` explains the arguments."""
 
@@ -109,12 +120,7 @@ class CompiledRows:
 
     def _spread(self, devices: Sequence[jax.Device], tensor: int) -> None:
         """Shards the parameters over a mesh, and rows with them."""
-        copies = len(devices) // max(tensor, 1)
-        if tensor < 1 or len(devices) % tensor or copies & (copies - 1):
-            raise ConfigError(
-                f"{len(devices)} devices cannot hold copies of the model over tensor = {tensor} "
-                "devices each; expected tensor times 1, 2, 4, 8, ..."
-            )
+        copies = check_division(len(devices), tensor)
         mesh = make_mesh(MeshConfig(data=copies, fsdp=1, tensor=tensor), devices)
         model = build_model(self.config)
         shardings, _, _ = param_shardings(

@@ -73,14 +73,14 @@ def load_params_for_inference(
         CheckpointError: no such work directory or checkpoint.
     """
     config = model_config_of(read_config(workdir))
+    step = step_to_read(workdir, step)
     abstract = abstract_params(build_model(config))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
     if (as_path(workdir) / PARAMS_FOLDER).is_dir():
-        return config, _read_imported(workdir, step, abstract, shardings), 0
+        return config, _read_imported(workdir, abstract, shardings), step
     directory = checkpoints_folder(workdir)
-    step = latest_step(workdir, step)
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,
@@ -143,12 +143,23 @@ def latest_step(workdir: epath.PathLike, step: int | None = None) -> int:
     return steps[-1] if step is None else step
 
 
-def _read_imported(workdir: epath.PathLike, step: int | None, abstract: Any, shardings: Any) -> Any:
-    """Parameters that were imported: each device reads its part of the mapped files."""
-    if step:
+def step_to_read(workdir: epath.PathLike, step: int | None = None, flag: str = "--step") -> int:
+    """The step that ``load_params_for_inference`` reads, 0 of an imported model; reads nothing.
+
+    Raises:
+        CheckpointError: there is none; ``flag`` asked for it.
+    """
+    if not (as_path(workdir) / PARAMS_FOLDER).is_dir():
+        return latest_step(workdir, step)
+    if step is not None:
         raise CheckpointError(
-            f"{workdir} holds an imported model, which has no checkpoint {step}; leave --step out"
+            f"{workdir} holds an imported model, which has no checkpoint {step}; leave {flag} out"
         )
+    return 0
+
+
+def _read_imported(workdir: epath.PathLike, abstract: Any, shardings: Any) -> Any:
+    """Parameters that were imported: each device reads its part of the mapped files."""
     try:
         tensors = safetensors.open_directory(on_this_machine(as_path(workdir) / PARAMS_FOLDER))
     except DataError as error:

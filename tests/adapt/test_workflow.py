@@ -98,6 +98,12 @@ def test_sources_that_cannot_be_adapted_are_refused_before_anything_is_written(s
         ([source, f"--encoder_source={adapted}"], ConfigError, "already an encoder-decoder"),
         ([source, "--step=3"], EncdecError, "has no checkpoint 3"),
         ([source, "--extra_ids=2"], ConfigError, "has 4 already"),
+        ([source, "--step=0"], EncdecError, "no checkpoint 0; leave --step out"),
+        (
+            [source, f"--encoder_source={source}", "--encoder_step=2"],
+            EncdecError,
+            "no checkpoint 2; leave --encoder_step out",
+        ),
         ([source, "--encoder_step=2"], ConfigError, "no effect without --encoder_source"),
         ([source, "--seed=2"], ConfigError, "--seed=2, but nothing is random here"),
         (

@@ -260,6 +260,25 @@ def test_the_framing_is_that_of_the_directory_with_the_vocabulary(tmp_path, json
         assert card.vocabulary.extra_ids == (4 if vocabulary == "model+4" else 0)
 
 
+def test_sentinels_that_frame_texts_move_with_the_vocabulary_that_grows(tmp_path, jsonl):
+    given = dict(jsonl=[jsonl], workers=1, **LENGTHS)
+    framing = dict(decoder_start_id=260, inputs_prefix=[7, 259])
+    before = prepare(out=tmp_path / "first", vocabulary="bytes+2", **framing, **given)
+    assert before.inputs_prefix == (7, 259)
+    for vocabulary, more in (
+        (f"{tmp_path / 'first'}+5", {}),
+        (tmp_path / "first", {"extra_ids": 5}),
+    ):
+        card = prepare(
+            out=tmp_path / "next", vocabulary=vocabulary, overwrite=True, **given, **more
+        )
+        assert (card.decoder_start_id, card.inputs_prefix) == (263, (7, 262))
+        old, new = (open_records(tmp_path / name).vocabulary() for name in ("first", "next"))
+        assert old.piece(259) == new.piece(262) and old.piece(260) == new.piece(263)
+    card = prepare(out=tmp_path / "third", vocabulary=vocabulary, extra_ids=5, **framing, **given)
+    assert (card.decoder_start_id, card.inputs_prefix) == (260, (7, 259))  # as given
+
+
 def test_text_without_examples_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"source": "a", "target": ""}] * 3)
     with pytest.raises(DataError, match=r"gave no examples: 3 documents read.*empty_target"):

@@ -120,15 +120,26 @@ def test_a_stopped_job_goes_on_where_it_was(generate, tmp_path, capsys, monkeypa
     assert "17 of 40 inputs are answered already" in capsys.readouterr().err
 
 
-def test_another_job_does_not_mix_into_the_file(generate, tmp_path, encoder_decoder_run, capsys):
+def _nothing_is_read(monkeypatch):
+    read = "encdec.inference.load_generator.load_params_for_inference"
+    monkeypatch.setattr(read, lambda *args: pytest.fail("parameters were read"))
+
+
+def test_another_job_does_not_mix_into_the_file(
+    generate, tmp_path, encoder_decoder_run, capsys, monkeypatch
+):
     path, out = inputs_file(tmp_path), tmp_path / "out.jsonl"
     generate(f"--file={path}", f"--out={out}", "--max_tokens=3")
     before = out.read_bytes()
+    _nothing_is_read(monkeypatch)
     common = [f"--checkpoint={encoder_decoder_run}", f"--out={out}"]
     other = inputs_file(tmp_path / ".", [SOURCES[0], "another"])
     for argv, code, message in (
         ([f"--file={other}", "--max_tokens=4"], 2, "max_tokens is 3 there and 4 here"),
+        ([f"--file={other}", "--max_tokens=3", "--keep_unknown"], 2, "keep_unknown is "),
         ([f"--file={other}", "--max_tokens=3"], 3, "answers input 1 with source 'two fish'"),
+        ([f"--file={other}", "--out=/nowhere/x"], 2, "the directory /nowhere does not exist"),
+        ([f"--file={other}", f"--out={tmp_path}"], 2, "is a directory; give a file's name"),
     ):
         assert cli.main(["generate", *common, *argv]) == code
         assert message in capsys.readouterr().err
@@ -173,8 +184,7 @@ def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
 def test_mistakes_are_named_before_anything_is_compiled(
     argv, code, message, encoder_decoder_run, capsys, monkeypatch
 ):
-    for name in ("generate", "stream"):
-        monkeypatch.setattr(Generator, name, lambda *args, **kwargs: pytest.fail("compiled"))
+    _nothing_is_read(monkeypatch)
     assert cli.main(["generate", f"--checkpoint={encoder_decoder_run}", *argv]) == code
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
