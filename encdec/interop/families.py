@@ -15,7 +15,7 @@ class Family:
     """A model family's defaults and fixed settings.
 
     Attributes:
-        defaults: values of absent keys, as transformers has them.
+        defaults: values of absent keys, as transformers has them; and which of ``SPECIAL`` it has.
         fields: our fields that hold for the whole family.
         out_bias: whether ``attention_bias`` adds one to the output projection too.
         norms: our norms of a layer by their names there; by default as ``layout`` says.
@@ -51,6 +51,14 @@ _GLM_DEFAULTS = {
     "rms_norm_eps": 1.5625e-7,
     "partial_rotary_factor": 0.5,
 }
+# Keys that mean something in those families alone that name them among their defaults.
+SPECIAL = (
+    "sliding_window",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 _GEMMA = {"norm_plus_one": True, "norm_cast": "after_scale", "embedding_scale": True}
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 256_000}
 # The text models within those that also see images, with what their configurations leave out.
@@ -84,6 +92,7 @@ FAMILIES = {
             "rms_norm_eps": 1e-5,
             "head_dim": 128,
             "num_key_value_heads": 8,
+            "sliding_window": None,
             "max_position_embeddings": 262_144,
             "rope_scaling": _MINISTRAL3_ROPE,
         }
@@ -156,6 +165,7 @@ FAMILIES = {
             "tie_word_embeddings": True,
             "num_key_value_heads": 4,
             "rope_theta": 2e6,
+            "sliding_window": None,
             "no_rope_layer_interval": 4,
         }
     ),
@@ -192,10 +202,13 @@ FAMILIES = {
         fused=("mlp",),
         interleaved=True,
     ),
-    "phi3": Family({"rms_norm_eps": 1e-5}, fused=("attention", "mlp")),
-    "qwen2": Family({"attention_bias": True}, out_bias=False),
-    "qwen3": Family({"head_dim": 128}, {"qk_norm": True}),
-    "gemma": Family(_GEMMA_DEFAULTS, _GEMMA | {"mlp_activation": "gelu_tanh"}),
+    "phi3": Family(
+        {"rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": 1.0},
+        fused=("attention", "mlp"),
+    ),
+    "qwen2": Family({"attention_bias": True, "sliding_window": 4096}, out_bias=False),
+    "qwen3": Family({"head_dim": 128, "sliding_window": 4096}, {"qk_norm": True}),
+    "gemma": Family(_GEMMA_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, _GEMMA),
     "gemma2": Family(
         _GEMMA_DEFAULTS
         | {
@@ -228,6 +241,7 @@ FAMILIES = {
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "query_pre_attn_scalar": 256,
+            "final_logit_softcapping": None,
             "sliding_window_pattern": 6,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
@@ -245,7 +259,6 @@ HARMLESS = {
     "output_attentions output_hidden_states pretraining_tp return_dict use_cache",
     "of tokenizers": "pad_token_id unk_token_id",
     "implied by another key that is read": "_sliding_window_pattern hidden_act layer_types "
-    "max_window_layers original_max_position_embeddings partial_rotary_factor "
-    "rope_local_base_freq rope_scaling rope_theta sliding_window sliding_window_pattern "
-    "use_sliding_window",
+    "max_window_layers original_max_position_embeddings rope_local_base_freq rope_scaling "
+    "rope_theta sliding_window_pattern use_sliding_window",
 }

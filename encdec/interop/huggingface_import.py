@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.families import FAMILIES, HARMLESS, WITH_IMAGES, Family
+from encdec.interop.families import FAMILIES, HARMLESS, SPECIAL, WITH_IMAGES, Family
 from encdec.interop.layout import (
     MLP_NAMES,
     Entry,
     attention_entries,
+    check_tied,
     mlp_entries,
     qk_norm_entries,
     to_ours,
 )
 from encdec.interop.multipliers import multiplied, read_multipliers
-from encdec.interop.rope import read_rope, required
+from encdec.interop.rope import read_rope, required, unknown_rope_keys
 from encdec.model import ExecutionConfig, ModelConfig
 
 Tensors = Mapping[str, np.ndarray]
@@ -164,11 +165,16 @@ def read_config(directory: pathlib.Path) -> Imported:
             f"unquantized model{AS_TEACHER}"
         )
     found = translate(name, values, path)
-    return dataclasses.replace(found, unread=values.unread())
+    return dataclasses.replace(found, unread=(*values.unread(), *unknown_rope_keys(values)))
 
 
 def _given(family: Family, values: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A key's value by its name or the family's own; absent and null mean the family's default."""
+    """A key's value by its name or the family's own; absent and null mean the family's default.
+
+    A special key that the family does not have means nothing, and stays unread.
+    """
+    if key in SPECIAL and key not in family.defaults:
+        return default
     for name in (key, family.aliases.get(key)):
         if name is not None and values.get(name) is not None:
             return values[name]
@@ -200,6 +206,8 @@ def translate(
     activation = given("hidden_activation", given("hidden_act", "silu"))
     if name.startswith(("gemma2", "gemma3", "vaultgemma")):
         activation = given("hidden_activation", "gelu_pytorch_tanh")
+    if name == "gemma" and activation == "gelu":  # as its first releases call the approximation
+        activation = "gelu_pytorch_tanh"
     if activation not in ACTIVATIONS:
         raise refuse("hidden_act", activation, f"not one of {', '.join(ACTIVATIONS)}")
     if values.get("use_bidirectional_attention"):
@@ -210,10 +218,6 @@ def translate(
     bias = bool(given("attention_bias", False))
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
     rotated = rotated or head_dim * family.interleaved
-    if rotated and name.startswith(("qwen3", "gemma3")):
-        raise refuse(
-            "partial_rotary_factor", rotated / head_dim, "together with query and key norms"
-        )
     key_heads = "num_key_value_heads"
     fields: dict[str, Any] = {
         "architecture": "decoder_only",
@@ -252,6 +256,8 @@ def translate(
 
 def _cap(values: Mapping[str, Any], family: Family, key: str) -> float:
     """A soft cap; unlike elsewhere, an explicit null switches it off."""
+    if key not in family.defaults:
+        return 0.0
     return float(values.get(key, family.defaults.get(key)) or 0.0)
 
 
@@ -264,8 +270,10 @@ def _window(
     rope: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Our fields for sliding-window layers."""
-    window = values.get("sliding_window", family.defaults.get("sliding_window"))
-    optional = name.startswith("qwen") or name in ("smollm3", "iquestcoder")
+    if "sliding_window" not in family.defaults:
+        return {}
+    window = values.get("sliding_window", family.defaults["sliding_window"])
+    optional = name.startswith("qwen") or name == "smollm3"
     if not window or (optional and not values.get("use_sliding_window")):
         return {}
     layers = values["num_hidden_layers"]
@@ -380,6 +388,8 @@ def convert(
         and "lm_head" not in name
         and prefix != "model."
     ]
+    if config.tie_embeddings:
+        check_tied(tensors, found[0], head)
     if FAMILIES[family].fused:
         tensors = _split_fused(config, prefix, tensors)
     if multipliers and any(value != 1 for value in multipliers.values()):

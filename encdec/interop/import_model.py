@@ -169,7 +169,13 @@ def _read_huggingface(
 ) -> _Found:
     family = huggingface_import.model_type(source)
     seq2seq = {one.MODEL_TYPE: one for one in (t5gemma, t5gemma2, own)}.get(family)
-    found = (seq2seq or huggingface_import).read_config(source)
+    try:
+        found = (seq2seq or huggingface_import).read_config(source)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise DataError(
+            f"{source / 'config.json'} has a value of another kind than its key needs: {error}; "
+            "download the file again"
+        ) from error
     tensors = safetensors.open_directory(source)
     needed = sum(tensor.nbytes for tensor in tensors.values())
     if (free := free_bytes(out)) < needed:

@@ -114,6 +114,27 @@ def to_theirs(layout: Iterable[Entry], params: Mapping[str, Any]) -> Flat:
     return tensors
 
 
+def check_tied(tensors: Mapping[str, np.ndarray], table: str, *copies: str) -> None:
+    """Raises DataError where a tensor that the configuration calls the same as ``table`` differs.
+
+    Compared by parts, so that mapped files are never held in memory as a whole.
+    """
+    rows = 4096
+    for copy in copies:
+        if table not in tensors or copy not in tensors:
+            continue
+        one, other = tensors[table], tensors[copy]
+        if one.shape != other.shape or any(
+            not np.array_equal(one[i : i + rows], other[i : i + rows])
+            for i in range(0, len(one), rows)
+        ):
+            raise DataError(
+                f"config.json says that {copy} is {table} (tie_word_embeddings), but the "
+                "checkpoint has another tensor there; set tie_word_embeddings to false if the "
+                "model was trained so, or download it again"
+            )
+
+
 def to_ours(
     layout: list[Entry],
     config: ModelConfig,

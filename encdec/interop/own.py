@@ -14,7 +14,14 @@ import numpy as np
 
 from encdec.errors import DataError
 from encdec.interop.huggingface_import import ACTIVATIONS, Imported, ids_of
-from encdec.interop.layout import Entry, attention_entries, mlp_entries, qk_norm_entries, to_ours
+from encdec.interop.layout import (
+    Entry,
+    attention_entries,
+    check_tied,
+    mlp_entries,
+    qk_norm_entries,
+    to_ours,
+)
 from encdec.interop.rope import required
 from encdec.model import ExecutionConfig, ModelConfig
 
@@ -164,6 +171,7 @@ def convert(
     same = tables[1] is not None and (one_table or np.array_equal(*tables))
     config = config.replace(share_embeddings=bool(same))
     ignored = ["lm_head.weight"] if config.tie_embeddings else []
+    check_tied(tensors, "decoder.embed_tokens.weight", *ignored)
     if same and not one_table:
         ignored.append("encoder.embed_tokens.weight")
     return config, to_ours(layout(config, one_table=bool(same)), config, tensors, ignored)

@@ -11,6 +11,11 @@ import numpy as np
 
 from encdec.errors import DataError
 
+_KNOWN = (
+    "rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings "
+    "max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate "
+    "short_factor long_factor low_freq_factor high_freq_factor llama_4_scaling_beta"
+).split()
 _STILL = 1e30  # divides a frequency so far that every angle is 0 in float32
 
 
@@ -55,18 +60,28 @@ def read_rope(
     """Our rotation fields, the longest sequence for which they are exact, and how many dimensions
     of a head are rotated (0: all)."""
     parameters = dict(values.get("rope_parameters") or {})
-    parameters = dict(parameters.get("full_attention", parameters))
-    scaling = parameters or dict(given("rope_scaling", {}))
+    parameters = dict(parameters.get("full_attention") or parameters)
+    older = dict(values.get("rope_scaling") or {})
+    if "type" in older:
+        older.setdefault("rope_type", older.pop("type"))
+    if parameters and any(parameters.get(key, value) != value for key, value in older.items()):
+        raise refuse("rope_scaling", older, f"but rope_parameters {parameters}; remove one of them")
+    scaling = parameters | older or dict(given("rope_scaling", {}))
     theta = float(scaling.get("rope_theta") or given("rope_theta", 10_000.0))
-    longest = int(given("max_position_embeddings", 8192))
-    partial = float(scaling.get("partial_rotary_factor") or given("partial_rotary_factor", 1.0))
+    longest = whole = int(given("max_position_embeddings", 8192))
+    stated = scaling.get("partial_rotary_factor") or values.get("partial_rotary_factor")
+    partial = float(stated or given("partial_rotary_factor", 1.0))
     rotated = int(head_dim * partial)
     if not 0 < partial <= 1 or rotated < 2 or rotated % 2:
         why = f"not an even number of the {head_dim} dimensions of a head"
         raise refuse("partial_rotary_factor", partial, why)
+    if partial < 1 and given("partial_rotary_factor") is None:
+        raise refuse("partial_rotary_factor", partial, "which its family does not have")
     if scaling.get("llama_4_scaling_beta"):  # queries grow from the original length on
         longest = min(longest, int(required(scaling, "original_max_position_embeddings", path)))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "yarn" and scaling.get("short_factor"):  # as some of Phi-3's call it
+        kind = "longrope"
     where = f"{path}, rope scaling {kind!r},"
     fields: dict[str, Any] = {"rope_theta": theta}
     divisors, magnitude = np.ones(rotated // 2), 1.0
@@ -87,7 +102,7 @@ def read_rope(
         }
         divisors = np.array(_llama3_divisors(theta, rotated, numbers))
     elif kind in ("longrope", "su"):
-        factor = longest / original
+        factor = float(scaling.get("factor") or whole / original)
         grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         stated = scaling.get("attention_factor")
         magnitude = grown if stated is None else stated
@@ -97,7 +112,7 @@ def read_rope(
         # Beyond the original length the whole sequence would use other divisors.
         longest = original
     elif kind == "yarn":
-        factor = scaling.get("factor") or longest / original
+        factor = scaling.get("factor") or whole / original
         divisors, magnitude = _yarn(theta, rotated, float(factor), original, scaling)
     elif kind == "dynamic":  # the base would change with each sequence longer than this
         pass
@@ -117,6 +132,23 @@ def read_rope(
         "rope_divisors": tuple(map(float, divisors)),
     }
     return fields, longest, rotated if partial < 1 else 0
+
+
+def unknown_rope_keys(values: Mapping[str, Any]) -> list[str]:
+    """Keys of the rotary settings, with the name of the object that has them, that mean nothing."""
+    groups = {
+        key: group for key in ("rope_parameters", "rope_scaling") if (group := values.get(key))
+    }
+    for key, group in list(groups.items()):
+        if any(isinstance(inner, dict) for inner in group.values()):  # one for each kind of layers
+            del groups[key]
+            groups |= {f"{key}.{name}": inner for name, inner in group.items() if inner}
+    return [
+        f"{key}.{name}"
+        for key, group in groups.items()
+        for name, value in group.items()
+        if name not in _KNOWN and value not in (None, False)
+    ]
 
 
 def _yarn(

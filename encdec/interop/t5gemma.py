@@ -15,7 +15,14 @@ import numpy as np
 
 from encdec.errors import DataError
 from encdec.interop.huggingface_import import ACTIVATIONS, Imported, ids_of, local_layers
-from encdec.interop.layout import Entry, attention_entries, layernorm_entries, mlp_entries, to_ours
+from encdec.interop.layout import (
+    Entry,
+    attention_entries,
+    check_tied,
+    layernorm_entries,
+    mlp_entries,
+    to_ours,
+)
 from encdec.interop.rope import required
 from encdec.model import ExecutionConfig, ModelConfig
 
@@ -226,6 +233,7 @@ def convert(
     """
     names = [f"model.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
     ignored = ["lm_head.out_proj.weight"] if config.tie_embeddings else []
+    check_tied(tensors, names[1], *ignored)
     tables: list[Any] = [tensors.get(name) for name in names]
     if tables[0] is not None and np.array_equal(*tables):
         config = config.replace(share_embeddings=True)

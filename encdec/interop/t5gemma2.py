@@ -19,6 +19,7 @@ from encdec.interop.huggingface_import import Imported, ids_of
 from encdec.interop.layout import (
     Entry,
     attention_entries,
+    check_tied,
     layernorm_entries,
     mlp_entries,
     qk_norm_entries,
@@ -119,8 +120,9 @@ def convert(
         name.replace("model.encoder.text_model.", "model.encoder."): x
         for name, x in tensors.items()
     }
-    ignored = [name for name in tensors if any(part in name for part in _IMAGES)]
-    ignored.append("model.decoder.embed_tokens.weight")
+    copies = ["model.decoder.embed_tokens.weight"]
     if config.tie_embeddings:
-        ignored.append("lm_head.out_proj.weight")
-    return config, to_ours(layout(config), config, tensors, ignored)
+        copies.append("lm_head.out_proj.weight")
+    check_tied(tensors, TABLE, *copies)
+    images = [name for name in tensors if any(part in name for part in _IMAGES)]
+    return config, to_ours(layout(config), config, tensors, [*images, *copies])

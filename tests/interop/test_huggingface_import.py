@@ -324,6 +324,13 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
         ({"model_type": "gpt_oss"}, "score --backend=torch --teacher=DIR"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
         ({"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5, which its family does not"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling .* but rope_parameters",
+        ),
+        ({"max_position_embeddings": "long"}, "config.json has a value of another kind.*'long'"),
+        ({"tie_word_embeddings": True}, "says that lm_head.weight is model.embed_tokens.weight"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
         (
             {
@@ -353,6 +360,32 @@ def test_what_our_model_cannot_be_is_refused_by_name(change, message, tmp_path):
     with pytest.raises(DataError, match=message):
         main([str(tmp_path), f"--out={tmp_path / 'ours'}"])
     assert not (tmp_path / "ours").exists()
+
+
+def test_keys_count_where_transformers_reads_them(tmp_path):
+    """Llama has no windows and no caps; only unknown keys of rotations are named; an explicit
+    activation of Gemma counts, though "gelu" there means the approximation."""
+
+    def read(**changes):
+        (tmp_path / "config.json").write_text(
+            json.dumps(LLAMA | {"num_key_value_heads": 4} | changes)
+        )
+        return read_config(tmp_path)
+
+    plain, keys = read(), {"sliding_window": 8, "final_logit_softcapping": 30.0}
+    assert read(**keys).model == plain.model and set(read(**keys).unread) == set(keys)
+    assert read(**keys, model_type="mistral").model.attention_window == 8
+    named = read(rope_parameters=YARN | {"alpha": 3.0, "truncate": True})
+    assert named.unread == ("rope_parameters.alpha",) and named.model.rope_scaling == "per_pair"
+    short = {"short_factor": [1.0] * 6, "original_max_position_embeddings": 16}
+    grown = read(rope_scaling=short | {"type": "longrope", "factor": 4.0})
+    assert grown.model.rope_magnitude == pytest.approx((1 + np.log(4) / np.log(16)) ** 0.5)
+    for given, meant in {
+        "gelu": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "relu": "relu",
+    }.items():
+        assert read(model_type="gemma", hidden_act=given).model.mlp_activation == meant
 
 
 LLAMA = {
