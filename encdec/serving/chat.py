@@ -76,12 +76,13 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"messages: the chat template rejects them: {error}") from None
         ids = vocabulary.encode_marked(text)
-        # Templates begin with the tokens that are put in front of every input anyway.
-        front = list(reader.format.inputs_prefix)
-        if not (front or reader.is_encoder_decoder):
-            front = [reader.format.decoder_start_id]
-        if front and ids[: len(front)] == front:
-            ids = ids[len(front) :]
+        # Templates begin with the tokens that are put in front of every input anyway, or with
+        # some of them: GLM's with both its start token and its prefix.
+        front = [reader.format.decoder_start_id] * (not reader.is_encoder_decoder)
+        front += reader.format.inputs_prefix
+        parts = [front[i:] for i in range(len(front))] + [front[:i] for i in range(len(front))]
+        given = max(len(part) for part in [[], *parts] if ids[: len(part)] == part)
+        ids = ids[given:]
         return reader.read(ids, marked=False, truncate=truncate, name="the chat")
 
 

@@ -280,6 +280,20 @@ def test_chats_become_prompts_by_their_template():
     assert chat([USER], tools=[], response_format={"type": "text"}, store=False)
 
 
+class MarkedBytes(ByteVocabulary):
+    special_tokens = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_a_template_does_not_double_what_is_in_front_of_every_input(is_encoder_decoder):
+    """As GLM's, which begins with its start token and its prefix, or with a part of them."""
+    prefix = (0, 2) if is_encoder_decoder else (2,)  # a decoder-only model's start token is apart
+    reader = PromptReader(PromptFormat(MarkedBytes(), inputs_prefix=prefix), is_encoder_decoder)
+    for begin in ("{{ bos_token }}<unk>", "{{ bos_token }}", "<unk>", ""):
+        (prompt,) = chat([USER], begin + "{{ messages[0].content }}", reader).prompts
+        assert prompt.ids == [*prefix, *ByteVocabulary().encode("abc"), 1]
+
+
 def test_an_import_brings_its_template_along(tmp_path):
     assert chat_template_of(tmp_path) is None and find_template(tmp_path).source is None
     config = tmp_path / "tokenizer_config.json"
