@@ -281,7 +281,9 @@ def test_chats_become_prompts_by_their_template():
 
 
 class MarkedBytes(ByteVocabulary):
-    special_tokens = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    @property
+    def special_tokens(self):
+        return {"<pad>": 0, "</s>": 1, "<unk>": 2}
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])
