@@ -47,7 +47,8 @@ SIZES = (
 # Precision, speed, memory and layout: converted where they differ.
 _EXECUTION = ("execution", "dtype", "param_dtype")
 # Of training alone.
-_TRAINING = ("attention_dropout", "mlp_dropout", "residual_dropout", "init_std")
+_DROPOUT = ("attention_dropout", "mlp_dropout", "residual_dropout")
+_TRAINING = (*_DROPOUT, "init_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,8 @@ class WarmStart:
         converted: those of them whose layers are stacked in one of both and apart in the other.
         initialized: parameters, and rows of the vocabulary's tables, that start at random.
         dropped: parameters of the source that the run has no place for, with the reason.
-        differences: fields of the architecture, and of the records' framing of texts, that differ,
-            kept as the run has them.
+        differences: fields of the architecture, rates of dropout, and fields of the records'
+            framing of texts that differ, kept as the run has them.
         step: of the source's checkpoint; 0 of an imported model, None before it was read.
     """
 
@@ -149,8 +150,10 @@ def with_source_model(run: RunConfig, workdir: epath.PathLike | None = None) -> 
         run = dataclasses.replace(run, model_overrides=overrides)
         run.model_config()
         return run
-    # As many rows as its tables have, unless the run says how many.
+    # As many rows as its tables have, unless the run says how many. Dropout is its own too: a
+    # model that never knew any may be destroyed by a preset's (SmolLM2: 9.2 nats instead of 3.0).
     theirs = {"vocab_size": source.vocab_size} | theirs
+    theirs |= {name: getattr(source, name) for name in _DROPOUT}
     base = preset(run.model)
     # The preset's own choice of stacked layers may not go with the source's model.
     execution = {"scan_layers": base.execution.scan_layers and source.execution.scan_layers}
@@ -375,7 +378,12 @@ def _compare(run: RunConfig, model: ModelConfig, source: ModelConfig) -> tuple[s
             f"{'; '.join(words[name] for name in function)}. Set --config.init_architecture=source "
             "to adopt these fields, or =run to keep the run's"
         )
-    return tuple(words.values())
+    dropout = tuple(
+        f"{name} is {getattr(source, name)} there and {getattr(model, name)} here"
+        for name in _DROPOUT
+        if getattr(source, name) != getattr(model, name)
+    )
+    return tuple(words.values()) + dropout
 
 
 def _require_asked_for(run: RunConfig, names: Sequence[str], what: str) -> None:

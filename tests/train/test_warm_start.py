@@ -226,6 +226,7 @@ def test_another_window_is_refused(records, tmp_path, name):
 
 def test_the_sources_architecture_is_taken_over_where_asked(pretrained, records, tmp_path):
     other = {"rope_theta": 5e5, "mlp_activation": "silu", "encoder_layers": 1}
+    other |= {"attention_dropout": 0.0, "residual_dropout": 0.2}
     train(small_run(records, steps=1, model_overrides=other), tmp_path / "source")
     tune = small_run(
         records,
@@ -244,8 +245,11 @@ def test_the_sources_architecture_is_taken_over_where_asked(pretrained, records,
     train(tune, tmp_path / "run", stop_at=1)
     model = load_params_for_inference(tmp_path / "run")[0]
     assert (model.rope_theta, model.mlp_activation, model.encoder_layers) == (5e5, "silu", 1)
-    assert model.mlp_dropout == 0.3  # of training, the run's own
-    assert "0 dropped, 0 initialized randomly" in (tmp_path / "run" / "warm-start.txt").read_text()
+    # Dropout is the source's (the preset has 0.1 and 0), unless the run says otherwise, and told.
+    assert (model.attention_dropout, model.residual_dropout, model.mlp_dropout) == (0.0, 0.2, 0.3)
+    report = (tmp_path / "run" / "warm-start.txt").read_text()
+    assert "0 dropped, 0 initialized randomly" in report
+    assert "mlp_dropout is 0.0 there and 0.3 here" in report
     (tmp_path / "source").rename(tmp_path / "gone")
     assert train(tune, tmp_path / "run").step == 2
     with pytest.raises(ConfigError, match=r"model_overrides.encoder_layers is 2.*has 1"):
