@@ -18,7 +18,7 @@ Further words of the argument, after commas:
   source's, from random parameters or for predictions:
   encdec compile --config=configs/adapt.py:prefix_lm,qwen3-0.6b --topology=v5e:4x4
 
-Fields not set here are as in pretraining: encdec/train/run_config.py explains every field.
+Fields not set here are as in pretraining: encdec/train/run_fields.py explains every field.
 
 Time and loss: stories260K adapted all-all and distilled ends at 1.346 nats per held-out token after
 300 steps, about two minutes of processor time on shared cores of an AMD EPYC (2026-11-29); the

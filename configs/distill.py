@@ -6,7 +6,7 @@
         --config.data.eval_records=data/validation
 
 The paper's recipe: 0.9 x forward KL at temperature 1 + 0.1 x cross entropy, AdamW at 1e-4.
-Everything else, losses included, is as in pretraining (encdec/train/run_config.py explains every
+Everything else, losses included, is as in pretraining (encdec/train/run_fields.py explains every
 field), so that a student and its baseline differ only by the teacher. Either architecture learns
 from a decoder-only teacher.
 

@@ -4,7 +4,7 @@
         --config.data.records=data/train --config.data.eval_records=data/validation
 
 The argument is any preset (`encdec describe` lists them): 330m, 330m-dec, quickstart, ...
-The recipe is the defaults of encdec/train/run_config.py, which explains every field. Set any of
+The recipe is the defaults of encdec/train/run_fields.py, which explains every field. Set any of
 them with --config.FIELD=VALUE. For a shorter run --config.steps is enough: warmup, evaluations and
 checkpoints scale with it.
 

@@ -176,6 +176,15 @@ def requirements(config: Any, prefix: str) -> Require:
     return require
 
 
+def merged(full: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``full`` with the values of ``given``, group by group."""
+    result = dict(full)
+    for name, value in given.items():
+        grouped = isinstance(value, Mapping) and isinstance(full.get(name), Mapping)
+        result[name] = merged(full[name], value) if grouped else value
+    return result
+
+
 def flattened(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
     """The values of nested mappings by path, its parts joined by ``separator``."""
     found: dict[str, Any] = {}

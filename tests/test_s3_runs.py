@@ -27,7 +27,7 @@ from encdec.train import session
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
-from encdec.train.run_config import CheckpointConfig
+from encdec.train.run_fields import CheckpointConfig
 from tests import devices
 from tests.bucket_servers import Proxy
 from tests.test_buckets import (  # noqa: F401

@@ -31,7 +31,8 @@ from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import train
 from encdec.train.losses import loss_positions
 from encdec.train.program import build_program
-from encdec.train.run_config import RunConfig, Tail, parse_config
+from encdec.train.run_config import RunConfig, parse_config
+from encdec.train.run_fields import Tail
 from encdec.train.sharding import make_mesh
 
 TEACHER_RATIO = 4.0  # the least size of the teacher, in students

@@ -24,7 +24,7 @@ from encdec.distill.draw import to_sparse
 from encdec.distill.scorers import make_score_step
 from encdec.model import build_model
 from encdec.saved.saved_params import load_params_for_inference
-from encdec.train.run_config import DistillConfig, LossConfig, Tail
+from encdec.train.run_fields import DistillConfig, LossConfig, Tail
 from encdec.train.step import batch_metrics
 
 

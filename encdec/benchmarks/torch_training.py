@@ -23,7 +23,7 @@ from encdec.interop.layout import Entry, attention_entries, mlp_entries, to_thei
 from encdec.machine import available_cores
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies
-from encdec.train.run_config import OptimizerConfig
+from encdec.train.run_fields import OptimizerConfig
 
 Batch = Mapping[str, np.ndarray]
 

@@ -37,7 +37,7 @@ from encdec.storage import as_path
 from encdec.train.across_mesh import on_mesh
 from encdec.train.feed import host_slice, to_devices
 from encdec.train.losses import loss_positions
-from encdec.train.run_config import MeshConfig
+from encdec.train.run_fields import MeshConfig
 from encdec.train.sharding import ShardingRules, data_shards, make_mesh, param_shardings
 
 HEAD_TOKENS = 32  # positions of a row that have their logits in memory at once

@@ -12,7 +12,7 @@ from encdec.data.sparse_logits import SparseFormat
 from encdec.errors import ConfigError
 from encdec.settings import Settings, setting
 from encdec.storage import any_path
-from encdec.train.run_config import MeshConfig
+from encdec.train.run_fields import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)

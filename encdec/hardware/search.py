@@ -10,7 +10,8 @@ from encdec.errors import ConfigError
 from encdec.hardware.compile import CompiledStep, DoesNotFit, halved, with_remat
 from encdec.logs import logger
 from encdec.model.stacks import REMAT_POLICIES
-from encdec.train.run_config import MeshConfig, RunConfig
+from encdec.train.run_config import RunConfig
+from encdec.train.run_fields import MeshConfig
 
 _LOG = logger(__name__)
 

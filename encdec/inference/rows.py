@@ -24,7 +24,7 @@ from encdec.inference.sampling import Choosing, RowSettings
 from encdec.inference.shapes import bucket, row_count
 from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes
-from encdec.train.run_config import MeshConfig
+from encdec.train.run_fields import MeshConfig
 from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 
 # States of the rows; what is sent back says which of them to finish early, bool [R].

@@ -20,7 +20,8 @@ from typing import Any
 
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows
-from encdec.scaling.ladder import Ladder, PlannedRun, run_config
+from encdec.scaling.ladder import Ladder
+from encdec.scaling.planned_runs import PlannedRun, run_config
 from encdec.scaling.results_file import json_value
 from encdec.train.run_config import RunConfig, to_dict
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from encdec.scaling.compiled import StepFigures
-from encdec.scaling.ladder import Plan, PlannedRun
+from encdec.scaling.planned_runs import Plan, PlannedRun
 from encdec.scaling.results_file import json_value
 
 Figures = Mapping[str, StepFigures]

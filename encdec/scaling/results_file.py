@@ -24,7 +24,7 @@ from encdec.errors import DataError
 from encdec.files import append_rows, lines_exist, whole_lines
 from encdec.metrics.intervals import Interval
 from encdec.scaling.fit import Observations
-from encdec.scaling.ladder import PlannedRun
+from encdec.scaling.planned_runs import PlannedRun
 from encdec.storage import as_path
 
 if TYPE_CHECKING:

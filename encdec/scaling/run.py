@@ -25,7 +25,8 @@ from encdec.buckets import is_address
 from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError, Preempted
 from encdec.files import sole_process, write_json
 from encdec.logs import logger
-from encdec.scaling.ladder import Ladder, Plan, PlannedRun, run_config
+from encdec.scaling.ladder import Ladder
+from encdec.scaling.planned_runs import Plan, PlannedRun, run_config
 from encdec.scaling.results_file import RESULTS_FILE, ResultsFile, collect
 from encdec.storage import as_path, make_directory
 from encdec.train.job import check_place

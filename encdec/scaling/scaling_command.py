@@ -204,7 +204,8 @@ def load_ladder(source: str, overrides: Sequence[str]) -> ml_collections.ConfigD
 
 def _planned(options: argparse.Namespace, overrides: Sequence[str]) -> Any:
     from encdec.data.records import read_card
-    from encdec.scaling.ladder import parse_ladder, plan
+    from encdec.scaling.ladder import parse_ladder
+    from encdec.scaling.planned_runs import plan
 
     ladder = parse_ladder(load_ladder(options.ladder, overrides))
     return plan(ladder, read_card(ladder.records) if ladder.records else None)

@@ -22,9 +22,10 @@ from encdec.scaling.distillation import DistillationLaw
 from encdec.scaling.fit import Law
 from encdec.scaling.frontier import Comparison
 from encdec.scaling.plan_table import short
-from encdec.scaling.plots import Drawn, label_of
+from encdec.scaling.plots import Drawn
 from encdec.scaling.results_file import json_value
 from encdec.scaling.rungs import Rung, RungResult
+from encdec.scaling.series_styles import label_of
 
 _TOKENS = {"target": "target tokens", "source": "source tokens", "both": "source + target tokens"}
 

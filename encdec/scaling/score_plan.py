@@ -14,7 +14,7 @@ from encdec.evaluation.examples import Examples
 from encdec.files import write_text
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.logs import logger
-from encdec.scaling.ladder import Plan
+from encdec.scaling.planned_runs import Plan
 from encdec.scaling.results_file import SCORES_FILE
 from encdec.scaling.run import Workdir
 

@@ -360,7 +360,7 @@ class Engine:
                 prefilled, scores = read_and_score_compiled(*arguments)
                 own, begin = ticket.prompts[place].own, ticket.prompts[place].before
                 arrays = (scores.log_probs_S, scores.likeliest_SxK, scores.likeliest_log_probs_SxK)
-                scored = _scored(
+                scored = Scored.of_arrays(
                     np.array(own, np.int32),
                     *(np.array(array)[begin : begin + len(own)] for array in arrays),
                 )
@@ -429,7 +429,7 @@ class Engine:
                 answer.seen = count
                 continue
             arrays = tokens_RxN, log_probs_RxN, *(likeliest if ticket.alternatives else ())
-            made = _scored(*(array[row, :count] for array in arrays))
+            made = Scored.of_arrays(*(array[row, :count] for array in arrays))
             free_R[row] = self._deliver(answer, made, bool(finished_R[row]))
         if free_R.any():
             self._release(free_R)
@@ -485,18 +485,3 @@ class Engine:
         given = len(answer.prompt.begun)
         begun = Scored(made.tokens[:given], made.log_probs[:given], made.likeliest[:given])
         return answer.input_scores or begun
-
-
-def _scored(
-    tokens_N: np.ndarray,
-    log_probs_N: np.ndarray,
-    ids_NxK: np.ndarray | None = None,
-    values_NxK: np.ndarray | None = None,
-) -> Scored:
-    """Arrays as lists."""
-    likeliest = []
-    if ids_NxK is not None and values_NxK is not None:
-        likeliest = [
-            list(zip(*pair)) for pair in zip(ids_NxK.tolist(), values_NxK.tolist(), strict=True)
-        ]
-    return Scored(tokens_N.tolist(), log_probs_N.tolist(), likeliest)

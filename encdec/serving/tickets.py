@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Self
+
+import numpy as np
 
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.text_io import TextStream
@@ -28,6 +30,20 @@ class Scored:
     tokens: list[int]
     log_probs: list[float]
     likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of_arrays(
+        cls,
+        tokens_N: np.ndarray,
+        log_probs_N: np.ndarray,
+        ids_NxK: np.ndarray | None = None,
+        values_NxK: np.ndarray | None = None,
+    ) -> Self:
+        likeliest = []
+        if ids_NxK is not None and values_NxK is not None:
+            pairs = zip(ids_NxK.tolist(), values_NxK.tolist(), strict=True)
+            likeliest = [list(zip(*pair)) for pair in pairs]
+        return cls(tokens_N.tolist(), log_probs_N.tolist(), likeliest)
 
 
 @dataclasses.dataclass(frozen=True)

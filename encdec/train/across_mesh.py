@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from encdec.train.run_config import MeshConfig
+from encdec.train.run_fields import MeshConfig
 from encdec.train.sharding import ShardingRules
 
 

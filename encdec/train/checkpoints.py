@@ -33,7 +33,7 @@ from encdec.saved.saved_params import (
 )
 from encdec.saved.uploaded_steps import UploadedSteps, are_uploaded
 from encdec.storage import make_directory, move_directory
-from encdec.train.run_config import CheckpointConfig
+from encdec.train.run_fields import CheckpointConfig
 from encdec.train.state import TrainState
 
 _LOG = logger(__name__)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.errors import ConfigError
-from encdec.train.run_config import AlphaSchedule, Divergence, Tail
+from encdec.train.run_fields import AlphaSchedule, Divergence, Tail
 
 Fields = Mapping[str, jax.Array]
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.train.distillation_losses import distillation_losses, picked_logits, sparse_losses
-from encdec.train.run_config import DistillConfig, LossConfig
+from encdec.train.run_fields import DistillConfig, LossConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ import optax
 from encdec.model.kernels import platform
 from encdec.train.groups import factor_tree, frozen_at_first, frozen_tree, with_factors
 from encdec.train.muon import muon
-from encdec.train.run_config import OptimizerConfig, RunConfig
+from encdec.train.run_config import RunConfig
+from encdec.train.run_fields import OptimizerConfig
 
 Tree = Any
 

@@ -1,10 +1,9 @@
 """What a run is: its typed configuration, and every check that needs neither data nor devices.
 
-The defaults below are the recipe of pretraining: the paper's where it states one (AdamW's decay
-rates, weight decay, clipping, cosine to 0, batch of 128), ours else. A config file
-(``configs/*.py``) returns an ml_collections ``ConfigDict`` of what differs from them;
-``complete`` adds the rest, so that each field can be overridden from the command line, and
-``parse_config`` turns it into the frozen ``RunConfig`` that the training code reads.
+A config file (``configs/*.py``) returns an ml_collections ``ConfigDict`` of what differs from the
+defaults, here and in ``encdec.train.run_fields``; ``complete`` adds the rest, so that each field
+can be overridden from the command line, and ``parse_config`` turns it into the frozen
+``RunConfig`` that the training code reads.
 """
 
 from __future__ import annotations
@@ -25,115 +24,20 @@ from encdec.model.execution import INFERENCE_FIELDS, ExecutionConfig
 from encdec.model.model_config import ModelConfig
 from encdec.model.presets import preset, preset_names
 from encdec.storage import user_place
-
-Divergence = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
-AlphaSchedule = Literal["constant", "warmup", "learning_rate"]
-Tail = Literal["merged", "dropped"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    records: str = ""  # directory made by `encdec prepare`
-    eval_records: str = ""  # the held-out directory; empty: no evaluation
-    shuffle: bool = True  # a different order of the rows in every epoch
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, which stands for the rest."""
-
-    data: int = -1  # copies of the model
-    fsdp: int = 1  # shards of parameters and optimizer state, each with its own rows
-    tensor: int = 1  # shards of heads, MLP and vocabulary, which share their rows
-    # When fsdp's shards are gathered: once per step (each device holds the whole model in the
-    # compute dtype), or at every use (least memory)
-    gather: Literal["step", "use"] = "step"
-    # dtype in which gradients are produced and all-reduced; with bfloat16, gathered weights use it
-    # too. (Sums over micro-batches are always float32.)
-    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-3  # at the schedule's peak
-    weight_decay: float = 0.01  # times the learning rate; matrices only, never norms and biases
-    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
-    b1: float = 0.9  # AdamW: decay of the first moment
-    b2: float = 0.98  # AdamW: decay of the second moment
-    eps: float = 1e-8  # AdamW: added to the root of the second moment
-    momentum: float = 0.95  # Muon: decay of the momentum
-    decay_rate: float = 0.8  # Adafactor: second moment decays by 1 - step^-decay_rate
-    # Groups with a different learning rate, as in "encoder/*=0.5,*/encoder_attention/*=2": patterns
-    # of names with unrolled layers, the last that matches decides; empty: none
-    factors: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class FreezeConfig:
-    """Parameters that are frozen at first, together with their part of the optimizer."""
-
-    # Patterns of names with unrolled layers; the last that matches decides, and "!" excludes, as
-    # in "*,!*/encoder_attention/*": all but cross-attention; empty: none
-    parameters: str = ""
-    steps: float = 0.0  # for how long; below 1: a fraction of the run; 0: the whole run
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    """Linear warmup, then a decay; fractions are of the peak or of the run, in [0, 1]."""
-
-    name: Literal["cosine", "linear", "rsqrt", "wsd", "constant"] = "cosine"
-    warmup_steps: float = 0.01  # up to the peak; below 1: a fraction of the run
-    final_fraction: float = 0.0  # of the peak, at the last step (cosine, linear, wsd)
-    decay_fraction: float = 0.2  # wsd: the fraction of the run spent decaying linearly
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    z_loss: float = 1e-4  # weight of log(sum(exp(logits)))^2, which keeps logits small (PaLM)
-    label_smoothing: float = 0.0  # probability spread evenly over the vocabulary
-    vocab_tile: int = 0  # vocabulary entries scored at a time; 0: all at once
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """The objective is alpha x the teacher's divergence + (1 - alpha) x cross entropy on gold."""
-
-    teacher: str = ""  # directory made by `encdec score` on data.records; empty: no distillation
-    loss: Divergence = "forward_kl"  # see encdec/train/distillation_losses.py
-    alpha: float = 0.9  # weight of the teacher, in [0, 1]
-    alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises, "learning_rate" decays
-    warmup_steps: float = 0.0  # of alpha's "warmup" schedule; below 1: a fraction of the run
-    temperature: float = 1.0  # of both distributions; as in the stored teacher
-    beta: float = 0.5  # jensen_shannon: the teacher's share of the mixture
-    tail: Tail = "merged"  # top-k rows: the mass left out is one outcome, or ignored (biased)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    # Steps between evaluations; below 1: a fraction of the run; 0: only after the last step
-    every: float = 0.05
-    batches: int = 0  # batches evaluated each time; 0: every row once
-    batch_size: int = 0  # rows; 0: as many as one training micro-batch
-    patience: int = 0  # evaluations without a lower loss after which the run ends; 0: never
-    at_start: bool = False  # also before the first step: what a start from other weights gives
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    # Steps between checkpoints; below 1: a fraction of the run; 0: only the last step's, which is
-    # always saved
-    every: float = 0.05
-    keep: int = 2  # newest checkpoints kept; 0 keeps all
-    keep_best: int = 0  # also keep this many with the lowest held-out loss; 0: none
-    keep_every: int = 0  # also keep each checkpoint whose step is a multiple; 0: none
-
-
-@dataclasses.dataclass(frozen=True)
-class ProfileConfig:
-    first_step: int = 0  # start a profiler trace at this step; 0: no profile
-    steps: int = 5  # steps in the trace
+from encdec.train.run_fields import (
+    RANGES,
+    READ_WITH,
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    EvalConfig,
+    FreezeConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    ScheduleConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,16 +66,16 @@ class RunConfig:
     init_grow: bool = False  # randomly initialize rows that the source's vocabulary tables lack
     log_every: int = 50  # steps between two lines of metrics
     trackers: str = ""  # further writers of metrics: "wandb", "mlflow" or "wandb,mlflow"
-    data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    freeze: FreezeConfig = FreezeConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    loss: LossConfig = LossConfig()
-    distill: DistillConfig = DistillConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    profile: ProfileConfig = ProfileConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     def model_config(self) -> ModelConfig:
         """The preset with its overrides.
@@ -194,30 +98,6 @@ class RunConfig:
     def micro_batch_size(self) -> int:
         return self.batch_size // self.accumulation
 
-
-# Fields that some choices alone read: with another they keep their defaults. No choices: any value
-# of the other field but an empty one or 0.
-READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "optimizer.b1": ("optimizer.name", ("adamw", "muon")),
-    "optimizer.b2": ("optimizer.name", ("adamw", "muon")),
-    "optimizer.eps": ("optimizer.name", ("adamw", "muon")),
-    "optimizer.momentum": ("optimizer.name", ("muon",)),
-    "optimizer.decay_rate": ("optimizer.name", ("adafactor",)),
-    "freeze.steps": ("freeze.parameters", ()),
-    "schedule.final_fraction": ("schedule.name", ("cosine", "linear", "wsd")),
-    "schedule.decay_fraction": ("schedule.name", ("wsd",)),
-    "distill.loss": ("distill.teacher", ()),
-    "distill.alpha": ("distill.teacher", ()),
-    "distill.alpha_schedule": ("distill.teacher", ()),
-    "distill.temperature": ("distill.teacher", ()),
-    "distill.tail": ("distill.teacher", ()),
-    "distill.warmup_steps": ("distill.alpha_schedule", ("warmup",)),
-    "distill.beta": ("distill.loss", ("jensen_shannon",)),
-    "eval.batches": ("data.eval_records", ()),
-    "eval.at_start": ("data.eval_records", ()),
-    "eval.batch_size": ("data.eval_records", ()),
-    "profile.steps": ("profile.first_step", ()),
-}
 
 # Numbers of steps that may be given as a part of the run, below 1; ``parse_config`` turns them into
 # steps, so that a shorter run is one with another ``config.steps``.
@@ -390,20 +270,22 @@ def _check_names(values: Mapping[str, Any], full: ml_collections.ConfigDict) -> 
 
 def _check_values(run: RunConfig) -> None:
     require = requirements(run, "config.")
-    for name in ("batch_size", "accumulation", "steps", "log_every"):
-        require(getattr(run, name) > 0, name, "a positive number")
+    for name, (expected, allowed) in RANGES.items():
+        require(allowed(value_of(run, name)), name, expected)
     require(
         run.batch_size % run.accumulation == 0,
         "batch_size",
         f"a multiple of config.accumulation = {run.accumulation}",
     )
-    require(0 <= run.seed < 2**31, "seed", "a number from 0 to 2^31 - 1")
-    require(run.profile.steps > 0, "profile.steps", "a positive number")
     _check_read_fields(run, require)
-    _check_optimizer(run, require)
-    _check_losses(run, require)
+    _check_schedules(run, require)
     _check_evaluation_and_checkpoints(run, require)
-    _check_mesh(run, require)
+    sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    if sizes.count(-1) > 1:
+        raise ConfigError(
+            f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}; "
+            "expected -1 on at most one axis"
+        )
 
 
 def _check_read_fields(run: RunConfig, require: Require) -> None:
@@ -426,42 +308,23 @@ def _check_read_fields(run: RunConfig, require: Require) -> None:
         )
 
 
-def _check_optimizer(run: RunConfig, require: Require) -> None:
-    optimizer, schedule = run.optimizer, run.schedule
-    require(optimizer.learning_rate > 0, "optimizer.learning_rate", "a positive number")
-    require(optimizer.eps > 0, "optimizer.eps", "a positive number")
-    for name in ("weight_decay", "clip_norm"):
-        require(getattr(optimizer, name) >= 0, f"optimizer.{name}", "0 (off) or a positive number")
-    for name in ("b1", "b2", "momentum"):
-        require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", "a number in [0, 1)")
-    require(0 < optimizer.decay_rate < 1, "optimizer.decay_rate", "a number in (0, 1)")
+def _check_schedules(run: RunConfig, require: Require) -> None:
+    schedule, distill = run.schedule, run.distill
     require(
         0 <= schedule.warmup_steps < run.steps,
         "schedule.warmup_steps",
         f"0 or more, and less than config.steps = {run.steps}",
     )
     require(
-        0 <= run.freeze.steps < run.steps,
-        "freeze.steps",
-        f"0 (the whole run), or less than config.steps = {run.steps}",
-    )
-    require(
         schedule.name != "rsqrt" or schedule.warmup_steps > 0,
         "schedule.warmup_steps",
         "1 or more with the rsqrt schedule, whose decay starts from it",
     )
-    for name in ("final_fraction", "decay_fraction"):
-        require(0 <= getattr(schedule, name) <= 1, f"schedule.{name}", "a fraction in [0, 1]")
-
-
-def _check_losses(run: RunConfig, require: Require) -> None:
-    require(run.loss.z_loss >= 0, "loss.z_loss", "0 (off) or a positive number")
-    require(0 <= run.loss.label_smoothing < 1, "loss.label_smoothing", "a number in [0, 1)")
-    require(run.loss.vocab_tile >= 0, "loss.vocab_tile", "0 (all at once) or a positive number")
-    distill = run.distill
-    require(0 <= distill.alpha <= 1, "distill.alpha", "a weight in [0, 1]")
-    require(distill.temperature > 0, "distill.temperature", "a positive number")
-    require(0 < distill.beta < 1, "distill.beta", "a share between 0 and 1")
+    require(
+        0 <= run.freeze.steps < run.steps,
+        "freeze.steps",
+        f"0 (the whole run), or less than config.steps = {run.steps}",
+    )
     require(
         distill.alpha_schedule != "warmup" or distill.warmup_steps > 0,
         "distill.warmup_steps",
@@ -470,19 +333,6 @@ def _check_losses(run: RunConfig, require: Require) -> None:
 
 
 def _check_evaluation_and_checkpoints(run: RunConfig, require: Require) -> None:
-    for name in (
-        "distill.warmup_steps",
-        "eval.every",
-        "eval.batches",
-        "eval.batch_size",
-        "eval.patience",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.keep_best",
-        "checkpoint.keep_every",
-        "profile.first_step",
-    ):
-        require(value_of(run, name) >= 0, name, "0 or a positive number")
     require(
         not run.eval.patience or bool(run.eval.every and run.data.eval_records),
         "eval.patience",
@@ -508,14 +358,3 @@ def _check_evaluation_and_checkpoints(run: RunConfig, require: Require) -> None:
         "config.checkpoint.keep_best, with config.checkpoint.every equal to "
         "config.eval.every, so that the best is kept",
     )
-
-
-def _check_mesh(run: RunConfig, require: Require) -> None:
-    sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    for name, size in zip(("data", "fsdp", "tensor"), sizes):
-        require(size == -1 or size > 0, f"mesh.{name}", "a positive number, or -1 for the rest")
-    if sizes.count(-1) > 1:
-        raise ConfigError(
-            f"config.mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}; "
-            "expected -1 on at most one axis"
-        )

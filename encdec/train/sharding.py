@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from encdec.errors import ConfigError
 from encdec.model.parameter_names import path_name
-from encdec.train.run_config import MeshConfig
+from encdec.train.run_fields import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MeshAxes = tuple[str, ...]

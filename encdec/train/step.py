@@ -15,7 +15,8 @@ from encdec.train.across_mesh import keep_apart, on_each_shard, summed_over_shar
 from encdec.train.distillation_losses import alpha_schedule
 from encdec.train.losses import LossSums, Teaching, loss_positions, target_losses
 from encdec.train.optimizer import make_schedule
-from encdec.train.run_config import DistillConfig, LossConfig, RunConfig
+from encdec.train.run_config import RunConfig
+from encdec.train.run_fields import DistillConfig, LossConfig
 from encdec.train.state import TrainState, step_key
 
 Batch = Mapping[str, jax.Array]

@@ -31,7 +31,8 @@ from encdec.hardware.search import search, search_meshes
 from encdec.hardware.topology import find_topology, generation_named, parse_name
 from encdec.model import build_model, init_params, preset
 from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
-from encdec.train.run_config import MeshConfig, RunConfig, load_config, parse_config
+from encdec.train.run_config import RunConfig, load_config, parse_config
+from encdec.train.run_fields import MeshConfig
 from encdec.train.sharding import make_mesh
 
 CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")

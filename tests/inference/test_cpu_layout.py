@@ -23,7 +23,8 @@ from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
 from encdec.model import build_model, check_params, for_decoding, preset, shard_for_cpu
 from encdec.model.attention import dot_product_attention
-from encdec.model.cpu_layout import CpuMlp, attention_in_blocks, heads_first
+from encdec.model.cpu_attention import attention_in_blocks, heads_first
+from encdec.model.cpu_layout import CpuMlp
 from encdec.model.cpu_products import (
     BATCHED_ROWS,
     FEW_ROWS,

@@ -546,7 +546,7 @@ def test_dtypes_and_names_are_kept(tmp_path):
 def test_parameters_are_read_where_the_mesh_wants_them(tmp_path):
     """Each device holds its part; a lost parameter is named."""
     from encdec.model import abstract_params, logical_axes
-    from encdec.train.run_config import MeshConfig
+    from encdec.train.run_fields import MeshConfig
     from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 
     save_model(tmp_path / "hf", "llama2")

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from encdec.scaling.fit import Law, Observations
-from encdec.scaling.ladder import Plan
+from encdec.scaling.planned_runs import Plan
 from encdec.scaling.results_file import describe
 
 

@@ -13,7 +13,8 @@ from encdec.cli import main
 from encdec.errors import DataError
 from encdec.scaling import compiled
 from encdec.scaling.compiled import StepFigures, read_kept, step_figures
-from encdec.scaling.ladder import parse_ladder, plan
+from encdec.scaling.ladder import parse_ladder
+from encdec.scaling.planned_runs import plan
 from encdec.scaling.scaling_command import load_ladder
 
 LADDERS = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "scaling.py")

@@ -11,10 +11,12 @@ from encdec.errors import ConfigError, DataError
 from encdec.scaling.analysis import analyse
 from encdec.scaling.distillation import DistillationLaw, fit_distillation
 from encdec.scaling.fit import Law, Observations
-from encdec.scaling.ladder import parse_ladder, plan, run_config
-from encdec.scaling.plots import draw_all, label_of
+from encdec.scaling.ladder import parse_ladder
+from encdec.scaling.planned_runs import plan, run_config
+from encdec.scaling.plots import draw_all
 from encdec.scaling.results_file import Choices, describe
 from encdec.scaling.scaling_report import as_json, sections
+from encdec.scaling.series_styles import label_of
 
 SUPERVISED = Law("total", 1.7, 400.0, 410.0, (0.34,), 0.28)
 PLANTED = DistillationLaw(

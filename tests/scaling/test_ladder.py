@@ -16,8 +16,9 @@ from encdec.config_files import read_config_file, split_overrides
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
 from encdec.fields import differences, flattened
-from encdec.scaling.ladder import Ladder, parse_ladder, plan, run_config
+from encdec.scaling.ladder import Ladder, parse_ladder
 from encdec.scaling.matching import Match
+from encdec.scaling.planned_runs import plan, run_config
 from encdec.scaling.scaling_command import load_ladder
 from encdec.train.run_config import RunConfig
 

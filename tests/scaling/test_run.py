@@ -22,7 +22,8 @@ from encdec.errors import CheckpointError, DataError, NonFiniteError
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.load_generator import load
 from encdec.metrics.metric_registry import metric_named
-from encdec.scaling.ladder import Plan, parse_ladder, plan
+from encdec.scaling.ladder import parse_ladder
+from encdec.scaling.planned_runs import Plan, plan
 from encdec.scaling.results_file import ResultsFile, collect
 from encdec.scaling.run import Workdir, run_plan
 from tests.devices import one_device
@@ -117,7 +118,7 @@ def test_killed_between_training_and_recording(tmp_path, records, eval_records):
     """The last evaluation stands in the run's directory, and nothing in the results."""
     found, train = tiny(records, eval_records), FakeTraining()
     run = found.runs[0]
-    from encdec.scaling.ladder import run_config
+    from encdec.scaling.planned_runs import run_config
 
     train(run_config(found.ladder, run), str(Workdir(tmp_path).run_directory(run.name)))
     outcome = run_plan(found, tmp_path, train=train)

@@ -13,7 +13,8 @@ from encdec.cli import main
 from encdec.errors import DataError
 from encdec.scaling.analysis import analyse
 from encdec.scaling.fit import Law
-from encdec.scaling.ladder import parse_ladder, plan
+from encdec.scaling.ladder import parse_ladder
+from encdec.scaling.planned_runs import plan
 from encdec.scaling.results_file import Choices, ResultsFile
 from encdec.scaling.scaling_command import load_ladder
 from tests.scaling.synthetic import planned_rows

@@ -20,7 +20,8 @@ from encdec.train.checkpoints import Checkpoints, kept_steps
 from encdec.train.evaluator import Evaluator
 from encdec.train.loop import train
 from encdec.train.program import build_program
-from encdec.train.run_config import CheckpointConfig, MeshConfig, parse_config
+from encdec.train.run_config import parse_config
+from encdec.train.run_fields import CheckpointConfig, MeshConfig
 from encdec.train.sharding import make_mesh
 from encdec.train.state import TrainState
 from tests.train.conftest import small_run

@@ -24,7 +24,8 @@ from encdec.train.job import prepare_job
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from encdec.train.program import abstract_batch, build_program
-from encdec.train.run_config import DistillConfig, LossConfig, parse_config
+from encdec.train.run_config import parse_config
+from encdec.train.run_fields import DistillConfig, LossConfig
 from encdec.train.sharding import make_mesh
 from encdec.train.step import batch_metrics
 from tests.devices import one_device

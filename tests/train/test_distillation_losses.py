@@ -19,7 +19,7 @@ from encdec.train.distillation_losses import (
     distillation_losses,
 )
 from encdec.train.losses import Teaching, target_losses
-from encdec.train.run_config import DistillConfig, LossConfig
+from encdec.train.run_fields import DistillConfig, LossConfig
 
 B, T, V, TABLE = 2, 5, 40, 48
 DIVERGENCES = ("forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon")

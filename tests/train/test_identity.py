@@ -17,7 +17,7 @@ from encdec.data.vocabulary import ByteVocabulary, VocabularySpec
 from encdec.errors import CheckpointError
 from encdec.model import ModelConfig, preset
 from encdec.saved.saved_config import FORMAT_VERSION
-from encdec.scaling.ladder import PlannedRun
+from encdec.scaling.planned_runs import PlannedRun
 from encdec.train.run_config import RunConfig, complete, to_dict
 from encdec.train.workdir import check_workdir
 from tests.train.test_warm_start import FUNCTION, WINDOWS

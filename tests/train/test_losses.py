@@ -12,7 +12,7 @@ import pytest
 from encdec.model import build_model, init_params, preset
 from encdec.train.losses import loss_positions, target_losses
 from encdec.train.metrics import eval_report
-from encdec.train.run_config import LossConfig
+from encdec.train.run_fields import LossConfig
 from encdec.train.step import batch_metrics
 from tests.model.examples import drawn, packed_batch
 

@@ -12,7 +12,8 @@ import pytest
 
 from encdec.model import abstract_params, build_model, logical_axes, preset, unroll_params
 from encdec.train.optimizer import decayed, make_optimizer, make_schedule, muon_dimensions
-from encdec.train.run_config import OptimizerConfig, parse_config
+from encdec.train.run_config import parse_config
+from encdec.train.run_fields import OptimizerConfig
 from tests.train.conftest import small_run
 
 OPTIMIZERS = typing.get_args(typing.get_type_hints(OptimizerConfig)["name"])  # a new one, too

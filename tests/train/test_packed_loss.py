@@ -12,7 +12,7 @@ from encdec.data.batches import Batches
 from encdec.data.prepare import prepare
 from encdec.data.records import open_records
 from encdec.model import build_model, preset
-from encdec.train.run_config import LossConfig
+from encdec.train.run_fields import LossConfig
 from encdec.train.step import batch_metrics
 from tests.model.examples import drawn
 

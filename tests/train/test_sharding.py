@@ -12,7 +12,8 @@ from encdec.model import abstract_params, build_model, logical_axes, preset
 from encdec.train.across_mesh import compute_params
 from encdec.train.feed import host_slice
 from encdec.train.program import build_program
-from encdec.train.run_config import MeshConfig, parse_config
+from encdec.train.run_config import parse_config
+from encdec.train.run_fields import MeshConfig
 from encdec.train.sharding import ShardingRules, make_mesh, param_shardings
 from tests.train.conftest import small_run
 
