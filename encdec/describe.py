@@ -77,7 +77,7 @@ class Description:
     inputs: int
     targets: int
     models: list[Model]
-    notes: list[str]  # peers that could not be matched, and why
+    left_out: list[str]  # peers that could not be matched, and why
 
 
 def main(argv: list[str]) -> None:
@@ -127,17 +127,17 @@ def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Descr
     Raises:
         ConfigError: an invalid length.
     """
-    models, notes = [Model(name, "", config, costs(config, inputs, targets))], []
+    models, left_out = [Model(name, "", config, costs(config, inputs, targets))], []
     if config.is_encoder_decoder:
         for by in _PEERS:
             try:
                 peer = match_decoder_only(config, by=by, inputs=inputs, targets=targets)
             except ConfigError as error:  # the model is still shown alone
-                notes.append(str(error))
+                left_out.append(str(error))
                 continue
             peer_name = _preset_like(peer) or "decoder-only"
             models.append(Model(peer_name, by, peer, costs(peer, inputs, targets)))
-    return Description(inputs, targets, models, notes)
+    return Description(inputs, targets, models, left_out)
 
 
 def _preset_like(config: ModelConfig) -> str | None:
@@ -177,7 +177,7 @@ def as_json(description: Description) -> dict[str, Any]:
     return {
         "inputs": description.inputs,
         "targets": description.targets,
-        "notes": description.notes,
+        "notes": description.left_out,
         "models": [
             {
                 "name": model.name,
@@ -284,7 +284,7 @@ def show(description: Description, console: Console) -> None:
         f"\nOne row of {description.inputs:,} source and {description.targets:,} target tokens. "
         "Causal attention counts half, the head is counted per target token."
     )
-    for note in description.notes:
+    for note in description.left_out:
         console.print(f"Left out: {escape(note)}")
 
 

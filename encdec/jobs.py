@@ -1,9 +1,13 @@
-"""Resumable jobs: a directory filled block by block, which a later call continues.
+"""Resumable jobs: directories filled block by block, and files of rows, that later calls continue.
 
 While a directory is unfinished, ``encdec-unfinished/job.json`` in it says what is being made, and
 each finished block leaves a note there of its file and its tally. Blocks depend on the job and
 their number alone, so a repeated call makes the missing ones and ends in the same bytes. The card
 is written last: a directory with a card is finished.
+
+Answers and predictions are files of JSON rows: ``claim_settings`` or ``check_settings`` keeps the
+settings that make them next to them, ``writing_rows`` and ``encdec.files.append_rows`` write, and
+``read_rows`` gives what is there, up to the last whole line.
 """
 
 from __future__ import annotations
@@ -14,12 +18,20 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from encdec.buckets import copy_objects, is_address, objects, remove_objects
 from encdec.errors import ConfigError, DataError, InUseError
-from encdec.files import clear_partial, file_sha256, file_size, sole_writer, write_bytes, write_json
+from encdec.files import (
+    clear_partial,
+    file_sha256,
+    file_size,
+    sole_writer,
+    whole_lines,
+    write_bytes,
+    write_json,
+)
 from encdec.storage import entries, make_directory, remove_directory
 
 if TYPE_CHECKING:
@@ -68,6 +80,7 @@ class Tally:
 
 
 T = TypeVar("T", bound=Tally)
+Row = TypeVar("Row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,3 +337,40 @@ def claim_settings(
         check_settings(path, identity, holder=holder, remedy=remedy)
     else:
         write_json(path, plain(identity))
+
+
+@contextlib.contextmanager
+def writing_rows(path: pathlib.Path | epath.Path) -> Iterator[None]:
+    """Makes a file of rows, or holds the existing one, which no other process writes within the
+    block; ``append_rows(..., held=True)`` writes them.
+
+    Raises:
+        InUseError: another process writes it.
+    """
+    if not is_address(path):
+        path.touch()
+    with sole_writer(path):
+        yield
+
+
+def read_rows(
+    path: pathlib.Path | epath.Path, parse: Callable[[Any], Row], what: str, remedy: str
+) -> Iterator[tuple[str, int, Row]]:
+    """(file and line, bytes of the line, the row) of each whole line of a file of rows.
+
+    Args:
+        path: the file.
+        parse: a row of a line's JSON value; ValueError, KeyError or TypeError where it is none.
+        what: a row, in messages: "a prediction of this command".
+        remedy: what to do about another line.
+
+    Raises:
+        DataError: a line that is no such row.
+    """
+    for number, line in whole_lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = parse(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{where} is not {what}; {remedy}") from None
+        yield where, len(line), row

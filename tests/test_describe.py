@@ -75,7 +75,7 @@ def test_a_decoder_only_model_stands_alone(capsys):
 def test_a_peer_that_cannot_be_is_left_out_with_the_reason():
     config = preset("test", mlp_dim=8, decoder_layers=1, encoder_layers=1)
     description = describe("odd", config, 8, 8)
-    assert len(description.models) + len(description.notes) == 3 and description.notes
+    assert len(description.models) + len(description.left_out) == 3 and description.left_out
     assert "Left out: no decoder-only model matches" in shown("odd", config, 8, 8)
 
 

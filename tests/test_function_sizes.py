@@ -24,7 +24,7 @@ ALLOWED = {
 
 ALLOWED_FILES = {
     # transformers loads a model's code from one file, which travels with every export.
-    "encdec/export/shipped/modeling_encdec.py",
+    "encdec/export/shipped/modeling_encdec.py"
 }
 
 # The core path: what reads records, the model as it is trained, and training. Not in it: layouts

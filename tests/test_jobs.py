@@ -334,7 +334,8 @@ def users(tmp_path, monkeypatch):
             done = output.done()
             output.begin()
             for first in range(done, len(SOURCES), 4):
-                output.append([row(n, s) for n in range(first, first + 4) for s in range(2)])
+                window = range(first, min(first + 4, len(SOURCES)))
+                output.append([row(n, s) for n in window for s in range(2)])
                 step()
 
     def predicted(out, step, other=False):
@@ -402,7 +403,24 @@ def test_an_interrupted_job_ends_in_the_same_bytes(user, users, tmp_path):
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("user", [*DIRECTORY_JOBS, "generate"])
+@pytest.mark.parametrize("user", ["generate", "evaluate"])
+def test_rows_that_a_kill_cut_at_any_byte_are_made_again(user, users, tmp_path):
+    """Also a file that has its settings, but no row yet."""
+    call, out = users[user], tmp_path / "out"
+    call(out, lambda: None)
+    whole = contents(out)
+    [rows] = out.glob("*.jsonl")
+    size = rows.stat().st_size
+    for cut in [*range(0, size, size // 12), size - 1]:
+        rows.write_bytes(whole[rows.name][:cut])
+        call(out, lambda: None)
+        assert contents(out) == whole, cut
+    rows.write_bytes(b'{"index": 0}\n')
+    with pytest.raises(DataError, match=r"jsonl:1 is not (an answer written by|a prediction of)"):
+        call(out, lambda: None)
+
+
+@pytest.mark.parametrize("user", [*DIRECTORY_JOBS, "generate", "evaluate"])
 def test_a_second_process_is_refused_and_the_first_loses_nothing(user, users, tmp_path):
     call, refused = users[user], []
 

@@ -65,7 +65,7 @@ def _greedy(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np
 # Columns of a candidate: lengths, shares of a row, their sum and difference, example number.
 SOURCE, TARGET, SOURCE_SHARE, TARGET_SHARE, SUM, DIFFERENCE, EXAMPLE = range(7)
 
-Score = Callable[[np.ndarray, float, float], np.ndarray]
+Priority = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 def _alignment(candidates: np.ndarray, free_source: float, free_target: float) -> np.ndarray:
@@ -85,7 +85,7 @@ def _balance(candidates: np.ndarray, free_source: float, free_target: float) -> 
 
 # Which fits best depends on how sources and targets are distributed: by alignment where one side
 # is coarse, by balance where the two sides vary on their own.
-SCORES: tuple[Score, ...] = (_alignment, _fullness, _balance)
+PRIORITIES: tuple[Priority, ...] = (_alignment, _fullness, _balance)
 
 
 def _best_fit(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[np.ndarray]:
@@ -102,11 +102,11 @@ def _best_fit(sources: np.ndarray, targets: np.ndarray, S: int, T: int) -> list[
         ]
     )
     trial = examples[:, :TRIAL]
-    score = min(SCORES, key=lambda score: len(_fill(trial, S, T, score)))
-    return _fill(examples, S, T, score)
+    priority = min(PRIORITIES, key=lambda one: len(_fill(trial, S, T, one)))
+    return _fill(examples, S, T, priority)
 
 
-def _fill(examples: np.ndarray, S: int, T: int, score: Score) -> list[np.ndarray]:
+def _fill(examples: np.ndarray, S: int, T: int, priority: Priority) -> list[np.ndarray]:
     total = examples.shape[1]
     pool = examples[:, :POOL].copy()
     count = taken = pool.shape[1]
@@ -121,13 +121,13 @@ def _fill(examples: np.ndarray, S: int, T: int, score: Score) -> list[np.ndarray
         taken += unsearched
         while count:
             candidates = pool[:, :count]
-            scores = score(candidates, free_source / max(S, 1), free_target / T)
+            priorities = priority(candidates, free_source / max(S, 1), free_target / T)
             if free_source < longest_source or free_target < longest_target:
                 too_long = candidates[SOURCE] > free_source
                 too_long |= candidates[TARGET] > free_target
-                scores[too_long] = -np.inf
-            place = int(scores.argmax())
-            if scores[place] == -np.inf:
+                priorities[too_long] = -np.inf
+            place = int(priorities.argmax())
+            if priorities[place] == -np.inf:
                 break
             free_source -= int(pool[SOURCE, place])
             free_target -= int(pool[TARGET, place])
@@ -142,8 +142,8 @@ def _fill(examples: np.ndarray, S: int, T: int, score: Score) -> list[np.ndarray
     return rows
 
 
-def _that_fit(lengths: np.ndarray, source_room: float, target_room: float) -> int:
+def _that_fit(lengths: np.ndarray, free_source: float, free_target: float) -> int:
     """How many of the examples, in order, fit both remaining capacities."""
     used = np.cumsum(lengths, axis=1)
-    fits = (used[SOURCE] <= source_room) & (used[TARGET] <= target_room)
+    fits = (used[SOURCE] <= free_source) & (used[TARGET] <= free_target)
     return int(fits.argmin()) if not fits.all() else len(fits)

@@ -54,14 +54,14 @@ WriteBlocks = Callable[
 def prepare(
     settings: PrepareSettings = PrepareSettings(),
     *,
-    notes: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     writer: WriteBlocks | None = None,
     **fields: Any,
 ) -> DatasetCard:
     """Write a records directory as ``settings`` say, or with these of its ``fields``.
 
-    ``notes`` are files (name to text) to store with the records; ``writer`` writes the blocks in
+    ``texts`` are files (name to text) to store with the records; ``writer`` writes the blocks in
     place of this machine's processes (``beam_prepare``).
 
     Raises ConfigError for settings that cannot work and DataError for bad input or, if asked for
@@ -121,7 +121,7 @@ def prepare(
         except EncdecError:
             building.discard()
             raise
-        for name, content in (notes or {}).items():
+        for name, content in (texts or {}).items():
             write_text(building.directory / name, content)
         card.write(building.directory)
         building.end()

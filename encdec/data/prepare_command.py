@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     objective = choose_objective(settings.objective, task)
     refuse_unused(bindings)
     split = settings.split_name
-    notes = {"operative_config.gin": gin.operative_config_str()}
+    texts = {"operative_config.gin": gin.operative_config_str()}
     writer = None
     if beam_options is not None:
         if settings.workers is not None:
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
                 settings, objective=objective, task=task, split=split, data_dir=None, **FILES
             ),
             progress=progress,
-            notes=notes,
+            texts=texts,
             writer=writer,
         )
     finally:

@@ -7,8 +7,8 @@ per bootstrap sample.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,18 @@ import numpy as np
 
 from encdec.data.features import LAYOUTS
 from encdec.data.records import encode_row
-from encdec.errors import DataError
-from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
-from encdec.files import append_rows, line_files, whole_lines
+from encdec.evaluation.predictions import (
+    REMEDY,
+    Example,
+    OnBatch,
+    TooLong,
+    is_skipped,
+    open_windows,
+)
+from encdec.files import append_rows, line_files
 from encdec.inference.shapes import bucket
 from encdec.inference.text_io import PromptFormat
+from encdec.jobs import read_rows, writing_rows
 from encdec.metrics.score import Score, bits_per_byte, ratio_score
 from encdec.model import ModelConfig, build_model
 from encdec.train.losses import loss_positions
@@ -74,27 +81,27 @@ class LikelihoodFiles:
         """
         found = {}
         for path in line_files(self._directory, "likelihood-*.jsonl"):
-            for number, line in whole_lines(path):
-                try:
-                    row = json.loads(line)
-                    found[row["index"]] = (
-                        SKIPPED
-                        if row["nats"] is None
-                        else Likelihood(
-                            row["nats"], row["tokens"], row["bytes"], tuple(map(tuple, row["bins"]))
-                        )
-                    )
-                except (ValueError, KeyError, TypeError):
-                    raise DataError(
-                        f"{path}:{number} is not a likelihood of this command; delete "
-                        "the file, or give another --out"
-                    ) from None
+            for _, _, (index, one) in read_rows(
+                path, _likelihood, "a likelihood of this command", REMEDY
+            ):
+                found[index] = one
         return found
+
+    def writing(self, shard: int) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing this share's likelihoods within the block.
+
+        Raises:
+            InUseError: another process writes them.
+        """
+        return writing_rows(self._file(shard))
+
+    def _file(self, shard: int) -> pathlib.Path:
+        return self._directory / f"likelihood-{shard:05d}.jsonl"
 
     def append(self, shard: int, made: Mapping[int, Likelihood]) -> None:
         """Appends likelihoods by the example's index; they are on disk on return."""
         append_rows(
-            self._directory / f"likelihood-{shard:05d}.jsonl",
+            self._file(shard),
             (
                 {
                     "index": index,
@@ -105,7 +112,16 @@ class LikelihoodFiles:
                 }
                 for index, one in made.items()
             ),
+            held=True,
         )
+
+
+def _likelihood(row: Mapping[str, Any]) -> tuple[int, Likelihood]:
+    """A stored row: the example's index, and its likelihood."""
+    if row["nats"] is None:
+        return row["index"], SKIPPED
+    bins = tuple(map(tuple, row["bins"]))
+    return row["index"], Likelihood(row["nats"], row["tokens"], row["bytes"], bins)
 
 
 class LikelihoodModel:
@@ -234,16 +250,17 @@ def measure(
     on_batch: OnBatch | None = None,
 ) -> None:
     """Measures and writes the missing likelihoods of this process's windows, like ``predict``."""
-    done = set(files.read())
-    for window in open_windows(len(examples), done, shard, shards):
-        wanted = [index for index in window if index not in done]
-        kept = [
-            index
-            for index in wanted
-            if not is_skipped(model.prompts, examples[index].source, too_long)
-        ]
-        made = dict(zip(kept, model.of([examples[index] for index in kept], on_batch)))
-        files.append(shard, {index: made.get(index, SKIPPED) for index in wanted})
+    with files.writing(shard):
+        done = set(files.read())
+        for window in open_windows(len(examples), done, shard, shards):
+            wanted = [index for index in window if index not in done]
+            kept = [
+                index
+                for index in wanted
+                if not is_skipped(model.prompts, examples[index].source, too_long)
+            ]
+            made = dict(zip(kept, model.of([examples[index] for index in kept], on_batch)))
+            files.append(shard, {index: made.get(index, SKIPPED) for index in wanted})
 
 
 def likelihood_scores(found: Sequence[Likelihood]) -> list[Score]:

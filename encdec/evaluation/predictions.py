@@ -6,8 +6,8 @@ one file each; earlier files are used, whatever number of processes wrote them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -16,16 +16,17 @@ from encdec.data.vocabulary import Vocabulary
 from encdec.errors import DataError
 from encdec.evaluation.evaluation_settings import TooLong
 from encdec.evaluation.examples import Example
-from encdec.files import append_rows, line_files, whole_lines
+from encdec.files import append_rows, line_files
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.text_io import PromptFormat
-from encdec.jobs import claim_settings
+from encdec.jobs import claim_settings, read_rows, writing_rows
 from encdec.storage import make_directory
 
 # Independent of the batch size, so that windows and sampled answers do not change with it.
 WINDOW = 128
 SETTINGS_FILE = "settings.json"
+REMEDY = "delete the file, or give another --out"
 
 OnBatch = Callable[[int, int], None]
 
@@ -45,6 +46,9 @@ class Prediction:
     tokens: int
     finish: str
     cut: bool
+
+
+SKIPPED = Prediction("", 0, "skipped", False)
 
 
 class PredictionFiles:
@@ -79,17 +83,25 @@ class PredictionFiles:
             if not 0 <= index < len(self._examples) or (
                 example.source != self._examples[index].source
             ):
-                raise DataError(
-                    f"{where} answers another source than example {index}; delete "
-                    "the file, or give another --out"
-                )
+                raise DataError(f"{where} answers another source than example {index}; {REMEDY}")
             found[index] = prediction
         return found
+
+    def writing(self, shard: int) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing this share's predictions within the block.
+
+        Raises:
+            InUseError: another process writes them.
+        """
+        return writing_rows(self._file(shard))
+
+    def _file(self, shard: int) -> pathlib.Path:
+        return self.directory / f"predictions-{shard:05d}.jsonl"
 
     def append(self, shard: int, made: Mapping[int, Prediction]) -> None:
         """Appends predictions by the example's index; they are on disk on return."""
         append_rows(
-            self.directory / f"predictions-{shard:05d}.jsonl",
+            self._file(shard),
             (
                 {
                     "index": index,
@@ -102,6 +114,7 @@ class PredictionFiles:
                 }
                 for index, one in made.items()
             ),
+            held=True,
         )
 
 
@@ -113,21 +126,17 @@ def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, P
     Raises:
         DataError: a malformed line.
     """
+
+    def answer(row: Mapping[str, Any]) -> tuple[int, Example, Prediction]:
+        return (
+            int(row["index"]),
+            Example(row["source"], tuple(row["references"])),
+            Prediction(row["prediction"], row["tokens"], row["finish"], row["source_cut"]),
+        )
+
     for path in line_files(directory, "predictions-*.jsonl"):
-        for number, line in whole_lines(path):
-            try:
-                row = json.loads(line)
-                made = (
-                    int(row["index"]),
-                    Example(row["source"], tuple(row["references"])),
-                    Prediction(row["prediction"], row["tokens"], row["finish"], row["source_cut"]),
-                )
-            except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f"{path}:{number} is not a prediction of this command; delete "
-                    "the file, or give another --out"
-                ) from None
-            yield f"{path}:{number}", *made
+        for where, _, row in read_rows(path, answer, "a prediction of this command", REMEDY):
+            yield where, *row
 
 
 def read_texts(directory: pathlib.Path) -> list[str]:
@@ -232,25 +241,26 @@ def predict(
         shard: this process, from 0.
         shards: number of processes that divide the windows.
         on_batch: called with numbers of examples and of new tokens.
+
+    Raises:
+        InUseError: another process writes this share.
     """
-    done = set(files.read())
-    for window in open_windows(len(examples), done, shard, shards):
-        texts = [examples[index].source for index in window]
-        skipped = [is_skipped(generator.prompts, text, too_long) for text in texts]
-        # Skipped sources keep their positions, so that the indices of others do not depend on them.
-        asked = ["." if skip else text for text, skip in zip(texts, skipped)]
-        answers = generator.generate(
-            asked, settings, truncate=True, first_number=window.start, on_batch=on_batch
-        )
-        files.append(
-            shard,
-            {
-                index: Prediction("", 0, "skipped", False)
+    with files.writing(shard):
+        done = set(files.read())
+        for window in open_windows(len(examples), done, shard, shards):
+            texts = [examples[index].source for index in window]
+            skipped = [is_skipped(generator.prompts, text, too_long) for text in texts]
+            # Skipped sources keep their positions: the indices of others do not depend on them.
+            asked = ["." if skip else text for text, skip in zip(texts, skipped)]
+            answers = generator.generate(
+                asked, settings, truncate=True, first_number=window.start, on_batch=on_batch
+            )
+            made = [
+                SKIPPED
                 if skip
-                else Prediction(
-                    made[0].text.strip(), len(made[0].tokens), made[0].finish, made[0].truncated
-                )
-                for index, made, skip in zip(window, answers, skipped)
-                if index not in done
-            },
-        )
+                else Prediction(one.text.strip(), len(one.tokens), one.finish, one.truncated)
+                for (one, *_), skip in zip(answers, skipped)
+            ]
+            files.append(
+                shard, {index: one for index, one in zip(window, made) if index not in done}
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -15,17 +14,9 @@ from encdec.data.readers import STDIN, BadRows, check_fields, check_files, locat
 from encdec.data.tables import Fault, table_kind
 from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, plain_name
 from encdec.errors import ConfigError, DataError
-from encdec.files import (
-    PARTS,
-    append_rows,
-    lines_exist,
-    sole_writer,
-    whole_lines,
-    write_bytes,
-    write_json,
-)
+from encdec.files import PARTS, append_rows, lines_exist, whole_lines, write_bytes, write_json
 from encdec.inference.generator import Generation
-from encdec.jobs import check_settings
+from encdec.jobs import check_settings, read_rows, writing_rows
 
 if TYPE_CHECKING:
     from etils import epath
@@ -169,21 +160,16 @@ class ResumableOutput:
     def _complete(self) -> tuple[int, int]:
         """Inputs of which every answer is in the file, and the bytes that hold these answers."""
         answered = size = place = rows = 0
-        for number, line in whole_lines(self.path):
-            place += len(line)
-            try:
-                row = json.loads(line)
-                index, source, of = row["index"], row["source"], row["of"]
-            except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f"{self.path}:{number} is not an answer written by this command; give another "
-                    "--out"
-                ) from None
+        answer = lambda row: (row["index"], row["source"], row["of"])
+        for where, length, (index, source, of) in read_rows(
+            self.path, answer, "an answer written by this command", "give another --out"
+        ):
+            place += length
             if index == 0 and answered == len(self.sources) and is_address(self.path):
                 break  # the parts that ``end`` had put together when it was killed
             if index != answered or (index < len(self.sources) and source != self.sources[index]):
                 raise DataError(
-                    f"{self.path}:{number} answers input {index} with source {source[:40]!r}, "
+                    f"{where} answers input {index} with source {source[:40]!r}, "
                     "which is not what the input has there; give another --out, or the input with "
                     "which the file was started"
                 )
@@ -205,12 +191,9 @@ class ResumableOutput:
         Raises:
             InUseError: another process writes it.
         """
-        if is_address(self.path):
-            yield
-            return
-        self.done()  # refuses what cannot be written before a file is made
-        self.path.touch()
-        with sole_writer(self.path):
+        if not is_address(self.path):
+            self.done()  # refuses what cannot be written before a file is made
+        with writing_rows(self.path):
             yield
 
     def begin(self) -> None:

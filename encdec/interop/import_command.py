@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
         f"{model.vocab_size:,} ids, up to {report.max_length:,} tokens, {model.param_dtype}, in "
         f"{options.out} ({time.monotonic() - started:.1f} s)"
     )
-    for note in report.notes:
-        print(note)
+    for remark in report.remarks:
+        print(remark)
     return 0
 
 

@@ -31,13 +31,13 @@ class ImportReport:
         model: its configuration, as stored.
         family: the format's name of its architecture.
         max_length: the most tokens that it was trained to read.
-        notes: lines for people on what was read otherwise than written, or not at all.
+        remarks: lines for people on what was read otherwise than written, or not at all.
     """
 
     model: ModelConfig
     family: str
     max_length: int
-    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Found:
     framing: Framing
     vocabulary: Vocabulary | None = None
     template: str | None = None
-    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def import_model(
@@ -116,18 +116,18 @@ def import_model(
         overwrite=overwrite,
         texts={} if found.template is None else {TEMPLATE_FILE: found.template},
     )
-    notes = list(found.notes)
+    remarks = list(found.remarks)
     if vocabulary_found and not found.framing.adds_start:
-        notes.append(
+        remarks.append(
             f"Its tokenizer adds no start token; here every text begins with "
             f"{vocabulary_found.piece(found.framing.start_id)} (id {found.framing.start_id})"
         )
     if vocabulary_found is None:
-        notes.append(
+        remarks.append(
             "The model's vocabulary could not be read, so it cannot score records or generate "
             f"text; import it again with --vocabulary=FILE --overwrite --out={out}"
         )
-    return ImportReport(stored, found.family, found.max_length, tuple(notes))
+    return ImportReport(stored, found.family, found.max_length, tuple(remarks))
 
 
 def _given_vocabulary(vocabulary: str, format: Format) -> Vocabulary:
@@ -142,25 +142,25 @@ def _read_llama2c(
 ) -> _Found:
     """``place`` is where the user has the model, ``source`` its copy on this machine."""
     model, params, longest = llama2c.read_model(source)
-    vocabulary, notes = None, []
+    vocabulary, remarks = None, []
     found = [] if given else llama2c.find_tokenizers(place, model.vocab_size)
     if len(found) == 1:
         vocabulary = llama2c.read_tokenizer(found[0])
-        notes.append(f"The vocabulary is {found[0].name}, next to the model; texts end at <s>")
+        remarks.append(f"The vocabulary is {found[0].name}, next to the model; texts end at <s>")
     elif found:
         names = ", ".join(path.name for path in found)
-        notes.append(
+        remarks.append(
             f"{len(found)} different tokenizers next to the model have its {model.vocab_size:,} "
             f"pieces, so none is taken: {names}; name the right one with --vocabulary"
         )
     if given is not None and given.eos_id != llama2c.START_ID:
-        notes.append(
+        remarks.append(
             f"Texts end at {given.piece(given.eos_id)} (id {given.eos_id}); models that llama2.c "
             "itself trained end them with id 1. For these give its tokenizer.bin"
         )
     framing = Framing(llama2c.START_ID)
     return _Found(
-        model, params, "llama2.c", longest, framing, vocabulary=vocabulary, notes=tuple(notes)
+        model, params, "llama2.c", longest, framing, vocabulary=vocabulary, remarks=tuple(remarks)
     )
 
 
@@ -187,14 +187,14 @@ def _read_huggingface(
         params = huggingface_import.convert(
             model, found.family, tensors, found.rotated, found.multipliers
         )
-    notes = []
+    remarks = []
     if vocabulary is None:
         eos_ids = read_eos_ids(source, found.eos_ids)
         vocabulary = read_vocabulary(source, eos_ids)
-        if vocabulary and (note := other_ends(vocabulary, eos_ids)):
-            notes.append(note)
+        if vocabulary and (remark := other_ends(vocabulary, eos_ids)):
+            remarks.append(remark)
     if found.unread:
-        notes.append(f"Unknown keys of config.json, ignored: {', '.join(found.unread)}")
+        remarks.append(f"Unknown keys of config.json, ignored: {', '.join(found.unread)}")
     framing = read_framing(
         source,
         found.start_id,
@@ -209,7 +209,7 @@ def _read_huggingface(
         framing,
         vocabulary,
         chat_template_of(source),
-        tuple(notes),
+        tuple(remarks),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from encdec.cost.flops import training_flops
-from encdec.saved.saved_config import SOURCE_NOTE, model_config_of, read_config
+from encdec.saved.saved_config import SOURCE_FIELD, model_config_of, read_config
 from encdec.saved.saved_params import latest_step
 from encdec.storage import as_path
 
@@ -37,7 +37,9 @@ def lineage(workdir: str | os.PathLike[str], step: int) -> Lineage:
     """
     content = read_config(workdir)
     if "imported" in content:
-        return _noted(content["imported"].get("lineage", {"training_flops": None, "seeds": None}))
+        return _recorded(
+            content["imported"].get("lineage", {"training_flops": None, "seeds": None})
+        )
     run, data = content["run"], content["data"]
     flops = step * training_flops(
         model_config_of(content),
@@ -52,23 +54,23 @@ def lineage(workdir: str | os.PathLike[str], step: int) -> Lineage:
     )
 
 
-def _noted(note: Mapping[str, Any]) -> Lineage:
-    seeds = note["seeds"]
-    return Lineage(note["training_flops"], None if seeds is None else tuple(seeds))
+def _recorded(record: Mapping[str, Any]) -> Lineage:
+    seeds = record["seeds"]
+    return Lineage(record["training_flops"], None if seeds is None else tuple(seeds))
 
 
 def _before(content: dict[str, Any]) -> Lineage:
     source = content["run"].get("init_from")
     if not source:
         return Lineage(0.0, ())
-    if note := content.get(SOURCE_NOTE):
-        return _noted(note)
+    if record := content.get(SOURCE_FIELD):
+        return _recorded(record)
     if not as_path(source).is_dir():
         return Lineage(None, None)
     imported = "imported" in read_config(source)
     return lineage(source, 0 if imported else latest_step(source))
 
 
-def source_note(workdir: str, step: int) -> dict[str, Any]:
+def source_record(workdir: str, step: int) -> dict[str, Any]:
     """What a run's config.json keeps of the checkpoint that it starts from."""
     return {"step": step, **dataclasses.asdict(lineage(workdir, step))}

@@ -15,7 +15,7 @@ from encdec.storage import as_path
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 CHECKPOINTS_FOLDER = "checkpoints"
-SOURCE_NOTE = "started_from"  # in the config: the checkpoint that the first parameters came from
+SOURCE_FIELD = "started_from"  # in the config: the checkpoint that the first parameters came from
 PARAMS_FOLDER = "params"  # of an imported model, in place of checkpoints
 SCALE = ".scale"  # ends the names of the tensors that int8 ones are multiplied by
 

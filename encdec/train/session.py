@@ -14,7 +14,7 @@ from encdec.errors import Preempted
 from encdec.files import lines_exist, sole_writer
 from encdec.model import parameter_count
 from encdec.processes import from_first
-from encdec.saved.lineage import source_note
+from encdec.saved.lineage import source_record
 from encdec.storage import as_path, make_directory
 from encdec.train.checkpoints import Checkpoints
 from encdec.train.evaluator import Evaluator
@@ -28,7 +28,7 @@ from encdec.train.run_config import to_dict
 from encdec.train.state import TrainState
 from encdec.train.trackers import make_trackers, tracker_names
 from encdec.train.warm_start import architecture, plan_start, start_from
-from encdec.train.workdir import STARTED_NOTE, note_source, notes, write_workdir
+from encdec.train.workdir import STARTED_FIELD, record_source, start_of_run, write_workdir
 
 # What a process needs at most, as a rule, from SIGTERM to its end: a step and a checkpoint.
 PATIENCE_SECONDS = 60.0
@@ -166,7 +166,7 @@ def open_session(
         if not jax.process_index():
             make_directory(as_path(workdir))
             closing.enter_context(sole_writer(as_path(workdir), patience=PATIENCE_SECONDS))
-        kept = {STARTED_NOTE: entered} | notes(workdir)
+        kept = {STARTED_FIELD: entered} | start_of_run(workdir)
         write_workdir(workdir, job.description | kept, job.records, job.program)
         notice = closing.enter_context(Notice())
         console = Console(run.steps)
@@ -178,7 +178,7 @@ def open_session(
         state, start = _begin(job, workdir, checkpoints, console)
         rows = _earlier_rows(workdir, start)
         losses |= {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
-        goodput = Goodput(entered, kept[STARTED_NOTE], last_report(rows, start))
+        goodput = Goodput(entered, kept[STARTED_FIELD], last_report(rows, start))
         console.advance(start)
         trackers = lambda: make_trackers(
             tracker_names(run.trackers),
@@ -221,7 +221,7 @@ def _begin(
         state, origin = start_from(state, start, job.model)
         assert origin.step is not None
         origin.write(workdir)
-        note_source(workdir, source_note(job.run.init_from, origin.step))
+        record_source(workdir, source_record(job.run.init_from, origin.step))
         console.say(str(origin))
     checkpoints.prepare(state)
     return state, 0

@@ -21,7 +21,7 @@ from encdec.saved.saved_config import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     FORMAT_VERSION,
-    SOURCE_NOTE,
+    SOURCE_FIELD,
     model_config_of,
     read_config,
 )
@@ -30,7 +30,7 @@ from encdec.train.program import Program
 from encdec.train.run_config import OPERATIONAL, RunConfig, to_dict
 
 MODEL_INFO_FILE = "model-info.txt"
-STARTED_NOTE = "started"
+STARTED_FIELD = "started"
 
 # These schedules give every step its learning rate whatever the run's length, so that a finished
 # run may be made longer.
@@ -151,20 +151,20 @@ def write_workdir(
     write_json(workdir / CONFIG_FILE, description)
 
 
-def notes(workdir: epath.PathLike) -> dict[str, Any]:
+def start_of_run(workdir: epath.PathLike) -> dict[str, Any]:
     """What the config of a run that is there says beyond its description: when the run was
     first started (Unix time; older runs do not tell) and from what."""
     if not (as_path(workdir) / CONFIG_FILE).exists():
         return {}
     content = read_config(workdir)
-    return {name: content[name] for name in (STARTED_NOTE, SOURCE_NOTE) if name in content}
+    return {name: content[name] for name in (STARTED_FIELD, SOURCE_FIELD) if name in content}
 
 
-def note_source(workdir: epath.PathLike, note: Mapping[str, Any]) -> None:
+def record_source(workdir: epath.PathLike, source: Mapping[str, Any]) -> None:
     """Adds where the first parameters came from to the config; process 0 alone."""
     if not jax.process_index():
         path = as_path(workdir) / CONFIG_FILE
-        write_json(path, read_config(workdir) | {SOURCE_NOTE: note})
+        write_json(path, read_config(workdir) | {SOURCE_FIELD: source})
 
 
 def parameter_table(program: Program) -> str:
