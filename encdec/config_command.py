@@ -12,12 +12,11 @@ import textwrap
 import tokenize
 from typing import Any, Literal, get_args, get_origin
 
-from encdec.config_files import split_overrides
+from encdec.config_files import add_config_flag, split_overrides
 from encdec.fields import field_types
 from encdec.flags import Parser
 from encdec.model.execution import INFERENCE_FIELDS
 from encdec.modules import add_module_flag, import_modules
-from encdec.storage import local_path
 from encdec.train.run_config import RunConfig, is_directory, load_config, parse_config, to_dict
 
 WIDTH = 100  # of a line of the table
@@ -60,13 +59,7 @@ def _parser() -> Parser:
         epilog="Fields are set as in `encdec train`, by --config.FIELD=VALUE. Example: encdec "
         "config --config=configs/pretrain.py:330m --config.steps=2000",
     )
-    parser.add(
-        "--config",
-        "config file and its argument, e.g. configs/pretrain.py:330m",
-        local_path,
-        required=True,
-        metavar="FILE.py[:ARGUMENT]",
-    )
+    add_config_flag(parser)
     parser.add("--json", "print JSON, for programs", default=False)
     add_module_flag(parser)
     return parser

@@ -18,6 +18,8 @@ from ml_collections import config_flags
 from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
+from encdec.flags import Parser
+from encdec.storage import local_path
 
 _NUMBER = re.compile(r"-[0-9.]")
 
@@ -143,3 +145,14 @@ def read_config_file(source: str) -> ml_collections.ConfigDict:
             "ml_collections.ConfigDict"
         )
     return config
+
+
+def add_config_flag(parser: Parser) -> None:
+    """The option ``--config`` of commands that read a run's configuration."""
+    parser.add(
+        "--config",
+        "config file and its argument, e.g. configs/pretrain.py:330m",
+        local_path,
+        required=True,
+        metavar="FILE.py[:ARGUMENT]",
+    )

@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import pathlib
 
+from encdec.flags import Parser
 from encdec.packages import DISTRIBUTION
 from encdec.storage import any_path
 
@@ -73,3 +74,14 @@ def model_directory(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
 def checkpoint(text: str) -> str:
     """``argparse`` type of a model to use: a directory, an address, or a shipped model's name."""
     return os.fspath(model_directory(any_path(text)))
+
+
+def add_checkpoint_flag(parser: Parser) -> None:
+    """The option ``--checkpoint`` of commands that use a trained or imported model."""
+    parser.add(
+        "--checkpoint",
+        "work directory of `encdec train` or `encdec import`",
+        checkpoint,
+        required=True,
+        metavar="DIR",
+    )

@@ -100,13 +100,7 @@ def _parser() -> Parser:
         epilog="Example: encdec evaluate --checkpoint=runs/squad --tasks=squad_v2,xsum "
         "--data_dir=data --out=runs/squad/evaluation",
     )
-    parser.add(
-        "--checkpoint",
-        "work directory of `encdec train` or `encdec import`",
-        shipped.checkpoint,
-        required=True,
-        metavar="DIR",
-    )
+    shipped.add_checkpoint_flag(parser)
     parser.add(
         "--step", "checkpoint (default: the last; best: lowest held-out loss)", metavar="N|best"
     )

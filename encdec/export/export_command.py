@@ -88,13 +88,7 @@ def _parser() -> Parser:
         epilog="Example: encdec export --checkpoint=runs/mine --format=litert --precision=int8 "
         "--out=mine-int8 --check=records/validation; encdec generate --checkpoint=mine-int8 'x'",
     )
-    parser.add(
-        "--checkpoint",
-        "work directory of `encdec train` or `encdec import`",
-        shipped.checkpoint,
-        required=True,
-        metavar="DIR",
-    )
+    shipped.add_checkpoint_flag(parser)
     parser.add("--step", "checkpoint (default: the last)", int, least=0)
     parser.add(
         "--format",

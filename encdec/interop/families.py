@@ -61,6 +61,13 @@ SPECIAL = (
 )
 _GEMMA = {"norm_plus_one": True, "norm_cast": "after_scale", "embedding_scale": True}
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 256_000}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window_pattern": 2,
+}
 # The text models within those that also see images, with what their configurations leave out.
 WITH_IMAGES: dict[str, dict[str, Any]] = {
     "gemma3": {"model_type": "gemma3_text"},
@@ -209,27 +216,9 @@ FAMILIES = {
     "qwen2": Family({"attention_bias": True, "sliding_window": 4096}, out_bias=False),
     "qwen3": Family({"head_dim": 128, "sliding_window": 4096}, {"qk_norm": True}),
     "gemma": Family(_GEMMA_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, _GEMMA),
-    "gemma2": Family(
-        _GEMMA_DEFAULTS
-        | {
-            "sliding_window": 4096,
-            "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window_pattern": 2,
-        },
-        _GEMMA | {"post_norms": True},
-    ),
+    "gemma2": Family(_GEMMA2_DEFAULTS, _GEMMA | {"post_norms": True}),
     "vaultgemma": Family(
-        _GEMMA_DEFAULTS
-        | {
-            "sliding_window": 4096,
-            "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window_pattern": 2,
-            "num_key_value_heads": 4,
-        },
+        _GEMMA2_DEFAULTS | {"num_key_value_heads": 4},
         _GEMMA,
         norms={"self_attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"},
     ),

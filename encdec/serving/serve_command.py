@@ -102,13 +102,7 @@ def _parser() -> Parser:
         epilog="Example: encdec serve --checkpoint=runs/mine --port=8000; curl "
         'http://127.0.0.1:8000/v1/completions -d \'{"prompt": "...", "temperature": 0}\'',
     )
-    parser.add(
-        "--checkpoint",
-        "work directory of `encdec train` or `encdec import`",
-        shipped.checkpoint,
-        required=True,
-        metavar="DIR",
-    )
+    shipped.add_checkpoint_flag(parser)
     parser.add("--step", "checkpoint (default: the last)", int, least=0)
     parser.add("--name", "the model's name (default: the directory's)")
     parser.add(

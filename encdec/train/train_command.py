@@ -8,12 +8,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from encdec.config_files import split_overrides
+from encdec.config_files import add_config_flag, split_overrides
 from encdec.errors import ConfigError, EncdecError, Preempted
 from encdec.flags import Parser, add_process_options, join_processes
 from encdec.logs import show_error
 from encdec.modules import add_module_flag, import_modules, named_function
-from encdec.storage import any_path, local_path, refusals_explained
+from encdec.storage import any_path, refusals_explained
 from encdec.train.run_config import load_config, parse_config
 
 
@@ -81,13 +81,7 @@ def _parser() -> Parser:
         "--config.batch_size=64 --config.optimizer.name=muon; `encdec config --config=FILE.py` "
         "prints all of them with their meanings and values.",
     )
-    parser.add(
-        "--config",
-        "config file and its argument, e.g. configs/pretrain.py:330m",
-        local_path,
-        required=True,
-        metavar="FILE.py[:ARGUMENT]",
-    )
+    add_config_flag(parser)
     parser.add(
         "--workdir",
         "receives checkpoints, metrics and all that inference needs",

@@ -15,6 +15,7 @@ import pytest
 from encdec import safetensors
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.inference.decoding import Memory, decode_step
+from encdec.interop.families import FAMILIES
 from encdec.interop.huggingface_import import read_config
 from encdec.interop.import_command import main
 from encdec.model import build_model, init_cache
@@ -130,6 +131,7 @@ MODELS = {
         "Exaone4",
         {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 3},
     ),
+    "glm": ("Glm", {"pad_token_id": 0, "head_dim": 16, "eos_token_id": 2}),
     "glm4": ("Glm4", {"pad_token_id": 0, "head_dim": 16, "eos_token_id": 2}),
     "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": YARN | BETA}),
     "hyperclovax": (
@@ -221,6 +223,11 @@ def our_steps(directory, tokens):
         one, memory = step(config, params, memory, jnp.asarray(token, jnp.int32))
         logits.append(one)
     return np.stack(logits, 1)
+
+
+def test_every_family_has_an_example():
+    configs = [getattr(transformers, f"{kind}Config") for kind, _ in MODELS.values()]
+    assert {config.model_type for config in configs} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", MODELS)
