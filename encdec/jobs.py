@@ -365,7 +365,7 @@ def read_rows(
         remedy: what to do about another line.
 
     Raises:
-        DataError: a line that is no such row.
+        DataError: a line that is not such a row.
     """
     for number, line in whole_lines(path):
         where = f"{path}:{number}"

@@ -61,3 +61,14 @@ def test_words_to_avoid_are_found():
     found = lambda text: avoided().search(text) is not None
     assert found("It lies beside the rows") and found("50 bytes a token") and found("it is no file")
     assert not found("it is no longer there") and not found("bytes per token, next to the rows")
+
+
+def test_notes_are_those_of_the_finished_blocks_of_a_job():
+    """One meaning a word: files that name something so have it from encdec.jobs."""
+    for path in sorted((ROOT / "encdec").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        named = {
+            getattr(node, key, None) for node in nodes for key in ("id", "arg", "attr", "name")
+        }
+        modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert "notes" not in named or "encdec.jobs" in modules or path.name == "jobs.py", path
