@@ -197,13 +197,13 @@ def flattened(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
     return found
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the values that differ between two nested mappings."""
     names = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += differences(a, b, f"{prefix}{key}.")
+            names += differing_fields(a, b, f"{prefix}{key}.")
         elif a != b:
             names.append(prefix + key)
     return names

@@ -7,7 +7,7 @@ is written last: a directory with a card is finished.
 
 Answers and predictions are files of JSON rows: ``claim_settings`` or ``check_settings`` keeps the
 settings that make them next to them, ``writing_rows`` and ``encdec.files.append_rows`` write, and
-``read_rows`` gives what is there, up to the last whole line.
+``stored_rows`` gives what is there, up to the last whole line.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ def writing_rows(path: pathlib.Path | epath.Path) -> Iterator[None]:
         yield
 
 
-def read_rows(
+def stored_rows(
     path: pathlib.Path | epath.Path, parse: Callable[[Any], Row], what: str, remedy: str
 ) -> Iterator[tuple[str, int, Row]]:
     """(file and line, bytes of the line, the row) of each whole line of a file of rows.

@@ -31,7 +31,7 @@ from encdec.evaluation.predictions import (
 from encdec.files import append_rows, line_files
 from encdec.inference.shapes import bucket
 from encdec.inference.text_io import PromptFormat
-from encdec.jobs import read_rows, writing_rows
+from encdec.jobs import stored_rows, writing_rows
 from encdec.metrics.score import Score, bits_per_byte, ratio_score
 from encdec.model import ModelConfig, build_model
 from encdec.train.losses import loss_positions
@@ -81,7 +81,7 @@ class LikelihoodFiles:
         """
         found = {}
         for path in line_files(self._directory, "likelihood-*.jsonl"):
-            for _, _, (index, one) in read_rows(
+            for _, _, (index, one) in stored_rows(
                 path, _likelihood, "a likelihood of this command", REMEDY
             ):
                 found[index] = one

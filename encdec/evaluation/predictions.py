@@ -20,7 +20,7 @@ from encdec.files import append_rows, line_files
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.text_io import PromptFormat
-from encdec.jobs import claim_settings, read_rows, writing_rows
+from encdec.jobs import claim_settings, stored_rows, writing_rows
 from encdec.storage import make_directory
 
 # Independent of the batch size, so that windows and sampled answers do not change with it.
@@ -135,7 +135,7 @@ def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, P
         )
 
     for path in line_files(directory, "predictions-*.jsonl"):
-        for where, _, row in read_rows(path, answer, "a prediction of this command", REMEDY):
+        for where, _, row in stored_rows(path, answer, "a prediction of this command", REMEDY):
             yield where, *row
 
 

@@ -21,7 +21,7 @@ from etils import epath
 from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.predictions import read_answers
-from encdec.fields import differences, flattened
+from encdec.fields import differing_fields, flattened
 from encdec.files import whole_lines, write_text
 from encdec.flags import Parser
 from encdec.markup import html_page, html_table
@@ -230,7 +230,7 @@ def _configurations(runs: Sequence[LoggedRun]) -> str:
     ]
     names: list[str] = []
     for other in contents[1:]:
-        names += [name for name in differences(contents[0], other) if name not in names]
+        names += [name for name in differing_fields(contents[0], other) if name not in names]
     if len(runs) == 1:
         return "<h2>Configuration</h2>" + html_table(
             ("field", runs[0].name), sorted(flattened(contents[0]).items())

@@ -16,7 +16,7 @@ from encdec.data.text_files import ENDINGS, JSONL_ENDINGS, plain_name
 from encdec.errors import ConfigError, DataError
 from encdec.files import PARTS, append_rows, lines_exist, whole_lines, write_bytes, write_json
 from encdec.inference.generator import Generation
-from encdec.jobs import check_settings, read_rows, writing_rows
+from encdec.jobs import check_settings, stored_rows, writing_rows
 
 if TYPE_CHECKING:
     from etils import epath
@@ -161,7 +161,7 @@ class ResumableOutput:
         """Inputs of which every answer is in the file, and the bytes that hold these answers."""
         answered = size = place = rows = 0
         answer = lambda row: (row["index"], row["source"], row["of"])
-        for where, length, (index, source, of) in read_rows(
+        for where, length, (index, source, of) in stored_rows(
             self.path, answer, "an answer written by this command", "give another --out"
         ):
             place += length

@@ -15,7 +15,7 @@ from encdec.cli import main
 from encdec.config_files import read_config_file, split_overrides
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
-from encdec.fields import differences, flattened
+from encdec.fields import differing_fields, flattened
 from encdec.scaling.ladder import Ladder, parse_ladder
 from encdec.scaling.matching import Match
 from encdec.scaling.planned_runs import plan, run_config
@@ -59,7 +59,7 @@ def test_a_shipped_ladder_is_the_default_but_for_what_it_states(name):
         {key: value for key, value in dataclasses.asdict(one).items() if key not in OWN}
         for one in (Ladder(), parse_ladder(load_ladder(f"{LADDERS}:{name}", [])))
     )
-    assert differences(default, ladder) == sorted(SHIPPED[name])
+    assert differing_fields(default, ladder) == sorted(SHIPPED[name])
     stated = flattened(read_config_file(f"{LADDERS}:{name}").to_dict())
     assert {key for key in stated if key.split(".")[0] not in OWN} == set(SHIPPED[name])
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from encdec.config_files import field_names, read_config_file, split_overrides
 from encdec.errors import ConfigError
-from encdec.fields import differences
+from encdec.fields import differing_fields
 from encdec.train.run_config import RunConfig, complete, load_config, parse_config, to_dict
 from encdec.train.sharding import mesh_shape
 
@@ -186,7 +186,7 @@ SHIPPED = {
 @pytest.mark.parametrize("source", SHIPPED)
 def test_a_shipped_config_is_the_recipe_but_for_what_it_states(source):
     stated = read_config_file(str(CONFIGS / source)).to_dict()
-    changed = differences(to_dict(RunConfig()), load_config(str(CONFIGS / source)).to_dict())
+    changed = differing_fields(to_dict(RunConfig()), load_config(str(CONFIGS / source)).to_dict())
     overrides = [name for name in changed if name.startswith("model_overrides.")]
     set_ones = {f"model_overrides.{name}" for name in stated.get("model_overrides", {})}
     kept = [name for name in changed if name not in overrides or name in set_ones]
