@@ -14,6 +14,7 @@ from encdec.model import ModelConfig, preset
 from encdec.result_lines import setting_digest
 from encdec.scaling.matching import DECODER_ONLY, encoder_share, matched, series_name
 from encdec.train.run_config import RunConfig, parse_config
+from encdec.train.run_fields import OptimizerName
 
 TEACHER = "teacher"  # the row's name, and the model's
 DEC = "DEC"
@@ -51,7 +52,7 @@ class Column:
 class OptimizerSetting:
     """Optimization settings of every run; ``warmup_fraction`` is relative to its steps."""
 
-    name: Literal["adamw", "adafactor", "muon"]
+    name: OptimizerName
     learning_rate: float
     weight_decay: float
     b2: float

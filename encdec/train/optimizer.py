@@ -7,7 +7,7 @@ the layers' matrices that they are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import optax
@@ -48,8 +48,10 @@ def make_schedule(run: RunConfig) -> optax.Schedule:
     elif config.name == "wsd":
         falling = min(rest, max(1, round(steps * config.decay_fraction)))
         decay = optax.linear_schedule(peak, peak * final, falling, rest - falling)
-    else:
+    elif config.name == "constant":
         decay = optax.constant_schedule(peak)
+    else:
+        assert_never(config.name)
     if not warmup:
         return decay
     first = peak / warmup
@@ -113,6 +115,8 @@ def _update_rule(
     )
     if config.name == "adamw":
         return adamw
+    if config.name != "muon":
+        assert_never(config.name)  # a name without a rule
     dimensions = muon_dimensions(logical_axes)
     matrices = muon(
         schedule,

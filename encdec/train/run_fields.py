@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+OptimizerName = Literal["adamw", "adafactor", "muon"]
 Divergence = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
 AlphaSchedule = Literal["constant", "warmup", "learning_rate"]
 Tail = Literal["merged", "dropped"]
@@ -39,7 +40,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    name: OptimizerName = "adamw"
     learning_rate: float = 1e-3  # at the schedule's peak
     weight_decay: float = 0.01  # times the learning rate; matrices only, never norms and biases
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
