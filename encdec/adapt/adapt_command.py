@@ -111,9 +111,9 @@ def _parser() -> Parser:
     )
     parser.add(
         "--cross_attention",
-        "start from the decoder's self-attention, drawn and adding nothing at first (the "
-        "decoder computes what SOURCE does), or drawn; or merged with self-attention, without "
-        "parameters of its own, as in T5Gemma 2",
+        "start from the decoder's self-attention; from it, but adding nothing at first (the "
+        "decoder computes what SOURCE does; for deep models without post-norms); drawn; or merged "
+        "with self-attention, without parameters of its own, as in T5Gemma 2",
         default="self",
         choices=("self", "zero", "random", "merged"),
     )

@@ -53,8 +53,9 @@ class Choice:
         encoder_layers: numbers of the encoder source's layers, in order.
         decoder_layers: numbers of the decoder source's layers.
         cross_attention: where it starts from. ``self``: the decoder's self-attention, its norms
-            included. ``zero``: drawn, and adding nothing at first, so that the decoder computes
-            what its source does. ``random``: drawn. ``merged``: it is one with self-attention
+            included. ``zero``: so too, but adding nothing at first, so that the decoder computes
+            what its source does; its keys and values are those that self-attention would make of
+            the encoder's output. ``random``: drawn. ``merged``: it is one with self-attention
             (T5Gemma 2, arXiv 2512.14856) and has no parameters of its own.
         embeddings: one table for both sides, or one each.
         seed: of what is drawn.
@@ -74,15 +75,16 @@ class ParameterOrigin:
     Attributes:
         name: of the adapted model's parameter.
         shape: its shape.
-        how: "copied"; "shared", copied and read by both sides; "drawn"; or "constant" (biases
-            and scales that start at one value).
+        how: "copied"; "shared", copied and read by both sides; "scaled", copied for inputs of the
+            encoder's final norm in place of the layer's own; "drawn"; or "constant" (biases and
+            scales that start at one value).
         side: which source it is of, "encoder" or "decoder"; "" if of none.
         source: the parameter's name there; of what is not copied, how it starts.
     """
 
     name: str
     shape: tuple[int, ...]
-    how: Literal["copied", "shared", "drawn", "constant"]
+    how: Literal["copied", "shared", "scaled", "drawn", "constant"]
     side: str
     source: str
 
@@ -179,32 +181,52 @@ def _origin(
     layer = f"decoder/layers_{taken[number]}"
     if not rest.startswith(("encoder_attention/", "cross_attention_")):
         return ParameterOrigin(name, shape, "copied", stack, f"{layer}/{rest}")
+    if choice.cross_attention == "random":
+        return _drawn(name, shape, config)
+    own = rest.replace("encoder_attention/", "self_attention/", 1)
+    own = own.replace("cross_attention_", "self_attention_", 1)
+    copy = ParameterOrigin(name, shape, "copied", stack, f"{layer}/{own}")
     if choice.cross_attention == "self":
-        own = rest.replace("encoder_attention/", "self_attention/", 1)
-        own = own.replace("cross_attention_", "self_attention_", 1)
-        return ParameterOrigin(name, shape, "copied", stack, f"{layer}/{own}")
-    return _fresh(name, shape, config, choice.cross_attention)
+        return copy
+    # To add nothing, the output projection is zero. Where its output is normed afterwards, zeros
+    # would stay zeros, but the smallest step away from them would be blown up to the norm's full
+    # size; so there the norm's scale is zero instead.
+    if rest == "cross_attention_post_norm/scale":
+        return ParameterOrigin(name, shape, "constant", "", "-1" if config.norm_plus_one else "0")
+    if rest.startswith("encoder_attention/o/") and not config.post_norms:
+        return ParameterOrigin(name, shape, "constant", "", "0")
+    if rest in ("encoder_attention/k/kernel", "encoder_attention/v/kernel"):
+        return dataclasses.replace(copy, how="scaled")
+    return copy
 
 
-def _fresh(
-    name: str, shape: tuple[int, ...], config: ModelConfig, how: CrossAttention
-) -> ParameterOrigin:
-    """A cross-attention parameter without a source.
-
-    To add nothing, the output projection is zero. Where its output is normed afterwards, zeros
-    would stay zeros, but the smallest step away from them would be blown up to the norm's full
-    size; so there the norm's scale is zero instead.
-    """
+def _drawn(name: str, shape: tuple[int, ...], config: ModelConfig) -> ParameterOrigin:
+    """A cross-attention parameter without a source."""
     one = 0.0 if config.norm_plus_one else 1.0  # the stored scale that multiplies by 1
-    constant = lambda value: ParameterOrigin(name, shape, "constant", "", f"{value:g}")
-    if name.endswith("/scale"):
-        silent = how == "zero" and "/cross_attention_post_norm/" in name
-        return constant(one - 1.0 if silent else one)
-    if name.endswith("/bias"):
-        return constant(0.0)
-    if how == "zero" and name.endswith("/o/kernel") and not config.post_norms:
-        return constant(0.0)
+    if name.endswith(("/scale", "/bias")):
+        start = one if name.endswith("/scale") else 0.0
+        return ParameterOrigin(name, shape, "constant", "", f"{start:g}")
     return ParameterOrigin(name, shape, "drawn", "", f"N(0, {config.init_std:g})")
+
+
+def _scaled(
+    one: ParameterOrigin, sources: Mapping[str, Mapping[str, Any]], config: ModelConfig
+) -> np.ndarray:
+    """A kernel for inputs behind the encoder's final norm that was trained behind a layer's.
+
+    Both norms divide by the root mean square and multiply by a scale of their own, which may
+    differ by orders of magnitude (SmolLM2-135M: 1.8 and, in its first layer, 0.03): the quotient
+    of the scales, a number per input, goes into the kernel.
+    """
+    kernel = np.asarray(sources[one.side][one.source])
+    plus = 1.0 if config.norm_plus_one else 0.0
+    scale = lambda side, name: np.asarray(sources[side][name], np.float32) + np.float32(plus)
+    theirs = scale("encoder", "decoder/final_norm/scale")
+    own = one.source.split("/self_attention/")[0] + "/self_attention_norm/scale"
+    ours = scale(one.side, own) if own in sources[one.side] else np.ones_like(theirs)
+    # An input that the encoder's norm mutes cannot be restored.
+    ratio = np.divide(ours, theirs, out=np.zeros_like(ours), where=theirs != 0)
+    return (kernel.astype(np.float32) * ratio[:, None, None]).astype(kernel.dtype)
 
 
 def values(
@@ -224,7 +246,9 @@ def values(
     dtype = jnp.dtype(config.param_dtype)
     result: Flat = {}
     for one in table:
-        if one.side:
+        if one.how == "scaled":
+            result[one.name] = _scaled(one, sources, config)
+        elif one.side:
             result[one.name] = np.asarray(sources[one.side][one.source])
         elif one.how == "constant":
             result[one.name] = np.full(one.shape, float(one.source), dtype)

@@ -182,7 +182,7 @@ def test_fresh_cross_attention_is_drawn_by_the_seed():
     flat = random_params(DECODER)
     cross = "decoder/layers_1/encoder_attention/"
     drawn = {}
-    for how, seed in (("random", 0), ("random", 0), ("random", 1), ("zero", 0)):
+    for how, seed in (("random", 0), ("random", 0), ("random", 1)):
         _, params, table = adapt(DECODER, flat, Choice((0,), (1, 2), how, seed=seed))
         found = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
         drawn.setdefault((how, seed), []).append(found)
@@ -194,10 +194,32 @@ def test_fresh_cross_attention_is_drawn_by_the_seed():
     other = drawn["random", 1][0]
     assert not np.array_equal(first[cross + "q/kernel"], other[cross + "q/kernel"])
     assert abs(first[cross + "q/kernel"].std() / DECODER.init_std - 1) < 0.2
+
+
+@pytest.mark.parametrize("post_norms", [True, False])
+def test_zero_starts_from_self_attention_read_behind_the_encoders_norm(post_norms):
+    source = DECODER.replace(post_norms=post_norms, norm_plus_one=post_norms)
+    flat = random_params(source)
+    _, params, table = adapt(source, flat, Choice((0,), (1, 2), "zero"))
+    found = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    here, there = "decoder/layers_1/encoder_attention/", "decoder/layers_2/self_attention/"
+    one = 1.0 if post_norms else 0.0
+    inputs = np.random.default_rng(3).normal(0, 1, (5, source.d_model))
+    inputs /= np.sqrt(np.mean(inputs**2, axis=-1, keepdims=True))
+    own = inputs * (flat["decoder/layers_2/self_attention_norm/scale"] + one)
+    encoded = inputs * (found["encoder/final_norm/scale"] + one)
+    for name in ("k/kernel", "v/kernel"):
+        wanted = np.einsum("xm,mhd->xhd", own, flat[there + name])
+        np.testing.assert_allclose(
+            np.einsum("xm,mhd->xhd", encoded, found[here + name]), wanted, atol=1e-4
+        )
+        assert next(one for one in table if one.name == here + name).how == "scaled"
+    np.testing.assert_array_equal(found[here + "q/kernel"], flat[there + "q/kernel"])
     # A norm behind the projection would blow up what grows from zero: its scale is zero instead.
-    silent = drawn["zero", 0][0]
-    assert silent[cross + "o/kernel"].any()
-    assert (silent["decoder/layers_1/cross_attention_post_norm/scale"] == -1).all()
+    assert found[here + "o/kernel"].any() == post_norms
+    assert found[here + "o/bias"].any() == post_norms
+    if post_norms:
+        assert (found["decoder/layers_1/cross_attention_post_norm/scale"] == -1).all()
 
 
 @pytest.mark.parametrize(
