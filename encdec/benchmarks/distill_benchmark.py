@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import time
+from typing import Any
 
 from encdec.flags import Parser
 from encdec.logs import logger
@@ -54,8 +55,7 @@ def _parser() -> Parser:
         local_path,
     )
     parser.add("--out", "for the pictures (default: --workdir)", local_path)
-    bounds: dict[str, float]
-    for name, what, bounds in (
+    settings: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("student", "preset", {}),
         ("teacher", "decoder-only preset, 4 times the student or more", {}),
         ("teacher_layers", "instead of the preset's; 0 keeps it", {"least": 0}),
@@ -65,7 +65,8 @@ def _parser() -> Parser:
         ("seeds", "students of each kind", {"least": 1}),
         ("alpha", "weight of the teacher", {"above": 0, "most": 1}),
         ("learning_rate", "Muon's peak learning rate", {"above": 0}),
-    ):
+    )
+    for name, what, bounds in settings:
         default = getattr(DistillExperiment, name)
         parser.add(f"--{name}", what, type(default), default, **bounds)
     return parser

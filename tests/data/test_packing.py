@@ -27,8 +27,9 @@ def test_rows_hold_every_example_once_and_fit(pairs, method):
 
 
 def test_greedy_opens_a_row_where_the_next_does_not_fit():
-    rows = pack(np.array([3, 3, 3, 1]), np.array([1, 1, 1, 4]), 6, 5, "greedy")
-    assert [list(row) for row in rows] == [[0, 1], [2, 3]]
+    """By one token: of the source in example 2, of the target in example 4."""
+    rows = pack(np.array([3, 3, 1, 1, 0]), np.array([1, 1, 1, 4, 1]), 6, 5, "greedy")
+    assert [list(row) for row in rows] == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("seed", range(3))
