@@ -59,14 +59,7 @@ def read_rope(
 ) -> tuple[dict[str, Any], int, int]:
     """Our rotation fields, the longest sequence for which they are exact, and how many dimensions
     of a head are rotated (0: all)."""
-    parameters = dict(values.get("rope_parameters") or {})
-    parameters = dict(parameters.get("full_attention") or parameters)
-    older = dict(values.get("rope_scaling") or {})
-    if "type" in older:
-        older.setdefault("rope_type", older.pop("type"))
-    if parameters and any(parameters.get(key, value) != value for key, value in older.items()):
-        raise refuse("rope_scaling", older, f"but rope_parameters {parameters}; remove one of them")
-    scaling = parameters | older or dict(given("rope_scaling", {}))
+    scaling = _scaling(values, refuse) or dict(given("rope_scaling", {}))
     theta = float(scaling.get("rope_theta") or given("rope_theta", 10_000.0))
     longest = whole = int(given("max_position_embeddings", 8192))
     stated = scaling.get("partial_rotary_factor") or values.get("partial_rotary_factor")
@@ -132,6 +125,18 @@ def read_rope(
         "rope_divisors": tuple(map(float, divisors)),
     }
     return fields, longest, rotated if partial < 1 else 0
+
+
+def _scaling(values: Mapping[str, Any], refuse: Callable[..., DataError]) -> dict[str, Any]:
+    """The rotary settings of layers that read all, from where transformers 5 and 4 have them."""
+    parameters = dict(values.get("rope_parameters") or {})
+    parameters = dict(parameters.get("full_attention") or parameters)
+    older = dict(values.get("rope_scaling") or {})
+    if "type" in older:
+        older.setdefault("rope_type", older.pop("type"))
+    if parameters and any(parameters.get(key, value) != value for key, value in older.items()):
+        raise refuse("rope_scaling", older, f"but rope_parameters {parameters}; remove one of them")
+    return parameters | older
 
 
 def unknown_rope_keys(values: Mapping[str, Any]) -> list[str]:
