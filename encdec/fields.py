@@ -155,6 +155,20 @@ def value_of(config: Any, name: str) -> Any:
     return config
 
 
+def listed(text: str, name: str) -> tuple[str, ...]:
+    """The parts of a text with commas, "A,B"; "" has none.
+
+    Raises:
+        ConfigError: an empty part, as in ``","``; ``name`` is what is said to have it.
+    """
+    parts = tuple(part.strip() for part in text.split(",")) if text else ()
+    if not all(parts):
+        raise ConfigError(
+            f"{name} is {text!r}, which has an empty part; expected names separated by commas"
+        )
+    return parts
+
+
 class Require(Protocol):
     """Refuses a field of a config unless a condition holds; see ``requirements``."""
 

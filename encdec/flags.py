@@ -185,14 +185,6 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def names(text: str) -> tuple[str, ...]:
-    """The type of flags that are lists of names, "A,B": an empty name is a slip."""
-    found = tuple(name.strip() for name in text.split(","))
-    if not all(found):
-        raise ConfigError(f"{text!r} has an empty name; expected names, as in A,B")
-    return found
-
-
 def _before_dashes(args: Sequence[str]) -> Sequence[str]:
     """The arguments before ``--``, after which nothing is a flag."""
     return args[: args.index("--")] if "--" in args else args

@@ -21,6 +21,7 @@ from encdec.data.prepare_settings import PrepareSettings
 from encdec.distill.scoring_progress import ScoringProgress
 from encdec.distill.scoring_settings import ScoringSettings
 from encdec.errors import ConfigError
+from encdec.fields import listed
 from encdec.inference import progress
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.progress import Progress
@@ -416,5 +417,7 @@ def test_an_empty_value_is_refused():
     assert all_parsers()["encdec prepare"].parse_args(["--beam_options="]).beam_options == ""
     empty = all_parsers()["encdec benchmark inference"].parse_args(["--uncached_inputs="])
     assert empty.uncached_inputs == ()
-    with pytest.raises(ConfigError, match="',a' has an empty name"):
-        flags.names(",a")
+    assert listed("", "x") == () and listed("a, b", "x") == ("a", "b")
+    for given in (",", " ", "a,,b"):
+        with pytest.raises(ConfigError, match=f"--tasks is '{given}', which has an empty part"):
+            listed(given, "--tasks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -187,10 +188,12 @@ def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:
     for row in content["rows"]:
         low, high = row["low"], row["high"]
         sure = low is not None and high is not None and (low > 0 or high < 0)
-        difference = f"**{shown(row['difference'])}**" if sure else shown(row["difference"])
+        as_text = functools.partial(shown, score=row["score"])
+        difference = as_text(row["difference"])
+        difference = f"**{difference}**" if sure else difference
         p_value = "–" if row["p_value"] is None else f"{row['p_value']:.4f}"
-        values = (shown(row.get("first")), shown(row.get("second")), difference)
-        interval = f"{shown(low)} to {shown(high)}"
+        values = (as_text(row.get("first")), as_text(row.get("second")), difference)
+        interval = f"{as_text(low)} to {as_text(high)}"
         rows.append((row["task"], row["score"], *values, interval, p_value, f"{row['examples']:,}"))
     columns = ("task", "score", first, second, "difference", "95 % interval", "p", "examples")
     lines = [

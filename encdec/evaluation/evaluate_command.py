@@ -7,6 +7,7 @@ import argparse
 from encdec import shipped
 from encdec.errors import ConfigError
 from encdec.evaluation.evaluation_settings import EvaluationSettings
+from encdec.fields import listed
 from encdec.flags import Parser
 from encdec.hub import data_path
 from encdec.inference.generation_settings import GenerationSettings, add_draft_option
@@ -54,13 +55,13 @@ def _settings(options: argparse.Namespace) -> EvaluationSettings:
     return EvaluationSettings(
         checkpoint=options.checkpoint,
         out=options.out,
-        tasks=_names(options.tasks),
+        tasks=listed(options.tasks, "--tasks"),
         data_dir=options.data_dir,
         split=options.split,
         jsonl=tuple(options.jsonl),
         source_field=options.source_field,
         target_field=options.target_field,
-        metrics=_names(options.metrics),
+        metrics=listed(options.metrics, "--metrics"),
         max_examples=options.max_examples,
         step=options.step,
         too_long=options.too_long,
@@ -84,10 +85,6 @@ def _settings(options: argparse.Namespace) -> EvaluationSettings:
         judge_endpoint=options.judge_endpoint or "",
         judge_model=options.judge_model or "",
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
 
 
 def _parser() -> Parser:

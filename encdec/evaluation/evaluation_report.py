@@ -132,7 +132,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report as a page; intervals are of 95 % over examples."""
     model = report["model"]
     scores = [
-        (task, name, shown(score["value"]), _range(score), f"{score['examples']:,}")
+        (task, name, shown(score["value"], name), _range(score, name), f"{score['examples']:,}")
         for task, part in report["tasks"].items()
         for name, score in part["scores"].items()
     ]
@@ -193,8 +193,11 @@ def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
     rows = []
     for task, part in passes.items():
         for name, score in part["scores"].items():
-            own, other = shown(tasks[task]["scores"][name]["value"]), score["difference"]
-            values = (shown(score["value"]), _range(score), shown(other["value"]), _range(other))
+            own, other = shown(tasks[task]["scores"][name]["value"], name), score["difference"]
+            values = (
+                *(shown(score["value"], name), _range(score, name)),
+                *(shown(other["value"], name), _range(other, name)),
+            )
             rows.append((task, name, own, *values))
     head = ("task", "score", "own", "shuffled", "95 % interval", "difference", "95 % interval")
     lines = [
@@ -214,10 +217,15 @@ def _shuffled_table(tasks: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _range(score: Mapping[str, Any]) -> str:
-    return f"{shown(score['low'])} to {shown(score['high'])}"
+def _range(score: Mapping[str, Any], name: str) -> str:
+    return f"{shown(score['low'], name)} to {shown(score['high'], name)}"
 
 
-def shown(value: float | None) -> str:
-    """Two decimals, or a dash for a missing value."""
-    return "–" if value is None else f"{value:.2f}"
+def shown(value: float | None, score: str, sign: str = "") -> str:
+    """A value of a score, or a difference: two decimals, or a dash for a missing value.
+
+    Models differ by thousandths of a bit per byte: of that score it is three significant digits.
+    """
+    if value is None:
+        return "–"
+    return f"{value:{sign}{'#.3g' if score == 'bits_per_byte' else '.2f'}}"

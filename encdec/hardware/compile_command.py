@@ -16,7 +16,8 @@ from rich.console import Console
 
 from encdec.config_files import split_overrides
 from encdec.errors import ConfigError
-from encdec.flags import Parser, names
+from encdec.fields import listed
+from encdec.flags import Parser
 from encdec.storage import local_path
 from encdec.train.run_config import RunConfig, load_config, parse_config
 
@@ -200,7 +201,7 @@ def _parser() -> Parser:
         "--topology",
         "e.g. v5e:4x4, v5p:2x2x4, v5e:16x16*2 (two slices); several separated by commas give one "
         "table",
-        names,
+        lambda text: list(listed(text, "--topology")),
         required=True,
         metavar="NAME",
     )

@@ -169,9 +169,11 @@ def _cell(of_seeds: Rows, decoding: str, score: str) -> str:
     if not found:
         return "–"
     if len(found) == 1:
-        return f"{shown(found[0]['value'])} [{shown(found[0]['low'])}, {shown(found[0]['high'])}]"
+        value, low, high = (shown(found[0][name], score) for name in ("value", "low", "high"))
+        return f"{value} [{low}, {high}]"
     mean = t_interval([one["value"] for one in found])
-    return f"{mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}] (n={len(found)})"
+    value, low, high = (shown(one, score) for one in (mean.value, mean.low, mean.high))
+    return f"{value} [{low}, {high}] (n={len(found)})"
 
 
 def score_table(models: Mapping[str, Rows], copied: Rows = ()) -> str:
@@ -236,11 +238,12 @@ def cost_table(models: Mapping[str, Rows], rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _difference(made: Mapping[str, float | None]) -> str:
+def _difference(made: Mapping[str, float | None], score: str) -> str:
     if made["difference"] is None or made["p_value"] is None:
         return "–"
     p_value = "p < 0.001" if made["p_value"] < 0.001 else f"p {made['p_value']:.3f}"
-    return f"{made['difference']:+.2f} ({shown(made['low'])} to {shown(made['high'])}), {p_value}"
+    low, high = shown(made["low"], score), shown(made["high"], score)
+    return f"{shown(made['difference'], score, '+')} ({low} to {high}), {p_value}"
 
 
 def paired_table(models: Mapping[str, Rows], trials: int) -> str:
@@ -270,7 +273,7 @@ def paired_table(models: Mapping[str, Rows], trials: int) -> str:
             if not seeds or any(len(side) < len(seeds) for side in found):
                 cells.append("–")
                 continue
-            cells.append(_difference(compare_scores(found, RESAMPLES, trials)))
+            cells.append(_difference(compare_scores(found, RESAMPLES, trials), score))
         lines.append((f"{second} minus {first}", count, *cells))
     if not lines:
         return ""

@@ -22,6 +22,7 @@ from encdec.paper.result_rows import COSTS
 from encdec.paper.setting import (
     TEACHER,
     Column,
+    PretrainSetting,
     Setting,
     model_of,
     run_config,
@@ -49,18 +50,12 @@ class _Shape:
         return self.config
 
 
-def step_seconds(setting: Setting, row: str, column: Column) -> float:
-    """Median seconds of a training step of a row's model on full rows of random tokens."""
+def step_seconds(setting: Setting, row: str, shape: Column | PretrainSetting, steps: int) -> float:
+    """Median seconds of one of so many steps of a row's model on full rows of random tokens."""
     run = run_config(
-        setting,
-        row,
-        records="",
-        eval_records="",
-        batch_size=column.batch_size,
-        steps=steps_of(setting, row, column),
-        seed=0,
+        setting, row, records="", eval_records="", batch_size=shape.batch_size, steps=steps, seed=0
     )
-    step = OurStep(_Shape(run, column.batch_size, column.inputs, column.targets))
+    step = OurStep(_Shape(run, shape.batch_size, shape.inputs, shape.targets))
     step()
     taken = []
     for _ in range(STEPS):
@@ -95,8 +90,14 @@ def cost_rows(
     }
     rows = []
     for name in names:
-        config, seconds = models[name][0], step_seconds(setting, name, column)
+        config, steps = models[name][0], steps_of(setting, name, column)
+        seconds = step_seconds(setting, name, column, steps)
         say(f"{name}: {1e3 * seconds:.0f} ms per step")
+        before = {}
+        if whole := setting.pretrain.steps:
+            pretraining = step_seconds(setting, name, setting.pretrain, whole)
+            before["pretraining_step_seconds"] = pretraining
+            say(f"{name}: {1e3 * pretraining:.0f} ms per step of pretraining")
         rows.append(
             {
                 "kind": COSTS,
@@ -104,7 +105,8 @@ def cost_rows(
                 "row": name,
                 "column": column.name,
                 "step_seconds": seconds,
-                "training_seconds": seconds * steps_of(setting, name, column),
+                # As training FLOPs: of pretraining, too.
+                "training_seconds": seconds * steps + whole * sum(before.values()),
                 "first_token_seconds": timings[name].first_token.median,
                 "tokens_per_second": timings[name].tokens_per_second.median,
                 "memory_bytes": weight_bytes(config) + cache_bytes(config, INPUTS, NEW_TOKENS),
@@ -112,6 +114,7 @@ def cost_rows(
                 "new_tokens": NEW_TOKENS,
                 "remark": remark,
             }
+            | before
             | where_and_when()
         )
         jax.clear_caches()

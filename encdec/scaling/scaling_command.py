@@ -16,7 +16,7 @@ from rich.console import Console
 
 from encdec.config_files import read_config_file, split_overrides, with_overrides
 from encdec.errors import ConfigError, DataError, EncdecError
-from encdec.fields import unknown_field
+from encdec.fields import listed, unknown_field
 from encdec.flags import Parser, bounded
 from encdec.logs import logger
 from encdec.modules import add_module_flag, import_modules
@@ -294,7 +294,7 @@ def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     check_division(options.workdir, False, options.alone)
     plan = _planned(options, overrides)
-    metrics = tuple(name for name in options.metrics.split(",") if name)
+    metrics = listed(options.metrics, "--metrics")
     task = of_task(options.task, options.data_dir, options.split, metrics, options.max_examples)
     score_plan(plan, options.workdir, task)
     return 0

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from encdec.errors import ConfigError
-from encdec.fields import nearest
+from encdec.fields import listed, nearest
 from encdec.model.parameter_names import unrolled_names
 from encdec.train.run_config import RunConfig
 
@@ -33,8 +33,12 @@ def matched(patterns: Sequence[tuple[str, Value]], name: str, default: Value) ->
 
 
 def frozen_patterns(text: str) -> list[tuple[str, bool]]:
-    """``config.freeze.parameters`` as patterns with whether what they match is frozen."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    """``config.freeze.parameters`` as patterns with whether what they match is frozen.
+
+    Raises:
+        ConfigError: an empty part.
+    """
+    parts = listed(text, "config.freeze.parameters")
     return [(part.removeprefix("!"), not part.startswith("!")) for part in parts]
 
 
@@ -42,10 +46,10 @@ def factor_patterns(text: str) -> list[tuple[str, float]]:
     """``config.optimizer.factors`` as patterns with their factors.
 
     Raises:
-        ConfigError: a part that is not PATTERN=FACTOR with a positive factor.
+        ConfigError: a part that is empty, or not PATTERN=FACTOR with a positive factor.
     """
     patterns = []
-    for part in filter(None, map(str.strip, text.split(","))):
+    for part in listed(text, "config.optimizer.factors"):
         pattern, equals, number = part.rpartition("=")
         try:
             factor = float(number)

@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from encdec.errors import ConfigError
-from encdec.fields import flattened
+from encdec.fields import flattened, listed
 from encdec.files import write_json
 from encdec.packages import require
 from encdec.train.metrics import ScalarWriter
@@ -36,7 +36,7 @@ def tracker_names(trackers: str) -> list[str]:
     Raises:
         ConfigError: one that is unknown or named twice, or whose package is not installed.
     """
-    names = [name.strip() for name in trackers.split(",") if name.strip()]
+    names = list(listed(trackers, "config.trackers"))
     for name in names:
         if name not in TRACKERS or names.count(name) > 1:
             raise ConfigError(

@@ -21,6 +21,7 @@ from etils import epath
 from encdec.data.records import DatasetCard
 from encdec.data.vocabulary import VocabularySpec, load_vocabulary, recorded_vocabulary
 from encdec.errors import ConfigError, DataError
+from encdec.fields import listed
 from encdec.files import write_text
 from encdec.model import ModelConfig, abstract_params, build_model, logical_axes, preset
 from encdec.model.parameter_names import path_name, unrolled_names
@@ -387,7 +388,7 @@ def _compare(run: RunConfig, model: ModelConfig, source: ModelConfig) -> tuple[s
 
 
 def _require_asked_for(run: RunConfig, names: Sequence[str], what: str) -> None:
-    patterns = [pattern.strip() for pattern in run.init_partial.split(",") if pattern.strip()]
+    patterns = listed(run.init_partial, "config.init_partial")
     refused = [name for name in names if not any(fnmatch.fnmatch(name, p) for p in patterns)]
     if refused:
         shown = ", ".join(refused[:6]) + f" and {len(refused) - 6} more" * (len(refused) > 6)

@@ -103,7 +103,9 @@ def test_every_model_is_timed_and_joins_the_rows(inputs, tmp_path, capsys, monke
     setting = parse_setting(load_config(f"{inputs / 'config.py'}").to_dict())
     for name, row in rows.items():
         assert (row["kind"], row["remark"], row["inputs"]) == ("costs", "a test", 8)
-        assert row["training_seconds"] == 3 * row["step_seconds"] > 0
+        before = setting.pretrain.steps * row["pretraining_step_seconds"]
+        assert row["training_seconds"] == pytest.approx(3 * row["step_seconds"] + before)
+        assert 0 < before < row["training_seconds"]
         assert row["first_token_seconds"] > 0 and row["tokens_per_second"] > 0
         assert row["memory_bytes"] > 4 * count_parameters(model_of(setting, name)).total
     assert "ms per step" in capsys.readouterr().err

@@ -141,6 +141,8 @@ def test_factors_multiply_updates_of_layers_that_are_stacked_too():
         ({"freeze": {"parameters": "encoder/*,!*"}}, "freezes no parameter"),
         ({"freeze": {"parameters": "*/layers_0/*"}}, "scan_layers=False"),
         ({"optimizer": {"factors": "encodr/*=2"}}, r"did you mean 'encoder/\*'"),
+        ({"optimizer": {"factors": ","}}, "config.optimizer.factors is ',', which has an empty"),
+        ({"freeze": {"parameters": "encoder/*,,"}}, "config.freeze.parameters is .* an empty part"),
         ({"optimizer": {"factors": "encoder/*"}}, "expected PATTERN=FACTOR"),
         ({"optimizer": {"factors": "encoder/*=0"}}, "config.freeze.parameters"),
     ],
