@@ -26,6 +26,7 @@ in how often they come, not in their order, so that a code for each is all that 
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -83,8 +84,11 @@ class SparseFormat:
             "k",
             f"less than the vocabulary's {self.vocab_size} ids; --method=full keeps them all",
         )
-        require(self.temperature > 0, "temperature", "a positive number")
-        require(self.proposal > 0, "proposal", "a positive exponent; 1 draws from the teacher")
+        finite = math.isfinite(self.temperature)
+        require(finite and self.temperature > 0, "temperature", "a positive number")
+        finite = math.isfinite(self.proposal)
+        wanted = "a positive exponent; 1 draws from the teacher"
+        require(finite and self.proposal > 0, "proposal", wanted)
         require(
             self.proposal == 1 or self.method == "sampled",
             "proposal",

@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from encdec.buckets import is_address
+from encdec.errors import ConfigError
 from encdec.evaluation.evaluation_report import shuffled_report, task_report, write_report
 from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Example, Examples, load_examples, with_shuffled_sources
@@ -40,6 +42,9 @@ from encdec.metrics.metric_registry import not_measured, score_texts
 from encdec.metrics.score import Score, mean_score
 from encdec.storage import as_path
 
+# Files that are in directories of other commands.
+OTHERS = {"config.json": "a model", "dataset.json": "records", "teacher.json": "a teacher's rows"}
+
 _LOG = logger(__name__)
 
 NAMED = 10  # examples that a line on standard error lists
@@ -64,6 +69,7 @@ def evaluate(
         CheckpointError: no trained model there.
     """
     check_draft(settings.draft, settings.generation)
+    _check_out(settings.out)
     tasks = load_examples(settings) if tasks is None else tasks
     generator, reader, model = load_models(
         settings.checkpoint,
@@ -100,6 +106,18 @@ def evaluate(
     }
     write_report(out, report)
     return report
+
+
+def _check_out(out: str) -> None:
+    """ConfigError where no directory of predictions can be, or something else's files are."""
+    for place in () if is_address(out) else (as_path(out), *as_path(out).parents):
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"--out={out}: {place} is a file; give a directory")
+    for name, what in OTHERS.items():
+        if (as_path(out) / name).exists():
+            raise ConfigError(
+                f"--out={out} holds {what}; give a directory of its own, such as {out}/evaluation"
+            )
 
 
 class _Pass:

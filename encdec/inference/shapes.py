@@ -31,7 +31,10 @@ def row_count(count: int, multiple: int = 1) -> int:
 
 def rows_within(count: int) -> int:
     """The most rows, ``count`` at most, that fill a batch of ``row_count``."""
-    return next(rows for rows in range(count, 0, -1) if row_count(rows) == rows)
+    rows = 1
+    while (more := row_count(rows + 1)) <= count:
+        rows = more
+    return rows
 
 
 def shrunk(rows: int, needed: int, multiplications: int, multiple: int = 1) -> int:

@@ -32,8 +32,10 @@ def read_model(path: pathlib.Path) -> tuple[ModelConfig, dict[str, Any], int]:
     """Configuration, unrolled parameters, and the longest sequence.
 
     Raises:
-        DataError: the file's size does not fit its header.
+        DataError: no file there, or its size does not fit its header.
     """
+    if not path.is_file() or not path.stat().st_size:
+        raise DataError(f"{path} is empty, or not a file; give a model's .bin file")
     data = np.memmap(path, np.uint8, mode="r")
     header = data[:28].view("<i4").tolist() if len(data) >= 28 else [0] * 7
     M, F, layers, H, K, V, longest = header

@@ -208,6 +208,8 @@ def test_any_flipped_byte_or_missing_end_is_refused_by_row(fmt):
         ({"draws": 0}, "--draws is 0"),
         ({"method": "top_p"}, "--method is 'top_p'"),
         ({"temperature": 0.0}, "--temperature is 0.0"),
+        ({"temperature": float("inf")}, "--temperature is inf"),
+        ({"proposal": float("inf")}, "--proposal is inf"),
         ({"method": "top_k", "k": 500}, "--k is 500"),
         ({"method": "top_k", "proposal": 0.9}, "--proposal is 0.9; expected 1"),
         ({"vocab_size": 2**24 + 1}, "16,777,216"),

@@ -322,11 +322,19 @@ def test_a_call_from_python_gives_the_report(encoder_decoder_run, tmp_path):
         ("--max_input_tokens=0", "max_input_tokens is 0; expected 2 or more"),
         ("--max_input_tokens=1", "max_input_tokens is 1; expected 2 or more"),
         ("--resamples=0", "resamples is 0; expected 1 or more"),
+        ("--metrics=,", "--metrics is ',', which has an empty part"),
     ],
 )
 def test_numbers_out_of_range_are_named(flag, message, evaluate):
     with pytest.raises(ConfigError, match=message):
         evaluate(flag)
+
+
+def test_directories_of_other_commands_are_left_alone(evaluate, encoder_decoder_run):
+    with pytest.raises(ConfigError, match="holds a model; give a directory of its own"):
+        evaluate(f"--out={encoder_decoder_run}")
+    with pytest.raises(ConfigError, match="is a file; give a directory"):
+        evaluate(f"--out={__file__}/x")
 
 
 @pytest.mark.usefixtures("one_device")

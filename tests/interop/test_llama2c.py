@@ -208,6 +208,7 @@ def test_an_answer_keeps_the_space_before_it(tmp_path):
 def test_a_file_that_is_no_such_model_is_refused(tmp_path):
     path = tmp_path / "model.bin"
     for data, message in (
+        (b"", "is empty"),
         (b"\1" * 20, "header"),
         (b"\0" * 64, "header"),
         (np.array([8, 8, 1, 2, 1, 9, 4], "<i4").tobytes() + b"\0" * 40, "implies"),
