@@ -287,23 +287,44 @@ def sole_writer(
     if is_address(path):
         yield
         return
-    shown = shown or path
-    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    shown, waits = shown or path, patience > 0
+    end = time.monotonic() + patience
+    while (descriptor := _locked(path)) is None:
+        if time.monotonic() >= end:
+            raise InUseError(
+                f"{shown} is in use: another process is writing it; wait until that has ended, "
+                "or give another path"
+            )
+        if waits:
+            _LOG.info(f"{shown} is in use: waiting for the process that is writing it to end")
+            waits = False
+        time.sleep(0.1)
     try:
-        end = time.monotonic() + patience
-        while not _lock(descriptor):
-            if time.monotonic() >= end:
-                raise InUseError(
-                    f"{shown} is in use: another process is writing it; wait until that has ended, "
-                    "or give another path"
-                )
-            if patience:
-                _LOG.info(f"{shown} is in use: waiting for the process that is writing it to end")
-                patience = 0.0
-            time.sleep(0.1)
+        if not _is_at(descriptor, path):
+            raise InUseError(
+                f"another process has just ended with {shown}, and moved or removed what it "
+                "wrote; repeat the command"
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(path: str | os.PathLike[str]) -> int | None:
+    """A descriptor that holds a directory or file; None where another process does."""
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    if _lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
+    """Whether what is open is still what has the path: a lock on anything else keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, *, wait: bool = False) -> bool:

@@ -15,6 +15,7 @@ import threading
 import numpy as np
 import pytest
 
+from encdec import files
 from encdec.data.prepare import prepare
 from encdec.data.records import decode_row, read_card
 from encdec.data.teacher_rows import read_teacher_card
@@ -166,6 +167,20 @@ def test_a_lock_ends_with_its_block_and_is_waited_for(tmp_path):
     with sole_writer(tmp_path, patience=60), pytest.raises(InUseError, match="other is in use"):
         with sole_writer(tmp_path, shown="other"):
             pass
+
+
+def test_a_lock_on_what_was_moved_away_meanwhile_is_none(tmp_path, monkeypatch):
+    """As when a directory was opened just before the process that held it put it into place."""
+    made, lock = tmp_path / "made", files._lock
+    made.mkdir()
+
+    def late(descriptor):
+        made.rename(tmp_path / "in place")
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with pytest.raises(InUseError, match="repeat the command"), sole_writer(made):
+        pass
 
 
 def test_a_model_that_another_process_writes_is_left_alone(tmp_path):
