@@ -152,7 +152,10 @@ def read_config(directory: pathlib.Path) -> Imported:
         )
     quantized = values.get("quantization_config")
     if values.get("model_type") in WITH_IMAGES:
-        values = WITH_IMAGES[values["model_type"]] | required(values, "text_config", path, dict)
+        whole, key = values, "tie_word_embeddings"
+        values = WITH_IMAGES[whole["model_type"]] | required(whole, "text_config", path, dict)
+        if whole.get(key) is not None:  # the head is of the whole model
+            values[key] = whole[key]
     name = values.get("model_type")
     if name not in FAMILIES:
         raise DataError(
