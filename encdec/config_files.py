@@ -103,12 +103,22 @@ def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str
     return names
 
 
+# How Python and absl refuse a text, and what is said instead.
+_KINDS = {
+    "invalid literal for int()": "expected a whole number, as in 1000",
+    "could not convert string to float": "expected a number, as in 0.5 or 1e-3",
+    "Non-boolean argument": "expected True or False",
+}
+
+
 def _readable(message: str) -> str:
     """absl's complaint in this project's words: which field, the value, the type expected."""
     match = re.match(r"flag --(?:no)?(\w+\.\S*?)=(.*?): (.*)", message, re.DOTALL)
     if not match:
         return message
-    return f"{match[1]} is {match[2]!r}; {match[3].strip()}"
+    reason = match[3].strip()
+    expected = next((kind for start, kind in _KINDS.items() if reason.startswith(start)), reason)
+    return f"{match[1]} is {match[2]!r}; {expected}"
 
 
 def read_config_file(source: str) -> ml_collections.ConfigDict:

@@ -26,8 +26,10 @@ def add_module_flag(parser: Parser) -> None:
     )
 
 
-def import_modules(names: Sequence[str]) -> None:
+def import_modules(names: Sequence[str], flag: str = "--module") -> None:
     """Imports modules by their dotted names, from the current folder too.
+
+    ``flag`` is what messages say has the name.
 
     Raises:
         ConfigError: one that is not found, or cannot be imported.
@@ -37,10 +39,10 @@ def import_modules(names: Sequence[str]) -> None:
     for name in names:
         try:
             module = importlib.import_module(name)
-            _LOG.debug("--module=%s is %s", name, getattr(module, "__file__", module))
+            _LOG.debug("%s=%s is %s", flag, name, getattr(module, "__file__", module))
         except ImportError as error:
             raise ConfigError(
-                f"--module={name} cannot be imported ({error}); give the dotted name of a module "
+                f"{flag}={name} cannot be imported ({error}); give the dotted name of a module "
                 "that is installed or in the current folder"
             ) from error
 
@@ -54,7 +56,7 @@ def named_function(flag: str, target: str) -> Callable[..., object]:
     module, _, name = target.partition(":")
     if not module or not name:
         raise ConfigError(f"{flag}={target}; expected MODULE:FUNCTION")
-    import_modules([module])
+    import_modules([module], flag)
     found = getattr(sys.modules[module], name, None)
     if not callable(found):
         hint = did_you_mean(name, [one for one in vars(sys.modules[module]) if one[0] != "_"])

@@ -312,6 +312,16 @@ def _check_no_address(path: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{path} is no longer an address; give it as gs://BUCKET/PATH, as text")
 
 
+# Of the directories that commands write, the file that says so, and what it is.
+_MARKS = {"dataset.json": "records", "teacher.json": "a teacher's rows", "config.json": "a model"}
+
+
+def content_of(directory: str | os.PathLike[str]) -> str:
+    """What a command wrote to a directory, "records" say; "" where nothing says so."""
+    place = as_path(directory)
+    return next((what for name, what in _MARKS.items() if (place / name).exists()), "")
+
+
 def is_free(out: str | os.PathLike[str]) -> bool:
     """Whether ``whole_directory`` may write there: missing, or a directory that holds nothing."""
     if is_address(out):

@@ -34,6 +34,17 @@ def test_it_prints_what_train_reads(capsys):
     assert cli.main(["config", f"--config={CONFIG}", "--config.stepss=3"]) == 2
 
 
+def test_a_value_of_another_type_is_refused_in_words(capsys):
+    given = ["config", f"--config={CONFIG}"]
+    for override, message in (
+        ("steps=1e3", "config.steps is '1e3'; expected a whole number"),
+        ("optimizer.learning_rate=fast", "learning_rate is 'fast'; expected a number"),
+        ("init_grow=maybe", "config.init_grow is 'maybe'; expected True or False"),
+    ):
+        assert cli.main([*given, f"--config.{override}"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_every_field_has_a_line_and_a_meaning():
     run = parse_config(RunConfig())
     groups = [type(getattr(run, name)) for name in vars(run)]

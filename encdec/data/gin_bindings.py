@@ -6,6 +6,7 @@ Settings of ``encdec prepare`` itself are bound by ``prepare_command``, out of `
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any, cast
 import gin
 from encdec.data import denoising  # noqa: F401 (enters its objectives)
 from encdec.data.objectives import OBJECTIVES, Objective
+from encdec.data.prepare_settings import PrepareSettings
 from encdec.data.text_tasks import TextTask
 from encdec.errors import ConfigError
 from encdec.fields import did_you_mean
@@ -30,15 +32,37 @@ def parse_gin(files: Sequence[str], bindings: Sequence[str]) -> None:
     if files and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for `import` lines that name the user's own modules
     # `include` lines, and the files that come with encdec, are named from where they are kept.
-    gin.add_config_file_search_path(str(shipped_folder()))
+    _search_shipped_files()
     logged = logging.root.manager.disable
     logging.disable(logging.ERROR)  # gin logs each folder that does not have a file
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))
     except (ValueError, OSError, SyntaxError, ImportError) as error:
-        raise ConfigError(f"gin: {error}") from error
+        raise ConfigError(f"gin: {error}{_remedy(str(error))}") from error
     finally:
         logging.disable(logged)
+
+
+@functools.cache
+def _search_shipped_files() -> None:
+    gin.add_config_file_search_path(str(shipped_folder()))
+
+
+def _remedy(complaint: str) -> str:
+    """What to write instead of what gin complains of; "" where its words say it."""
+    if found := re.search(
+        r"Configurable '(\w+)' doesn't have a parameter named '(\w+)'", complaint
+    ):
+        makers: dict[str, Any] = {**_BINDABLE, "mixture": mixture, "prepare": PrepareSettings}
+        if found[1] in makers:
+            names = list(inspect.signature(makers[found[1]]).parameters)
+            return f"; it has {', '.join(names)}{did_you_mean(found[2], names)}"
+    if found := re.search(r"No configurable matching '([\w./]+)'", complaint):
+        names = [*_BINDABLE, "mixture", "prepare"]
+        return f"; expected one of {', '.join(names)}{did_you_mean(found[1], names)}"
+    if "malformed node or string" in complaint or "Failed to parse token" in complaint:
+        return "; a value is written as in Python, and a text in quotes"
+    return ""
 
 
 def refuse_unused(bindings: Sequence[str]) -> None:

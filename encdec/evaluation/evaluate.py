@@ -40,10 +40,7 @@ from encdec.inference.progress import Progress
 from encdec.logs import logger
 from encdec.metrics.metric_registry import not_measured, score_texts
 from encdec.metrics.score import Score, mean_score
-from encdec.storage import as_path
-
-# Files that are in directories of other commands.
-OTHERS = {"config.json": "a model", "dataset.json": "records", "teacher.json": "a teacher's rows"}
+from encdec.storage import as_path, content_of
 
 _LOG = logger(__name__)
 
@@ -113,11 +110,10 @@ def _check_out(out: str) -> None:
     for place in () if is_address(out) else (as_path(out), *as_path(out).parents):
         if place.exists() and not place.is_dir():
             raise ConfigError(f"--out={out}: {place} is a file; give a directory")
-    for name, what in OTHERS.items():
-        if (as_path(out) / name).exists():
-            raise ConfigError(
-                f"--out={out} holds {what}; give a directory of its own, such as {out}/evaluation"
-            )
+    if what := content_of(out):
+        raise ConfigError(
+            f"--out={out} holds {what}; give a directory of its own, such as {out}/evaluation"
+        )
 
 
 class _Pass:

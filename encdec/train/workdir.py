@@ -25,7 +25,7 @@ from encdec.saved.saved_config import (
     model_config_of,
     read_config,
 )
-from encdec.storage import as_path, make_directory, user_place
+from encdec.storage import as_path, content_of, make_directory, user_place
 from encdec.train.program import Program
 from encdec.train.run_config import OPERATIONAL, RunConfig, to_dict
 
@@ -81,8 +81,15 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
                 f"{workdir} holds checkpoints but no {CONFIG_FILE}; restore the "
                 "file, or give another --workdir"
             )
+        if what := content_of(workdir):
+            raise CheckpointError(f"{workdir} holds {what}; give another --workdir")
         return False
     content = read_config(workdir)
+    if "run" not in content:
+        raise CheckpointError(
+            f"{workdir} holds a model that was not trained there; start from it: "
+            f"--config.init_from={workdir} with another --workdir"
+        )
     if "averaged" in content:
         raise CheckpointError(
             f"{workdir} holds an average of checkpoints, without an optimizer's "

@@ -215,8 +215,13 @@ def test_identity_flags_and_gin_follow_from_the_fields(folder, capsys):
         settings.check()
     with pytest.raises(ConfigError, match=r"block_bytes is 'big'; expected an integer, 1 or more"):
         PrepareSettings(out="o", vocabulary="bytes", block_bytes="big").check()
-    assert encdec(["prepare", *PAIRS, "--out=o", "--gin_bindings=prepare.lenght = 3"]) == 2
-    assert "lenght" in capsys.readouterr().err
+    for binding, message in (
+        ("prepare.inputs_lenght = 3", "did you mean 'inputs_length'"),
+        ("prefx_lm.split = 0.3", "did you mean 'prefix_lm'"),
+        ("prefix_lm.split = half", "a text in quotes"),
+    ):
+        assert encdec(["prepare", *PAIRS, "--out=o", f"--gin_bindings={binding}"]) == 2
+        assert message in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"task jsonl already has its files"):
         task = jsonl_task(["pairs.jsonl"])
         prepare(task=task, data_dir="files", out=folder / "o", vocabulary="bytes")

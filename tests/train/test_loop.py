@@ -298,6 +298,9 @@ def test_another_runs_work_directory_is_left_alone(
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
     with pytest.raises(CheckpointError, match="is a file"):
         train(small_run(records), records / "dataset.json")
+    with pytest.raises(CheckpointError, match="holds records; give another --workdir"):
+        train(small_run(records), records)
+    assert not (records / "config.json").exists()
 
 
 def test_fields_newer_than_a_work_directory_take_their_defaults(straight, tmp_path):
@@ -321,6 +324,11 @@ def test_fields_newer_than_a_work_directory_take_their_defaults(straight, tmp_pa
     execution["scan_layers"] = not execution["scan_layers"]
     description["model"]["qk_norm"] = True
     with pytest.raises(CheckpointError, match="model.qk_norm is False there and True here"):
+        check_workdir(tmp_path, description)
+    # An import or an export.
+    imported = {"format_version": older["format_version"], "imported": {}, "data": {}}
+    (tmp_path / "config.json").write_text(json.dumps(imported))
+    with pytest.raises(CheckpointError, match="not trained there; start from it: --config.init"):
         check_workdir(tmp_path, description)
 
 

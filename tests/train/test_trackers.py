@@ -133,7 +133,7 @@ def test_hooks_are_named_by_module_and_function(tmp_path, monkeypatch, capsys):
     for wrong, message in (
         ("my_hooks_of_a_test:lok:1", "no function 'lok'; did you mean 'look'"),
         ("my_hooks_of_a_test:look:x", "EVERY in steps"),
-        ("absent_module:look", "cannot be imported"),
+        ("absent_module:look", "--hook=absent_module cannot be imported"),
         ("look", "expected MODULE:FUNCTION"),
     ):
         with pytest.raises(ConfigError, match=message):
