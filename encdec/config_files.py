@@ -117,7 +117,7 @@ def _readable(message: str) -> str:
     if not match:
         return message
     reason = match[3].strip()
-    expected = next((kind for start, kind in _KINDS.items() if reason.startswith(start)), reason)
+    expected = next((kind for start, kind in _KINDS.items() if start in reason), reason)
     return f"{match[1]} is {match[2]!r}; {expected}"
 
 

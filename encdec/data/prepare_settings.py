@@ -22,6 +22,7 @@ from encdec.data.text_files import plain_name
 from encdec.data.text_tasks import TextTask, jsonl_task, text_files_task
 from encdec.data.vocabulary import Vocabulary, recorded_framing
 from encdec.errors import ConfigError
+from encdec.fields import did_you_mean
 from encdec.hub import data_path
 from encdec.settings import Settings, setting
 from encdec.storage import any_path, as_path, user_place
@@ -29,6 +30,7 @@ from encdec.storage import any_path, as_path, user_place
 # Small enough that two cores share a corpus of some megabytes, large enough that the last,
 # half-full rows of a block do not matter (about a thousand rows).
 BLOCK_BYTES = 4 << 20
+MOST_LENGTH = 2**20  # tokens of a row: of longer ones no model's attention fits a device
 FIELD_FLAGS = ("source_field", "target_field", "text_field")
 
 
@@ -162,6 +164,17 @@ class PrepareSettings(Settings):
             if getattr(self, name) is None:
                 raise ConfigError(f"--{name} is missing; give it, or bind prepare.{name} in gin")
         super().check()
+        for name in ("inputs_length", "targets_length"):
+            if (getattr(self, name) or 0) > MOST_LENGTH:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; expected up to {MOST_LENGTH} tokens"
+                )
+        if not self.task and self.split not in (None, *SPLIT_NAMES):
+            hint = did_you_mean(str(self.split), SPLIT_NAMES)
+            raise ConfigError(
+                f"split is {self.split!r}; expected one of {', '.join(SPLIT_NAMES)}, which says "
+                f"what the files are{hint}"
+            )
 
     def text_task(self, **mixing: Any) -> TextTask:
         """The task that is named, or made of files; ``mixing`` as in ``task_or_mixture``.

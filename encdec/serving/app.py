@@ -23,16 +23,8 @@ from encdec.serving.chat import ChatTemplate
 from encdec.serving.engine import Busy, Closing, Engine
 from encdec.serving.prometheus_metrics import CONTENT_TYPE
 from encdec.serving.prompts import PromptReader
-from encdec.serving.protocol import (
-    ApiError,
-    Completion,
-    Limits,
-    check_model,
-    parse_chat,
-    parse_completion,
-    read_body,
-    typed,
-)
+from encdec.serving.protocol import Completion, Limits, check_model, parse_chat, parse_completion
+from encdec.serving.request_body import ApiError, read_body, typed
 from encdec.serving.tickets import Ticket, Update
 
 BODY_SECONDS = 30.0  # for a request's body to arrive

@@ -8,7 +8,6 @@ effect.
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from encdec.fields import did_you_mean
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.serving.chat import ChatTemplate
 from encdec.serving.prompts import Prompt, PromptReader
+from encdec.serving.request_body import ApiError, count_of, kind_of, number_of, read_body, typed
 
 # Fields in addition to OpenAI's: those of ``encdec generate``.
 _SHARED = (
@@ -72,43 +72,6 @@ _NUMBERS = (
 )
 # Below this temperature sampling is greedy, except between nearly equal tokens.
 LEAST_TEMPERATURE = 0.01
-
-
-class ApiError(Exception):
-    """A request that gets an error instead of an answer, in OpenAI's shape.
-
-    Attributes:
-        status: of HTTP.
-        message: the fault and the remedy.
-        kind: OpenAI's ``type``.
-        param: the field at fault.
-        code: machine-readable reason.
-        headers: additional response headers.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
-        self.param, self.code, self.headers = param, code, dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +136,13 @@ def parse_completion(
     prompts = _prompts(values, reader, marked=echo)
     if echo and log_probs is not None and reader.is_encoder_decoder:
         _check_split(prompts, reader)
-    keep = _count(values, "n", 1)
-    samples = _count(values, "best_of", keep)
+    keep = count_of(values, "n", 1)
+    samples = count_of(values, "best_of", keep)
     if samples < keep:
         raise ApiError(
             400, f"best_of is {samples}; expected at least n, which is {keep}", param="best_of"
         )
+    _check_biases(values, reader)
     return _completion(values, limits, prompts, keep, samples, log_probs, echo=echo)
 
 
@@ -193,8 +157,15 @@ def parse_chat(
     values = read_body(body)
     _check_names(values, _CHAT_FIELDS, _CHAT_ABSENT)
     check_model(values, model)
-    if "max_completion_tokens" in values:
-        values["max_tokens"] = values.pop("max_completion_tokens")
+    if (longest := values.pop("max_completion_tokens", None)) is not None:
+        if values.get("max_tokens", longest) != longest:
+            raise ApiError(
+                400,
+                f"max_completion_tokens is {longest!r} and max_tokens, its former name, "
+                f"{values['max_tokens']!r}; leave max_tokens out",
+                param="max_tokens",
+            )
+        values["max_tokens"] = longest
     asked = typed(values, "logprobs", bool, False)
     others = typed(values, "top_logprobs", int, None)
     if others is not None and not asked:
@@ -207,7 +178,8 @@ def parse_chat(
         prompt = template.prompt(values["messages"], reader, truncate=truncate)
     except DataError as error:
         raise ApiError(400, _without_flags(str(error)), param="messages") from None
-    keep = _count(values, "n", 1)
+    keep = count_of(values, "n", 1)
+    _check_biases(values, reader)
     return _completion(
         values, limits, [prompt], keep, keep, (others or 0) if asked else None, is_chat=True
     )
@@ -251,21 +223,6 @@ def _completion(
         log_probs,
         **kind,
     )
-
-
-def read_body(body: bytes) -> dict[str, Any]:
-    """The fields of a body that are not null.
-
-    Raises:
-        ApiError: it is not a JSON object.
-    """
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ApiError(400, f"the body is {_kind(values)}; expected an object")
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_model(values: Mapping[str, Any], model: str) -> None:
@@ -334,50 +291,9 @@ def _include_usage(values: Mapping[str, Any], stream: bool) -> bool:
     return bool(options.get("include_usage", False))
 
 
-def _kind(value: Any) -> str:
-    return {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }[type(value)]
-
-
-def typed(values: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    """A field of one type; raises ApiError for another."""
-    value = values.get(name, default)
-    if value is default or type(value) is kind:
-        return value
-    wanted = {
-        dict: "an object",
-        bool: "true or false",
-        int: "a whole number",
-        list: "an array",
-        str: "a text",
-    }[kind]
-    raise ApiError(400, f"{name} is {value!r}; expected {wanted}", param=name)
-
-
-def _number(values: Mapping[str, Any], name: str, default: float) -> int | float:
-    value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ApiError(400, f"{name} is {value!r}; expected a number", param=name)
-    return value
-
-
-def _count(values: Mapping[str, Any], name: str, default: int) -> int:
-    value = typed(values, name, int, default)
-    if value < 1:
-        raise ApiError(400, f"{name} is {value}; expected 1 or more", param=name)
-    return value
-
-
 def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Limits) -> int:
     """Limited to what the server allows; a longer answer then ends as "length"."""
-    asked = _number(values, "max_tokens", limits.default_max_tokens)
+    asked = number_of(values, "max_tokens", limits.default_max_tokens)
     if type(asked) is not int or asked < 0:
         wanted = "a whole number" if type(asked) is not int else "0 or more"
         raise ApiError(400, f"max_tokens is {asked!r}; expected {wanted}", param="max_tokens")
@@ -400,8 +316,10 @@ def _settings(values: Mapping[str, Any]) -> GenerationSettings:
     As there, sampling settings are accepted in greedy requests: temperature 0, or so small that
     only the most likely token is left, and top_p 0, which keeps that token alone.
     """
-    temperature, top_p = _number(values, "temperature", 1.0), _number(values, "top_p", 1.0)
-    given: dict[str, Any] = {name: _number(values, name, 0) for name in _NUMBERS if name in values}
+    temperature, top_p = number_of(values, "temperature", 1.0), number_of(values, "top_p", 1.0)
+    given: dict[str, Any] = {
+        name: number_of(values, name, 0) for name in _NUMBERS if name in values
+    }
     seed = values.get("seed", secrets.randbits(32))
     if type(seed) is not int:
         raise ApiError(400, f"seed is {seed!r}; expected a whole number", param="seed")
@@ -426,6 +344,18 @@ def _settings(values: Mapping[str, Any]) -> GenerationSettings:
     if greedy:
         settings = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=0, seed=0)
     return settings
+
+
+def _check_biases(values: Mapping[str, Any], reader: PromptReader) -> None:
+    size = reader.format.vocabulary.size
+    for token, _ in _logit_bias(values):
+        if token >= size:
+            raise ApiError(
+                400,
+                f"logit_bias has the token {token}, but the vocabulary has ids from 0 to "
+                f"{size - 1}",
+                param="logit_bias",
+            )
 
 
 def _logit_bias(values: Mapping[str, Any]) -> list[tuple[int, float]]:
@@ -456,7 +386,7 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
     if not isinstance(prompt, list) or not prompt:
         raise ApiError(
             400,
-            f"prompt is {'an empty array' if prompt == [] else _kind(prompt)}; "
+            f"prompt is {'an empty array' if prompt == [] else kind_of(prompt)}; "
             "expected a text, or an array of texts or of tokens",
             param="prompt",
         )
@@ -466,7 +396,7 @@ def _prompts(values: Mapping[str, Any], reader: PromptReader, *, marked: bool) -
         if not isinstance(part, str) and not is_tokens(part):
             raise ApiError(
                 400,
-                f"{name} is {_kind(part)}; expected a text or an array of tokens",
+                f"{name} is {kind_of(part)}; expected a text or an array of tokens",
                 param="prompt",
             )
         try:

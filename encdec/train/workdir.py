@@ -101,7 +101,21 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
             f"{workdir} holds another run: {'; '.join(differ)}. Set these fields as they were to "
             "continue it, or give another --workdir"
         )
+    _check_held_out(workdir, content["data"], description["data"])
     return True
+
+
+def _check_held_out(
+    workdir: epath.PathLike, there: Mapping[str, Any], here: Mapping[str, Any]
+) -> None:
+    """Raises CheckpointError for other held-out records: one curve would be of two sets."""
+    before, now = there.get("eval_fingerprint"), here["eval_fingerprint"]
+    if before and now and before != now:
+        raise CheckpointError(
+            f"{workdir} holds a run whose held-out records have fingerprint {before[:16]}, but "
+            f"those of config.data.eval_records have {now[:16]}; set it as it was, leave it out, "
+            "or evaluate the run by `encdec evaluate`"
+        )
 
 
 def _identity(description: Mapping[str, Any]) -> dict[str, Any]:

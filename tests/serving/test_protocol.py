@@ -13,7 +13,8 @@ from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.text_io import PromptFormat
 from encdec.serving.chat import ChatTemplate, find_template
 from encdec.serving.prompts import PromptReader
-from encdec.serving.protocol import ApiError, Limits, parse_chat, parse_completion
+from encdec.serving.protocol import Limits, parse_chat, parse_completion
+from encdec.serving.request_body import ApiError
 
 PROMPTS = PromptFormat(ByteVocabulary(), max_input_tokens=20)
 READER = PromptReader(PROMPTS, is_encoder_decoder=True)
@@ -178,6 +179,7 @@ def test_eos_in_a_prompt_divides_input_and_answer():
         ({"prompt": "a", "frequency_penalty": 3}, 400, "frequency_penalty", "from -2 to 2"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "expected token ids"),
         ({"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias", "expected -100 to 100"),
+        ({"prompt": "a", "logit_bias": {"259": 1}}, 400, "logit_bias", "has ids from 0 to 258"),
         ({"prompt": "a", "suffix": "b"}, 400, "suffix", "this server does not support suffix"),
         (
             {"prompt": "a", "stream": True, "stream_options": {"include_usge": True}},
@@ -242,6 +244,7 @@ def test_wrong_requests_are_told_what_is_wrong(fields, status, param, message):
         (b"[1]", "an array"),
         (b"3", "a number"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"prompt": "a", "prompt": "b"}', "the body has 'prompt' twice"),
     ],
 )
 def test_bodies_that_are_no_request(body, message):
