@@ -231,9 +231,10 @@ def test_a_work_directorys_identity_has_its_data(owned):
     for name, same in (
         ("fingerprint", False),
         ("teacher_fingerprint", False),
-        ("eval_fingerprint", True),
+        ("eval_fingerprint", False),
     ):
         assert same_run(owned, changed(description(), f"data.{name}", "c")) == same
+    assert same_run(owned, changed(description(), "data.eval_fingerprint", None))
 
 
 PLANNED = PlannedRun(
