@@ -7,7 +7,6 @@ per bootstrap sample.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -20,18 +19,10 @@ import numpy as np
 
 from encdec.data.features import LAYOUTS
 from encdec.data.records import encode_row
-from encdec.evaluation.predictions import (
-    REMEDY,
-    Example,
-    OnBatch,
-    TooLong,
-    is_skipped,
-    open_windows,
-)
-from encdec.files import append_rows, line_files
+from encdec.evaluation.predictions import Example, OnBatch, TooLong, is_skipped, open_windows
+from encdec.evaluation.share_files import ShareFiles
 from encdec.inference.shapes import bucket
 from encdec.inference.text_io import PromptFormat
-from encdec.jobs import stored_rows, writing_rows
 from encdec.metrics.score import Score, bits_per_byte, ratio_score
 from encdec.model import ModelConfig, build_model
 from encdec.train.losses import loss_positions
@@ -71,7 +62,8 @@ class LikelihoodFiles:
     """
 
     def __init__(self, directory: pathlib.Path):
-        self._directory = directory
+        self._shares = ShareFiles(directory, "likelihood", "a likelihood of this command")
+        self.writing = self._shares.writing
 
     def read(self) -> dict[int, Likelihood]:
         """All stored likelihoods, by the example's index; an unfinished last line is left out.
@@ -79,29 +71,12 @@ class LikelihoodFiles:
         Raises:
             DataError: a malformed line.
         """
-        found = {}
-        for path in line_files(self._directory, "likelihood-*.jsonl"):
-            for _, _, (index, one) in stored_rows(
-                path, _likelihood, "a likelihood of this command", REMEDY
-            ):
-                found[index] = one
-        return found
-
-    def writing(self, shard: int) -> contextlib.AbstractContextManager[None]:
-        """Keeps other processes from writing this share's likelihoods within the block.
-
-        Raises:
-            InUseError: another process writes them.
-        """
-        return writing_rows(self._file(shard))
-
-    def _file(self, shard: int) -> pathlib.Path:
-        return self._directory / f"likelihood-{shard:05d}.jsonl"
+        return dict(row for _, row in self._shares.read(_likelihood))
 
     def append(self, shard: int, made: Mapping[int, Likelihood]) -> None:
         """Appends likelihoods by the example's index; they are on disk on return."""
-        append_rows(
-            self._file(shard),
+        self._shares.append(
+            shard,
             (
                 {
                     "index": index,
@@ -112,7 +87,6 @@ class LikelihoodFiles:
                 }
                 for index, one in made.items()
             ),
-            held=True,
         )
 
 

@@ -6,7 +6,6 @@ one file each; earlier files are used, whatever number of processes wrote them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +15,16 @@ from encdec.data.vocabulary import Vocabulary
 from encdec.errors import DataError
 from encdec.evaluation.evaluation_settings import TooLong
 from encdec.evaluation.examples import Example
-from encdec.files import append_rows, line_files
+from encdec.evaluation.share_files import REMEDY, ShareFiles
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.text_io import PromptFormat
-from encdec.jobs import claim_settings, stored_rows, writing_rows
+from encdec.jobs import claim_settings
 from encdec.storage import make_directory
 
 # Independent of the batch size, so that windows and sampled answers do not change with it.
 WINDOW = 128
 SETTINGS_FILE = "settings.json"
-REMEDY = "delete the file, or give another --out"
 
 OnBatch = Callable[[int, int], None]
 
@@ -64,6 +62,8 @@ class PredictionFiles:
         self, directory: pathlib.Path, identity: dict[str, Any], examples: Sequence[Example]
     ):
         self.directory, self._examples = directory, examples
+        self._shares = _shares(directory)
+        self.writing = self._shares.writing
         make_directory(directory)
         claim_settings(
             directory / SETTINGS_FILE,
@@ -87,21 +87,10 @@ class PredictionFiles:
             found[index] = prediction
         return found
 
-    def writing(self, shard: int) -> contextlib.AbstractContextManager[None]:
-        """Keeps other processes from writing this share's predictions within the block.
-
-        Raises:
-            InUseError: another process writes them.
-        """
-        return writing_rows(self._file(shard))
-
-    def _file(self, shard: int) -> pathlib.Path:
-        return self.directory / f"predictions-{shard:05d}.jsonl"
-
     def append(self, shard: int, made: Mapping[int, Prediction]) -> None:
         """Appends predictions by the example's index; they are on disk on return."""
-        append_rows(
-            self._file(shard),
+        self._shares.append(
+            shard,
             (
                 {
                     "index": index,
@@ -114,8 +103,11 @@ class PredictionFiles:
                 }
                 for index, one in made.items()
             ),
-            held=True,
         )
+
+
+def _shares(directory: pathlib.Path) -> ShareFiles:
+    return ShareFiles(directory, "predictions", "a prediction of this command")
 
 
 def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, Prediction]]:
@@ -134,9 +126,8 @@ def read_answers(directory: pathlib.Path) -> Iterator[tuple[str, int, Example, P
             Prediction(row["prediction"], row["tokens"], row["finish"], row["source_cut"]),
         )
 
-    for path in line_files(directory, "predictions-*.jsonl"):
-        for where, _, row in stored_rows(path, answer, "a prediction of this command", REMEDY):
-            yield where, *row
+    for where, row in _shares(directory).read(answer):
+        yield where, *row
 
 
 def read_texts(directory: pathlib.Path) -> list[str]:
