@@ -59,6 +59,8 @@ SPECIAL = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
+_QWEN2 = {"attention_bias": True, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN2_VL = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_window_layers": 80}
 _GEMMA = {"norm_plus_one": True, "norm_cast": "after_scale", "embedding_scale": True}
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 256_000}
 _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
@@ -67,11 +69,6 @@ _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
     "sliding_window_pattern": 2,
-}
-# The text models within those that also see images, with what their configurations leave out.
-WITH_IMAGES: dict[str, dict[str, Any]] = {
-    "gemma3": {"model_type": "gemma3_text"},
-    "mistral3": {"model_type": "mistral"},
 }
 _CWM_ROPE = {
     "rope_type": "llama3",
@@ -105,6 +102,7 @@ FAMILIES = {
         }
     ),
     "granite": Family({"attention_multiplier": 1.0}),
+    "minicpm": Family({"tie_word_embeddings": True}, never=("sparse_config", "num_experts")),
     "hyperclovax": Family(
         {"use_post_norm": True},
         norms={
@@ -213,8 +211,11 @@ FAMILIES = {
         {"rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": 1.0},
         fused=("attention", "mlp"),
     ),
-    "qwen2": Family({"attention_bias": True, "sliding_window": 4096}, out_bias=False),
+    "qwen2": Family(_QWEN2, out_bias=False),
+    "qwen2_vl_text": Family(_QWEN2 | _QWEN2_VL, out_bias=False),
+    "qwen2_5_vl_text": Family(_QWEN2 | _QWEN2_VL, out_bias=False),
     "qwen3": Family({"head_dim": 128, "sliding_window": 4096}, {"qk_norm": True}),
+    "qwen3_vl_text": Family({"head_dim": 128, "rope_theta": 5e5}, {"qk_norm": True}),
     "gemma": Family(_GEMMA_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, _GEMMA),
     "gemma2": Family(_GEMMA2_DEFAULTS, _GEMMA | {"post_norms": True}),
     "vaultgemma": Family(
@@ -247,6 +248,8 @@ HARMLESS = {
     "how transformers runs the model": "cache_implementation is_decoder is_encoder_decoder "
     "output_attentions output_hidden_states pretraining_tp return_dict use_cache",
     "of tokenizers": "pad_token_id unk_token_id",
+    "of images": "image_token_id video_token_id vision_config vision_end_token_id "
+    "vision_start_token_id vision_token_id",
     "implied by another key that is read": "_sliding_window_pattern hidden_act layer_types "
     "max_window_layers original_max_position_embeddings rope_local_base_freq rope_scaling "
     "rope_theta sliding_window_pattern use_sliding_window",

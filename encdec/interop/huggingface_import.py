@@ -3,8 +3,9 @@
 Families: Llama 2 and 3, SmolLM2 (``llama``), SmolLM3, Mistral, Ministral, Phi-3, 3.5 and 4-mini
 (``phi3``), Qwen 2 and 2.5 (``qwen2``), Qwen 3, Gemma 1, 2 and 3 (text), Granite, OLMo 2 and 3,
 EXAONE 3 and 4, GLM 4, Seed-OSS, Ministral 3 (text), VaultGemma, ERNIE 4.5, Helium, InternLM 3,
-HyperCLOVA X, CWM, IQuest-Coder. An unsupported setting is refused by name. Read from
-``config.json`` alone, as written by transformers 4 and 5.
+HyperCLOVA X, CWM, IQuest-Coder, MiniCPM 1, 2 and 4; and the text models of ``image_models``. An
+unsupported setting is refused by name. Read from ``config.json`` alone, as written by
+transformers 4 and 5.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
-from encdec.interop.families import FAMILIES, HARMLESS, SPECIAL, WITH_IMAGES, Family
+from encdec.interop.families import FAMILIES, HARMLESS, SPECIAL, Family
+from encdec.interop.image_models import of_images, text_values
 from encdec.interop.layout import (
     MLP_NAMES,
     Entry,
@@ -151,11 +153,7 @@ def read_config(directory: pathlib.Path) -> Imported:
             "Hugging Face model's directory"
         )
     quantized = values.get("quantization_config")
-    if values.get("model_type") in WITH_IMAGES:
-        whole, key = values, "tie_word_embeddings"
-        values = WITH_IMAGES[whole["model_type"]] | required(whole, "text_config", path, dict)
-        if whole.get(key) is not None:  # the head is of the whole model
-            values[key] = whole[key]
+    values = text_values(values, path)
     name = values.get("model_type")
     if name not in FAMILIES:
         raise DataError(
@@ -217,7 +215,7 @@ def translate(
         raise refuse("use_bidirectional_attention", True, "but encdec's decoders are always causal")
     for key in family.never:
         if values.get(key):
-            raise refuse(key, values[key], f"which {name} does not have in transformers either")
+            raise refuse(key, values[key], f"which encdec does not support in {name}")
     bias = bool(given("attention_bias", False))
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
     rotated = rotated or head_dim * family.interleaved
@@ -247,7 +245,7 @@ def translate(
     }
     if scalar := given("query_pre_attn_scalar"):
         fields["attention_scale"] = float(scalar) ** -0.5
-    multipliers = read_multipliers(name, fields, given, path)
+    multipliers = read_multipliers(name, fields, given, refuse, path)
     fields |= rope | _window(name, values, family, given, refuse, rope) | dict(family.fields)
     if name == "hyperclovax":
         fields["post_norms"] = bool(given("use_post_norm"))
@@ -292,7 +290,7 @@ def _window(
             raise refuse("sliding_window_pattern", every, "without layer_types")
         local = [(layer + 1) % every != 0 for layer in range(layers)]
     elif name.startswith("qwen"):
-        local = [layer >= values.get("max_window_layers", 28) for layer in range(layers)]
+        local = [layer >= given("max_window_layers", 28) for layer in range(layers)]
     else:
         local = [True] * layers
     if not any(local):
@@ -384,13 +382,9 @@ def convert(
     ignored = [
         name
         for name in tensors
-        if name.endswith("rotary_emb.inv_freq")
-        or config.tie_embeddings
-        and name == head
-        or not name.startswith(prefix)
-        and "lm_head" not in name
-        and prefix != "model."
+        if name.endswith("rotary_emb.inv_freq") or config.tie_embeddings and name == head
     ]
+    ignored += of_images(tensors, prefix)
     if config.tie_embeddings:
         check_tied(tensors, found[0], head)
     if FAMILIES[family].fused:

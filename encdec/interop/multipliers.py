@@ -1,24 +1,60 @@
-"""Multipliers of Granite and HyperCLOVA X, folded into weights."""
+"""Multipliers of Granite, HyperCLOVA X and MiniCPM, folded into weights."""
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from encdec.errors import DataError
 from encdec.interop.rope import required
 from encdec.model import ModelConfig
 
 
 def read_multipliers(
-    name: str, fields: dict[str, Any], given: Callable[..., Any], path: pathlib.Path
+    name: str,
+    fields: dict[str, Any],
+    given: Callable[..., Any],
+    refuse: Callable[..., DataError],
+    path: pathlib.Path,
 ) -> dict[str, float]:
     """The multipliers of a family that has some; its attention scale and untied head go into
     ``fields``. ``logits_scaling`` divides logits, as Granite's does: HyperCLOVA X's multiplies."""
-    if name not in ("granite", "hyperclovax"):
+    if name == "minicpm":
+        multipliers = _minicpm(fields, given, refuse, path)
+    elif name in ("granite", "hyperclovax"):
+        multipliers = _granite(name, fields, given, path)
+    else:
         return {}
+    split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
+    fields["tie_embeddings"] = fields["tie_embeddings"] and not split
+    return multipliers
+
+
+def _minicpm(
+    fields: Mapping[str, Any],
+    given: Callable[..., Any],
+    refuse: Callable[..., DataError],
+    path: pathlib.Path,
+) -> dict[str, float]:
+    """Of a width and a depth at which its rates were chosen (arXiv 2404.06395, section 3)."""
+    number = lambda key: float(required({key: given(key)}, key, path, float))
+    layers = fields["decoder_layers"]
+    if given("mup_denominator", layers) != layers:
+        raise refuse("mup_denominator", given("mup_denominator"), f"not its {layers} layers")
+    return {
+        "embedding_multiplier": number("scale_emb"),
+        "residual_multiplier": number("scale_depth") / math.sqrt(layers),
+        "logits_scaling": fields["d_model"] / number("dim_model_base"),
+    }
+
+
+def _granite(
+    name: str, fields: dict[str, Any], given: Callable[..., Any], path: pathlib.Path
+) -> dict[str, float]:
     if (scale := given("attention_multiplier")) is not None:
         scale = required({"attention_multiplier": scale}, "attention_multiplier", path, float)
         fields["attention_scale"] = scale
@@ -28,8 +64,6 @@ def read_multipliers(
     }
     if name == "hyperclovax":
         multipliers["logits_scaling"] = 1 / multipliers["logits_scaling"]
-    split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
-    fields["tie_embeddings"] = fields["tie_embeddings"] and not split
     return multipliers
 
 

@@ -14,7 +14,8 @@ from encdec.errors import DataError
 _KNOWN = (
     "rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings "
     "max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate "
-    "short_factor long_factor low_freq_factor high_freq_factor llama_4_scaling_beta"
+    "short_factor long_factor low_freq_factor high_freq_factor llama_4_scaling_beta "
+    "mrope_section mrope_interleaved"
 ).split()
 _STILL = 1e30  # divides a frequency so far that every angle is 0 in float32
 
@@ -73,6 +74,8 @@ def read_rope(
     if scaling.get("llama_4_scaling_beta"):  # queries grow from the original length on
         longest = min(longest, int(required(scaling, "original_max_position_embeddings", path)))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "mrope" and scaling.get("mrope_section"):  # of images' places; texts have one
+        kind = "default"
     if kind == "yarn" and scaling.get("short_factor"):  # as some of Phi-3's call it
         kind = "longrope"
     where = f"{path}, rope scaling {kind!r},"
