@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 from encdec.errors import DataError
+from encdec.storage import as_path
 
 TEMPLATE_FILE = "chat_template.jinja"  # the name that Hugging Face's tokenizers give it, too
 
@@ -28,3 +30,9 @@ def chat_template_of(directory: pathlib.Path) -> str | None:
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def copy_template(source: str | os.PathLike[str], target: pathlib.Path) -> None:
+    """Copies a model's chat template, if it has one, into another directory of it."""
+    if (file := as_path(source) / TEMPLATE_FILE).is_file():
+        (target / TEMPLATE_FILE).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from encdec import safetensors
+from encdec.data.chat_template import copy_template
 from encdec.errors import ConfigError
 from encdec.export import equivalents, family_export, tokenizer
 from encdec.export.equivalents import Params
@@ -105,6 +106,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
         },
     )
     tokenizer.write(out, prompts, config.architecture, pad_id)
+    copy_template(export.directory, out)
     vocabulary.save(out / VOCABULARY_FOLDER)  # as it is, for the way back
     if family == "encdec":
         for file in SHIPPED.glob("*_encdec.py"):

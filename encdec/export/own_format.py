@@ -11,14 +11,13 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from encdec import safetensors
-from encdec.data.chat_template import TEMPLATE_FILE
+from encdec.data.chat_template import copy_template
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.export.formats import Export, Written
 from encdec.export.quantise import eight_bits
@@ -27,7 +26,6 @@ from encdec.model import ModelConfig, parameter_count, unroll_params
 from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import lineage
 from encdec.saved.saved_config import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER, SCALE
-from encdec.storage import as_path
 
 
 def check(config: ModelConfig) -> None:
@@ -48,9 +46,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
     out.mkdir(parents=True, exist_ok=True)
     files = safetensors.write_directory(out / PARAMS_FOLDER, tensors)
     copy_vocabulary(export.directory, out)
-    template = as_path(export.directory) / TEMPLATE_FILE
-    if template.is_file():
-        shutil.copyfile(template, out / TEMPLATE_FILE)
+    copy_template(export.directory, out)
     data = export.content["data"]
     before = export.content.get("imported", {})
     imported = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from encdec import safetensors
+from encdec.data.chat_template import TEMPLATE_FILE
 from encdec.errors import ConfigError, DataError
 from encdec.export import formats, huggingface_export
 from encdec.inference.generation_settings import GenerationSettings
@@ -46,7 +47,8 @@ def logits(config, params, fields):
 def exported(request, tmp_path_factory):
     """Name, directory, and the model as transformers loads it."""
     out = tmp_path_factory.mktemp("export") / "hf"
-    export = formats.Export(*pair(request.param), PROMPTS, targets_length=12)
+    (out.parent / TEMPLATE_FILE).write_text("{{ bos_token }}")
+    export = formats.Export(*pair(request.param), PROMPTS, directory=out.parent, targets_length=12)
     written = formats.write("hf", out, export)
     family, reasons = written.family, written.reasons
     assert family == FAMILIES[request.param]
@@ -121,6 +123,7 @@ def test_an_export_comes_back_as_it_went(exported, tmp_path):
     rounding = 1e-5 * max(10, np.abs(there).max())  # merged's logits reach 17, others' 10
     np.testing.assert_allclose(logits(config, params, fields), there, atol=rounding, rtol=1e-4)
     assert config.share_embeddings == was.share_embeddings
+    assert (tmp_path / "ours" / TEMPLATE_FILE).read_text() == "{{ bos_token }}"
     prompts, max_tokens = read_prompt_format(tmp_path / "ours")
     assert prompts.vocabulary.fingerprint == PROMPTS.vocabulary.fingerprint and max_tokens == 12
     same = ("decoder_start_id", "inputs_eos", "inputs_prefix", "max_input_tokens")
