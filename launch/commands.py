@@ -183,6 +183,33 @@ def tool_option(parser: Any, name: str, tool: str) -> None:
     repeated_option(parser, name, text, passed_option, "--OPTION=VALUE")
 
 
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """``parse_args``, which also refuses empty texts and numbers below zero."""
+    options = parser.parse_args(argv)
+    for action in parser._actions:
+        value, default = getattr(options, action.dest, None), action.default
+        if value == "" and default != "":
+            parser.error(f"{action.option_strings[0]} is empty; give a value, or leave it out")
+        if action.type in (int, float) and value is not None and not value >= 0:
+            parser.error(f"{action.option_strings[0]} is {value}; expected 0 or more")
+    return options
+
+
+def refuse_elsewhere(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    places: Mapping[Sequence[str], Sequence[str]],
+) -> None:
+    """Ends with an error for an option that the action does not use.
+
+    ``places``: the actions that use options, and these options' names.
+    """
+    for actions, names in places.items():
+        for name in () if options.action in actions else names:
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name} is for {', '.join(actions)}, not for {options.action}")
+
+
 def number_option(parser: Any, name: str, text: str, default: int, value: str = "N") -> None:
     """A flag with a whole number; the help ends in its default."""
     text += " (%(default)s)"

@@ -30,6 +30,8 @@ from launch.commands import (
     dry_run_option,
     environment_option,
     number_option,
+    parsed,
+    refuse_elsewhere,
     repeated_option,
     run_main,
     slices_option,
@@ -322,6 +324,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run.all(actions[options.action]())
 
 
+# Options that some actions use.
+PLACES = {
+    ("xpk", "xpk-attach", "xpk-delete"): ("cluster", "project", "zone"),
+    ("logs",): ("lines",),
+}
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``train`` holds the arguments after ``--``."""
     own, train = split_arguments(argv)
@@ -344,7 +353,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--zone", help="xpk: default is gcloud's own")
     number_option(parser, "--lines", "logs: number of lines", 100)
     dry_run_option(parser, "print what would run")
-    options = parser.parse_args(own)
+    options = parsed(parser, own)
+    refuse_elsewhere(parser, options, PLACES)
     wanted = {
         "jobset": ("name", "slice", "image"),
         "xpk": ("name", "slice", "image", "cluster"),

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from launch.commands import dry_run_option, former_option, run_main
+from launch.commands import dry_run_option, former_option, parsed, run_main
 
 GRACE_SECONDS = 60.0  # time that processes have to save and exit before they are killed
 POLL_SECONDS = 0.1
@@ -180,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "train", nargs="+", metavar="ARGUMENT", help="after `--`: the arguments of `encdec train`"
     )
-    options = parser.parse_args(argv)
+    options = parsed(parser, argv)
+    if options.port > 65535:
+        parser.error(f"--port is {options.port}; expected 0 to 65535")
     if options.processes < 1:
         parser.error(f"--processes is {options.processes}; expected 1 or more")
     run = commands(

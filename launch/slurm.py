@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from launch.commands import (
     dry_run_option,
     environment_option,
     number_option,
+    parsed,
+    refuse_elsewhere,
     repeated_option,
     run_main,
     split_arguments,
@@ -34,6 +37,8 @@ from launch.commands import (
     train_arguments,
 )
 
+# Minutes, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, or DAYS-HOURS and what follows.
+TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|(?i:infinite|unlimited)"
 # `encdec scaling run` ended with some failed runs: recorded, the next call tries them again.
 RUNS_FAILED = 6
 # How srun reports a task that ended by itself.
@@ -165,7 +170,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``arguments`` holds the arguments after ``--``."""
     own, given = split_arguments(argv)
     parser = _parser()
-    options = parser.parse_args(own)
+    options = parsed(parser, own)
     _check_numbers(parser, options)
     if options.container_mount and not options.container:
         parser.error("--container_mount needs --container")
@@ -269,10 +274,10 @@ def _check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace)
     for name, least in {"nodes": 1, "gpus_per_node": 0, "at_once": 1, "grace_seconds": 1}.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}; expected {least} or more")
-    elsewhere = ("nodes", "tasks_per_node") if options.action == "ladder" else ("runs", "at_once")
-    for name in elsewhere:
-        if getattr(options, name) != parser.get_default(name):
-            parser.error(f"--{name} is not an option of `{options.action}`")
+    places = {("train",): ("nodes", "tasks_per_node"), ("ladder",): ("runs", "at_once")}
+    refuse_elsewhere(parser, options, places)
+    if not re.fullmatch(TIME, options.time):
+        parser.error(f"--time is {options.time!r}; expected HH:MM:SS, D-HH:MM:SS or minutes")
     if options.tasks_per_node is None:
         options.tasks_per_node = options.gpus_per_node or 1
     if options.tasks_per_node < 1:

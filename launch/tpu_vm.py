@@ -33,6 +33,8 @@ from launch.commands import (
     dry_run_option,
     environment_option,
     number_option,
+    parsed,
+    refuse_elsewhere,
     repeated_option,
     run_main,
     slices_option,
@@ -354,6 +356,10 @@ ACTIONS = {
 WITH_SSH = ("babysit", "setup", "run", "state", "stop", "logs")
 
 
+# Options that some actions use.
+PLACES = {("logs",): ("lines", "node", "worker"), ("babysit",): ("delete",)}
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; ``train`` holds the arguments after ``--``."""
     own, train = split_arguments(argv)
@@ -390,7 +396,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--worker", default="0", help="logs: of which host (%(default)s)")
     number_option(parser, "--lines", "logs: number of lines", 100)
     dry_run_option(parser, "print what would run")
-    options = parser.parse_args(own)
+    options = parsed(parser, own)
+    refuse_elsewhere(parser, options, PLACES)
     if CHIPS[options.slice.chip].runtime is None:
         parser.error(f"--slice: {options.slice.chip} is available on GKE only; see launch.gke")
     needs_run = options.action in ("babysit", "run")

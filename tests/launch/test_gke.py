@@ -216,6 +216,8 @@ def test_it_is_given_to_kubectl(tmp_path, monkeypatch):
         (["jobset", "--name=a", "--slice=v5e:4x4", "--", *TRAIN], "needs --image"),
         (["xpk", *BASE, "--", *TRAIN], "needs --cluster"),
         (["jobset", *BASE], "arguments of `encdec train`"),
+        (["jobset", *BASE, "--max_restarts=-1", "--", *TRAIN], "--max_restarts is -1; expected 0"),
+        (["jobset", *BASE, "--cluster=c", "--", *TRAIN], "--cluster is for xpk, xpk-attach"),
         (["jobset", *BASE, "--fuse_limits=4,8Gi", "--", *TRAIN], "expected CPU,MEMORY,STORAGE"),
         (["xpk", *BASE, "--cluster=c", "--bucket=my-bucket", "--", *TRAIN], "xpk-attach"),
         (["xpk", *BASE, "--cluster=c", "--queue=q", "--", *TRAIN], "--queue is for jobset"),

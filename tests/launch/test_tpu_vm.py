@@ -83,6 +83,9 @@ def test_single_steps_are_the_same_commands(capsys):
     [
         (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "slices have 2 sides"),
         (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "is not a slice"),
+        (["create", "--name=", "--zone=z", "--slice=v5e:4x4"], "--name is empty"),
+        (["logs", "--name=a", "--zone=z", "--slice=v5e:4x4", "--lines=-3"], "--lines is -3"),
+        (["create", "--name=a", "--zone=z", "--slice=v5e:4x4", "--delete"], "is for babysit"),
         (["create", "--name=a", "--zone=z", "--slice=tpu7x:2x2x1"], "GKE only"),
         (["create", *BASE, "--reserved", "--reservation=mine"], "not allowed with"),
         (["create", *BASE, "--gcloud=tags=x"], "expected --OPTION"),
