@@ -427,6 +427,8 @@ def test_keys_count_where_transformers_reads_them(tmp_path):
         )
         return read_config(tmp_path)
 
+    images = read(model_type="llava", text_config={"vocab_size": 32_064}).model
+    assert (images.d_model, images.mlp_dim, images.decoder_layers) == (4096, 11_008, 32)
     plain, keys = read(), {"sliding_window": 8, "final_logit_softcapping": 30.0}
     assert read(**keys).model == plain.model and set(read(**keys).unread) == set(keys)
     assert read(**keys, model_type="mistral").model.attention_window == 8
