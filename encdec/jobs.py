@@ -274,6 +274,8 @@ class DirectoryJob(Generic[T]):
 
     def check_finished(self, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """DataError unless what is finished there was made of this identity."""
+        if not made:  # another command's, of the same form
+            raise DataError(f"{self._out} holds no {self._what}; give another --out")
         remove_directory(self._out / NOTES)  # killed after its card was written
         if differ := differences(plain(made), now):
             raise DataError(

@@ -303,6 +303,7 @@ def users(tmp_path, monkeypatch):
     )
     config = {"run": {}, "data": {"vocabulary": {"fingerprint": ByteVocabulary().fingerprint}}}
     monkeypatch.setattr(rollout_module, "read_config", lambda workdir: config)
+    monkeypatch.setattr(rollout_module, "step_to_read", lambda workdir, step: 3)
     monkeypatch.setattr(rollout_module, "load", lambda *args, **more: EchoModel())
     monkeypatch.setattr("encdec.evaluation.predictions.WINDOW", 4)
 

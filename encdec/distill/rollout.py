@@ -46,7 +46,8 @@ from encdec.inference.generator import TextGenerator
 from encdec.inference.load_generator import load
 from encdec.jobs import DirectoryJob, Notes, Tally, plain
 from encdec.saved.saved_config import read_config
-from encdec.storage import as_path
+from encdec.saved.saved_params import step_to_read
+from encdec.storage import absolute, as_path
 
 BLOCK_ROWS = 256
 PACKING = "best_fit"
@@ -117,12 +118,16 @@ def rollout(
     opened = open_records(records)
     check_answering(opened, answering)
     check_writer(writer, opened)
+    if absolute(out) == absolute(records):
+        raise ConfigError(f"--out={out} is --records, whose sources are read; give another --out")
+    # A run that is trained on meanwhile has another last step; one rollout is one checkpoint's.
+    step = step_to_read(writer, step)
     rows = min(answering.rows or len(opened), len(opened))
     block_rows = answering.block_rows
     content = read_config(writer)
     longest = opened.card.targets_length
     settings = dataclasses.replace(
-        answering.settings, max_tokens=min(answering.settings.max_tokens or longest, longest)
+        answering.settings, max_tokens=answering.settings.max_tokens or longest
     )
     identity = plain(
         {
@@ -140,7 +145,9 @@ def rollout(
     )
     if job.finished:
         card = read_card(out)
-        job.check_finished(card.origin.get("written", {}), identity)
+        made = card.origin.get("written", {})
+        # Earlier versions recorded no step for the last one.
+        job.check_finished(made, identity | ({"step": None} if made.get("step", 0) is None else {}))
         return card
     with job.writing():
         blocks = range(-(-rows // block_rows))
@@ -148,7 +155,7 @@ def rollout(
         if missing:
             generator = load(
                 writer,
-                step,
+                step or None,
                 max_input_tokens=_longest_input(content, opened.card),
                 batch_rows=answering.batch_rows,
                 draft=answering.draft,
@@ -178,6 +185,12 @@ def check_answering(records: Records, answering: Answering) -> None:
         raise ConfigError(
             f"samples is {answering.settings.samples}; expected 1: repeat the rollout with another "
             "seed for more answers"
+        )
+    longest, asked = records.card.targets_length, answering.settings.max_tokens
+    if asked is not None and asked > longest:
+        raise ConfigError(
+            f"max_tokens is {asked}, but the rows of {records.directory} hold {longest} target "
+            "tokens; leave it out, or prepare them with a larger --targets_length"
         )
     check_draft(answering.draft, answering.settings)
     check_numbers(answering, rows=1, batch_rows=1, block_rows=1)

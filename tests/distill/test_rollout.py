@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -138,6 +140,17 @@ def test_what_cannot_work_is_refused(changes, error, message, records, student, 
     with pytest.raises(error, match=message):
         rollout(**({"writer": student, "records": records, "out": tmp_path / "out"} | changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_records_that_are_read_are_not_replaced(student, records):
+    with pytest.raises(ConfigError, match="is --records, whose sources are read"):
+        rollout(student, records, f"{records}/../{records.name}", overwrite=True)
+
+
+def test_records_that_were_prepared_are_no_rollout(student, records, tmp_path):
+    shutil.copytree(records, tmp_path / "other")
+    with pytest.raises(DataError, match="other holds no rollout; give another --out"):
+        rollout(student, records, tmp_path / "other")
 
 
 def test_another_vocabulary_is_refused(student, tmp_path):

@@ -104,6 +104,7 @@ def test_bad_settings_are_refused_before_anything_is_written(records, teacher, t
         (Answering(GenerationSettings(beams=2, samples=2)), "samples is 2"),
         (Answering(draft=str(tmp_path / "none")), "none"),
         (Answering(late), "seed is 4294967296"),
+        (Answering(GenerationSettings(max_tokens=999)), "max_tokens is 999, but the rows of"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=message):
             refuse(small_run(records), answering=answering)
