@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from encdec.inference.compile_budget import BatchPrograms, CompileBudget
 from encdec.inference.decoding import Decoding, DecodingPlan, advance_compiled
 from encdec.inference.drafts import LookupTexts, hindsight
 from encdec.inference.generation_settings import AUTO, OFF
@@ -60,39 +61,67 @@ class SpeculativeDecoding:
         verify: so many verifying steps of a size; with the answers, how many there were and, by
             j, from how many rows and steps more than j tokens came.
         texts: what drafts are looked up in, NumPy's; None where a draft model makes them.
+        programs: of the batch's shapes; None where no step compiles anything.
+        fixed: the rows are those of one batch, which ends with the slowest of them; otherwise
+            others take the places of those that have ended.
     """
 
     pace: Pace | None
     plain: Callable[[Decoding, int], Decoding]
     verify: Callable[[Decoding, int, int], tuple[Decoding, int, np.ndarray]]
     texts: LookupTexts | None
+    programs: BatchPrograms | None = None
+    fixed: bool = True
 
     def __post_init__(self) -> None:
         self.steps = 0  # that were made, of either kind
         self._wanted = FEW_STEPS  # verifying steps of the last call
+        self._verifying = 0  # verifying steps
+        self._verified = np.zeros(2)  # rows' verifying steps, and tokens that they made
+        self._first: int | None = None  # tokens of the longest answer at the beginning
 
     def advance(self, decoding: Decoding, steps: int) -> Decoding:
         """About ``steps`` more tokens per row."""
         if self.pace is None:
             self.steps += steps
             return self.plain(decoding, steps)
-        size, trial = self.pace.size(), self.pace.trial
-        if size == PLAIN and not trial and self._probes(self.pace):
-            size, trial = SIZES[0], True
+        sizes = SIZES if self.programs is None else self.programs.sizes(self.pace)
+        size, trial = self.pace.size(sizes), self.pace.trial
+        if size == PLAIN and not trial and sizes and self._probes(self.pace):
+            size, trial = sizes[0], True
         if size == PLAIN:
             # What is to be compared with verifying steps is a call of as many.
             wanted = min(steps, max(FEW_STEPS, self._wanted)) if trial else steps
             return self._plain_steps(self.pace, decoding, wanted)
         wanted = math.ceil(steps / self.pace.tokens(size))
         self._wanted = wanted = min(wanted, FEW_STEPS) if trial else wanted
-        jax.block_until_ready(decoding.counts_R)  # reading of new inputs does not count
+        counts_R = np.array(decoding.counts_R)  # reading of new inputs does not count
+        self._first = int(counts_R.max()) if self._first is None else self._first
         begin = time.perf_counter()
         decoding, done, made_K = self.verify(decoding, size, wanted)
+        seconds = time.perf_counter() - begin
         self.steps += done
-        if done:
-            self.pace.note_seconds(size, (time.perf_counter() - begin) / done)
+        self._verifying += done
+        self._verified += made_K[0], made_K.sum()
+        saved = self.pace.saved(size, seconds)
+        if self.programs is not None and self.programs.note(size, seconds, saved):
+            self.pace.note_compiling(size)
+        elif done:
+            self.pace.note_seconds(size, seconds / done)
         self.pace.note_made(made_K)
+        self._note_end(self.pace, decoding)
         return decoding
+
+    def _note_end(self, pace: Pace, decoding: Decoding) -> None:
+        """Once all rows have finished: how much longer the slowest took than they on average."""
+        rows, steps = len(decoding.counts_R), self._verifying
+        if rows == 1 or not self.fixed or steps < FEW_STEPS or self._first is None:
+            return
+        if np.asarray(decoding.finished_R).all() and self._verified[0]:
+            longest = int(np.asarray(decoding.counts_R).max()) - self._first
+            plain = self.steps - steps
+            mean = self._verified[1] / self._verified[0]
+            pace.note_batch(float(mean), max((longest - plain) / steps, 1.0))
 
     def _probes(self, pace: Pace) -> bool:
         """Whether to try a draft model again that did not pay: there is no hindsight of it."""
@@ -102,14 +131,19 @@ class SpeculativeDecoding:
         if pace.shares is None:
             steps = min(steps, FIRST_LOOK)
         counts_R = np.array(decoding.counts_R)
+        self._first = int(counts_R.max()) if self._first is None else self._first
         begin = time.perf_counter()
         decoding = self.plain(decoding, steps)
         later_R = np.asarray(decoding.counts_R)
+        seconds = time.perf_counter() - begin
         done = int((later_R - counts_R).max())
         self.steps += done
         # Fewer than wanted are the end of the last answers.
-        if done and done >= min(steps, FEW_STEPS):
-            pace.note_seconds(PLAIN, (time.perf_counter() - begin) / done)
+        if self.programs is not None and self.programs.note(PLAIN, seconds):
+            pace.note_compiling(PLAIN)
+        elif done and done >= min(steps, FEW_STEPS):
+            pace.note_seconds(PLAIN, seconds / done)
+        self._note_end(pace, decoding)
         if self.texts is not None:
             self._look_back(pace, self.texts, decoding, later_R)
         return decoding
@@ -196,7 +230,8 @@ class Drafters:
             )
             return decoding, int(tally.steps), np.asarray(tally.made_K)
 
-        return SpeculativeDecoding(pace, plain, verify, texts).advance
+        programs = self.paces.budget.programs((plan, tokens_BxS.shape, times))
+        return SpeculativeDecoding(pace, plain, verify, texts, programs).advance
 
     def _placed(self, arrays: Any) -> Any:
         """Row arrays where the rows are computed, to be given over to a program."""
@@ -211,10 +246,14 @@ class Paces:
     Args:
         draft: what drafts are made of.
         pays: whether ``auto`` drafts at all.
+
+    Attributes:
+        budget: for compiling what verifies drafts.
     """
 
     def __init__(self, draft: Draft, pays: bool):
         self._draft, self._pays = draft, pays
+        self.budget = CompileBudget(first_free=draft != AUTO)
         self._paces: dict[int, Pace] = {}
         self.kind: Callable[[int, bool], Pace] = Pace
 

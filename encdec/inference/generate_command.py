@@ -220,7 +220,12 @@ def _answer(
     for begin in range(done, len(texts), window):
         part = texts[begin : begin + window]
         answers = generator.generate(
-            part, settings, truncate=_cuts(options), first_number=begin, on_batch=progress
+            part,
+            settings,
+            truncate=_cuts(options),
+            first_number=begin,
+            follow=len(texts) - begin - len(part),
+            on_batch=progress,
         )
         yield [
             row

@@ -88,6 +88,7 @@ class TextGenerator:
         *,
         truncate: bool = False,
         first_number: int = 0,
+        follow: int = 0,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[list[Generation]]:
         """Answers to each text, in the texts' order: ``settings.samples`` each, for beams the best.
@@ -98,12 +99,14 @@ class TextGenerator:
             truncate: cut the end of long inputs instead of refusing them.
             first_number: number of the first text in a longer job, so that drawing does not
                 depend on how the job is cut.
+            follow: texts that later calls will give, for which it may pay to compile more.
             on_batch: called after each batch with the numbers of inputs and of tokens it made.
 
         Raises:
             DataError: an empty or too long text.
         """
-        return self._answers(self._encode(texts, truncate, first_number), settings, on_batch)
+        inputs = self._encode(texts, truncate, first_number)
+        return self._answers(inputs, settings, on_batch, follow)
 
     def generate_from_tokens(
         self,
@@ -135,6 +138,7 @@ class TextGenerator:
         inputs: list[PreparedInput],
         settings: GenerationSettings,
         on_batch: Callable[[int, int], None] | None,
+        follow: int = 0,
     ) -> list[list[Generation]]:
         results: list[list[Generation]] = [[] for _ in inputs]
         answer = self._beam_batch if settings.beams > 1 else self._batch
@@ -144,6 +148,7 @@ class TextGenerator:
         at_once = rows_within(max(1, self.batch_rows // max(settings.samples, settings.beams)))
         for begin in range(0, len(inputs), at_once):
             part = inputs[begin : begin + at_once]
+            self.paces.budget.left = -(-(len(inputs) - begin + follow) // at_once) - 1
             answers = answer(part, settings)
             for item, made in zip(part, answers):
                 results[item.place] = [

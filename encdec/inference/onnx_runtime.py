@@ -13,6 +13,7 @@ import numpy as np
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.huge_pages import NewMemory
 from encdec.inference.sampling import greedy_choice
+from encdec.machine import available_cores
 from encdec.packages import install_hint
 from encdec.saved.saved_config import model_config_of, read_config
 
@@ -230,6 +231,9 @@ def _session(path: pathlib.Path, threads: int) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; run encdec export again")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    # Of a number that is given, no thread is bound to a core. By default each worker is, while the
+    # calling thread is not: where other threads of this process (JAX's) or other programs take one
+    # core, both wait for each other on the other one, spinning in turns.
+    options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

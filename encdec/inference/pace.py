@@ -49,6 +49,8 @@ class Pace:
         self._known: set[int] = set()  # sizes that were timed
         self.trial = False  # the size that was asked for last is only to be timed: few steps do
         self.shares: np.ndarray | None = None  # how often the first j of a draft are right
+        # A batch ends with its slowest row: what of the rows' mean gain the batch has.
+        self._together = 1.0
         self._again = False  # hindsight says that it may be time to try drafts again
         self._skip = self._skipped = 0
         # Of all verifying steps, each row counted: how many, tokens drafted, tokens kept of them.
@@ -67,29 +69,39 @@ class Pace:
         return True
 
     def tokens(self, size: int) -> float:
-        """Expected of a step, each row."""
-        return 1.0 if self.shares is None else float(self.shares[:size].sum())
+        """Expected of a step, in the row that a batch waits for."""
+        if self.shares is None:
+            return 1.0
+        return 1.0 + self._together * float(self.shares[1:size].sum())
 
-    def size(self) -> int:
-        """Tokens that the next steps should feed."""
+    def rate(self, size: int) -> float:
+        """Tokens per second that are expected of a size, in those of plain steps."""
+        return self.tokens(size) / self._cost(size)
+
+    def size(self, sizes: Sequence[int] = SIZES) -> int:
+        """Tokens that the next steps should feed: ``PLAIN`` or one of ``sizes``."""
         self.trial = False
         if self.shares is None:
-            return SIZES[0] if self._eager else PLAIN
+            return sizes[0] if self._eager and sizes else PLAIN
         again, self._again = self._again, False
+        if not sizes:
+            return PLAIN
+        if self._size not in sizes:
+            self._size = PLAIN
         if any(size not in self._ratios for size in self._known - {PLAIN}):
             self.trial = True
             return PLAIN  # nothing else tells whether drafting pays
         if self._drafting >= self._retimed:
             self.trial = True
             return PLAIN  # nor whether it still does
-        if self._eager and not self._ratios and self.tokens(SIZES[0]) > GAIN:
+        if self._eager and not self._ratios and self.tokens(sizes[0]) > GAIN:
             self.trial = True
-            return SIZES[0]  # until now only its compiling was; with many rows guesses rule it out
-        rates = {size: self.tokens(size) / self._cost(size) for size in (PLAIN, *SIZES)}
+            return sizes[0]  # until now only its compiling was; with many rows guesses rule it out
+        rates = {size: self.rate(size) for size in (PLAIN, *sizes)}
         if self._size != PLAIN and self._plain is not None and (other := self._other(rates)):
             self.trial = True
             return other
-        best = max(SIZES, key=rates.__getitem__)
+        best = max(sizes, key=rates.__getitem__)
         if self._size != PLAIN and rates[best] < BETTER * rates[self._size]:
             best = self._size
         if rates[best] <= (GAIN if self._size == PLAIN else KEPT_GAIN) * rates[PLAIN]:
@@ -104,7 +116,9 @@ class Pace:
         """A size that is not in use, to be timed next to the plain step that just was."""
         for size in itertools.islice(self._turns, len(SIZES)):
             sure = len(self._ratios.get(size, ())) >= SURE
-            if size != self._size and not (sure and rates[size] < HOPELESS * rates[self._size]):
+            if size not in rates or size == self._size:
+                continue
+            if not (sure and rates[size] < HOPELESS * rates[self._size]):
                 return size
         return None
 
@@ -153,6 +167,24 @@ class Pace:
         ratios = self._ratios.setdefault(size, collections.deque(maxlen=TIMED))
         ratios.append(seconds / max(plain, 1e-9))
 
+    def note_compiling(self, size: int) -> None:
+        """Steps of this size were made, in a time that says nothing: a program was compiled."""
+        self._seen.add(size)
+        self._plain = None
+
+    def saved(self, size: int, seconds: float) -> float:
+        """Seconds that verifying steps of so many seconds saved; 0 while nothing tells."""
+        if size not in self._ratios:
+            return 0.0
+        return seconds * (self.rate(size) - 1)
+
+    def note_batch(self, mean: float, slowest: float) -> None:
+        """Tokens of a verifying step in a batch that has ended: in the mean over its rows, and as
+        those plain steps tell that it would have taken otherwise."""
+        if mean > GAIN:
+            share = min(max((slowest - 1) / (mean - 1), 0.0), 1.0)
+            self._together += NEWEST * (share - self._together)
+
     def note_made(self, made_K: np.ndarray) -> None:
         """How many rows and steps gave more than j tokens, by j."""
         if not made_K[0]:
@@ -187,5 +219,5 @@ class Insistent(Pace):
         super().__init__(rows, eager)
         self._sizes = itertools.cycle(sizes)
 
-    def size(self) -> int:
+    def size(self, sizes: Sequence[int] = SIZES) -> int:
         return next(self._sizes)

@@ -138,7 +138,8 @@ class Engine:
 
     def _new_answering(self, draft: Draft) -> SpeculativeDecoding:
         pace = Paces(draft, pays=False).of(self.plan.slots)
-        return SpeculativeDecoding(pace, self._plain, self.drafts.verify, self.drafts.texts)
+        drafts = self.drafts
+        return SpeculativeDecoding(pace, self._plain, drafts.verify, drafts.texts, fixed=False)
 
     # Called by other threads.
 
