@@ -20,7 +20,7 @@ from encdec.storage import local_path
 ALONE, AT_ONCE = "one after the other", "at once"
 # Flags for random weights, and flags for a trained model.
 OF_RANDOM = ("model", "inputs_from", "inputs_to", "tokens_from", "tokens_to")
-OF_TRAINED = ("draft", "mixed")
+OF_TRAINED = ("draft", "mixed", "against")
 
 
 def main(argv: list[str]) -> int:
@@ -39,8 +39,12 @@ def main(argv: list[str]) -> int:
         from encdec.benchmarks import serving_drafts
 
         report = serving_drafts.summary(options, serving_drafts.measure(options))
-        text, arms = serving_drafts.text_of(report), report["arms"].values()
-        wrong = any(arm["equal_answers"] < arm["answers"] for arm in arms)
+        text = serving_drafts.text_of(report)
+        wrong = any(
+            arm["equal_answers"] < arm["answers"]
+            for name, arm in report["arms"].items()
+            if name != serving_drafts.AGAINST
+        )
     else:
         report, wrong = summary(options, measure(options)), False
         text = text_of(report)
@@ -67,6 +71,11 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
                 f"{name} is {value}, which has no effect {state} --checkpoint; leave it out"
             )
     options.draft = options.draft or [LOOKUP]
+    options.against = options.against.rstrip("/").removesuffix("/v1")
+    if options.against and not options.against.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--against={options.against} is no address; expected one such as http://127.0.0.1:8000"
+        )
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Pass]]:
@@ -213,6 +222,13 @@ def _parser() -> Parser:
         "every second request of --jsonl has other settings: drawn, limited, with penalties or "
         "stop strings; otherwise all are greedy",
         default=False,
+    )
+    parser.add(
+        "--against",
+        "a running server of OpenAI's protocol, such as an earlier version, that is asked for the "
+        "same answers in turn with ours of --checkpoint: ratios, and how many answers are equal",
+        default="",
+        metavar="URL",
     )
     parser.add("--out", "receives the numbers", local_path, metavar="FILE.json")
     return parser

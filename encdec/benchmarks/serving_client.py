@@ -13,12 +13,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from encdec.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class TimedAnswer:
     """One request's answer.
 
     Attributes:
+        text: all of it.
         tokens: their texts.
         log_probs: of each token.
         finish: why it ended.
@@ -26,6 +29,7 @@ class TimedAnswer:
         seconds: until its end.
     """
 
+    text: str
     tokens: list[str]
     log_probs: list[float]
     finish: str
@@ -68,7 +72,7 @@ async def ask_all(url: str, requests: Sequence[Mapping[str, Any]], at_once: int)
         client = await free.get()
         try:
             begin, first = time.perf_counter(), 0.0
-            tokens, log_probs, finish = [], [], ""
+            text, tokens, log_probs, finish = "", [], [], ""
             async with client.stream("POST", "/v1/completions", json=body) as response:
                 if response.is_error:
                     raise RuntimeError((await response.aread()).decode())
@@ -77,11 +81,14 @@ async def ask_all(url: str, requests: Sequence[Mapping[str, Any]], at_once: int)
                     if not part.startswith("{"):
                         continue
                     first = first or time.perf_counter() - begin
-                    (choice,) = json.loads(part)["choices"]
-                    tokens += choice["logprobs"]["tokens"]
-                    log_probs += choice["logprobs"]["token_logprobs"]
-                    finish = choice["finish_reason"] or finish
-            return TimedAnswer(tokens, log_probs, finish, first, time.perf_counter() - begin)
+                    for choice in json.loads(part)["choices"]:  # none where only usage is told
+                        text += choice["text"]
+                        told = choice.get("logprobs") or {}  # some servers have none at the end
+                        tokens += told.get("tokens", ())
+                        log_probs += told.get("token_logprobs", ())
+                        finish = choice["finish_reason"] or finish
+            seconds = time.perf_counter() - begin
+            return TimedAnswer(text, tokens, log_probs, finish, first, seconds)
         finally:
             free.put_nowait(client)
 
@@ -93,6 +100,24 @@ async def ask_all(url: str, requests: Sequence[Mapping[str, Any]], at_once: int)
         answers = await asyncio.gather(*map(ask, requests))
         seconds, worked = time.perf_counter() - begin, time.process_time() - worked
         return Pass(seconds, worked, answers)
+
+
+def served_model(url: str) -> str:
+    """The name of the first model that a server of OpenAI's protocol has.
+
+    Raises:
+        ConfigError: no such server answers there.
+    """
+    import httpx
+
+    try:
+        reply = httpx.get(f"{url}/v1/models", timeout=30)
+        return str(reply.raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"--against={url}: no server of OpenAI's protocol tells its models there ({error}); "
+            "start it, and give an address such as http://127.0.0.1:8000"
+        ) from error
 
 
 def about_machine() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """``encdec benchmark serving --checkpoint=DIR``: a trained model's server, plain and with drafts.
 
 Servers of one model, one for each kind of drafts, answer the same requests in alternation. The
-first one drafts nothing: its answers are what those of the others have to be.
+first one drafts nothing: its answers are what those of the others have to be. With ``--against``
+another running server takes its turns: an earlier version of ours, or somebody else's.
 """
 
 from __future__ import annotations
@@ -14,9 +15,19 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from encdec.benchmarks.serving_client import Pass, about_machine, ask_all, latencies
+from encdec.benchmarks.serving_client import (
+    Pass,
+    TimedAnswer,
+    about_machine,
+    ask_all,
+    latencies,
+    served_model,
+)
+from encdec.errors import DataError
 from encdec.inference.generation_settings import OFF
 from encdec.serving.app import Service
+
+AGAINST = "against"  # the server that was running already
 
 # Settings of every second request with --mixed, in turn: what a request may ask for.
 KINDS: tuple[dict[str, Any], ...] = (
@@ -47,10 +58,27 @@ class DraftedPass:
 
 
 def texts_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Bodies of requests for the file's texts, over and over until there are enough."""
-    from encdec.inference.answer_files import read_inputs
+    """Bodies of requests for the file's texts, over and over until there are enough.
 
-    texts = read_inputs(options.jsonl)
+    For another server, of which nothing is known but the protocol, texts that would have to be cut
+    are left out, and the longest answer is named.
+
+    Raises:
+        DataError: it would leave out all of them.
+    """
+    from encdec.inference.answer_files import read_inputs
+    from encdec.inference.generator import read_prompt_format
+
+    texts, common = read_inputs(options.jsonl), {"truncate": True}
+    if options.against:
+        prompts, answer_length = read_prompt_format(options.checkpoint)
+        common = {"max_tokens": answer_length}
+        texts = [text for text in texts if not prompts.encode(text, truncate=True)[1]]
+        if not texts:
+            raise DataError(
+                f"{options.jsonl}: every text is longer than the {prompts.max_input_tokens:,} "
+                "tokens of the model's longest input; give shorter ones"
+            )
     bodies = []
     for number in range(options.requests):
         body = {
@@ -58,8 +86,8 @@ def texts_of(options: argparse.Namespace) -> list[dict[str, Any]]:
             "temperature": 0,
             "seed": options.seed + number,
             "stream": True,
-            "truncate": True,
             "logprobs": 0,
+            **common,
         }
         if options.mixed and number % 2:
             body |= KINDS[number // 2 % len(KINDS)] | {"stream": number % 3 > 0}
@@ -104,23 +132,32 @@ def measure(options: argparse.Namespace) -> list[dict[str, DraftedPass]]:
     """The passes of every round; more than one round begins with one of warming up."""
     bodies = texts_of(options)
     rounds = []
-    with servers(options) as found:
+    other = served_model(options.against) if options.against else ""
+    with servers(options) as ours:
+        found: dict[str, tuple[str, Service | None]] = dict(ours)
+        if options.against:
+            found[AGAINST] = options.against, None
         for number in range(options.repeats + (options.repeats > 1)):
             order = list(found) if number % 2 else list(found)[::-1]
-            made = {name: _pass(*found[name], bodies) for name in order}
+            made = {}
+            for name in order:
+                more = {"model": other} if name == AGAINST else {}
+                made[name] = _pass(*found[name], [body | more for body in bodies])
             if number or options.repeats == 1:
                 rounds.append({name: made[name] for name in found})
     return rounds
 
 
-def _pass(url: str, service: Service, bodies: Sequence[Mapping[str, Any]]) -> DraftedPass:
+def _pass(url: str, service: Service | None, bodies: Sequence[Mapping[str, Any]]) -> DraftedPass:
     before = _counts(service)
     made = asyncio.run(ask_all(url, bodies, len(bodies)))
     return DraftedPass(made, *(b - a for a, b in zip(before, _counts(service))))
 
 
-def _counts(service: Service) -> tuple[int, int, int]:
-    """Steps, drafted and accepted tokens so far, as the server reports them."""
+def _counts(service: Service | None) -> tuple[int, int, int]:
+    """Steps, drafted and accepted tokens so far, as the server reports them; zeros without one."""
+    if service is None:
+        return 0, 0, 0
     names = ("decode_steps", "drafted_tokens", "accepted_tokens")
     values = dict(
         line.rsplit(" ", 1)
@@ -140,15 +177,20 @@ def summary(
     for name in rounds[0]:
         passes = [made[name] for made in rounds]
         answers = [pair for one in passes for pair in zip(one.made.answers, wanted.answers)]
-        equal = [(a, b) for a, b in answers if (a.tokens, a.finish) == (b.tokens, b.finish)]
-        differences = [
-            abs(x - y) for a, b in equal for x, y in zip(a.log_probs, b.log_probs, strict=True)
-        ]
+        # Of another server the text counts: pieces of tokens may be told otherwise.
+        same = _same_text if name == AGAINST else _same_tokens
+        equal = [(a, b) for a, b in answers if same(a, b)]
+        differences = [abs(x - y) for a, b in equal for x, y in zip(a.log_probs, b.log_probs)]
         ratios = [made[OFF].made.seconds / made[name].made.seconds for made in rounds]
         by_work = [
             made[OFF].made.processor_seconds / made[name].made.processor_seconds for made in rounds
         ]
         drafted = sum(one.drafted for one in passes)
+        against = [
+            made[AGAINST].made.seconds / made[name].made.seconds
+            for made in rounds
+            if AGAINST in made
+        ]
         report["arms"][name] = {
             "requests_per_second": statistics.median(
                 options.requests / one.made.seconds for one in passes
@@ -156,6 +198,8 @@ def summary(
             "tokens_per_second": statistics.median(one.made.rate for one in passes),
             "times_off": statistics.median(ratios),
             "ratios": ratios,
+            "times_against": statistics.median(against) if against else None,
+            "ratios_against": against,
             "processor_seconds": statistics.median(one.made.processor_seconds for one in passes),
             "times_off_in_processor_time": statistics.median(by_work),
             "steps": statistics.median(one.steps for one in passes),
@@ -163,11 +207,26 @@ def summary(
             "accepted": sum(one.accepted for one in passes) / drafted if drafted else 0.0,
             "answers": len(answers),
             "equal_answers": len(equal),
-            "unequal": [place for place, (a, b) in enumerate(answers) if a.tokens != b.tokens][:20],
+            "unequal": [place for place, pair in enumerate(answers) if not same(*pair)][:20],
             "largest_log_prob_difference": max(differences, default=0.0),
             **latencies([one.made for one in passes]),
         }
     return report
+
+
+def _same_tokens(one: TimedAnswer, other: TimedAnswer) -> bool:
+    return (one.tokens, one.finish) == (other.tokens, other.finish)
+
+
+def _same_text(one: TimedAnswer, other: TimedAnswer) -> bool:
+    return (one.text, one.finish) == (other.text, other.finish)
+
+
+def _equal_text(arm: Mapping[str, Any]) -> str:
+    return (
+        f"    equal to off: {arm['equal_answers']:,} of {arm['answers']:,} answers, their log-"
+        f"probabilities within {arm['largest_log_prob_difference']:.1e}"
+    )
 
 
 def text_of(report: Mapping[str, Any]) -> str:
@@ -180,13 +239,23 @@ def text_of(report: Mapping[str, Any]) -> str:
     for name, arm in report["arms"].items():
         spread = f"{min(arm['ratios']):.2f} to {max(arm['ratios']):.2f}"
         by_work, answer = arm["times_off_in_processor_time"], arm["answer_seconds"]
+        rates = (
+            f"{arm['requests_per_second']:.1f} requests/s, {arm['tokens_per_second']:,.0f} tokens/s"
+        )
+        waited = f"answer {answer['median']:.3f} s, p95 {answer['p95']:.3f}"
+        if name == AGAINST:
+            lines += [f"{settings['against']}: {rates}; {waited}", _equal_text(arm)]
+            continue
         lines += [
-            f"--draft={name}: {arm['requests_per_second']:.1f} requests/s, "
-            f"{arm['tokens_per_second']:,.0f} tokens/s, {arm['times_off']:.2f} times off "
+            f"--draft={name}: {rates}, {arm['times_off']:.2f} times off "
             f"({spread}; in processor time {by_work:.2f})",
             f"    {arm['steps']:,.0f} steps, {arm['drafted_tokens']:,} tokens drafted in all, "
-            f"{arm['accepted']:.0%} kept; answer {answer['median']:.3f} s, p95 {answer['p95']:.3f}",
-            f"    equal to off: {arm['equal_answers']:,} of {arm['answers']:,} answers, their log-"
-            f"probabilities within {arm['largest_log_prob_difference']:.1e}",
+            f"{arm['accepted']:.0%} kept; {waited}",
+            _equal_text(arm),
         ]
+        if against := arm["ratios_against"]:
+            lines.append(
+                f"    {arm['times_against']:.2f} times {settings['against']} "
+                f"({min(against):.2f} to {max(against):.2f})"
+            )
     return "\n".join(lines)

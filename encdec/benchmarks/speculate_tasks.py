@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -78,10 +78,10 @@ def measure_task(
     made: tuple[list[Generation], list[Generation]] = ([], [])
     _prepare(generators, texts, settings)
     before = _counts(generators[1].paces)
-    for begin in range(0, len(texts), 4 * rows):
+    for part in _windows(texts, rows):
         for which, one in enumerate(generators):
             clock = time.perf_counter()
-            answers = one.generate(texts[begin : begin + 4 * rows], settings, truncate=True)
+            answers = one.generate(part, settings, truncate=True)
             seconds[which] += time.perf_counter() - clock
             made[which].extend(answer for (answer,) in answers)
             tokens[which] += sum(len(answer.tokens) for (answer,) in answers)
@@ -110,6 +110,13 @@ def measure_task(
     )
 
 
+def _windows(texts: Sequence[str], rows: int) -> Iterator[Sequence[str]]:
+    """What is answered in one turn. Batches are made of the texts of one window, sorted by length:
+    other windows would make batches of other shapes, and compile other programs."""
+    for begin in range(0, len(texts), 4 * rows):
+        yield texts[begin : begin + 4 * rows]
+
+
 def _prepare(
     generators: tuple[TextGenerator, TextGenerator],
     texts: Sequence[str],
@@ -124,11 +131,13 @@ def _prepare(
         for one in generators:
             one.generate(texts[: one.batch_rows], settings, truncate=True)
         return
-    plain.generate(texts, settings, truncate=True)
-    kind = drafted.paces.kind
+    windows, kind = list(_windows(texts, plain.batch_rows)), drafted.paces.kind
+    for part in windows:
+        plain.generate(part, settings, truncate=True)
     for size in SIZES:
         drafted.paces.begin(functools.partial(Insistent, sizes=(size,)))
-        drafted.generate(texts, settings, truncate=True)
+        for part in windows:
+            drafted.generate(part, settings, truncate=True)
     drafted.paces.begin(kind, compiled=True)
 
 

@@ -2,8 +2,8 @@
 
 Every size of verifying steps, for every shape of a batch, is a program of seconds to compile, which
 a file of some hundred short answers may never earn. So what is spent on compiling is kept below a
-small share of the time spent decoding, plus what drafts have saved so far, plus a part of what they
-will save in the batches that are known to follow.
+small share of the time that decoding takes in all, plus what drafts have saved so far; once steps
+were measured, plus a part of what they will save in the batches that are known to follow.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from encdec.inference.pace import PLAIN, SIZES, Pace
 SHARE = 0.02  # of all seconds of decoding: what drafts may cost in the end
 # Of the saving that is expected of the batches to follow: what is guessed of costs may be wrong.
 TRUSTED = 0.5
+FIRST = SIZES[1]  # of a size in the middle the others' costs are told best
 VERIFYING = 1.5  # a program of verifying steps takes so many times as long as one of plain ones
 
 
@@ -27,8 +28,9 @@ class CompileBudget:
     """
 
     def __init__(self, first_free: bool):
-        self._free = first_free
+        self.first_free = first_free
         self._decoding = 0.0  # steps of either kind, compiling included
+        self._stepping = 0.0  # without
         self._compiling = 0.0  # programs of verifying steps
         self._saved = 0.0
         self._cost: float | None = None  # of one more program
@@ -46,25 +48,26 @@ class CompileBudget:
     def allows(self, shape: Hashable, gain: float) -> bool:
         """Whether one more program for this shape may be compiled.
 
-        ``gain``: tokens per second that are expected of drafts, in those of plain steps.
+        ``gain``: tokens per second with it in those of plain steps, as was measured; 1 where
+        nothing was.
         """
-        if self._free:
-            return True
         if self._cost is None:
             return False
-        usual = (self._decoding - self._compiling) / max(self._batches, 1)  # of a batch
+        usual = self._stepping / max(self._batches, 1)  # of a batch
+        total = self._decoding + self.left * usual
         follow = self.left * self._shapes.get(shape, 0) / max(self._batches, 1)
-        expected = TRUSTED * follow * usual * (1 - 1 / max(gain, 1.0))
-        return self._cost <= SHARE * self._decoding + self._saved + expected - self._compiling
+        saving = TRUSTED * follow * usual * (1 - 1 / max(gain, 1.0))
+        return self._cost <= SHARE * total + self._saved + saving - self._compiling
 
     def note(self, size: int, seconds: float, compiled: bool, saved: float) -> None:
         """A call for steps of a size; ``compiled`` while it ran, or what it saved."""
         self._decoding += seconds
+        self._stepping += 0.0 if compiled else seconds
         self._saved += 0.0 if compiled else saved
         if compiled and size == PLAIN:
             self._cost = VERIFYING * seconds
         elif compiled:
-            self._free = False
+            self.first_free = False
             self._compiling += seconds
             self._cost = seconds
 
@@ -85,14 +88,17 @@ class BatchPrograms:
 
     def sizes(self, pace: Pace) -> tuple[int, ...]:
         """Of verifying steps: those that are compiled, and those that are worth it: the most
-        promising one, and ones of which nobody knows what they cost."""
+        promising one by what was measured, and any whose cost only a guess tells."""
         missing = [size for size in SIZES if size not in self.compiled]
         if not missing:
             return SIZES
+        if self.budget.first_free:
+            return (FIRST,)
         best = max(SIZES, key=pace.rate)
-        worth = [size for size in missing if size == best or not pace.knows(size)]
-        if not worth or not self.budget.allows(self.shape, pace.rate(best)):
-            worth = []
+        gains = {size: 1.0 for size in missing if not pace.compared(size)}
+        if best in missing and pace.compares:
+            gains[best] = pace.rate(best)
+        worth = [size for size, gain in gains.items() if self.budget.allows(self.shape, gain)]
         return tuple(size for size in SIZES if size in self.compiled or size in worth)
 
     def note(self, size: int, seconds: float, saved: float = 0.0) -> bool:

@@ -126,6 +126,15 @@ class Pace:
         """Whether steps of this size were timed."""
         return size in self._known
 
+    def compared(self, size: int) -> bool:
+        """Whether its cost was measured."""
+        return size in self._ratios
+
+    @property
+    def compares(self) -> bool:
+        """Whether any was."""
+        return bool(self._ratios)
+
     def _cost(self, size: int) -> float:
         """Of a step, in those of a plain one."""
         if size == PLAIN:
