@@ -79,7 +79,7 @@ def test_drafts_change_no_answer_of_a_server(tmp_path, capsys, monkeypatch):
     texts.write_text(
         "".join(json.dumps({"source": f"text {i} " * (i % 4 + 1)}) + "\n" for i in range(20))
     )
-    monkeypatch.setattr(Pace, "size", lambda self: SIZES[0])  # whatever it costs here
+    monkeypatch.setattr(Pace, "size", lambda self, sizes: SIZES[0])  # whatever it costs here
     argv = [f"--checkpoint={model}", f"--jsonl={texts}", f"--draft={draft}", "--mixed"]
     argv += ["--requests=60", "--slots=4", "--repeats=1", f"--out={out}"]
     other = argparse.Namespace(checkpoint=model, draft=[OFF], slots=4, requests=60)
