@@ -197,7 +197,7 @@ def test_everything_is_compiled_before_it_listens(name, draft, monkeypatch):
         engine._answering.pace.note_seconds(PLAIN, 1.0)
         assert engine._answering.pace.knows(PLAIN)  # a first time is without compilation
         sizes = itertools.cycle([*SIZES, PLAIN])
-        monkeypatch.setattr(engine._answering.pace, "size", lambda: next(sizes))
+        monkeypatch.setattr(engine._answering.pace, "size", lambda _: next(sizes))
     with running(make_service(engine)) as (url, _), httpx.Client(base_url=url) as client:
         with compilations() as after:
             for fields in (

@@ -137,7 +137,7 @@ def test_drafts_change_no_answer_among_many(engine, source, monkeypatch):
         "encoder_decoder", draft=noisy_draft() if source == "a model" else source
     )
     sizes = itertools.cycle([SIZES[0], SIZES[0], PLAIN])  # whatever they cost
-    monkeypatch.setattr(drafting._answering.pace, "size", lambda: next(sizes))
+    monkeypatch.setattr(drafting._answering.pace, "size", lambda _: next(sizes))
     drafting.start()
     try:
         order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(CASES)), 3))
