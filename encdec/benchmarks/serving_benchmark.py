@@ -74,7 +74,7 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     options.against = options.against.rstrip("/").removesuffix("/v1")
     if options.against and not options.against.startswith(("http://", "https://")):
         raise ConfigError(
-            f"--against={options.against} is no address; expected one such as http://127.0.0.1:8000"
+            f"--against={options.against} is not an address; expected one such as http://127.0.0.1:8000"
         )
 
 

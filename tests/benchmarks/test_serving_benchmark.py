@@ -133,7 +133,7 @@ def test_settings_that_cannot_be(capsys):
         (["--model=nonsense"], "unknown preset"),
         (["--checkpoint=java2cs"], "--checkpoint=DIR and --jsonl=FILE go together"),
         (["--against=http://x"], "against is http://x, which has no effect without --checkpoint"),
-        (["--checkpoint=java2cs", "--jsonl=x", "--against=x:8"], "--against=x:8 is no address"),
+        (["--checkpoint=java2cs", "--jsonl=x", "--against=x:8"], "--against=x:8 is not an address"),
         (["--draft=lookup"], "which has no effect without --checkpoint"),
         (
             ["--checkpoint=java2cs", "--jsonl=x", "--tokens_to=70"],
