@@ -129,17 +129,9 @@ def rollout(
     settings = dataclasses.replace(
         answering.settings, max_tokens=answering.settings.max_tokens or longest
     )
-    identity = plain(
-        {
-            "writer": content.get("imported") or [content["run"], content["data"]],
-            "step": step,
-            "records": opened.card.fingerprint,
-            "settings": settings.to_dict(),
-            "rows": rows,
-            "batch_rows": answering.batch_rows,
-            "block_rows": block_rows,
-        }
-    )
+    batch_rows = answering.batch_rows
+    made_of = {"rows": rows, "batch_rows": batch_rows, "block_rows": block_rows}
+    identity = _identity(content, step, opened, settings) | made_of
     job = DirectoryJob(
         as_path(out), "rollout", identity, CARD_FILE, RolloutTally, overwrite=overwrite
     )
@@ -157,7 +149,7 @@ def rollout(
                 writer,
                 step or None,
                 max_input_tokens=_longest_input(content, opened.card),
-                batch_rows=answering.batch_rows,
+                batch_rows=batch_rows,
                 draft=answering.draft,
             )
         for number in missing:
@@ -171,6 +163,20 @@ def rollout(
         card.write(job.directory)
         job.end()
     return card
+
+
+def _identity(
+    content: Mapping[str, Any], step: int, records: Records, settings: GenerationSettings
+) -> dict[str, Any]:
+    """Whose answers to what: plain JSON values."""
+    return plain(
+        {
+            "writer": content.get("imported") or [content["run"], content["data"]],
+            "step": step,
+            "records": records.card.fingerprint,
+            "settings": settings.to_dict(),
+        }
+    )
 
 
 def check_answering(records: Records, answering: Answering) -> None:

@@ -228,7 +228,8 @@ def our_steps(directory, tokens):
 
 def test_every_family_has_an_example():
     configs = [getattr(transformers, f"{kind}Config") for kind, _ in MODELS.values()]
-    assert {config.model_type for config in configs} == set(FAMILIES)
+    own = {"minicpm"}  # has no class in transformers, and a test of its own below
+    assert {config.model_type for config in configs} == set(FAMILIES) - own
 
 
 @pytest.mark.parametrize("name", MODELS)
