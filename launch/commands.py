@@ -198,11 +198,11 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 def refuse_elsewhere(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
-    places: Mapping[Sequence[str], Sequence[str]],
+    places: Mapping[Any, Sequence[str]],
 ) -> None:
     """Ends with an error for an option that the action does not use.
 
-    ``places``: the actions that use options, and these options' names.
+    ``places``: tuples of actions that use options, and these options' names.
     """
     for actions, names in places.items():
         for name in () if options.action in actions else names:
