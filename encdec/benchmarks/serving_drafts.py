@@ -69,7 +69,8 @@ def texts_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     from encdec.inference.answer_files import read_inputs
     from encdec.inference.generator import read_prompt_format
 
-    texts, common = read_inputs(options.jsonl), {"truncate": True}
+    texts = read_inputs(options.jsonl)
+    common: dict[str, Any] = {"truncate": True}
     if options.against:
         prompts, answer_length = read_prompt_format(options.checkpoint)
         common = {"max_tokens": answer_length}
