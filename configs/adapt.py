@@ -20,7 +20,7 @@ Further words of the argument, after commas:
 
 Fields not set here are as in pretraining: encdec/train/run_fields.py explains every field.
 
-Time and loss: stories260K adapted all-all and distilled ends at 1.346 nats per held-out token after
+Time and loss: stories260K adapted all-all and distilled ends at 1.314 nats per held-out token after
 300 steps, about two minutes of processor time on shared cores of an AMD EPYC (2026-11-29); the
 larger shapes are not measured, docs/adaptation.md has predicted hours.
 """
