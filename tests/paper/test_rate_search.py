@@ -240,7 +240,6 @@ def test_verdicts_on_what_diverged():
         (["--dropouts=1"], "--dropouts has 1.0; expected numbers from 0"),
         (["--dropouts=0.1,0.1"], "expected each once"),
         (["--fraction=3/2"], "--fraction has 3/2; expected numbers above 0, 1 at most"),
-        (["--seeds=0"], "--seeds has 0"),
         (["--rows=x"], "--rows names 'x'; known: DEC, ED 2/3-1/3, teacher"),
         (["--config.pretrain.steps=3"], "search with --config.pretrain.steps=0"),
     ],
