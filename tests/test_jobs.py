@@ -250,7 +250,7 @@ class EchoModel:
 
     prompts = PromptFormat(ByteVocabulary())
 
-    def generate(self, texts, settings, *, truncate, first_number, follow, on_batch):
+    def generate(self, texts, settings, *, truncate, first_number, on_batch, follow=0):
         return [[self._answer(text.upper())] for text in texts]
 
     def generate_from_tokens(self, sources, settings, *, numbers):
