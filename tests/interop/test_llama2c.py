@@ -13,6 +13,7 @@ import pytest
 
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import DataError
+from encdec.inference.drafting import Paces
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import TextGenerator
 from encdec.inference.text_io import PromptFormat
@@ -172,7 +173,7 @@ def test_the_tokenizer_next_to_a_model_is_read_as_run_c_reads_it(tmp_path):
 class FixedRows:
     """A row decoder whose every answer is the same."""
 
-    rows_at_once, paces = 0, None
+    rows_at_once, paces = 0, Paces("off", pays=False)
     config = ModelConfig(architecture="decoder_only", vocab_size=512, encoder_layers=0)
 
     def __init__(self, tokens):

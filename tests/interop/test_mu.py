@@ -197,7 +197,7 @@ def test_a_head_has_a_width(tmp_path):
         main([str(tmp_path / "model.pt"), "--format=mu", "--head_dim=0", f"--out={tmp_path / 'x'}"])
     with pytest.raises(ConfigError, match="--head_dim=8, but .* says 4"):
         mu.read_config({k: x.numpy() for k, x in random_state().items()}, SETTINGS, 8)
-    with pytest.raises(ConfigError, match="head_dim=4 is for format mu"):
+    with pytest.raises(ConfigError, match="head_dim=4 has no effect without --format=mu"):
         main([str(tmp_path), "--head_dim=4", f"--out={tmp_path / 'x'}"])
 
 
