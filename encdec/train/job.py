@@ -15,6 +15,7 @@ from encdec.data.records import DatasetCard, Records, open_records
 from encdec.data.teacher_rows import TeacherRows, open_teacher
 from encdec.errors import ConfigError, DataError, StorageError
 from encdec.model import ModelConfig
+from encdec.processes import done_by_first
 from encdec.saved.uploaded_steps import are_uploaded, staging_folder
 from encdec.storage import user_place
 from encdec.train.distillation_losses import check_divergence, check_tail
@@ -80,7 +81,7 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
         eval_records.card if eval_records else None,
         teacher.fingerprint if teacher else None,
     )
-    resumes = check_workdir(workdir, description)
+    resumes = done_by_first(lambda: check_workdir(workdir, description))
     start = plan_start(run, model, records.card) if run.init_from and not resumes else None
     return Job(run, model, records, eval_records, teacher, program, description, start)
 

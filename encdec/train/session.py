@@ -14,7 +14,7 @@ from encdec.errors import Preempted
 from encdec.files import lines_exist, sole_writer
 from encdec.machine import return_freed_memory
 from encdec.model import parameter_count
-from encdec.processes import from_first
+from encdec.processes import done_by_first, from_first
 from encdec.saved.lineage import source_record
 from encdec.storage import as_path, make_directory
 from encdec.train.checkpoints import Checkpoints
@@ -180,11 +180,16 @@ def open_session(
     """
     run = job.run
     with contextlib.ExitStack() as closing:
-        if not jax.process_index():
+
+        def taken() -> dict[str, Any]:
+            """What the directory keeps of the run's start, once it is this run's."""
             make_directory(as_path(workdir))
             closing.enter_context(sole_writer(as_path(workdir), patience=PATIENCE_SECONDS))
-        kept = {STARTED_FIELD: entered} | start_of_run(workdir)
-        write_workdir(workdir, job.description | kept, job.records, job.program)
+            kept = {STARTED_FIELD: entered} | start_of_run(workdir)
+            write_workdir(workdir, job.description | kept, job.records, job.program)
+            return kept
+
+        kept = done_by_first(taken)
         notice = closing.enter_context(Notice())
         console = Console(run.steps)
         closing.callback(console.close)

@@ -161,9 +161,7 @@ def _without(values: Mapping[str, Any], left_out: Sequence[str], prefix: str = "
 def write_workdir(
     workdir: epath.PathLike, description: Mapping[str, Any], records: Records, program: Program
 ) -> None:
-    """Writes configuration, vocabulary and parameter table; process 0 alone."""
-    if jax.process_index():
-        return
+    """Writes configuration, vocabulary and parameter table; for process 0 alone."""
     workdir = as_path(workdir)
     make_directory(workdir)
     copy_vocabulary(records.directory, workdir)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +16,11 @@ import pytest
 from encdec.cli import main
 from encdec.data.batches import Batches
 from encdec.data.records import open_records
+from encdec.files import sole_writer
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.metrics import read_metrics
+from launch.local import free_port
+from tests.train.conftest import small_run
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -63,9 +66,7 @@ def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
 
 def start_all(arguments: list[str], count: int, devices: int) -> list[subprocess.Popen]:
     """Processes that find each other on this machine."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         start(
             [
@@ -152,29 +153,70 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
 def test_an_error_of_one_process_ends_it_at_once_with_its_own_code(records, tmp_path):
     """The other one is left waiting: what started them stops it."""
 
-    def arguments(workdir: str) -> list[str]:
+    def arguments(data: pathlib.Path) -> list[str]:
         return [
             f"--config={REPOSITORY}/configs/pretrain.py:test",
-            f"--workdir={workdir}",
-            f"--config.data.records={records}",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.data.records={data}",
             "--config.model_overrides.vocab_size=264",
             "--config.batch_size=8",
             "--config.steps=3",
             "--config.schedule.warmup_steps=1",
         ]
 
-    (tmp_path / "file").touch()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = ["--distributed", f"--coordinator=localhost:{port}", "--num_processes=2"]
-    good = start([*arguments(str(tmp_path / "w")), *together, "--process_id=0"], devices=1)
-    bad = start([*arguments(str(tmp_path / "file")), *together, "--process_id=1"], devices=1)
+    together = ["--distributed", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    good = start([*arguments(records), *together, "--process_id=0"], devices=1)
+    bad = start([*arguments(tmp_path / "none"), *together, "--process_id=1"], devices=1)
     try:
         output, _ = bad.communicate(timeout=600)
-        assert bad.returncode == 4 and "is a file" in output and "Traceback" not in output
+        assert bad.returncode == 3 and "none" in output and "Traceback" not in output
         assert good.poll() is None
     finally:
         good.kill()
         bad.kill()
         good.communicate()
+
+
+# Process 1 looks at the work directory, if it does, while process 0 is writing its first files.
+LATE = """
+import json, sys, time, jax
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from encdec.errors import InUseError
+from encdec.train import job, session, workdir
+from encdec.train.loop import train
+wait = lambda call, seconds: lambda *given: (call(*given), time.sleep(seconds))[0]
+if jax.process_index():
+    job.build_program = wait(job.build_program, 1.5)
+else:
+    workdir.copy_vocabulary = wait(workdir.copy_vocabulary, 3)
+run, free, held = json.loads(sys.argv[3]), *sys.argv[4:]
+assert train(run, free).step == 1
+session.PATIENCE_SECONDS = 0.1
+try:
+    train(run, held)
+except InUseError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_what_process_0_finds_in_the_work_directory_holds_for_all(records, tmp_path):
+    """A late process does not see files of its own run, and one that finds it taken is not alone
+    in leaving."""
+    held = tmp_path / "held"
+    held.mkdir()
+    run = json.dumps(small_run(records, steps=1))
+    command = [sys.executable, "-c", LATE, f"localhost:{free_port()}"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    piped = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with sole_writer(held):
+        both = [
+            subprocess.Popen(
+                [*command, index, run, str(tmp_path / "free"), str(held)], env=environment, **piped
+            )
+            for index in "01"
+        ]
+        outputs = finish(both)
+    assert all(f"{held} is in use" in output for output in outputs), outputs
+    assert saved_steps(tmp_path / "free") == [1] and not list(held.iterdir())
