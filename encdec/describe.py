@@ -27,7 +27,7 @@ from encdec.cost.peers import PeerMatch, match_decoder_only
 from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.model import ModelConfig, preset, preset_names
-from encdec.storage import as_path, user_place
+from encdec.storage import as_path, directory_name, user_place
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -118,7 +118,7 @@ def find_model(name: str) -> tuple[str, ModelConfig]:
     # Imported here, so that describing a preset does not load the training packages.
     from encdec.saved.saved_config import model_config_of, read_config
 
-    return as_path(place).name, model_config_of(read_config(place))
+    return directory_name(place), model_config_of(read_config(place))
 
 
 def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Description:

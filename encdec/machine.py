@@ -6,11 +6,22 @@ import ctypes
 import os
 import pathlib
 
+_GROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
+
 
 def available_cores() -> int:
     """CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Of this machine, or what the control group of this process may use of it."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(whole, int(_GROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no control group, or "max"
+        return whole
 
 
 def user_cache() -> pathlib.Path:

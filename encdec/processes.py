@@ -34,8 +34,8 @@ def done_by_first(call: Callable[[], Any]) -> Any:
     process 0 has written meanwhile. The others wait until the call has ended.
 
     Raises:
-        EncdecError, or another: what the call raised, on every process; one that is no
-            EncdecError is a RuntimeError with its text on the others.
+        EncdecError, or another: what the call raised, on every process; one that is not
+            an EncdecError is a RuntimeError with its text on the others.
     """
     if jax.process_count() == 1:
         return call()

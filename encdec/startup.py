@@ -12,7 +12,7 @@ import pathlib
 import platform
 import sys
 
-from encdec.machine import user_cache
+from encdec.machine import memory_bytes, user_cache
 
 # mallopt's parameters (malloc.h of glibc).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -92,7 +92,7 @@ def keep_memory(reserve_bytes: int | None = None) -> bool:
     options = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     if not all([libc.mallopt(name, value) for name, value in options]):
         return False
-    size = reserve_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    size = reserve_bytes or memory_bytes() // 2
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -232,6 +232,11 @@ def absolute(text: str | os.PathLike[str]) -> pathlib.Path | epath.Path:
     return as_path(text) if is_address(text) else pathlib.Path(text).resolve()
 
 
+def directory_name(text: str | os.PathLike[str]) -> str:
+    """What a model or run is called where it has no other name: the last part of its path."""
+    return absolute(text).name
+
+
 def path_ends(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The ends of different paths, all as long as it takes to tell them apart."""
     parts = [os.fspath(path).split("/") for path in paths]

@@ -21,22 +21,25 @@ class _Chip:
     runtime: str | None  # image of a TPU VM; None: only on GKE
     node_label: str  # cloud.google.com/gke-tpu-accelerator
     machine: str  # of a GKE node with four chips
+    largest: int  # chips of the largest slice
 
 
 CHIPS = {
-    "v4": _Chip(3, "v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu-4t"),
+    "v4": _Chip(3, "v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu-4t", 4096),
     "v5e": _Chip(
-        2, "v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"
+        2, "v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t", 256
     ),
-    "v5p": _Chip(3, "v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-4t"),
-    "v6e": _Chip(2, "v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t"),
-    "tpu7x": _Chip(3, "tpu7x", 2, None, "tpu7x", "tpu7x-standard-4t"),
+    "v5p": _Chip(3, "v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-4t", 6144),
+    "v6e": _Chip(2, "v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t", 256),
+    "tpu7x": _Chip(3, "tpu7x", 2, None, "tpu7x", "tpu7x-standard-4t", 9216),
 }
 
-# Slices of three sides up to this size have one shape each; above it sides are multiples of 4.
-_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-_LARGEST = 6144  # chips
+# The slices that exist: https://cloud.google.com/tpu/docs/v5e and v6e list these for two sides, and
+# for three https://cloud.google.com/tpu/docs/types-topologies says that sides ascend and are
+# multiples of 4, but for the small ones. The largest are in .../docs/v4, v5p and tpu7x.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_COMPACT_UP_TO = 6144  # chips: of larger slices each has a shape of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +71,19 @@ class Slices:
                 "sides, e.g. v5e:4x4, or v5e:16x16*2 for two slices"
             )
         sides = tuple(int(side) for side in match[2].split("x"))
-        if len(sides) != chip.sides or 0 in sides or match[3] == "0":
-            raise ValueError(f"{text!r}: {match[1]} slices have {chip.sides} sides of 1 or more")
-        return cls(match[1], sides, int(match[3] or 1))
+        small = _FLAT if chip.sides == 2 else _SMALL + ((1, 1, 1),) * (match[1] == "tpu7x")
+        cubes = chip.sides == 3 and not any(side % 4 for side in sides) and 0 not in sides
+        cubes = cubes and list(sides) == sorted(sides) and math.prod(sides) <= chip.largest
+        if len(sides) != chip.sides or not (sides in small or cubes):
+            shapes = ", ".join("x".join(map(str, one)) for one in small)
+            more = f", or ascending multiples of 4 with up to {chip.largest:,} chips"
+            raise ValueError(
+                f"{text!r} does not exist; {match[1]} slices are {shapes}{more * (chip.sides == 3)}"
+            )
+        count = int(match[3] or 1)
+        if not count:
+            raise ValueError(f"{text!r} has no slice; expected *1 or more")
+        return cls(match[1], sides, count)
 
     @property
     def topology(self) -> str:
@@ -113,12 +126,9 @@ class Slices:
         Of several shapes of one size it means the most compact one, up to the largest v5p slice
         (https://cloud.google.com/tpu/docs/v5p, https://cloud.google.com/tpu/docs/v6e).
         """
-        if len(self.sides) == 2:
-            first, second = self.sides
-            return (first, second) in _FLAT
-        if self.sides in _SMALL or any(side % 4 for side in self.sides):
-            return self.sides in _SMALL
-        return self.chips <= _LARGEST and self.sides == _most_compact(self.chips // 64)
+        if len(self.sides) == 2 or self.sides[0] % 4:
+            return True  # the only one
+        return self.chips <= _COMPACT_UP_TO and self.sides == _most_compact(self.chips // 64)
 
 
 def _most_compact(cubes: int) -> tuple[int, ...]:

@@ -67,8 +67,8 @@ MAY_IMPORT = {
     "pretrained": {"errors"},
     "saved": {"errors", "cost", "model", "data", "safetensors"},
     "train": {"errors", "cost", "model", "metrics", "data", "saved"},
-    "inference": {"errors", "model", "data", "saved", "train"},
-    "serving": {"errors", "model", "data", "saved", "inference"},
+    "inference": {"errors", "cost", "model", "data", "saved", "train"},
+    "serving": {"errors", "cost", "model", "data", "saved", "inference"},
     "distill": {
         "errors",
         "cost",

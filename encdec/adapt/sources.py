@@ -19,7 +19,7 @@ from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import Lineage, lineage
 from encdec.saved.saved_config import model_config_of, read_config
 from encdec.saved.saved_params import load_params_for_inference, step_to_read
-from encdec.storage import absolute
+from encdec.storage import absolute, directory_name
 
 # Tables with one row, or column, an id of the vocabulary: the axis of ids.
 VOCABULARY_AXIS = {"embedder/embedding": 0, "encoder_embedder/embedding": 0, "embedder/head": 1}
@@ -53,9 +53,9 @@ class AdaptationSource:
 
     @property
     def name(self) -> str:
-        """As the work directory calls it, for cards."""
-        imported = self.content.get("imported")
-        return imported["name"] if imported else self.content["run"]["model"]
+        """For cards: what it was imported as, or its directory's name."""
+        imported = self.content.get("imported", {})
+        return imported.get("name") or directory_name(self.directory)
 
     @property
     def framing(self) -> Framing:

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class TeacherCard:
     def identity(self) -> dict[str, Any]:
         """What of the job's identity the card keeps: all but how rows were laid out."""
         return {
-            "teacher": self.teacher,
+            "teacher": unnamed(self.teacher),
             "records": self.records_fingerprint,
             "format": self.format.to_dict(),
             "seed": self.seed,
@@ -80,6 +80,11 @@ class TeacherCard:
     def write(self, directory: str | pathlib.Path) -> None:
         """Writes ``teacher.json``: in full or not at all."""
         write_json(as_path(directory) / CARD_FILE, dataclasses.asdict(self))
+
+
+def unnamed(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher without its name, which another place of its directory changes."""
+    return {key: value for key, value in teacher.items() if key != "name"}
 
 
 def teacher_fingerprint(

@@ -254,7 +254,7 @@ def recorded_vocabulary(content: Mapping[str, Any], workdir: str | os.PathLike) 
 def _place_and_extra_ids(source: str | os.PathLike[str]) -> tuple[str, int | None]:
     """A path, or "bytes", without the number of 'PATH+100'; the number, None without."""
     text = user_place("the vocabulary", str(source))
-    match = re.fullmatch(r"(.+)\+(\d+)", text)
+    match = re.fullmatch(r"(.+)\+(\d{1,18})", text)
     if match is None or as_path(text).exists():
         return text, None
     return match[1], int(match[2])

@@ -14,11 +14,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from encdec.errors import DataError
+from encdec.errors import ConfigError, DataError
 from encdec.files import write_bytes, write_json
 from encdec.storage import as_path, make_directory
 
 SPEC_FILE = "vocabulary.json"
+# One for each span: enough for a text of 1.3 million tokens with 15 % in spans of three. At width
+# 1,024, in float32 with Adam's moments, a table of so many rows takes 0.8 GB.
+MOST_EXTRA_IDS = 1 << 16
 EOS_NAME = "</s>"  # where a vocabulary has no name of its own for it
 
 
@@ -47,8 +50,11 @@ class Vocabulary(abc.ABC):
     pad_id = 0
 
     def __init__(self, extra_ids: int = 0):
-        if not isinstance(extra_ids, int) or extra_ids < 0:
-            raise DataError(f"extra_ids must be an integer >= 0, got {extra_ids!r}")
+        if not isinstance(extra_ids, int) or not 0 <= extra_ids <= MOST_EXTRA_IDS:
+            raise ConfigError(
+                f"extra_ids is {extra_ids!r}; expected 0 to {MOST_EXTRA_IDS:,}: each is a row of "
+                "the model's table, and objectives use one for each span of a text"
+            )
         self.extra_ids = extra_ids
 
     @classmethod

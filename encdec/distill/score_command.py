@@ -22,8 +22,8 @@ def main(argv: list[str]) -> int:
     given = vars(_parser().parse_args(argv))
     fields = {field.name for field in dataclasses.fields(ScoringSettings)}
     settings = ScoringSettings(**{name: given[name] for name in fields})
-    settings.check()
     options = argparse.Namespace(**{name: given[name] for name in given.keys() - fields})
+    settings.check(writes=not options.dry_run)
     join_processes(options)
     if options.dry_run:
         _dry_run(settings, options.student)

@@ -33,7 +33,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.model import Model, ModelConfig, abstract_params, build_model, logical_axes
 from encdec.saved.saved_config import model_config_of, read_config
 from encdec.saved.saved_params import load_params_for_inference, step_to_read
-from encdec.storage import as_path
+from encdec.storage import as_path, directory_name
 from encdec.train.across_mesh import on_mesh
 from encdec.train.feed import host_slice, to_devices
 from encdec.train.losses import loss_positions
@@ -119,13 +119,12 @@ def scoring_model(
     _check_lengths(content, records, max_length, workdir)
     imported, step = content.get("imported"), step_to_read(workdir, step)
     if imported:
-        name, source = imported["name"], imported["fingerprint"]
+        source = imported["fingerprint"]
     else:
-        name = content["run"]["model"]
         what = {part: content[part] for part in ("run", "model", "data")}
         source = hashlib.sha256(json.dumps([what, step], sort_keys=True).encode()).hexdigest()
     identity = {
-        "name": name,
+        "name": directory_name(workdir),
         "step": step,
         "fingerprint": source,
         "architecture": config.architecture,

@@ -21,7 +21,13 @@ import numpy as np
 from encdec.data.records import Records, open_records, write_shard
 from encdec.data.shards import Shard
 from encdec.data.sparse_logits import SparseFormat, encode_row
-from encdec.data.teacher_rows import CARD_FILE, TeacherCard, read_teacher_card, teacher_fingerprint
+from encdec.data.teacher_rows import (
+    CARD_FILE,
+    TeacherCard,
+    read_teacher_card,
+    teacher_fingerprint,
+    unnamed,
+)
 from encdec.distill.draw import Kept, to_sparse
 from encdec.distill.scorers import JaxScorer, Scorer, scoring_model
 from encdec.distill.scoring_settings import ScoringSettings
@@ -78,7 +84,7 @@ def score(
     fmt = settings.format(opened.card.vocabulary.size)
     teacher, scorer = _scorer(settings, opened, fmt)
     kept = {
-        "teacher": teacher,
+        "teacher": unnamed(teacher),
         "records": opened.card.fingerprint,
         "format": fmt.to_dict(),
         "seed": settings.seed,

@@ -101,9 +101,12 @@ class ScoringSettings(Settings):
             self.method, vocabulary_size, self.draws, self.k, self.temperature, self.proposal
         )
 
-    def check(self) -> None:
-        """ConfigError for what is missing, out of range or at odds whatever the teacher is."""
-        for name in ("teacher", "records", "out"):
+    def check(self, writes: bool = True) -> None:
+        """ConfigError for what is missing, out of range or at odds whatever the teacher is.
+
+        Without ``writes``, for a dry run, ``out`` may be missing.
+        """
+        for name in ("teacher", "records", *["out"] * writes):
             if getattr(self, name) is None:
                 raise ConfigError(f"--{name} is missing; give it")
         super().check()

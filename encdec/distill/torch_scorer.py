@@ -30,7 +30,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.files import file_sha256
 from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
-from encdec.storage import as_path, on_this_machine
+from encdec.storage import as_path, directory_name, on_this_machine
 
 BATCH_ROWS = 8
 BATCH_TOKENS = 4096  # padded, in one forward pass: its logits are in memory whole
@@ -114,7 +114,7 @@ def torch_model(
     return TorchModel(
         directory,
         {
-            "name": directory.resolve().name,
+            "name": directory_name(directory),
             "step": 0,
             "fingerprint": _fingerprint(directory),
             "architecture": ", ".join(config.architectures or ["unknown"]) + " in torch",

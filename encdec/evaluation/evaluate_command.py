@@ -202,6 +202,6 @@ def _add_work_flags(parser: Parser) -> None:
 
 def _shard(text: str) -> tuple[int, int]:
     shard, _, shards = text.partition("/")
-    if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
+    if not (shard.isdecimal() and shards.isdecimal() and int(shard) < int(shards)):
         raise ConfigError(f"--shard is {text!r}; expected I/N with I from 0 to N - 1")
     return int(shard), int(shards)

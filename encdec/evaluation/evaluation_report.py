@@ -131,6 +131,12 @@ def check_distinct(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> None
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a page; intervals are of 95 % over examples."""
     model = report["model"]
+    facts = (
+        model["architecture"].replace("_", "-"),
+        f"{model['parameters']:,} parameters",
+        model["origin"],
+        f"step {model['step']:,}" if model["step"] else "",
+    )
     scores = [
         (task, name, shown(score["value"], name), _range(score, name), f"{score['examples']:,}")
         for task, part in report["tasks"].items()
@@ -142,10 +148,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         for task, part in report["tasks"].items()
     ]
     lines = [
-        "# Evaluation",
+        f"# Evaluation of {model['name']}",
         "",
-        f"{model['name']} ({model['architecture']}, {model['parameters']:,} parameters), step "
-        f"{model['step']:,}, {report['decoding']['kind']} decoding.",
+        f"{', '.join(filter(None, facts))}; {report['decoding']['kind']} decoding.",
         "",
         *markdown_table(("task", "score", "value", "95 % interval", "examples"), scores, left=2),
         "",

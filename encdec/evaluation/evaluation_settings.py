@@ -10,6 +10,7 @@ from encdec.errors import ConfigError
 from encdec.inference.generation_settings import AUTO, GenerationSettings, check_numbers
 from encdec.metrics.intervals import RESAMPLES
 from encdec.metrics.metric_registry import metric_named
+from encdec.packages import require
 
 TooLong = Literal["refuse", "cut", "skip"]
 
@@ -102,9 +103,16 @@ class EvaluationSettings:
                 f"--judge_endpoint is {self.judge_endpoint!r} and --judge_model "
                 "empty; expected the name of a model that the endpoint knows"
             )
+        if self.judge_endpoint and not self.judge_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--judge_endpoint is {self.judge_endpoint!r}; expected an address such as "
+                "https://HOST/v1"
+            )
         if self.judge_model and not self.judge_endpoint:
             if not pathlib.Path(self.judge_model, "config.json").is_file():
                 raise ConfigError(
                     f"--judge_model is {self.judge_model!r}, which holds no config.json; give a "
                     "Hugging Face model's directory, or --judge_endpoint=URL with a name"
                 )
+            for package in ("torch", "transformers"):  # it is asked after everything else
+                require(package, "hf", "a judge on this machine")

@@ -18,7 +18,6 @@ from typing import Any, cast
 from encdec.errors import ConfigError
 from encdec.evaluation.predictions import Example
 from encdec.files import write_json
-from encdec.packages import install_hint
 from encdec.pretrained import load_causal_model
 from encdec.storage import make_directory
 
@@ -187,16 +186,11 @@ def local_model(directory: str) -> Ask:
     reply.
 
     Raises:
-        ConfigError: transformers and torch are missing, or there is no such model.
+        ConfigError: there is no such model.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            f"a judge on this machine needs {error.name}: {install_hint('hf')}; "
-            "or give --judge_endpoint=URL"
-        ) from None
+    import torch
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = load_causal_model(directory)

@@ -11,15 +11,17 @@ import jax
 from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError
 from encdec.evaluation.likelihood import LikelihoodModel
+from encdec.files import lines_exist
 from encdec.inference.draft_model import check_draft_model, load_draft
 from encdec.inference.exported import load_exported_generator
 from encdec.inference.generation_settings import AUTO
 from encdec.inference.generator import Generator, TextGenerator, read_prompt_format
 from encdec.model import parameter_count
 from encdec.saved.lineage import lineage
-from encdec.saved.saved_config import read_config
+from encdec.saved.saved_config import origin, read_config
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
-from encdec.train.metrics import read_metrics
+from encdec.storage import as_path, directory_name
+from encdec.train.metrics import METRICS_FILE, read_metrics
 
 
 def load_models(
@@ -54,8 +56,6 @@ def load_models(
     prompts, max_tokens = read_prompt_format(checkpoint, max_input_tokens=max_input_tokens)
     check_draft_model(draft, prompts.vocabulary)
     config, params, read_step = load_params_for_inference(checkpoint, chosen_step(checkpoint, step))
-    # An imported model has no training run.
-    run = content.get("run") or {"model": content["imported"]["name"], "seed": 0}
     behind = lineage(checkpoint, read_step)
     generator = Generator(
         config,
@@ -73,10 +73,9 @@ def load_models(
         )
     facts = _facts(checkpoint, content, generator) | {
         "step": read_step,
-        "name": run["model"],
         "parameters": parameter_count(params),
         "training_flops": behind.training_flops,
-        "seed": run["seed"],
+        "seed": content.get("run", {}).get("seed", 0),  # an imported model has no training run
         "seeds": behind.seeds and list(behind.seeds),
     }
     return generator, reader, facts
@@ -84,11 +83,12 @@ def load_models(
 
 def _facts(checkpoint: str, content: dict[str, Any], generator: TextGenerator) -> dict[str, Any]:
     """Facts about a model, of an export all: it does not record its training."""
-    config, export = generator.config, content.get("export", {})
+    config = generator.config
     return {
         "checkpoint": str(checkpoint),
         "step": 0,
-        "name": f"{export.get('format')} {export.get('precision')}",
+        "name": directory_name(checkpoint),
+        "origin": origin(content),
         "architecture": config.architecture,
         "encoder_layers": config.encoder_layers,
         "decoder_layers": config.decoder_layers,
@@ -109,14 +109,16 @@ def chosen_step(workdir: str | os.PathLike[str], step: str | None) -> int | None
     """
     if step is None:
         return None
-    if step.isdigit():
+    if step.isdecimal():
         return int(step)
     if step != "best":
         raise ConfigError(f"--step is {step!r}; expected a number, or best")
     saved = set(saved_steps(workdir))
+    # Imported and averaged models have no metrics.
+    rows = read_metrics(workdir) if lines_exist(as_path(workdir) / METRICS_FILE) else []
     losses = [
         (row["eval/loss"], int(row["step"]))
-        for row in read_metrics(workdir)
+        for row in rows
         if "eval/loss" in row and int(row["step"]) in saved
     ]
     if not losses:

@@ -18,6 +18,7 @@ from typing import Any
 
 from etils import epath
 
+from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.predictions import read_answers
@@ -25,6 +26,7 @@ from encdec.fields import differing_fields, flattened
 from encdec.files import whole_lines, write_text
 from encdec.flags import Parser
 from encdec.markup import html_page, html_table
+from encdec.saved.saved_config import model_config_of, origin
 from encdec.storage import absolute, any_path, as_path, file_names, make_directory, path_ends
 
 # (title, number of metrics.jsonl, what a unit is)
@@ -210,6 +212,8 @@ def _totals(runs: Sequence[LoggedRun]) -> str:
     rows = [
         (
             run.name,
+            f"{count_parameters(model_config_of(run.config)).total:,}",
+            origin(run.config) or "–",
             steps(run),
             last(run, "train/loss"),
             last(run, "eval/loss"),
@@ -219,7 +223,10 @@ def _totals(runs: Sequence[LoggedRun]) -> str:
         )
         for run in runs
     ]
-    head = ("run", "steps", "loss", "held-out", "best held-out", "target tokens/s", "goodput")
+    head = (
+        *("run", "parameters", "made from", "steps", "loss", "held-out", "best held-out"),
+        *("target tokens/s", "goodput"),
+    )
     return html_table(head, rows)
 
 

@@ -19,7 +19,7 @@ from encdec.files import write_json
 from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig
 from encdec.model.coverage import refuse_unknown
-from encdec.saved.saved_config import CONFIG_FILE
+from encdec.saved.saved_config import CONFIG_FILE, name_and_origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,12 @@ class Export:
         copy_vocabulary(self.directory, out)
         content = {name: self.content[name] for name in ("format_version", "data")} | {
             "model": config.to_dict(),
-            "export": {"format": format, "precision": self.precision, "bytes": graphs_bytes},
+            "export": {
+                "format": format,
+                "precision": self.precision,
+                "bytes": graphs_bytes,
+                "source": name_and_origin(self.directory, self.content),
+            },
         }
         write_json(out / CONFIG_FILE, content)
         return Written(graphs_bytes)

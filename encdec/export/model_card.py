@@ -11,6 +11,8 @@ from typing import Any
 from encdec.cost.flops import count_parameters
 from encdec.errors import ConfigError
 from encdec.export.formats import Export, Written
+from encdec.saved.saved_config import origin
+from encdec.storage import directory_name
 
 CARD = "README.md"
 LICENSE = "LICENSE"
@@ -71,9 +73,8 @@ def _what(export: Export, step: int) -> str:
         if config.is_encoder_decoder
         else f"{config.decoder_layers} layers"
     )
-    name = export.content.get("run", {}).get("model") or "model"
     return (
-        f"# {pathlib.Path(name).name}\n\n{kind} language model of "
+        f"# {directory_name(export.directory)}\n\n{kind} language model of "
         f"{count_parameters(config).total:,} parameters, made with encdec: {layers}, width "
         f"{config.d_model}, {config.num_heads} heads of {config.head_dim} "
         f"({config.num_kv_heads} for keys and values), MLP {config.mlp_dim}, vocabulary "
@@ -82,17 +83,15 @@ def _what(export: Export, step: int) -> str:
 
 
 def _data(content: Mapping[str, Any]) -> str:
-    data, source = content.get("data", {}), content.get("imported")
+    data = content.get("data", {})
     lines = ["## Training"]
-    if source:
-        lines.append(f"Imported from {source.get('name')} ({source.get('family')}).")
+    if source := origin(content):
+        lines.append(f"{source[0].upper()}{source[1:]}.")
     if task := data.get("task"):
         lines.append(
             f"Trained on records of `{task}`, in rows of {data.get('inputs_length'):,} source and "
             f"{data.get('targets_length'):,} target tokens."
         )
-    if origin := content.get("run", {}).get("init_from"):
-        lines.append(f"Started from the parameters of `{pathlib.Path(origin).name}`.")
     lines.append(
         "Its publisher should state here how it was evaluated, what it should not be used for, and "
         "the limits of its data."

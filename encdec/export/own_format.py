@@ -25,7 +25,14 @@ from encdec.files import write_json
 from encdec.model import ModelConfig, parameter_count, unroll_params
 from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import lineage
-from encdec.saved.saved_config import CONFIG_FILE, FORMAT_VERSION, PARAMS_FOLDER, SCALE
+from encdec.saved.saved_config import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    PARAMS_FOLDER,
+    SCALE,
+    name_and_origin,
+)
+from encdec.storage import directory_name
 
 
 def check(config: ModelConfig) -> None:
@@ -52,7 +59,8 @@ def write(out: pathlib.Path, export: Export) -> Written:
     imported = {
         "format": "encdec",
         "family": before.get("family", "encdec"),
-        "name": before.get("name") or export.content["run"]["model"],
+        "name": directory_name(export.directory),
+        "source": name_and_origin(export.directory, export.content),
         "step": export.step,
         "precision": export.precision,
         "max_length": before.get("max_length") or data["inputs_length"] + data["targets_length"],

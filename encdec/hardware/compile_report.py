@@ -143,7 +143,7 @@ def compare(steps: list[CompiledStep], console: Console) -> None:
         p = step.prediction
         table.add_row(
             step.topology.name,
-            step.run.model,
+            model_name(step.run),
             str(step.run.batch_size),
             f"{step.memory.peak / GIB:.1f} of {step.memory.limit / GIB:.1f}",
             _ms(step.step_seconds),
@@ -254,7 +254,7 @@ def compare_decoding(found: list[CompiledDecoding], console: Console) -> None:
     for one in found:
         table.add_row(
             one.topology.name,
-            one.run.model,
+            model_name(one.run),
             str(one.run.batch_size),
             _ms(one.prefill.step_seconds),
             _ms(one.step.step_seconds),
@@ -294,7 +294,7 @@ def compare_layers(found: list[CompiledLayer], console: Console) -> None:
     for one in found:
         table.add_row(
             one.topology.name,
-            one.run.model,
+            model_name(one.run),
             str(one.rows),
             _ms(one.step_seconds),
             f"{100 * one.share_of_peak:.1f}",

@@ -10,6 +10,7 @@ from encdec.inference.drafting import Draft, DraftModel
 from encdec.inference.generation_settings import AUTO, LOOKUP, OFF
 from encdec.inference.generator import read_prompt_format
 from encdec.inference.ready import ready_for_decoding
+from encdec.model import ModelConfig
 from encdec.saved.saved_config import model_config_of, read_config
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.shipped import model_directory
@@ -62,6 +63,11 @@ def check_draft_model(draft: str | os.PathLike[str], vocabulary: Vocabulary) -> 
             f"--draft={draft} has a table of {rows:,} tokens, but the vocabulary has "
             f"{vocabulary.size:,}; give a model trained with the whole vocabulary"
         )
+
+
+def draft_configs(draft: str | os.PathLike[str]) -> list[ModelConfig]:
+    """The configuration of the model that ``draft`` names; none for a word."""
+    return [] if draft in WORDS else [model_config_of(read_config(model_directory(draft)))]
 
 
 def check_draft_lengths(

@@ -33,8 +33,7 @@ def ready_for_decoding(
     on_cpu, trained = jax.default_backend() == "cpu", config.dtype
     cpu_layout = on_cpu and not unknown_fields(config, "cpu")
     as_trained = dtype is None and trained == "bfloat16"
-    if dtype is None:
-        dtype = "float32" if on_cpu else trained
+    dtype = dtype or decoding_dtype(config)
     config, params = for_decoding(config.replace(dtype=dtype), params)
     large = config.d_model * config.mlp_dim >= LARGE_KERNEL
     sharded = cpu_layout and large and dtype == "float32" and on_one_device(params)
@@ -52,6 +51,11 @@ def ready_for_decoding(
         arrays_onto_huge_pages(jax.block_until_ready(params))
         return_freed_memory()  # of the conversion
     return config, params
+
+
+def decoding_dtype(config: ModelConfig) -> str:
+    """In which this machine computes where nothing else is asked for."""
+    return "float32" if jax.default_backend() == "cpu" else config.dtype
 
 
 def _cast_kernels(params: Params, dtype: str) -> Params:

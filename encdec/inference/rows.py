@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from encdec.errors import ConfigError
 from encdec.inference.beam import Hypotheses, beam_search
 from encdec.inference.beam_steps import BeamPlan
+from encdec.inference.cache_memory import check_batch
 from encdec.inference.decoding import Decoding, DecodingPlan, start_compiled
 from encdec.inference.drafting import Draft, Drafters, DraftModel, Paces
 from encdec.inference.generation_settings import AUTO, GenerationSettings
@@ -153,6 +154,7 @@ class CompiledRows:
         steps: int,
     ) -> Rows:
         tokens_BxS, lengths_B = self._arrays(inputs)
+        check_batch(self.config, tokens_BxS.shape, settings.samples, bucket(limit))
         choosing = choosing_of(settings, prompts.vocabulary.size)
         plan = DecodingPlan(choosing, bucket(limit), prompts.decoder_start_id)
         rows = row_settings(settings, inputs, len(tokens_BxS), limit, prompts.vocabulary.eos_id)
@@ -180,7 +182,9 @@ class CompiledRows:
             eos_id=prompts.vocabulary.eos_id,
             vocabulary_size=prompts.vocabulary.size,
         )
-        tokens_BxS, lengths_B = self._placed(self._arrays(inputs))
+        tokens_BxS, lengths_B = self._arrays(inputs)
+        check_batch(self.config, tokens_BxS.shape, settings.beams, plan.room)
+        tokens_BxS, lengths_B = self._placed((tokens_BxS, lengths_B))
         return beam_search(
             self.config,
             plan,

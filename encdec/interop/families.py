@@ -9,6 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+# As in Llama; other families ignore what Llama reads.
+_ATTENTION, _MLP = "attention_bias", "mlp_bias"
+_UNBIASED = (False, False, False)
+_ATTENTION_ALONE = (_ATTENTION, _ATTENTION, False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -17,7 +22,8 @@ class Family:
     Attributes:
         defaults: values of absent keys, as transformers has them; and which of ``SPECIAL`` it has.
         fields: our fields that hold for the whole family.
-        out_bias: whether ``attention_bias`` adds one to the output projection too.
+        biases: which key says whether there are biases of queries, keys and values, of the output
+            projection, and of the MLP; or whether there are, where no key is read.
         norms: our norms of a layer by their names there; by default as ``layout`` says.
         fused: projections stored as one tensor: "attention", "mlp".
         interleaved: whether RoPE turns neighbouring dimensions of a head, not its halves.
@@ -28,7 +34,7 @@ class Family:
 
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    out_bias: bool = True
+    biases: tuple[str | bool, str | bool, str | bool] = (_ATTENTION, _ATTENTION, _MLP)
     norms: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: tuple[str, ...] = ()
     interleaved: bool = False
@@ -44,6 +50,7 @@ _AFTER_NORMS = {
     "mlp_post_norm": "post_feedforward_layernorm",
 }
 _OLMO = _AFTER | {"qk_norm_over_heads": True, "norm_cast": "after_scale"}
+_GLM_BIASES = (_ATTENTION, False, False)
 _GLM_DEFAULTS = {
     "attention_bias": True,
     "head_dim": 128,
@@ -59,7 +66,8 @@ SPECIAL = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-_QWEN2 = {"attention_bias": True, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN2 = {"sliding_window": 4096, "max_window_layers": 28}
+_QWEN2_BIASES = (True, False, False)
 _QWEN2_VL = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_window_layers": 80}
 _GEMMA = {"norm_plus_one": True, "norm_cast": "after_scale", "embedding_scale": True}
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "vocab_size": 256_000}
@@ -89,8 +97,8 @@ _MINISTRAL3_ROPE = {
 }
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
-    "ministral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
+    "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}, biases=_UNBIASED),
+    "ministral": Family({"sliding_window": 4096, "num_key_value_heads": 8}, biases=_UNBIASED),
     "ministral3": Family(
         {
             "rms_norm_eps": 1e-5,
@@ -99,7 +107,8 @@ FAMILIES = {
             "sliding_window": None,
             "max_position_embeddings": 262_144,
             "rope_scaling": _MINISTRAL3_ROPE,
-        }
+        },
+        biases=_UNBIASED,
     ),
     "granite": Family({"attention_multiplier": 1.0}),
     "minicpm": Family({"tie_word_embeddings": True}, never=("sparse_config", "num_experts")),
@@ -139,7 +148,8 @@ FAMILIES = {
             "num_key_value_heads": 8,
             "sliding_window": 8192,
             "rope_scaling": _CWM_ROPE,
-        }
+        },
+        biases=(False, False, _MLP),
     ),
     "ernie4_5": Family(
         {
@@ -150,16 +160,18 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
         interleaved=True,
-        aliases={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        biases=("use_bias", "use_bias", "use_bias"),
     ),
     "helium": Family(
         {"rms_norm_eps": 1e-8, "head_dim": 128, "num_key_value_heads": 20, "rope_theta": 1e5},
-        {"norm_cast": "after_scale", "attention_out_bias": False},
+        {"norm_cast": "after_scale"},
+        biases=(_ATTENTION, False, _MLP),
         interleaved=True,
     ),
     "internlm3": Family(
         {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 2},
-        aliases={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
+        biases=(_ATTENTION, _MLP, _MLP),
+        aliases={_ATTENTION: "qkv_bias", _MLP: "bias"},
     ),
     "iquestcoder": Family(
         {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8},
@@ -174,7 +186,7 @@ FAMILIES = {
             "no_rope_layer_interval": 4,
         }
     ),
-    "olmo2": Family({"rms_norm_eps": 1e-5}, _OLMO, norms=_AFTER_NORMS),
+    "olmo2": Family({"rms_norm_eps": 1e-5}, _OLMO, biases=_ATTENTION_ALONE, norms=_AFTER_NORMS),
     "olmo3": Family(
         {
             "rms_norm_eps": 1e-5,
@@ -183,21 +195,24 @@ FAMILIES = {
             "sliding_window_pattern": 4,
         },
         _OLMO,
+        biases=_ATTENTION_ALONE,
         norms=_AFTER_NORMS,
     ),
     "exaone4": Family(
         {"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
         _AFTER,
+        biases=_UNBIASED,
         norms=_AFTER_NORMS,
     ),
     "seed_oss": Family(
-        {"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8}, out_bias=False
+        {"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8},
+        biases=(_ATTENTION, "attention_out_bias", _MLP),
     ),
-    "glm": Family(_GLM_DEFAULTS, out_bias=False, fused=("mlp",), interleaved=True),
+    "glm": Family(_GLM_DEFAULTS, biases=_GLM_BIASES, fused=("mlp",), interleaved=True),
     "glm4": Family(
         _GLM_DEFAULTS,
         {"post_norms": True},
-        out_bias=False,
+        biases=_GLM_BIASES,
         norms={
             "self_attention_norm": "input_layernorm",
             "self_attention_post_norm": "post_self_attn_layernorm",
@@ -209,18 +224,26 @@ FAMILIES = {
     ),
     "phi3": Family(
         {"rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": 1.0},
+        biases=_UNBIASED,
         fused=("attention", "mlp"),
     ),
-    "qwen2": Family(_QWEN2, out_bias=False),
-    "qwen2_vl_text": Family(_QWEN2 | _QWEN2_VL, out_bias=False),
-    "qwen2_5_vl_text": Family(_QWEN2 | _QWEN2_VL, out_bias=False),
-    "qwen3": Family({"head_dim": 128, "sliding_window": 4096}, {"qk_norm": True}),
-    "qwen3_vl_text": Family({"head_dim": 128, "rope_theta": 5e5}, {"qk_norm": True}),
-    "gemma": Family(_GEMMA_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, _GEMMA),
-    "gemma2": Family(_GEMMA2_DEFAULTS, _GEMMA | {"post_norms": True}),
+    "qwen2": Family(_QWEN2, biases=_QWEN2_BIASES),
+    "qwen2_vl_text": Family(_QWEN2 | _QWEN2_VL, biases=_QWEN2_BIASES),
+    "qwen2_5_vl_text": Family(_QWEN2 | _QWEN2_VL, biases=_QWEN2_BIASES),
+    "qwen3": Family(
+        {"head_dim": 128, "sliding_window": 4096}, {"qk_norm": True}, biases=_ATTENTION_ALONE
+    ),
+    "qwen3_vl_text": Family(
+        {"head_dim": 128, "rope_theta": 5e5}, {"qk_norm": True}, biases=_ATTENTION_ALONE
+    ),
+    "gemma": Family(
+        _GEMMA_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"}, _GEMMA, biases=_ATTENTION_ALONE
+    ),
+    "gemma2": Family(_GEMMA2_DEFAULTS, _GEMMA | {"post_norms": True}, biases=_ATTENTION_ALONE),
     "vaultgemma": Family(
         _GEMMA2_DEFAULTS | {"num_key_value_heads": 4},
         _GEMMA,
+        biases=_ATTENTION_ALONE,
         norms={"self_attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"},
     ),
     "gemma3_text": Family(
@@ -237,6 +260,7 @@ FAMILIES = {
             "num_key_value_heads": 4,
         },
         _GEMMA | {"post_norms": True, "qk_norm": True},
+        biases=_ATTENTION_ALONE,
     ),
 }
 # Keys that are ignored because they do not change the computed function, by reason.

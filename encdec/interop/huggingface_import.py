@@ -216,7 +216,7 @@ def translate(
     for key in family.never:
         if values.get(key):
             raise refuse(key, values[key], f"which encdec does not support in {name}")
-    bias = bool(given("attention_bias", False))
+    biases = [bool(given(key)) if isinstance(key, str) else key for key in family.biases]
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
     rotated = rotated or head_dim * family.interleaved
     key_heads = "num_key_value_heads"
@@ -231,11 +231,11 @@ def translate(
         "head_dim": head_dim,
         "mlp_dim": sizes["intermediate_size"],
         "kv_pairing": "grouped",
-        "qkv_bias": bias,
-        "attention_out_bias": bool(given("attention_out_bias", bias and family.out_bias)),
+        "qkv_bias": biases[0],
+        "attention_out_bias": biases[1],
         "mlp_gated": True,
         "mlp_activation": ACTIVATIONS[activation],
-        "mlp_bias": bool(given("mlp_bias", False)),
+        "mlp_bias": biases[2],
         "norm_eps": float(given("rms_norm_eps", 1e-6)),
         "norm_cast": "before_scale",
         "tie_embeddings": bool(given("tie_word_embeddings", False)),

@@ -15,7 +15,7 @@ from encdec.interop import huggingface_import, llama2c, mu, own, t5gemma, t5gemm
 from encdec.interop.framing import Framing, other_ends, read_eos_ids, read_framing, read_vocabulary
 from encdec.interop.importing import free_bytes, write_model
 from encdec.model import ModelConfig
-from encdec.storage import as_path, on_this_machine, user_place
+from encdec.storage import as_path, directory_name, on_this_machine, user_place
 
 if TYPE_CHECKING:
     from etils import epath
@@ -108,7 +108,7 @@ def import_model(
         out,
         found.model,
         found.params,
-        source={"format": format, "family": found.family, "name": name or source.resolve().name},
+        source={"format": format, "family": found.family, "name": name or directory_name(place)},
         vocabulary=vocabulary_found,
         framing=found.framing,
         max_length=found.max_length,

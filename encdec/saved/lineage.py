@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from encdec.cost.flops import training_flops
-from encdec.saved.saved_config import SOURCE_FIELD, model_config_of, read_config
+from encdec.saved.saved_config import SOURCE_FIELD, model_config_of, name_and_origin, read_config
 from encdec.saved.saved_params import latest_step
 from encdec.storage import as_path
 
@@ -73,4 +73,5 @@ def _before(content: dict[str, Any]) -> Lineage:
 
 def source_record(workdir: str, step: int) -> dict[str, Any]:
     """What a run's config.json keeps of the checkpoint that it starts from."""
-    return {"step": step, **dataclasses.asdict(lineage(workdir, step))}
+    source = name_and_origin(workdir, read_config(workdir))
+    return {"source": source, "step": step, **dataclasses.asdict(lineage(workdir, step))}

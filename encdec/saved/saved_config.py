@@ -10,7 +10,7 @@ from etils import epath
 
 from encdec.errors import CheckpointError
 from encdec.model import ModelConfig
-from encdec.storage import as_path
+from encdec.storage import as_path, directory_name
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -53,3 +53,34 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
 def model_config_of(content: Mapping[str, Any]) -> ModelConfig:
     """The model's configuration from the content of ``config.json``."""
     return ModelConfig.from_dict(content["model"])
+
+
+def origin(content: Mapping[str, Any]) -> str:
+    """What a model was made from, in words; "" for a run from random parameters.
+
+    Args:
+        content: of its ``config.json``.
+    """
+    export, imported, run = (content.get(key) or {} for key in ("export", "imported", "run"))
+    if export or imported.get("format") == "encdec":
+        made = export or imported
+        source = made.get("source") or made.get("name")
+        form = f"exported as {made.get('format')}, {made.get('precision')}"
+        return f"{form}, from {source}" if source else form
+    if sources := imported.get("sources"):
+        return f"adapted from {' and '.join(dict.fromkeys(x['name'] for x in sources.values()))}"
+    if imported:
+        return f"imported from {imported['name']} ({imported['family']})"
+    if averaged := content.get("averaged"):
+        steps = ", ".join(f"{step:,}" for step in averaged["steps"])
+        return f"mean of steps {steps} of {directory_name(averaged['workdir'])}"
+    if source := run.get("init_from"):
+        return (
+            f"trained from {content.get(SOURCE_FIELD, {}).get('source') or directory_name(source)}"
+        )
+    return ""
+
+
+def name_and_origin(workdir: epath.PathLike, content: Mapping[str, Any]) -> str:
+    """A model as what is made from it names it: its directory's name, and its own origin."""
+    return ", ".join(filter(None, (directory_name(workdir), origin(content))))

@@ -98,24 +98,27 @@ class Workdir:
         make_directory(self.path)
         write_json(path, content)
 
-    def gather(self, plan: Plan) -> set[str]:
+    def gather(self, plan: Plan, record: bool = True) -> set[str]:
         """Collects results from the runs' directories; returns the names of finished runs.
+
+        Without ``record`` nothing is written.
 
         Raises:
             DataError: a recorded run differs from the planned one of its name.
         """
-        known = {row["run"]: row["digest"] for row in self.results.read()}
+        rows = self.results.read()
+        known = {row["run"]: row["digest"] for row in rows}
         for run in plan.runs:
             if known.get(run.name, run.digest) != run.digest:
                 raise DataError(
                     f"{self.results.path} has a run {run.name} of another plan (its model, data "
                     "or schedule differ); restore the ladder's settings, or give another --workdir"
                 )
-        self.results.append(
-            row for run in plan.runs for row in collect(run, self.run_directory(run.name))
-        )
+        found = [row for run in plan.runs for row in collect(run, self.run_directory(run.name))]
+        if record:
+            self.results.append(found)
         planned = {run.name for run in plan.runs}
-        return {row["run"] for row in self.results.read() if row["final"]} & planned
+        return {row["run"] for row in (*rows, *found) if row["final"]} & planned
 
     def lock(self, name: str) -> contextlib.AbstractContextManager[bool]:
         """Locks ``name``; false if another process holds it. True in a bucket."""

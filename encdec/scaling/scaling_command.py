@@ -252,7 +252,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     plan = _planned(options, overrides)
     place = Workdir(options.workdir)
     if options.collect or options.dry_run:
-        done = place.gather(plan)
+        done = place.gather(plan, record=options.collect)
         if options.collect:
             print(
                 f"{len(done)} of {len(plan.runs)} runs are done; recorded in {place.results.path}"

@@ -196,7 +196,7 @@ async def _read(request: Request, most: int) -> bytes:
         f"the body is longer than {most:,} bytes, the limit of this server",
         headers={"Connection": "close"},
     )
-    if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
+    if (length := request.headers.get("content-length", "0")).isdecimal() and int(length) > most:
         raise too_long
     parts, size = [], 0
     try:

@@ -361,7 +361,7 @@ def _check_biases(values: Mapping[str, Any], reader: PromptReader) -> None:
 def _logit_bias(values: Mapping[str, Any]) -> list[tuple[int, float]]:
     biases = []
     for token, bias in typed(values, "logit_bias", dict, {}).items():
-        if not token.isascii() or not token.isdigit():
+        if not token.isascii() or not token.isdecimal():
             raise ApiError(400, f"logit_bias has {token!r}; expected token ids", param="logit_bias")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
             raise ApiError(

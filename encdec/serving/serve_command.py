@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import pathlib
 import time
 
 from encdec import shipped
@@ -13,7 +12,7 @@ from encdec.flags import Parser
 from encdec.inference.generation_settings import MOST_TOKENS, add_draft_option
 from encdec.logs import logger
 from encdec.packages import install_hint
-from encdec.storage import any_path
+from encdec.storage import any_path, directory_name
 
 _LOG = logger(__name__)
 
@@ -30,9 +29,17 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     _check_packages()
     # Imported late, so that mistakes in the command line are reported at once.
-    from encdec.inference.draft_model import check_draft_lengths, check_draft_model, load_draft
+    from encdec.inference.cache_memory import check_slots
+    from encdec.inference.draft_model import (
+        check_draft_lengths,
+        check_draft_model,
+        draft_configs,
+        load_draft,
+    )
     from encdec.inference.exported import export_format
     from encdec.inference.generator import read_prompt_format
+    from encdec.model import parameter_count
+    from encdec.saved.saved_config import model_config_of, origin, read_config
     from encdec.saved.saved_params import load_params_for_inference
     from encdec.serving.app import Service
     from encdec.serving.chat import find_template
@@ -55,6 +62,9 @@ def main(argv: list[str]) -> int:
     max_tokens = options.max_tokens or trained_for
     check_draft_model(options.draft, prompts.vocabulary)
     check_draft_lengths(options.draft, prompts.max_input_tokens, max_tokens)
+    content = read_config(options.checkpoint)
+    models = [model_config_of(content), *draft_configs(options.draft)]
+    check_slots(models, options.slots, prompts.max_input_tokens, max_tokens)
     config, params, step = load_params_for_inference(options.checkpoint, options.step)
     engine = Engine(
         config,
@@ -69,7 +79,7 @@ def main(argv: list[str]) -> int:
     if options.warm_up:
         programs = engine.warm_up()
         _LOG.info(f"{programs} programs ready in {time.perf_counter() - begin:.1f} s")
-    name = options.name or pathlib.Path(options.checkpoint).resolve().name
+    name = options.name or directory_name(options.checkpoint)
     service = Service(
         engine,
         name,
@@ -79,9 +89,10 @@ def main(argv: list[str]) -> int:
         template=template,
     )
     megabytes = (slot_bytes(engine.config, engine.plan) + engine.drafts.slot_bytes) / 1e6
+    what = "; ".join(filter(None, (f"{parameter_count(params):,} parameters", origin(content))))
     _LOG.info(
-        f"{name}, step {step:,}: {options.slots} slots of {prompts.max_input_tokens:,} tokens in "
-        f"and {max_tokens:,} out, {megabytes:,.1f} MB each"
+        f"{name} ({what}), step {step:,}: {options.slots} slots of "
+        f"{prompts.max_input_tokens:,} tokens in and {max_tokens:,} out, {megabytes:,.1f} MB each"
     )
     run(service, bound, options.grace_seconds)
     _LOG.info("ended")

@@ -15,6 +15,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from encdec.cost.flops import cache_bytes
 from encdec.inference.decoding import (
     Decoding,
     DecodingPlan,
@@ -26,7 +27,7 @@ from encdec.inference.decoding import (
 )
 from encdec.inference.sampling import RowSettings, greedy_rows, likeliest, log_probs_of
 from encdec.inference.speculation import Drafting
-from encdec.model import ModelConfig, Params, build_model, init_cache
+from encdec.model import ModelConfig, Params, build_model
 from encdec.model.cache import widen
 
 _Rows = TypeVar("_Rows", Decoding, Memory)
@@ -216,10 +217,7 @@ def release(decoding: Decoding, free_R: jax.Array) -> Decoding:
 
 def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
     """Bytes of one slot's keys and values."""
-    room, longest = plan.decoding.room, plan.longest_input
-    kept = (1 + room) + longest  # of cross-attention, or of the prompt: equal in size
-    cache = jax.eval_shape(lambda: init_cache(config, 1, kept))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return cache_bytes(config, plan.longest_input, 1 + plan.decoding.room)
 
 
 # The compiled forms; the batch's buffers are donated to the result.

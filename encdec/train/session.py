@@ -185,7 +185,7 @@ def open_session(
             """What the directory keeps of the run's start, once it is this run's."""
             make_directory(as_path(workdir))
             closing.enter_context(sole_writer(as_path(workdir), patience=PATIENCE_SECONDS))
-            kept = {STARTED_FIELD: entered} | start_of_run(workdir)
+            kept = {STARTED_FIELD: entered} | start_of_run(workdir, job.description)
             write_workdir(workdir, job.description | kept, job.records, job.program)
             return kept
 

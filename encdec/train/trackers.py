@@ -20,6 +20,7 @@ from encdec.errors import ConfigError
 from encdec.fields import flattened, listed
 from encdec.files import write_json
 from encdec.packages import require
+from encdec.storage import directory_name
 from encdec.train.metrics import ScalarWriter
 
 PROJECT = "encdec"  # where the environment names none
@@ -105,7 +106,7 @@ class WandbTracker:
         wandb = importlib.import_module("wandb")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
-            name=os.environ.get("WANDB_NAME") or workdir.name,
+            name=os.environ.get("WANDB_NAME") or directory_name(workdir),
             dir=os.fspath(workdir),
             id=known,
             resume="allow" if known else None,
@@ -134,7 +135,7 @@ class MlflowTracker:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         experiment = self._client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        self.id = self._client.create_run(number, run_name=workdir.name).info.run_id
+        self.id = self._client.create_run(number, run_name=directory_name(workdir)).info.run_id
         parameters = [
             self._entities.Param(key, str(value)[:PARAMETER_CHARACTERS])
             for key, value in settings.items()

@@ -117,6 +117,6 @@ def _hook(target: str) -> tuple[Callable[..., object], int]:
     name, _, every = target.rpartition(":")
     if ":" not in name:
         name, every = target, "0"
-    if not every.isdigit():
+    if not every.isdecimal():
         raise ConfigError(f"--hook={target}; expected MODULE:FUNCTION:EVERY, EVERY in steps")
     return named_function("--hook", name), int(every)

@@ -31,6 +31,7 @@ from encdec.train.run_config import OPERATIONAL, RunConfig, to_dict
 
 MODEL_INFO_FILE = "model-info.txt"
 STARTED_FIELD = "started"
+HELD_OUT_FIELD = "held_out"
 
 # These schedules give every step its learning rate whatever the run's length, so that a finished
 # run may be made longer.
@@ -101,21 +102,30 @@ def check_workdir(workdir: epath.PathLike, description: Mapping[str, Any]) -> bo
             f"{workdir} holds another run: {'; '.join(differ)}. Set these fields as they were to "
             "continue it, or give another --workdir"
         )
-    _check_held_out(workdir, content["data"], description["data"])
+    before, now = _held_out(content), _held_out(description)
+    if before and now and (differ := differences(before, now)):
+        raise CheckpointError(
+            f"{workdir} holds a run whose held-out loss is of other rows: {'; '.join(differ)}. Set "
+            "config.data.eval_records and config.eval as they were, leave the records out, or "
+            "evaluate the run by `encdec evaluate`"
+        )
     return True
 
 
-def _check_held_out(
-    workdir: epath.PathLike, there: Mapping[str, Any], here: Mapping[str, Any]
-) -> None:
-    """Raises CheckpointError for other held-out records: one curve would be of two sets."""
-    before, now = there.get("eval_fingerprint"), here["eval_fingerprint"]
-    if before and now and before != now:
-        raise CheckpointError(
-            f"{workdir} holds a run whose held-out records have fingerprint {before[:16]}, but "
-            f"those of config.data.eval_records have {now[:16]}; set it as it was, leave it out, "
-            "or evaluate the run by `encdec evaluate`"
-        )
+def _held_out(description: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What decides of which rows the held-out loss is: one curve is of one set of them.
+
+    Where a run was continued without held-out records, those of before; None if it had none.
+    """
+    fingerprint = description["data"].get("eval_fingerprint")
+    if not fingerprint:
+        return description.get(HELD_OUT_FIELD)
+    run = _over(to_dict(RunConfig()), description["run"])
+    found = {"fingerprint": fingerprint, "eval.batches": run["eval"]["batches"]}
+    if found["eval.batches"]:
+        size = run["eval"]["batch_size"] or run["batch_size"] // run["accumulation"]
+        found["eval.batch_size"] = size
+    return found
 
 
 def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,13 +180,16 @@ def write_workdir(
     write_json(workdir / CONFIG_FILE, description)
 
 
-def start_of_run(workdir: epath.PathLike) -> dict[str, Any]:
+def start_of_run(workdir: epath.PathLike, description: Mapping[str, Any]) -> dict[str, Any]:
     """What the config of a run that is there says beyond its description: when the run was
-    first started (Unix time; older runs do not tell) and from what."""
+    first started (Unix time; older runs do not tell) and from what, and its held-out rows where it
+    is continued without them."""
     if not (as_path(workdir) / CONFIG_FILE).exists():
         return {}
     content = read_config(workdir)
-    return {name: content[name] for name in (STARTED_FIELD, SOURCE_FIELD) if name in content}
+    content[HELD_OUT_FIELD] = None if _held_out(description) else _held_out(content)
+    fields = (STARTED_FIELD, SOURCE_FIELD, HELD_OUT_FIELD)
+    return {name: content[name] for name in fields if content.get(name)}
 
 
 def record_source(workdir: epath.PathLike, source: Mapping[str, Any]) -> None:

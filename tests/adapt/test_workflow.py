@@ -30,7 +30,7 @@ from encdec.interop.layout import unflatten
 from encdec.model import build_model, preset
 from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import Lineage, lineage
-from encdec.saved.saved_config import read_config
+from encdec.saved.saved_config import origin, read_config
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.job import check_records
 from encdec.train.loop import train
@@ -229,6 +229,21 @@ def test_the_sources_start_and_prefix_are_in_front_of_every_input(trained):
     prompts, _ = read_prompt_format(folder / "run")
     assert prompts.encode("ab")[0] == [2, 7, *ByteVocabulary().encode("ab"), 1]
     assert read_config(folder / "run")["data"]["inputs_prefix"] == [2, 7]
+
+
+def test_what_a_run_is_made_from_is_told_whatever_its_preset(trained, tmp_path):
+    """Its own directory's name, and all that is before it, also where that is no longer there."""
+    folder, _ = trained
+    content = read_config(folder / "run")
+    assert origin(content) == "trained from adapted, adapted from gemma"
+    command = [f"--checkpoint={folder / 'run'}", "--format=encdec", f"--out={tmp_path / 'small'}"]
+    assert export_main(command) == 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "\n# run\n" in card and "\nTrained from adapted, adapted from gemma.\n" in card
+    assert origin(read_config(tmp_path / "small")) == (
+        "exported as encdec, float32, from run, trained from adapted, adapted from gemma"
+    )
+    assert content["run"]["model"] not in card
 
 
 @pytest.mark.usefixtures("one_device")

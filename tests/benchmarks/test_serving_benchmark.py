@@ -59,7 +59,7 @@ def written(out, params, config):
         out,
         config.replace(scan_layers=False),
         jax.tree.map(np.asarray, unroll_params(params, config)),
-        source={"name": "random"},
+        source={"family": "test", "name": "random"},
         vocabulary=PROMPTS.vocabulary,
         framing=Framing(PROMPTS.decoder_start_id, inputs_eos=True),
         max_length=32,

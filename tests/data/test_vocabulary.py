@@ -65,6 +65,21 @@ def test_extra_ids_lie_at_the_end_and_text_never_spells_one(model_path):
         extended.extra_id(3)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "model"])
+def test_more_extra_ids_than_a_table_should_have_are_refused(kind, model_path):
+    source = "bytes" if kind == "bytes" else model_path
+    most = load_vocabulary(f"{source}+65536")
+    assert most.size == load_vocabulary(source).size + 65536
+    for make in (
+        lambda: load_vocabulary(f"{source}+65537"),
+        lambda: load_vocabulary(source, extra_ids=100_000_000),
+        lambda: most.with_extra_ids(65537),
+        lambda: load_vocabulary(source, extra_ids=-1),
+    ):
+        with pytest.raises(ConfigError, match="expected 0 to 65,536: each is a row"):
+            make()
+
+
 def test_fingerprint_covers_kind_model_and_extra_ids(model_path):
     model = open(model_path, "rb").read()
     expected = hashlib.sha256(b"sentencepiece\n7\n" + model).hexdigest()

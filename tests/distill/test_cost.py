@@ -39,23 +39,18 @@ def test_a_teacher_costs_its_student_next_to_nothing(records):
     assert "a student 330m" in describe_student("330m", cost)
 
 
-def test_the_calculator_needs_no_scoring(records, teacher, tmp_path, capsys):
+def test_the_calculator_needs_no_scoring(records, teacher, capsys):
     from encdec.cli import main
 
     assert (
         main(
-            [
-                "score",
-                f"--teacher={teacher}",
-                f"--records={records}",
-                "--dry_run",
-                f"--out={tmp_path / 'out'}",
-                "--student=330m",
-            ]
+            ["score", f"--teacher={teacher}", f"--records={records}", "--dry_run", "--student=330m"]
         )
         == 0
     )
     said = capsys.readouterr().out
     assert "FLOPs of the teacher, once" in said and "a student 330m" in said
+    assert main(["score", f"--teacher={teacher}", f"--records={records}"]) == 2
+    assert "--out is missing" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["score", "--help"])

@@ -181,7 +181,6 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
                 f"--teacher={tmp_path / 'hf'}",
                 "--dry_run",
                 f"--records={records}",
-                f"--out={tmp_path / 'out'}",
             ]
         )
         == 0

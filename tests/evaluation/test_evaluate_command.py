@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from encdec import shipped
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.evaluation.evaluate import evaluate as evaluate_examples
@@ -358,8 +359,14 @@ def test_an_imported_model_is_evaluated_too(evaluate, encoder_decoder_run, tmp_p
         framing=Framing(0),
         max_length=48,
     )
-    report = json.loads((evaluate(checkpoint=tmp_path / "imported") / "report.json").read_text())
-    assert report["model"]["name"] == "theirs" and report["model"]["training_flops"] is None
+    out = evaluate(checkpoint=tmp_path / "imported")
+    model = json.loads((out / "report.json").read_text())["model"]
+    assert model["name"] == "imported" and model["training_flops"] is None
+    assert model["origin"] == "imported from theirs (t5)"
+    title, _, line, *_ = (out / "report.md").read_text().splitlines()
+    assert title == "# Evaluation of imported"
+    parameters = f"{model['parameters']:,} parameters"
+    assert line == f"encoder-decoder, {parameters}, {model['origin']}; greedy decoding."
 
 
 def test_a_task_without_data_names_the_command(encoder_decoder_run, tmp_path, monkeypatch):
@@ -379,6 +386,8 @@ def test_a_task_without_data_names_the_command(encoder_decoder_run, tmp_path, mo
         )
     with pytest.raises(ConfigError, match="--shard is '2/2'"):
         main(["--checkpoint=x", "--tasks=xsum", "--out=y", "--shard=2/2"])
+    with pytest.raises(ConfigError, match="--shard is '0/²'"):
+        main(["--checkpoint=x", "--tasks=xsum", "--out=y", "--shard=0/²"])
 
 
 def test_the_best_step_has_the_least_held_out_loss(encoder_decoder_run, tmp_path):
@@ -386,6 +395,10 @@ def test_the_best_step_has_the_least_held_out_loss(encoder_decoder_run, tmp_path
     shutil.copytree(encoder_decoder_run, run)
     with pytest.raises(ConfigError, match="has a held-out loss"):
         chosen_step(run, "best")
+    with pytest.raises(ConfigError, match="has a held-out loss"):
+        chosen_step(shipped.model_directory("java2cs"), "best")
+    with pytest.raises(ConfigError, match="expected a number, or best"):
+        chosen_step(run, "²")
     last = chosen_step(run, "120")
     with open(run / "metrics.jsonl", "a") as file:
         for step, loss in ((60, 0.5), (last, 0.7)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import json
 import threading
 import time
@@ -221,3 +222,17 @@ def test_what_is_no_judge(tmp_path):
         main(["--checkpoint=x", "--tasks=xsum", "--out=y", f"--judge_model={tmp_path}"])
     with pytest.raises(ConfigError, match="expected the name of a model"):
         main(["--checkpoint=x", "--tasks=xsum", "--out=y", "--judge_endpoint=http://x"])
+    # Nothing could be asked there, and every opinion would be missing.
+    judge = ["--judge_endpoint=localhost:8000/v1", "--judge_model=m"]
+    with pytest.raises(ConfigError, match="expected an address such as https://HOST/v1"):
+        main(["--checkpoint=x", "--tasks=xsum", "--out=y", *judge])
+
+
+def test_a_judge_without_its_packages_is_refused_before_the_answers(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
+    with pytest.raises(ConfigError, match="a judge on this machine needs transformers, which is"):
+        main(["--checkpoint=x", "--tasks=xsum", "--out=y", f"--judge_model={tmp_path}"])

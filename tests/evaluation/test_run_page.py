@@ -12,11 +12,13 @@ import pytest
 
 from encdec import cli
 from encdec.evaluation.run_page import MOST_POINTS, chart
+from encdec.model import preset
 
 
 def write_run(folder, seed, losses, evaluated=False):
     folder.mkdir(parents=True)
-    config = {"run": {"steps": 2 * len(losses), "seed": seed}, "model": {"d_model": 16}, "data": {}}
+    run = {"steps": 2 * len(losses), "seed": seed, "init_from": f"runs/before-{seed}" * (seed > 0)}
+    config = {"run": run, "model": preset("micro-1m").to_dict(), "data": {}}
     (folder / "config.json").write_text(json.dumps(config))
     lines = [
         json.dumps({"step": step, "train/loss": loss, "eval/loss": loss + 0.5})
@@ -71,8 +73,9 @@ def test_a_page_has_curves_totals_differences_and_answers(runs, tmp_path, capsys
     assert checked.seen.count("polyline") == 4  # two runs in each of the two charts with numbers
     assert "http" not in text
     for wanted in (
-        "<td>x/run</td><td>3 of 6</td><td>1.0000</td><td>1.5000</td><td>1.5000 (step 3)</td>",
-        "<td>4 of 8</td><td>2.2500</td>",
+        "<td>x/run</td><td>842,048</td><td>–</td><td>3 of 6</td>"
+        "<td>1.0000</td><td>1.5000</td><td>1.5000 (step 3)</td>",
+        "<td>trained from before-7</td><td>4 of 8</td><td>2.2500</td>",
         "<td>run.seed</td><td>0</td><td>7</td>",
         "<td>exact_match</td><td>0.25 (0.1 to 0.4)</td>",
         "&lt;b&gt;a &amp; b",
@@ -83,7 +86,7 @@ def test_a_page_has_curves_totals_differences_and_answers(runs, tmp_path, capsys
     assert cli.main(["report", runs[0], runs[0], f"--out={out}", "--overwrite"]) == 2
     assert cli.main(["report", str(tmp_path), f"--out={out}", "--overwrite"]) == 3
     assert cli.main(["report", runs[0], f"--out={out}", "--overwrite"]) == 0
-    assert "<td>model.d_model</td><td>16</td>" in out.read_text()
+    assert "<td>model.d_model</td><td>96</td>" in out.read_text()
 
 
 def test_long_curves_are_thinned_and_keep_their_end():

@@ -207,7 +207,7 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         tmp_path / "run",
         config.replace(scan_layers=False),
         unroll_params(params, config),
-        source={"format": "test"},
+        source={"format": "hf", "family": "t5", "name": "theirs"},
         vocabulary=ByteVocabulary(),
         framing=Framing(START),
         max_length=64,
@@ -236,7 +236,10 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         == 0
     )
     report = json.loads((scored / "report.json").read_text())
-    assert report["model"]["name"] == "litert int8"
+    assert report["model"]["name"] == out.name
+    assert (
+        report["model"]["origin"] == "exported as litert, int8, from run, imported from theirs (t5)"
+    )
     (out / "decoder.tflite").unlink()
     with pytest.raises(CheckpointError, match="decoder.tflite is missing"):
         LitertModel(out)

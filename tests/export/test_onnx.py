@@ -144,7 +144,7 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         tmp_path / "run",
         config.replace(scan_layers=False),
         unroll_params(params, config),
-        source={"format": "test"},
+        source={"format": "hf", "family": "t5", "name": "theirs"},
         vocabulary=ByteVocabulary(),
         framing=Framing(START),
         max_length=64,

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from encdec.cost.flops import cache_bytes
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
-from encdec.inference import beam, beam_steps, leaving, shapes
+from encdec.inference import beam, beam_steps, cache_memory, leaving, shapes
 from encdec.inference import generator as generator_module
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
@@ -262,6 +263,18 @@ def test_a_trained_model_says_what_it_learned(run, request):
 def test_settings_that_cannot_be_name_themselves(settings, message):
     with pytest.raises(ConfigError, match=message):
         GenerationSettings(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"samples": 3}, {"beams": 3}])
+def test_batches_that_do_not_fit_into_memory_are_refused(single, settings, monkeypatch):
+    temperature = 0.5 * ("samples" in settings)
+    settings = GenerationSettings(max_tokens=16, temperature=temperature, **settings)
+    needed = cache_bytes(single.config, 16, 1 + 3 * 16)
+    monkeypatch.setattr(cache_memory, "memory_bytes", lambda: needed)
+    assert len(single.generate(["short"], settings)) == 1
+    monkeypatch.setattr(cache_memory, "memory_bytes", lambda: needed - 1)
+    with pytest.raises(ConfigError, match="3 answers of up to 16 each, take .* lower max_tokens"):
+        single.generate(["short"], settings)
 
 
 def test_bad_inputs_are_refused_before_anything_is_done(single):

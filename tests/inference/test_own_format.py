@@ -18,7 +18,7 @@ from encdec.inference.load_generator import load
 from encdec.inference.text_io import PromptFormat
 from encdec.model import unroll_params
 from encdec.saved.lineage import lineage
-from encdec.saved.saved_config import PARAMS_FOLDER, read_config
+from encdec.saved.saved_config import PARAMS_FOLDER, origin, read_config
 from encdec.saved.saved_params import load_params_for_inference
 from tests.inference.conftest import LEARNED
 
@@ -61,8 +61,10 @@ def test_it_is_written_again_and_damage_is_named(encoder_decoder_run, tmp_path):
     again = [load_params_for_inference(path)[1] for path in (first, second)]
     for x, y in zip(*map(leaves, again), strict=True):
         np.testing.assert_array_equal(x, y)
-    imported = read_config(second)["imported"]
-    assert imported["name"] == read_config(encoder_decoder_run)["run"]["model"]
+    content, run = read_config(second), encoder_decoder_run.name
+    assert content["imported"]["name"] == "first"
+    first_is = f"exported as encdec, int8, from {run}"
+    assert origin(content) == f"exported as encdec, float32, from first, {first_is}"
     tensors = dict(safetensors.open_directory(first / PARAMS_FOLDER))
     lost = next(name for name in tensors if name.endswith(".scale") and name[:-6] in tensors)
     kept = {name: np.array(x) for name, x in tensors.items() if name != lost}

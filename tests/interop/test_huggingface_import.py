@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from encdec import safetensors
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.inference.decoding import Memory, decode_step
 from encdec.interop.families import FAMILIES
-from encdec.interop.huggingface_import import read_config
+from encdec.interop.huggingface_import import _renamed, layout, read_config, translate
 from encdec.interop.import_command import main
 from encdec.model import build_model, init_cache
 from encdec.saved.saved_config import read_config as read_workdir
@@ -168,6 +170,7 @@ MODELS = {
         {"sliding_window": 6, "head_dim": 16, "rope_parameters": YARN},
     ),
     "qwen2": ("Qwen2", {}),
+    "qwen2, with a key that it does not read": ("Qwen2", {"attention_bias": False}),
     "qwen2.5 tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "gemma": ("Gemma", {"head_dim": 16}),
@@ -247,6 +250,50 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     if name in CACHED:
         steps = our_steps(tmp_path / "ours", tokens[:, : LENGTH // 2])
         np.testing.assert_allclose(steps, wanted[:, : LENGTH // 2], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in MODELS.values()}))
+def test_biases_are_where_transformers_has_them(kind):
+    """Whichever of these keys a family reads, and whatever the others say."""
+    settings = next(values for one, values in MODELS.values() if one == kind)
+    keys = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
+    for on in itertools.product((False, True), repeat=len(keys)):
+        given = dict(zip(keys, on, strict=True))
+        if kind == "InternLM3" and given["attention_bias"] != given["mlp_bias"]:
+            continue  # which transformers refuses
+        config = getattr(transformers, f"{kind}Config")(**(SIZE | settings | given))
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+        found = translate(config.model_type, config.to_dict(), pathlib.Path("config.json"))
+        names = _renamed(theirs, FAMILIES[found.family].renamed)
+        ours = layout(found.model, found.family, "model.", "lm_head.weight")
+        biases = {entry.theirs for entry in ours if entry.theirs.endswith(".bias")}
+        assert biases == {name for name in names if name.endswith(".bias")}, given
+
+
+@pytest.mark.parametrize("inner, outer", [(True, False), (False, True)])
+def test_internlm3_has_biases_of_queries_and_of_outputs_apart(inner, outer, tmp_path):
+    """As its own code has them, and vLLM; transformers' class wants them equal."""
+    config = transformers.LlamaConfig(
+        **SIZE | {"head_dim": 16, "attention_bias": inner, "mlp_bias": outer}
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = torch.nn.Linear(64, 48, bias=outer)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    values = {k: v for k, v in json.loads(path.read_text()).items() if not k.endswith("_bias")}
+    values |= {"model_type": "internlm3", "qkv_bias": inner, "bias": outer}
+    path.write_text(json.dumps(values))
+    assert main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"]) == 0
+    tokens = np.random.default_rng(0).integers(1, 96, (2, LENGTH))
+    with torch.no_grad():
+        wanted = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(our_logits(tmp_path / "ours", tokens), wanted, atol=1e-4, rtol=0)
 
 
 def test_the_text_model_within_one_that_sees_images(tmp_path):

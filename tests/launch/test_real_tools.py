@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import re
@@ -190,6 +191,15 @@ class TestXpk:
             for name, (topology, vms, device, label) in read["types"].items():
                 if name != f"{ours.type_prefix}-{topology}":
                     continue
+                sides = [int(side) for side in topology.split("x")]
+                # It also takes what Google does not offer: v4's sides in any order, and slices
+                # of v5p above the largest that can be scheduled.
+                if sides[-1] % 4 == 0 and (
+                    sides != sorted(sides) or math.prod(sides) > ours.largest
+                ):
+                    with pytest.raises(ValueError, match="does not exist"):
+                        Slices.parse(f"{chip}:{topology}")
+                    continue
                 slices = Slices.parse(f"{chip}:{topology}")
                 assert slices.xpk_type == name and slices.accelerator_type == device
                 assert slices.nodes == vms and ours.node_label == label
@@ -197,7 +207,7 @@ class TestXpk:
                 if chip != "v4" and 1 < slices.chips <= 6144:
                     assert slices.default_shape == (read["types"][device][0] == topology), name
                 compared += 1
-        assert compared > 1000
+        assert compared > 900
 
     @pytest.fixture(scope="class")
     def pod(self, tmp_path_factory):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import stat
@@ -81,7 +82,7 @@ def test_single_steps_are_the_same_commands(capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "slices have 2 sides"),
+        (["create", "--name=a", "--zone=z", "--slice=v5e:4"], "v5e slices are 1x1"),
         (["create", "--name=a", "--zone=z", "--slice=v9:4x4"], "is not a slice"),
         (["create", "--name=", "--zone=z", "--slice=v5e:4x4"], "--name is empty"),
         (["logs", "--name=a", "--zone=z", "--slice=v5e:4x4", "--lines=-3"], "--lines is -3"),
@@ -114,11 +115,29 @@ def test_slices_in_the_words_of_the_api():
     assert Slices.parse("tpu7x:2x4x4").xpk_type == "tpu7x-2x4x4"
     assert Slices.parse("tpu7x:2x4x4").accelerator_type == "tpu7x-64"  # 32 chips of two cores
     default = ("v5p:2x2x1", "v5p:2x4x4", "v5p:4x8x8", "v5p:4x8x12", "v5p:16x16x24", "v6e:8x16")
-    other = ("v5p:2x4x8", "v5p:4x4x16", "v5p:4x4x24", "v5p:8x4x4", "v5e:2x8", "v6e:16x8")
-    assert [Slices.parse(s).default_shape for s in (*default, *other)] == [True] * 6 + [False] * 6
+    other = ("v5p:4x4x16", "v5p:4x4x24", "v4:4x4x16", "tpu7x:16x24x24")
+    assert [Slices.parse(s).default_shape for s in (*default, *other)] == [True] * 6 + [False] * 4
     assert [Slices.parse(s).nodes for s in shapes] == [1, 4, 2, 2, 2, 2, 4]
     # Eight chips of these two kinds are one machine outside GKE.
     assert [Slices.parse(s).vms for s in shapes] == [1, 4, 2, 2, 1, 1, 4]
+
+
+@pytest.mark.parametrize(
+    "shape, said",
+    [
+        *((f"v5e:{sides}", "v5e slices are 1x1, 2x2, 2x4") for sides in ("5x5", "2x8", "16x32")),
+        *((f"v6e:{sides}", "v6e slices are 1x1, 2x2, 2x4") for sides in ("16x8", "4", "0x4")),
+        *((f"v5p:{sides}", "up to 6,144 chips") for sides in ("2x4x8", "8x4x4", "4x4x6", "4x4")),
+        ("v5p:16x16x28", "up to 6,144 chips"),
+        ("v5p:1x1x1", "v5p slices are 2x2x1, 2x2x2, 2x2x4, 2x4x4, or ascending"),
+        ("v4:12x16x24", "up to 4,096 chips"),
+        ("tpu7x:16x24x28", "2x4x4, 1x1x1, or ascending multiples of 4 with up to 9,216 chips"),
+        ("v5e:4x4*0", "has no slice"),
+    ],
+)
+def test_slices_that_do_not_exist_are_refused(shape, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Slices.parse(shape)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +147,6 @@ def test_slices_in_the_words_of_the_api():
         ("v5p:4x4x4", ["--accelerator-type=v5p-128"], []),
         ("v5p:4x4x12", ["--accelerator-type=v5p-384"], []),
         ("v5p:4x4x16", ["--type=v5p", "--topology=4x4x16"], ["alpha"]),
-        ("v5e:2x8", ["--type=v5litepod", "--topology=2x8"], ["alpha"]),
         ("v6e:16x16", ["--accelerator-type=v6e-256"], []),
     ],
 )

@@ -248,6 +248,7 @@ def undisturbed(tmp_path_factory, records, eval_records) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("undisturbed") / "ladder"
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert cli.main(arguments(directory, records, eval_records, "--dry_run")) == 0
+    assert not directory.exists()
     listing = said.getvalue().splitlines()
     assert len(listing) == 4 and all("--only=" in line for line in listing)
     assert cli.main(arguments(directory, records, eval_records, "--index=0")) == 0

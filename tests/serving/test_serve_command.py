@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 
 from encdec import cli
+from encdec.cost.flops import cache_bytes, weight_bytes
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params
+from encdec.saved.saved_config import model_config_of, read_config
 from tests.inference.test_generator import PROMPTS, printing_model
 from tests.serving.examples import generator
 
@@ -35,7 +37,7 @@ def workdir(tmp_path_factory):
         out,
         config.replace(scan_layers=False),
         params,
-        source={"name": "random"},
+        source={"family": "test", "name": "random"},
         vocabulary=PROMPTS.vocabulary,
         framing=Framing(PROMPTS.decoder_start_id),
         max_length=80,
@@ -117,6 +119,38 @@ def test_mistakes_are_named_at_once(workdir, capsys):
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
     taken.close()
+
+
+def test_slots_that_do_not_fit_into_memory_are_refused_with_what_does(workdir, capsys, monkeypatch):
+    """Before the model is read: nothing of the slots is allocated."""
+    from encdec.inference import cache_memory
+    from encdec.serving import engine
+
+    config = model_config_of(read_config(workdir))
+    weights = weight_bytes(config, "float32")
+    slot = cache_bytes(config, 40, 1 + 20, dtype="float32")
+    memory = weights + 3 * slot  # two slots, and the input that is being read
+    monkeypatch.setattr(cache_memory, "memory_bytes", lambda: memory)
+    monkeypatch.setattr(engine.Engine, "__init__", lambda *a, **k: 1 / 0)
+    argv = ["serve", f"--checkpoint={workdir}", "--port=0", "--max_tokens=20"]
+
+    def refused(*more):
+        try:
+            return cli.main([*argv, *more])
+        except ZeroDivisionError:
+            return None  # the slots are allocated next
+
+    assert refused("--slots=2") is None
+    assert refused("--slots=3") == 2
+    error = capsys.readouterr().err
+    assert "the largest that fits is --max_input_tokens=24 or --max_tokens=4 or --slots=2" in error
+    assert refused("--slots=3", "--max_input_tokens=24") is None
+    assert refused("--slots=3", "--max_input_tokens=25") == 2
+    assert refused("--slots=2", "--max_input_tokens=41") == 2
+    assert refused("--slots=1000000", "--max_input_tokens=1000000000") == 2
+    assert "lower all three" in capsys.readouterr().err
+    # A draft model's weights, keys and values are in memory too.
+    assert refused("--slots=2", f"--draft={workdir}") == 2
 
 
 def test_draft_models_that_cannot_draft_are_refused(workdir, tmp_path, capsys):

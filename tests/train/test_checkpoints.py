@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from encdec.errors import CheckpointError, ConfigError
 from encdec.saved.fingerprint import fingerprints, mismatches
+from encdec.saved.saved_config import origin, read_config
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.checkpoints import Checkpoints, kept_steps
 from encdec.train.evaluator import Evaluator
@@ -353,6 +354,7 @@ def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
         mean,
         *each,
     )
+    assert origin(read_config(out)) == "mean of steps 2, 3, 4 of run"
     # It is a model to start from, not a run to continue.
     with pytest.raises(CheckpointError, match="config.init_from="):
         train(run, out)

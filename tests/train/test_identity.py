@@ -19,7 +19,7 @@ from encdec.model import ModelConfig, preset
 from encdec.saved.saved_config import FORMAT_VERSION
 from encdec.scaling.planned_runs import PlannedRun
 from encdec.train.run_config import RunConfig, complete, to_dict
-from encdec.train.workdir import check_workdir
+from encdec.train.workdir import check_workdir, start_of_run
 from tests.train.test_warm_start import FUNCTION, WINDOWS
 
 SHARDS = [Shard("a", 3, 100, "aa"), Shard("b", 4, 90, "bb")]
@@ -206,7 +206,7 @@ def test_a_work_directorys_identity_has_every_field_that_is_not_operational(name
         value = value[part]
     free = name in FREE or name.split(".")[0] in FREE
     changes = changed(description(), f"run.{name}", other(value, run_hint(name)))
-    assert same_run(owned, changes) == free
+    assert same_run(owned, changes) == (free and name != "eval.batches")
 
 
 def test_every_field_of_a_model_that_a_run_can_set_is_tried():
@@ -235,6 +235,30 @@ def test_a_work_directorys_identity_has_its_data(owned):
     ):
         assert same_run(owned, changed(description(), f"data.{name}", "c")) == same
     assert same_run(owned, changed(description(), "data.eval_fingerprint", None))
+
+
+def test_one_curve_of_held_out_loss_is_of_one_set_of_rows(tmp_path):
+    """Also after the run was continued without held-out records."""
+    sampled = changed(description(), "run.eval.batches", 3)
+    (tmp_path / "config.json").write_text(json.dumps(sampled))
+    for field, value, said in (
+        ("run.eval.batches", 4, "eval.batches is 3 there and 4 here"),
+        ("run.eval.batch_size", 16, "eval.batch_size is 128 there and 16 here"),
+        ("data.eval_fingerprint", "c", "fingerprint is 'b' there and 'c' here"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(sampled))
+        changes = changed(sampled, field, value)
+        with pytest.raises(CheckpointError, match=f"held-out loss is of other rows: {said}"):
+            check_workdir(tmp_path, changes)
+        without = changed(sampled, "data.eval_fingerprint", None)
+        assert check_workdir(tmp_path, without)
+        assert start_of_run(tmp_path, sampled) == {}
+        kept = without | start_of_run(tmp_path, without)
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        with pytest.raises(CheckpointError, match=said):
+            check_workdir(tmp_path, changes)
+        assert check_workdir(tmp_path, changed(sampled, "run.eval.every", 7.0))
+    assert same_run(tmp_path, changed(sampled, "run.eval.batch_size", 128))  # as it was
 
 
 PLANNED = PlannedRun(

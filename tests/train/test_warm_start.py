@@ -19,6 +19,7 @@ from encdec.errors import ConfigError, DataError
 from encdec.model import build_model, preset, unroll_params
 from encdec.model.parameter_names import path_name
 from encdec.saved.lineage import Lineage, lineage
+from encdec.saved.saved_config import origin
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
@@ -69,7 +70,7 @@ def test_the_cost_is_of_the_step_that_was_taken(records, tmp_path):
     train(tune, run)  # and the finished run is called again, which keeps what it noted
     assert lineage(run, 1) == before
     config = json.loads((run / "config.json").read_text())
-    assert config["started_from"]["step"] == 2
+    assert config["started_from"]["step"] == 2 and origin(config) == "trained from source"
     # Runs from before the note: the source's last step, as far as it is there.
     del config["started_from"]
     (run / "config.json").write_text(json.dumps(config))
