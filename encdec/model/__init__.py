@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         unroll_params,
     )
     from encdec.model.cache import init_cache
-    from encdec.model.cpu_layout import shard_for_cpu
+    from encdec.model.cpu_layout import panels_for_cpu, shards_for_cpu
     from encdec.model.execution import ExecutionConfig
     from encdec.model.model_config import ModelConfig
     from encdec.model.presets import preset, preset_names
@@ -34,9 +34,10 @@ _MODULES = {
     "ExecutionConfig": "execution",
     "ModelConfig": "model_config",
     "init_cache": "cache",
+    "panels_for_cpu": "cpu_layout",
     "preset": "presets",
     "preset_names": "presets",
-    "shard_for_cpu": "cpu_layout",
+    "shards_for_cpu": "cpu_layout",
 }
 
 
@@ -60,10 +61,11 @@ __all__ = [
     "init_cache",
     "init_params",
     "logical_axes",
+    "panels_for_cpu",
     "parameter_count",
     "preset",
     "preset_names",
     "scan_params",
-    "shard_for_cpu",
+    "shards_for_cpu",
     "unroll_params",
 ]

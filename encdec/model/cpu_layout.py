@@ -2,18 +2,18 @@
 them fastest.
 
 ``build_model`` takes these modules when ``ExecutionConfig`` asks for them, which
-``encdec.inference.ready`` does. There are two layouts:
+``encdec.inference.ready`` does. There are three layouts:
 
 * In blocks (``attention_block``): parameters as trained; many queries attend block after block,
   keys and values are kept heads first, and an encoder may compute in another dtype than the
   decoder (``encoder_dtype``).
-* In shards (``cpu_shards``), in addition: every decoder kernel is kept as
-  ``encdec.model.cpu_products`` reads it, in panels in an encoder-decoder, in shards in a
-  decoder-only model, which reads its inputs by them, too; one kernel makes the queries, keys and
-  values of self-attention, and a separate head is kept as [V, M]. ``shard_for_cpu`` converts
-  parameters.
+* In panels (``cpu_panels``), in addition: every decoder kernel is kept as
+  ``encdec.model.cpu_products`` reads it fastest for a few rows; one kernel makes the queries, keys
+  and values of self-attention. ``panels_for_cpu`` converts parameters.
+* In shards (``cpu_shards``), the same for large decoder-only models, which read their inputs by
+  these kernels, too; a separate head is kept as [V, M]. ``shards_for_cpu`` converts parameters.
 
-Both are for inference: there is no dropout on attention probabilities.
+All are for inference: there is no dropout on attention probabilities.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class CpuProjection(Projection):
         return y.astype(x.dtype)
 
 
-class ShardedProjection(CpuProjection):
+class LaidOutProjection(CpuProjection):
     """The same product with a ``panelled_kernel`` or a ``sharded_kernel``."""
 
     def make_kernel(self) -> jax.Array:
         width, config = math.prod(self.shape[: self._summed()]), self.config
         out = math.prod(self.shape) // width
-        if config.is_encoder_decoder:
+        if config.execution.cpu_panels:
             shape = panelled_shape(out, width)
         else:
             shape = sharded_shape(out, width, config.execution.cpu_shards)
@@ -77,7 +77,8 @@ class ShardedProjection(CpuProjection):
         summed = self._summed()
         into = self.shape[summed:]
         x = x.reshape(*x.shape[: x.ndim - summed], -1)
-        multiply = product_by_panels if self.config.is_encoder_decoder else product_by_shards
+        by_panels = self.config.execution.cpu_panels
+        multiply = product_by_panels if by_panels else product_by_shards
         y = multiply(x, self.kernel.astype(x.dtype), math.prod(into))
         return y.reshape(*y.shape[:-1], *into)
 
@@ -184,17 +185,17 @@ class CpuAttention(Attention):
         return self.o(out), cache
 
 
-class ShardedAttention(CpuAttention):
-    projection_type = ShardedProjection
+class LaidOutAttention(CpuAttention):
+    projection_type = LaidOutProjection
 
 
-class ShardedSelfAttention(ShardedAttention):
+class LaidOutSelfAttention(LaidOutAttention):
     """Queries, keys and values come from one kernel, which holds them one after the other."""
 
     def make_projections(self) -> None:
         config = self.config
         width = config.attention_width + 2 * config.kv_width
-        self.qkv = ShardedProjection(
+        self.qkv = LaidOutProjection(
             config, "btm,mf->btf", (config.d_model, width), ("embed", "heads"), int(config.qkv_bias)
         )
 
@@ -231,8 +232,8 @@ class CpuMlp(Mlp):
         return super().activate(x.astype(jnp.float32)).astype(x.dtype)
 
 
-class ShardedMlp(Mlp):
-    projection_type = ShardedProjection
+class LaidOutMlp(Mlp):
+    projection_type = LaidOutProjection
 
 
 class CpuBlock(Block):
@@ -241,23 +242,23 @@ class CpuBlock(Block):
     mlp_type = CpuMlp
 
 
-class ShardedBlock(Block):
-    self_attention_type = ShardedSelfAttention
-    cross_attention_type = ShardedAttention
-    mlp_type = ShardedMlp
+class LaidOutBlock(Block):
+    self_attention_type = LaidOutSelfAttention
+    cross_attention_type = LaidOutAttention
+    mlp_type = LaidOutMlp
 
 
 class CpuStack(Stack):
     block_type = CpuBlock
 
 
-class ShardedStack(Stack):
-    block_type = ShardedBlock
+class LaidOutStack(Stack):
+    block_type = LaidOutBlock
 
 
-class ShardedEmbedder(Embedder):
-    """The head is kept in panels in an encoder-decoder, otherwise as [V, M] and multiplied by
-    shards. A tied head in panels is the table, too."""
+class LaidOutEmbedder(Embedder):
+    """The head is kept in panels, or as [V, M] and multiplied by shards. A tied head in panels is
+    the table, too."""
 
     def table(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
         if name != self._in_panels():
@@ -267,7 +268,7 @@ class ShardedEmbedder(Embedder):
 
     def _in_panels(self) -> str:
         """The parameter that is, if any."""
-        if not self.config.is_encoder_decoder:
+        if not self.config.execution.cpu_panels:
             return ""
         return "embedding" if self.config.tie_embeddings else "head"
 
@@ -313,53 +314,72 @@ class CpuEncoderDecoder(EncoderDecoder):
         return super().encode(*args, **kwargs).astype(self.config.dtype)
 
 
-class ShardedEncoderDecoder(CpuEncoderDecoder):
-    embedder_type = ShardedEmbedder
-    decoder_type = ShardedStack
+class LaidOutEncoderDecoder(CpuEncoderDecoder):
+    embedder_type = LaidOutEmbedder
+    decoder_type = LaidOutStack
 
 
 class CpuDecoderOnly(DecoderOnly):
     decoder_type: ClassVar[type[Stack]] = CpuStack
 
 
-class ShardedDecoderOnly(DecoderOnly):
-    embedder_type = ShardedEmbedder
-    decoder_type = ShardedStack
+class LaidOutDecoderOnly(DecoderOnly):
+    embedder_type = LaidOutEmbedder
+    decoder_type = LaidOutStack
 
 
 def cpu_model(config: ModelConfig) -> EncoderDecoder | DecoderOnly:
     """The module of ``config`` in the layout that its ``execution`` names."""
-    refuse_unknown(config, "cpu", "the CPU layout (ExecutionConfig.attention_block, cpu_shards)")
+    refuse_unknown(
+        config, "cpu", "the CPU layout (ExecutionConfig.attention_block, cpu_panels, cpu_shards)"
+    )
+    if config.is_encoder_decoder and config.execution.cpu_shards:
+        raise ConfigError(
+            f"ExecutionConfig.cpu_shards is {config.execution.cpu_shards} in an encoder-decoder; "
+            "expected 0: its kernels are laid out in panels (cpu_panels)"
+        )
     kinds: tuple[type[EncoderDecoder], type[DecoderOnly]]
-    if config.execution.cpu_shards:
-        kinds = ShardedEncoderDecoder, ShardedDecoderOnly
+    if config.execution.laid_out:
+        kinds = LaidOutEncoderDecoder, LaidOutDecoderOnly
     else:
         kinds = CpuEncoderDecoder, CpuDecoderOnly
     return kinds[0 if config.is_encoder_decoder else 1](config)
 
 
-def shard_for_cpu(
-    config: ModelConfig, params: dict[str, Any], shards: int
+def panels_for_cpu(
+    config: ModelConfig, params: dict[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """An unrolled model with its decoder's kernels and its head in shards.
+    """An unrolled model with its decoder's kernels and its head in panels.
 
     Args:
         config: the model, with ``scan_layers`` False.
-        params: its parameters, not in shards.
-        shards: as many as cores read in parallel.
+        params: its parameters, as trained.
     """
-    config = config.replace(cpu_shards=shards)
+    config, embedder = config.replace(cpu_panels=True), _embedder(config, params)
+    head = "embedding" if config.tie_embeddings else "head"
+    embedder[head] = panelled_kernel(embedder[head])
+    decoder = _with_kernels(panelled_kernel, params["decoder"])
+    return config, params | {"embedder": embedder, "decoder": decoder}
+
+
+def shards_for_cpu(
+    config: ModelConfig, params: dict[str, Any], shards: int
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The same in shards, for a decoder-only model; as many as cores read in parallel."""
+    lay_out = functools.partial(sharded_kernel, shards=shards)
+    laid_out = {
+        "embedder": _embedder(config, params),
+        "decoder": _with_kernels(lay_out, params["decoder"]),
+    }
+    return config.replace(cpu_shards=shards), params | laid_out
+
+
+def _embedder(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Its parameters, a separate head as [V, M]."""
     embedder = dict(params["embedder"])
     if not config.tie_embeddings:
         embedder["head"] = embedder["head"].T
-    lay_out: Callable[[jax.Array], jax.Array] = panelled_kernel
-    if config.is_encoder_decoder:
-        head = "embedding" if config.tie_embeddings else "head"
-        embedder[head] = panelled_kernel(embedder[head])
-    else:
-        lay_out = functools.partial(sharded_kernel, shards=shards)
-    decoder = _with_kernels(lay_out, params["decoder"])
-    return config, params | {"embedder": embedder, "decoder": decoder}
+    return embedder
 
 
 def _with_kernels(

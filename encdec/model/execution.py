@@ -32,7 +32,8 @@ class ExecutionConfig:
 
     # Chosen for inference on CPUs; see encdec/model/cpu_layout.py
     attention_block: int = 0  # queries whose scores are held at once; 0: all of them
-    cpu_shards: int = 0  # shards of each decoder kernel that cores read in parallel; 0: as trained
+    cpu_panels: bool = False  # decoder kernels in panels instead of as trained
+    cpu_shards: int = 0  # or in as many shards, which cores read in parallel; decoder-only models
     encoder_dtype: Literal["", "bfloat16"] = ""  # of the encoder's computation; "": the model's
     accumulate_in_float32: bool = False  # sums of bfloat16 products, and activations
 
@@ -44,10 +45,16 @@ class ExecutionConfig:
                     f"ExecutionConfig.{name} is {getattr(self, name)}; expected 0 (off) or a "
                     "positive number"
                 )
-        if self.cpu_shards and self.scan_layers:
+        if self.laid_out and self.scan_layers:
             raise ConfigError(
-                f"ExecutionConfig.cpu_shards is {self.cpu_shards} with scan_layers=True; expected "
-                "0, or scan_layers=False: shard_for_cpu takes unrolled layers"
+                f"ExecutionConfig.cpu_panels is {self.cpu_panels} and cpu_shards {self.cpu_shards} "
+                "with scan_layers=True; expected False and 0, or scan_layers=False: "
+                "panels_for_cpu and shards_for_cpu take unrolled layers"
+            )
+        if self.cpu_panels and self.cpu_shards:
+            raise ConfigError(
+                f"ExecutionConfig.cpu_shards is {self.cpu_shards} with cpu_panels=True; expected "
+                "one of the two"
             )
         if self.attention_block and self.attention_kernel not in ("auto", "xla"):
             raise ConfigError(
@@ -59,9 +66,20 @@ class ExecutionConfig:
     @property
     def for_cpu(self) -> bool:
         """Whether the modules of ``encdec.model.cpu_layout`` run the model."""
-        return bool(self.attention_block or self.cpu_shards or self.encoder_dtype)
+        return bool(self.attention_block or self.laid_out or self.encoder_dtype)
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether the decoder's kernels are kept in another layout than the trained one."""
+        return self.cpu_panels or self.cpu_shards > 0
 
 
 EXECUTION_FIELDS = tuple(field.name for field in dataclasses.fields(ExecutionConfig))
 # Chosen by inference for a machine; refused in a run's configuration.
-INFERENCE_FIELDS = ("attention_block", "cpu_shards", "encoder_dtype", "accumulate_in_float32")
+INFERENCE_FIELDS = (
+    "attention_block",
+    "cpu_panels",
+    "cpu_shards",
+    "encoder_dtype",
+    "accumulate_in_float32",
+)

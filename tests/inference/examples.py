@@ -10,7 +10,14 @@ import numpy as np
 
 from encdec.inference.decoding import DecodingPlan
 from encdec.inference.sampling import Choosing, RowSettings, greedy_rows
-from encdec.model import ModelConfig, abstract_params, build_model, preset
+from encdec.model import (
+    ModelConfig,
+    abstract_params,
+    build_model,
+    panels_for_cpu,
+    preset,
+    shards_for_cpu,
+)
 
 CONFIGS = {
     # Heads apart from the embeddings: tied ones make random models repeat their input.
@@ -28,6 +35,13 @@ CONFIGS = {
 }
 WIDTH = 48  # of the full passes' rows, whatever is in them
 START = 2  # not the padding id, so that a mix-up shows
+
+
+def laid_out(config: ModelConfig, params: dict, shards: int) -> tuple[ModelConfig, dict]:
+    """An unrolled model in panels, or, if it is decoder-only, in shards (0: in panels, too)."""
+    if shards and not config.is_encoder_decoder:
+        return shards_for_cpu(config, params, shards)
+    return panels_for_cpu(config, params)
 
 
 @functools.cache

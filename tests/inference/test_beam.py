@@ -13,8 +13,8 @@ from encdec.inference.beam import beam_search
 from encdec.inference.beam_steps import BeamPlan
 from encdec.inference.decoding import Memory
 from encdec.inference.ready import ready_for_decoding
-from encdec.model import for_decoding, shard_for_cpu
-from tests.inference.examples import CONFIGS, START, greedy, model, next_log_probs, padded
+from encdec.model import for_decoding
+from tests.inference.examples import CONFIGS, START, greedy, laid_out, model, next_log_probs, padded
 
 V, EOS = 4, 1
 INPUTS = ([3, 2, 2, 0, 2], [2, 3])
@@ -141,7 +141,7 @@ def test_a_search_in_segments_is_the_one_by_full_passes(name, changes, layout, m
         changes = changes | {"scan_layers": False}
     config, params = model(name, std=0.2, vocab_size=12, **changes)
     if layout == "shards":
-        made, weights = shard_for_cpu(*for_decoding(config, params), 2)
+        made, weights = laid_out(*for_decoding(config, params), 2)
     else:
         made, weights = layout(config, params)
     beams, limit, alpha = 3, 14, 0.6

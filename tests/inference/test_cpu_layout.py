@@ -21,7 +21,7 @@ from encdec.inference.decoding import (
 from encdec.inference.decoding_compiler import LazilyCompiled, compiler_options
 from encdec.inference.ready import ready_for_decoding
 from encdec.inference.sampling import Choosing, greedy_rows
-from encdec.model import build_model, check_params, for_decoding, preset, shard_for_cpu
+from encdec.model import build_model, check_params, for_decoding, preset
 from encdec.model.attention import dot_product_attention
 from encdec.model.cpu_attention import attention_in_blocks, heads_first
 from encdec.model.cpu_layout import CpuMlp
@@ -39,7 +39,7 @@ from encdec.model.cpu_products import (
 from encdec.model.layers import Mlp
 from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
 from tests.export.examples import batch, pair
-from tests.inference.examples import START
+from tests.inference.examples import START, laid_out
 
 PREFILL = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room"))
 STEP = jax.jit(decode_step, static_argnums=0)
@@ -55,25 +55,26 @@ def two_steps(config, params, rows=2):
 
 
 @pytest.mark.parametrize(
-    "name, rows",
+    "name, rows, shards",
     [
-        ("paper", 1),
-        ("paper", 2),
-        ("unrolled", 1),
-        ("t5gemma", 2),
-        ("windowed", 1),
-        ("merged", 1),
-        ("of later families", 1),
+        ("paper", 1, 0),
+        ("paper", 2, 0),
+        ("unrolled", 1, 0),
+        ("t5gemma", 2, 0),
+        ("windowed", 1, 3),
+        ("windowed", 2, 0),
+        ("merged", 1, 0),
+        ("of later families", 1, 0),
     ],
 )
-def test_sharded_kernels_compute_the_same(name, rows):
+def test_kernels_in_panels_and_shards_compute_the_same(name, rows, shards):
     """Tied and separate heads, both MLPs, both pairings of heads, norms of queries and keys;
     sizes that do not divide."""
     config, params = pair(name)
     plain = two_steps(*for_decoding(config, params), rows)
-    config, params = shard_for_cpu(*for_decoding(config, params), 3)
+    config, params = laid_out(*for_decoding(config, params), shards)
     kernel = params["decoder"]["layers_0"]["mlp"]["down"]["kernel"]
-    if config.is_encoder_decoder:
+    if not shards:
         assert kernel.shape == (1, 128, PANEL) and not kernel[0, :, 32:].any()
     else:
         assert kernel.shape == (3, 11, 128) and not kernel[2, 10].any()
@@ -119,15 +120,22 @@ def test_programs_that_decode_copy_no_rows_for_panels(rows):
 
 
 @pytest.mark.parametrize(
-    "name, shards", [("paper", 0), ("unrolled", 3), ("t5gemma", 3), ("windowed", 0)]
+    "name, layout",
+    [
+        ("paper", ""),
+        ("unrolled", "panels"),
+        ("t5gemma", "panels"),
+        ("windowed", ""),
+        ("windowed", "shards"),
+    ],
 )
-def test_attention_by_blocks_of_queries_computes_the_same(name, shards):
+def test_attention_by_blocks_of_queries_computes_the_same(name, layout):
     """Nine inputs in three blocks; ten of a decoder-only model, so that the last is filled up."""
     config, params = pair(name)
     plain = two_steps(*for_decoding(config, params))
     config, params = for_decoding(config.replace(attention_block=4), params)
-    if shards:
-        config, params = shard_for_cpu(config, params, shards)
+    if layout:
+        config, params = laid_out(config, params, 3 if layout == "shards" else 0)
     lowered = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room")).lower(
         config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2
     )
@@ -159,9 +167,11 @@ def test_causal_blocks_read_no_keys_behind_their_span(length, prefix):
     assert np.isnan(found[:, half:]).all()
 
 
-@pytest.mark.parametrize("name", ["paper", "unrolled", "windowed", "merged"])
-def test_cached_steps_in_shards_are_the_full_forward_pass(name):
-    config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
+@pytest.mark.parametrize(
+    "name, shards", [("paper", 0), ("unrolled", 0), ("windowed", 2), ("windowed", 0), ("merged", 0)]
+)
+def test_cached_steps_in_another_layout_are_the_full_forward_pass(name, shards):
+    config, params = laid_out(*for_decoding(*pair(name)), shards)
     answer = np.array([[START, 7, 9, 11, 3]], np.int32)
     prompt = (
         answer
@@ -183,7 +193,7 @@ def test_cached_steps_in_shards_are_the_full_forward_pass(name):
 @pytest.mark.parametrize("name", ["unrolled", "windowed", "merged"])
 def test_a_step_copies_no_cache(name):
     """What is kept has a width that nothing else in the program has."""
-    config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
+    config, params = laid_out(*for_decoding(*pair(name)), 2)
     room, lengths = 37, jnp.array([9])
     plan, settings = DecodingPlan(Choosing(config.vocab_size), room, START), greedy_rows(1, room)
     begun = start_compiled(config, plan, params, TOKENS[:1], lengths, settings)
@@ -201,7 +211,7 @@ def test_a_step_copies_no_cache(name):
 @pytest.mark.parametrize("name", ["paper", "windowed", "merged"])
 def test_a_server_s_slots_hold_what_was_kept_heads_first(name):
     """Read at a narrow width, inserted into a wider slot, and gone on from there."""
-    config, params = shard_for_cpu(*for_decoding(*pair(name)), 2)
+    config, params = laid_out(*for_decoding(*pair(name)), 2)
     plan = SlotPlan(DecodingPlan(Choosing(config.vocab_size), 3, START), 2, 12)
     prefilled = read_compiled(config, plan, params, TOKENS[:1], jnp.array(9))
     running = insert_compiled(
@@ -227,20 +237,34 @@ def test_a_server_s_slots_hold_what_was_kept_heads_first(name):
     np.testing.assert_allclose(running.log_probs_RxN[1], alone.log_probs_RxN[0], atol=3e-5)
 
 
-def test_large_models_on_cpus_get_them_by_themselves(monkeypatch):
-    config, params = pair("paper")
-    assert ready_for_decoding(config, params)[0].execution.cpu_shards == 0
-    monkeypatch.setattr(ready, "LARGE_KERNEL", 1)
+@pytest.mark.parametrize(
+    "name, size, panels, shards",
+    [
+        ("paper", "small", False, 0),
+        ("paper", "middle", True, 0),
+        ("paper", "large", True, 0),
+        ("windowed", "small", False, 0),
+        ("windowed", "middle", True, 0),
+        ("windowed", "large", False, 2),
+    ],
+)
+def test_models_on_cpus_get_the_layout_of_their_size(name, size, panels, shards, monkeypatch):
+    config, params = pair(name)
+    if size != "small":
+        monkeypatch.setattr(ready, "PANELS_FROM", 1)
+        monkeypatch.setattr(ready, "PANELS_FROM_DECODER_ONLY", 1)
+    if size == "large":
+        monkeypatch.setattr(ready, "LARGE_KERNEL", 1)
     monkeypatch.setattr(ready, "available_cores", lambda: 2)
     made, kernels = ready_for_decoding(config, params)
     how = made.execution
-    assert how.cpu_shards == 2 and how.encoder_dtype == ""  # it was trained in float32
-    np.testing.assert_allclose(
-        two_steps(made, kernels), two_steps(*for_decoding(config, params)), atol=3e-5
-    )
+    assert (how.cpu_panels, how.cpu_shards) == (panels, shards)
+    assert how.encoder_dtype == ""  # it was trained in float32
+    plain = two_steps(*for_decoding(config, params))
+    np.testing.assert_allclose(two_steps(made, kernels), plain, atol=3e-5)
     # A batch split over devices keeps kernels whole.
     monkeypatch.setattr(ready, "on_one_device", lambda params: False)
-    assert ready_for_decoding(config, params)[0].execution.cpu_shards == 0
+    assert not ready_for_decoding(config, params)[0].execution.laid_out
 
 
 def test_a_model_of_bfloat16_encodes_in_it_where_the_cpu_can(monkeypatch):
@@ -279,6 +303,19 @@ def test_inference_on_cpus_attends_by_blocks_and_training_does_not():
         config.replace(attention_block=-1)
 
 
-def test_shards_need_unrolled_layers():
-    with pytest.raises(ConfigError, match="cpu_shards is 2 with scan_layers=True; expected 0"):
-        preset("test", cpu_shards=2, scan_layers=True)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"cpu_shards": 2, "scan_layers": True}, "cpu_shards 2 with scan_layers=True; expected"),
+        ({"cpu_panels": True, "scan_layers": True}, "cpu_panels is True .* scan_layers=True"),
+        ({"cpu_shards": 2, "cpu_panels": True, "scan_layers": False}, "one of the two"),
+    ],
+)
+def test_layouts_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        preset("test", **changes)
+
+
+def test_an_encoder_decoder_has_panels_alone():
+    with pytest.raises(ConfigError, match="cpu_shards is 2 in an encoder-decoder"):
+        build_model(preset("test", cpu_shards=2, scan_layers=False))

@@ -19,21 +19,22 @@ from encdec.inference.speculation import (
     catch_up,
     speculate_compiled,
 )
-from encdec.model import shard_for_cpu
 from tests.export.examples import pair
-from tests.inference.examples import CONFIGS, model, padded, plan, rows
+from tests.inference.examples import CONFIGS, laid_out, model, padded, plan, rows
 
 ROOM, SIZE = 24, 4
 RNG = np.random.default_rng(0)
 INPUTS = [RNG.integers(3, 250, n).tolist() for n in (9, 1, 14, 5, 2, 11, 3, 7)]
 
 
-def laid_out(name, layout):
+def in_layout(name, layout):
     config, params = model(name) if name in CONFIGS else pair(name)
     if layout == "scanned":
         return config, params
     config, params = ready_for_decoding(config, params)
-    return shard_for_cpu(config, params, 3) if layout == "shards" else (config, params)
+    if layout == "plain":
+        return config, params
+    return laid_out(config, params, 3 if layout == "shards" else 0)
 
 
 def finished(config, params, plan, settings, inputs=INPUTS):
@@ -83,13 +84,14 @@ def with_mistakes(tokens_RxN, every=5):
         ("encoder_decoder", "plain"),
         ("encoder_decoder", "shards"),
         ("decoder_only", "shards"),
+        ("decoder_only", "panels"),
         ("windowed", "shards"),
         ("merged", "shards"),
         ("windowed pair", "plain"),
     ],
 )
 def test_greedy_answers_and_log_probs_are_those_of_plain_decoding(name, layout):
-    config, params = laid_out(name, layout)
+    config, params = in_layout(name, layout)
     limits = [ROOM, ROOM, 1, 10, ROOM, 0, 7, ROOM]  # most end in the middle of a draft
     made = plan(config, ROOM)
     wanted = finished(config, params, made, rows(8, limits))
@@ -103,7 +105,7 @@ def test_greedy_answers_and_log_probs_are_those_of_plain_decoding(name, layout):
 
 def test_drawn_answers_with_every_setting_are_those_of_plain_decoding():
     """Penalties, blocked n-grams, biases, EOS and alternatives, each in some of the rows."""
-    config, params = laid_out("encoder_decoder", "plain")
+    config, params = in_layout("encoder_decoder", "plain")
     made = plan(
         config,
         ROOM,
@@ -139,12 +141,12 @@ def test_drawn_answers_with_every_setting_are_those_of_plain_decoding():
 
 def test_a_draft_model_of_either_kind_changes_nothing():
     """The model itself is always right, also where tokens are drawn; another one hardly ever."""
-    config, params = laid_out("encoder_decoder", "plain")
+    config, params = in_layout("encoder_decoder", "plain")
     settings = rows(8, 17, temperature=[0, 1] * 4)
     made = plan(config, 17, sampled=True)
     wanted = finished(config, params, made, settings)
     for name in ("encoder_decoder", "decoder_only"):
-        draft = laid_out(name, "plain")
+        draft = in_layout(name, "plain")
         drafting = begin_drafting_compiled(*draft, *padded(INPUTS), start_id=2, room=17)
         # It catches up with nine plain steps, more than it is fed at once.
         found, _, steps = speculated(config, params, made, settings, drafting, draft, first=9)
