@@ -149,7 +149,14 @@ def main(argv: list[str] | None = None) -> int:
     gives 130; every other exception is a bug and keeps its traceback.
     """
     with restored():
-        return _main(sys.argv[1:] if argv is None else list(argv))
+        code = _main(sys.argv[1:] if argv is None else list(argv))
+    if argv is None and code == INTERRUPTED and "jax" in sys.modules:
+        # A compilation goes on in jax's threads: the interpreter's end would wait for it, and then
+        # crash, because the device client that it uses is gone (jaxlib 0.10.2).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _main(arguments: list[str]) -> int:

@@ -129,6 +129,34 @@ def test_an_interrupt_gives_130(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+COMPILING = """
+import _thread, sys, threading
+import jax
+import jax.numpy as jnp
+from encdec import cli
+
+def compile_for_seconds(argv):
+    def many_products(x):
+        for _ in range(300):
+            x = jnp.sin(x @ x.T) @ x + jnp.cumsum(x, 0)
+        return x
+
+    lowered = jax.jit(many_products).lower(jnp.ones((8, 8)))
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    lowered.compile()
+
+cli.load = lambda target: compile_for_seconds
+cli.use_compilation_cache = lambda: None
+sys.argv = ["encdec", "describe"]
+sys.exit(cli.main())
+"""
+
+
+def test_an_interrupted_compilation_neither_crashes_nor_is_waited_for():
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "encdec: interrupted\n")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(argv):
         raise ZeroDivisionError
