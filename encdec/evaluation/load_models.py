@@ -82,20 +82,22 @@ def load_models(
 
 
 def _facts(checkpoint: str, content: dict[str, Any], generator: TextGenerator) -> dict[str, Any]:
-    """Facts about a model, of an export all: it does not record its training."""
-    config = generator.config
+    """Facts about a model, of an export all; those before 2026-11-29 tell nothing of its run."""
+    config, export = generator.config, content.get("export", {})
+    behind = export.get("lineage", {})
+    seeds = behind.get("seeds")
     return {
         "checkpoint": str(checkpoint),
-        "step": 0,
+        "step": export.get("step", 0),
         "name": directory_name(checkpoint),
         "origin": origin(content),
         "architecture": config.architecture,
         "encoder_layers": config.encoder_layers,
         "decoder_layers": config.decoder_layers,
         "parameters": count_parameters(config).total,
-        "training_flops": None,
-        "seed": 0,
-        "seeds": None,
+        "training_flops": behind.get("training_flops"),
+        "seed": seeds[0] if seeds else 0,
+        "seeds": seeds,
         "max_input_tokens": generator.prompts.max_input_tokens,
         "run": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
     }

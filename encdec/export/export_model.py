@@ -12,6 +12,7 @@ from encdec.export.formats import Export, Written
 from encdec.export.model_card import check_license, write_card
 from encdec.inference.generator import read_prompt_format
 from encdec.inference.text_io import check_template
+from encdec.saved.lineage import lineage
 from encdec.saved.saved_config import model_config_of, read_config
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.storage import as_path, is_free, whole_directory
@@ -82,8 +83,9 @@ def export_model(
         content = content | {"data": content["data"] | {"template": template}}
     prompts, targets_length = read_prompt_format(checkpoint)
     config, params, step = load_params_for_inference(checkpoint, step)
+    behind = lineage(checkpoint, step)
     export = Export(
-        config, params, prompts, precision, content, checkpoint, targets_length, own, step
+        config, params, prompts, precision, content, checkpoint, targets_length, own, step, behind
     )
     with whole_directory(out) as partial:
         written = formats.write(format, partial, export)

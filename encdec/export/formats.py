@@ -19,6 +19,7 @@ from encdec.files import write_json
 from encdec.inference.text_io import PromptFormat
 from encdec.model import ModelConfig
 from encdec.model.coverage import refuse_unknown
+from encdec.saved.lineage import Lineage
 from encdec.saved.saved_config import CONFIG_FILE, name_and_origin
 
 
@@ -36,6 +37,7 @@ class Export:
         targets_length: of the training targets, ``generate``'s default for new tokens.
         own: our own modelling file even where a public family would do (hf).
         step: of the checkpoint; 0 of an imported model.
+        lineage: what that checkpoint was trained with.
     """
 
     config: ModelConfig
@@ -47,6 +49,7 @@ class Export:
     targets_length: int = 128
     own: bool = False
     step: int = 0
+    lineage: Lineage = dataclasses.field(default_factory=lambda: Lineage(None, None))
 
     def finish(
         self, out: pathlib.Path, format: str, config: ModelConfig, graphs_bytes: int
@@ -60,6 +63,8 @@ class Export:
                 "precision": self.precision,
                 "bytes": graphs_bytes,
                 "source": name_and_origin(self.directory, self.content),
+                "step": self.step,
+                "lineage": dataclasses.asdict(self.lineage),
             },
         }
         write_json(out / CONFIG_FILE, content)

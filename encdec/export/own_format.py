@@ -24,7 +24,6 @@ from encdec.export.quantise import eight_bits
 from encdec.files import write_json
 from encdec.model import ModelConfig, parameter_count, unroll_params
 from encdec.model.parameter_names import path_name
-from encdec.saved.lineage import lineage
 from encdec.saved.saved_config import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -67,7 +66,7 @@ def write(out: pathlib.Path, export: Export) -> Written:
         "parameters": parameter_count(params),
         "files": files,
         "fingerprint": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
-        "lineage": dataclasses.asdict(lineage(export.directory, export.step)),
+        "lineage": dataclasses.asdict(export.lineage),
     }
     write_json(
         out / CONFIG_FILE,

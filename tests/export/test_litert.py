@@ -207,7 +207,12 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         tmp_path / "run",
         config.replace(scan_layers=False),
         unroll_params(params, config),
-        source={"format": "hf", "family": "t5", "name": "theirs"},
+        source={
+            "format": "hf",
+            "family": "t5",
+            "name": "theirs",
+            "lineage": {"training_flops": 2.0, "seeds": [3, 4]},
+        },
         vocabulary=ByteVocabulary(),
         framing=Framing(START),
         max_length=64,
@@ -240,6 +245,8 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
     assert (
         report["model"]["origin"] == "exported as litert, int8, from run, imported from theirs (t5)"
     )
+    expected = {"seed": 3, "seeds": [3, 4], "training_flops": 2.0}
+    assert report["model"] | expected == report["model"]
     (out / "decoder.tflite").unlink()
     with pytest.raises(CheckpointError, match="decoder.tflite is missing"):
         LitertModel(out)
