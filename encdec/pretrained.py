@@ -7,6 +7,20 @@ from typing import Any
 
 from encdec.errors import DataError
 
+# For every from_pretrained: without the second, transformers asks at the terminal whether it may
+# run code that comes with a model.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+def why_unread(error: Exception) -> str:
+    """What transformers says of a model that it does not load, without advice to run its code."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs code that comes with it, which is not run here; give a model of a family "
+            "that transformers has, or instead of an export the work directory"
+        )
+    return str(error)
+
 
 def load_causal_model(directory: str | os.PathLike[str], **options: Any) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` of a local directory.
@@ -24,7 +38,7 @@ def load_causal_model(directory: str | os.PathLike[str], **options: Any) -> Any:
     import transformers
 
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, local_files_only=True, output_loading_info=True, **options
+        directory, output_loading_info=True, **LOCAL, **options
     )
     model, found = loaded
     missing = sorted(found["missing_keys"])

@@ -27,6 +27,8 @@ from encdec.storage import as_path, make_directory, user_place
 
 MODEL_FILE = "vocabulary.model"
 CARD_FILE = "dataset.json"
+# Where our exports for Hugging Face keep the vocabulary as it was, extra ids included.
+VOCABULARY_FOLDER = "vocabulary"
 # A word encoder takes a tenth of a second to make; prompts do without.
 WORDWISE_CHARACTERS = 1 << 16
 
@@ -305,7 +307,12 @@ def _moved(tokens: Sequence[int], directory: pathlib.Path, extra_ids: int | None
 
 
 def vocabulary_file(directory: pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer.model or tokenizer.json of a Hugging Face model's directory, if any."""
+    """What ``load_vocabulary`` reads of a Hugging Face model's directory, if there is anything.
+
+    The tokenizer.json of our exports is the same vocabulary under another fingerprint.
+    """
+    if (directory / VOCABULARY_FOLDER / SPEC_FILE).is_file():
+        return directory / VOCABULARY_FOLDER
     for name in ("tokenizer.model", "tokenizer.json"):
         if (directory / name).is_file():
             return directory / name

@@ -29,7 +29,7 @@ from encdec.distill.scorers import check_longest, check_records
 from encdec.errors import ConfigError, DataError
 from encdec.files import file_sha256
 from encdec.packages import install_hint
-from encdec.pretrained import load_causal_model
+from encdec.pretrained import LOCAL, load_causal_model, why_unread
 from encdec.storage import as_path, directory_name, on_this_machine
 
 BATCH_ROWS = 8
@@ -86,10 +86,10 @@ def torch_model(
     transformers = _transformers()
     tensors = safetensors.open_directory(directory)
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(directory, **LOCAL)
     except Exception as error:  # whatever transformers makes of the file
         raise DataError(
-            f"transformers {transformers.__version__} cannot read {directory}: {error}"
+            f"transformers {transformers.__version__} cannot read {directory}: {why_unread(error)}"
         ) from error
     file = vocabulary if vocabulary is not None else vocabulary_file(directory)
     if file is None:

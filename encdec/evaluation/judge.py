@@ -18,7 +18,7 @@ from typing import Any, cast
 from encdec.errors import ConfigError
 from encdec.evaluation.predictions import Example
 from encdec.files import write_json
-from encdec.pretrained import load_causal_model
+from encdec.pretrained import LOCAL, load_causal_model, why_unread
 from encdec.storage import make_directory
 
 PROMPT = (
@@ -192,11 +192,11 @@ def local_model(directory: str) -> Ask:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **LOCAL)
         model = load_causal_model(directory)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--judge_model={directory} is not a Hugging Face causal model ({error})"
+            f"--judge_model={directory} is not a Hugging Face causal model: {why_unread(error)}"
         ) from None
     model.eval()
     longest = getattr(model.config, "max_position_embeddings", None)

@@ -18,6 +18,7 @@ import numpy as np
 
 from encdec import safetensors
 from encdec.data.chat_template import copy_template
+from encdec.data.vocabulary import VOCABULARY_FOLDER
 from encdec.errors import ConfigError
 from encdec.export import equivalents, family_export, tokenizer
 from encdec.export.equivalents import Params
@@ -27,7 +28,6 @@ from encdec.export.special_ids import padding_id
 from encdec.files import write_json
 from encdec.interop import own as own_format
 from encdec.interop import t5gemma, t5gemma2
-from encdec.interop.framing import VOCABULARY_FOLDER
 from encdec.interop.layout import to_theirs
 from encdec.model import ModelConfig
 from encdec.model.positions import rope_frequencies

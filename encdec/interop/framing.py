@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from encdec.data.tokenizer_files import read_object, tokens_around
-from encdec.data.vocabulary import SPEC_FILE, Vocabulary, load_vocabulary, vocabulary_file
+from encdec.data.vocabulary import VOCABULARY_FOLDER, Vocabulary, load_vocabulary, vocabulary_file
 from encdec.errors import ConfigError, DataError
 from encdec.interop.huggingface_import import ids_of
 from encdec.logs import logger
 
 _LOG = logger(__name__)
 
-# Where our own exports keep the vocabulary as it was, extra ids and fingerprint included.
-VOCABULARY_FOLDER = "vocabulary"
 _UNBOUNDED = 10**9  # transformers writes 1e30 for a tokenizer without a longest input
 
 
@@ -82,8 +80,6 @@ def read_vocabulary(directory: pathlib.Path, eos_ids: Sequence[int]) -> Vocabula
 
     tokenizer.json is used instead of a tokenizer.model whose EOS is not the model's.
     """
-    if (directory / VOCABULARY_FOLDER / SPEC_FILE).is_file():
-        return load_vocabulary(directory / VOCABULARY_FOLDER)
     file = vocabulary_file(directory)
     if file is None:
         return None

@@ -11,7 +11,7 @@ from encdec import safetensors
 from encdec.cli import main
 from encdec.data.records import decode_row, open_records
 from encdec.data.teacher_rows import open_teacher, read_teacher_card
-from encdec.data.vocabulary import load_vocabulary
+from encdec.data.vocabulary import VOCABULARY_FOLDER, load_vocabulary
 from encdec.distill.scoring import score
 from encdec.distill.torch_scorer import _by_length, torch_model
 from encdec.errors import ConfigError, DataError
@@ -216,6 +216,18 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
     (tmp_path / "hf" / "tokenizer.json").unlink()
     with pytest.raises(DataError, match="--vocabulary=FILE"):
         torch_model(tmp_path / "hf", opened)
+    own = {"model_type": "ours", "auto_map": {"AutoConfig": "configuration_ours.Config"}}
+    path.write_text(json.dumps(own))
+    with pytest.raises(DataError, match="code that comes with it, which is not run here"):
+        torch_model(tmp_path / "hf", opened)
+
+
+def test_an_export_has_the_vocabulary_of_the_records(tmp_path):
+    """Its tokenizer.json gives the same ids, but has another fingerprint."""
+    words = write_records(tmp_path / "words", random_pairs(3, 0))
+    save_model(tmp_path / "hf", *UNKNOWN["gpt2"])
+    open_records(words).vocabulary().save(tmp_path / "hf" / VOCABULARY_FOLDER)
+    assert torch_model(tmp_path / "hf", open_records(words)).start_id == 1
 
 
 def test_weights_that_the_files_lack_are_not_drawn(tmp_path):
