@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     with restored():
         code = _main(sys.argv[1:] if argv is None else list(argv))
     if argv is None and code == INTERRUPTED and "jax" in sys.modules:
-        # A compilation goes on in jax's threads: the interpreter's end would wait for it, and then
-        # crash, because the device client that it uses is gone (jaxlib 0.10.2).
+        # A compilation continues in jax's threads: the interpreter's end would wait for it, and
+        # then crash, because the device client that it uses is gone (jaxlib 0.10.2).
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
