@@ -32,7 +32,7 @@ class ChipGeneration:
             the peak rate it gives the clock (v5e: four units of 128 x 128, 1.50 GHz).
         link_bytes_per_second: one ICI link, one direction.
         wraps_at: length from which a topology's side closes to a ring; on shorter sides the
-            first and last chips are not linked. 3D tori close sides that are multiples of 4.
+            first and last chips are not linked.
         hbm_limit_gib: memory that the compiler lets a program use, from its out-of-memory message.
     """
 
@@ -56,6 +56,13 @@ _GENERATIONS = {
     "v6e": ("TPU v6 lite", 2, 2 * 4 * 256 * 256, 90, 16, 31.25),
     "tpu7x": ("TPU7x", 3, 2 * 4 * 256 * 256, 90, 4, 94.75),
 }
+# The compiler takes shapes that no pod has. ``launch/slices.py`` says where these are listed; one
+# chip is a part of every slice.
+_SHAPES = {
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
+}
+_LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips of a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +93,7 @@ class Topology:
         total = 0
         for axis, side in enumerate(self.sides):
             if len({place[axis] for place in places}) > 1:
-                closed = side >= self.generation.wraps_at and (
-                    self.generation.chip_dims == 2 or side % self.generation.wraps_at == 0
-                )
-                total += 2 if closed else 1
+                total += 2 if side >= self.generation.wraps_at else 1
         return max(1, total)
 
     def crosses_slices(self, group: Sequence[int]) -> bool:
@@ -111,15 +115,15 @@ def parse_name(name: str) -> tuple[str, tuple[int, ...], int]:
         )
     sides = tuple(map(int, match[2].split("x")))
     dims = _GENERATIONS[match[1]][1]
-    if len(sides) != dims:
-        raise ConfigError(
-            f"topology {name!r} has {len(sides)} sides; expected {dims} for "
-            f"{match[1]}, for example {match[1]}:{'x'.join(['4'] * dims)}"
-        )
-    if 0 in sides or match[3] and int(match[3]) == 0:
-        raise ConfigError(
-            f"topology {name!r} has no chips; expected sides, and a number of slices, of 1 or more"
-        )
+    if match[3] and not int(match[3]):
+        raise ConfigError(f"topology {name!r} has no slices; expected a number of 1 or more")
+    shapes = _SHAPES[dims]
+    cubes = len(sides) == 3 and list(sides) == sorted(sides) and not any(side % 4 for side in sides)
+    largest = _LARGEST.get(match[1], 0)
+    if sides not in shapes and not (cubes and 0 < math.prod(sides) <= largest):
+        known = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        more = f", or ascending multiples of 4 with up to {largest:,} chips" if largest else ""
+        raise ConfigError(f"topology {name!r} does not exist; {match[1]} has {known}{more}")
     return match[1], sides, int(match[3] or 1)
 
 

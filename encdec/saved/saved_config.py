@@ -64,9 +64,9 @@ def origin(content: Mapping[str, Any]) -> str:
     export, imported, run = (content.get(key) or {} for key in ("export", "imported", "run"))
     if export or imported.get("format") == "encdec":
         made = export or imported
-        source = made.get("source") or made.get("name")
         form = f"exported as {made.get('format')}, {made.get('precision')}"
-        return f"{form}, from {source}" if source else form
+        # Exports of earlier versions do not tell.
+        return ", from ".join(filter(None, (form, made.get("source"))))
     if sources := imported.get("sources"):
         return f"adapted from {' and '.join(dict.fromkeys(x['name'] for x in sources.values()))}"
     if imported:

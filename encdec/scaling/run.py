@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from encdec.buckets import is_address
+from encdec.data.records import open_records
 from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError, Preempted
 from encdec.files import sole_process, write_json
 from encdec.logs import logger
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
 _LOG = logger(__name__)
 
 LADDER_FILE = "ladder.json"
+CONTENTS_FIELD = "fingerprints of records and eval_records"
 
-# Paths of records may change; every run compares their content. More budgets, sizes, seeds or
+# Paths of records may change, their content may not. More budgets, sizes, seeds or
 # teachers only add runs; the digests of old ones stay valid.
 _FREE = ("records", "eval_records", "sizes", "budgets", "seeds", "distilled")
 # Run settings that determine where and how runs compute, not what they compute.
@@ -75,12 +77,15 @@ class Workdir:
             CheckpointError: it belongs to another ladder; differing fields are named.
         """
         content = json.loads(json.dumps(dataclasses.asdict(ladder)))
+        opened = [open_records(text) for text in (ladder.records, ladder.eval_records)]
+        content[CONTENTS_FIELD] = [records.card.fingerprint for records in opened]
         path = self.path / LADDER_FILE
         if path.exists():
             try:
                 old = json.loads(path.read_text())
             except ValueError as error:
                 raise CheckpointError(f"{path} is not JSON ({error}); restore it") from None
+            old.setdefault(CONTENTS_FIELD, content[CONTENTS_FIELD])  # of earlier versions
             names = [
                 name
                 for name in content
@@ -129,7 +134,12 @@ class Workdir:
 
 def _comparable(name: str, value: Any) -> Any:
     if name == "run" and isinstance(value, dict):
-        return {k: v for k, v in value.items() if k not in _OPERATIONAL}
+        # Laws compare held-out losses, which are to be of the same rows in all runs.
+        evaluation = value.get("eval", {})
+        rows = [evaluation.get(name, 0) for name in ("batches", "batch_size")]
+        return {k: v for k, v in value.items() if k not in _OPERATIONAL} | {
+            "eval": rows if rows[0] else None
+        }
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 
@@ -34,6 +35,7 @@ from encdec.train.compiler_options import BY_DEVICE_KIND, compiler_options
 from encdec.train.run_config import RunConfig, load_config, parse_config
 from encdec.train.run_fields import MeshConfig
 from encdec.train.sharding import make_mesh
+from launch.slices import CHIPS, Slices
 
 CONFIG = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "pretrain.py")
 needs_compiler = pytest.mark.skipif(
@@ -47,11 +49,25 @@ def test_names():
     for wrong in ("v5e", "v9:4x4", "v5e:4"):
         with pytest.raises(ConfigError, match="v5e:4x4"):
             parse_name(wrong)
-    with pytest.raises(ConfigError, match="expected 3"):
+    with pytest.raises(ConfigError, match="v5p has 1x1x1, 2x2x1, .* up to 6,144 chips"):
         parse_name("v5p:4x4")
-    for empty in ("v5e:4x4*0", "v5e:0x4"):
-        with pytest.raises(ConfigError, match="no chips"):
-            parse_name(empty)
+    with pytest.raises(ConfigError, match="no slices"):
+        parse_name("v5e:4x4*0")
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+def test_a_topology_exists_where_the_launchers_know_its_slice(kind):
+    """But for one chip, which is compiled for alone."""
+    sides = (0, 1, 2, 3, 4, 5, 8, 12, 16, 24, 28, 32)
+    for shape in itertools.product(sides, repeat=CHIPS[kind].sides):
+        known = []
+        for parse in (Slices.parse, parse_name):
+            try:
+                parse(f"{kind}:{'x'.join(map(str, shape))}")
+                known.append(True)
+            except (ValueError, ConfigError):
+                known.append(False)
+        assert known[0] == known[1] or shape == (1, 1, 1), shape
 
 
 @pytest.mark.parametrize("option", ["--rows=-1", "--rows=0", "--layers=0", "--inputs_length=0"])

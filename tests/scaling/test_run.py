@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,14 @@ def test_another_ladder_or_plan_is_refused(tmp_path, records, eval_records):
         run_plan(
             tiny(records, eval_records, run={**LADDER["run"], "loss": {"z_loss": 0.1}}), tmp_path
         )
+    # ... but not the rows whose losses are compared ...
+    sampled = {**LADDER["run"], "eval": {"batches": 1}}
+    with pytest.raises(CheckpointError, match="run is"):
+        run_plan(tiny(records, eval_records, run=sampled), tmp_path)
+    with pytest.raises(CheckpointError, match="fingerprints of records and eval_records is"):
+        run_plan(tiny(records, records), tmp_path)
+    shutil.copytree(eval_records, tmp_path / "moved")
+    run_plan(tiny(records, tmp_path / "moved"), tmp_path, train=FakeTraining())
     # ... more budgets only add runs ...
     more = {**LADDER["budgets"], "values": (64.0, 128.0, 192.0)}
     train = FakeTraining()
