@@ -137,12 +137,11 @@ class Session:
 
     def leave(self) -> NoReturn:
         """Raises Preempted, once everything is saved."""
+        kept = "before its first step"
         if self.step:
             self.finish()
-        raise Preempted(
-            f"the run was preempted: step {self.step:,} is saved in {self.checkpoints.directory}; "
-            "repeat the command to continue"
-        )
+            kept = f"step {self.step:,} is saved in {self.checkpoints.directory}"
+        raise Preempted(f"the run was preempted: {kept}; repeat the command to continue")
 
     def finish(self) -> None:
         """Returns when the last step is reported and saved on disk."""

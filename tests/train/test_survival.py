@@ -162,6 +162,13 @@ def test_the_command_leaves_within_the_grace_period_with_a_code_of_its_own(recor
     assert len(saved_steps(tmp_path / "w")) == 1
 
 
+def test_nothing_is_said_to_be_saved_before_the_first_step(records, tmp_path, monkeypatch):
+    monkeypatch.setattr("encdec.train.preemption.Notice.reached", lambda self: True)
+    with pytest.raises(Preempted, match="before its first step; repeat"):
+        train(small_run(records, steps=6), tmp_path / "run")
+    assert not saved_steps(tmp_path / "run")
+
+
 def test_an_evaluation_that_was_cut_short_is_made_up_for(
     records, eval_records, tmp_path, monkeypatch
 ):
