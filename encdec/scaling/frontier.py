@@ -78,12 +78,11 @@ class Frontier:
     def parameters(self, flops: np.ndarray) -> np.ndarray:
         """N of the best run at ``flops``."""
         law, cost = self.law, self.cost
-        rate = cost.exponent * law.beta
+        alpha, beta = _exponents(law)
+        rate = cost.exponent * beta
         per_token = np.asarray(flops, np.float64) / cost.factor  # N^kappa D
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            best = (law.alpha * law.A / (rate * law.B) * per_token**law.beta) ** (
-                1 / (law.alpha + rate)
-            )
+            best = (alpha * law.A / (rate * law.B) * per_token**beta) ** (1 / (alpha + rate))
         return np.clip(best, *self.sizes)  # the loss has one minimum, so the nearest bound is best
 
     def tokens(self, flops: np.ndarray) -> np.ndarray:
@@ -99,20 +98,27 @@ class Frontier:
     def flops(self, loss: np.ndarray) -> np.ndarray:
         """The fewest FLOPs that reach ``loss``; infinite if no amount of data does."""
         law, kappa = self.law, self.cost.exponent
+        alpha, beta = _exponents(law)
         above = np.asarray(loss, np.float64) - law.E
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             # At the optimum the size term is this share of the loss above E.
-            share = kappa * law.beta / (law.alpha + kappa * law.beta)
-            size = np.clip((law.A / (share * above)) ** (1 / law.alpha), *self.sizes)
-            left = above - law.A * size**-law.alpha
-            tokens = (law.B / left) ** (1 / law.beta)
+            share = kappa * beta / (alpha + kappa * beta)
+            size = np.clip((law.A / (share * above)) ** (1 / alpha), *self.sizes)
+            left = above - law.A * size**-alpha
+            tokens = (law.B / left) ** (1 / beta)
             return np.where((above > 0) & (left > 0), self.cost.flops(size, tokens), np.inf)
 
     @property
     def size_exponent(self) -> float:
         """a in N_best ~ C^a, away from the bounds of the sizes."""
-        rate = self.cost.exponent * self.law.beta
-        return self.law.beta / (self.law.alpha + rate)
+        alpha, beta = _exponents(self.law)
+        with np.errstate(invalid="ignore"):
+            return float(beta / (alpha + self.cost.exponent * beta))
+
+
+def _exponents(law: Law) -> tuple[np.float64, np.float64]:
+    """alpha and beta, which are 0 at their bound: numpy then divides to infinity or NaN."""
+    return np.float64(law.alpha), np.float64(law.beta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +201,9 @@ def compare(
     first_loss, second_loss = first.loss(grid), second.loss(grid)
     high, low = min(first_loss[0], second_loss[0]), max(first_loss[-1], second_loss[-1])
     losses = np.linspace(high, low, 50) if high > low else np.empty(0)
-    ratio = second.flops(losses) / first.flops(losses)
-    ratios = [b.flops(losses) / a.flops(losses) for a, b in pairs]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = second.flops(losses) / first.flops(losses)
+        ratios = [b.flops(losses) / a.flops(losses) for a, b in pairs]
     ahead = [a.loss(grid[-1:])[0] < b.loss(grid[-1:])[0] for a, b in pairs]
     return Comparison(
         grid,

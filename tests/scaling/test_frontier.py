@@ -44,6 +44,19 @@ def test_no_flops_reach_the_floor():
     assert np.isinf(Frontier(LAW, CostLaw(6.0, 1.0)).flops(np.array([1.7, 1.0]))).all()
 
 
+def test_exponents_at_their_bound_of_zero():
+    """Bootstrap draws of few runs end there: the smallest size is best, or tokens do not count."""
+    cost, sizes, losses = CostLaw(6.0, 0.9), (3e6, 3e7), np.array([9.0, 4.0, 3.0])
+    no_size = Frontier(Law("total", 1.7, 0.2, 410.0, (0.0,), 0.28), cost, sizes)
+    assert no_size.parameters(1e15) == 3e6
+    assert no_size.flops(no_size.loss(np.array([1e15]))) == pytest.approx(1e15)
+    no_tokens = Frontier(Law("total", 1.7, 400.0, 0.5, (0.34,), 0.0), cost, sizes)
+    assert no_tokens.parameters(1e15) == 3e7
+    assert list(no_tokens.flops(losses)) == [0.0, 0.0, np.inf]
+    draws = [no_size, no_tokens, Frontier(Law("total", 1.7, 1.0, 0.5, (0.0,), 0.0), cost, sizes)]
+    compare(no_size, Frontier(LAW, cost, sizes), RANGE, draws, draws[::-1])
+
+
 def test_cost_is_fitted_with_its_error():
     runs = ladder(LAW, flops_factor=4.0)
     cost = fit_cost(runs)
