@@ -9,6 +9,7 @@ import http.client
 import json
 import pathlib
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -97,12 +98,19 @@ class Judge:
             )
             for example, text in zip(examples, predictions, strict=True)
         ]
-        with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
+        refused = threading.Event()
+
+        def opinion(prompt: str) -> float | None:
+            if refused.is_set():
+                return None
             try:
-                return list(pool.map(self._opinion, prompts))
+                return self._opinion(prompt)
             except ConfigError:
-                pool.shutdown(cancel_futures=True)
+                refused.set()  # before this worker takes the next prompt
                 raise
+
+        with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(opinion, prompts))
 
     def _opinion(self, prompt: str) -> float | None:
         key = hashlib.sha256(json.dumps([self.endpoint, self.model, prompt]).encode()).hexdigest()
