@@ -2,7 +2,7 @@
 
     python -m launch.slurm train --nodes=2 --gpus_per_node=8 --time=24:00:00 \\
         -- --config=configs/pretrain.py:1b --workdir=/shared/runs/1b ...
-    python -m launch.slurm ladder --runs=72 --at_once=8 --time=12:00:00 \\
+    python -m launch.slurm ladder --runs=48 --at_once=8 --time=12:00:00 \\
         -- --ladder=configs/scaling.py:paper --workdir=/shared/ladder ...
 
 Both print the batch script with --dry_run and give it to sbatch without. Two minutes before the
