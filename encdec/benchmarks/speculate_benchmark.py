@@ -200,6 +200,9 @@ def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
     model = preset(options.model)
     drawn = jax.jit(init_params, static_argnums=0)(build_model(model), jax.random.key(0))
     config, params = ready_for_decoding(model, drawn)
+    in_jax = {"jax": (config, params)} if "jax" in options.runtimes else {}
+    if options.as_trained:
+        in_jax["jax, as trained"] = ready_for_decoding(model, drawn, lay_out=False)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         exported = {
@@ -214,8 +217,9 @@ def _costs(options: argparse.Namespace) -> tuple[list[StepCost], float]:
                 for name, x in exported.items()
                 if rows <= (x.rows_at_once or rows)
             }
-            if "jax" in options.runtimes:
-                steps = {"jax": jax_steps(config, params, options.inputs_length, rows)} | steps
+            steps = {
+                name: jax_steps(*one, options.inputs_length, rows) for name, one in in_jax.items()
+            } | steps
             largest = {name: x.tokens_at_once for name, x in exported.items() if x.tokens_at_once}
             found += measure_steps(steps, rows, options.repeats, largest)
     return found, wrong_drafts_cost(config, params, options.inputs_length, options.repeats)
@@ -365,6 +369,12 @@ def _parser() -> Parser:
         "each checkpoint (extra hf)",
         default=False,
         needs="--checkpoint",
+    )
+    parser.add(
+        "--as_trained",
+        "also time JAX without the layout of kernels for this machine (docs/edge.md)",
+        default=False,
+        needs="--model",
     )
     parser.add("--batches", "rows at once", numbers, (1,), metavar="N,N")
     parser.add(

@@ -25,7 +25,7 @@ MOST_SHARDS = 8  # more concurrent readers than that gain nothing
 
 
 def ready_for_decoding(
-    config: ModelConfig, params: Params, dtype: str | None = None
+    config: ModelConfig, params: Params, dtype: str | None = None, lay_out: bool = True
 ) -> tuple[ModelConfig, Params]:
     """The model in the layout and type in which one-token steps are fastest.
 
@@ -35,13 +35,14 @@ def ready_for_decoding(
         dtype: of the computation; by default float32 on CPUs, whose one-row bfloat16 products
             read memory at a small fraction of its speed, and the model's own elsewhere. A large
             model that was trained in bfloat16 still encodes in it, where the CPU has it.
+        lay_out: whether kernels may be laid out for this machine, or are kept as trained.
     """
     on_cpu, trained = jax.default_backend() == "cpu", config.dtype
     cpu_layout = on_cpu and not unknown_fields(config, "cpu")
     as_trained = dtype is None and trained == "bfloat16"
     dtype = dtype or decoding_dtype(config)
     config, params = for_decoding(config.replace(dtype=dtype), params)
-    laid_out = cpu_layout and dtype == "float32" and on_one_device(params)
+    laid_out = lay_out and cpu_layout and dtype == "float32" and on_one_device(params)
     large = laid_out and config.d_model * config.mlp_dim >= LARGE_KERNEL
     if cpu_layout:
         config = config.replace(attention_block=ATTENTION_BLOCK, attention_kernel="xla")

@@ -36,13 +36,15 @@ def test_steps_and_tasks_are_measured(encoder_decoder_run, tmp_path, capsys):
         "--model=test",
         "--inputs_length=4",
         "--repeats=1",
+        "--as_trained",
         f"--checkpoint={encoder_decoder_run}",
     ]
     assert main([*arguments, f"--jsonl={texts}", f"--out={tmp_path}"]) == 0
     shown = capsys.readouterr().out
     assert "k = 16" in shown and "always wrong" in shown
     report = json.loads((tmp_path / "speculate.json").read_text())
-    (cost,), (rate,) = report["costs"], report["tasks"]
+    (cost, as_trained), (rate,) = report["costs"], report["tasks"]
+    assert [cost["runtime"], as_trained["runtime"]] == ["jax", "jax, as trained"]
     assert list(map(int, cost["seconds"])) == list(SIZES) and min(cost["seconds"].values()) > 0
     assert report["always_wrong"] > 0
     assert rate["task"] == "dev" and rate["same_answers"] == 1 and rate["tokens"] > 0
