@@ -123,7 +123,8 @@ def check_setting(setting: DistillExperiment) -> None:
     if teacher < TEACHER_RATIO * student:
         raise ConfigError(
             f"the teacher {setting.teacher} has {teacher:,} parameters, the student "
-            f"{student:,}; expected at least {TEACHER_RATIO:g} times as many"
+            f"{student:,}; expected at least {TEACHER_RATIO:g} times as many: give a larger "
+            "--teacher, such as micro-3m-dec, more --teacher_layers, or a smaller vocabulary"
         )
     if preset(setting.teacher).is_encoder_decoder:
         raise ConfigError(

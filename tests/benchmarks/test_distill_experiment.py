@@ -87,7 +87,7 @@ def test_settings_that_compare_nothing_are_refused(records):
         student="test",
         **changes,
     )
-    with pytest.raises(ConfigError, match="at least 4 times"):
+    with pytest.raises(ConfigError, match="at least 4 times.* a larger --teacher"):
         check_setting(make(teacher="test-dec", teacher_layers=0))
     with pytest.raises(ConfigError, match=r"encoder-decoder; expected a decoder-only"):
         check_setting(make(teacher="micro-1m", teacher_layers=0))
