@@ -277,10 +277,18 @@ def _evaluations(runs: Sequence[LoggedRun]) -> str:
         return ""
     return (
         "<h2>Evaluations</h2>"
-        + html_table(("run", "task", "score", "value, 95 % interval"), scores)
+        + html_table(("run", "task", "score", "value, 95 % interval"), _together(scores, 3))
         + "<h2>Answers</h2>"
-        + html_table(("run", "task", "source", "reference", "answer"), answers)
+        + html_table(("run", "task", "source", "reference", "answer"), _together(answers, 4))
     )
+
+
+def _together(rows: Sequence[tuple[str, ...]], end: int) -> list[tuple[str, ...]]:
+    """The runs' rows about the same, row[1:end], one below the other."""
+    places: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        places.setdefault(row[1:end], len(places))
+    return sorted(rows, key=lambda row: places[row[1:end]])
 
 
 def _interval(score: Mapping[str, Any]) -> str:

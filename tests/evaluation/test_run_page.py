@@ -89,6 +89,19 @@ def test_a_page_has_curves_totals_differences_and_answers(runs, tmp_path, capsys
     assert "<td>model.d_model</td><td>96</td>" in out.read_text()
 
 
+def test_runs_are_next_to_each_other_in_each_score_and_answer(tmp_path):
+    for name in "xy":
+        write_run(tmp_path / name, 0, [3.0, 2.0], evaluated=True)
+    runs = [str(tmp_path / name) for name in "xy"]
+    assert cli.main(["report", *runs, f"--out={tmp_path / 'page.html'}"]) == 0
+    found = re.findall(
+        r"<tr><td>(.), dev</td><td>faq</td><td>(\w+|.*?b)</td>",
+        tmp_path.joinpath("page.html").read_text(),
+    )
+    assert [name for name, _ in found] == list("xyxyxy")
+    assert [about for _, about in found[::2]] == ["exact_match", "odd", "&lt;b&gt;a &amp; b"]
+
+
 def test_long_curves_are_thinned_and_keep_their_end():
     drawn = chart("t", "", [[(x, x**0.5) for x in range(10 * MOST_POINTS)], [(3, 1.0)]])
     [points] = re.findall(r'<polyline points="([^"]*)"', drawn)
