@@ -164,7 +164,8 @@ def show_examples(given: argparse.Namespace) -> int:
     if objective.document_fields != task.objective.document_fields:
         raise ConfigError(
             f"{given.objective} reads {' and '.join(objective.document_fields)}, but {task.name} "
-            f"has {' and '.join(task.objective.document_fields)}"
+            f"has {' and '.join(task.objective.document_fields)}; give another task, such as "
+            "stdlib_text, or another --objective"
         )
     inputs_length, targets_length = task.row_lengths(given.inputs_length, given.targets_length)
     if given.inputs_length and not objective.has_source:

@@ -109,10 +109,12 @@ class FileTask:
             return self._read_tfds(split)
         files = self.find_files(data_dir, split)
         if not files:
+            others = [name for name in self.splits if self.find_files(data_dir, name)]
             raise DataError(
                 f"no {split} split of {self.name} below {data_dir}; put it at "
                 f"{self.name}/{split}.jsonl or {split}/{self.name}.jsonl (or compressed) with the "
                 f"fields {', '.join(self.fields)}, or source and target"
+                + (f"; there is {', '.join(others)} (--split)" if others else "")
             )
         kind = pathlib.Path(plain_name(files[0])).suffix
         if kind in ROWS:

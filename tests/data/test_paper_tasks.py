@@ -159,6 +159,9 @@ def test_faults_are_named_by_file_and_line(tmp_path):
 def test_missing_data_is_refused_with_the_place_to_put_it(tmp_path):
     with pytest.raises(DataError, match=r"no train split of xsum .*xsum/train.jsonl.*document"):
         _documents("xsum", tmp_path)
+    _put(tmp_path / "xsum" / "validation.jsonl", [ROWS["xsum"]])
+    with pytest.raises(DataError, match=r"no train split.*; there is validation \(--split\)"):
+        _documents("xsum", tmp_path)
     with pytest.raises(DataError, match=r"c4 has train, validation"):
         _documents("c4", tmp_path, "test")
     with pytest.raises(DataError, match=r"not in tensorflow-datasets.*--data_dir"):
