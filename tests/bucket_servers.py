@@ -64,7 +64,11 @@ class Proxy:
                     super().handle_one_request()
 
             def pass_on(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                if len(body) < length:  # the client is gone, or tries again: half an object is none
+                    self.close_connection = True
+                    return
                 if "chunked" in self.headers.get("Transfer-Encoding", ""):
                     while size := int(self.rfile.readline().split(b";")[0], 16):
                         body += self.rfile.read(size)

@@ -133,11 +133,11 @@ def test_max_examples_and_seed(tmp_path, jsonl):
 
 
 def test_a_wide_vocabulary_is_stored_in_four_bytes(tmp_path, jsonl):
-    options = dict(vocabulary="bytes", extra_ids=70_000, decoder_start_id=69_999)
+    options = dict(vocabulary="bytes", extra_ids=65_536, decoder_start_id=65_700)
     card = prepare(out=tmp_path / "out", jsonl=[jsonl], **options, **LENGTHS)
     assert card.token_dtype == "uint32"
     batch = Batches(open_records(tmp_path / "out"), global_batch=2)[0]
-    assert batch["decoder_input_tokens"][0, 0] == 69_999
+    assert batch["decoder_input_tokens"][0, 0] == 65_700
 
 
 BAD_INPUT = {
