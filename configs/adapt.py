@@ -7,8 +7,9 @@
         --config.data.eval_records=data/validation
 
 Prefix LM also learns from its source's stored distributions: --config.distill.teacher=DIR, made by
-`encdec score --teacher=runs/smollm2 --records=data/train` (docs/adaptation.md). UL2 needs sentinels
-in the vocabulary: `encdec adapt --extra_ids=136`, and records by gin/objectives/ul2.gin.
+`encdec distill logits --teacher=runs/smollm2 --records=data/train` (docs/adaptation.md). UL2 needs
+sentinels in the vocabulary: `encdec adapt --extra_ids=136`, and records by
+gin/objectives/ul2.gin.
 
 Further words of the argument, after commas:
 

@@ -1,6 +1,6 @@
 """Training on a teacher's stored distributions and on gold targets; the argument names the student.
 
-    encdec score --teacher=teacher --records=data/train --out=data/train-teacher
+    encdec distill logits --teacher=teacher --records=data/train --out=data/train-teacher
     encdec train --config=configs/distill.py:330m --workdir=runs/330m-distilled \
         --config.data.records=data/train --config.distill.teacher=data/train-teacher \
         --config.data.eval_records=data/validation
@@ -12,8 +12,8 @@ from a decoder-only teacher.
 
 Time and loss: micro-300k, on the records and with the settings that configs/pretrain.py names, from
 a teacher of its own size trained on them, at 1e-3, ends at 3.42 nats per held-out token after 88 s
-of processor time, and 27 s for `encdec score` (AMD EPYC, Zen 5, 2026-11-29). 330m is not measured;
-docs/distillation.md has more of small models.
+of processor time, and 27 s for `encdec distill logits` (AMD EPYC, Zen 5, 2026-11-29). 330m is
+not measured; docs/distillation.md has more of small models.
 """
 
 from ml_collections import ConfigDict

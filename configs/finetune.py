@@ -12,8 +12,8 @@ config.model is a trained or imported model's directory, of either architecture.
 --config.init_from=DIR instead, the run says where their architectures differ.
 The run ends when the held-out loss has not fallen for `eval.patience` evaluations; `encdec evaluate
 --step=best` uses the checkpoint with the lowest. With --config.distill.teacher=DIR (made by `encdec
-score` on the same records) the model also learns from a teacher. Fields not set here are as in
-pretraining: encdec/train/run_fields.py explains every field.
+distill logits` on the same records) the model also learns from a teacher. Fields not set here are
+as in pretraining: encdec/train/run_fields.py explains every field.
 
 Time and loss: the micro-300k of configs/pretrain.py, tuned on stdlib_code_summarization in rows of
 256 + 48 tokens (--config.steps=500 --config.batch_size=16), ends at 5.41 nats per held-out token

@@ -1,19 +1,20 @@
 """encdec as eight functions, from text to a trained model in use.
 
-Each does what the command of its name does (``import_model`` and ``export_model``: ``encdec
-import`` and ``encdec export``), returns what was made, and raises the errors of
-``encdec.errors``, which name the value and the remedy. These names and arguments are stable;
-everything else may move between versions.
+Each does what the command of its name does (``import_model``, ``export_model`` and
+``store_teacher_logits``: ``encdec import``, ``encdec export`` and ``encdec distill logits``),
+returns what was made, and raises the errors of ``encdec.errors``, which name the value and the
+remedy. These names and arguments are stable; everything else may move between versions.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from encdec.data.prepare import prepare
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import ConfigError
 from encdec.evaluation.evaluate import evaluate as _evaluate
 from encdec.evaluation.evaluation_settings import EvaluationSettings
@@ -27,6 +28,8 @@ from encdec.train.loop import train as _train
 from encdec.train.reports import OnReport
 from encdec.train.run_config import load_config
 
+_FORMER = {"score": "store_teacher_logits"}  # functions that had another name once
+
 __all__ = [
     "ExportReport",
     "Hook",
@@ -37,9 +40,17 @@ __all__ = [
     "import_model",
     "load",
     "prepare",
-    "score",
+    "store_teacher_logits",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FORMER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"encdec.api.{name} is now called {_FORMER[name]}"
+    warnings.warn(message, FutureWarning, stacklevel=2)
+    return globals()[_FORMER[name]]
 
 
 def train(

@@ -34,13 +34,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "train": ("encdec.train.train_command:main", "train a model on records, or resume a run"),
     "average": ("encdec.saved.average:main", "the mean of a run's last checkpoints, as a model"),
-    "score": (
-        "encdec.distill.score_command:main",
-        "a teacher's distributions on records, for students",
-    ),
     "distill": (
         "encdec.distill.distill_command:main",
-        "rollouts by a student or a teacher, and rounds of them",
+        "a teacher's logits on records, rollouts, and rounds of both",
     ),
     "compile": (
         "encdec.hardware.compile_command:main",
@@ -132,10 +128,13 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
 }
 
 KEPT = "Finished work is kept, and incomplete files are recognized: run the same command again."
+# Commands that had another name once: the former and today's. They are accepted and in no help.
+FORMER = {("score",): ["distill", "logits"], ("scaling", "score"): ["scaling", "evaluate"]}
 # Commands that take training steps, and would be given the same memory again at each.
 _TRAINING = [
-    *([name] for name in ("quickstart", "train", "distill", "paper", "scaling")),
+    *([name] for name in ("quickstart", "train", "paper", "scaling")),
     *(["benchmark", name] for name in ("train", "loop", "distill", "adaptation")),
+    *(["distill", name] for name in ("rollout", "rounds")),
 ]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -161,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     began = time.monotonic()
+    arguments = _today(arguments)
     use_compilation_cache()
     if arguments[:1] in _TRAINING or arguments[:2] in _TRAINING:
         keep_memory()
@@ -185,6 +185,16 @@ def _main(arguments: list[str]) -> int:
         # goes nowhere from now on, or Python would complain when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _today(arguments: list[str]) -> list[str]:
+    """The arguments with a command's former name replaced."""
+    for former, today in FORMER.items():
+        if tuple(arguments[: len(former)]) == former:
+            names = " ".join(former), " ".join(today)
+            _LOG.info("encdec %s is now called encdec %s", *names)
+            return today + arguments[len(former) :]
+    return arguments
 
 
 def _output(arguments: list[str]) -> str:

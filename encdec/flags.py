@@ -37,7 +37,7 @@ FORMER = (
     ("--limit", "--max_examples", "evaluate", "benchmark speculate"),
     ("--work", "--workdir", "paper", "benchmark distill", "benchmark adaptation"),
     ("--print_jobs", "--dry_run", "scaling run"),
-    ("--examples", "--max_examples", "scaling score"),
+    ("--examples", "--max_examples", "scaling evaluate"),
     ("--draws", "--resamples", "scaling fit", "scaling plot"),
     (
         *("--rounds", "--repeats", "benchmark prepare", "benchmark serving"),

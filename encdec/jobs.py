@@ -200,7 +200,7 @@ class DirectoryJob(Generic[T]):
 
     Args:
         out: the directory.
-        what: names the kind of job in messages ("scoring"); another kind's is not continued.
+        what: names the kind of job in messages ("rollout"); another kind's is not continued.
         identity: all that decides what is written; plain JSON values.
         card: name of the file that makes the directory finished.
         tally: what blocks count.

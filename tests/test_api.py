@@ -18,3 +18,10 @@ def test_what_cannot_be_is_refused_and_nothing_written(tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ConfigError, match="not empty"):
         api.export_model(tmp_path / "run", tmp_path / "taken")
+
+
+def test_a_former_name_says_what_the_function_is_called_now():
+    with pytest.warns(FutureWarning, match="api.score is now called store_teacher_logits"):
+        assert api.score is api.store_teacher_logits
+    with pytest.raises(AttributeError, match="no attribute 'scores'"):
+        api.scores  # noqa: B018

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -85,6 +86,23 @@ def test_unknown_command_names_the_nearest(arguments, suggestion, capsys):
     assert cli.main(arguments) == ConfigError.exit_code
     message = capsys.readouterr().err
     assert repr(arguments[-1]) in message and suggestion in message
+
+
+@pytest.mark.parametrize("former", cli.FORMER, ids=" ".join)
+def test_a_former_name_says_what_the_command_is_called_now(former, capsys):
+    today = cli.FORMER[former]
+    shown = []
+    for words in (former, today):
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        shown.append(capsys.readouterr())
+    assert shown[0].out == shown[1].out != ""
+    said = f"encdec {' '.join(former)} is now called encdec {' '.join(today)}\n"
+    assert (shown[0].err, shown[1].err) == (said, "")
+    for words in (["--help"], [*former[:-1], "--help"]):
+        with contextlib.suppress(SystemExit):
+            cli.main(words)
+        assert f" {former[-1]} " not in capsys.readouterr().out
 
 
 def test_unlike_anything_lists_the_commands(capsys):

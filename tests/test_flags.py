@@ -18,8 +18,8 @@ import pytest
 from encdec import cli, flags, logs
 from encdec.data.prepare_progress import ProgressLine
 from encdec.data.prepare_settings import PrepareSettings
-from encdec.distill.scoring_progress import ScoringProgress
-from encdec.distill.scoring_settings import ScoringSettings
+from encdec.distill.logits_progress import LogitsProgress
+from encdec.distill.teacher_logits_settings import TeacherLogitsSettings
 from encdec.errors import ConfigError
 from encdec.fields import listed
 from encdec.inference import progress
@@ -119,7 +119,7 @@ def test_verify_says_less_and_more(records, capsys):
 def test_bars_and_lines_of_progress_are_left_out_and_warnings_are_not(records, capsys, monkeypatch):
     monkeypatch.setattr(progress, "REPORT_SECONDS", -1)
     monkeypatch.setattr("encdec.data.prepare_progress.LOG_SECONDS", -1)
-    monkeypatch.setattr("encdec.distill.scoring_progress.REPORT_SECONDS", -1)
+    monkeypatch.setattr("encdec.distill.logits_progress.REPORT_SECONDS", -1)
 
     class Counts:
         examples = rows = tokens = bytes = 7
@@ -131,8 +131,8 @@ def test_bars_and_lines_of_progress_are_left_out_and_warnings_are_not(records, c
     def everything():
         Progress("job", 10)(1, 5)
         ProgressLine()(Counts)
-        scoring = ScoringProgress(str(records))
-        scoring(Counts), scoring(Later)
+        stored = LogitsProgress(str(records))
+        stored(Counts), stored(Later)
         console = Console(10)
         console.say("a line")
         console.write_scalars(3, {"train/loss": 1.0})
@@ -238,7 +238,7 @@ MEANINGS = {
 # Words of the table with another meaning: shares of a teacher, rounds of distillation, and so on.
 OTHER_MEANINGS = {
     "encdec distill rounds": {"--rounds", "--draws", "--teacher"},
-    "encdec score": {"--draws", "--teacher"},
+    "encdec distill logits": {"--draws", "--teacher"},
     "encdec compile": {"--hlo"},
     "encdec paper": {"--results"},
     "encdec paper search": {"--results"},
@@ -314,7 +314,7 @@ def test_former_names_are_accepted_and_said_to_have_changed(capsys):
     # An action has its own, as encdec's own parsing of actions calls it.
     with pytest.raises(ConfigError, match="--max_examples is -1"):
         cli.load(cli.COMMANDS["scaling"][0])(
-            ["score", "--ladder=x", "--workdir=y", "--task=z", "--examples=-1"]
+            ["evaluate", "--ladder=x", "--workdir=y", "--task=z", "--examples=-1"]
         )
 
 
@@ -325,7 +325,7 @@ BY_SETTINGS = {
         frozenset(field.name for field in dataclasses.fields(GenerationSettings)),
     ),
     "prepare": {field.name for field in dataclasses.fields(PrepareSettings)},
-    "score": {field.name for field in dataclasses.fields(ScoringSettings)},
+    "distill logits": {field.name for field in dataclasses.fields(TeacherLogitsSettings)},
     "vocab": {"size"},
 }
 
@@ -351,11 +351,11 @@ def test_a_number_out_of_range_is_refused(words, capsys):
 
 
 def test_numbers_that_settings_check_have_a_bound():
-    for kind in (PrepareSettings, ScoringSettings):
+    for kind in (PrepareSettings, TeacherLogitsSettings):
         for field in dataclasses.fields(kind):
             flag = field.metadata["flag"]
             number = flag.get("type") in (int, float) and "nargs" not in flag
-            # The two of scoring that are no integers are SparseFormat's.
+            # The two of logits that are no integers are SparseFormat's.
             if number and field.name not in ("temperature", "proposal"):
                 assert field.metadata["least"] is not None, field.name
 
@@ -384,7 +384,7 @@ def test_bounds_of_numbers():
         ("export --checkpoint=c --format=onnx --out=o", "--own", "and --format is onnx; give both"),
         ("generate --checkpoint=c text", "--format=jsonl", "without --file"),
         ("import x --out=o", "--head_dim=64", "without --format=mu, and --format is hf"),
-        ("score", "--process_id=1", "without --distributed"),
+        ("distill logits", "--process_id=1", "without --distributed"),
         ("train --config=c --workdir=w", "--num_processes=2", "without --distributed"),
         ("scaling plan --ladder=l", "--mfu=0.3", "without --chip"),
         ("benchmark speculate", "--always", "--always .* without --checkpoint"),

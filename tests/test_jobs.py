@@ -21,8 +21,8 @@ from encdec.data.records import decode_row, read_card
 from encdec.data.teacher_rows import read_teacher_card
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.distill import rollout as rollout_module
-from encdec.distill import scoring
-from encdec.distill.scoring_settings import ScoringSettings
+from encdec.distill import teacher_logits
+from encdec.distill.teacher_logits_settings import TeacherLogitsSettings
 from encdec.errors import ConfigError, DataError, InUseError
 from encdec.evaluation.examples import Example
 from encdec.evaluation.predictions import PredictionFiles, predict
@@ -131,10 +131,10 @@ def test_a_job_killed_at_any_system_call_ends_in_the_same_bytes(tmp_path):
 
 
 def test_tallies_add_up_field_by_field():
-    tally = scoring.ScoringTally(rows=1, max_pairs=9, entropy=0.5)
-    tally.add(scoring.ScoringTally(rows=2, max_pairs=4, entropy=0.25))
+    tally = teacher_logits.LogitsTally(rows=1, max_pairs=9, entropy=0.5)
+    tally.add(teacher_logits.LogitsTally(rows=2, max_pairs=4, entropy=0.25))
     assert (tally.rows, tally.max_pairs, tally.entropy) == (3, 9, 0.75)
-    assert scoring.ScoringTally.from_dict(json.loads(json.dumps(tally.to_dict()))) == tally
+    assert teacher_logits.LogitsTally.from_dict(json.loads(json.dumps(tally.to_dict()))) == tally
 
 
 def test_differences_are_named_where_they_are():
@@ -194,7 +194,7 @@ def test_a_model_that_another_process_writes_is_left_alone(tmp_path):
 
 def test_the_current_folder_is_a_directory_with_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    job = functools.partial(DirectoryJob, what="scoring", identity={}, card="card", tally=Tally)
+    job = functools.partial(DirectoryJob, what="rollout", identity={}, card="card", tally=Tally)
     with job(pathlib.Path(".")).writing():
         pathlib.Path("card").write_text("old")
     (tmp_path / "inner").mkdir()
@@ -219,7 +219,7 @@ def test_lines_follow_the_last_whole_one(tmp_path):
 
 
 def test_what_is_in_the_way_is_left_alone(tmp_path):
-    job = functools.partial(DirectoryJob, what="scoring", identity={}, card="card", tally=Tally)
+    job = functools.partial(DirectoryJob, what="rollout", identity={}, card="card", tally=Tally)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file"):
         job(tmp_path / "file", overwrite=True)
@@ -227,7 +227,7 @@ def test_what_is_in_the_way_is_left_alone(tmp_path):
     (tmp_path / "mine" / NOTES).mkdir(parents=True)
     (tmp_path / "mine" / "thesis.txt").write_text("of ten years")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="not empty, but holds no scoring"):
+        with pytest.raises(DataError, match="not empty, but holds no rollout"):
             job(tmp_path / "mine", overwrite=overwrite)
     # Where the new contents would be made.
     (tmp_path / "out").mkdir()
@@ -262,7 +262,7 @@ class EchoModel:
         return Generation(text, tokens, [-1.0] * len(tokens), "eos", None, False)
 
 
-class EchoScorer:
+class EchoBackend:
     """Draws of each target token: the token itself and the next id."""
 
     batch_rows, host, hosts, writes = 2, 0, 1, True
@@ -273,7 +273,7 @@ class EchoScorer:
     def load(self):
         pass
 
-    def score(self, numbers):
+    def forward(self, numbers):
         kept = {"tokens": np.zeros(len(numbers), np.int32)}
         draws = np.zeros((len(numbers), 200, 4), np.int32)
         for place, number in enumerate(numbers):
@@ -299,7 +299,9 @@ def users(tmp_path, monkeypatch):
     records = tmp_path / "records"
     prepare(out=records, **options)
     monkeypatch.setattr(
-        scoring, "_scorer", lambda settings, records, fmt: ({"name": "echo"}, EchoScorer(records))
+        teacher_logits,
+        "_backend",
+        lambda settings, records, fmt: ({"name": "echo"}, EchoBackend(records)),
     )
     config = {"run": {}, "data": {"vocabulary": {"fingerprint": ByteVocabulary().fingerprint}}}
     monkeypatch.setattr(rollout_module, "read_config", lambda workdir: config)
@@ -325,10 +327,12 @@ def users(tmp_path, monkeypatch):
 
         prepared(out, step, writer=BeamWriter(), **more)
 
-    def scored(out, step, overwrite=False, other=False):
-        settings = ScoringSettings("echo", records=records, out=out, draws=4, shard_rows=3)
+    def logits(out, step, overwrite=False, other=False):
+        settings = TeacherLogitsSettings("echo", records=records, out=out, draws=4, shard_rows=3)
         # After every batch, which is less than a shard.
-        scoring.score(settings, seed=int(other), overwrite=overwrite, progress=lambda tally: step())
+        teacher_logits.store_teacher_logits(
+            settings, seed=int(other), overwrite=overwrite, progress=lambda tally: step()
+        )
 
     def rolled_out(out, step, overwrite=False, other=False):
         rollout_module.rollout(
@@ -364,7 +368,7 @@ def users(tmp_path, monkeypatch):
     return {
         "prepare": prepared,
         "beam": on_beam,
-        "score": scored,
+        "logits": logits,
         "rollout": rolled_out,
         "generate": generated,
         "evaluate": predicted,
@@ -375,7 +379,9 @@ needs_beam = pytest.mark.skipif(
     importlib.util.find_spec("apache_beam") is None, reason="the extra beam is not installed"
 )
 OTHER = r"(seed|decoder_start_id) is 0 there and 1 here|max_tokens is 8 there and 7 here"
-DIRECTORY_JOBS = ["prepare", pytest.param("beam", marks=needs_beam), "score", "rollout"]
+# As earlier versions wrote them, whose unfinished jobs are continued.
+KINDS = {"prepare": "preparation", "logits": "scoring", "rollout": "rollout"}
+DIRECTORY_JOBS = ["prepare", pytest.param("beam", marks=needs_beam), "logits", "rollout"]
 
 
 def contents(directory):
@@ -408,6 +414,8 @@ def test_an_interrupted_job_ends_in_the_same_bytes(user, users, tmp_path):
         with pytest.raises(Stopped):
             call(out, stopping(after))
     before = contents(out)
+    if user in KINDS:
+        assert json.loads(before[f"{NOTES}/job.json"])["what"] == KINDS[user]
     with pytest.raises((DataError, ConfigError), match=OTHER):
         call(out, lambda: None, other=True)
     assert contents(out) == before
@@ -450,7 +458,7 @@ def test_a_second_process_is_refused_and_the_first_loses_nothing(user, users, tm
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("user", ["prepare", "score", "rollout"])
+@pytest.mark.parametrize("user", ["prepare", "logits", "rollout"])
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(user, users, tmp_path):
     call, out = users[user], tmp_path / "out"
     call(tmp_path / "whole", lambda: None)
@@ -465,10 +473,10 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(user, users, tmp_path)
     assert first.stat().st_mtime_ns != times[0] and second.stat().st_mtime_ns == times[1]
 
 
-@pytest.mark.parametrize("user", ["prepare", "score", "rollout"])
+@pytest.mark.parametrize("user", ["prepare", "logits", "rollout"])
 def test_what_an_earlier_version_began_is_refused(user, users, tmp_path):
     call, out = users[user], tmp_path / "out"
-    notes = {"prepare": "preparing", "score": "scoring", "rollout": "writing"}[user]
+    notes = {"prepare": "preparing", "logits": "scoring", "rollout": "writing"}[user]
     write = out / notes / "job.json"
     write.parent.mkdir(parents=True)
     write.write_text("{}")
@@ -482,7 +490,7 @@ def test_what_an_earlier_version_began_is_refused(user, users, tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("user", ["prepare", "score", "rollout"])
+@pytest.mark.parametrize("user", ["prepare", "logits", "rollout"])
 def test_finished_contents_stay_until_those_that_replace_them_are_whole(user, users, tmp_path):
     call, out = users[user], tmp_path / "out"
     call(out, lambda: None, other=True)
@@ -498,11 +506,11 @@ def test_finished_contents_stay_until_those_that_replace_them_are_whole(user, us
 
 
 def test_a_finished_job_is_not_done_again(users, tmp_path):
-    for user in ("score", "rollout", "generate", "evaluate"):
+    for user in ("logits", "rollout", "generate", "evaluate"):
         out = tmp_path / user
         users[user](out, lambda: None)
         before = contents(out)
-        if user in ("score", "rollout"):  # killed after the card was there
+        if user in ("logits", "rollout"):  # killed after the card was there
             (out / NOTES).mkdir()
             (out / NOTES / "job.json").write_text("{}")
         users[user](out, stopping(0))
@@ -510,4 +518,4 @@ def test_a_finished_job_is_not_done_again(users, tmp_path):
         with pytest.raises((DataError, ConfigError), match=OTHER):
             users[user](out, stopping(0), other=True)
         assert contents(out) == before
-    assert read_teacher_card(tmp_path / "score").rows == read_card(tmp_path / "records").rows
+    assert read_teacher_card(tmp_path / "logits").rows == read_card(tmp_path / "records").rows

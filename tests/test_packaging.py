@@ -119,7 +119,7 @@ def test_everything_imported_is_declared(setup_arguments):
             "litert_runtime.py",
             "syntax.py",
             "judge.py",
-            "torch_scorer.py",
+            "torch_teacher.py",
             "pretrained.py",
             "hub.py",
             "transformers_runtime.py",

@@ -93,7 +93,7 @@ def test_the_walk_sees_every_command():
         assert name == "benchmark" or any(
             f"{found} ".startswith(f"encdec {name} ") for found in names
         )
-    assert {"encdec paper table", "encdec paper search", "encdec scaling score"} <= names
+    assert {"encdec paper table", "encdec paper search", "encdec scaling evaluate"} <= names
     assert {"encdec distill rounds", "encdec compile table"} <= names
     assert len(list(path_flags())) > 90
 

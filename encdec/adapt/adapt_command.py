@@ -83,7 +83,7 @@ def _parser() -> Parser:
         prog="encdec adapt",
         description="Turns a decoder-only model into an encoder-decoder: its layers, read both "
         "ways, are the encoder, and with cross-attention added the decoder (T5Gemma, arXiv "
-        "2504.06225). The result is a work directory that train (--config.init_from), score, "
+        "2504.06225). The result is a work directory that train (--config.init_from), distill, "
         "generate and export read.",
     )
     parser.add(

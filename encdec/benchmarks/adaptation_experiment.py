@@ -29,7 +29,7 @@ from encdec.data.prepare import prepare
 from encdec.data.readers import BadRows, check_files, text_documents
 from encdec.data.vocabulary import CARD_FILE
 from encdec.data.vocabulary_training import train_vocabulary
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows, write_text
 from encdec.jobs import claim_settings
@@ -415,8 +415,8 @@ def source_flops(setting: AdaptationExperiment) -> float:
 
 
 def teacher_flops(setting: AdaptationExperiment) -> float:
-    """FLOPs of the source's reading all rows that it scores, once; its child's budget, of training
-    alone, does not include them."""
+    """FLOPs of the source's reading all rows whose logits are stored, once; its child's budget, of
+    training alone, does not include them."""
     rows = read_card(_records(setting, "prefix_lm")).rows
     return forward_flops(
         source_model(setting), setting.inputs, setting.targets, batch_size=rows
@@ -496,5 +496,5 @@ def _start(
 def _taught(setting: AdaptationExperiment, seed: int, source: pathlib.Path) -> str:
     """The source's distributions on the prefix-LM records."""
     out = setting.work / "scored" / str(seed)
-    score(teacher=str(source), records=_records(setting, "prefix_lm"), out=str(out))
+    store_teacher_logits(teacher=str(source), records=_records(setting, "prefix_lm"), out=str(out))
     return str(out)

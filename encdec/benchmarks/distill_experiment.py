@@ -1,8 +1,9 @@
 """Does a teacher's column help? One teacher, students of one size, several kinds of column.
 
-A decoder-only teacher is trained on a corpus, scores the students' records in each format, and the
-students learn at equal steps from gold targets alone, from every logit, from draws, and from top-k
-rows. Every run has a directory of its own, and what is finished is not run again.
+A decoder-only teacher is trained on a corpus, its logits on the students' records are stored in
+each format, and the students learn at equal steps from gold targets alone, from every logit, from
+draws, and from top-k rows. Every run has a directory of its own, and what is finished is not run
+again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from encdec.cost.flops import count_parameters
 from encdec.data.batches import Batches, RowFields
 from encdec.data.records import open_records
 from encdec.data.teacher_rows import TeacherCard, open_teacher, read_teacher_card
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.jobs import claim_settings
@@ -144,7 +145,7 @@ def run_experiment(setting: DistillExperiment, say: Say) -> dict[str, Any]:
         path, identity, holder=work, remedy=f"give another --workdir, or those of {path}"
     )
     teacher = _teacher(setting, say)
-    sampled = _scored(setting, SAMPLED, say)
+    sampled = _stored(setting, SAMPLED, say)
     kinds = variants(sampled.pairs / sampled.tokens)
     for batch in (kinds[:4], kinds[4:]):
         for seed in range(setting.seeds):
@@ -277,10 +278,10 @@ def _teacher(setting: DistillExperiment, say: Say) -> dict[str, Any]:
     return {"parameters": count_parameters(run.model_config()).total} | result
 
 
-def _scored(setting: DistillExperiment, variant: Variant, say: Say) -> TeacherCard:
+def _stored(setting: DistillExperiment, variant: Variant, say: Say) -> TeacherCard:
     out = setting.work / "scored" / variant.store
     out.parent.mkdir(exist_ok=True)
-    card = score(
+    card = store_teacher_logits(
         teacher=setting.work / "teacher",
         records=setting.records,
         out=out,
@@ -298,7 +299,7 @@ def _scored(setting: DistillExperiment, variant: Variant, say: Say) -> TeacherCa
 def _student(setting: DistillExperiment, variant: Variant, seed: int, say: Say) -> None:
     folder = folder_of(setting, variant, seed)
     if variant.method:
-        _scored(setting, variant, lambda text: None)
+        _stored(setting, variant, lambda text: None)
     if _result(folder) is None:
         result = _trained(student_config(setting, variant, seed), folder)
         jax.clear_caches()  # programs of runs that are over

@@ -21,7 +21,7 @@ from encdec.data.records import open_records
 from encdec.data.sparse_logits import MAX_PAIRS, SparseFormat, decode_rows, encode_row
 from encdec.data.teacher_rows import batch_fields
 from encdec.distill.draw import to_sparse
-from encdec.distill.scorers import make_score_step
+from encdec.distill.teachers import make_logits_step
 from encdec.model import build_model
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.run_fields import DistillConfig, LossConfig, Tail
@@ -94,12 +94,12 @@ class _Gradients:
     def _stored(self, fmt: SparseFormat) -> Iterator[tuple[list[bytes], int]]:
         """Each batch's rows as they would be stored, and their number of tokens."""
         model = build_model(self._teacher)
-        score = jax.jit(make_score_step(model, fmt, self._card.targets_length, seed=0))
+        teach = jax.jit(make_logits_step(model, fmt, self._card.targets_length, seed=0))
         for index, (_, teacher_batch) in enumerate(self._batches):
             first = index * self._batch_rows
             numbers = np.arange(first, first + self._batch_rows, dtype=np.uint32)
             kept = jax.tree.map(
-                np.asarray, score(self._teacher_params, teacher_batch | {"row_numbers": numbers})
+                np.asarray, teach(self._teacher_params, teacher_batch | {"row_numbers": numbers})
             )
             tokens = kept.pop("tokens")
             yield (

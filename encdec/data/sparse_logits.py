@@ -297,7 +297,7 @@ def decode_rows(
     if ids.size and ids.max() >= fmt.vocab_size:
         raise DataError(
             f"a teacher's id is {ids.max()}, but its vocabulary has {fmt.vocab_size} "
-            "ids; score the records again"
+            "ids; store the logits again"
         )
     if fmt.method == "top_k":
         log_probs = joined["log_probs"].astype(np.float32) / np.float32(-_LOG_PROB_STEPS)
@@ -317,7 +317,7 @@ def _split(data: bytes, fmt: SparseFormat, name: object) -> dict[str, np.ndarray
         return {field: np.empty(0, np.uint32) for field, _, _ in _fields(fmt, 0, 0)}
     broken = DataError(
         f"the teacher's row {name} is damaged (its checksum or length is wrong); copy the shard "
-        "again, or run encdec score again"
+        "again, or run encdec distill logits again"
     )
     if len(data) < 12:
         raise broken

@@ -1,7 +1,7 @@
 """A teacher's column next to the records: its card, its shards, and the fields it adds to a batch.
 
 A teacher directory holds ArrayRecord shards with one record a row, in the order of the records'
-rows, and ``teacher.json``, written last. The card names the records it was scored for by their
+rows, and ``teacher.json``, written last. The card names the records that the teacher read by their
 fingerprint; another set of records, vocabulary or length is refused. Records that are read as a
 mixture have a teacher directory for each part.
 """
@@ -36,7 +36,7 @@ class TeacherCard:
     """What a teacher directory holds.
 
     Attributes:
-        teacher: whose scores they are: name, step and fingerprint of its parameters' source.
+        teacher: whose logits they are: name, step and fingerprint of its parameters' source.
         records_fingerprint: of the records' content.
         vocabulary_fingerprint: of the vocabulary, which must be the teacher's own.
         format: what is kept of each distribution.
@@ -104,14 +104,14 @@ def read_teacher_card(directory: str | pathlib.Path) -> TeacherCard:
     """The card of a teacher directory; DataError where it is missing, broken or too new."""
     directory = as_path(user_place("the teacher directory", directory))
     path = directory / CARD_FILE
-    again = f"run encdec score --out={directory} with the same arguments to finish it"
+    again = f"run encdec distill logits --out={directory} with the same arguments to finish it"
     if not directory.is_dir():
         raise DataError(
-            f"teacher directory {directory} does not exist; make it with encdec score "
+            f"teacher directory {directory} does not exist; make it with encdec distill logits "
             f"--teacher=... --records=... --out={directory}"
         )
     if not path.is_file():
-        raise DataError(f"{directory} has no {CARD_FILE}: its scoring did not finish; {again}")
+        raise DataError(f"{directory} has no {CARD_FILE}: it is not finished; {again}")
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
@@ -120,14 +120,14 @@ def read_teacher_card(directory: str | pathlib.Path) -> TeacherCard:
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format_version {version!r}, this encdec reads "
-            f"{FORMAT_VERSION}; use the version that wrote it or score again"
+            f"{FORMAT_VERSION}; use the version that wrote it or store it again"
         )
     try:
         content["format"] = SparseFormat(**content["format"])
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         return TeacherCard(**content)
     except (TypeError, KeyError) as error:
-        raise DataError(f"{path} is malformed: {error}; copy it again or score again") from error
+        raise DataError(f"{path} is malformed: {error}; copy or store it again") from error
 
 
 class Teacher(ShardedRows):
@@ -137,7 +137,7 @@ class Teacher(ShardedRows):
         super().__init__(
             directory,
             card.shards,
-            f"copy it again from where it was scored, or run encdec score --out={directory} "
+            f"copy it again from where it was made, or run encdec distill logits --out={directory} "
             "--overwrite",
         )
         self.card = card
@@ -190,7 +190,7 @@ class Teacher(ShardedRows):
             bad = int(np.argmax(tokens))
             raise DataError(
                 f"the teacher's row {row_numbers[bad]} has {tokens[bad]} tokens, but its card "
-                f"allows {length}; run encdec score again"
+                f"allows {length}; run encdec distill logits again"
             )
         return batch_fields(tokens, table, self.format, length, max_pairs or self.card.max_pairs)
 
@@ -239,7 +239,7 @@ class MixedTeacher:
                 if mine != other:
                     raise ConfigError(
                         f"teachers cannot be mixed: {name} is {mine!r} in {first.directory} but "
-                        f"{other!r} in {part.directory}; score them with the same settings"
+                        f"{other!r} in {part.directory}; store both with the same settings"
                     )
         self.format = first.format
         self.fingerprint = hashlib.sha256(
@@ -272,7 +272,7 @@ def open_teacher(directory: str | pathlib.Path, records: Records | MixedRecords)
 
     Raises:
         ConfigError: not as many teachers as the mixture has parts, or of different formats.
-        DataError: missing, unfinished or incomplete; or scored for other records, another
+        DataError: missing, unfinished or incomplete; or of other records, another
             vocabulary or other lengths: both sides are named.
     """
     if isinstance(records, MixedRecords):
@@ -312,9 +312,9 @@ def check_pair(card: TeacherCard, records: Records, name: str) -> None:
     ]
     if differ:
         raise DataError(
-            f"the teacher in {name} scored other records than {records.directory}: "
-            f"{'; '.join(differ)}. Give the records it was scored on, or score these: encdec "
-            f"score --records={records.directory} --out=..."
+            f"the teacher in {name} read other records than {records.directory}: "
+            f"{'; '.join(differ)}. Give the records that it read, or let it read these: encdec "
+            f"distill logits --records={records.directory} --out=..."
         )
 
 

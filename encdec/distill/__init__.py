@@ -1,1 +1,1 @@
-"""Distillation from a teacher's logits, scored once and stored next to the records."""
+"""Distillation from a teacher's logits, computed once and stored next to the records."""

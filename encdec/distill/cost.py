@@ -20,11 +20,11 @@ TYPICAL_IDS = 12.0
 # Operations that the teacher adds to a student's step, a logit and a stored pair, forward and
 # backward, as XLA counts the lowered program; and a pair's id, weight and position in a batch.
 _LOGIT_FLOPS, _PAIR_FLOPS, _PAIR_BATCH_BYTES = 8, 33, 12
-UTILISATION = 0.4  # of a chip's peak that scoring is assumed to reach, a forward pass alone
+UTILISATION = 0.4  # of a chip's peak that the teacher is assumed to reach, a forward pass alone
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoringCost:
+class TeacherCost:
     """Of one pass of the teacher, and of what it leaves on disk.
 
     Attributes:
@@ -45,14 +45,14 @@ class ScoringCost:
     teacher_flops: float
 
 
-def scoring_cost(teacher_flops: float, card: DatasetCard, fmt: SparseFormat) -> ScoringCost:
-    """The cost of scoring these records, of which the teacher's part is known."""
+def teacher_cost(teacher_flops: float, card: DatasetCard, fmt: SparseFormat) -> TeacherCost:
+    """The cost of a teacher's logits on these records; the FLOPs of its pass are given."""
     pairs = fmt.pair_bytes * fmt.pairs_limit if fmt.method != "full" else 4 * fmt.vocab_size
     per_token = pairs + _SCALAR_BYTES[fmt.method]
     tokens = card.target_tokens
     drawn = fmt.method == "sampled" and not fmt.weighted
     typical = _DEFLATED[0] + _DEFLATED[1] * TYPICAL_IDS if drawn else 0.0
-    return ScoringCost(
+    return TeacherCost(
         card.rows,
         tokens,
         typical,
@@ -101,7 +101,7 @@ def describe_student(name: str, cost: StudentCost) -> str:
     )
 
 
-def describe_cost(cost: ScoringCost) -> str:
+def describe_cost(cost: TeacherCost) -> str:
     """A few lines for a person, with hours on some chips at an assumed utilisation."""
     lines = [f"{cost.rows:,} rows, {cost.tokens:,} target tokens"]
     if cost.typical_bytes_per_token:

@@ -1,42 +1,101 @@
-"""``encdec distill``: rollouts by a model, and rounds of on-policy distillation."""
+"""``encdec distill``: a teacher's logits, rollouts by a model, rounds of on-policy distillation."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
 from encdec.config_files import split_overrides
+from encdec.distill.teacher_logits_settings import TeacherLogitsSettings
 from encdec.errors import ConfigError
-from encdec.flags import Parser
+from encdec.flags import Parser, add_process_options, join_processes
 from encdec.inference.generation_settings import add_draft_option
 from encdec.logs import logger
 from encdec.storage import any_path, local_path
 
 if TYPE_CHECKING:
+    from encdec.data.records import Records
     from encdec.distill.rollout import Answering
 
 _LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """``encdec distill rollout --checkpoint=DIR ...`` or ``rounds --teacher=DIR ...``.
+    """``encdec distill logits``, ``encdec distill rollout`` or ``encdec distill rounds``.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see ``encdec.distill.rollout.rollout`` and
-            ``encdec.distill.rounds.distill_in_rounds``.
+        ConfigError, DataError, CheckpointError: see
+            ``encdec.distill.teacher_logits.store_teacher_logits``,
+            ``encdec.distill.rollout.rollout`` and ``encdec.distill.rounds.distill_in_rounds``.
     """
-    if argv and argv[0] not in ("rollout", "rounds", "-h", "--help"):
+    if argv and argv[0] not in ("logits", "rollout", "rounds", "-h", "--help"):
         raise ConfigError(
-            f"unknown part {argv[0]!r}; expected `encdec distill rollout` or `rounds`"
+            f"unknown part {argv[0]!r}; expected `encdec distill logits`, `rollout` or `rounds`"
         )
     overrides, rest = split_overrides(argv)
     options = _parser().parse_args(rest)
     if overrides and options.function is not _rounds:
         raise ConfigError(
-            f"{overrides[0]} has no effect on `encdec distill rollout`, which trains nothing"
+            f"{overrides[0]} has no effect on `encdec distill {argv[0]}`, which trains nothing"
         )
     return options.function(options, overrides)
+
+
+def _logits(options: argparse.Namespace, overrides: list[str]) -> int:
+    given = vars(options)
+    fields = {field.name for field in dataclasses.fields(TeacherLogitsSettings)}
+    settings = TeacherLogitsSettings(**{name: given[name] for name in fields})
+    settings.check(writes=not options.dry_run)
+    join_processes(options)
+    if options.dry_run:
+        _dry_run(settings, options.student)
+        return 0
+    # Imported late, so that mistakes in the command line are reported at once.
+    from encdec.distill.logits_progress import LogitsProgress
+    from encdec.distill.teacher_logits import store_teacher_logits
+
+    progress = LogitsProgress(str(settings.records))
+    try:
+        card = store_teacher_logits(settings, progress=progress)
+    finally:
+        progress.close()
+    import jax
+
+    if not jax.process_index():
+        print(
+            f"{card.tokens:,} tokens in {card.rows:,} rows, {card.bytes_per_token:.1f} bytes per "
+            f"token, {card.pairs / max(card.tokens, 1):.1f} ids per token, the teacher's entropy "
+            f"{card.entropy:.4f} nats, mass left out {card.tail:.2%}{progress.rate()}; in "
+            f"{settings.out}"
+        )
+    return 0
+
+
+def _dry_run(settings: TeacherLogitsSettings, student: str | None) -> None:
+    """Prints what it will cost, and what the teacher adds to a student's training."""
+    from encdec.data.records import open_records
+    from encdec.distill.cost import describe_cost, describe_student, student_cost, teacher_cost
+    from encdec.model import preset
+
+    records = open_records(settings.records)
+    fmt = settings.format(records.card.vocabulary.size)
+    print(describe_cost(teacher_cost(_forward_flops(settings, records), records.card, fmt)))
+    if student:
+        print(describe_student(student, student_cost(preset(student), records.card)))
+
+
+def _forward_flops(settings: TeacherLogitsSettings, records: Records) -> float:
+    if settings.backend == "torch":
+        from encdec.distill.torch_teacher import torch_model
+
+        theirs = torch_model(settings.teacher, records, settings.vocabulary, settings.max_length)
+        return theirs.forward_flops(records)
+    from encdec.distill.teachers import teacher_model
+
+    ours = teacher_model(settings.teacher, records, settings.step, settings.max_length)
+    return ours.forward_flops(records)
 
 
 def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -79,7 +138,7 @@ def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
         options.rounds,
         shares=shares,
         answering=_answering(options),
-        scoring={
+        logits={
             "method": options.method,
             "draws": options.draws,
             "k": options.k,
@@ -113,10 +172,30 @@ def _answering(options: argparse.Namespace) -> Answering:
 
 def _parser() -> Parser:
     parser = Parser(prog="encdec distill")
-    parts = parser.add_subparsers(required=True, metavar="{rollout,rounds}")
+    parts = parser.add_subparsers(required=True, metavar="{logits,rollout,rounds}")
+    _add_logits(parts)
     _add_rollout(parts)
     _add_rounds(parts)
     return parser
+
+
+def _add_logits(parts: Any) -> None:
+    part = parts.add_parser(
+        "logits",
+        help="a teacher's distributions on records, for students",
+        description="Reads records once with a teacher and stores its distributions for "
+        "students, in a few bytes per target token. Repeat the command to resume.",
+    )
+    part.set_defaults(function=_logits)
+    TeacherLogitsSettings.add_flags(part)
+    part.add("--dry_run", "only print what it will cost: bytes, FLOPs, hours", default=False)
+    part.add(
+        "--student",
+        "what the teacher adds to this student's training",
+        needs="--dry_run",
+        metavar="PRESET",
+    )
+    add_process_options(part)
 
 
 def _add_rollout(parts: Any) -> None:
@@ -124,7 +203,7 @@ def _add_rollout(parts: Any) -> None:
         "rollout",
         help="answer the sources of records with a model",
         description="Writes records with a model's own answers: a student's, for a teacher to "
-        "score (on-policy), or a teacher's (sequence-level distillation).",
+        "read (on-policy), or a teacher's (sequence-level distillation).",
     )
     part.set_defaults(function=_rollout)
     part.add(
@@ -140,7 +219,7 @@ def _add_rollout(parts: Any) -> None:
 def _add_rounds(parts: Any) -> None:
     part = parts.add_parser(
         "rounds",
-        help="the student writes, the teacher scores, it learns",
+        help="the student writes, the teacher reads, it learns",
         description="On-policy distillation: trains a student on gold targets, and then "
         "repeatedly on a mixture with its own answers. Repeat the command to resume.",
         epilog="Example: encdec distill rounds --config=configs/distill.py:330m --rounds=3 "

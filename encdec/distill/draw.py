@@ -18,7 +18,7 @@ def keep(logits_NxV: jax.Array, keys_N: jax.Array, fmt: SparseFormat) -> Kept:
     """Reduces logits to what ``fmt`` stores.
 
     Args:
-        logits_NxV: float32 scores over the model's table; ids beyond ``fmt.vocab_size`` (rows
+        logits_NxV: float32, over the model's table; ids beyond ``fmt.vocab_size`` (rows
             that only round the table up) take no part.
         keys_N: one random key a token; used by "sampled" alone.
         fmt: what to keep.

@@ -1,9 +1,9 @@
 """Records with new targets: a model's answers to the sources of other records, in large batches.
 
 With the student as the writer these are the on-policy targets of GKD (arXiv 2306.13649), which
-the teacher then scores like any records; with the teacher as the writer it is sequence-level
+the teacher then reads like any records; with the teacher as the writer it is sequence-level
 distillation (arXiv 1606.07947). Training mixes them with gold targets by rate:
-``--config.data.records=GOLD=1,WRITTEN=1 --config.distill.teacher=SCORED_GOLD,SCORED_WRITTEN``.
+``--config.data.records=GOLD=1,WRITTEN=1 --config.distill.teacher=OF_GOLD,OF_WRITTEN``.
 
 Each block of the records' rows becomes one shard; what a text is answered with depends on the seed
 and its own place alone, so a killed rollout continues and ends with the same bytes.

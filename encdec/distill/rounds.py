@@ -1,4 +1,4 @@
-"""On-policy distillation in rounds: the student writes, the teacher scores, the student learns.
+"""On-policy distillation in rounds: the student writes, the teacher reads, the student learns.
 
     WORKDIR/gold/scored                 the teacher's rows for the gold records
     WORKDIR/teacher/{written,scored}    targets that the teacher wrote, where they have a share
@@ -20,8 +20,8 @@ from typing import Any
 
 from encdec.data.records import open_records
 from encdec.distill.rollout import Answering, check_answering, check_writer, rollout
-from encdec.distill.scoring import score
-from encdec.distill.scoring_settings import ScoringSettings
+from encdec.distill.teacher_logits import store_teacher_logits
+from encdec.distill.teacher_logits_settings import TeacherLogitsSettings
 from encdec.errors import ConfigError
 from encdec.logs import logger
 from encdec.storage import as_path
@@ -71,7 +71,7 @@ class _Part:
 
     rate: float
     records: pathlib.Path
-    scored: pathlib.Path
+    teacher: pathlib.Path
 
 
 def distill_in_rounds(
@@ -82,7 +82,7 @@ def distill_in_rounds(
     *,
     shares: Shares = Shares(),
     answering: Answering = Answering(),
-    scoring: dict[str, Any] | None = None,
+    logits: dict[str, Any] | None = None,
     say: Say = _LOG.info,
 ) -> list[pathlib.Path]:
     """Trains a student, and then ``rounds`` more times on its own answers too.
@@ -96,7 +96,7 @@ def distill_in_rounds(
         shares: of the three kinds of targets.
         answering: how student and teacher write, and how many of the gold records' rows; round r
             draws with its seed plus r.
-        scoring: keywords of ``encdec.distill.scoring.score``.
+        logits: keywords of ``encdec.distill.teacher_logits.store_teacher_logits``.
         say: takes lines of progress.
 
     Returns:
@@ -104,8 +104,8 @@ def distill_in_rounds(
 
     Raises:
         ConfigError: no rounds or records, a teacher that is given twice, or a setting of answers
-            or scores that no round could use; nothing was written.
-        DataError, CheckpointError: see ``score``, ``rollout`` and ``train``.
+            or logits that no round could use; nothing was written.
+        DataError, CheckpointError: see ``store_teacher_logits``, ``rollout`` and ``train``.
     """
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; expected 1 or more")
@@ -116,16 +116,16 @@ def distill_in_rounds(
     if run.distill.teacher:
         raise ConfigError(
             f"config.distill.teacher is {run.distill.teacher!r}; leave it out, "
-            "because each round's records are scored by --teacher"
+            "because --teacher reads each round's records"
         )
     check_place(workdir)
     workdir, gold = as_path(workdir), as_path(run.data.records)
-    _check_parts(gold, teacher, workdir, answering, shares, scoring or {})
+    _check_parts(gold, teacher, workdir, answering, shares, logits or {})
     _seeded(answering, rounds)
 
-    def scored(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-        say(f"the teacher scores {records}")
-        score(teacher=teacher, records=records, out=out, **scoring or {})
+    def taught(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+        say(f"the teacher reads {records}")
+        store_teacher_logits(teacher=teacher, records=records, out=out, **logits or {})
         return out
 
     def written(writer: str | pathlib.Path, out: pathlib.Path, number: int) -> pathlib.Path:
@@ -135,18 +135,18 @@ def distill_in_rounds(
 
     parts = []
     if shares.gold:
-        parts.append(_Part(shares.gold, gold, scored(gold, workdir / "gold" / "scored")))
+        parts.append(_Part(shares.gold, gold, taught(gold, workdir / "gold" / "scored")))
     if shares.teacher:
         place = workdir / "teacher"
         text = written(teacher, place / "written", 0)
-        parts.append(_Part(shares.teacher, text, scored(text, place / "scored")))
+        parts.append(_Part(shares.teacher, text, taught(text, place / "scored")))
     students: list[pathlib.Path] = []
     for number in range(rounds + 1):
         place = workdir / f"round-{number:03d}"
         known = list(parts)
         if students:
             text = written(students[-1], place / "written", number)
-            known.append(_Part(shares.student, text, scored(text, place / "scored")))
+            known.append(_Part(shares.student, text, taught(text, place / "scored")))
         say(f"round {number} of {rounds}: {run.steps:,} steps")
         start = str(students[-1]) if students else run.init_from
         train(_round(run, known, start, run.seed + number), place / "student")
@@ -160,14 +160,14 @@ def _check_parts(
     workdir: pathlib.Path,
     answering: Answering,
     shares: Shares,
-    scoring: dict[str, Any],
+    logits: dict[str, Any],
 ) -> None:
-    """What ``rollout`` and ``score`` would refuse only when hours have passed."""
+    """What ``rollout`` and ``store_teacher_logits`` would refuse only when hours have passed."""
     opened = open_records(gold)
     check_answering(opened, answering)
     if shares.teacher:
         check_writer(teacher, opened)
-    settings = ScoringSettings(teacher=teacher, records=gold, out=workdir, **scoring)
+    settings = TeacherLogitsSettings(teacher=teacher, records=gold, out=workdir, **logits)
     settings.check()
     settings.format(opened.card.vocabulary.size)
 
@@ -182,10 +182,10 @@ def _seeded(answering: Answering, number: int) -> Answering:
 
 def _round(run: RunConfig, parts: list[_Part], init_from: str, seed: int) -> RunConfig:
     if len(parts) == 1:
-        records, teachers = str(parts[0].records), str(parts[0].scored)
+        records, teachers = str(parts[0].records), str(parts[0].teacher)
     else:
         records = ",".join(f"{part.records}={part.rate:g}" for part in parts)
-        teachers = ",".join(str(part.scored) for part in parts)
+        teachers = ",".join(str(part.teacher) for part in parts)
     return dataclasses.replace(
         run,
         seed=seed,

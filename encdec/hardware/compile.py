@@ -23,7 +23,7 @@ from encdec.train.program import abstract_batch, build_program, check_batch
 from encdec.train.run_config import RunConfig
 from encdec.train.sharding import data_shards, make_mesh
 
-DRAWS = 50  # a teacher's draws per token: the default of `encdec score`
+DRAWS = 50  # a teacher's draws per token: the default of `encdec distill logits`
 
 
 class DoesNotFit(ConfigError):

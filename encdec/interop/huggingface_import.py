@@ -37,7 +37,8 @@ from encdec.model import ExecutionConfig, ModelConfig
 
 Tensors = Mapping[str, np.ndarray]
 AS_TEACHER = (
-    ". As a teacher, transformers may run it as it is: encdec score --backend=torch --teacher=DIR"
+    ". As a teacher, transformers may run it as it is: encdec distill logits --backend=torch "
+    "--teacher=DIR"
 )
 
 

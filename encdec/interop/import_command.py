@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="encdec import",
-        description="Converts another project's model to a work directory that score, generate and "
-        "describe read.",
+        description="Converts another project's model to a work directory that distill, generate "
+        "and describe read.",
     )
     parser.add(
         "source",

@@ -124,7 +124,7 @@ def import_model(
         )
     if vocabulary_found is None:
         remarks.append(
-            "The model's vocabulary could not be read, so it cannot score records or generate "
+            "The model's vocabulary could not be read, so it cannot teach or generate "
             f"text; import it again with --vocabulary=FILE --overwrite --out={out}"
         )
     return ImportReport(stored, found.family, found.max_length, tuple(remarks))

@@ -41,7 +41,7 @@ def write_model(
     overwrite: bool = False,
     texts: Mapping[str, str] | None = None,
 ) -> ModelConfig:
-    """Writes a model that ``generate``, ``score`` and ``describe`` read like a trained one.
+    """Writes a model that ``generate``, ``distill`` and ``describe`` read like a trained one.
 
     Args:
         out: the directory; ``config.json`` is written last.

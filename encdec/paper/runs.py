@@ -18,7 +18,7 @@ from etils import epath
 
 from encdec.cost.flops import training_flops
 from encdec.distill.rollout import Answering, rollout
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_report import REPORT_FILE, read_report
 from encdec.evaluation.evaluation_settings import EvaluationSettings
@@ -315,7 +315,7 @@ class Experiment:
         out = self._work / "teacher-rows" / column.name
         folder = self.folder(Run(TEACHER, column.name))
         with self._alone("teacher-rows"):
-            card = score(
+            card = store_teacher_logits(
                 teacher=folder,
                 records=self._corpora.records(column.name, "train"),
                 out=out,

@@ -26,8 +26,8 @@ from encdec.data.prepare_progress import ProgressLine
 from encdec.data.records import DatasetCard, read_card
 from encdec.data.teacher_rows import TeacherCard
 from encdec.data.vocabulary_training import train_vocabulary
-from encdec.distill.scoring import score
-from encdec.distill.scoring_progress import ScoringProgress
+from encdec.distill.logits_progress import LogitsProgress
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.evaluation.evaluate import evaluate
 from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Example, Examples, of_task
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     runs = make_runs(workdir, cards, task, arguments.seed)
     train_seconds = {name: train_one(workdir / name, run) for name, run in runs.items()}
     _say(3, "Distillation: the decoder-only model's draws on every row, and a student on them")
-    teacher, seconds = score_rows(workdir)
+    teacher, seconds = store_draws(workdir)
     runs["distilled"] = distilled_run(runs["encoder_decoder"], workdir)
     train_seconds["distilled"] = train_one(workdir / "distilled", runs["distilled"])
     _say(4, f"Quality: {task.does} that no model has seen, with their own and with other sources")
@@ -212,7 +212,7 @@ def make_runs(
     return runs
 
 
-def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
+def store_draws(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
     """The decoder-only model's draws on every training row, made unless they exist.
 
     Returns the card, and the seconds it took (0 if it existed).
@@ -220,13 +220,15 @@ def score_rows(workdir: pathlib.Path) -> tuple[TeacherCard, float]:
     out = workdir / "teacher"
     done = (out / "teacher.json").exists()
     records = workdir / "data" / "train"
-    progress = ScoringProgress(str(records))
+    progress = LogitsProgress(str(records))
     begin = time.monotonic()
-    card = score(teacher=workdir / "decoder_only", records=records, out=out, progress=progress)
+    card = store_teacher_logits(
+        teacher=workdir / "decoder_only", records=records, out=out, progress=progress
+    )
     progress.close()
     seconds = 0.0 if done else time.monotonic() - begin
     _tell(
-        f"{card.tokens:,} target tokens scored: {card.format.draws} draws in "
+        f"{card.tokens:,} target tokens: {card.format.draws} draws in "
         f"{card.bytes_per_token:.1f} bytes per token, {card.pairs / card.tokens:.1f} ids per token"
     )
     return card, seconds

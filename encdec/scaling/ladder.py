@@ -90,9 +90,10 @@ class Distilled:
 
     "ed-2of3+kd" has the rows, steps and student of "ed-2of3" and the teacher "kd".
 
-    ``teachers``: by name, ``rows``, a directory of ``encdec score`` on the ladder's records, and
-    ``loss``, the teacher's own on the ladder's held-out records in nats per target token (0:
-    unknown; the distillation law needs it). Entries without rows are skipped; more may be added.
+    ``teachers``: by name, ``rows``, a directory of ``encdec distill logits`` on the ladder's
+    records, and ``loss``, the teacher's own on the ladder's held-out records in nats per target
+    token (0: unknown; the distillation law needs it). Entries without rows are skipped; more may
+    be added.
     """
 
     series: tuple[str, ...] = ()  # names, such as "ed-2of3"; none: no distilled runs
@@ -260,5 +261,5 @@ def _check_distilled(ladder: Ladder, require: Require) -> None:
         raise ConfigError(
             f"ladder.distilled.series is {distilled.series!r}, but no teacher has "
             "rows; expected --ladder.distilled.teachers.NAME.rows=DIR, written by "
-            "`encdec score` on the ladder's records"
+            "`encdec distill logits` on the ladder's records"
         )

@@ -108,8 +108,8 @@ def show(
     )
     if any(run.teacher for run in plan.runs):
         console.print(
-            "Series named with + have a teacher; its training and teacher scoring "
-            "(`encdec score --dry_run`) are not in the FLOPs."
+            "Series named with + have a teacher; its training and its logits "
+            "(`encdec distill logits --dry_run`) are not in the FLOPs."
         )
     if flops_per_second:
         hours = plan.flops / flops_per_second / 3600

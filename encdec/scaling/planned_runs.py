@@ -77,7 +77,7 @@ class PlannedRun:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs, rows counted whole; the cost of teacher scoring is not included."""
+        """Training FLOPs, rows counted whole; the teacher's pass over them is not included."""
         return training_flops(self.model, self.inputs, self.targets, batch_size=self.rows)
 
     @property

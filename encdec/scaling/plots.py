@@ -84,7 +84,7 @@ _TEXTS = {
         "With a teacher against gold targets alone",
         "Left: the lowest losses by the student's FLOPs. Right: FLOPs that the same series needs "
         "on gold targets alone for the same loss, relative to the student's with a teacher; above "
-        "1 the teacher helps. Training and scoring the teacher is not counted. Bands: 95 % "
+        "1 the teacher helps. The teacher's training and its logits are not counted. Bands: 95 % "
         "bootstrap intervals.",
     ),
 }

@@ -1,4 +1,4 @@
-"""``encdec scaling {plan,run,score,fit,plot}``."""
+"""``encdec scaling {plan,run,evaluate,fit,plot}``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOG = logger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Plans, runs, scores, fits or plots a ladder of runs.
+    """Plans, runs, evaluates, fits or plots a ladder of runs.
 
     Raises:
         ConfigError: the ladder cannot be planned.
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     if overrides and not hasattr(options, "ladder"):
         raise ConfigError(
             f"{overrides[0]} has no effect on `encdec scaling {options.action}`, "
-            "which only reads results; use it with plan, run and score"
+            "which only reads results; use it with plan, run and evaluate"
         )
     return options.function(options, overrides)
 
@@ -46,12 +46,12 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="encdec scaling",
-        description="Scaling curves: a ladder of runs planned, run, scored, fitted, plotted.",
+        description="Scaling curves: a ladder of runs planned, run, evaluated, fitted, plotted.",
     )
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="{plan,run,score,fit,plot}"
+        dest="action", required=True, metavar="{plan,run,evaluate,fit,plot}"
     )
-    for add in (_add_plan, _add_run, _add_score, _add_fit, _add_plot):
+    for add in (_add_plan, _add_run, _add_evaluate, _add_fit, _add_plot):
         add(actions)
     return parser
 
@@ -121,16 +121,16 @@ def _add_run(actions: Any) -> None:
     )
 
 
-def _add_score(actions: Any) -> None:
+def _add_evaluate(actions: Any) -> None:
     parser = _action(
         actions,
-        "score",
-        _score,
+        "evaluate",
+        _evaluate,
         "generate answers with every finished run and compute a task's metrics",
     )
     _ladder_options(parser)
     parser.add("--workdir", "the ladder's directory", any_path, required=True)
-    parser.add("--alone", "no other process scores this ladder, as for run", default=False)
+    parser.add("--alone", "no other process evaluates this ladder, as for run", default=False)
     task = "a task with metrics, see `encdec data list`"
     parser.add("--task", task, required=True, metavar="TASK")
     add_module_flag(parser)
@@ -286,17 +286,17 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _score(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     import_modules(options.module)
     from encdec.evaluation.examples import of_task
+    from encdec.scaling.evaluate_plan import evaluate_plan
     from encdec.scaling.run import check_division
-    from encdec.scaling.score_plan import score_plan
 
     check_division(options.workdir, False, options.alone)
     plan = _planned(options, overrides)
     metrics = listed(options.metrics, "--metrics")
     task = of_task(options.task, options.data_dir, options.split, metrics, options.max_examples)
-    score_plan(plan, options.workdir, task)
+    evaluate_plan(plan, options.workdir, task)
     return 0
 
 

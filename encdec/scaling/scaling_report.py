@@ -180,7 +180,7 @@ def _against_plain(analysis: Analysis) -> ReportSection:
         "without",
         analysis.against_plain,
         "The ratio is the FLOPs on gold targets alone over the student's with a teacher at equal "
-        "loss; above 1 the teacher helps. The teacher's training and scoring are not counted.",
+        "loss; above 1 the teacher helps. The teacher's training and its logits are not counted.",
     )
 
 

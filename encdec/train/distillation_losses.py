@@ -44,7 +44,7 @@ def check_divergence(divergence: Divergence, method: str) -> None:
         raise ConfigError(
             f"config.distill.loss is {divergence!r}, but the teacher's rows are sampled; expected "
             "'forward_kl' or 'soft_cross_entropy', which are unbiased on draws, or a teacher "
-            "scored with --method=top_k or --method=full"
+            "stored with --method=top_k or --method=full"
         )
 
 
@@ -53,7 +53,7 @@ def check_tail(tail: Tail, method: str) -> None:
     if tail != "merged" and method != "top_k":
         raise ConfigError(
             f"config.distill.tail is {tail!r}, but the teacher's rows are {method}, which leave "
-            "nothing out; expected 'merged', or a teacher scored with --method=top_k"
+            "nothing out; expected 'merged', or a teacher stored with --method=top_k"
         )
 
 
@@ -69,7 +69,7 @@ def distillation_losses(
     """The divergence at every token, [B, T] float32; nats, times T^2. Not masked.
 
     Args:
-        logits_BxTxV: the student's scores; softmax runs over all of V.
+        logits_BxTxV: the student's; softmax runs over all of V.
         teacher: the batch fields of ``Teacher.fields``.
         divergence: which one.
         temperature: T, that of the stored rows.
@@ -137,8 +137,8 @@ def sparse_losses(
     """``distillation_losses`` of "sampled" and "top_k" rows, from what they need of the student.
 
     Args:
-        picked_BxP: scores of the stored pairs over the temperature.
-        log_normaliser_BxT: logsumexp of all scores over the temperature.
+        picked_BxP: logits of the stored pairs over the temperature.
+        log_normaliser_BxT: logsumexp of all logits over the temperature.
         teacher, divergence, temperature, beta, tail: see ``distillation_losses``.
     """
     weights_BxP, positions_BxP = teacher["teacher_weights"], teacher["teacher_positions"]

@@ -125,13 +125,13 @@ def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:
     if stored.temperature != run.distill.temperature:
         raise ConfigError(
             f"config.distill.temperature is {run.distill.temperature}, but {run.distill.teacher} "
-            f"was scored at {stored.temperature}; set the field to that, or score with "
+            f"was stored at {stored.temperature}; set the field to that, or store it with "
             f"--temperature={run.distill.temperature}"
         )
     if stored.method == "full" and run.loss.vocab_tile:
         raise ConfigError(
             f"config.loss.vocab_tile is {run.loss.vocab_tile}, but the teacher's rows are full, "
-            "which need all scores at once; set it to 0, or score with --method=sampled"
+            "which need all logits at once; set it to 0, or store with --method=sampled"
         )
 
 

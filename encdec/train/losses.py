@@ -151,7 +151,7 @@ def _tiled_statistics(
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """(log-normalizer, target's logit, largest logit, mean logit), each [B, T], tile by tile.
 
-    With a teacher, second, (scores of its pairs [B, P], log-normalizer [B, T]) of the student at
+    With a teacher, second, (logits of its pairs [B, P], log-normalizer [B, T]) of the student at
     its temperature; nothing otherwise.
 
     The tiles are unrolled: each one's gradient of the table is then written where it belongs,

@@ -78,14 +78,14 @@ class ScheduleConfig:
 class LossConfig:
     z_loss: float = 1e-4  # weight of log(sum(exp(logits)))^2, which keeps logits small (PaLM)
     label_smoothing: float = 0.0  # probability spread evenly over the vocabulary
-    vocab_tile: int = 0  # vocabulary entries scored at a time; 0: all at once
+    vocab_tile: int = 0  # vocabulary entries whose logits are computed at a time; 0: all at once
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """The objective is alpha x the teacher's divergence + (1 - alpha) x cross entropy on gold."""
 
-    teacher: str = ""  # directory made by `encdec score` on data.records; empty: no distillation
+    teacher: str = ""  # made by `encdec distill logits` on data.records; empty: no distillation
     loss: Divergence = "forward_kl"  # see encdec/train/distillation_losses.py
     alpha: float = 0.9  # weight of the teacher, in [0, 1]
     alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises, "learning_rate" decays

@@ -20,7 +20,7 @@ from encdec.data.records import open_records, read_card
 from encdec.data.teacher_rows import open_teacher
 from encdec.data.verify import verify_records
 from encdec.data.vocabulary import CARD_FILE, ByteVocabulary
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import CheckpointError, ConfigError, DataError, EncdecError
 from encdec.export.export_command import main as export_main
 from encdec.inference.generator import read_prompt_format
@@ -247,7 +247,7 @@ def test_what_a_run_is_made_from_is_told_whatever_its_preset(trained, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_source_scores_texts_as_it_reads_them(source, trained, tmp_path):
+def test_a_source_teaches_texts_as_it_reads_them(source, trained, tmp_path):
     """Its own start and prefix once, whatever the records have in front of their sources."""
     folder, _ = trained
     kept = {}
@@ -262,15 +262,15 @@ def test_a_source_scores_texts_as_it_reads_them(source, trained, tmp_path):
             max_examples=8,
             **LENGTHS,
         )
-        score(
-            teacher=source, records=records, out=tmp_path / "scored", method="full", overwrite=True
+        store_teacher_logits(
+            teacher=source, records=records, out=tmp_path / "stored", method="full", overwrite=True
         )
-        taught = open_teacher(tmp_path / "scored", open_records(records))
+        taught = open_teacher(tmp_path / "stored", open_records(records))
         kept[name] = taught.fields(np.arange(8))["teacher_log_probs"]
         np.testing.assert_allclose(kept[name], kept["whole"], atol=1e-5)
     bare = open_records(tmp_path / "bare")
-    with pytest.raises(DataError, match=r"scored other records than .*bare: records fingerprint"):
-        open_teacher(tmp_path / "scored", bare)
+    with pytest.raises(DataError, match=r"read other records than .*bare: records fingerprint"):
+        open_teacher(tmp_path / "stored", bare)
     # The prefix may be all that differs, and records of before there was one have no such field.
     stated = json.loads((tmp_path / "bare" / CARD_FILE).read_text())
     del stated["inputs_prefix"]

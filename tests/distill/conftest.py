@@ -1,4 +1,4 @@
-"""A tiny teacher and its records, shared by the tests of scoring and of distilled students."""
+"""A tiny teacher and its records, for the tests of stored logits and of distilled students."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.train.loop import train
 from tests.devices import one_device
 from tests.train.conftest import DECAYING, random_pairs, small_run, write_records
@@ -39,8 +39,8 @@ def teacher(records, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 @one_device()
-def scored(records, teacher, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def stored(records, teacher, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """20 draws of every token."""
-    out = tmp_path_factory.mktemp("scored") / "sampled"
-    score(teacher=teacher, records=records, out=out, draws=20, shard_rows=16)
+    out = tmp_path_factory.mktemp("stored") / "sampled"
+    store_teacher_logits(teacher=teacher, records=records, out=out, draws=20, shard_rows=16)
     return out

@@ -13,7 +13,7 @@ from encdec.data.verify import verify_records
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.distill import distill_command
 from encdec.distill.rollout import ON_POLICY, Answering, rollout
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.load_generator import load
@@ -88,7 +88,7 @@ def test_beams_take_the_place_of_drawing():
 
 
 def test_a_round_gold_and_written_by_student_and_teacher(records, student, teacher, tmp_path):
-    """Answers of both, scored by the teacher, in one mixture with gold targets."""
+    """Answers of both, read by the teacher, in one mixture with gold targets."""
     for name, writer in (("on-policy", student), ("sequence", teacher)):
         assert (
             main(
@@ -108,8 +108,8 @@ def test_a_round_gold_and_written_by_student_and_teacher(records, student, teach
     parts = [records, tmp_path / "on-policy", tmp_path / "sequence"]
     columns = []
     for number, part in enumerate(parts):
-        columns.append(tmp_path / f"scored-{number}")
-        score(teacher=teacher, records=part, out=columns[-1], draws=10)
+        columns.append(tmp_path / f"stored-{number}")
+        store_teacher_logits(teacher=teacher, records=part, out=columns[-1], draws=10)
     job = prepare_job(
         small_run(
             f"{parts[0]}=2,{parts[1]}=1,{parts[2]}=1",

@@ -41,7 +41,7 @@ def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teac
             tmp_path,
             2,
             shares=Shares(1, 0.5, 2),
-            scoring={"draws": 8},
+            logits={"draws": 8},
             answering=Answering(rows=16),
             say=said.append,
         )
@@ -109,7 +109,7 @@ def test_bad_settings_are_refused_before_anything_is_written(records, teacher, t
         with pytest.raises((ConfigError, CheckpointError), match=message):
             refuse(small_run(records), answering=answering)
     with pytest.raises(ConfigError, match=r"draws is 0"):
-        refuse(small_run(records), scoring={"draws": 0}, shares=Shares(gold=0, teacher=1))
+        refuse(small_run(records), logits={"draws": 0}, shares=Shares(gold=0, teacher=1))
     assert not (tmp_path / "out").exists()
 
 

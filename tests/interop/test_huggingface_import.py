@@ -425,7 +425,7 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
     "change, message",
     [
         ({"model_type": "mamba"}, "model_type 'mamba'; supported: llama"),
-        ({"model_type": "gpt_oss"}, "score --backend=torch --teacher=DIR"),
+        ({"model_type": "gpt_oss"}, "distill logits --backend=torch --teacher=DIR"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
         ({"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5, which its family does not"),

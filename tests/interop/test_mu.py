@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from encdec.distill.scorers import scoring_model
+from encdec.distill.teachers import teacher_model
 from encdec.errors import ConfigError, DataError
 from encdec.export.export_command import main as export
 from encdec.inference.generate_command import main as generate
@@ -237,7 +237,7 @@ def test_a_model_without_vocabulary_says_how_to_get_one(tmp_path):
     needs_text = (
         lambda: load(tmp_path / "ours"),
         lambda: plan_start(RunConfig(init_from=str(tmp_path / "ours")), None, None),
-        lambda: scoring_model(tmp_path / "ours", None),
+        lambda: teacher_model(tmp_path / "ours", None),
         lambda: export([f"--checkpoint={tmp_path / 'ours'}", "--format=hf", f"--out={tmp_path}/x"]),
         lambda: generate([f"--checkpoint={tmp_path / 'ours'}", "a text"]),
     )

@@ -18,7 +18,7 @@ import pytest
 
 from encdec import cli
 from encdec.data.task_registry import TEXT_TASKS
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import CheckpointError, DataError, NonFiniteError
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.load_generator import load
@@ -295,14 +295,14 @@ def test_every_finished_run_is_scored_once(
     (tmp_path / "my_ladder_tasks.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     words = arguments(undisturbed, records, eval_records, "--task=my_pairs", "--split=test")
-    words = ["scaling", "score", *words[2:], "--metrics=rougeL"]
+    words = ["scaling", "evaluate", *words[2:], "--metrics=rougeL"]
     assert cli.main(words) == DataError.exit_code and "--module" in capsys.readouterr().err
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
         assert cli.main([*words, "--module=my_ladder_tasks"]) == 0
-        assert "4 to score on 2 examples of my_pairs" in capsys.readouterr().err
+        assert "4 to evaluate on 2 examples of my_pairs" in capsys.readouterr().err
         assert cli.main([*words, "--module=my_ladder_tasks"]) == 0
-        assert "0 to score on" in capsys.readouterr().err
+        assert "0 to evaluate on" in capsys.readouterr().err
     finally:
         TEXT_TASKS.pop("my_pairs")
         sys.modules.pop("my_ladder_tasks")
@@ -323,9 +323,9 @@ def test_every_finished_run_is_scored_once(
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path):
-    """A run of the ladder teaches: scored rows, the series once more, rows of both in one file."""
+    """A run of the ladder teaches: stored rows, the series once more, rows of both in one file."""
     teacher = Workdir(undisturbed).run_directory("dec_tiny_128_s0")
-    score(teacher=teacher, records=records, out=tmp_path / "scored")
+    store_teacher_logits(teacher=teacher, records=records, out=tmp_path / "stored")
     directory = tmp_path / "ladder"
     loss = losses(undisturbed)["dec_tiny_128_s0", 16]
     done = cli.main(
@@ -334,7 +334,7 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
             records,
             eval_records,
             "--ladder.distilled.series=('ed-2of3',)",
-            f"--ladder.distilled.teachers.kd.rows={tmp_path / 'scored'}",
+            f"--ladder.distilled.teachers.kd.rows={tmp_path / 'stored'}",
             f"--ladder.distilled.teachers.kd.loss={loss}",
             "--only=ed-2of3_tiny_128_s0",
             "--only=ed-2of3+kd_tiny_128_s0",

@@ -16,7 +16,7 @@ from encdec.data.mixing import mix_records
 from encdec.data.records import open_records
 from encdec.data.teacher_rows import open_teacher
 from encdec.distill.cost import student_cost
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model, preset
 from encdec.saved.saved_params import load_params_for_inference
@@ -29,7 +29,7 @@ from encdec.train.run_fields import DistillConfig, LossConfig
 from encdec.train.sharding import make_mesh
 from encdec.train.step import batch_metrics
 from tests.devices import one_device
-from tests.distill.conftest import scored, teacher  # noqa: F401
+from tests.distill.conftest import stored, teacher  # noqa: F401
 from tests.model.examples import drawn
 from tests.train.conftest import DECAYING, TARGETS, random_pairs, small_run, write_records
 
@@ -41,15 +41,15 @@ def records(tmp_path_factory):
     return write_records(tmp_path_factory.mktemp("records") / "distill", random_pairs(42, 0))
 
 
-def student(records, scored, **changes):
-    distill = {"teacher": str(scored)} | changes.pop("distill", {})
+def student(records, stored, **changes):
+    distill = {"teacher": str(stored)} | changes.pop("distill", {})
     return small_run(records, **({"distill": distill} | changes))
 
 
-def batch_of(records, scored, architecture):
+def batch_of(records, stored, architecture):
     opened = open_records(records)
     return Batches(
-        opened, global_batch=8, layout=architecture, columns=[open_teacher(scored, opened)]
+        opened, global_batch=8, layout=architecture, columns=[open_teacher(stored, opened)]
     )[0]
 
 
@@ -60,9 +60,9 @@ def model_of(architecture, **changes):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_objective_is_what_its_definition_says(architecture, records, scored):
+def test_the_objective_is_what_its_definition_says(architecture, records, stored):
     """Token by token over the pairs as stored, in numpy and float64; both layouts."""
-    batch = batch_of(records, scored, architecture)
+    batch = batch_of(records, stored, architecture)
     model, params = model_of(architecture)
     forward = jax.jit(
         lambda params, batch: (
@@ -103,7 +103,7 @@ def test_the_objective_is_what_its_definition_says(architecture, records, scored
 
 def test_vocabulary_tiles_change_neither_loss_nor_gradient(records, teacher, tmp_path):
     """Top-k rows, a tail, reverse KL and a temperature: everything that a tile has to bring."""
-    score(
+    store_teacher_logits(
         teacher=teacher, records=records, out=tmp_path / "top", method="top_k", k=7, temperature=1.7
     )
     batch = batch_of(records, tmp_path / "top", "encoder_decoder")
@@ -137,15 +137,15 @@ def test_vocabulary_tiles_change_neither_loss_nor_gradient(records, teacher, tmp
 def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(teacher, tmp_path):
     """The authors' own acceptance, 0.9 KL + 0.1 CE; they allow 512 epochs, here are 256."""
     same = write_records(tmp_path / "same", [[("abcdefgh", "hgfedc")]] * 4)
-    score(teacher=teacher, records=same, out=tmp_path / "scored", method="full")
+    store_teacher_logits(teacher=teacher, records=same, out=tmp_path / "stored", method="full")
     run = parse_config(
-        student(same, tmp_path / "scored", batch_size=4, steps=256, schedule=DECAYING)
+        student(same, tmp_path / "stored", batch_size=4, steps=256, schedule=DECAYING)
     )
     program = build_program(
         run, run.model_config(), make_mesh(run.mesh, jax.devices()[:1]), TARGETS
     )
     opened = open_records(same)
-    batch = Batches(opened, global_batch=4, columns=[open_teacher(tmp_path / "scored", opened)])[0]
+    batch = Batches(opened, global_batch=4, columns=[open_teacher(tmp_path / "stored", opened)])[0]
     batch, state = jax.device_put(batch, program.batch_sharding), program.init()
     for _ in range(run.steps):
         state, metrics = program.train_step(state, batch)
@@ -157,10 +157,10 @@ def test_four_identical_examples_are_learned_to_a_divergence_of_a_tenth(teacher,
 
 
 @pytest.mark.usefixtures("one_device")
-def test_the_run_reports_resumes_and_refuses_another_teacher(records, scored, teacher, tmp_path):
+def test_the_run_reports_resumes_and_refuses_another_teacher(records, stored, teacher, tmp_path):
     run = student(
         records,
-        scored,
+        stored,
         steps=4,
         log_every=1,
         accumulation=1,
@@ -189,7 +189,9 @@ def test_the_run_reports_resumes_and_refuses_another_teacher(records, scored, te
         hard = (1 - line["train/alpha"]) * line["train/loss"]
         np.testing.assert_allclose(line["train/objective"], soft + hard, rtol=1e-5)
         assert line["train/teacher_entropy"] > 0
-    score(teacher=teacher, records=records, out=tmp_path / "others", draws=20, seed=1)
+    store_teacher_logits(
+        teacher=teacher, records=records, out=tmp_path / "others", draws=20, seed=1
+    )
     with pytest.raises(CheckpointError, match="teacher.fingerprint"):
         train(
             student(
@@ -206,7 +208,7 @@ def test_the_run_reports_resumes_and_refuses_another_teacher(records, scored, te
     "changes, error, message",
     [
         ({"distill": {"loss": "reverse_kl"}}, ConfigError, "--method=top_k"),
-        ({"distill": {"temperature": 2.0}}, ConfigError, "was scored at 1.0.*--temperature=2.0"),
+        ({"distill": {"temperature": 2.0}}, ConfigError, "was stored at 1.0.*--temperature=2.0"),
         ({"distill": {"teacher": "/nowhere"}}, DataError, "/nowhere does not exist"),
         ({"distill": {"alpha": 1.5}}, ConfigError, "config.distill.alpha is 1.5"),
         (
@@ -218,21 +220,21 @@ def test_the_run_reports_resumes_and_refuses_another_teacher(records, scored, te
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    changes, error, message, records, scored, tmp_path
+    changes, error, message, records, stored, tmp_path
 ):
     with pytest.raises(error, match=message):
-        prepare_job(student(records, scored, **changes), tmp_path / "work")
+        prepare_job(student(records, stored, **changes), tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 
-def test_a_mixture_has_a_teacher_for_each_part(records, scored, teacher, tmp_path):
+def test_a_mixture_has_a_teacher_for_each_part(records, stored, teacher, tmp_path):
     other = write_records(tmp_path / "other", random_pairs(10, 9))
-    score(teacher=teacher, records=other, out=tmp_path / "other-scored", draws=9)
+    store_teacher_logits(teacher=teacher, records=other, out=tmp_path / "other-stored", draws=9)
     mixture = mix_records([records, other], [1, 1])
-    column = open_teacher(f"{scored},{tmp_path / 'other-scored'}", mixture)
+    column = open_teacher(f"{stored},{tmp_path / 'other-stored'}", mixture)
     got = column.fields([3, -1, 42 + 7])
-    first = open_teacher(scored, open_records(records)).fields([3])
-    second = open_teacher(tmp_path / "other-scored", open_records(other)).fields([7])
+    first = open_teacher(stored, open_records(records)).fields([3])
+    second = open_teacher(tmp_path / "other-stored", open_records(other)).fields([7])
     for row, wanted in ((0, first), (2, second)):
         for name, value in wanted.items():
             width = value.shape[1]
@@ -240,16 +242,16 @@ def test_a_mixture_has_a_teacher_for_each_part(records, scored, teacher, tmp_pat
             assert (got[name][row, width:] == 0).all()
     assert all((value[1] == 0).all() for value in got.values())
     with pytest.raises(ConfigError, match="give one for each part"):
-        open_teacher(scored, mixture)
-    with pytest.raises(DataError, match="scored other records"):
-        open_teacher(f"{scored},{scored}", mixture)
+        open_teacher(stored, mixture)
+    with pytest.raises(DataError, match="read other records"):
+        open_teacher(f"{stored},{stored}", mixture)
 
 
-def test_two_hosts_read_one_hosts_teacher_in_halves(records, scored):
+def test_two_hosts_read_one_hosts_teacher_in_halves(records, stored):
     """With test_processes.py's runs of several processes: those learn from a teacher as one does,
     since the step is the same program and this is all that differs."""
     opened = open_records(records)
-    column = open_teacher(scored, opened)
+    column = open_teacher(stored, opened)
     make = lambda index, count: Batches(
         opened, global_batch=8, columns=[column], seed=3, host_index=index, host_count=count
     )[1]
@@ -259,9 +261,9 @@ def test_two_hosts_read_one_hosts_teacher_in_halves(records, scored):
         np.testing.assert_array_equal(value, np.concatenate([first[name], second[name]]))
 
 
-def test_eight_devices_learn_as_one_device(records, scored, tmp_path):
+def test_eight_devices_learn_as_one_device(records, stored, tmp_path):
     changes = {"model_overrides": {"scan_layers": False, "encoder_layers": 1}}
-    run = student(records, scored, batch_size=16, accumulation=2, steps=3, log_every=1, **changes)
+    run = student(records, stored, batch_size=16, accumulation=2, steps=3, log_every=1, **changes)
     with one_device():
         train(run, tmp_path / "one")
     train(run | {"mesh": {"data": 4, "fsdp": 2}}, tmp_path / "eight")

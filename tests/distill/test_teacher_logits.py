@@ -1,4 +1,4 @@
-"""Scoring: what the teacher says alone it says in packed rows; kills and wrong pairs."""
+"""Stored logits: what the teacher says alone it says in packed rows; kills and wrong pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+from encdec import jobs
 from encdec.cli import main
 from encdec.data.records import decode_row, open_records
 from encdec.data.teacher_rows import open_teacher, read_teacher_card
 from encdec.data.vocabulary import ByteVocabulary
-from encdec.distill.scorers import longest_segment, scoring_model
-from encdec.distill.scoring import score
+from encdec.distill.teacher_logits import store_teacher_logits
+from encdec.distill.teachers import longest_segment, teacher_model
 from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
 from encdec.saved.saved_params import load_params_for_inference
@@ -34,7 +35,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 def full(records, teacher, tmp_path_factory):
     """Every log probability of every token."""
     out = tmp_path_factory.mktemp("full") / "rows"
-    score(teacher=teacher, records=records, out=out, method="full", shard_rows=20)
+    store_teacher_logits(teacher=teacher, records=records, out=out, method="full", shard_rows=20)
     return open_teacher(out, open_records(records))
 
 
@@ -85,7 +86,7 @@ def test_packed_rows_are_scored_as_each_text_alone(records, teacher, full):
 
 
 def test_the_mesh_changes_nothing(records, teacher, full, tmp_path):
-    score(
+    store_teacher_logits(
         teacher=teacher,
         records=records,
         out=tmp_path / "split",
@@ -101,7 +102,7 @@ def test_the_mesh_changes_nothing(records, teacher, full, tmp_path):
     )
 
 
-def test_draws_follow_the_teacher_and_the_seed(records, teacher, full, scored, tmp_path):
+def test_draws_follow_the_teacher_and_the_seed(records, teacher, full, stored, tmp_path):
     """Mean draws over all tokens and seeds, against the exact distribution."""
     rows = np.arange(42)
     exact = np.exp(full.fields(rows)["teacher_log_probs"])
@@ -118,8 +119,8 @@ def test_draws_follow_the_teacher_and_the_seed(records, teacher, full, scored, t
             )
         return weights
 
-    score(teacher=teacher, records=records, out=tmp_path / "other", draws=20, seed=1)
-    first, second = dense(scored), dense(tmp_path / "other")
+    store_teacher_logits(teacher=teacher, records=records, out=tmp_path / "other", draws=20, seed=1)
+    first, second = dense(stored), dense(tmp_path / "other")
     assert (first != second).any()
     np.testing.assert_allclose(first.sum(-1)[real], 1, rtol=1e-5)
     mean, wanted = ((first + second) / 2)[real].sum(0), exact[real].sum(0)
@@ -127,21 +128,28 @@ def test_draws_follow_the_teacher_and_the_seed(records, teacher, full, scored, t
     assert (np.abs(mean - wanted) < 5 * error + 0.05).all()
 
 
-def test_the_card_counts_what_is_there(records, scored):
-    card, wanted = read_teacher_card(scored), open_records(records).card
+def test_the_card_counts_what_is_there(records, stored):
+    card, wanted = read_teacher_card(stored), open_records(records).card
     assert (card.rows, card.tokens) == (wanted.rows, wanted.target_tokens)
-    assert len(card.shards) == 3 and not (scored / "scoring").exists()
-    fields = open_teacher(scored, open_records(records)).fields(np.arange(card.rows))
+    assert len(card.shards) == 3 and not (stored / jobs.NOTES).exists()
+    fields = open_teacher(stored, open_records(records)).fields(np.arange(card.rows))
     assert (fields["teacher_weights"] > 0).sum() == card.pairs
     assert (fields["teacher_weights"] > 0).sum(1).max() == card.max_pairs
-    size = sum(path.stat().st_size for path in scored.glob("*.arrayrecord"))
+    size = sum(path.stat().st_size for path in stored.glob("*.arrayrecord"))
     assert card.bytes_per_token == size / card.tokens
     tokens = fields["teacher_entropy"] > 0
     np.testing.assert_allclose(fields["teacher_entropy"][tokens].mean(), card.entropy, rtol=1e-3)
 
 
 def command(teacher, records, out, *more):
-    return ["score", f"--teacher={teacher}", f"--records={records}", f"--out={out}", *more]
+    return [
+        "distill",
+        "logits",
+        f"--teacher={teacher}",
+        f"--records={records}",
+        f"--out={out}",
+        *more,
+    ]
 
 
 def contents(directory):
@@ -149,7 +157,7 @@ def contents(directory):
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_score_as_one_process(records, teacher, full, tmp_path):
+def test_two_processes_of_four_devices_store_as_one_process(records, teacher, full, tmp_path):
     """Each writes shards of its own; together they are the column that one process writes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -199,24 +207,24 @@ def test_two_processes_of_four_devices_score_as_one_process(records, teacher, fu
     assert card.tokens == open_records(records).card.target_tokens
 
 
-def test_wrong_pairs_are_refused_with_both_sides_named(records, teacher, scored, tmp_path):
+def test_wrong_pairs_are_refused_with_both_sides_named(records, teacher, stored, tmp_path):
     other = write_records(tmp_path / "other", random_pairs(42, 5))
     ours, theirs = (open_records(x).card.fingerprint[:16] for x in (records, other))
     with pytest.raises(DataError, match=f"{ours} there and {theirs} here"):
-        open_teacher(scored, open_records(other))
+        open_teacher(stored, open_records(other))
     longer = write_records(tmp_path / "longer", random_pairs(42, 0), inputs_length=30)
     with pytest.raises(DataError, match="inputs_length 24 there and 30 here"):
-        open_teacher(scored, open_records(longer))
+        open_teacher(stored, open_records(longer))
     words = write_records(tmp_path / "words", random_pairs(42, 0), ByteVocabulary(extra_ids=2))
     with pytest.raises(DataError, match="vocabulary fingerprint"):
-        open_teacher(scored, open_records(words))
+        open_teacher(stored, open_records(words))
     with pytest.raises(DataError, match=r"of 259 ids, but the records in .* of 261"):
-        scoring_model(teacher, open_records(words))
+        teacher_model(teacher, open_records(words))
 
 
-def test_damaged_shards_are_refused(records, scored, tmp_path):
+def test_damaged_shards_are_refused(records, stored, tmp_path):
     broken = tmp_path / "broken"
-    shutil.copytree(scored, broken)
+    shutil.copytree(stored, broken)
     shard = broken / read_teacher_card(broken).shards[1].name
     data = bytearray(shard.read_bytes())
     shard.write_bytes(data[:-7])
@@ -225,7 +233,7 @@ def test_damaged_shards_are_refused(records, scored, tmp_path):
     refused = 0
     for place in range(10, len(data), len(data) // 8):
         shard.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-        intact = open_teacher(scored, open_records(records)).fields(range(16, 32))
+        intact = open_teacher(stored, open_records(records)).fields(range(16, 32))
         try:
             got = open_teacher(broken, open_records(records)).fields(range(16, 32))
         except DataError as error:
@@ -249,42 +257,44 @@ def test_texts_too_long_for_the_teacher_are_refused(records, teacher, tmp_path):
     )
     assert longest_segment(open_records(longer)) == 62
     with pytest.raises(DataError, match=r"has 62 tokens.*supports 36.*--max_length=62"):
-        scoring_model(teacher, open_records(longer))
-    scoring_model(teacher, open_records(longer), max_length=62)
+        teacher_model(teacher, open_records(longer))
+    teacher_model(teacher, open_records(longer), max_length=62)
     short = write_records(tmp_path / "short", [[("a", "b")]], inputs_length=60, targets_length=30)
-    scoring_model(teacher, open_records(short))  # long rows of short texts are no trouble
+    teacher_model(teacher, open_records(short))  # long rows of short texts are no trouble
 
 
-def test_what_is_in_the_way_is_left_alone(records, teacher, scored, tmp_path):
-    before = contents(scored)
+def test_what_is_in_the_way_is_left_alone(records, teacher, stored, tmp_path):
+    before = contents(stored)
     with pytest.raises(DataError, match="seed is 0 there and 3 here"):
-        score(teacher=teacher, records=records, out=scored, draws=20, seed=3)
-    assert contents(scored) == before
+        store_teacher_logits(teacher=teacher, records=records, out=stored, draws=20, seed=3)
+    assert contents(stored) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(DataError, match="not empty"):
-        score(teacher=teacher, records=records, out=tmp_path / "mine", overwrite=True)
+        store_teacher_logits(
+            teacher=teacher, records=records, out=tmp_path / "mine", overwrite=True
+        )
     for changes, error, message in (
         ({"teacher": tmp_path / "nowhere"}, CheckpointError, "nowhere"),
         ({"step": 5}, CheckpointError, "checkpoint 5"),
         ({"draws": 300}, ConfigError, "--draws is 300"),
         ({"batch_rows": 3}, ConfigError, "multiple of the 8 data"),
-        ({"records": f"{records},{records}"}, ConfigError, "score each of them separately"),
+        ({"records": f"{records},{records}"}, ConfigError, "store logits for each of them"),
     ):
         arguments = {"teacher": teacher, "records": records} | changes
         with pytest.raises(error, match=message):
-            score(out=tmp_path / "out", **arguments)
+            store_teacher_logits(out=tmp_path / "out", **arguments)
         assert not (tmp_path / "out").exists()
 
 
 def test_progress_tells_rate_and_bytes_a_token_before_a_shard_is_whole(
     records, teacher, tmp_path, capsys, monkeypatch
 ):
-    from encdec.distill import scoring_progress
+    from encdec.distill import logits_progress
 
-    monkeypatch.setattr(scoring_progress, "REPORT_SECONDS", 0.0)
-    progress = scoring_progress.ScoringProgress(str(records))
-    card = score(
+    monkeypatch.setattr(logits_progress, "REPORT_SECONDS", 0.0)
+    progress = logits_progress.LogitsProgress(str(records))
+    card = store_teacher_logits(
         teacher=teacher,
         records=records,
         out=tmp_path / "out",
@@ -300,7 +310,7 @@ def test_progress_tells_rate_and_bytes_a_token_before_a_shard_is_whole(
     assert all(pairs < size < 5 + 3 * pairs + 12 for size in told)
 
 
-def test_the_command_scores_and_says_what_it_costs(records, teacher, tmp_path, capsys):
+def test_the_command_stores_and_says_what_it_costs(records, teacher, tmp_path, capsys):
     assert main(command(teacher, records, tmp_path / "out", "--dry_run", "--draws=20")) == 0
     said = capsys.readouterr().out
     tokens = open_records(records).card.target_tokens

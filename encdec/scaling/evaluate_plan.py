@@ -28,8 +28,8 @@ _LOG = logger(__name__)
 EVALUATION = "evaluation"  # folder of a run's work directory
 
 
-def score_plan(plan: Plan, workdir: str | os.PathLike, task: Examples) -> list[str]:
-    """Scores every finished run without scores; returns their names.
+def evaluate_plan(plan: Plan, workdir: str | os.PathLike, task: Examples) -> list[str]:
+    """Evaluates every finished run without scores; returns their names.
 
     A run generates greedily, up to the ladder's target length, with inputs cut like its training
     rows. Scores are written atomically, then collected into the results.
@@ -48,14 +48,14 @@ def score_plan(plan: Plan, workdir: str | os.PathLike, task: Examples) -> list[s
         if run.name in finished and not (place.run_directory(run.name) / SCORES_FILE).exists()
     ]
     _LOG.info(
-        f"{len(finished)} of {len(plan.runs)} runs are finished; {len(todo)} to score on "
+        f"{len(finished)} of {len(plan.runs)} runs are finished; {len(todo)} to evaluate on "
         f"{len(task.examples)} examples of {task.name}"
     )
     done = []
     for number, run in enumerate(todo, 1):
         with place.lock(run.name) as mine:
             if not mine:
-                _LOG.info(f"{run.name}: another process is scoring it")
+                _LOG.info(f"{run.name}: another process evaluates it")
                 continue
             folder = place.run_directory(run.name)
             scores = _scores(folder, run.targets, task)

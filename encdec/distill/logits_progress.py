@@ -1,29 +1,29 @@
-"""What ``encdec score`` reports while it works."""
+"""What ``encdec distill logits`` reports while it works."""
 
 from __future__ import annotations
 
 import time
 
 from encdec.data.records import open_records
-from encdec.distill.scoring import ScoringTally
+from encdec.distill.teacher_logits import LogitsTally
 from encdec.train.metrics import Console
 
 REPORT_SECONDS = 10.0
 
 
-class ScoringProgress:
-    """Tokens scored, rate, bytes per token and time left: a bar, or a line now and then."""
+class LogitsProgress:
+    """Tokens stored, rate, bytes per token and time left: a bar, or a line now and then."""
 
     def __init__(self, records: str):
         self._records, self._begin, self._said = records, 0.0, 0.0
         self._console: Console | None = None
         self._first = self._seen = (0, 0)
 
-    def __call__(self, tally: ScoringTally) -> None:
+    def __call__(self, tally: LogitsTally) -> None:
         now = time.monotonic()
         if self._console is None:
             self._rows = len(open_records(self._records))
-            self._console = Console(self._rows, tally.rows, what="score")
+            self._console = Console(self._rows, tally.rows, what="distill logits")
             # The first batch took the compilation and what was there before.
             self._begin, self._first = now, (tally.rows, tally.tokens)
         self._seen = tally.rows, tally.tokens

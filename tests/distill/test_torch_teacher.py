@@ -1,4 +1,4 @@
-"""Hugging Face models scored as they are: against transformers text by text, and against ours."""
+"""Hugging Face models as teachers: against transformers text by text, and against ours."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from encdec.cli import main
 from encdec.data.records import decode_row, open_records
 from encdec.data.teacher_rows import open_teacher, read_teacher_card
 from encdec.data.vocabulary import VOCABULARY_FOLDER, load_vocabulary
-from encdec.distill.scoring import score
-from encdec.distill.torch_scorer import _by_length, torch_model
+from encdec.distill.teacher_logits import store_teacher_logits
+from encdec.distill.torch_teacher import _by_length, torch_model
 from encdec.errors import ConfigError, DataError
 from encdec.interop.import_command import main as import_main
 from encdec.pretrained import load_causal_model
@@ -78,14 +78,14 @@ def records(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", UNKNOWN)
-def test_packed_rows_are_scored_as_transformers_scores_each_text(family, records, tmp_path):
+def test_packed_rows_are_read_as_transformers_reads_each_text(family, records, tmp_path):
     model = save_model(tmp_path / "hf", *UNKNOWN[family])
     with pytest.raises(DataError, match="supported:"):
         import_main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
     assert (
         main(
             [
-                "score",
+                *("distill", "logits"),
                 "--backend=torch",
                 f"--teacher={tmp_path / 'hf'}",
                 f"--records={records}",
@@ -119,7 +119,7 @@ def test_packed_rows_are_scored_as_transformers_scores_each_text(family, records
     assert card.teacher["parameters"] == model.num_parameters()
 
 
-def test_a_model_that_both_know_is_scored_alike(records, tmp_path):
+def test_a_model_that_both_know_gives_the_same(records, tmp_path):
     """The same weights imported and run by torch: the same distributions, and the same draws but
     for those on a rounding's edge."""
     save_model(
@@ -138,7 +138,7 @@ def test_a_model_that_both_know_is_scored_alike(records, tmp_path):
     for name, teacher, backend in (("jax", "ours", "jax"), ("torch", "hf", "torch")):
         for method in ("full", "sampled"):
             out = tmp_path / f"{name}-{method}"
-            score(
+            store_teacher_logits(
                 teacher=tmp_path / teacher,
                 records=records,
                 out=out,
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
     assert (
         main(
             [
-                "score",
+                *("distill", "logits"),
                 "--backend=torch",
                 f"--teacher={tmp_path / 'hf'}",
                 "--dry_run",
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused(records, tmp_path, capsys):
     ):
         arguments = {"teacher": tmp_path / "hf", "backend": "torch"} | changes
         with pytest.raises(error, match=message):
-            score(records=records, out=tmp_path / "out", **arguments)
+            store_teacher_logits(records=records, out=tmp_path / "out", **arguments)
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 200}))
     with pytest.raises(DataError, match="the model only 200"):

@@ -1,4 +1,4 @@
-"""Scores records with a teacher: every row once, a few bytes per target token, resumable.
+"""Stores a teacher's logits on records: every row once, a few bytes per target token, resumable.
 
 What is kept of a token depends on the seed, the row's number and the token's place, and on nothing
 else.
@@ -29,18 +29,18 @@ from encdec.data.teacher_rows import (
     unnamed,
 )
 from encdec.distill.draw import Kept, to_sparse
-from encdec.distill.scorers import JaxScorer, Scorer, scoring_model
-from encdec.distill.scoring_settings import ScoringSettings
-from encdec.distill.torch_scorer import TorchScorer, torch_model
+from encdec.distill.teacher_logits_settings import TeacherLogitsSettings
+from encdec.distill.teachers import JaxBackend, TeacherBackend, teacher_model
+from encdec.distill.torch_teacher import TorchBackend, torch_model
 from encdec.jobs import DirectoryJob, Notes, Tally
 from encdec.processes import wait_for_all
 from encdec.storage import as_path
 
-Progress = Callable[["ScoringTally"], None]
+Progress = Callable[["LogitsTally"], None]
 
 
 @dataclasses.dataclass
-class ScoringTally(Tally):
+class LogitsTally(Tally):
     """Totals over some rows.
 
     ``entropy`` and ``tail`` are sums over tokens, ``max_pairs`` is the most in one row.
@@ -55,8 +55,8 @@ class ScoringTally(Tally):
     bytes: int = 0
 
 
-def score(
-    settings: ScoringSettings = ScoringSettings(),
+def store_teacher_logits(
+    settings: TeacherLogitsSettings = TeacherLogitsSettings(),
     *,
     progress: Progress | None = None,
     **fields: Any,
@@ -66,12 +66,12 @@ def score(
     Repeat an interrupted call to continue.
 
     Args:
-        settings: what to score, with what, and what to keep.
+        settings: which records, which teacher, and what to keep.
         progress: called after every batch with the tally of all rows so far.
         fields: of ``settings``.
 
     Returns:
-        The card; at once where this scoring is done already.
+        The card; at once where they are stored already.
 
     Raises:
         ConfigError: settings out of range or at odds with each other or the devices.
@@ -82,81 +82,81 @@ def score(
     settings.check()
     opened = open_records(settings.records)
     fmt = settings.format(opened.card.vocabulary.size)
-    teacher, scorer = _scorer(settings, opened, fmt)
+    teacher, backend = _backend(settings, opened, fmt)
     kept = {
         "teacher": unnamed(teacher),
         "records": opened.card.fingerprint,
         "format": fmt.to_dict(),
         "seed": settings.seed,
     }
-    layout = {"batch_rows": scorer.batch_rows, "hosts": scorer.hosts}
+    layout = {"batch_rows": backend.batch_rows, "hosts": backend.hosts}
     out = as_path(settings.out)
     job = DirectoryJob(
         out,
-        "scoring",
-        settings.identity() | kept | layout,
+        "store of teacher logits",
+        settings.identity() | kept | layout | {"what": "scoring"},  # its name in earlier versions
         CARD_FILE,
-        ScoringTally,
+        LogitsTally,
         overwrite=settings.overwrite,
     )
     if job.finished:
         card = read_teacher_card(out)
         job.check_finished(card.identity(), kept)
         return card
-    wait_for_all("encdec score: look")  # nobody writes before all have seen what is there
+    wait_for_all("teacher logits: look")  # nobody writes before all have seen what is there
     with contextlib.ExitStack() as held:
         if not jax.process_index():
             held.enter_context(job.writing())
-        wait_for_all("encdec score: begin")
-        run = _Run(settings, scorer, opened, fmt, job.notes, progress)
+        wait_for_all("teacher logits: begin")
+        run = _Run(settings, backend, opened, fmt, job.notes, progress)
         run.all_shards()
-        wait_for_all("encdec score: shards")
+        wait_for_all("teacher logits: shards")
         if not jax.process_index():
             run.card(teacher).write(job.directory)
             job.end()
-    wait_for_all("encdec score: card")
+    wait_for_all("teacher logits: card")
     return read_teacher_card(out)
 
 
-def _scorer(
-    settings: ScoringSettings, records: Records, fmt: SparseFormat
-) -> tuple[dict[str, Any], Scorer]:
-    """The teacher's identity and its scorer; everything is checked, nothing is loaded."""
+def _backend(
+    settings: TeacherLogitsSettings, records: Records, fmt: SparseFormat
+) -> tuple[dict[str, Any], TeacherBackend]:
+    """The teacher's identity and its backend; everything is checked, nothing is loaded."""
     rows = {"seed": settings.seed, "batch_rows": settings.batch_rows}
     if settings.backend == "torch":
         theirs = torch_model(settings.teacher, records, settings.vocabulary, settings.max_length)
-        return theirs.identity, TorchScorer(theirs, records, fmt, **rows)
-    ours = scoring_model(settings.teacher, records, settings.step, settings.max_length)
-    return ours.identity, JaxScorer(ours, records, fmt, mesh=settings.mesh, **rows)
+        return theirs.identity, TorchBackend(theirs, records, fmt, **rows)
+    ours = teacher_model(settings.teacher, records, settings.step, settings.max_length)
+    return ours.identity, JaxBackend(ours, records, fmt, mesh=settings.mesh, **rows)
 
 
 class _Run:
-    """The shards of one scoring, group by group: one shard for each host that holds own rows."""
+    """The shards of one call, group by group: one shard for each host that holds own rows."""
 
     def __init__(
         self,
-        settings: ScoringSettings,
-        scorer: Scorer,
+        settings: TeacherLogitsSettings,
+        backend: TeacherBackend,
         records: Records,
         fmt: SparseFormat,
-        notes: Notes[ScoringTally],
+        notes: Notes[LogitsTally],
         progress: Progress | None,
     ):
-        self._scorer, self._fmt, self._seed = scorer, fmt, settings.seed
+        self._backend, self._fmt, self._seed = backend, fmt, settings.seed
         self._shard_rows, self._notes, self._progress = settings.shard_rows, notes, progress
         self.records = records
         self.shards = -(-len(records) // settings.shard_rows)
-        self.total = ScoringTally()
+        self.total = LogitsTally()
 
     def all_shards(self) -> None:
-        """Scores every group of which a shard is not there yet."""
-        hosts = self._scorer.hosts
+        """Reads every group of which a shard is not there yet."""
+        hosts = self._backend.hosts
         groups = [
             range(first, min(first + hosts, self.shards)) for first in range(0, self.shards, hosts)
         ]
         missing = set(self._notes.missing(range(self.shards))[0])
         # Known to all before anyone writes on.
-        wait_for_all("encdec score: notes")
+        wait_for_all("teacher logits: notes")
         for group in groups:
             if missing.isdisjoint(group):
                 for number in group:
@@ -164,16 +164,16 @@ class _Run:
         open_groups = [group for group in groups if not missing.isdisjoint(group)]
         if not open_groups:
             return
-        self._scorer.load()
+        self._backend.load()
         for group in open_groups:
             self._group(group)
 
     def _group(self, group: range) -> None:
-        """Scores a group's rows; this process writes the shard of its own."""
-        tally = ScoringTally()
+        """Reads a group's rows; this process writes the shard of its own."""
+        tally = LogitsTally()
         rows = self._encoded(group, tally)
-        number = group.start + self._scorer.host
-        if number not in group or not self._scorer.writes:
+        number = group.start + self._backend.host
+        if number not in group or not self._backend.writes:
             for _ in rows:
                 pass
             return
@@ -182,35 +182,35 @@ class _Run:
         tally.bytes = shard.bytes
         self._notes.write(number, shard, tally)
 
-    def _encoded(self, group: range, tally: ScoringTally) -> Iterator[bytes]:
-        """This host's rows of a group in order, scored and encoded, one batch behind."""
-        size = self._scorer.batch_rows // self._scorer.hosts
+    def _encoded(self, group: range, tally: LogitsTally) -> Iterator[bytes]:
+        """This host's rows of a group in order, read and encoded, one batch behind."""
+        size = self._backend.batch_rows // self._backend.hosts
         first = group.start * self._shard_rows  # of the group: the host with most rows
         steps = -(-min(self._shard_rows, len(self.records) - first) // size)
-        own = (group.start + self._scorer.host) * self._shard_rows
+        own = (group.start + self._backend.host) * self._shard_rows
         waiting: tuple[np.ndarray, Kept] | None = None
         for index in range(steps):
             numbers = own + index * size + np.arange(size)
             inside = numbers < min(own + self._shard_rows, len(self.records))
             numbers = np.where(inside, numbers, -1)
-            kept = self._scorer.score(numbers)
+            kept = self._backend.forward(numbers)
             if waiting is not None:
                 yield from self._encode(*waiting, tally)
             waiting = numbers, kept
         if waiting is not None:
             yield from self._encode(*waiting, tally)
 
-    def _encode(self, numbers: np.ndarray, kept: Kept, tally: ScoringTally) -> Iterator[bytes]:
-        host = self._scorer.fetch(kept)
+    def _encode(self, numbers: np.ndarray, kept: Kept, tally: LogitsTally) -> Iterator[bytes]:
+        host = self._backend.fetch(kept)
         tokens = host.pop("tokens")
-        new = ScoringTally()
+        new = LogitsTally()
         for place in np.flatnonzero(numbers >= 0):
             row = to_sparse(
                 {name: x[place, : tokens[place]] for name, x in host.items()}, self._fmt
             )
             data = encode_row(row, self._fmt)
             new.add(
-                ScoringTally(
+                LogitsTally(
                     1,
                     len(row),
                     len(row.ids),
@@ -229,7 +229,7 @@ class _Run:
     def card(self, teacher: dict[str, Any]) -> TeacherCard:
         """The card of all shards, made of their notes."""
         shards: list[Shard] = []
-        total = ScoringTally()
+        total = LogitsTally()
         for number in range(self.shards):
             shard, tally = self._notes.read(number)
             shards += [shard] if shard else []

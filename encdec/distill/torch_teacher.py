@@ -25,7 +25,7 @@ from encdec.data.sparse_logits import SparseFormat
 from encdec.data.tokenizer_files import tokens_around
 from encdec.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_file
 from encdec.distill.draw import Kept, keep
-from encdec.distill.scorers import check_longest, check_records
+from encdec.distill.teachers import check_longest, check_records
 from encdec.errors import ConfigError, DataError
 from encdec.files import file_sha256
 from encdec.packages import install_hint
@@ -69,7 +69,7 @@ def torch_model(
 
     Args:
         directory: of a Hugging Face causal language model.
-        records: to be scored.
+        records: that it will read.
         vocabulary: the model's; by default the tokenizer.model or tokenizer.json next to it.
         max_length: tokens that it may read at once, by default what its configuration says.
 
@@ -143,8 +143,8 @@ def _fingerprint(directory: pathlib.Path) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-class TorchScorer:
-    """A ``TorchModel`` as a ``Scorer``: on the GPU that torch sees, otherwise on the CPU.
+class TorchBackend:
+    """A ``TorchModel`` as a ``TeacherBackend``: on the GPU that torch sees, otherwise on the CPU.
 
     Each process reads rows of its own with a whole model.
     """
@@ -169,7 +169,7 @@ class TorchScorer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_causal_model(self._teacher.directory, dtype="auto").eval().to(device)
 
-    def score(self, numbers: np.ndarray) -> Kept:
+    def forward(self, numbers: np.ndarray) -> Kept:
         card = self._records.card
         sources, targets, rows, starts = self._texts(numbers)
         kept: dict[str, np.ndarray] = {}
@@ -259,7 +259,7 @@ def _keep(
     seed: int,
     fmt: SparseFormat,
 ) -> Kept:
-    """As ``encdec.distill.scorers.make_score_step`` keys its draws: by row, then by place."""
+    """As ``encdec.distill.teachers.make_logits_step`` keys its draws: by row, then by place."""
     key = jax.random.key(seed)
     keys_N = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(
         numbers_N, places_N

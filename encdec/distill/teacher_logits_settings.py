@@ -1,4 +1,4 @@
-"""Settings of ``score``, from whose fields flags, a job's identity and its card follow."""
+"""Settings of ``distill logits``, from whose fields flags, a job's identity and its card follow."""
 
 # ruff: noqa: RUF009 (`setting` gives a field, which ruff cannot see)
 
@@ -16,8 +16,8 @@ from encdec.train.run_fields import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoringSettings(Settings):
-    """The settings of ``score``.
+class TeacherLogitsSettings(Settings):
+    """The settings of ``encdec distill logits``.
 
     What is stored does not depend on the mesh; ``batch_rows`` counts over all devices.
     """
@@ -88,7 +88,7 @@ class ScoringSettings(Settings):
     )
     fsdp: int = setting(1, "shards of the teacher's parameters", least=1)
     tensor: int = setting(1, "shards of heads and MLP", least=1)
-    overwrite: bool = setting(False, "replace a scoring in --out")
+    overwrite: bool = setting(False, "replace stored logits in --out")
 
     @property
     def mesh(self) -> MeshConfig:

@@ -43,7 +43,7 @@ from encdec.train.sharding import ShardingRules, data_shards, make_mesh, param_s
 HEAD_TOKENS = 32  # positions of a row that have their logits in memory at once
 
 
-class Scorer(Protocol):
+class TeacherBackend(Protocol):
     """Something that reads rows as a teacher.
 
     Attributes:
@@ -60,7 +60,7 @@ class Scorer(Protocol):
     def load(self) -> None:
         """Loads the parameters; called once, before the first row."""
 
-    def score(self, numbers: np.ndarray) -> Kept:
+    def forward(self, numbers: np.ndarray) -> Kept:
         """What is kept of each target token of this process's rows, -1 standing for none.
 
         The axes [rows, T] come first, T the row's loss-bearing positions in order; "tokens"
@@ -68,11 +68,11 @@ class Scorer(Protocol):
         """
 
     def fetch(self, kept: Kept) -> dict[str, np.ndarray]:
-        """What ``score`` gave, once it is there."""
+        """What ``forward`` gave, once it is there."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoringModel:
+class TeacherModel:
     """A teacher that fits the records; its parameters are not loaded yet.
 
     Attributes:
@@ -99,12 +99,12 @@ class ScoringModel:
         ).total
 
 
-def scoring_model(
+def teacher_model(
     workdir: str | os.PathLike[str],
     records: Records,
     step: int | None = None,
     max_length: int | None = None,
-) -> ScoringModel:
+) -> TeacherModel:
     """The teacher, if it can read these records.
 
     Raises:
@@ -131,7 +131,7 @@ def scoring_model(
         "parameters": count_parameters(config).total,
     }
     prefix = tuple(data.get("inputs_prefix", ()))
-    return ScoringModel(as_path(workdir), config, step, identity, data["decoder_start_id"], prefix)
+    return TeacherModel(as_path(workdir), config, step, identity, data["decoder_start_id"], prefix)
 
 
 def check_records(
@@ -144,7 +144,7 @@ def check_records(
     if isinstance(records, MixedRecords):
         parts = ", ".join(str(part.directory) for part in records.parts)
         raise ConfigError(
-            f"--records is a mixture of {parts}; score each of them separately, and train with "
+            f"--records is a mixture of {parts}; store logits for each of them, and train with "
             "config.distill.teacher=TEACHER_A,TEACHER_B"
         )
     wanted = records.card.vocabulary
@@ -199,10 +199,10 @@ def longest_segment(records: Records, at_once: int = 4096) -> int:
     return longest
 
 
-def make_score_step(
+def make_logits_step(
     model: Model, fmt: SparseFormat, targets_length: int, seed: int
 ) -> Callable[[Any, dict[str, jax.Array]], Kept]:
-    """``score_step(params, batch) -> kept``, to be jitted.
+    """``logits_step(params, batch) -> kept``, to be jitted.
 
     ``batch`` has the teacher's layout and ``row_numbers`` [B] uint32. Every value kept has the
     axes [B, T] first, T the row's loss-bearing positions in order, and "tokens" [B] int32 says how
@@ -210,7 +210,7 @@ def make_score_step(
     """
     positions = -(-targets_length // HEAD_TOKENS) * HEAD_TOKENS
 
-    def score_step(params: Any, batch: dict[str, jax.Array]) -> Kept:
+    def logits_step(params: Any, batch: dict[str, jax.Array]) -> Kept:
         hidden = cast(jax.Array, model.apply({"params": params}, batch, method="hidden"))
         weights_BxT = batch["decoder_loss_weights"]
         if not model.config.is_encoder_decoder:
@@ -238,15 +238,15 @@ def make_score_step(
         )
         return kept | {"tokens": jnp.sum(weights_BxT > 0, axis=1, dtype=jnp.int32)}
 
-    return score_step
+    return logits_step
 
 
-class JaxScorer:
-    """A model of ours as a ``Scorer``, sharded over the mesh."""
+class JaxBackend:
+    """A model of ours as a ``TeacherBackend``, sharded over the mesh."""
 
     def __init__(
         self,
-        model: ScoringModel,
+        model: TeacherModel,
         records: Records,
         fmt: SparseFormat,
         *,
@@ -292,14 +292,14 @@ class JaxScorer:
         _, self._params, _ = load_params_for_inference(
             self._model.workdir, self._model.step or None, shardings
         )
-        step = make_score_step(model, self._fmt, self._targets_length, self._seed)
+        step = make_logits_step(model, self._fmt, self._targets_length, self._seed)
         self._step = jax.jit(
             on_mesh(step, mesh, fitted),
             in_shardings=(shardings, self._sharding),
             out_shardings=self._sharding,
         )
 
-    def score(self, numbers: np.ndarray) -> Kept:
+    def forward(self, numbers: np.ndarray) -> Kept:
         batch = self._batches.read_rows(numbers)
         batch["row_numbers"] = np.maximum(numbers, 0).astype(np.uint32)
         return self._step(self._params, to_devices(batch, self._sharding, self.batch_rows))
