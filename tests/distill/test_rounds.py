@@ -115,7 +115,7 @@ def test_bad_settings_are_refused_before_anything_is_written(records, teacher, t
 
 def test_the_command_names_what_it_wants(capsys):
     assert main(["distill", "laps"]) == ConfigError.exit_code
-    assert "expected `encdec distill rollout` or `rounds`" in capsys.readouterr().err
+    assert "expected `encdec distill logits`, `rollout` or `rounds`" in capsys.readouterr().err
     assert (
         main(["distill", "rollout", "--checkpoint=a", "--records=b", "--out=c", "--config.steps=3"])
         == ConfigError.exit_code

@@ -244,7 +244,7 @@ def test_damaged_shards_are_refused(records, stored, tmp_path):
                 np.testing.assert_array_equal(got[name], intact[name])
     assert refused
     (broken / "teacher.json").unlink()
-    with pytest.raises(DataError, match="did not finish"):
+    with pytest.raises(DataError, match="is not finished"):
         open_teacher(broken, open_records(records))
 
 

@@ -210,7 +210,7 @@ def test_all_runs_of_a_student_and_again(inputs, tmp_path, capsys, monkeypatch):
     assert shown.count(before) == 2 and "XSum" not in shown
     monkeypatch.setattr("encdec.paper.runs.train", None)
     monkeypatch.setattr("encdec.paper.runs.evaluate", None)
-    monkeypatch.setattr("encdec.paper.runs.score", None)
+    monkeypatch.setattr("encdec.paper.runs.store_teacher_logits", None)
     assert main(arguments(inputs, tmp_path, student)) == 0
     assert (tmp_path / "table.md").read_text() == before
     assert before in capsys.readouterr().out
