@@ -164,7 +164,11 @@ def costs(config: ModelConfig, inputs: int, targets: int) -> dict[str, Any]:
         }
     return {
         "parameters": dataclasses.asdict(count) | {"total": count.total},
-        "forward_flops": dataclasses.asdict(forward) | {"total": forward.total},
+        # Attention's keys as in the JSON of earlier versions.
+        "forward_flops": {
+            name.replace("attention", "scores"): value
+            for name, value in (dataclasses.asdict(forward) | {"total": forward.total}).items()
+        },
         "training_flops": training_flops(config, inputs, targets),
         "generation_flops": generation,
         "weight_bytes": {dtype: weight_bytes(config, dtype) for dtype in WEIGHT_DTYPES},
@@ -209,7 +213,7 @@ def architecture(config: ModelConfig) -> dict[str, str]:
     norm = f"RMSNorm {config.norm_eps:g}, cast {config.norm_cast.replace('_', ' ')}"
     norm += ", plus one" * config.norm_plus_one + ", post-norms" * config.post_norms
     norm += ", no pre-norms" * config.omit_pre_norms
-    caps = {"scores": config.attention_logit_cap, "logits": config.final_logit_cap}
+    caps = {"attention": config.attention_logit_cap, "head": config.final_logit_cap}
     dropout = {
         "attention": config.attention_dropout,
         "MLP": config.mlp_dropout,

@@ -107,15 +107,15 @@ MUTANTS = (
     Mutant(
         "beam length penalty inverted",
         "encdec/inference/beam_steps.py",
-        "final_BxC = jnp.where(ended_BxC, scores_BxC / length_penalty(count, alpha), -jnp.inf)",
-        "final_BxC = jnp.where(ended_BxC, scores_BxC * length_penalty(count, alpha), -jnp.inf)",
+        "final_BxC = jnp.where(ended_BxC, totals_BxC / length_penalty(count, alpha), -jnp.inf)",
+        "final_BxC = jnp.where(ended_BxC, totals_BxC * length_penalty(count, alpha), -jnp.inf)",
         ("tests/inference/test_beam.py::test_wide_beams_find_the_best_of_all_answers",),
     ),
     Mutant(
         "beam search stops too early",
         "encdec/inference/beam_steps.py",
-        "hope_B = alive.scores_BxK[:, 0] / length_penalty(limit, alpha)",
-        "hope_B = alive.scores_BxK[:, 0] / length_penalty(alive.counts_BxK[:, 0], alpha)",
+        "hope_B = alive.totals_BxK[:, 0] / length_penalty(limit, alpha)",
+        "hope_B = alive.totals_BxK[:, 0] / length_penalty(alive.counts_BxK[:, 0], alpha)",
         (
             "tests/inference/test_beam.py::test_narrow_beams_stop_early_only_where_nothing_better_can_come",
         ),

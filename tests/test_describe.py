@@ -126,7 +126,7 @@ def test_words_follow_the_fields():
     assert plain["kv heads"] == "2, tiled" and changed["kv heads"] == "4"
     assert "apart" in changed["vocabulary"] and "tied" in plain["vocabulary"]
     assert "query-key norm" in changed["attention"] and "post-norms" in changed["norm"]
-    assert (plain["logit caps"], changed["logit caps"]) == ("none", "scores 50")
+    assert (plain["logit caps"], changed["logit caps"]) == ("none", "attention 50")
     assert (plain["dropout"], changed["dropout"]) == ("none", "MLP 0.1")
     assert changed["biases"] == "q k v, attention out"
     assert "ntk x4" in changed["positions"] and "cross continued" in changed["positions"]

@@ -72,7 +72,7 @@ def compare_attention(config: ModelConfig, rows: int, length: int, causal: bool)
     shapes = [(rows, length, n, config.head_dim) for n in (config.num_heads, config.num_kv_heads)]
     q, gradient = (jax.random.normal(key, shapes[0], jnp.float32) for key in keys[:2])
     k, v = (jax.random.normal(key, shapes[1], jnp.float32) for key in keys[2:])
-    q = q * config.scores_scale
+    q = q * config.attention_logit_scale
     third = length // 3
     ids = np.repeat([1, 2, 0], [third, length - third - length // 8, length // 8])
     segments = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (rows, length))

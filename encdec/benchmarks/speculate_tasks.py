@@ -162,7 +162,7 @@ def near_tie(
     max_tokens: int | None = None,
 ) -> bool:
     """Whether rounding explains the first token in which two greedy answers differ: plain decoding
-    chooses the other one itself if its score is raised by TIE."""
+    chooses the other one itself if its logit is raised by TIE."""
     place = first_difference(wanted.tokens, other.tokens)
     if place >= min(len(wanted.tokens), len(other.tokens)):
         return False  # one ended early

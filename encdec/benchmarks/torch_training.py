@@ -64,7 +64,7 @@ def build(config: ModelConfig, params: Any, targets: int) -> nn.Module:
     Args:
         config: a model with tied embeddings that the shipped modelling file can express.
         params: its float32 parameters.
-        targets: T, target tokens of a row; those that a decoder-only model scores.
+        targets: T, target tokens of a row; those that a decoder-only model predicts.
     """
     config, params = equivalents.on_host(config, params)
     if config.is_encoder_decoder:
@@ -77,7 +77,7 @@ def build(config: ModelConfig, params: Any, targets: int) -> nn.Module:
             for name in EncdecConfig().to_dict()
             if hasattr(config, name) and name not in ("architecture", "dtype")
         } | {
-            "attention_scale": config.scores_scale,
+            "attention_scale": config.attention_logit_scale,
             "rope_frequencies": np.asarray(rope_frequencies(config)).tolist(),
             "mlp_activation": family_export.ACTIVATIONS[config.mlp_activation],
         }

@@ -78,18 +78,18 @@ class FlopCount:
         cross_kv: products that make cross-attention's keys and values from the encoder's output.
         decoder: products with the decoder's other weights.
         head: vocabulary head.
-        encoder_scores: queries with keys and probabilities with values, in the encoder.
-        cross_scores: the same in cross-attention.
-        decoder_scores: the same in the decoder's causal self-attention.
+        encoder_attention: queries with keys and probabilities with values, in the encoder.
+        cross_attention: the same in cross-attention.
+        decoder_attention: the same in the decoder's causal self-attention.
     """
 
     encoder: float = 0.0
     cross_kv: float = 0.0
     decoder: float = 0.0
     head: float = 0.0
-    encoder_scores: float = 0.0
-    cross_scores: float = 0.0
-    decoder_scores: float = 0.0
+    encoder_attention: float = 0.0
+    cross_attention: float = 0.0
+    decoder_attention: float = 0.0
 
     @property
     def total(self) -> float:
@@ -185,7 +185,7 @@ def _encode(config: ModelConfig, inputs: int) -> FlopCount:
     """The encoder over one source, without cross-attention's keys and values."""
     return FlopCount(
         encoder=2.0 * inputs * config.encoder_layers * _layer_weights(config),
-        encoder_scores=4.0 * config.attention_width * config.encoder_layers * inputs**2,
+        encoder_attention=4.0 * config.attention_width * config.encoder_layers * inputs**2,
     )
 
 
@@ -214,8 +214,8 @@ def _decode(
     return FlopCount(
         decoder=2.0 * tokens * weights,
         head=2.0 * head * config.d_model * config.vocab_size,
-        cross_scores=4.0 * width * layers * cross_pairs,
-        decoder_scores=4.0 * width * layers * pairs,
+        cross_attention=4.0 * width * layers * cross_pairs,
+        decoder_attention=4.0 * width * layers * pairs,
     )
 
 

@@ -84,8 +84,8 @@ def match_decoder_only(
             mismatch = abs(cost(peer) / wanted - 1)
             if mismatch <= TOLERANCE:
                 stretch = abs(math.log(peer.mlp_dim / config.mlp_dim))
-                score = stretch + _WIDTH_PER_MISMATCH * mismatch
-                found.append((mismatch > MATCH, score, peer))
+                distance = stretch + _WIDTH_PER_MISMATCH * mismatch
+                found.append((mismatch > MATCH, distance, peer))
     if not found:
         raise ConfigError(
             f"no decoder-only model matches the {by} within {TOLERANCE:.0%} with an MLP width in "

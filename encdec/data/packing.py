@@ -2,7 +2,7 @@
 
 "best_fit" is bin-centric greedy vector packing (Panigrahy et al. 2011, "Heuristics for Vector Bin
 Packing"): one row is open at a time and takes, from a pool of waiting examples, the one that
-scores best against the space left on both sides. Best-fit decreasing, its one-dimensional
+fits best into the space left on both sides. Best-fit decreasing, its one-dimensional
 relative, left up to 10 % more padding on real pairs, since it places the hard ones too early.
 Rows are shuffled when read, so their order is free.
 """

@@ -11,7 +11,7 @@ Three formats, chosen by ``SparseFormat.method``:
 * ``full``: every log probability as float32; exact, for small vocabularies.
 
 In addition to its pairs of an id and a value, every token has the log-normalizer of the teacher's
-scores and the entropy of its distribution (nats, float16).
+logits and the entropy of its distribution (nats, float16).
 
 A row's bytes: CRC-32 of the rest, number of tokens n, number of pairs P (uint32 each, little
 endian), then a raw deflate stream. Deflated are byte planes, one after another, the most

@@ -93,9 +93,9 @@ def scaled_embedding(config: ModelConfig, params: Params, *, scaled: bool) -> Pa
 
 
 def plain_attention_scale(config: ModelConfig, params: Params) -> Pair:
-    """Scores scaled by 1/sqrt(head_dim), the rest multiplied into the queries' weights, or into
-    their norm where they have one."""
-    factor = np.float32(config.scores_scale * config.head_dim**0.5)
+    """Logits in attention scaled by 1/sqrt(head_dim), the rest multiplied into the queries'
+    weights, or into their norm where they have one."""
+    factor = np.float32(config.attention_logit_scale * config.head_dim**0.5)
     config = config.replace(attention_scale=0.0)
     if abs(factor - 1) < 1e-7:
         return config, params
@@ -110,8 +110,9 @@ def plain_attention_scale(config: ModelConfig, params: Params) -> Pair:
 
 
 def whole_query_scalar(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params, int]:
-    """A model whose scores are scaled by one over the root of a whole number, and the number."""
-    scalar = config.scores_scale**-2
+    """A model whose logits in attention have the scale of one over the root of a whole number, and
+    the number."""
+    scalar = config.attention_logit_scale**-2
     if scalar < 0.5 or abs(scalar - round(scalar)) > 1e-4:
         config, params = plain_attention_scale(config, params)
         scalar = config.head_dim

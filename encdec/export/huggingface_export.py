@@ -339,7 +339,7 @@ def own(config: ModelConfig, params: Params) -> tuple[dict[str, Any], Mapping[st
         },
         "is_encoder_decoder": True,
         "mlp_activation": ACTIVATIONS[config.mlp_activation],
-        "attention_scale": config.scores_scale,
+        "attention_scale": config.attention_logit_scale,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_frequencies": np.asarray(rope_frequencies(config)).tolist(),
     }

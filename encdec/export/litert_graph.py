@@ -1,7 +1,7 @@
 """The encoder-decoder as two LiteRT (TFLite) graphs: an encoder, and a decoder step.
 
 Written operator by operator, so that XNNPACK gets what it runs fastest at batch 1 on a CPU: one
-product for queries, keys and values; norm scales and the scores' scale folded into the weights
+product for queries, keys and values; scales of norms and attention logits folded into the weights
 behind them; rotation as a product with a constant; sums as products with ones; keys laid out
 [S, D] and values [D, S], the layout that XNNPACK packs in half the time of any other tried (it
 packs the right side of a product of two activations at every call). Weights are int8 by output
@@ -23,7 +23,7 @@ from encdec.model import ModelConfig
 from encdec.model.model_config import Stack
 from encdec.model.positions import rope_frequencies
 
-NEVER = -1e9  # added to the scores of what a query may not read
+NEVER = -1e9  # added to the logits of what a query may not read
 
 
 class _Layers:
@@ -145,7 +145,7 @@ class _Layers:
         K, D = config.num_kv_heads, config.head_dim
         kernels, biases = [], []
         for name in names:
-            factor = config.scores_scale if name == "q" and not config.qk_norm else 1.0
+            factor = config.attention_logit_scale if name == "q" and not config.qk_norm else 1.0
             kernel = params[name]["kernel"].reshape(config.d_model, K, -1, D)
             kernels.append(kernel * before[:, None, None, None] * np.float32(factor))
             if "bias" in params[name]:
@@ -161,12 +161,12 @@ class _Layers:
 
     def normed_heads(self, x: int, params: Params, name: str) -> int:
         """Queries ("q_norm") or keys ("k_norm"), where the model norms them: each head, or all of
-        a token's together; queries with the scale of the scores."""
+        a token's together; queries with the scale of the logits."""
         g, config = self.g, self.config
         if not config.qk_norm:
             return x
         scale = self.scale(params[name])
-        scale = scale * np.float32(config.scores_scale) if name == "q_norm" else scale
+        scale = scale * np.float32(config.attention_logit_scale) if name == "q_norm" else scale
         if not config.qk_norm_over_heads:
             return g.mul(self.unscaled_norm(x), g.constant(scale))
         mean = g.reduce(Operator.MEAN, g.mul(x, x), 1, 3, 4)
@@ -257,7 +257,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     """tokens [1, S] and positions [S] int32 to what every decoder layer reads of the source.
 
     Outputs ``key_i`` [1, K, S, D] and ``value_i`` [1, K, D, S] float32. Positions are 0, 1, ...:
-    rotated scores depend on differences alone, so centred positions make no difference.
+    rotated logits depend on differences alone, so centred positions make no difference.
     """
     # The encoder is bound by arithmetic, which int4 does not speed up.
     layers = _Layers(config, "int8" if precision == "int4" else precision)
@@ -276,10 +276,10 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
         rope = ropes[local] if config.is_rotated(index, "encoder") else None
         q, k, v = layers.self_attention_heads(x, layer, rope, path)
         # All queries that read one key head are rows of one product.
-        scores = layers.capped(g.matmul(q, k, transpose_y=True), config.attention_logit_cap)
+        logits = layers.capped(g.matmul(q, k, transpose_y=True), config.attention_logit_cap)
         if near is not None and local:
-            scores = g.add(scores, near)
-        y = g.matmul(g.softmax(scores), v)
+            logits = g.add(logits, near)
+        y = g.matmul(g.softmax(logits), v)
         y = layers.out(y, layer["self_attention"], f"{path}/self_attention")
         x = layers.residual(x, y, layer, "self_attention")
         x = layers.mlp(x, layer, path)
@@ -288,7 +288,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
 
 
 def _near_mask(layers: _Layers, positions: int) -> int:
-    """Added to scores [1, K, S * H / K, S] of local encoder layers: 0 within the window."""
+    """Added to logits [1, K, S * H / K, S] of local encoder layers: 0 within the window."""
     g, config = layers.g, layers.config
     group = config.num_heads // config.num_kv_heads
     back, ahead = config.encoder_window or (config.attention_window - 1,) * 2
@@ -329,7 +329,7 @@ def decoder_graph(
     """Graph of a decoder step: from N tokens and the caches to the token after each.
 
     Inputs: token [1, N] and position [N] int32; cross_position [N] int32 where cross-attention
-    continues the source's positions; mask [1, 1, N * H / K, C] float32, added to the scores of
+    continues the source's positions; mask [1, 1, N * H / K, C] float32, added to the logits of
     every token's query heads, and local_mask of local layers where there are any; place
     [1, 1, N, C], 1 where row n is token n's slot and 0 elsewhere; past_key_i [1, K, C, D] and
     past_value_i [1, K, D, C], zero in the slots of the N tokens; the source's key_i [1, K, S, D]
@@ -389,7 +389,7 @@ def _cached_attention(
 ) -> int:
     """Attention of the tokens' queries to the cache and to their own keys, as the queries' rows.
 
-    The tokens' slots are zero in the cache, and so are their scores, which leaves their places in
+    The tokens' slots are zero in the cache, and so are their logits, which leaves their places in
     the softmax to the tokens' own: concatenating the two and cutting them apart again would
     need a slice whose begin is not known beforehand, which XNNPACK does not have.
     """
@@ -415,8 +415,8 @@ def _cross_attention(
     y, before = layers.read(x, layer, "cross_attention")
     q = layers.normed_heads(layers.project(y, attention, before, "q", path), attention, "q_norm")
     q = layers.rows(layers.rotate(q, rope))
-    scores = g.matmul(q, memory["key"], transpose_y=True)
-    shares = g.softmax(layers.capped(scores, config.attention_logit_cap))
+    logits = g.matmul(q, memory["key"], transpose_y=True)
+    shares = g.softmax(layers.capped(logits, config.attention_logit_cap))
     y = g.matmul(shares, memory["value"], transpose_y=True)
     return layers.residual(x, layers.out(y, attention, path), layer, "cross_attention")
 

@@ -231,12 +231,12 @@ class _Layers:
         g, config = self.g, self.config
         K, D = config.num_kv_heads, config.head_dim
         group = config.num_heads // K
-        q = g.op("Mul", q, g.float(config.scores_scale))
+        q = g.op("Mul", q, g.float(config.attention_logit_scale))
         q = g.op("Transpose", g.op("Reshape", q, g.ints(0, 0, K, group, D)), perm=[0, 2, 3, 1, 4])
-        scores = g.op("MatMul", q, g.op("Unsqueeze", k_transposed, g.ints(2)))
+        logits = g.op("MatMul", q, g.op("Unsqueeze", k_transposed, g.ints(2)))
         if cap := config.attention_logit_cap:
-            scores = g.op("Mul", g.op("Tanh", g.op("Div", scores, g.float(cap))), g.float(cap))
-        shares = g.op("Softmax", g.op("Add", scores, mask), axis=-1)
+            logits = g.op("Mul", g.op("Tanh", g.op("Div", logits, g.float(cap))), g.float(cap))
+        shares = g.op("Softmax", g.op("Add", logits, mask), axis=-1)
         out = g.op("MatMul", shares, g.op("Unsqueeze", v, g.ints(2)))
         out = g.op("Transpose", out, perm=[0, 3, 1, 2, 4])
         out = g.op("Reshape", out, g.ints(0, 0, config.attention_width))
@@ -271,7 +271,7 @@ class _Layers:
         return self.g.op("Add", x, y)
 
     def additive(self, allowed: str) -> str:
-        """Scores' mask [B, 1, 1, T, S] from bool [B, T, S]."""
+        """Mask of logits [B, 1, 1, T, S] from bool [B, T, S]."""
         g = self.g
         mask = g.op("Where", allowed, g.float(0.0), g.float(LEAST))
         return g.op("Unsqueeze", mask, g.ints(1, 2))
@@ -281,7 +281,7 @@ class _Layers:
         return self.additive(self.g.op("Unsqueeze", allowed, self.g.ints(1)))
 
     def near_mask(self, places: str, mask: str) -> str:
-        """A scores' mask further limited to the encoder's window, which reaches both ways."""
+        """A mask of logits further limited to the encoder's window, which reaches both ways."""
         g, window = self.g, self.config.attention_window
         back, ahead = self.config.encoder_window or (window - 1, window - 1)
         rows, columns = (g.op("Unsqueeze", places, g.ints(axis)) for axis in (2, 1))
@@ -325,7 +325,7 @@ def encoder_graph(config: ModelConfig, params: Params, precision: Precision) -> 
     """tokens and mask [B, S] int64 to every decoder layer's cross-attention keys and values.
 
     Keys are [B, K, D, S], ready for the product, values [B, K, S, D]. Encoder positions count
-    from zero, centred or not: rotated scores depend on differences alone.
+    from zero, centred or not: rotated logits depend on differences alone.
     """
     # The encoder is bound by arithmetic, which int4 does not speed up.
     g = Graph("int8" if precision == "int4" else precision, many_rows=True)

@@ -88,8 +88,8 @@ def rows_of(
             "tokens": len(answer.tokens),
             "log_prob": round(sum(answer.log_probs), 6),
         }
-        if answer.score is not None:
-            row["score"] = round(answer.score, 6)
+        if answer.normalized_log_prob is not None:
+            row["score"] = round(answer.normalized_log_prob, 6)
         if answer.truncated:
             row["source_truncated"] = True
         if log_probs:

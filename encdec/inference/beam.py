@@ -41,14 +41,14 @@ class Hypotheses:
         tokens_BxKxN: int32, EOS included, then zeros.
         log_probs_BxKxN: float32, of each token, then zeros.
         counts_BxK: int32, tokens in each.
-        scores_BxK: float32, best first; sums of log-probabilities, divided by the length penalty;
+        totals_BxK: float32, best first; sums of log-probabilities, divided by the length penalty;
             -inf where there is no hypothesis.
     """
 
     tokens_BxKxN: np.ndarray
     log_probs_BxKxN: np.ndarray
     counts_BxK: np.ndarray
-    scores_BxK: np.ndarray
+    totals_BxK: np.ndarray
 
 
 def beam_search(
@@ -133,12 +133,12 @@ def _write_down(
     alive, complete, history, count = jax.device_get(
         (search.alive, search.complete, search.history, search.count)
     )
-    scores_BxK = (alive.scores_BxK / length_penalty(count, alpha)).astype(np.float32)
-    cut_off = alive.replace(scores_BxK=scores_BxK)
+    totals_BxK = (alive.totals_BxK / length_penalty(count, alpha)).astype(np.float32)
+    cut_off = alive.replace(totals_BxK=totals_BxK)
     ends = jax.tree.map(lambda *both: np.concatenate(both, axis=1), complete, cut_off)
-    best_BxK = np.argsort(-ends.scores_BxK, axis=1, kind="stable")[:, : plan.beams]
+    best_BxK = np.argsort(-ends.totals_BxK, axis=1, kind="stable")[:, : plan.beams]
     ends = jax.tree.map(lambda x: np.take_along_axis(x, best_BxK, axis=1), ends)
-    there_BxK = np.isfinite(ends.scores_BxK)
+    there_BxK = np.isfinite(ends.totals_BxK)
     counts_BxK = np.where(there_BxK, ends.counts_BxK, 0)
     tokens_BxKxN = np.zeros((*counts_BxK.shape, plan.room), np.int32)
     log_probs_BxKxN = np.zeros(tokens_BxKxN.shape, np.float32)
@@ -157,7 +157,7 @@ def _write_down(
         (found.tokens_BxKxN, tokens_BxKxN),
         (found.log_probs_BxKxN, log_probs_BxKxN),
         (found.counts_BxK, counts_BxK),
-        (found.scores_BxK, ends.scores_BxK),
+        (found.totals_BxK, ends.totals_BxK),
     ):
         into[rows_B[rows_B >= 0]] = made[rows_B >= 0]
 

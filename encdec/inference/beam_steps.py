@@ -51,14 +51,15 @@ class Ends(flax.struct.PyTreeNode):
     """The last tokens of K hypotheses per input; the others are found in the history.
 
     Attributes:
-        scores_BxK: float32; -inf where there is none.
+        totals_BxK: float32, of log-probabilities, those of complete ones divided by the length
+            penalty; -inf where there is none.
         counts_BxK: int32, tokens in each hypothesis.
         tokens_BxK: int32.
         log_probs_BxK: float32.
         parents_BxK: int32, the hypotheses that were alive before, from which these came.
     """
 
-    scores_BxK: jax.Array
+    totals_BxK: jax.Array
     counts_BxK: jax.Array
     tokens_BxK: jax.Array
     log_probs_BxK: jax.Array
@@ -81,7 +82,7 @@ class BeamState(flax.struct.PyTreeNode):
         positions_B: of the next token.
         visible_BxKxC: the slots that each hypothesis alive consists of.
         positions_BxC: of what is in the slots.
-        alive: sums of log-probabilities are their scores; all -inf once an input is decided.
+        alive: totals are of log-probabilities; all -inf once an input is decided.
         complete: best first.
         history: up to the hypotheses alive.
         count: tokens so far.
@@ -148,7 +149,7 @@ def begin(
     )
     # One empty hypothesis per input; with K, all would grow identically.
     first_B = jnp.where(real_B, 0.0, -jnp.inf)
-    alive = nothing.replace(scores_BxK=nothing.scores_BxK.at[:, 0].set(first_B))
+    alive = nothing.replace(totals_BxK=nothing.totals_BxK.at[:, 0].set(first_B))
     past = jnp.zeros((batch, plan.room, beams), jnp.int32)
     if memory.source is not None:
         memory = memory.replace(source=_widened(config, memory.source))
@@ -231,27 +232,27 @@ def _grow(
     alive, (batch, beams, size) = search.alive, logits_BxKxV.shape
     log_probs = jax.nn.log_softmax(logits_BxKxV)
     allowed = jnp.arange(size) < plan.vocabulary_size
-    scores = alive.scores_BxK[:, :, None] + jnp.where(allowed, log_probs, -jnp.inf)
+    totals = alive.totals_BxK[:, :, None] + jnp.where(allowed, log_probs, -jnp.inf)
     # At most K of the best 2K have EOS, so that K remain to continue.
-    scores_BxC, places_BxC = jax.lax.top_k(scores.reshape(batch, -1), 2 * beams)
+    totals_BxC, places_BxC = jax.lax.top_k(totals.reshape(batch, -1), 2 * beams)
     count = search.count + 1
     candidates = Ends(
-        scores_BxC,
+        totals_BxC,
         jnp.full_like(places_BxC, count),
         places_BxC % size,
         jnp.take_along_axis(log_probs.reshape(batch, -1), places_BxC, axis=1),
         places_BxC // size,
     )
     ended_BxC = candidates.tokens_BxK == plan.eos_id
-    final_BxC = jnp.where(ended_BxC, scores_BxC / length_penalty(count, alpha), -jnp.inf)
-    complete = _best(search.complete, candidates.replace(scores_BxK=final_BxC))
+    final_BxC = jnp.where(ended_BxC, totals_BxC / length_penalty(count, alpha), -jnp.inf)
+    complete = _best(search.complete, candidates.replace(totals_BxK=final_BxC))
     # Stable: candidates come best first.
     continuing_BxK = jnp.argsort(ended_BxC, axis=1, stable=True)[:, :beams]
     alive = _pick(candidates, continuing_BxK)
     still_BxK = ~jnp.take_along_axis(ended_BxC, continuing_BxK, axis=1)
-    alive = alive.replace(scores_BxK=jnp.where(still_BxK, alive.scores_BxK, -jnp.inf))
+    alive = alive.replace(totals_BxK=jnp.where(still_BxK, alive.totals_BxK, -jnp.inf))
     hopeful_B = _hopeful(alive, complete, alpha, limit)
-    alive = alive.replace(scores_BxK=jnp.where(hopeful_B[:, None], alive.scores_BxK, -jnp.inf))
+    alive = alive.replace(totals_BxK=jnp.where(hopeful_B[:, None], alive.totals_BxK, -jnp.inf))
     write = lambda past, new: jax.lax.dynamic_update_index_in_dim(past, new, search.count, 1)
     history = History(
         write(search.history.tokens_BxNxK, alive.tokens_BxK),
@@ -271,18 +272,18 @@ def _hopeful(alive: Ends, complete: Ends, alpha: jax.Array, limit: jax.Array) ->
 
     Log-probabilities only fall, and the longest answer is divided by the most.
     """
-    hope_B = alive.scores_BxK[:, 0] / length_penalty(limit, alpha)
-    return hope_B > complete.scores_BxK[:, -1]
+    hope_B = alive.totals_BxK[:, 0] / length_penalty(limit, alpha)
+    return hope_B > complete.totals_BxK[:, -1]
 
 
 def _open(search: BeamState) -> jax.Array:
     """The inputs that are not decided, bool [B]."""
-    return jnp.any(search.alive.scores_BxK > -jnp.inf, axis=1)
+    return jnp.any(search.alive.totals_BxK > -jnp.inf, axis=1)
 
 
 def _needed(search: BeamState) -> jax.Array:
     """The slots that any hypothesis alive consists of, bool [B, C]."""
-    alive_BxKx1 = search.alive.scores_BxK[:, :, None] > -jnp.inf
+    alive_BxKx1 = search.alive.totals_BxK[:, :, None] > -jnp.inf
     return jnp.any(search.visible_BxKxC & alive_BxKx1, axis=1)
 
 
@@ -303,8 +304,8 @@ def rearrange(
     memory = search.memory
     source = take_rows(config, memory.replace(cache=()), rows_R).source
     rest = jax.tree.map(take, search.replace(memory=None, count=None))
-    scores_RxK = jnp.where(real_R[:, None], rest.alive.scores_BxK, -jnp.inf)
-    rest = rest.replace(alive=rest.alive.replace(scores_BxK=scores_RxK))
+    totals_RxK = jnp.where(real_R[:, None], rest.alive.totals_BxK, -jnp.inf)
+    rest = rest.replace(alive=rest.alive.replace(totals_BxK=totals_RxK))
     needed_RxC = _needed(rest)
     order_RxC = jnp.argsort(~needed_RxC, axis=1, stable=True)
     capacity = order_RxC.shape[1]
@@ -327,5 +328,5 @@ def _pick(ends: Ends, places_BxK: jax.Array) -> Ends:
 def _best(first: Ends, second: Ends) -> Ends:
     """The best of two sets, as many as the first holds; the first set's come first in a tie."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
-    _, places_BxK = jax.lax.top_k(both.scores_BxK, first.scores_BxK.shape[1])
+    _, places_BxK = jax.lax.top_k(both.totals_BxK, first.totals_BxK.shape[1])
     return _pick(both, places_BxK)

@@ -26,13 +26,13 @@ class GenerationSettings:
     Attributes:
         max_tokens: new tokens at most, EOS included; None for the length that the model was
             trained to answer with; MOST_TOKENS at most.
-        temperature: 0 is greedy; otherwise scores are divided by it and tokens drawn.
+        temperature: 0 is greedy; otherwise logits are divided by it and tokens drawn.
         top_k: draw from the k likeliest tokens only; 0 is off.
         top_p: draw from the likeliest tokens that together reach this mass; 1 is off.
         repetition_penalty: above 1, tokens already in the answer become less likely.
-        presence_penalty: taken from the scores of tokens already in the answer; 0 is off.
+        presence_penalty: taken from the logits of tokens already in the answer; 0 is off.
         frequency_penalty: the same for each time that a token is in it already; 0 is off.
-        logit_bias: tokens and what is added to their scores, at most MOST_BIASES.
+        logit_bias: tokens and what is added to their logits, at most MOST_BIASES.
         no_repeat_ngram: no n-gram of this length comes twice in an answer; 0 is off.
         seed: of drawing; the same input, number and seed give the same answer in any batch.
         samples: answers to each input.

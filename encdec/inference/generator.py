@@ -42,7 +42,8 @@ class Generation:
         tokens: ids, with EOS or what completed the stop string.
         log_probs: the model's log-probability of each of these tokens, in nats.
         finish: why it ended.
-        score: beam search's, by which answers are ordered; None otherwise.
+        normalized_log_prob: of the answer, divided by beam search's length penalty, which orders
+            answers; None otherwise.
         truncated: whether the input's end was cut off.
     """
 
@@ -50,7 +51,7 @@ class Generation:
     tokens: list[int]
     log_probs: list[float]
     finish: Finish
-    score: float | None = None
+    normalized_log_prob: float | None = None
     truncated: bool = False
 
 
@@ -273,11 +274,11 @@ class TextGenerator:
                     found.tokens_BxKxN[row, beam, : found.counts_BxK[row, beam]].tolist(),
                     found.log_probs_BxKxN[row, beam].tolist(),
                     (),
-                    float(found.scores_BxK[row, beam]),
+                    float(found.totals_BxK[row, beam]),
                     self._context(inputs[row]),
                 )
                 for beam in range(settings.samples)
-                if np.isfinite(found.scores_BxK[row, beam])
+                if np.isfinite(found.totals_BxK[row, beam])
             ]
             for row in range(len(inputs))
         ]
@@ -325,7 +326,7 @@ def generation_of(
     tokens: list[int],
     log_probs: list[float],
     stop: Sequence[str],
-    score: float | None = None,
+    normalized_log_prob: float | None = None,
     context: Sequence[int] = (),
 ) -> Generation:
     """The answer that these tokens make, ended at the first stop string among them.
@@ -339,7 +340,7 @@ def generation_of(
     text = text_after(vocabulary, context, tokens)
     if finish == "stop":
         text = text[: find_stop(text, stop)]
-    return Generation(text, tokens, log_probs[: len(tokens)], finish, score)
+    return Generation(text, tokens, log_probs[: len(tokens)], finish, normalized_log_prob)
 
 
 def read_prompt_format(

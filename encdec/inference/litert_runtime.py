@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ENCODER_FILE, DECODER_FILE = "encoder.tflite", "decoder.tflite"
 MOST_TOKENS = max(SIZES)  # of one step
-_NEVER = np.float32(-1e9)  # added to the scores of cache slots that hold nothing
+_NEVER = np.float32(-1e9)  # added to the attention logits of cache slots that hold nothing
 _FAR = 1 << 40  # more tokens than any cache holds
 _log = logger(__name__)
 

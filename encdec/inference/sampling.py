@@ -26,7 +26,7 @@ class Choosing:
         truncated: rows may have a top-k or top-p; needs ``sampled``.
         penalised: rows may have a repetition, presence or frequency penalty.
         ngrams: rows may forbid n-grams to come twice.
-        biases: B, tokens of a row whose scores may be moved.
+        biases: B, tokens of a row whose logits may be moved.
         alternatives: K, likeliest tokens that are kept of each place.
     """
 
@@ -47,9 +47,9 @@ class RowSettings(flax.struct.PyTreeNode):
         top_k_R: int32; only the k likeliest tokens; 0 is off.
         top_p_R: float32; of these, the likeliest that together reach this mass; 1 is off.
         repetition_penalty_R: float32; 1 is off.
-        presence_penalty_R: float32; taken from the scores of tokens in the answer; 0 is off.
+        presence_penalty_R: float32; taken from the logits of tokens in the answer; 0 is off.
         frequency_penalty_R: float32; the same for each time that a token is in it; 0 is off.
-        bias_ids_RxB: int32; tokens whose scores are moved, -1 for none.
+        bias_ids_RxB: int32; tokens whose logits are moved, -1 for none.
         biases_RxB: float32; by how much.
         no_repeat_ngram_R: int32; no n-gram of this length comes twice in the answer; 0 is off.
         given_R: int32; tokens with which the answer begins: they are there already and are not
@@ -119,43 +119,43 @@ def choose(
         counts_R: tokens in each row's answer.
     """
     size = logits_RxV.shape[-1]
-    scores = logits_RxV
+    adjusted = logits_RxV
     if choosing.vocabulary_size < size:
-        scores = jnp.where(jnp.arange(size) < choosing.vocabulary_size, scores, -jnp.inf)
+        adjusted = jnp.where(jnp.arange(size) < choosing.vocabulary_size, adjusted, -jnp.inf)
     if choosing.penalised:
-        scores = _where_asked(
+        adjusted = _where_asked(
             settings.repetition_penalty_R != 1,
-            lambda scores: _penalise(scores, settings.repetition_penalty_R, tokens_RxN, counts_R),
-            scores,
+            lambda adjusted: _penalise(adjusted, settings, tokens_RxN, counts_R),
+            adjusted,
         )
-        scores = _where_asked(
+        adjusted = _where_asked(
             (settings.presence_penalty_R != 0) | (settings.frequency_penalty_R != 0),
-            lambda scores: _lower(scores, settings, tokens_RxN, counts_R),
-            scores,
+            lambda adjusted: _lower(adjusted, settings, tokens_RxN, counts_R),
+            adjusted,
         )
     if choosing.biases:
-        scores = _where_asked(
+        adjusted = _where_asked(
             jnp.any(settings.bias_ids_RxB >= 0, axis=-1),
-            lambda scores: _bias(scores, settings),
-            scores,
+            lambda adjusted: _bias(adjusted, settings),
+            adjusted,
         )
     if choosing.ngrams:
         # Finite: a row whose every token is banned still chooses one of the vocabulary.
-        scores = _where_asked(
+        adjusted = _where_asked(
             settings.no_repeat_ngram_R > 0,
-            lambda scores: jnp.where(
+            lambda adjusted: jnp.where(
                 repeating_tokens(tokens_RxN, counts_R, settings.no_repeat_ngram_R, size),
-                scores - 1e30,
-                scores,
+                adjusted - 1e30,
+                adjusted,
             ),
-            scores,
+            adjusted,
         )
-    chosen_R = first_highest(scores)
+    chosen_R = first_highest(adjusted)
     if choosing.sampled:
         chosen_R = _where_asked(
             settings.temperature_R > 0,
             lambda chosen_R: jnp.where(
-                settings.temperature_R > 0, _draw(scores, choosing, settings, counts_R), chosen_R
+                settings.temperature_R > 0, _draw(adjusted, choosing, settings, counts_R), chosen_R
             ),
             chosen_R,
         )
@@ -165,20 +165,20 @@ def choose(
     return chosen_R.astype(jnp.int32), log_probs_of(logits_RxV, chosen_R)
 
 
-def first_highest(scores: Any, xp: Any = jnp) -> Any:
+def first_highest(values: Any, xp: Any = jnp) -> Any:
     """``argmax`` over the last axis, int32; of equal numbers, the first.
 
     In two passes: XLA's CPU compiler searches number by number, which takes ten times as long (16
     rows of 4,096: 293 us against 21), a third of a small model's step.
 
     Args:
-        scores: [..., V].
+        values: [..., V].
         xp: ``jax.numpy`` or ``numpy``.
     """
-    last = scores.shape[-1] - 1
-    highest = xp.max(scores, axis=-1, keepdims=True)
+    last = values.shape[-1] - 1
+    highest = xp.max(values, axis=-1, keepdims=True)
     places_V = xp.arange(last + 1, dtype=xp.int32)
-    return xp.min(xp.where(scores < highest, xp.int32(last), places_V), axis=-1)
+    return xp.min(xp.where(values < highest, xp.int32(last), places_V), axis=-1)
 
 
 def log_probs_of(logits_RxV: jax.Array, tokens_R: jax.Array) -> jax.Array:
@@ -203,8 +203,8 @@ def greedy_choice(logits: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray
     logits [..., V]."""
     chosen, top = logits[..., :size].argmax(axis=-1), logits.max(axis=-1)
     total = np.exp(logits - top[..., None]).sum(axis=-1)
-    score = np.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
-    return chosen.astype(np.int32), score - top - np.log(total)
+    picked = np.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+    return chosen.astype(np.int32), picked - top - np.log(total)
 
 
 def _where_asked(
@@ -215,11 +215,11 @@ def _where_asked(
 
 
 def _draw(
-    scores_RxV: jax.Array, choosing: Choosing, settings: RowSettings, counts_R: jax.Array
+    logits_RxV: jax.Array, choosing: Choosing, settings: RowSettings, counts_R: jax.Array
 ) -> jax.Array:
     """A token drawn for every row; draws for greedy rows (temperature 0) are discarded."""
     temperature = settings.temperature_R[:, None]
-    warmed = scores_RxV / jnp.where(temperature > 0, temperature, 1.0)
+    warmed = logits_RxV / jnp.where(temperature > 0, temperature, 1.0)
     if choosing.truncated:
         warmed = _where_asked(
             (settings.top_k_R > 0) | (settings.top_p_R < 1),
@@ -227,24 +227,24 @@ def _draw(
             warmed,
         )
     keys = jax.vmap(jax.random.fold_in)(settings.keys_R, counts_R)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, scores_RxV.shape[-1:]))(keys)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_RxV.shape[-1:]))(keys)
     return first_highest(warmed + noise)  # the Gumbel-max trick
 
 
-def truncate(scores_RxV: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array) -> jax.Array:
-    """Scores with -inf outside the top k, and outside the nucleus of what the top k leave.
+def truncate(logits_RxV: jax.Array, top_k_R: jax.Array, top_p_R: jax.Array) -> jax.Array:
+    """Logits with -inf outside the top k, and outside the nucleus of what the top k leave.
 
     The nucleus is the smallest set of likeliest tokens whose mass reaches ``top_p``
     (arXiv 1904.09751), the mass taken among the top k. Tokens equal to the last one kept are
     kept too.
     """
-    ranks_RxV = _ordered_bits(scores_RxV)
-    wanted = jnp.where(top_k_R > 0, top_k_R, scores_RxV.shape[-1]).astype(jnp.float32)
-    floor_R = _threshold(ranks_RxV, jnp.ones_like(scores_RxV), wanted)
-    scores_RxV = jnp.where(ranks_RxV >= floor_R[:, None], scores_RxV, -jnp.inf)
-    mass = jax.nn.softmax(scores_RxV, axis=-1)
+    ranks_RxV = _ordered_bits(logits_RxV)
+    wanted = jnp.where(top_k_R > 0, top_k_R, logits_RxV.shape[-1]).astype(jnp.float32)
+    floor_R = _threshold(ranks_RxV, jnp.ones_like(logits_RxV), wanted)
+    logits_RxV = jnp.where(ranks_RxV >= floor_R[:, None], logits_RxV, -jnp.inf)
+    mass = jax.nn.softmax(logits_RxV, axis=-1)
     floor_R = jnp.where(top_p_R < 1, _threshold(ranks_RxV, mass, top_p_R), 0)
-    return jnp.where(ranks_RxV >= floor_R[:, None], scores_RxV, -jnp.inf)
+    return jnp.where(ranks_RxV >= floor_R[:, None], logits_RxV, -jnp.inf)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -269,40 +269,40 @@ def _threshold(ranks_RxV: jax.Array, weights_RxV: jax.Array, wanted_R: jax.Array
 
 
 def _penalise(
-    scores_RxV: jax.Array, penalty_R: jax.Array, tokens_RxN: jax.Array, counts_R: jax.Array
+    logits_RxV: jax.Array, settings: RowSettings, tokens_RxN: jax.Array, counts_R: jax.Array
 ) -> jax.Array:
-    """Scores of tokens already in the answer divided (if positive) or multiplied (if negative).
+    """Logits of tokens already in the answer divided (if positive) or multiplied (if negative).
 
     CTRL's repetition penalty (arXiv 1909.05858), over the answer and not the input.
     """
-    size = scores_RxV.shape[-1]
+    size = logits_RxV.shape[-1]
     there = jnp.arange(tokens_RxN.shape[1]) < counts_R[:, None]
     seen = _mark(jnp.where(there, tokens_RxN, size), size)
-    penalty = penalty_R[:, None]
-    lowered = jnp.where(scores_RxV > 0, scores_RxV / penalty, scores_RxV * penalty)
-    return jnp.where(seen, lowered, scores_RxV)
+    penalty = settings.repetition_penalty_R[:, None]
+    lowered = jnp.where(logits_RxV > 0, logits_RxV / penalty, logits_RxV * penalty)
+    return jnp.where(seen, lowered, logits_RxV)
 
 
 def _lower(
-    scores_RxV: jax.Array, settings: RowSettings, tokens_RxN: jax.Array, counts_R: jax.Array
+    logits_RxV: jax.Array, settings: RowSettings, tokens_RxN: jax.Array, counts_R: jax.Array
 ) -> jax.Array:
     """OpenAI's presence and frequency penalties, over the answer and not the input:
     https://platform.openai.com/docs/advanced-usage#frequency-and-presence-penalties"""
-    size = scores_RxV.shape[-1]
+    size = logits_RxV.shape[-1]
     rows = jnp.arange(tokens_RxN.shape[0])[:, None]
     there = jnp.arange(tokens_RxN.shape[1]) < counts_R[:, None]
-    times = jnp.zeros_like(scores_RxV)
+    times = jnp.zeros_like(logits_RxV)
     times = times.at[rows, jnp.where(there, tokens_RxN, size)].add(1, mode="drop")
     presence, frequency = settings.presence_penalty_R, settings.frequency_penalty_R
-    return scores_RxV - presence[:, None] * (times > 0) - frequency[:, None] * times
+    return logits_RxV - presence[:, None] * (times > 0) - frequency[:, None] * times
 
 
-def _bias(scores_RxV: jax.Array, settings: RowSettings) -> jax.Array:
-    """Scores moved by each row's own biases."""
-    size = scores_RxV.shape[-1]
-    rows = jnp.arange(scores_RxV.shape[0])[:, None]
+def _bias(logits_RxV: jax.Array, settings: RowSettings) -> jax.Array:
+    """Logits moved by each row's own biases."""
+    size = logits_RxV.shape[-1]
+    rows = jnp.arange(logits_RxV.shape[0])[:, None]
     ids = jnp.where(settings.bias_ids_RxB >= 0, settings.bias_ids_RxB, size)
-    return scores_RxV.at[rows, ids].add(settings.biases_RxB, mode="drop")
+    return logits_RxV.at[rows, ids].add(settings.biases_RxB, mode="drop")
 
 
 def repeating_tokens(

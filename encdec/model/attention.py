@@ -56,11 +56,11 @@ def dot_product_attention(
     dropout_key: jax.Array | None = None,
     prefix: KeyValues | None = None,
 ) -> jax.Array:
-    """Softmax attention in plain XLA; scores and softmax in float32. Returns [B, T, H, D].
+    """Softmax attention in plain XLA; logits and softmax in float32. Returns [B, T, H, D].
 
-    Queries have been multiplied by ``config.scores_scale``. One softmax spans ``prefix`` [B, P, K,
-    D], where there is one, and the other keys; the mask's last axis is P + S then. Scores are
-    concatenated, which are small while decoding; keys and values are not.
+    Queries have been multiplied by ``config.attention_logit_scale``. One softmax spans ``prefix``
+    [B, P, K, D], where there is one, and the other keys; the mask's last axis is P + S then. Logits
+    are concatenated, which are small while decoding; keys and values are not.
 
     Query head h reads kv head ``h // (H/K)`` when ``kv_pairing`` is "grouped" and ``h % K`` when
     it is "tiled": only the order in which the head axis is split differs; nothing is copied.
@@ -74,17 +74,17 @@ def dot_product_attention(
         ((kv_heads, group), "kg") if config.kv_pairing == "grouped" else ((group, kv_heads), "gk")
     )
     q = q_BxTxHxD.reshape(batch, length, *split, dim)
-    scores = joined(
+    logits = joined(
         [
             jnp.einsum(f"bt{pair}d,bskd->b{pair}ts", q, k, preferred_element_type=jnp.float32)
             for k, _ in parts
         ]
     )
     if config.attention_logit_cap:
-        scores = config.attention_logit_cap * jnp.tanh(scores / config.attention_logit_cap)
+        logits = config.attention_logit_cap * jnp.tanh(logits / config.attention_logit_cap)
     # Finite, so that a query without any key (padding in cross-attention) yields no NaN.
-    scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1)
+    logits = jnp.where(mask_BxTxS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(logits, axis=-1)
     if dropout_key is not None:
         keep = 1.0 - config.attention_dropout
         kept = jax.random.bernoulli(dropout_key, keep, probabilities.shape)
@@ -259,13 +259,13 @@ class Attention(nn.Module):
         return self.q(x_BxTxM), self.k(x_BxTxM), self.v(x_BxTxM)
 
     def _query(self, q: jax.Array, rope: Rotation | None) -> jax.Array:
-        """Queries normed, rotated, and multiplied by the scale of the scores.
+        """Queries normed, rotated, and multiplied by the scale of the logits.
 
         The scale is applied within the rotation where there is one: a separate pass would cost
         another read and write.
         """
         q = self.normed(self.q_norm, q) if self.config.qk_norm else q
-        scale = self.config.scores_scale
+        scale = self.config.attention_logit_scale
         if rope is None:
             return q * scale
         return apply_rope(q, rope, scale, by_product=platform() == "tpu")

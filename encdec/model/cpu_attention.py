@@ -31,11 +31,11 @@ def attention_in_blocks(
 ) -> jax.Array:
     """``dot_product_attention`` of keys and values from ``heads_first``; returns [B, T, H, D].
 
-    Queries are multiplied by ``config.scores_scale`` already. Both products are batched over key
-    heads, each with the N = T * H / K queries that read it, and take their operands in the order
-    of axes that XLA's CPU compiler needs: it copies neither keys nor values.
+    Queries are multiplied by ``config.attention_logit_scale`` already. Both products are batched
+    over key heads, each with the N = T * H / K queries that read it, and take their operands in the
+    order of axes that XLA's CPU compiler needs: it copies neither keys nor values.
 
-    More than ``attention_block`` queries are processed in blocks: the scores of all of them, four
+    More than ``attention_block`` queries are processed in blocks: the logits of all of them, four
     bytes for each query, key and head, would be written to memory and read again at every step of
     the softmax. ``causal`` says that the mask hides every key that comes after its query's place:
     blocks are then grouped into up to ``CAUSAL_SPANS`` spans, and each span only multiplies keys
@@ -87,7 +87,7 @@ def attend_block(
     """Attention of one block.
 
     ``parts`` are keys [B, K, D, S_i] and values [B, K, S_i, D], read one after the other under one
-    mask: their scores are concatenated, they are not. ``own`` holds the keys and values
+    mask: their logits are concatenated, they are not. ``own`` holds the keys and values
     [B, T, K, D] of the queries themselves, which they read in addition to the others, each as its
     mask says.
     """
@@ -99,24 +99,24 @@ def attend_block(
     q = q_BxTxHxD.reshape(batch, length, *split, dim)
     q_BxKxNxD = jnp.einsum(f"bt{pair}d->bkgtd", q).reshape(batch, kv_heads, group * length, dim)
     cap = config.attention_logit_cap
-    capped = lambda scores: cap * jnp.tanh(scores / cap) if cap else scores
-    score = lambda k: jnp.einsum(
+    capped = lambda logits: cap * jnp.tanh(logits / cap) if cap else logits
+    logits_of = lambda k: jnp.einsum(
         "bknd,bkds->bkns", q_BxKxNxD, k, preferred_element_type=jnp.float32
     )
-    scores = capped(joined([score(k) for k, _ in parts]))
-    scores = scores.reshape(batch, kv_heads, group, length, -1)
-    scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
+    logits = capped(joined([logits_of(k) for k, _ in parts]))
+    logits = logits.reshape(batch, kv_heads, group, length, -1)
+    logits = jnp.where(mask_BxTxS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
     if own is not None:
-        own_scores = capped(
+        own_logits = capped(
             jnp.einsum("bknd,bukd->bknu", q_BxKxNxD, own[0], preferred_element_type=jnp.float32)
         ).reshape(batch, kv_heads, group, length, length)
         if own_mask_BxTxT is not None:
             hidden = jnp.finfo(jnp.float32).min
-            own_scores = jnp.where(own_mask_BxTxT[:, None, None], own_scores, hidden)
-        highest = jnp.maximum(highest, jnp.max(own_scores, axis=-1, keepdims=True))
+            own_logits = jnp.where(own_mask_BxTxT[:, None, None], own_logits, hidden)
+        highest = jnp.maximum(highest, jnp.max(own_logits, axis=-1, keepdims=True))
     # Divide the D numbers of each output by the sum, rather than the S probabilities.
-    weights = jnp.exp(scores - highest)
+    weights = jnp.exp(logits - highest)
     sums_BxKxNx1 = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, group * length, 1)
     weights = weights.astype(value_dtype).reshape(batch, kv_heads, group * length, -1)
     out, start = jnp.float32(0), 0
@@ -125,7 +125,7 @@ def attend_block(
         summed = jnp.einsum("bkns,bksd->bknd", part, v, preferred_element_type=jnp.float32)
         out, start = (out + summed if start else summed), start + v.shape[2]
     if own is not None:
-        own_weights = jnp.exp(own_scores - highest).reshape(batch, kv_heads, -1, length)
+        own_weights = jnp.exp(own_logits - highest).reshape(batch, kv_heads, -1, length)
         sums_BxKxNx1 += jnp.sum(own_weights, axis=-1, keepdims=True)
         out += jnp.einsum("bknu,bukd->bknd", own_weights, own[1].astype(jnp.float32))
     out = (out / sums_BxKxNx1).astype(value_dtype)

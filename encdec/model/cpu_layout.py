@@ -281,7 +281,7 @@ class LaidOutEmbedder(Embedder):
         shape = (self.config.vocab_size, self.config.d_model)
         return self.table("head", shape, ("vocab", "embed"))
 
-    def scores(self, hidden: jax.Array, start: int, stop: int | None) -> jax.Array:
+    def uncapped_logits(self, hidden: jax.Array, start: int, stop: int | None) -> jax.Array:
         table = self.embedding if self.config.tie_embeddings else self.head
         if self._in_panels():
             table, out = table.astype(hidden.dtype), self.config.vocab_size

@@ -31,7 +31,7 @@ class ExecutionConfig:
     fuse_projections: bool = False
 
     # Chosen for inference on CPUs; see encdec/model/cpu_layout.py
-    attention_block: int = 0  # queries whose scores are held at once; 0: all of them
+    attention_block: int = 0  # queries whose logits are held at once; 0: all of them
     cpu_panels: bool = False  # decoder kernels in panels instead of as trained
     cpu_shards: int = 0  # or in as many shards, which cores read in parallel; decoder-only models
     encoder_dtype: Literal["", "bfloat16"] = ""  # of the encoder's computation; "": the model's

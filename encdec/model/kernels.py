@@ -1,6 +1,6 @@
 """Fused attention: splash (Pallas) on TPUs, cuDNN on NVIDIA GPUs, and the choice between them.
 
-Both take packed segments instead of a mask, so that scores are never held in memory, and compute
+Both take packed segments instead of a mask, so that logits are never held in memory, and compute
 what ``encdec.model.attention.dot_product_attention`` computes.
 """
 
@@ -109,8 +109,8 @@ def splash_attention(
     is interpreted, slowly, for tests.
 
     Args:
-        config: pairing of heads and cap of the scores.
-        q_BxTxHxD: queries, multiplied by the scores' scale.
+        config: pairing of heads and cap of the logits.
+        q_BxTxHxD: queries, multiplied by the scale of the logits.
         k_BxSxKxD: keys.
         v_BxSxKxD: values.
         segments: segment ids of queries [B, T] and of keys [B, S]; each reads its equals.

@@ -230,15 +230,15 @@ class Embedder(nn.Module):
         return rows_of(self.embedding, tokens_BxT)
 
     def logits(self, hidden: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
-        """Vocabulary scores [..., V], float32 whatever the compute dtype.
+        """Logits [..., V], float32 whatever the compute dtype.
 
         ``start`` and ``stop`` select a range of the vocabulary.
         """
         hidden = hidden.astype(jnp.dtype(self.config.dtype))
-        scores, cap = self.scores(hidden, start, stop), self.config.final_logit_cap
-        return cap * jnp.tanh(scores / cap) if cap else scores
+        logits, cap = self.uncapped_logits(hidden, start, stop), self.config.final_logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def scores(self, hidden: jax.Array, start: int, stop: int | None) -> jax.Array:
+    def uncapped_logits(self, hidden: jax.Array, start: int, stop: int | None) -> jax.Array:
         """Logits before their cap; ``hidden`` is in the compute dtype."""
         if self.config.tie_embeddings:
             table, equation = self.embedding[start:stop], "...m,vm->...v"

@@ -44,8 +44,8 @@ class ModelConfig:
     attention_out_bias: bool = False
     qk_norm: bool = False  # RMSNorm of queries and keys before RoPE, of every head by itself
     qk_norm_over_heads: bool = False  # with qk_norm: of all heads together (OLMo 2, 2501.00656)
-    attention_scale: float = 0.0  # multiplies the scores; 0 means 1 / sqrt(head_dim)
-    attention_logit_cap: float = 0.0  # cap * tanh(scores / cap); 0 switches it off
+    attention_scale: float = 0.0  # multiplies attention logits; 0 means 1 / sqrt(head_dim)
+    attention_logit_cap: float = 0.0  # cap * tanh(logits / cap); 0 switches it off
     # Local layers read this many tokens back, self included, and an encoder's as many ahead; 0: all
     attention_window: int = 0
     global_layer_every: int = 0  # with a window: every n-th layer reads all; 0: none does
@@ -135,7 +135,7 @@ class ModelConfig:
         return self.encoder_layers + self.decoder_layers
 
     @property
-    def scores_scale(self) -> float:
+    def attention_logit_scale(self) -> float:
         return self.attention_scale or self.head_dim**-0.5
 
     def replace(self, **changes: Any) -> ModelConfig:

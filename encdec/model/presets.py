@@ -72,8 +72,9 @@ def _small(
 ) -> ModelConfig:
     """A CPU-sized model: float32, and no dropout, for runs that hardly see a token twice.
 
-    ``init_std`` grows as the width shrinks, so that attention scores and logits start as spread
-    out as in the paper's model; at 0.02 narrow models spend their short runs learning to attend.
+    ``init_std`` grows as the width shrinks, so that the logits of attention and of the head start
+    as spread out as in the paper's model; at 0.02 narrow models spend their short runs learning to
+    attend.
     """
     return _shape(
         layers,

@@ -12,7 +12,7 @@ from encdec.data.vocabulary import Vocabulary
 from encdec.inference.text_io import INCOMPLETE, PieceTexts
 from encdec.serving.prompts import Prompt
 from encdec.serving.protocol import Completion
-from encdec.serving.tickets import Scored, Update
+from encdec.serving.tickets import TokenLogProbs, Update
 
 LEAST_LOG_PROB = -9999.0  # JSON has no infinity; OpenAI's lowest value
 
@@ -131,17 +131,17 @@ def _rounded(log_prob: float) -> float:
     return round(max(log_prob, LEAST_LOG_PROB), 6)
 
 
-def echoed(vocabulary: Vocabulary, prompt: Prompt, scored: Scored | None) -> list[Piece]:
+def echoed(vocabulary: Vocabulary, prompt: Prompt, known: TokenLogProbs | None) -> list[Piece]:
     """The tokens of a prompt.
 
     Args:
         vocabulary: the model's.
         prompt: its own tokens, EOS by its name.
-        scored: the last tokens of the prompt, which the model can score; those before them have no
+        known: the last tokens of the prompt, which the model predicts; those before them have no
             probability, except EOS between input and answer, which has log-probability 0.
     """
     own, eos = prompt.own, vocabulary.eos_id
-    known = scored or Scored([], [], [])
+    known = known or TokenLogProbs([], [], [])
     missing = len(own) - len(known.tokens)
     log_probs: list[float | None] = [None] * missing
     likeliest: list[list[tuple[int, float]]] = [[] for _ in range(missing)]

@@ -328,7 +328,7 @@ class _Completions:
             samples=completion.samples,
             max_tokens=completion.max_tokens,
             alternatives=bool(completion.log_probs),
-            score_prompts=completion.echo and completion.log_probs is not None,
+            prompt_log_probs=completion.echo and completion.log_probs is not None,
         )
         try:
             service.engine.submit(ticket)

@@ -33,11 +33,11 @@ from encdec.serving.slots import (
     SlotPlan,
     empty,
     insert_compiled,
-    read_and_score_compiled,
     read_compiled,
+    read_with_log_probs_compiled,
     release_compiled,
 )
-from encdec.serving.tickets import Answer, Failure, Scored, Ticket, Update
+from encdec.serving.tickets import Answer, Failure, Ticket, TokenLogProbs, Update
 
 _LOG = logger(__name__)
 
@@ -128,7 +128,7 @@ class Engine:
         self._rows: list[Answer | None] = [None] * slots
         self._queue: collections.deque[Answer] = collections.deque()
         # The input read last: its request and prompt.
-        self._read: tuple[Ticket, int, Prefilled, Scored | None] | None = None
+        self._read: tuple[Ticket, int, Prefilled, TokenLogProbs | None] | None = None
         self._wakeup = threading.Condition()
         self._closing = self._stopping = False
         self.broken: str | None = None
@@ -170,13 +170,13 @@ class Engine:
         when their arguments come from another program, which may lay them out differently.
         """
         widths = self.widths()
-        scores = not self.config.is_encoder_decoder
+        exact = not self.config.is_encoder_decoder
         served, self.metrics = self.metrics, ServerMetrics()
         drafted = SIZES if self._answering.pace else ()
         for _ in range(2 + bool(drafted)):
             for width in widths:
-                for scored in {False, scores}:
-                    self._answer_now(width, scored)
+                for prompt_log_probs in {False, exact}:
+                    self._answer_now(width, prompt_log_probs)
             self._decoding = self.drafts.warm_up(self._decoding, widths, drafted)
         self.metrics, self._read = served, None
         self._step_seconds, self._answer_seconds = POLL_SECONDS, 1.0
@@ -184,9 +184,9 @@ class Engine:
         if self._answering.pace:
             self._answering.pace.note_compiled()
         drafted_for = len(drafted) + isinstance(self._draft, DraftModel) * (len(widths) + 1)
-        return len(widths) * (1 + scores) + 3 + drafted_for
+        return len(widths) * (1 + exact) + 3 + drafted_for
 
-    def _answer_now(self, width: int, score_prompts: bool) -> None:
+    def _answer_now(self, width: int, prompt_log_probs: bool) -> None:
         """Answers one request of a width without the thread."""
         failures: list[Update | Failure] = []
         ticket = Ticket(
@@ -196,7 +196,7 @@ class Engine:
             stream=False,
             timeout_seconds=math.inf,
             max_tokens=min(2, self.max_tokens),
-            score_prompts=score_prompts,
+            prompt_log_probs=prompt_log_probs,
         )
         self._queue.append(Answer(ticket, 0, 0))
         while not self.idle:
@@ -334,7 +334,7 @@ class Engine:
                 answer.text = TextStream(
                     self.prompts.vocabulary, ticket.settings.stop, prompt.context
                 )
-            prefilled, answer.input_scores = self._prefilled(ticket, answer.place)
+            prefilled, answer.input_log_probs = self._prefilled(ticket, answer.place)
             self.drafts.put(row, prompt.ids)
             begun_N = np.zeros(self.max_tokens, np.int32)
             begun_N[: len(prompt.begun)] = prompt.begun
@@ -348,26 +348,26 @@ class Engine:
                 self._settings(answer),
             )
 
-    def _prefilled(self, ticket: Ticket, place: int) -> tuple[Prefilled, Scored | None]:
-        """The input, prefilled and (if requested) scored; once for all its samples."""
+    def _prefilled(self, ticket: Ticket, place: int) -> tuple[Prefilled, TokenLogProbs | None]:
+        """The input, prefilled, and (if requested) its log-probabilities; once for all samples."""
         if self._read is None or self._read[0] is not ticket or self._read[1] != place:
             ids = ticket.prompts[place].ids
             width = min(bucket(len(ids)), self.plan.longest_input)
             tokens_1xS = np.zeros((1, width), np.int32)
             tokens_1xS[0, : len(ids)] = ids
             arguments = (self.config, self.plan, self._params, tokens_1xS, np.int32(len(ids)))
-            scored = None
-            if ticket.score_prompts and not self.config.is_encoder_decoder:
-                prefilled, scores = read_and_score_compiled(*arguments)
+            known = None
+            if ticket.prompt_log_probs and not self.config.is_encoder_decoder:
+                prefilled, found = read_with_log_probs_compiled(*arguments)
                 own, begin = ticket.prompts[place].own, ticket.prompts[place].before
-                arrays = (scores.log_probs_S, scores.likeliest_SxK, scores.likeliest_log_probs_SxK)
-                scored = Scored.of_arrays(
+                arrays = (found.log_probs_S, found.likeliest_SxK, found.likeliest_log_probs_SxK)
+                known = TokenLogProbs.of_arrays(
                     np.array(own, np.int32),
                     *(np.array(array)[begin : begin + len(own)] for array in arrays),
                 )
             else:
                 prefilled = read_compiled(*arguments)
-            self._read = ticket, place, prefilled, scored
+            self._read = ticket, place, prefilled, known
             self.metrics.input_tokens.inc(len(ids))
         return self._read[2], self._read[3]
 
@@ -430,12 +430,12 @@ class Engine:
                 answer.seen = count
                 continue
             arrays = tokens_RxN, log_probs_RxN, *(likeliest if ticket.alternatives else ())
-            made = Scored.of_arrays(*(array[row, :count] for array in arrays))
+            made = TokenLogProbs.of_arrays(*(array[row, :count] for array in arrays))
             free_R[row] = self._deliver(answer, made, bool(finished_R[row]))
         if free_R.any():
             self._release(free_R)
 
-    def _deliver(self, answer: Answer, made: Scored, finished: bool) -> bool:
+    def _deliver(self, answer: Answer, made: TokenLogProbs, finished: bool) -> bool:
         """Delivers the new part of one answer; returns whether it has ended."""
         ticket, now, prompt = answer.ticket, time.monotonic(), answer.prompt
         given = len(prompt.begun)
@@ -465,7 +465,7 @@ class Engine:
                     log_probs[start:end],
                     finish,
                     made.likeliest[given + start : given + end],
-                    None if answer.begun else self._prompt_scores(answer, made),
+                    None if answer.begun else self._prompt_log_probs(answer, made),
                 )
             )
             answer.begun = True
@@ -478,11 +478,11 @@ class Engine:
         answer.seen = given + end
         return finished
 
-    def _prompt_scores(self, answer: Answer, made: Scored) -> Scored | None:
+    def _prompt_log_probs(self, answer: Answer, made: TokenLogProbs) -> TokenLogProbs | None:
         """Scores of the prompt's tokens, from the encoder-side input or the forced answer
         prefix."""
-        if not answer.ticket.score_prompts:
+        if not answer.ticket.prompt_log_probs:
             return None
         given = len(answer.prompt.begun)
-        begun = Scored(made.tokens[:given], made.log_probs[:given], made.likeliest[:given])
-        return answer.input_scores or begun
+        begun = TokenLogProbs(made.tokens[:given], made.log_probs[:given], made.likeliest[:given])
+        return answer.input_log_probs or begun

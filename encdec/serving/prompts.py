@@ -1,4 +1,4 @@
-"""Prompts of requests as the model reads them, and which of their tokens it can score.
+"""Prompts of requests as the model reads them, and which of their tokens it predicts.
 
 A prompt may contain an EOS token: the part before the last EOS is the model's input, and the part
 after it is the beginning of the answer, which the model continues. Clients that only know

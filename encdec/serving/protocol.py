@@ -268,7 +268,7 @@ def _check_split(prompts: Sequence[Prompt], reader: PromptReader) -> None:
             raise ApiError(
                 400,
                 f"prompt {number} is to be echoed with log-probabilities, but an encoder-decoder "
-                "cannot score its input; put EOS between input and answer: the token "
+                "gives none of its input; put EOS between input and answer: the token "
                 f"{eos}, in texts {name}",
                 param="prompt",
             )

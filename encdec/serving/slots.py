@@ -55,8 +55,8 @@ class Prefilled(flax.struct.PyTreeNode):
     memory: Memory
 
 
-class InputScores(flax.struct.PyTreeNode):
-    """A decoder-only model's scores of each token of an input, given those before it.
+class InputLogProbs(flax.struct.PyTreeNode):
+    """A decoder-only model's log-probabilities of an input's tokens, given those before each.
 
     Attributes:
         log_probs_S: float32, of the tokens.
@@ -70,7 +70,7 @@ class InputScores(flax.struct.PyTreeNode):
 
 
 # Positions whose logits are in memory at once: all of a long input's would take gigabytes.
-SCORED_AT_ONCE = 64
+LOG_PROBS_AT_ONCE = 64
 
 
 def read(
@@ -87,10 +87,10 @@ def read(
     return Prefilled(logits_1xV, _as_wide_as_a_slot(config, plan, memory))
 
 
-def read_and_score(
+def read_with_log_probs(
     config: ModelConfig, plan: SlotPlan, params: Params, tokens_1xS: jax.Array, length: jax.Array
-) -> tuple[Prefilled, InputScores]:
-    """As ``read``, with the scores of the input's own tokens; for decoder-only models."""
+) -> tuple[Prefilled, InputLogProbs]:
+    """As ``read``, with log-probabilities of the input's own tokens; for decoder-only models."""
     hidden_1xPxM, memory = read_inputs(
         config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
     )
@@ -100,16 +100,18 @@ def read_and_score(
         logits_1xV = model.apply({"params": params}, hidden_M[None], method="logits")
         return cast(jax.Array, logits_1xV)
 
-    def score(place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def log_probs_at(place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden_M, token = place
         logits_1xV = logits_of(hidden_M)
         ids_1xK, log_probs_1xK = likeliest(logits_1xV, plan.decoding.choosing)
         return log_probs_of(logits_1xV, token[None])[0], ids_1xK[0], log_probs_1xK[0]
 
     # The state after a place is what foretells the next token; the start token is place 0.
-    scores = jax.lax.map(score, (hidden_1xPxM[0, :-1], tokens_1xS[0]), batch_size=SCORED_AT_ONCE)
+    found = jax.lax.map(
+        log_probs_at, (hidden_1xPxM[0, :-1], tokens_1xS[0]), batch_size=LOG_PROBS_AT_ONCE
+    )
     logits_1xV = logits_of(hidden_1xPxM[0, length])
-    return Prefilled(logits_1xV, _as_wide_as_a_slot(config, plan, memory)), InputScores(*scores)
+    return Prefilled(logits_1xV, _as_wide_as_a_slot(config, plan, memory)), InputLogProbs(*found)
 
 
 def _as_wide_as_a_slot(config: ModelConfig, plan: SlotPlan, memory: Memory) -> Memory:
@@ -222,7 +224,7 @@ def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
 
 # The compiled forms; the batch's buffers are donated to the result.
 read_compiled = jax.jit(read, static_argnames=("config", "plan"))
-read_and_score_compiled = jax.jit(read_and_score, static_argnames=("config", "plan"))
+read_with_log_probs_compiled = jax.jit(read_with_log_probs, static_argnames=("config", "plan"))
 insert_compiled = jax.jit(insert, static_argnames=("config", "plan"), donate_argnames=("decoding",))
 insert_for_drafts_compiled = jax.jit(insert_for_drafts, donate_argnames=("drafting",))
 release_compiled = jax.jit(release, donate_argnames=("decoding",))

@@ -17,8 +17,8 @@ Failure = Literal["timeout", "shutdown", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-    """Tokens and their scores by the model.
+class TokenLogProbs:
+    """Tokens and their log-probabilities by the model.
 
     Attributes:
         tokens: ids.
@@ -56,8 +56,8 @@ class Update:
         tokens: its new ids.
         log_probs: log-probabilities of these.
         finish: why it ended, or None while it is generated.
-        likeliest: see ``Scored``.
-        prompt: scores of the prompt's tokens, in the first update, if requested.
+        likeliest: see ``TokenLogProbs``.
+        prompt: the prompt's tokens, in the first update, if requested.
     """
 
     index: int
@@ -66,7 +66,7 @@ class Update:
     log_probs: list[float]
     finish: str | None = None
     likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    prompt: Scored | None = None
+    prompt: TokenLogProbs | None = None
 
 
 class Ticket:
@@ -82,7 +82,7 @@ class Ticket:
         samples: answers to each prompt; None: as in the settings.
         max_tokens: most new tokens, 0 for none; None: as in the settings.
         alternatives: whether the most likely tokens are returned with each token.
-        score_prompts: whether the prompts' own tokens are scored.
+        prompt_log_probs: whether the prompts' own tokens have log-probabilities.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Ticket:
         samples: int | None = None,
         max_tokens: int | None = None,
         alternatives: bool = False,
-        score_prompts: bool = False,
+        prompt_log_probs: bool = False,
     ):
         self.prompts, self.settings, self.deliver, self.stream = prompts, settings, deliver, stream
         self.samples = settings.samples if samples is None else samples
         self.max_tokens = settings.max_tokens if max_tokens is None else max_tokens
-        self.alternatives, self.score_prompts = alternatives, score_prompts
+        self.alternatives, self.prompt_log_probs = alternatives, prompt_log_probs
         self.arrived = time.monotonic()
         self.deadline = self.arrived + timeout_seconds
         self.ended = False  # cancelled or failed
@@ -116,7 +116,7 @@ class Answer:
     sample: int
     seen: int = 0  # tokens delivered, forced ones included
     text: TextStream | None = None
-    input_scores: Scored | None = None
+    input_log_probs: TokenLogProbs | None = None
     begun: bool = False  # its first update was delivered
 
     @property

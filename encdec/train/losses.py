@@ -201,7 +201,7 @@ def loss_positions(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gathers each row's loss-bearing positions, at most ``count`` of them, in order.
 
-    A decoder-only row holds sources and targets, of which only the targets are scored; gathering
+    A decoder-only row holds sources and targets, of which only the targets are predicted; gathering
     them first means that the vocabulary head is paid per target token, as in an encoder-decoder.
 
     Args:

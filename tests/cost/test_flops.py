@@ -111,7 +111,7 @@ def batch_of(config, inputs: int, targets: int, rows: int = 1) -> dict[str, jax.
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
 
 
-def scores_sum(config, targets: int, params, batch):
+def logits_sum(config, targets: int, params, batch):
     """A scalar of the forward pass, with the head on the last ``targets`` positions only."""
     model = build_model(config)
     hidden = model.apply({"params": params}, batch, method="hidden")
@@ -181,7 +181,7 @@ def test_forward_and_training_flops_equal_the_jaxprs(name, peer):
     inputs, targets, rows = 24, 16, 3
     batch = batch_of(config, inputs, targets, rows)
     params = abstract_params(build_model(config))
-    function = functools.partial(scores_sum, config, targets)
+    function = functools.partial(logits_sum, config, targets)
     full = {"batch_size": rows, "causal": "full"}
     forward = forward_flops(config, inputs, targets, **full).total
     assert forward == pytest.approx(products_of(function, params, batch), rel=0.01)
@@ -193,7 +193,7 @@ def test_forward_and_training_flops_equal_the_jaxprs(name, peer):
 @pytest.mark.parametrize("name", ["330m", "330m-dec", "330m-dec-flops"])
 def test_flops_at_the_papers_size_equal_the_jaxprs(name):
     config = preset(name)
-    function = functools.partial(scores_sum, config, 256)
+    function = functools.partial(logits_sum, config, 256)
     arguments = abstract_params(build_model(config)), batch_of(config, 1024, 256)
     training = products_of(jax.value_and_grad(function), *arguments)
     assert training_flops(config, 1024, 256, causal="full") == pytest.approx(training, rel=0.01)
@@ -215,8 +215,8 @@ def test_the_papers_flops():
 def test_half_counts_half_of_causal_self_attention_and_nothing_else(peer):
     config = variant("plain", peer)
     half, full = (forward_flops(config, 24, 16, causal=count) for count in ("half", "full"))
-    assert full.decoder_scores == 2 * half.decoder_scores > 0
-    assert full.total - half.total == half.decoder_scores
+    assert full.decoder_attention == 2 * half.decoder_attention > 0
+    assert full.total - half.total == half.decoder_attention
 
 
 def test_the_head_is_paid_for_the_positions_asked_for():
@@ -287,7 +287,7 @@ def test_generation_of_a_decoder_only_model_equals_the_jaxprs(name):
     config, inputs = variant(name, "-dec"), 24
     prompt, _ = cached_step(config, inputs + 1, inputs + 1, None)
     first = generation_flops(config, inputs, 1).first_token
-    assert first.total + first.decoder_scores == pytest.approx(prompt, rel=0.01)  # full count
+    assert first.total + first.decoder_attention == pytest.approx(prompt, rel=0.01)  # full count
     for tokens in (2, 9):
         step, cache = cached_step(config, 1, inputs + tokens, None)
         before, after = (generation_flops(config, inputs, n).total for n in (tokens - 1, tokens))
@@ -303,7 +303,7 @@ def test_without_a_cache_every_token_repeats_the_decoder(peer):
     # A decoder-only row of S + n tokens is what forward_flops counts, start token included.
     passes = [forward_flops(config, inputs, n, head_tokens=1) for n in range(1, targets + 1)]
     expected = sum(count.total for count in passes)
-    expected -= (targets - 1) * (passes[0].encoder + passes[0].encoder_scores)
+    expected -= (targets - 1) * (passes[0].encoder + passes[0].encoder_attention)
     assert total == pytest.approx(expected, rel=0.001)
     assert total > generation_flops(config, inputs, targets).total
 

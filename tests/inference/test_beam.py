@@ -21,7 +21,7 @@ INPUTS = ([3, 2, 2, 0, 2], [2, 3])
 
 
 def every_answer(config, params, source, length, alpha):
-    """All complete answers with their scores, best first, by full forward passes."""
+    """All complete answers with their totals, best first, by full forward passes."""
     table = {}
     inner = [t for t in range(V) if t != EOS]
     for count in range(length):
@@ -59,14 +59,14 @@ def test_wide_beams_find_the_best_of_all_answers(name, alpha):
         wanted = every_answer(config, params, source, length, alpha)
         got = answers_of(found, row)
         np.testing.assert_allclose(
-            found.scores_BxK[row], [score for _, score in wanted[:beams]], rtol=1e-4, atol=1e-5
+            found.totals_BxK[row], [total for _, total in wanted[:beams]], rtol=1e-4, atol=1e-5
         )
         assert set(got) == {answer for answer, _ in wanted[:beams]}
         assert got[0] == wanted[0][0]
-        # Token log-probabilities add up to the score.
+        # Token log-probabilities add up to the total.
         totals = np.array(found.log_probs_BxKxN[row]).sum(-1)
         penalty = ((5 + np.array(found.counts_BxK[row])) / 6) ** alpha
-        np.testing.assert_allclose(totals / penalty, found.scores_BxK[row], rtol=1e-4)
+        np.testing.assert_allclose(totals / penalty, found.totals_BxK[row], rtol=1e-4)
 
 
 def test_alpha_favours_longer_answers_and_the_limit_may_be_lower_than_the_room():
@@ -76,11 +76,11 @@ def test_alpha_favours_longer_answers_and_the_limit_may_be_lower_than_the_room()
     low = search(config, params, 0.6, 2, 40, 4)
     for row, source in enumerate(INPUTS):
         wanted = every_answer(config, params, source, 2, 0.6)
-        kept = np.isfinite(low.scores_BxK[row])
+        kept = np.isfinite(low.totals_BxK[row])
         assert kept.sum() == len(wanted) == 1 + 3 * V
         assert answers_of(low, row)[0] == wanted[0][0]
         np.testing.assert_allclose(
-            np.array(low.scores_BxK[row])[kept], [score for _, score in wanted], rtol=1e-4
+            np.array(low.totals_BxK[row])[kept], [total for _, total in wanted], rtol=1e-4
         )
 
 
@@ -92,33 +92,33 @@ def test_narrow_beams_keep_what_they_promise():
     for row, source in enumerate(inputs):
         best = answers_of(found, row)[0]
         assert len(best) == 7 and len(set(answers_of(found, row))) == 4
-        # Its score is the answer's own, by a full pass over it.
+        # Its total is the answer's own, by a full pass over it.
         full = next_log_probs(config, params, source, [best])[0]
         np.testing.assert_allclose(
             found.log_probs_BxKxN[row, 0], full[np.arange(7), best], rtol=1e-4, atol=1e-5
         )
         # No promise in general, but so it is here: better than the greedy answer.
-        assert found.scores_BxK[row, 0] > sum(greedy(config, params, source, 7)[1]) - 1e-4
+        assert found.totals_BxK[row, 0] > sum(greedy(config, params, source, 7)[1]) - 1e-4
 
 
 def search_by_full_passes(config, params, source, beams, limit, alpha, eos):
-    """One input's hypotheses with their scores, best first, as the definition has it."""
+    """One input's hypotheses with their totals, best first, as the definition has it."""
     penalty = lambda count: ((5 + count) / 6) ** alpha
     alive, complete = [(0.0, ())], []
     for count in range(1, limit + 1):
         rows = next_log_probs(config, params, source, [answer for _, answer in alive])[:, -1]
         grown = [
-            (score + float(row[token]), (*answer, token))
-            for (score, answer), row in zip(alive, rows)
+            (total + float(row[token]), (*answer, token))
+            for (total, answer), row in zip(alive, rows)
             for token in range(len(row))
         ]
         grown = sorted(grown, reverse=True)[: 2 * beams]
-        complete += [(score / penalty(count), one) for score, one in grown if one[-1] == eos]
+        complete += [(total / penalty(count), one) for total, one in grown if one[-1] == eos]
         complete = sorted(complete, reverse=True)[:beams]
         alive = [one for one in grown if one[1][-1] != eos][:beams]
         if len(complete) == beams and alive[0][0] / penalty(limit) <= complete[-1][0]:
             return complete
-    complete += [(score / penalty(limit), answer) for score, answer in alive]
+    complete += [(total / penalty(limit), answer) for total, answer in alive]
     return sorted(complete, reverse=True)[:beams]
 
 
@@ -163,7 +163,7 @@ def test_a_search_in_segments_is_the_one_by_full_passes(name, changes, layout, m
     for row, source in enumerate(SEVERAL):
         wanted = search_by_full_passes(config, params, source, beams, limit, alpha, EOS)
         assert answers_of(found, row) == [one for _, one in wanted]
-        np.testing.assert_allclose(found.scores_BxK[row], [score for score, _ in wanted], rtol=1e-4)
+        np.testing.assert_allclose(found.totals_BxK[row], [total for total, _ in wanted], rtol=1e-4)
     assert len(set(found.counts_BxK[:, 0].tolist())) > 2
 
 
@@ -217,7 +217,7 @@ def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monke
     for table in tables:
         ends.append(1)
         found.append(run(table))
-    never_decided = lambda alive, complete, alpha, limit: alive.scores_BxK[:, 0] > -jnp.inf
+    never_decided = lambda alive, complete, alpha, limit: alive.totals_BxK[:, 0] > -jnp.inf
     monkeypatch.setattr(beam_steps, "_hopeful", never_decided)
     chain()
     monkeypatch.setattr(beam, "advance", beam_steps.advance)
@@ -225,5 +225,5 @@ def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monke
     for table, first in zip(tables, found):
         full = run(table)
         np.testing.assert_array_equal(first.tokens_BxKxN, full.tokens_BxKxN)
-        np.testing.assert_allclose(first.scores_BxK, full.scores_BxK, rtol=1e-5)
+        np.testing.assert_allclose(first.totals_BxK, full.totals_BxK, rtol=1e-5)
     assert len(ends) == len(tables) and 0.2 < np.mean(np.array(ends) < limit) < 1, ends

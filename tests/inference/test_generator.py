@@ -202,8 +202,11 @@ def test_beams_return_the_best_in_order(single):
     settings = GenerationSettings(beams=3, samples=2, max_tokens=6, length_penalty=0.0)
     for made in single.generate(["short", "x"], settings):
         first, second = made
-        assert first.score >= second.score and first.tokens != second.tokens
-        np.testing.assert_allclose(sum(first.log_probs), first.score, rtol=1e-4)
+        assert (
+            first.normalized_log_prob >= second.normalized_log_prob
+            and first.tokens != second.tokens
+        )
+        np.testing.assert_allclose(sum(first.log_probs), first.normalized_log_prob, rtol=1e-4)
 
 
 def test_penalties_reach_the_answers(single):

@@ -101,10 +101,10 @@ def test_rows_differ_in_their_settings():
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (40, 1.0), (0, 0.8), (40, 0.8), (10_000, 1.0)])
 def test_truncation_equals_sorting(top_k, top_p):
     rng = np.random.default_rng(0)
-    scores = rng.normal(0, 3, (5, 1000)).astype(np.float32)
-    scores[:, 7] = -np.inf
-    got = np.array(jax.jit(truncate)(scores, jnp.full(5, top_k), jnp.full(5, top_p, jnp.float32)))
-    for row, result in zip(scores, got):
+    logits = rng.normal(0, 3, (5, 1000)).astype(np.float32)
+    logits[:, 7] = -np.inf
+    got = np.array(jax.jit(truncate)(logits, jnp.full(5, top_k), jnp.full(5, top_p, jnp.float32)))
+    for row, result in zip(logits, got):
         order = np.argsort(-row)[: top_k or None]
         p = np.exp(row[order].astype(np.float64))
         p /= p.sum()
@@ -154,7 +154,7 @@ def test_repetition_penalty_lowers_what_was_said():
     assert chosen(1.0, 3) == 0
     assert chosen(2.0, 3) == 1  # 2.0 / 2 < 1.5; place 3 of the answers is not written yet
     assert chosen(2.0, 4) == 0  # now 1 is lowered too: 1.0 against 0.75
-    assert chosen(2.0, 4, logits - 8.0) == 3  # negative scores are multiplied
+    assert chosen(2.0, 4, logits - 8.0) == 3  # negative logits are multiplied
     assert chosen(2.0, 0) == 0
     tokens, _ = draw(
         count=DRAWS,
@@ -218,7 +218,7 @@ def test_rows_get_what_they_ask_for_whatever_else_is_compiled_in_or_asked_for():
             np.testing.assert_array_equal(alone[1][0], together[1][row])
 
 
-def test_presence_and_frequency_penalties_and_biases_move_scores():
+def test_presence_and_frequency_penalties_and_biases_move_logits():
     """By their definitions, one row each, next to a row that asks for nothing."""
     answers = np.array([[0, 0, 1, 7], [0, 0, 1, 7], [0, 0, 1, 7], [0, 0, 1, 7]], np.int32)
     presence, frequency = np.array([0.0, 0.6, 0.0, 0.0]), np.array([0.0, 0.0, 0.2, 0.0])

@@ -116,11 +116,11 @@ def test_halves_and_neighbours_rotate_alike(tmp_path, capsys):
         q = rotate((y @ wq[layer].T).reshape(7, H, D))
         k = rotate((y @ wk[layer].T).reshape(7, K, D)).repeat(H // K, 1)
         v = (y @ wv[layer].T).reshape(7, K, D).repeat(H // K, 1)
-        scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(D)
-        scores = np.where(np.tri(7, dtype=bool), scores, -np.inf)
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-        x = x + np.einsum("hts,shd->thd", scores, v).reshape(7, M) @ wo[layer].T
+        attention = np.einsum("thd,shd->hts", q, k) / np.sqrt(D)
+        attention = np.where(np.tri(7, dtype=bool), attention, -np.inf)
+        attention = np.exp(attention - attention.max(-1, keepdims=True))
+        attention /= attention.sum(-1, keepdims=True)
+        x = x + np.einsum("hts,shd->thd", attention, v).reshape(7, M) @ wo[layer].T
         y = rms(x, norm2[layer])
         gate = y @ w1[layer].T
         x = x + (gate / (1 + np.exp(-gate)) * (y @ w3[layer].T)) @ w2[layer].T

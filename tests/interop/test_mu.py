@@ -76,11 +76,11 @@ def forward(state, source, target, *, theta=10_000, interleaved=False):
         rows = []
         for head in range(H):  # query head h reads kv head h mod K, or its group's
             read = head // (H // K) if interleaved else head % K
-            scores = torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, read]) / D**0.5
+            logits = torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, read]) / D**0.5
             if causal:
-                later = torch.ones(scores.shape[1:]).triu(1).bool()
-                scores = scores.masked_fill(later, -torch.inf)
-            rows.append(scores.softmax(-1) @ v[:, :, read])
+                later = torch.ones(logits.shape[1:]).triu(1).bool()
+                logits = logits.masked_fill(later, -torch.inf)
+            rows.append(logits.softmax(-1) @ v[:, :, read])
         return dense(torch.cat(rows, -1), f"{name}.out_linear")
 
     def mlp(x, name):

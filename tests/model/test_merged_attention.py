@@ -64,9 +64,9 @@ def test_one_softmax_spans_source_and_target_whose_positions_continue():
     q = rotate(project("q", inputs[:, width:]), places[width:])
     k, v = rotate(project("k", inputs), places), project("v", inputs)
     k, v = (np.tile(y, (1, 1, heads // config.num_kv_heads, 1)) for y in (k, v))  # "tiled"
-    scores = np.einsum("bthd,bshd->bhts", q, k) * config.head_dim**-0.5
-    scores = np.where(places[None, :] <= places[width:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    logits = np.einsum("bthd,bshd->bhts", q, k) * config.head_dim**-0.5
+    logits = np.where(places[None, :] <= places[width:, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = np.einsum("bhts,bshd->bthd", weights, v)
     x = x + np.einsum("bthd,hdm->btm", out, attention["o"]["kernel"]) + attention["o"]["bias"]

@@ -156,7 +156,7 @@ def test_scan_unroll_and_remat_give_the_same_gradients(name):
     )
     others.append((loss, scan_params(unrolled, config)))
     # Some gradients are zero but for rounding, such as cross-attention's key biases, which add the
-    # same to all scores of a query.
+    # same to all logits of a query.
     largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(wanted))
     for other, gradient in others:
         np.testing.assert_allclose(other, value, rtol=1e-5)

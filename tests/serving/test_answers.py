@@ -11,7 +11,7 @@ from encdec.data.vocabulary import ByteVocabulary, Vocabulary, load_vocabulary
 from encdec.inference.text_io import TextStream, find_stop
 from encdec.serving.answers import PieceCutter, Shaper, best, echoed
 from encdec.serving.prompts import Prompt
-from encdec.serving.tickets import Scored, Update
+from encdec.serving.tickets import TokenLogProbs, Update
 from tests.serving.test_protocol import parse
 
 BYTES = ByteVocabulary(extra_ids=2)
@@ -129,15 +129,15 @@ def test_alternatives_are_named_by_what_they_would_add():
 def test_an_echo_shows_the_prompt_and_where_the_answer_begins():
     own = [*BYTES.encode("ab"), 1, *BYTES.encode("cd")]
     prompt = Prompt(own[:3], own[3:], own, own[3:])
-    scored = Scored(own[3:], [-1.0, -2.0], [[(own[3], -1.0)], [(own[3], -0.5)]])
-    pieces = echoed(BYTES, prompt, scored)
+    known = TokenLogProbs(own[3:], [-1.0, -2.0], [[(own[3], -1.0)], [(own[3], -0.5)]])
+    pieces = echoed(BYTES, prompt, known)
     assert [piece.text for piece in pieces] == ["a", "b", "</s>", "c", "d"]
     assert [piece.begin for piece in pieces] == [0, 1, 2, 6, 7]
     assert [piece.log_prob for piece in pieces] == [None, None, 0.0, -1.0, -2.0]
     assert pieces[4].alternatives == {"c": -0.5, "d": -2.0}
     completion = parse(prompt=own, echo=True, logprobs=1, max_tokens=1)
     shaper = Shaper("mine", BYTES, completion)
-    update = Update(0, "e", BYTES.encode("e"), [-3.0], "length", [[(5, -3.5)]], scored)
+    update = Update(0, "e", BYTES.encode("e"), [-3.0], "length", [[(5, -3.5)]], known)
     choice = shaper.choice(update)
     kept = choice["logprobs"]
     assert choice["text"] == "ab</s>cde" == "".join(kept["tokens"])
@@ -146,7 +146,7 @@ def test_an_echo_shows_the_prompt_and_where_the_answer_begins():
     assert shaper.body([choice], 1)["usage"]["prompt_tokens"] == 5
     # EOS inside the input has no probability, and so is not its own alternative either.
     within = [1, *own]
-    first = echoed(BYTES, Prompt(within[:4], within[4:], within, within[4:]), scored)[0]
+    first = echoed(BYTES, Prompt(within[:4], within[4:], within, within[4:]), known)[0]
     assert (first.text, first.log_prob, first.alternatives) == ("</s>", None, {})
 
 

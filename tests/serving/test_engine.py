@@ -34,9 +34,9 @@ CASES = [
     ("short", {"presence_penalty": 1.5, "frequency_penalty": -0.5, "max_tokens": 16}),
     ("x", {"temperature": 1.1, "logit_bias": [(70, 4.0), (71, -100.0)], "seed": 2}),
     ("mixed", {"max_tokens": 6, "alternatives": True}),
-    # The answer has begun, and the prompt is scored.
-    ([70, 71, 1, 72, 73, 74], {"max_tokens": 5, "alternatives": True, "score_prompts": True}),
-    ("a text of twenty bytes", {"max_tokens": 0, "score_prompts": True}),
+    # The answer has begun, and the prompt's log-probabilities are asked for.
+    ([70, 71, 1, 72, 73, 74], {"max_tokens": 5, "alternatives": True, "prompt_log_probs": True}),
+    ("a text of twenty bytes", {"max_tokens": 0, "prompt_log_probs": True}),
 ]
 
 
@@ -48,7 +48,7 @@ def engine(request):
     engine.stop()
 
 
-OF_TICKETS = ("max_tokens", "alternatives", "score_prompts")
+OF_TICKETS = ("max_tokens", "alternatives", "prompt_log_probs")
 
 
 def submit(engine, text, settings, *, stream=False, timeout=60.0):

@@ -80,9 +80,9 @@ def test_the_likeliest_continuation_is_said_to_be_greedy(server):
     context = [*PROMPTS.vocabulary.encode("short"), EOS]
     body = {"prompt": [*context, *answer.tokens[:5]], "max_tokens": 0, "logprobs": 1, "echo": True}
     kept = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
-    scores = kept["token_logprobs"][len(context) :]
-    assert scores == [max(top.values()) for top in kept["top_logprobs"][len(context) :]]
-    assert scores == pytest.approx(answer.log_probs[:5], abs=1e-4)
+    log_probs = kept["token_logprobs"][len(context) :]
+    assert log_probs == [max(top.values()) for top in kept["top_logprobs"][len(context) :]]
+    assert log_probs == pytest.approx(answer.log_probs[:5], abs=1e-4)
 
 
 def test_generation_is_the_generators(server):

@@ -135,7 +135,7 @@ def test_vocabulary_tiles_change_neither_sums_nor_gradients(changes):
     for tile in (100,) if changes else (7, 256):
         got, sums = gradients(tile)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, wanted_sums)
-        # Against the largest gradient: that of a key bias, which shifts all scores, is noise.
+        # Against the largest gradient: that of a key bias, which shifts all logits, is noise.
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), got, wanted
         )

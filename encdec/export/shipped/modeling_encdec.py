@@ -5,7 +5,7 @@ and keeps its keys and values, as self-attention does, in the cache of ``generat
 (``merged_attention``), both are one sublayer, with one softmax over source and target. No mask is
 derived from token ids: without ``attention_mask`` every token is read.
 
-Attention is "sdpa" or "eager" (``attn_implementation``); scores with a cap are eager only.
+Attention is "sdpa" or "eager" (``attn_implementation``); logits with a cap are eager only.
 Arguments that a forward pass does not have are refused by name, as Python refuses them.
 """
 
@@ -117,12 +117,12 @@ class EncdecAttention(nn.Module):
             )
         else:
             k, v = (y.repeat_interleave(group, dim=1) for y in (k, v))
-            scores = ((q * config.attention_scale) @ k.transpose(2, 3)).float()
+            logits = ((q * config.attention_scale) @ k.transpose(2, 3)).float()
             if cap := config.attention_logit_cap:
-                scores = cap * torch.tanh(scores / cap)
+                logits = cap * torch.tanh(logits / cap)
             if allowed is not None:
-                scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-            weights = torch.softmax(scores, -1).to(v.dtype)
+                logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+            weights = torch.softmax(logits, -1).to(v.dtype)
             out = weights @ v
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
