@@ -61,7 +61,7 @@ def _at(*path: str) -> Pick:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelColumn:
     """One column of the table: a model, the quantity matched, and its costs as plain values."""
 
     name: str
@@ -76,7 +76,7 @@ class Description:
 
     inputs: int
     targets: int
-    models: list[Model]
+    models: list[ModelColumn]
     left_out: list[str]  # peers that could not be matched, and why
 
 
@@ -127,7 +127,7 @@ def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Descr
     Raises:
         ConfigError: an invalid length.
     """
-    models, left_out = [Model(name, "", config, costs(config, inputs, targets))], []
+    models, left_out = [ModelColumn(name, "", config, costs(config, inputs, targets))], []
     if config.is_encoder_decoder:
         for by in _PEERS:
             try:
@@ -136,7 +136,7 @@ def describe(name: str, config: ModelConfig, inputs: int, targets: int) -> Descr
                 left_out.append(str(error))
                 continue
             peer_name = _preset_like(peer) or "decoder-only"
-            models.append(Model(peer_name, by, peer, costs(peer, inputs, targets)))
+            models.append(ModelColumn(peer_name, by, peer, costs(peer, inputs, targets)))
     return Description(inputs, targets, models, left_out)
 
 

@@ -24,7 +24,7 @@ from encdec.errors import ConfigError
 from encdec.fields import listed
 from encdec.inference import progress
 from encdec.inference.generation_settings import GenerationSettings
-from encdec.inference.progress import Progress
+from encdec.inference.progress import ProgressBar
 from encdec.train.metrics import Console
 from encdec.train.session import _introduce
 from tests.parsers import all_parsers
@@ -129,7 +129,7 @@ def test_bars_and_lines_of_progress_are_left_out_and_warnings_are_not(records, c
         rows, tokens = 8, 9
 
     def everything():
-        Progress("job", 10)(1, 5)
+        ProgressBar("job", 10)(1, 5)
         ProgressLine()(Counts)
         stored = LogitsProgress(str(records))
         stored(Counts), stored(Later)

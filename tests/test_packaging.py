@@ -106,8 +106,8 @@ def test_everything_imported_is_declared(setup_arguments):
     local = {"encdec", "configs", *sys.stdlib_module_names}
     for path in [*(ROOT / "encdec").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         interop = any(
-            path.is_relative_to(ROOT / "encdec" / room)
-            for room in ("interop", "export", "serving", "benchmarks")
+            path.is_relative_to(ROOT / "encdec" / name)
+            for name in ("interop", "export", "serving", "benchmarks")
         )
         # These say themselves what to install where their package is missing.
         interop |= path.name in (

@@ -63,12 +63,43 @@ def test_words_to_avoid_are_found():
     assert not found("it is no longer there") and not found("bytes per token, next to the rows")
 
 
+PACKAGE = {
+    path.relative_to(ROOT / "encdec").as_posix(): ast.parse(path.read_text("utf-8"))
+    for path in sorted((ROOT / "encdec").rglob("*.py"))
+}
+
+
+def names(tree: ast.Module) -> set[str]:
+    keys = ("id", "arg", "attr", "name")
+    found = {getattr(node, key, None) for node in ast.walk(tree) for key in keys}
+    return {name for name in found if isinstance(name, str)}
+
+
 def test_notes_are_those_of_the_finished_blocks_of_a_job():
     """One meaning a word: files that name something so have it from encdec.jobs."""
-    for path in sorted((ROOT / "encdec").rglob("*.py")):
-        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
-        named = {
-            getattr(node, key, None) for node in nodes for key in ("id", "arg", "attr", "name")
-        }
-        modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        assert "notes" not in named or "encdec.jobs" in modules or path.name == "jobs.py", path
+    for path, tree in PACKAGE.items():
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert "notes" not in names(tree) or "encdec.jobs" in modules or path == "jobs.py", path
+
+
+def test_scores_are_those_of_metrics():
+    """And of SentencePiece's pieces, whose field is called so."""
+    pieces = ("export/tokenizer.py", "interop/llama2c.py")
+    measured = ("metrics/", "evaluation/", "paper/", "scaling/", "quickstart/", "tasks.py")
+    for path, tree in PACKAGE.items():
+        if not path.startswith((*measured, *pieces, "data/seqio_tasks.py")):
+            assert [name for name in names(tree) if "scor" in name.lower()] == [], path
+
+
+def test_a_class_has_its_name_alone():
+    classes: dict[str, list[str]] = {}
+    others: set[str] = set()
+    for path, tree in PACKAGE.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(path)
+            elif isinstance(node, ast.Assign):
+                others |= {name.id for name in node.targets if isinstance(name, ast.Name)}
+    public = {name: paths for name, paths in classes.items() if not name.startswith("_")}
+    assert {name: paths for name, paths in public.items() if len(paths) > 1} == {}
+    assert public.keys() & others == set()

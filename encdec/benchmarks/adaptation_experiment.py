@@ -108,7 +108,7 @@ class AdaptationExperiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table.
 
     Attributes:
@@ -135,24 +135,24 @@ class Row:
         return "".join(x if x.isalnum() else "-" for x in self.name)
 
 
-def table_rows(setting: AdaptationExperiment) -> list[Row]:
+def table_rows(setting: AdaptationExperiment) -> list[TableRow]:
     """The rows, those that matter most first."""
     third = setting.layers // 3
     split, whole = (str(setting.layers - third), str(third)), ("all", "all")
     return [
-        Row("decoder-only, trained on", None, headline=True),
-        Row("adapted all-all", whole, headline=True),
-        Row("scratch all-all", whole, "", headline=True),
-        Row("adapted 2/3-1/3", split, headline=True),
-        Row("scratch 2/3-1/3", split, "", headline=True),
-        Row(f"scratch all-all{SOURCE_FLOPS_TOO}", whole, "", source_flops_too=True),
-        Row(f"scratch 2/3-1/3{SOURCE_FLOPS_TOO}", split, "", source_flops_too=True),
-        Row("adapted all-all, merged", whole, "merged"),
-        Row("adapted all-all, distilled", whole, distilled=True),
-        Row("adapted all-all, zero", whole, "zero"),
-        Row("adapted all-all, random", whole, "random"),
-        Row("adapted all-all, UL2", whole, objective="ul2"),
-        Row("scratch all-all, UL2", whole, "", objective="ul2"),
+        TableRow("decoder-only, trained on", None, headline=True),
+        TableRow("adapted all-all", whole, headline=True),
+        TableRow("scratch all-all", whole, "", headline=True),
+        TableRow("adapted 2/3-1/3", split, headline=True),
+        TableRow("scratch 2/3-1/3", split, "", headline=True),
+        TableRow(f"scratch all-all{SOURCE_FLOPS_TOO}", whole, "", source_flops_too=True),
+        TableRow(f"scratch 2/3-1/3{SOURCE_FLOPS_TOO}", split, "", source_flops_too=True),
+        TableRow("adapted all-all, merged", whole, "merged"),
+        TableRow("adapted all-all, distilled", whole, distilled=True),
+        TableRow("adapted all-all, zero", whole, "zero"),
+        TableRow("adapted all-all, random", whole, "random"),
+        TableRow("adapted all-all, UL2", whole, objective="ul2"),
+        TableRow("scratch all-all, UL2", whole, "", objective="ul2"),
     ]
 
 
@@ -212,7 +212,7 @@ def _digest(setting: AdaptationExperiment, identity: dict[str, Any]) -> str:
     )
 
 
-def _todo(setting: AdaptationExperiment, digest: str) -> list[tuple[int, Row]]:
+def _todo(setting: AdaptationExperiment, digest: str) -> list[tuple[int, TableRow]]:
     """(seed, row) of the runs without a result, those that matter most first."""
     done = read_lines(setting.results_file, digest)
     return [
@@ -225,7 +225,7 @@ def _todo(setting: AdaptationExperiment, digest: str) -> list[tuple[int, Row]]:
     ]
 
 
-def _say_size(setting: AdaptationExperiment, todo: list[tuple[int, Row]], say: Say) -> None:
+def _say_size(setting: AdaptationExperiment, todo: list[tuple[int, TableRow]], say: Say) -> None:
     sources = len({seed for seed, _ in todo})
     flops = sources * source_flops(setting) + sum(budget(setting, row) for _, row in todo)
     steps = round(flops / _step_flops(setting, source_model(setting)))
@@ -423,7 +423,7 @@ def teacher_flops(setting: AdaptationExperiment) -> float:
     ).total
 
 
-def budget(setting: AdaptationExperiment, row: Row) -> float:
+def budget(setting: AdaptationExperiment, row: TableRow) -> float:
     """FLOPs of a row's own training: as many for all, and the source's too where it has them."""
     further = setting.further_steps * _step_flops(setting, source_model(setting))
     return further + row.source_flops_too * source_flops(setting)
@@ -436,7 +436,7 @@ def _step_flops(
 
 
 def _run(
-    setting: AdaptationExperiment, row: Row, seed: int, source: pathlib.Path, say: Say
+    setting: AdaptationExperiment, row: TableRow, seed: int, source: pathlib.Path, say: Say
 ) -> dict[str, Any]:
     """Trains a row's model for the budget and gives its curve."""
     start = _start(setting, row, seed, source)
@@ -472,7 +472,7 @@ def _run(
 
 
 def _start(
-    setting: AdaptationExperiment, row: Row, seed: int, source: pathlib.Path
+    setting: AdaptationExperiment, row: TableRow, seed: int, source: pathlib.Path
 ) -> pathlib.Path:
     """The model from which a row starts, or, from scratch, the model with its architecture."""
     if row.layers is None:

@@ -24,7 +24,14 @@ from encdec.benchmarks.device_rates import (
     measure_rates,
     peak_memory,
 )
-from encdec.benchmarks.edge_paths import DEFAULT, PATHS, REFERENCE, Run, chosen_paths, load_path
+from encdec.benchmarks.edge_paths import (
+    DEFAULT,
+    PATHS,
+    REFERENCE,
+    StartAndFinish,
+    chosen_paths,
+    load_path,
+)
 from encdec.benchmarks.generation import GenerationTiming, Spread, random_params
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.cost.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
@@ -63,7 +70,7 @@ class MeasuredPath:
 
 
 def measure(
-    runs: dict[str, Run],
+    runs: dict[str, StartAndFinish],
     config: ModelConfig,
     inputs: Sequence[int],
     outputs: int,

@@ -15,12 +15,12 @@ from typing import Any
 
 from encdec.model import ModelConfig
 
-Setting = tuple[int, int, int]  # rows, input tokens, output tokens
+Workload = tuple[int, int, int]  # rows, input tokens, output tokens
 
 
 def measure_peaks(
-    configs: Mapping[str, ModelConfig], settings: Sequence[Setting], dtype: str
-) -> dict[tuple[str, Setting], int]:
+    configs: Mapping[str, ModelConfig], settings: Sequence[Workload], dtype: str
+) -> dict[tuple[str, Workload], int]:
     """Bytes by model and setting, of cached greedy generation.
 
     On a CPU the most physical memory that the process held during a second run (the first one
@@ -30,7 +30,7 @@ def measure_peaks(
     Raises:
         RuntimeError: a process that failed, with the end of what it said.
     """
-    found: dict[tuple[str, Setting], int] = {}
+    found: dict[tuple[str, Workload], int] = {}
     for name, config in configs.items():
         peaks = peaks_by_process(
             "encdec.benchmarks.generation_memory",
@@ -43,8 +43,8 @@ def measure_peaks(
 
 
 def peaks_by_process(
-    module: str, name: str, settings: Sequence[Setting], request: Mapping[str, Any]
-) -> dict[Setting, int]:
+    module: str, name: str, settings: Sequence[Workload], request: Mapping[str, Any]
+) -> dict[Workload, int]:
     """Bytes by setting, as measured by a separate process.
 
     Args:
@@ -69,7 +69,7 @@ def peaks_by_process(
     return dict(zip(ordered, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-def _peaks(config: ModelConfig, settings: Sequence[Setting], dtype: str) -> list[int]:
+def _peaks(config: ModelConfig, settings: Sequence[Workload], dtype: str) -> list[int]:
     import jax
     import jax.numpy as jnp
 

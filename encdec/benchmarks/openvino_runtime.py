@@ -65,7 +65,7 @@ class OpenvinoModel:
         )
 
     def prefill(
-        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int = 0
+        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, capacity: int = 0
     ) -> tuple[np.ndarray, OpenvinoMemory]:
         """Logits [1, V] of the first new token, and the memory, which grows by itself."""
         mask = _shared(np.ones_like(tokens_BxS, np.int64))

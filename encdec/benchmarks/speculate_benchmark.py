@@ -65,11 +65,11 @@ class StepCost:
 
 def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Callable[[int], None]:
     """What makes STEPS steps of a size after inputs that were read once."""
-    room = STEPS + max(SIZES)
+    capacity = STEPS + max(SIZES)
     tokens_BxS = _drawn(config, rows, inputs)
-    read = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room"))
+    read = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "capacity"))
     lengths_B = np.full(rows, inputs, np.int32)
-    _, memory = read(config, params, tokens_BxS, lengths_B, start_id=START_ID, room=room)
+    _, memory = read(config, params, tokens_BxS, lengths_B, start_id=START_ID, capacity=capacity)
     begin_R = np.array(memory.slots_R)
 
     @functools.partial(LazilyCompiled, static_argnums=0, donate_argnums=2)

@@ -21,7 +21,7 @@ import numpy as np
 
 from encdec.benchmarks.device_rates import peak_memory
 from encdec.benchmarks.generation import START_ID
-from encdec.benchmarks.generation_memory import Setting, forget_peak
+from encdec.benchmarks.generation_memory import Workload, forget_peak
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.export import formats
 from encdec.inference.ready import cpu_has_bfloat16
@@ -223,7 +223,7 @@ class TransformersModel:
 
 
 def peaks(
-    directory: pathlib.Path, precision: str, device: str, settings: Sequence[Setting]
+    directory: pathlib.Path, precision: str, device: str, settings: Sequence[Workload]
 ) -> list[int]:
     """Of each setting in turn: as ``measure_peaks`` measures our own models, in bytes."""
     import torch

@@ -36,7 +36,7 @@ from encdec.evaluation.predictions import (
 )
 from encdec.inference.generation_settings import check_draft
 from encdec.inference.generator import TextGenerator
-from encdec.inference.progress import Progress
+from encdec.inference.progress import ProgressBar
 from encdec.logs import logger
 from encdec.metrics.metric_registry import not_measured, score_texts
 from encdec.metrics.score import Score, mean_score
@@ -165,7 +165,7 @@ class _Pass:
         )
         done = set(self._answers.read())
         _introduce(self.name, count, len(done), self.sources, settings.too_long)
-        with Progress(self.name, left(done)) as progress:
+        with ProgressBar(self.name, left(done)) as progress:
             predict(
                 self._generator,
                 self._answers,
@@ -176,7 +176,7 @@ class _Pass:
             )
         if self._reader:
             read = left(set(self._likelihoods.read()))
-            with Progress(f"{self.name}, references", read) as progress:
+            with ProgressBar(f"{self.name}, references", read) as progress:
                 measure(self._reader, self._likelihoods, self.examples, on_batch=progress, **how)
 
     def is_whole(self) -> bool:

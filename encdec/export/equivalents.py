@@ -16,10 +16,10 @@ from encdec.fields import flattened
 from encdec.interop.layout import unflatten
 from encdec.model import ModelConfig, Params, for_decoding
 
-Pair = tuple[ModelConfig, Params]
+Equivalent = tuple[ModelConfig, Params]
 
 
-def on_host(config: ModelConfig, params: Any) -> Pair:
+def on_host(config: ModelConfig, params: Any) -> Equivalent:
     """Unrolled float32 NumPy parameters, query heads next to the kv head that they read."""
     config, params = for_decoding(config.replace(dtype="float32", param_dtype="float32"), params)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
@@ -30,7 +30,7 @@ def _rewrite(params: Params, change: Callable[[str, np.ndarray], np.ndarray]) ->
     return unflatten({path: change(path, x) for path, x in flattened(params, "/").items()})
 
 
-def group_heads(config: ModelConfig, params: Params) -> Pair:
+def group_heads(config: ModelConfig, params: Params) -> Equivalent:
     """Grouped pairing (query head h reads kv head h // group) from tiled (h % kv heads)."""
     if config.kv_pairing == "grouped":
         return config, params
@@ -49,7 +49,7 @@ def group_heads(config: ModelConfig, params: Params) -> Pair:
     return config.replace(kv_pairing="grouped"), _rewrite(params, change)
 
 
-def equal_biases(config: ModelConfig, params: Params) -> Pair:
+def equal_biases(config: ModelConfig, params: Params) -> Equivalent:
     """Biases on all four attention projections, zero where there were none, if on any."""
     if config.qkv_bias == config.attention_out_bias:
         return config, params
@@ -60,7 +60,7 @@ def equal_biases(config: ModelConfig, params: Params) -> Pair:
     return query_biases(config.replace(attention_out_bias=True), unflatten(flat))
 
 
-def query_biases(config: ModelConfig, params: Params) -> Pair:
+def query_biases(config: ModelConfig, params: Params) -> Equivalent:
     """Biases on queries, keys and values, zero where there were none."""
     if config.qkv_bias:
         return config, params
@@ -71,14 +71,14 @@ def query_biases(config: ModelConfig, params: Params) -> Pair:
     return config.replace(qkv_bias=True), unflatten(flat)
 
 
-def norms_around(config: ModelConfig, params: Params, *, plus_one: bool) -> Pair:
+def norms_around(config: ModelConfig, params: Params, *, plus_one: bool) -> Equivalent:
     """Norms that scale by w, or by 1 + w."""
     shift = np.float32(int(config.norm_plus_one) - int(plus_one))
     changed = _rewrite(params, lambda path, x: x + shift if path.endswith("/scale") else x)
     return config.replace(norm_plus_one=plus_one), changed
 
 
-def scaled_embedding(config: ModelConfig, params: Params, *, scaled: bool) -> Pair:
+def scaled_embedding(config: ModelConfig, params: Params, *, scaled: bool) -> Equivalent:
     """Token embeddings multiplied by sqrt(width), or not; the head becomes a tensor of its own."""
     if config.embedding_scale == scaled:
         return config, params
@@ -92,7 +92,7 @@ def scaled_embedding(config: ModelConfig, params: Params, *, scaled: bool) -> Pa
     return config.replace(embedding_scale=scaled, tie_embeddings=False), unflatten(flat)
 
 
-def plain_attention_scale(config: ModelConfig, params: Params) -> Pair:
+def plain_attention_scale(config: ModelConfig, params: Params) -> Equivalent:
     """Logits in attention scaled by 1/sqrt(head_dim), the rest multiplied into the queries'
     weights, or into their norm where they have one."""
     factor = np.float32(config.attention_logit_scale * config.head_dim**0.5)

@@ -20,7 +20,7 @@ from encdec.export.equivalents import Params
 from encdec.export.litert_file import ANY, LitertGraph, Operator, Type, block_scales, channel_scales
 from encdec.export.quantise import BLOCK, Precision, eight_bits, four_bits, in_blocks, nibbles
 from encdec.model import ModelConfig
-from encdec.model.model_config import Stack
+from encdec.model.model_config import StackName
 from encdec.model.positions import rope_frequencies
 
 NEVER = -1e9  # added to the logits of what a query may not read
@@ -100,7 +100,7 @@ class _Layers:
         rows = g.gather(g.constant(levels, name="embedding"), tokens, "int8")
         return g.mul(g.cast(rows, "int8", "float32"), g.gather(g.constant(scales * factor), tokens))
 
-    def ropes(self, positions: int, stack: Stack) -> dict[bool, tuple[int, int]]:
+    def ropes(self, positions: int, stack: StackName) -> dict[bool, tuple[int, int]]:
         """Rotations at positions [N], of a stack's layers that read all (False) and local ones."""
         config = self.config
         layers = range(config.encoder_layers if stack == "encoder" else config.decoder_layers)

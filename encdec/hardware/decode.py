@@ -106,7 +106,7 @@ def compile_decoding(
     config, params, fitted, unsharded = _parameters(run.model_config(), mesh)
     rows = NamedSharding(mesh, fitted.spec(("batch",)))
     ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    read = functools.partial(prefill, config, start_id=START_ID, room=targets)
+    read = functools.partial(prefill, config, start_id=START_ID, capacity=targets)
     options = chip_options(mesh.devices.flat[0].device_kind)
     lowered = jax.jit(on_mesh(read, mesh, fitted), compiler_options=options).lower(
         params, ids(run.batch_size, inputs), ids(run.batch_size)

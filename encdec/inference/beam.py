@@ -75,7 +75,7 @@ def beam_search(
         tokens_BxS: inputs, each in the first ``lengths_B`` places of its row.
         lengths_B: tokens of each input.
         alpha: of ``length_penalty``, 0 or more.
-        limit: new tokens at most, from 1 to ``plan.room``.
+        limit: new tokens at most, from 1 to ``plan.capacity``.
         inputs: how many of the rows are inputs, the first; by default all. The others are there
             for the batch's size, and get no hypotheses.
         sharding: of the rows over copies of the model; None on one device.
@@ -119,8 +119,8 @@ def beam_search(
 def _nothing_found(batch: int, plan: BeamPlan) -> Hypotheses:
     shape = (batch, plan.beams)
     return Hypotheses(
-        np.zeros((*shape, plan.room), np.int32),
-        np.zeros((*shape, plan.room), np.float32),
+        np.zeros((*shape, plan.capacity), np.int32),
+        np.zeros((*shape, plan.capacity), np.float32),
         np.zeros(shape, np.int32),
         np.full(shape, -np.inf, np.float32),
     )
@@ -140,7 +140,7 @@ def _write_down(
     ends = jax.tree.map(lambda x: np.take_along_axis(x, best_BxK, axis=1), ends)
     there_BxK = np.isfinite(ends.totals_BxK)
     counts_BxK = np.where(there_BxK, ends.counts_BxK, 0)
-    tokens_BxKxN = np.zeros((*counts_BxK.shape, plan.room), np.int32)
+    tokens_BxKxN = np.zeros((*counts_BxK.shape, plan.capacity), np.int32)
     log_probs_BxKxN = np.zeros(tokens_BxKxN.shape, np.float32)
     beams_BxK = np.zeros_like(counts_BxK)  # where each one's token is in the history
     for place in reversed(range(int(counts_BxK.max()))):

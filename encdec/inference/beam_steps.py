@@ -34,14 +34,14 @@ class BeamPlan:
 
     Attributes:
         beams: K, hypotheses kept alive for each input, and returned.
-        room: N, new tokens at most.
+        capacity: N, new tokens at most.
         start_id: the decoder's first input.
         eos_id: completes a hypothesis.
         vocabulary_size: ids from here on are never chosen.
     """
 
     beams: int
-    room: int
+    capacity: int
     start_id: int
     eos_id: int
     vocabulary_size: int
@@ -138,9 +138,9 @@ def begin(
 ) -> tuple[BeamState, BeamProgress]:
     """Reads the inputs and chooses the first tokens."""
     (batch, width), beams = tokens_BxS.shape, plan.beams
-    room = slots - prompt_slots(config, width)
+    capacity = slots - prompt_slots(config, width)
     logits_BxV, memory = prefill(
-        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, room=room
+        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, capacity=capacity
     )
     whole = lambda value, dtype: jnp.full((batch, beams), value, dtype)
     nothing = Ends(
@@ -150,7 +150,7 @@ def begin(
     # One empty hypothesis per input; with K, all would grow identically.
     first_B = jnp.where(real_B, 0.0, -jnp.inf)
     alive = nothing.replace(totals_BxK=nothing.totals_BxK.at[:, 0].set(first_B))
-    past = jnp.zeros((batch, plan.room, beams), jnp.int32)
+    past = jnp.zeros((batch, plan.capacity, beams), jnp.int32)
     if memory.source is not None:
         memory = memory.replace(source=_widened(config, memory.source))
     places_BxC = jnp.tile(jnp.arange(slots), (batch, 1))
@@ -196,8 +196,8 @@ def advance(
 
     def step(search: BeamState) -> BeamState:
         memory = search.memory
-        capacity = search.positions_BxC.shape[1]
-        own_BxKxC = jnp.arange(capacity) == (
+        slots = search.positions_BxC.shape[1]
+        own_BxKxC = jnp.arange(slots) == (
             memory.slots_R[:, None, None] + jnp.arange(plan.beams)[:, None]
         )
         visible_BxKxC = search.visible_BxKxC | own_BxKxC
@@ -308,8 +308,8 @@ def rearrange(
     rest = rest.replace(alive=rest.alive.replace(totals_BxK=totals_RxK))
     needed_RxC = _needed(rest)
     order_RxC = jnp.argsort(~needed_RxC, axis=1, stable=True)
-    capacity = order_RxC.shape[1]
-    order_RxC = jnp.pad(order_RxC, ((0, 0), (0, max(0, slots - capacity))))[:, :slots]
+    held = order_RxC.shape[1]
+    order_RxC = jnp.pad(order_RxC, ((0, 0), (0, max(0, slots - held))))[:, :slots]
     kept_R = jnp.sum(needed_RxC, axis=1, dtype=jnp.int32)
     visible_RxKxC = jnp.take_along_axis(rest.visible_BxKxC, order_RxC[:, None], axis=2)
     search = rest.replace(

@@ -56,23 +56,24 @@ def check_slots(
     )
 
 
-def check_batch(config: ModelConfig, inputs: tuple[int, ...], answers: int, room: int) -> None:
+def check_batch(config: ModelConfig, inputs: tuple[int, ...], answers: int, tokens: int) -> None:
     """ConfigError unless the keys and values of a batch fit into the devices of this process.
 
     Args:
         config: the model, ready for decoding.
         inputs: how many, and tokens of each.
         answers: to each of them, drawn or as hypotheses.
-        room: tokens of an answer.
+        tokens: of an answer.
     """
     rows, longest = inputs
-    needed = _token_bytes(config, config.dtype) * rows * (longest + 1 + answers * room)
+    needed = _token_bytes(config, config.dtype) * rows * (longest + 1 + answers * tokens)
     memory = device_memory() * (1 if jax.default_backend() == "cpu" else jax.local_device_count())
     if needed > memory:
         raise ConfigError(
-            f"{rows} inputs of {longest:,} tokens, with {answers} answers of up to {room:,} each, "
-            f"take {needed / GB:,.2f} GB for keys and values, and there are {memory / GB:,.2f} GB "
-            f"of memory; lower max_tokens, or batch_rows to {max(rows * memory // needed, 1)}"
+            f"{rows} inputs of {longest:,} tokens, with {answers} answers of up to {tokens:,} "
+            f"each, take {needed / GB:,.2f} GB for keys and values, and there are "
+            f"{memory / GB:,.2f} GB of memory; lower max_tokens, or batch_rows to "
+            f"{max(rows * memory // needed, 1)}"
         )
 
 

@@ -68,12 +68,12 @@ class DecodingPlan:
 
     Attributes:
         choosing: how tokens are chosen.
-        room: new tokens at most; rows may have lower limits.
+        capacity: new tokens at most; rows may have lower limits.
         start_id: the decoder's first input.
     """
 
     choosing: Choosing
-    room: int
+    capacity: int
     start_id: int
 
 
@@ -84,7 +84,7 @@ def prefill(
     lengths_B: jax.Array,
     *,
     start_id: int,
-    room: int,
+    capacity: int,
 ) -> tuple[jax.Array, Memory]:
     """Reads the inputs and the start token.
 
@@ -94,13 +94,13 @@ def prefill(
         tokens_BxS: inputs, each in the first ``lengths_B`` places of its row.
         lengths_B: tokens of each input.
         start_id: the decoder's first input: it comes before the inputs in a decoder-only model.
-        room: how many new tokens the cache must hold.
+        capacity: how many new tokens the cache must hold.
 
     Returns:
         Logits [B, V] float32 of each row's first new token, and the memory.
     """
     hidden_BxPxM, memory = read_inputs(
-        config, params, tokens_BxS, lengths_B, start_id=start_id, room=room
+        config, params, tokens_BxS, lengths_B, start_id=start_id, capacity=capacity
     )
     ends_B = memory.slots_R - 1
     hidden_BxM = jnp.take_along_axis(hidden_BxPxM, ends_B[:, None, None], axis=1)[:, 0]
@@ -115,7 +115,7 @@ def read_inputs(
     lengths_B: jax.Array,
     *,
     start_id: int,
-    room: int,
+    capacity: int,
 ) -> tuple[jax.Array, Memory]:
     """As ``prefill``, with the hidden states [B, P, M] of every place that the decoder read.
 
@@ -138,7 +138,7 @@ def read_inputs(
         {"params": params},
         prompt_BxP,
         positions_BxP,
-        init_cache(config, batch, length + room),
+        init_cache(config, batch, length + capacity),
         source,
         from_start=True,
         method="decode_cached",
@@ -259,7 +259,7 @@ def start(
     times, the answers to one input in neighbouring rows.
     """
     logits_RxV, memory = prefill(
-        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, room=plan.room
+        config, params, tokens_BxS, lengths_B, start_id=plan.start_id, capacity=plan.capacity
     )
     batch, rows = tokens_BxS.shape[0], settings.limit_R.shape[0]
     if rows != batch:
@@ -270,14 +270,14 @@ def start(
 
 def blank(plan: DecodingPlan, memory: Memory | None, settings: RowSettings) -> Decoding:
     """Answers without tokens to inputs that were read."""
-    rows, room, kept = settings.limit_R.shape[0], plan.room, plan.choosing.alternatives
+    rows, capacity, kept = (settings.limit_R.shape[0], plan.capacity, plan.choosing.alternatives)
     return Decoding(
         memory=memory,
         last_R=jnp.zeros(rows, jnp.int32),
-        tokens_RxN=jnp.zeros((rows, room), jnp.int32),
-        log_probs_RxN=jnp.zeros((rows, room), jnp.float32),
-        likeliest_RxNxK=jnp.zeros((rows, room, kept), jnp.int32),
-        likeliest_log_probs_RxNxK=jnp.zeros((rows, room, kept), jnp.float32),
+        tokens_RxN=jnp.zeros((rows, capacity), jnp.int32),
+        log_probs_RxN=jnp.zeros((rows, capacity), jnp.float32),
+        likeliest_RxNxK=jnp.zeros((rows, capacity, kept), jnp.int32),
+        likeliest_log_probs_RxNxK=jnp.zeros((rows, capacity, kept), jnp.float32),
         counts_R=jnp.zeros(rows, jnp.int32),
         finished_R=settings.limit_R <= 0,
         settings=settings,
@@ -315,12 +315,12 @@ def append(plan: DecodingPlan, decoding: Decoding, logits_RxV: jax.Array) -> Dec
     )
     running_R = ~decoding.finished_R
     rows_R = jnp.arange(counts_R.shape[0])
-    places_R = jnp.where(running_R, counts_R, plan.room)  # out of range, so dropped
+    places_R = jnp.where(running_R, counts_R, plan.capacity)  # out of range, so dropped
     if plan.choosing.alternatives:
         decoding = _keep_likeliest(plan.choosing, decoding, logits_RxV, places_R)
     ended_R = (chosen_R == settings.eos_R) & (counts_R >= settings.given_R)
     counts_R = counts_R + running_R
-    ended_R |= counts_R >= jnp.minimum(settings.limit_R, plan.room)
+    ended_R |= counts_R >= jnp.minimum(settings.limit_R, plan.capacity)
     return decoding.replace(
         last_R=jnp.where(running_R, chosen_R, decoding.last_R),
         tokens_RxN=decoding.tokens_RxN.at[rows_R, places_R].set(chosen_R, mode="drop"),

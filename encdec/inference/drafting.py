@@ -216,7 +216,7 @@ class Drafters:
                 params,
                 *self._placed((tokens_BxS, lengths_B)),
                 start_id=self._draft.start_id,
-                room=plan.room,
+                capacity=plan.capacity,
                 times=times,
             )
         else:

@@ -31,7 +31,7 @@ append_compiled = jax.jit(append, static_argnames="plan", donate_argnames="decod
 accept_compiled = jax.jit(accept, static_argnames="plan", donate_argnames="decoding")
 # Of a step of N tokens: the likeliest token after each, int32 [R, N]; and the log-probabilities
 # [R, C] of the first C of them.
-Choices = tuple[np.ndarray, Callable[[int], np.ndarray]]
+GreedyChoices = tuple[np.ndarray, Callable[[int], np.ndarray]]
 
 
 class ExportedMemory(Protocol):
@@ -49,7 +49,7 @@ class ExportedMemory(Protocol):
     def verify(self, tokens_RxN: np.ndarray) -> np.ndarray:
         """Feeds N tokens per row; logits [R, N, V] after each. ``keep`` must come next."""
 
-    def verify_greedy(self, tokens_RxN: np.ndarray) -> Choices:
+    def verify_greedy(self, tokens_RxN: np.ndarray) -> GreedyChoices:
         """Feeds N tokens per row; what ``greedy`` would tell after each."""
 
     def keep(self, counts_R: np.ndarray) -> None:
@@ -72,9 +72,9 @@ class ExportedModel(Protocol):
     verifies: bool
 
     def prefill(
-        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int
+        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, capacity: int
     ) -> tuple[np.ndarray, ExportedMemory]:
-        """Logits [B, V] of each row's first new token, and a memory that holds ``room`` more."""
+        """Logits [B, V] of each row's first new token; a memory that holds ``capacity`` more."""
 
 
 def export_format(directory: str | os.PathLike[str]) -> str | None:
@@ -152,7 +152,7 @@ class ExportedRows:
             tokens_BxS[row, : len(item.ids)] = item.ids
         choosing = choosing_of(settings, prompts.vocabulary.size)
         plan = DecodingPlan(choosing, bucket(limit), prompts.decoder_start_id)
-        logits, memory = self._model.prefill(tokens_BxS, lengths_B, plan.start_id, plan.room)
+        logits, memory = self._model.prefill(tokens_BxS, lengths_B, plan.start_id, plan.capacity)
         memory.repeat(settings.samples)
         rows = row_settings(settings, inputs, len(inputs), limit, prompts.vocabulary.eos_id)
         decoding = blank(plan, None, jax.tree.map(jnp.array, rows))
@@ -253,7 +253,7 @@ def append_greedy(decoding: Decoding, chosen_R: np.ndarray, log_probs_R: np.ndar
     )
 
 
-def accept_greedy(decoding: Decoding, drafts_RxD: np.ndarray, choices: Choices) -> Decoding:
+def accept_greedy(decoding: Decoding, drafts_RxD: np.ndarray, choices: GreedyChoices) -> Decoding:
     """``speculation.accept`` of rows that take the likeliest token, on NumPy arrays."""
     settings, counts_R = decoding.settings, decoding.counts_R
     chosen_RxK, log_probs_of = choices

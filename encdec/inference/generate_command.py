@@ -16,7 +16,7 @@ from encdec.errors import ConfigError
 from encdec.flags import Parser
 from encdec.hub import data_path
 from encdec.inference.generation_settings import GenerationSettings, add_draft_option, check_draft
-from encdec.inference.progress import Progress
+from encdec.inference.progress import ProgressBar
 from encdec.logs import logger
 from encdec.storage import any_path, as_path
 
@@ -211,7 +211,7 @@ def _answer(
     options: argparse.Namespace,
     texts: Sequence[str],
     done: int,
-    progress: Progress | None = None,
+    progress: ProgressBar | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Output rows a window of inputs at a time, in order, from input ``done`` on."""
     from encdec.inference.answer_files import rows_of
@@ -246,7 +246,7 @@ def _write_file(
         _LOG.info(f"{options.out}: {done:,} of {len(texts):,} inputs are answered already")
     truncated = 0
     output.begin()
-    with Progress("generate", len(texts), done) as progress:
+    with ProgressBar("generate", len(texts), done) as progress:
         for rows in _answer(generator, settings, options, texts, done, progress):
             output.append(rows)
             truncated += sum(

@@ -79,13 +79,13 @@ class LitertModel:
         return {name: graph.read(name) for name in graph.outputs}
 
     def prefill(
-        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int
+        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, capacity: int
     ) -> tuple[np.ndarray, LitertMemory]:
-        """Logits [1, V] of the first new token, and a memory with capacity for ``room`` more."""
+        """Logits [1, V] of the first new token, and a memory that holds ``capacity`` more."""
         if len(tokens_BxS) != 1:
             raise ConfigError(f"{len(tokens_BxS)} inputs at once; an exported LiteRT model reads 1")
         source = self.encode(tokens_BxS[0, : int(lengths_B[0])])
-        memory = LitertMemory(self, source, room + 1)
+        memory = LitertMemory(self, source, capacity + 1)
         return memory.step(np.array([start_id])), memory
 
     def forced_logits(self, source: np.ndarray, target: np.ndarray, start_id: int) -> np.ndarray:

@@ -92,7 +92,7 @@ class OnnxModel:
         return logits, {name.replace("present", "past"): x for name, x in values.items()}
 
     def prefill(
-        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, room: int = 0
+        self, tokens_BxS: np.ndarray, lengths_B: np.ndarray, start_id: int, capacity: int = 0
     ) -> tuple[np.ndarray, _Memory]:
         """Logits [B, V] of each row's first new token, and the memory, which grows by itself."""
         rows, width = tokens_BxS.shape

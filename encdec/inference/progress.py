@@ -12,7 +12,7 @@ _LOG = logger(__name__)
 REPORT_SECONDS = 10.0
 
 
-class Progress:
+class ProgressBar:
     """Examples done, tokens per second and time left, on standard error.
 
     Args:
@@ -53,7 +53,7 @@ class Progress:
         seconds = max(time.perf_counter() - self._begin, 1e-9)
         return f"{self._tokens / seconds:,.0f} tokens/s"
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:

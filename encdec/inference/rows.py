@@ -177,13 +177,13 @@ class CompiledRows:
     ) -> Hypotheses:
         plan = BeamPlan(
             beams=settings.beams,
-            room=bucket(limit),
+            capacity=bucket(limit),
             start_id=prompts.decoder_start_id,
             eos_id=prompts.vocabulary.eos_id,
             vocabulary_size=prompts.vocabulary.size,
         )
         tokens_BxS, lengths_B = self._arrays(inputs)
-        check_batch(self.config, tokens_BxS.shape, settings.beams, plan.room)
+        check_batch(self.config, tokens_BxS.shape, settings.beams, plan.capacity)
         tokens_BxS, lengths_B = self._placed((tokens_BxS, lengths_B))
         return beam_search(
             self.config,

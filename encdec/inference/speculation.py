@@ -70,11 +70,11 @@ def begin_drafting(
     lengths_B: jax.Array,
     *,
     start_id: int,
-    room: int,
+    capacity: int,
     times: int = 1,
 ) -> Drafting:
     """A draft model that has read the inputs, each for ``times`` rows."""
-    _, memory = prefill(config, params, tokens_BxS, lengths_B, start_id=start_id, room=room)
+    _, memory = prefill(config, params, tokens_BxS, lengths_B, start_id=start_id, capacity=capacity)
     if times > 1:
         memory = take_rows(config, memory, jnp.repeat(jnp.arange(len(tokens_BxS)), times))
     return Drafting(memory=memory, fed_R=jnp.zeros(len(tokens_BxS) * times, jnp.int32))
@@ -243,7 +243,7 @@ def accept(
 
 # The compiled forms; the memories are donated to the results.
 begin_drafting_compiled = jax.jit(
-    begin_drafting, static_argnames=("config", "start_id", "room", "times")
+    begin_drafting, static_argnames=("config", "start_id", "capacity", "times")
 )
 speculate_compiled = LazilyCompiled(
     speculate,

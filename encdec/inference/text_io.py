@@ -87,8 +87,8 @@ class PromptFormat:
             DataError: no tokens, one outside the vocabulary, or too many.
         """
         self.check_tokens(ids, name)
-        room = self.max_input_tokens - self.added
-        cut = len(ids) > room
+        capacity = self.max_input_tokens - self.added
+        cut = len(ids) > capacity
         if cut and not truncate:
             raise DataError(
                 f"{name} has {len(ids) + self.added:,} tokens, but the model accepts "
@@ -96,7 +96,7 @@ class PromptFormat:
                 "more than in training with --max_input_tokens"
             )
         end = [self.vocabulary.eos_id] * self.inputs_eos
-        return [*self.inputs_prefix, *ids[:room], *end], cut
+        return [*self.inputs_prefix, *ids[:capacity], *end], cut
 
     def check_tokens(self, ids: Sequence[int], name: str = "the input") -> None:
         """Raises DataError for no tokens, or one outside the vocabulary."""

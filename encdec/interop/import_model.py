@@ -20,7 +20,7 @@ from encdec.storage import as_path, directory_name, on_this_machine, user_place
 if TYPE_CHECKING:
     from etils import epath
 
-Format = Literal["hf", "mu", "llama2c"]
+ImportFormat = Literal["hf", "mu", "llama2c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def import_model(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    format: Format = "hf",
+    format: ImportFormat = "hf",
     vocabulary: str | None = None,
     head_dim: int | None = None,
     param_dtype: str | None = None,
@@ -130,7 +130,7 @@ def import_model(
     return ImportReport(stored, found.family, found.max_length, tuple(remarks))
 
 
-def _given_vocabulary(vocabulary: str, format: Format) -> Vocabulary:
+def _given_vocabulary(vocabulary: str, format: ImportFormat) -> Vocabulary:
     path = as_path(user_place("the vocabulary", vocabulary))
     if format == "llama2c" and path.suffix == ".bin" and path.is_file():
         return llama2c.read_tokenizer(on_this_machine(path))

@@ -16,7 +16,7 @@ from encdec.errors import DataError
 from encdec.fields import flattened
 from encdec.model import ModelConfig, abstract_params, build_model
 
-Kind = Literal["same", "matrix", "heads_in", "heads_out", "heads_bias"]
+AxisChange = Literal["same", "matrix", "heads_in", "heads_out", "heads_bias"]
 Flat = dict[str, np.ndarray]
 
 SHOWN = 6  # how many tensor names a message lists per fault
@@ -29,7 +29,7 @@ class Entry:
 
     theirs: str
     ours: str
-    kind: Kind = "same"
+    kind: AxisChange = "same"
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def attention_entries(
     entries = []
     for x, name in zip("qkvo", names, strict=True):
         out = x == "o"
-        kind: Kind = "heads_out" if out else "heads_in"
+        kind: AxisChange = "heads_out" if out else "heads_in"
         entries.append(Entry(f"{theirs}.{name}.weight", f"{ours}/{x}/kernel", kind))
         if config.attention_out_bias if out else config.qkv_bias:
             entries.append(
@@ -193,7 +193,7 @@ def to_ours(
     return unflatten(flat)
 
 
-def _their_shape(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _their_shape(kind: AxisChange, shape: tuple[int, ...]) -> tuple[int, ...]:
     if kind == "matrix":
         return shape[::-1]
     if kind == "heads_in":

@@ -11,7 +11,7 @@ from encdec.fields import Require, check_types, did_you_mean, requirements
 from encdec.model.execution import EXECUTION_FIELDS, ExecutionConfig
 
 Architecture = Literal["encoder_decoder", "decoder_only"]
-Stack = Literal["encoder", "decoder"]
+StackName = Literal["encoder", "decoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +117,14 @@ class ModelConfig:
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def is_local(self, layer: int, stack: Stack = "decoder") -> bool:
+    def is_local(self, layer: int, stack: StackName = "decoder") -> bool:
         """Whether layer ``layer`` of a stack, counted from 0, reads the attention window alone."""
         every = self.global_layer_every
         listed = self.encoder_global_layers if stack == "encoder" else self.decoder_global_layers
         reads_all = layer in listed or every and (layer + 1) % every == 0
         return bool(self.attention_window) and not reads_all
 
-    def is_rotated(self, layer: int, stack: Stack = "decoder") -> bool:
+    def is_rotated(self, layer: int, stack: StackName = "decoder") -> bool:
         """Whether self-attention of layer ``layer`` of a stack, counted from 0, has RoPE."""
         return layer not in (
             self.encoder_unrotated_layers if stack == "encoder" else self.decoder_unrotated_layers

@@ -13,8 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from encdec.model.attention import Attention, AttentionInputs, KeyValues
 from encdec.model.kernels import ATTENTION_INPUTS, CONTEXT, platform
 from encdec.model.layers import MLP_HIDDEN, NORM_FACTOR, Mlp, RMSNorm
-from encdec.model.model_config import ModelConfig
-from encdec.model.model_config import Stack as StackName
+from encdec.model.model_config import ModelConfig, StackName
 from encdec.model.positions import Rotation
 
 UNROLLED = 12  # layers of a stack

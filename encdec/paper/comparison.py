@@ -60,7 +60,7 @@ PAIRED = (
 TAUGHT = tuple(ending for ending in TEACHING.values() if ending)
 COPIED = "the source, copied"
 
-Rows = Sequence[Mapping[str, Any]]
+ResultRows = Sequence[Mapping[str, Any]]
 
 
 class Section(NamedTuple):
@@ -100,7 +100,7 @@ def section_of(row: Mapping[str, Any]) -> Section:
     return Section(row["task"], row.get("comparison", setting), setting, row.get("data", ""))
 
 
-def sections(rows: Rows) -> dict[Section, list[Mapping[str, Any]]]:
+def sections(rows: ResultRows) -> dict[Section, list[Mapping[str, Any]]]:
     """The run rows by section; one without a teacher only where its students have none."""
     runs = [row for row in rows if row["kind"] == RUN]
     found = dict.fromkeys(section_of(row) for row in runs)
@@ -113,7 +113,7 @@ def sections(rows: Rows) -> dict[Section, list[Mapping[str, Any]]]:
     return {one: [row for row in runs if one.holds(row)] for one in chosen}
 
 
-def comparison_markdown(rows: Rows, trials: int = 2_000) -> str:
+def comparison_markdown(rows: ResultRows, trials: int = 2_000) -> str:
     """All tables of the result rows, by task."""
     parts = []
     found = sections(rows)
@@ -150,7 +150,7 @@ def _scores_of(row: Mapping[str, Any], decoding: str) -> Mapping[str, Any]:
     return row.get("shuffled", {}) if decoding == "shuffled" else row["scores"].get(decoding, {})
 
 
-def cell(of_seeds: Rows, decoding: str, score: str) -> str:
+def cell(of_seeds: ResultRows, decoding: str, score: str) -> str:
     """Mean over seeds with Student's interval, or one seed's value with its own over examples.
 
     Seeds that diverged are in no mean, and counted.
@@ -163,7 +163,7 @@ def cell(of_seeds: Rows, decoding: str, score: str) -> str:
     return f"{text}; {lost} diverged" if lost else text
 
 
-def _cell(of_seeds: Rows, decoding: str, score: str) -> str:
+def _cell(of_seeds: ResultRows, decoding: str, score: str) -> str:
     scores = (_scores_of(row, decoding).get(score) for row in of_seeds)
     found = [one for one in scores if one and one["value"] is not None]
     if not found:
@@ -176,7 +176,7 @@ def _cell(of_seeds: Rows, decoding: str, score: str) -> str:
     return f"{value} [{low}, {high}] (n={len(found)})"
 
 
-def score_table(models: Mapping[str, Rows], copied: Rows = ()) -> str:
+def score_table(models: Mapping[str, ResultRows], copied: ResultRows = ()) -> str:
     """One line per model; a score that no model has is left out.
 
     Args:
@@ -199,7 +199,7 @@ def score_table(models: Mapping[str, Rows], copied: Rows = ()) -> str:
     return "\n".join(markdown_table(head, cells)) + "\n"
 
 
-def cost_table(models: Mapping[str, Rows], rows: Rows) -> str:
+def cost_table(models: Mapping[str, ResultRows], rows: ResultRows) -> str:
     """What each model cost to train and costs to run; a taught one runs as its plain one does.
 
     Args:
@@ -246,7 +246,7 @@ def _difference(made: Mapping[str, float | None], score: str) -> str:
     return f"{shown(made['difference'], score, '+')} ({low} to {high}), {p_value}"
 
 
-def paired_table(models: Mapping[str, Rows], trials: int) -> str:
+def paired_table(models: Mapping[str, ResultRows], trials: int) -> str:
     """Differences of two models over the seeds that both have; empty where no pair has any."""
     columns = [
         (decoding, score, heading)

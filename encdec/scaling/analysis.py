@@ -10,7 +10,7 @@ import numpy as np
 from encdec.errors import DataError
 from encdec.metrics.intervals import Interval
 from encdec.scaling.distillation import DistillationLaw, fit_distillation
-from encdec.scaling.fit import Form, Law, Observations, fit_law, residuals
+from encdec.scaling.fit import Law, LawForm, Observations, fit_law, residuals
 from encdec.scaling.frontier import Comparison, CostLaw, Frontier, compare, fit_cost
 from encdec.scaling.law_uncertainty import (
     HeldOut,
@@ -236,7 +236,7 @@ def _distilled_law(one: Distillation, plain: Fitted | None, choices: Choices) ->
     )
 
 
-def fitted(name: str, rows: list[Row], choices: Choices, form: Form = "total") -> Fitted:
+def fitted(name: str, rows: list[Row], choices: Choices, form: LawForm = "total") -> Fitted:
     """One group of finished runs, fitted as far as possible."""
     runs = observations(rows, choices)
     found = Fitted(name, runs, tuple(rows))

@@ -27,7 +27,7 @@ from threadpoolctl import ThreadpoolController
 
 from encdec.errors import DataError
 
-Form = Literal["total", "parts"]
+LawForm = Literal["total", "parts"]
 
 HUBER_DELTA = 1e-3  # of log L, as in arXiv 2203.15556
 MIN_DISTINCT = 3  # distinct sizes and token counts: two points do not determine a power law's floor
@@ -112,7 +112,7 @@ class Law:
         bounds_hit: constants that ended on a bound: the data do not determine them.
     """
 
-    form: Form
+    form: LawForm
     E: float
     A: float
     B: float
@@ -145,7 +145,7 @@ class Law:
 
 def fit_law(
     runs: Observations,
-    form: Form = "total",
+    form: LawForm = "total",
     *,
     starts: Sequence[Law] | None = None,
     rounds: int = 5,
@@ -176,12 +176,12 @@ def residuals(law: Law, runs: Observations) -> np.ndarray:
     return np.log(runs.loss) - np.log(law.predict(runs))
 
 
-def constants_of(form: Form) -> int:
+def constants_of(form: LawForm) -> int:
     """Number of constants of a law."""
     return 4 + len(_SIZE_NAMES[form])
 
 
-def check(runs: Observations, form: Form) -> None:
+def check(runs: Observations, form: LawForm) -> None:
     """Raises DataError, with the reason, if the runs do not determine a law."""
     if form not in _SIZE_NAMES:
         raise DataError(f"form is {form!r}; expected 'total' or 'parts'")
@@ -232,11 +232,11 @@ def check(runs: Observations, form: Form) -> None:
         )
 
 
-def _unused(form: Form) -> tuple[str, ...]:
+def _unused(form: LawForm) -> tuple[str, ...]:
     return ("flops",) if form == "parts" else ("flops", "encoder_parameters", "decoder_parameters")
 
 
-def _sizes(runs: Observations, form: Form) -> list[np.ndarray]:
+def _sizes(runs: Observations, form: LawForm) -> list[np.ndarray]:
     if form == "total":
         return [runs.parameters]
     return [runs.required("encoder_parameters"), runs.required("decoder_parameters")]
@@ -254,7 +254,7 @@ class _Problem:
     the terms' values there): constants of very different magnitude would slow L-BFGS down.
     """
 
-    def __init__(self, runs: Observations, form: Form):
+    def __init__(self, runs: Observations, form: LawForm):
         self.form = form
         sizes = np.stack([np.log(n) for n in _sizes(runs, form)])
         self._size_centres = sizes.mean(1)

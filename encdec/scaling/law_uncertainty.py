@@ -8,7 +8,7 @@ import numpy as np
 
 from encdec.errors import DataError
 from encdec.metrics.intervals import LEVEL, Interval
-from encdec.scaling.fit import Form, Law, Observations, check, fit_law
+from encdec.scaling.fit import Law, LawForm, Observations, check, fit_law
 
 _MOST_REDRAWS = 20  # tries per sample, before the ladder is reported as too small to bootstrap
 
@@ -79,7 +79,7 @@ class HeldOut:
         return float(np.abs(self.errors).mean())
 
 
-def hold_out_largest(runs: Observations, form: Form = "total") -> HeldOut:
+def hold_out_largest(runs: Observations, form: LawForm = "total") -> HeldOut:
     """Fits all sizes but the largest and predicts that one.
 
     Sizes of one rung differ by the matching's tolerance, so all runs within 10 % of the largest

@@ -479,7 +479,7 @@ class Engine:
         return finished
 
     def _prompt_log_probs(self, answer: Answer, made: TokenLogProbs) -> TokenLogProbs | None:
-        """Scores of the prompt's tokens, from the encoder-side input or the forced answer
+        """Those of the prompt's tokens, from the encoder-side input or the forced answer
         prefix."""
         if not answer.ticket.prompt_log_probs:
             return None

@@ -298,8 +298,8 @@ def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Li
         wanted = "a whole number" if type(asked) is not int else "0 or more"
         raise ApiError(400, f"max_tokens is {asked!r}; expected {wanted}", param="max_tokens")
     begun = max(len(prompt.begun) for prompt in prompts)
-    room = limits.max_tokens - begun
-    if room < min(asked, 1):
+    left = limits.max_tokens - begun
+    if left < min(asked, 1):
         raise ApiError(
             400,
             f"{begun:,} tokens follow EOS in the prompt and {min(asked, 1)} new is requested, but "
@@ -307,7 +307,7 @@ def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Li
             "the server with a larger max_tokens",
             param="prompt",
         )
-    return min(asked, room)
+    return min(asked, left)
 
 
 def _settings(values: Mapping[str, Any]) -> GenerationSettings:

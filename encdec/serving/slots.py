@@ -81,7 +81,7 @@ def read(
     Its ``Memory`` has the width of a slot, so that one program inserts all inputs.
     """
     logits_1xV, memory = prefill(
-        config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
+        config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, capacity=0
     )
 
     return Prefilled(logits_1xV, _as_wide_as_a_slot(config, plan, memory))
@@ -92,7 +92,7 @@ def read_with_log_probs(
 ) -> tuple[Prefilled, InputLogProbs]:
     """As ``read``, with log-probabilities of the input's own tokens; for decoder-only models."""
     hidden_1xPxM, memory = read_inputs(
-        config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, room=0
+        config, params, tokens_1xS, length[None], start_id=plan.decoding.start_id, capacity=0
     )
     model = build_model(config)
 
@@ -144,7 +144,7 @@ def empty_memory(config: ModelConfig, plan: SlotPlan, params: Params) -> Memory:
             tokens,
             lengths,
             start_id=plan.decoding.start_id,
-            room=plan.decoding.room,
+            capacity=plan.decoding.capacity,
         ),
         params,
         tokens,
@@ -219,7 +219,7 @@ def release(decoding: Decoding, free_R: jax.Array) -> Decoding:
 
 def slot_bytes(config: ModelConfig, plan: SlotPlan) -> int:
     """Bytes of one slot's keys and values."""
-    return cache_bytes(config, plan.longest_input, 1 + plan.decoding.room)
+    return cache_bytes(config, plan.longest_input, 1 + plan.decoding.capacity)
 
 
 # The compiled forms; the batch's buffers are donated to the result.

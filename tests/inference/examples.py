@@ -58,8 +58,8 @@ def model(name: str, std: float = 0.3, **changes) -> tuple[ModelConfig, dict]:
     return config, jax.tree_util.tree_map_with_path(draw, abstract_params(build_model(config)))
 
 
-def plan(config, room, **choosing) -> DecodingPlan:
-    return DecodingPlan(Choosing(config.vocab_size, **choosing), room, START)
+def plan(config, capacity, **choosing) -> DecodingPlan:
+    return DecodingPlan(Choosing(config.vocab_size, **choosing), capacity, START)
 
 
 def rows(count, limit, **values) -> RowSettings:

@@ -36,9 +36,9 @@ def every_answer(config, params, source, length, alpha):
     return sorted(table.items(), key=lambda item: -item[1])
 
 
-def search(config, params, alpha, limit, beams, room, **changes):
+def search(config, params, alpha, limit, beams, capacity, **changes):
     settings = {"start_id": START, "eos_id": EOS, "vocabulary_size": V} | changes
-    plan = BeamPlan(beams, room, **settings)
+    plan = BeamPlan(beams, capacity, **settings)
     return beam_search(config, plan, params, *padded(INPUTS), alpha, limit)
 
 
@@ -87,7 +87,7 @@ def test_alpha_favours_longer_answers_and_the_limit_may_be_lower_than_the_room()
 def test_narrow_beams_keep_what_they_promise():
     config, params = model("decoder_only", scan_layers=False)
     inputs = ([5, 9, 30, 4, 77], [8, 3])
-    plan = BeamPlan(beams=4, room=7, start_id=START, eos_id=-1, vocabulary_size=264)
+    plan = BeamPlan(beams=4, capacity=7, start_id=START, eos_id=-1, vocabulary_size=264)
     found = beam_search(config, plan, params, *padded(inputs), 0.0, 7)
     for row, source in enumerate(inputs):
         best = answers_of(found, row)[0]
@@ -200,7 +200,7 @@ def test_narrow_beams_stop_early_only_where_nothing_better_can_come(chain, monke
         [0.25, 0.45, 0, 0.3],
         [0.02, 0.95, 0.01, 0.02],
     ]
-    plan = BeamPlan(beams=2, room=limit, start_id=START, eos_id=EOS, vocabulary_size=V)
+    plan = BeamPlan(beams=2, capacity=limit, start_id=START, eos_id=EOS, vocabulary_size=V)
     config, source = CONFIGS["encoder_decoder"], (np.zeros((1, 1), np.int32), np.ones(1, np.int32))
     run = lambda table: beam_search(
         config, plan, {"table": np.log(table + 1e-9)}, *source, 0.6, limit

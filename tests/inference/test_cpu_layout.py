@@ -41,7 +41,7 @@ from encdec.serving.slots import SlotPlan, empty, insert_compiled, read_compiled
 from tests.export.examples import batch, pair
 from tests.inference.examples import START, laid_out
 
-PREFILL = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room"))
+PREFILL = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "capacity"))
 STEP = jax.jit(decode_step, static_argnums=0)
 TOKENS = np.random.default_rng(0).integers(3, 250, (2, 9)).astype(np.int32)
 
@@ -49,7 +49,7 @@ TOKENS = np.random.default_rng(0).integers(3, 250, (2, 9)).astype(np.int32)
 def two_steps(config, params, rows=2):
     """Logits after prefill and after one step more; one row takes other products than two."""
     lengths = jnp.array([9, 5])[:rows]
-    logits, memory = PREFILL(config, params, TOKENS[:rows], lengths, start_id=START, room=2)
+    logits, memory = PREFILL(config, params, TOKENS[:rows], lengths, start_id=START, capacity=2)
     later, _ = STEP(config, params, memory, jnp.array([7, 8])[:rows])
     return np.stack([logits, later])
 
@@ -136,8 +136,8 @@ def test_attention_by_blocks_of_queries_computes_the_same(name, layout):
     config, params = for_decoding(config.replace(attention_block=4), params)
     if layout:
         config, params = laid_out(config, params, 3 if layout == "shards" else 0)
-    lowered = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "room")).lower(
-        config, params, TOKENS, jnp.array([9, 5]), start_id=START, room=2
+    lowered = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "capacity")).lower(
+        config, params, TOKENS, jnp.array([9, 5]), start_id=START, capacity=2
     )
     assert "stablehlo.while" in lowered.as_text()  # blocks after one another
     np.testing.assert_allclose(two_steps(config, params), plain, atol=3e-5)
@@ -182,7 +182,7 @@ def test_cached_steps_in_another_layout_are_the_full_forward_pass(name, shards):
     model = build_model(config)
     hidden = model.apply({"params": params}, fields, method="hidden")
     whole = model.apply({"params": params}, hidden, method="logits")[0, -5:]
-    logits, memory = PREFILL(config, params, TOKENS[:1], jnp.array([9]), start_id=START, room=4)
+    logits, memory = PREFILL(config, params, TOKENS[:1], jnp.array([9]), start_id=START, capacity=4)
     steps = [logits[0]]
     for token in answer[0, 1:]:
         logits, memory = STEP(config, params, memory, jnp.array([token]))
@@ -194,8 +194,11 @@ def test_cached_steps_in_another_layout_are_the_full_forward_pass(name, shards):
 def test_a_step_copies_no_cache(name):
     """What is kept has a width that nothing else in the program has."""
     config, params = laid_out(*for_decoding(*pair(name)), 2)
-    room, lengths = 37, jnp.array([9])
-    plan, settings = DecodingPlan(Choosing(config.vocab_size), room, START), greedy_rows(1, room)
+    capacity, lengths = 37, jnp.array([9])
+    plan, settings = (
+        DecodingPlan(Choosing(config.vocab_size), capacity, START),
+        greedy_rows(1, capacity),
+    )
     begun = start_compiled(config, plan, params, TOKENS[:1], lengths, settings)
     width = jax.tree.leaves(begun.memory.cache)[0].shape[-1]
     text = advance_compiled.lower(config, plan, params, begun, jnp.int32(5)).compile().as_text()

@@ -22,7 +22,7 @@ NEW = 7
 def run(config, params, inputs, settings, plan, steps=None):
     """The answers as lists of (tokens, log-probabilities), and the state they come from."""
     decoding = start_compiled(config, plan, params, *padded(inputs), settings)
-    for count in steps or [plan.room]:
+    for count in steps or [plan.capacity]:
         decoding = advance_compiled(config, plan, params, decoding, count)
     tokens, log_probs, counts = map(
         np.array, (decoding.tokens_RxN, decoding.log_probs_RxN, decoding.counts_R)

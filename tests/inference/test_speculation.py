@@ -40,7 +40,7 @@ def in_layout(name, layout):
 def finished(config, params, plan, settings, inputs=INPUTS):
     """Plain decoding's tokens, log-probabilities and counts."""
     decoding = start_compiled(config, plan, params, *padded(inputs), settings)
-    return told(advance_compiled(config, plan, params, decoding, plan.room))
+    return told(advance_compiled(config, plan, params, decoding, plan.capacity))
 
 
 def told(decoding):
@@ -54,7 +54,7 @@ def speculated(config, params, plan, settings, drafting, draft=None, first=0):
     decoding = start_compiled(config, plan, params, *padded(INPUTS), settings)
     decoding = advance_compiled(config, plan, params, decoding, first)
     made, steps = 0, 0
-    for count in (1, 3, plan.room):
+    for count in (1, 3, plan.capacity):
         draft_config, draft_params = draft or (None, None)
         decoding, drafting, tally = speculate_compiled(
             config, plan, SIZE, draft_config, params, draft_params, decoding, drafting, count
@@ -147,7 +147,7 @@ def test_a_draft_model_of_either_kind_changes_nothing():
     wanted = finished(config, params, made, settings)
     for name in ("encoder_decoder", "decoder_only"):
         draft = in_layout(name, "plain")
-        drafting = begin_drafting_compiled(*draft, *padded(INPUTS), start_id=2, room=17)
+        drafting = begin_drafting_compiled(*draft, *padded(INPUTS), start_id=2, capacity=17)
         # It catches up with nine plain steps, more than it is fed at once.
         found, _, steps = speculated(config, params, made, settings, drafting, draft, first=9)
         same(found, wanted)
@@ -156,7 +156,7 @@ def test_a_draft_model_of_either_kind_changes_nothing():
     decoding = start_compiled(config, made, params, *padded(INPUTS), settings)
     decoding = advance_compiled(config, made, params, decoding, 9)
     finished_R = jnp.arange(8) % 2 == 0
-    drafting = begin_drafting_compiled(*draft, *padded(INPUTS), start_id=2, room=17)
+    drafting = begin_drafting_compiled(*draft, *padded(INPUTS), start_id=2, capacity=17)
     drafting = catch_up(*draft, drafting, decoding.replace(finished_R=finished_R))
     np.testing.assert_array_equal(drafting.fed_R, np.where(finished_R, 0, decoding.counts_R - 1))
 

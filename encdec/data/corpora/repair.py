@@ -46,7 +46,7 @@ FOREIGN = {
     "return ": "retrun ",
 }
 NAME = re.compile(r"[A-Za-z_]{4,}")
-Fault = Callable[[str, random.Random], str | None]
+Corruption = Callable[[str, random.Random], str | None]
 
 
 def foreign_word(text: str, draw: random.Random) -> str | None:
@@ -103,7 +103,7 @@ def exchanged_arguments(text: str, draw: random.Random) -> str | None:
     return text[:a] + match[2] + text[b:c] + match[1] + text[d:]
 
 
-KINDS: tuple[Fault, ...] = (
+KINDS: tuple[Corruption, ...] = (
     foreign_word,
     foreign_word,
     misspelt_name,
