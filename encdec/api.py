@@ -28,8 +28,6 @@ from encdec.train.loop import train as _train
 from encdec.train.reports import OnReport
 from encdec.train.run_config import load_config
 
-_FORMER = {"score": "store_teacher_logits"}  # functions that had another name once
-
 __all__ = [
     "ExportReport",
     "Hook",
@@ -46,11 +44,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FORMER:
+    if name != "score":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    message = f"encdec.api.{name} is now called {_FORMER[name]}"
-    warnings.warn(message, FutureWarning, stacklevel=2)
-    return globals()[_FORMER[name]]
+    warnings.warn("encdec.api.score is now called store_teacher_logits", FutureWarning, 2)
+    return store_teacher_logits
 
 
 def train(

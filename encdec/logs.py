@@ -13,11 +13,12 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from encdec.errors import EncdecError
 
 VARIABLE = "ENCDEC_LOG_LEVEL"  # the level of a process that a command starts, or of any
+Say = Callable[[str], None]  # takes a line of progress
 QUIET, USUAL, VERBOSE = logging.WARNING, logging.INFO, logging.DEBUG
 # Of other projects, which log what compiles and what is written.
 _OTHERS = ("jax", "absl", "orbax", "etils")

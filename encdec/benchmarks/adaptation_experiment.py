@@ -33,6 +33,7 @@ from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows, write_text
 from encdec.jobs import claim_settings
+from encdec.logs import Say
 from encdec.model import ModelConfig, preset
 from encdec.result_lines import setting_digest, where_and_when
 from encdec.saved.saved_config import CONFIG_FILE, model_config_of, read_config
@@ -43,7 +44,6 @@ from encdec.train.run_config import RunConfig, parse_config
 HELD_OUT_EVERY = 20  # one document in this many is held out where no other text is
 EXTRA_IDS = 136  # what UL2's sentinels and mode tokens take
 RECORDS = ("causal_lm", "prefix_lm", "ul2", "held_out")
-Say = Callable[[str], None]
 Results = dict[str, list[dict[str, Any]]]  # lines of the results by row, one for each seed
 Report = Callable[[Results], None]
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -27,6 +27,7 @@ from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.errors import ConfigError
 from encdec.files import write_json
 from encdec.jobs import claim_settings
+from encdec.logs import Say
 from encdec.model import build_model, preset
 from encdec.saved.saved_params import load_params_for_inference
 from encdec.train.loop import train
@@ -38,7 +39,6 @@ from encdec.train.sharding import make_mesh
 
 TEACHER_RATIO = 4.0  # the least size of the teacher, in students
 BINS = 15  # of the calibration error, as in arXiv 1706.04599
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,14 +24,7 @@ from encdec.benchmarks.device_rates import (
     measure_rates,
     peak_memory,
 )
-from encdec.benchmarks.edge_paths import (
-    DEFAULT,
-    PATHS,
-    REFERENCE,
-    StartAndFinish,
-    chosen_paths,
-    load_path,
-)
+from encdec.benchmarks.edge_paths import DEFAULT, PATHS, REFERENCE, Halves, chosen_paths, load_path
 from encdec.benchmarks.generation import GenerationTiming, Spread, random_params
 from encdec.benchmarks.inference_benchmark import numbers
 from encdec.cost.flops import BYTES_PER_VALUE, cache_bytes, generation_flops, mlp_weights
@@ -70,7 +63,7 @@ class MeasuredPath:
 
 
 def measure(
-    runs: dict[str, StartAndFinish],
+    runs: dict[str, Halves],
     config: ModelConfig,
     inputs: Sequence[int],
     outputs: int,

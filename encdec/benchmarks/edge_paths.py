@@ -54,7 +54,7 @@ DEFAULT = (
 REFERENCE = "jax-float32"  # whose tokens are compared with the others'
 
 # From an input's tokens to the first new token and a state; from the state to all others.
-StartAndFinish = tuple[Callable[[np.ndarray], Any], Callable[[Any, int], Any]]
+Halves = tuple[Callable[[np.ndarray], Any], Callable[[Any, int], Any]]
 
 
 class Halting(Protocol):
@@ -94,7 +94,7 @@ def chosen_paths(names: Sequence[str] | None) -> tuple[tuple[str, ...], list[str
 
 def load_path(
     name: str, config: ModelConfig, params: Any, folder: pathlib.Path, outputs: int
-) -> StartAndFinish:
+) -> Halves:
     """One path, ready to run; its export is written to ``folder`` unless it is there."""
     kind, precision = PATHS[name]
     if kind == "jax":
@@ -129,7 +129,7 @@ def artefact(name: str, config: ModelConfig, params: Any, folder: pathlib.Path) 
     return out
 
 
-def jax_run(config: ModelConfig, params: Any, dtype: str | None, outputs: int) -> StartAndFinish:
+def jax_run(config: ModelConfig, params: Any, dtype: str | None, outputs: int) -> Halves:
     """Our own model: the same compiled programs that ``encdec generate`` runs."""
     config, params = ready_for_decoding(config, params, dtype)
     made: dict[int, Any] = {}
@@ -149,7 +149,7 @@ def jax_run(config: ModelConfig, params: Any, dtype: str | None, outputs: int) -
     return first, rest
 
 
-def exported_run(model: ExportedModel, outputs: int) -> StartAndFinish:
+def exported_run(model: ExportedModel, outputs: int) -> Halves:
     """An exported model, step by step as its generator does it."""
 
     def first(tokens_S: np.ndarray) -> Any:
@@ -168,7 +168,7 @@ def exported_run(model: ExportedModel, outputs: int) -> StartAndFinish:
     return first, rest
 
 
-def halted_run(model: Halting, outputs: int) -> StartAndFinish:
+def halted_run(model: Halting, outputs: int) -> Halves:
     """A peer: one call, halted after its first token."""
     return (
         lambda tokens_S: model.start(tokens_S[None], outputs),

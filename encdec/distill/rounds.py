@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from encdec.data.records import open_records
@@ -23,15 +22,13 @@ from encdec.distill.rollout import Answering, check_answering, check_writer, rol
 from encdec.distill.teacher_logits import store_teacher_logits
 from encdec.distill.teacher_logits_settings import TeacherLogitsSettings
 from encdec.errors import ConfigError
-from encdec.logs import logger
+from encdec.logs import Say, logger
 from encdec.storage import as_path
 from encdec.train.job import check_place
 from encdec.train.loop import train
 from encdec.train.run_config import RunConfig
 
 _LOG = logger(__name__)
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

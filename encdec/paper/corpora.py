@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from encdec.data.vocabulary import CARD_FILE, Vocabulary, load_vocabulary
 from encdec.data.vocabulary_training import train_vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import whole_file, write_json
+from encdec.logs import Say
 from encdec.paper.setting import Column, Setting
 from encdec.result_lines import setting_digest
 from encdec.storage import as_path
@@ -37,7 +38,6 @@ DATA_FILE = "data.json"
 TEXT = "text"  # name of the pretraining text among the fingerprints
 
 Pair = tuple[str, tuple[str, ...]]
-Say = Callable[[str], None]
 
 
 class Corpora:

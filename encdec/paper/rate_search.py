@@ -24,7 +24,8 @@ from etils import epath
 from encdec.cost.flops import count_parameters, training_flops
 from encdec.errors import ConfigError
 from encdec.files import sole_process, write_json
-from encdec.paper.corpora import Corpora, Say
+from encdec.logs import Say
+from encdec.paper.corpora import Corpora
 from encdec.paper.divergence import finite_curve, noting_divergence
 from encdec.paper.result_rows import SEARCH, append_results, read_results
 from encdec.paper.setting import TEACHER, Column, Setting, model_of, run_config, slug, steps_of

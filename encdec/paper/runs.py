@@ -28,8 +28,9 @@ from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.results_table import has_papers_tasks, table, table_markdown
 from encdec.files import sole_process, write_json
 from encdec.inference.generation_settings import GenerationSettings
+from encdec.logs import Say
 from encdec.paper.comparison import comparison_markdown
-from encdec.paper.corpora import Corpora, Say
+from encdec.paper.corpora import Corpora
 from encdec.paper.divergence import Divergence, finite_curve, has_diverged, noting_divergence
 from encdec.paper.result_rows import (
     COPY,

@@ -20,12 +20,12 @@ from typing import Any
 
 from encdec.errors import ConfigError, DataError
 from encdec.files import append_rows
+from encdec.logs import Say
 from encdec.scaling.ladder import Ladder
 from encdec.scaling.planned_runs import PlannedRun, run_config
 from encdec.scaling.results_file import json_value
 from encdec.train.run_config import RunConfig, to_dict
 
-Say = Callable[[str], None]
 # Fields of a run that change only constants of its program, or nothing in it.
 _NO_COST = (
     "steps",

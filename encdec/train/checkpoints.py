@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from encdec.buckets import forget
 from encdec.errors import CheckpointError
-from encdec.logs import logger
+from encdec.logs import Say, logger
 from encdec.processes import from_first, wait_for_all
 from encdec.saved.fingerprint import fingerprints
 from encdec.saved.saved_params import (
@@ -39,7 +39,6 @@ from encdec.train.state import TrainState
 _LOG = logger(__name__)
 
 DAMAGED_FOLDER = "damaged"
-Say = Callable[[str], None]
 
 
 class Checkpoints:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from encdec.errors import ConfigError
-from encdec.train.run_fields import AlphaSchedule, DivergenceName, Tail
+from encdec.train.run_fields import AlphaSchedule, Tail, TeacherLoss
 
 Fields = Mapping[str, jax.Array]
 
@@ -38,7 +38,7 @@ _LEAST = 1e-6
 _LEAST_LOG_PROB = -70.0
 
 
-def check_divergence(divergence: DivergenceName, method: str) -> None:
+def check_divergence(divergence: TeacherLoss, method: str) -> None:
     """Raises ConfigError where rows stored by ``method`` cannot give this loss."""
     if method == "sampled" and divergence not in ("forward_kl", "soft_cross_entropy"):
         raise ConfigError(
@@ -61,7 +61,7 @@ def distillation_losses(
     logits_BxTxV: jax.Array,
     teacher: Fields,
     *,
-    divergence: DivergenceName = "forward_kl",
+    divergence: TeacherLoss = "forward_kl",
     temperature: float = 1.0,
     beta: float = 0.5,
     tail: Tail = "merged",
@@ -129,7 +129,7 @@ def sparse_losses(
     log_normaliser_BxT: jax.Array,
     teacher: Fields,
     *,
-    divergence: DivergenceName,
+    divergence: TeacherLoss,
     temperature: float,
     beta: float,
     tail: Tail,
@@ -170,9 +170,7 @@ def sparse_losses(
     return losses_BxT * temperature**2
 
 
-def _outcome(
-    divergence: DivergenceName, log_s: jax.Array, log_t: jax.Array, beta: float
-) -> jax.Array:
+def _outcome(divergence: TeacherLoss, log_s: jax.Array, log_t: jax.Array, beta: float) -> jax.Array:
     """What one outcome adds to the divergence."""
     s, t = jnp.exp(log_s), jnp.exp(log_t)
     if divergence == "forward_kl":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 OptimizerName = Literal["adamw", "adafactor", "muon"]
-DivergenceName = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
+TeacherLoss = Literal["forward_kl", "soft_cross_entropy", "reverse_kl", "jensen_shannon"]
 AlphaSchedule = Literal["constant", "warmup", "learning_rate"]
 Tail = Literal["merged", "dropped"]
 
@@ -86,7 +86,7 @@ class DistillConfig:
     """The objective is alpha x the teacher's divergence + (1 - alpha) x cross entropy on gold."""
 
     teacher: str = ""  # made by `encdec distill logits` on data.records; empty: no distillation
-    loss: DivergenceName = "forward_kl"  # see encdec/train/distillation_losses.py
+    loss: TeacherLoss = "forward_kl"  # see encdec/train/distillation_losses.py
     alpha: float = 0.9  # weight of the teacher, in [0, 1]
     alpha_schedule: AlphaSchedule = "constant"  # "warmup" rises, "learning_rate" decays
     warmup_steps: float = 0.0  # of alpha's "warmup" schedule; below 1: a fraction of the run

@@ -19,6 +19,7 @@ from etils import epath
 from encdec.errors import ConfigError
 from encdec.fields import flattened, listed
 from encdec.files import write_json
+from encdec.logs import Say
 from encdec.packages import require
 from encdec.storage import directory_name
 from encdec.train.metrics import ScalarWriter
@@ -27,8 +28,6 @@ PROJECT = "encdec"  # where the environment names none
 IDS_FILE = "trackers.json"  # which entry of a tracker is this run
 PARAMETER_CHARACTERS = 500  # that every MLflow server takes
 PARAMETERS_AT_ONCE = 100
-
-Say = Callable[[str], None]
 
 
 def tracker_names(trackers: str) -> list[str]:
