@@ -102,7 +102,7 @@ def _help(target: str, action: list[str]) -> str:
 
 
 def _actions(usage: str) -> list[str]:
-    """Actions of a command, as its usage names them: ``list | show | verify``."""
-    first = usage.partition("\n\n")[0]
-    found = re.search(r"\b[a-z]+(?: \| [a-z]+)+", " ".join(first.split()))
-    return found[0].split(" | ") if found else []
+    """Actions of a command, as its usage names them: ``list | show ...`` or ``{list,show} ...``."""
+    first = " ".join(usage.partition("\n\n")[0].split())
+    found = re.search(r"\b([a-z]+(?:(?: \| |,)[a-z]+)+)\}? \.\.\.", first)
+    return re.split(r" \| |,", found[1]) if found else []

@@ -66,6 +66,8 @@ def test_every_field_has_a_line_and_a_meaning():
         (["data", "show", "--sp"], ["--split"]),
         (["train", "--config.optimizer.b"], ["--config.optimizer.b1=", "--config.optimizer.b2="]),
         (["train", "--stop"], ["--stop_at"]),
+        (["distill", "r"], ["rollout", "rounds"]),
+        (["distill", "logits", "--dr"], ["--draws", "--dry_run"]),
         (["benchmark", "serv"], ["serving"]),
         (["train", "--config=configs/"], []),
         (["nothing", "--"], []),
