@@ -40,7 +40,7 @@ from encdec.model import ModelConfig, Params, build_model, init_params, preset
 from encdec.shipped import checkpoint, model_directory
 from encdec.storage import local_path
 
-SIZES = (1, 2, 4, 8, 16)
+SIZES = (1, 2, 4, 5, 8, 10, 16)
 STEPS = 12  # of one size, timed together
 REGROUPED = 16  # rows of the other batches; 1 where there are as many already
 TOKENS = 256  # made where every draft is wrong

@@ -34,7 +34,7 @@ from encdec.inference.decoding_compiler import LazilyCompiled
 from encdec.inference.drafts import NOTHING, LookupTexts, look_up
 from encdec.model import ModelConfig, Params
 
-FED_AT_ONCE = 8  # tokens that a draft model is fed after plain steps
+FED_AT_ONCE = 10  # tokens that a draft model is fed after plain steps
 
 
 class Drafting(flax.struct.PyTreeNode):
