@@ -22,7 +22,14 @@ from rich.table import Table
 from encdec.benchmarks import edge_paths
 from encdec.benchmarks.generation import START_ID
 from encdec.benchmarks.inference_benchmark import numbers
-from encdec.benchmarks.speculate_tasks import PEER, TaskRate, measure_task, measure_transformers
+from encdec.benchmarks.speculate_expected import expected_table
+from encdec.benchmarks.speculate_tasks import (
+    PEER,
+    STEP_SIZES,
+    TaskRate,
+    measure_task,
+    measure_transformers,
+)
 from encdec.benchmarks.transformers_runtime import missing
 from encdec.errors import ConfigError
 from encdec.export.export_model import export_model
@@ -40,7 +47,6 @@ from encdec.model import ModelConfig, Params, build_model, init_params, preset
 from encdec.shipped import checkpoint, model_directory
 from encdec.storage import local_path
 
-SIZES = (1, 2, 4, 5, 8, 10, 16)
 STEPS = 12  # of one size, timed together
 REGROUPED = 16  # rows of the other batches; 1 where there are as many already
 TOKENS = 256  # made where every draft is wrong
@@ -65,7 +71,7 @@ class StepCost:
 
 def jax_steps(config: ModelConfig, params: Params, inputs: int, rows: int) -> Callable[[int], None]:
     """What makes STEPS steps of a size after inputs that were read once."""
-    capacity = STEPS + max(SIZES)
+    capacity = STEPS + max(STEP_SIZES)
     tokens_BxS = _drawn(config, rows, inputs)
     read = jax.jit(prefill, static_argnums=0, static_argnames=("start_id", "capacity"))
     lengths_B = np.full(rows, inputs, np.int32)
@@ -99,7 +105,7 @@ def exported_steps(model: Any, inputs: int, rows: int) -> Callable[[int], None]:
             memory.verify(fed_RxK)
             memory.keep(none_R)
 
-    _, memory = model.prefill(tokens_BxS, np.full(rows, inputs), START_ID, max(SIZES))
+    _, memory = model.prefill(tokens_BxS, np.full(rows, inputs), START_ID, max(STEP_SIZES))
     return run
 
 
@@ -117,7 +123,7 @@ def measure_steps(
 
     ``largest``: sizes that a runtime takes at most, where it does not take all.
     """
-    sizes = {name: [k for k in SIZES if k <= largest.get(name, k)] for name in steps}
+    sizes = {name: [k for k in STEP_SIZES if k <= largest.get(name, k)] for name in steps}
     turns = [(name, size) for name in steps for size in sizes[name]]
     for name, size in turns:
         steps[name](size)
@@ -184,6 +190,10 @@ def main(argv: list[str]) -> int:
         console.print(f"drafts that are always wrong: {wrong:.2f} of plain decoding's time")
         report |= {"costs": [dataclasses.asdict(cost) for cost in costs], "always_wrong": wrong}
     rates = _rates(options) if options.checkpoint else []
+    if options.model and rates:
+        one_row = {x.runtime: {k: x.ratio(k) for k in x.seconds} for x in costs if x.rows == 1}
+        allowed = {f"{x.runtime}, {x.task}": x.allowed for x in rates if x.allowed}
+        console.print(expected_table(one_row, allowed))
     faults = [rate for rate in rates if rate.runtime != PEER and set(rate.different) - {*rate.ties}]
     if rates:
         console.print(_rate_table(rates))
@@ -275,12 +285,12 @@ def _models(
 
 def _cost_table(costs: Sequence[StepCost], model: str) -> Table:
     table = Table(title=f"a step of k tokens, {model}: ms, and times a step of one")
-    for column in ("runtime", "rows", *(f"k = {size}" for size in SIZES)):
+    for column in ("runtime", "rows", *(f"k = {size}" for size in STEP_SIZES)):
         table.add_column(column, justify="left" if column == "runtime" else "right")
     for cost in costs:
         cells = [
             f"{cost.seconds[k] * 1e3:.2f} ({cost.ratio(k):.2f})" if k in cost.seconds else "–"
-            for k in SIZES
+            for k in STEP_SIZES
         ]
         table.add_row(cost.runtime, str(cost.rows), *cells)
     return table

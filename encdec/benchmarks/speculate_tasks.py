@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from encdec.benchmarks.speculate_expected import tokens_per_step
 from encdec.benchmarks.transformers_runtime import TransformersModel
 from encdec.inference.answer_files import read_inputs
 from encdec.inference.drafting import Paces
@@ -19,6 +20,7 @@ from encdec.inference.pace import LONGEST_DRAFT, SIZES, Insistent
 from encdec.machine import available_cores
 
 PEER = "transformers"
+STEP_SIZES = (1, 2, 4, 5, 8, 10, 16)  # whose costs are measured
 TIE = 1e-4  # of two log-probabilities: ten times what rounding does to one in float32
 
 
@@ -42,6 +44,7 @@ class TaskRate:
             another number: what rounding does without drafts. None where it was not asked for.
         tokens_a_step: of verifying steps, each row; 0 where there were none.
         acceptance: share of the drafted tokens that were kept.
+        allowed: tokens per step of each size that these answers would allow one row alone.
     """
 
     runtime: str
@@ -57,6 +60,7 @@ class TaskRate:
     ties: tuple[int, ...] = ()
     log_prob_difference: float = 0.0
     regrouped_difference: float | None = None
+    allowed: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 def measure_task(
@@ -93,6 +97,11 @@ def measure_task(
     if regrouped:
         again = [one for (one,) in regrouped.generate(texts, settings, truncate=True)]
         between = max(map(log_prob_difference, made[0], again))
+    vocabulary = generators[0].prompts.vocabulary
+    sources = [vocabulary.encode(text) for text in texts]
+    allowed = tokens_per_step(
+        sources, [one.tokens for one in made[0]], vocabulary.eos_id, STEP_SIZES[1:]
+    )
     return TaskRate(
         runtime,
         pathlib.Path(path).name.split(".")[0],
@@ -107,6 +116,7 @@ def measure_task(
         ties,
         max(log_prob_difference(*pair) for pair in pairs),
         between,
+        allowed,
     )
 
 
