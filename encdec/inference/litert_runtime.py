@@ -38,6 +38,7 @@ class LitertModel:
 
     Attributes:
         verifies: whether a step takes several tokens; those of exports by earlier versions do not.
+        exact: see ``ExportedModel``.
 
     Args:
         directory: what ``encdec export --format=litert`` wrote.
@@ -52,7 +53,10 @@ class LitertModel:
 
     def __init__(self, directory: str | os.PathLike[str], threads: int = 0):
         directory = pathlib.Path(directory)
-        self.config = model_config_of(read_config(directory))
+        content = read_config(directory)
+        self.config = model_config_of(content)
+        # Else a rounding before an activation is quantized may move it by a level.
+        self.exact = content.get("export", {}).get("precision") == "float32"
         threads = threads or available_cores()
         self._encoder = _Graph(directory / ENCODER_FILE, threads)
         self.decoder = _Graph(directory / DECODER_FILE, threads)

@@ -45,8 +45,8 @@ class OnnxModel:
         # The quantized decoder of a decoder-only model has one scale for all activations of a
         # product: a step of several tokens would give other logits than several steps. That of an
         # encoder-decoder has scales for each, but a rounding before them may move a level.
-        exact = content.get("export", {}).get("precision", "float32") == "float32"
-        self.verifies = exact or self.config.is_encoder_decoder
+        self.exact = content.get("export", {}).get("precision", "float32") == "float32"
+        self.verifies = self.exact or self.config.is_encoder_decoder
         memory = NewMemory()
         self.decoder = _session(directory / DECODER_FILE, threads)
         self.encoder = (

@@ -43,7 +43,7 @@ def ready_for_decoding(
     dtype = dtype or decoding_dtype(config)
     config, params = for_decoding(config.replace(dtype=dtype), params)
     laid_out = lay_out and cpu_layout and dtype == "float32" and on_one_device(params)
-    large = laid_out and config.d_model * config.mlp_dim >= LARGE_KERNEL
+    large = laid_out and waits_for_memory(config)
     if cpu_layout:
         config = config.replace(attention_block=ATTENTION_BLOCK, attention_kernel="xla")
     if laid_out and not config.execution.laid_out:
@@ -60,6 +60,11 @@ def ready_for_decoding(
     return config, params
 
 
+def waits_for_memory(config: ModelConfig) -> bool:
+    """Whether a step on a CPU takes as long as reading the kernels does."""
+    return config.d_model * config.mlp_dim >= LARGE_KERNEL
+
+
 def decoding_dtype(config: ModelConfig) -> str:
     """In which this machine computes where nothing else is asked for."""
     return "float32" if jax.default_backend() == "cpu" else config.dtype
@@ -67,11 +72,11 @@ def decoding_dtype(config: ModelConfig) -> str:
 
 def _laid_out(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The model in panels or shards, where they are faster."""
-    kernel = config.d_model * config.mlp_dim
-    if kernel >= LARGE_KERNEL and not config.is_encoder_decoder:
+    if waits_for_memory(config) and not config.is_encoder_decoder:
         return shards_for_cpu(config, params, min(available_cores(), MOST_SHARDS))
     smallest = PANELS_FROM if config.is_encoder_decoder else PANELS_FROM_DECODER_ONLY
-    return panels_for_cpu(config, params) if kernel >= smallest else (config, params)
+    in_panels = config.d_model * config.mlp_dim >= smallest
+    return panels_for_cpu(config, params) if in_panels else (config, params)
 
 
 def _cast_kernels(params: Params, dtype: str) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,11 +14,13 @@ from encdec.errors import ConfigError
 from encdec.inference.draft_model import load_draft
 from encdec.inference.drafting import DraftModel, Paces, SpeculativeDecoding
 from encdec.inference.drafts import LookupTexts, look_up
+from encdec.inference.exported import ExportedRows
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.generator import Generator
 from encdec.inference.load_generator import load
 from encdec.inference.pace import LONGEST_DRAFT, PLAIN, SIZES, Pace
 from encdec.inference.ready import ready_for_decoding
+from encdec.model import preset
 from tests.inference.test_generator import PROMPTS, TEXTS, printing_model, same
 
 SETTINGS = (GenerationSettings(), GenerationSettings(temperature=0.8, samples=2, seed=3))
@@ -244,6 +247,16 @@ def test_a_machine_that_becomes_slower_or_faster_says_nothing_of_drafts():
             pace.note_made(1000 * 0.5 ** np.arange(size))
             drafted += 1
     assert drafted < 100
+
+
+def test_auto_drafts_in_exports_of_large_models_whose_steps_are_exact():
+    def drafts(name, exact, draft="auto", rows=1):
+        model = SimpleNamespace(config=preset(name), rows_at_once=0, verifies=True, exact=exact)
+        return ExportedRows(model, draft).paces.of(rows) is not None
+
+    assert drafts("330m", exact=True) and not drafts("330m", exact=True, rows=16)
+    assert not drafts("330m", exact=False) and not drafts("micro-8m", exact=True)
+    assert drafts("330m", exact=False, draft="lookup")
 
 
 def test_auto_drafts_for_few_rows_where_it_pays():
