@@ -67,6 +67,19 @@ from tests import devices  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# Until all is imported; see pytest_collection_finish.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Importing and tracing make objects by the million, and Python's collector looked through all
+    of them again and again, a tenth of the suite's time: what was imported is there to stay."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def corpora() -> pathlib.Path:
     """The folder of real corpora; skips the test, saying so, where it is absent."""
