@@ -162,15 +162,15 @@ def compare_scores(
 ) -> dict[str, Any]:
     """Plain values of one score of two sides, each one Score a seed, on the same examples."""
     [count] = {score.count for side in sides for score in side}
-    mean_of = lambda side: lambda indices: float(np.mean([s.statistic(indices) for s in side]))
+    mean_of = lambda side: lambda rows: np.mean([s.statistic(rows) for s in side], axis=0)
     statistics: list[Statistic] = [mean_of(side) for side in sides]
     difference = compare(statistics[0], statistics[1], count, resamples=resamples)
     parts = [np.stack([score.parts_ExK for score in side]) for side in sides]
     p_value = randomisation_test(parts[0], parts[1], sides[0][0].of_sums, trials=trials)
-    everything = np.arange(count)
+    everything = np.arange(count)[None]
     values = {
-        "first": statistics[0](everything),
-        "second": statistics[1](everything),
+        "first": float(statistics[0](everything)[0]),
+        "second": float(statistics[1](everything)[0]),
         "difference": difference.value,
         "low": difference.low,
         "high": difference.high,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Maps indices of examples (repeats allowed) to the score of that sample.
-Statistic = Callable[[np.ndarray], float]
+# Maps indices of examples (repeats allowed), [N, E], to the score of each such sample, [N].
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 # Maps sums over examples, [N, K], to the score of each row, [N]; NaN where it is not defined.
 ScoreOfSums = Callable[[np.ndarray], np.ndarray]
@@ -69,9 +69,13 @@ def bootstrap(
     defined (a kappa of one class) are left out; with fewer than two left, the bounds are NaN.
     """
     rng = np.random.default_rng(seed)
-    value = statistic(np.arange(count))
-    drawn = np.array([statistic(rng.integers(0, count, count)) for _ in range(resamples)])
-    return Interval.of(drawn, value=value)
+    value = statistic(np.arange(count)[None])[0]
+    at_once = max(1, 100_000 // count)
+    drawn = [
+        statistic(rng.integers(0, count, (min(at_once, resamples - begin), count)))
+        for begin in range(0, resamples, at_once)
+    ]
+    return Interval.of(np.concatenate(drawn), value=float(value))
 
 
 def compare(

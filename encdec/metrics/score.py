@@ -38,14 +38,14 @@ class Score:
         """Number of examples."""
         return len(self.parts_ExK)
 
-    def statistic(self, indices: np.ndarray) -> float:
-        """The score of the examples at these indices (repeats allowed)."""
-        return float(self.of_sums(self.parts_ExK[indices].sum(axis=0)[None])[0])
+    def statistic(self, indices_NxE: np.ndarray) -> np.ndarray:
+        """The score of the examples at each row of indices (repeats allowed)."""
+        return self.of_sums(self.parts_ExK[indices_NxE].sum(axis=1))
 
     @property
     def value(self) -> float:
         """The score of all examples."""
-        return self.statistic(np.arange(self.count))
+        return float(self.statistic(np.arange(self.count)[None])[0])
 
     def interval(self, resamples: int = RESAMPLES) -> Interval:
         return bootstrap(self.statistic, self.count, resamples=resamples)

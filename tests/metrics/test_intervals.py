@@ -13,7 +13,7 @@ from encdec.metrics import text_metrics as scores
 
 
 def mean_of(values):
-    return lambda indices: values[indices].mean()
+    return lambda indices: values[indices].mean(axis=1)
 
 
 def ratio(sums):

@@ -56,8 +56,8 @@ def test_the_score_is_of_all_examples_and_of_the_best_reference():
     answers = ["int y;", "public int F(int a){return a;}", METHOD]
     [score] = code_syntax("c_sharp", references, answers)
     total = sum(subtrees("int x;", "c_sharp").values())
-    assert score.statistic(np.arange(3)) == pytest.approx(100 * (total + 3 + 7) / (total + 14))
-    assert score.statistic(np.array([2, 2])) == 100
+    assert score.value == pytest.approx(100 * (total + 3 + 7) / (total + 14))
+    assert score.statistic(np.array([[2, 2]])) == 100
     assert [
         one.name for one in score_texts(PAPER_TASKS["code_java2cs"].metrics, references, answers)
     ][-1] == ("syntax_match")

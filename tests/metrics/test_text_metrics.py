@@ -201,7 +201,7 @@ def test_bleu_as_codexglue_computes_it():
         assert value(score) == pytest.approx(codexglue_bleu(texts, answers))
     [score] = scores.bleu_codexglue(java, found)
     twice = [0, 0, 2]
-    assert score.statistic(np.array(twice)) == pytest.approx(
+    assert score.statistic(np.array([twice])) == pytest.approx(
         codexglue_bleu([java[i] for i in twice], [found[i] for i in twice])
     )
     [empty] = scores.bleu_codexglue([["a b"]], [""])
@@ -219,7 +219,7 @@ def test_bleu_equals_the_librarys_on_every_sample():
         truth = sacrebleu.corpus_bleu(
             [PREDICTIONS[i] for i in sample], references, tokenize="none", force=True
         )
-        assert score.statistic(np.array(sample)) == pytest.approx(truth.score)
+        assert score.statistic(np.array([sample])) == pytest.approx(truth.score)
 
 
 def test_bleu_equals_the_librarys_whatever_is_missing():
