@@ -55,7 +55,7 @@ from tests.adapt.test_workflow import write_source
 from tests.bucket_servers import Proxy
 from tests.interop.test_llama2c import tokenizer_bytes
 from tests.scaling.test_run import tiny
-from tests.train.conftest import eval_records, records, small_run  # noqa: F401
+from tests.train.conftest import ONE_LAYER, eval_records, records, small_run  # noqa: F401
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -247,6 +247,7 @@ def _run(records: str, **more) -> dict:
     return small_run(
         steps=6,
         log_every=1,
+        model_overrides=ONE_LAYER,
         data={"records": records, "eval_records": records},
         checkpoint={"every": 2},
         eval={"every": 3},

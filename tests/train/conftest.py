@@ -21,6 +21,8 @@ INPUTS, TARGETS = 24, 12
 DECAYING = {"name": "cosine", "warmup_steps": 2}
 # Of commands that train in a process: without the number of steps, so that all compile one step.
 SHARED = ("--config.schedule.name=constant", "--config.schedule.warmup_steps=0")
+# Of runs whose processes each trace and compile it: the model in which they do so soonest.
+ONE_LAYER = {"scan_layers": False, "encoder_layers": 1}
 
 
 def write_records(

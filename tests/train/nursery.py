@@ -1,15 +1,17 @@
 """Trains in child processes and kills them: run by test_survival.py in an interpreter of its own.
 
-    python -m tests.train.nursery RECORDS FOLDER PROCESSES KILLS SEED
+    python -m tests.train.nursery RECORDS FOLDER PROCESSES MOMENT...
 
-Trains FOLDER/killed, which is killed, and then FOLDER/straight, which is not. Everything is
-imported once; each attempt is a fork for each process that has never seen a device, so that an
-attempt costs what starting costs beyond imports. Of several processes one is killed; the others are
-told to leave and insisted upon, as launchers do. Prints one line of JSON.
+Each MOMENT of a kill is starting, running or saving. Trains FOLDER/killed, which is killed, and
+then FOLDER/straight, which is not. Everything is imported once; each attempt is a fork for each
+process that has never seen a device, so that an attempt costs what starting costs beyond imports.
+Of several processes one is killed; the others are told to leave and insisted upon, as launchers do.
+Prints one line of JSON.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -18,23 +20,24 @@ import signal
 import sys
 import time
 import traceback
+from typing import Any
 
 import jax
 
 from encdec.train.loop import train  # with everything it needs; no device is touched
 from launch.local import free_port
-from tests.train.conftest import small_run
+from tests.train.conftest import ONE_LAYER, small_run
 
-STEPS, EVERY = {1: 60, 2: 20}, 2  # by the number of processes
+STEPS, EVERY = 24, 2
 
 
 def config(records: str, processes: int, every: int) -> dict:
     several = processes > 1
     return small_run(
         records,
-        steps=STEPS[processes],
+        steps=STEPS,
         checkpoint={"every": every, "keep": 2},
-        model_overrides={"scan_layers": False, "mlp_dropout": 0.1},
+        model_overrides=ONE_LAYER | {"mlp_dropout": 0.1},
         log_every=1 if several else 3,
         mesh={"data": -1, "fsdp": 2} if several else {},
     )
@@ -104,16 +107,10 @@ def end(children: list[int], grace_seconds: float) -> None:
         os.waitpid(child, 0)
 
 
-def main(
-    records: str, workdir: pathlib.Path, processes: int, kills: int, seed: int
-) -> dict[str, int]:
-    chance = random.Random(seed)
-    count = {"starting": 0, "running": 0, "saving": 0}
-    while True:
+def main(records: str, workdir: pathlib.Path, processes: int, moments: list[str]) -> dict[str, Any]:
+    chance, killed = random.Random(processes), []
+    for moment in moments:
         children = attempt(records, workdir, processes, EVERY)
-        if sum(count.values()) == kills:
-            return count | {"code": code_of(children)}
-        moment = chance.choices(list(count), [1, 2, 2])[0]
         before = committed(workdir)
         if moment == "starting":
             until = time.monotonic() + chance.uniform(0, 1.0)
@@ -126,19 +123,21 @@ def main(
                 time.sleep(chance.uniform(0, 0.05))
         if code is not None:
             end(children, 0)
-            return count | {"code": code}
+            return {"killed": killed, "code": code}
         victim = chance.choice(children) if processes > 1 else children[0]
         os.kill(victim, signal.SIGKILL)
         os.waitpid(victim, 0)
         children.remove(victim)
         if children:
             end(children, chance.uniform(0, 1.0))
-        count[moment] += 1
+        killed.append(moment)
+    return {"killed": killed, "code": code_of(attempt(records, workdir, processes, EVERY))}
 
 
 if __name__ == "__main__":
-    data, folder, (workers, *rest) = sys.argv[1], pathlib.Path(sys.argv[2]), map(int, sys.argv[3:6])
-    outcome = main(data, folder / "killed", workers, *rest)
+    data, folder, workers = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
+    gc.freeze()  # what was imported is there to stay
+    outcome = main(data, folder / "killed", workers, sys.argv[4:])
     if not outcome["code"]:
         outcome["straight"] = code_of(attempt(data, folder / "straight", workers, 0))
     print(json.dumps(outcome))

@@ -20,7 +20,7 @@ from encdec.files import sole_writer
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.metrics import read_metrics
 from launch.local import free_port
-from tests.train.conftest import small_run
+from tests.train.conftest import ONE_LAYER, small_run
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -206,7 +206,7 @@ def test_what_process_0_finds_in_the_work_directory_holds_for_all(records, tmp_p
     in leaving."""
     held = tmp_path / "held"
     held.mkdir()
-    run = json.dumps(small_run(records, steps=1))
+    run = json.dumps(small_run(records, steps=1, model_overrides=ONE_LAYER))
     command = [sys.executable, "-c", LATE, f"localhost:{free_port()}"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     piped = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

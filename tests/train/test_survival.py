@@ -33,9 +33,11 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, kills, in_saves, seed", [(1, 4, 2, 1), (2, 2, 1, 9)])
+@pytest.mark.parametrize(
+    "processes, moments", [(1, ["starting", "running", "saving"]), (2, ["saving"])]
+)
 def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
-    records, tmp_path, processes, kills, in_saves, seed
+    records, tmp_path, processes, moments
 ):
     """SIGKILL while starting, between steps and in the midst of saving; one continuing run. Of
     two processes, each with half of the state, one is killed and both are started again."""
@@ -50,7 +52,7 @@ def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
     }
     nursery = [sys.executable, "-m", "tests.train.nursery", str(records)]
     done = subprocess.run(
-        [*nursery, *map(str, (tmp_path, processes, kills, seed))],
+        [*nursery, str(tmp_path), str(processes), *moments],
         capture_output=True,
         text=True,
         timeout=900,
@@ -61,12 +63,11 @@ def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome.pop("code") == 0, (tmp_path / "killed.log").read_text()[-3000:]
     assert outcome.pop("straight") == 0, (tmp_path / "straight.log").read_text()[-3000:]
-    assert sum(outcome.values()) == kills and outcome["saving"] >= in_saves, outcome
-    assert processes > 1 or min(outcome.values()) > 0, "each kind of moment comes"
+    assert outcome == {"killed": moments}
 
     _, wanted, step = load_params_for_inference(tmp_path / "straight")
     _, got, _ = load_params_for_inference(tmp_path / "killed")
-    assert step == STEPS[processes]
+    assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
     # The metrics, too, are those of one run: each step once, the same losses.
     rows = {
@@ -78,11 +79,11 @@ def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
         for name in ("killed", "straight")
     }
     steps = [step for step, _ in rows["killed"]]
-    assert steps == sorted(set(steps)) and steps[-1] == STEPS[processes]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
     whole = dict(rows["straight"])
     # A report begun by one process and ended by the next has only the latter's steps in it.
     agree = sum(loss == whole[step] for step, loss in rows["killed"] if step in whole)
-    assert agree >= len(steps) - kills - 1
+    assert agree >= len(steps) - len(moments) - 1
     assert not list((tmp_path / "killed" / "checkpoints").glob("*tmp*"))
     assert not (tmp_path / "killed" / "damaged").exists()
 
