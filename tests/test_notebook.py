@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, as it is stored but for fewer steps."""
+"""The notebook runs from top to bottom, as it is stored but for a smaller model and fewer steps."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ def test_it_runs_and_shows_curves_answers_and_scores(tmp_path, monkeypatch):
     # Readers see what it gave with all its steps.
     assert [cell.execution_count for cell in stored] == [*range(1, len(stored) + 1)]
     assert NOTEBOOK.stat().st_size < 200_000
-    assert stored[0].source.count("STEPS = 300") == 1
-    stored[0].source = stored[0].source.replace("STEPS = 300", "STEPS = 12")
     for cell in stored:
         cell.outputs = []
+    # tests/quickstart trains the model itself, which compiles for longer.
+    for number, shown, run in (
+        (0, "STEPS = 300", "STEPS = 12"),
+        (3, "pretrain.py:quickstart", "pretrain.py:test"),
+    ):
+        assert stored[number].source.count(shown) == 1
+        stored[number].source = stored[number].source.replace(shown, run)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))
     text = "".join(map(printed, stored))
     assert "train: 1,520 examples" in text and "12 steps in" in text

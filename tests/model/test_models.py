@@ -316,7 +316,8 @@ def test_initial_loss_is_the_log_of_the_vocabulary(name):
         gold = batch["decoder_target_tokens"][..., None]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), gold, -1).mean()
 
-    assert abs(loss(jax.random.key(0)) / np.log(config.vocab_size) - 1) < 0.02
+    # A generator that draws these hundred million numbers sooner than JAX's default.
+    assert abs(loss(jax.random.key(0, impl="rbg")) / np.log(config.vocab_size) - 1) < 0.02
 
 
 def test_presets_build_and_peers_match():
