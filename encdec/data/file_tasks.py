@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from encdec.data.objectives import Document, Objective, SequenceToSequence
-from encdec.data.readers import BadRows, check_fields, located_rows, read_lines, with_references
+from encdec.data.readers import (
+    BadRows,
+    check_fields,
+    check_once,
+    located_rows,
+    read_lines,
+    with_references,
+)
 from encdec.data.tables import DELIMITED, TABLE_ENDINGS, Fault
 from encdec.data.text_files import ENDINGS, BrokenStream, open_lines, plain_name
 from encdec.errors import DataError
@@ -32,6 +39,7 @@ ROWS = (".jsonl", *DELIMITED, *TABLE_ENDINGS)
 Row = dict[str, Any]
 PAIRS = SequenceToSequence()
 LENGTHS = (1024, 256)
+_NAMES: set[str] = set()  # of all tasks below, so that none takes another's files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,9 @@ class FileTask:
     fine_tune_steps: int = 0
     lengths: tuple[int, int] = LENGTHS
 
+    def __post_init__(self) -> None:
+        _NAMES.add(self.name)
+
     def origin(self, data_dir: str | None) -> dict[str, Any]:
         """Where the rows come from, for the card."""
         if data_dir is None:
@@ -74,7 +85,11 @@ class FileTask:
         TASK-SPLIT.jsonl, each also compressed or as CSV, TSV, Parquet or Arrow, and the data set's
         official files in TASK/.
         """
-        root = pathlib.Path(data_dir)
+        return check_once(self._found(pathlib.Path(data_dir), split))
+
+    def _found(self, root: pathlib.Path, split: str) -> list[pathlib.Path]:
+        # train/qa_long.jsonl is not part of the task qa where there is a task qa_long.
+        longer = tuple(one for one in _NAMES if one != self.name and one.startswith(self.name))
         for spelled in SPLIT_NAMES.get(split, (split,)):
             stems = [
                 f"{self.name}/{spelled}",
@@ -86,7 +101,10 @@ class FileTask:
             for stem in stems:
                 for kind in ROWS:
                     if found := sorted(
-                        p for end in COMPRESSED for p in root.glob(f"{stem}{kind}{end}")
+                        p
+                        for end in COMPRESSED
+                        for p in root.glob(f"{stem}{kind}{end}")
+                        if p.parent.name == self.name or not p.name.startswith(longer)
                     ):
                         return found
             if self.squad_json and (

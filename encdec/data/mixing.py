@@ -46,7 +46,7 @@ def mixing_rates(
     Sizes are first cut at ``maximum`` examples and then taken to the power 1 / ``temperature``
     (Raffel et al. 2020, 3.5.2): a temperature of 1 is proportional mixing, a large one equal.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ConfigError(f"the mixture's temperature is {temperature}; expected more than 0")
     if maximum is not None and maximum < 1:
         raise ConfigError(f"the mixture's maximum is {maximum}; expected 1 example or more")
@@ -63,7 +63,13 @@ def mixing_rates(
             )
     else:
         cut = np.minimum(sizes, maximum) if maximum else np.asarray(sizes)
-        weights = cut.astype(np.float64) ** (1 / temperature)
+        with np.errstate(over="ignore"):
+            weights = cut.astype(np.float64) ** (1 / temperature)
+        if not np.isfinite(weights.sum()):
+            raise ConfigError(
+                f"the mixture's temperature of {temperature:g} is too small for parts of "
+                f"{', '.join(f'{size:,}' for size in sizes)}; raise it, or give rates"
+            )
     return weights / weights.sum()
 
 

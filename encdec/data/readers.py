@@ -107,9 +107,18 @@ def check_files(paths: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
                 place = os.fspath(on_this_machine(place))
             except FileNotFoundError:
                 raise DataError(f"input file {place} not found; give an existing file") from None
-        files += _expanded(place)
+        files += check_once(_expanded(place))
     if not files:
         raise DataError("no input files are given")
+    return files
+
+
+def check_once(files: list[pathlib.Path]) -> list[pathlib.Path]:
+    """The files; DataError where one is there both compressed and not: its rows would be twice."""
+    plain: dict[pathlib.Path, pathlib.Path] = {}
+    for file in files:
+        if (other := plain.setdefault(file.with_name(plain_name(file)), file)) != file:
+            raise DataError(f"{other} and {file} are one file, compressed; remove one of them")
     return files
 
 
@@ -184,7 +193,7 @@ def has_rows(path: str | pathlib.Path, field: str = TEXT_FIELD) -> bool:
     That line must be an object with the ``field`` or with source and target, so that text with
     braces remains text.
     """
-    if plain_name(path).endswith(JSONL_ENDINGS) or table_kind(pathlib.Path(path)):
+    if _ending(path) in JSONL_ENDINGS or table_kind(pathlib.Path(path)):
         return True
     first = next(read_lines(as_path(path), BadRows(1)), (1, b""))[1]
     try:

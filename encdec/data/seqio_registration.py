@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from encdec.data.mixing import mixing_rates
 from encdec.data.objectives import Form, Objective
 from encdec.data.readers import BadRows
-from encdec.data.task_mixtures import MIXTURES
+from encdec.data.task_mixtures import MIXTURES, RATES
 from encdec.data.task_registry import TEXT_TASKS
 from encdec.data.text_tasks import TextTask
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -189,11 +190,13 @@ def register_mixture(
     """Register a mixture of registered tasks: explicit rates, else proportional to documents."""
     if name in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.remove(name)
-    parts = list(zip(tasks, rates)) if rates else list(tasks)
+    if rates is not None:
+        mixing_rates([1] * len(tasks), rates)  # as many as tasks, all above 0
+    parts = list(zip(tasks, rates)) if rates is not None else list(tasks)
     return seqio.MixtureRegistry.add(name, parts, default_rate=proportional_rate)
 
 
 for _task in TEXT_TASKS.values():
     register(_task)
 for _name, _tasks in MIXTURES.items():
-    register_mixture(_name, _tasks)
+    register_mixture(_name, _tasks, RATES.get(_name))

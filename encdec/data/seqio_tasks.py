@@ -278,15 +278,19 @@ def _scores(
         for text, texts in zip(answers, references)
     ]
     whole: Mapping[str, Any] = function(targets, predictions)
-    single = [function([target], [text]) for target, text in zip(targets, predictions)]
+    number = lambda one, name: float(getattr(one[name], "value", one[name]))
+    try:
+        single = [function([target], [text]) for target, text in zip(targets, predictions)]
+        by_name = {name: [number(one, name) for one in single] for name in whole}
+    except Exception:  # of one example some have no value, such as a correlation
+        by_name = {}
     scores: list[Score] = []
-    for name, value in whole.items():
-        value = float(getattr(value, "value", value))
-        each = [float(getattr(one[name], "value", one[name])) for one in single]
-        if np.isclose(np.mean(each), value, rtol=1e-6, atol=1e-9):
+    for name in whole:
+        value, each = number(whole, name), by_name.get(name)
+        if each and np.isclose(np.mean(each), value, rtol=1e-6, atol=1e-9):
             scores += mean_score(name, each)
         else:
-            scores.append(_WholeScore(name, len(each), value))
+            scores.append(_WholeScore(name, len(targets), value))
     return scores
 
 

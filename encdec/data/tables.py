@@ -66,12 +66,21 @@ def delimited_rows(
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
+        before = reader.line_num
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, Fault(f"invalid CSV: {error}", "quote cells as CSV does")
+            if header is None:  # the next line is not a header
+                raise DataError(f"{name}:1: the header line: {error}; quote as CSV does") from None
+            # A quote that nothing closes takes the lines after it along: each is a row lost.
+            first, last = before + 1, reader.line_num
+            reason = f"invalid CSV: {error}"
+            if last > first:
+                reason += f" (a cell with line ends from line {first} to {last})"
+            for number in range(first, last + 1):
+                yield number, Fault(reason, "quote cells as CSV does")
             continue
         if header is None:
             header = _header(cells, name)

@@ -39,6 +39,8 @@ def register_mixture(name: str, tasks: Sequence[str], rates: Sequence[float] | N
         )
     if rates is not None:
         mixing_rates([1] * len(parts), rates)
+    RATES.pop(name, None)  # of an earlier registration
+    if rates is not None:
         RATES[name] = tuple(rates)
     MIXTURES[name] = parts
 

@@ -82,7 +82,7 @@ class BrokenStream(Exception):
 def plain_name(path: str | pathlib.Path) -> str:
     """A file's name without the endings of compressions: "a.jsonl" for "x/a.jsonl.zst"."""
     name = pathlib.Path(path).name
-    while (ending := pathlib.PurePath(name).suffix) in ENDINGS:
+    while (ending := pathlib.PurePath(name).suffix).lower() in ENDINGS:
         name = name.removesuffix(ending)
     return name
 
@@ -97,13 +97,13 @@ def open_lines(path: pathlib.Path) -> Iterator[bytes]:
         DataError: the content is not such text, or not what the name's ending says.
         BrokenStream: it breaks off; lines before were given.
     """
-    if path.suffix == ".br":
+    if path.suffix.lower() == ".br":
         # Brotli's content begins with no mark.
         raise DataError(
             f"{path} has the name of a brotli file, which cannot be read; decompress it"
         )
     with open_bytes(path) as file:
-        yield from utf8_lines(file, str(path), ENDINGS.get(path.suffix))
+        yield from utf8_lines(file, str(path), ENDINGS.get(path.suffix.lower()))
 
 
 def utf8_lines(stream: BinaryIO, name: str, named: str | None = None) -> Iterator[bytes]:

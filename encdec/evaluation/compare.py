@@ -160,8 +160,16 @@ def _scores(sides: Sequence[Sequence[_Evaluation]]) -> list[list[list[Score]]]:
 def compare_scores(
     sides: Sequence[Sequence[Score]], resamples: int, trials: int = TRIALS
 ) -> dict[str, Any]:
-    """Plain values of one score of two sides, each one Score a seed, on the same examples."""
-    [count] = {score.count for side in sides for score in side}
+    """Plain values of one score of two sides, each one Score a seed, on the same examples.
+
+    A metric that leaves out answers has other examples on each side: nothing can be paired.
+    """
+    counts = {score.count for side in sides for score in side}
+    if len(counts) > 1:
+        means = (float(np.mean([score.value for score in side])) for side in sides)
+        nothing = dict.fromkeys(("difference", "low", "high", "p_value"))
+        return {"examples": min(counts)} | _finite(dict(zip(("first", "second"), means))) | nothing
+    [count] = counts
     mean_of = lambda side: lambda rows: np.mean([s.statistic(rows) for s in side], axis=0)
     statistics: list[Statistic] = [mean_of(side) for side in sides]
     difference = compare(statistics[0], statistics[1], count, resamples=resamples)
@@ -176,9 +184,11 @@ def compare_scores(
         "high": difference.high,
         "p_value": p_value,
     }
-    return {"examples": count} | {
-        name: value if math.isfinite(value) else None for name, value in values.items()
-    }
+    return {"examples": count} | _finite(values)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def compare_markdown(content: Mapping[str, Any], names: tuple[str, str]) -> str:

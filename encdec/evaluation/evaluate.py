@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from encdec.buckets import is_address
@@ -182,10 +182,8 @@ class _Pass:
     def is_whole(self) -> bool:
         """Whether all examples are done; prints how many are not."""
         self.found: Mapping[int, Prediction] = self._answers.read()
-        self._given: Mapping[int, Likelihood] | None = (
-            self._likelihoods.read() if self._reader else None
-        )
-        have = min(len(part) for part in (self.found, self._given) if part is not None)
+        self._given: Mapping[int, Likelihood] = self._likelihoods.read() if self._reader else {}
+        have = min(len(self.found), len(self._given if self._reader else self.found))
         if have < len(self.examples):
             _LOG.info(
                 f"{self.name}: {have:,} of {len(self.examples):,} done; the call that completes "
@@ -197,12 +195,18 @@ class _Pass:
     def texts(self) -> list[str]:
         return [self.found[index].text for index in range(len(self.examples))]
 
-    def scores(self, metrics: Sequence[str]) -> list[Score]:
-        """Scores of the metrics and, if requested, of the likelihoods."""
-        scores = score_texts(metrics, [one.references for one in self.examples], self.texts)
-        if self._given is not None:
-            scores += likelihood_scores([self._given[index] for index in range(len(self.examples))])
-        return scores
+    def answer_scores(self, metrics: Sequence[str]) -> list[Score]:
+        """Scores of the answers."""
+        return score_texts(metrics, [one.references for one in self.examples], self.texts)
+
+    @property
+    def measured(self) -> set[int]:
+        """Examples whose likelihood was requested and whose source was not skipped."""
+        return {index for index, one in self._given.items() if one.tokens}
+
+    def likelihoods(self, indices: Collection[int]) -> list[Score]:
+        """Scores of the likelihoods of measured examples."""
+        return likelihood_scores([self._given[index] for index in sorted(indices)])
 
 
 def _report(
@@ -210,7 +214,7 @@ def _report(
 ) -> dict[str, Any]:
     """All of one task's scores, with the judge's and those of shuffled sources if requested."""
     plain, *shuffled = passes
-    scores = plain.scores(task.metrics)
+    answers = plain.answer_scores(task.metrics)
     missing = None
     if judge:
         opinions = [one for one in judge.opinions(plain.examples, plain.texts) if one is not None]
@@ -218,7 +222,9 @@ def _report(
         judged = mean_score("judge", opinions)
     else:
         judged = []
-    report = task_report([*scores, *judged], plain.found, settings.resamples) | {
+    report = task_report(
+        [*answers, *plain.likelihoods(plain.measured), *judged], plain.found, settings.resamples
+    ) | {
         "metrics": list(task.metrics),
         "judge_missing": missing,
         "not_measured": not_measured(task.metrics),
@@ -227,10 +233,15 @@ def _report(
     }
     for one in shuffled:
         kept = sum(a.source == b.source for a, b in zip(plain.examples, one.examples))
+        theirs = one.answer_scores(task.metrics)
+        both = plain.measured & one.measured
+        paired = [answers + plain.likelihoods(both), theirs + one.likelihoods(both)]
         report["shuffled_sources"] = {
             "seed": settings.shuffle_sources,
             "sources_kept": kept,
-            "scores": shuffled_report(scores, one.scores(task.metrics), settings.resamples),
+            "scores": shuffled_report(
+                theirs + one.likelihoods(one.measured), paired, settings.resamples
+            ),
         }
     return report
 

@@ -45,18 +45,22 @@ def task_report(
 
 
 def shuffled_report(
-    plain: Sequence[Score], shuffled: Sequence[Score], resamples: int
+    shuffled: Sequence[Score], paired: Sequence[Sequence[Score]], resamples: int
 ) -> dict[str, Any]:
     """Each score with shuffled sources, and its paired difference from the plain score.
 
-    No difference is given if skipped sources leave different numbers of examples.
+    ``paired`` are the scores of both passes, plain first, on the examples that both have: the
+    shuffled one skips other examples than the plain one. Without any there is no difference.
     """
-    before, report = {score.name: score for score in plain}, {}
+    before, after = ({score.name: score for score in side} for side in paired)
+    report = {}
     for score in shuffled:
-        first = before[score.name]
         difference = Interval(math.nan, math.nan)
-        if first.count == score.count:
-            difference = compare(first.statistic, score.statistic, score.count, resamples=resamples)
+        first, second = (side.get(score.name) for side in (before, after))
+        if first and second and first.count == second.count:
+            difference = compare(
+                first.statistic, second.statistic, first.count, resamples=resamples
+            )
         report[score.name] = _bounds(score.interval(resamples)) | {
             "examples": score.count,
             "difference": _bounds(difference),

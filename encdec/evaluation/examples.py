@@ -101,9 +101,14 @@ def _of_files(path: str, settings: EvaluationSettings) -> Examples:
         for source, *references in pair_documents(files, BadRows(), fields):
             yield Example(source, tuple(references))
 
-    given = "standard_input" if path == STDIN else pathlib.Path(path).name
+    given = "standard_input" if path == STDIN else _file_name(path)
     name = re.sub(r"[^\w.-]+", "_", given.split(".")[0] or given)
     return _examples(name, f"{path} has no rows", read(), settings.metrics, settings.max_examples)
+
+
+def _file_name(path: str) -> str:
+    name = pathlib.Path(path).name
+    return pathlib.Path(path).resolve().name if name in ("", "..") else name  # of "." and ".."
 
 
 def _examples(

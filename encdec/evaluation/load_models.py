@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from typing import Any
 
@@ -121,11 +122,11 @@ def chosen_step(workdir: str | os.PathLike[str], step: str | None) -> int | None
     losses = [
         (row["eval/loss"], int(row["step"]))
         for row in rows
-        if "eval/loss" in row and int(row["step"]) in saved
+        if math.isfinite(row.get("eval/loss", math.nan)) and int(row["step"]) in saved
     ]
     if not losses:
         raise ConfigError(
-            f"--step=best, but no checkpoint in {workdir} has a held-out loss; "
+            f"--step=best, but no checkpoint in {workdir} has a finite held-out loss; "
             "train with --config.data.eval_records, or give a number"
         )
     return min(losses)[1]

@@ -50,7 +50,7 @@ def _texts(
 ) -> Iterator[tuple[str, str]]:
     """(where it is, text) of each input of a file, which messages call ``shown``."""
     if file_format is None:
-        named = plain_name(file).endswith((*JSONL_ENDINGS, ".json"))
+        named = plain_name(file).lower().endswith((*JSONL_ENDINGS, ".json"))
         file_format = "jsonl" if named or table_kind(file) else "text"
     if file_format == "jsonl":
         for where, row, line in located_rows(file, ("source",), BadRows()):
@@ -128,7 +128,7 @@ class ResumableOutput:
             ConfigError: other settings or another model made the file.
             DataError: it answers other inputs, or is not a file of answers.
         """
-        if self.path.suffix in ENDINGS:
+        if self.path.suffix.lower() in ENDINGS:
             raise ConfigError(
                 f"--out={self.path} cannot be continued when compressed; give a name without "
                 f"{self.path.suffix}"

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from encdec.errors import DataError
 from encdec.metrics.intervals import RESAMPLES, Interval, ScoreOfSums, bootstrap
 
 
@@ -85,12 +86,17 @@ class Metric:
 
         Raises:
             ValueError: the numbers of references and predictions differ.
+            DataError: an example without a reference.
         """
         if len(references) != len(predictions):
             raise ValueError(f"{len(references)} references but {len(predictions)} predictions")
         if not predictions or self.needs():
             return []
         texts = [(one,) if isinstance(one, str) else tuple(one) for one in references]
+        if () in texts:
+            raise DataError(
+                f"example {texts.index(())} has no reference for {self.name}; give each one or more"
+            )
         return self.scorer(texts, predictions)
 
     def __call__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import re
 import string
 import unicodedata
@@ -281,12 +282,15 @@ def bands(references: References, predictions: Texts) -> list[Score]:
 
 def _gold_band(text: str) -> float:
     try:
-        return float(text)
+        band = float(text)
     except ValueError:
+        band = math.nan
+    if not 0 <= band <= BANDS:
         raise DataError(
             f"the metric bands cannot use the reference {text[:40]!r}; expected a number from 0 to "
             "9"
-        ) from None
+        )
+    return band
 
 
 def _band(text: str) -> float | None:

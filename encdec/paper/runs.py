@@ -26,7 +26,7 @@ from encdec.evaluation.examples import of_task
 from encdec.evaluation.load_models import chosen_step
 from encdec.evaluation.predictions import WINDOW
 from encdec.evaluation.results_table import has_papers_tasks, table, table_markdown
-from encdec.files import sole_process, write_json
+from encdec.files import sole_process, write_json, write_text
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.logs import Say
 from encdec.paper.comparison import comparison_markdown
@@ -408,7 +408,7 @@ class Experiment:
             )
         if has_papers_tasks(content):
             text += f"\n{table_markdown(content)}"
-        (self._work / "table.md").write_text(text)
+        write_text(self._work / "table.md", text)  # other processes write it, too
         return text
 
     def _own_rows(self) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from math import inf, nan
 from typing import Any
 
 import jax
@@ -208,7 +209,9 @@ def kept_steps(
     if not config.keep:
         return set(steps)
     ordered = sorted(steps)
-    best = sorted((losses[step], step) for step in ordered if step in losses)[: config.keep_best]
+    # A NaN has no place in an order.
+    known = sorted((losses[step], step) for step in ordered if losses.get(step, nan) < inf)
+    best = known[: config.keep_best]
     periodic = [s for s in ordered if config.keep_every and s % config.keep_every == 0]
     return {*ordered[-config.keep :], *(step for _, step in best), *periodic}
 

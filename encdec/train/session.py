@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf, isnan
 from typing import Any, NoReturn
 
 import jax
@@ -258,6 +259,7 @@ def _earlier_rows(workdir: epath.PathLike, start: int) -> list[dict[str, float]]
 
 def out_of_patience(losses: Sequence[float], patience: int) -> bool:
     """Whether the last ``patience`` held-out losses are all no lower than one before them."""
+    losses = [inf if isnan(loss) else loss for loss in losses]
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 

@@ -52,8 +52,11 @@ def test_rates_proportional_by_temperature_and_explicit():
     for wrong in ([1], [1, 0], [1, -1], [1, float("nan")]):
         with pytest.raises(ConfigError, match=r"expected 2 numbers above 0"):
             mixing_rates([1, 1], wrong)
-    with pytest.raises(ConfigError, match=r"temperature is 0"):
-        mixing_rates([1, 1], temperature=0)
+    for temperature in (0, float("nan")):
+        with pytest.raises(ConfigError, match=rf"temperature is {temperature}"):
+            mixing_rates([1, 1], temperature=temperature)
+    with pytest.raises(ConfigError, match=r"temperature of 0.001 is too small for parts of 10,000"):
+        mixing_rates([10_000, 20_000], temperature=0.001)
 
     with pytest.raises(ConfigError, match=r"has rates and also temperature 2.0"):
         mixing_rates([1, 1], [1, 4], temperature=2.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
+import types
 
 import pytest
 
 from encdec import cli
-from encdec.data import task_mixtures, task_registry
+from encdec.data import seqio_tasks, task_mixtures, task_registry
 from encdec.data.objectives import OBJECTIVES
 from encdec.data.readers import BadRows
 from encdec.data.records import open_records
@@ -82,6 +84,15 @@ def test_seqios_registry_is_read_up_to_its_tokens(folder):
 
     seqio.TaskRegistry.remove("shout")
     seqio.MixtureRegistry.remove("shouts")
+
+
+def test_a_metric_without_a_value_of_one_example_is_one_of_the_whole_set():
+    def spread(targets, predictions):
+        return {"spread": statistics.stdev(map(float, predictions))}
+
+    task = types.SimpleNamespace(postprocess_fn=lambda text, **_: text)
+    [score] = seqio_tasks._scores(task, spread, [["a"], ["b"]], ["1", "3"])
+    assert score.value == pytest.approx(2**0.5) and score.count == 2 and score.remark
 
 
 IDS_MODULE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.resources
 import itertools
@@ -11,9 +12,10 @@ import sys
 import pytest
 
 from encdec.cli import main as encdec
+from encdec.data.file_tasks import FileTask
 from encdec.data.paper_tasks import PAPER_TASKS
 from encdec.data.prepare import prepare
-from encdec.data.readers import BadRows
+from encdec.data.readers import BadRows, check_files
 from encdec.data.records import read_card
 from encdec.data.task_registry import text_task
 from encdec.errors import ConfigError, DataError
@@ -74,6 +76,24 @@ def test_a_task_reads_its_own_fields_or_ready_pairs(tmp_path, name):
     assert card.task == name and card.documents == 2
     assert (card.inputs_length, card.targets_length) == task.lengths
     assert card.origin["files"]["train"] == ["train.jsonl"]
+
+
+def test_rows_are_read_once_and_another_tasks_never(tmp_path):
+    row = b'{"source": "a", "target": "b"}\n'
+    (tmp_path / "train").mkdir()
+    for name in ("qa-0", "qa-1", "qa_long"):
+        (tmp_path / "train" / f"{name}.jsonl").write_bytes(row)
+    task = FileTask("qa", "", ("source", "target"), tuple, {"train": None})
+    dataclasses.replace(task, name="qa_long")
+    assert [one.stem for one in task.find_files(tmp_path, "train")] == ["qa-0", "qa-1"]
+    (tmp_path / "train" / "qa-1.jsonl.gz").write_bytes(gzip.compress(row))
+    for read in (
+        lambda: task.find_files(tmp_path, "train"),
+        lambda: check_files([tmp_path / "train"]),
+        lambda: check_files([f"{tmp_path}/train/*"]),
+    ):
+        with pytest.raises(DataError, match=r"qa-1.jsonl and .*qa-1.jsonl.gz are one file"):
+            read()
 
 
 def test_squad_has_the_published_prompt_and_unanswerable_questions(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import numpy as np
@@ -12,6 +13,7 @@ from encdec.data.blocks import DocumentBlock, Recipe, encode_block
 from encdec.data.readers import BadRows
 from encdec.data.text_tasks import EMBEDDED_TASKS, TextTask
 from encdec.data.vocabulary import ByteVocabulary, load_vocabulary
+from encdec.errors import ConfigError
 from tests.data.conftest import random_pairs, write_jsonl
 
 seqio = pytest.importorskip("seqio")
@@ -179,6 +181,20 @@ def test_supervised_examples_equal_seqios_own_preprocessors(tmp_path, model_path
     assert vocabulary.size
 
 
+def test_rates_of_the_users_own_mixture_are_seqios_too(monkeypatch):
+    from encdec.data import task_mixtures
+
+    for name in ("MIXTURES", "RATES"):
+        monkeypatch.setattr(task_mixtures, name, {})
+    task_mixtures.register_mixture("rated", ("xsum", "squad_v2"), (3, 1))
+    importlib.reload(seqio_registration)
+    found = seqio.MixtureRegistry.get("rated")
+    assert found.get_rate(seqio.TaskRegistry.get("xsum")) == 3
+    seqio.MixtureRegistry.remove("rated")
+    task_mixtures.register_mixture("rated", ("xsum", "squad_v2"))
+    assert task_mixtures.RATES == {}
+
+
 def test_mixtures_are_seqio_mixtures_at_their_rates(tmp_path):
     from encdec.data.task_mixtures import MIXTURES
     from encdec.data.text_tasks import jsonl_task
@@ -198,6 +214,8 @@ def test_mixtures_are_seqio_mixtures_at_their_rates(tmp_path):
     assert rates == [2.0, 6.0]
     explicit = seqio_registration.register_mixture("made_mixture", names, [1.0, 4.0])
     assert [explicit.get_rate(seqio.TaskRegistry.get(name)) for name in names] == [1.0, 4.0]
+    with pytest.raises(ConfigError, match="expected 2 numbers above 0"):
+        seqio_registration.register_mixture("made_mixture", names, [1.0])
     examples = explicit.get_dataset(
         {"inputs": 8, "targets": 8}, shuffle=False, num_epochs=1
     ).as_numpy_iterator()

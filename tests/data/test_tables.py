@@ -147,6 +147,7 @@ FAULTS = {
     "a.csv:2: invalid CSV": b'source,target\n"a"b,c\n',
     "a.csv:3: the line is empty": b"source,target\na,b\n\nc,d\n",
     "a.csv:2: invalid UTF-8": b"source,target\n\xff,b\n",
+    "a.csv:1: the header line: unexpected end": b'"source,target\na,b\n',
     "a.csv:1: .*a name twice": b"source,source\na,b\n",
     "a.csv:1: the file is empty": b"",
 }
@@ -157,6 +158,15 @@ def test_faults_of_csv_are_named_by_line(tmp_path, fault):
     (tmp_path / "a.csv").write_bytes(FAULTS[fault])
     with pytest.raises(DataError, match=fault):
         documents(str(tmp_path / "a.csv"))
+
+
+def test_a_quote_that_nothing_closes_counts_every_line_that_it_takes(tmp_path):
+    (tmp_path / "a.csv").write_text('source,target\na,b\n"c,d\n' + "e,f\n" * 5)
+    task, bad_rows = choose_task(None, [str(tmp_path / "a.csv")]), BadRows(6)
+    assert list(task.documents("train", bad_rows)) == [("a", "b")] and bad_rows.count == 6
+    assert "a.csv:3: invalid CSV: unexpected end" in bad_rows.named[0]
+    with pytest.raises(DataError, match="a.csv:8: .*from line 3 to 8.*6 bad rows, 5 allowed"):
+        list(task.documents("train", BadRows(5)))
 
 
 def test_faults_of_other_forms_are_named(tmp_path, forms):

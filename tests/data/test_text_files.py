@@ -140,6 +140,8 @@ def test_rows_are_told_by_name_or_by_the_first_line(tmp_path):
     for name, content, wanted in (
         ("a.jsonl.xz", lzma.compress(row), True),
         ("a.ndjson", row, True),
+        ("A.JSONL", b'{"content": "a"}\n', True),
+        ("B.JSONL.XZ", lzma.compress(b'{"content": "a"}\n'), True),
         ("a.txt", codecs.BOM_UTF8 + row, True),
         ("b.json", b'{"source": "a", "target": "b"}\n', True),
         ("c.txt", b'{"license": "MIT"}\n', False),

@@ -8,10 +8,12 @@ import math
 import pytest
 
 from encdec.errors import ConfigError, DataError
+from encdec.evaluation.compare import compare_markdown, compare_scores
 from encdec.evaluation.evaluate_command import main
 from encdec.evaluation.judge import CACHE, Judge
 from encdec.evaluation.likelihood import CALIBRATION_BINS, Likelihood, LikelihoodFiles
 from encdec.evaluation.predictions import Example, Prediction, PredictionFiles
+from encdec.metrics.score import mean_score
 
 
 @pytest.fixture
@@ -137,6 +139,15 @@ def test_line_separators_and_an_unfinished_line_do_no_harm(evaluation, tmp_path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DataError, match=r"holds the answers to 29 examples but .* reports 30"):
         rows_of(one, other, tmp_path / "out")
+
+
+def test_a_score_of_other_examples_on_each_side_has_no_difference():
+    sides = [mean_score("s", [1.0, 3.0]), mean_score("s", [4.0])]
+    row = compare_scores(sides, 10)
+    assert row["first"] == 2 and row["second"] == 4 and row["examples"] == 1
+    assert row["difference"] is row["p_value"] is None
+    text = compare_markdown({"trials": 1, "rows": [{"task": "t", "score": "s"} | row]}, ("a", "b"))
+    assert "| t | s | 2.00 | 4.00 | – | – to – | – | 1 |" in text
 
 
 def test_scores_of_the_whole_set_have_p_values_too(evaluation, tmp_path):

@@ -393,9 +393,9 @@ def test_a_task_without_data_names_the_command(encoder_decoder_run, tmp_path, mo
 def test_the_best_step_has_the_least_held_out_loss(encoder_decoder_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(encoder_decoder_run, run)
-    with pytest.raises(ConfigError, match="has a held-out loss"):
+    with pytest.raises(ConfigError, match="has a finite held-out loss"):
         chosen_step(run, "best")
-    with pytest.raises(ConfigError, match="has a held-out loss"):
+    with pytest.raises(ConfigError, match="has a finite held-out loss"):
         chosen_step(shipped.model_directory("java2cs"), "best")
     with pytest.raises(ConfigError, match="expected a number, or best"):
         chosen_step(run, "²")
@@ -403,5 +403,8 @@ def test_the_best_step_has_the_least_held_out_loss(encoder_decoder_run, tmp_path
     with open(run / "metrics.jsonl", "a") as file:
         for step, loss in ((60, 0.5), (last, 0.7)):
             file.write(json.dumps({"step": step, "eval/loss": loss}) + "\n")
-    # Of step 60 there is no checkpoint left.
+    shutil.copytree(run / "checkpoints" / str(last), run / "checkpoints" / "110")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 110, "eval/loss": NaN}\n')
+    # Of step 60 there is no checkpoint left, and a NaN is less than nothing.
     assert chosen_step(run, "best") == 120

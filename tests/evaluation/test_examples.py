@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encdec.errors import DataError
-from encdec.evaluation.examples import Example, with_shuffled_sources
+from encdec.evaluation.evaluation_settings import EvaluationSettings
+from encdec.evaluation.examples import Example, load_examples, with_shuffled_sources
+
+
+@pytest.mark.parametrize("path", [".", "..", "../rows"])
+def test_files_of_a_folder_without_a_name_have_its_own(tmp_path, monkeypatch, path):
+    """Else predictions would go to --out itself, or to the folder above it."""
+    (tmp_path / "rows" / "in").mkdir(parents=True)
+    (tmp_path / "rows" / "a.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    monkeypatch.chdir(tmp_path / "rows" / ("in" if path == ".." else ""))
+    [found] = load_examples(EvaluationSettings("c", "o", jsonl=(path,)))
+    assert found.name == "rows"
 
 
 def examples_of(sources):

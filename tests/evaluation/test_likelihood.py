@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from encdec.evaluation import likelihood
+from encdec.evaluation.evaluate import _Pass, _report
+from encdec.evaluation.evaluation_settings import EvaluationSettings
+from encdec.evaluation.examples import Examples
 from encdec.evaluation.likelihood import (
     CALIBRATION_BINS,
     SKIPPED,
@@ -17,7 +20,7 @@ from encdec.evaluation.likelihood import (
     LikelihoodModel,
     likelihood_scores,
 )
-from encdec.evaluation.predictions import Example
+from encdec.evaluation.predictions import Example, Prediction, UnreadableSources
 from encdec.inference.generator import Generator, read_prompt_format
 from encdec.saved.saved_params import load_params_for_inference
 from tests.inference.conftest import LEARNED, decoder_only_run, encoder_decoder_run  # noqa: F401
@@ -105,6 +108,28 @@ def test_scores_by_hand():
     interval = scores["perplexity"].interval(200)
     assert interval.low < interval.value < interval.high
     assert likelihood_scores([SKIPPED]) == []
+
+
+def test_shuffled_sources_are_compared_on_the_examples_that_both_passes_read():
+    """Each pass skips another example; where the source does not matter there is no difference."""
+    passes = []
+    for skipped in (0, 3):
+        one = object.__new__(_Pass)
+        one.examples = [Example(str(i), ("a",)) for i in range(4)]
+        one.sources, one.not_writable = UnreadableSources((skipped,), ()), 0
+        one.found = {index: Prediction("a", 1, "eos", False) for index in range(4)}
+        one._given = {
+            index: Likelihood(2.0**index, 1, 1, bins((7, (1, 1, 1)))) for index in range(4)
+        }
+        one._given[skipped] = SKIPPED
+        passes.append(one)
+    task = Examples("t", tuple(passes[0].examples), ("exact_match",))
+    settings = EvaluationSettings("c", "o", tasks=("t",), shuffle_sources=0, resamples=50)
+    found = _report(task, passes, None, settings)
+    other = found["shuffled_sources"]["scores"]["bits_per_byte"]
+    assert found["scores"]["bits_per_byte"]["value"] == pytest.approx(14 / 3 / math.log(2), 1e-5)
+    assert other["value"] == pytest.approx(7 / 3 / math.log(2), 1e-5)
+    assert other["difference"] == {"value": 0, "low": 0, "high": 0} and other["examples"] == 3
 
 
 def test_files_keep_what_is_whole(tmp_path):

@@ -276,6 +276,9 @@ def test_a_band_that_is_missing_is_never_a_good_one():
 def test_a_reference_that_is_no_band_is_named():
     with pytest.raises(DataError, match="the metric bands cannot use the reference 'good'"):
         scores.bands([["good"]], ["6"])
+    for wrong in ("nan", "65", "-1"):
+        with pytest.raises(DataError, match=f"reference '{wrong}'; expected a number from 0 to 9"):
+            scores.bands([[wrong]], ["6"])
 
 
 def test_every_metric_says_its_convention_and_gives_what_it_says():
@@ -288,6 +291,8 @@ def test_every_metric_says_its_convention_and_gives_what_it_says():
             assert metric.scores([], []) == [] and metric([], []) == {}
     with pytest.raises(ValueError, match="2 references but 1"):
         METRICS["exact_match"](["a", "b"], ["a"])
+    with pytest.raises(DataError, match="example 1 has no reference for bleu"):
+        METRICS["bleu"](["a", []], ["a", "b"])
 
 
 def test_metrics_and_single_scores_are_found_by_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shutil
 
@@ -105,6 +106,12 @@ def test_newest_best_and_periodic_ones_stay(drawn, config):
 
 
 @pytest.mark.usefixtures("one_device")
+def test_a_loss_that_is_not_finite_is_never_the_best():
+    config = CheckpointConfig(keep=1, keep_best=1)
+    assert kept_steps([1, 2, 3, 4], config, {1: math.nan, 2: 1.5, 3: math.nan}) == {2, 4}
+    assert kept_steps([1, 2], config, {1: math.nan}) == {2}
+
+
 def test_a_run_keeps_its_best(records, eval_records, tmp_path, monkeypatch):
     losses = {2: 5.0, 4: 1.0, 6: 4.0, 8: 3.0, 10: 2.0, 12: 6.0}
     measured = iter(losses.values())

@@ -6,6 +6,7 @@ Nothing is compiled: programs are compared as they are traced, and what is built
 from __future__ import annotations
 
 import functools
+import math
 import re
 import types
 from typing import Any
@@ -163,6 +164,7 @@ def test_fields_of_what_is_kept_change_it():
     for name in ("keep", "keep_best", "keep_every"):
         assert kept({f"checkpoint.{name}": 4}) != kept()
     assert out_of_patience([1, 2, 3], 2) != out_of_patience([1, 2, 3], 3)
+    assert not out_of_patience([math.nan, 3, 2], 2) and out_of_patience([2, math.nan, 3], 2)
 
 
 def test_fields_of_evaluation_change_its_batches(eval_records):
