@@ -22,6 +22,7 @@ from encdec.storage import as_path, make_directory, user_place
 
 # SentencePiece leaves out training lines above 4192 bytes.
 CHUNK_BYTES = 4000
+RESERVED = "\u2585"  # SentencePiece leaves out lines that hold it, without a word
 SAMPLE_BYTES = 100 << 20
 # BPE trains in seconds where unigram takes minutes, at the same characters a token on code.
 MODEL_TYPES = ("bpe", "unigram")
@@ -102,7 +103,7 @@ def train_vocabulary(
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
     """Pieces of at most CHUNK_BYTES, cut at line ends where there are any."""
-    for text in texts:
+    for text in (part for whole in texts for part in whole.split(RESERVED)):
         held: list[str] = []
         size = 0
         for line in text.splitlines(keepends=True):

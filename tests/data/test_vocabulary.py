@@ -20,6 +20,13 @@ from tests.data.conftest import TRAINING_TEXT
 CODE = "def f(x):\n\tif  x:\n        return {'a': [1, 2]}  # \u00e9\u65e5\U0001f600\r\n\n\n"
 
 
+def test_training_reads_all_text_around_the_reserved_character(tmp_path):
+    texts = [f"hello world x\u2585y foo bar {number}" for number in range(90)]
+    vocabulary = train_vocabulary(texts, tmp_path / "a.model", size=300)
+    assert len(vocabulary.encode("hello world")) < 5
+    assert vocabulary.decode(vocabulary.encode(texts[0])) == texts[0]
+
+
 def test_bytes_agree_with_the_documented_ids():
     vocabulary = load_vocabulary("bytes", extra_ids=5)
     assert vocabulary.encode("A\u00e9") == [65 + 3, 0xC3 + 3, 0xA9 + 3]
