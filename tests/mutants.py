@@ -169,8 +169,8 @@ MUTANTS = (
     Mutant(
         "best checkpoint: highest loss kept",
         "encdec/train/checkpoints.py",
-        "best = sorted((losses[step], step) for",
-        "best = sorted((-losses[step], step) for",
+        "known = sorted((losses[step], step) for",
+        "known = sorted((-losses[step], step) for",
         ("tests/train/test_checkpoints.py::test_newest_best_and_periodic_ones_stay",),
     ),
     Mutant(

@@ -165,8 +165,8 @@ def test_exports_whose_steps_take_one_token_are_still_read(tmp_path, caplog):
 def test_a_full_cache_is_refused(export):
     model = export("paper")[0]
     memory = LitertMemory(model, model.encode(np.array([5, 6, 7])), 1)
-    with pytest.raises(ConfigError, match="9 tokens in one step"):
-        memory.verify(np.full((1, 9), 4))
+    with pytest.raises(ConfigError, match="11 tokens in one step"):
+        memory.verify(np.full((1, 11), 4))
     memory.step(np.array([START]))
     with pytest.raises(ConfigError, match="cache holds 1 tokens"):
         memory.step(np.array([4]))
