@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
 import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -50,9 +48,12 @@ from encdec.train import job
 from encdec.train.loop import Hook, train
 from encdec.train.metrics import read_metrics
 from encdec.train.sharding import make_mesh
+from encdec.train.train_command import leave_at_once
+from launch.local import free_port
 from tests import bucket_servers
 from tests.adapt.test_workflow import write_source
 from tests.bucket_servers import Proxy
+from tests.forks import Fork
 from tests.interop.test_llama2c import tokenizer_bytes
 from tests.scaling.test_run import tiny
 from tests.train.conftest import ONE_LAYER, eval_records, records, small_run  # noqa: F401
@@ -268,19 +269,17 @@ def _without_time(rows: list[dict]) -> list[dict]:
 
 
 RECORDS, LIFE = "gs://bucket/life/records", "gs://bucket/life/run"
-# A process with an error of its own says it and leaves at once; one that hangs says where.
-CHILD = """
-import faulthandler, json, sys, jax
-faulthandler.dump_traceback_later(240, exit=True)
-jax.config.update("jax_num_cpu_devices", 1)
-jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
-from encdec.train.loop import train
-from encdec.train.train_command import leave_at_once
-try:
-    train(json.loads(sys.argv[1]), sys.argv[2])
-except Exception as error:
-    leave_at_once(error)
-"""
+
+
+def train_together(run: dict, workdir: str, address: str, index: int) -> None:
+    """One of two processes; one with an error of its own says it and leaves at once, and one
+    that hangs says where."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    jax.distributed.initialize(address, 2, index)
+    try:
+        train(run, workdir)
+    except Exception as error:
+        leave_at_once(error)
 
 
 @pytest.fixture(scope="module")
@@ -301,10 +300,7 @@ def life(gs, two_devices, tmp_path_factory) -> dict[str, Any]:
     train(_run(RECORDS), folder / "run")
     seen: dict[str, Any] = {"here": folder / "run"}
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes: list[subprocess.Popen] = []
+    address, processes = f"localhost:{free_port()}", []
 
     def kill(method: str, path: str) -> int | None:
         writes = method in ("POST", "PUT")
@@ -312,22 +308,19 @@ def life(gs, two_devices, tmp_path_factory) -> dict[str, Any]:
             for process in processes:
                 process.send_signal(signal.SIGKILL)
             return 503
-        if path.startswith("/storage") and len(gs.requests) % 10 == 0:
-            return 503  # now and then, all the time: clients try again
+        if path.startswith("/storage") and len(gs.requests) % 30 == 0:
+            return 503  # now and then, all the time: clients wait a second or two and try again
         return None
 
     gs.fault = kill
     try:
-        for index in "01":
-            command = [sys.executable, "-c", CHILD, json.dumps(_run(RECORDS)), LIFE, address, index]
-            environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-            processes.append(subprocess.Popen(command, env=environment))
+        for index in (0, 1):
+            arguments = [_run(RECORDS), LIFE, address, index]
+            processes.append(Fork(train_together, arguments, folder / f"{index}.log"))
         while (codes := [process.poll() for process in processes]).count(None) and not any(codes):
             time.sleep(0.1)
         # The other process is being killed, too, or would wait for the one that left.
-        seen["codes"] = (
-            [process.wait(timeout=60) for process in processes] if -9 in codes else codes
-        )
+        seen["codes"] = [process.wait(60) for process in processes] if -9 in codes else codes
     finally:
         gs.fault = None
         for process in processes:

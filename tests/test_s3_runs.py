@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +27,7 @@ from encdec.train.metrics import read_metrics
 from encdec.train.run_fields import CheckpointConfig
 from tests import devices
 from tests.bucket_servers import Proxy
+from tests.forks import Fork
 from tests.test_buckets import (  # noqa: F401
     _run,
     _saved,
@@ -45,11 +43,6 @@ from tests.train.test_checkpoints import restore, same, save_two, small_state
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 LIFE = "s3://bucket/life/run"
 WRITES = ("POST", "PUT")
-CHILD = """
-import json, sys
-from encdec.train.loop import train
-train(json.loads(sys.argv[1]), sys.argv[2])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +67,10 @@ def no_fault(s3) -> Iterator[None]:
 def life(s3, records, tmp_path_factory) -> dict[str, Any]:
     """A run that is killed while it uploads step 4, and resumed while the bucket is at times not
     to be had. What was seen at each; next to it the same run on this machine."""
-    seen: dict[str, Any] = {"here": tmp_path_factory.mktemp("life") / "run"}
+    folder = tmp_path_factory.mktemp("life")
+    seen: dict[str, Any] = {"here": folder / "run"}
     run = _run(str(records))
     train(run, seen["here"])
-    command = [sys.executable, "-c", CHILD, json.dumps(run), LIFE]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
 
     def kill(method: str, path: str) -> int | None:
         if method in WRITES and "checkpoints/4/optimizer" in path:
@@ -87,8 +79,9 @@ def life(s3, records, tmp_path_factory) -> dict[str, Any]:
         return None
 
     s3.fault = kill
+    process = Fork(train, [run, LIFE], folder / "log")
     try:
-        seen["code"] = process.wait(timeout=300)
+        seen["code"] = process.wait(300)
     finally:
         s3.fault = None
         process.kill()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from encdec.benchmarks import transformers_runtime
+from encdec.benchmarks import inference_benchmark, transformers_runtime
 from encdec.benchmarks.device_rates import DeviceRates
 from encdec.benchmarks.generation import GenerationTiming
 from encdec.benchmarks.generation_memory import measure_peaks
@@ -19,8 +19,12 @@ from encdec.errors import ConfigError
 from encdec.model import preset
 
 
-@pytest.mark.slow
-def test_every_setting_is_measured_and_written(tmp_path, capsys):
+def test_every_setting_is_measured_and_written(tmp_path, capsys, monkeypatch):
+    def peaks(models, settings, dtype):
+        """Measured below, in processes of their own."""
+        return {(name, one): 1000 + one[1] for name in models for one in settings}
+
+    monkeypatch.setattr(inference_benchmark, "measure_peaks", peaks)
     assert (
         main(
             [
@@ -49,8 +53,9 @@ def test_every_setting_is_measured_and_written(tmp_path, capsys):
         (peer, False, 2, 8),
     }
     assert all(m["first_token_seconds"]["low"] > 0 for m in report["measured"])
-    # A process with Python, JAX and this model in it; not measured without a cache.
-    assert all((2**26 < m["peak_bytes"] < 2**32) == m["cached"] for m in report["measured"])
+    # Not measured without a cache.
+    peak = lambda m: 1000 + m["inputs"] if m["cached"] else 0
+    assert all(m["peak_bytes"] == peak(m) for m in report["measured"])
     # Each ratio is that of the two medians it names.
     found = {(m["model"], m["cached"], m["batch"], m["inputs"]): m for m in report["measured"]}
     for row in report["ratios"]:

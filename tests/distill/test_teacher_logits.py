@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -25,6 +21,7 @@ from encdec.errors import CheckpointError, ConfigError, DataError
 from encdec.model import build_model
 from encdec.saved.saved_params import load_params_for_inference
 from tests.devices import one_device
+from tests.forks import finish, start_together
 from tests.train.conftest import random_pairs, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -159,44 +156,10 @@ def contents(directory):
 @pytest.mark.slow
 def test_two_processes_of_four_devices_store_as_one_process(records, teacher, full, tmp_path):
     """Each writes shards of its own; together they are the column that one process writes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "4"}
     out = tmp_path / "two"
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "encdec",
-                *command(
-                    teacher,
-                    records,
-                    out,
-                    "--method=full",
-                    "--shard_rows=10",
-                    "--batch_rows=8",
-                    "--fsdp=2",
-                    "--distributed",
-                    f"--coordinator=localhost:{port}",
-                    "--num_processes=2",
-                    f"--process_id={index}",
-                ),
-            ],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    wanted = ("--method=full", "--shard_rows=10", "--batch_rows=8", "--fsdp=2")
+    arguments = command(teacher, records, out, *wanted)
+    said = finish(start_together([arguments] * 2, tmp_path, devices=4))
     assert "tokens in 42 rows" in said[0] and "tokens in 42 rows" not in said[1]
     card, rows = read_teacher_card(out), np.arange(42)
     assert [shard.rows for shard in card.shards] == [10, 10, 10, 10, 2]

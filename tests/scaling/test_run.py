@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pathlib
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
@@ -28,6 +25,7 @@ from encdec.scaling.planned_runs import Plan, plan
 from encdec.scaling.results_file import ResultsFile, collect
 from encdec.scaling.run import Workdir, run_plan
 from tests.devices import one_device
+from tests.forks import Fork, finish
 
 LADDER = {
     "name": "tiny",
@@ -354,11 +352,8 @@ def test_distilled_runs_of_a_ladder(undisturbed, records, eval_records, tmp_path
 def test_killed_at_any_moment_and_restarted(tmp_path, records, eval_records, undisturbed):
     """Kill -9 at a moment of its first runs, and then left to finish."""
     directory = tmp_path / "ladder"
-    command = [sys.executable, "-m", "encdec", *arguments(directory, records, eval_records)]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
+    command, log = [arguments(directory, records, eval_records)], tmp_path / "log"
+    process = Fork(cli.main, command, log)
     # From the first sign of progress on, so that a slow machine, too, has begun.
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -366,7 +361,6 @@ def test_killed_at_any_moment_and_restarted(tmp_path, records, eval_records, und
             break
         time.sleep(0.02)
     time.sleep(random.Random(0).uniform(0, 2))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    process.kill()
+    finish([Fork(cli.main, command, log)])
     assert losses(directory) == pytest.approx(losses(undisturbed), rel=1e-6)

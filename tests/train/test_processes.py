@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from encdec.cli import main
 from encdec.data.batches import Batches
 from encdec.data.records import open_records
+from encdec.errors import InUseError
 from encdec.files import sole_writer
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
+from encdec.train import job, session, workdir
+from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
 from launch.local import free_port
+from tests.forks import Fork, finish, start_together
 from tests.train.conftest import ONE_LAYER, small_run
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -35,51 +36,6 @@ def test_two_hosts_read_one_hosts_batch_in_halves(records, layout, step):
     whole, first, second = make(0, 1), make(0, 2), make(1, 2)
     for name, value in whole.items():
         np.testing.assert_array_equal(value, np.concatenate([first[name], second[name]]))
-
-
-def start(arguments: list[str], devices: int) -> subprocess.Popen:
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_PLATFORMS": "cpu",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "encdec", "train", *arguments],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-    )
-
-
-def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
-    """Waits for all; fails unless each ends with ``code``."""
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs):
-        assert process.returncode == code, output
-    return outputs
-
-
-def start_all(arguments: list[str], count: int, devices: int) -> list[subprocess.Popen]:
-    """Processes that find each other on this machine."""
-    port = free_port()
-    return [
-        start(
-            [
-                *arguments,
-                "--distributed",
-                f"--coordinator=localhost:{port}",
-                f"--num_processes={count}",
-                f"--process_id={index}",
-            ],
-            devices=devices,
-        )
-        for index in range(count)
-    ]
 
 
 def losses(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
@@ -102,6 +58,7 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
     def arguments(name: str, steps: int) -> list[str]:
         # The constant schedule leaves the number of steps open until it is known.
         return [
+            "train",
             f"--config={REPOSITORY}/configs/pretrain.py:test",
             f"--workdir={tmp_path / name}",
             f"--config.data.records={records}",
@@ -121,10 +78,10 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
             "--config.model_overrides.encoder_layers=1",
         ]
 
-    two = start_all(arguments("several", 100_000), 2, devices=2)
+    two = start_together([arguments("several", 100_000)] * 2, tmp_path, devices=2)
     deadline = time.monotonic() + 900
     while not (tmp_path / "several" / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline and two[0].poll() is None, two[0].communicate()
+        assert time.monotonic() < deadline and two[0].poll() is None, two[0].output()
         time.sleep(0.01)
     two[1].send_signal(signal.SIGTERM)
     outputs = finish(two, code=75)
@@ -134,11 +91,12 @@ def test_one_two_or_four_processes_train_alike_and_take_over_from_each_other(
     assert "step 1/" in outputs[0] and "step 1/" not in outputs[1]
 
     steps = step + 3
-    outputs = finish(start_all(arguments("several", steps), 4, devices=1))
+    alone = Fork(main, [arguments("one", steps)], tmp_path / "one.log", devices=2)
+    outputs = finish(start_together([arguments("several", steps)] * 4, tmp_path))
+    finish([alone])
     assert f"after step {step:,}" in outputs[0]
     assert not any(f"step {steps:,}/" in output for output in outputs[1:])
 
-    assert main(["train", *arguments("one", steps)]) == 0
     one, several = (losses(tmp_path / name) for name in ("one", "several"))
     assert one.keys() == several.keys() and (steps, "eval/loss") in one
     for key, value in one.items():
@@ -155,6 +113,7 @@ def test_an_error_of_one_process_ends_it_at_once_with_its_own_code(records, tmp_
 
     def arguments(data: pathlib.Path) -> list[str]:
         return [
+            "train",
             f"--config={REPOSITORY}/configs/pretrain.py:test",
             f"--workdir={tmp_path / 'run'}",
             f"--config.data.records={data}",
@@ -164,59 +123,45 @@ def test_an_error_of_one_process_ends_it_at_once_with_its_own_code(records, tmp_
             "--config.schedule.warmup_steps=1",
         ]
 
-    together = ["--distributed", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
-    good = start([*arguments(records), *together, "--process_id=0"], devices=1)
-    bad = start([*arguments(tmp_path / "none"), *together, "--process_id=1"], devices=1)
+    good, bad = start_together([arguments(records), arguments(tmp_path / "none")], tmp_path)
     try:
-        output, _ = bad.communicate(timeout=600)
-        assert bad.returncode == 3 and "none" in output and "Traceback" not in output
+        assert bad.wait() == 3 and "none" in bad.output() and "Traceback" not in bad.output()
         assert good.poll() is None
     finally:
         good.kill()
         bad.kill()
-        good.communicate()
 
 
-# Process 1 looks at the work directory, if it does, while process 0 is writing its first files.
-LATE = """
-import json, sys, time, jax
-jax.config.update("jax_num_cpu_devices", 1)
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from encdec.errors import InUseError
-from encdec.train import job, session, workdir
-from encdec.train.loop import train
-wait = lambda call, seconds: lambda *given: (call(*given), time.sleep(seconds))[0]
-if jax.process_index():
-    job.build_program = wait(job.build_program, 1.5)
-else:
-    workdir.copy_vocabulary = wait(workdir.copy_vocabulary, 3)
-run, free, held = json.loads(sys.argv[3]), *sys.argv[4:]
-assert train(run, free).step == 1
-session.PATIENCE_SECONDS = 0.1
-try:
-    train(run, held)
-except InUseError as error:
-    print(error)
-"""
+def train_late(address: str, index: int, run: dict, free: pathlib.Path, held: pathlib.Path) -> None:
+    """Trains in ``free``; then tries to in ``held``. Process 1 looks at the work directory, if it
+    does, while process 0 is writing its first files."""
+    wait = lambda call, seconds: lambda *given: (call(*given), time.sleep(seconds))[0]
+    jax.distributed.initialize(address, 2, index)
+    if index:
+        job.build_program = wait(job.build_program, 1.5)
+    else:
+        workdir.copy_vocabulary = wait(workdir.copy_vocabulary, 3)
+    assert train(run, free).step == 1
+    session.PATIENCE_SECONDS = 0.1
+    with pytest.raises(InUseError) as error:
+        train(run, held)
+    print(error.value)
 
 
 @pytest.mark.slow
 def test_what_process_0_finds_in_the_work_directory_holds_for_all(records, tmp_path):
     """A late process does not see files of its own run, and one that finds it taken is not alone
     in leaving."""
-    held = tmp_path / "held"
+    free, held = tmp_path / "free", tmp_path / "held"
     held.mkdir()
-    run = json.dumps(small_run(records, steps=1, model_overrides=ONE_LAYER))
-    command = [sys.executable, "-c", LATE, f"localhost:{free_port()}"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    piped = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = small_run(records, steps=1, model_overrides=ONE_LAYER)
+    address = f"localhost:{free_port()}"
     with sole_writer(held):
-        both = [
-            subprocess.Popen(
-                [*command, index, run, str(tmp_path / "free"), str(held)], env=environment, **piped
-            )
-            for index in "01"
-        ]
-        outputs = finish(both)
+        outputs = finish(
+            [
+                Fork(train_late, [address, index, run, free, held], tmp_path / f"{index}.log")
+                for index in (0, 1)
+            ]
+        )
     assert all(f"{held} is in use" in output for output in outputs), outputs
-    assert saved_steps(tmp_path / "free") == [1] and not list(held.iterdir())
+    assert saved_steps(free) == [1] and not list(held.iterdir())

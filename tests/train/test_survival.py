@@ -7,29 +7,86 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
 
+from encdec.cli import main
 from encdec.errors import CheckpointError, ConfigError, DataError, Preempted
 from encdec.saved.saved_params import load_params_for_inference, saved_steps
 from encdec.train.goodput import Goodput, last_report
 from encdec.train.loop import train
 from encdec.train.metrics import read_metrics
-from tests.train.conftest import SHARED, small_run
-from tests.train.nursery import STEPS
+from launch.local import free_port
+from tests.forks import Fork, finish
+from tests.train.conftest import ONE_LAYER, SHARED, small_run
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # What Compute Engine and Kubernetes leave between SIGTERM and SIGKILL.
 GRACE_SECONDS = 30
 pytestmark = pytest.mark.usefixtures("one_device")
+STEPS, EVERY = 24, 2
+
+
+def train_one_of(run: dict, workdir: pathlib.Path, address: str, processes: int, index: int):
+    if processes > 1:
+        jax.distributed.initialize(address, processes, index)
+    train(run, workdir)
+
+
+def attempt(records: pathlib.Path, workdir: pathlib.Path, processes: int, every: int) -> list[Fork]:
+    """Starts the processes of one run."""
+    several = processes > 1
+    run = small_run(
+        records,
+        steps=STEPS,
+        checkpoint={"every": every, "keep": 2},
+        model_overrides=ONE_LAYER | {"mlp_dropout": 0.1},
+        log_every=1 if several else 3,
+        mesh={"data": -1, "fsdp": 2} if several else {},
+    )
+    together = [run, workdir, f"localhost:{free_port()}", processes]
+    return [
+        Fork(train_one_of, [*together, index], workdir.with_suffix(f".{index}.log"))
+        for index in range(processes)
+    ]
+
+
+def wait_until(processes: list[Fork], happened: Callable[[], bool]) -> None:
+    while not happened():
+        assert all(p.poll() is None for p in processes), [p.output() for p in processes]
+        time.sleep(0.0005)
+
+
+def kill(processes: list[Fork], moment: str, workdir: pathlib.Path, chance: random.Random) -> None:
+    """Kills one when the moment is there; the others are told to leave and insisted upon, as
+    launchers do."""
+    folder = workdir / "checkpoints"
+    names = lambda: [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    committed = lambda: {name for name in names() if name.isdigit()}
+    if moment == "starting":
+        until = time.monotonic() + chance.uniform(0, 1.0)
+        wait_until(processes, lambda: time.monotonic() > until)
+    else:
+        before = committed()
+        wait_until(processes, lambda: bool(committed() - before))
+        if moment == "saving":
+            wait_until(processes, lambda: any("tmp" in name for name in names()))
+        time.sleep(chance.uniform(0, 0.05))
+    others = [*processes]
+    others.pop(chance.randrange(len(others))).kill()
+    for process in others:
+        process.send_signal(signal.SIGTERM)
+    time.sleep(chance.uniform(0, 1.0) if others else 0)
+    for process in others:
+        process.kill()
 
 
 @pytest.mark.slow
@@ -41,29 +98,11 @@ def test_a_run_killed_many_times_ends_in_the_bits_of_an_undisturbed_one(
 ):
     """SIGKILL while starting, between steps and in the midst of saving; one continuing run. Of
     two processes, each with half of the state, one is killed and both are started again."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        # Everything, however quickly compiled: each start would otherwise do it again.
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    nursery = [sys.executable, "-m", "tests.train.nursery", str(records)]
-    done = subprocess.run(
-        [*nursery, str(tmp_path), str(processes), *moments],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=REPOSITORY,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
-    assert outcome.pop("code") == 0, (tmp_path / "killed.log").read_text()[-3000:]
-    assert outcome.pop("straight") == 0, (tmp_path / "straight.log").read_text()[-3000:]
-    assert outcome == {"killed": moments}
+    chance, killed = random.Random(processes), tmp_path / "killed"
+    for moment in moments:
+        kill(attempt(records, killed, processes, EVERY), moment, killed, chance)
+    finish(attempt(records, killed, processes, EVERY))
+    finish(attempt(records, tmp_path / "straight", processes, 0))
 
     _, wanted, step = load_params_for_inference(tmp_path / "straight")
     _, got, _ = load_params_for_inference(tmp_path / "killed")
@@ -141,24 +180,16 @@ def test_the_command_leaves_within_the_grace_period_with_a_code_of_its_own(recor
         "--config.log_every=5",
         *SHARED,
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "encdec", "train", *arguments],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1"},
-    )
+    process = Fork(main, [["train", *arguments]], tmp_path / "log")
     try:
-        for line in process.stdout:
-            if line.startswith("step 5/"):
-                break
+        wait_until([process], lambda: "\nstep 5/" in process.output())
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        assert process.wait(60) == 75
         assert time.monotonic() - asked < GRACE_SECONDS
     finally:
         process.kill()
-    assert process.returncode == 75
+    output = process.output()
     assert "encdec: error: the run was preempted" in output and "Traceback" not in output
     assert len(saved_steps(tmp_path / "w")) == 1
 
