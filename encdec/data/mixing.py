@@ -34,6 +34,12 @@ PRECISION = 0.01
 LEAST_SHARE = 1e-8
 
 
+def check_once(parts: Sequence[str], mixture: str) -> None:
+    """ConfigError where a mixture has a part twice."""
+    if twice := next((part for n, part in enumerate(parts) if part in parts[:n]), ""):
+        raise ConfigError(f"{mixture} has {twice!r} twice; give it once, at the sum of its rates")
+
+
 def mixing_rates(
     sizes: Sequence[int],
     rates: Sequence[float] | None = None,
@@ -257,6 +263,7 @@ def parse_mixture(text: str) -> tuple[list[str], list[float] | None, float]:
             raise ConfigError(f"mixture {text!r} has an empty part; write DIR=RATE,DIR=RATE")
         names.append(user_place("a part of the mixture", name))
         rates.append(_number(rate, "rate", text) if equals else None)
+    check_once([str(as_path(name)) for name in names], f"mixture {text!r}")
     given = [rate for rate in rates if rate is not None]
     if given and (len(given) < len(rates) or setting):
         raise ConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from encdec.data.mixing import mixing_rates
+from encdec.data.mixing import check_once, mixing_rates
 from encdec.data.objectives import Document
 from encdec.data.readers import BadRows
 from encdec.data.seqio_tasks import seqio_mixture, seqio_task
@@ -28,11 +28,13 @@ def register_mixture(name: str, tasks: Sequence[str], rates: Sequence[float] | N
     """Enters a mixture of registered tasks; without ``rates`` their sizes decide.
 
     Raises:
-        ConfigError: another mixture or a task has its name, no task, or rates that do not fit.
+        ConfigError: another mixture or a task has its name, no task, one twice, or rates that do not
+            fit.
     """
     parts = tuple(tasks)
     if not parts:
         raise ConfigError(f"mixture {name!r} has no tasks; name one or more")
+    check_once(parts, f"mixture {name!r}")
     if name in TEXT_TASKS or MIXTURES.get(name, parts) != parts:
         raise ConfigError(
             f"a mixture or task {name!r} is already registered; give yours another name"

@@ -32,9 +32,10 @@ def register_task(task: TextTask | FileTask) -> None:
     Raises:
         ConfigError: another task has its name, or the name is not a word.
     """
-    if not re.fullmatch(r"[\w.-]+", task.name):
+    if not re.fullmatch(r"[\w.-]*[\w-][\w.-]*", task.name):  # "." and ".." are folders
         raise ConfigError(
-            f"a task is named {task.name!r}; expected letters, digits, '_', '-' and '.'"
+            f"a task is named {task.name!r}; expected letters, digits, '_', '-' and '.', and not "
+            "dots alone"
         )
     known = FILE_TASKS.get(task.name, TEXT_TASKS.get(task.name))
     if known is not None and known is not task:

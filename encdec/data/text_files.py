@@ -31,15 +31,15 @@ ZEROS_OF_UTF32 = 0.5
 # gzip's own line reading is Python code; the buffer that `_buffered` puts in front is not.
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     "gzip": lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"),
-    "bzip2": bz2.BZ2File,
-    "xz": lzma.LZMAFile,
+    "bzip2": lambda stream: _Streams(stream, bz2.BZ2Decompressor),
+    "xz": lambda stream: _Streams(stream, lzma.LZMADecompressor),
     "zstd": lambda stream: _zstd(stream),
 }
 _COMPRESSIONS = (
     (b"\x1f\x8b", "gzip"),
     (b"BZh", "bzip2"),
     (b"\xfd7zXZ\x00", "xz"),
-    (b"\x5d\x00\x00", "xz"),  # lzma's older format, which LZMAFile reads too
+    (b"\x5d\x00\x00", "xz"),  # lzma's older format, which the same decompressor reads
     (b"\x28\xb5\x2f\xfd", "zstd"),
 )
 ENDINGS = {
@@ -130,7 +130,37 @@ def utf8_lines(stream: BinaryIO, name: str, named: str | None = None) -> Iterato
         # An error of the operating system has a number, one of a decompressor has none.
         if kind is None or getattr(error, "errno", None) is not None:
             raise
-        raise BrokenStream(f"the {kind} stream is truncated ({error})") from error
+        raise BrokenStream(f"the {kind} stream is truncated or damaged ({error})") from error
+
+
+class _Streams(io.RawIOBase):
+    """The content of compressed streams one after another, with zeros between and behind them.
+
+    The standard library's own files take anything else behind a stream for the end of the file,
+    so that they lose what follows a damaged place. Here it raises the decompressor's error.
+    """
+
+    def __init__(self, file: BinaryIO, decompressor: Callable[[], Any]):
+        self._file, self._make, self._now = file, decompressor, decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = b""
+        while not content:
+            data = b""
+            if self._now.eof:
+                data = self._now.unused_data
+                while not (data := data.lstrip(b"\0")):
+                    if not (data := self._file.read(READ_BYTES)):
+                        return 0
+                self._now = self._make()
+            elif self._now.needs_input and not (data := self._file.read(READ_BYTES)):
+                raise EOFError("it ends before the mark of its end")
+            content = self._now.decompress(data, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _buffered(stream: Any) -> io.BufferedReader:

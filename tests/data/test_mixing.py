@@ -208,6 +208,7 @@ def test_wrong_mixtures_are_refused(three, make_records):
         ("a=1,,b=1", "empty part"),
         ("a,b;heat=2", "temperature=NUMBER"),
         ("a=1,b=2;temperature=2", "every part a rate"),
+        ("a=1,b=2,a/=3", "has 'a' twice"),
         ("a,b;temperature=1.2.3", "the temperature '1.2.3' is not a number"),
     ):
         with pytest.raises(ConfigError, match=message):

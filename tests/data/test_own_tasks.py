@@ -258,12 +258,15 @@ def test_names_are_kept_apart_and_mistakes_are_named(folder):
         register_task(TextTask("own", lambda split, bad_rows: iter([])))
     with pytest.raises(ConfigError, match="'xsum' is already registered"):
         register_task(FileTask("xsum", "", (), tuple, {"train": None}))
-    with pytest.raises(ConfigError, match="named 'a b'"):
-        register_task(TextTask("a b", lambda split, bad_rows: iter([])))
+    for name in ("a b", "..", "a/b", ""):
+        with pytest.raises(ConfigError, match=f"named '{name}'"):
+            register_task(TextTask(name, lambda split, bad_rows: iter([])))
     with pytest.raises(ConfigError, match="'own' is already registered"):
         register_mixture("own", ("own",))
     with pytest.raises(ConfigError, match="rates"):
         register_mixture("mine", ("own", "xsum"), rates=(1,))
+    with pytest.raises(ConfigError, match="'mine' has 'own' twice"):
+        register_mixture("mine", ("own", "xsum", "own"))
     with pytest.raises(DataError, match="--module"):
         task_registry.text_task("unknown")
     with pytest.raises(ConfigError, match="has its own text"):

@@ -98,10 +98,18 @@ def test_compressions_are_told_by_content(tmp_path, ending):
         twice += COMPRESSIONS[ending](b"two\n")
         (tmp_path / "b").write_bytes(twice)
         assert lines_of(tmp_path / "b") == [b"one\n", b"two\n"]
+        # What is neither a stream nor padding is a damaged one.
+        (tmp_path / "b").write_bytes(twice + b"\0" * 512 * (ending not in ("gz", "zst")))
+        assert lines_of(tmp_path / "b") == [b"one\n", b"two\n"]
+    (tmp_path / "b").write_bytes(twice + b"damaged" + twice)
+    with pytest.raises(DataError, match=r"b:\d+: the \w+ stream is truncated or damaged"):
+        lines_of(tmp_path / "b")
     (tmp_path / "c").write_bytes(gzip.compress(packed))
     assert lines_of(tmp_path / "c") == data.splitlines(keepends=True)
     (tmp_path / "d").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(DataError, match=r"d:\d+: the \w+ stream is truncated .*copy it again"):
+    with pytest.raises(
+        DataError, match=r"d:\d+: the \w+ stream is truncated or damaged .*copy it again"
+    ):
         lines_of(tmp_path / "d")
     (tmp_path / f"e.{ending}").write_bytes(data)
     with pytest.raises(DataError, match=rf"e.{ending} has the name of a \w+ file, but its"):
