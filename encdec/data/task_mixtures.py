@@ -28,8 +28,8 @@ def register_mixture(name: str, tasks: Sequence[str], rates: Sequence[float] | N
     """Enters a mixture of registered tasks; without ``rates`` their sizes decide.
 
     Raises:
-        ConfigError: another mixture or a task has its name, no task, one twice, or rates that do not
-            fit.
+        ConfigError: another mixture or task has its name, no task, one twice, or rates that do
+            not fit.
     """
     parts = tuple(tasks)
     if not parts:
