@@ -108,8 +108,8 @@ class Parser(argparse.ArgumentParser):
             least: the smallest number that may be given; ConfigError for a smaller one.
             above: what a number must be larger than.
             most: the largest number that may be given.
-            needs: the flag without which this one has no effect, or that flag's value
-                ("--format=hf"); ConfigError where this one alone is given.
+            needs: the flag without which this one has no effect, or that flag's value or values
+                ("--format=hf", "--what=train|decode"); ConfigError where this one alone is given.
             options: what else ``add_argument`` takes.
         """
         if default is False:
@@ -166,7 +166,7 @@ class Parser(argparse.ArgumentParser):
             flag, equals, wanted = needs.partition("=")
             needed = self._option_string_actions[flag]
             value = getattr(found, needed.dest, needed.default)
-            if str(value) != wanted if equals else value in (None, "", [], False):
+            if str(value) not in wanted.split("|") if equals else value in (None, "", [], False):
                 name, chosen = action.option_strings[-1], getattr(found, action.dest)
                 shown = name if action.nargs == 0 else f"{name}={chosen}"
                 state = f", and {flag} is {value}" if equals else ""

@@ -52,16 +52,25 @@ def commands(
         processes: how many.
         port: of the coordinator, on the loopback address.
         cpu_devices: if not 0, run on the CPU with this many JAX devices per process.
-        gpus: if not 0, GPUs per process.
+        gpus: if not 0, GPUs per process, of those that CUDA_VISIBLE_DEVICES names where it is set.
+
+    Raises:
+        SystemExit: it names too few.
     """
-    result = []
+    result, named = [], os.environ.get("CUDA_VISIBLE_DEVICES")
+    usable = [str(gpu) for gpu in range(processes * gpus)] if named is None else named.split(",")
+    if len(usable) < processes * gpus:
+        raise SystemExit(
+            f"CUDA_VISIBLE_DEVICES is {named!r}; expected {processes * gpus} GPUs, --processes "
+            "times --gpus"
+        )
     for index in range(processes):
         environment = {}
         if cpu_devices:
             environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpu_devices)}
         if gpus:
-            visible = range(index * gpus, (index + 1) * gpus)
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
+            visible = usable[index * gpus : (index + 1) * gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
         result.append(
             Command(
                 (

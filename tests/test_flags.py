@@ -390,6 +390,8 @@ def test_bounds_of_numbers():
         ("benchmark speculate", "--always", "--always .* without --checkpoint"),
         ("compile --config=c --topology=t", "--layers=3", "without --what=layer"),
         ("compile --config=c --topology=t --what=layer", "--search", "--search.*--what=train"),
+        ("compile --config=c --topology=t --what=layer", "--targets_length=9", "--what is layer"),
+        ("compile --config=c --topology=t --what=calibrate", "--rows=2", "--what is calibrate"),
     ],
 )
 def test_a_flag_that_has_no_effect_is_refused(words, given, message):

@@ -289,6 +289,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _refuse_cpu(models: list[str]) -> None:
+    if jax.default_backend() == "cpu":
+        raise ConfigError(
+            f"JAX finds no GPU or TPU here, and on a CPU {', '.join(models)} would take hours; to "
+            "try the command, give small models: --models=micro-1m --generated=micro-1m"
+        )
+
+
 def main(argv: list[str]) -> int:
     """``encdec benchmark accelerator --out=DIR``; 1 if a part failed or is missing."""
     options = _parser().parse_args(argv)
@@ -298,8 +306,11 @@ def main(argv: list[str]) -> int:
     if not options.no_torch:  # torch finds its memory taken otherwise
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     preset(options.generated)
+    if large := {*options.models, options.generated} & {*MODELS}:
+        _refuse_cpu(sorted(large))
     parts = parts_of(options)
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "minutes", "no_torch")}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "minutes")}
+    settings["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     path = pathlib.Path(options.out) / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))

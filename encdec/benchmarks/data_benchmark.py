@@ -69,7 +69,7 @@ def reported_step(path: str | pathlib.Path, chips_per_host: int, host_cores: int
             str(report["model"]),
             str(report["topology"]),
             float(report["step_seconds"]),
-            report["batch_size"] / report["devices"],
+            report["batch_size"] / report.get("chips", report["devices"]),
             report["inputs"] + report["targets"],
             chips_per_host,
             host_cores,

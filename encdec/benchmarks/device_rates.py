@@ -51,6 +51,11 @@ def measure_rates(dtype: str = "float32", tries: int = 5) -> DeviceRates:
     return DeviceRates(read, 2 * _SIDE**3 / multiply)
 
 
+def all_devices(rate: float) -> float:
+    """What all devices do at one device's rate; those of a CPU share its cores."""
+    return rate * (1 if jax.default_backend() == "cpu" else jax.device_count())
+
+
 class ReadRate:
     """Bytes per second of matrix-vector products; keeps their matrices, half a GiB each way."""
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from encdec.benchmarks import transformers_runtime
 from encdec.benchmarks.console import shown_mib, text_table, wide_console
-from encdec.benchmarks.device_rates import DeviceRates, measure_rates
+from encdec.benchmarks.device_rates import DeviceRates, ReadRate, measure_rates
 from encdec.benchmarks.generation import GenerationTiming, random_params, time_generation
 from encdec.benchmarks.generation_memory import measure_peaks, peaks_by_process
 from encdec.cost.flops import (
@@ -157,7 +157,7 @@ def measure(
     runtime = lambda model: lambda tokens, count: (lambda: model.start(tokens, count), model.finish)
     runtimes = {name: runtime(model) for name, model in loaded.items()}
     dtypes = dict.fromkeys(configs, dtype) | dict(precisions or {})
-    rates = measure_rates(dtype)
+    rates = {one: _rates(one) for one in dict.fromkeys(dtypes.values())}
     found = []
     for batch in batches:
         for output in outputs:
@@ -173,12 +173,21 @@ def measure(
                 on_progress=on_progress,
             )
             found += [
-                evaluate(
-                    timing, configs.get(timing.model, configs[OURS]), rates, dtypes[timing.model]
-                )
+                evaluate(timing, configs.get(timing.model, configs[OURS]), rates[one], one)
                 for timing in timings
+                for one in (dtypes[timing.model],)
             ]
-    return rates, found
+    return rates[dtype], found
+
+
+def _rates(dtype: str) -> DeviceRates:
+    """``measure_rates``; a CPU reads bfloat16 as fast as float32, of which it is measured."""
+    found = measure_rates(dtype)
+    return (
+        found
+        if found.bytes_per_second
+        else dataclasses.replace(found, bytes_per_second=ReadRate().best(5))
+    )
 
 
 def torch_device() -> str:

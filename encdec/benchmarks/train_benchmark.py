@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from encdec.benchmarks.device_rates import measure_rates
+from encdec.benchmarks.device_rates import all_devices, measure_rates
 from encdec.benchmarks.generation import random_params
 from encdec.benchmarks.loop_benchmark import write_random_records
 from encdec.benchmarks.step_profile import seconds_by_part
@@ -89,14 +89,14 @@ class MeasuredStep:
     Attributes:
         setting: what was measured.
         flops: of a step; see ``encdec.cost.flops.training_flops``.
-        matmul_flops: FLOP/s of a square product in the setting's dtype, on this machine.
+        matmul_flops: FLOP/s of a square product in the setting's dtype, of all devices.
         seconds: of every timed step, by who took it.
         losses: of the first steps, by who took them: the same parameters, the same batch.
         compile_seconds: until the first step was done.
         parts: seconds of our step by part of the model, from the profiler.
         host_seconds: until our step has been handed to the device.
         data_seconds: to read and move a batch of random records.
-        mfu: share of the accelerator's peak; None where that is unknown.
+        mfu: our step's share of the accelerators' peak; None where that is unknown.
     """
 
     setting: StepSetting
@@ -232,7 +232,10 @@ def measure(
     matmul_flops: float,
     profiled: int = 2,
 ) -> MeasuredStep:
-    """Times a setting: ``rounds`` turns of ``steps`` steps each, ours and PyTorch's alternating."""
+    """Times a setting: ``rounds`` turns of ``steps`` steps each, ours and PyTorch's alternating.
+
+    ``matmul_flops`` is one device's rate.
+    """
     taken: dict[str, Callable[[], float]] = {}
     seconds: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
@@ -261,7 +264,7 @@ def measure(
     return MeasuredStep(
         setting,
         flops,
-        matmul_flops,
+        all_devices(matmul_flops),
         seconds,
         losses,
         first,
@@ -351,6 +354,7 @@ def step_table(found: Sequence[MeasuredStep]) -> Table:
     for one in found:
         setting = one.setting
         for name in one.seconds:
+            mfu = f", MFU {one.mfu / one.ratio(name):.0%}" if one.mfu else ""
             table.add_row(
                 setting.model,
                 f"{setting.rows} x {setting.inputs} + {setting.targets}",
@@ -359,7 +363,7 @@ def step_table(found: Sequence[MeasuredStep]) -> Table:
                 name,
                 f"{1e3 * one.median(name):,.1f}",
                 f"{one.flops / one.median(name) / 1e9:,.0f}",
-                f"{one.share(name):.0%}" + (f", MFU {one.mfu:.0%}" if one.mfu else ""),
+                f"{one.share(name):.0%}{mfu}",
                 "" if name == OURS else f"{one.ratio(name):.2f}x as fast",
             )
     return table
@@ -420,7 +424,8 @@ def _parser() -> Parser:
     parser.add("--steps", "steps of a turn", int, 5, least=1)
     parser.add("--no_torch", "ours alone", default=False)
     parser.add("--no_compile", "PyTorch without torch.compile, which needs g++", default=False)
-    parser.add("--out", "write train.json there; what it has is not measured again", local_path)
+    kept = "write train.json there; what it has, by as many steps, is not measured again"
+    parser.add("--out", kept, local_path)
     return parser
 
 
@@ -437,9 +442,15 @@ def main(argv: list[str]) -> int:
     }
     path = pathlib.Path(options.out, "train.json") if options.out else None
     found = kept(path) if path else []
+    wanted = (OURS, EAGER, COMPILED)[: 1 + torch * (2 - options.no_compile)]
     for setting in settings:
-        if setting in [one.setting for one in found]:
+        before = [one for one in found if one.setting == setting]
+        if before and all(
+            len(before[0].seconds.get(name, ())) >= options.repeats * options.steps
+            for name in wanted
+        ):
             continue
+        found = [one for one in found if one not in before]
         found.append(
             measure(
                 setting,

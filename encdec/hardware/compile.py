@@ -118,8 +118,7 @@ class CompiledStep(CompiledProgram):
     @property
     def chip_hours(self) -> float:
         """Chip-hours of the run's whole token budget, ``steps`` steps."""
-        chips = math.prod(self.topology.sides) * self.topology.slices
-        return self.run.steps * self.step_seconds * chips / 3600
+        return self.run.steps * self.step_seconds * self.topology.chips / 3600
 
     @property
     def tokens(self) -> int:

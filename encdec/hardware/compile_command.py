@@ -150,7 +150,8 @@ def _plan(
 
     devices = len(topology.devices)
     if options.rows:
-        run = dataclasses.replace(run, batch_size=options.rows * devices * run.accumulation)
+        pieces = 1 if options.what == "decode" else run.accumulation
+        run = dataclasses.replace(run, batch_size=options.rows * devices * pieces)
     meshes = [run.mesh]
     if "mesh" in (options.search or ()):
         meshes = search_meshes(run.mesh, devices, topology.slices)
@@ -205,14 +206,18 @@ def _parser() -> Parser:
         required=True,
         metavar="NAME",
     )
-    parser.add("--inputs_length", "source tokens per row", int, 1024, least=1)
-    parser.add("--targets_length", "target tokens per row", int, 256, least=1)
+    of_rows, of_targets = "--what=train|decode|layer", "--what=train|decode"
+    source = "source tokens per row"
+    parser.add("--inputs_length", source, int, 1024, least=1, needs=of_rows)
+    target = "target tokens per row"
+    parser.add("--targets_length", target, int, 256, least=1, needs=of_targets)
     parser.add(
         "--rows",
         "rows per device, instead of config.batch_size: for comparing topologies of different "
         "sizes",
         int,
         least=1,
+        needs=of_rows,
     )
     parser.add(
         "--what",

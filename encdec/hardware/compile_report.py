@@ -61,6 +61,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
     return {
         "topology": step.topology.name,
         "devices": len(step.topology.devices),
+        "chips": step.topology.chips,
         "mesh": dict(zip(MESH_AXES, step.mesh)),
         "model": run.model,
         "model_overrides": dict(run.model_overrides),
@@ -259,7 +260,7 @@ def compare_decoding(found: list[CompiledDecoding], console: Console) -> None:
             _ms(one.prefill.step_seconds),
             _ms(one.step.step_seconds),
             f"{one.tokens_per_second:,.0f}",
-            f"{one.tokens_per_second / len(one.topology.devices):,.0f}",
+            f"{one.tokens_per_second / one.topology.chips:,.0f}",
         )
     console.print(table)
 

@@ -19,10 +19,10 @@ GIB = 2**30
 COLUMNS = (
     "model",
     "topology",
-    "rows per chip",
+    "rows per device",
     "layers",
     "remat",
-    "peak GiB per chip",
+    "peak GiB per device",
     "step ms",
     "kernels ms",
     "collectives not hidden ms",

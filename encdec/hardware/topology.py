@@ -83,6 +83,11 @@ class Topology:
     slices: int
     devices: tuple[Any, ...]
 
+    @property
+    def chips(self) -> int:
+        """Of all slices; a chip may be two devices."""
+        return math.prod(self.sides) * self.slices
+
     def links(self, group: Sequence[int]) -> int:
         """ICI links out of a chip that a collective among these devices can drive at once.
 

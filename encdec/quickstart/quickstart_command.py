@@ -34,6 +34,7 @@ from encdec.evaluation.examples import Example, Examples, of_task
 from encdec.evaluation.predictions import read_texts
 from encdec.flags import Parser
 from encdec.inference.generation_settings import GenerationSettings
+from encdec.jobs import claim_settings
 from encdec.logs import shows_progress
 from encdec.model import ModelConfig, preset
 from encdec.quickstart import quickstart_report as reports
@@ -140,7 +141,18 @@ def main(argv: list[str]) -> int:
 def prepare_data(
     workdir: pathlib.Path, task: QuickTask, max_examples: int | None
 ) -> Mapping[str, DatasetCard]:
-    """Vocabulary and records, made unless they exist."""
+    """Vocabulary and records, made unless they exist.
+
+    Raises:
+        ConfigError: those that exist are of another task, or of another number of functions.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    claim_settings(
+        workdir / "data.json",
+        {"task": task.task, "max_examples": max_examples},
+        holder=workdir,
+        remedy="give another --workdir, or these --task and --max_examples",
+    )
     vocabulary = workdir / "vocabulary.model"
     if not vocabulary.exists():
         size = preset("quickstart").vocab_size

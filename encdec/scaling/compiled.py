@@ -79,15 +79,14 @@ def compile_figures(run: RunConfig, topology: str, inputs: int, targets: int) ->
     if not jax.config.values["jax_platforms"]:  # do not use this machine's accelerators
         jax.config.update("jax_platforms", "cpu")
     where = find_topology(topology)
-    chips = math.prod(where.sides) * where.slices
     try:
         step = compile_step(run, where, inputs, targets)
     except DoesNotFit as error:
-        return StepFigures(topology, chips, reason=str(error))
+        return StepFigures(topology, where.chips, reason=str(error))
     finally:
         jax.clear_caches()  # otherwise dozens of programs would stay in memory
     return StepFigures(
-        topology, chips, step.memory.peak, step.memory.limit, step.step_seconds, step.mfu
+        topology, where.chips, step.memory.peak, step.memory.limit, step.step_seconds, step.mfu
     )
 
 

@@ -14,7 +14,7 @@ TINY = ["--models=test", "--generated=test", "--batches=2", "--batch_size=8", "-
 TINY += ["--targets_length=8", "--outputs=4", "--repeats=1", "--no_torch"]
 
 
-def test_every_part_is_measured_and_what_is_done_stays(tmp_path, capsys):
+def test_every_part_is_measured_and_what_is_done_stays(tmp_path, capsys, monkeypatch):
     command = ["benchmark", "accelerator", f"--out={tmp_path}", *TINY]
     assert cli.main(command) == 0, capsys.readouterr().err
     path = tmp_path / accelerator_benchmark.RESULTS
@@ -37,6 +37,22 @@ def test_every_part_is_measured_and_what_is_done_stays(tmp_path, capsys):
     }
     with pytest.raises(ConfigError, match="another --out"):
         accelerator_benchmark.main([*command[2:], "--repeats=2"])
+    # Nor are parts with transformers, or of another machine, mixed with these.
+    monkeypatch.setattr(accelerator_benchmark, "missing", lambda precision: "")
+    with pytest.raises(ConfigError, match="'no_torch': True.*'no_torch': False"):
+        accelerator_benchmark.main(command[2:-1])
+    again = json.loads(path.read_text())
+    again["settings"]["device"] = "1 x NVIDIA H200"
+    path.write_text(json.dumps(again))
+    with pytest.raises(ConfigError, match="1 x NVIDIA H200.*8 x cpu"):
+        accelerator_benchmark.main(command[2:])
+
+
+def test_large_models_are_refused_on_a_cpu(tmp_path):
+    for chosen in ([], ["--models=test"]):
+        with pytest.raises(ConfigError, match="no GPU or TPU here, and on a CPU .*330m.* hours"):
+            accelerator_benchmark.main([f"--out={tmp_path}", "--minutes=0", "--no_torch", *chosen])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_fails_costs_no_other(tmp_path, capsys):

@@ -50,10 +50,11 @@ def test_read_benchmark(tmp_path, capsys):
     report = tmp_path / "report.json"
     content = {
         "model": "tiny",
-        "topology": "v6e:2x2",
+        "topology": "tpu7x:1x1x2",
         "step_seconds": 0.5,
         "batch_size": 32,
         "devices": 4,
+        "chips": 2,
         "inputs": 100,
         "targets": 60,
     }
@@ -61,8 +62,8 @@ def test_read_benchmark(tmp_path, capsys):
     options = [f"--compile_report={report}", "--chips_per_host=8", "--host_cores=10"]
     assert encdec([*arguments[:-1], *options]) == 0
     printed = capsys.readouterr().out
-    assert "for tiny on v6e:2x2, whose step takes 500 ms" in printed
-    assert "a host of 8 chips reads 64 rows of 160 tokens per step" in printed
+    assert "for tiny on tpu7x:1x1x2, whose step takes 500 ms" in printed
+    assert "a host of 8 chips reads 128 rows of 160 tokens per step" in printed
     assert "of the host's 10 cores" in printed
     report.write_text("[]")
     assert encdec([*arguments, *options]) == DataError.exit_code

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -101,6 +102,28 @@ def test_rates_are_shares_of_what_the_machine_can_do():
     # Half the weights' bytes, a quarter of the floor less the cache's half.
     half = evaluate(timing, config, rates, "bfloat16")
     assert half.decode_floor_share == pytest.approx(found.decode_floor_share / 2)
+
+
+def test_each_precision_has_its_own_rates(monkeypatch, tmp_path):
+    """Of bfloat16 on a CPU, which ``measure_rates`` leaves out, float32's read rate."""
+    config, peer = preset("test"), "transformers-bfloat16"
+    timing = lambda name: GenerationTiming(name, True, 4, 3, 1, (1.0,), (2.0,))
+    fakes = {
+        "random_params": lambda config: None,
+        "time_generation": lambda *_, **__: [timing(OURS), timing(peer)],
+        "measure_rates": lambda dtype: DeviceRates(*{"float32": (4, 1), "bfloat16": (0, 2)}[dtype]),
+        "ReadRate": lambda: types.SimpleNamespace(best=lambda tries: 5.0),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(inference_benchmark, name, fake)
+    for name in ("TransformersModel", "artefact"):
+        monkeypatch.setattr(transformers_runtime, name, lambda *given: None)
+    rates, (ours, theirs) = inference_benchmark.measure(
+        {OURS: config}, (4,), (3,), (1,), precisions={peer: "bfloat16"}, folder=tmp_path
+    )
+    assert rates == DeviceRates(4, 1)
+    assert theirs.first_token_rate == ours.first_token_rate / 2
+    assert theirs.decode_floor_share == pytest.approx(ours.decode_floor_share / 2 * 4 / 5)
 
 
 def test_ratios_are_of_equal_settings():

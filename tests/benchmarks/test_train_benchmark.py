@@ -9,6 +9,7 @@ import pytest
 
 from encdec import cli
 from encdec.benchmarks import step_profile, train_benchmark
+from encdec.benchmarks.device_rates import DeviceRates, all_devices
 from encdec.errors import ConfigError
 
 
@@ -40,6 +41,35 @@ def test_both_sides_take_the_same_steps(model, optimizer, tmp_path, capsys, monk
     assert cli.main([*command, "--no_compile", f"--out={tmp_path}"]) == 0
     assert model in capsys.readouterr().out
     assert json.loads((tmp_path / "train.json").read_text()) == [row]
+
+
+def test_what_was_not_measured_before_is_measured(tmp_path, monkeypatch, capsys):
+    """PyTorch after --no_torch, more steps than before; and each row shows its own MFU."""
+    asked = []
+
+    def measure(setting, *, rounds, steps, torch, compiled, matmul_flops):
+        asked.append((torch, compiled))
+        names = ("ours", "PyTorch", "PyTorch, compiled")[: 1 + torch * (1 + compiled)]
+        seconds = {name: [1.0 + place] * (rounds * steps) for place, name in enumerate(names)}
+        return train_benchmark.MeasuredStep(setting, 1.0, 1.0, seconds, {}, {}, {}, 0, 0, mfu=0.5)
+
+    monkeypatch.setattr(train_benchmark, "measure", measure)
+    monkeypatch.setattr(train_benchmark, "missing", lambda precision: "")
+    monkeypatch.setattr(train_benchmark, "measure_rates", lambda dtype: DeviceRates(1.0, 1.0))
+    command = ["--models=test", f"--out={tmp_path}", "--repeats=1", "--steps=2"]
+    for more in (["--no_torch"], ["--no_torch"], ["--no_compile"], [], [], ["--steps=3"]):
+        train_benchmark.main([*command, *more])
+    assert asked == [(False, True), (True, False), (True, True), (True, True)]
+    (row,) = json.loads((tmp_path / "train.json").read_text())
+    assert row["seconds"]["PyTorch"] == [2.0] * 3
+    shown = capsys.readouterr().out
+    assert "MFU 50%" in shown and "MFU 25%" in shown and "MFU 17%" in shown
+
+
+def test_several_accelerators_multiply_one_ones_rate(monkeypatch):
+    assert all_devices(2.0) == 2  # those of a CPU share its cores
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert all_devices(2.0) == 16
 
 
 def test_an_operation_belongs_to_a_part():

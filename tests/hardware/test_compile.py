@@ -7,13 +7,14 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import types
 
 import jax
 import pytest
 
 from encdec.cost.chips import find_chip
 from encdec.errors import ConfigError
-from encdec.hardware import topology
+from encdec.hardware import compile_command, topology
 from encdec.hardware.compile import (
     CompiledProgram,
     CompiledStep,
@@ -89,6 +90,15 @@ def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install -e .*\[tpu\]"):
         find_topology("v5e:2x2")
     find_topology.cache_clear()
+
+
+def test_rows_of_a_device_are_a_micro_batch_s_in_training_alone():
+    run = parse_config({"model": "test", "batch_size": 4, "accumulation": 4})
+    where = types.SimpleNamespace(name="v5e:2x2", devices=range(4), slices=1)
+    kind = types.SimpleNamespace(check=lambda run, topology: None)
+    for what, rows in {"train": 64, "layer": 64, "decode": 16}.items():
+        options = types.SimpleNamespace(rows=4, search=None, what=what)
+        assert compile_command._plan(run, where, options, kind)[0].batch_size == rows
 
 
 def test_nearest_fit_tries_remat_before_batches():

@@ -49,10 +49,20 @@ def test_dry_run_prints_commands_that_the_shell_and_encdec_train_read(local, cap
         assert (options.num_processes, options.process_id) == (3, index)
 
 
-def test_gpus_are_dealt_out(local):
-    run = local.commands(TRAIN, 2, 1, gpus=4)
-    visible = [command.environment["CUDA_VISIBLE_DEVICES"] for command in run]
-    assert visible == ["0,1,2,3", "4,5,6,7"]
+@pytest.mark.parametrize(
+    ("named", "dealt"), [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"]), ("4,5,6", None)]
+)
+def test_gpus_are_dealt_out(local, monkeypatch, named, dealt):
+    """Those of CUDA_VISIBLE_DEVICES alone, where it is set."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    if not dealt:
+        with pytest.raises(SystemExit, match="'4,5,6'; expected 4 GPUs"):
+            local.commands(TRAIN, 2, 1, gpus=2)
+        return
+    run = local.commands(TRAIN, 2, 1, gpus=2)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in run] == dealt
 
 
 def test_all_succeed_and_every_line_names_its_process(local, capfd):

@@ -11,6 +11,7 @@ import pytest
 
 from encdec.cost.flops import training_flops
 from encdec.data.records import read_card
+from encdec.errors import ConfigError
 from encdec.evaluation.examples import Example, Examples
 from encdec.quickstart import quickstart_command as command
 from encdec.quickstart import quickstart_report as report
@@ -104,6 +105,24 @@ def test_the_page_and_its_pictures_are_written(found, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["teacher"]["alpha"] == 0.5
     for name in report.PICTURES:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_data_of_another_call_is_not_taken_for_this_one_s(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(command, "train_vocabulary", lambda texts, path, size: path.touch())
+    monkeypatch.setattr(
+        command,
+        "prepare",
+        lambda out, **how: (
+            made.append(how["max_examples"]) or write_records(out, random_pairs(3, 0))
+        ),
+    )
+    assert command.prepare_data(tmp_path, TASKS["repair"], 9).keys() == {"train", "test"}
+    assert command.prepare_data(tmp_path, TASKS["repair"], 9)["train"].rows and made == [9, 9]
+    with pytest.raises(ConfigError, match="max_examples is 9 there and None here.*--workdir"):
+        command.prepare_data(tmp_path, TASKS["repair"], None)
+    with pytest.raises(ConfigError, match="task is 'stdlib_repair' there"):
+        command.prepare_data(tmp_path, TASKS["summaries"], 9)
 
 
 def test_the_three_runs_differ_in_what_they_should_alone(tmp_path):
