@@ -127,23 +127,17 @@ def _rollout(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _rounds(options: argparse.Namespace, overrides: list[str]) -> int:
     from encdec.distill.rounds import Shares, distill_in_rounds
-    from encdec.train.run_config import load_config, parse_config
+    from encdec.train.run_config import load_config
 
     shares = Shares(options.gold, options.teacher_written, options.student_written)
-    run = parse_config(load_config(options.config, overrides))
     students = distill_in_rounds(
-        run,
+        load_config(options.config, overrides).to_dict(),
         options.teacher,
         options.workdir,
         options.rounds,
         shares=shares,
         answering=_answering(options),
-        logits={
-            "method": options.method,
-            "draws": options.draws,
-            "k": options.k,
-            "temperature": run.distill.temperature,
-        },
+        logits={"method": options.method, "draws": options.draws, "k": options.k},
     )
     print(f"the student of the last round: {students[-1]}")
     return 0

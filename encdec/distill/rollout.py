@@ -171,7 +171,8 @@ def _identity(
     """Whose answers to what: plain JSON values."""
     return plain(
         {
-            "writer": content.get("imported") or [content["run"], content["data"]],
+            "writer": content.get("imported")
+            or [content[part] for part in ("run", "data", "averaged") if part in content],
             "step": step,
             "records": records.card.fingerprint,
             "settings": settings.to_dict(),

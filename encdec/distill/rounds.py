@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from encdec.data.records import open_records
@@ -24,9 +25,9 @@ from encdec.distill.teacher_logits_settings import TeacherLogitsSettings
 from encdec.errors import ConfigError
 from encdec.logs import Say, logger
 from encdec.storage import as_path
-from encdec.train.job import check_place
+from encdec.train.job import check_place, check_teacher
 from encdec.train.loop import train
-from encdec.train.run_config import RunConfig
+from encdec.train.run_config import RunConfig, is_directory, parse_config, to_dict
 
 _LOG = logger(__name__)
 
@@ -72,7 +73,7 @@ class _Part:
 
 
 def distill_in_rounds(
-    run: RunConfig,
+    config: RunConfig | Mapping[str, Any],
     teacher: str | pathlib.Path,
     workdir: str | pathlib.Path,
     rounds: int,
@@ -85,15 +86,16 @@ def distill_in_rounds(
     """Trains a student, and then ``rounds`` more times on its own answers too.
 
     Args:
-        run: of every round, ``steps`` long each; its ``data.records`` are the gold ones, and its
-            ``distill.teacher`` is filled in here. Round r uses seed ``run.seed + r``.
+        config: of every round, ``steps`` long each; its ``data.records`` are the gold ones, and its
+            ``distill.teacher`` is filled in here. Round r uses its seed plus r.
         teacher: work directory of ``encdec train`` or ``encdec import``.
         workdir: receives everything; the same call continues after a stop.
         rounds: after the first student, 1 or more.
         shares: of the three kinds of targets.
         answering: how student and teacher write, and how many of the gold records' rows; round r
             draws with its seed plus r.
-        logits: keywords of ``encdec.distill.teacher_logits.store_teacher_logits``.
+        logits: keywords of ``encdec.distill.teacher_logits.store_teacher_logits``; the temperature
+            is the config's.
         say: takes lines of progress.
 
     Returns:
@@ -106,23 +108,16 @@ def distill_in_rounds(
     """
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; expected 1 or more")
-    if not run.data.records:
-        raise ConfigError(
-            "config.data.records is empty; expected the gold records: --config.data.records=DIR"
-        )
-    if run.distill.teacher:
-        raise ConfigError(
-            f"config.distill.teacher is {run.distill.teacher!r}; leave it out, "
-            "because --teacher reads each round's records"
-        )
+    run = _with_teacher(config, teacher)
     check_place(workdir)
     workdir, gold = as_path(workdir), as_path(run.data.records)
-    _check_parts(gold, teacher, workdir, answering, shares, logits or {})
+    kept: dict[str, Any] = {"temperature": run.distill.temperature} | (logits or {})
+    _check_parts(run, gold, teacher, workdir, answering, shares, kept)
     _seeded(answering, rounds)
 
     def taught(records: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
         say(f"the teacher reads {records}")
-        store_teacher_logits(teacher=teacher, records=records, out=out, **logits or {})
+        store_teacher_logits(teacher=teacher, records=records, out=out, **kept)
         return out
 
     def written(writer: str | pathlib.Path, out: pathlib.Path, number: int) -> pathlib.Path:
@@ -151,7 +146,25 @@ def distill_in_rounds(
     return students
 
 
+def _with_teacher(config: RunConfig | Mapping[str, Any], teacher: str | pathlib.Path) -> RunConfig:
+    """The run with the teacher, without which its other fields of ``distill`` are refused."""
+    values = to_dict(config) if isinstance(config, RunConfig) else dict(config)
+    given = values.get("distill", {})
+    if given.get("teacher"):
+        raise ConfigError(
+            f"config.distill.teacher is {given['teacher']!r}; leave it out, "
+            "because --teacher reads each round's records"
+        )
+    run = parse_config({**values, "distill": {**given, "teacher": str(teacher)}})
+    if not run.data.records:
+        raise ConfigError(
+            "config.data.records is empty; expected the gold records: --config.data.records=DIR"
+        )
+    return run
+
+
 def _check_parts(
+    run: RunConfig,
     gold: pathlib.Path,
     teacher: str | pathlib.Path,
     workdir: pathlib.Path,
@@ -159,14 +172,14 @@ def _check_parts(
     shares: Shares,
     logits: dict[str, Any],
 ) -> None:
-    """What ``rollout`` and ``store_teacher_logits`` would refuse only when hours have passed."""
+    """What ``rollout``, ``store_teacher_logits`` and ``train`` would refuse only after hours."""
     opened = open_records(gold)
     check_answering(opened, answering)
     if shares.teacher:
         check_writer(teacher, opened)
     settings = TeacherLogitsSettings(teacher=teacher, records=gold, out=workdir, **logits)
     settings.check()
-    settings.format(opened.card.vocabulary.size)
+    check_teacher(run, settings.format(opened.card.vocabulary.size))
 
 
 def _seeded(answering: Answering, number: int) -> Answering:
@@ -185,6 +198,7 @@ def _round(run: RunConfig, parts: list[_Part], init_from: str, seed: int) -> Run
         teachers = ",".join(str(part.teacher) for part in parts)
     return dataclasses.replace(
         run,
+        model=init_from if is_directory(run.model) else run.model,
         seed=seed,
         init_from=init_from,
         data=dataclasses.replace(run.data, records=records),

@@ -121,7 +121,8 @@ def teacher_model(
     if imported:
         source = imported["fingerprint"]
     else:
-        what = {part: content[part] for part in ("run", "model", "data")}
+        parts = ("run", "model", "data", "averaged")  # the last of averages alone
+        what = {part: content[part] for part in parts if part in content}
         source = hashlib.sha256(json.dumps([what, step], sort_keys=True).encode()).hexdigest()
     identity = {
         "name": directory_name(workdir),

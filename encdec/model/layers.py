@@ -141,7 +141,7 @@ class RMSNorm(nn.Module):
             "scale", with_axes(start, (self.axis,)), (x.shape[-1],), jnp.dtype(config.param_dtype)
         )
         if config.norm_plus_one:
-            scale = scale + 1
+            scale = scale.astype(jnp.float32) + 1
         x32 = x.astype(jnp.float32)
         factor = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
         normed = x32 * checkpoint_name(factor, NORM_FACTOR)

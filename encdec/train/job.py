@@ -12,6 +12,7 @@ from etils import epath
 from encdec.buckets import CACHE, is_address
 from encdec.data.card import MUST_AGREE
 from encdec.data.records import DatasetCard, Records, open_records
+from encdec.data.sparse_logits import SparseFormat
 from encdec.data.teacher_rows import TeacherRows, open_teacher
 from encdec.errors import ConfigError, DataError, StorageError
 from encdec.model import ModelConfig
@@ -70,7 +71,7 @@ def prepare_job(config: Any, workdir: epath.PathLike) -> Job:
     check_records(model, records.card, eval_records.card if eval_records else None)
     teacher = open_teacher(run.distill.teacher, records) if run.distill.teacher else None
     if teacher:
-        check_teacher(run, teacher)
+        check_teacher(run, teacher.format)
     mesh = make_mesh(run.mesh)
     program = build_program(run, model, mesh, records.card.targets_length)
     check_room(workdir, program)
@@ -117,9 +118,8 @@ def check_room(workdir: epath.PathLike, program: Program) -> None:
         )
 
 
-def check_teacher(run: RunConfig, teacher: TeacherRows) -> None:
-    """Raises ConfigError unless the stored distributions can give the loss that is asked for."""
-    stored = teacher.format
+def check_teacher(run: RunConfig, stored: SparseFormat) -> None:
+    """Raises ConfigError unless distributions stored so can give the loss that is asked for."""
     check_divergence(run.distill.loss, stored.method)
     check_tail(run.distill.tail, stored.method)
     if stored.temperature != run.distill.temperature:

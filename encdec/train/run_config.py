@@ -277,6 +277,13 @@ def _check_values(run: RunConfig) -> None:
         "batch_size",
         f"a multiple of config.accumulation = {run.accumulation}",
     )
+    # Over the kept ids alone it is least where they have 1/e of the student's mass.
+    require(
+        run.distill.loss != "reverse_kl" or run.distill.tail == "merged",
+        "distill.tail",
+        "'merged' with config.distill.loss = 'reverse_kl', which rewards a student for mass on ids "
+        "that a dropped tail leaves out",
+    )
     _check_read_fields(run, require)
     _check_schedules(run, require)
     _check_evaluation_and_checkpoints(run, require)

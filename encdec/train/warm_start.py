@@ -145,7 +145,10 @@ def with_source_model(run: RunConfig, workdir: epath.PathLike | None = None) -> 
                 "set config.init_architecture='run'"
             )
     if is_directory(run.model):
-        # All of it is that model's, what only training reads included.
+        # All of it is that model's, what only training reads included, except for the type that an
+        # imported one is stored in: bfloat16 would round most updates of a parameter to nothing.
+        if not begun:
+            source = source.replace(param_dtype=run.base_model().param_dtype)
         overrides = {"architecture": source.architecture}
         overrides |= source.changes_from(run.base_model()) | dict(run.model_overrides)
         run = dataclasses.replace(run, model_overrides=overrides)

@@ -10,7 +10,7 @@ from encdec.cli import main
 from encdec.data.records import read_card
 from encdec.data.teacher_rows import read_teacher_card
 from encdec.distill.rollout import Answering
-from encdec.distill.rounds import Shares, distill_in_rounds
+from encdec.distill.rounds import Shares, _Part, _round, distill_in_rounds
 from encdec.errors import CheckpointError, ConfigError
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.saved.saved_config import read_config
@@ -22,15 +22,14 @@ from tests.train.conftest import small_run
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teacher, tmp_path):
-    run = parse_config(
-        small_run(
-            records,
-            model="test",
-            steps=4,
-            checkpoint={"every": 4},
-            eval={"every": 0},
-            model_overrides={"scan_layers": False, "init_std": 0.1},
-        )
+    run = small_run(
+        records,
+        model="test",
+        steps=4,
+        checkpoint={"every": 4},
+        eval={"every": 0},
+        model_overrides={"scan_layers": False, "init_std": 0.1},
+        distill={"alpha": 0.5, "temperature": 1.5},
     )
     said = []
 
@@ -50,7 +49,7 @@ def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teac
     assert [path.parent.name for path in students] == ["round-000", "round-001", "round-002"]
     for number, student in enumerate(students):
         content = read_config(student)["run"]
-        assert content["seed"] == run.seed + number
+        assert content["seed"] == number and content["distill"]["alpha"] == 0.5
         assert content["init_from"] == (str(students[number - 1]) if number else "")
         # Gold, the teacher's and, from the first round on, the last student's targets.
         rates = [part.rpartition("=")[2] for part in content["data"]["records"].split(",")]
@@ -59,7 +58,7 @@ def test_two_rounds_are_chained_and_repeating_them_changes_nothing(records, teac
         place = tmp_path / f"round-{number:03d}"
         card = read_teacher_card(place / "scored")
         assert card.records_fingerprint == read_card(place / "written").fingerprint
-        assert card.format.draws == 8
+        assert card.format.draws == 8 and card.format.temperature == 1.5
         assert "loaded" in (place / "student" / "warm-start.txt").read_text()
     # The students differ from round to round: they were drawn from and trained on other targets.
     written = [read_card(tmp_path / f"round-{n:03d}" / "written").fingerprint for n in (1, 2)]
@@ -86,7 +85,7 @@ def test_shares_without_sense_are_refused(shares, message):
 
 def test_bad_settings_are_refused_before_anything_is_written(records, teacher, tmp_path):
     refuse = lambda run, rounds=1, **given: distill_in_rounds(
-        parse_config(run), teacher, tmp_path / "out", rounds, **given
+        run, teacher, tmp_path / "out", rounds, **given
     )
     with pytest.raises(ConfigError, match=r"--rounds is 0"):
         refuse(small_run(records), 0)
@@ -110,7 +109,21 @@ def test_bad_settings_are_refused_before_anything_is_written(records, teacher, t
             refuse(small_run(records), answering=answering)
     with pytest.raises(ConfigError, match=r"draws is 0"):
         refuse(small_run(records), logits={"draws": 0}, shares=Shares(gold=0, teacher=1))
+    # What training would refuse once the teacher has read the gold records.
+    with pytest.raises(ConfigError, match=r"distill.loss is 'reverse_kl', but the teacher's rows"):
+        refuse(small_run(records, distill={"loss": "reverse_kl"}))
+    with pytest.raises(ConfigError, match=r"temperature is 2.0, but .* was stored at 1.0"):
+        refuse(small_run(records, distill={"temperature": 2.0}), logits={"temperature": 1.0})
     assert not (tmp_path / "out").exists()
+
+
+def test_rounds_of_a_models_directory_continue_from_their_own_students(records, teacher, tmp_path):
+    run = parse_config(small_run(records, model=str(teacher), model_overrides={}))
+    part, student = _Part(1.0, records, tmp_path / "scored"), str(tmp_path / "student")
+    first = parse_config(_round(run, [part], run.init_from, 0))
+    assert first.model == first.init_from == str(teacher)
+    later = parse_config(_round(run, [part], student, 1))
+    assert later.model == later.init_from == student
 
 
 def test_the_command_names_what_it_wants(capsys):

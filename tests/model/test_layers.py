@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from encdec.model import ModelConfig
-from encdec.model.layers import product, rows_of
+from encdec.model.layers import RMSNorm, product, rows_of
 from encdec.model.positions import apply_rope, encoder_rope_positions, rope_table
 
 
@@ -89,6 +89,16 @@ def test_mixed_products_equal_einsum(equation, shapes):
     np.testing.assert_allclose(got, wanted, atol=0.05 * scale)
     np.testing.assert_allclose(mixed_dx.astype(np.float32), dx, atol=0.15)
     np.testing.assert_allclose(mixed_dk, dk, atol=0.15)
+
+
+def test_norms_add_one_to_stored_bfloat16_scales_unrounded():
+    """As Gemma's do: 1.0035 is 1 in bfloat16."""
+    scale = jnp.array([0.0035, 0.37, -0.2, 3.003], jnp.bfloat16)
+    config = ModelConfig(norm_plus_one=True, param_dtype="bfloat16", dtype="float32")
+    x = np.array([1.0, -2.0, 3.0, 0.5])
+    found = RMSNorm(config).apply({"params": {"scale": scale}}, jnp.asarray(x, jnp.float32))
+    wanted = x / np.sqrt((x * x).mean() + 1e-6) * (1 + np.asarray(scale, np.float64))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_a_common_tokens_gradient_is_added_up_unrounded():

@@ -14,6 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from encdec.data.records import open_records
+from encdec.distill.rollout import ON_POLICY, _identity
+from encdec.distill.teachers import teacher_model
 from encdec.errors import CheckpointError, ConfigError
 from encdec.saved.fingerprint import fingerprints, mismatches
 from encdec.saved.saved_config import origin, read_config
@@ -362,6 +365,12 @@ def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
         *each,
     )
     assert origin(read_config(out)) == "mean of steps 2, 3, 4 of run"
+    # As a teacher or a writer it is not the run, whose last step it has.
+    opened, both = open_records(records), (out, tmp_path / "run")
+    teachers = [teacher_model(model, opened).identity for model in both]
+    assert teachers[0]["step"] == teachers[1]["step"] == 4
+    writers = [_identity(read_config(model), 4, opened, ON_POLICY) for model in both]
+    assert teachers[0]["fingerprint"] != teachers[1]["fingerprint"] and writers[0] != writers[1]
     # It is a model to start from, not a run to continue.
     with pytest.raises(CheckpointError, match="config.init_from="):
         train(run, out)

@@ -67,6 +67,7 @@ def test_defaults_survive_the_round_trip():
         ({"optimizer": {"name": "adafactor", "b2": 0.9}}, ["optimizer.b2", "'adamw' or 'muon'"]),
         ({"schedule": {"name": "constant", "final_fraction": 0.1}}, ["final_fraction", "'wsd'"]),
         ({"distill": {"temperature": 2.0}}, ["distill.temperature", "distill.teacher set"]),
+        ({"distill": {"loss": "reverse_kl", "tail": "dropped"}}, ["distill.tail", "'reverse_kl'"]),
         ({"eval": {"batches": 2}}, ["eval.batches", "data.eval_records set"]),
         ({"eval": {"every": float("nan")}}, ["eval.every is nan", "a finite number"]),
         ({"optimizer": {"learning_rate": float("inf")}}, ["learning_rate is inf", "finite"]),

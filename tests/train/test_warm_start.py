@@ -262,6 +262,18 @@ def test_the_sources_architecture_is_taken_over_where_asked(pretrained, records,
         )
 
 
+def test_a_model_stored_in_bfloat16_is_trained_in_float32(records, tmp_path):
+    model = preset("test", vocab_size=264, param_dtype="bfloat16").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"format_version": 1, "model": model}))
+
+    def trained(workdir=None, **overrides):
+        run = small_run(records, model=str(tmp_path), model_overrides=overrides)
+        return with_source_model(parse_config(run), workdir).model_config().param_dtype
+
+    assert trained() == "float32" and trained(param_dtype="bfloat16") == "bfloat16"
+    assert trained(tmp_path) == "bfloat16"  # as it began
+
+
 def test_a_run_may_keep_another_function_where_asked(pretrained, records, tmp_path):
     plan = plan_of(
         records, pretrained, init_architecture="run", model_overrides={"rope_theta": 5e5}
