@@ -58,7 +58,8 @@ def commands(
         SystemExit: it names too few.
     """
     result, named = [], os.environ.get("CUDA_VISIBLE_DEVICES")
-    usable = [str(gpu) for gpu in range(processes * gpus)] if named is None else named.split(",")
+    every = ",".join(map(str, range(processes * gpus)))
+    usable = [gpu for gpu in (every if named is None else named).split(",") if gpu]
     if len(usable) < processes * gpus:
         raise SystemExit(
             f"CUDA_VISIBLE_DEVICES is {named!r}; expected {processes * gpus} GPUs, --processes "

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -25,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from launch import ssh
-from launch.babysit import Action, Decision, PollState, RestartLimits, Seen, decide
+from launch.babysit import UNAVAILABLE, Action, Decision, PollState, RestartLimits, Seen, decide
 from launch.commands import (
     Runner,
     actions_parser,
@@ -174,6 +175,9 @@ class Pod:
             self.on_workers("setup", pathlib.Path(tarball).name),
         ]
 
+    def state(self) -> list[str]:
+        return self.on_workers("state", *self._options.train)
+
     def start(self) -> list[list[str]]:
         """Mounts first: a rebooted host has lost its mounts."""
         return [
@@ -199,7 +203,7 @@ def look(pod: Pod, run: Runner, hosts: int) -> Seen:
     state = described.stdout.strip()
     if state != "ACTIVE":
         return Seen(state or "UNKNOWN")
-    answer = run(pod.on_workers("state"), quiet=True)
+    answer = run(pod.state(), quiet=True)
     workers = tuple(_STATE.findall(answer.stdout))
     if len(workers) == hosts:
         return Seen(state, workers)
@@ -225,6 +229,10 @@ def act(pod: Pod, run: Runner, decision: Decision) -> int:
 
 
 def set_up(pod: Pod, run: Runner) -> int:
+    if not run.dry_run:
+        changed = run(["git", "-C", str(ROOT), "status", "--porcelain"], quiet=True).stdout
+        if changed:
+            print(f"not committed, so not copied to the hosts:\n{changed}", end="", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         return run.all(pod.set_up(TARBALL if run.dry_run else f"{folder}/{TARBALL}"))
 
@@ -245,7 +253,13 @@ def babysit(
             if delete:
                 run(pod.delete())
             return decision.code
-        if act(pod, run, decision) and decision.action in (Action.SET_UP, Action.START):
+        failed = act(pod, run, decision)
+        if failed and decision.action is Action.CREATE:
+            memory = dataclasses.replace(memory, refusals=memory.refusals + 1)
+            if memory.refusals > limits.refusals:
+                print(f"{memory.refusals} requests in a row were refused", flush=True)
+                return UNAVAILABLE
+        elif failed and decision.action in (Action.SET_UP, Action.START):
             # Set up again: gcloud reports success where it could not reach a single host.
             memory = PollState(crashes=before.crashes + 1)
             if memory.crashes > limits.crashes:
@@ -297,7 +311,7 @@ def show(pod: Pod, run: Runner) -> int:
     print("# First, and again after a preemption or a crash:")
     run.all(pod.start())
     print("# At every poll while it is ACTIVE:")
-    run(pod.on_workers("state"))
+    run(pod.state())
     print("# When it is SUSPENDED or FAILED, before it is requested again:")
     return run(pod.delete()).returncode
 
@@ -313,7 +327,7 @@ def step(pod: Pod, run: Runner, options: argparse.Namespace) -> int:
         "status": lambda: [pod.status()],
         "run": pod.start,
         "stop": lambda: [pod.on_workers("stop")],
-        "state": lambda: [pod.on_workers("state")],
+        "state": lambda: [pod.state()],
         "logs": lambda: [
             pod.on_workers(
                 "log",

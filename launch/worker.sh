@@ -4,7 +4,8 @@
 #   worker.sh setup TARBALL        install encdec from the sources in TARBALL, once
 #   worker.sh mount BUCKET DIR     mount a bucket, once
 #   worker.sh start [ARGUMENT...]  `encdec train ARGUMENT...` in the background, if none runs
-#   worker.sh state                prints `encdec-state: absent`, `running` or `exited CODE`
+#   worker.sh state [ARGUMENT...]  prints `encdec-state: absent`, `running` or `exited CODE`; absent,
+#                                  too, where a run with other arguments has ended
 #   worker.sh stop                 asks it to save and leave, then insists
 #   worker.sh log [LINES]          the end of its output
 set -euo pipefail
@@ -67,6 +68,8 @@ alive() {
 state() {
   if alive; then
     echo running
+  elif (($#)) && [[ -f $home/arguments && $(<"$home/arguments") != "$(quoted "$@")" ]]; then
+    echo absent
   elif [[ -f $home/exit ]]; then
     echo "exited $(<"$home/exit")"
   elif [[ -f $home/pid ]]; then
@@ -76,11 +79,18 @@ state() {
   fi
 }
 
+quoted() {
+  printf '%q ' "$@"
+}
+
 start() {
   if alive; then
+    [[ -f $home/arguments && $(<"$home/arguments") == "$(quoted "$@")" ]] ||
+      echo "training runs already, with arguments of its own; \`stop\` it to start another" >&2
     return
   fi
   rm -f "$home/exit" "$home/pid"
+  quoted "$@" >"$home/arguments"
   # A session of its own, so that the end of this connection does not end it.
   setsid nohup bash "$0" run "$@" >>"$home/log" 2>&1 </dev/null &
   for _ in $(seq 50); do
@@ -132,7 +142,7 @@ setup) setup "$@" ;;
 mount) mount_bucket "$@" ;;
 start) start "$@" ;;
 run) run "$@" ;;
-state) echo "encdec-state: $(state)" ;;
+state) echo "encdec-state: $(state "$@")" ;;
 stop) stop ;;
 log) tail -n "${1:-100}" "$home/log" ;;
 *)

@@ -69,7 +69,8 @@ def parts_of_program(hlo_text: str) -> dict[str, str]:
 
 
 def seconds_by_part(run: Callable[[], Any], hlo_text: str, steps: int) -> dict[str, float]:
-    """Seconds a step of each part, from a profile of ``run`` called ``steps`` times.
+    """Seconds a step of each part, from a profile of ``run`` called ``steps`` times; of several
+    devices, which all run the program, the mean.
 
     On a CPU the operations of a step follow each other, so that parts add up to the step but for
     what is between operations. Parts in order of their time.
@@ -86,7 +87,7 @@ def seconds_by_part(run: Callable[[], Any], hlo_text: str, steps: int) -> dict[s
     sums: dict[str, float] = collections.defaultdict(float)
     for name, nanoseconds in events:
         if name in parts:
-            sums[parts[name]] += nanoseconds / 1e9 / steps
+            sums[parts[name]] += nanoseconds / 1e9 / steps / jax.device_count()
     return dict(sorted(sums.items(), key=lambda part: -part[1]))
 
 

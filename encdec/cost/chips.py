@@ -26,6 +26,7 @@ class Chip:
         hbm_bytes_per_second: memory bandwidth.
         link_bytes_per_second: all ICI or NVLink links together, both directions; PCIe without.
         source: the manufacturer's publication.
+        devices: JAX devices of a chip.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Chip:
     hbm_bytes_per_second: float
     link_bytes_per_second: float
     source: str
+    devices: int = 1
 
 
 _TPU = "cloud.google.com/tpu/docs/"
@@ -65,7 +67,10 @@ _TABLE: tuple[tuple[str, tuple[str, ...], float, int, float, float, str], ...] =
 )
 
 CHIPS = tuple(
-    Chip(name, kinds, 1e12 * tflops, gib * 2**30, 1e9 * memory, 1e9 * links, source)
+    Chip(
+        *(name, kinds, 1e12 * tflops, gib * 2**30, 1e9 * memory, 1e9 * links, source),
+        devices=2 if name == "TPU7x" else 1,
+    )
     for name, kinds, tflops, gib, memory, links, source in _TABLE
 )
 _BY_KIND = {kind: chip for chip in CHIPS for kind in chip.device_kinds}

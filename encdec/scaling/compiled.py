@@ -129,7 +129,8 @@ def step_key(ladder: Ladder, run: PlannedRun, topology: str) -> str:
     """A key of everything that a step's figures depend on, including the compiler's version."""
     content = {k: v for k, v in to_dict(run_config(ladder, run)).items() if k not in _NO_COST}
     content["optimizer"] = {k: v for k, v in content["optimizer"].items() if k != "learning_rate"}
-    content["distill"] = bool(content["distill"]["teacher"])
+    loss = {k: v for k, v in content["distill"].items() if k != "teacher"}
+    content["distill"] = loss if content["distill"]["teacher"] else None
     # The whole model: a preset may change while keeping its name.
     content["model"], content["model_overrides"] = run.model.to_dict(), None
     text = json.dumps(

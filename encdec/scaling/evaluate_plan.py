@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from typing import TYPE_CHECKING
@@ -13,9 +15,10 @@ from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.evaluation.examples import Examples
 from encdec.files import write_text
 from encdec.inference.generation_settings import GenerationSettings
+from encdec.jobs import claim_settings
 from encdec.logs import logger
 from encdec.scaling.planned_runs import Plan
-from encdec.scaling.results_file import SCORES_FILE
+from encdec.scaling.results_file import RESULTS_FILE, SCORES_FILE
 from encdec.scaling.run import Workdir
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 _LOG = logger(__name__)
 
 EVALUATION = "evaluation"  # folder of a run's work directory
+TASK_FILE = "evaluation.json"  # of the ladder's: by what all runs are scored
 
 
 def evaluate_plan(plan: Plan, workdir: str | os.PathLike, task: Examples) -> list[str]:
@@ -38,9 +42,23 @@ def evaluate_plan(plan: Plan, workdir: str | os.PathLike, task: Examples) -> lis
         plan: of the ladder in ``workdir``.
         workdir: the ladder's directory.
         task: examples that no run was trained on, and the metrics.
+
+    Raises:
+        ConfigError: the ladder's runs are scored on other examples or by other metrics.
     """
     place = Workdir(workdir)
     place.claim(plan.ladder)
+    path = place.path / TASK_FILE
+    examples = json.dumps([dataclasses.astuple(example) for example in task.examples])
+    claim_settings(
+        path,
+        {"task": task.name, "metrics": task.metrics, "examples": len(task.examples)}
+        | {"fingerprint": hashlib.sha256(examples.encode()).hexdigest()[:12]},
+        holder=path,
+        remedy="give the task, metrics and examples by which the other runs are scored, or, to "
+        f"score all again, remove this file, runs/*/{SCORES_FILE}, runs/*/{EVALUATION} and the "
+        f"lines with scores in {RESULTS_FILE}",
+    )
     finished = place.gather(plan)
     todo = [
         run

@@ -213,7 +213,9 @@ def _check_budgets_and_seeds(ladder: Ladder, require: Require) -> None:
     require(budgets.kind in BUDGET_KINDS, "budgets.kind", "one of " + ", ".join(BUDGET_KINDS))
     positive = bool(budgets.values) and min(budgets.values) > 0
     require(positive, "budgets.values", "positive numbers")
-    require(len(set(budgets.values)) == len(budgets.values), "budgets.values", "no repetition")
+    names = {f"{value:.3g}" for value in budgets.values}  # of runs, see ``planned_runs``
+    unequal = "values that differ in their first three digits"
+    require(len(names) == len(budgets.values), "budgets.values", unequal)
     for size in seeds.sizes:
         known = "sizes of the ladder: " + ", ".join(ladder.sizes)
         require(size in ladder.sizes, "seeds.sizes", known, size)

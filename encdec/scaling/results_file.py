@@ -2,8 +2,9 @@
 
 A line is written whole and flushed to the disk before the next run starts. A crash can truncate at
 most the last line; readers skip it and the next writer removes it. Writers exclude each other by a
-lock on the file, and an existing (run, step) is not written again, so collecting twice changes
-nothing. In a bucket, which has no locks, every append is an object of its own, and a (run, step)
+lock on the file, and a row that is there is not written again, so collecting twice changes nothing.
+Of several rows of one (run, step) the last counts: the teacher's loss, or scores, may be known or
+corrected later. In a bucket, which has no locks, every append is an object of its own, and a row
 that two processes recorded at one time is read once.
 """
 
@@ -49,7 +50,7 @@ class ResultsFile:
         self.path = as_path(path)
 
     def read(self) -> list[Row]:
-        """All whole lines, the first of each (run, step, kind).
+        """All whole lines, the last of each (run, step, kind).
 
         Raises:
             DataError: a line other than the last is damaged.
@@ -58,11 +59,12 @@ class ResultsFile:
             return []
         rows: dict[tuple, Row] = {}
         for row in self._parse(line for _, line in whole_lines(self.path)):
-            rows.setdefault(_key(row), row)
+            rows[_key(row)] = row
         return list(rows.values())
 
     def append(self, rows: Iterable[Row]) -> int:
-        """Appends the rows whose (run, step, kind) is new; returns how many."""
+        """Appends the rows that are new or differ from the last of their (run, step, kind); returns
+        how many."""
         if is_address(self.path):
             fresh = _fresh(self.read(), rows)
             append_rows(self.path, fresh)
@@ -99,13 +101,14 @@ class ResultsFile:
 
 
 def _fresh(known: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
-    """The rows whose key is new, the first of each."""
-    keys = {_key(row) for row in known}
-    fresh: dict[tuple, Row] = {}
-    for row in rows:
-        if _key(row) not in keys:
-            fresh.setdefault(_key(row), row)
-    return list(fresh.values())
+    """The rows that are not the last known of their key, the last of each."""
+    last = {_key(row): _text(row) for row in known}  # as text, in which NaN equals itself
+    fresh = {_key(row): row for row in rows}
+    return [row for key, row in fresh.items() if last.get(key) != _text(row)]
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True)
 
 
 def _key(row: Mapping[str, Any]) -> tuple:

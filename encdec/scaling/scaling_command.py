@@ -230,7 +230,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     rate, machine = options.flops_per_second, "machine"
     if options.chip:
         chip = chip_named(options.chip)
-        rate, machine = options.mfu * chip.bf16_flops, chip.name
+        rate, machine = options.mfu * chip.bf16_flops * chip.devices, chip.name
     plan = _planned(options, overrides)
     if options.only:
         plan = dataclasses.replace(plan, runs=tuple(plan.named(name) for name in options.only))

@@ -66,6 +66,13 @@ def test_what_was_not_measured_before_is_measured(tmp_path, monkeypatch, capsys)
     assert "MFU 50%" in shown and "MFU 25%" in shown and "MFU 17%" in shown
 
 
+def test_parts_of_a_step_are_those_of_one_device(monkeypatch):
+    """Of eight here, each of which has every operation in the profile."""
+    text = '%dot.2 = f32[2] dot(%p, %p), metadata={op_name="jit(step)/jvp(Model.logits)/dot"}'
+    monkeypatch.setattr(step_profile, "_events", lambda profiles: [("dot.2", 1e9)] * 16)
+    assert step_profile.seconds_by_part(lambda: 1, text, steps=2) == {"head and loss": 1}
+
+
 def test_several_accelerators_multiply_one_ones_rate(monkeypatch):
     assert all_devices(2.0) == 2  # those of a CPU share its cores
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")

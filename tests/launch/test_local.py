@@ -50,15 +50,16 @@ def test_dry_run_prints_commands_that_the_shell_and_encdec_train_read(local, cap
 
 
 @pytest.mark.parametrize(
-    ("named", "dealt"), [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"]), ("4,5,6", None)]
+    ("named", "dealt"),
+    [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"]), ("4,5,6", None), ("", None)],
 )
 def test_gpus_are_dealt_out(local, monkeypatch, named, dealt):
     """Those of CUDA_VISIBLE_DEVICES alone, where it is set."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if named:
+    if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     if not dealt:
-        with pytest.raises(SystemExit, match="'4,5,6'; expected 4 GPUs"):
+        with pytest.raises(SystemExit, match=f"'{named}'; expected 4 GPUs"):
             local.commands(TRAIN, 2, 1, gpus=2)
         return
     run = local.commands(TRAIN, 2, 1, gpus=2)

@@ -76,7 +76,8 @@ def test_single_steps_are_the_same_commands(capsys):
     for action in ("create", "setup", "run", "state", "delete"):
         train = ["--", *TRAIN] if action == "run" else []
         assert tpu_vm.main([action, *BASE, "--bucket=my-bucket", "--dry_run", *train]) == 0
-        assert capsys.readouterr().out in together, action
+        # The babysitter's question names the run, too.
+        assert capsys.readouterr().out.removesuffix("'\n") in together, action
 
 
 @pytest.mark.parametrize(
@@ -539,6 +540,17 @@ def test_a_second_babysitter_takes_over_what_runs(cloud, monkeypatch):
     assert len(starts(cloud, 0)) == 1
 
 
+def test_another_run_is_started_where_one_has_ended(cloud, monkeypatch):
+    monkeypatch.setenv("FAKE_CODES", "[0, 0]")
+    monkeypatch.setenv("FAKE_HOSTS", "1")
+    another = [*TRAIN, "--config.steps=9 9"]
+    for train in (TRAIN, TRAIN, another, another):
+        assert run_babysitter("--slice=v5e:2x4", train=train) == 0
+    assert [line[3:] for line in starts(cloud, 0)] == [
+        [*train, "--distributed"] for train in (TRAIN, another)
+    ]
+
+
 @pytest.mark.parametrize("shape, hosts", [("v6e:2x4", 1), ("v5e:2x4", 1), ("v4:2x2x2", 2)])
 def test_a_healthy_slice_is_left_alone(cloud, monkeypatch, capfd, shape, hosts):
     monkeypatch.setenv("FAKE_HOSTS", str(hosts))
@@ -587,6 +599,26 @@ def test_a_host_that_rebooted_in_place_gets_its_mounts_back(cloud, monkeypatch):
     monkeypatch.setenv("FAKE_HOSTS", "1")
     assert run_babysitter("--bucket=my-bucket", "--slice=v5e:2x4") == 0
     assert verbs(cloud).count("scp") == 1
+
+
+def test_requests_that_are_refused_are_given_up(cloud, capfd):
+    """A quota, a permission or an option that gcloud does not take."""
+    gcloud = cloud / "bin" / "gcloud"
+    refused = gcloud.read_text().replace("assert not state.exists()", "sys.exit('no quota')")
+    gcloud.write_text(refused)
+    assert run_babysitter() == UNAVAILABLE
+    assert verbs(cloud).count("create") == 6
+    assert "6 requests in a row were refused" in capfd.readouterr().out
+
+
+def test_what_is_not_committed_is_named(cloud, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    pod = tpu_vm.Pod(tpu_vm.parse(["run", *BASE, "--", *TRAIN]))
+    Runner()(pod.create())
+    (cloud / "state").write_text("ACTIVE")
+    assert tpu_vm.set_up(pod, Runner()) == 0
+    assert "not copied to the hosts:\n?? " in capfd.readouterr().out
 
 
 def test_starts_that_fail_are_given_up(cloud, monkeypatch, capfd):
@@ -647,7 +679,10 @@ def test_a_host_saves_on_stop_and_gives_the_code(tmp_path):
     _until(lambda: "ready" in (tmp_path / "log").read_text())
     assert worker(tmp_path, "state").stdout == "encdec-state: running\n"
     first = (tmp_path / "pid").read_text()
-    assert worker(tmp_path, "start").returncode == 0  # a second start changes nothing
+    again = worker(tmp_path, "start")  # a second start changes nothing ...
+    assert (again.returncode, again.stderr) == (0, "")
+    other = worker(tmp_path, "start", "--config=other")  # ... and says so where it would
+    assert other.returncode == 0 and "`stop` it to start another" in other.stderr
     assert (tmp_path / "pid").read_text() == first
     # As at the machine's end: the signal comes to the wrapper as well.
     wrapper = subprocess.run(

@@ -67,6 +67,9 @@ def test_what_a_step_depends_on(paper):
     assert keys("--ladder.learning_rate.peak=3e-4", "--ladder.run.log_every=7") == base
     assert not keys("--ladder.run.mesh.fsdp=4") & base
     assert not keys("--ladder.run.optimizer.name=muon") & base
+    taught = "--ladder.distilled.series=('dec',)", "--ladder.distilled.teachers.kd.rows=kd"
+    forward, backward = keys(*taught), keys(*taught, "--ladder.run.distill.loss=reverse_kl")
+    assert forward & backward == base < forward and forward != backward
 
 
 def test_a_torn_line_is_compiled_again_and_a_damaged_one_named(paper, tmp_path):

@@ -201,6 +201,7 @@ def test_rungs_that_are_too_short_are_named():
         ({"splits": "('2/3','3/5')"}, "6 layers cannot be split 3/5"),
         ({"splits": "('2/3','4/3')"}, "split is '4/3'"),
         ({"budgets.values": "(-1.0,)"}, "positive numbers"),
+        ({"budgets.values": "(1e9, 1.001e9)"}, "differ in their first three digits"),
         ({"budgets.min_steps": "100000000"}, "no rung is left"),
         ({"seeds.sizes": "('2m',)"}, "sizes of the ladder: 1m, 300k"),
     ],
@@ -236,6 +237,10 @@ def test_plan_prints_every_run_and_the_bill(capsys):
     assert content["flops"] == pytest.approx(sum(run["flops"] for run in content["runs"]))
     hours = content["flops"] / (0.4 * 197e12) / 3600
     assert content["hours"] == pytest.approx(hours)
+    # A chip of two devices, at whose rates MFU and predictions count.
+    assert main(["scaling", "plan", f"--ladder={LADDERS}:paper", "--chip=tpu7x", "--json"]) == 0
+    hours *= 197 / 2307
+    assert json.loads(capsys.readouterr().out)["hours"] == pytest.approx(hours)
     assert all(run["epochs"] is None for run in content["runs"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -16,10 +17,12 @@ import pytest
 from encdec import cli
 from encdec.data.task_registry import TEXT_TASKS
 from encdec.distill.teacher_logits import store_teacher_logits
-from encdec.errors import CheckpointError, DataError, NonFiniteError
+from encdec.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from encdec.evaluation.examples import Example, Examples
 from encdec.inference.generation_settings import GenerationSettings
 from encdec.inference.load_generator import load
 from encdec.metrics.metric_registry import metric_named
+from encdec.scaling import evaluate_plan
 from encdec.scaling.ladder import parse_ladder
 from encdec.scaling.planned_runs import Plan, plan
 from encdec.scaling.results_file import ResultsFile, collect
@@ -176,9 +179,45 @@ def test_scores_are_collected(tmp_path, records, eval_records):
     assert "score_intervals" not in scored[run.name]
     assert scored[found.runs[1].name]["scores"] == {"f1": 0.5}
     assert scored[found.runs[1].name]["score_intervals"] == {"f1": [0.4, 0.7]}
+    # What is scored again counts, and is not written once more.
+    (folder / "scores.json").write_text('{"rougeL": 0.5}')
+    for _ in range(2):
+        run_plan(found, tmp_path, train=FakeTraining())
+    scored = {row["run"]: row for row in rows_of(tmp_path) if "scores" in row}
+    assert scored[run.name]["scores"] == {"rougeL": 0.5}
+    assert (tmp_path / "results.jsonl").read_text().count('"scores"') == 3
     (Workdir(tmp_path).run_directory(found.runs[2].name) / "scores.json").write_text('["f1"]')
     with pytest.raises(DataError, match=r"expected \{metric: value\}"):
         run_plan(found, tmp_path, train=FakeTraining())
+
+
+def test_a_teacher_s_loss_may_be_told_later(tmp_path, records, eval_records):
+    """As the report asks for where the loss of a finished run's teacher is unknown."""
+    for loss in (0.0, 3.5):
+        distilled = {"series": ("ed-2of3",), "teachers": {"kd": {"rows": "kd", "loss": loss}}}
+        found = tiny(records, eval_records, distilled=distilled)
+        run_plan(found, tmp_path, train=FakeTraining())
+        taught = [row for row in rows_of(tmp_path) if "+kd" in row["run"] and row["final"]]
+        assert [row["teacher_loss"] for row in taught] == [loss] * 2
+
+
+def test_one_task_scores_all_runs_of_a_ladder(tmp_path, records, eval_records, monkeypatch):
+    found = tiny(records, eval_records)
+    run_plan(found, tmp_path, only=["dec_tiny_64_s0"], train=FakeTraining())
+    monkeypatch.setattr(evaluate_plan, "_scores", lambda *given: {"rougeL": {"value": 1.0}})
+    one = Examples("one", (Example("a", ("b",)),), ("rougeL",))
+    others = [
+        dataclasses.replace(one, name="other"),
+        dataclasses.replace(one, metrics=("exact_match",)),
+        dataclasses.replace(one, examples=(Example("a", ("c",)),)),
+    ]
+    assert evaluate_plan.evaluate_plan(found, tmp_path, one) == ["dec_tiny_64_s0"]
+    assert evaluate_plan.evaluate_plan(found, tmp_path, one) == []
+    for other, what in zip(others, ("task", "metrics", "fingerprint")):
+        with pytest.raises(
+            ConfigError, match=f"{what}.* is .* there and .* here.*to score all again"
+        ):
+            evaluate_plan.evaluate_plan(found, tmp_path, other)
 
 
 def test_another_ladder_or_plan_is_refused(tmp_path, records, eval_records):
