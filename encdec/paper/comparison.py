@@ -200,7 +200,8 @@ def score_table(models: Mapping[str, ResultRows], copied: ResultRows = ()) -> st
 
 
 def cost_table(models: Mapping[str, ResultRows], rows: ResultRows) -> str:
-    """What each model cost to train and costs to run; a taught one runs as its plain one does.
+    """What each model cost to train and costs to run; a taught one runs as its plain one does, but
+    one that learns from draws trains by another step, which is not timed.
 
     Args:
         models: run rows by the model's name.
@@ -217,10 +218,11 @@ def cost_table(models: Mapping[str, ResultRows], rows: ResultRows) -> str:
         for ending in TAUGHT:
             plain = plain.removesuffix(ending)
         cost, layers = costs.get(plain), row["layers"]
+        by_draws = name.endswith(TEACHING["draws"])
         timed = ["–"] * 4
         if cost:
             timed = [
-                f"{cost['training_seconds'] / 60:.1f}",
+                "–" if by_draws else f"{cost['training_seconds'] / 60:.1f}",
                 f"{1e3 * cost['first_token_seconds']:.1f}",
                 f"{cost['tokens_per_second']:,.0f}",
                 f"{cost['memory_bytes'] / 2**20:.1f}",

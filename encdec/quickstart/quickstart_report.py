@@ -144,21 +144,26 @@ def ratios(report: QuickstartReport, at_inputs: int) -> list[str]:
 
     def against(name: str, a: float, b: float, lower_is_better: bool) -> str:
         ahead = "encoder-decoder" if (a < b) == lower_is_better else "decoder-only"
-        return f"{name}: {a / b:.3f} of the decoder-only figure ({ahead} ahead)"
+        ahead = "neither" if a == b else ahead
+        return f"{name}: {_relative(a, b)} the decoder-only figure ({ahead} ahead)"
 
     return [
         against("held-out loss", ours.loss, peer.loss, True),
-        against(metric_title(metric), scores[0], max(scores[1], 1e-9), False),
+        against(metric_title(metric), scores[0], scores[1], False),
         against(
             "first-token latency", times[0].first_token_seconds, times[1].first_token_seconds, True
         ),
         against("tokens per second", times[0].tokens_per_second, times[1].tokens_per_second, False),
         "distilled, relative to the same model on gold targets alone: "
         f"{distilled.loss / ours.loss:.3f} "
-        f"of its held-out loss, {scores[2] / max(scores[0], 1e-9):.3f} of its "
-        f"{metric_title(metric)}, "
+        f"of its held-out loss, {_relative(scores[2], scores[0])} its {metric_title(metric)}, "
         f"{distilled.training_seconds / ours.training_seconds:.3f} of its training time",
     ]
+
+
+def _relative(value: float, base: float) -> str:
+    """A share of a base, which may be 0."""
+    return f"{value / base:.3f} of" if base else f"{value:.1f} against the 0.0 of"
 
 
 def teaching(report: QuickstartReport) -> str:

@@ -244,7 +244,7 @@ def _isoflop(analysis: Analysis) -> Figure:
     names = list(analysis.series)
     columns = min(len(names), 2)
     figure, grid = _figure(columns, -(-len(names) // columns), sharex=True, sharey=True)
-    budgets = sorted({_budget(flops) for one in analysis.series.values() for flops in one.flops})
+    budgets = flops_groups(np.concatenate([one.flops for one in analysis.series.values()]))
     # From light to dark with the budget: readable without colour.
     shades = {
         budget: (
@@ -258,7 +258,8 @@ def _isoflop(analysis: Analysis) -> Figure:
         one = analysis.series[name]
         runs = one.runs
         for i, budget in enumerate(budgets):
-            mine = np.array([_budget(flops) == budget for flops in one.flops])
+            low, high = budget
+            mine = (low <= one.flops) & (one.flops <= high)
             if mine.any():
                 _valley(
                     axes,
@@ -266,7 +267,7 @@ def _isoflop(analysis: Analysis) -> Figure:
                     runs.loss[mine],
                     shades[budget],
                     "osD^vP*X"[i % 8],
-                    f"{10**budget:.1e}",
+                    f"{np.sqrt(low * high):.1e}",
                 )
         axes.set_title(label_of(name))
         axes.set(xscale="log", yscale="log")
@@ -289,9 +290,12 @@ def _isoflop(analysis: Analysis) -> Figure:
     return figure
 
 
-def _budget(flops: float) -> float:
-    """log10 of FLOPs in steps of a twentieth: matched runs differ by up to a percent."""
-    return round(20 * np.log10(flops)) / 20
+def flops_groups(flops: np.ndarray) -> list[tuple[float, float]]:
+    """The least and the most of those FLOPs that count as equal, ascending: runs of one budget
+    differ by whole steps and by their match, a percent each; groups are more than 5 % apart."""
+    ordered = np.unique(flops)
+    apart = np.flatnonzero(ordered[1:] > 1.05 * ordered[:-1]) + 1
+    return [(float(group[0]), float(group[-1])) for group in np.split(ordered, apart)]
 
 
 def _valley(axes: Axes, sizes, losses, colour, marker: str, label: str) -> None:

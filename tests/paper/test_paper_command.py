@@ -451,6 +451,8 @@ def test_tasks_settings_teachers_and_data_have_tables_of_their_own():
     )
     assert "| DEC | 1 | 50.00" in first and "| DEC+KD | 1 | 50.00" in first
     assert "| the source, copied | – | 50.00" in first and "| 1.0 | 1000.0 | 1 | 1.0 |" in first
+    # The step of a student that learns from draws is not its plain one's.
+    assert "| DEC+KD | 2 | 10 | 1e+09 | – | 1000.0 | 1 | 1.0 |" in first
     assert "Times: quiet, a, b." in first
     assert "| DEC | 1 | 50.00" in other_teacher and "| DEC+KD | 1 | 70.00" in other_teacher
     assert "| DEC | 1 | 10.00" in other_data and "KD" not in other_data

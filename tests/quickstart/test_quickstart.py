@@ -88,6 +88,12 @@ def test_every_model_has_its_column_and_the_twin_is_timed_once(found):
     said = report.ratios(found, 512)
     assert said[0].startswith("held-out loss: 0.800 of the decoder-only figure (encoder-decoder")
     assert "0.975 of its held-out loss" in said[-1] and "1.000 of its training time" in said[-1]
+    # After few steps nothing is right: nobody is ahead, and no share is taken of 0.
+    scores = [{"exact_match": value} for value in (0.0, 0.0, 2.0)]
+    models = [dataclasses.replace(m, scores=s) for m, s in zip(found.models, scores)]
+    said = report.ratios(dataclasses.replace(found, models=models), 512)
+    assert said[1] == "exact match: 0.0 against the 0.0 of the decoder-only figure (neither ahead)"
+    assert "2.0 against the 0.0 of its exact match" in said[-1]
 
 
 def test_the_page_and_its_pictures_are_written(found, tmp_path):

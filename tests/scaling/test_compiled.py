@@ -59,8 +59,10 @@ def test_each_distinct_step_is_compiled_once(paper, tmp_path):
 
 
 def test_what_a_step_depends_on(paper):
-    def keys(*overrides: str) -> set[str]:
-        found = plan(parse_ladder(load_ladder(f"{LADDERS}:paper", list(overrides))))
+    def keys(*overrides: str, **distill: str) -> set[str]:
+        ladder = load_ladder(f"{LADDERS}:paper", list(overrides)).to_dict()
+        ladder["run"]["distill"] |= distill
+        found = plan(parse_ladder(ladder))
         return {compiled.step_key(found.ladder, run, "v5e:16x16") for run in found.runs}
 
     base = keys()
@@ -68,7 +70,7 @@ def test_what_a_step_depends_on(paper):
     assert not keys("--ladder.run.mesh.fsdp=4") & base
     assert not keys("--ladder.run.optimizer.name=muon") & base
     taught = "--ladder.distilled.series=('dec',)", "--ladder.distilled.teachers.kd.rows=kd"
-    forward, backward = keys(*taught), keys(*taught, "--ladder.run.distill.loss=reverse_kl")
+    forward, backward = keys(*taught), keys(*taught, loss="reverse_kl")
     assert forward & backward == base < forward and forward != backward
 
 

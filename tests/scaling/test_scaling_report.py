@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -15,6 +16,7 @@ from encdec.scaling.analysis import analyse
 from encdec.scaling.fit import Law
 from encdec.scaling.ladder import parse_ladder
 from encdec.scaling.planned_runs import plan
+from encdec.scaling.plots import flops_groups
 from encdec.scaling.results_file import Choices, ResultsFile
 from encdec.scaling.scaling_command import load_ladder
 from tests.scaling.synthetic import planned_rows
@@ -102,6 +104,12 @@ def test_fit_prints_and_writes(ladder, tmp_path, capsys):
     assert content["parts"]["law"]["alpha_encoder"] >= 0
     assert main(["scaling", "fit", f"--results={ladder}", "--skip=nothing"]) == 3
     assert main(["scaling", "fit", "--results=nowhere"]) == 3
+
+
+def test_runs_of_one_budget_are_one_valley():
+    """Also where a twentieth of a decade ends: 3e16 is 10^16.477."""
+    runs = np.array([3.01e16, 1e17, 2.98e16, 1.01e17, 2.99e16, 3.3e16])
+    assert flops_groups(runs) == [(2.98e16, 3.01e16), (3.3e16, 3.3e16), (1e17, 1.01e17)]
 
 
 def test_plot_draws_everything(ladder, capsys):
