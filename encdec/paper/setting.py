@@ -392,7 +392,7 @@ def run_config(
                 "warmup_steps": round(optimizer.warmup_fraction * steps),
             },
             "loss": {"z_loss": optimizer.z_loss},
-            "distill": {"teacher": teacher, "alpha": setting.distill.alpha},
+            "distill": {"teacher": teacher, "alpha": setting.distill.alpha} if teacher else {},
             **(_evaluated(every, batch_size) if eval_records else {}),
         }
     )

@@ -183,7 +183,8 @@ def run_config(ladder: Ladder, run: PlannedRun) -> RunConfig:
         "optimizer": values["optimizer"] | {"learning_rate": run.learning_rate},
         "schedule": values["schedule"] | {"warmup_steps": run.warmup_steps},
         "eval": values["eval"] | {"every": run.eval_every},
-        "distill": values["distill"] | {"teacher": run.teacher},
+        # Of distilled series; a run without a teacher reads none of it.
+        "distill": values["distill"] | {"teacher": run.teacher} if run.teacher else {},
     }
     return parse_config(values)
 

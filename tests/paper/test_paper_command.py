@@ -27,11 +27,13 @@ from encdec.paper.setting import (
     model_of,
     parse_setting,
     planned,
+    run_config,
     slug,
     steps_of,
     table_rows,
 )
 from encdec.result_lines import setting_digest
+from encdec.train.run_fields import DistillConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "paper.py"
@@ -341,6 +343,15 @@ def test_the_most_telling_runs_come_first():
     assert flops[0] / flops[1] == pytest.approx(1, abs=0.01)
     assert slug("DEC (parameters)") == "dec-parameters"
     assert evaluations(setting) == [("evaluation", 1), ("evaluation-beam", 5)]
+
+
+def test_the_teacher_s_weight_is_that_of_its_pupils_alone():
+    setting = parse_setting(
+        load_config(f"{CONFIG}:codexglue", ["--config.distill.alpha=0.5"]).to_dict()
+    )
+    data = {"records": "", "eval_records": "", "batch_size": 2, "steps": 40, "seed": 0}
+    assert run_config(setting, "DEC", **data).distill == DistillConfig()
+    assert run_config(setting, "DEC", **data, teacher="t").distill.alpha == 0.5
 
 
 def test_a_teacher_of_its_own_steps_leaves_the_lines_of_untaught_students_valid():
