@@ -140,11 +140,13 @@ def _replace_objects(out: epath.Path, finished: epath.Path, card: str) -> None:
     REPLACED, written before, says that ``finished`` is to take its place.
     """
     names = [name for name in objects(finished) if not name.startswith(f"{NOTES}/")]
-    old = list(objects(out))
-    remove_objects(out, [card])
-    remove_objects(out, [name for name in old if name not in names])
-    copy_objects(os.fspath(finished), os.fspath(out), [name for name in names if name != card])
-    copy_objects(os.fspath(finished), os.fspath(out), [card])
+    if card in names:  # else the kill came when all was copied
+        old = list(objects(out))
+        remove_objects(out, [card])
+        remove_objects(out, [name for name in old if name not in names])
+        copy_objects(os.fspath(finished), os.fspath(out), [name for name in names if name != card])
+        copy_objects(os.fspath(finished), os.fspath(out), [card])
+        remove_objects(finished, [card])
     marker = f"{NOTES}/{REPLACED}"
     remove_objects(finished, [name for name in objects(finished) if name != marker])
     remove_objects(finished, [marker])
@@ -207,8 +209,8 @@ class DirectoryJob(Generic[T]):
         overwrite: replace finished contents, discard an unfinished other job.
 
     Raises:
-        DataError: ``out`` is a file or the root directory, holds something else, or an unfinished
-            other job.
+        DataError: ``out`` is a file, the root directory or a finished mount point to be replaced,
+            or holds something else or an unfinished other job.
     """
 
     def __init__(
@@ -221,8 +223,9 @@ class DirectoryJob(Generic[T]):
         *,
         overwrite: bool = False,
     ):
-        if not is_address(out) and out.name in ("", ".."):
-            out = out.resolve()  # "." and ".." have no name that OUT.new could be made of
+        # "." and ".." have no name that OUT.new could be made of; a link keeps its place.
+        if not is_address(out) and (out.name in ("", "..") or out.is_symlink()):
+            out = out.resolve()
             if not out.name:
                 raise DataError(f"{out} is the root directory; give another --out")
         self._out, self._what, self._card, self._overwrite = out, what, card, overwrite
@@ -237,6 +240,11 @@ class DirectoryJob(Generic[T]):
         elif not out.exists() and (new / NOTES / REPLACED).is_dir():
             _replace(out, new)
         finished = (out / card).is_file()
+        if finished and overwrite and not is_address(out) and os.path.ismount(out):
+            raise DataError(
+                f"{out} is a mount point, whose contents cannot be replaced at once; empty it, or "
+                "give a directory in it as --out"
+            )
         self.finished = finished and not overwrite
         """Whether there is nothing to do: the contents are whole and not to be replaced."""
         self.directory = new if finished and overwrite else out

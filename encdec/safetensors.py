@@ -75,11 +75,16 @@ def open_file(path: pathlib.Path) -> dict[str, np.ndarray]:
 def open_directory(directory: pathlib.Path) -> Mapping[str, np.ndarray]:
     """Views of all tensors of a checkpoint in one or several files.
 
+    As in transformers, a file for all counts before an index.
+
     Raises:
-        DataError: no safetensors files, or one that its index names is missing.
+        DataError: no safetensors files, one that its index names is missing, or two files have the
+            same tensor.
     """
-    index = directory / INDEX_FILE
-    if index.is_file():
+    index, single = directory / INDEX_FILE, directory / "model.safetensors"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if missing := [name for name in names if not (directory / name).is_file()]:
             raise DataError(
@@ -95,7 +100,13 @@ def open_directory(directory: pathlib.Path) -> Mapping[str, np.ndarray]:
         )
     tensors: dict[str, np.ndarray] = {}
     for file in files:
-        tensors |= open_file(file)
+        more = open_file(file)
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise DataError(
+                f"{file} has tensor {twice[0]}, as has another file in {directory}; keep the files "
+                "of one checkpoint alone"
+            )
+        tensors |= more
     return tensors
 
 

@@ -280,9 +280,18 @@ def move_directory(path: pathlib.Path | epath.Path, target: pathlib.Path | epath
 
 
 def remove_directory(path: pathlib.Path | epath.Path) -> None:
-    """Removes a directory and all in it; nothing where it is not there."""
+    """Removes a directory and all in it; nothing where it is not there.
+
+    Of a symbolic link to a directory, and of a mount point, the content alone.
+    """
     if is_address(path):
         remove_objects(path)
+    elif os.path.isdir(path) and (os.path.islink(path) or os.path.ismount(path)):
+        for entry in pathlib.Path(path).iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
     else:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
@@ -366,6 +375,8 @@ def whole_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         return
     _check_no_address(out)
     target = pathlib.Path(out).absolute()
+    if target.is_symlink():  # its target may not exist yet
+        target = target.resolve()
     existed = target.is_dir()
     partial = target / _PARTIAL if existed else target.with_name(target.name + _PARTIAL)
     partial.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import pytest
 
-from encdec import buckets, cli
+from encdec import buckets, cli, jobs
 from encdec.adapt.adapt_command import main as adapt_main
 from encdec.data.prepare import prepare
 from encdec.data.prepare_settings import PrepareSettings
@@ -235,8 +235,22 @@ def test_records_are_the_same_bytes_and_go_on_after_a_stop(server, tmp_path, mon
     assert there.read(numbers) == here.read(numbers)
     with pytest.raises(DataError, match="already holds"):
         prepare(_settings(out, text))
-    other = prepare(_settings(out, changed, overwrite=True))
-    assert open_records(out).card == other and other.fingerprint != card.fingerprint
+    remove = jobs.remove_objects
+
+    def killed(place, names=None):
+        if os.fspath(place) == f"{out}.new" and len(names) > 1:
+            remove(place, names[:2])
+            raise KeyboardInterrupt
+        remove(place, names)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(jobs, "remove_objects", killed)
+        prepare(_settings(out, changed, overwrite=True))
+    with pytest.raises(DataError, match="already holds"):
+        prepare(_settings(out, changed))
+    other = open_records(out).card
+    assert all(shard.name in buckets.objects(out) for shard in other.shards)
+    assert other.fingerprint != card.fingerprint
     assert not buckets.objects(out + ".new")
     size = other.shards[0].bytes
     buckets.write_bytes(f"{out}/{other.shards[0].name}", b"x" * size)

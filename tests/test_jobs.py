@@ -207,6 +207,29 @@ def test_the_current_folder_is_a_directory_with_a_name(tmp_path, monkeypatch):
         job(pathlib.Path("/"))
 
 
+def test_links_keep_their_place_and_mounts_are_not_moved(tmp_path, monkeypatch):
+    job = functools.partial(DirectoryJob, what="rollout", identity={}, card="card", tally=Tally)
+    (tmp_path / "large disk").mkdir()
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "large disk" / "records")
+    for text in ("old", "new"):
+        again = job(link, overwrite=True)
+        with again.writing():
+            (again.directory / "card").write_text(text)
+            again.end()
+        assert link.is_symlink()
+        assert contents(tmp_path / "large disk") == {"records/card": text.encode()}
+    monkeypatch.setattr("os.path.ismount", lambda path: path == link.resolve())
+    with pytest.raises(DataError, match="records is a mount point"):
+        job(link, overwrite=True)
+    assert job(link).finished
+    model = tmp_path / "model"
+    model.symlink_to(tmp_path / "large disk" / "model")
+    with whole_directory(model) as partial:
+        (partial / "config.json").write_text("{}")
+    assert model.is_symlink() and (model / "config.json").is_file()
+
+
 def test_lines_follow_the_last_whole_one(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_rows(path, [{"a": "\u2028"}])
@@ -424,6 +447,18 @@ def test_an_interrupted_job_ends_in_the_same_bytes(user, users, tmp_path):
     if user != "prepare":  # which tells of the blocks that were there, too
         assert 0 < len(again) < len(steps)
     assert contents(out) == whole
+
+
+def test_nothing_stays_of_text_that_is_gone(users, tmp_path):
+    call, out = users["prepare"], tmp_path / "out"
+    with pytest.raises(Stopped):
+        call(out, stopping(6))
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:9]))
+    (out / "bad_rows.txt").write_text("of the rows that were there")
+    call(out, lambda: None)
+    call(tmp_path / "whole", lambda: None)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("user", ["generate", "evaluate"])

@@ -197,6 +197,9 @@ def build_block(
     return rows, counts
 
 
+SHARDS = "rows-*.arrayrecord"
+
+
 def shard_name(number: int) -> str:
     return f"rows-{number:06d}.arrayrecord"
 

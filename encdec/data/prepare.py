@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import multiprocessing
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from encdec.data.blocks import (
+    SHARDS,
     Counts,
     DocumentBlock,
     Recipe,
@@ -39,6 +41,7 @@ from encdec.errors import ConfigError, DataError, EncdecError
 from encdec.files import write_text
 from encdec.jobs import DirectoryJob, Notes
 from encdec.machine import available_cores
+from encdec.storage import entries
 
 # Which rows --max_bad_rows left out: a line each, with file, line and reason.
 BAD_ROWS_FILE = "bad_rows.txt"
@@ -123,6 +126,11 @@ def prepare(
             raise
         for name, content in (texts or {}).items():
             write_text(building.directory / name, content)
+        # Of a call that was interrupted, before the text became less.
+        kept = {shard.name for shard in shards}
+        for name in entries(building.directory) - kept:
+            if fnmatch.fnmatchcase(name, SHARDS) or name == BAD_ROWS_FILE and not bad_rows.count:
+                (building.directory / name).unlink(missing_ok=True)
         card.write(building.directory)
         building.end()
     return card

@@ -224,6 +224,9 @@ def convert(
             "attn_logit_softcapping": config.attention_logit_cap or None,
             "final_logit_softcapping": config.final_logit_cap or None,
         }
+    if config.attention_logit_cap:
+        # transformers 4 would choose an attention that leaves the cap out.
+        values["_attn_implementation"] = "eager"
     if form.name != "llama" and form.name != "gemma":
         values |= _windows(form, config, values["rope_parameters"])
     if form.name == "smollm3":

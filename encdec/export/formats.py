@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
+from encdec.data.chat_template import copy_template
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import ConfigError
 from encdec.files import write_json
@@ -54,8 +55,10 @@ class Export:
     def finish(
         self, out: pathlib.Path, format: str, config: ModelConfig, graphs_bytes: int
     ) -> Written:
-        """Adds what ``encdec generate`` reads of a graph's directory, config.json last."""
+        """Adds what ``encdec generate`` and ``serve`` read of a graph's directory, config.json
+        last."""
         copy_vocabulary(self.directory, out)
+        copy_template(self.directory, out)
         content = {name: self.content[name] for name in ("format_version", "data")} | {
             "model": config.to_dict(),
             "export": {

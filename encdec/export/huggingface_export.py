@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from encdec import safetensors
-from encdec.data.chat_template import copy_template
+from encdec.data.chat_template import TEMPLATE_FILE, copy_template
 from encdec.data.vocabulary import VOCABULARY_FOLDER
 from encdec.errors import ConfigError
 from encdec.export import equivalents, family_export, tokenizer
@@ -105,8 +105,9 @@ def write(out: pathlib.Path, export: Export) -> Written:
             "weight_map": weight_map,
         },
     )
-    tokenizer.write(out, prompts, config.architecture, pad_id)
     copy_template(export.directory, out)
+    chat = (out / TEMPLATE_FILE).is_file()
+    tokenizer.write(out, prompts, config.architecture, pad_id, chat=chat)
     vocabulary.save(out / VOCABULARY_FOLDER)  # as it is, for the way back
     if family == "encdec":
         for file in SHIPPED.glob("*_encdec.py"):

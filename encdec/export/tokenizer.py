@@ -30,10 +30,16 @@ _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
 def write(
-    out: pathlib.Path, prompts: PromptFormat, architecture: Architecture, pad_id: int
+    out: pathlib.Path,
+    prompts: PromptFormat,
+    architecture: Architecture,
+    pad_id: int,
+    *,
+    chat: bool = False,
 ) -> None:
     """Writes tokenizer files that give the ids of our prompts and labels, padded with ``pad_id``,
-    which may be the id that comes after the vocabulary's last.
+    which may be the id that comes after the vocabulary's last. ``chat``: whether the model has a
+    chat template.
 
     Raises:
         ConfigError: a SentencePiece model that is neither a unigram nor a BPE model.
@@ -70,8 +76,9 @@ def write(
         # No token types: transformers 4 hands them to models that take none.
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left" if decoder_only else "right",
-        # Text never becomes a special token, whatever it spells.
-        "split_special_tokens": True,
+        # Text never becomes a special token, whatever it spells; but transformers reads what a
+        # chat template gives as text, too.
+        "split_special_tokens": not chat,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     if before or not after:  # labels are ids and EOS

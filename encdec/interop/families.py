@@ -65,6 +65,8 @@ SPECIAL = (
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    "sliding_window_pattern",
+    "rope_local_base_freq",
 )
 _QWEN2 = {"sliding_window": 4096, "max_window_layers": 28}
 _QWEN2_BIASES = (True, False, False)
@@ -267,7 +269,7 @@ FAMILIES = {
 HARMLESS = {
     "names and files": "_name_or_path architectures auto_map dtype model_type torch_dtype "
     "transformers_version transformers_versions tokenizer_class id2label label2id "
-    "_attn_implementation_autoset",
+    "_attn_implementation _attn_implementation_autoset",
     "training only": "attention_dropout embd_pdrop initializer_range resid_pdrop residual_dropout",
     "how transformers runs the model": "cache_implementation is_decoder is_encoder_decoder "
     "output_attentions output_hidden_states pretraining_tp return_dict use_cache",

@@ -75,23 +75,32 @@ def other_ends(vocabulary: Vocabulary, eos_ids: Sequence[int]) -> str:
     )
 
 
-def read_vocabulary(directory: pathlib.Path, eos_ids: Sequence[int]) -> Vocabulary | None:
+def read_vocabulary(
+    directory: pathlib.Path, eos_ids: Sequence[int], rows: int
+) -> Vocabulary | None:
     """The vocabulary stored with a model, with the EOS that ends its texts; None if it has none.
 
-    tokenizer.json is used instead of a tokenizer.model whose EOS is not the model's.
+    tokenizer.json is used instead of a tokenizer.model whose EOS is not the model's, or that lacks
+    tokens which were added later, unless the model's table has fewer ``rows``.
     """
     file = vocabulary_file(directory)
     if file is None:
         return None
     try:
-        vocabulary = load_vocabulary(file)
-        if not eos_ids or vocabulary.eos_id in eos_ids:
+        vocabulary, full = load_vocabulary(file), directory / "tokenizer.json"
+        if not full.is_file():
             return vocabulary
-        if (directory / "tokenizer.json").is_file() and 0 <= eos_ids[0] < vocabulary.size:
+        eos_id = vocabulary.eos_id
+        if eos_ids and eos_id not in eos_ids:
+            eos_id = eos_ids[0]
+        added = [token["id"] for token in read_object(full).get("added_tokens") or ()]
+        lacks = file.name == "tokenizer.model" and max(added, default=0) >= vocabulary.size
+        if lacks or eos_id != vocabulary.eos_id:
             from encdec.data.huggingface_vocabulary import HuggingFaceVocabulary
 
-            file = directory / "tokenizer.json"
-            vocabulary = HuggingFaceVocabulary(file.read_bytes(), eos_id=eos_ids[0], name=str(file))
+            whole = HuggingFaceVocabulary(full.read_bytes(), eos_id=eos_id, name=str(full))
+            if 0 <= eos_id < whole.size <= rows:
+                return whole
         return vocabulary
     except ConfigError as error:
         # A package is missing: the model can be used without its vocabulary.

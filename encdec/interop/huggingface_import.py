@@ -32,7 +32,7 @@ from encdec.interop.layout import (
     to_ours,
 )
 from encdec.interop.multipliers import multiplied, read_multipliers
-from encdec.interop.rope import read_rope, required, unknown_rope_keys
+from encdec.interop.rope import check_rope_kinds, read_rope, required, unknown_rope_keys
 from encdec.model import ExecutionConfig, ModelConfig
 
 Tensors = Mapping[str, np.ndarray]
@@ -64,6 +64,7 @@ class _Read(dict):
         return tuple(sorted(says - known))
 
 
+_ALL_LOCAL = ("mistral", "ministral3", "phi3")  # read no layer_types
 # Required keys; Gemma has defaults for some.
 _SIZES = (
     "vocab_size",
@@ -217,6 +218,7 @@ def translate(
     for key in family.never:
         if values.get(key):
             raise refuse(key, values[key], f"which encdec does not support in {name}")
+    check_rope_kinds(values, name in ("gemma3_text", "olmo3"), refuse)
     biases = [bool(given(key)) if isinstance(key, str) else key for key in family.biases]
     rope, max_length, rotated = read_rope(values, given, head_dim, refuse, path)
     rotated = rotated or head_dim * family.interleaved
@@ -275,13 +277,15 @@ def _window(
     if "sliding_window" not in family.defaults:
         return {}
     window = values.get("sliding_window", family.defaults["sliding_window"])
-    optional = name.startswith("qwen") or name == "smollm3"
+    types = values.get("layer_types")
+    optional = name.startswith("qwen") or name == "smollm3" and not types
     if not window or (optional and not values.get("use_sliding_window")):
         return {}
     layers = values["num_hidden_layers"]
-    types = values.get("layer_types")
     if types:
         local = local_layers(types, layers, refuse)
+        if name in _ALL_LOCAL and not all(local):
+            raise refuse("layer_types", types, f"but all layers of a {name} have its window")
     elif name == "cwm":
         local = [layer % 4 != 0 for layer in range(layers)]
     elif name == "smollm3":
@@ -306,13 +310,15 @@ def _window(
     base = given("rope_local_base_freq")
     parameters = values.get("rope_parameters") or {}
     own = parameters.get("sliding_attention")
-    if own is not None and own != parameters.get("full_attention"):
+    if own is not None and own == parameters.get("full_attention"):
+        base = None
+    elif own is not None:
         if own.get("rope_type", "default") != "default":
             raise refuse(
                 "rope_parameters", own, "but RoPE scaling of local layers alone is not supported"
             )
         base = own.get("rope_theta", base)
-    elif name == "olmo3" and own is None:
+    elif name == "olmo3":
         # As transformers 4 wrote it: the scaling is of the other layers.
         base = rope["rope_theta"] if rope.get("rope_scaling", "none") != "none" else None
     if base is not None:
@@ -390,7 +396,7 @@ def convert(
         check_tied(tensors, found[0], head)
     if FAMILIES[family].fused:
         tensors = _split_fused(config, prefix, tensors)
-    if multipliers and any(value != 1 for value in multipliers.values()):
+    if multipliers and any(value != 1 for key, value in multipliers.items() if key != "tied"):
         tensors = multiplied(config, prefix, head, tensors, multipliers)
     params = to_ours(layout(config, family, prefix, head), config, tensors, ignored)
     if rotated:

@@ -190,7 +190,7 @@ def _read_huggingface(
     remarks = []
     if vocabulary is None:
         eos_ids = read_eos_ids(source, found.eos_ids)
-        vocabulary = read_vocabulary(source, eos_ids)
+        vocabulary = read_vocabulary(source, eos_ids, model.vocab_size)
         if vocabulary and (remark := other_ends(vocabulary, eos_ids)):
             remarks.append(remark)
     if found.unread:

@@ -16,7 +16,8 @@ import numpy as np
 
 from encdec import safetensors
 from encdec.buckets import is_address
-from encdec.data.vocabulary import MODEL_FILE, SPEC_FILE, Vocabulary
+from encdec.data.chat_template import TEMPLATE_FILE
+from encdec.data.vocabulary import KINDS, SPEC_FILE, Vocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.files import write_json
 from encdec.interop.framing import Framing
@@ -121,7 +122,7 @@ def _is_imported(directory: pathlib.Path) -> bool:
     try:
         return "imported" in json.loads((directory / CONFIG_FILE).read_text())
     except (OSError, ValueError, TypeError):
-        ours = {PARAMS_FOLDER, SPEC_FILE, MODEL_FILE}
+        ours = {PARAMS_FOLDER, SPEC_FILE, TEMPLATE_FILE, *(kind.file for kind in KINDS.values())}
         return entries(directory) <= ours
 
 

@@ -150,8 +150,8 @@ def to_ours(
         ignored: names that may be there and are not read.
 
     Raises:
-        DataError: tensors are missing, unexpected or of the wrong shape; the first of each are
-            named.
+        DataError: tensors are missing, unexpected, of the wrong shape or not of floating point; the
+            first of each are named.
     """
     leaves = flattened(abstract_params(build_model(config)), "/")
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -166,10 +166,20 @@ def to_ours(
         for name, shape in wanted.items()
         if name in tensors and tensors[name].shape != shape
     ]
+    whole = [
+        f"{name} {tensors[name].dtype}"
+        for name in wanted
+        if name in tensors and tensors[name].dtype.kind in "biu"
+    ]
     faults = [
         f"{kind}: {', '.join(names[:SHOWN])}"
         + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        for kind, names in (("missing", missing), ("unexpected", extra), ("wrong shape", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("wrong shape", misshapen),
+            ("whole numbers, as of a quantized checkpoint", whole),
+        )
         if names
     ]
     if faults:

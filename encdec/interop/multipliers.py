@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from encdec.errors import DataError
+from encdec.interop.layout import check_tied
 from encdec.interop.rope import required
 from encdec.model import ModelConfig
 
@@ -30,6 +31,7 @@ def read_multipliers(
     else:
         return {}
     split = any(multipliers[key] != 1 for key in ("embedding_multiplier", "logits_scaling"))
+    multipliers["tied"] = float(fields["tie_embeddings"])  # theirs, whatever ours will be
     fields["tie_embeddings"] = fields["tie_embeddings"] and not split
     return multipliers
 
@@ -79,7 +81,11 @@ def multiplied(
     changed = dict(tensors)
     table = tensors[f"{prefix}embed_tokens.weight"]
     if not config.tie_embeddings:
-        changed[head] = scaled(tensors.get(head, table), 1 / multipliers["logits_scaling"])
+        if multipliers["tied"]:
+            check_tied(tensors, f"{prefix}embed_tokens.weight", head)
+            changed[head] = table
+        if head in changed:  # else it is missing, and refused as such
+            changed[head] = scaled(changed[head], 1 / multipliers["logits_scaling"])
     changed[f"{prefix}embed_tokens.weight"] = scaled(table, multipliers["embedding_multiplier"])
     # What comes last before the sum: a norm there would undo a factor of what it reads.
     last: tuple[str, ...] = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")

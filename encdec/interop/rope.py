@@ -81,10 +81,11 @@ def read_rope(
     where = f"{path}, rope scaling {kind!r},"
     fields: dict[str, Any] = {"rope_theta": theta}
     divisors, magnitude = np.ones(rotated // 2), 1.0
-    original = int(
-        scaling.get("original_max_position_embeddings")
-        or given("original_max_position_embeddings", longest)
-    )
+    length = "original_max_position_embeddings"
+    stated = {int(x) for x in (scaling.get(length), given(length)) if x}
+    if len(stated) > 1:
+        raise refuse(length, given(length), f"but {scaling[length]} in its RoPE settings")
+    original = stated.pop() if stated else longest
     if kind == "linear":
         factor = float(required(scaling, "factor", where, float))
         if partial == 1:
@@ -140,6 +141,17 @@ def _scaling(values: Mapping[str, Any], refuse: Callable[..., DataError]) -> dic
     if parameters and any(parameters.get(key, value) != value for key, value in older.items()):
         raise refuse("rope_scaling", older, f"but rope_parameters {parameters}; remove one of them")
     return parameters | older
+
+
+def check_rope_kinds(
+    values: Mapping[str, Any], apart: bool, refuse: Callable[..., DataError]
+) -> None:
+    """Refuses rotary settings that are ``apart`` for full and sliding layers in a family that has
+    one for all, or one for all where it has two: transformers takes its defaults instead."""
+    parameters = values.get("rope_parameters")
+    if parameters and ("full_attention" in parameters) != apart:
+        kinds = "those of full_attention and sliding_attention" if apart else "one for all layers"
+        raise refuse("rope_parameters", parameters, f"expected {kinds}")
 
 
 def unknown_rope_keys(values: Mapping[str, Any]) -> list[str]:

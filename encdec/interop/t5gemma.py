@@ -210,6 +210,10 @@ def _windows(
 def _rope(stack: Mapping[str, Any], refuse: Callable[..., DataError], where: str) -> dict[str, Any]:
     scaling = dict(stack.get("rope_parameters") or stack.get("rope_scaling") or {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    known = ("rope_type", "type", "rope_theta", "factor")
+    if odd := [key for key, x in scaling.items() if key not in known and x not in (None, 1)]:
+        why = f"with {odd[0]}, expected {', '.join(known)} alone"
+        raise refuse("rope_parameters", scaling, why)
     fields: dict[str, Any] = {"rope_theta": float(scaling.get("rope_theta", stack["rope_theta"]))}
     if kind == "linear":
         return fields | {

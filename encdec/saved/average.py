@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from encdec.data.chat_template import copy_template
 from encdec.data.vocabulary import copy_vocabulary
 from encdec.errors import CheckpointError, ConfigError
 from encdec.files import write_json
@@ -91,6 +92,7 @@ def average(workdir: str, steps: Sequence[int], out: str) -> None:
                 ),
             )
         copy_vocabulary(workdir, partial)
+        copy_template(workdir, partial)
         description["averaged"] = {"workdir": os.fspath(workdir), "steps": list(steps)}
         write_json(partial / CONFIG_FILE, description)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -38,6 +40,9 @@ FAMILIES = {
 }
 
 
+CHAT = "{{ messages[0]['content'] }}{{ eos_token }}"
+
+
 def logits(config, params, fields):
     apply = jax.jit(lambda params, fields: build_model(config).apply({"params": params}, fields))
     return np.asarray(apply(params, fields))
@@ -47,7 +52,7 @@ def logits(config, params, fields):
 def exported(request, tmp_path_factory):
     """Name, directory, and the model as transformers loads it."""
     out = tmp_path_factory.mktemp("export") / "hf"
-    (out.parent / TEMPLATE_FILE).write_text("{{ bos_token }}")
+    (out.parent / TEMPLATE_FILE).write_text(CHAT)
     export = formats.Export(*pair(request.param), PROMPTS, directory=out.parent, targets_length=12)
     written = formats.write("hf", out, export)
     family, reasons = written.family, written.reasons
@@ -92,6 +97,9 @@ def test_greedy_answers_are_ours(exported):
     own = FAMILIES[name] == "encdec"
     tokens = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=own)
     inputs = tokens(texts, return_tensors="pt", padding=True)
+    chat = [{"role": "user", "content": "a hare"}]
+    ids = PROMPTS.vocabulary.encode_marked("a hare</s>")
+    assert tokens.apply_chat_template(chat, tokenize=True, return_dict=False) == ids
     fed = []
     hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, named: fed.append(
@@ -123,7 +131,7 @@ def test_an_export_comes_back_as_it_went(exported, tmp_path):
     rounding = 1e-5 * max(10, np.abs(there).max())  # merged's logits reach 17, others' 10
     np.testing.assert_allclose(logits(config, params, fields), there, atol=rounding, rtol=1e-4)
     assert config.share_embeddings == was.share_embeddings
-    assert (tmp_path / "ours" / TEMPLATE_FILE).read_text() == "{{ bos_token }}"
+    assert (tmp_path / "ours" / TEMPLATE_FILE).read_text() == CHAT
     prompts, max_tokens = read_prompt_format(tmp_path / "ours")
     assert prompts.vocabulary.fingerprint == PROMPTS.vocabulary.fingerprint and max_tokens == 12
     same = ("decoder_start_id", "inputs_eos", "inputs_prefix", "max_input_tokens")
@@ -297,6 +305,8 @@ def test_decoder_only_models_are_exported_as_their_own_family(family, tmp_path):
     config, params = pair.__wrapped__(family)
     written = formats.write("hf", tmp_path / "hf", formats.Export(config, params, PROMPTS))
     assert written.family == family
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert ("_attn_implementation" in values) == (config.attention_logit_cap > 0)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", attn_implementation="eager", dtype="float32", output_loading_info=True
     )

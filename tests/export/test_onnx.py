@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from encdec.data.chat_template import TEMPLATE_FILE
 from encdec.data.vocabulary import ByteVocabulary
 from encdec.errors import ConfigError, DataError
 from encdec.export import formats, quality
@@ -148,11 +149,13 @@ def test_from_checkpoint_to_answer(tmp_path, capsys):
         vocabulary=ByteVocabulary(),
         framing=Framing(START),
         max_length=64,
+        texts={TEMPLATE_FILE: "{{ messages }}"},
     )
     out = tmp_path / "int8"
     arguments = [f"--checkpoint={tmp_path / 'run'}", "--format=onnx", f"--out={out}"]
     assert main([*arguments, "--precision=int8", f"--check={records}", "--check_pairs=3"]) == 0
     assert "13 target tokens: loss" in capsys.readouterr().out  # 4 + 5 + 4 with EOS
+    assert (out / TEMPLATE_FILE).read_text() == "{{ messages }}"
     assert generate_main([f"--checkpoint={out}", "--json", "--max_tokens=6", "two"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert 1 <= answer["tokens"] <= 6

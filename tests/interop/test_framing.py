@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from encdec import shipped
 from encdec.data.vocabulary import load_vocabulary
 from encdec.errors import DataError
 from encdec.export.tokenizer import tokenizer_content
@@ -96,14 +97,32 @@ def test_texts_end_where_the_model_ends_them(tmp_path):
     """Generation settings win over the model's; a tokenizer's EOS counts where it is among them."""
     save(tmp_path, config={"eos_token_id": 9}, generation={"eos_token_id": [8, 1]})
     assert read_eos_ids(tmp_path, (9,)) == (8, 1)
-    assert read_vocabulary(tmp_path, (8, 1)).eos_id == 1
-    assert read_vocabulary(tmp_path, (9,)).eos_id == 9
+    assert read_vocabulary(tmp_path, (8, 1), 300).eos_id == 1
+    assert read_vocabulary(tmp_path, (9,), 300).eos_id == 9
     assert read_eos_ids(tmp_path / "none", (9,)) == (9,)
+
+
+def test_tokens_that_were_added_to_a_sentencepiece_model_count(tmp_path):
+    """As in Phi-3, whose tokenizer.model has neither its EOS nor its chats' tokens."""
+    model = load_vocabulary(shipped.model_directory("java2cs"))
+    model.save(tmp_path)
+    (tmp_path / "vocabulary.model").rename(tmp_path / "tokenizer.model")
+    read, rows = read_vocabulary, model.size + 1
+    assert read(tmp_path, (model.size,), rows).eos_id == model.eos_id  # all that there is
+    content = tokenizer_content(model)
+    end = {"id": model.size, "content": "<|end|>"}
+    content["added_tokens"].append(content["added_tokens"][0] | end)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert read(tmp_path, (model.size,), rows).eos_id == model.size
+    assert read(tmp_path, (model.eos_id,), rows - 1).size == model.size  # as the table has
+    vocabulary = read(tmp_path, (model.eos_id,), rows)
+    assert vocabulary.eos_id == model.eos_id
+    assert vocabulary.encode_marked("a<|end|>") == [*model.encode("a"), model.size]
 
 
 def test_ends_that_are_not_taken_over_are_said(tmp_path):
     save(tmp_path, generation={"eos_token_id": [1, 8]})
-    vocabulary = read_vocabulary(tmp_path, (1, 8))
+    vocabulary = read_vocabulary(tmp_path, (1, 8), 300)
     said = other_ends(vocabulary, (1, 8))
     assert re.search(r"end only at .* \(1\); .*also ends them at .* \(8\)", said)
     assert other_ends(vocabulary, (1,)) == ""

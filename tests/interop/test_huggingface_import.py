@@ -449,6 +449,23 @@ def test_settings_of_transformers_4_mean_the_same(tmp_path):
             {"sliding_window": 8, "layer_types": ["sliding_attention"], "model_type": "gemma2"},
             r"num_hidden_layers \d, but 1 layer_types",
         ),
+        (
+            {
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "model_type": "mistral",
+            },
+            "but all layers of a mistral have its window",
+        ),
+        ({"rope_parameters": GEMMA3_ROPE}, "rope_parameters .* expected one for all layers"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": YARN},
+            "expected those of full_attention and sliding_attention",
+        ),
+        (
+            {"rope_parameters": YARN, "original_max_position_embeddings": 8},
+            "original_max_position_embeddings 8, but 16 in its RoPE settings",
+        ),
         ({"model_type": "iquestcoder", "clip_qkv": 8.0}, "clip_qkv 8.0, which .* in iquestcoder"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "but 1 no_rope_layers"),
         (
@@ -481,6 +498,15 @@ def test_keys_count_where_transformers_reads_them(tmp_path):
     plain, keys = read(), {"sliding_window": 8, "final_logit_softcapping": 30.0}
     assert read(**keys).model == plain.model and set(read(**keys).unread) == set(keys)
     assert read(**keys, model_type="mistral").model.attention_window == 8
+    window = {"sliding_window": 8, "sliding_window_pattern": 2, "rope_local_base_freq": 5.0}
+    mistral, smollm3 = ({"model_type": name} for name in ("mistral", "smollm3"))
+    assert read(**window, **mistral).model == read(sliding_window=8, **mistral).model
+    local = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False}
+    assert read(**window, **local, **smollm3).model.attention_window == 8
+    scaled = GEMMA3_ROPE["full_attention"]
+    rope = {"full_attention": scaled, "sliding_attention": scaled}
+    both = read(model_type="gemma3_text", sliding_window=8, rope_parameters=rope).model
+    assert (both.attention_window, both.local_rope_theta, both.rope_factor) == (8, 0.0, 8.0)
     named = read(rope_parameters=YARN | {"alpha": 3.0, "truncate": True})
     assert named.unread == ("rope_parameters.alpha",) and named.model.rope_scaling == "per_pair"
     short = {"short_factor": [1.0] * 6, "original_max_position_embeddings": 16}
@@ -558,6 +584,14 @@ STACK = {"vocab_size": 96, "hidden_size": 48}
             },
             "encoder, has no factor",
         ),
+        (
+            {
+                "model_type": "t5gemma",
+                "encoder": STACK | {"rope_parameters": GEMMA3_ROPE},
+                "decoder": STACK,
+            },
+            "rope_parameters .*with full_attention, expected rope_type",
+        ),
     ],
 )
 def test_what_a_config_lacks_is_named_with_its_file(content, message, tmp_path):
@@ -613,6 +647,7 @@ def test_all_that_is_wrong_is_named_at_once(name, lost, fused, tmp_path):
     shape = tensors[f"model.layers.1.{lost}"].shape
     tensors["model.layers.1.extra"] = tensors.pop(f"model.layers.1.{lost}")
     tensors["model.layers.2.mlp.down_proj.weight"] = np.zeros((48, 79), np.float32)
+    tensors["model.layers.1.mlp.down_proj.weight"] = np.zeros((48, 80), np.int8)
     safetensors.write_directory(tmp_path / "hf", tensors)
     with pytest.raises(DataError) as caught:
         main([str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"])
@@ -620,7 +655,27 @@ def test_all_that_is_wrong_is_named_at_once(name, lost, fused, tmp_path):
     assert f"missing: model.layers.1.{fused or f'{lost} {shape}'}" in message
     assert f"unexpected: model.layers.1.extra {shape}" in message
     assert "wrong shape: model.layers.2.mlp.down_proj.weight (48, 79), expected (48, 80)" in message
+    assert "quantized checkpoint: model.layers.1.mlp.down_proj.weight int8" in message
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_head_is_tied_where_the_configuration_says_so_alone(tmp_path):
+    """Also where a multiplier makes another tensor of it."""
+    save_model(tmp_path / "hf", "granite tied")
+    arguments = [str(tmp_path / "hf"), f"--out={tmp_path / 'ours'}"]
+    config = tmp_path / "hf" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"tie_word_embeddings": False}))
+    with pytest.raises(DataError, match="missing: lm_head.weight"):
+        main(arguments)
+    config.write_text(json.dumps(values))
+    tensors = dict(safetensors.open_directory(tmp_path / "hf"))
+    tensors = {name: np.array(tensor) for name, tensor in tensors.items()}
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    safetensors.write_directory(tmp_path / "hf", tensors)
+    with pytest.raises(DataError, match="says that lm_head.weight is model.embed_tokens.weight"):
+        main(arguments)
 
 
 def test_dtypes_and_names_are_kept(tmp_path):
@@ -646,7 +701,13 @@ def test_dtypes_and_names_are_kept(tmp_path):
         main([str(tmp_path / "hf"), f"--out={tmp_path / 'hf'}", "--overwrite"])
     assert (tmp_path / "hf" / "model.safetensors").is_file()
     (out / "config.json").unlink()  # as a killed import would leave it
-    main([str(tmp_path / "hf"), f"--out={out}", "--overwrite"])
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (out / name).write_text("")
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    main([str(tmp_path / "hf"), f"--out={link}", "--overwrite"])
+    assert link.is_symlink() and (out / "config.json").is_file()
+    assert not (out / "tokenizer.json").exists()
 
 
 def test_parameters_are_read_where_the_mesh_wants_them(tmp_path):
@@ -693,6 +754,13 @@ def test_files_are_readable_by_the_safetensors_library(tmp_path):
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(theirs[name], tensor)
         np.testing.assert_array_equal(ours[name], tensor)
+    safetensors.write_directory(tmp_path, {"c": tensors["c"] + 1}, stem="other")
+    with pytest.raises(DataError, match="has tensor c, as has another file"):
+        safetensors.open_directory(tmp_path)
+    index = {"weight_map": {"c": next(iter(written))}}
+    (tmp_path / safetensors.INDEX_FILE).write_text(json.dumps(index))
+    (tmp_path / "other-00000-of-00001.safetensors").rename(tmp_path / "model.safetensors")
+    assert safetensors.open_directory(tmp_path)["c"].tolist() == list(range(1, 8))
 
 
 @pytest.mark.slow

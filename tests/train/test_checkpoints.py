@@ -351,9 +351,11 @@ def test_the_last_checkpoints_are_averaged(records, tmp_path, capsys):
 
     run = small_run(records, steps=4, checkpoint={"every": 1, "keep": 3})
     train(run, tmp_path / "run")
+    (tmp_path / "run" / "chat_template.jinja").write_text("{{ messages }}")
     out = tmp_path / "mean"
     assert main(["average", f"--checkpoint={tmp_path / 'run'}", "--last=3", f"--out={out}"]) == 0
     assert "steps 2, 3, 4" in capsys.readouterr().out
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     config, mean, step = load_params_for_inference(out)
     each = [load_params_for_inference(tmp_path / "run", step=s)[1] for s in (2, 3, 4)]
     assert step == 4 and config == load_params_for_inference(tmp_path / "run")[0]
