@@ -21,6 +21,8 @@ from encdec.storage import any_path
 
 # What an import reads of a repository: no checkpoints of other frameworks.
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "vocabulary/*")
+# Of an earlier push: transformers would read a model.safetensors in place of new files.
+_REPLACED = ("model.safetensors", "model-*.safetensors", "params/params-*.safetensors")
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 # A revision has no slash, but for those that the Hub makes itself.
 _REVISION = r"refs/(?:convert|pr)/[^/]+|[^/]+"
@@ -143,7 +145,7 @@ def check_push(name: str, private: bool = False) -> None:
 
 
 def push(folder: str | os.PathLike[str], name: str, message: str) -> str:
-    """Uploads a directory as one commit; returns its address.
+    """Uploads a directory as one commit, which removes weights that were there; its address.
 
     Raises:
         DataError: no right to it, or no connection.
@@ -153,7 +155,10 @@ def push(folder: str | os.PathLike[str], name: str, message: str) -> str:
     _show_bars()
     with _explained(name, f"{folder} is complete; to upload it again: hf upload {name} {folder}"):
         commit = huggingface_hub.upload_folder(
-            repo_id=name, folder_path=os.fspath(folder), commit_message=message
+            repo_id=name,
+            folder_path=os.fspath(folder),
+            commit_message=message,
+            delete_patterns=list(_REPLACED),
         )
     return str(commit.commit_url)
 

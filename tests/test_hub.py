@@ -150,6 +150,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         else:
             lines = [json.loads(line) for line in body.splitlines()]
             for line in lines:
+                if line["key"] == "deletedFile":
+                    del self.files[line["value"]["path"]]
                 if line["key"] == "file":
                     value = line["value"]
                     assert value["encoding"] == "base64"
@@ -203,6 +205,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, server):
         framing=Framing(1),
         max_length=64,
     )
+    Hub.files["model.safetensors"] = b"of an earlier push"
     out = run(
         tmp_path,
         server,
