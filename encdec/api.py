@@ -20,7 +20,7 @@ from encdec.evaluation.evaluate import evaluate as _evaluate
 from encdec.evaluation.evaluation_settings import EvaluationSettings
 from encdec.export.export_model import ExportReport, export_model
 from encdec.inference.generation_settings import GenerationSettings
-from encdec.inference.generator import TextGenerator
+from encdec.inference.generator import Generation, TextGenerator
 from encdec.inference.load_generator import load
 from encdec.interop.import_model import ImportReport, import_model
 from encdec.train.loop import Hook, Summary
@@ -89,7 +89,8 @@ def train(
 def generate(
     model: TextGenerator | str | os.PathLike[str], texts: Sequence[str], **settings: Any
 ) -> list[str]:
-    """The answer to each text; the most likely one if ``samples`` or ``beams`` give several.
+    """The answer to each text; if ``samples`` or ``beams`` give several, beam search's best or the
+    one with the highest mean log-probability per token.
 
     Args:
         model: what ``load`` gave, or a directory that it would take. ``load(...).generate`` gives
@@ -104,7 +105,13 @@ def generate(
     if isinstance(texts, str):
         texts = [texts]
     generator = model if isinstance(model, TextGenerator) else load(model)
-    return [made[0].text for made in generator.generate(texts, GenerationSettings(**settings))]
+    answers = generator.generate(texts, GenerationSettings(**settings))
+    return [max(made, key=_likelihood).text for made in answers]
+
+
+def _likelihood(answer: Generation) -> float:
+    mean = sum(answer.log_probs) / max(len(answer.log_probs), 1)
+    return mean if answer.normalized_log_prob is None else answer.normalized_log_prob
 
 
 def evaluate(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from encdec import api
 from encdec.errors import ConfigError
+from encdec.inference.generator import Generation, TextGenerator
 
 
 def test_what_cannot_be_is_refused_and_nothing_written(tmp_path):
@@ -18,6 +21,24 @@ def test_what_cannot_be_is_refused_and_nothing_written(tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ConfigError, match="not empty"):
         api.export_model(tmp_path / "run", tmp_path / "taken")
+
+
+class DrawnAnswers(TextGenerator):
+    def __init__(self, answers):
+        self.answers = answers
+
+    def generate(self, texts, settings):
+        return [self.answers]
+
+
+def test_of_several_answers_the_most_likely_is_given():
+    answers = [
+        Generation("first", [3, 4], [-2.0, -2.0], "eos"),
+        Generation("likeliest", [5, 6, 7, 1], [-1.0] * 4, "eos"),
+    ]
+    assert api.generate(DrawnAnswers(answers), "x", samples=2, temperature=1.0) == ["likeliest"]
+    beams = [dataclasses.replace(one, normalized_log_prob=-x) for x, one in enumerate(answers)]
+    assert api.generate(DrawnAnswers(beams), "x", samples=2, beams=2) == ["first"]
 
 
 def test_a_former_name_says_what_the_function_is_called_now():

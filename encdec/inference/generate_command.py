@@ -67,9 +67,10 @@ def main(argv: list[str]) -> int:
     )
     prompts = dataclasses.replace(prompts, keep_unknown=options.keep_unknown)
     texts = options.text if options.file is None else read_inputs(options.file, options.format)
+    cut = 0
     for number, text in enumerate(texts):
         name = "the input" if len(texts) == 1 else f"input {number}"
-        prompts.encode(text, truncate=_cuts(options), name=name)
+        cut += prompts.encode(text, truncate=_cuts(options), name=name)[1]
     output = None
     if options.out:
         run = (as_path(options.checkpoint) / CONFIG_FILE).read_bytes()
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> int:
         output.done()  # refuses what cannot be written, or continued, before anything is loaded
     generator = load(
         options.checkpoint,
-        options.step,
+        step or None,  # what was recorded, though a run may have saved another meanwhile
         max_input_tokens=options.max_input_tokens,
         batch_rows=options.batch_rows,
         devices=options.devices,
@@ -110,6 +111,8 @@ def main(argv: list[str]) -> int:
                 print(json.dumps(row, ensure_ascii=False), flush=True)
     else:
         _print_texts(generator, settings, options, texts)
+        if cut:
+            _LOG.warning(f"{cut:,} of {len(texts):,} inputs were cut")
     return 0
 
 

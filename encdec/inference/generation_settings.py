@@ -38,7 +38,7 @@ class GenerationSettings:
         samples: answers to each input.
         beams: hypotheses that beam search keeps; 1 means no beam search.
         length_penalty: alpha of beam search, 0 or more; above 0 favours longer answers.
-        stop: strings that end an answer, not part of it.
+        stop: a string, or several, that end an answer, not part of it.
 
     Raises:
         ConfigError: a value out of range, or one that another setting leaves without effect.
@@ -57,10 +57,11 @@ class GenerationSettings:
     samples: int = 1
     beams: int = 1
     length_penalty: float = 0.6
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "logit_bias", tuple(map(tuple, self.logit_bias)))
         for name in ("max_tokens", "top_k", "no_repeat_ngram", "seed", "samples", "beams"):
             value = getattr(self, name)

@@ -20,6 +20,7 @@ from encdec.inference.text_io import (
     SOURCE,
     PromptFormat,
     TextStream,
+    after_eos,
     find_stop,
     text_after,
     tokens_to_stop,
@@ -104,8 +105,11 @@ class TextGenerator:
             on_batch: called after each batch with the numbers of inputs and of tokens it made.
 
         Raises:
+            ConfigError: a text instead of texts, which would be one for each character.
             DataError: an empty or too long text.
         """
+        if isinstance(texts, str):
+            raise ConfigError(f"texts is the text {texts[:40]!r}; expected a list of texts")
         inputs = self._encode(texts, truncate, first_number)
         return self._answers(inputs, settings, on_batch, follow)
 
@@ -130,7 +134,7 @@ class TextGenerator:
         numbers = range(len(sources)) if numbers is None else numbers
         inputs = [
             PreparedInput(number, place, list(map(int, ids)), False)
-            for place, (number, ids) in enumerate(zip(numbers, sources))
+            for place, (number, ids) in enumerate(zip(numbers, sources, strict=True))
         ]
         return self._answers(inputs, settings, on_batch)
 
@@ -176,9 +180,11 @@ class TextGenerator:
             steps: tokens between two pieces.
 
         Raises:
-            ConfigError: several samples or beams.
+            ConfigError: several samples or beams, or no steps.
             DataError: an empty or too long text.
         """
+        if steps < 1:
+            raise ConfigError(f"steps is {steps}; expected 1 or more")
         if settings.samples > 1 or settings.beams > 1:
             raise ConfigError(
                 f"a stream shows a single answer; samples is {settings.samples} and beams is "
@@ -216,8 +222,8 @@ class TextGenerator:
         leave out an answer's first space."""
         if self.config.is_encoder_decoder or self.prompts.inputs_eos:
             return []
-        own, eos = item.ids[len(self.prompts.inputs_prefix) :], self.prompts.vocabulary.eos_id
-        return own[len(own) - own[::-1].index(eos) :] if eos in own else own
+        own = item.ids[len(self.prompts.inputs_prefix) :]
+        return after_eos(own, self.prompts.vocabulary.eos_id)
 
     def _limit(self, settings: GenerationSettings) -> int:
         return settings.max_tokens or self.max_tokens

@@ -109,6 +109,7 @@ class LitertMemory:
 
     def __init__(self, model: LitertModel, source: dict[str, np.ndarray], capacity: int):
         config, graph = model.config, model.decoder
+        graph.user = self
         self._config, self._graph, self._capacity = config, graph, capacity
         merged, length = config.merged_attention, source["key_0"].shape[2]
         # Several query heads read a key head; the graphs of earlier versions have one mask for all.
@@ -203,6 +204,12 @@ class LitertMemory:
         # Of several rows, those that are finished are fed on beyond their last slot.
         if self._slots.min() >= self._capacity:
             raise ConfigError(f"the cache holds {self._capacity} tokens; raise its capacity")
+        if self._graph.user is not self:
+            raise ConfigError(
+                "this LiteRT export has begun another answer meanwhile, and its graph holds the "
+                "cache of one; take an answer's whole text before the next, or load the export "
+                "again for it"
+            )
         self._fit(tokens_RxN.shape[1])
         graph, steps_N = self._graph, np.arange(tokens_RxN.shape[1])
         for row, tokens_N in enumerate(tokens_RxN):
@@ -285,6 +292,7 @@ class _Graph:
         self._places = {one["name"]: one["index"] for one in (*inputs, *outputs)}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._views: dict[str, Callable[[], np.ndarray]] = {}
+        self.user: object = None  # whose state its inputs hold
 
     def resize(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:

@@ -212,7 +212,17 @@ def until_finished(
 
 
 def choosing_of(settings: GenerationSettings, vocabulary_size: int) -> Choosing:
-    """The smallest sampler program that covers these settings."""
+    """The smallest sampler program that covers these settings.
+
+    Raises:
+        ConfigError: a bias of a token that the vocabulary does not have.
+    """
+    for token, _ in settings.logit_bias:
+        if type(token) is not int or not 0 <= token < vocabulary_size:
+            raise ConfigError(
+                f"logit_bias has the token {token!r}, but the vocabulary has ids from 0 to "
+                f"{vocabulary_size - 1}"
+            )
     sampled = settings.temperature > 0
     return Choosing(
         vocabulary_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -43,6 +44,11 @@ class PromptFormat:
         """How many tokens an input has in addition to its text."""
         return len(self.inputs_prefix) + self.inputs_eos
 
+    @property
+    def capacity(self) -> int:
+        """How many tokens of text an input has at most."""
+        return max(self.max_input_tokens - self.added, 0)
+
     def framed(self, text: str) -> str:
         """The text in the template."""
         before, _, after = self.template.partition(SOURCE)
@@ -54,29 +60,28 @@ class PromptFormat:
     def encode(
         self, text: str, *, truncate: bool = False, name: str = "the input"
     ) -> tuple[list[int], bool]:
-        """The input's tokens, and whether it was cut: its end, never its EOS.
+        """The input's tokens, and whether it was cut: its end, never its EOS or the template's.
 
         Raises:
             DataError: the text is empty, no valid text, too long, or the vocabulary cannot write
                 it all and ``keep_unknown`` is off.
         """
-        if not text.strip():
-            raise DataError(f"{name} is empty; give a text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{name} has half a character (a lone surrogate) at position {error.start}; save "
-                "it as UTF-8"
-            ) from None
+        check_text(text, name)
         text = self.framed(text)
         ids = self.vocabulary.encode(text)
-        if not self.keep_unknown and self.vocabulary.unk_id in ids:
-            raise DataError(
-                f"{name} has {self._unknown_part(text)}, which the vocabulary cannot represent; "
-                "leave it out, or use --keep_unknown to read it as the unknown token"
-            )
+        self.check_known(ids, text, name)
+        if truncate and len(ids) > self.capacity and (cut := self._cut(text)):
+            return self.fit(cut, name=name)[0], True
         return self.fit(ids, truncate=truncate, name=name)
+
+    def _cut(self, framed: str) -> list[int]:
+        """The tokens of the longest beginning of a text that fits together with what the template
+        has around it; none where that leaves nothing, or there is nothing behind the text."""
+        before, _, after = self.template.partition(SOURCE)
+        tokens = lambda end: self.vocabulary.encode(framed[:end] + after)
+        ends = range(len(before) + 1, (len(framed) - len(after)) * bool(after) + 1)
+        place = bisect.bisect_left(ends, True, key=lambda end: len(tokens(end)) > self.capacity)
+        return tokens(ends[place - 1]) if place else []
 
     def fit(
         self, ids: Sequence[int], *, truncate: bool = False, name: str = "the input"
@@ -87,8 +92,7 @@ class PromptFormat:
             DataError: no tokens, one outside the vocabulary, or too many.
         """
         self.check_tokens(ids, name)
-        capacity = self.max_input_tokens - self.added
-        cut = len(ids) > capacity
+        cut = len(ids) > self.capacity
         if cut and not truncate:
             raise DataError(
                 f"{name} has {len(ids) + self.added:,} tokens, but the model accepts "
@@ -96,7 +100,23 @@ class PromptFormat:
                 "more than in training with --max_input_tokens"
             )
         end = [self.vocabulary.eos_id] * self.inputs_eos
-        return [*self.inputs_prefix, *ids[:capacity], *end], cut
+        return [*self.inputs_prefix, *ids[: self.capacity], *end], cut
+
+    def check_known(
+        self, ids: list[int], text: str, name: str = "the input", *, marked: bool = False
+    ) -> None:
+        """Raises DataError for a text whose tokens are ``ids``, some of them unknown, unless
+        ``keep_unknown``. ``marked``: names of special tokens in it stand for these, of which the
+        unknown one may be one."""
+        unknown, special = self.vocabulary.unk_id, self.vocabulary.special_tokens if marked else {}
+        named = [one for one, token in special.items() if token == unknown]
+        if self.keep_unknown or unknown is None:
+            return
+        if ids.count(unknown) > sum(map(text.count, named)):
+            raise DataError(
+                f"{name} has {self._unknown_part(text)}, which the vocabulary cannot represent; "
+                "leave it out, or use --keep_unknown to read it as the unknown token"
+            )
 
     def check_tokens(self, ids: Sequence[int], name: str = "the input") -> None:
         """Raises DataError for no tokens, or one outside the vocabulary."""
@@ -118,6 +138,19 @@ class PromptFormat:
         return "something"
 
 
+def check_text(text: str, name: str) -> None:
+    """Raises DataError for a text that is empty, or no valid text."""
+    if not text.strip():
+        raise DataError(f"{name} is empty; give a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} has half a character (a lone surrogate) at position {error.start}; save "
+            "it as UTF-8"
+        ) from None
+
+
 def check_template(template: str) -> None:
     """ConfigError unless it marks the place of the text once."""
     if template.count(SOURCE) != 1:
@@ -131,6 +164,11 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
     """Where the first stop string in ``text`` begins; None where there is none."""
     places = [place for place in map(text.find, stop) if place >= 0]
     return min(places) if places else None
+
+
+def after_eos(ids: list[int], eos_id: int) -> list[int]:
+    """The tokens behind the last EOS, with which another text begins; all where there is none."""
+    return ids[len(ids) - ids[::-1].index(eos_id) :] if eos_id in ids else ids
 
 
 def text_after(vocabulary: Vocabulary, context: Sequence[int], ids: Sequence[int]) -> str:
@@ -219,9 +257,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = text_after(self._vocabulary, self._context, ids)
-        place = find_stop(text, self._stop)
-        if place is not None:
-            text, self.stopped = text[:place], True
+        count = tokens_to_stop(self._vocabulary, ids, self._stop, self._context)
+        if count is not None:
+            # Of several, the one that is complete first, however the tokens come.
+            text = text_after(self._vocabulary, self._context, ids[:count])
+            text, self.stopped = text[: find_stop(text, self._stop)], True
         elif not last:
             text = text.rstrip(INCOMPLETE)
             text = text[: len(text) - self._possible_stop(text)]

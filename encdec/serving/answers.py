@@ -255,7 +255,8 @@ class Shaper:
                     "logprob": value,
                     "bytes": list(piece.data if name == piece.text else _named_bytes(name)),
                 }
-                for name, value in piece.alternatives.items()
+                # Unlike in completions, the chosen token is there only if it is one of so many.
+                for name, value in list(piece.alternatives.items())[: self._completion.log_probs]
             ],
         }
 

@@ -23,7 +23,14 @@ from encdec.serving.chat import ChatTemplate
 from encdec.serving.engine import Busy, Closing, Engine
 from encdec.serving.prometheus_metrics import CONTENT_TYPE
 from encdec.serving.prompts import PromptReader
-from encdec.serving.protocol import Completion, Limits, check_model, parse_chat, parse_completion
+from encdec.serving.protocol import (
+    Completion,
+    Limits,
+    check_model,
+    check_names,
+    parse_chat,
+    parse_completion,
+)
 from encdec.serving.request_body import ApiError, read_body, typed
 from encdec.serving.tickets import Ticket, Update
 
@@ -152,11 +159,21 @@ def _tokenizer(service: Service) -> Response:
     )
 
 
+async def _field(
+    service: Service, request: Request, name: str, kind: type, **absent: tuple[Any, ...]
+) -> Any:
+    """The field that a request has, with or without the model's name."""
+    values = read_body(await _read(request, service.max_body_bytes))
+    check_names(values, ("model", name), absent)
+    check_model(values, service.name)
+    if name not in values:
+        raise ApiError(400, f"the request has no {name}", param=name)
+    return typed(values, name, kind, None)
+
+
 async def _tokenize(service: Service, request: Request) -> Response:
     """Ids of a text; names of special tokens are read as these tokens, and none are added."""
-    values = read_body(await _read(request, service.max_body_bytes))
-    check_model(values, service.name)
-    text = typed(values, "prompt", str, "")
+    text = await _field(service, request, "prompt", str, add_special_tokens=(False,))
     try:
         ids = service.engine.prompts.vocabulary.encode_marked(text)
     except UnicodeEncodeError:
@@ -174,9 +191,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
 
 async def _detokenize(service: Service, request: Request) -> Response:
     """The text of ids, special tokens by name."""
-    values = read_body(await _read(request, service.max_body_bytes))
-    check_model(values, service.name)
-    ids = typed(values, "tokens", list, [])
+    ids = await _field(service, request, "tokens", list)
     if not all(type(token) is int for token in ids):
         raise ApiError(400, "tokens contains a value that is not a whole number", param="tokens")
     try:

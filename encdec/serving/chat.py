@@ -53,6 +53,10 @@ class ChatTemplate:
             DataError: messages are malformed, or the template refuses them.
         """
         chat = _checked(messages)
+        if self.source is not None and "developer" not in self.source:
+            # Templates mostly leave out what has a role that they do not know.
+            for one in chat:
+                one["role"] = "system" if one["role"] == "developer" else one["role"]
         if self._template is None:
             if len(chat) != 1 or chat[0]["role"] != "user":
                 raise DataError(
@@ -76,14 +80,14 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"messages: the chat template rejects them: {error}") from None
         ids = vocabulary.encode_marked(text)
+        reader.format.check_known(ids, text, "the chat", marked=True)
         # Templates begin with the tokens that are put in front of every input anyway, or with
         # some of them: GLM's with both its start token and its prefix.
         front = [reader.format.decoder_start_id] * (not reader.is_encoder_decoder)
         front += reader.format.inputs_prefix
         parts = [front[i:] for i in range(len(front))] + [front[:i] for i in range(len(front))]
         given = max(len(part) for part in [[], *parts] if ids[: len(part)] == part)
-        ids = ids[given:]
-        return reader.read(ids, marked=False, truncate=truncate, name="the chat")
+        return reader.read(ids[given:], marked=False, truncate=truncate, name="the chat")
 
 
 def find_template(directory: str | pathlib.Path, path: str | None = None) -> ChatTemplate:
@@ -117,7 +121,7 @@ def _checked(messages: Any) -> list[dict[str, str]]:
         extra = {name for name, value in message.items() if value not in (None, [])}
         if unknown := sorted(extra - set(_MESSAGE_FIELDS)):
             raise DataError(
-                f"{where} has {unknown[0]!r}; this server accepts role and content only"
+                f"{where} has {unknown[0]!r}; this server accepts role, content and name only"
             )
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
@@ -129,13 +133,17 @@ def _checked(messages: Any) -> list[dict[str, str]]:
             ):
                 raise DataError(f"{where}.content has parts that are not text; leave them out")
             content = "".join(part["text"] for part in parts)
-        if not isinstance(content, str):
-            raise DataError(f"{where}.content is {content!r}; expected a text")
-        try:
-            content.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{where}.content contains half a character (a lone surrogate)"
-            ) from None
-        chat.append({"role": role, "content": content})
+        made = {"role": role, "content": content}
+        if (name := message.get("name")) is not None:
+            made["name"] = name
+        for field, text in made.items():
+            if not isinstance(text, str):
+                raise DataError(f"{where}.{field} is {text!r}; expected a text")
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(
+                    f"{where}.{field} contains half a character (a lone surrogate)"
+                ) from None
+        chat.append(made)
     return chat

@@ -6,6 +6,7 @@ import collections
 import math
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -284,17 +285,22 @@ class Engine:
     def _fail_all(self, failure: Failure) -> None:
         with self._wakeup:
             self._closing = True
-            tickets = {answer.ticket for answer in [*self._rows, *self._queue] if answer}
+            answers = [answer for answer in [*self._rows, *self._queue] if answer]
             self._queue.clear()
             self._rows = [None] * len(self._rows)
-        for ticket in tickets:
-            self._fail(ticket, failure)
+        for answer in answers:
+            self._fail(answer.ticket, failure)
+        self._count_gone(answers)
 
     def _fail(self, ticket: Ticket, failure: Failure) -> None:
         if not ticket.ended:
-            ticket.ended = True
-            self.metrics.answers.labels(failure).inc()
+            ticket.ended, ticket.failure = True, failure
             ticket.deliver(failure)
+
+    def _count_gone(self, answers: Iterable[Answer]) -> None:
+        """Counts answers that nobody waits for any more."""
+        for answer in answers:
+            self.metrics.answers.labels(answer.ticket.failure or "cancelled").inc()
 
     def _expire(self) -> None:
         """Drops cancelled and overdue requests."""
@@ -305,13 +311,14 @@ class Engine:
             if now > answer.ticket.deadline:
                 self._fail(answer.ticket, "timeout")
         gone_R = np.array([row is not None and row.ticket.ended for row in self._rows])
+        gone = [row for row, is_gone in zip(self._rows, gone_R) if row and is_gone]
         with self._wakeup:
-            if any(answer.ticket.ended for answer in self._queue):
+            if waiting := [answer for answer in self._queue if answer.ticket.ended]:
                 kept = [answer for answer in self._queue if not answer.ticket.ended]
                 self._queue.clear()
                 self._queue.extend(kept)
-        if gone_R.any():
-            self.metrics.answers.labels("cancelled").inc(int(gone_R.sum()))
+        self._count_gone([*gone, *waiting])
+        if gone:
             self._release(gone_R)
 
     def _release(self, free_R: np.ndarray) -> None:

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from encdec.errors import DataError
-from encdec.inference.text_io import PromptFormat
+from encdec.inference.text_io import PromptFormat, after_eos, check_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,38 +54,46 @@ class PromptReader:
 
         Args:
             part: the text or its tokens.
-            marked: names of special tokens in a text are read as these tokens, and the answer's
-                text continues the prompt's.
+            marked: names of special tokens in a text are read as these tokens.
             truncate: cut the end of a long input.
             name: of the prompt, for error messages.
 
         Raises:
             DataError: it is empty, too long, or not covered by the vocabulary.
         """
-        vocabulary = self.format.vocabulary
+        form, vocabulary = self.format, self.format.vocabulary
         if not isinstance(part, str):
-            return self._of_tokens(list(part), marked, truncate, name)
-        ids, _ = self.format.encode(part, truncate=truncate, name=name)
+            return self._of_tokens(list(part), truncate, name)
         if marked and any(special in part for special in vocabulary.special_tokens):
-            return self._of_tokens(
-                vocabulary.encode_marked(self.format.framed(part)), marked, truncate, name
-            )
-        return self._undivided(ids, marked)
+            check_text(part, name)
+            source, end, begun = part.rpartition(next(iter(vocabulary.special_tokens)))
+            if not (end and self._eos_divides):
+                source, end, begun = part, "", ""
+            text = f"{form.framed(source)}{end}{begun}"
+            ids = vocabulary.encode_marked(text)
+            form.check_known(ids, text, name, marked=True)
+            return self._of_tokens(ids, truncate, name)
+        return self._undivided(form.encode(part, truncate=truncate, name=name)[0])
 
-    def _undivided(self, ids: list[int], marked: bool) -> Prompt:
+    @property
+    def _eos_divides(self) -> bool:
+        """Whether EOS is between input and answer; otherwise a decoder-only model continues the
+        same text."""
+        return self.is_encoder_decoder or self.format.inputs_eos
+
+    def _undivided(self, ids: list[int]) -> Prompt:
         """A framed input without a beginning of the answer."""
         before = len(self.format.inputs_prefix)
         own = ids[before : len(ids) - self.format.inputs_eos]
-        # Without a token between input and answer, a decoder-only model continues the same text.
-        goes_on = marked and not (self.is_encoder_decoder or self.format.inputs_eos)
-        return Prompt(ids, own=own, context=own if goes_on else [], before=before)
+        context = [] if self._eos_divides else after_eos(own, self.format.vocabulary.eos_id)
+        return Prompt(ids, own=own, context=context, before=before)
 
-    def _of_tokens(self, own: list[int], marked: bool, truncate: bool, name: str) -> Prompt:
+    def _of_tokens(self, own: list[int], truncate: bool, name: str) -> Prompt:
         """The prompt for tokens; the module's docstring explains EOS among them."""
         form, eos = self.format, self.format.vocabulary.eos_id
         place = len(own) - 1 - own[::-1].index(eos) if eos in own else None
-        if place is None or not (self.is_encoder_decoder or form.inputs_eos):
-            return self._undivided(form.fit(own, truncate=truncate, name=name)[0], marked)
+        if place is None or not self._eos_divides:
+            return self._undivided(form.fit(own, truncate=truncate, name=name)[0])
         form.check_tokens(own, name)
         source, begun, before = own[:place], own[place + 1 :], len(form.inputs_prefix)
         if not self.is_encoder_decoder and begun:

@@ -128,7 +128,7 @@ def parse_completion(
         ApiError: a part of it is malformed or not supported.
     """
     values = read_body(body)
-    _check_names(values, _TEXT_FIELDS, _TEXT_ABSENT)
+    check_names(values, _TEXT_FIELDS, _TEXT_ABSENT)
     check_model(values, model)
     echo = typed(values, "echo", bool, False)
     log_probs = typed(values, "logprobs", int, None)
@@ -155,7 +155,7 @@ def parse_chat(
         ApiError: a part of it is malformed or not supported.
     """
     values = read_body(body)
-    _check_names(values, _CHAT_FIELDS, _CHAT_ABSENT)
+    check_names(values, _CHAT_FIELDS, _CHAT_ABSENT)
     check_model(values, model)
     if (longest := values.pop("max_completion_tokens", None)) is not None:
         if values.get("max_tokens", longest) != longest:
@@ -178,10 +178,11 @@ def parse_chat(
         prompt = template.prompt(values["messages"], reader, truncate=truncate)
     except DataError as error:
         raise ApiError(400, _without_flags(str(error)), param="messages") from None
+    message = dataclasses.replace(prompt, context=[])  # an answer is a text of its own
     keep = count_of(values, "n", 1)
     _check_biases(values, reader)
     return _completion(
-        values, limits, [prompt], keep, keep, (others or 0) if asked else None, is_chat=True
+        values, limits, [message], keep, keep, (others or 0) if asked else None, is_chat=True
     )
 
 
@@ -237,9 +238,10 @@ def check_model(values: Mapping[str, Any], model: str) -> None:
         )
 
 
-def _check_names(
+def check_names(
     values: Mapping[str, Any], known: Sequence[str], absent: Mapping[str, tuple[Any, ...]]
 ) -> None:
+    """Raises ApiError for a field that is neither known nor absent with a value without effect."""
     for name, value in values.items():
         if name in absent:
             if value not in absent[name]:
@@ -298,8 +300,7 @@ def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Li
         wanted = "a whole number" if type(asked) is not int else "0 or more"
         raise ApiError(400, f"max_tokens is {asked!r}; expected {wanted}", param="max_tokens")
     begun = max(len(prompt.begun) for prompt in prompts)
-    left = limits.max_tokens - begun
-    if left < min(asked, 1):
+    if limits.max_tokens - begun < min(asked, 1):
         raise ApiError(
             400,
             f"{begun:,} tokens follow EOS in the prompt and {min(asked, 1)} new is requested, but "
@@ -307,7 +308,7 @@ def _max_tokens(values: Mapping[str, Any], prompts: Sequence[Prompt], limits: Li
             "the server with a larger max_tokens",
             param="prompt",
         )
-    return min(asked, left)
+    return min(asked, limits.max_tokens)  # the engine counts what each prompt has begun
 
 
 def _settings(values: Mapping[str, Any]) -> GenerationSettings:

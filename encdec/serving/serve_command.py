@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import time
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
     service = Service(
         engine,
         name,
-        Limits(max_tokens, min(trained_for, max_tokens), options.max_answers),
+        Limits(max_tokens, min(trained_for, max_tokens), _most_answers(options)),
         options.timeout_seconds,
         options.max_body_bytes,
         template=template,
@@ -97,6 +98,11 @@ def main(argv: list[str]) -> int:
     run(service, bound, options.grace_seconds)
     _LOG.info("ended")
     return 0
+
+
+def _most_answers(options: argparse.Namespace) -> int:
+    """Of one request; more would be told to try again, always to no effect."""
+    return min(options.max_answers, options.slots + options.max_queue)
 
 
 def _check_packages() -> None:

@@ -105,6 +105,7 @@ class Ticket:
         self.arrived = time.monotonic()
         self.deadline = self.arrived + timeout_seconds
         self.ended = False  # cancelled or failed
+        self.failure: Failure | None = None
 
 
 @dataclasses.dataclass

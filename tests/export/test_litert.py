@@ -172,6 +172,17 @@ def test_a_full_cache_is_refused(export):
         memory.step(np.array([4]))
 
 
+def test_an_answer_is_not_continued_with_anothers_cache(export):
+    """Both are in the interpreter, as when two streams take turns."""
+    model = export("paper")[0]
+    first, second = (
+        model.prefill(np.array([ids]), np.array([2]), START, 4)[1] for ids in ([5, 6], [9, 10])
+    )
+    second.step(np.array([4]))
+    with pytest.raises(ConfigError, match="has begun another answer meanwhile"):
+        first.step(np.array([4]))
+
+
 def test_four_bits_are_the_nearest_levels_of_the_best_scale():
     weights = np.random.default_rng(0).normal(size=(5, 96)).astype(np.float32)
     blocks = in_blocks(weights, 32)

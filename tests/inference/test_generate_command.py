@@ -125,6 +125,20 @@ def _nothing_is_read(monkeypatch):
     monkeypatch.setattr(read, lambda *args: pytest.fail("parameters were read"))
 
 
+def test_the_checkpoint_whose_step_is_recorded_is_the_one_that_is_read(generate, monkeypatch):
+    """A run that is still training may save another in between."""
+    read = []
+
+    def load(checkpoint, step, **rest):
+        read.append(step)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("encdec.inference.load_generator.load", load)
+    with pytest.raises(ConfigError, match="enough"):
+        generate("x")
+    assert read == [120]
+
+
 def test_another_job_does_not_mix_into_the_file(
     generate, tmp_path, encoder_decoder_run, capsys, monkeypatch
 ):
@@ -157,6 +171,8 @@ def test_long_inputs_are_cut_when_asked_and_counted(generate, tmp_path, capsys):
     generate(f"--file={path}", f"--out={out}", "--too_long=cut")
     assert [row.get("source_truncated", False) for row in rows_of(out)] == [False, True]
     assert "1 inputs were cut" in capsys.readouterr().err
+    generate("x" * 60, "--too_long=cut", "--max_tokens=1")
+    assert "1 of 1 inputs were cut" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

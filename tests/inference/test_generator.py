@@ -259,13 +259,17 @@ def test_a_trained_model_says_what_it_learned(run, request):
         ({"beams": 2, "stop": ["x"]}, "stop is .*, which beam search"),
         ({"beams": 2, "samples": 3}, "samples is 3, but beam search .* set beams to 3"),
         ({"beams": 2, "length_penalty": float("inf")}, "length_penalty is inf"),
-        ({"stop": [""]}, "expected strings that are not empty"),
+        ({"stop": ""}, "expected strings that are not empty"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
     ],
 )
 def test_settings_that_cannot_be_name_themselves(settings, message):
     with pytest.raises(ConfigError, match=message):
         GenerationSettings(**settings)
+
+
+def test_a_single_stop_string_is_one():
+    assert GenerationSettings(stop="END").stop == ("END",)
 
 
 @pytest.mark.parametrize("settings", [{"samples": 3}, {"beams": 3}])
@@ -289,6 +293,18 @@ def test_bad_inputs_are_refused_before_anything_is_done(single):
             single.generate(texts)
         with pytest.raises(DataError, match=message.replace("input 1", "the input")):
             single.stream(texts[-1])
+    for call, message in (
+        (lambda: single.generate("one text"), "texts is the text 'one text'; expected a list"),
+        (lambda: single.stream("x", steps=0), "steps is 0; expected 1 or more"),
+        (
+            lambda: single.generate(["x"], GenerationSettings(logit_bias=[(259, 5.0)])),
+            "logit_bias has the token 259, but the vocabulary has ids from 0 to 258",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    with pytest.raises(ValueError, match="longer"):
+        single.generate_from_tokens([[5], [6]], numbers=[3])
     with pytest.raises(ConfigError, match="samples is 2 and beams is 1"):
         single.stream("x", GenerationSettings(temperature=1.0, samples=2))
     shorter = Generator(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import pytest
 
 from encdec.data.vocabulary import ByteVocabulary, SentencePieceVocabulary
 from encdec.errors import DataError
+from encdec.inference.generator import generation_of
 from encdec.inference.text_io import PromptFormat, TextStream, find_stop, tokens_to_stop
 
 BYTES = ByteVocabulary()
@@ -91,6 +93,14 @@ def test_streams_end_before_stop_strings_and_never_show_their_beginning(text, st
         assert count == min(ends)  # bytes are tokens here
 
 
+def test_of_several_stop_strings_the_one_that_is_complete_first_ends_the_text():
+    """However many tokens there are when the text is looked at."""
+    ids, stop = BYTES.encode("xabcd"), ["abcd", "b"]
+    assert "".join(streamed(BYTES, ids, stop)) == "xa"
+    assert TextStream(BYTES, stop).push(ids) == "xa"
+    assert generation_of(BYTES, ids, [0.0] * len(ids), stop).text == "xa"
+
+
 def test_prompts_end_with_eos_if_the_records_did(pieces):
     ids = pieces.encode("a prompt")
     assert PromptFormat(pieces).encode("a prompt") == ([*ids, pieces.eos_id], False)
@@ -105,6 +115,17 @@ def test_long_prompts_are_refused_or_lose_their_end_never_their_eos():
     ):
         prompts.encode("abcdef", name="input 3")
     assert prompts.encode("abcdef", truncate=True) == ([*BYTES.encode("abcde"), 1], True)
+    tiny = PromptFormat(BYTES, max_input_tokens=2, inputs_prefix=(8, 9))
+    assert tiny.encode("abc", truncate=True) == ([8, 9, 1], True)  # there is no place for a text
+    # Nor do they lose what a template has behind them, whether it is there already or not.
+    framing = PromptFormat(BYTES, max_input_tokens=6, template="({source})")
+    for text in ("abcdef", "(abcdef)"):
+        assert framing.encode(text, truncate=True) == ([*BYTES.encode("(abc)"), 1], True)
+    assert framing.encode("abc", truncate=True) == ([*BYTES.encode("(abc)"), 1], False)
+    tight = dataclasses.replace(framing, template="(<{source}>)")
+    assert tight.encode("abc", truncate=True) == ([*BYTES.encode("(<a>)"), 1], True)
+    too_tight = dataclasses.replace(framing, template="(<({source}>)")
+    assert too_tight.encode("abc", truncate=True) == ([*BYTES.encode("(<(ab"), 1], True)
     without = PromptFormat(BYTES, inputs_eos=False, max_input_tokens=6)
     assert without.encode("abcdef") == (BYTES.encode("abcdef"), False)
 

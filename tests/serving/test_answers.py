@@ -12,7 +12,7 @@ from encdec.inference.text_io import TextStream, find_stop
 from encdec.serving.answers import PieceCutter, Shaper, best, echoed
 from encdec.serving.prompts import Prompt
 from encdec.serving.tickets import TokenLogProbs, Update
-from tests.serving.test_protocol import parse
+from tests.serving.test_protocol import USER, chat, parse
 
 BYTES = ByteVocabulary(extra_ids=2)
 
@@ -124,6 +124,16 @@ def test_alternatives_are_named_by_what_they_would_add():
     assert first.alternatives == {"a": -0.5, "</s>": -1.0}
     # The one chosen is always among them.
     assert second.alternatives == {"bytes:\\xe2": -0.1, "</s>": -2.0, "b": -3.0}
+
+
+def test_a_chats_alternatives_are_as_many_as_were_asked_for():
+    """A drawn token that is not among the likeliest does not add to them."""
+    completion = chat([USER], logprobs=True, top_logprobs=1)
+    a, b = BYTES.encode("ab")
+    update = Update(0, "b", [b], [-3.0], "length", [[(a, -0.5), (b, -3.0)]])
+    [kept] = Shaper("mine", BYTES, completion).choice(update)["logprobs"]["content"]
+    assert kept["token"] == "b" and kept["logprob"] == -3.0
+    assert [one["token"] for one in kept["top_logprobs"]] == ["a"]
 
 
 def test_an_echo_shows_the_prompt_and_where_the_answer_begins():

@@ -117,6 +117,9 @@ def test_settings_are_obeyed(server):
     assert (nothing["text"], nothing["finish_reason"]) == ("", "length")
     [most] = ask(max_tokens=10_000, logit_bias={"1": -100}, **GREEDY)
     assert len(most["text"]) == 16 and most["finish_reason"] == "length"
+    begun = [70, 1, *[71] * 12]  # leaves four tokens to its own answer
+    both = post(client, prompt=[begun, ByteVocabulary().encode("short")], max_tokens=8, **GREEDY)
+    assert both.json()["choices"][1]["text"] == greedy[:8]
     drawn = {"temperature": 1.5, "seed": 3, "logprobs": 0}
     mean = lambda one: sum(one["logprobs"]["token_logprobs"]) / len(one["logprobs"]["tokens"])
     every = sorted(ask(n=5, **drawn), key=mean, reverse=True)
@@ -227,7 +230,8 @@ def test_the_other_routes(server):
     assert client.get(f"/v1/models/{NAME}").json()["object"] == "model"
     info = client.get("/tokenizer_info").json()
     assert (info["eos_token"], info["chat_template"]) == ("</s>", None)
-    ids = client.post("/tokenize", json={"prompt": "é</s>b"}).json()["tokens"]
+    asked = {"prompt": "é</s>b", "add_special_tokens": False}  # as lm-eval asks
+    ids = client.post("/tokenize", json=asked).json()["tokens"]
     assert ids == [*ByteVocabulary().encode("é"), 1, *ByteVocabulary().encode("b")]
     assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "é</s>b"}
     text = client.get("/metrics").text
@@ -254,6 +258,15 @@ def test_wrong_requests_get_a_reason_in_openais_shape(server):
         (client.post("/v1/chat/completions", json={}), 400, "messages", "no messages"),
         (client.post("/detokenize", json={"tokens": [999]}), 400, "tokens", "id 999"),
         (client.post("/tokenize", content=b"{"), 400, None, "not valid JSON"),
+        (client.post("/tokenize", json={"text": "x"}), 400, "text", "unknown field 'text'"),
+        (client.post("/tokenize", json={}), 400, "prompt", "the request has no prompt"),
+        (client.post("/detokenize", json={"model": NAME}), 400, "tokens", "has no tokens"),
+        (
+            client.post("/tokenize", json={"prompt": "x", "add_special_tokens": True}),
+            400,
+            "add_special_tokens",
+            "does not support add_special_tokens",
+        ),
         (post(client, prompt="x", model="other"), 404, "model", "this server has"),
         (post(client, prompt="x" * 6000), 413, None, "longer than 5,000 bytes"),
         (client.post("/v1/completions", content=iter([b"y" * 3000] * 3)), 413, None, "longer"),
@@ -324,6 +337,8 @@ def test_overdue_requests_get_504_or_an_event(monkeypatch):
         parts = client.post("/v1/completions", json=LONG | {"stream": True}).text.split("\n\n")
         assert "no answer within 1.5 s" in parts[-2] and "[DONE]" not in parts[-2]
         until(lambda: service.engine.idle)
+        text = client.get("/metrics").text
+        assert 'encdec_answers_total{finish="timeout"} 2.0' in text and "cancelled" not in text
 
 
 def test_the_end_finishes_what_runs_and_refuses_what_comes():

@@ -138,9 +138,25 @@ def test_eos_in_a_prompt_divides_input_and_answer():
     for tokens, read in ((ids, [9, *ids]), (ids[:2], [9, *ids[:2], 1])):
         (prompt,) = parse(front, prompt=tokens).prompts
         assert (prompt.ids, prompt.own, prompt.before) == (read, tokens, 1)
+    # The two have limits of their own, and a template is around the input alone.
+    (prompt,) = parse(prompt="x" * 15 + "</s>" + "y" * 15, echo=True).prompts
+    assert (prompt.ids, prompt.begun) == ([*encode("x" * 15), 1], encode("y" * 15))
+    framing = PromptReader(PromptFormat(ByteVocabulary(), template="({source})"), True)
+    (prompt,) = parse(framing, prompt="ab</s>cde", echo=True).prompts
+    assert (prompt.ids, prompt.begun) == ([*encode("(ab)"), 1], encode("cde"))
+    # What one answer has begun takes no tokens from another.
+    assert parse(prompt=[[70, 1, *[71] * 45], [70]], max_tokens=20).max_tokens == 20
+
+
+def test_a_decoder_only_models_answer_continues_the_prompts_last_text():
     free = PromptReader(PromptFormat(ByteVocabulary(), inputs_eos=False), False)
-    (prompt,) = parse(free, prompt="ab", echo=True).prompts  # continues the same text
-    assert prompt.ids == prompt.own == prompt.context == encode("ab")
+    encode = ByteVocabulary().encode
+    for echo in (False, True):
+        (prompt,) = parse(free, prompt="ab", echo=echo).prompts
+        assert prompt.ids == prompt.own == prompt.context == encode("ab")
+        (prompt,) = parse(free, prompt=[70, 1, 71], echo=echo).prompts  # EOS ends a text
+        assert (prompt.own, prompt.context) == ([70, 1, 71], [71])
+    assert chat([USER], reader=free).prompts[0].context == []  # a message is one of its own
 
 
 @pytest.mark.parametrize(
@@ -281,6 +297,36 @@ def test_chats_become_prompts_by_their_template():
     assert chat([USER], logprobs=True).log_probs == 0
     assert chat([USER], logprobs=True, top_logprobs=4).log_probs == 4
     assert chat([USER], tools=[], response_format={"type": "text"}, store=False)
+    system = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert inputs(chat([{"role": "developer", "content": "x"}], system)) == [[*encode("x"), 1]]
+    template = "{% for m in messages %}{{ m.name }}:{{ m.content }}{% endfor %}"
+    assert inputs(chat([USER | {"name": "me"}], template)) == [[*encode("me:abc"), 1]]
+
+
+class WithoutQuestions(ByteVocabulary):
+    unk_id = ByteVocabulary.offset + ord("?")
+
+    @property
+    def special_tokens(self):
+        return {"</s>": 1, "<ask>": self.unk_id}
+
+
+def test_what_the_vocabulary_cannot_write_is_refused_in_chats_and_echoed_prompts_too():
+    strict = PromptReader(PromptFormat(WithoutQuestions(), keep_unknown=False), True)
+    asking = {"role": "user", "content": "why?"}
+    for ask in (
+        lambda: parse(strict, prompt="why?"),
+        lambda: parse(strict, prompt="a</s>why?", echo=True),
+        lambda: chat([asking], reader=strict),
+        lambda: chat([asking], "{{ messages[0].content }}", strict),
+    ):
+        with pytest.raises(ApiError, match="has '\\?' at place .* leave it out"):
+            ask()
+    # Its name in a template is not such a text.
+    (prompt,) = chat([USER], "<ask>{{ messages[0].content }}", strict).prompts
+    assert prompt.own == [WithoutQuestions.unk_id, *ByteVocabulary().encode("abc")]
 
 
 class MarkedBytes(ByteVocabulary):
@@ -324,6 +370,7 @@ def test_an_import_brings_its_template_along(tmp_path):
         ([{"role": "user", "content": None}], {}, "messages", "content is None"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages", "not text"),
         ([USER | {"tool_calls": [1]}], {}, "messages", "'tool_calls'"),
+        ([USER | {"name": 3}], {}, "messages", "name is 3; expected a text"),
         ([{"role": "user", "content": "\ud83d"}], {}, "messages", "lone surrogate"),
         ([USER], {"tools": [{}]}, "tools", "this server does not support tools"),
         ([USER], {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),

@@ -23,6 +23,7 @@ from encdec.interop.framing import Framing
 from encdec.interop.importing import write_model
 from encdec.model import unroll_params
 from encdec.saved.saved_config import model_config_of, read_config
+from encdec.serving import server
 from tests.inference.test_generator import PROMPTS, printing_model
 from tests.serving.examples import generator
 
@@ -151,6 +152,17 @@ def test_slots_that_do_not_fit_into_memory_are_refused_with_what_does(workdir, c
     assert "lower all three" in capsys.readouterr().err
     # A draft model's weights, keys and values are in memory too.
     assert refused("--slots=2", f"--draft={workdir}") == 2
+
+
+def test_no_request_may_ask_for_more_answers_than_slots_and_queue_hold(workdir, monkeypatch):
+    """It would never be taken, however often the client tries again."""
+    served = []
+    monkeypatch.setattr(server, "run", lambda *started: served.append(started))
+    argv = ["serve", f"--checkpoint={workdir}", "--port=0", "--no_warm_up", "--slots=2"]
+    assert cli.main([*argv, "--max_queue=3"]) == 0
+    [(service, bound, _)] = served
+    bound.close()
+    assert service.limits.max_answers == 5
 
 
 def test_draft_models_that_cannot_draft_are_refused(workdir, tmp_path, capsys):
