@@ -17,7 +17,7 @@ from encdec.model.kernels import (
     resolve_kernel,
     splash_attention,
 )
-from encdec.model.layers import Projection, RMSNorm, product
+from encdec.model.layers import Projection, RMSNorm, plus, product
 from encdec.model.model_config import ModelConfig
 from encdec.model.positions import Rotation, apply_rope, rope_table
 
@@ -290,7 +290,7 @@ class Attention(nn.Module):
         together = product("btm,mkgd->btkgd", x_BxTxM, kernel)
         if biases:
             by_head = [self._by_key_head(biases[0][None])[0]] + [x[:, None] for x in biases[1:]]
-            together = together + jnp.concatenate(by_head, axis=1)
+            together = plus(together, jnp.concatenate(by_head, axis=1))
         # Not by slices: their gradients would be padded and added up instead of concatenated.
         q, k, v = jax.lax.split(together, (group, 1, 1), axis=3)
         q = q if self.config.kv_pairing == "grouped" else q.swapaxes(2, 3)

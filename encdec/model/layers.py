@@ -83,6 +83,42 @@ def _rows_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
 rows_of.defvjp(_rows_forward, _rows_backward)
 
 
+@jax.custom_vjp
+def plus(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """``x + bias`` in the dtype of ``x``; gradients of the bias, of every token, are added up in
+    float32, as in ``times`` those of the scale: sums of thousands would stop growing."""
+    return x + bias.astype(x.dtype)
+
+
+def _plus_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient, _summed(gradient, bias)
+
+
+plus.defvjp(lambda x, bias: (plus(x, bias), bias), _plus_backward)
+
+
+@jax.custom_vjp
+def times(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x * scale`` in the dtype of ``x``."""
+    return x * scale.astype(x.dtype)
+
+
+def _times_backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, scale = saved
+    return gradient * scale.astype(x.dtype), _summed(gradient.astype(jnp.float32) * x, scale)
+
+
+times.defvjp(lambda x, scale: (times(x, scale), (x, scale)), _times_backward)
+
+
+def _summed(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The sum over all along which ``like`` was broadcast, with its shape and dtype."""
+    before = x.ndim - like.ndim
+    axes = [i for i, n in enumerate(x.shape) if i < before or like.shape[i - before] != n]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.sum(x, axes, dtype=wide).reshape(like.shape).astype(like.dtype)
+
+
 def with_axes(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Callable[..., Any]:
     """``init`` with logical axis names; modules see the array itself, not the named box."""
     return nn.with_logical_partitioning(init, axes)
@@ -109,13 +145,12 @@ class Projection(nn.Module):
         return self.param("kernel", init, self.shape, jnp.dtype(self.config.param_dtype))
 
     def weights(self) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel, for ``product``, and bias (None without) in the compute dtype."""
-        bias = self.bias.astype(jnp.dtype(self.config.dtype)) if self.bias_dims else None
-        return self.kernel, bias
+        """Kernel, for ``product``, and bias (None without), for ``plus``."""
+        return self.kernel, self.bias if self.bias_dims else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.multiplied(x)
-        return y + self.bias.astype(jnp.dtype(self.config.dtype)) if self.bias_dims else y
+        return plus(y, self.bias) if self.bias_dims else y
 
     def multiplied(self, x: jax.Array) -> jax.Array:
         """The product without the bias."""
@@ -146,7 +181,7 @@ class RMSNorm(nn.Module):
         factor = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
         normed = x32 * checkpoint_name(factor, NORM_FACTOR)
         if config.norm_cast == "before_scale":
-            return normed.astype(dtype) * scale.astype(dtype)
+            return times(normed.astype(dtype), scale)
         return (normed * scale.astype(jnp.float32)).astype(dtype)
 
 
@@ -175,7 +210,7 @@ class Mlp(nn.Module):
                 # Stacked along a new first axis, so that splitting the result copies nothing.
                 both = product("btm,cmf->cbtf", x_BxTxM, jnp.stack((gate_kernel, up_kernel)))
                 if gate_bias is not None and up_bias is not None:
-                    both = both + jnp.stack((gate_bias, up_bias))[:, None, None]
+                    both = plus(both, jnp.stack((gate_bias, up_bias))[:, None, None])
                 both = save(both)
                 hidden_BxTxF = self.activate(both[0]) * both[1]
             else:

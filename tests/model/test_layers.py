@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from encdec.model import ModelConfig
-from encdec.model.layers import RMSNorm, product, rows_of
+from encdec.model.layers import Mlp, Projection, RMSNorm, product, rows_of
 from encdec.model.positions import apply_rope, encoder_rope_positions, rope_table
 
 
@@ -99,6 +100,33 @@ def test_norms_add_one_to_stored_bfloat16_scales_unrounded():
     found = RMSNorm(config).apply({"params": {"scale": scale}}, jnp.asarray(x, jnp.float32))
     wanted = x / np.sqrt((x * x).mean() + 1e-6) * (1 + np.asarray(scale, np.float64))
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_biases_and_scales_are_added_up_unrounded(fused):
+    """Of bfloat16 activations at thousands of tokens, whose sums in bfloat16 stop growing."""
+    config = ModelConfig(
+        d_model=8, mlp_dim=8, mlp_gated=True, mlp_bias=True, norm_cast="before_scale"
+    ).replace(fuse_projections=fused)
+    modules = (
+        RMSNorm(config),
+        Projection(config, "btm,mf->btf", (8, 8), ("embed", "mlp"), 1),
+        Mlp(config),
+    )
+    x = jnp.ones((8, 1000, 8), jnp.bfloat16)
+    for module in modules:
+        drawn = nn.unbox(module.init(jax.random.key(0), x[:, :1]))["params"]
+        # Equal numbers everywhere, so that every token adds the same.
+        level = lambda path, leaf: leaf if path[-1].key == "scale" else jnp.full_like(leaf, 0.5)
+        params = jax.tree_util.tree_map_with_path(level, drawn)
+
+        def total(params, x, module=module):
+            return (module.apply({"params": params}, x) * 1.0078125).sum(dtype="f4")
+
+        many, one = (jax.jit(jax.grad(total))(params, part) for part in (x, x[:1, :1]))
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(many), jax.tree.leaves(one)):
+            if path[-1].key != "kernel":
+                np.testing.assert_allclose(a, 8000 * b, rtol=1e-5, err_msg=str(path))
 
 
 def test_a_common_tokens_gradient_is_added_up_unrounded():
