@@ -149,6 +149,7 @@ FAMILIES = {
             "head_dim": 128,
             "num_key_value_heads": 8,
             "sliding_window": 8192,
+            "rope_theta": 1e6,
             "rope_scaling": _CWM_ROPE,
         },
         biases=(False, False, _MLP),

@@ -236,6 +236,19 @@ def test_every_family_has_an_example():
     assert {config.model_type for config in configs} == set(FAMILIES) - own
 
 
+def test_the_base_of_rotations_that_a_file_leaves_out_is_the_familys():
+    known = transformers.CONFIG_MAPPING
+    bases = {
+        name: getattr(known[name], "default_theta", None) for name in FAMILIES if name in known
+    }
+    bases = {
+        name: base["global"] if isinstance(base, dict) else base
+        for name, base in bases.items()
+        if base is not None  # transformers 4 has it elsewhere
+    }
+    assert {name: FAMILIES[name].defaults.get("rope_theta", 1e4) for name in bases} == bases
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name, tmp_path):
     model = save_model(tmp_path / "hf", name, max_shard_size="40KB")
