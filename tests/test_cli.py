@@ -148,7 +148,7 @@ def test_an_interrupt_gives_130(monkeypatch, capsys):
 
 
 COMPILING = """
-import _thread, sys, threading
+import _thread, signal, sys, threading
 import jax
 import jax.numpy as jnp
 from encdec import cli
@@ -163,6 +163,8 @@ def compile_for_seconds(argv):
     threading.Timer(0.3, _thread.interrupt_main).start()
     lowered.compile()
 
+# Ignored by what a shell runs in the background, as perhaps these tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.load = lambda target: compile_for_seconds
 cli.use_compilation_cache = lambda: None
 sys.argv = ["encdec", "describe"]

@@ -237,12 +237,13 @@ def test_what_is_in_the_way_is_left_alone(records, teacher, stored, tmp_path):
         store_teacher_logits(
             teacher=teacher, records=records, out=tmp_path / "mine", overwrite=True
         )
+    other = write_records(tmp_path / "other", random_pairs(3, 5))
     for changes, error, message in (
         ({"teacher": tmp_path / "nowhere"}, CheckpointError, "nowhere"),
         ({"step": 5}, CheckpointError, "checkpoint 5"),
         ({"draws": 300}, ConfigError, "--draws is 300"),
         ({"batch_rows": 3}, ConfigError, "multiple of the 8 data"),
-        ({"records": f"{records},{records}"}, ConfigError, "store logits for each of them"),
+        ({"records": f"{records},{other}"}, ConfigError, "store logits for each of them"),
     ):
         arguments = {"teacher": teacher, "records": records} | changes
         with pytest.raises(error, match=message):
