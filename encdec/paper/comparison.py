@@ -130,13 +130,13 @@ def comparison_markdown(rows: ResultRows, trials: int = 2_000) -> str:
             and (row["task"], row["setting"], row["data"])
             == (section.task, section.comparison, section.data)
         ]
-        settings = (section.comparison, section.setting)
         costs = [
             row
             for row in rows
             if row["kind"] == COSTS
             and row["column"] == runs[0]["column"]
-            and row.get("setting") in settings
+            and row.get("setting")
+            == (section.setting if _with_teacher(row) else section.comparison)
         ]
         parts.append(f"## {title}\n\n{score_table(models, copied)}\n{cost_table(models, costs)}")
         if pairs := paired_table(models, trials):
